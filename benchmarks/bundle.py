@@ -67,7 +67,7 @@ from moevision.analysis.questions import (
     Answer,
     Swap,
     function_answer,
-    headline,
+    summary_lines,
     swap_test,
     three_questions,
 )
@@ -662,7 +662,7 @@ def _atlas(
         for other, routed, ago in zip(seeds, others, earlier[1:], strict=True)
     ]
     questions = three_questions(own, seeds=again)
-    for answer in headline(questions):
+    for answer in summary_lines(questions):
         print(answer.sentence)
     maps = {layer.layer: class_expert_map(trace, layer.layer) for layer in trace.layers}
     on_show = None if shown is None else collect_routing(model, shown, name=title)

@@ -28,7 +28,7 @@ from benchmarks.lines import write_lines
 from benchmarks.peak import matmul_peak
 from benchmarks.timing import rounded
 from moevision import limits, package_version
-from moevision.errors import UserError, shown_lines
+from moevision.errors import UserError, escape_controls_of_lines
 from moevision.layers.cpu import has_matrix_unit
 from moevision.limits import total_memory_bytes, usable_cores
 from moevision.train.provenance import cpu_model, git_state, gpu_names
@@ -392,7 +392,7 @@ def print_machine(record: Json) -> None:
 
 def print_line(text: str) -> None:
     """A line of prose that isn't wrapped or coloured."""
-    Console(highlight=False).print(shown_lines(text), soft_wrap=True, markup=False)
+    Console(highlight=False).print(escape_controls_of_lines(text), soft_wrap=True, markup=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

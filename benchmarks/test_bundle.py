@@ -23,7 +23,7 @@ from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.models.history import FILE, RoutingHistory
 from moevision.models.io import load_model
-from moevision.models.strangers import FILE as STRANGERS
+from moevision.models.ood import FILE as STRANGERS
 from moevision.stats import accuracy_interval
 
 # file, author, licence, path inside, quotation, grade

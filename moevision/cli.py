@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITTEN:
             raise
-        return _unwritten(error)
+        return _output_failed(error)
 
 
 def _answer(rest: list[str]) -> int:
@@ -174,9 +174,9 @@ def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
     return 0
 
 
-def _unwritten(error: OSError) -> int:
+def _output_failed(error: OSError) -> int:
     """Say why the output can't be written, unless its reader, such as `head`, has had enough; the exit code."""
-    if isinstance(error, BrokenPipeError) and not _nobody_reads():
+    if isinstance(error, BrokenPipeError) and not _is_unread():
         raise error  # of another pipe
     with suppress(OSError):
         sys.stdout.flush()
@@ -191,7 +191,7 @@ def _unwritten(error: OSError) -> int:
     return USER_ERROR
 
 
-def _nobody_reads() -> bool:
+def _is_unread() -> bool:
     """Whether standard output is a pipe that nobody reads any more; on Windows, which can't say, a broken pipe is."""
     if not hasattr(select, "poll"):
         return True
@@ -223,7 +223,7 @@ def _call(name: str, arguments: list[str]) -> None:
     if name in config.VERBS and (everything or not {"-h", "--help"}.isdisjoint(arguments)):
         print(config.help_of(name, everything=everything), end="")
         return
-    given = config.read(name, arguments) if name in config.VERBS else understood(name, arguments)
+    given = config.parse_args(name, arguments) if name in config.VERBS else parsed(name, arguments)
     module, _, function = VERBS[name][1].partition(":")
     with loading():
         run: Callable[[Any], None] = getattr(import_module(module), function)
@@ -685,15 +685,15 @@ def parser_of(name: str) -> ArgumentParser:
 TASKS = tuple(name.removeprefix("data ") for name in _TAKES if name.startswith("data "))
 
 
-def understood(name: str, arguments: list[str]) -> Namespace:
+def parsed(name: str, arguments: list[str]) -> Namespace:
     """The arguments of a verb that isn't one of the three of training."""
-    from moevision.config import spelled
+    from moevision.config import option_spelled
 
     command, parser, task = shlex.join(["moevision", name, *arguments]), parser_of(name), None
     if name == "data" and arguments[:1] and arguments[0] in TASKS:
         task, *arguments = arguments
         parser = parser_of(f"data {task}")
-    found = parser.parse_args(spelled(parser, arguments))
+    found = parser.parse_args(option_spelled(parser, arguments))
     found.command = command  # for what records it
     if task is not None:
         found.task = task

@@ -770,7 +770,7 @@ def checked(content: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: {_sentence(str(error))}") from error
 
 
-class Given(NamedTuple):
+class ParsedArgs(NamedTuple):
     """A command line, understood."""
 
     folder: str | None  # what stands right after the verb
@@ -780,22 +780,26 @@ class Given(NamedTuple):
     command: list[str]  # the command line as typed, the program first
 
 
-def read(verb: str, arguments: Sequence[str]) -> Given:
+def parse_args(verb: str, arguments: Sequence[str]) -> ParsedArgs:
     """Understand a command line of `fit`, `validate` or `test`."""
     parser = _parser()
     try:
         found = vars(
-            parser.parse_args(spelled(parser, arguments, ALIASES | SHORT), defaults=False).as_flat()
+            parser.parse_args(
+                option_spelled(parser, arguments, ALIASES | SHORT), defaults=False
+            ).as_flat()
         )
     except ArgumentError as error:
         raise UserError(f"{_sentence(str(error))} See moevision {verb} --help.") from error
     folder, configs, prints = (
         found.pop(name, None) for name in ("folder", "config", "print_config")
     )
-    return Given(folder, configs or [], found, prints is not None, ["moevision", verb, *arguments])
+    return ParsedArgs(
+        folder, configs or [], found, prints is not None, ["moevision", verb, *arguments]
+    )
 
 
-def spelled(
+def option_spelled(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str],
     also: Mapping[str, str] = MappingProxyType({}),
@@ -982,7 +986,7 @@ _BELOW_EVALUATION = (
 )
 
 
-def shown(verb: str, *, everything: bool) -> list[str]:
+def visible_options(verb: str, *, everything: bool) -> list[str]:
     """The options that the help of a verb shows, as they are typed, without dashes."""
     if verb != "fit":
         return list(_EVALUATION)
@@ -1003,7 +1007,7 @@ def shown(verb: str, *, everything: bool) -> list[str]:
 def help_of(verb: str, *, everything: bool = False) -> str:
     """The help of `fit`, `validate` or `test`: what most people need, or more."""
     lines = []
-    for name in shown(verb, everything=everything):
+    for name in visible_options(verb, everything=everything):
         key = ALIASES.get(name, name)
         words, value = _OWN_WORDS.get(name, ""), "NAME" if name == "config" else ""
         if name in FLAGS:

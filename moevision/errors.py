@@ -23,14 +23,14 @@ class UserError(ValueError):
     exit_code = USER_ERROR
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(shown_lines(sentence))
+        super().__init__(escape_controls_of_lines(sentence))
 
 
 class DataWarning(UserWarning):
     """Something about the images that the user should know; the command line prints it with the data's description."""
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(shown_lines(sentence))
+        super().__init__(escape_controls_of_lines(sentence))
 
 
 # Words, what they mean, and the options that they are said of. NaN is in no range.
@@ -89,7 +89,7 @@ _UNSHOWN_IN_JSON = re.compile(_UNSHOWN.pattern.replace("\x00-\x1f", ""))
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
 
-def shown(text: str) -> str:
+def escape_controls(text: str) -> str:
     r"""The text with every sign that steers its display as an escape: ESC becomes `\x1b`, U+202E becomes `\u202e`.
 
     Showing twice changes nothing.
@@ -97,14 +97,14 @@ def shown(text: str) -> str:
     return _UNSHOWN.sub(lambda sign: sign[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def shown_lines(text: str) -> str:
+def escape_controls_of_lines(text: str) -> str:
     """Text of several lines, each of them shown."""
-    return "\n".join(map(shown, text.split("\n")))
+    return "\n".join(map(escape_controls, text.split("\n")))
 
 
-def csv_name(name: str) -> str:
+def escape_csv_cell(name: str) -> str:
     """The name as a cell of a CSV file: shown, and no formula to a spreadsheet. Doing it twice changes nothing."""
-    word = shown(name)
+    word = escape_controls(name)
     return f"'{word}" if word.startswith(_FORMULA) else word
 
 

@@ -129,7 +129,7 @@ def distant_model(
     from moevision.analysis.collect import network_input
     from moevision.analysis.images import open_pictures, read_images
     from moevision.models.io import load_model, save_model
-    from moevision.models.strangers import fit_strangers, pooled
+    from moevision.models.ood import fit_ood, pooled
 
     folder, model = tmp_path_factory.mktemp("distant") / "model", load_model(str(tiny_run))
     pets = open_pictures(drawn_pets, model.image_size, split="all", class_names=model.class_names)
@@ -139,7 +139,7 @@ def distant_model(
         )
     labels = np.array([pets.label(row) for row in range(40)])
     save_model(
-        replace(model, strangers=fit_strangers(features[::2], labels[::2], features[1::2])), folder
+        replace(model, strangers=fit_ood(features[::2], labels[::2], features[1::2])), folder
     )
     return folder
 

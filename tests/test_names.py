@@ -29,7 +29,14 @@ from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder
 from moevision.data.splits import Cut, Splits, make_splits, read_splits
 from moevision.demo.models import open_entries
-from moevision.errors import DataWarning, UserError, csv_name, json_text, name_bytes, shown
+from moevision.errors import (
+    DataWarning,
+    UserError,
+    escape_controls,
+    escape_csv_cell,
+    json_text,
+    name_bytes,
+)
 from moevision.train.health import Stopwatch
 from moevision.train.report import without_example
 from tests.shared import TINY, Outcome, run_cli
@@ -304,8 +311,10 @@ def test_names_that_look_alike_in_a_file_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_shown(name: str, seen: str) -> None:
-    assert shown(name) == seen == shown(seen)
-    assert csv_name(csv_name(f"={name}")) == csv_name(f"={name}") == f"'={seen}"
+    assert escape_controls(name) == seen == escape_controls(seen)
+    assert (
+        escape_csv_cell(escape_csv_cell(f"={name}")) == escape_csv_cell(f"={name}") == f"'={seen}"
+    )
     assert json.loads(json_text({name: [name]})) == {name: [name]}
     assert_harmless(json_text([name], indent=2), name)
 

@@ -40,15 +40,15 @@ from benchmarks.harness import argument_parser, positive
 from benchmarks.lines import write_lines
 from moevision.analysis.images import data_settings
 from moevision.commands.data import run_of
-from moevision.config import read
+from moevision.config import parse_args
 from moevision.data.scores import FILE, Scores, prune
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.files import refuse_foreign, write_text_atomic
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.stats import Gap
 from moevision.train import fit as training
 from moevision.train.plots import INK, OKABE_ITO, calm, save, title
-from moevision.train.processes import Interrupted, tell
+from moevision.train.processes import Interrupted, print_rank0
 from moevision.train.resume import is_finished
 
 ALL: Final = "all"
@@ -200,7 +200,7 @@ def run(arguments: Sequence[str]) -> None:
         f"{len(planned)} trainings of {steps:,} steps, {len(done)} of them done: all {len(scores.images):,} images, "
         f"and {shares} by {', '.join(chosen.by)}, with the seeds {', '.join(map(str, range(chosen.seeds)))}\n"
         f"The run took {_time(took)}, so that the rest takes about {_time(took * (len(planned) - len(done)))} on the "
-        f"same machine\n{shown(str(out / 'records'))} has a record of each; the same command goes on",
+        f"same machine\n{escape_controls(str(out / 'records'))} has a record of each; the same command goes on",
         flush=True,
     )
     try:
@@ -217,13 +217,13 @@ def run(arguments: Sequence[str]) -> None:
                 flush=True,
             )
     except Interrupted:
-        tell("The curve goes on by the same command, in the training that was stopped.")
+        print_rank0("The curve goes on by the same command, in the training that was stopped.")
         raise
     rows = table(list(done.values()), chosen.by)
     write_text_atomic(out / "curve.csv", _csv(rows))
     draw(rows, chosen.margin, out / "curve.png")
     print("\n".join(["", *lines(rows), "", *sentences(rows, list(done.values()), chosen.margin)]))
-    print(f"\n{shown(str(out / 'curve.csv'))} has every number, curve.png shows them")
+    print(f"\n{escape_controls(str(out / 'curve.csv'))} has every number, curve.png shows them")
 
 
 def _read(out: Path, job: Job, recipe: str) -> Json | None:
@@ -276,7 +276,7 @@ def _train(job: Job, run_dir: Path, out: Path, scores: Scores, steps: int, epoch
             redirect_stderr(log),
         ):
             training.fit(
-                read(
+                parse_args(
                     "fit",
                     [*(f"--{name}={value}" for name, value in options.items()), "--without-twin"],
                 )

@@ -131,7 +131,7 @@ def alike(one: Any, other: Any) -> bool:
 
 
 def _alike_packed(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether the arrays of `moevision.demo.wire.packed` differ by rounding only, which may also be a unit or two."""
+    """Whether the arrays of `moevision.demo.wire.encode_float32` differ by rounding only: a unit or two."""
     if one["shape"] != other["shape"]:
         return False
     values, others = (

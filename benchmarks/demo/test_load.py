@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from benchmarks.demo import load as demo_load
-from moevision.demo.wire import packed
+from moevision.demo.wire import encode_float32
 from tests.demo.conftest import explorer, home, photos_home, routers_home, server  # noqa: F401  (fixtures)
 
 
@@ -37,14 +37,14 @@ def test_rounding_is_no_mixed_up_answer_and_another_number_is():
     """Other kernels and numbers of threads sum otherwise: 1e-5 of a number, or one step of a packed array."""
     rng = np.random.default_rng(0)
     values = rng.normal(0, 30, (4, 256))
-    answer = {"probability": 0.1234, "scores": packed(values)}
+    answer = {"probability": 0.1234, "scores": encode_float32(values)}
     rounded = {
         "probability": 0.1233,
-        "scores": packed(values * (1 + 1e-5 * rng.normal(size=values.shape))),
+        "scores": encode_float32(values * (1 + 1e-5 * rng.normal(size=values.shape))),
     }
     assert answer["scores"]["data"] != rounded["scores"]["data"]
     assert demo_load.alike(answer, rounded)
     values[2, 100] += 1
-    assert not demo_load.alike(answer, {**answer, "scores": packed(values)})
-    assert not demo_load.alike(answer, {**answer, "scores": packed(values[:2])})
+    assert not demo_load.alike(answer, {**answer, "scores": encode_float32(values)})
+    assert not demo_load.alike(answer, {**answer, "scores": encode_float32(values[:2])})
     assert not demo_load.alike(answer, {**answer, "probability": 0.1244})

@@ -20,7 +20,7 @@ from moevision.analysis.good_data import RunImages, class_doubt, examine, images
 from moevision.data.scores import FILE, Scores
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
-from moevision.errors import csv_name
+from moevision.errors import escape_csv_cell
 from moevision.layers.routing import evaluating
 from moevision.models.io import SavedModel, load_model
 
@@ -70,7 +70,7 @@ def draw_folder(
             file.parent.mkdir(parents=True, exist_ok=True)
             pets[index][0].save(file)
             if index in flips:
-                wrong.append(csv_name(file.relative_to(folder).as_posix()))
+                wrong.append(escape_csv_cell(file.relative_to(folder).as_posix()))
     return wrong
 
 
@@ -81,7 +81,9 @@ def suspicions(run_dir: Path, wrong: set[str]) -> tuple[dict[str, np.ndarray], n
     """Score -> [n], the higher the more suspicious, and [n] whether the label was flipped."""
     scores, images = Scores.read(run_dir / FILE), images_of(run_dir)
     known = examine(images, scores, load_model(str(run_dir)))
-    truth = np.array([csv_name(sample.sample_id) in wrong for sample in images.samples["train"]])
+    truth = np.array(
+        [escape_csv_cell(sample.sample_id) in wrong for sample in images.samples["train"]]
+    )
     labels, value = images.labels[: len(truth)], known.scores
     found = {
         "aum": -value["aum"],

@@ -10,7 +10,7 @@ from benchmarks.label_noise import SIMILAR, draw_folder, final_scores, finds, fl
 from benchmarks.study import drawn
 from moevision.analysis.good_data import images_of
 from moevision.data.synthetic import SyntheticPets
-from moevision.errors import csv_name
+from moevision.errors import escape_csv_cell
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -58,7 +58,8 @@ def test_a_run_s_scores_are_asked_for_its_flips(cli, tiny, drawn_pets, tmp_path)
     outcome = cli("fit", drawn_pets, *tiny, "--data.scores=true", f"--runs_root={tmp_path}")
     assert outcome.code == 0, outcome.err
     wrong = {
-        csv_name(sample.sample_id) for sample in images_of(tmp_path / "pets").samples["train"][:2]
+        escape_csv_cell(sample.sample_id)
+        for sample in images_of(tmp_path / "pets").samples["train"][:2]
     }
     values, truth = suspicions(tmp_path / "pets", wrong)
     assert truth.tolist() == [True, True] + [False] * (len(truth) - 2)

@@ -217,7 +217,7 @@ DEFINITIONS = {
         Definition("in the fewest of 64 bits", "the length of the hash"),
         Definition(
             "with 1 where 5 % of the validation images lie beyond",
-            "`moevision.models.strangers.REFUSED`",
+            "`moevision.models.ood.REFUSED`",
         ),
     ],
     "docs/reference/config.md": [

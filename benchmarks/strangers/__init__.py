@@ -37,8 +37,8 @@ from moevision.demo.models import bundled_folder, bundled_model
 from moevision.errors import DataWarning
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.io import SavedModel
+from moevision.models.ood import FILE, REFUSED, MahalanobisOOD, fit_ood, pooled
 from moevision.models.safe_files import CONFIG, read_json
-from moevision.models.strangers import FILE, REFUSED, Strangers, fit_strangers, pooled
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 FOLDER = HERE / "strangers"
@@ -167,15 +167,15 @@ def known_of(
     return features_of(model, train)[0], labels, *features_of(model, val)
 
 
-def detector_of(model: SavedModel, data: str | Path, **held_out: Any) -> Strangers:
+def detector_of(model: SavedModel, data: str | Path, **held_out: Any) -> MahalanobisOOD:
     """What `fit` would have measured at the end of the training of a bundled model."""
     features, labels, validation, _ = known_of(model, data, **held_out)
-    found = fit_strangers(features, labels, validation)
+    found = fit_ood(features, labels, validation)
     assert found is not None
     return found
 
 
-def put_beside(folder: Path, strangers: Strangers, share: float | None = None) -> None:
+def put_beside(folder: Path, strangers: MahalanobisOOD, share: float | None = None) -> None:
     """Put the numbers beside the trained weights of a bundled model, and the share of strangers on its card."""
     home = folder / "trained"
     save_file(strangers.state_dict(), home / FILE)
@@ -185,7 +185,7 @@ def put_beside(folder: Path, strangers: Strangers, share: float | None = None) -
     )
 
 
-def distances(strangers: Strangers, features: Floats) -> Floats:
+def distances(strangers: MahalanobisOOD, features: Floats) -> Floats:
     """[n] of features [n, D]."""
     found: Floats = strangers(torch.from_numpy(features)).double().numpy()
     return found
@@ -266,7 +266,7 @@ def run(options: Namespace) -> None:
         options.work / options.model,
     )
     features, labels, validation, logits = kept(work / "known.npz", lambda: known_of(model, data))
-    chosen = fit_strangers(features, labels, validation)
+    chosen = fit_ood(features, labels, validation)
     assert chosen is not None
     test = open_pictures(data, model.image_size, class_names=model.class_names)
     own, own_logits = kept(work / "test.npz", lambda: features_of(model, test))

@@ -35,7 +35,7 @@ from torch.nn.utils import parametrize
 from moevision.demo.facts import LayerFacts
 from moevision.demo.html import app_page, read_asset, without_comments
 from moevision.demo.models import Entry, bundled_folder, open_entries
-from moevision.demo.service import Explorer, stranger_words
+from moevision.demo.service import Explorer, ood_sentence
 from moevision.errors import UserError, json_text
 from moevision.models.export import export_onnx
 from moevision.models.io import SavedModel
@@ -131,7 +131,7 @@ def _boot(explorer: Explorer, entries: Sequence[Entry], sizes: Mapping[str, int]
             "device": {
                 "mean": entry.variants["trained"].saved.mean,
                 "std": entry.variants["trained"].saved.std,
-                "unlike": stranger_words(entry.card.recognized),
+                "unlike": ood_sentence(entry.card.recognized),
                 "bytes": sizes[entry.card.id],
                 "view": {
                     **first,

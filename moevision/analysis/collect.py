@@ -36,7 +36,7 @@ from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 from moevision.layers import Routing, SoftRouting, forward_routing, moe_layers, routing_lock
 from moevision.layers.routing import evaluating
-from moevision.models.convert import unread_layers
+from moevision.models.convert import layers_that_miss_classifier
 from moevision.models.io import SavedModel, best_device, describe, load_model
 
 UNREAD = "The classifier reads the class token alone, so the routes of patches"
@@ -114,7 +114,7 @@ def collect_routing(
     collected: list[dict[str, Array]] = []
     with evaluating(net):
         with routing_lock(net), torch.inference_mode(False):
-            unread = unread_layers(net)
+            unread = layers_that_miss_classifier(net)
         if unread:
             warnings.warn(
                 f"{UNREAD} in block {', '.join(map(str, unread))} change no answer: pool over patches "

@@ -32,9 +32,9 @@ from moevision.analysis.intervention import (
     Edit,
     Fill,
     Intervention,
+    apply_edits,
     computed_pairs,
-    each_alone,
-    edited,
+    per_image_capacity,
     run_repeated,
 )
 from moevision.data.images import BadImageError
@@ -179,7 +179,7 @@ def _class_index(class_names: Sequence[str], target: int | str) -> int:
     )
 
 
-def take_away_random(
+def remove_random_experts(
     decision: Decision,
     numbers: Sequence[Sequence[int]],
     keys: Sequence[Sequence[int]],
@@ -241,7 +241,7 @@ def run_under(net: nn.Module, x: Tensor, intervention: Intervention) -> tuple[Te
     edits = {
         layer: partial(counted, layer, edit) for layer, edit in intervention.edits(net).items()
     }
-    with edited(net, edits):
+    with apply_edits(net, edits):
         logits = net(x).double()
     return logits, taken, not (intervention.kind == "ablate" and any(alone))
 
@@ -263,16 +263,16 @@ def run_compared(
     def edit(decision: Decision, layer: MoEMlp, place: int) -> Decision:
         numbers = taken[layer].expand(len(keys), 2).tolist()
         seeds = [(*key, place) for key in keys]
-        return take_away_random(decision, numbers, seeds, prefix, control_fill(intervention))
+        return remove_random_experts(decision, numbers, seeds, prefix, control_fill(intervention))
 
     edits: dict[MoEMlp, Edit] = {
         layer: partial(edit, layer=layer, place=place) for place, layer in enumerate(taken)
     }
     if len(x) > 1:
-        with edited(net, edits):
+        with apply_edits(net, edits):
             logits: Tensor = net(x).double()
         return logits
-    with each_alone(net), edited(net, edits):
+    with per_image_capacity(net), apply_edits(net, edits):
         return run_repeated(
             net, x, torch.zeros(len(keys), dtype=torch.int64), next(iter(taken))
         ).double()
@@ -375,7 +375,7 @@ class Effect:
     def sentence(self) -> str:
         """All of it in one sentence that names the kind of intervention."""
         before, after = self.before[self.target], self.after[self.target]
-        change = in_words(self.intervention, self.moved, self.routing)
+        change = effect_in_words(self.intervention, self.moved, self.routing)
         old, new = f"{before:.2f}", f"{after:.2f}"
         moves = (
             f"stays at {old}"
@@ -425,7 +425,9 @@ def _signed(value: float) -> str:
     return "0.00" if text in ("+0.00", "−0.00") else text
 
 
-def in_words(intervention: Intervention, moved: int, routing: RoutingKind = "token_choice") -> str:
+def effect_in_words(
+    intervention: Intervention, moved: int, routing: RoutingKind = "token_choice"
+) -> str:
     """What was changed, as the start of a sentence; `moved` patch assignments were taken from their experts."""
     layer = "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
     assignments, one = f"{moved} patch assignment{'' if moved == 1 else 's'}", moved == 1

@@ -3,9 +3,9 @@
 images.csv   a row for each image of every split: scores, what the model says, its file, its doubles
 page.html    ranked lists, a map, tables of classes and experts; its images are in thumbs/, nothing is fetched elsewhere
 
-One pass opens each image once: its pixels are measured (`look_at`), and the run's own model says what it sees. Then
-near-duplicates are looked for (`nearest_by_hash`, `nearest_by_features`). Numbers lie in arrays with a row per image,
-the splits one after the other; nothing else is kept of an image.
+One pass opens each image once: its pixels are measured (`image_measures`), and the run's own model says what it sees.
+Then near-duplicates are looked for (`nearest_by_hash`, `nearest_by_features`). Numbers lie in arrays with a row per
+image, the splits one after the other; nothing else is kept of an image.
 
 The page ranks and judges nothing: how many of the first are bad depends on the data. What a person decides there is
 saved by the browser as decisions.csv, which `moevision data prune --by decisions` and `fit --data.relabel` read. The
@@ -50,7 +50,7 @@ from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.data.images import BadImageError, full_size
 from moevision.data.scores import FILE, SCORES, Scores
 from moevision.data.transforms import square_pixels
-from moevision.errors import UserError, csv_name, json_text, shown
+from moevision.errors import UserError, escape_controls, escape_csv_cell, json_text
 from moevision.files import csv_text, refuse_foreign, write_text_atomic
 from moevision.layers.routing import evaluating
 from moevision.limits import usable_cores
@@ -71,7 +71,7 @@ _GREY = 0.01  # mean difference of channels, 0 to 1: below it an image has no co
 _FEW = 0.5  # grey images stand out where at most this share is grey
 
 
-def score(
+def score_run(
     run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, command: str = ""
 ) -> Json:
     """Find out everything about the images of a run, and write the table and the page to `out`.
@@ -91,13 +91,13 @@ def score(
         known = examine(images, scores, model, lambda done: bar.update(task, advance=done))
     facts = page_facts(images, known, show)
     facts |= {
-        "title": f"The images of {shown(run_dir.resolve().name)}",
+        "title": f"The images of {escape_controls(run_dir.resolve().name)}",
         "command": command,
         "quick": quick,
     }
     facts |= {
         "explorer": EXPLORER,
-        "explorer_command": f"moevision demo {shell_word(shown(str(run_dir)))}",
+        "explorer_command": f"moevision demo {shell_word(escape_controls(str(run_dir)))}",
     }
     facts |= {"version": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
@@ -132,7 +132,7 @@ _FLAT: Final = (
 )
 
 
-def look_at(image: Image.Image) -> Array:
+def image_measures(image: Image.Image) -> Array:
     """Measure an RGB image, perhaps decoded at a reduced size by `safe_open`; a 0-d array of `LOOK`.
 
     All but the size is measured at a short side of at most `SIDE`, so that photos of different cameras compare;
@@ -418,7 +418,7 @@ def images_of(run_dir: Path) -> RunImages:
 
 
 @dataclass
-class Known:
+class ImageFacts:
     """What is known of n images."""
 
     look: Array  # [n] of `LOOK`
@@ -457,15 +457,16 @@ def examine(
     scores: Scores,
     model: SavedModel | None,
     advance: Callable[[int], None] = lambda _: None,
-) -> Known:
+) -> ImageFacts:
     """Find out everything about the images of a run, with the scores of its training images.
 
     A model of None leaves the pass over the images out. `advance` is told how many images were looked at since the last
     call.
     """
-    n, row_of = len(images), {csv_name(name): row for row, name in enumerate(scores.images)}
+    n, row_of = len(images), {escape_csv_cell(name): row for row, name in enumerate(scores.images)}
     row = np.array(
-        [row_of.get(csv_name(sample.sample_id), -1) for sample in images.samples["train"]], np.int64
+        [row_of.get(escape_csv_cell(sample.sample_id), -1) for sample in images.samples["train"]],
+        np.int64,
     )
     there = row >= 0
     if not there.any():
@@ -484,7 +485,7 @@ def examine(
     if experts:
         unlike = class_doubt(np.concatenate(list(experts.values()), 1), labels)
         alike = nearest_by_experts(list(experts.values()), labels)
-    known = Known(
+    known = ImageFacts(
         np.zeros(n, LOOK),
         np.full(n, -1),
         np.full(n, np.nan, np.float32),
@@ -509,7 +510,7 @@ def examine(
             image = images.collection.open(sample, max(SIDE, side))
         except BadImageError as error:
             return error.reason
-        return look_at(image), square_pixels(image, side, model.framing)
+        return image_measures(image), square_pixels(image, side, model.framing)
 
     with (
         ThreadPoolExecutor(min(16, usable_cores())) as pool,
@@ -573,7 +574,7 @@ class ScoreList:
     def first(self, scores: Mapping[str, Floats], count: int, among: Flags | None = None) -> Ints:
         """At most `count` rows of `scores`, score -> [m], in order; images without the score are in no list."""
         values = scores[self.score]
-        return lowest(-values if self.highest else values, count, among)
+        return lowest_rows(-values if self.highest else values, count, among)
 
     def value(self, scores: Mapping[str, Floats], row: int) -> str:
         """What is said of one image."""
@@ -624,7 +625,7 @@ SCORE_LISTS: Final = {
 }
 
 
-def lowest(values: Array, count: int, among: Flags | None = None) -> Ints:
+def lowest_rows(values: Array, count: int, among: Flags | None = None) -> Ints:
     """Rows of the lowest finite values [m], lowest first; of equal ones the first."""
     rows = np.flatnonzero(np.isfinite(values) if among is None else among & np.isfinite(values))
     near = rows[np.argpartition(values[rows], count - 1)[:count]] if len(rows) > count else rows
@@ -633,13 +634,13 @@ def lowest(values: Array, count: int, among: Flags | None = None) -> Ints:
 
 def image_id(split: str, name: str) -> str:
     """By what the explorer knows an image of a run; `name` is its sample id, or that as a file of the run has it."""
-    return f"{split}/{csv_name(name)}"
+    return f"{split}/{escape_csv_cell(name)}"
 
 
 # ---- the table
 
 
-def _table(images: RunImages, known: Known) -> Iterator[str]:
+def _table(images: RunImages, known: ImageFacts) -> Iterator[str]:
     """images.csv, line by line."""
     look, read = known.look, known.look["read"]
     (hash_twin, hash_leak), (feature_twin, _) = known.by_hash, known.by_features
@@ -657,22 +658,26 @@ def _table(images: RunImages, known: Known) -> Iterator[str]:
         return numbers(np.where(read, look[name], np.nan), form)
 
     def twins(other: Ints) -> Iterator[str]:
-        return (csv_name(images.all[index].sample_id) if index >= 0 else "" for index in other)
+        return (
+            escape_csv_cell(images.all[index].sample_id) if index >= 0 else "" for index in other
+        )
 
     columns: dict[str, Iterable[Any]] = {
         "split": (split for split, _ in images.each()),
-        "image": (csv_name(sample.sample_id) for sample in images.all),
-        "label": (csv_name(names[sample.label]) for sample in images.all),
+        "image": (escape_csv_cell(sample.sample_id) for sample in images.all),
+        "label": (escape_csv_cell(names[sample.label]) for sample in images.all),
         "visits": known.visits,
         **{name: numbers(known.scores[name]) for name in SCORES},
         "unlike_class": numbers(known.unlike_class),
-        "prediction": (csv_name(names[index]) if index >= 0 else "" for index in known.prediction),
+        "prediction": (
+            escape_csv_cell(names[index]) if index >= 0 else "" for index in known.prediction
+        ),
         "certainty": numbers(known.certainty),
         "margin": numbers(known.margin),
         "width": measured("width", ".0f"),
         "height": measured("height", ".0f"),
         **{name: measured(name) for name in ("sharpness", "brightness", "colour")},
-        "problem": (csv_name(known.problems.get(index, "")) for index in range(len(images))),
+        "problem": (escape_csv_cell(known.problems.get(index, "")) for index in range(len(images))),
         "hash_twin": twins(hash_twin.other),
         "hash_bits": numbers(hash_twin.distance, ".0f"),
         "feature_twin": twins(feature_twin.other),
@@ -705,24 +710,26 @@ class Ranked:
     about: str = ""  # what it is ranked by
 
 
-def page_facts(images: RunImages, known: Known, show: int) -> Json:
+def page_facts(images: RunImages, known: ImageFacts, show: int) -> Json:
     """Everything on the page but the thumbnails: plain numbers and words."""
     names = images.class_names
 
     def entry(index: int) -> Json:
         split, sample = images.place(index)
-        said = shown(names[known.prediction[index]]) if known.prediction[index] >= 0 else ""
+        said = (
+            escape_controls(names[known.prediction[index]]) if known.prediction[index] >= 0 else ""
+        )
         label = names[sample.label]
         return {
             "index": index,
             "split": split,
-            "image": shown(sample.sample_id),
-            "id": csv_name(sample.sample_id),
+            "image": escape_controls(sample.sample_id),
+            "id": escape_csv_cell(sample.sample_id),
             "link": f"{EXPLORER}/?{urlencode({'picture': image_id(split, sample.sample_id), 'tab': 'data'})}",
-            "label": shown(label),
-            "label_id": csv_name(label),
+            "label": escape_controls(label),
+            "label_id": escape_csv_cell(label),
             "prediction": said,
-            "prediction_id": csv_name(said),
+            "prediction_id": escape_csv_cell(said),
             "certainty": float(known.certainty[index]) if said else None,
         }
 
@@ -759,12 +766,12 @@ def page_facts(images: RunImages, known: Known, show: int) -> Json:
         "experts": expert_rows(images, known),
         "of_classes": told(of_classes(images, known)),
         "of_experts": told(of_experts(known)),
-        "class_names": list(map(shown, names)),
-        "class_ids": list(map(csv_name, names)),
+        "class_names": list(map(escape_controls, names)),
+        "class_ids": list(map(escape_csv_cell, names)),
     }
 
 
-def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
+def ranked_lists(known: ImageFacts, split: Ints, show: int) -> list[Ranked]:
     """The lists in the order of the page; those of what wasn't measured are empty."""
     look, read, alike = known.look, known.look["read"], known.by_experts
     grey = read & (look["colour"] < _GREY)
@@ -776,12 +783,14 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
         return Ranked(key, rows, lambda i: one.value(known.scores, i), None, one.title, one.about)
 
     def measured(key: str, name: str, words: str, among: Flags) -> Ranked:
-        return Ranked(key, lowest(look[name], show, among), lambda i: words.format(look[name][i]))
+        return Ranked(
+            key, lowest_rows(look[name], show, among), lambda i: words.format(look[name][i])
+        )
 
     def pairs(
         key: str, near: Nearest, value: Callable[[int], str], among: Flags | None = None
     ) -> Ranked:
-        rows = lowest(near.distance, 2 * show, among)
+        rows = lowest_rows(near.distance, 2 * show, among)
         pair = np.sort(np.stack([rows, near.other[rows]], 1), 1)
         _, first = np.unique(
             pair, axis=0, return_index=True
@@ -808,14 +817,14 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
         scored("doubtful"),
         Ranked(
             "contradicted",
-            lowest(known.margin, show, split == 0),
+            lowest_rows(known.margin, show, split == 0),
             lambda i: f"margin {known.margin[i]:.2f}",
         ),
         scored("hardest"),
         scored("unsteady"),
         Ranked(
             "experts",
-            lowest(-known.unlike_class, show),
+            lowest_rows(-known.unlike_class, show),
             lambda i: f"−ln p {known.unlike_class[i]:.2f}",
         ),
         scored("easiest"),
@@ -826,7 +835,7 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
         measured("dark", "brightness", "brightness {:.2f}", read),
         Ranked(
             "odd",
-            lowest(-odd, show, odd > 0),
+            lowest_rows(-odd, show, odd > 0),
             lambda i: f"{look['width'][i]} × {look['height'][i]} px",
         ),
         measured("grey", "colour", "colour {:.3f}", grey & (grey.sum() <= _FEW * read.sum())),
@@ -864,7 +873,7 @@ def _mean_by(labels: Ints, values: Array, classes: int) -> Floats:
     return means
 
 
-def class_rows(images: RunImages, known: Known) -> list[Json]:
+def class_rows(images: RunImages, known: ImageFacts) -> list[Json]:
     """A row for each class, the least certain first."""
     m, names, classes = len(known.visits), images.class_names, len(images.class_names)
     labels, predicted = images.labels[:m], known.prediction[:m]
@@ -880,13 +889,13 @@ def class_rows(images: RunImages, known: Known) -> list[Json]:
         taken[label] = max(taken.get(label, (0, 0)), (times, guess))
     rows = [
         {
-            "name": shown(name),
+            "name": escape_controls(name),
             "images": count,
             **{
                 key: None if math.isnan(values[label]) else values[label]
                 for key, values in means.items()
             },
-            "taken_for": shown(names[taken[label][1]]) if label in taken else "",
+            "taken_for": escape_controls(names[taken[label][1]]) if label in taken else "",
             "times": taken.get(label, (0, 0))[0],
         }
         for label, (name, count) in enumerate(
@@ -898,7 +907,7 @@ def class_rows(images: RunImages, known: Known) -> list[Json]:
     ]
 
 
-def expert_rows(images: RunImages, known: Known) -> list[Json]:
+def expert_rows(images: RunImages, known: ImageFacts) -> list[Json]:
     """A row for each expert: its share, how hard its images are beside those of the layer, and its main class."""
     m = len(known.visits)
     labels, classes = images.labels[:m], len(images.class_names)
@@ -922,26 +931,26 @@ def expert_rows(images: RunImages, known: Known) -> list[Json]:
                     "share": float(total[expert] / weight.sum()),
                     "images": float(total[expert]),
                     **means,
-                    "class": shown(images.class_names[most]),
+                    "class": escape_controls(images.class_names[most]),
                     "of_class": float(by_class[most] / total[expert]),
                 }
             )
     return found[:_MOST_ROWS]
 
 
-def of_classes(images: RunImages, known: Known) -> list[Ranked]:
+def of_classes(images: RunImages, known: ImageFacts) -> list[Ranked]:
     """For each class, the least certain first, the images whose label the others speak against most."""
     labels, m = images.labels, len(known.visits)
     mean = _mean_by(labels[:m], known.scores["p_mean"], len(images.class_names))
     margin, found = SCORE_LISTS["doubtful"], []
-    for label in lowest(mean, _MOST_GROUPS).tolist():
+    for label in lowest_rows(mean, _MOST_GROUPS).tolist():
         rows = margin.first(known.scores, _OF_EACH, labels[:m] == label)
-        title = shown(images.class_names[label])
+        title = escape_controls(images.class_names[label])
         found.append(Ranked("", rows, lambda i: margin.value(known.scores, i), title=title))
     return [each for each in found if len(each.rows)]
 
 
-def of_experts(known: Known) -> list[Ranked]:
+def of_experts(known: ImageFacts) -> list[Ranked]:
     """For each expert, those with the least work first, the images of which it computed the largest part."""
 
     def part_of(shares: Floats) -> Callable[[int], str]:
@@ -956,7 +965,7 @@ def of_experts(known: Known) -> list[Ranked]:
         for expert, times in enumerate(work.tolist()):
             little = ", little work" if times < _LITTLE else ""
             title = f"L{block}.E{expert}: {times:.2f} of an even share{little}"
-            rows = lowest(-shares[:, expert], _OF_EACH, shares[:, expert] > 0)
+            rows = lowest_rows(-shares[:, expert], _OF_EACH, shares[:, expert] > 0)
             found.append((times, Ranked("", rows, part_of(shares[:, expert]), title=title)))
     found.sort(key=lambda each: each[0])
     return [each for _, each in found[:_MOST_GROUPS]]
@@ -984,7 +993,7 @@ class Thumbnails:
         return {"src": f"{self.folder.name}/{name}"}
 
 
-def doubts(known: Known, labels: Ints) -> list[str]:
+def doubts(known: ImageFacts, labels: Ints) -> list[str]:
     """Why the lists may be noise: a model that is often wrong, or scores of few looks at each image."""
     told = []
     asked = known.prediction >= 0

@@ -29,7 +29,7 @@ from moevision.data.open import open_collection
 from moevision.data.splits import Cut, is_copy, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
-from moevision.errors import DataWarning, UserError, name_bytes, shown
+from moevision.errors import DataWarning, UserError, escape_controls, name_bytes
 from moevision.files import newest_config
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_yaml
@@ -159,7 +159,7 @@ def _from_collection(
     for sentence in [*collection.notes, *sentences]:
         warnings.warn(sentence, DataWarning, stacklevel=4)
     of_files = isinstance(collection, FileCollection)
-    what = shown(Path(data).expanduser().resolve().name) if of_files else data
+    what = escape_controls(Path(data).expanduser().resolve().name) if of_files else data
     which = "all images" if split == "all" else f"{split} set"
     name = f"{what}, {which}, seed {seed}"
     return Collected(collection, samples, image_size, tuple(class_names), name, framing)
@@ -262,7 +262,7 @@ class FromDataset(PictureSet):
                 f"class {label}"
                 for label in range(1 + max(map(self._label, range(self._size)), default=-1))
             ]
-        self.class_names: tuple[str, ...] = tuple(shown(str(name)) for name in names)
+        self.class_names: tuple[str, ...] = tuple(escape_controls(str(name)) for name in names)
 
     def __len__(self) -> int:
         return self._size
@@ -379,11 +379,11 @@ def labels_in(
     -1: the model has no such class. The data keeps its own names where the model knows none of them, or has no names
     (None). Case and underscores count only where two classes of the data, or of the model, differ in nothing else.
     """
-    exact = {shown(name): number for number, name in enumerate(wanted or ())}
+    exact = {escape_controls(name): number for number, name in enumerate(wanted or ())}
     folded = {_plain(name): number for number, name in enumerate(wanted or ())}
     count, own_count = Counter(map(_plain, wanted or ())), Counter(map(_plain, own))
     loose = {name: number for name, number in folded.items() if count[name] == own_count[name] == 1}
-    numbers = [exact.get(shown(name), loose.get(_plain(name), -1)) for name in own]
+    numbers = [exact.get(escape_controls(name), loose.get(_plain(name), -1)) for name in own]
     if wanted is None or all(number < 0 for number in numbers):
         return own, list(range(len(own)))
     strangers = [name for name, number in zip(own, numbers, strict=True) if number < 0]
@@ -398,7 +398,7 @@ def labels_in(
 
 
 def _plain(name: str) -> str:
-    return shown(name).casefold().replace("_", " ")
+    return escape_controls(name).casefold().replace("_", " ")
 
 
 def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:

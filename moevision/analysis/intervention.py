@@ -249,12 +249,15 @@ def intervene(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
         if not interventions:
             yield
             return
-        with edited(model, interventions[0].edits(model)), intervene(model, *interventions[1:]):
+        with (
+            apply_edits(model, interventions[0].edits(model)),
+            intervene(model, *interventions[1:]),
+        ):
             yield
 
 
 @contextmanager
-def edited(model: nn.Module, edits: Mapping[MoEMlp, Edit]) -> Iterator[None]:
+def apply_edits(model: nn.Module, edits: Mapping[MoEMlp, Edit]) -> Iterator[None]:
     """Apply an edit of one's own to the decisions (`Decision`) of some MoE layers of `model` inside the scope."""
     with routing_lock(model):
         outer = {layer: layer.intervention for layer in edits}
@@ -269,14 +272,14 @@ def edited(model: nn.Module, edits: Mapping[MoEMlp, Edit]) -> Iterator[None]:
                 layer.intervention = intervention
 
 
-def each_alone(model: nn.Module) -> AbstractContextManager[None]:
+def per_image_capacity(model: nn.Module) -> AbstractContextManager[None]:
     """A scope in which rows don't share a capacity that the model shares over its batch: they are one image's."""
     shared = [
         layer
         for layer in moe_layers(model)
         if (own := Capacity.own(layer.router)) and own.whole_batch
     ]
-    return edited(model, dict.fromkeys(shared, Ranking.apart))
+    return apply_edits(model, dict.fromkeys(shared, Ranking.apart))
 
 
 def run_repeated(model: nn.Module, x: Tensor, rows: Tensor, first: MoEMlp) -> Tensor:

@@ -38,7 +38,7 @@ from moevision.analysis.images import PictureSet, patch_crop
 from moevision.analysis.information import Flags, Floats, Pixels
 from moevision.analysis.readings import Load
 from moevision.analysis.trace import LayerTrace, RoutingTrace
-from moevision.errors import shown
+from moevision.errors import escape_controls
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.words import percent
 
@@ -105,7 +105,7 @@ def figure_png(figure: Figure, dots_per_inch: float | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def heading(figure: Figure, text: str, note: str = "") -> None:
+def figure_heading(figure: Figure, text: str, note: str = "") -> None:
     """What the figure shows, in bold, and below it in grey how to read it, on room that is added above the figure.
 
     Lines are broken to the figure's width. Call it once, after the figure has its size.
@@ -113,8 +113,8 @@ def heading(figure: Figure, text: str, note: str = "") -> None:
     width, height = figure.get_size_inches()
     # A longer line than a page's is hard to read. At a notebook's resolution letters are up to 7.3 % wider than drawn.
     measure = (min(width, PAGE_INCHES) - 0.15) / 1.075
-    bold = wrap(text, measure, FontProperties(size=LARGE, weight="bold"))
-    plain = wrap(note, measure, FontProperties(size=NORMAL - 0.5))
+    bold = wrap_text(text, measure, FontProperties(size=LARGE, weight="bold"))
+    plain = wrap_text(note, measure, FontProperties(size=NORMAL - 0.5))
     room = 0.1 + _LINE_INCHES * (len(bold) + len(plain))
     figure.set_size_inches(width, height + room)
     figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + room)))  # type: ignore[union-attr, call-arg]
@@ -134,7 +134,7 @@ def heading(figure: Figure, text: str, note: str = "") -> None:
         )
 
 
-def wrap(text: str, width_inches: float, font: FontProperties) -> list[str]:
+def wrap_text(text: str, width_inches: float, font: FontProperties) -> list[str]:
     """Lines of at most `width_inches` in this font (a longer word stands alone); none for an empty text."""
     lines: list[str] = []
     for word in text.split():
@@ -154,7 +154,7 @@ def panel_title(axes: Axes, text: str, note: str = "") -> None:
         axes.set_title(note, loc="right", fontsize=SMALL, color=SOFT, pad=4)
 
 
-def calm(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
+def quiet_axes(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
     """Light grid, no box, quiet ticks: the data is the darkest thing in the figure."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
@@ -163,13 +163,13 @@ def calm(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
     axes.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
 
 
-def bare(axes: Axes) -> None:
+def hide_axes(axes: Axes) -> None:
     """No ticks and no box, for images and maps."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def put(
+def add_text(
     axes: Axes, x: float, y: float, text: str, ink: str, size: float = SMALL, **style: Any
 ) -> None:
     """A word or number whose middle is at (x, y)."""
@@ -290,13 +290,13 @@ def plot_load(
     title = (
         "How busy each expert is" if set(kinds) != {"soft"} else "How much comes from each expert"
     )
-    heading(figure, title, " ".join(note))
+    figure_heading(figure, title, " ".join(note))
     return figure
 
 
 def _draw_load(axes: Axes, load: Floats, wanted: Floats, highest: float) -> None:
     experts, total = len(load), wanted.sum()
-    calm(axes)
+    quiet_axes(axes)
     colours = expert_colours(experts)
     axes.bar(
         range(experts),
@@ -378,7 +378,7 @@ def plot_class_experts(
     # Without the load two busy experts and two classes look like specialization.
     overall = (shares - above).mean(0)  # [E]
     load = Load(overall / overall.sum(), shares).words
-    heading(
+    figure_heading(
         figure,
         f"{layer_name}: which classes use which expert",
         f"{cells} {found}{shown} Load: {load}.",
@@ -410,7 +410,7 @@ def plot_part_experts(
     if kind != "token_choice":
         of, bracket = "what experts read of the part", "the part's share of all that they read"
     note = f"Cells: share of {of} (%); colour: against all patches. In brackets: {bracket}. Nothing is tested here."
-    heading(figure, f"{layer_name}: which parts go to which expert", note)
+    figure_heading(figure, f"{layer_name}: which parts go to which expert", note)
     return figure
 
 
@@ -438,7 +438,7 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
         for row, column in np.ndindex(rows, experts):
             colour = to_hex(BELOW_ABOVE(norm(above[row, column]))) if flags[row, column] else BLANK
             ink = ink_on(colour) if flags[row, column] else SOFT
-            put(axes, column, row, f"{100 * shares[row, column]:.{digits}f}", ink)
+            add_text(axes, column, row, f"{100 * shares[row, column]:.{digits}f}", ink)
     short = [
         name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names
     ]
@@ -515,7 +515,7 @@ def plot_effects(
         frameon=False,
         labelcolor=INK,
     )
-    heading(figure, "Without one expert", f"Change of the true class's logit; {what}.")
+    figure_heading(figure, "Without one expert", f"Change of the true class's logit; {what}.")
     return figure
 
 
@@ -523,7 +523,7 @@ def _draw_effects(
     axes: Axes, effect: Floats, control: Floats, class_names: Sequence[str], least: float
 ) -> None:
     """One layer; the class that changes most without an expert is named where it is `least` away from zero."""
-    calm(axes)
+    quiet_axes(axes)
     axes.axhline(0, color=RULE, linewidth=1.0)
     experts, classes = effect.shape
     spread = (
@@ -575,7 +575,7 @@ def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure
     figure = new_figure(side * columns, (side + 0.12) * rows)
     axes = figure.add_subplot(rows, columns, 1)
     axes.imshow(picture)
-    bare(axes)
+    hide_axes(axes)
     panel_title(axes, "image")
     for place, layer in enumerate(shown, start=2):
         axes = figure.add_subplot(rows, columns, place)
@@ -593,7 +593,7 @@ def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure
         text for kind, text in words.items() if any(each.kind == kind for each in shown)
     )
     note = f"{said} Equal colours in two layers are unrelated experts."
-    heading(figure, f"Where each patch goes: {verdict_on(trace, image)}", note)
+    figure_heading(figure, f"Where each patch goes: {verdict_on(trace, image)}", note)
     return figure
 
 
@@ -624,7 +624,7 @@ def _draw_experts(
     axes.imshow(pale, cmap="gray", vmin=0, vmax=1, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
     axes.imshow(overlay, interpolation="nearest")
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
-    bare(axes)
+    hide_axes(axes)
     axes.vlines(np.arange(columns - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.5)
     axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, color="white", linewidth=0.5)
     ground = (
@@ -638,7 +638,7 @@ def _draw_experts(
     size = float(np.clip(0.5 * points, 4.5, 8.5))
     for patch, (row, column) in enumerate(np.ndindex(rows, columns)):
         text = str(first[patch]) if kept[patch] else "·" if layer.kind == "expert_choice" else "×"
-        put(axes, column, row, text, ink_on(to_hex(shade[patch])), size)
+        add_text(axes, column, row, text, ink_on(to_hex(shade[patch])), size)
 
 
 def verdict_on(trace: RoutingTrace, image: int) -> str:
@@ -648,7 +648,7 @@ def verdict_on(trace: RoutingTrace, image: int) -> str:
     if guess >= 0:  # a model without a head predicts nothing
         names = trace.prediction_names or trace.class_names
         words.append(f"predicted {names[guess]} ({percent(trace.probabilities[image, guess], 0)})")
-    return ", ".join(words) or shown(trace.picture_names[image])
+    return ", ".join(words) or escape_controls(trace.picture_names[image])
 
 
 def plot_gallery(
@@ -671,7 +671,7 @@ def plot_gallery(
     figure = new_figure(PAGE_INCHES, PAGE_INCHES / units * (1.06 * len(shown) + 0.55))
     axes = figure.add_subplot()
     axes.set(xlim=(0, units), ylim=(1.06 * len(shown), -0.5), aspect="equal")
-    bare(axes)
+    hide_axes(axes)
     soft = routing.kind == "soft"
     for left, name in (
         (_NAME, "read most" if soft else "largest gate weight"),
@@ -699,17 +699,17 @@ def plot_gallery(
     )
     share_of = "the weight that patches take" if soft else "choices"
     note = f"Left: at most one per image. Right: {drawn}. Under the number: its share of {share_of}.{fewer}"
-    heading(figure, f"{routing.name}: what each expert gets", note)
+    figure_heading(figure, f"{routing.name}: what each expert gets", note)
     return figure
 
 
 def _draw_row(axes: Axes, gallery: ExpertGallery, row: int, share: float, num_experts: int) -> None:
     """The expert's chip, and a word where nothing is routed to it."""
     y, colour = 1.06 * row, expert_colour(gallery.expert, num_experts)
-    put(
+    add_text(
         axes, 0.65, y + 0.34, str(gallery.expert), ink_on(colour), SMALL + 1, bbox=chip(colour, 0.3)
     )
-    put(axes, 0.65, y + 0.83, percent(share), SOFT, SMALL - 0.5)
+    add_text(axes, 0.65, y + 0.83, percent(share), SOFT, SMALL - 0.5)
     if not gallery.top:
         width = axes.get_xlim()[1] - _NAME
         axes.add_patch(Rectangle((_NAME, y + 0.02), width, 0.96, facecolor=BLANK, edgecolor="none"))

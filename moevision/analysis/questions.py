@@ -51,12 +51,12 @@ from moevision.analysis.readings import (
     Recording,
     Run,
     counts_of,
-    listed,
+    join_words,
     load_of,
+    measure_layer,
     paired_interval,
+    range_words,
     ratio_interval,
-    read_layer,
-    span,
 )
 from moevision.errors import UserError
 from moevision.words import percent, signed
@@ -174,7 +174,7 @@ def three_questions(
     found = []
     for place, layer in enumerate(recording.layers):
         options = {"permutations": permutations, "cluster_seeds": cluster_seeds, "seed": seed}
-        own, *others = (read_layer(each, place, **options) for each in (recording, *seeds))
+        own, *others = (measure_layer(each, place, **options) for each in (recording, *seeds))
         swap = why = None
         if recording.run is None or not layer.tokens_choose:
             why = (
@@ -211,7 +211,7 @@ def three_questions(
     return found
 
 
-def headline(layers: Sequence[LayerAnswers]) -> list[Answer]:
+def summary_lines(layers: Sequence[LayerAnswers]) -> list[Answer]:
     """One answer to each question about a whole model: the strongest of its layers, which are named."""
     found = []
     for place, question in enumerate(LEADS):
@@ -229,7 +229,7 @@ def headline(layers: Sequence[LayerAnswers]) -> list[Answer]:
             if len(layers) == 1
             else f"{names[-1]}: "
             if len(names) == 1
-            else f"{listed(names)}; {names[-1]}: "
+            else f"{join_words(names)}; {names[-1]}: "
         )
         if len(names) < len(layers) and best in (YES, A_LITTLE_WORD):
             where = f"{len(names)} of {len(layers)} layers, each tested at 5 %; {where}"
@@ -237,7 +237,7 @@ def headline(layers: Sequence[LayerAnswers]) -> list[Answer]:
     return found
 
 
-def plainly(answers: Sequence[Answer]) -> str:
+def plain_answer(answers: Sequence[Answer]) -> str:
     """The answers without a number, the clearest first.
 
     Examples:
@@ -252,7 +252,7 @@ def plainly(answers: Sequence[Answer]) -> str:
         elif word == YES:
             told += [f"{lead}." for lead in leads]
         elif leads:
-            clauses = listed([f"that {lead[0].lower()}{lead[1:]}" for lead in leads])
+            clauses = join_words([f"that {lead[0].lower()}{lead[1:]}" for lead in leads])
             told.append(f"{word[0].upper()}{word[1:]}: {clauses}.")
     return " ".join(told)
 
@@ -416,9 +416,9 @@ def _control_words(name: str, controls: Controls) -> str:
     guess = [reading.guess.value for reading in of if reading.unit == "patch"]
     own, own_image = controls.same[name]
     return (
-        f"{_CONTROLS[name][0]}: {span(bits)} bits (router {signed(own.bits.value)}), guess right "
-        f"{span(guess, percent)} (router {percent(own.guess.value)}); histogram of the image {span(image)} bits on "
-        f"held-out images (router {signed(own_image.bits.value)})."
+        f"{_CONTROLS[name][0]}: {range_words(bits)} bits (router {signed(own.bits.value)}), guess right "
+        f"{range_words(guess, percent)} (router {percent(own.guess.value)}); histogram of the image "
+        f"{range_words(image)} bits on held-out images (router {signed(own_image.bits.value)})."
     )
 
 

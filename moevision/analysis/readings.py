@@ -49,9 +49,9 @@ from moevision.analysis.information import (
     students_quantile,
 )
 from moevision.analysis.intervention import (
-    each_alone,
-    edited,
+    apply_edits,
     numbered_layers,
+    per_image_capacity,
     refusal,
     run_repeated,
 )
@@ -302,7 +302,7 @@ def forced_logits(
     The first `prefix` tokens stay where they are. `run` stands for `net`.
     """
     wanted = torch.from_numpy(experts.astype(np.int64)).to(inputs.device)
-    with each_alone(net), edited(net, {layer: methodcaller("choose", wanted, prefix)}):
+    with per_image_capacity(net), apply_edits(net, {layer: methodcaller("choose", wanted, prefix)}):
         logits: Floats = (run or net)(inputs).float().cpu().numpy()
     return logits
 
@@ -631,7 +631,7 @@ class LayerReadings:
     )  # what a probe tells, or without one what so many experts could tell at most
 
 
-def read_layer(
+def measure_layer(
     recording: Recording, place: int, *, permutations: int, cluster_seeds: int, seed: int
 ) -> LayerReadings:
     """Read one layer of one training; the arguments are those of `three_questions`."""
@@ -967,12 +967,12 @@ def cluster_choices(layer: RecordedLayer, seeds: int, seed: int = 0) -> list[Ass
     return found
 
 
-def span(values: Sequence[float], form: Callable[[float], str] = signed) -> str:
+def range_words(values: Sequence[float], form: Callable[[float], str] = signed) -> str:
     """`0.123 to 0.456`; one number where both are the same."""
     low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low} to {high}"
 
 
-def listed(words: Sequence[str]) -> str:
+def join_words(words: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

@@ -60,10 +60,16 @@ from moevision.analysis.images import (
 )
 from moevision.analysis.information import Floats, Json, Pixels, as_json
 from moevision.analysis.intervention import Intervention
-from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
+from moevision.analysis.questions import LayerAnswers, plain_answer, summary_lines, three_questions
 from moevision.analysis.readings import measure_baselines, recording_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
-from moevision.errors import AT_LEAST_0, UserError, check_ranges, refuse_equal_seeds, shown
+from moevision.errors import (
+    AT_LEAST_0,
+    UserError,
+    check_ranges,
+    escape_controls,
+    refuse_equal_seeds,
+)
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from moevision.layers import LayerLoad, moe_layers
 from moevision.layers.routing import Kind as RoutingKind
@@ -144,7 +150,10 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
             f"{settings.model} doesn't say what it was trained on: give --data a folder with one subfolder per class, "
             "or a dataset's name such as synthetic_pets."
         )
-    titles = {address: shown(model_title(address)) for address in (settings.model, *settings.seeds)}
+    titles = {
+        address: escape_controls(model_title(address))
+        for address in (settings.model, *settings.seeds)
+    }
     others = [(titles[address], load_model(address)) for address in settings.seeds]
     before = None if settings.before is None else load_model(settings.before)
     folder = claim_folder(settings.out)
@@ -179,7 +188,7 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
                 "seed": settings.seed,
                 "quick": settings.quick,
                 "seeds": [titles[address] for address in settings.seeds],
-                "before": settings.before and shown(model_title(settings.before)),
+                "before": settings.before and escape_controls(model_title(settings.before)),
             },
             "model": model_numbers(trace, settings.model, model.image_size),
             "data": data_numbers(trace),
@@ -245,8 +254,8 @@ class Results:
     effects: Json  # from `measure_effects`
 
     def to_json(self, trace: RoutingTrace) -> Json:
-        """Every number, and the answers that follow from them; `headline` is all three in one."""
-        answers = headline(self.questions)
+        """Every number, and the answers that follow from them; `summary_lines` is all three in one."""
+        answers = summary_lines(self.questions)
         layers = [
             {
                 "layer": layer.layer,
@@ -259,7 +268,7 @@ class Results:
         why = self.effects["why"]
         return {
             "verdict": {
-                "plain": plainly(answers),
+                "plain": plain_answer(answers),
                 "headline": " ".join(answer.sentence for answer in answers).removesuffix("."),
                 "answers": answers,
                 "layers": layers,
@@ -563,7 +572,10 @@ def live_views(
         for label in (trace.labels[index] for index, _ in asked)
     ]
     return [
-        (title, live(model, pictures.image(index), shown(trace.picture_names[index]), name))
+        (
+            title,
+            live(model, pictures.image(index), escape_controls(trace.picture_names[index]), name),
+        )
         for (index, title), name in zip(asked, names, strict=True)
     ]
 
@@ -704,7 +716,7 @@ def environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader([HERE / "templates", HERE.parent / "demo" / "assets"]),
         autoescape=True,
         finalize=lambda value: (
-            value if isinstance(value, Markup) else shown(str(value))
+            value if isinstance(value, Markup) else escape_controls(str(value))
         ),  # names from outside
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -27,7 +27,7 @@ import numpy as np
 from safetensors.numpy import load_file, save
 
 from moevision.analysis.information import Array, Flags, Floats, Ints
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.files import write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.layers.routing import RouteBy
@@ -312,7 +312,7 @@ class RoutingTrace:
             "class_names",
             "prediction_names",
         } & tuples.keys():  # an older trace has folder names as they are
-            tuples[name] = tuple(map(shown, tuples[name]))
+            tuples[name] = tuple(map(escape_controls, tuples[name]))
         return cls(layers=layers, **images, **tuples)
 
 

@@ -30,7 +30,7 @@ from scipy.stats import norm
 from moevision.commands.data import run_of
 from moevision.config import MORE, WRITTEN, flat
 from moevision.data.named import SYNTHETIC
-from moevision.errors import UserError, refuse_equal_seeds, shown
+from moevision.errors import UserError, escape_controls, refuse_equal_seeds
 from moevision.files import read_csv, refuse_foreign, write_json_atomic
 from moevision.models.safe_files import read_yaml
 from moevision.stats import (
@@ -67,11 +67,11 @@ def run(chosen: Namespace) -> None:
         refuse_foreign(chosen.json, _SCHEMA.encode(), "--json")
     runs = [read_run(address) for address in chosen.runs]
     check_test_images(runs)
-    found = compare(*sides(runs))
+    found = compare(*paired_runs(runs))
     _print(found, [run.name for run in runs if run not in [*found.a, *found.b]])
     if chosen.json is not None:
         write_json_atomic(chosen.json, facts(found))
-        print(f"Every number is in {shown(str(chosen.json))}")
+        print(f"Every number is in {escape_controls(str(chosen.json))}")
 
 
 # ---- the runs
@@ -167,7 +167,7 @@ def check_test_images(runs: Sequence[FinishedRun]) -> None:
             raise UserError(f"{where}: drawn images depend on --data.seed, which must be the same.")
 
 
-def sides(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
+def paired_runs(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
     """Two runs as they are; more, by their recipe, those with a seed that both recipes have, in its order."""
     if len(runs) == 2:
         return [runs[0]], [runs[1]]
@@ -283,7 +283,7 @@ def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
     )
 
 
-def told(found: Comparison) -> list[list[str]]:
+def comparison_text(found: Comparison) -> list[list[str]]:
     """Sentences on what was found, how sure it is and what the interval doesn't cover; and notes on the rest."""
     machines = sorted(
         {f"{run.summary.device}, {run.summary.precision}" for run in [*found.a, *found.b]}
@@ -308,17 +308,17 @@ def _print(found: Comparison, left_out: Sequence[str]) -> None:
     table = Table("", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
     for letter, side in (("A", found.a), ("B", found.b)):
         others = f" and {len(side) - 1} more" if side[1:] else ""
-        table.add_column(shown(f"{letter}: {side[0].name}{others}"), justify="right")
+        table.add_column(escape_controls(f"{letter}: {side[0].name}{others}"), justify="right")
     for row in _rows(found):
         table.add_row(*row)
     console.print(table, markup=False)
     if found.a[1:]:
         for one, other, pair in zip(found.a, found.b, found.by_seed, strict=True):
             say(
-                f"seed {one.summary.seed}: {shown(one.name)} − {shown(other.name)} = {points(pair.difference)} "
-                f"({points(pair.low)} to {points(pair.high)}, over images)"
+                f"seed {one.summary.seed}: {escape_controls(one.name)} − {escape_controls(other.name)} = "
+                f"{points(pair.difference)} ({points(pair.low)} to {points(pair.high)}, over images)"
             )
-    sentences, notes = told(found)
+    sentences, notes = comparison_text(found)
     for sentence in sentences:
         say(sentence)
     console.print()
@@ -328,7 +328,7 @@ def _print(found: Comparison, left_out: Sequence[str]) -> None:
         else []
     )
     for note in [*notes, *left]:
-        say(f"note: {shown(note)}")
+        say(f"note: {escape_controls(note)}")
 
 
 def _rows(found: Comparison) -> Iterator[tuple[str, str, str]]:
@@ -408,5 +408,5 @@ def facts(found: Comparison) -> dict[str, Any]:
         "a": [of_run(run) for run in found.a],
         "b": [of_run(run) for run in found.b],
         "differ_in": differing(found.a[0], found.b[0]),
-        **dict(zip(("sentences", "notes"), told(found), strict=True)),
+        **dict(zip(("sentences", "notes"), comparison_text(found), strict=True)),
     }

@@ -10,14 +10,14 @@ from moevision.data.scores import (
     FILE,
     LIST_HEAD,
     Scores,
+    choose_kept_images,
     class_shares,
-    decide,
     expert_shares,
     prune,
     shares_table,
-    starved,
+    starvation_warnings,
 )
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.files import refuse_foreign
 from moevision.words import shell_word
 
@@ -41,17 +41,19 @@ def run_of(address: str) -> Path:
 
 def write_page(chosen: Namespace) -> None:
     """`moevision data score RUN`: write the page and the table."""
-    from moevision.analysis.good_data import PAGE, TABLE, score
+    from moevision.analysis.good_data import PAGE, TABLE, score_run
 
     run_dir = run_of(chosen.run)
     out = chosen.out or run_dir / "data"
-    found = score(run_dir, out, show=chosen.show, quick=chosen.quick, command=chosen.command)
+    found = score_run(run_dir, out, show=chosen.show, quick=chosen.quick, command=chosen.command)
     counts = ", ".join(f"{count:,} {split}" for split, count in found["counts"].items())
     print(
         f"{counts} images"
         + ("" if chosen.quick else f", {found['unreadable']:,} of them unreadable")
     )
-    print(f"The page is {shown(str(out / PAGE))}; every number is in {shown(str(out / TABLE))}")
+    print(
+        f"The page is {escape_controls(str(out / PAGE))}; every number is in {escape_controls(str(out / TABLE))}"
+    )
 
 
 def write_list(chosen: Namespace) -> None:
@@ -70,7 +72,7 @@ def write_list(chosen: Namespace) -> None:
     run_dir = run_of(chosen.run)
     scores = Scores.read(run_dir / FILE)
     if decided:
-        kept, name = decide(scores, chosen.decisions), "keep-decisions.csv"
+        kept, name = choose_kept_images(scores, chosen.decisions), "keep-decisions.csv"
     else:
         hardest = _HARDEST if chosen.hardest is None else chosen.hardest
         kept = prune(scores, chosen.by, chosen.keep, hardest=hardest, seed=chosen.seed)
@@ -86,10 +88,12 @@ def write_list(chosen: Namespace) -> None:
     found = (class_shares(scores, kept), "class"), (expert_shares(scores, kept.keep), "expert")
     for shares, what in found:
         if shares:
-            print("\n".join([*map(shown, shares_table(shares, what)), ""]))
-    for sentence in (each for shares, what in found for each in starved(shares, what)):
-        print(f"warning: {shown(sentence)}")
-    print(f"{kept.keep.sum():,} of {len(kept.keep):,} training images are kept: {shown(str(out))}")
-    file = shell_word(shown(str(out)))
+            print("\n".join([*map(escape_controls, shares_table(shares, what)), ""]))
+    for sentence in (each for shares, what in found for each in starvation_warnings(shares, what)):
+        print(f"warning: {escape_controls(sentence)}")
+    print(
+        f"{kept.keep.sum():,} of {len(kept.keep):,} training images are kept: {escape_controls(str(out))}"
+    )
+    file = shell_word(escape_controls(str(out)))
     relabel = f" --data.relabel {file}" if kept.new_label or relabelled else ""
     print(f"train on them: the options of the run, a new --name, and --data.keep {file}{relabel}")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from moevision.demo.gate import AUTH, Serving, in_url
+from moevision.demo.gate import AUTH, Serving, host_in_url
 from moevision.errors import UserError
 from moevision.limits import usable_cores
 
@@ -124,7 +124,7 @@ def address_for_others(host: str, url: str) -> str:
     port = url.rstrip("/").rpartition(":")[2]
     if host in ("0.0.0.0", "::", ""):
         host = _own_address(socket.AF_INET6 if host == "::" else socket.AF_INET)
-    return f"http://{in_url(host)}:{port}/"
+    return f"http://{host_in_url(host)}:{port}/"
 
 
 def _own_address(family: socket.AddressFamily) -> str:

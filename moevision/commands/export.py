@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moevision.efficiency import measure_cost
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.layers import moe_layers
 from moevision.models.export import OPSET, TOLERANCE, Runner, export_onnx, load_exported
 from moevision.models.io import SavedModel
@@ -51,7 +51,7 @@ def run(chosen: Namespace) -> None:
             saved.image_size,
         )
         costs = [measure_cost(net, saved.image_size, backend=each) for each in ("loop", "dense")]
-    file = shown(str(out))
+    file = escape_controls(str(out))
     print(
         f"{file}: {report.size_bytes / 1e6:.1f} MB, {len(saved.class_names)} classes, {saved.image_size} px"
     )

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from moevision.efficiency import ModelCost, measure_cost
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.layers import describe_moe, moe_layers
 from moevision.models.convert import dense_twin, one_or_list
 from moevision.models.io import SavedModel, describe, load_model
@@ -49,7 +49,8 @@ def run(chosen: Namespace) -> None:
         return
     console = Console()
     console.print(
-        f"{shown(chosen.model)}: {facts['classes']} classes, {facts['image_size']} px", markup=False
+        f"{escape_controls(chosen.model)}: {facts['classes']} classes, {facts['image_size']} px",
+        markup=False,
     )
     console.print(facts["moe"])
     console.print(cost_table(facts["costs"]))
@@ -120,10 +121,14 @@ def analyze(chosen: Namespace) -> None:
     )
     numbers = report.analyze(settings, live=live_view)
     for answer in numbers["verdict"]["answers"]:
-        print(shown(answer["sentence"]))
+        print(escape_controls(answer["sentence"]))
     for layer in numbers["verdict"]["layers"]:
-        print("\n".join(f"  {shown(line)}" for line in [*layer["sentences"], *layer["numbers"]]))
-    print(f"The report is {shown(str(settings.out / 'report.html'))}")
+        print(
+            "\n".join(
+                f"  {escape_controls(line)}" for line in [*layer["sentences"], *layer["numbers"]]
+            )
+        )
+    print(f"The report is {escape_controls(str(settings.out / 'report.html'))}")
 
 
 def live_view(model: SavedModel, pixels: Any, name: str, label: str | None) -> str:

@@ -21,11 +21,11 @@ from rich.progress import track
 from moevision.data.folder import left_out, walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
-from moevision.errors import UserError, csv_name, json_text, shown
+from moevision.errors import UserError, escape_controls, escape_csv_cell, json_text
 from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic
 from moevision.models.io import SavedModel, best_device
-from moevision.models.strangers import linear_head, pooled
-from moevision.train.processes import tell
+from moevision.models.ood import linear_head, pooled
+from moevision.train.processes import print_rank0
 from moevision.train.resume import load_trained
 from moevision.words import loading
 
@@ -37,7 +37,7 @@ NPY_HEAD = b"('feature', '<f4', ("
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one image; a `distance` above 1 is that of a stranger (`moevision.models.strangers`)."""
+    """What a model says about one image; a `distance` above 1 is that of a stranger (`moevision.models.ood`)."""
 
     path: str
     classes: tuple[
@@ -151,13 +151,13 @@ def images_at(paths: Sequence[str]) -> Iterator[Path]:
             images = sorted(Path(file.path) for file in files if is_image_path(file.name))
             others = left_out(path, (file.name for file in files if not is_image_path(file.name)))
             if links["unreadable"]:
-                tell(
+                print_rank0(
                     f"warning: {links['unreadable']} folders in {path} can't be read, and were left out: permit it."
                 )
             if not images:
                 raise UserError("; ".join([f"{path} holds no image", *others]))
             if others:
-                tell(f"warning: {others[0]}")
+                print_rank0(f"warning: {others[0]}")
             yield from images
         elif path.exists():
             yield path
@@ -233,11 +233,11 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
         top5 = "; ".join(f"{name}={share}" for name, share in pairs)
         rows.append(
             (
-                csv_name(row.path),
-                csv_name(best),
+                escape_csv_cell(row.path),
+                escape_csv_cell(best),
                 probability,
-                csv_name(top5),
-                csv_name(row.error),
+                escape_csv_cell(top5),
+                escape_csv_cell(row.error),
                 distance,
             )
         )
@@ -246,7 +246,9 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
 
 def to_npy(predictions: Sequence[Prediction]) -> bytes:
     """Records `path` (text) and `feature` (float32 [D]) of the images that could be read, as an .npy file."""
-    read = [(shown(row.path), row.feature) for row in predictions if row.feature is not None]
+    read = [
+        (escape_controls(row.path), row.feature) for row in predictions if row.feature is not None
+    ]
     longest, width = max((len(path) for path, _ in read), default=1), len(read[0][1]) if read else 0
     file, kinds = io.BytesIO(), [("path", f"U{longest}"), ("feature", np.float32, (width,))]
     np.save(file, np.array(read, kinds), allow_pickle=False)

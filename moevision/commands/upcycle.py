@@ -21,11 +21,17 @@ from moevision.commands.info import cost_table
 from moevision.data import SyntheticPets
 from moevision.data.transforms import normalize
 from moevision.efficiency import measure_cost
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.files import sync_folder, temporary_for, write_json_atomic
-from moevision.models.convert import unread_layers
+from moevision.models.convert import layers_that_miss_classifier
 from moevision.models.io import SavedModel, describe, save_model
-from moevision.models.upcycle import START_IMAGES, load_dense, start_routers, step0_gap, upcycle
+from moevision.models.upcycle import (
+    START_IMAGES,
+    initial_output_difference,
+    load_dense,
+    start_routers,
+    upcycle,
+)
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.words import loading, shell_word
 
@@ -99,7 +105,7 @@ def run(chosen: Namespace) -> None:
     write_model(saved, out, record)
     console = Console(highlight=False)
     _print_upcycling(console, record)
-    if unread := unread_layers(saved.net):
+    if unread := layers_that_miss_classifier(saved.net):
         console.print(
             f"the classifier reads the class token alone, so the routes of patches in block {unread[-1]} change no "
             "answer: leave --layers out, or fine-tune with --model.arch.global_pool avg",
@@ -111,7 +117,7 @@ def run(chosen: Namespace) -> None:
         IMAGENET_DEFAULT_STD,
     ):  # what `fit` takes by itself
         command += f" --data.mean '{list(saved.mean)}' --data.std '{list(saved.std)}'"
-    console.print(f"\nnext: {shown(command)}", markup=False, soft_wrap=True)
+    console.print(f"\nnext: {escape_controls(command)}", markup=False, soft_wrap=True)
 
 
 def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
         "image_size": side,
         "classes": len(saved.class_names),
         "costs": {name: asdict(cost) for name, cost in costs.items()},
-        "step0_gap": asdict(step0_gap(dense, saved.net, images)),
+        "step0_gap": asdict(initial_output_difference(dense, saved.net, images)),
     }
 
 
@@ -139,9 +145,9 @@ def _print_upcycling(console: Console, record: dict[str, Any]) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     say(
-        f"{shown(record['source'])}: {record['classes']} classes, {record['image_size']} px; {config['num_experts']} "
-        f"experts of {config['expert_hidden']} hidden units, top_k {config['top_k']}, router {config['router']}, in "
-        f"blocks {', '.join(map(str, config['moe_layers']))}"
+        f"{escape_controls(record['source'])}: {record['classes']} classes, {record['image_size']} px; "
+        f"{config['num_experts']} experts of {config['expert_hidden']} hidden units, top_k {config['top_k']}, "
+        f"router {config['router']}, in blocks {', '.join(map(str, config['moe_layers']))}"
     )
     if "router_start" in record:
         shares = [max(each) * len(each) for each in record["router_start"]["shares"].values()]

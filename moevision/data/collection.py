@@ -26,7 +26,7 @@ from PIL import Image
 
 from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.synthetic import SyntheticPets
-from moevision.errors import UserError, csv_name, name_bytes, shown
+from moevision.errors import UserError, escape_controls, escape_csv_cell, name_bytes
 
 SPLITS: Final = ("train", "val", "test")
 SPLIT_NAMES: Final = {
@@ -224,13 +224,13 @@ def unreadable(path: str | Path, error: OSError) -> UserError:
 # ---- classes and splits, which are checked alike wherever they come from
 
 
-def words_of(class_folders: list[str]) -> list[str]:
+def readable_class_names(class_folders: list[str]) -> list[str]:
     """Class names in words: WordNet ids become their first lemma (n01440764 -> tench), others are shown names.
 
     Two ids with one lemma (ImageNet has two "crane"s) keep their id in brackets.
     """
     if not all(re.fullmatch(r"n\d{8}", name) for name in class_folders):
-        return list(map(shown, class_folders))
+        return list(map(escape_controls, class_folders))
     from timm.data import ImageNetInfo  # timm is needed for nothing else in this package
 
     info = ImageNetInfo("imagenet-22k")
@@ -248,7 +248,7 @@ def check_distinct(names: Iterable[str]) -> None:
     """Names must differ, also when they are written into a file."""
     known: dict[str, str] = {}
     for name in names:
-        written = unicodedata.normalize("NFC", csv_name(name))  # a Mac writes accents apart
+        written = unicodedata.normalize("NFC", escape_csv_cell(name))  # a Mac writes accents apart
         if (other := known.get(written)) is not None:
             raise UserError(
                 f"{other!r} and {name!r} look the same when they are written down: rename one of them"
@@ -298,7 +298,7 @@ def check_splits(given: Mapping[str, Sequence[Sample]], names: Sequence[str], wh
         )
 
 
-def in_turn(labels: Sequence[int]) -> list[int]:
+def interleave_by_class(labels: Sequence[int]) -> list[int]:
     """Indices of images of these classes, such that classes take turns."""
     of_class: dict[int, list[int]] = {}
     for index, label in enumerate(labels):

@@ -24,8 +24,8 @@ from moevision.data.collection import (
     check_same_classes,
     differ_in_case,
     file_identity,
+    readable_class_names,
     some_of,
-    words_of,
 )
 from moevision.data.images import is_image_path
 from moevision.errors import UserError
@@ -92,7 +92,7 @@ def read_folder(root: Path) -> FileCollection:
         notes.append(
             f"{links['unreadable']} folders in {root} can't be read, and their images were left out: permit it"
         )
-    return FileCollection(words_of(folders), samples, notes, root=root)
+    return FileCollection(readable_class_names(folders), samples, notes, root=root)
 
 
 def subfolders(folder: Path) -> list[Path]:

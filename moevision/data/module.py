@@ -56,9 +56,9 @@ from moevision.errors import (
     DataWarning,
     UserError,
     check_ranges,
-    csv_name,
+    escape_controls,
+    escape_csv_cell,
     name_bytes,
-    shown,
 )
 from moevision.files import csv_text, write_text_atomic
 
@@ -226,13 +226,13 @@ class ImageDataModule(Data, LightningDataModule):
             )
             for split, samples in splits.samples.items()
         }
-        notes = list(map(shown, [*collection.notes, *splits.warnings, *imbalance]))
+        notes = list(map(escape_controls, [*collection.notes, *splits.warnings, *imbalance]))
         bad = (
             self.run_dir / "bad_images.csv"
             if self.run_dir is not None and is_main_process()
             else None
         )
-        quarantine = Quarantine(splits.samples, self.max_bad_fraction, bad)
+        quarantine = UnreadableImages(splits.samples, self.max_bad_fraction, bad)
         return Contents(
             datasets,
             class_names,
@@ -354,7 +354,7 @@ class ImageDataModule(Data, LightningDataModule):
             lines.append(
                 f"warning: {len(bad)} of the images can't be used, the first ({split}) is {path}: {reason}"
             )
-        return "\n".join(map(shown, lines))
+        return "\n".join(map(escape_controls, lines))
 
     @property
     def _order_seed(self) -> int:
@@ -494,7 +494,7 @@ class Contents:
     counts: ClassCounts  # split -> class name -> number of images
     sentences: list[str]  # one sentence per split, how many images it has and where they come from
     warnings: list[str]  # sentences about what the user should know
-    quarantine: Quarantine  # the images that can't be used
+    quarantine: UnreadableImages  # the images that can't be used
     cache_mb: int  # decoded images are kept if all fit into so many MiB
 
     @cached_property
@@ -529,7 +529,7 @@ class Contents:
         return hashlib.sha256(name_bytes("".join(lines))).hexdigest()
 
 
-class Quarantine:
+class UnreadableImages:
     """Counts the bad images of a run once each, and stops it when they pass a share of a split."""
 
     def __init__(
@@ -557,7 +557,8 @@ class Quarantine:
         self._reasons = {**self._reasons, **new}
         if self.table is not None:
             rows = (
-                (csv_name(path), csv_name(reason), split) for path, reason, split in self.entries()
+                (escape_csv_cell(path), escape_csv_cell(reason), split)
+                for path, reason, split in self.entries()
             )
             write_text_atomic(self.table, csv_text(("path", "reason", "split"), rows))
         for split, count in Counter(split for split, _ in self._reasons).items():
@@ -602,7 +603,7 @@ def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int
     if not isinstance(weights, dict):
         return _with_mean_1(1 / counts, counts)
     weights = {
-        shown(str(name)): weight for name, weight in weights.items()
+        escape_controls(str(name)): weight for name, weight in weights.items()
     }  # YAML reads the class 7 as a number
     for name, weight in weights.items():
         if name not in train:

@@ -25,7 +25,7 @@ from moevision.data.collection import (
     access_advice,
 )
 from moevision.data.folder import read_folder
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.words import shell_word
 
 SYNTHETIC: Final = "synthetic_pets"
@@ -216,14 +216,16 @@ DATASET_NAMES: Final = tuple(NAMED)
 def terms_of(path: str) -> DataTerms:
     """What is certain about the data that `--data` names; of a path its last part, the rest may be private."""
     if path.startswith(HF):
-        name = shown(path.removeprefix(HF).partition(":")[0])
+        name = escape_controls(path.removeprefix(HF).partition(":")[0])
         return DataTerms(name, f"unknown: see https://huggingface.co/datasets/{name}", name)
     if path in NAMED:
         return NAMED[path]
     if path.lower().endswith(".csv"):
-        return DataTerms(f"own images (listed in “{shown(Path(path).name)}”)", UNKNOWN, "")
+        return DataTerms(
+            f"own images (listed in “{escape_controls(Path(path).name)}”)", UNKNOWN, ""
+        )
     return DataTerms(
-        f"own images (a folder called “{shown(Path(path).expanduser().resolve().name)}”)",
+        f"own images (a folder called “{escape_controls(Path(path).expanduser().resolve().name)}”)",
         UNKNOWN,
         "",
     )

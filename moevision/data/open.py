@@ -95,7 +95,7 @@ def count_images(path: str | Path) -> int:
     return sum(is_image_path(entry.name) for entry in walk(place))
 
 
-def holds(path: str, place: Path) -> bool:
+def contains_path(path: str, place: Path) -> bool:
     """Whether images at `place`, which needn't exist, belong to the folder of images at `path`."""
     root = Path(path).expanduser().resolve()
     if kind_of(path) != "folder" or not root.is_dir():

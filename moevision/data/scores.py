@@ -48,7 +48,7 @@ import torch
 
 from moevision.data.collection import Sample
 from moevision.data.splits import Splits
-from moevision.errors import UserError, csv_name, name_bytes
+from moevision.errors import UserError, escape_csv_cell, name_bytes
 from moevision.files import csv_text, read_csv, write_text_atomic
 
 Floats = npt.NDArray[np.float32]
@@ -194,7 +194,7 @@ class ScoreSums:
 class Scores:
     """The table: what training found about each of its n images, in the order of the split."""
 
-    images: list[str]  # stable sample ids; read from a file, as `csv_name` writes them
+    images: list[str]  # stable sample ids; read from a file, as `escape_csv_cell` writes them
     labels: list[str]  # the class of each in words
     visits: Ints  # [n], how often each was in an applied update
     scores: dict[str, Floats]  # name (`SCORES`) -> [n]; NaN without visits
@@ -213,8 +213,8 @@ class Scores:
         )
         rows = (
             [
-                csv_name(image),
-                csv_name(label),
+                escape_csv_cell(image),
+                escape_csv_cell(label),
                 visits,
                 *("" if x != x else f"{x:.5g}" for x in numbers.tolist()),
             ]
@@ -267,7 +267,7 @@ class Scores:
 
 
 @dataclass
-class Kept:
+class KeepMask:
     """What becomes of each of n images."""
 
     keep: npt.NDArray[np.bool_]  # [n]
@@ -292,7 +292,13 @@ class Kept:
                 value = "never learned" if np.isinf(self.value[row]) else f"{self.value[row]:.4g}"
                 reason = self.reasons[self.reason[row]].format(value=value, rank=self.rank[row])
                 keep = YES if self.keep[row] else NO
-                yield csv_name(scores.images[row]), csv_name(label), keep, csv_name(new), reason
+                yield (
+                    escape_csv_cell(scores.images[row]),
+                    escape_csv_cell(label),
+                    keep,
+                    escape_csv_cell(new),
+                    reason,
+                )
 
         try:
             write_text_atomic(path, csv_text(LIST_HEAD.split(","), rows()))
@@ -302,7 +308,9 @@ class Kept:
             ) from error
 
 
-def prune(scores: Scores, by: str, share: float, *, hardest: float = 0.1, seed: int = 0) -> Kept:
+def prune(
+    scores: Scores, by: str, share: float, *, hardest: float = 0.1, seed: int = 0
+) -> KeepMask:
     """Choose a share of the scored images to keep by a score (one of `METHODS`, but `decisions`).
 
     `hardest` is β of `ccs`, the seed that of what is drawn, and of ties.
@@ -321,7 +329,7 @@ def prune(scores: Scores, by: str, share: float, *, hardest: float = 0.1, seed: 
     draw = np.random.default_rng(seed).permutation(len(scored))
     # The last key decides first; equal values stand in the order of the draw.
     order = scored[np.lexsort((draw, -value[scored]))]
-    found = Kept(np.zeros(n, bool), np.zeros(n, np.int64), [], value, np.zeros(n, np.int64))
+    found = KeepMask(np.zeros(n, bool), np.zeros(n, np.int64), [], value, np.zeros(n, np.int64))
     if by == "ccs":
         chosen = _from_strata(found, order, count, hardest, seed)
     else:
@@ -347,7 +355,7 @@ def prune(scores: Scores, by: str, share: float, *, hardest: float = 0.1, seed: 
     return found
 
 
-def _from_strata(found: Kept, order: Ints, count: int, hardest: float, seed: int) -> Ints:
+def _from_strata(found: KeepMask, order: Ints, count: int, hardest: float, seed: int) -> Ints:
     """CCS: the images to keep, of those in `order`, by falling AUM; the reasons go into `found`."""
     aum, left = found.value, order[: len(order) - int(hardest * len(order))]
     if len(left) < count:
@@ -376,29 +384,29 @@ def _from_strata(found: Kept, order: Ints, count: int, hardest: float, seed: int
     return np.concatenate(list(drawn.values()))
 
 
-def decide(scores: Scores, path: Path) -> Kept:
+def choose_kept_images(scores: Scores, path: Path) -> KeepMask:
     """Choose by the decisions of a person, a CSV with the columns image, decision, new_label."""
-    classes = {csv_name(label) for label in scores.labels}
+    classes = {escape_csv_cell(label) for label in scores.labels}
 
     def decision(row: Mapping[str, str]) -> tuple[int, str]:
         if row[DECISION] not in DECISIONS:
             raise ValueError(
                 f"decision is {row[DECISION]!r} and must be one of {', '.join(DECISIONS)}"
             )
-        new = csv_name(row.get(NEW_LABEL, "")) if row[DECISION] == "relabel" else ""
+        new = escape_csv_cell(row.get(NEW_LABEL, "")) if row[DECISION] == "relabel" else ""
         if new not in classes and row[DECISION] == "relabel":
             raise ValueError(f"new_label is {new!r}, and the training images have no such class")
         return DECISIONS.index(row[DECISION]), new
 
     listed = read_list(path, DECISION, decision, "--decisions")
-    row_of = {csv_name(image): row for row, image in enumerate(scores.images)}
+    row_of = {escape_csv_cell(image): row for row, image in enumerate(scores.images)}
     if strange := len(listed.keys() - row_of.keys()):
         raise UserError(
             f"--decisions: {path} names {strange:,} images that the run wasn't trained on: give its own."
         )
     n = len(scores.images)
     reasons = ["decided: keep", "decided: wrong label", "decided: drop", "not decided"]
-    found = Kept(
+    found = KeepMask(
         np.ones(n, bool),
         np.full(n, len(DECISIONS)),
         reasons,
@@ -424,7 +432,7 @@ class Share(NamedTuple):
     after: float
 
 
-def class_shares(scores: Scores, kept: Kept) -> list[Share]:
+def class_shares(scores: Scores, kept: KeepMask) -> list[Share]:
     """Share of the images of each class, under the labels before and after."""
     names, numbers = np.unique([*scores.labels, *kept.new_label.values()], return_inverse=True)
     before = numbers[: len(scores.labels)]
@@ -457,7 +465,7 @@ def expert_shares(scores: Scores, keep: npt.NDArray[np.bool_]) -> list[Share]:
     return found
 
 
-def starved(shares: Sequence[Share], what: str) -> list[str]:
+def starvation_warnings(shares: Sequence[Share], what: str) -> list[str]:
     """A sentence for each whose share has fallen by more than half."""
     return [
         f"{what} {share.name} starves: its share falls from {share.before:.1%} to {share.after:.1%}"
@@ -486,7 +494,7 @@ def shares_table(shares: Sequence[Share], what: str) -> list[str]:
 def read_list(
     path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T], option: str
 ) -> dict[str, _T]:
-    """What a CSV says of each image, by its name as `csv_name` writes it.
+    """What a CSV says of each image, by its name as `escape_csv_cell` writes it.
 
     `column` is which it must have, besides `image` (`keep` may be absent); `meaning` of a row raises ValueError if it
     says nothing that can be used; `option` asked for it.
@@ -494,7 +502,7 @@ def read_list(
     found: dict[str, _T] = {}
     try:
         for line, row in enumerate(read_csv(path, {"image", column} - {KEEP}), start=2):
-            name = csv_name(row["image"])
+            name = escape_csv_cell(row["image"])
             if name in found:
                 raise ValueError(f"it lists {name!r} twice: keep one of the rows")
             try:
@@ -514,10 +522,10 @@ def apply_lists(
     splits: Splits, class_names: Sequence[str], keep: Path | None, relabel: Path | None
 ) -> Splits:
     """The split with the training images that the files choose under the labels that they give, as it was otherwise."""
-    number_of = {csv_name(name): number for number, name in enumerate(class_names)}
+    number_of = {escape_csv_cell(name): number for number, name in enumerate(class_names)}
 
     def new_label(row: Mapping[str, str]) -> int | None:
-        name = csv_name(row[NEW_LABEL])
+        name = escape_csv_cell(row[NEW_LABEL])
         if name and name not in number_of:
             raise ValueError(f"the data have no class {name!r} ({', '.join(list(number_of)[:8])})")
         return number_of.get(name)
@@ -575,7 +583,7 @@ def _of_training_images(
 ) -> list[_T | None]:
     """What the file says of each training image; None where it says nothing."""
     listed = read_list(path, column, meaning, option)
-    names = [csv_name(sample.sample_id) for sample in splits.samples["train"]]
+    names = [escape_csv_cell(sample.sample_id) for sample in splits.samples["train"]]
     known = set(names)
     if strangers := [name for name in listed if name not in known]:
         parts = {**splits.samples, "no split": splits.unused}
@@ -583,7 +591,7 @@ def _of_training_images(
             (
                 s
                 for s, part in parts.items()
-                if any(csv_name(e.sample_id) == strangers[0] for e in part)
+                if any(escape_csv_cell(e.sample_id) == strangers[0] for e in part)
             ),
             None,
         )

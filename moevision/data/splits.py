@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moevision.data.collection import SPLITS, Collection, Sample
-from moevision.errors import UserError, csv_name, name_bytes
+from moevision.errors import UserError, escape_csv_cell, name_bytes
 from moevision.files import csv_text, read_csv, write_text_atomic
 
 _UNUSED = "unused"  # known, and in no split
@@ -323,9 +323,9 @@ def _without_leaks(
 
 
 def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None:
-    """Write ``splits.csv`` (columns split, class, path) whole or not at all; names as `csv_name` has them."""
+    """Write ``splits.csv`` (columns split, class, path) whole or not at all; names as `escape_csv_cell` has them."""
     rows = (
-        (split, csv_name(class_names[sample.label]), csv_name(sample.sample_id))
+        (split, escape_csv_cell(class_names[sample.label]), escape_csv_cell(sample.sample_id))
         for split, samples in {**splits.samples, _UNUSED: splits.unused}.items()
         for sample in samples
     )
@@ -343,8 +343,8 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
     rows = _listed(path)
     current = _by_written_name(collection)
     listed = {row["class"] for row in rows}
-    class_names = [name for name in collection.class_names if csv_name(name) in listed]
-    label_of = {csv_name(name): label for label, name in enumerate(class_names)}
+    class_names = [name for name in collection.class_names if escape_csv_cell(name) in listed]
+    label_of = {escape_csv_cell(name): label for label, name in enumerate(class_names)}
     samples: dict[str, list[Sample]] = {
         split: [] for split in SPLITS if any(row["split"] == split for row in rows)
     }
@@ -362,7 +362,7 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
                 Sample(current[row["path"]].sample_id, label_of[row["class"]])
             )
     for split, members in samples.items():
-        lost = sorted(listed - {csv_name(class_names[sample.label]) for sample in members})
+        lost = sorted(listed - {escape_csv_cell(class_names[sample.label]) for sample in members})
         if lost:
             raise UserError(
                 f"{path} lists {split} images of the class {lost[0]!r} that are no longer there: bring them "
@@ -394,7 +394,9 @@ def _listed(path: Path) -> list[dict[str, str]]:
     ):
         raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
     # By the written names: a sample id may hold what no CSV file can. Older files hold names as they are.
-    return [{name: csv_name(row[name]) for name in ("split", "class", "path")} for row in rows]
+    return [
+        {name: escape_csv_cell(row[name]) for name in ("split", "class", "path")} for row in rows
+    ]
 
 
 def is_copy(
@@ -436,7 +438,7 @@ def _moved(
     """
     for row in rows:
         if row["split"] not in ("train", _UNUSED) and (sample := here.get(row["path"])) is not None:
-            now = csv_name(collection.class_names[sample.label])
+            now = escape_csv_cell(collection.class_names[sample.label])
             if now != row["class"]:
                 return row, now
     return None
@@ -444,5 +446,7 @@ def _moved(
 
 def _by_written_name(collection: Collection) -> dict[str, Sample]:
     return {
-        csv_name(sample.sample_id): sample for part in collection.given.values() for sample in part
+        escape_csv_cell(sample.sample_id): sample
+        for part in collection.given.values()
+        for sample in part
     }

@@ -33,11 +33,11 @@ from moevision.data.collection import (
     check_distinct,
     check_splits,
     differ_in_case,
-    words_of,
+    readable_class_names,
 )
 from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.named import HF, fetching
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 
 # Names of a table's columns with the image (a manifest: its path) and its label; None finds them.
 Columns = tuple[str | None, str | None]
@@ -114,7 +114,7 @@ def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
         if "all" in given and {cell.lower() for cell in cells.values()} <= SPLIT_NAMES.keys()
     ]
     return FileCollection(
-        words_of(names),
+        readable_class_names(names),
         given,
         notes,
         next(
@@ -262,7 +262,7 @@ def read_dataset(
         for split, table in given.items()
     }
     return ArrowCollection(
-        list(map(shown, names)), samples, notes, tables=tables, image_column=image
+        list(map(escape_controls, names)), samples, notes, tables=tables, image_column=image
     )
 
 

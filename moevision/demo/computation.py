@@ -1,7 +1,7 @@
 """How a layer computed each patch, in numbers: scores, what every chosen expert gave, their sum, the residual stream.
 
-`listen` is a scope around a forward pass. It keeps what the layers compute anyway (the experts' rows, the output, the
-residual stream before and after), so that the numbers cost norms and no second pass.
+`capture_activations` is a scope around a forward pass. It keeps what the layers compute anyway (the experts' rows, the
+output, the residual stream before and after), so that the numbers cost norms and no second pass.
 
 Axes: N tokens of one image (prefix tokens first), P patches, D width, E experts, K choices (E where experts choose
 patches or mix them), R rows, C patches of an expert, S slots of an expert, V shown channels.
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from moevision.demo.wire import packed
+from moevision.demo.wire import encode_float32
 from moevision.layers import (
     ExpertChoiceRouting,
     MoEMlp,
@@ -58,7 +58,7 @@ class Channels:
     def to_json(self) -> dict[str, Any]:
         """The fields; each array as `wire.packed` writes it."""
         return {
-            name: packed(one) if isinstance(one, np.ndarray) else one
+            name: encode_float32(one) if isinstance(one, np.ndarray) else one
             for name, one in vars(self).items()
         }
 
@@ -84,14 +84,14 @@ class Computation:
     def to_json(self) -> dict[str, Any]:
         """Each array by name as `wire.packed` writes it, or None; `channels` as an object of its own."""
         arrays = {
-            name: packed(one) if isinstance(one, np.ndarray) else one
+            name: encode_float32(one) if isinstance(one, np.ndarray) else one
             for name, one in vars(self).items()
         }
         return {**arrays, "channels": self.channels.to_json()}
 
 
 @dataclass
-class Heard:
+class LayerActivations:
     """What one MoE layer computed while the scope was open."""
 
     layer: MoEMlp
@@ -189,10 +189,10 @@ class Heard:
 
 
 @contextmanager
-def listen(net: nn.Module) -> Iterator[list[Heard]]:
+def capture_activations(net: nn.Module) -> Iterator[list[LayerActivations]]:
     """Keep what the MoE layers of `net` compute about one image; in this thread, and until the scope closes.
 
-    It gives one `Heard` per MoE layer, in order of depth, which fills while the model runs.
+    It gives one `LayerActivations` per MoE layer, in order of depth, which fills while the model runs.
     """
     parents = {
         child: module
@@ -200,10 +200,10 @@ def listen(net: nn.Module) -> Iterator[list[Heard]]:
         for child in module.children()
         if isinstance(child, MoEMlp)
     }
-    heard = [Heard(layer, parents.get(layer)) for layer in moe_layers(net)]
+    heard = [LayerActivations(layer, parents.get(layer)) for layer in moe_layers(net)]
     thread, hooks = threading.get_ident(), ExitStack()
 
-    def keep(module: Any, one: Heard, output: str, given: str | None = None) -> None:
+    def keep(module: Any, one: LayerActivations, output: str, given: str | None = None) -> None:
         """Write what `module` gives, and what it was given, into fields of `one`."""
 
         def hook(_: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:

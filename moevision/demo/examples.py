@@ -29,13 +29,13 @@ from moevision.analysis.images import (
     run_folder,
 )
 from moevision.config import CROP, Framing
-from moevision.data.collection import SPLITS, in_turn
+from moevision.data.collection import SPLITS, interleave_by_class
 from moevision.data.images import BadImageError, safe_open
 from moevision.data.scores import FILE, Scores
 from moevision.data.synthetic import SyntheticPets
 from moevision.demo.facts import SHARP_PX, PictureFacts, Pixels, model_input, sharp_square
 from moevision.demo.wire import RequestError, data_uri
-from moevision.errors import DataWarning, UserError, csv_name, shown
+from moevision.errors import DataWarning, UserError, escape_controls, escape_csv_cell
 from moevision.models.io import SavedModel
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ _PHOTOS = {"lion": "lion.jpg", "cheetah": "cheetah.jpg", "bus": "bus.png", "towe
 log = logging.getLogger(__name__)
 
 
-class Recent(Generic[T]):
+class LRUCache(Generic[T]):
     """The last few results of a slow function, by what they depend on; bounded, so memory stays flat."""
 
     def __init__(self, size: int) -> None:
@@ -99,8 +99,8 @@ class Examples:
         )
         self.credits = credits or {}
         self.photos = {} if drawn or self.credits else photo_files()
-        self._recent: Recent[PictureFacts] = Recent(256)
-        self._sharp: Recent[str | None] = Recent(64)
+        self._recent: LRUCache[PictureFacts] = LRUCache(256)
+        self._sharp: LRUCache[str | None] = LRUCache(64)
         self._dropping = threading.Lock()
 
     @property
@@ -115,7 +115,7 @@ class Examples:
             return []
         return [
             self.id_of(pictures, index)
-            for index in in_turn(list(map(pictures.label, range(len(pictures)))))
+            for index in interleave_by_class(list(map(pictures.label, range(len(pictures)))))
         ]
 
     def on_first_screen(self) -> list[PictureFacts]:
@@ -145,9 +145,7 @@ class Examples:
         if self.prefix == "pets":  # "test/000012", as the data package names it
             split, _, number = name.partition("/")
             return f"pets/{split}/{int(number)}"
-        return (
-            f"data/{shown(name)}"  # an id goes through JSON, which has no bytes that are no UTF-8
-        )
+        return f"data/{escape_controls(name)}"  # an id goes through JSON, which has no bytes that are no UTF-8
 
     @property
     def names(self) -> set[str]:
@@ -167,7 +165,7 @@ class Examples:
 
         def opened() -> str | None:
             image = self.original(id)
-            return None if image is None else sharp(image, self.image_size, self.framing)
+            return None if image is None else sharp_data_uri(image, self.image_size, self.framing)
 
         return self._sharp.get(id, opened)
 
@@ -192,7 +190,7 @@ class Examples:
             pixels = pictures.image(index)
         except BadImageError as error:
             raise (
-                gone(rest) if isinstance(error.__cause__, FileNotFoundError) else error
+                image_gone_error(rest) if isinstance(error.__cause__, FileNotFoundError) else error
             ) from error
         name = rest if pictures is self.pictures else id  # which says that it is a training image
         return PictureFacts(
@@ -208,13 +206,13 @@ class Examples:
         raise RequestError(f"There is no image {id!r} here: choose one of the examples.")
 
 
-def sharp(image: Image.Image, image_size: int, framing: Framing) -> str | None:
+def sharp_data_uri(image: Image.Image, image_size: int, framing: Framing) -> str | None:
     """What the model sees of an image as a data URI, a JPEG of quality 85; None if the image isn't larger than S."""
     square = sharp_square(image, image_size, framing)
     return None if square is None else data_uri(square, "jpeg", quality=85, subsampling=2)
 
 
-def thumb(pixels: Pixels) -> str:
+def thumbnail_uri(pixels: Pixels) -> str:
     """An image, uint8 [S, S, 3], at no more than 96 px, as a data URI."""
     if len(pixels) > THUMB_PX:
         pixels = np.asarray(
@@ -259,7 +257,7 @@ class ScoredRun:
         among = np.isfinite(scores.scores[one.score])
         if class_name is not None:
             among &= np.array(
-                [label == csv_name(class_name) for label in scores.labels], dtype=bool
+                [label == escape_csv_cell(class_name) for label in scores.labels], dtype=bool
             )
         return one.first(scores.scores, SHOWN, among).tolist(), int(among.sum())
 
@@ -274,7 +272,7 @@ class ScoredRun:
             return pictures, index[id]
         split, _, name = id.partition("/")
         if split == "train" and name in self.scores.images:
-            raise gone(name)
+            raise image_gone_error(name)
         raise RequestError(f"There is no image {id!r} in this run: choose one of the tab Data.")
 
     def open(self) -> PictureSet:
@@ -306,7 +304,7 @@ class ScoredRun:
         return open_pictures(pictures, size, class_names=self._model.class_names), index
 
 
-def gone(name: str) -> RequestError:
+def image_gone_error(name: str) -> RequestError:
     """What is said of an image whose file was there once."""
     return RequestError(
         f"The file of {name!r} is gone: bring it back, or choose another image.", "bad_image"

@@ -29,7 +29,7 @@ from moevision.config import CROP, Framing
 from moevision.data.images import BadImageError, full_size, safe_open, upright_rgb
 from moevision.data.transforms import square_pixels
 from moevision.demo.wire import data_uri
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.layers import MoEMlp, Routing, SoftRouting, forward_routing, routing_lock
 from moevision.layers.moe import moe_layers
 from moevision.layers.routing import Kind, RouteBy
@@ -299,7 +299,9 @@ def describe(
 def title_of(address: str | Path) -> str:
     """What a model is called after where it lies: its run's folder."""
     path = Path(address)
-    return shown(path.parent.name if path.name == "model" and path.parent.name else path.name)
+    return escape_controls(
+        path.parent.name if path.name == "model" and path.parent.name else path.name
+    )
 
 
 def model_input(

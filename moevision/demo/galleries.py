@@ -27,11 +27,11 @@ from moevision.analysis.trace import RoutingTrace
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.atlas import build_atlas, compare_by_atlas, counted_name, load_atlas
-from moevision.demo.examples import Recent, thumb
+from moevision.demo.examples import LRUCache, thumbnail_uri
 from moevision.demo.facts import ModelFacts, PictureFacts
 from moevision.demo.models import OWN, Entry, Variant
 from moevision.demo.view import top_classes
-from moevision.demo.wire import RequestError, data_uri, halves
+from moevision.demo.wire import RequestError, data_uri, encode_float16
 from moevision.errors import UserError
 from moevision.models.history import RoutingHistory
 
@@ -216,7 +216,7 @@ class AtlasPages:
     def __init__(self, entries: Mapping[str, Entry], galleries: Galleries) -> None:
         self.entries, self.galleries = entries, galleries
         # An answer with all its crops; there are as many as variants times layers.
-        self._experts: Recent[Json] = Recent(64)
+        self._experts: LRUCache[Json] = LRUCache(64)
 
     def model(self, request: Mapping[str, Any]) -> tuple[Entry, Variant]:
         """The model and variant that a request names; variant `trained` if it names none."""
@@ -231,7 +231,7 @@ class AtlasPages:
         """A card per expert of one layer: load, patches in context, classes, parts."""
         given = read.fields(request, ("model", "variant", "layer"))
         entry, variant = self.model(given)
-        layer = read.whole(given, "layer", variant.facts.layers, variant.facts.layers[-1])
+        layer = read.whole_number(given, "layer", variant.facts.layers, variant.facts.layers[-1])
         atlas = self.atlas(entry, variant)
         if atlas is None:
             return _waiting(self.galleries.status(entry), layer=layer, name=f"L{layer}", experts=[])
@@ -314,8 +314,8 @@ class AtlasPages:
         """The images of a class that use an expert most."""
         given = read.fields(request, ("model", "variant", "layer", "expert", "class"))
         entry, variant = self.model(given)
-        layer = read.whole(given, "layer", variant.facts.layers)
-        expert = read.whole(given, "expert", range(variant.facts.router(layer).num_experts))
+        layer = read.whole_number(given, "layer", variant.facts.layers)
+        expert = read.whole_number(given, "expert", range(variant.facts.router(layer).num_experts))
         gallery = self._gallery(entry, variant)
         name = read.choice(given, "class", gallery.trace.class_names)
         share = image_shares(gallery.trace.layer(layer).image_takes())[:, expert]
@@ -324,7 +324,7 @@ class AtlasPages:
         pictures = [
             {
                 "id": entry.examples.id_of(gallery.pictures, int(index)),
-                "thumb": thumb(gallery.pictures.image(int(index))),
+                "thumb": thumbnail_uri(gallery.pictures.image(int(index))),
                 "label": name,
                 "share": round(float(share[index]), 4),
             }
@@ -346,7 +346,7 @@ class AtlasPages:
                 "pictures": [
                     {
                         "id": entry.examples.id_of(gallery.pictures, index),
-                        "thumb": thumb(gallery.pictures.image(index)),
+                        "thumb": thumbnail_uri(gallery.pictures.image(index)),
                     }
                     for index in group["index"][:CELL_PICTURES]
                 ],
@@ -473,7 +473,7 @@ class Times:
         return cls(histories, rows, about)
 
     def of_image(self, id: str, variant: str = "trained") -> Json:
-        """All moments of one image: the likeliest classes, and of each layer `weights` [T, P, E] as `halves` packs."""
+        """All moments of one image: likeliest classes, and of each layer `weights` [T, P, E] (`encode_float16`)."""
         if id not in self.rows or variant not in self.histories:
             raise RequestError(
                 f"The training was not recorded for {id!r}: choose one of {', '.join(self.rows)}."
@@ -488,7 +488,7 @@ class Times:
                 for moment in history.probabilities
             ],
             "layers": [
-                {"layer": layer, "weights": halves(weights[:, row])}
+                {"layer": layer, "weights": encode_float16(weights[:, row])}
                 for layer, weights in history.weights.items()
             ],
         }

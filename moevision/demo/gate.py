@@ -113,7 +113,7 @@ class Serving:
         except socket.gaierror as unknown:
             error = unknown
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            where = f"{in_url(self.bare_host)}:{ports[0]}"
+            where = f"{host_in_url(self.bare_host)}:{ports[0]}"
             raise UserError(
                 f"{where} can't be used ({error}): give another --port, or another --host."
             ) from error
@@ -166,7 +166,7 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def place(authority: str, scheme: str = "http") -> tuple[str, int] | None:
+def parse_host_port(authority: str, scheme: str = "http") -> tuple[str, int] | None:
     """Host and port of what `Host` says, or an origin behind its `scheme`, in lower case; None of anything else."""
     parts = re.fullmatch(r"(\[[^\[\]\s]+\]|[^\[\]\s:/?#@\\]+)(?::(\d{0,5}))?", authority)
     if parts is None or scheme not in PORTS:
@@ -175,7 +175,7 @@ def place(authority: str, scheme: str = "http") -> tuple[str, int] | None:
     return (name, int(parts[2] or PORTS[scheme])) if name else None
 
 
-def in_url(host: str) -> str:
+def host_in_url(host: str) -> str:
     """A host as URLs have it: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
@@ -202,7 +202,7 @@ def client_address(client: tuple[str, int] | None, proxied: bool, forwarded: boo
     )
 
 
-class Gate:
+class FairExecutor:
     """Runs functions in its own few threads; addresses take turns.
 
     A free thread goes to the oldest request of the address that had its turn longest ago, or never: an address with one

@@ -24,11 +24,11 @@ from PIL import Image
 
 from moevision.data.images import BadImageError, read_image
 from moevision.demo import requests as read
-from moevision.demo.examples import sharp
+from moevision.demo.examples import sharp_data_uri
 from moevision.demo.facts import SHARP_PX
 from moevision.demo.html import flow_html
 from moevision.demo.models import Entry, open_entries
-from moevision.demo.service import told
+from moevision.demo.service import error_json
 from moevision.demo.view import Settings, route_image
 from moevision.demo.wire import MAX_BYTES, RequestError, open_data_uri, open_upload
 from moevision.errors import UserError
@@ -121,7 +121,7 @@ def answer(entries: dict[str, Entry], image: Any, model: Any, away: Any) -> tupl
         photo = uploaded_image(image, entries[title].facts.image_size)
         return route(entries, photo, title, [] if away is None else away)
     except UserError as error:
-        raise gr.Error(told(error, "route")["error"], print_exception=False) from error
+        raise gr.Error(error_json(error, "route")["error"], print_exception=False) from error
 
 
 def uploaded_image(sent: Any, image_size: int) -> Image.Image | None:
@@ -171,7 +171,7 @@ def route(
             raise RequestError(
                 f"There is no expert {str(one)[:40]!r} in {model}: its experts are {layers}."
             )
-    gone = read.away([known[one] for one in away], trained.facts)
+    gone = read.ablated_experts([known[one] for one in away], trained.facts)
     if image is None:
         return None, ""
     view = route_image(
@@ -179,7 +179,7 @@ def route(
     ).to_json()
     view["picture"] |= {
         "name": "your photo",
-        "sharp": sharp(image, trained.saved.image_size, trained.saved.framing),
+        "sharp": sharp_data_uri(image, trained.saved.image_size, trained.saved.framing),
     }
     return {one["class"]: one["p"] for one in view["prediction"]["moe"]}, flow_html(view)
 

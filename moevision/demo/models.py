@@ -42,7 +42,7 @@ from moevision.analysis.readings import fresh_copy
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples, ScoredRun
 from moevision.demo.facts import ModelFacts, describe, title_of
-from moevision.errors import DataWarning, UserError, shown
+from moevision.errors import DataWarning, UserError, escape_controls
 from moevision.models.history import FILE
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.safe_files import read_json
@@ -127,7 +127,9 @@ def card_of_run(address: str) -> Card:
     """What a model's run folder tells about it; any other address is its own title."""
     run = run_folder(address)
     if run is None or not (run / "summary.json").is_file():
-        return Card(id=OWN, title=title_of(address) or shown(address), subtitle="your model")
+        return Card(
+            id=OWN, title=title_of(address) or escape_controls(address), subtitle="your model"
+        )
     file = run / "summary.json"
     try:
         summary = read_json(file)
@@ -138,10 +140,13 @@ def card_of_run(address: str) -> Card:
         seed = summary["seed"]
         return Card(
             id=OWN,
-            title=shown(str(summary["name"])),
+            title=escape_controls(str(summary["name"])),
             subtitle=str(summary["model"]),
-            data=f"{shown(str(summary['data']))}: {sum(summary['class_counts']['train'].values()):,} training images",
-            recipe=f"moevision fit --config {shell_word(shown(str(run / 'config.yaml')))}",
+            data=(
+                f"{escape_controls(str(summary['data']))}: "
+                f"{sum(summary['class_counts']['train'].values()):,} training images"
+            ),
+            recipe=f"moevision fit --config {shell_word(escape_controls(str(run / 'config.yaml')))}",
             seed=seed if type(seed) is int else None,
             accuracy=accuracy,
             test_images=test["total"],
@@ -310,7 +315,7 @@ def credits_of(file: Path) -> dict[str, str]:
     """Whose an example is and under which licence, by its name, from SOURCES.json."""
     return {
         name: ", ".join(
-            shown(str(row[key]))
+            escape_controls(str(row[key]))
             for key in ("author", "licence", "source", "changes")
             if row.get(key)
         )
@@ -347,7 +352,9 @@ def _open_own(address: str, data: str | None, root: str | None) -> Entry:
     history = None if run is None or images is None or images.run is None else run / FILE
     histories = {"trained": history} if history is not None and history.is_file() else {}
     named = _named(data, pictures, held_out=own)
-    return replace(entry, address=shell_word(shown(address)), shown=named, histories=histories)
+    return replace(
+        entry, address=shell_word(escape_controls(address)), shown=named, histories=histories
+    )
 
 
 def _entry(
@@ -387,7 +394,7 @@ def _named(data: str | None, pictures: PictureSet | None, *, held_out: bool = Fa
     """As in "All 40 images of holiday"; "The 832 test images of cats_vs_dogs" of a dataset known by name."""
     if data is None or data == SYNTHETIC or pictures is None:
         return ""
-    name = shown(Path(data).expanduser().resolve().name)
+    name = escape_controls(Path(data).expanduser().resolve().name)
     if data in DATASET_NAMES:
         return f"The {len(pictures):,} test images of {name}"
     if held_out:

@@ -58,7 +58,7 @@ def choice(
     return value
 
 
-def whole(
+def whole_number(
     request: Mapping[str, Any], name: str, options: Sequence[int], default: int | None = None
 ) -> int:
     """One of several whole numbers; true, false and 2.0 are no whole numbers."""
@@ -80,7 +80,7 @@ def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
             raise RequestError(
                 f"The field 'top_k' must be null here: {facts.routers[0].refused['top_k']}."
             )
-        top_k = whole(request, "top_k", range(1, facts.max_top_k + 1))
+        top_k = whole_number(request, "top_k", range(1, facts.max_top_k + 1))
     capacity = request.get("capacity")
     if capacity is not None:
         number = type(capacity) in (int, float)
@@ -90,7 +90,7 @@ def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
             )
         capacity = float(capacity)
     changed = request.get("intervention")
-    noise = None if request.get("noise") is None else whole(request, "noise", range(2**31))
+    noise = None if request.get("noise") is None else whole_number(request, "noise", range(2**31))
     if noise is not None and all(router.noise == "none" for router in facts.routers):
         raise RequestError(
             "The field 'noise' must be null here: the routers of this model have no noise."
@@ -100,11 +100,11 @@ def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
         capacity=capacity,
         intervention=None if changed is None else intervention(changed, facts),
         noise=noise,
-        away=away(request.get("away") or [], facts),
+        away=ablated_experts(request.get("away") or [], facts),
     )
 
 
-def away(value: Any, facts: ModelFacts) -> tuple[Intervention, ...]:
+def ablated_experts(value: Any, facts: ModelFacts) -> tuple[Intervention, ...]:
     """Experts that are taken away, from pairs of layer and expert."""
     most = sum(router.num_experts for router in facts.routers)
     pairs = isinstance(value, list) and all(
@@ -125,10 +125,10 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
     given = fields(value, ("kind", "layer", "expert", "other", "fill", "seed"))
     kind = choice(given, "kind", KINDS)
     every = kind == "random" and given.get("layer") is None
-    layer = None if every else whole(given, "layer", facts.layers)
+    layer = None if every else whole_number(given, "layer", facts.layers)
     experts = 0 if layer is None else facts.router(layer).num_experts
-    expert = None if kind == "random" else whole(given, "expert", range(experts))
-    other = whole(given, "other", range(experts)) if kind == "swap" else None
+    expert = None if kind == "random" else whole_number(given, "expert", range(experts))
+    other = whole_number(given, "other", range(experts)) if kind == "swap" else None
     if kind != "swap" and given.get("other") is not None:
         raise RequestError(
             "The field 'other' names the second expert of a swap: it must be null here."
@@ -138,7 +138,7 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
             "Two different experts can be swapped: 'expert' and 'other' are the same."
         )
     fill = choice(given, "fill", FILLS, "next_best")
-    seed = whole(given, "seed", range(2**31), 0)
+    seed = whole_number(given, "seed", range(2**31), 0)
     if kind == "ablate" and experts == 1 and fill == "next_best":
         raise RequestError(
             "The only expert has no next-best one: take it away with the fill 'zero'."

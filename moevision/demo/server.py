@@ -37,11 +37,11 @@ from moevision.demo.gate import (
     MAX_CONNECTIONS,
     PORTS,
     Connection,
-    Gate,
+    FairExecutor,
     Serving,
     client_address,
-    in_url,
-    place,
+    host_in_url,
+    parse_host_port,
 )
 from moevision.demo.html import OFFLINE, app_page, lesson_page, login_page
 from moevision.demo.wire import MAX_CHARACTERS, RequestError
@@ -69,7 +69,7 @@ POLICY: Final = (
 )
 
 
-class Door:
+class ExplorerApp:
     """The explorer as an ASGI app, for whom `serving` lets in."""
 
     def __init__(self, explorer: Explorer, serving: Serving) -> None:
@@ -77,7 +77,11 @@ class Door:
         self._page = app_page(explorer.start_boot(), explorer.start_views())
         self._cookie, self._word = f"moevision-{secrets.token_hex(4)}", secrets.token_urlsafe(16)
         # Decoding a visitor's image takes up to 0.4 GB; wrong logins wait for each other.
-        self._decoding, self._answering, self._logins = Gate(1), Gate(cpu_workers()), Gate(1)
+        self._decoding, self._answering, self._logins = (
+            FairExecutor(1),
+            FairExecutor(cpu_workers()),
+            FairExecutor(1),
+        )
         self._inside, self._held = (
             Counter[str](),
             Counter[str](),
@@ -170,7 +174,7 @@ class Door:
             raise HTTPException(401, "This explorer asks for a login first: open its page.")
 
     def _is_known(self, host: str) -> bool:
-        called = place(host.lower())
+        called = parse_host_port(host.lower())
         return called is not None and (self.serving.known(called[0]) or called[0] == self.tunnel)
 
     def _is_own(self, headers: Headers) -> bool:
@@ -183,13 +187,13 @@ class Door:
         if site is not None or origin is None:
             return site in (None, "none", "same-origin")
         scheme, _, authority = origin.lower().partition("://")
-        asking = place(authority, scheme)
+        asking = parse_host_port(authority, scheme)
         if asking is None:
             return False
         hosts = [headers["host"]]
         if self.serving.proxied:  # no script can send this to another website
             hosts.append(headers.get("x-forwarded-host", "").partition(",")[0].strip())
-        asked = [place(host.lower(), scheme) for host in hosts]
+        asked = [parse_host_port(host.lower(), scheme) for host in hosts]
         if asking in asked:
             return True
         # A proxy may have put a name of its own in the place of Host's.
@@ -271,14 +275,14 @@ class Door:
 
     async def ask(self, address: str, name: str, request: Any) -> Json:
         """The answer to a question that comes from this address; an image is decoded before its turn to be answered."""
-        from moevision.demo.service import brings_image, told
+        from moevision.demo.service import brings_image, error_json
 
         try:
             if brings_image(request):
                 request = await self._decoding.run(address, self.explorer.opened, name, request)
             return await self._answering.run(address, self.explorer.answer, name, request)
         except Exception as error:  # the image is none, or a gate is full
-            return told(error, name)
+            return error_json(error, name)
 
     async def _answer(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -305,7 +309,7 @@ class Server(AbstractContextManager["Server"]):
     ) -> None:
         serving.check()
         listener = listener or serving.listen()
-        self.explorer, self._door, self.share_url = explorer, Door(explorer, serving), ""
+        self.explorer, self._door, self.share_url = explorer, ExplorerApp(explorer, serving), ""
         config = uvicorn.Config(
             self._door, http=Connection, ws="none", log_level="warning", timeout_graceful_shutdown=5
         )
@@ -317,7 +321,7 @@ class Server(AbstractContextManager["Server"]):
         while not self._uvicorn.started and self._thread.is_alive():
             time.sleep(0.01)
         host = serving.bare_host if serving.bare_host not in ("", "0.0.0.0") else "localhost"
-        self.url = f"http://{in_url(host)}:{port}/"
+        self.url = f"http://{host_in_url(host)}:{port}/"
         if serving.share:
             self.share_url = self._open_tunnel(host, port)
         if serving.browser:

@@ -22,7 +22,7 @@ from moevision.analysis.effects import ClassEffect, class_effect, effect
 from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
-from moevision.demo.examples import Examples, Recent, sharp, thumb
+from moevision.demo.examples import Examples, LRUCache, sharp_data_uri, thumbnail_uri
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, SHARP_PX, PictureFacts, Pixels, model_input
 from moevision.demo.galleries import AtlasPages, Galleries, Times
 from moevision.demo.html import links, view_html
@@ -31,7 +31,7 @@ from moevision.demo.view import RoutingView, Settings, route_image
 from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, RequestError, open_data_uri
 from moevision.errors import UserError
 from moevision.layers import routing_lock
-from moevision.models.strangers import REFUSED, answers
+from moevision.models.ood import REFUSED, answers
 from moevision.words import percent
 
 Json = dict[str, Any]
@@ -76,9 +76,9 @@ class Explorer:
         self.handlers: dict[str, Callable[[Any], Json]] = {
             one.__name__: one for one in (*own, *more, *tabs)
         }
-        self._class_effects: Recent[ClassEffect] = Recent(512)
-        self._views: Recent[Json] = Recent(KEPT_VIEWS)
-        self._unlike: Recent[str | None] = Recent(
+        self._class_effects: LRUCache[ClassEffect] = LRUCache(512)
+        self._views: LRUCache[Json] = LRUCache(KEPT_VIEWS)
+        self._unlike: LRUCache[str | None] = LRUCache(
             KEPT_VIEWS
         )  # by pixels: every control asks for the image again
         models = [_about(entry, self.times.get(entry.card.id)) for entry in entries]
@@ -106,7 +106,7 @@ class Explorer:
         try:
             return self.handlers[name](request)
         except Exception as error:
-            return told(error, name)
+            return error_json(error, name)
 
     def opened(self, name: str, request: Any) -> Any:
         """The request with its upload decoded, and as it is if it brings none.
@@ -189,7 +189,7 @@ class Explorer:
         given = read.fields(request, ("model", "start"))
         entry, _ = self.pages.model(given)
         examples = entry.examples
-        start = read.whole(given, "start", range(len(examples.all_ids) + 1))
+        start = read.whole_number(given, "start", range(len(examples.all_ids) + 1))
         found = examples.usable(start, start + MORE)
         return {"examples": list(map(_example, found)), "num_examples": len(examples.all_ids)}
 
@@ -327,7 +327,7 @@ class Explorer:
     ) -> RoutingView:
         trained = variant.facts.variant == "trained"
         asked = entry.card.id, found.label, hashlib.sha256(found.pixels.tobytes()).digest()
-        picture = replace(found, unlike=self._unlike.get(asked, lambda: unlike(entry, found)))
+        picture = replace(found, unlike=self._unlike.get(asked, lambda: ood_message(entry, found)))
         return route_image(
             variant.saved,
             found.pixels,
@@ -346,17 +346,17 @@ class Upload(NamedTuple):
     sharp: str | None
 
 
-def unlike(entry: Entry, found: PictureFacts) -> str | None:
+def ood_message(entry: Entry, found: PictureFacts) -> str | None:
     """What to say of an image of no class that lies too far from those of the trained model; None where not known."""
     model = entry.variants["trained"].saved
     if model.strangers is None or found.label in model.class_names:
         return None
     with torch.inference_mode(), routing_lock(model.net):
         _, distance = answers(model.net, model.strangers, network_input(model, found.pixels[None]))
-    return None if float(distance) <= 1 else stranger_words(entry.card.recognized)
+    return None if float(distance) <= 1 else ood_sentence(entry.card.recognized)
 
 
-def stranger_words(recognized: float | None) -> str:
+def ood_sentence(recognized: float | None) -> str:
     """What is said of a stranger by a model that recognizes that share of them."""
     if recognized is not None and recognized >= SURE:
         return f"This doesn't look like the images it learned from. {FARTHER}, so its answer may mean little."
@@ -382,11 +382,12 @@ def _open(data: str, examples: Examples, *, with_sharp: bool = False) -> Upload:
     size, framing = examples.image_size, examples.framing
     image = open_data_uri(data, max(SHARP_PX, size))
     return Upload(
-        model_input(image, size, framing), sharp(image, size, framing) if with_sharp else None
+        model_input(image, size, framing),
+        sharp_data_uri(image, size, framing) if with_sharp else None,
     )
 
 
-def told(error: Exception, name: str) -> Json:
+def error_json(error: Exception, name: str) -> Json:
     """What a visitor is told of an error of the request `name`."""
     sentence, code = str(error), "bad_request"
     if isinstance(error, RequestError):
@@ -433,12 +434,17 @@ def _about(entry: Entry, times: Times | None) -> Json:
 
 
 def _example(found: PictureFacts) -> Json:
-    return {"id": found.id, "name": found.name, "label": found.label, "thumb": thumb(found.pixels)}
+    return {
+        "id": found.id,
+        "name": found.name,
+        "label": found.label,
+        "thumb": thumbnail_uri(found.pixels),
+    }
 
 
 def _thumb_or_problem(entry: Entry, id: str) -> Json:
     """A small version of an image, or why there is none."""
     try:
-        return {"thumb": thumb(entry.examples.find(id).pixels), "problem": None}
+        return {"thumb": thumbnail_uri(entry.examples.find(id).pixels), "problem": None}
     except (BadImageError, RequestError) as error:
-        return {"thumb": None, "problem": told(error, "data")["error"]}
+        return {"thumb": None, "problem": error_json(error, "data")["error"]}

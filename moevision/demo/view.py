@@ -25,7 +25,7 @@ from scipy.special import entr
 from torch import Tensor, nn
 
 from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal
-from moevision.demo.computation import Computation, Heard, listen
+from moevision.demo.computation import Computation, LayerActivations, capture_activations
 from moevision.demo.facts import (
     LayerFacts,
     ModelFacts,
@@ -313,7 +313,7 @@ def route_image(
     ):  # the layers' clean scores too: another thread's noise would be in them
         with (
             settings.applied(saved.net),
-            listen(saved.net) as heard,
+            capture_activations(saved.net) as heard,
             block_outputs(saved.net) as outputs,
         ):
             logits, routings = route_batch(saved, pixels[None])
@@ -355,7 +355,9 @@ def top_classes(
     return [{"class": names[index], "p": round(float(probabilities[index]), 4)} for index in best]
 
 
-def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: Heard) -> LayerView:
+def _layer_view(
+    routing: Routing, facts: LayerFacts, settings: Settings, heard: LayerActivations
+) -> LayerView:
     first = routing.num_prefix_tokens
     top_k = routing.top_k  # also what an intervention around us has made of it
     if routing.kind != "token_choice":

@@ -58,7 +58,7 @@ def data_uri(
     return f"data:image/{format};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def packed(values: npt.NDArray[np.floating[Any]]) -> dict[str, Any]:
+def encode_float32(values: npt.NDArray[np.floating[Any]]) -> dict[str, Any]:
     """Real numbers as a few characters each: `data`, base64 of little-endian int16 in row-major order, and `shape`.
 
     `unit` is what 1 stands for: the largest number is 32767, and none is off by more than half a unit.
@@ -73,7 +73,7 @@ def packed(values: npt.NDArray[np.floating[Any]]) -> dict[str, Any]:
     }
 
 
-def halves(values: npt.NDArray[np.float16]) -> dict[str, Any]:
+def encode_float16(values: npt.NDArray[np.float16]) -> dict[str, Any]:
     """Half-precision numbers as they are: `shape`, and `data`, base64 of little-endian float16 in row-major order."""
     return {
         "shape": list(values.shape),

@@ -37,7 +37,7 @@ def build_model(
     """The model that `config` describes, with C outputs, for square images of that side in pixels.
 
     Without `load_pretrained` it has the architecture of `config.pretrained` and weights that come from elsewhere; what
-    it describes is then read where `keep_start` was told to keep it (`kept`).
+    it describes is then read where `save_pretrained_config` was told to keep it (`kept`).
     """
     if config.pretrained is not None:
         if not load_pretrained and kept is not None and kept.is_dir():
@@ -67,7 +67,7 @@ def build_model(
     return model
 
 
-def keep_start(config: MoEConfig, kept: Path) -> None:
+def save_pretrained_config(config: MoEConfig, kept: Path) -> None:
     """Copy the config.json of the model that training starts from: a checkpoint is of use without that model, then."""
     file = None if config.pretrained is None else config_file(config.pretrained)
     if file is not None:

@@ -79,7 +79,8 @@ def convert_to_moe(
     Args:
         vit: a timm model whose `blocks[i].mlp` is a plain `timm.layers.Mlp` (ViT, DeiT, AugReg, ...).
         layers: `every2`, `last2`, `all`, or a list of block indices counting from 0. Where the classifier reads the
-            class token alone, routes of patches in the last block change no answer: `read_layer_indices` leaves it out.
+            class token alone, routes of patches in the last block change no answer:
+            `read_layer_indices` leaves it out.
         num_experts: E; like the next three one value for all MoE layers, or one per MoE layer.
         top_k: K; by default the router's own.
         router: a name of `moevision.layers.ROUTERS`.
@@ -482,7 +483,7 @@ def routes_read(model: nn.Module) -> list[bool]:
     return read
 
 
-def unread_layers(model: nn.Module) -> list[int]:
+def layers_that_miss_classifier(model: nn.Module) -> list[int]:
     """Block numbers of the MoE layers whose routes of patches no classifier reads."""
     read = routes_read(model)
     return [
@@ -495,7 +496,7 @@ def unread_layers(model: nn.Module) -> list[int]:
 def block_to_pool(model: nn.Module) -> int | None:
     """Number of a last block whose patches choose experts unread, where the model could pool over patches instead.
 
-    By the model's structure, without a pass over an image: `unread_layers` measures it.
+    By the model's structure, without a pass over an image: `layers_that_miss_classifier` measures it.
     """
     last = next(reversed(moe_layers(model)), None)
     if last is None or last.router.rows is None or routed_unit(last.router) == "image":

@@ -1,6 +1,6 @@
 """A finished model as one ONNX file, checked against the model that it came from.
 
-A model that knows how far an image lies from its classes (`moevision.models.strangers`) tells that beside the logits.
+A model that knows how far an image lies from its classes (`moevision.models.ood`) tells that beside the logits.
 With `routes` the file also tells where the patches went, and takes experts away (`_WithRoutes`).
 
 It holds the network in eval mode for any batch size, and what is needed to use it: class names and the preparation of
@@ -32,7 +32,7 @@ from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
 from moevision.layers import Backend, Routing, moe_layers, record_routing, routing_lock
 from moevision.models.io import SavedModel
-from moevision.models.strangers import REFUSED, Strangers, answers
+from moevision.models.ood import REFUSED, MahalanobisOOD, answers
 
 Dtype = Literal["fp32", "fp16"]
 Runner = Callable[..., Any]
@@ -208,7 +208,7 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
 class _Exported(nn.Module):
     """A network between images and logits in float32; a second output is the distance from the nearest class."""
 
-    def __init__(self, net: nn.Module, strangers: Strangers | None) -> None:
+    def __init__(self, net: nn.Module, strangers: MahalanobisOOD | None) -> None:
         super().__init__()
         self.net, self.strangers, self.dtype = net, strangers, next(net.parameters()).dtype
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
-from moevision.errors import UserError, json_text, shown
+from moevision.errors import UserError, escape_controls, json_text
 from moevision.files import write_bytes_atomic
 from moevision.layers import forward_routing
 from moevision.layers.routing import evaluating
@@ -167,8 +167,8 @@ class RoutingHistory:
         rows, columns = words["grid"]
         moments, images = len(words["steps"]), len(words["image_names"])
         history = cls(
-            image_names=tuple(map(shown, words["image_names"])),
-            class_names=tuple(map(shown, words["class_names"])),
+            image_names=tuple(map(escape_controls, words["image_names"])),
+            class_names=tuple(map(escape_controls, words["class_names"])),
             total_steps=int(words["total_steps"]),
             pretrained=bool(words.get("pretrained")),
             steps=tuple(map(int, words["steps"])),

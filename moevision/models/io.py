@@ -29,9 +29,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from moevision.config import Fit, Framing
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.files import sync_file, write_text_atomic
 from moevision.layers import moe_layers
+from moevision.models.ood import FILE as STRANGERS
+from moevision.models.ood import MahalanobisOOD, read_ood
 from moevision.models.safe_files import (
     CONFIG,
     PACKED,
@@ -46,8 +48,6 @@ from moevision.models.safe_files import (
     read_metadata,
     weights_of,
 )
-from moevision.models.strangers import FILE as STRANGERS
-from moevision.models.strangers import Strangers, read_strangers
 from moevision.models.vit_moe import NO_SOURCE  # registers the vit_moe names
 from moevision.words import shell_word
 
@@ -78,7 +78,7 @@ class SavedModel:
         None  # what logits are divided by for calibrated probabilities; None: not calibrated
     )
     # how far images may lie from the classes that the model knows; None: not measured
-    strangers: Strangers | None = None
+    strangers: MahalanobisOOD | None = None
     fit: Fit = "crop"  # how an image that isn't square becomes so
 
     @property
@@ -96,11 +96,11 @@ def load_model(address: str) -> SavedModel:
     Raises:
         UserError: if there is no model, or its files are damaged or foreign.
     """
-    with saying_what_fails(address):
+    with explain_load_errors(address):
         net = open_model(address_of(address)).eval()
         saved = replace(describe(net), temperature=getattr(net, "temperature", None))
         if (file := getattr(net, "strangers_file", None)) is not None:
-            saved = replace(saved, strangers=read_strangers(file, net))
+            saved = replace(saved, strangers=read_ood(file, net))
     if getattr(saved.net, "in_chans", 3) != 3:
         raise UserError(
             f"The model {address!r} can't be used: it takes images with other channels than red, green, blue."
@@ -126,7 +126,7 @@ def describe(net: nn.Module) -> SavedModel:
     """A model with the class names, size and colour statistics that it carries; a UserError if those can't be used."""
     known = getattr(net, "pretrained_cfg", None) or {}
     name = str(known.get("architecture") or type(net).__name__)
-    with saying_what_fails(name):
+    with explain_load_errors(name):
         return _described(net, name, known)
 
 
@@ -177,7 +177,7 @@ def _class_names(config: dict[str, Any], classes: int) -> list[str]:
     if not isinstance(names, dict):
         names = dict(enumerate(names)) if len(names) == classes else {}
     by_index = {int(index): words.get(name, name) for index, name in names.items()}
-    return [shown(by_index.get(index, f"class {index}")) for index in range(classes)]
+    return [escape_controls(by_index.get(index, f"class {index}")) for index in range(classes)]
 
 
 def model_folder(path: Path) -> Path | None:
@@ -279,13 +279,13 @@ def create_from(
     if weights and load_weights:
         net = _create_from_file(address, Path(weights), num_classes, options)
     else:
-        with saying_what_fails(str(source)):
+        with explain_load_errors(str(source)):
             net = open_model(address, weights=load_weights, **options)
     return net if depth is None else first_blocks(net, depth)
 
 
 @contextmanager
-def saying_what_fails(source: str) -> Iterator[None]:
+def explain_load_errors(source: str) -> Iterator[None]:
     """Say in one sentence that a model can't be loaded: damaged or foreign files fail in every type of error."""
     try:
         yield

@@ -62,8 +62,9 @@ def upcycle(
     """Turn a trained dense ViT into a Mixture of Experts that starts from its weights.
 
     With a dropless token-choice router (the default), and noise and reinit left at 0, the result computes in
-    evaluation what the dense model computes, with experts of 1/G of its width if top_k is a multiple of G; `step0_gap`
-    measures how far another choice is from that. A token costs top_k experts, plus the router.
+    evaluation what the dense model computes, with experts of 1/G of its width if top_k is a multiple of G;
+    `initial_output_difference` measures how far another choice is from that. A token costs top_k
+    experts, plus the router.
 
     Args:
         source: a timm name, a saved model's folder, any timm address, or a model (which is copied, not changed).
@@ -135,7 +136,7 @@ def upcycle(
 
 
 @dataclass(frozen=True)
-class StepZeroGap:
+class InitialOutputDifference:
     """How far an upcycled model is from its dense source before any training."""
 
     images: int  # images that were compared
@@ -145,19 +146,24 @@ class StepZeroGap:
 
 
 @torch.no_grad()
-def step0_gap(dense: nn.Module, moe: nn.Module, images: Tensor) -> StepZeroGap:
+def initial_output_difference(
+    dense: nn.Module, moe: nn.Module, images: Tensor
+) -> InitialOutputDifference:
     """Compare the outputs of two models in eval mode on images [B, 3, H, W]; both are left in the mode they were in."""
     logits = []
     for model in (dense, moe):
         with evaluating(model):
             logits.append(model(images.to(next(model.parameters()).device)).float().cpu())
     before, after = logits
-    return StepZeroGap(
+    return InitialOutputDifference(
         images=len(images),
         max_logit=float((after - before).abs().max()),
         logit_scale=float(before.std()),
         agreement=float((after.argmax(-1) == before.argmax(-1)).float().mean()),
     )
+
+
+step0_gap = initial_output_difference  # its name until 0.2
 
 
 def load_dense(

@@ -28,10 +28,10 @@ from torch.utils._pytree import tree_map
 
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
-from moevision.train.processes import decide, is_first
+from moevision.train.processes import broadcast_from_rank0, is_rank0
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-START = (
+PRETRAINED_CONFIG = (
     "start"  # a folder beside them, with the config.json of the model that training started from
 )
 _PREFERRED = {LAST: 2, PREVIOUS: 1}
@@ -51,7 +51,7 @@ def plain(value: Any) -> Any:
 
 
 @contextmanager
-def saying_what_is_damaged(path: Path | str) -> Iterator[None]:
+def explain_damaged_files(path: Path | str) -> Iterator[None]:
     """Say in one sentence that a checkpoint can't be read: damaged or foreign files fail in every type of error."""
     try:
         yield
@@ -151,11 +151,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Every process of a training must call it; the first one compares the checksums.
         """
         path = Path(path)
-        fault = "is missing" if not path.exists() else verify(path).fault if is_first() else None
-        fault = decide(lambda: fault)
+        fault = "is missing" if not path.exists() else verify(path).fault if is_rank0() else None
+        fault = broadcast_from_rank0(lambda: fault)
         if fault is not None:
             raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
-        with saying_what_is_damaged(path):
+        with explain_damaged_files(path):
             return cast(dict[str, Any], load_archive(path, map_location or "cpu", mmap=mmap))
 
 
@@ -163,7 +163,7 @@ def check_checkpoint(name: str) -> dict[str, Any]:
     """The content of a checkpoint, on the disk until it is used; a UserError if it is missing, damaged or foreign."""
     if not Path(name).exists():
         raise UserError(f"There is no checkpoint {name}: look in runs/NAME/checkpoints/.")
-    with saying_what_is_damaged(name):
+    with explain_damaged_files(name):
         checkpoint = load_archive(Path(name), mmap=True)
     options = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
     if not isinstance(options, dict) or "arch" not in options:

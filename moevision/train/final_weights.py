@@ -23,7 +23,7 @@ from scipy.stats import sem
 from moevision.data import ImageDataModule
 from moevision.stats import paired_difference, paired_macro_difference
 from moevision.train.checkpoint import BEST, LAST, check_checkpoint, verify
-from moevision.train.processes import decide, gather, tell
+from moevision.train.processes import broadcast_from_rank0, gather_objects, print_rank0
 from moevision.train.report import BALANCED, LOSS, read_summary
 from moevision.train.task import ClassificationTask
 from moevision.words import points
@@ -54,11 +54,11 @@ def choose_weights(
     `monitor` is what best.ckpt is the best of. Where best.ckpt is of another step than last.ckpt, both classify the
     validation images once more.
     """
-    tested: FinalWeights = decide(lambda: final_checkpoint(folder))
+    tested: FinalWeights = broadcast_from_rank0(lambda: final_checkpoint(folder))
     if (
         tested.checkpoint.name != BEST
         or not schedule_ended(trainer)
-        or decide(lambda: verify(folder / LAST)).fault
+        or broadcast_from_rank0(lambda: verify(folder / LAST)).fault
     ):
         return tested
     best, last = folder / BEST, folder / LAST
@@ -69,7 +69,7 @@ def choose_weights(
         return FinalWeights(
             last, f"the weights of the last epoch, which are the best by {monitor} too"
         )
-    tell(
+    print_rank0(
         f"The last weights, or the best epoch's (step {best_step:,})? Both classify the validation images."
     )
     of_best, of_last = (_validate(trainer, task, data, path) for path in (best, last))
@@ -118,7 +118,9 @@ def _validate(
         for batch in task.val_outputs
         for row in zip(*(batch[name].tolist() for name in names), strict=True)
     ]
-    rows = sorted(chain.from_iterable(gather(own)))  # of all processes, in the order of the images
+    rows = sorted(
+        chain.from_iterable(gather_objects(own))
+    )  # of all processes, in the order of the images
     _, correct, loss, labels = zip(*rows, strict=True)
     return Validated(np.array(correct), np.array(loss, dtype=float), np.array(labels))
 
@@ -135,7 +137,7 @@ def final_checkpoint(folder: Path) -> FinalWeights:
         )
     if (fault := verify(best).fault) is None:
         return FinalWeights(best, "the weights of the best validation epoch")
-    tell(f"warning: {best} {fault}: {LAST} is tested instead.")
+    print_rank0(f"warning: {best} {fault}: {LAST} is tested instead.")
     return FinalWeights(
         folder / LAST, "the weights of the last epoch, because best.ckpt was damaged"
     )

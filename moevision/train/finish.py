@@ -25,18 +25,18 @@ from torchmetrics.functional.classification import binary_calibration_error
 from moevision.config import Settings
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
-from moevision.errors import csv_name
+from moevision.errors import escape_csv_cell
 from moevision.files import csv_text, file_sha256, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
-from moevision.models.strangers import IMAGES, Strangers, fit_strangers, linear_head
+from moevision.models.ood import IMAGES, MahalanobisOOD, fit_ood, linear_head
 from moevision.stats import paired_difference
-from moevision.train.checkpoint import START, check_checkpoint
+from moevision.train.checkpoint import PRETRAINED_CONFIG, check_checkpoint
 from moevision.train.final_weights import choose_weights
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import RecordRouting, StopEarly, Stopwatch, WeightEMA, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
-from moevision.train.processes import callback_of, gather, parallel_strategy, tell
+from moevision.train.processes import callback_of, gather_objects, parallel_strategy, print_rank0
 from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
 from moevision.train.report import (
@@ -52,7 +52,7 @@ from moevision.train.report import (
     model_card,
     write_summary,
 )
-from moevision.train.resume import Session, Start
+from moevision.train.resume import RunStart, Session
 from moevision.train.start import features_of, read_probe, weights_file
 from moevision.train.task import ClassificationTask
 from moevision.words import percent
@@ -66,7 +66,7 @@ class Training:
 
     settings: Settings
     session: Session
-    start: Start | None
+    start: RunStart | None
     run_dir: Path
     task: ClassificationTask
     data: ImageDataModule
@@ -88,7 +88,7 @@ class Training:
     @property
     def kept(self) -> Path:
         """Where what the pretrained weights are of is kept for the run's checkpoints."""
-        return self.run_dir / "checkpoints" / START
+        return self.run_dir / "checkpoints" / PRETRAINED_CONFIG
 
     @property
     def clusters(self) -> bool:
@@ -167,7 +167,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     checkpoint, weights = choose_weights(trainer, task, data, run_dir / "checkpoints", monitor)
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     tested = _gather_tested_images(task, data)
-    bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
+    bad_images = list(dict.fromkeys(chain.from_iterable(gather_objects(data.bad_images))))
     if training.divided is not None:
         training.divided.gather()
     if not trainer.is_global_zero:
@@ -214,7 +214,7 @@ def _gather_tested_images(task: ClassificationTask, data: ImageDataModule) -> Te
         for batch in task.test_outputs
         for row in zip(*(batch[name].tolist() for name in names), strict=True)
     ]
-    rows = sorted(chain.from_iterable(gather(of_process)))
+    rows = sorted(chain.from_iterable(gather_objects(of_process)))
     indices, *columns = map(np.array, zip(*rows, strict=True))
     return TestedImages([data.sample_id("test", index) for index in indices.tolist()], *columns)
 
@@ -240,9 +240,9 @@ def _export_model(training: Training, checkpoint: Path) -> None:
 def _write_predictions(run_dir: Path, tested: TestedImages, classes: Sequence[str]) -> None:
     rows = [
         (
-            csv_name(sample),
-            csv_name(classes[label]),
-            csv_name(classes[prediction]),
+            escape_csv_cell(sample),
+            escape_csv_cell(classes[label]),
+            escape_csv_cell(classes[prediction]),
             f"{confidence:.4f}",
             int(label == prediction),
         )
@@ -337,7 +337,7 @@ def _write_class_table(run_dir: Path, scores: Sequence[ClassScores]) -> None:
 
     rows = [
         (
-            csv_name(each.name),
+            escape_csv_cell(each.name),
             each.images,
             *map(cell, (each.precision, each.recall, each.f1, each.auroc)),
         )
@@ -396,17 +396,19 @@ def _summarize(
     )
 
 
-def _strangers(training: Training) -> Strangers | None:
+def _strangers(training: Training) -> MahalanobisOOD | None:
     """What the model takes for a stranger: classes by training images, the threshold by validation images."""
     net, data = training.task.net, training.data
     if training.divided or linear_head(net) is None:  # a divided model may not fit one device
         return None
     most = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
     count = sum(min(most[split], len(data.contents.datasets[split])) for split in most)
-    tell(f"measuring on {count:,} images what is unlike them, for the distance that predict tells")
+    print_rank0(
+        f"measuring on {count:,} images what is unlike them, for the distance that predict tells"
+    )
     found = features_of(net, data, most, training.trainer.strategy.root_device)
     (features, labels, *_), validation = found["train"], found["val"][0]
-    return fit_strangers(features, labels, validation)
+    return fit_ood(features, labels, validation)
 
 
 def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:

@@ -37,23 +37,23 @@ from lightning.pytorch.loggers import Logger
 from moevision.config import (
     CLASSES,
     EmaConfig,
-    Given,
     GuardConfig,
     ParallelConfig,
+    ParsedArgs,
     Settings,
     checked,
     settings,
 )
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF
-from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges, shown
+from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges, escape_controls
 from moevision.files import newest_config, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.limits import keep_freed_memory
-from moevision.models.config import build_model, dense_start, keep_start
+from moevision.models.config import build_model, dense_start, save_pretrained_config
 from moevision.models.io import from_cache_only
 from moevision.models.upcycle import START_IMAGES, start_routers
-from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
+from moevision.train.checkpoint import PRETRAINED_CONFIG, SafeCheckpointIO, check_checkpoint
 from moevision.train.final_weights import checkpoint_of_run
 from moevision.train.finish import RunResult, Training, finish, write_comparison
 from moevision.train.guard import StabilityGuard, TrainingDiverged
@@ -69,26 +69,26 @@ from moevision.train.health import (
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
     Interrupted,
-    decide,
-    first_one_first,
-    is_first,
-    meet,
+    broadcast_from_rank0,
+    init_process_group,
+    is_rank0,
     parallel_strategy,
+    print_rank0,
+    rank0_first,
     several_processes,
     start_processes,
-    tell,
 )
 from moevision.train.provenance import differences, fingerprint
 from moevision.train.recipe import (
     check_memory,
     check_window,
-    chosen,
     describe_plan,
     expected_seconds,
     memory_advice,
     new_run_folder,
     read_config,
     refuse_among_images,
+    resolve_settings,
     run_name,
     run_of_checkpoint,
 )
@@ -97,12 +97,12 @@ from moevision.train.resume import (
     MARK,
     EpochEnd,
     ResumePoint,
+    RunStart,
     Session,
-    Start,
     begin,
-    begun_by,
     devices_asked,
-    find_start,
+    find_run_start,
+    first_command,
     note_session,
 )
 from moevision.train.scores import ExampleScores
@@ -132,7 +132,7 @@ _CHATTER = (
 )
 
 
-def fit(given: Given) -> None:
+def fit(given: ParsedArgs) -> None:
     """`moevision fit`."""
     session = Session(given.command)
     with _in_sentences(session):
@@ -145,30 +145,35 @@ def fit(given: Given) -> None:
         training = train(settings(options), session, start)
         run_dir = training.run_dir
         if training.trial:  # logged nothing and saved nothing
-            if is_first() and start is None:  # else the folder may be an earlier run's
+            if is_rank0() and start is None:  # else the folder may be an earlier run's
                 session.unused = run_dir
             return
-        command = begun_by(run_dir) or session.command  # what repeats the run; --resume doesn't
+        command = (
+            first_command(run_dir) or session.command
+        )  # what repeats the run; --resume doesn't
         result = finish(training, command)
         if training.settings.with_twin:
             result = _train_twin(training, options, command, result)
         if result is not None:
-            tell(
+            print_rank0(
                 f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md"
             )
             if result.summary.layers:
                 run = shell_word(str(run_dir))
-                tell(
+                print_rank0(
                     f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}"
                 )
                 if not training.settings.with_twin and result.summary.choice is None:
-                    tell(
+                    print_rank0(
                         "Whether they pay on these images: --with-twin also trains a dense model of the same cost."
                     )
 
 
 def train(
-    settings: Settings, session: Session, start: Start | None, callbacks: Sequence[L.Callback] = ()
+    settings: Settings,
+    session: Session,
+    start: RunStart | None,
+    callbacks: Sequence[L.Callback] = (),
 ) -> Training:
     """Prepare a training, say what it will do, and train; a new run folder is removed if it can't begin.
 
@@ -235,14 +240,14 @@ def train(
             settings.data.order_seed = data.order_seed = None if seed is False else seed
         data.run_dir = run_dir
         _read_data(data, trainer, session, "fit", moved=not training.fresh)
-        keep_the_step(start, data, trainer)
+        keep_images_per_step(start, data, trainer)
         if training.fresh and not training.trial:
             check_window(data, trainer)
 
         # Model
         _build(training)
         for line in session.lines if training.fresh else ():
-            tell(line)
+            print_rank0(line)
         session.lines.clear()  # the twin says nothing of its start, which is the run's
         if trainer.is_global_zero:
             print(data.describe(), flush=True)
@@ -266,7 +271,7 @@ def _no_trace_of_a_failure(
     try:
         yield
     except BaseException:
-        if new and stopwatch.images == 0 and is_first():
+        if new and stopwatch.images == 0 and is_rank0():
             session.unused = run_dir
         raise
 
@@ -274,7 +279,7 @@ def _no_trace_of_a_failure(
 def _seed(settings: Settings, session: Session) -> None:
     """Seed every generator; `true` draws a seed and keeps it."""
     if settings.seed_everything is True:
-        settings.seed_everything = decide(lambda: secrets.randbelow(2**31))
+        settings.seed_everything = broadcast_from_rank0(lambda: secrets.randbelow(2**31))
     check_ranges(settings, [(*SEED, ("seed_everything",))], "--")
     if settings.seed_everything is not False:
         L.seed_everything(settings.seed_everything, workers=True)
@@ -297,7 +302,7 @@ def _new_folder(settings: Settings, session: Session, suffix: str = "") -> Path:
         refuse_among_images(root / name, images)
         return str(session.claim(new_run_folder(name, root)))
 
-    return Path(decide(new))
+    return Path(broadcast_from_rank0(new))
 
 
 def watching(ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
@@ -456,7 +461,7 @@ def _read_data(
     """Read the data, the first process first; `moved`: they are a run's, and may have been moved since."""
     data.processes = trainer.num_devices
     try:
-        with first_one_first():
+        with rank0_first():
             data.setup(verb)
     except UserError as error:
         there = (
@@ -471,7 +476,7 @@ def _read_data(
         ) from error
 
 
-def keep_the_step(start: Start | None, data: ImageDataModule, trainer: L.Trainer) -> None:
+def keep_images_per_step(start: RunStart | None, data: ImageDataModule, trainer: L.Trainer) -> None:
     """On another number of processes: sum the gradients of as many batches as make a step of as many images."""
     known = {} if start is None else start.fingerprint
     images, at_once = known.get("images_per_step", 0), data.batch_size * trainer.world_size
@@ -482,7 +487,7 @@ def keep_the_step(start: Start | None, data: ImageDataModule, trainer: L.Trainer
             batches = sum(data.class_counts["train"].values()) // at_once
             trainer.limit_train_batches = max(parts, batches // parts * parts)
         trainer.accumulate_grad_batches = parts
-        tell(
+        print_rank0(
             f"note: a step sums the gradients of {parts} batches of a process: it has {images} images, as before."
         )
 
@@ -499,7 +504,7 @@ def _build(training: Training) -> None:
         *sizes, load_pretrained=fresh, kept=kept
     )  # what goes on from a checkpoint needs no pretrained weights
     if fresh and training.trainer.is_global_zero:
-        keep_start(task.arch, kept)
+        save_pretrained_config(task.arch, kept)
     if training.clusters:  # said in the saved model, also by a run that goes on from a checkpoint
         cast(Any, task.net).router_start = "cluster"
     if settings.with_twin:
@@ -555,7 +560,7 @@ def _start_and_plan(training: Training) -> None:
         print(describe_plan(task, data, trainer, steps_s, before_s))
         if training.divided is not None:
             print(training.divided.plan(trainer.world_size, task.net))
-    print(f"run folder: {shown(str(training.run_dir))}\n", flush=True)
+    print(f"run folder: {escape_controls(str(training.run_dir))}\n", flush=True)
 
 
 def _start_with_probe(training: Training) -> None:
@@ -605,11 +610,11 @@ def _memory_advice(training: Training) -> AbstractContextManager[None]:
 
 def _compare_with_start(training: Training, point: ResumePoint) -> None:
     """Warn about what prevents a bit-identical result, and record this start in sessions.json."""
-    start, session = training.start or Start(training.run_dir), training.session
+    start, session = training.start or RunStart(training.run_dir), training.session
     point.fingerprint = fingerprint(training.trainer, training.task, training.data)
     other = differences(start.fingerprint, point.fingerprint)
     if other:
-        tell(
+        print_rank0(
             f"warning: the result can't be bit-identical to an uninterrupted run: {'; '.join(other)}."
         )
     if training.trainer.is_global_zero:
@@ -650,12 +655,12 @@ def _train_twin(
     """Train the dense twin of a finished training by the same recipe, and compare both."""
     session, run_dir = training.session, training.run_dir
 
-    def new() -> Start:
+    def new() -> RunStart:
         """Where the twin's training begins, in a folder that is made for it."""
         folder = run_dir / "twin"
         known = folder.is_dir()
         session.claim(folder)
-        start = find_start(folder, fresh_if_none=True) if known else Start(folder)
+        start = find_run_start(folder, fresh_if_none=True) if known else RunStart(folder)
         if (
             start.checkpoint is None and training.start is not None
         ):  # its steps have the images of the run's
@@ -665,7 +670,7 @@ def _train_twin(
         print("\nNow the dense twin, by the same recipe.", flush=True)
         return start
 
-    start: Start = decide(new)
+    start: RunStart = broadcast_from_rank0(new)
     seed = training.settings.seed_everything  # the one that was drawn, where `true` asked for it
     changes: dict[str, Any] = {
         "model.arch.twin": "active_flops",
@@ -693,7 +698,7 @@ def _train_twin(
     return write_comparison(result, other, match)
 
 
-def evaluate(verb: str, given: Given) -> None:
+def evaluate(verb: str, given: ParsedArgs) -> None:
     """`moevision validate` and `moevision test`: read the data, and build the model for the weights of a checkpoint."""
     session = Session(given.command)
     with _in_sentences(session):
@@ -708,7 +713,7 @@ def evaluate(verb: str, given: Given) -> None:
         if is_run and not given.options.get("ckpt_path"):
             tested = str(checkpoint_of_run(run))
             given = given._replace(folder=None, options={**given.options, "ckpt_path": tested})
-        options = chosen(verb, given, decide=decide)
+        options = resolve_settings(verb, given, decide=broadcast_from_rank0)
         if given.prints:
             print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")
             return
@@ -751,7 +756,10 @@ def evaluate(verb: str, given: Given) -> None:
             )
             with from_cache_only():
                 task.build(
-                    classes, side, load_pretrained=False, kept=origin / "checkpoints" / START
+                    classes,
+                    side,
+                    load_pretrained=False,
+                    kept=origin / "checkpoints" / PRETRAINED_CONFIG,
                 )
             if trainer.is_global_zero:
                 print(data.describe(), flush=True)
@@ -768,7 +776,7 @@ def evaluate(verb: str, given: Given) -> None:
             if trainer.is_global_zero:
                 print(f"\n{percent(found[0][f'{split}/top1'])} of the {split} images right")
                 print("\n".join(f"{name:22}{value:8.4f}" for name, value in found[0].items()))
-                tell(f"Everything is in {run_dir}")
+                print_rank0(f"Everything is in {run_dir}")
 
 
 validate, test = partial(evaluate, "validate"), partial(evaluate, "test")
@@ -782,17 +790,17 @@ def _as_list(value: Any) -> list[Any]:
 def _in_sentences(session: Session) -> Iterator[None]:
     """Let a verb end by one sentence that says how to go on, whatever stops it."""
     keep_freed_memory()
-    meet()
+    init_process_group()
     try:
         with session.interruption, quiet_lightning():
             yield
     except (Interrupted, TrainingDiverged) as stopped:
-        if not is_first():
+        if not is_rank0():
             raise SystemExit(0) from None  # the first process says it, and its exit code counts
         if isinstance(stopped, Interrupted):
             command = session.resume_command
             how = f" To go on:\n{command}" if command else " Nothing was saved yet."
-            tell(f"Stopped by {session.interruption.by or stopped.signal_name}.{how}")
+            print_rank0(f"Stopped by {session.interruption.by or stopped.signal_name}.{how}")
         raise
     except UserError:
         raise
@@ -808,7 +816,7 @@ def _in_sentences(session: Session) -> Iterator[None]:
             isinstance(error, dist.DistError) or "by peer" in str(error)
         ):
             raise
-        if not is_first():
+        if not is_rank0():
             raise SystemExit(USER_ERROR) from None  # one voice
         command = session.resume_command
         how = f" To go on:\n{command}" if command else " Nothing was saved yet: start anew."

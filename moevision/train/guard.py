@@ -33,17 +33,17 @@ from torch.utils._pytree import tree_map
 
 from moevision.config import GuardConfig
 from moevision.data.scores import ScoreSums
-from moevision.errors import DIVERGED, UserError, csv_name
+from moevision.errors import DIVERGED, UserError, escape_csv_cell
 from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
 from moevision.train.health import WeightEMA, is_logged
 from moevision.train.processes import (
     callback_of,
-    gather,
+    gather_objects,
+    print_rank0,
     random_state,
     restore_random_state,
     sum_numbers,
-    tell,
 )
 from moevision.train.report import template
 from moevision.train.scores import ExampleScores
@@ -478,7 +478,7 @@ def note(
         data.sample_id("train", index) if hasattr(data, "sample_id") else str(index)
         for index in images
     ]
-    found = gather((source, own))
+    found = gather_objects((source, own))
     # The process with the fault itself knows the loss that was bad; the others see at most its gradients.
     sources = sorted(
         filter(None, (source for source, _ in found)), key=lambda name: name.startswith("gradient")
@@ -491,13 +491,13 @@ def note(
     record.add(Event(step, trainer.current_epoch, kind, source, names[:_MAX_SAMPLES]))
     if trainer.is_global_zero:
         rows = (
-            (e.step, e.epoch, e.kind, e.source, csv_name(" ".join(e.samples)))
+            (e.step, e.epoch, e.kind, e.source, escape_csv_cell(" ".join(e.samples)))
             for e in record.events
         )
         # Whole: a resumed run writes it again from what the checkpoint remembers.
         write_text_atomic(Path(trainer.default_root_dir) / GUARD_CSV, csv_text(_COLUMNS, rows))
         if sum(record.sources.values()) <= _MAX_SAID:
-            tell(_SAID[kind].format(step=step, source=source))
+            print_rank0(_SAID[kind].format(step=step, source=source))
 
 
 # -- where a number isn't finite
@@ -514,7 +514,7 @@ def find_nonfinite(trainer: L.Trainer, task: ClassificationTask) -> str | None:
             kind = prefix + ("buffer" if bad[0][0] in buffers else "weight")
     if sum_numbers([bool(bad)], task.device) == [0]:
         return None
-    return next(filter(None, gather(_in_words(kind, bad) if bad else None)), None)
+    return next(filter(None, gather_objects(_in_words(kind, bad) if bad else None)), None)
 
 
 def _nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

@@ -40,16 +40,21 @@ from moevision.config import (
     RecordRoutingConfig,
 )
 from moevision.data import ImageDataModule
-from moevision.data.collection import in_turn
+from moevision.data.collection import interleave_by_class
 from moevision.data.images import is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.files import write_text_atomic
 from moevision.layers import MoEMlp, moe_layers
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.vit_moe import set_fused_attention
 from moevision.stats import fit_temperature
-from moevision.train.processes import gather, parallel_strategy, sums_over_processes, tell
+from moevision.train.processes import (
+    gather_objects,
+    parallel_strategy,
+    print_rank0,
+    sums_over_processes,
+)
 from moevision.train.task import ClassificationTask
 
 MAX_DATA_WAIT: Final = 0.03  # of the training time: above it waiting for data is worth a remedy
@@ -181,7 +186,7 @@ class Stopwatch(L.Callback):
         if not self._advised and self.train_s >= _SETTLED_S and trainer.is_global_zero:
             self._advised = True
             for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
-                tell(sentence)
+                print_rank0(sentence)
 
 
 class StopEarly(EarlyStopping):
@@ -205,7 +210,7 @@ class StopEarly(EarlyStopping):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             for sentence in self.sentences(trainer):
-                tell(sentence)
+                print_rank0(sentence)
 
     def sentences(self, trainer: L.Trainer) -> list[str]:
         """What summary.md says, if training ended before its last step."""
@@ -309,7 +314,7 @@ class RouterHealth(L.Callback):
             names = " or ".join(f"--model.aux.{name}" for name in losses)
             advice = f"Give {names} more weight, lower --model.optim.lr, or use --model.arch.router bias_balanced."
         if task.trainer.is_global_zero:
-            tell(
+            print_rank0(
                 f"warning: experts collapse in block {block}: {len(starved)} of {len(load)} experts "
                 f"({', '.join(map(str, starved))}) got less than a tenth of the mean load in the last {_PATIENCE} "
                 f"updates, so they hardly learn. {advice}"
@@ -452,7 +457,7 @@ class Calibrate(L.Callback):
             with trainer.precision_plugin.forward_context():
                 logits = task(batch["image"]).float()
             own.append((logits.cpu().numpy(), batch["label"].cpu().numpy()))
-        known = list(chain.from_iterable(gather(own)))
+        known = list(chain.from_iterable(gather_objects(own)))
         if known:
             task.calibration = fit_temperature(
                 *(np.concatenate(part) for part in zip(*known, strict=True))
@@ -565,13 +570,13 @@ def moments_for(steps: int, batch_size: int, images: int) -> int:
 def _of_test(data: ImageDataModule, count: int) -> tuple[tuple[str, ...], Tensor]:
     """Names and pixels, as `_read` has them, of the first test images, classes in turn: those the explorer shows."""
     dataset = data.contents.datasets["test"]
-    rows = in_turn([sample.label for sample in dataset.samples])[:count]
+    rows = interleave_by_class([sample.label for sample in dataset.samples])[:count]
     found = {
         row: own
         for row, own in zip(rows, dataset.pixels(rows), strict=True)
         if not isinstance(own, str)
     }
-    names = tuple(shown(dataset.samples[row].sample_id) for row in found)
+    names = tuple(escape_controls(dataset.samples[row].sample_id) for row in found)
     return names, torch.from_numpy(np.stack([*found.values()])) if found else torch.empty(0)
 
 
@@ -585,5 +590,5 @@ def _read(folder: Path, image_size: int, framing: Framing) -> tuple[tuple[str, .
     pixels = np.stack(
         [square_pixels(safe_open(file, image_size), image_size, framing) for file in files]
     )
-    names = tuple(shown(file.relative_to(folder).as_posix()) for file in files)
+    names = tuple(escape_controls(file.relative_to(folder).as_posix()) for file in files)
     return names, torch.from_numpy(pixels).permute(0, 3, 1, 2)

@@ -60,7 +60,7 @@ def build_optimizer(
         )  # a phase of no steps: OneCycleLR (torch 2.13) would divide by its length
     groups = parameter_groups(net, config)
     options: dict[str, Any] = {"bfloat16": bfloat16} if config.name == "muon" else {}
-    kind = (kinds or WHOLE.optimizers)[config.name]
+    kind = (kinds or LOCAL.optimizers)[config.name]
     optimizer = kind(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused, **options)
     highest = [float(group["lr"]) for group in optimizer.param_groups]
     schedule = OneCycleLR(
@@ -277,7 +277,7 @@ class TensorOperations(NamedTuple):
     optimizers: Mapping[OptimizerName, type[AdamW]]
 
 
-WHOLE = TensorOperations(
+LOCAL = TensorOperations(
     torch.nn.utils.get_total_norm,
     torch.nn.utils.clip_grads_with_norm_,
     {"adamw": AdamW, "muon": Muon},

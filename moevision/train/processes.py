@@ -32,7 +32,7 @@ from torch import Tensor
 
 from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
-from moevision.errors import USER_ERROR, UserError, shown_lines
+from moevision.errors import USER_ERROR, UserError, escape_controls_of_lines
 
 _Callback = TypeVar("_Callback")
 _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH --signal=USR1@120`
@@ -44,7 +44,7 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this is the first of the processes that train together, or the only one."""
     return not several_processes() or dist.get_rank() == 0
 
@@ -76,7 +76,7 @@ def sum_numbers(values: list[float], device: torch.device) -> list[float]:
     ].tolist()
 
 
-def gather(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """What every process has here, in order of rank."""
     if not several_processes():
         return [value]
@@ -85,14 +85,14 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
-def tell(sentence: str) -> None:
+def print_rank0(sentence: str) -> None:
     """Print a sentence to stderr at once; a terminal that was closed meanwhile is no reason to stop training."""
     if not is_main_process():
         return
     with contextlib.suppress(
         OSError, ValueError
     ):  # EIO from a hung-up terminal; ValueError from a closed file
-        print(shown_lines(sentence), file=sys.stderr, flush=True)
+        print(escape_controls_of_lines(sentence), file=sys.stderr, flush=True)
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -153,7 +153,7 @@ class Interruption:
         if again or not self.training:
             raise Interrupted(number)
         name = signal.Signals(number).name
-        tell(
+        print_rank0(
             f"\n{name}: saving when this step is done (validation is finished first); once more to stop without it."
         )
 
@@ -171,13 +171,13 @@ def _leave_terminal() -> None:
     os.close(nowhere)
 
 
-def decide(decision: Callable[[], Any]) -> Any:
+def broadcast_from_rank0(decision: Callable[[], Any]) -> Any:
     """What the first process finds when it calls `decision`; any plain data. If it fails, the others end too."""
     if not several_processes():
         return decision()
     found: list[Any] = [False, None]
     try:
-        if is_first():
+        if is_rank0():
             found = [True, decision()]
     finally:
         dist.broadcast_object_list(found, src=0)
@@ -187,18 +187,18 @@ def decide(decision: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def first_one_first() -> Iterator[None]:
+def rank0_first() -> Iterator[None]:
     """Let the first process do this before the others, who then find the files that it made."""
-    if several_processes() and not is_first():
+    if several_processes() and not is_rank0():
         dist.barrier()
     try:
         yield
     finally:
-        if several_processes() and is_first():
+        if several_processes() and is_rank0():
             dist.barrier()
 
 
-def meet() -> None:
+def init_process_group() -> None:
     """Join the other processes of this training, if torchrun, SLURM or `start_processes` started all of them.
 
     No signal interrupts the wait for them: call it while SIGTERM still ends the process.
@@ -267,7 +267,7 @@ def start_processes(number: int) -> NoReturn:
                 if killed[0] == 0
                 else ""
             )
-            tell(
+            print_rank0(
                 f"moevision: Process {killed[0]} of this training was killed, by somebody or by a system that has run "
                 f"out of memory.{again}"
             )
@@ -299,7 +299,7 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def part_random_state(rank: int) -> None:
+def seed_per_rank(rank: int) -> None:
     """Let this process draw other numbers than those that began with the same seed: its dropout is its own."""
     seed = hash_u64(torch.initial_seed(), rank)
     random.seed(seed)

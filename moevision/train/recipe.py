@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from moevision.config import Given, checked
+from moevision.config import ParsedArgs, checked
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF, NAMED
-from moevision.data.open import count_images, holds, kind_of, open_collection
+from moevision.data.open import contains_path, count_images, kind_of, open_collection
 from moevision.efficiency import parameter_counts
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.files import newest_config
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
@@ -40,7 +40,7 @@ from moevision.models.io import architecture_of, first_blocks
 from moevision.models.safe_files import read_yaml
 from moevision.train.health import WeightEMA
 from moevision.train.optim import matrices_of
-from moevision.train.processes import callback_of, has_gpu, tell, trains_on
+from moevision.train.processes import callback_of, has_gpu, print_rank0, trains_on
 from moevision.train.provenance import device_name
 from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretrained_options
 from moevision.train.task import ClassificationTask
@@ -76,7 +76,7 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:  # type: ignor
 
 def refuse_among_images(run_dir: Path, data: str) -> None:
     """Raise a UserError where a run folder would be read as part of the images that it is made for."""
-    if holds(data, run_dir):
+    if contains_path(data, run_dir):
         raise UserError(
             f"The run folder {run_dir} would become part of the images in {data}: start elsewhere, or give another "
             "--runs_root, such as ../runs."
@@ -87,7 +87,7 @@ def run_name(data: str) -> str:
     """What a run is called after its data: that of the folder or table, without signs that a terminal can't show."""
     path = Path(data.removeprefix(HF).replace(":", "-") if data.startswith(HF) else data).resolve()
     name = path.stem if path.suffix.lower() == ".csv" else path.name
-    return name if shown(name) == name else shown(name).replace("\\", "_")
+    return name if escape_controls(name) == name else escape_controls(name).replace("\\", "_")
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -124,13 +124,13 @@ def default_precision() -> str:
     )
 
 
-def chosen(
+def resolve_settings(
     verb: str,
-    given: Given,
+    given: ParsedArgs,
     *,
     recorded: bool = False,
     decide: Callable[[Callable[[], Any]], Any] = lambda decision: decision(),
-    say: Callable[[str], None] = tell,
+    say: Callable[[str], None] = print_rank0,
 ) -> dict[str, Any]:
     """What a command line asks for, by dotted names, with what is chosen for the images where it says nothing.
 
@@ -241,7 +241,7 @@ def run_of_checkpoint(checkpoint: str) -> Path:
 
 
 def weights_alone(
-    asked: str, given: Mapping[str, Any], say: Callable[[str], None] = tell
+    asked: str, given: Mapping[str, Any], say: Callable[[str], None] = print_rank0
 ) -> dict[str, Any]:
     """`--pretrained` as options; the name and base of a configuration, which it takes the place of, are left out."""
     if asked == AUTO:
@@ -267,7 +267,7 @@ def choose_recipe(
     path: str,
     asked: str | None = None,
     given: Mapping[str, Any] = {},
-    say: Callable[[str], None] = tell,
+    say: Callable[[str], None] = print_rank0,
 ) -> dict[str, Any]:
     """Options for a folder of images or a dataset's name, from their number, free memory and device.
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from moevision.data.named import NAMED, UNKNOWN, terms_of
 from moevision.efficiency import ModelCost
-from moevision.errors import UserError, shown
+from moevision.errors import UserError, escape_controls
 from moevision.files import write_text_atomic
 from moevision.layers import LayerLoad, moe_layers
 from moevision.models.io import load_model
@@ -385,14 +385,18 @@ def template(name: str) -> Template:
         "flops": flops,
         "duration": duration,
     }
-    environment.filters |= {"number": "{:,.0f}".format, "shown": shown, "json": json.dumps}
+    environment.filters |= {
+        "number": "{:,.0f}".format,
+        "shown": escape_controls,
+        "json": json.dumps,
+    }
     environment.globals |= {"log2": math.log2, "isfinite": math.isfinite}
     return environment.get_template(name)
 
 
 def cell(text: str) -> str:
     """Text that can't break a table or a line of Markdown or become a link (class names come from folder names)."""
-    text = shown(" ".join(text.split()))
+    text = escape_controls(" ".join(text.split()))
     return text.replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
 
 
@@ -410,7 +414,7 @@ class WeightsOrigin(NamedTuple):
 def gather_facts(run: Path, summary: RunSummary) -> dict[str, Any]:
     """Gather what is known about the model of a finished run; `card.md.jinja` describes it by its names."""
     saved, known = load_model(str(run)), read_json(run / "provenance.json")
-    words = [shown(without_path(word)) for word in known["command"]]
+    words = [escape_controls(without_path(word)) for word in known["command"]]
     versions = {
         "moevision": known["moevision"],
         **known["libraries"],
@@ -511,7 +515,7 @@ def model_card(facts: dict[str, Any]) -> str:
         base_model=facts["start"].hub_id or None,
         datasets=[terms.hub_id] if terms.hub_id else None,
         metrics=["accuracy"],
-        model_name=shown(summary.name),
+        model_name=escape_controls(summary.name),
         eval_results=[result],
     )
     return template("card.md.jinja").render(
@@ -526,5 +530,5 @@ def model_card(facts: dict[str, Any]) -> str:
 def without_example(sentence: str) -> str:
     """A sentence about the data without the file name that it gives as an example, which may be private."""
     return re.sub(
-        r" \(for example .*\)", "", shown(sentence)
+        r" \(for example .*\)", "", escape_controls(sentence)
     )  # to the last bracket: names have brackets too

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Checkpoint, Timer
 
-from moevision.config import CheckpointConfig, Fit, Given, complete
+from moevision.config import CheckpointConfig, Fit, ParsedArgs, complete
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
@@ -37,14 +37,14 @@ from moevision.models.io import (
     SavedModel,
     check_numbers,
     colours,
+    explain_load_errors,
     from_cache_only,
     load_model,
-    saying_what_fails,
 )
 from moevision.models.safe_files import check_arguments
 from moevision.train.checkpoint import (
     LAST,
-    START,
+    PRETRAINED_CONFIG,
     SafeCheckpointIO,
     check_checkpoint,
     load_archive,
@@ -53,15 +53,21 @@ from moevision.train.checkpoint import (
 from moevision.train.health import MetricsFile, RunLogger
 from moevision.train.processes import (
     Interruption,
+    broadcast_from_rank0,
     callback_of,
-    decide,
-    gather,
-    part_random_state,
+    gather_objects,
+    print_rank0,
     random_state,
     restore_random_state,
-    tell,
+    seed_per_rank,
 )
-from moevision.train.recipe import chosen, find_config, read_config, refuse_among_images, run_name
+from moevision.train.recipe import (
+    find_config,
+    read_config,
+    refuse_among_images,
+    resolve_settings,
+    run_name,
+)
 from moevision.train.start import PROBE_FILE, Probe
 from moevision.train.task import ClassificationTask
 from moevision.words import shell_word
@@ -148,7 +154,7 @@ class ResumePoint(L.Callback):
         if self._states is not None and len(self._states) == trainer.world_size:
             restore_random_state(self._states[trainer.global_rank])
         elif trainer.world_size > 1:
-            part_random_state(trainer.global_rank)
+            seed_per_rank(trainer.global_rank)
         self._states, self.began = None, True
         if (
             timer := callback_of(trainer, Timer)
@@ -214,7 +220,7 @@ class ResumePoint(L.Callback):
             "fit": data.fit,
         }
         checkpoint[MARK] = {
-            "random": gather(random_state()),
+            "random": gather_objects(random_state()),
             "metrics_rows": next((file.count() for file in _metrics(trainer)), None),
             "fingerprint": self.fingerprint,
             "data": known,
@@ -226,12 +232,14 @@ class ResumePoint(L.Callback):
         """Cut metrics.csv where the checkpoint was made, and follow a run folder that was moved."""
         for name, state in checkpoint.get("callbacks", {}).items():
             if name.startswith("ModelCheckpoint"):
-                checkpoint["callbacks"][name] = _moved(state, self.path.parent.resolve())
+                checkpoint["callbacks"][name] = _rewrite_checkpoint_paths(
+                    state, self.path.parent.resolve()
+                )
         if trainer.state.fn != "fit":
             return
         self._goes_on = True
         _leave_the_epoch_ended(trainer, checkpoint)
-        _find_place(trainer, checkpoint)
+        _restore_loader_position(trainer, checkpoint)
         ours = checkpoint.get(MARK, {})
         self._states = ours.get("random")
         for file in _metrics(trainer):
@@ -295,7 +303,7 @@ def _leave_the_epoch_ended(trainer: L.Trainer, checkpoint: dict[str, Any]) -> No
     ]  # Lightning does it, but not where no step is left to do
 
 
-def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+def _restore_loader_position(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """On another number of processes, let Lightning count those that hold the images of this epoch so far."""
     data = cast(Any, trainer).datamodule
     state = checkpoint.get(type(data).__qualname__)
@@ -315,7 +323,7 @@ def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     progress["is_last_batch"] = False
 
 
-def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _rewrite_checkpoint_paths(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """ModelCheckpoint's state with its paths below `folder`; it forgets the best score where they differ."""
     old = state.get("dirpath")
     if not old or Path(old) == folder:
@@ -332,7 +340,7 @@ def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """Where a training begins: its folder, and the checkpoint (None: afresh) with its steps and its fingerprint."""
 
     run_dir: Path
@@ -350,7 +358,7 @@ def recorded_config(run_dir: Path) -> Path:
     return config
 
 
-def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
+def find_run_start(run_dir: Path, *, fresh_if_none: bool) -> RunStart:
     """The newest valid checkpoint of a run folder that this process has claimed; says which can't be used, and why."""
     for folder in (
         run_dir,
@@ -360,13 +368,13 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
         remove_leftovers(folder)
     found, refused = newest_valid(run_dir / "checkpoints")
     for other in refused:
-        tell(f"warning: {other.path} {other.fault}.")
+        print_rank0(f"warning: {other.path} {other.fault}.")
     if found is None:
         if fresh_if_none:
-            tell(f"{run_dir} has no checkpoint to go on from: starting afresh.")
+            print_rank0(f"{run_dir} has no checkpoint to go on from: starting afresh.")
             for left in (each for pattern in _LEFT for each in run_dir.glob(pattern)):
                 left.unlink()
-            return Start(run_dir)
+            return RunStart(run_dir)
         why = (
             "; ".join(f"{other.path.name} {other.fault}" for other in refused)
             or "no step was saved yet"
@@ -375,8 +383,8 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
             f"Nothing in {run_dir} can be resumed ({why}): start anew, or with {OPTION} {AUTO}."
         )
     saved = load_archive(found.path, mmap=True).get(MARK, {})
-    tell(f"Going on with {run_dir} from {found.path.name}, step {found.step:,} (verified).")
-    return Start(run_dir, found.path, found.step, saved.get("fingerprint", {}))
+    print_rank0(f"Going on with {run_dir} from {found.path.name}, step {found.step:,} (verified).")
+    return RunStart(run_dir, found.path, found.step, saved.get("fingerprint", {}))
 
 
 def is_finished(run_dir: Path, *, with_twin: bool) -> bool:
@@ -419,7 +427,7 @@ def resume_command(run_dir: Path) -> str:
     return f"moevision fit {OPTION} {shell_word(str(run_dir))}"
 
 
-def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> None:
+def note_session(start: RunStart, command: Sequence[str], notes: Sequence[str]) -> None:
     """Add this start to the run folder's list of them."""
     file = start.run_dir / SESSIONS
     origin = (
@@ -432,7 +440,7 @@ def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> 
     write_json_atomic(file, [*(_json(file) or []), session])
 
 
-def begun_by(run_dir: Path) -> list[str] | None:
+def first_command(run_dir: Path) -> list[str] | None:
     """The command line that a run began with, whatever it was gone on with; None if that isn't known."""
     sessions = _json(run_dir / SESSIONS) or []
     return next((each["command"] for each in reversed(sessions) if each["from"] is None), None)
@@ -444,7 +452,7 @@ def _json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
 
 
-def claim(run_dir: Path) -> FileLock:
+def lock_run_folder(run_dir: Path) -> FileLock:
     """Keep other processes from training in the same folder, until the lock is released or this process has ended."""
     lock = FileLock(run_dir / ".lock", timeout=_PATIENCE_S)
     try:
@@ -481,7 +489,7 @@ class Session:
         The folder is made if need be.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._claims.append(claim(run_dir))
+        self._claims.append(lock_run_folder(run_dir))
         return run_dir
 
     @property
@@ -514,7 +522,7 @@ def without_resume(arguments: Sequence[str]) -> list[str]:
     return rest
 
 
-def begin(session: Session, given: Given) -> tuple[dict[str, Any], Start | None]:
+def begin(session: Session, given: ParsedArgs) -> tuple[dict[str, Any], RunStart | None]:
     """Find out what a `fit` is asked for, and where its training begins.
 
     The options by their dotted names, and the start; None for a run with a folder of its own. A run that is finished
@@ -523,18 +531,25 @@ def begin(session: Session, given: Given) -> tuple[dict[str, Any], Start | None]
     options = dict(given.options)
     target = options.pop("resume", None)
     given = given._replace(options=options)
-    say = tell if given.prints else session.lines.append
+    say = print_rank0 if given.prints else session.lines.append
     if target is None:
-        return chosen("fit", given, decide=decide, say=say), None
+        return resolve_settings("fit", given, decide=broadcast_from_rank0, say=say), None
     automatic = target == AUTO
-    run_dir = own_folder(given) if automatic else Path(target)
+    run_dir = run_folder_of(given) if automatic else Path(target)
 
     def as_recorded() -> dict[str, Any]:
-        return {**read_config(recorded_config(run_dir)), **chosen("fit", given, recorded=True)}
+        return {
+            **read_config(recorded_config(run_dir)),
+            **resolve_settings("fit", given, recorded=True),
+        }
 
     # What goes on has chosen its start, and nothing is chosen again for it.
     goes_on = not automatic or newest_valid(run_dir / "checkpoints")[0] is not None
-    asked = as_recorded() if goes_on else chosen("fit", given, decide=decide, say=say)
+    asked = (
+        as_recorded()
+        if goes_on
+        else resolve_settings("fit", given, decide=broadcast_from_rank0, say=say)
+    )
 
     def compare() -> list[str]:
         nonlocal asked
@@ -545,29 +560,29 @@ def begin(session: Session, given: Given) -> tuple[dict[str, Any], Start | None]
         )  # for `true` the one that was drawn
         return changed
 
-    def find() -> Start:
+    def find() -> RunStart:
         if automatic:
             refuse_among_images(run_dir, asked["data.path"])
         known = (run_dir / "config.yaml").is_file()
         if known and is_finished(run_dir, with_twin=bool(asked.get("with_twin"))):
             compare()  # nothing that asks for another training passes for done
-            tell(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
+            print_rank0(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
             raise SystemExit(0)
-        return find_start(session.claim(run_dir), fresh_if_none=automatic)
+        return find_run_start(session.claim(run_dir), fresh_if_none=automatic)
 
-    start: Start = decide(find)
+    start: RunStart = broadcast_from_rank0(find)
     if start.checkpoint is not None:
         session.notes = compare()
         for note in session.notes:
-            tell(f"changed: {note}")
+            print_rank0(f"changed: {note}")
     return asked, start
 
 
-def devices_asked(given: Given) -> dict[str, Any]:
+def devices_asked(given: ParsedArgs) -> dict[str, Any]:
     """What a `fit` says of accelerator, devices and machines, or else the run that it goes on with; by dotted names."""
     target, files = given.options.get("resume"), [find_config(name) for name in given.configs]
     if target is not None:
-        config = (own_folder(given) if target == AUTO else Path(target)) / "config.yaml"
+        config = (run_folder_of(given) if target == AUTO else Path(target)) / "config.yaml"
         files[:0] = [config] if config.is_file() else []
     asked = [*map(read_config, files), given.options]
     return {
@@ -575,9 +590,9 @@ def devices_asked(given: Given) -> dict[str, Any]:
     }
 
 
-def own_folder(given: Given) -> Path:
+def run_folder_of(given: ParsedArgs) -> Path:
     """The folder of a fit, before anything is added because an earlier run has it."""
-    options = chosen("fit", given, recorded=True)
+    options = resolve_settings("fit", given, recorded=True)
     name = options.get("name") or run_name(options.get("data.path", "synthetic_pets"))
     return Path(options.get("runs_root", "runs")) / name
 
@@ -592,13 +607,13 @@ def load_trained(address: str) -> SavedModel:
         return load_model(address)
     check_checkpoint(address)
     checkpoint = SafeCheckpointIO().load_checkpoint(path)
-    with saying_what_fails(address), from_cache_only():
+    with explain_load_errors(address), from_cache_only():
         known, options = checkpoint[MARK]["data"], dict(checkpoint["hyper_parameters"])
         sizes = options.pop("num_classes"), options.pop("image_size")
         task = ClassificationTask(**options)
         state = checkpoint["state_dict"].items()
         weights = {name.removeprefix("net."): x for name, x in state if name.startswith("net.")}
-        kept = path.parent / START
+        kept = path.parent / PRETRAINED_CONFIG
         # Options that describe a larger model than the weights are get no memory for it.
         given = {
             name: value

@@ -24,7 +24,7 @@ from torch import Tensor
 from moevision.data import ImageDataModule
 from moevision.data.scores import FILE, MEASURES, Scores, ScoreSums, keys_of
 from moevision.layers import Routing, moe_layers
-from moevision.train.processes import gather, tell
+from moevision.train.processes import gather_objects, print_rank0
 from moevision.train.task import Batch, ClassificationTask
 
 
@@ -56,7 +56,7 @@ class ExampleScores(L.Callback):
         saved, self._saved, self.sums = self._saved, None, None
         if not data.keeps_scores:
             if data.mixes and data.scores is None:
-                tell(
+                print_rank0(
                     "note: no scores of the training images: under Mixup and CutMix no output belongs to one image."
                 )
             return
@@ -65,7 +65,7 @@ class ExampleScores(L.Callback):
         experts = {cast(int, layer.layer_index): layer.router.num_experts for layer in layers}
         sums = ScoreSums(keys_of(data.sample_id("train", image) for image in images), experts)
         if saved is not None and not (saved and sums.load_state_dict(saved)):
-            tell(
+            print_rank0(
                 "note: no scores of the training images: the checkpoint has none, and those of the rest mislead."
             )
             return
@@ -102,7 +102,9 @@ class ExampleScores(L.Callback):
         if self.sums is None or not cast(ClassificationTask, pl_module).update_applied:
             return
         for visits in self._window:
-            found = gather([part.cpu() for part in visits])  # of all processes, in order of rank
+            found = gather_objects(
+                [part.cpu() for part in visits]
+            )  # of all processes, in order of rank
             own, values = (torch.cat(part) for part in zip(*found, strict=True))
             measures, shares = values[:, : len(MEASURES)], values[:, len(MEASURES) :]
             self.sums.add(

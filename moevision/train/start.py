@@ -53,11 +53,11 @@ from moevision.models.io import (
     model_folder,
     published,
 )
+from moevision.models.ood import linear_head, pooled
 from moevision.models.safe_files import read_json, read_metadata, weights_of
-from moevision.models.strangers import linear_head, pooled
 from moevision.models.upcycle import check_upcyclable
 from moevision.train.health import cpu_s
-from moevision.train.processes import has_gpu, tell
+from moevision.train.processes import has_gpu, print_rank0
 from moevision.words import percent
 
 AUTO, NONE = "auto", "none"
@@ -214,7 +214,7 @@ def _on_terminal() -> bool:
 def _download(weights: Published, facts: HubFacts) -> None:
     """Fetch with the hub's progress bar, which shows on a terminal."""
     size = "" if facts.size_bytes is None else f", {facts.size_bytes / 1e6:.1f} MB"
-    tell(
+    print_rank0(
         f"downloading {weights.name} from {weights.repository}{size}, licence {facts.licence or weights.licence}"
     )
     fetch_weights(weights.name)
@@ -386,7 +386,7 @@ def fit_probe(
     images = [
         min(count, len(data.contents.datasets[split])) for split, count in _MOST_IMAGES.items()
     ]
-    tell(
+    print_rank0(
         "linear probe: logistic regression on the frozen features of {:,} training, {:,} validation and {:,} test "
         "images".format(*images)
     )

@@ -43,8 +43,8 @@ from moevision.models.vit_moe import (
     trains_unfused,
 )
 from moevision.train.checkpoint import plain
-from moevision.train.optim import WHOLE, build_optimizer, freeze_parameters, hold_frozen_statistics
-from moevision.train.processes import mean_over_processes, sums_over_processes, tell
+from moevision.train.optim import LOCAL, build_optimizer, freeze_parameters, hold_frozen_statistics
+from moevision.train.processes import mean_over_processes, print_rank0, sums_over_processes
 
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]
@@ -104,7 +104,7 @@ class ClassificationTask(L.LightningModule):
         given = Model(*parts, label_smoothing, compile, grad_checkpointing, num_classes, image_size)
         self.save_hyperparameters(asdict(given), logger=False)
         self.aux_loss = AuxLoss(self.aux_weights)
-        self.tensors = WHOLE  # `parallel.strategy` has another one, for parts
+        self.tensors = LOCAL  # `parallel.strategy` has another one, for parts
         self.window_counts: list[Tensor] = []
         # What the micro-batches of this optimizer step computed, by name: the stability guard judges by it.
         self.evidence: list[dict[str, Tensor]] = []
@@ -199,7 +199,9 @@ class ClassificationTask(L.LightningModule):
                     f"The {lengths}: {cause}, or start a new run from its weights with --pretrained runs/NAME/model."
                 )
             if known > max(2, planned):
-                tell(f"warning: the {lengths}, so that it does not come down to its end: {cause}.")
+                print_rank0(
+                    f"warning: the {lengths}, so that it does not come down to its end: {cause}."
+                )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._processes_before = checkpoint.get("ImageDataModule", {}).get("world_size")

@@ -17,7 +17,7 @@ from moevision.analysis.readings import (
     exceeds,
     fit_clusters,
     fresh_copy,
-    listed,
+    join_words,
     measure_baselines,
     router_inputs,
 )
@@ -198,7 +198,7 @@ def test_all_experts_in_order_are_named_once(measured, router) -> None:
 
 
 def test_words_are_listed() -> None:
-    assert [listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
+    assert [join_words(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
         "",
         "a",
         "a and b",

@@ -15,12 +15,12 @@ from moevision.analysis.effects import (
     Effect,
     class_effect,
     effect,
-    in_words,
+    effect_in_words,
+    remove_random_experts,
     run_compared,
     run_under,
-    take_away_random,
 )
-from moevision.analysis.intervention import Intervention, Ranking, edited, intervene
+from moevision.analysis.intervention import Intervention, Ranking, apply_edits, intervene
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.layers import Routing, build_router, moe_layers
@@ -157,12 +157,12 @@ def test_the_control_is_a_draw_one_at_a_time(layer: int | None) -> None:
         _, taken, _ = run_under(model.net, x, intervention)
     for draw, delta in enumerate(found.control.delta_logits):
         edits = {
-            moe: lambda ranking, place=place, moe=moe, draw=draw: take_away_random(
+            moe: lambda ranking, place=place, moe=moe, draw=draw: remove_random_experts(
                 ranking, taken[moe].tolist(), [(5, draw, place)], 0, "next_best"
             )
             for place, moe in enumerate(taken)
         }
-        with edited(model.net, edits):
+        with apply_edits(model.net, edits):
             after, _ = run(model, image)
         assert delta == pytest.approx(float((after - before)[found.target]), abs=1e-12)
     assert len(routings) == 2
@@ -184,7 +184,7 @@ def test_taking_away_at_random_takes_exactly_so_many(fill: str) -> None:
     ranking = Ranking.of(router, routing)
     times = torch.zeros(7, 2)
     for seed in range(300):
-        after = take_away_random(ranking, [[1, 4]], [(seed,)], 2, fill).settle()
+        after = remove_random_experts(ranking, [[1, 4]], [(seed,)], 2, fill).settle()
         pairs = [
             {
                 (token, int(r.expert_index[0, token, choice]))
@@ -447,7 +447,7 @@ def test_the_sentence_word_for_word() -> None:
     ],
 )
 def test_every_kind_is_named(intervention: Intervention, moved: int, words: str) -> None:
-    assert in_words(intervention, moved) == words
+    assert effect_in_words(intervention, moved) == words
 
 
 @pytest.mark.parametrize(

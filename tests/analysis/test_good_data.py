@@ -31,12 +31,12 @@ from moevision.analysis.good_data import (
     of_experts,
     page_facts,
     render,
-    score,
+    score_run,
 )
 from moevision.data.collection import FileCollection, Sample
-from moevision.data.scores import SCORES, Scores, decide
+from moevision.data.scores import SCORES, Scores, choose_kept_images
 from moevision.data.synthetic import SyntheticPets
-from moevision.errors import UserError, csv_name
+from moevision.errors import UserError, escape_csv_cell
 from moevision.models.io import load_model
 
 PETS = SyntheticPets(40, 48, 1, "train")
@@ -68,7 +68,7 @@ def scores_of(images: RunImages, **values: list[float]) -> Scores:
         [images.class_names[each.label] for each in train],
     )
     experts = {1: np.array(np.random.default_rng(0).dirichlet([1, 1], len(train)), np.float32)}
-    return Scores(list(map(csv_name, names)), labels, np.full(len(train), 3), table, experts)
+    return Scores(list(map(escape_csv_cell, names)), labels, np.full(len(train), 3), table, experts)
 
 
 def draw(root: Path, name: str, index: int) -> Image.Image:
@@ -343,7 +343,9 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
             "keep",
             "",
         ]
-        assert cards.nth(1).locator(".badge").inner_text() == f"label: {csv_name(CLASSES[0])}"
+        assert (
+            cards.nth(1).locator(".badge").inner_text() == f"label: {escape_csv_cell(CLASSES[0])}"
+        )
         assert (
             tab.locator("#easiest .card[data-decision=drop]").count() == 1
         )  # the same image in another list
@@ -374,9 +376,9 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
     assert [text for text in complaints if not text.startswith("request") or "blob:" not in text][
         1:
     ] == []  # the page
-    plan = decide(scores, tmp_path / "decisions.csv")
+    plan = choose_kept_images(scores, tmp_path / "decisions.csv")
     assert plan.keep.tolist() == [False] + [True] * 7
-    assert plan.new_label == {1: csv_name(CLASSES[0])}
+    assert plan.new_label == {1: escape_csv_cell(CLASSES[0])}
     assert [plan.reasons[each] for each in plan.reason[:4]] == [
         "decided: drop",
         "decided: wrong label",
@@ -549,7 +551,7 @@ def test_a_hostile_folder(name, tiny_model, tmp_path):
     decided = [(row["image"], row["label"], "keep", "") for row in rows if row["split"] == "train"]
     with (tmp_path / "decisions.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("image", "label", "decision", "new_label"), *decided])
-    assert decide(scores, tmp_path / "decisions.csv").keep.all()
+    assert choose_kept_images(scores, tmp_path / "decisions.csv").keep.all()
 
 
 # ---- of a run
@@ -575,7 +577,7 @@ def test_the_page_of_a_run(cli, tiny_run, tmp_path):
     assert len(page) < 1_000_000  # images come as one scrolls
     assert sources
     assert {(tmp_path / "found" / source).is_file() for source in sources} == {True}
-    quick = score(tiny_run, tmp_path / "quick", quick=True, show=3)
+    quick = score_run(tiny_run, tmp_path / "quick", quick=True, show=3)
     assert [each["key"] for each in quick["lists"]] == [
         "doubtful",
         "hardest",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moevision import UserError, forward_routing
-from moevision.analysis.intervention import Intervention, edited, intervene
+from moevision.analysis.intervention import Intervention, apply_edits, intervene
 from moevision.layers import MoEMlp, Routing, moe_layers, record_routing
 from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
 
@@ -545,7 +545,7 @@ def test_an_edit_of_ones_own() -> None:
         order = torch.arange(5, -1, -1).expand_as(ranking.order)
         return type(ranking)(**{**vars(ranking), "order": order})
 
-    with edited(layer, {layer: descending}):
+    with apply_edits(layer, {layer: descending}):
         _, routing = routed(layer, x)
     assert torch.equal(routing.expert_index, torch.tensor([5, 4]).expand(3, 9, 2))
     assert torch.equal(routing.combine_weight, free.combine_weight)

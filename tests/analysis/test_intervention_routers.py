@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moevision import UserError, forward_routing
-from moevision.analysis.effects import control_in_words, in_words
-from moevision.analysis.intervention import Intervention, edited, intervene, refusal
+from moevision.analysis.effects import control_in_words, effect_in_words
+from moevision.analysis.intervention import Intervention, apply_edits, intervene, refusal
 from moevision.layers import (
     ROUTERS,
     ExpertChoiceRouting,
@@ -91,7 +91,7 @@ def test_an_open_scope_that_changes_nothing_changes_no_bit(
 ) -> None:
     model, x = make_model(router, **options), images()
     expected, before = forward_routing(model, x)
-    with edited(model, dict.fromkeys(moe_layers(model), lambda decision: decision)):
+    with apply_edits(model, dict.fromkeys(moe_layers(model), lambda decision: decision)):
         actual, after = forward_routing(model, x)
     assert torch.equal(actual, expected)
     assert all(type(a) is type(b) and same_bits(a, b) for a, b in zip(before, after, strict=True))
@@ -171,7 +171,7 @@ def test_experts_that_choose_by_tiny_weights(scale: int, normalize: bool) -> Non
     """1 + w = 1, or w = 0, for most softmaxes w: an open scope changes no bit, an ablation divides no 0 by 0."""
     layer, x = layer_of("expert_choice", normalize_gates=normalize), scale * tokens()
     _, before = routed(layer, x)
-    with edited(layer, {layer: lambda decision: decision}):
+    with apply_edits(layer, {layer: lambda decision: decision}):
         assert same_bits(routed(layer, x)[1], before)
     with ablate(layer, 0, 1):
         assert routed(layer, x)[0].isfinite().all()
@@ -380,11 +380,11 @@ def test_what_has_no_meaning_is_refused_with_the_reason() -> None:
 )
 def test_sentences_say_what_happened(routing: str, words: str, control: str) -> None:
     away = Intervention("ablate", layer=1, expert=0)
-    assert in_words(away, 3, routing) == words
+    assert effect_in_words(away, 3, routing) == words
     assert control_in_words(away, 3, routing) == control
     assert "next-best" not in words + control
     for change in (
         Intervention("swap", layer=1, expert=0, other=1),
         Intervention("random", layer=1),
     ):
-        assert ("slots of" in in_words(change, 0, routing)) == (routing == "soft")
+        assert ("slots of" in effect_in_words(change, 0, routing)) == (routing == "soft")

@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from moevision.analysis import plots
-from moevision.analysis.plots import BLANK, EXPERT_COLOURS, NEUTRAL, wrap
+from moevision.analysis.plots import BLANK, EXPERT_COLOURS, NEUTRAL, wrap_text
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 
@@ -333,11 +333,11 @@ def test_a_figure_is_a_png_of_its_size() -> None:
 def test_wrap_keeps_words_whole_and_measures_the_font() -> None:
     small, large = FontProperties(size=7), FontProperties(size=14)
     text = "one two three extraordinarily"
-    assert wrap(text, 0.1, small) == text.split()  # nothing fits beside another word
-    assert wrap(text, 100, small) == [text]
-    assert wrap("", 1, small) == []
+    assert wrap_text(text, 0.1, small) == text.split()  # nothing fits beside another word
+    assert wrap_text(text, 100, small) == [text]
+    assert wrap_text("", 1, small) == []
     # A font twice as large fills lines that are twice as long in the same way.
-    assert wrap(text * 9, 1.5, small) == wrap(text * 9, 3.0, large)
+    assert wrap_text(text * 9, 1.5, small) == wrap_text(text * 9, 3.0, large)
 
 
 def test_dollars_in_names_are_no_formula() -> None:

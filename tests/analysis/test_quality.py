@@ -10,8 +10,8 @@ from PIL import Image, ImageFilter, ImageOps
 from moevision.analysis.good_data import (
     CELL,
     class_doubt,
+    image_measures,
     laplacian_variance,
-    look_at,
     nearest_by_experts,
     nearest_by_features,
     nearest_by_hash,
@@ -41,7 +41,7 @@ def test_the_laplacian_by_hand():
 
 def test_what_is_measured_of_an_image():
     whole, blurred, dark, grey = (
-        look_at(image)
+        image_measures(image)
         for image in (
             pet(0),
             pet(0).filter(ImageFilter.GaussianBlur(4)),
@@ -53,13 +53,13 @@ def test_what_is_measured_of_an_image():
     assert blurred["sharpness"] < whole["sharpness"] / 5
     assert dark["brightness"] < whole["brightness"] / 6
     assert grey["colour"] == 0 < whole["colour"]
-    tall = look_at(
+    tall = image_measures(
         Image.new("RGB", (300, 900), (0, 255, 0))
     )  # shrunk to 224 x 672; the size is the file's
     assert (tall["width"], tall["height"], bool(tall["has_hash"])) == (300, 900, False)
     assert tall["colour"] == 1
     assert tall["brightness"] == pytest.approx(150 / 255, abs=0.01)  # Rec. 601: 0.587 of green
-    assert look_at(Image.new("RGB", (1, 1))).shape == ()
+    assert image_measures(Image.new("RGB", (1, 1))).shape == ()
 
 
 def bits_between(first: Image.Image, second: Image.Image) -> int:

@@ -22,7 +22,7 @@ from moevision.analysis.questions import (
     NOTHING,
     YES,
     experts_answer,
-    headline,
+    summary_lines,
     three_questions,
 )
 from moevision.analysis.readings import (
@@ -32,10 +32,10 @@ from moevision.analysis.readings import (
     Recording,
     guess_from_experts,
     measure_baselines,
+    measure_layer,
     paired_interval,
     probe_groups,
     ratio_interval,
-    read_layer,
     recording_of,
     run_forced,
 )
@@ -129,14 +129,14 @@ def test_a_foreign_model_whose_router_follows_the_class_against_the_clusters() -
     assert found.probe.bits.value == pytest.approx(1, abs=0.03)
     assert {reading.unit for reading in found.controls["clusters"]} == {"patch", "image"}
     assert max(reading.bits.value for reading in found.controls["clusters"]) < 0.1
-    assert [answer.sentence for answer in headline([found])] == [
+    assert [answer.sentence for answer in summary_lines([found])] == [
         answer.sentence for answer in found.answers
     ]
 
 
 def test_a_probe_that_tells_nothing_is_no_measure() -> None:
     """Of twenty images it told −0.005 bits, and 0.001 bits were called 0.1 % of them."""
-    readings = read_layer(recorded(Foreign(0, [-1.0, 1.0]), tokens_of(0)), 0, seed=0, **OPTIONS)
+    readings = measure_layer(recorded(Foreign(0, [-1.0, 1.0]), tokens_of(0)), 0, seed=0, **OPTIONS)
     assert " bits of a linear probe in 2 balanced groups;" in experts_answer(readings).numbers[0]
     nothing = readings.probe.bits._replace(value=-0.005)
     without = replace(readings, probe=replace(readings.probe, bits=nothing))
@@ -242,7 +242,7 @@ def test_what_is_missing_is_not_measured() -> None:
 def test_what_guesses_no_better_than_chance_is_at_most_a_little() -> None:
     """Of 100 images 50 are cats; from the expert 50.9 are guessed: 0.9 of the 50 that the majority gets wrong."""
     layer = RecordedLayer("L1", np.tile(LABELS[:, None, None], (1, PATCHES, 1)), 2)
-    found = read_layer(Recording(LABELS, [layer], ["cat", "dog"]), 0, seed=0, **OPTIONS)
+    found = measure_layer(Recording(LABELS, [layer], ["cat", "dog"]), 0, seed=0, **OPTIONS)
     assert experts_answer(found).answer == YES
     for value, word in ((0.509, A_LITTLE_WORD), (0.5, A_LITTLE_WORD), (0.511, YES)):
         reading = replace(found.readings[0], guess=found.readings[0].guess._replace(value=value))

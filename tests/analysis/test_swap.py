@@ -27,8 +27,8 @@ from moevision.analysis.questions import (
     NOT_SHOWN,
     NOTHING,
     YES,
-    headline,
-    plainly,
+    plain_answer,
+    summary_lines,
     swap_test,
 )
 from moevision.analysis.readings import run_forced
@@ -139,8 +139,11 @@ def test_a_layer_that_is_scaled_to_zero_contributes_nothing_and_claims_nothing()
         "The layer contributes nothing, so what its experts do can't show (without it 0.0"
     )
     assert "exchanging" not in answer.sentence
-    assert headline([found])[2].sentence == answer.sentence
-    assert plainly([answer]) == "The layer contributes nothing, so what its experts do can't show."
+    assert summary_lines([found])[2].sentence == answer.sentence
+    assert (
+        plain_answer([answer])
+        == "The layer contributes nothing, so what its experts do can't show."
+    )
 
 
 def test_a_favourite_that_only_has_more_tokens_is_no_expert_of_its_class() -> None:

@@ -135,18 +135,20 @@ def test_lightnings_trainer_takes_every_argument():
 
 
 def test_dash_and_underscore_are_one():
-    expected = config.read(
+    expected = config.parse_args(
         "fit", ["--with-twin", "--data.batch_size=8", "--runs_root", "a_b-c"]
     ).options
     assert (
-        config.read("fit", ["--with_twin", "--data.batch-size=8", "--runs-root", "a_b-c"]).options
+        config.parse_args(
+            "fit", ["--with_twin", "--data.batch-size=8", "--runs-root", "a_b-c"]
+        ).options
         == expected
     )
     assert expected == {"with_twin": True, "data.batch_size": 8, "runs_root": "a_b-c"}
 
 
 def test_options_as_people_type_them_first():
-    given = config.read(
+    given = config.parse_args(
         "fit",
         [
             "pets",
@@ -175,7 +177,7 @@ def test_train_is_fit(cli):
 
 
 def test_options_in_short():
-    given = config.read(
+    given = config.parse_args(
         "fit", ["x", "--parallel", "fsdp", "--parallel.expert=2", "--dense", "--compile", "--force"]
     )
     assert given.folder == "x"

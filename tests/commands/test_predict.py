@@ -16,7 +16,7 @@ from moevision.analysis.collect import network_input
 from moevision.commands.predict import images_at, predict_batch
 from moevision.errors import UserError
 from moevision.models.io import load_model
-from moevision.models.strangers import FILE, pooled
+from moevision.models.ood import FILE, pooled
 
 
 def table(text):

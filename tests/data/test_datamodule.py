@@ -23,7 +23,7 @@ from PIL import Image
 
 from moevision.config import Framing
 from moevision.data import ImageDataModule
-from moevision.data.collection import words_of
+from moevision.data.collection import readable_class_names
 from moevision.data.folder import read_folder
 from moevision.data.open import open_collection
 from moevision.data.transforms import square_pixels
@@ -396,8 +396,11 @@ def test_wordnet_folders_become_words(image_folder):
     data = ready(image_folder({"n02102040": 5, "n01440764": 5}))
     assert data.class_names == ["tench", "English springer"]
     # ImageNet's two cranes, the bird and the machine, and a folder that is no WordNet id
-    assert words_of(["n02012849", "n03126707"]) == ["crane (n02012849)", "crane (n03126707)"]
-    assert words_of(["n01440764", "cat"]) == ["n01440764", "cat"]
+    assert readable_class_names(["n02012849", "n03126707"]) == [
+        "crane (n02012849)",
+        "crane (n03126707)",
+    ]
+    assert readable_class_names(["n01440764", "cat"]) == ["n01440764", "cat"]
 
 
 def test_class_weights_by_hand(image_folder):

@@ -13,12 +13,12 @@ from moevision.data.scores import (
     SCORES,
     Scores,
     apply_lists,
+    choose_kept_images,
     class_shares,
-    decide,
     expert_shares,
     prune,
     shares_table,
-    starved,
+    starvation_warnings,
 )
 from moevision.data.splits import Splits
 from moevision.errors import UserError
@@ -111,11 +111,11 @@ def test_shares_before_and_after_and_who_starves():
     assert np.array([share[1:] for share in shares]) == pytest.approx(
         np.array([[0.525, 0.15], [0.475, 0.85]])
     )
-    assert starved(shares, "expert") == [
+    assert starvation_warnings(shares, "expert") == [
         "expert L1.E0 starves: its share falls from 52.5% to 15.0%"
     ]
     assert shares_table(shares, "expert")[1] == "L1.E0     52.5%    15.0%"
-    assert starved(class_shares(found, plan), "class") == []
+    assert starvation_warnings(class_shares(found, plan), "class") == []
 
 
 def test_the_list_says_why_and_is_what_fit_takes(tmp_path):
@@ -148,7 +148,7 @@ def decided(tmp_path: Path, text: str) -> Path:
 
 def test_decisions_drop_and_relabel_and_leave_the_rest(tmp_path):
     found = scores("xxxzz")
-    plan = decide(found, decided(tmp_path, "b,x,drop,\nc,x,relabel,z\na,x,keep,\n"))
+    plan = choose_kept_images(found, decided(tmp_path, "b,x,drop,\nc,x,relabel,z\na,x,keep,\n"))
     assert plan.keep.tolist() == [True, False, True, True, True]
     assert plan.new_label == {2: "z"}
     assert [plan.reasons[each] for each in plan.reason] == [
@@ -173,7 +173,7 @@ def test_decisions_drop_and_relabel_and_leave_the_rest(tmp_path):
 )
 def test_decisions_that_can_not_be_followed(tmp_path, text, words):
     with pytest.raises(UserError, match=words):
-        decide(scores("xxxzz"), decided(tmp_path, text))
+        choose_kept_images(scores("xxxzz"), decided(tmp_path, text))
 
 
 def test_one_image_and_no_visit():

@@ -16,7 +16,7 @@ from moevision.data import ImageDataModule
 from moevision.data.open import count_images, open_collection
 from moevision.data.scores import keys_of
 from moevision.data.splits import Cut, make_splits
-from moevision.errors import UserError, csv_name
+from moevision.errors import UserError, escape_csv_cell
 from moevision.train.recipe import run_name
 
 NO_SIZES = {"train": 1, "val": 1, "test": 1}
@@ -224,7 +224,7 @@ def test_files_of_one_name_are_images_of_their_own_and_names_that_are_written_al
     collection = opened(listed(pictures, all_rows(pictures)))
     names = [sample.sample_id for sample in collection.given["all"]]
     assert len({name.rpartition("/")[2] for name in names}) < len(names)  # cat/000.png, dog/000.png
-    assert len(set(keys_of(map(csv_name, names)))) == len(names)
+    assert len(set(keys_of(map(escape_csv_cell, names)))) == len(names)
     for alike in (("=1.png", "'=1.png"), ("a\x1b.png", "a\\x1b.png")):
         for name in alike:
             shutil.copy(pictures / "cat/000.png", pictures / name)

@@ -22,7 +22,7 @@ from moevision.demo.models import HISTORIES, open_entries
 from moevision.demo.service import Explorer
 from moevision.models.history import RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
-from moevision.models.strangers import fit_strangers, pooled
+from moevision.models.ood import fit_ood, pooled
 from tests.demo import serving
 from tests.demo.serving import running
 
@@ -55,7 +55,7 @@ def measured(model):
     images, labels = usual_pets()
     with torch.inference_mode():
         features = pooled(model.net, network_input(model, images)).double().numpy()
-    return replace(model, strangers=fit_strangers(features[:80], labels[:80], features[80:]))
+    return replace(model, strangers=fit_ood(features[:80], labels[:80], features[80:]))
 
 
 def write_bundle(

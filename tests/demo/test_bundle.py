@@ -29,7 +29,7 @@ from moevision.demo.service import Explorer
 from moevision.errors import DataWarning, UserError
 from moevision.models.history import RoutingHistory
 from moevision.models.io import load_model
-from moevision.models.strangers import FILE as STRANGERS
+from moevision.models.ood import FILE as STRANGERS
 
 
 def megabytes(files):

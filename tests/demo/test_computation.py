@@ -14,10 +14,10 @@ import torch
 from moevision.analysis.intervention import Intervention
 from moevision.data.transforms import normalize
 from moevision.demo import route_image
-from moevision.demo.computation import Heard
+from moevision.demo.computation import LayerActivations
 from moevision.demo.facts import describe, noise_of_training
 from moevision.demo.view import Settings
-from moevision.demo.wire import packed
+from moevision.demo.wire import encode_float32
 from moevision.layers import ROUTERS, forward_routing, record_routing, routing_lock
 from moevision.layers.reference import Expert, NoisyTopKRouter
 from moevision.layers.routing import STEPS
@@ -274,13 +274,13 @@ def elsewhere(act):
 
 
 def test_no_other_request_comes_between_the_noise_and_the_clean_scores(make, pixels, monkeypatch):
-    model, free, computation = make(), [], Heard.computation
+    model, free, computation = make(), [], LayerActivations.computation
 
     def ask_first(*arguments, **options):
         free.append(elsewhere(lambda: routing_lock(model.net).acquire(blocking=False)))
         return computation(*arguments, **options)
 
-    monkeypatch.setattr(Heard, "computation", ask_first)
+    monkeypatch.setattr(LayerActivations, "computation", ask_first)
     route_image(model, pixels, settings=Settings(noise=1))
     assert free == [False, False]
 
@@ -343,11 +343,11 @@ def test_a_layer_that_stands_in_no_residual_branch_says_nothing_of_the_stream(ma
 @pytest.mark.parametrize("shape", [(0, 4), (3,), (2, 5)])
 def test_packed_numbers_are_off_by_half_a_unit_at_most(shape):
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32) * 12
-    written = packed(values)
+    written = encode_float32(values)
     assert unpacked(written).shape == shape
     assert np.abs(unpacked(written) - values).max(initial=0) <= written["unit"] / 2 + 1e-6
     assert len(written["data"]) <= 4 * (values.size * 2 + 2) / 3
-    assert unpacked(packed(np.zeros(3, np.float32))).tolist() == [0, 0, 0]
+    assert unpacked(encode_float32(np.zeros(3, np.float32))).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

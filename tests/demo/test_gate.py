@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from moevision.demo import wire
-from moevision.demo.gate import Gate, Serving
-from moevision.demo.server import Door
+from moevision.demo.gate import FairExecutor, Serving
+from moevision.demo.server import ExplorerApp
 from moevision.demo.wire import RequestError, open_data_uri
 from tests.demo import hostile
 
@@ -22,7 +22,7 @@ SECONDS = 30  # on a busy machine
 
 async def held(talk):
     """`talk(gate, go)` at a gate of one thread and 8 places, whose thread waits for `go` for the address "crowd"."""
-    gate, go, begun = Gate(workers=1, waiting=8), threading.Event(), threading.Event()
+    gate, go, begun = FairExecutor(workers=1, waiting=8), threading.Event(), threading.Event()
 
     def hold():
         begun.set()
@@ -147,7 +147,7 @@ def test_images_are_decoded_one_by_one_and_do_not_hold_up_the_rest(explorer, mon
     export = {**upload, "model": "pets"}
 
     async def talk():
-        door = Door(explorer, Serving())
+        door = ExplorerApp(explorer, Serving())
         asked = [asyncio.create_task(door.ask("a", "route", upload)) for _ in range(5)]
         asked.append(asyncio.create_task(door.ask("a", "export_html", export)))
         example = await door.ask("a", "route", hostile.ROUTE)

@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 from moevision.demo import gate
 from moevision.demo import server as server_module
 from moevision.demo.gate import HEADER_S, Connection, Serving
-from moevision.demo.server import Door
+from moevision.demo.server import ExplorerApp
 from tests.demo import hostile
 
 pytestmark = pytest.mark.deep
@@ -408,7 +408,7 @@ def ask_door(explorer, monkeypatch):
         }
 
         async def talk():
-            door = Door(explorer, Serving(**(serving or {})))
+            door = ExplorerApp(explorer, Serving(**(serving or {})))
             door.tunnel = tunnel
             await door(scope, receive, send)
             door.close()

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 
-from moevision.analysis.good_data import score
+from moevision.analysis.good_data import score_run
 from moevision.analysis.images import open_pictures
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
@@ -164,7 +164,7 @@ def test_a_file_that_is_gone_is_said_to_be_gone(moved):
 
 
 def test_every_link_of_the_page_of_data_score_opens(scored, scored_run, tmp_path):
-    score(scored_run, tmp_path, show=40)
+    score_run(scored_run, tmp_path, show=40)
     page = (tmp_path / "page.html").read_text()
     links = [unescape(link) for link in re.findall(r'<a href="(http[^"]*[?][^"]*)"', page)]
     asked = [parse_qs(urlsplit(link).query, strict_parsing=True) for link in links]

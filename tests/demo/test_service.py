@@ -19,16 +19,16 @@ from moevision.data import SyntheticPets
 from moevision.demo import galleries as galleries_module
 from moevision.demo import route_image, service
 from moevision.demo.atlas import compare_by_atlas
-from moevision.demo.examples import Examples, Recent, photo_files
+from moevision.demo.examples import Examples, LRUCache, photo_files
 from moevision.demo.facts import SHARP_PX, PictureFacts, sharp_square
 from moevision.demo.galleries import Galleries, read_into_memory
 from moevision.demo.models import open_entries
-from moevision.demo.service import Explorer, unlike
+from moevision.demo.service import Explorer, ood_message
 from moevision.demo.view import Settings
 from moevision.demo.wire import open_data_uri
 from moevision.errors import UserError
 from moevision.models.io import save_model
-from moevision.models.strangers import answers
+from moevision.models.ood import answers
 from tests.demo.conftest import SIZE, make_model, usual_pets
 from tests.scopes import ablate
 
@@ -690,13 +690,15 @@ def test_a_stranger_is_told_in_words_that_follow_the_measured_share(
     entry = explorer.entries["pets"]
     entry = replace(entry, card=replace(entry.card, recognized=recognized))
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    sentence = unlike(entry, PictureFacts(noise))
+    sentence = ood_message(entry, PictureFacts(noise))
     assert sentence.startswith(said)
     assert sentence.endswith(end)
     assert "farther from every class than 95 % of the validation images" in sentence
-    assert unlike(entry, PictureFacts(noise, label="cat")) is None  # a known class: nobody asks
+    assert (
+        ood_message(entry, PictureFacts(noise, label="cat")) is None
+    )  # a known class: nobody asks
     images, _ = usual_pets()
-    told = [unlike(entry, PictureFacts(image)) for image in images[80:]]
+    told = [ood_message(entry, PictureFacts(image)) for image in images[80:]]
     assert (
         sum(each is not None for each in told) == 2
     )  # a twentieth of the 40 that set the threshold
@@ -705,7 +707,7 @@ def test_a_stranger_is_told_in_words_that_follow_the_measured_share(
             entry.variants["trained"], saved=replace(saved(explorer), strangers=None)
         )
     }
-    assert unlike(replace(entry, variants=variants), PictureFacts(noise)) is None
+    assert ood_message(replace(entry, variants=variants), PictureFacts(noise)) is None
 
 
 def test_a_page_says_of_ones_own_image_that_it_is_strange(explorer):
@@ -751,7 +753,7 @@ def test_pictures_in_memory_leave_out_what_can_not_be_read(drawn_pets, tmp_path)
 
 def test_recent_results_are_bounded_and_kept_by_use():
     made = []
-    recent = Recent(2)
+    recent = LRUCache(2)
     for key in "abacab":
         assert recent.get(key, lambda key=key: made.append(key) or key * 2) == key * 2
     # a is made once and then used again; c pushes b out, then b pushes c out

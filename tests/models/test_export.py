@@ -25,7 +25,7 @@ from moevision.layers import ROUTERS, ColourRouter, Routing, moe_layers
 from moevision.models import export as export_module
 from moevision.models.export import ExportReport, export_onnx, exported_facts
 from moevision.models.io import SavedModel, load_model, save_model
-from moevision.models.strangers import answers, fit_strangers, pooled
+from moevision.models.ood import answers, fit_ood, pooled
 from moevision.train.report import template
 
 NAMES = ["cat", "dog", "Käuzchen"]
@@ -67,7 +67,7 @@ def tiny(*layers: dict, **options) -> SavedModel:
 def with_distances(model: SavedModel) -> SavedModel:
     with torch.no_grad():
         features = pooled(model.net, pictures(100, seed=3)).double().numpy()
-    return replace(model, strangers=fit_strangers(features[:60], np.arange(60) % 3, features[60:]))
+    return replace(model, strangers=fit_ood(features[:60], np.arange(60) % 3, features[60:]))
 
 
 def with_character(net: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Which routes reach the classifier: measured by `routes_read`, and seen in the logits when one route changes."""
+"""Which routes reach the classifier: measured by `routes_read`, and seen when one route changes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,12 @@ from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
 from moevision.layers import ROUTERS, moe_layers
 from moevision.models.config import MoEConfig, build_model
-from moevision.models.convert import pool_patches, read_layer_indices, routes_read, unread_layers
+from moevision.models.convert import (
+    layers_that_miss_classifier,
+    pool_patches,
+    read_layer_indices,
+    routes_read,
+)
 from moevision.models.io import describe, load_model, save_model
 
 SMALL = {
@@ -110,7 +115,7 @@ def test_by_default_no_layer_is_unread() -> None:
 def test_with_a_class_token_the_last_block_is_not_read(tmp_path: Path) -> None:
     model = pretrained(tmp_path, moe_layers="last2")
     assert routes_read(model) == [True, False]
-    assert unread_layers(model) == [3]
+    assert layers_that_miss_classifier(model) == [3]
     assert [logits_move(model, layer) for layer in (0, 1)] == [True, False]
 
 

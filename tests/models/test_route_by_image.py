@@ -17,7 +17,7 @@ from moevision.demo.facts import describe
 from moevision.layers import describe_moe, moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import SavedModel, load_model, save_model
-from moevision.models.upcycle import step0_gap, upcycle
+from moevision.models.upcycle import initial_output_difference, upcycle
 from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
 
 TINY = {
@@ -136,7 +136,9 @@ def test_a_refusal_is_heard_through_the_model():
 def test_upcycled_it_computes_the_dense_model():
     dense = timm.create_model("vit_tiny_patch16_224", **TINY)
     for options in ({"top_k": 1}, {"top_k": 2}, {"router": "sigmoid", "top_k": 1}):
-        gap = step0_gap(dense, upcycle(dense, num_experts=4, route_by="image", **options), images())
+        gap = initial_output_difference(
+            dense, upcycle(dense, num_experts=4, route_by="image", **options), images()
+        )
         assert gap.max_logit < 1e-5
 
 

@@ -8,7 +8,12 @@ from torch.nn import functional as F
 from moevision import UserError, convert_to_moe, forward_routing
 from moevision.layers import CosineRouter, moe_layers
 from moevision.models.convert import routes_read
-from moevision.models.upcycle import spherical_kmeans, start_routers, step0_gap, upcycle
+from moevision.models.upcycle import (
+    initial_output_difference,
+    spherical_kmeans,
+    start_routers,
+    upcycle,
+)
 
 SMALL = {
     "img_size": 32,
@@ -84,7 +89,7 @@ def test_a_unit_goes_to_its_cluster(dense, router, unit):
         assert counts.tolist() == pytest.approx([each * IMAGES * TOKENS for each in share])
         assert counts.min() > 0
         assert (routing.route_by == "image") == (unit == "image")
-    assert step0_gap(dense, net, images()).max_logit < 1e-5
+    assert initial_output_difference(dense, net, images()).max_logit < 1e-5
     for layer, routing, old in zip(moe_layers(net), routings, before, strict=True):
         if not isinstance(layer.router, CosineRouter):
             assert float(routing.logits.std(-1, correction=0).mean()) == pytest.approx(1, rel=1e-3)
@@ -174,7 +179,7 @@ def test_each_part_stays_in_its_own_mode():
     modes = [module.training for module in net.modules()]
     start_routers(net, [images()])
     assert [module.training for module in net.modules()] == modes
-    step0_gap(net, net, images())
+    initial_output_difference(net, net, images())
     assert [module.training for module in net.modules()] == modes
     routes_read(net)
     assert [module.training for module in net.modules()] == modes

@@ -13,7 +13,7 @@ from sklearn.covariance import LedoitWolf
 import moevision.models  # noqa: F401  (registers the names)
 from moevision.errors import UserError
 from moevision.models.io import SavedModel, load_model, save_model
-from moevision.models.strangers import FILE, Strangers, answers, fit_strangers, pooled
+from moevision.models.ood import FILE, MahalanobisOOD, answers, fit_ood, pooled
 
 D, CLASSES = 12, 3
 RNG = np.random.default_rng(0)
@@ -29,17 +29,17 @@ def drawn(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def fitted() -> Strangers:
-    found = fit_strangers(*drawn(600, 1), drawn(400, 2)[0])
+def fitted() -> MahalanobisOOD:
+    found = fit_ood(*drawn(600, 1), drawn(400, 2)[0])
     assert found is not None
     return found
 
 
-def distances(strangers: Strangers, features: np.ndarray) -> np.ndarray:
+def distances(strangers: MahalanobisOOD, features: np.ndarray) -> np.ndarray:
     return strangers(torch.from_numpy(features)).numpy()
 
 
-def test_the_distance_is_mahalanobis_of_the_nearest_class(fitted: Strangers) -> None:
+def test_the_distance_is_mahalanobis_of_the_nearest_class(fitted: MahalanobisOOD) -> None:
     """By its definition, sqrt((x - m)' S^-1 (x - m)), over the 95th percentile of it on validation images."""
     features, labels = drawn(600, 1)
     means = [features[labels == label].mean(0) for label in range(CLASSES)]
@@ -57,14 +57,16 @@ def test_the_distance_is_mahalanobis_of_the_nearest_class(fitted: Strangers) -> 
     np.testing.assert_allclose(distances(fitted, others), nearest(others) / threshold, rtol=1e-4)
 
 
-def test_a_twentieth_of_validation_is_refused_and_what_lies_elsewhere(fitted: Strangers) -> None:
+def test_a_twentieth_of_validation_is_refused_and_what_lies_elsewhere(
+    fitted: MahalanobisOOD,
+) -> None:
     assert (distances(fitted, drawn(400, 2)[0]) > 1).sum() == 20
     # new ones of the same kind: binomial(2000, 0.05) exceeds 0.075 in fewer than 1 of 10⁵ cases, and the 400 add theirs
     assert 0.03 < (distances(fitted, drawn(2000, 4)[0]) > 1).mean() < 0.08
     assert (distances(fitted, drawn(200, 5)[0][:, ::-1].copy()) > 1).mean() > 0.9
 
 
-def test_a_distance_does_not_depend_on_the_batch(fitted: Strangers) -> None:
+def test_a_distance_does_not_depend_on_the_batch(fitted: MahalanobisOOD) -> None:
     features = drawn(9, 6)[0]
     alone = [float(distances(fitted, features[row : row + 1])[0]) for row in range(9)]
     np.testing.assert_allclose(distances(fitted, features), alone, rtol=1e-5)
@@ -72,7 +74,7 @@ def test_a_distance_does_not_depend_on_the_batch(fitted: Strangers) -> None:
 
 def test_classes_without_images_are_left_out() -> None:
     features, labels = drawn(300, 1)
-    found = fit_strangers(features, np.where(labels == 2, 7, labels), drawn(100, 2)[0])
+    found = fit_ood(features, np.where(labels == 2, 7, labels), drawn(100, 2)[0])
     assert found.centers.shape == (CLASSES, D)
 
 
@@ -85,7 +87,7 @@ def test_what_can_not_be_known_is_not_said(what: str) -> None:
         features[3, 2] = np.nan
     else:
         features[:], validation[:] = 1, 1
-    assert fit_strangers(features, labels, validation) is None
+    assert fit_ood(features, labels, validation) is None
 
 
 # --- beside the weights of a model
@@ -98,7 +100,7 @@ def model(tmp_path: Path) -> SavedModel:
     images = torch.randn(100, 3, 32, 32)
     with torch.no_grad():
         features = pooled(net, images).double().numpy()
-    strangers = fit_strangers(features[:60], np.arange(60) % 2, features[60:])
+    strangers = fit_ood(features[:60], np.arange(60) % 2, features[60:])
     saved = SavedModel(net, ["cat", "dog"], 32, (0.5,) * 3, (0.5,) * 3, strangers=strangers)
     save_model(saved, tmp_path)
     return saved

@@ -21,7 +21,7 @@ from moevision.efficiency import measure_cost
 from moevision.layers import ROUTERS, moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import create_from, describe, load_model, save_model
-from moevision.models.upcycle import load_dense, step0_gap, upcycle
+from moevision.models.upcycle import initial_output_difference, load_dense, upcycle
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 # Gates of these sum to 1 for every token, so that a mixture of equal experts is the expert.
@@ -56,7 +56,7 @@ def test_step_zero_is_the_dense_model(vit: nn.Module, router: str, top_k: int) -
         return
     moe = upcycle(vit, router=router, top_k=top_k, num_experts=4, layers="all")
     assert len(moe_layers(moe)) == 4
-    gap = step0_gap(vit, moe, images())
+    gap = initial_output_difference(vit, moe, images())
     assert gap.logit_scale > 0.3, "the logits are no constants"
     assert gap.max_logit < 1e-5
     assert (gap.agreement, gap.images) == (1.0, 8)
@@ -76,7 +76,7 @@ def test_step_zero_is_the_dense_model(vit: nn.Module, router: str, top_k: int) -
 def test_what_changes_the_output_reports_its_gap(vit: nn.Module, options: dict[str, Any]) -> None:
     """The gap is that of the two models' logits, taken here by hand."""
     moe = upcycle(vit, layers="all", num_experts=4, **options).eval()
-    gap = step0_gap(vit, moe, images())
+    gap = initial_output_difference(vit, moe, images())
     difference = (moe(images()) - vit(images())).abs().max()
     assert gap.max_logit == pytest.approx(float(difference.detach()), rel=1e-4)
     assert gap.max_logit > 1e-3
@@ -108,7 +108,7 @@ def test_the_table_in_the_docs(
 ) -> None:
     """Two digits of the gap; one image may be a near tie that another machine rounds the other way."""
     dense, x = pets
-    gap = step0_gap(dense, upcycle(dense, **eval(f"dict({options})")), x)
+    gap = initial_output_difference(dense, upcycle(dense, **eval(f"dict({options})")), x)
     assert gap.logit_scale == pytest.approx(1.6, abs=0.05)
     if delta == "< 1e-5":
         assert gap.max_logit < 1e-5
@@ -196,7 +196,7 @@ def test_families_of_vits(
     """Equal at step 0, bit-equal after saving and loading, and routed over the patch grid."""
     dense = dense_vit(name, img_size=size, **options)
     moe = upcycle(dense, num_experts=4, top_k=2).eval()
-    assert step0_gap(dense, moe, images(size)).max_logit < 1e-5
+    assert initial_output_difference(dense, moe, images(size)).max_logit < 1e-5
     save_model(describe(moe), tmp_path)
     loaded = load_model(str(tmp_path)).net
     assert torch.equal(loaded(images(size)), moe(images(size)))
@@ -216,13 +216,13 @@ def test_every_router_saves_and_loads(vit: nn.Module, router: str, tmp_path: Pat
     assert loaded.moe_config == moe.moe_config
     for name, value in moe.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
-    assert step0_gap(moe, loaded, images()).max_logit == 0
+    assert initial_output_difference(moe, loaded, images()).max_logit == 0
 
 
 def test_each_layer_can_have_its_own(vit: nn.Module, tmp_path: Path) -> None:
     options = {"num_experts": [4, 2], "top_k": [2, 1], "router": ["vmoe_top_k", "sigmoid"]}
     moe = upcycle(vit, layers=[0, 2], backend="dense", **options).eval()
-    assert step0_gap(vit, moe, images()).max_logit < 1e-5
+    assert initial_output_difference(vit, moe, images()).max_logit < 1e-5
     save_model(describe(moe), tmp_path)
     loaded = load_model(str(tmp_path)).net
     assert [layer.router.num_experts for layer in moe_layers(loaded)] == [4, 2]
@@ -240,7 +240,10 @@ def test_a_dense_twin_of_ours_is_upcycled_under_its_own_name(match: Any, tmp_pat
     assert [layer.experts.fc1.out_features for layer in moe_layers(up)] == [
         {"active_flops": 128, "total_params": 256}[match]
     ] * 2
-    assert step0_gap(load_model(str(tmp_path / "twin")).net, up, images()).max_logit < 1e-5
+    assert (
+        initial_output_difference(load_model(str(tmp_path / "twin")).net, up, images()).max_logit
+        < 1e-5
+    )
     save_model(describe(up), tmp_path / "up")
     loaded = load_model(str(tmp_path / "up")).net
     assert loaded.pretrained_cfg["architecture"] == "test_vit_moe"
@@ -340,7 +343,7 @@ def small_name(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_weights_from_a_file(vit: nn.Module, weight_file: Path, small_name: str) -> None:
     moe = upcycle(small_name, weights=weight_file, image_size=32)
     assert moe.num_classes == 5, "as many as the file has"
-    assert step0_gap(vit, moe, images()).max_logit < 1e-5
+    assert initial_output_difference(vit, moe, images()).max_logit < 1e-5
     other = upcycle(small_name, weights=weight_file, image_size=32, num_classes=3)
     assert other.num_classes == 3
     assert torch.equal(other.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
@@ -386,7 +389,7 @@ def test_folders(vit: nn.Module, tmp_path: Path) -> None:
         tmp_path / "run" / "model",
         f"local-dir:{tmp_path / 'run' / 'model'}",
     ):
-        assert step0_gap(vit, upcycle(source), images()).max_logit < 1e-5
+        assert initial_output_difference(vit, upcycle(source), images()).max_logit < 1e-5
     (tmp_path / "run" / "model" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="never pickles"):
         create_from(tmp_path / "run")
@@ -451,7 +454,7 @@ def test_fit_uses_the_same_code(vit: nn.Module, tmp_path: Path) -> None:
         drop_path_rate=0.1,
     )
     moe = build_model(config, num_classes=5, image_size=32)
-    assert step0_gap(vit, moe, images()).max_logit < 1e-5
+    assert initial_output_difference(vit, moe, images()).max_logit < 1e-5
     assert moe.blocks[3].drop_path1.drop_prob == pytest.approx(0.1)
     config.upcycle_noise, config.upcycle_reinit, config.noise = 0.1, 0.5, "none"
     layer = moe_layers(build_model(config, num_classes=5, image_size=32))[0]
@@ -467,10 +470,10 @@ def test_fit_takes_a_file_with_its_architecture(
 ) -> None:
     config = MoEConfig(pretrained=str(weight_file), base=small_name)
     moe = build_model(config, num_classes=5, image_size=32)
-    assert step0_gap(vit, moe, images()).max_logit < 1e-5
+    assert initial_output_difference(vit, moe, images()).max_logit < 1e-5
     found = build_model(
         MoEConfig(pretrained=str(weight_file)), num_classes=5, image_size=32
     )  # by its metadata
-    assert step0_gap(vit, found, images()).max_logit < 1e-5
+    assert initial_output_difference(vit, found, images()).max_logit < 1e-5
     weight_file.unlink()
     assert build_model(config, num_classes=5, image_size=32, load_pretrained=False).num_classes == 5

@@ -13,7 +13,7 @@ from moevision import UserError
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import create_from, describe, first_blocks, load_model, save_model
-from moevision.models.upcycle import start_routers, step0_gap, upcycle
+from moevision.models.upcycle import initial_output_difference, start_routers, upcycle
 
 SMALL = {
     "img_size": 32,
@@ -135,7 +135,7 @@ def test_a_cluster_start_keeps_groups_together(vit: nn.Module, router: str) -> N
     shares = start_routers(moe, [images()])
     assert [len(each) for each in shares.values()] == [2, 2]
     assert not torch.equal(moe_layers(moe)[0].router.rows, before)
-    assert step0_gap(vit, moe, images()).max_logit < 1e-6
+    assert initial_output_difference(vit, moe, images()).max_logit < 1e-6
 
 
 @pytest.mark.parametrize(

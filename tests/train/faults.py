@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers
 from moevision.train.health import WeightEMA
-from moevision.train.parallel.parts import first_index, own_part
+from moevision.train.parallel.parts import first_index, local_shard
 from moevision.train.processes import callback_of
 from moevision.train.task import ClassificationTask
 
@@ -219,7 +219,7 @@ def _buffer(net: nn.Module, fault: Fault) -> Tensor:
 
 def _spoil(target: Tensor, fault: Fault) -> None:
     """Change one number in place, of the expert that is meant if one is; nothing where this process holds no part."""
-    place = own_part(target)
+    place = local_shard(target)
     if fault.expert is not None:
         row = fault.expert - first_index(target)[0]
         place = place[row : row + 1] if row >= 0 else place[:0]

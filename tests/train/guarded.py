@@ -20,7 +20,7 @@ from moevision.models.config import MoEConfig
 from moevision.train.guard import GuardConfig, GuardRecord, StabilityGuard
 from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig, OptimizerName
-from moevision.train.parallel.parts import full
+from moevision.train.parallel.parts import to_full_tensor
 from moevision.train.parallel.strategy import MoEParallelStrategy
 from moevision.train.processes import callback_of
 from moevision.train.task import ClassificationTask
@@ -153,7 +153,9 @@ class Averaged(L.Callback):
 def whole_tensors(net: nn.Module | None) -> dict[str, Tensor]:
     """Copies of the floating-point weights and buffers of a network, sharded or not; every process must call it."""
     assert net is not None
-    state = {name: full(tensor.detach()).clone() for name, tensor in net.state_dict().items()}
+    state = {
+        name: to_full_tensor(tensor.detach()).clone() for name, tensor in net.state_dict().items()
+    }
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
 
 
@@ -247,7 +249,8 @@ def one_of_two(rank: int, folder: Path) -> None:
             {
                 "net": whole_tensors(run.task.net),
                 "average": {
-                    name: full(tensor) for name, tensor in run.states.last["average"].items()
+                    name: to_full_tensor(tensor)
+                    for name, tensor in run.states.last["average"].items()
                 },
                 "record": run.record.state_dict(),
                 "injected": dict(run.injector.injected),

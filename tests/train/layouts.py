@@ -40,17 +40,17 @@ from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.optim import OptimizerConfig, OptimizerName, build_optimizer
 from moevision.train.parallel.layout import Layout, same_everywhere, shard
 from moevision.train.parallel.parts import (
-    DIVIDED,
+    SHARDED,
     clip,
     divide,
     filled,
-    full,
     gathered,
     is_sharded,
     like_these,
+    local_shard,
     outline,
-    own_part,
     shard_like,
+    to_full_tensor,
     total_norm,
 )
 
@@ -241,7 +241,7 @@ def build(case: Case) -> nn.Module:
 
 def kinds(net: nn.Module) -> Any:
     """The optimizers for a network, sharded or not."""
-    return DIVIDED.optimizers if is_sharded(net) else None
+    return SHARDED.optimizers if is_sharded(net) else None
 
 
 def train(
@@ -353,7 +353,7 @@ def compare(
             )
         if not layouts[layout].replicated:
             even = [p for p in net.parameters() if any(size % processes == 0 for size in p.shape)]
-            held = sum(own_part(parameter).numel() for parameter in even)
+            held = sum(local_shard(parameter).numel() for parameter in even)
             assert held == sum(parameter.numel() for parameter in even) / processes, (
                 "some hold more than others"
             )
@@ -369,7 +369,7 @@ def compare(
     def differ(kind: str, found: Tensor, expected: Tensor, scale: float | None = None) -> None:
         expected = expected.double()  # a buffer may be of truth values
         scale = max(float(expected.abs().max()), 1e-30) if scale is None else scale
-        difference = own_part(found).double() - own_part(
+        difference = local_shard(found).double() - local_shard(
             shard_like(expected, found)
         )  # of this process's part
         if difference.numel():
@@ -409,13 +409,13 @@ def _check_dtype(experts: nn.Module, expected: torch.dtype) -> None:
 def _check_boundary(net: nn.Module, plain: nn.Module) -> None:
     """Whole tensors, parts and copies of a network agree."""
     for parameter in net.parameters():
-        again = shard_like(full(parameter.detach()), parameter)
-        assert torch.equal(own_part(again), own_part(parameter))
+        again = shard_like(to_full_tensor(parameter.detach()), parameter)
+        assert torch.equal(local_shard(again), local_shard(parameter))
     copied = filled(
         plain, {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
     )
     assert all(
-        torch.equal(own_part(a), own_part(b))
+        torch.equal(local_shard(a), local_shard(b))
         for a, b in zip(copied.parameters(), net.parameters(), strict=True)
     )
     whole = gathered(net.state_dict())
@@ -493,7 +493,7 @@ def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout
     for _, parameter in net.named_parameters():
         moments = optimizer.state[parameter]
         for tensor in (parameter.detach(), moments["exp_avg"], moments["exp_avg_sq"]):
-            digest.update(full(tensor).contiguous().numpy().tobytes())
+            digest.update(to_full_tensor(tensor).contiguous().numpy().tobytes())
     state = {
         "state_dict": {f"net.{name}": tensor for name, tensor in net.state_dict().items()},
         "optimizer_states": [optimizer.state_dict()],

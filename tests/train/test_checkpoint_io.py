@@ -15,8 +15,8 @@ from moevision.train.checkpoint import (
     LAST,
     PREVIOUS,
     SafeCheckpointIO,
+    explain_damaged_files,
     newest_valid,
-    saying_what_is_damaged,
     verify,
 )
 
@@ -170,9 +170,9 @@ def test_leftovers_go_and_what_lies_below_or_is_finished_stays(tmp_path):
 
 
 def test_a_sentence_about_a_checkpoint_is_not_said_twice() -> None:
-    with pytest.raises(UserError) as one, saying_what_is_damaged("last.ckpt"):
+    with pytest.raises(UserError) as one, explain_damaged_files("last.ckpt"):
         raise UserError("as it was said")
     assert str(one.value) == "as it was said"
-    with pytest.raises(UserError) as other, saying_what_is_damaged("last.ckpt"):
+    with pytest.raises(UserError) as other, explain_damaged_files("last.ckpt"):
         raise KeyError("state_dict")
     assert "last.ckpt can't be read (KeyError)" in str(other.value)

@@ -29,10 +29,10 @@ from moevision.train.parallel.layout import Layout, shard
 from moevision.train.parallel.parts import (
     clip,
     divide,
-    full,
     gathered,
     is_sharded,
     like_these,
+    to_full_tensor,
     total_norm,
 )
 from moevision.train.processes import callback_of
@@ -71,7 +71,9 @@ def step(net: nn.Module, device: str) -> tuple[Tensor, dict[str, Tensor]]:
     logits, _ = forward_routing(net, images)
     F.cross_entropy(logits, labels).backward()
     gradients = {
-        name: full(p.grad).cpu() for name, p in net.named_parameters() if p.grad is not None
+        name: to_full_tensor(p.grad).cpu()
+        for name, p in net.named_parameters()
+        if p.grad is not None
     }
     return logits.detach().cpu(), gradients
 
@@ -134,7 +136,7 @@ def test_a_sharded_network_trains_as_a_plain_one(
             learning = [parameter for parameter in net.parameters() if parameter.grad is not None]
             clip(learning, 0.5, total_norm([parameter.grad for parameter in learning]))
             updates.step()
-    found = {name: full(tensor).cpu() for name, tensor in sharded.state_dict().items()}
+    found = {name: to_full_tensor(tensor).cpu() for name, tensor in sharded.state_dict().items()}
     assert differs(found, plain.state_dict()) < 1e-8
 
 
@@ -151,7 +153,9 @@ def test_experts_that_are_gathered_in_bf16_give_the_same_logits(group: str) -> N
             logits = net(torch.ones(4, 3, 32, 32, device=group).cumsum(-1) / 32)
         logits.float().square().mean().backward()
         gradients = {
-            name: full(p.grad).cpu() for name, p in net.named_parameters() if p.grad is not None
+            name: to_full_tensor(p.grad).cpu()
+            for name, p in net.named_parameters()
+            if p.grad is not None
         }
         found.append((logits, gradients))
     assert torch.equal(found[0][0], found[1][0])
@@ -190,11 +194,11 @@ def test_a_checkpoint_of_parts_comes_back(group: str, tmp_path: Path) -> None:
             )
             updates.load_state_dict(read["optimizer_states"][0])
         moments = [
-            full(updates.state[parameter][name])
+            to_full_tensor(updates.state[parameter][name])
             for parameter in learning
             for name in ("exp_avg", "exp_avg_sq")
         ]
-        states.append([*(full(tensor) for tensor in net.state_dict().values()), *moments])
+        states.append([*(to_full_tensor(tensor) for tensor in net.state_dict().values()), *moments])
     assert len(states[0]) == len(states[1])
     assert all(
         a.device.type == b.device.type == group and torch.equal(a, b)

@@ -18,22 +18,22 @@ from PIL import Image
 import moevision
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
-from moevision.config import options, read, settings
-from moevision.data.open import holds
+from moevision.config import options, parse_args, settings
+from moevision.data.open import contains_path
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
-from moevision.models.strangers import answers
+from moevision.models.ood import answers
 from moevision.train import recipe
 from moevision.train.recipe import (
     choose_recipe,
-    chosen,
     default_precision,
     find_config,
     read_config,
+    resolve_settings,
 )
-from moevision.train.resume import claim
+from moevision.train.resume import lock_run_folder
 from moevision.train.start import epochs_for
 
 
@@ -468,7 +468,7 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
 
 def asked(verb, *arguments):
     """What a command line asks for and gets chosen."""
-    return chosen(verb, read(verb, list(map(str, arguments))))
+    return resolve_settings(verb, parse_args(verb, list(map(str, arguments))))
 
 
 @pytest.mark.parametrize("where", ["beside", "afresh"])
@@ -487,15 +487,15 @@ def test_images_below_a_run_are_not_always_read(draw):
     """Those beside train and val are left out, and so are hidden folders."""
     draw(Path("split/train"), per_class=1)
     draw(Path("plain"), per_class=1)
-    assert holds("split", Path("split/train/runs/a"))
-    assert holds("./plain", Path("plain/cat/runs"))
+    assert contains_path("split", Path("split/train/runs/a"))
+    assert contains_path("./plain", Path("plain/cat/runs"))
     for path, place in (
         ("split", "split/runs/a"),
         ("plain", "plain/.runs/a"),
         ("plain", "runs/a"),
         ("cifar10", "a"),
     ):
-        assert not holds(path, Path(place))
+        assert not contains_path(path, Path(place))
 
 
 def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
@@ -559,7 +559,8 @@ def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
 def test_the_learning_rate_from_scratch_is_that_of_the_optimizer(drawn_pets, typed, rate):
     """6e-3 is the recipes' for Muon (`configs/cifar10.yaml`), 1e-3 AdamW's default here."""
     assert (
-        choose_recipe(str(drawn_pets), "none", read("fit", typed).options)["model.optim.lr"] == rate
+        choose_recipe(str(drawn_pets), "none", parse_args("fit", typed).options)["model.optim.lr"]
+        == rate
     )
 
 
@@ -604,7 +605,7 @@ def test_processes_share_the_cores_for_data_workers(monkeypatch, devices, worker
     monkeypatch.setattr(recipe, "usable_cores", lambda: 16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    given = read("fit", [f"--gpus={each}" for each in devices]).options
+    given = parse_args("fit", [f"--gpus={each}" for each in devices]).options
     assert choose_recipe("synthetic_pets", "none", given)["data.num_workers"] == workers
 
 
@@ -621,7 +622,7 @@ def test_a_trial_leaves_no_folder_and_counts_its_own_memory(cli, tiny, drawn_pet
     real, calls = shutil.rmtree, []
 
     def removed(folder, **options):
-        calls.append(claim(Path(folder)).release())
+        calls.append(lock_run_folder(Path(folder)).release())
         real(folder, **options)
 
     monkeypatch.setattr("moevision.train.resume._PATIENCE_S", 0.0)

@@ -27,7 +27,7 @@ import yaml
 
 import moevision
 from moevision.analysis.images import find_images
-from moevision.config import read
+from moevision.config import parse_args
 from moevision.data import ImageDataModule
 from moevision.data.loader import PositionSampler
 from moevision.errors import UserError
@@ -44,8 +44,8 @@ from moevision.train.resume import (
     Session,
     begin,
     changed_options,
-    claim,
     is_free,
+    lock_run_folder,
     recorded_config,
     without_resume,
 )
@@ -689,11 +689,11 @@ def impatient(monkeypatch):
 
 
 def test_one_process_at_a_time(tmp_path):
-    held = claim(tmp_path)
+    held = lock_run_folder(tmp_path)
     with pytest.raises(UserError, match="Another process is training"):
-        claim(tmp_path)
+        lock_run_folder(tmp_path)
     held.release()
-    claim(tmp_path).release()
+    lock_run_folder(tmp_path).release()
 
 
 def start_real(*arguments, code):
@@ -713,7 +713,7 @@ def test_a_claim_ends_with_its_process_and_a_fork_is_waited_for(tmp_path, monkey
     if process == 0:
         try:
             os.setsid()
-            held = claim(tmp_path)
+            held = lock_run_folder(tmp_path)
             parent = os.getpid()
             if os.fork() == 0:  # a worker
                 os.write(tell, b".")
@@ -729,11 +729,11 @@ def test_a_claim_ends_with_its_process_and_a_fork_is_waited_for(tmp_path, monkey
         os.close(tell)
         assert os.read(claimed, 1) == b"."
         with pytest.raises(UserError, match="Another process is training"):
-            claim(tmp_path)
+            lock_run_folder(tmp_path)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         monkeypatch.setattr(resume, "_PATIENCE_S", 30)
-        claim(tmp_path).release()
+        lock_run_folder(tmp_path).release()
     finally:
         os.close(claimed)
 
@@ -808,7 +808,7 @@ def test_a_refused_resume_leaves_a_training_twin_alone(cli, tiny, drawn_pets):
     twin.mkdir()
     (twin / ".metrics.csv.7.tmp").write_text("of another process")
     (twin / "splits.csv").write_text("as it was")
-    held = claim(twin)
+    held = lock_run_folder(twin)
     before = files_of(twin)
     outcome = cli("fit", "--resume", "runs/pets", "--with-twin")
     held.release()
@@ -822,7 +822,7 @@ def test_a_new_folder_that_another_process_took_is_left_alone(cli, tiny, drawn_p
 
     def taken(name, root):
         folder = real(name, root)
-        held.append(claim(folder))
+        held.append(lock_run_folder(folder))
         (folder / "metrics.csv").write_text("of another process")
         return folder
 
@@ -885,7 +885,7 @@ def test_the_argument():
     assert without_resume(["--resume=runs/x", "--resume=auto"]) == []
     for wrong in (["--resume"], ["--resume", "--data.path"]):
         with pytest.raises(UserError, match="--resume needs a value"):
-            read("fit", wrong)
+            parse_args("fit", wrong)
 
 
 @pytest.mark.parametrize(
@@ -900,7 +900,7 @@ def test_auto_finds_the_folder_of_the_command(monkeypatch, typed):
         raise UserError("far enough")
 
     monkeypatch.setattr(resume, "newest_valid", none)
-    given = read("fit", [*typed, "--resume=auto"])
+    given = parse_args("fit", [*typed, "--resume=auto"])
     with pytest.raises(UserError, match="far enough"):
         begin(Session(given.command), given)
     assert looked == [Path("runs/quickstart/checkpoints")]

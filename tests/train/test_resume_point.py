@@ -13,13 +13,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from moevision.data import ImageDataModule
 from moevision.data.transforms import hash_u64
-from moevision.train.fit import keep_the_step
+from moevision.train.fit import keep_images_per_step
 from moevision.train.processes import (
     Interrupted,
     Interruption,
-    part_random_state,
     random_state,
     restore_random_state,
+    seed_per_rank,
 )
 from moevision.train.resume import MARK, CheckpointConfig, ResumePoint, _between_batches
 
@@ -99,7 +99,7 @@ def test_processes_that_the_checkpoint_does_not_know_draw_different_numbers(poin
 def test_processes_that_began_with_one_seed_part():
     """All three generators are seeded by a hash of the seed and the rank, of which NumPy takes 32 bits."""
     torch.manual_seed(5)
-    part_random_state(1)
+    seed_per_rank(1)
     number = hash_u64(5, 1)
     assert number > 2**32
     torch_number = float(torch.rand((), generator=torch.Generator().manual_seed(number)))
@@ -281,6 +281,6 @@ def test_half_of_the_processes_take_as_many_steps(images, limit, capsys):
     start = SimpleNamespace(fingerprint={"images_per_step": 16})
     data = SimpleNamespace(batch_size=8, class_counts={"train": {"cat": images}})
     trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, limit_train_batches=1.0)
-    keep_the_step(start, data, trainer)
+    keep_images_per_step(start, data, trainer)
     assert (trainer.accumulate_grad_batches, trainer.limit_train_batches) == (2, limit)
     assert "2 batches of a process: it has 16 images, as before" in capsys.readouterr().err

@@ -16,12 +16,12 @@ from huggingface_hub import constants
 from safetensors.torch import save, save_file
 
 from moevision import UserError
-from moevision.config import read
+from moevision.config import parse_args
 from moevision.layers import moe_layers
 from moevision.models.convert import routes_read
 from moevision.models.io import PATIENCE_S, describe, from_clusters, load_model, save_model
 from moevision.train import health, start
-from moevision.train.recipe import choose_recipe, chosen
+from moevision.train.recipe import choose_recipe, resolve_settings
 from moevision.train.start import AUTO, NONE, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
 
@@ -231,11 +231,11 @@ def weight_file(tmp_path: Path) -> Path:
 
 
 def recipe(folder: Path, pretrained: str | None, *typed: str) -> dict[str, Any]:
-    return choose_recipe(str(folder), pretrained, read("fit", typed).options)
+    return choose_recipe(str(folder), pretrained, parse_args("fit", typed).options)
 
 
 def asked(*arguments: object, recorded: bool = False) -> dict[str, Any]:
-    return chosen("fit", read("fit", list(map(str, arguments))), recorded=recorded)
+    return resolve_settings("fit", parse_args("fit", list(map(str, arguments))), recorded=recorded)
 
 
 def test_a_file_of_weights(

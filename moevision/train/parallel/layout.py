@@ -37,7 +37,7 @@ from moevision.layers import moe_layers
 from moevision.layers.cpu import padded_counts, sum_rows, take_rows
 from moevision.layers.moe import Dispatched, LocalDispatcher
 from moevision.layers.routing import Routing
-from moevision.train.parallel.parts import own_part
+from moevision.train.parallel.parts import local_shard
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _evenly(processes: int) -> Callable[[nn.Parameter], Shard]:
             next(
                 (
                     dim
-                    for dim, size in enumerate(own_part(parameter).shape)
+                    for dim, size in enumerate(local_shard(parameter).shape)
                     if size % processes == 0
                 ),
                 0,
@@ -202,7 +202,7 @@ def _evenly(processes: int) -> Callable[[nn.Parameter], Shard]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Travelling(Dispatched):
+class ExpertParallelDispatch(Dispatched):
     """Rows [R', D] on their way to the processes of their experts, in order of arrival: by process, then by expert."""
 
     home: Dispatched  # the rows of this process before they were sent
@@ -233,7 +233,7 @@ class AllToAllDispatcher(LocalDispatcher):
         """A group can't be copied; a copy of the model has its experts in the same processes."""
         return AllToAllDispatcher(self.group, self.row_multiple, self.max_padding)
 
-    def dispatch(self, x: Tensor, routing: Routing) -> Travelling:
+    def dispatch(self, x: Tensor, routing: Routing) -> ExpertParallelDispatch:
         """Begin to send the tokens x [T, D] of this process to their experts."""
         home = self._home.dispatch(x, routing)
         to_each = home.counts.view(
@@ -256,18 +256,18 @@ class AllToAllDispatcher(LocalDispatcher):
         place = number + shift.repeat_interleave(lengths, output_size=total)
         length = total if padded is counts else int(padded.sum())
         arrival = number.new_zeros(length).index_copy_(0, place, number)
-        return Travelling(
+        return ExpertParallelDispatch(
             rows, padded, home=home, place=place, arrival=arrival, sent=sent, received=received
         )
 
     def receive(self, sent: Dispatched) -> tuple[Tensor, Tensor]:
         """Wait for the rows of this process's experts: [R' + padding, D] sorted by expert, and counts [E']."""
-        assert isinstance(sent, Travelling)
+        assert isinstance(sent, ExpertParallelDispatch)
         return take_rows(_arrived(sent.rows), sent.arrival, sent.place.unsqueeze(1)), sent.counts
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
         """Send the experts' rows back; weighted sum [T, D] of those that return."""
-        assert isinstance(dispatched, Travelling)
+        assert isinstance(dispatched, ExpertParallelDispatch)
         place, arrival = dispatched.place, dispatched.arrival
         if len(place) == len(arrival):
             ordered = take_rows(rows, place, arrival.unsqueeze(1))

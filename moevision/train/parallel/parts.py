@@ -36,7 +36,7 @@ def is_sharded(net: nn.Module) -> bool:
     return any(mesh_of(parameter) is not None for parameter in net.parameters())
 
 
-def own_part(x: Tensor) -> Tensor:
+def local_shard(x: Tensor) -> Tensor:
     """The numbers of a tensor that this process holds, detached."""
     return local(x.detach())
 
@@ -57,7 +57,7 @@ def copies(x: Tensor) -> int:
     )
 
 
-def full(x: Tensor) -> Tensor:
+def to_full_tensor(x: Tensor) -> Tensor:
     """A divided tensor as a whole; every process that holds a part must call it. Others are returned as they are."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -90,7 +90,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """
     parts: dict[int, list[Tensor]] = {}
     for tensor in tensors:
-        parts.setdefault(copies(tensor), []).append(own_part(tensor))
+        parts.setdefault(copies(tensor), []).append(local_shard(tensor))
     norm = torch.nn.utils.get_total_norm(parts.pop(0, []))  # of tensors that aren't divided
     if not parts:
         return norm
@@ -104,7 +104,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def clip(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
     """Scale gradients, whose norm over all meshes is known, to at most `limit`, in place; by torch's rule."""
-    parts = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    parts = [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
     torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
@@ -142,10 +142,12 @@ class Muon(_MeshByMesh, optim.Muon):
         within = any(isinstance(placed, Shard) and placed.dim > 0 for placed in update.placements)
         if update.ndim == 3 and not within:
             return _with_part(super()._direction(local(update), local(gradient)), update)
-        return shard_like(super()._direction(full(update), full(gradient)), update)
+        return shard_like(
+            super()._direction(to_full_tensor(update), to_full_tensor(gradient)), update
+        )
 
 
-DIVIDED = optim.TensorOperations(total_norm, clip, {"adamw": AdamW, "muon": Muon})
+SHARDED = optim.TensorOperations(total_norm, clip, {"adamw": AdamW, "muon": Muon})
 
 
 def outline(net: nn.Module) -> nn.Module:
@@ -174,7 +176,7 @@ def gathered(state: Any) -> Any:
     first = dist.get_rank() == 0
 
     def whole(x: Tensor) -> Tensor | None:
-        found = full(x.detach())  # one by one: no device ever has all of them whole
+        found = to_full_tensor(x.detach())  # one by one: no device ever has all of them whole
         return found.to("cpu", copy=True) if first else None
 
     return tree_map_only(Tensor, whole, state)

@@ -36,7 +36,7 @@ from moevision.train.parallel.layout import (
     share_buffers,
 )
 from moevision.train.parallel.parts import (
-    DIVIDED,
+    SHARDED,
     divide,
     filled,
     gathered,
@@ -148,7 +148,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         if is_sharded(task.net):
             return
         check_network(task.net, self.expert)
-        task.tensors = DIVIDED
+        task.tensors = SHARDED
         self.model = self.precision_plugin.convert_module(task)
         same_everywhere(task.net, self.root_device)
         self._outline = outline(task.net)

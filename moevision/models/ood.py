@@ -32,7 +32,7 @@ IMAGES: Final = (
 MIN_VALIDATION: Final = 20  # a twentieth of fewer images is none
 
 
-class Strangers(nn.Module):
+class MahalanobisOOD(nn.Module):
     """The distance of features from the nearest class."""
 
     mean: Tensor  # [D] of all training features
@@ -54,9 +54,9 @@ class Strangers(nn.Module):
         )
 
 
-def fit_strangers(
+def fit_ood(
     features: Floats, labels: npt.NDArray[Any], validation: Floats
-) -> Strangers | None:
+) -> MahalanobisOOD | None:
     """Fit to features [n, D] of training images with labels [n], the threshold to those of validation images [m, D].
 
     The covariance is shrunk towards a multiple of the identity as Ledoit and Wolf do (2004, Journal of Multivariate
@@ -84,10 +84,12 @@ def fit_strangers(
     mean = features.mean(0)
     centers, white = ((each - mean) @ whitening.T for each in (means, validation))
     threshold = np.quantile(cdist(white, centers).min(1), 1 - REFUSED)
-    return Strangers(mean, whitening / threshold, centers / threshold) if threshold > 0 else None
+    return (
+        MahalanobisOOD(mean, whitening / threshold, centers / threshold) if threshold > 0 else None
+    )
 
 
-def answers(net: nn.Module, strangers: Strangers, images: Tensor) -> tuple[Tensor, Tensor]:
+def answers(net: nn.Module, strangers: MahalanobisOOD, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [B, C] of prepared images [B, 3, S, S], and how far each is from the nearest class, [B]."""
     features = pooled(net, images)
     return cast(Tensor, cast(Any, net).get_classifier()(features)), strangers(features)
@@ -107,7 +109,7 @@ def linear_head(net: nn.Module) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) else None
 
 
-def read_strangers(file: Path, net: nn.Module) -> Strangers:
+def read_ood(file: Path, net: nn.Module) -> MahalanobisOOD:
     """The numbers that `save_model` wrote beside the weights of `net`, checked against it before memory is taken."""
     head = linear_head(net)
     width, classes = (0, 0) if head is None else (head.in_features, head.out_features)
@@ -125,4 +127,4 @@ def read_strangers(file: Path, net: nn.Module) -> Strangers:
             f"{file} doesn't hold the distances of this model: put back the file that came with it, or remove "
             '"strangers" from config.json.'
         )
-    return Strangers(**stored)
+    return MahalanobisOOD(**stored)
