@@ -2,7 +2,7 @@
 
 Parts are counted by *requested* choices, what the router wants, before any capacity; loads, galleries and the map of
 classes by those that are computed. Where tokens don't choose, `expert_index` names all experts and `amount` ([I, P, K],
-`LayerTrace.wanted`) says what each counts: whether it took the patch, or how much of it it reads. Whether a pattern is
+`LayerTrace.requested_share`) says what each counts: whether it took the patch, or how much of it it reads. Whether a pattern is
 more than chance is tested over images, since patches of one image are not independent: of classes here, of what experts
 tell in `information` and `readings`.
 

@@ -13,7 +13,7 @@ from moevision.analysis.describe import class_expert_map
 from moevision.analysis.effects import class_effect, effect, run_compared, run_under
 from moevision.analysis.information import choice_counts, class_information, part_information
 from moevision.analysis.intervention import Intervention
-from moevision.analysis.readings import Rule, fresh_copy, measure_baselines
+from moevision.analysis.readings import RoutingRule, fresh_copy, measure_baselines
 from moevision.analysis.report import (
     ReportSettings,
     Results,
@@ -68,7 +68,7 @@ def test_every_step_takes_every_router(router) -> None:
         for name, found in baselines.items():
             own = [each for each in found if each.layer in (None, layer.layer)]
             assert len(own) == 1, name
-            takes = choice_counts(own[0].expert_index, own[0].num_experts, own[0].takes)
+            takes = choice_counts(own[0].expert_index, own[0].num_experts, own[0].amounts)
             if layer.kind != "soft":  # as many experts per patch as the layer
                 assert (takes > 0).sum(-1).mean() == pytest.approx(
                     layer.experts_per_patch, rel=0.05
@@ -137,17 +137,17 @@ def test_the_rule_of_expert_choice() -> None:
     scores = np.array([[[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
     p = 1 / (1 + np.exp(-np.array([2.0, 1.0, 1.0])))
     entropy = float(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)).mean())
-    rule = Rule("expert_choice", 2, 1, entropy)
+    rule = RoutingRule("expert_choice", 2, 1, entropy)
     assert rule.scale(scores) == pytest.approx(1, rel=1e-6)
     chosen = rule.apply(scores, 1.0)
-    np.testing.assert_allclose(chosen.takes[0], [[p[0], 0], [0, p[1]], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(chosen.amounts[0], [[p[0], 0], [0, p[1]], [0, 0]], rtol=1e-6)
 
 
 def test_the_rule_of_soft_moe() -> None:
     """Taking is a softmax over experts, by hand from ln 3."""
     scores = np.log(np.array([[[3.0, 1.0], [1.0, 1.0]]]))
-    chosen = Rule("soft", 2, 0, 1.0).apply(scores, 1.0)
-    np.testing.assert_allclose(chosen.takes, [[[0.75, 0.25], [0.5, 0.5]]], rtol=1e-6)
+    chosen = RoutingRule("soft", 2, 0, 1.0).apply(scores, 1.0)
+    np.testing.assert_allclose(chosen.amounts, [[[0.75, 0.25], [0.5, 0.5]]], rtol=1e-6)
 
 
 def weights_without_pattern(rng, images):

@@ -12,12 +12,11 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 from moevision.analysis import collect_routing, open_pictures, recording_of, three_questions
-from moevision.analysis.information import Estimate
+from moevision.analysis.information import Interval
+from moevision.analysis.questions import join_with_and
 from moevision.analysis.readings import (
-    exceeds,
     fit_clusters,
     fresh_copy,
-    join_words,
     measure_baselines,
     router_inputs,
 )
@@ -46,11 +45,11 @@ def measured():
 
 
 def test_difference_interval_by_hand() -> None:
-    a = Estimate(0.5, 0.4, 0.6, 0, 0)
+    a = Interval(0.5, 0.4, 0.6)
     # lower end of a - b: d - sqrt(0.1² + (high - value of b)²); with 0.24² it is 0.26 wide
     assert math.hypot(0.1, 0.24) == pytest.approx(0.26)
-    assert exceeds(a, Estimate(0.239, 0.2, 0.479, 0, 0))
-    assert not exceeds(a, Estimate(0.241, 0.2, 0.481, 0, 0))
+    assert a.significantly_above(Interval(0.239, 0.2, 0.479))
+    assert not a.significantly_above(Interval(0.241, 0.2, 0.481))
 
 
 def test_baselines_of_a_model(measured) -> None:
@@ -178,7 +177,7 @@ def test_one_image_has_no_baselines(measured) -> None:
 def stored(assignments):
     """Bytes of the arrays that its arrays are views of: an axis that is broadcast takes none."""
     total = 0
-    for array in (assignments.expert_index, assignments.takes):
+    for array in (assignments.expert_index, assignments.amounts):
         while isinstance(getattr(array, "base", None), np.ndarray):
             array = array.base
         total += 0 if array is None else array.nbytes
@@ -193,12 +192,12 @@ def test_all_experts_in_order_are_named_once(measured, router) -> None:
     model = SavedModel(net, list(SyntheticPets.classes), 32, MEAN, STD)
     trace = collect_routing(model, pictures, progress=False)
     clusters = measure_baselines(model, pictures, trace, seeds=1)["kmeans_input"][0]
-    assert clusters.expert_index.shape == clusters.takes.shape
-    assert stored(clusters) == clusters.takes.nbytes + 2 * clusters.num_experts
+    assert clusters.expert_index.shape == clusters.amounts.shape
+    assert stored(clusters) == clusters.amounts.nbytes + 2 * clusters.num_experts
 
 
 def test_words_are_listed() -> None:
-    assert [join_words(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
+    assert [join_with_and(items) for items in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
         "",
         "a",
         "a and b",

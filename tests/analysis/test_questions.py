@@ -14,7 +14,7 @@ from torch import nn
 from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
-from moevision.analysis.information import halves_by_class
+from moevision.analysis.information import halves_by_class, paired_interval, ratio_interval
 from moevision.analysis.questions import (
     A_LITTLE_WORD,
     NOT_MEASURED,
@@ -33,9 +33,7 @@ from moevision.analysis.readings import (
     guess_from_experts,
     measure_baselines,
     measure_layer,
-    paired_interval,
     probe_groups,
-    ratio_interval,
     recording_of,
     run_forced,
 )

@@ -68,7 +68,7 @@ def test_expert_choice_counts_what_was_taken() -> None:
     assert TAKEN.experts_per_patch == 1.0
     assert [len(gallery.random) for gallery in layer_gallery(TAKEN)] == [1, 2]
     fractions = np.array([[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]])
-    table = part_expert_table(TAKEN.expert_index, fractions, 2, TAKEN.wanted)
+    table = part_expert_table(TAKEN.expert_index, fractions, 2, TAKEN.requested_share)
     np.testing.assert_allclose(table, [[1, 1.5], [0, 0.5]])
 
 
@@ -113,7 +113,7 @@ def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
         _, routings = forward_routing(model.net, pixels)
     for layer, routing in zip(again.layers, routings, strict=True):
         weights = routing.expert_weights()[:, 1:]
-        reads = choice_counts(layer.expert_index, 4, layer.reads).sum(0)  # [P, E]
+        reads = choice_counts(layer.expert_index, 4, layer.dispatch_share).sum(0)  # [P, E]
         assert layer.kind == routing.kind
         if layer.kind == "token_choice":
             np.testing.assert_array_equal(
