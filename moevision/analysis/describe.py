@@ -39,7 +39,7 @@ from moevision.analysis.information import (
     Numbers,
     Pixels,
     choice_counts,
-    chunks,
+    permuted_labels,
     sums_by_class,
 )
 from moevision.analysis.trace import LayerTrace, RoutingTrace
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from moevision.analysis.images import PictureSet
 
 _LEVEL = 0.95  # of a map: 1 minus the chance of any false cell
-_CHUNK_CELLS = 1 << 22
 
 
 def part_fractions(part_masks: Pixels, grid: tuple[int, int], num_parts: int) -> Floats:
@@ -335,12 +334,11 @@ def _largest_of_permuted(
     centred: Floats, labels: Ints, n_images: Ints, num_permutations: int, seed: int
 ) -> Floats:
     """[R] the largest absolute excess in each permuted table."""
-    rng = np.random.default_rng(seed)
     present = n_images > 0
+    per_class = n_images[present, None]
+    cells = len(n_images) * len(labels)
     largest = []
-    for size in chunks(num_permutations, max(1, _CHUNK_CELLS // (len(n_images) * len(labels)))):
-        permuted = rng.permuted(np.tile(labels, (size, 1)), axis=1)  # [R', I]
-        sums = sums_by_class(permuted, centred, n_images)[:, present]
-        excess = sums / n_images[present, None]  # [R', classes with images, E]
+    for permuted in permuted_labels(labels, num_permutations, cells, seed):
+        excess = sums_by_class(permuted, centred, n_images)[:, present] / per_class
         largest.append(np.abs(excess).max((1, 2)))
     return np.concatenate(largest)

@@ -70,27 +70,25 @@ def class_information(
     images_of_class = np.bincount(classes)
     counts = _checked(np.asarray(patch_counts)[labelled]).sum(1)  # [I, E]
 
-    # Permuted labels: the null of the plug-in, and of the first of them its bias.
-    rng = np.random.default_rng(seed)
-    cells = len(images_of_class) * max(counts.shape)  # of one labelling
+    # The null of the plug-in, and of the first permutations its bias.
     null: list[Floats] = []
     null_bias: list[float] = []
-    for size in chunks(num_permutations, max(1, _CHUNK_CELLS // cells)):
-        permuted = rng.permuted(np.tile(classes, (size, 1)), axis=1)  # [R', I]
+    cells = len(images_of_class) * max(counts.shape)
+    for permuted in permuted_labels(classes, num_permutations, cells, seed):
         null.append(mutual_information_bits(sums_by_class(permuted, counts, images_of_class)))
         missing = _BIAS_PERMUTATIONS - len(null_bias)
         if missing > 0:
             null_bias.extend(_bias_of_labels(permuted[:missing], counts, images_of_class))
-    bias = _bias_of_labels(classes[None], counts, images_of_class)[0]
 
     table = sums_by_class(classes[None], counts, images_of_class)[0]  # [V, E]
     plug_in = float(mutual_information_bits(table))
     above_mean = pointwise_bits(table)[classes] - plug_in  # [I, E]
+    bias = _bias_of_labels(classes[None], counts, images_of_class)
     return excess_estimate(
         plug_in,
         np.concatenate(null),
         (counts * above_mean).sum(1) / counts.sum(),
-        bias_surplus=float(np.mean(null_bias) - bias),
+        bias_surplus=float(np.mean(null_bias) - bias[0]),
         num_means=len(images_of_class),
     )
 
@@ -177,10 +175,13 @@ def halves_by_class(labels: Ints, seed: int) -> Flags:
     return half
 
 
-def chunks(total: int, size: int) -> Iterator[int]:
-    """Sizes of at most `size` that sum to `total`."""
-    for start in range(0, total, size):
-        yield min(size, total - start)
+def permuted_labels(labels: Ints, count: int, cells: int, seed: int) -> Iterator[Ints]:
+    """Labels [I] in `count` random orders, in chunks [R', I]; `cells` is what one of them takes in memory."""
+    rng = np.random.default_rng(seed)
+    size = max(1, _CHUNK_CELLS // cells)
+    for start in range(0, count, size):
+        rows = min(size, count - start)
+        yield rng.permuted(np.tile(labels, (rows, 1)), axis=1)
 
 
 def choice_counts(expert_index: Ints, num_experts: int, amount: Array | None = None) -> Floats:
@@ -205,8 +206,10 @@ def mutual_information_bits(table: Floats | Ints) -> Floats:
     """
     table = np.asarray(table, dtype=np.float64)
     total = table.sum((-2, -1))
-    bits = _n_log2_n(table).sum((-2, -1)) + _n_log2_n(total)
-    bits -= _n_log2_n(table.sum(-1)).sum(-1) + _n_log2_n(table.sum(-2)).sum(-1)
+    cells = _n_log2_n(table).sum((-2, -1))
+    rows = _n_log2_n(table.sum(-1)).sum(-1)
+    columns = _n_log2_n(table.sum(-2)).sum(-1)
+    bits = cells + _n_log2_n(total) - (rows + columns)
     return cast(Floats, np.maximum(_ratio(bits, total), 0.0))
 
 
@@ -225,12 +228,15 @@ def second_order_bias(sums: Floats, squares: Floats, images: Ints) -> Floats:
     it is itself biased, so only differences between labellings of the same images are used.
     """
     sums = np.asarray(sums, np.float64)
-    per_class = images[:, None]  # [V, 1]
-    variance = np.maximum(squares - np.square(sums) / per_class, 0)
-    variance = variance * (per_class / np.maximum(1, per_class - 1))
+    count = images[:, None]  # [V, 1]
+    deviations = np.maximum(squares - np.square(sums) / count, 0)
+    variance = deviations * (count / np.maximum(1, count - 1))
+
     cell_terms = _ratio(variance, sums).sum((1, 2))
-    expert_terms = _ratio(variance.sum(1), sums.sum(1)).sum(1)
-    return cast(Floats, (cell_terms - expert_terms) / (2 * math.log(2) * sums[0].sum()))
+    expert_variance = variance.sum(1)  # [R, E]
+    expert_terms = _ratio(expert_variance, sums.sum(1)).sum(1)
+    total = sums[0].sum()
+    return cast(Floats, (cell_terms - expert_terms) / (2 * math.log(2) * total))
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
@@ -248,8 +254,10 @@ def pointwise_bits(tables: Floats) -> Floats:
     It is the derivative of the plug-in by a cell's count, but for the factor 1 / N and the constant -MI.
     """
     tables = np.asarray(tables, dtype=np.float64)
-    product = tables.sum(-1, keepdims=True) * tables.sum(-2, keepdims=True)
-    ratio = _ratio(tables * tables.sum((-2, -1), keepdims=True), product)
+    rows = tables.sum(-1, keepdims=True)
+    columns = tables.sum(-2, keepdims=True)
+    total = rows.sum(-2, keepdims=True)
+    ratio = _ratio(tables * total, rows * columns)
     return np.log2(np.where(ratio > 0, ratio, 1.0))
 
 
@@ -394,7 +402,9 @@ def paired_interval(loss: Floats) -> Interval:
     total = float(loss.sum())
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
+    # As if one image more were won, and one lost.
     centre = total / (images + 2)
-    squares = float(np.square(loss).sum()) + 1 - total * total / (images + 2)
-    margin = z * math.sqrt(max(0.0, squares)) / (images + 2)
+    squares = float(np.square(loss).sum()) + 1
+    variance = max(0.0, squares - total * centre)
+    margin = z * math.sqrt(variance) / (images + 2)
     return Interval(total / images, max(-1.0, centre - margin), min(1.0, centre + margin))

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Final, Literal, cast
 
 import numpy as np
@@ -786,9 +787,9 @@ def _evaluate(
     recording: Recording, index: int, sample: _SwapSample, variants: Mapping[str, list[Ints]]
 ) -> dict[str, _Loss]:
     """What each variant of the routes, [R, P, K] of every draw, costs; an image whose routes stay isn't run again."""
-    names = [name for name, draws in variants.items() for _ in draws]
-    drawn = [routes for draws in variants.values() for routes in draws]
-    routes = np.stack([sample.routes, *drawn], 1)  # [R, 1 + V, P, K], the image's own first
+    variants = {"own": [sample.routes], **variants}
+    names = np.repeat(list(variants), [len(draws) for draws in variants.values()])
+    routes = np.stack(list(chain.from_iterable(variants.values())), 1)  # [R, 1 + V, P, K]
     changed = (routes != routes[:, :1]).any((2, 3))  # [R, 1 + V]
     changed[:, 0] = True
 
@@ -803,13 +804,16 @@ def _evaluate(
     correct = np.zeros(changed.shape)
     correct[row, variant] = log_p.argmax(1) == truth
 
-    gained = np.where(changed, log_loss - log_loss[:, :1], 0)[:, 1:]  # [R, V]
-    lost = np.where(changed, correct[:, :1] - correct, 0)[:, 1:]
-    moved = (routes != routes[:, :1]).mean((0, 2, 3))[1:]  # [V]
+    # What isn't changed costs nothing.
+    gained = np.where(changed, log_loss - log_loss[:, :1], 0)
+    lost = np.where(changed, correct[:, :1] - correct, 0)
+    moved = (routes != routes[:, :1]).mean((0, 2, 3))  # [1 + V]
     losses = {}
     for name in variants:
-        columns = np.array(names) == name
+        draws = names == name
         losses[name] = _Loss(
-            gained[:, columns].mean(1), lost[:, columns].mean(1), float(moved[columns].mean())
+            log_loss=gained[:, draws].mean(1),
+            correct=lost[:, draws].mean(1),
+            moved=float(moved[draws].mean()),
         )
     return losses

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -367,10 +367,12 @@ def fresh_copy(net: nn.Module, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in fresh.modules():
-            if hasattr(module, "reset_parameters"):
-                cast(Any, module).reset_parameters()
-        if hasattr(fresh, "init_weights"):
-            cast(Any, fresh).init_weights()
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        init_weights = getattr(fresh, "init_weights", None)
+        if init_weights is not None:
+            init_weights()
         for layer in moe_layers(fresh):
             weight = getattr(layer.router, "weight", None)
             if weight is not None and not weight.detach().any():
@@ -388,28 +390,15 @@ def _measure_clusters(
     measured = np.flatnonzero(in_measured_half)
 
     tokens = _sampled_tokens(model, pictures, trace, fitted, seed)
-    clusterings: dict[tuple[int, int], Clustering] = {}
-    for layer in trace.layers:
-        rule = RoutingRule.of(layer)
-        for cluster_seed in range(seeds):
-            fit = Clustering.fit(rule, tokens[layer.layer], cluster_seed)
-            clusterings[layer.layer, cluster_seed] = fit
-
-    batches: dict[tuple[int, int], list[Routes]] = {key: [] for key in clusterings}
+    clusterings = [
+        Clustering.fit(tokens[layer.layer], RoutingRule.of(layer), cluster_seed, layer.layer)
+        for layer in trace.layers
+        for cluster_seed in range(seeds)
+    ]
     for inputs in router_inputs(model, pictures, trace, measured, _FIT_BATCH):
-        for (block, cluster_seed), clustering in clusterings.items():
-            batches[block, cluster_seed].append(clustering.route(inputs[block]))
-
-    assignments = []
-    for (block, cluster_seed), clustering in clusterings.items():
-        routes = Routes.joined(batches[block, cluster_seed])
-        num_experts = clustering.rule.num_experts
-        assignments.append(
-            Assignments(
-                block, cluster_seed, routes.expert_index, measured, num_experts, routes.amounts
-            )
-        )
-    return assignments
+        for clustering in clusterings:
+            clustering.route(inputs[cast(int, clustering.layer)])
+    return [clustering.assignments(measured) for clustering in clusterings]
 
 
 def _sampled_tokens(
@@ -422,30 +411,45 @@ def _sampled_tokens(
     sample: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
     for inputs in router_inputs(model, pictures, trace, images, _FIT_BATCH):
         for block, tokens in inputs.items():
-            orders = rng.permuted(np.tile(patches, (len(tokens), 1)), axis=1)  # [B, P]
-            drawn = orders[:, :per_image, None]
-            drawn_tokens = np.take_along_axis(tokens, drawn, 1)  # [B, p, D]
-            sample[block].append(drawn_tokens.reshape(-1, tokens.shape[-1]))
+            every_image = np.tile(patches, (len(tokens), 1))  # [B, P]
+            drawn = rng.permuted(every_image, axis=1)[:, :per_image]
+            sampled = np.take_along_axis(tokens, drawn[..., None], 1)  # [B, p, D]
+            sample[block].append(sampled.reshape(-1, tokens.shape[-1]))
     return {block: np.concatenate(batches) for block, batches in sample.items()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Clustering:
     """K-means clusters of a layer's input as a router: the nearer a cluster, the larger its score."""
 
+    layer: int | None  # its block; None where there is one layer
+    seed: int
     rule: RoutingRule
     means: KMeans
     scale: float  # of the scores
+    batches: list[Routes] = field(default_factory=list)  # what was routed so far
 
     @classmethod
-    def fit(cls, rule: RoutingRule, tokens: Floats, seed: int) -> Clustering:
+    def fit(
+        cls, tokens: Floats, rule: RoutingRule, seed: int, layer: int | None = None
+    ) -> Clustering:
         """As many clusters of tokens [T, D] as experts."""
         means = fit_clusters(tokens, rule.num_experts, seed)
-        return cls(rule, means, rule.scale(nearness(means, tokens)))
+        return cls(layer, seed, rule, means, rule.scale(nearness(means, tokens)))
 
-    def route(self, tokens: Floats) -> Routes:
-        """The choices of patches [I, P, D]."""
-        return self.rule.apply(nearness(self.means, tokens), self.scale)
+    def route(self, tokens: Floats) -> None:
+        """Choose experts for the patches [B, P, D] of further images."""
+        self.batches.append(self.rule.apply(nearness(self.means, tokens), self.scale))
+
+    def assignments(self, images: Ints) -> Assignments:
+        """The choices for all `images` that were routed."""
+        index = np.concatenate([routes.expert_index for routes in self.batches])
+        amounts = None
+        if self.rule.kind != "token_choice":
+            # Every patch names all experts: they are stored once.
+            index = np.broadcast_to(index[:1, :1].copy(), index.shape)
+            amounts = np.concatenate([cast(Floats, routes.amounts) for routes in self.batches])
+        return Assignments(self.layer, self.seed, index, images, self.rule.num_experts, amounts)
 
 
 def nearness(means: KMeans, tokens: Floats) -> Floats:
@@ -484,17 +488,6 @@ class Routes(NamedTuple):
 
     expert_index: Ints
     amounts: Floats | None = None
-
-    @classmethod
-    def joined(cls, batches: Sequence[Routes]) -> Routes:
-        """The routes of all batches."""
-        index = np.concatenate([routes.expert_index for routes in batches])
-        amounts = [routes.amounts for routes in batches if routes.amounts is not None]
-        if not amounts:
-            return cls(index)
-        # Where choices have amounts, every patch names all experts: they are stored once.
-        index = np.broadcast_to(index[:1, :1].copy(), index.shape)
-        return cls(index, np.concatenate(amounts))
 
 
 @dataclass(frozen=True)
@@ -958,8 +951,7 @@ def cluster_choices(layer: RecordedLayer, seeds: int, seed: int = 0) -> list[Ass
     images = np.arange(len(inputs))
     assignments = []
     for number in range(seeds):
-        routes = Clustering.fit(rule, tokens[sample], seed + number).route(inputs)
-        assignments.append(
-            Assignments(None, number, routes.expert_index, images, layer.num_experts)
-        )
+        clustering = Clustering.fit(tokens[sample], rule, seed + number)
+        clustering.route(inputs)
+        assignments.append(clustering.assignments(images))
     return assignments

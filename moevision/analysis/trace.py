@@ -142,11 +142,12 @@ class LayerTrace:
         for start in range(0, len(sums), _CHUNK):
             images = slice(start, start + _CHUNK)
             part = self.select(images)
-            first_cells = np.arange(len(part.kept)) * self.num_experts
+            into = sums[images]
+            first_cells = np.arange(len(into)) * self.num_experts
             cells = first_cells[:, None, None] + part.expert_index  # [I', P, K]
-            weights = getattr(part, share).ravel()
-            by_cell = np.bincount(cells.ravel(), weights, minlength=sums[images].size)
-            sums[images] = by_cell.reshape(-1, self.num_experts)
+            weights = getattr(part, share)
+            by_cell = np.bincount(cells.ravel(), weights.ravel(), into.size)
+            into[:] = by_cell.reshape(into.shape)
         return sums
 
 
@@ -163,6 +164,7 @@ _METADATA = (
     "data",
     "provenance",
 )
+_LAYER_METADATA = {"layers": "layer", "kinds": "kind", "route_by": "route_by"}
 
 
 @dataclass(frozen=True)
@@ -256,9 +258,8 @@ class RoutingTrace:
     def metadata(self) -> dict[str, str]:
         """What the file says beside the arrays."""
         about = {name: getattr(self, name) for name in _METADATA}
-        about["layers"] = [layer.layer for layer in self.layers]
-        about["kinds"] = [layer.kind for layer in self.layers]
-        about["route_by"] = [layer.route_by for layer in self.layers]
+        for name, attribute in _LAYER_METADATA.items():
+            about[name] = [getattr(layer, attribute) for layer in self.layers]
         return metadata_of(about)
 
     def save(self, path: str | Path) -> None:
