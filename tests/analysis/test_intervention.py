@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from moevision import UserError, forward_routing
 from moevision.analysis.intervention import Intervention, apply_edits, intervene
-from moevision.layers import MoEMlp, Routing, moe_layers, record_routing
+from moevision.layers import MoEMlp, moe_layers
+from tests.analysis.models import random_tensor, routed
 from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
 
 ROUTERS = ("noisy_top_k", "vmoe_top_k")
@@ -45,22 +46,12 @@ def make_model(seed: int = 0, **options: object) -> nn.Module:
     return model.double().eval()
 
 
-def tokens(count: int = 3) -> Tensor:
-    return torch.randn(
-        count, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
+def tokens() -> Tensor:
+    return random_tensor(3, 9, 16, seed=1)
 
 
 def images(count: int = 4) -> Tensor:
-    return torch.randn(
-        count, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    )
-
-
-def routed(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Routing]:
-    with torch.no_grad(), record_routing(layer) as routings:
-        out = layer(x)
-    return out, routings[0]
+    return random_tensor(count, 3, 32, 32, seed=2)
 
 
 def numpy_choice(
@@ -495,30 +486,6 @@ def test_compiled_code_obeys_without_being_compiled_again() -> None:
         torch.testing.assert_close(routed(layer, x)[0], plain)
     assert len(compilations) == graphs
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Intervention("remove"), "choose one of ablate, force"),
-        (lambda: Intervention("ablate", layer=1), "needs expert"),
-        (lambda: Intervention("force", expert=1), "needs layer"),
-        (lambda: Intervention("ablate", layer=1, expert=-1), "whole number"),
-        (lambda: Intervention("ablate", layer=1, expert=True), "whole number"),
-        (lambda: Intervention("ablate", layer=1, expert=1, fill="mean"), "next_best or zero"),
-        (lambda: Intervention("capacity", factor=0.0), "positive number"),
-        (lambda: Intervention("capacity", factor=float("nan")), "positive number"),
-        (lambda: ablate(make_model(), 2, 0).__enter__(), "choose one of 1, 3"),
-        (lambda: ablate(make_model(), 1, 6).__enter__(), "experts are 0 to 5"),
-        (lambda: swap(make_model(), 1, 0, 6).__enter__(), "experts are 0 to 5"),
-        (lambda: use_top_k(make_model(), 7).__enter__(), "between 1 and 6"),
-        (lambda: use_top_k(make_model(), 0).__enter__(), "between 1 and 6"),
-        (lambda: random_route(nn.Linear(2, 2)).__enter__(), "not a dense one"),
-    ],
-)
-def test_what_does_not_fit_is_said(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        make()
 
 
 @pytest.mark.parametrize(

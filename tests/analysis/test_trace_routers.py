@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 from moevision import forward_routing
@@ -22,10 +21,9 @@ from moevision.analysis.describe import (
 from moevision.analysis.information import choice_counts
 from moevision.data import SyntheticPets
 from moevision.data.transforms import normalize
-from moevision.layers import ROUTERS, moe_layers
-from moevision.models.io import SavedModel
+from moevision.layers import ROUTERS
+from tests.analysis.models import MEAN, STD, saved, small_net
 
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PETS = SyntheticPets(16, 32, 0, "test")
 
 # One image of 3 patches, 2 experts. Expert choice: both take patch 0, expert 1 takes patch 2, nobody takes patch 1.
@@ -49,16 +47,6 @@ MIXED = replace(
         [[[0.5, 0.2], [0.7, 0.1], [0.4, 0.1]]], np.float32
     ),  # of the experts in the same order
 )
-
-
-def saved(router, **options) -> SavedModel:
-    torch.manual_seed(0)
-    net = timm.create_model("test_vit_moe", num_classes=8, router=router, **options)
-    with torch.no_grad():
-        for layer in moe_layers(net):
-            for parameter in layer.router.parameters():
-                parameter.normal_()
-    return SavedModel(net.eval(), list(SyntheticPets.classes), 32, MEAN, STD)
 
 
 def test_expert_choice_counts_what_was_taken() -> None:
@@ -100,7 +88,7 @@ def test_shares_of_weights_below_one() -> None:
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
     """Every router, with a class token; saved and loaded again."""
-    model = saved(router, class_token=True, global_pool="token")
+    model = saved(small_net(router, class_token=True, global_pool="token"))
     pictures = open_pictures(PETS, 32)
     trace = collect_routing(
         model, pictures, progress=False, path=tmp_path / "trace.safetensors", batch_size=5
