@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from moevision import convert_to_moe, forward_routing
-from moevision.analysis import RoutingTrace, collect_routing, open_pictures
+from moevision.analysis import RoutingTrace, Table, collect_routing, open_pictures
+from moevision.analysis.collect import layer_inputs, network_input
 from moevision.analysis.trace import LAYER_ARRAYS, SCHEMA
 from moevision.commands.predict import predict_batch
 from moevision.data import BadImageError, SyntheticPets
@@ -431,3 +432,25 @@ def test_pictures_of_mixed_sizes_and_modes(tmp_path):
         "dog/4.png",
     )
     assert [trace.class_names[label] for label in trace.labels] == ["cat"] * 3 + ["dog"] * 3
+
+
+def test_layer_inputs_are_what_the_router_sees() -> None:
+    model = saved(small_net())
+    pets = SyntheticPets(3, 32, 0, "test")
+    images = np.stack([pets.image(index) for index in range(3)])
+    pixels = network_input(model, images)
+    _, routings = forward_routing(model.net, pixels)
+    received = layer_inputs(model.net, pixels)
+    assert list(received) == [routing.layer for routing in routings]
+    for layer, routing in zip(moe_layers(model.net), routings, strict=True):
+        logits = received[routing.layer] @ layer.router.weight.detach().T
+        torch.testing.assert_close(logits, routing.logits[:, routing.num_prefix_tokens :].detach())
+        assert not layer._forward_pre_hooks  # nothing is left behind
+
+
+def test_a_table_is_text_and_html():
+    table = Table(["expert", "share"], [["E0", "9 %"], ["<b>", 16]])
+    assert str(table) == "expert  share\nE0        9 %\n<b>        16"
+    html = table._repr_html_()
+    assert html.count("<tr>") == 3
+    assert "&lt;b&gt;</td>" in html
