@@ -219,16 +219,14 @@ def _layer_tensors(routing: Routing) -> dict[str, Tensor]:
     """One layer's decision about a batch's patches, as `LayerTrace` holds it."""
     patches = slice(routing.num_prefix_tokens, None)
     probs = routing.probs[:, patches].float()  # [B, P, E]
-    margin = torch.ones_like(probs[..., 0])
-    if routing.num_experts > 1:
-        best = probs.topk(2, dim=-1).values  # [B, P, 2]
-        margin = best[..., 0] - best[..., 1]
+    # Beside a single expert, which has the whole probability, stands a 0.
+    best = nn.functional.pad(probs, (0, 1)).topk(2, dim=-1).values  # [B, P, 2]
     tensors = {
         "expert_index": routing.expert_index[:, patches].to(torch.int16),
         "kept": routing.kept[:, patches],
         "combine_weight": routing.combine_weight[:, patches].float(),
         "probs": probs.half(),
-        "margin": margin,
+        "margin": best[..., 0] - best[..., 1],
         "entropy_bits": torch.special.entr(probs).sum(-1) / math.log(2),
     }
     if isinstance(routing, SoftRouting):

@@ -299,11 +299,12 @@ def class_expert_map(
         )
     labels = labels[labelled]
     shares = image_shares(trace.layer(layer).image_takes())[labelled].astype(np.float64)  # [I, E]
-    n_images = np.bincount(labels, minlength=len(trace.class_names))
+    num_classes = len(trace.class_names)
+    n_images = np.bincount(labels, minlength=num_classes)
     mean_share = shares.mean(0)
     # 0 / 0: a class without images has no share.
     with np.errstate(invalid="ignore"):
-        share = sums_by_class(labels[None], shares, n_images)[0] / n_images[:, None]
+        share = sums_by_class(labels[None], shares, num_classes)[0] / n_images[:, None]
     excess = share - mean_share
     size = np.abs(np.nan_to_num(excess))
 
@@ -339,6 +340,6 @@ def _largest_of_permuted(
     cells = len(n_images) * len(labels)
     largest = []
     for permuted in permuted_labels(labels, num_permutations, cells, seed):
-        excess = sums_by_class(permuted, centred, n_images)[:, present] / per_class
+        excess = sums_by_class(permuted, centred, len(n_images))[:, present] / per_class
         largest.append(np.abs(excess).max((1, 2)))
     return np.concatenate(largest)

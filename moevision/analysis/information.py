@@ -67,20 +67,22 @@ def class_information(
     labelled = labels >= 0
     # Classes are numbered anew, so that those without an image cost nothing.
     _, classes = np.unique(labels[labelled], return_inverse=True)
-    images_of_class = np.bincount(classes)
+    images_of_class = np.bincount(classes)  # [V]
+    num_classes = len(images_of_class)
     counts = _checked(np.asarray(patch_counts)[labelled]).sum(1)  # [I, E]
 
     # The null of the plug-in, and of the first permutations its bias.
     null: list[Floats] = []
     null_bias: list[float] = []
-    cells = len(images_of_class) * max(counts.shape)
+    cells = num_classes * max(counts.shape)
     for permuted in permuted_labels(classes, num_permutations, cells, seed):
-        null.append(mutual_information_bits(sums_by_class(permuted, counts, images_of_class)))
+        tables = sums_by_class(permuted, counts, num_classes)  # [R', V, E]
+        null.append(mutual_information_bits(tables))
         missing = _BIAS_PERMUTATIONS - len(null_bias)
         if missing > 0:
             null_bias.extend(_bias_of_labels(permuted[:missing], counts, images_of_class))
 
-    table = sums_by_class(classes[None], counts, images_of_class)[0]  # [V, E]
+    (table,) = sums_by_class(classes[None], counts, num_classes)  # [V, E]
     plug_in = float(mutual_information_bits(table))
     above_mean = pointwise_bits(table)[classes] - plug_in  # [I, E]
     bias = _bias_of_labels(classes[None], counts, images_of_class)
@@ -89,22 +91,23 @@ def class_information(
         np.concatenate(null),
         (counts * above_mean).sum(1) / counts.sum(),
         bias_surplus=float(np.mean(null_bias) - bias[0]),
-        num_means=len(images_of_class),
+        num_means=num_classes,
     )
 
 
-def sums_by_class(labels: Ints, values: Floats, images_of_class: Ints) -> Floats:
-    """Sums [R, V, E] of values [I, E] over the images of each class, for labellings [R, I]; V is that of the last."""
-    num_classes = len(images_of_class)
+def sums_by_class(labels: Ints, values: Floats, num_classes: int) -> Floats:
+    """Sums [R, V, E] of values [I, E] over the images of each class, for labellings [R, I]."""
     one_hot = labels[:, None, :] == np.arange(num_classes)[:, None]  # [R, V, I]
-    sums = one_hot.reshape(-1, len(values)).astype(values.dtype) @ values
-    return sums.reshape(-1, num_classes, values.shape[1])
+    flat = one_hot.reshape(-1, len(values)).astype(values.dtype)
+    sums: Floats = flat @ values  # [R · V, E]
+    return sums.reshape(len(labels), num_classes, -1)
 
 
 def _bias_of_labels(labels: Ints, counts: Floats, images_of_class: Ints) -> Floats:
     """[R] bias of the plug-in of counts [I, E], for labellings [R, I]."""
-    sums = sums_by_class(labels, counts, images_of_class)
-    squares = sums_by_class(labels, np.square(counts), images_of_class)
+    num_classes = len(images_of_class)
+    sums = sums_by_class(labels, counts, num_classes)
+    squares = sums_by_class(labels, np.square(counts), num_classes)
     return second_order_bias(sums, squares, images_of_class)
 
 

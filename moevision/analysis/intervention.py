@@ -474,20 +474,24 @@ class Ranking(Decision):
         With P = 1 all tokens of an image go to the same experts, the prefix tokens too. A choice ~e, which is negative,
         is one of expert e that adds nothing; where all of an image's are such, those of its prefix tokens add nothing.
         """
+        tokens = self.order.shape[1]
         if experts.shape[1] == 1:
-            experts = experts.expand(-1, self.order.shape[1], -1)
+            experts = experts.expand(-1, tokens, -1)
         else:
             prefix_experts = self.order[:, :prefix, : self.top_k]
-            without_layer = (experts < 0).flatten(1).all(1)[:, None, None]  # [B, 1, 1]
-            prefix_experts = torch.where(without_layer, ~prefix_experts, prefix_experts)
+            without_layer = (experts < 0).flatten(1).all(1)  # [B]
+            prefix_experts = torch.where(
+                without_layer[:, None, None], ~prefix_experts, prefix_experts
+            )
             experts = torch.cat([prefix_experts, experts], 1)
-        chosen = torch.where(experts < 0, ~experts, experts)  # [B, N, K]
-        silenced = _no_pair(self.routing).scatter(-1, chosen, experts < 0)
+        adds_nothing = experts < 0  # [B, N, K]
+        chosen = torch.where(adds_nothing, ~experts, experts)
+        silenced = _no_pair(self.routing).scatter(-1, chosen, adds_nothing)
 
         # Behind them the other experts, in their old order.
         is_other = torch.ones_like(self.order).scatter(-1, chosen, 0)  # [B, N, E] by expert
-        ranks = is_other.gather(-1, self.order).argsort(dim=-1, stable=True)
-        others = self.order.gather(-1, ranks)[..., chosen.shape[-1] :]
+        chosen_first = is_other.gather(-1, self.order).argsort(dim=-1, stable=True)
+        others = self.order.gather(-1, chosen_first)[..., chosen.shape[-1] :]
         order = torch.cat([chosen, others], -1)
         return replace(self, order=order, silenced=self.silenced | silenced)
 
@@ -587,11 +591,12 @@ class SlotWeights(Decision):
     def settle(self) -> Routing:
         """The weights without what is taken away."""
         left = self.combine.masked_fill(self.removed.unsqueeze(-1), 0.0)
+        total = left.flatten(2).sum(-1)  # [B, N]
         # A token that lost nothing keeps its weights to the bit: their sum is only about 1.
-        total = left.flatten(2).sum(-1)[..., None, None]  # [B, N, 1, 1]
-        lost = self.removed.any(-1)[..., None, None] & (total > 0)
-        combine = torch.where(lost, left / torch.where(lost, total, 1.0), left)
-        combine = combine.masked_fill(self.silenced.unsqueeze(-1), 0.0)
+        rescaled = self.removed.any(-1) & (total > 0)
+        divisor = torch.where(rescaled, total, 1.0)[..., None, None]
+        combine = (left / divisor).masked_fill(self.silenced.unsqueeze(-1), 0.0)
+
         view = token_view(combine.sum(-1), ~(self.removed | self.silenced))
         routing = cast(SoftRouting, self.routing)
         return replace(routing, dispatch_weight=self.dispatch, slot_weight=combine, **view)

@@ -843,15 +843,15 @@ def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Int
     values, ranks = np.unique(target[image, patch], return_inverse=True)
     chosen = counts[image, patch].astype(np.float64)  # [N, E]
     correct = np.zeros(len(chosen))
-    for half in (True, False):
-        fit = halves[image] != half
+    for fit, test in _folds(halves[image]):
         table = np.zeros((len(values), chosen.shape[1]))  # [V, E]
         np.add.at(table, ranks[fit], chosen[fit])
         # An expert without a choice guesses the most frequent value.
         most_frequent = table.sum(1).argmax()
-        best = np.where(table.sum(0) > 0, table.argmax(0), most_frequent)  # [E]
-        hits = ranks[~fit, None] == best
-        correct[~fit] = (chosen[~fit] * hits).sum(1)
+        has_choices = table.sum(0) > 0
+        best = np.where(has_choices, table.argmax(0), most_frequent)  # [E]
+        hits = ranks[test, None] == best
+        correct[test] = (chosen[test] * hits).sum(1)
 
     images = len(counts)
     total = chosen.sum(1)
@@ -872,9 +872,7 @@ def probe_histogram(
     num_values = len(values)
     correct = np.zeros(len(labels))
     bits = np.zeros(len(labels))
-    for half in (True, False):
-        fit = halves != half
-        test = halves == half
+    for fit, test in _folds(halves):
         if not (fit.any() and test.any()):
             continue
         frequency = np.bincount(ranks[fit], minlength=num_values)
@@ -899,16 +897,13 @@ def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, s
     rng = np.random.default_rng(seed)
     values = np.unique(target[target >= 0])
     groups = np.zeros((images, patches), np.int64)
-    for half in (True, False):
-        fit = halves != half
-        test = halves == half
+    for fit, test in _folds(halves):
         tokens = inputs[fit].reshape(-1, width)
         labels = target[fit].ravel()
         sample = rng.permutation(np.flatnonzero(labels >= 0))[:_PROBE_TOKENS]
         ranks = np.searchsorted(values, labels[sample])
-        probs = _predict(
-            tokens[sample], ranks, inputs[test].reshape(-1, width), len(values)
-        )  # [T, V]
+        queries = inputs[test].reshape(-1, width)
+        probs = _predict(tokens[sample], ranks, queries, len(values))  # [T, V]
 
         # Patches in order of their predicted class, and of its certainty within the class.
         order = np.lexsort((probs.max(1), probs.argmax(1)))
@@ -916,6 +911,12 @@ def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, s
         group[order] = np.arange(len(order)) * num_groups // max(1, len(order))
         groups[test] = group.reshape(-1, patches)
     return cast(Floats, (groups[..., None] == np.arange(num_groups)).astype(np.float32))
+
+
+def _folds(halves: Flags) -> Iterator[tuple[Flags, Flags]]:
+    """Each half once to be fitted on and once to be tested on."""
+    yield ~halves, halves
+    yield halves, ~halves
 
 
 def _predict(features: Floats, ranks: Ints, queries: Floats, num_values: int) -> Floats:
