@@ -107,13 +107,14 @@ def collect_routing(
         root=root,
         run_dir=run_dir,
     )
-    about = {
+    provenance = _provenance(saved.net)
+    provenance["settings"] = {"limit": limit, "seed": seed, "batch_size": batch_size}
+    about: dict[str, Any] = {
         "class_names": pictures.class_names,
         "model": name or model_title(model),
         "data": pictures.name,
-        "provenance": _provenance(saved.net),
+        "provenance": provenance,
     }
-    about["provenance"]["settings"] = {"limit": limit, "seed": seed, "batch_size": batch_size}
 
     reader = PictureReader(pictures, saved, batch_size)
     net = saved.net.to(best_device())
@@ -127,10 +128,10 @@ def collect_routing(
     reader.report()
 
     arrays = {name: np.concatenate([rows[name] for rows in batches]) for name in batches[0]}
-    about["picture_names"] = reader.names
-    about["provenance"]["unreadable"] = len(reader.bad)
+    provenance["unreadable"] = len(reader.bad)
     num_outputs = arrays["probabilities"].shape[1]
     about["prediction_names"] = _output_names(num_outputs, saved.class_names, pictures.class_names)
+    about["picture_names"] = reader.names
     trace = RoutingTrace.from_arrays(arrays, metadata_of(about))
     if path is not None:
         trace.save(path)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def part_fractions(part_masks: Pixels, grid: tuple[int, int], num_parts: int) ->
 
 def majority_part(fractions: Floats) -> Ints:
     """[I, P]: the part with most pixels in each patch (the lower number of two that tie), from `part_fractions`."""
-    return np.asarray(fractions).argmax(-1).astype(np.int16)
+    return cast(Ints, np.asarray(fractions).argmax(-1).astype(np.int16))
 
 
 def part_expert_table(
@@ -112,14 +112,14 @@ def part_stands_out(
     spread = permuted.std(0, ddof=1)
     largest = _deviations(permuted, mean, spread).max((1, 2))  # [R]
     threshold = np.quantile(largest, _LEVEL, method="higher")
-    return _deviations(observed, mean, spread) > threshold
+    return cast(Flags, _deviations(observed, mean, spread) > threshold)
 
 
 def _expert_shares(area: Floats, shares: Floats) -> Floats:
     """[parts, E] each expert's share of a part, from areas [I, P, parts] and shares of patches [I · P, E]."""
     table = area.reshape(len(shares), -1).T @ shares
     total = table.sum(1, keepdims=True)
-    return np.divide(table, total, out=np.zeros_like(table), where=total > 0)
+    return cast(Floats, np.divide(table, total, out=np.zeros_like(table), where=total > 0))
 
 
 def _deviations(shares: Floats, mean: Floats, spread: Floats) -> Floats:

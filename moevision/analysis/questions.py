@@ -708,12 +708,15 @@ def _on_same_patches(
     others = _other_experts(sample.favourite, num_experts, rng)  # [R, E - 1]
     is_favourite = routes == sample.favourite[:, None, None]  # [R, P, K]
     is_chosen = (routes[..., None] == others[:, None, None]).any(2)  # [R, P, E - 1]
-    beside = is_chosen & is_favourite.any(-1, keepdims=True)  # [R, P, E - 1]
+    has_favourite = is_favourite.any(-1, keepdims=True)  # [R, P, 1]
+    beside = is_chosen & has_favourite
 
     index = beside.sum(1).argmax(1)  # [R]
     other = others[rows, index]
     third = others[rows, index - 1]
-    movable = beside[rows, :, index] & ~beside[rows, :, index - 1]  # [R, P]
+    chose_other = beside[rows, :, index]  # [R, P]
+    chose_third = beside[rows, :, index - 1]
+    movable = chose_other & ~chose_third
 
     favourite_rank = is_favourite.argmax(-1)
     other_rank = (routes == other[:, None, None]).argmax(-1)
@@ -797,7 +800,7 @@ def _evaluate(
     row, variant = changed.nonzero()
     run = cast(Run, recording.run)
     logits = run(index, sample.images[row], routes[row, variant])
-    log_p = log_softmax(np.asarray(logits, np.float64), axis=1)
+    log_p = log_softmax(np.asarray(logits, np.float64), axis=1)  # [rows, C]
     truth = sample.labels[row]
     log_loss = np.zeros(changed.shape)
     log_loss[row, variant] = -log_p[np.arange(len(row)), truth]

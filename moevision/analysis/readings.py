@@ -294,8 +294,8 @@ def run_forced(
         batch = slice(start, start + _BATCH)
         unique, rows = np.unique(images[batch], return_inverse=True)
         pixels = network_input(model, read_images(pictures, unique))
-        routes = torch.from_numpy(experts[batch].astype(np.int64)).to(pixels.device)
-        edit = methodcaller("choose", routes, prefix)
+        routes = torch.from_numpy(experts[batch].astype(np.int64))
+        edit = methodcaller("choose", routes.to(pixels.device), prefix)
         with per_image_capacity(model.net), apply_edits(model.net, {layer: edit}):
             output = run_repeated(model.net, pixels, torch.from_numpy(rows), first=layer)
         logits.append(output.float().cpu().numpy())
@@ -407,13 +407,12 @@ def _sampled_tokens(
     """What each layer receives of random patches of some images: block -> [T, D]."""
     rng = np.random.default_rng(seed)
     per_image = max(1, _FIT_TOKENS // max(1, len(images)))
-    patches = np.arange(math.prod(trace.grid))
     sample: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
     for inputs in router_inputs(model, pictures, trace, images, _FIT_BATCH):
         for block, tokens in inputs.items():
-            every_image = np.tile(patches, (len(tokens), 1))  # [B, P]
-            drawn = rng.permuted(every_image, axis=1)[:, :per_image]
-            sampled = np.take_along_axis(tokens, drawn[..., None], 1)  # [B, p, D]
+            order = rng.random(tokens.shape[:2]).argsort(1)  # [B, P]
+            patches = order[:, :per_image, None]
+            sampled = np.take_along_axis(tokens, patches, 1)  # [B, p, D]
             sample[block].append(sampled.reshape(-1, tokens.shape[-1]))
     return {block: np.concatenate(batches) for block, batches in sample.items()}
 
@@ -537,7 +536,8 @@ class RoutingRule:
             best_first = np.argsort(scores, axis=-1)[..., ::-1]
             return Routes(best_first[..., : self.top_k].astype(np.int16))
 
-        all_experts = np.broadcast_to(np.arange(self.num_experts, dtype=np.int16), scores.shape)
+        experts = np.arange(self.num_experts, dtype=np.int16)
+        all_experts = np.broadcast_to(experts, scores.shape)
         log_affinity = log_softmax(scale * np.asarray(scores, dtype=np.float64), -1)
         weights = np.exp(log_affinity).astype(np.float32)
         if self.kind == "soft":
@@ -546,7 +546,8 @@ class RoutingRule:
         # Expert choice: each expert takes its best patches of the image.
         order = np.argsort(-log_affinity, axis=1, kind="stable")
         rank = np.argsort(order, axis=1)
-        return Routes(all_experts, weights * (rank < self.top_k))
+        is_taken = rank < self.top_k
+        return Routes(all_experts, weights * is_taken)
 
 
 @dataclass(frozen=True)
@@ -693,11 +694,7 @@ def measure_layer(
         readings.append(primary.read_parts(parts, permutations, seed))
 
     # What it is compared with.
-    probe = None
-    if layer.inputs is not None and len(np.unique(labels)) <= _PROBE_CLASSES:
-        target = np.broadcast_to(labels[:, None], layer.inputs.shape[:2])
-        groups = probe_groups(layer.inputs, target, layer.num_experts, primary.halves, seed)
-        probe = _Selection(groups, labels, primary.halves).read_patches(_CONTROL_PERMUTATIONS, seed)
+    probe = _probe_reading(layer, primary, seed)
     clusters = layer.clusters
     if clusters is None:
         clusters = cluster_choices(layer, cluster_seeds, seed)
@@ -707,8 +704,19 @@ def measure_layer(
     if probe is not None and probe.bits.value > 0:
         most_bits = probe.bits.value
     else:
-        most_bits = min(entropy_bits(np.bincount(labelled)), math.log2(max(2, layer.num_experts)))
+        class_bits = entropy_bits(np.bincount(labelled))
+        most_bits = min(class_bits, math.log2(max(2, layer.num_experts)))
     return LayerReadings(layer, load, None, readings, probe, compared, most_bits)
+
+
+def _probe_reading(layer: RecordedLayer, router: _Selection, seed: int) -> Reading | None:
+    """What the linear probe's balanced groups tell; None where it can't be fitted."""
+    labels = router.labels
+    if layer.inputs is None or len(np.unique(labels)) > _PROBE_CLASSES:
+        return None
+    target = np.broadcast_to(labels[:, None], layer.inputs.shape[:2])
+    groups = probe_groups(layer.inputs, target, layer.num_experts, router.halves, seed)
+    return _Selection(groups, labels, router.halves).read_patches(_CONTROL_PERMUTATIONS, seed)
 
 
 @dataclass(frozen=True)
@@ -855,7 +863,9 @@ def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Int
 
     images = len(counts)
     total = chosen.sum(1)
-    guess = ratio_interval(np.bincount(image, correct, images), np.bincount(image, total, images))
+    correct_by_image = np.bincount(image, correct, images).astype(np.float64)
+    total_by_image = np.bincount(image, total, images).astype(np.float64)
+    guess = ratio_interval(correct_by_image, total_by_image)
     frequency = np.bincount(ranks, total)  # [V]
     return guess, float(frequency.max() / max(frequency.sum(), 1e-12))
 

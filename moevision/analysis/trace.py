@@ -78,7 +78,7 @@ class LayerTrace:
     @property
     def experts_per_patch(self) -> float:
         """How many experts compute a patch, on average."""
-        return float(np.asarray(self.kept).sum() / max(1, np.asarray(self.margin).size))
+        return float(self.kept.sum() / max(1, self.margin.size))
 
     @property
     def dispatch_share(self) -> Array:
@@ -205,7 +205,7 @@ class RoutingTrace:
         patches = self.grid[0] * self.grid[1]
         lengths = {len(array) for array in (self.labels, self.predictions, self.probabilities)}
         shapes = {array.shape[:2] for layer in self.layers for array in layer.arrays().values()}
-        if not self.layers or lengths != {images} or shapes != {(images, patches)}:
+        if lengths != {images} or shapes != {(images, patches)}:
             raise UserError(
                 f"This trace's arrays are not all about {images} images of {patches} patches: collect it again."
             )
