@@ -123,26 +123,26 @@ def part_information(
     values = np.unique(parts[parts >= 0])
     if not len(values):
         raise UserError("No patch has a part: give images with part masks, such as synthetic_pets.")
-    shown = (parts[..., None] == values).astype(np.float32)  # [I, P, V]
+    is_part = (parts[..., None] == values).astype(np.float32)  # [I, P, V]
 
     # The null: each routing map with the part map of another image.
     rng = np.random.default_rng(seed)
     null = []
     for _ in range(num_permutations):
         order = rng.permutation(len(maps))
-        null.append(mutual_information_bits(_part_table(shown[order], maps)))
+        null.append(mutual_information_bits(_part_table(is_part[order], maps)))
 
     # The null's own mean is a statistic of the images: maps and parts averaged apart, position by position.
-    table = _part_table(shown, maps)
+    table = _part_table(is_part, maps)
     mean_map = maps.mean(0)  # [P, E]
-    mean_shown = shown.mean(0)  # [P, V]
+    mean_part = is_part.mean(0)  # [P, V]
     bits = pointwise_bits(table)  # [V, E]
-    bits_apart = pointwise_bits(np.einsum("pv,pe->ve", mean_shown, mean_map))  # [V, E]
+    bits_apart = pointwise_bits(np.einsum("pv,pe->ve", mean_part, mean_map))  # [V, E]
 
     # Influence of each image, [I].
-    together = np.einsum("ipv,ve,ipe->i", shown, bits, maps, optimize=True)
-    separately = np.einsum("ipv,ve,pe->i", shown, bits_apart, mean_map, optimize=True)
-    separately += np.einsum("pv,ve,ipe->i", mean_shown, bits_apart, maps, optimize=True)
+    together = np.einsum("ipv,ve,ipe->i", is_part, bits, maps, optimize=True)
+    separately = np.einsum("ipv,ve,pe->i", is_part, bits_apart, mean_map, optimize=True)
+    separately += np.einsum("pv,ve,ipe->i", mean_part, bits_apart, maps, optimize=True)
     return excess_estimate(
         float(mutual_information_bits(table)),
         np.array(null),
@@ -151,9 +151,9 @@ def part_information(
     )
 
 
-def _part_table(shown: Floats, maps: Floats) -> Floats:
+def _part_table(is_part: Floats, maps: Floats) -> Floats:
     """[V, E] from one-hot parts [I, P, V] and routing maps [I, P, E]."""
-    return shown.reshape(-1, shown.shape[-1]).T @ maps.reshape(-1, maps.shape[-1])
+    return is_part.reshape(-1, is_part.shape[-1]).T @ maps.reshape(-1, maps.shape[-1])
 
 
 def _checked(patch_counts: Array) -> Floats:

@@ -88,7 +88,7 @@ A_LITTLE = 0.1
 SKILL = 0.02
 """Below this part of the images that the majority class gets wrong, guessing by the expert is "a little", too."""
 
-_MEASURES = "`moevision analyze MODEL` measures it"
+_HOW_TO_MEASURE = "`moevision analyze MODEL` measures it"
 _NOTHING = "The layer contributes nothing, so what its experts do can't show"
 _P_VALUE = 0.05
 
@@ -304,11 +304,11 @@ def experts_answer(readings: LayerReadings) -> Answer:
     elif reading.guess.value - reading.chance < SKILL * (1 - reading.chance):
         answer = A_LITTLE_WORD
     else:
-        answer = _yes(bits.value, readings)
+        answer = _yes_or_a_little(bits.value, readings)
     return Answer("experts", answer, detail, sentences)
 
 
-def _yes(bits: float, readings: LayerReadings) -> str:
+def _yes_or_a_little(bits: float, readings: LayerReadings) -> str:
     return A_LITTLE_WORD if bits / readings.most_bits < A_LITTLE else YES
 
 
@@ -323,7 +323,7 @@ def training_answer(readings: LayerReadings, others: Sequence[LayerReadings]) ->
         return Answer("training", NOT_SHOWN, started, numbers)
     if "clusters" not in controls.readings:
         answer = NOT_SHOWN if controls.readings else NOT_MEASURED
-        missing = _MEASURES
+        missing = _HOW_TO_MEASURE
         if readings.layer.inputs is not None:
             missing = "not compared with clusters of the same input"
         return Answer("training", answer, missing, numbers)
@@ -350,7 +350,7 @@ def training_answer(readings: LayerReadings, others: Sequence[LayerReadings]) ->
         detail += f"; {num_above} of {len(trainings)} trainings tell more than their own controls"
     answer = NOT_SHOWN
     if num_above == len(trainings):
-        answer = _yes(min(gains), readings)
+        answer = _yes_or_a_little(min(gains), readings)
     return Answer("training", answer, detail, numbers)
 
 
@@ -374,11 +374,11 @@ def _best_control(controls: Controls) -> tuple[str, Reading]:
 def function_answer(swap: Swap | None, reason: str | None) -> Answer:
     """The third question's answer; `reason` says why it wasn't measured."""
     if swap is None:
-        return Answer("function", NOT_MEASURED, reason or _MEASURES)
+        return Answer("function", NOT_MEASURED, reason or _HOW_TO_MEASURE)
     numbers = [_swap_sentence(swap)]
     without = swap.without
     lost = f"{signed(without.points.value, 1)} points of accuracy, {_interval(without.points, 1)}"
-    if not without.shown and without.points.low <= 0:
+    if not without.significant and without.points.low <= 0:
         nats = f"{signed(without.log_loss.value)} of log-loss, {_interval(without.log_loss)}"
         return Answer("function", NOTHING, f"without it {lost}; {nats}", numbers)
 
@@ -399,17 +399,17 @@ def function_answer(swap: Swap | None, reason: str | None) -> Answer:
     # The favourite costs more than any two others; with two experts: costs anything.
     compared = swap.more or swap.whole
     beyond = swap.beyond_patches
-    if compared.shown:
-        if beyond is not None and beyond.shown:
+    if compared.significant:
+        if beyond is not None and beyond.significant:
             detail += f"; on the same patches {signed(beyond.log_loss.value)} of log-loss more than their other choice"
         if without.points.low <= 0:
             detail = f"in log-loss alone: without the layer {lost}, so nothing shown; {detail}"
             return Answer("function", A_LITTLE_WORD, detail, numbers)
 
     detail += f"; without the layer {signed(without.points.value, 1)}"
-    if compared.shown:
+    if compared.significant:
         return Answer("function", YES, detail, numbers)
-    if swap.whole.shown or (swap.any_two is not None and swap.any_two.shown):
+    if swap.whole.significant or (swap.any_two is not None and swap.any_two.significant):
         detail = f"a class's favourite no more than others: {detail}"
         return Answer("function", A_LITTLE_WORD, detail, numbers)
     return Answer("function", NOT_SHOWN, detail, numbers)
@@ -521,7 +521,7 @@ class Cost(Numbers):
         return cls(percentage, ratio_interval(loss.log_loss), loss.moved)
 
     @property
-    def shown(self) -> bool:
+    def significant(self) -> bool:
         """Whether the interval of the log-loss lies above 0."""
         return self.log_loss.low > 0
 

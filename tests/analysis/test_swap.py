@@ -151,7 +151,7 @@ def test_a_favourite_that_only_has_more_tokens_is_no_expert_of_its_class() -> No
     found, answer = answered(
         planted(rng.normal(0, 4, (8, 4)), labels, choices, evidence=2.0, scale=1 / 0.7)
     )
-    assert found.swap.whole.shown
+    assert found.swap.whole.significant
     assert found.swap.more.log_loss.low < 0 < found.swap.more.log_loss.high
     assert answer.answer == A_LITTLE_WORD
     assert "no more than" in answer.detail
