@@ -672,7 +672,7 @@ def _draw_layer(
         )
         yield "class_experts", "which classes use which expert", figure
     if results.parts is not None:
-        table = part_expert_table(index, results.parts, layer.num_experts, layer.wanted)
+        table = part_expert_table(index, results.parts, layer.num_experts, layer.requested_share)
         figure = plots.plot_part_experts(table, pictures.part_names, layer_name=name, kind=kind)
         yield "parts", "which parts go to which expert", figure
     yield (

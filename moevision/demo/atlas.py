@@ -205,12 +205,12 @@ def _part_shares(
 ) -> tuple[npt.NDArray[Any], ...]:
     """[parts, E] which share of each part's area an expert got, [E] of all parts together, [parts, E] beyond chance."""
     table = part_expert_table(
-        np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted
+        np.asarray(layer.expert_index), fractions, layer.num_experts, layer.requested_share
     )
     area = table.sum(1, keepdims=True)
     share = np.divide(table, area, out=np.zeros_like(table), where=area > 0)
     beyond = part_stands_out(
-        np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted
+        np.asarray(layer.expert_index), fractions, layer.num_experts, layer.requested_share
     )
     return share, table.sum(0) / table.sum(), beyond
 
