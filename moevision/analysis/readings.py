@@ -31,7 +31,7 @@ from scipy.special import entr, log_softmax, softmax
 from torch import nn
 
 from moevision.analysis.collect import collect_routing, layer_inputs, network_input
-from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, read_images
+from moevision.analysis.images import PictureSet, aligned_pictures, cached, read_images
 from moevision.analysis.information import (
     LEVEL,
     Array,
@@ -351,7 +351,7 @@ def measure_baselines(
         raise UserError(
             "This trace has other MoE layers than the model: collect it again with this model."
         )
-    pictures = Remembered(aligned_pictures(pictures, trace))  # image i is row i of the trace
+    pictures = cached(aligned_pictures(pictures, trace))  # image i is row i of the trace
     untrained = [
         Assignments(
             own.layer, s, own.expert_index, np.arange(len(trace)), own.num_experts, own.takes

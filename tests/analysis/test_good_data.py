@@ -18,20 +18,21 @@ from PIL import Image, ImageFilter
 import moevision.analysis.good_data
 from moevision.analysis.good_data import (
     Nearest,
+    Neighbours,
     RunImages,
     Thumbnails,
     _margins,
-    _table,
+    class_lists,
     class_rows,
     doubts,
     examine,
+    expert_lists,
     expert_rows,
     map_cells,
-    of_classes,
-    of_experts,
     page_facts,
     render,
     score_run,
+    table_lines,
 )
 from moevision.data.collection import FileCollection, Sample
 from moevision.data.scores import SCORES, Scores, choose_kept_images
@@ -128,7 +129,7 @@ def test_planted_damage_leads_its_list(planted):
 
 def test_the_table_has_every_image_with_what_is_known(planted):
     images, known = planted
-    rows = list(csv.DictReader(io.StringIO("".join(_table(images, known)))))
+    rows = list(csv.DictReader(io.StringIO("".join(table_lines(images, known)))))
     by_name = {row["image"]: row for row in rows}
     assert [(row["split"], row["image"]) for row in rows] == [
         (split, each.sample_id) for split, each in images.each()
@@ -151,7 +152,11 @@ def test_the_numbers_of_a_leak_are_of_that_pair(planted):
     copy, origin = place["test/copy.jpg"], place["cat/03.png"]
     nearest = Nearest(known.by_features[1].other.copy(), known.by_features[1].distance.copy())
     nearest.other[copy], nearest.distance[copy] = place["cat/05.png"], 0.001
-    table = "".join(_table(images, replace(known, by_features=(known.by_features[0], nearest))))
+    table = "".join(
+        table_lines(
+            images, replace(known, by_features=Neighbours(known.by_features.overall, nearest))
+        )
+    )
     row = next(row for row in csv.DictReader(io.StringIO(table)) if row["image"] == "test/copy.jpg")
     assert (row["leak"], int(row["leak_bits"])) == ("cat/03.png", known.by_hash[1].distance[copy])
     assert float(row["leak_cosine"]) == pytest.approx(
@@ -181,19 +186,19 @@ def test_tables_of_classes_and_experts_by_hand():
         (0.75, 1.2 / 1.5, 1 / 1.5)
     )
     assert (second["class"], second["p_mean"]) == ("b", pytest.approx(0.4))
-    groups = of_experts(known)  # E1 has 0.25 of the layer, half of an even share
+    groups = expert_lists(known)  # E1 has 0.25 of the layer, half of an even share
     assert [group.title for group in groups] == [
         "L1.E1: 0.50 of an even share",
         "L1.E0: 1.50 of an even share",
     ]
     assert [group.rows.tolist() for group in groups] == [[1], [0, 1]]
-    assert groups[1].value(1) == "50% of the image"
-    assert [(group.title, group.rows.tolist()) for group in of_classes(images, known)] == [
+    assert groups[1].values[1] == "50% of the image"
+    assert [(group.title, group.rows.tolist()) for group in class_lists(images, known)] == [
         ("b", [1]),
         ("a", [0]),
     ]
     scores.experts[1] = np.array([[1, 0], [0.9, 0.1]], np.float32)
-    few, _ = of_experts(examine(images, scores, None))
+    few, _ = expert_lists(examine(images, scores, None))
     assert few.title == "L1.E1: 0.10 of an even share, little work"
     p, spread = (
         np.array([0.0, 0.999, 1.0, np.nan], np.float32),
@@ -540,7 +545,7 @@ def test_a_hostile_folder(name, tiny_model, tmp_path):
     ]
     assert (len(known.problems), len(entries)) == (bad, bad)
     assert all(known.problems.values())
-    text = "".join(_table(images, known))
+    text = "".join(table_lines(images, known))
     rows = list(csv.DictReader(io.StringIO(text)))
     assert sum(row["problem"] != "" for row in rows) == bad
     assert len(rows) == len(images)

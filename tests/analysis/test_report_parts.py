@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moevision.analysis.images import Remembered, aligned_pictures
+from moevision.analysis.images import aligned_pictures, cached
 from moevision.analysis.information import as_json
 from moevision.analysis.report import number, shown_pictures
 from moevision.errors import UserError
@@ -88,11 +88,11 @@ def test_pictures_follow_the_trace(make_trace):
 
 def test_pictures_are_read_once():
     pictures = Ten()
-    kept = Remembered(pictures)
+    kept = cached(pictures)
     for _ in range(3):
         assert [int(kept.image(index)[0, 0, 0]) for index in range(10)] == list(range(10))
     assert pictures.reads == 10
-    some = Remembered(pictures, max_bytes=8 * 8 * 3 + 5)  # the first fits, the second doesn't
+    some = cached(pictures, max_bytes=8 * 8 * 3 + 5)  # the first fits, the second doesn't
     for _ in range(3):
         assert (int(some.image(0)[0, 0, 0]), int(some.image(1)[0, 0, 0])) == (0, 1)
     assert pictures.reads == 10 + 1 + 3
