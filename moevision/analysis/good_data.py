@@ -91,14 +91,16 @@ def score_run(
         task = bar.add_task("looking at images", total=len(images))
         facts = examine(images, scores, model, partial(bar.advance, task))
 
-    page = page_facts(images, facts, show)
-    page["title"] = f"The images of {escape_controls(run_dir.resolve().name)}"
-    page["command"] = escape_controls(command)
-    page["quick"] = quick
-    page["explorer"] = EXPLORER
-    page["explorer_command"] = f"moevision demo {shell_word(escape_controls(str(run_dir)))}"
-    page["version"] = __version__
-    page["made"] = datetime.now(UTC).isoformat(timespec="seconds")
+    page = {
+        **page_facts(images, facts, show),
+        "title": f"The images of {escape_controls(run_dir.resolve().name)}",
+        "command": escape_controls(command),
+        "quick": quick,
+        "explorer": EXPLORER,
+        "explorer_command": f"moevision demo {shell_word(escape_controls(str(run_dir)))}",
+        "version": __version__,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     try:
         write_text_atomic(out / TABLE, table_lines(images, facts))
         write_text_atomic(out / PAGE, render(page, Thumbnails(images, out / THUMBS)))
@@ -596,13 +598,16 @@ def predict(
     """Fill in what the model says of some images, index -> uint8 [S, S, 3]; the labels are those of all."""
     net = cast(Any, model.net)
     rows = list(pixels)
-    tokens = net.forward_features(network_input(model, np.stack(list(pixels.values()))))
-    p = net.forward_head(tokens).float().softmax(-1).cpu().numpy()  # [B, C]
+    x = network_input(model, np.stack(list(pixels.values())))
+    tokens = net.forward_features(x)
+    logits = net.forward_head(tokens).float()  # [B, C]
+    p = logits.softmax(-1).cpu().numpy()
     facts.prediction[rows] = p.argmax(1)
     facts.certainty[rows] = p.max(1)
     facts.margin[rows] = _margins(p, labels[rows])
 
-    features = net.forward_head(tokens, pre_logits=True).float().cpu().numpy()  # [B, D]
+    pooled = net.forward_head(tokens, pre_logits=True).float()  # [B, D]
+    features = pooled.cpu().numpy()
     directions = projection(features.shape[1])
     if facts.features is None:
         facts.features = np.zeros((len(labels), directions.shape[1]), np.float16)
@@ -710,9 +715,6 @@ def image_id(split: str, name: str) -> str:
 # ---- the table
 
 
-Columns = dict[str, Iterable[Any]]
-
-
 def table_lines(images: RunImages, facts: ImageFacts) -> Iterator[str]:
     """images.csv, line by line."""
     columns = _image_columns(images, facts) | _neighbour_columns(images, facts)
@@ -722,29 +724,36 @@ def table_lines(images: RunImages, facts: ImageFacts) -> Iterator[str]:
         yield csv_text(row, [])
 
 
+Columns = dict[str, Iterable[Any]]
+
+
 def _image_columns(images: RunImages, facts: ImageFacts) -> Columns:
-    columns: Columns = {
+    measures = {
+        name: np.where(facts.measures["read"], facts.measures[name], np.nan)
+        for name in ("width", "height", "sharpness", "brightness", "colour")
+    }
+    reasons = (facts.problems.get(index, "") for index in range(len(images)))
+    return {
         "split": (split for split, _ in images.each()),
-        "image": _sample_names(images, range(len(images))),
+        "image": (escape_csv_cell(sample.sample_id) for sample in images.all),
         "label": _class_names(images, images.labels),
         "visits": facts.visits,
+        **{name: _numbers(values) for name, values in facts.scores.items()},
+        "unlike_class": _numbers(facts.unlike_class),
+        "prediction": _class_names(images, facts.prediction),
+        "certainty": _numbers(facts.certainty),
+        "margin": _numbers(facts.margin),
+        "width": _numbers(measures["width"], ".0f"),
+        "height": _numbers(measures["height"], ".0f"),
+        "sharpness": _numbers(measures["sharpness"]),
+        "brightness": _numbers(measures["brightness"]),
+        "colour": _numbers(measures["colour"]),
+        "problem": map(escape_csv_cell, reasons),
     }
-    for name in SCORES:
-        columns[name] = _numbers(facts.scores[name])
-    columns["unlike_class"] = _numbers(facts.unlike_class)
-    columns["prediction"] = _class_names(images, facts.prediction)
-    columns["certainty"] = _numbers(facts.certainty)
-    columns["margin"] = _numbers(facts.margin)
-    for name in ("width", "height", "sharpness", "brightness", "colour"):
-        values = np.where(facts.measures["read"], facts.measures[name], np.nan)
-        columns[name] = _numbers(values, ".0f" if name in ("width", "height") else ".5g")
-    reasons = (facts.problems.get(index, "") for index in range(len(images)))
-    columns["problem"] = map(escape_csv_cell, reasons)
-    return columns
 
 
 def _neighbour_columns(images: RunImages, facts: ImageFacts) -> Columns:
-    by_hash = facts.by_hash.overall
+    by_hash, across = facts.by_hash
     by_features = facts.by_features.overall
     leak = facts.most_alike(across=True).other
     cosine = np.full(len(images), np.nan)
@@ -756,7 +765,7 @@ def _neighbour_columns(images: RunImages, facts: ImageFacts) -> Columns:
         "feature_twin": _sample_names(images, by_features.other),
         "feature_cosine": _numbers(1 - by_features.distance),
         "leak": _sample_names(images, leak),
-        "leak_bits": _numbers(facts.by_hash.across.distance, ".0f"),
+        "leak_bits": _numbers(across.distance, ".0f"),
         "leak_cosine": _numbers(cosine),
         "expert_twin": _sample_names(images, facts.by_experts.other),
         "expert_coefficient": _numbers(1 - facts.by_experts.distance),
@@ -774,9 +783,10 @@ def _class_names(images: RunImages, labels: Ints) -> Iterator[str]:
     return (names[label] for label in labels)
 
 
-def _sample_names(images: RunImages, indices: Iterable[int]) -> Iterator[str]:
+def _sample_names(images: RunImages, indices: Ints) -> Iterator[str]:
     """Cells of a column; empty where an index is -1."""
-    return (escape_csv_cell(images.all[index].sample_id) if index >= 0 else "" for index in indices)
+    for index in indices:
+        yield escape_csv_cell(images.all[index].sample_id) if index >= 0 else ""
 
 
 # ---- what the page says
@@ -803,13 +813,14 @@ class Ranked:
 
     def to_json(self, images: RunImages, facts: ImageFacts) -> Json:
         """The list with all that is shown of its images."""
-        entries = [image_entry(images, facts, row) for row in self.rows.tolist()]
-        for entry, value in zip(entries, self.values, strict=True):
-            entry["value"] = value.replace("-", "\N{MINUS SIGN}")
+        entries = []
+        for rank, row in enumerate(self.rows):
+            entry = image_entry(images, facts, int(row))
+            entry["value"] = self.values[rank].replace("-", "\N{MINUS SIGN}")
             entry["twin"] = None
-        if self.twins is not None:
-            for entry, twin in zip(entries, self.twins.tolist(), strict=True):
-                entry["twin"] = image_entry(images, facts, twin)
+            if self.twins is not None:
+                entry["twin"] = image_entry(images, facts, int(self.twins[rank]))
+            entries.append(entry)
         return {"key": self.key, "title": self.title, "about": self.about, "entries": entries}
 
 
@@ -949,14 +960,18 @@ def _odd_sizes(measures: Array, show: int) -> Ranked:
 
 def map_cells(p_mean: Floats, p_std: Floats, labels: Ints) -> list[list[int]]:
     """[class, column, row, images] of every cell of the map that has some; columns by mean p, rows by its spread."""
-    scored = np.flatnonzero(np.isfinite(p_mean) & np.isfinite(p_std))
-    x = (p_mean[scored] * _MAP_COLUMNS).astype(np.int64)
-    y = (p_std[scored] / _MAX_SPREAD * _MAP_ROWS).astype(np.int64)
-    x = np.minimum(x, _MAP_COLUMNS - 1)
-    y = np.minimum(y, _MAP_ROWS - 1)
-    cells = np.stack([labels[scored], x, y], axis=1)
+    scored = np.isfinite(p_mean) & np.isfinite(p_std)
+    column = _bins(p_mean[scored], _MAP_COLUMNS)
+    row = _bins(p_std[scored] / _MAX_SPREAD, _MAP_ROWS)
+    cells = np.stack([labels[scored], column, row], axis=1)
     cells, counts = np.unique(cells, axis=0, return_counts=True)
     return np.column_stack([cells, counts]).tolist()
+
+
+def _bins(values: Floats, count: int) -> Ints:
+    """The bin of each of some numbers in [0, 1]; 1 is in the last one."""
+    bins = (values * count).astype(np.int64)
+    return np.minimum(bins, count - 1)
 
 
 def _mean_by_class(labels: Ints, values: Array, classes: int) -> Floats:
@@ -982,13 +997,15 @@ def class_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
 
     rows: list[Json] = []
     for label, name in enumerate(names):
-        row: Json = {"name": name, "images": counts[label]}
-        for score, by_class in means.items():
-            mean = by_class[label]
-            row[score] = None if math.isnan(mean) else mean
         guess, times = mistakes.get(label, (None, 0))
-        row["taken_for"] = "" if guess is None else names[guess]
-        row["times"] = times
+        row: Json = {
+            "name": name,
+            "images": counts[label],
+            "taken_for": "" if guess is None else names[guess],
+            "times": times,
+        }
+        for score, by_class in means.items():
+            row[score] = None if math.isnan(by_class[label]) else by_class[label]
         rows.append(row)
     order = lowest_rows(np.nan_to_num(means["p_mean"], nan=2.0), _TABLE_ROWS)
     return [rows[label] for label in order]
@@ -1018,13 +1035,15 @@ def expert_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
             total = max(weight.sum(), 1e-12)
             by_class = np.bincount(labels[known], weight, minlength=len(images.class_names))
             main_class = int(by_class.argmax())
-            row: Json = {"name": f"L{block}.E{expert}"}
-            row["share"] = float(total / work.sum())
-            row["images"] = float(total)
+            row: Json = {
+                "name": f"L{block}.E{expert}",
+                "share": float(total / work.sum()),
+                "images": float(total),
+                "class": escape_controls(images.class_names[main_class]),
+                "of_class": float(by_class[main_class] / total),
+            }
             for score in ("p_mean", "aum", "correct"):
                 row[score] = float(weight @ facts.scores[score][known] / total)
-            row["class"] = escape_controls(images.class_names[main_class])
-            row["of_class"] = float(by_class[main_class] / total)
             rows.append(row)
     return rows[:_TABLE_ROWS]
 

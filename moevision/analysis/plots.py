@@ -64,6 +64,7 @@ RULE: Final = "#BBBBBB"
 GRID: Final = "#E8E8E8"
 BLANK: Final = "#F1F2F4"  # cells that hold nothing worth a colour
 SMALL, NORMAL, LARGE = 6.5, 7.5, 8.5  # points
+SOFT_TEXT: Final[dict[str, Any]] = {"fontsize": SMALL, "color": SOFT}
 _LINE_INCHES = 0.145
 _CHIPS = 20  # experts: up to here each has a chip at the edge of a map
 
@@ -146,7 +147,7 @@ def panel_title(axes: Axes, text: str, note: str = "") -> None:
     """A panel's name in bold and, behind it in grey, what is to be said about it."""
     axes.set_title(text, loc="left", fontsize=NORMAL, fontweight="bold", color=INK, pad=4)
     if note:
-        axes.set_title(note, loc="right", fontsize=SMALL, color=SOFT, pad=4)
+        axes.set_title(note, loc="right", pad=4, **SOFT_TEXT)
 
 
 def quiet_axes(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
@@ -271,9 +272,9 @@ def plot_load(
         ratio, unit = ("load", "choices") if kind != "soft" else ("weight", "weight")
         panel_title(axes, name, f"max/mean {ratio} {load.max() / load.mean():.2f}")
         if index % columns == 0:
-            axes.set_ylabel(f"share of {unit}", fontsize=SMALL, color=SOFT)
+            axes.set_ylabel(f"share of {unit}", **SOFT_TEXT)
         if index >= layers - columns:
-            axes.set_xlabel("expert", fontsize=SMALL, color=SOFT)
+            axes.set_xlabel("expert", **SOFT_TEXT)
 
     equal = ""
     if len({len(load) for load in loads}) == 1:
@@ -341,24 +342,22 @@ def plot_class_experts(
     class_names: Sequence[str],
     *,
     layer_name: str,
-    excess: npt.ArrayLike | None = None,
-    threshold: float | None = None,
+    excess: npt.ArrayLike,
+    threshold: float,
     kind: RoutingKind = "token_choice",
 ) -> Figure:
     """Class × expert heatmap of one layer: shares [C, E] in the cells, colour only where a cell stands above the null.
 
     Classes are grouped by the expert that they use most above the mean, so that a pattern shows as a diagonal; one
-    without images (NaN) is left out. `excess` [C, E] is the share minus what it is compared with, by default the mean
-    over classes; `threshold` the smallest |excess| that counts as significant, to be stated.
+    without images (NaN) is left out. `excess` [C, E] is the share minus the mean over classes; `threshold` the smallest
+    |excess| that counts as significant, to be stated.
     """
     shares = np.asarray(share, dtype=np.float64)
     flags = np.asarray(significant, dtype=bool)
     has_images = np.isfinite(shares).all(1)
     shares = shares[has_images]
     flags = flags[has_images]
-    above = shares - shares.mean(0)
-    if excess is not None:
-        above = np.asarray(excess, dtype=np.float64)[has_images]
+    above = np.asarray(excess, dtype=np.float64)[has_images]
     names = [class_names[index] for index in np.flatnonzero(has_images)]
 
     # Classes with a significant cell come first, larger effects before smaller ones.
@@ -377,10 +376,9 @@ def plot_class_experts(
         "others do."
     )
     if flags.any():
-        limit = "" if threshold is None else f" by {100 * threshold:.1f} points or more"
         result = (
-            f"Coloured: differs from the mean{limit}, more than chance over images gives in any cell "
-            f"({int(flags.sum())} of {flags.size} cells)."
+            f"Coloured: differs from the mean by {100 * threshold:.1f} points or more, more than chance over images "
+            f"gives in any cell ({int(flags.sum())} of {flags.size} cells)."
         )
     if len(order) < len(shares):
         result += f" {len(order)} of {len(shares)} classes, those with the largest effect."
@@ -465,7 +463,7 @@ def _colour_bar(figure: Figure, axes: Axes, cells: AxesImage) -> None:
     )
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=0)
-    bar.set_label("difference (points)", fontsize=SMALL, color=SOFT)
+    bar.set_label("difference (points)", **SOFT_TEXT)
 
 
 def grid_lines(axes: Axes, rows: int, columns: int, linewidth: float) -> None:
@@ -511,9 +509,9 @@ def plot_effects(
         axes = grid.flat[index]
         _draw_effects(axes, effect, chance[index], class_names, least)
         panel_title(axes, layer_names[index])
-        axes.set_xlabel("expert taken away", fontsize=SMALL, color=SOFT)
+        axes.set_xlabel("expert taken away", **SOFT_TEXT)
         if index % columns == 0:
-            axes.set_ylabel("change of logit", fontsize=SMALL, color=SOFT)
+            axes.set_ylabel("change of logit", **SOFT_TEXT)
 
     mark: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": INK}
     control_mark: dict[str, Any] = {"linestyle": "none", "marker": "_", "color": _CONTROL}
@@ -627,41 +625,48 @@ def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, grid: tuple[in
     """The first choice of each patch over the image, of a layer's routing of that image alone."""
     rows, columns = grid
     first = np.asarray(layer.expert_index[0, :, 0], dtype=np.int64)  # [P]
-    kept = np.asarray(layer.kept[0, :, 0], dtype=bool)
-    alpha = np.where(kept, _opacity(layer), 0)
     palette = np.stack([rgb_of(colour) for colour in expert_colours(layer.num_experts)])
     colours = palette[first]  # [P, 3]
-
+    opacity = _opacity(layer)[:, None]  # [P, 1]
+    overlay = np.concatenate([colours, opacity], axis=1)  # [P, 4]
     # The image pale and without its colours, so that those on top mean one thing: [S, S] in [0.55, 1].
     luma = picture.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
     pale = 0.55 + 0.45 * luma
-    overlay = np.concatenate([colours, alpha[:, None]], axis=1).reshape(rows, columns, 4)
-    # Data units are patches.
-    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)  # data units are patches
     axes.imshow(pale, cmap="gray", vmin=0, vmax=1, extent=extent)
-    axes.imshow(overlay, interpolation="nearest", extent=extent)
+    axes.imshow(overlay.reshape(rows, columns, 4), interpolation="nearest", extent=extent)
     hide_axes(axes)
     grid_lines(axes, rows, columns, linewidth=0.5)
 
-    # Numbers are black or white by what is behind them.
     tiles = pale.reshape(rows, len(pale) // rows, columns, -1)
     patch_luma = tiles.mean((1, 3)).reshape(-1, 1)  # [P, 1]
-    shade = alpha[:, None] * colours + (1 - alpha[:, None]) * patch_luma
-    points = 72 * axes.figure.get_figure(root=True).get_size_inches()[0] / _PER_ROW / columns
-    size = float(np.clip(0.5 * points, 4.5, 8.5))
+    shades = opacity * colours + (1 - opacity) * patch_luma
+    _number_patches(axes, layer, shades.reshape(rows, columns, 3))
+
+
+def _number_patches(axes: Axes, layer: LayerTrace, shades: Floats) -> None:
+    """The number of each patch's first choice, black or white by the shade behind it, [rows, columns, 3]."""
+    rows, columns, _ = shades.shape
+    first = layer.expert_index[0, :, 0]
+    kept = layer.kept[0, :, 0]
     unrouted = "·" if layer.kind == "expert_choice" else "×"
+    width = axes.figure.get_figure(root=True).get_size_inches()[0]
+    points = 72 * width / _PER_ROW / columns
+    size = float(np.clip(0.5 * points, 4.5, 8.5))
     for patch, (row, column) in enumerate(np.ndindex(rows, columns)):
         text = str(first[patch]) if kept[patch] else unrouted
-        add_text(axes, column, row, text, ink_on(to_hex(shade[patch])), size)
+        add_text(axes, column, row, text, ink_on(to_hex(shades[row, column])), size)
 
 
 def _opacity(layer: LayerTrace) -> Floats:
-    """[P] of the first choices of one image, by their weights."""
+    """[P] of the first choices of one image, by their weights; 0 where no expert computed them."""
+    kept = np.asarray(layer.kept[0, :, 0], dtype=bool)
     weight = np.asarray(layer.combine_weight[0, :, 0], dtype=np.float64)
     if layer.kind == "soft":  # the largest of E weights that sum to 1 is never below 1 / E
         weight = (layer.num_experts * weight - 1) / max(1, layer.num_experts - 1)
-    opacity: Floats = 0.12 + 0.75 * np.clip(weight, 0, 1)
-    return opacity
+    opacity = 0.12 + 0.75 * np.clip(weight, 0, 1)
+    return np.where(kept, opacity, 0.0)
 
 
 def verdict_on(trace: RoutingTrace, image: int) -> str:
@@ -739,7 +744,7 @@ def _draw_expert(
         width = axes.get_xlim()[1] - _NAME
         axes.add_patch(Rectangle((_NAME, y + 0.02), width, 0.96, facecolor=BLANK, edgecolor="none"))
         text = "no patch goes to this expert"
-        axes.text(_NAME + 0.2, y + 0.5, text, va="center", fontsize=SMALL, color=SOFT)
+        axes.text(_NAME + 0.2, y + 0.5, text, va="center", **SOFT_TEXT)
 
 
 def _draw_patch(axes: Axes, crop: Pixels, x: float, y: float) -> None:

@@ -199,11 +199,16 @@ def test_load_bars_show_what_was_dropped() -> None:
 SHARE = np.array([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]])
 
 
+def class_map(share, significant, names, layer_name="L1"):
+    excess = share - np.nanmean(share, axis=0)
+    return plots.plot_class_experts(
+        share, significant, names, layer_name=layer_name, excess=excess, threshold=0.1
+    )
+
+
 def test_only_significant_cells_are_coloured() -> None:
     significant = np.array([[True, False, False], [False, True, False], [False, False, False]])
-    figure = plots.plot_class_experts(
-        SHARE, significant, ["cat", "dog", "owl"], layer_name="L1", threshold=0.1
-    )
+    figure = class_map(SHARE, significant, ["cat", "dog", "owl"])
     axes = figure.axes[0]
     drawn = axes.images[0].get_array()
     assert isinstance(drawn, np.ma.MaskedArray)
@@ -217,18 +222,14 @@ def test_only_significant_cells_are_coloured() -> None:
 
 
 def test_no_significant_cell_is_said_in_words() -> None:
-    figure = plots.plot_class_experts(
-        SHARE, np.zeros((3, 3), dtype=bool), ["a", "b", "c"], layer_name="L1"
-    )
-    assert "no class was found to use an expert more than others do" in heading_of(figure)
+    figure = class_map(SHARE, np.zeros((3, 3), dtype=bool), ["a", "b", "c"])
+    assert "no class was found" in heading_of(figure)
     assert len(figure.axes) == 1  # no colour bar without a coloured cell
 
 
 def test_a_class_without_images_is_left_out() -> None:
     share = np.vstack([SHARE, np.full(3, np.nan)])
-    figure = plots.plot_class_experts(
-        share, share > 0.5, ["cat", "dog", "owl", "ghost"], layer_name="L1"
-    )
+    figure = class_map(share, share > 0.5, ["cat", "dog", "owl", "ghost"])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "dog", "owl"]
     assert "1 of 9 cells" in heading_of(figure)
 
@@ -240,9 +241,7 @@ def test_of_a_thousand_classes_those_with_the_largest_effect_are_shown() -> None
     share[strong, 0] += 0.2
     share[strong, 1] -= 0.1
     share[strong, 2] -= 0.1
-    figure = plots.plot_class_experts(
-        share, share > 0.3, [f"class {i}" for i in range(1000)], layer_name="L1"
-    )
+    figure = class_map(share, share > 0.3, [f"class {i}" for i in range(1000)])
     shown = {label.get_text() for label in figure.axes[0].get_yticklabels()}
     assert shown == {f"class {i}" for i in strong}
     assert "25 of 1000 classes" in heading_of(figure)
@@ -300,7 +299,7 @@ def test_all_sizes_are_readable(
 def test_any_number_of_classes_is_readable(classes: int) -> None:
     share = np.random.default_rng(0).dirichlet(np.ones(8), classes)
     names = [f"{'a very long class name ' * (i % 3)}{i}" for i in range(classes)]
-    assert_readable(plots.plot_class_experts(share, share > 0.3, names, layer_name="L11"))
+    assert_readable(class_map(share, share > 0.3, names, "L11"))
 
 
 def test_threads_draw_the_same_picture() -> None:
@@ -341,7 +340,7 @@ def test_wrap_keeps_words_whole_and_measures_the_font() -> None:
 
 
 def test_dollars_in_names_are_no_formula() -> None:
-    figure = plots.plot_class_experts(SHARE, SHARE > 0.5, ["$a$", "b^$", "$c_1$"], layer_name="$L$")
+    figure = class_map(SHARE, SHARE > 0.5, ["$a$", "b^$", "$c_1$"], "$L$")
     assert_readable(figure)
     assert not any(
         label.get_parse_math() for label in figure.axes[0].get_yticklabels() + figure.texts
