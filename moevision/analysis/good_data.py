@@ -630,7 +630,8 @@ def _margins(probabilities: Floats, labels: Ints) -> Floats:
     of_label = probabilities[rows, labels]
     others = probabilities.copy()
     others[rows, labels] = 0  # no p is less, and with one class there is no other
-    return of_label - others.max(1)
+    margins: Floats = of_label - others.max(1)
+    return margins
 
 
 # ---- ranked lists
@@ -965,7 +966,8 @@ def map_cells(p_mean: Floats, p_std: Floats, labels: Ints) -> list[list[int]]:
     row = _bins(p_std[scored] / _MAX_SPREAD, _MAP_ROWS)
     cells = np.stack([labels[scored], column, row], axis=1)
     cells, counts = np.unique(cells, axis=0, return_counts=True)
-    return np.column_stack([cells, counts]).tolist()
+    rows: list[list[int]] = np.column_stack([cells, counts]).tolist()
+    return rows
 
 
 def _bins(values: Floats, count: int) -> Ints:

@@ -64,7 +64,8 @@ RULE: Final = "#BBBBBB"
 GRID: Final = "#E8E8E8"
 BLANK: Final = "#F1F2F4"  # cells that hold nothing worth a colour
 SMALL, NORMAL, LARGE = 6.5, 7.5, 8.5  # points
-SOFT_TEXT: Final[dict[str, Any]] = {"fontsize": SMALL, "color": SOFT}
+Style = dict[str, Any]  # keyword arguments of matplotlib
+SOFT_TEXT: Final[Style] = {"fontsize": SMALL, "color": SOFT}
 _LINE_INCHES = 0.145
 _CHIPS = 20  # experts: up to here each has a chip at the edge of a map
 
@@ -115,9 +116,9 @@ def figure_heading(figure: Figure, text: str, note: str = "") -> None:
     width, height = figure.get_size_inches()
     # A longer line than a page's is hard to read. At a notebook's resolution letters are up to 7.3 % wider than drawn.
     line_inches = (min(width, PAGE_INCHES) - 0.15) / 1.075
-    bold = {"fontsize": LARGE, "fontweight": "bold", "color": INK}
-    plain = {"fontsize": NORMAL - 0.5, "fontweight": "normal", "color": SOFT}
-    lines: list[tuple[str, dict[str, Any]]] = []
+    bold: Style = {"fontsize": LARGE, "fontweight": "bold", "color": INK}
+    plain: Style = {"fontsize": NORMAL - 0.5, "fontweight": "normal", "color": SOFT}
+    lines: list[tuple[str, Style]] = []
     for part, style in ((text, bold), (note, plain)):
         font = FontProperties(size=style["fontsize"], weight=style["fontweight"])
         lines += [(line, style) for line in wrap_text(part, line_inches, font)]
@@ -186,7 +187,7 @@ def expert_chips(axes: Axes, num_experts: int) -> None:
     axes.set_xticks([])
     for expert in range(0, num_experts, 4 if crowded else 1):
         colour = expert_colour(expert, num_experts)
-        style: dict[str, Any] = {"color": ink_on(colour), "bbox": chip(colour)}
+        style: Style = {"color": ink_on(colour), "bbox": chip(colour)}
         if crowded:
             style = {"color": INK}
         axes.annotate(
@@ -358,7 +359,7 @@ def plot_class_experts(
     shares = shares[has_images]
     flags = flags[has_images]
     above = np.asarray(excess, dtype=np.float64)[has_images]
-    names = [class_names[index] for index in np.flatnonzero(has_images)]
+    names = [class_names[index] for index in np.flatnonzero(has_images).tolist()]
 
     # Classes with a significant cell come first, larger effects before smaller ones.
     effect = np.abs(above).max(1) + np.where(flags, np.abs(above), 0).max(1)
@@ -468,7 +469,7 @@ def _colour_bar(figure: Figure, axes: Axes, cells: AxesImage) -> None:
 
 def grid_lines(axes: Axes, rows: int, columns: int, linewidth: float) -> None:
     """White lines between cells whose middles are at whole numbers."""
-    style: dict[str, Any] = {"color": "white", "linewidth": linewidth}
+    style: Style = {"color": "white", "linewidth": linewidth}
     axes.vlines(np.arange(columns - 1) + 0.5, -0.5, rows - 0.5, **style)
     axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, **style)
 
@@ -513,8 +514,8 @@ def plot_effects(
         if index % columns == 0:
             axes.set_ylabel("change of logit", **SOFT_TEXT)
 
-    mark: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": INK}
-    control_mark: dict[str, Any] = {"linestyle": "none", "marker": "_", "color": _CONTROL}
+    mark: Style = {"linestyle": "none", "marker": "o", "color": INK}
+    control_mark: Style = {"linestyle": "none", "marker": "_", "color": _CONTROL}
     figure.legend(
         handles=[
             Line2D([], [], markersize=5, label="mean of the classes", **mark),
@@ -656,7 +657,8 @@ def _number_patches(axes: Axes, layer: LayerTrace, shades: Floats) -> None:
     size = float(np.clip(0.5 * points, 4.5, 8.5))
     for patch, (row, column) in enumerate(np.ndindex(rows, columns)):
         text = str(first[patch]) if kept[patch] else unrouted
-        add_text(axes, column, row, text, ink_on(to_hex(shades[row, column])), size)
+        red, green, blue = shades[row, column]
+        add_text(axes, column, row, text, ink_on(to_hex((red, green, blue))), size)
 
 
 def _opacity(layer: LayerTrace) -> Floats:
@@ -707,7 +709,7 @@ def plot_gallery(
     hide_axes(axes)
     soft = routing.kind == "soft"
     second = _NAME + count + _GAP  # where random patches begin
-    style: dict[str, Any] = {"fontsize": SMALL + 0.5, "fontweight": "bold", "color": INK}
+    style: Style = {"fontsize": SMALL + 0.5, "fontweight": "bold", "color": INK}
     axes.text(_NAME + 0.03, -0.15, "read most" if soft else "largest gate weight", **style)
     axes.text(second + 0.03, -0.15, "random patches", **style)
     for row, expert in enumerate(experts):
@@ -753,6 +755,6 @@ def _draw_patch(axes: Axes, crop: Pixels, x: float, y: float) -> None:
     axes.imshow(crop, extent=extent, interpolation="nearest", zorder=2)
     side = 0.96 / 3  # one patch around it on each side
     corner = (x + 0.5 - side / 2, y + 0.5 - side / 2)
-    frame: dict[str, Any] = {"fill": False, "zorder": 3}
+    frame: Style = {"fill": False, "zorder": 3}
     axes.add_patch(Rectangle(corner, side, side, edgecolor="black", linewidth=1.5, **frame))
     axes.add_patch(Rectangle(corner, side, side, edgecolor="white", linewidth=0.7, **frame))

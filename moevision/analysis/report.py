@@ -707,8 +707,8 @@ def shown_pictures(trace: RoutingTrace, seed: int, count: int = _OVERLAYS) -> li
     order = np.random.default_rng(seed).permutation(len(trace))
     _, first = np.unique(trace.labels[order], return_index=True)
     others = np.setdiff1d(np.arange(len(order)), first)
-    images = order[np.concatenate([np.sort(first), others])]
-    return images[:count].tolist()
+    images: list[int] = order[np.concatenate([np.sort(first), others])].tolist()
+    return images[:count]
 
 
 def _draw_layer(
@@ -757,7 +757,7 @@ def render(
         }
 
     views = [(title, Markup(view)) for title, view in live]
-    filters = {"image": image, "shell_word": shell_word}
+    filters: dict[str, Callable[..., Any]] = {"image": image, "shell_word": shell_word}
     return render_page("report.html.jinja", filters, **numbers, explorer=EXPLORER, live=views)
 
 
