@@ -13,7 +13,7 @@ from moevision.analysis.good_data import examine
 from moevision.analysis.images import aligned_pictures
 from moevision.analysis.report import claim_folder
 from moevision.errors import UserError
-from tests.analysis.test_effects import Pictures, make, picture
+from tests.analysis.test_effects import PICTURES, make, picture
 from tests.analysis.test_good_data import images_in, scores_of
 from tests.analysis.test_images import Tagged
 
@@ -36,7 +36,7 @@ def one_image(change=ABLATION, **options):
 
 
 def of_class(name):
-    return class_effect(make(), Pictures(), name, ABLATION)
+    return class_effect(make(), PICTURES, name, ABLATION)
 
 
 def scores_of_other_images():
@@ -59,7 +59,7 @@ MISTAKES = {
     "context below 0": (lambda: patch_crop(GRID, (3, 4), 0, -1), "no patch"),
     "grid does not tile": (lambda: patch_crop(GRID, (4, 4), 0), "4 x 4", "6 x 20", "not tile"),
     "trace of other images": (
-        lambda: aligned_pictures(Pictures(), SimpleNamespace(picture_names=("other 0",))),
+        lambda: aligned_pictures(PICTURES, SimpleNamespace(picture_names=("other 0",))),
         "other 0", "not among blocks",
     ),
     "one draw": (lambda: one_image(num_controls=1), "num_controls=1", "at least 2"),
