@@ -271,8 +271,8 @@ class _CountedEdit:
         routing = decision.settle()
         gone = after.removed | after.silenced if self.ablates else ~computed_pairs(after.settle())
         lost = (computed_pairs(routing) & gone).sum(-1)  # [B, N, E] -> [B, N]
-        prefix, patches = lost.tensor_split([self.num_prefix_tokens], dim=1)
-        self.moved = torch.stack([prefix.sum(1), patches.sum(1)], -1)
+        by_part = lost.tensor_split([self.num_prefix_tokens], dim=1)
+        self.moved = torch.stack([part.sum(1) for part in by_part], -1)
         self.one_expert = routing.route_by == "image" and routing.expert_index.shape[-1] == 1
         return after
 

@@ -280,12 +280,11 @@ def _similar_hashes(
     """The pairs of left and right that are near enough, and the number of bits in which they differ."""
     bits = np.bitwise_count(hashes[left] ^ hashes[right])
     near = bits <= MOST_BITS
-    left, right, bits = left[near], right[near], bits[near]
     if white is not None:
-        cosine = np.einsum("pd,pd->p", white[left], white[right])
-        alike = (bits <= SURE_BITS) | (cosine >= AGREE)
-        left, right, bits = left[alike], right[alike], bits[alike]
-    return left, right, bits.astype(np.float32)
+        unsure = np.flatnonzero(near & (bits > SURE_BITS))
+        cosine = np.einsum("pd,pd->p", white[left[unsure]], white[right[unsure]])
+        near[unsure] = cosine >= AGREE
+    return left[near], right[near], bits[near].astype(np.float32)
 
 
 def nearest_by_features(white: Floats, usable: Flags, split: Ints) -> Neighbours:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,14 @@ from torch.utils.data import Dataset
 
 from moevision.analysis.information import Pixels
 from moevision.config import CROP, Framing
-from moevision.data.collection import SPLITS, Collection, DrawnCollection, FileCollection, Sample
+from moevision.data.collection import (
+    SPLITS,
+    Collection,
+    DrawnCollection,
+    FileCollection,
+    Sample,
+    interleave_by_class,
+)
 from moevision.data.images import BadImageError, upright_rgb
 from moevision.data.named import DATASET_NAMES
 from moevision.data.open import open_collection
@@ -403,15 +410,14 @@ def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:
 
     Hence a class has one image more than another at most, unless it runs out, and subsets of growing size nest.
     """
-    members: dict[int, list[tuple[bytes, int]]] = defaultdict(list)  # label -> (hash, index)
-    for index in range(len(pictures)):
+
+    def label_and_hash(index: int) -> tuple[int, bytes]:
         key = name_bytes(f"{seed}:{pictures.picture_name(index)}")
-        members[pictures.label(index)].append((hashlib.sha256(key).digest(), index))
-    turns: list[tuple[int, int, int]] = []  # (turn, label, index)
-    for label, images in members.items():
-        for turn, (_, index) in enumerate(sorted(images)):
-            turns.append((turn, label, index))
-    return sorted(index for _, _, index in sorted(turns)[:limit])
+        return pictures.label(index), hashlib.sha256(key).digest()
+
+    order = sorted(range(len(pictures)), key=label_and_hash)
+    turns = interleave_by_class([pictures.label(index) for index in order])
+    return sorted(order[turn] for turn in turns[:limit])
 
 
 def original_image(pictures: PictureSet, index: int, short_side: int) -> Image.Image | None:

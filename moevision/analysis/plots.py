@@ -118,17 +118,21 @@ def figure_heading(figure: Figure, text: str, note: str = "") -> None:
     line_inches = (min(width, PAGE_INCHES) - 0.15) / 1.075
     bold: Style = {"fontsize": LARGE, "fontweight": "bold", "color": INK}
     plain: Style = {"fontsize": NORMAL - 0.5, "fontweight": "normal", "color": SOFT}
-    lines: list[tuple[str, Style]] = []
-    for part, style in ((text, bold), (note, plain)):
-        font = FontProperties(size=style["fontsize"], weight=style["fontweight"])
-        lines += [(line, style) for line in wrap_text(part, line_inches, font)]
+    lines = [(line, bold) for line in wrap_text(text, line_inches, _font(bold))]
+    lines += [(line, plain) for line in wrap_text(note, line_inches, _font(plain))]
 
     total = height + 0.1 + _LINE_INCHES * len(lines)
     figure.set_size_inches(width, total)
     figure.get_layout_engine().set(rect=(0, 0, 1, height / total))  # type: ignore[union-attr, call-arg]
-    for number, (line, style) in enumerate(lines):
-        y = 1 - (0.06 + _LINE_INCHES * number) / total
-        figure.text(0.05 / width, y, line, va="top", in_layout=False, parse_math=False, **style)
+    x = 0.05 / width
+    y = 1 - 0.06 / total
+    for line, style in lines:
+        figure.text(x, y, line, va="top", in_layout=False, parse_math=False, **style)
+        y -= _LINE_INCHES / total
+
+
+def _font(style: Style) -> FontProperties:
+    return FontProperties(size=style["fontsize"], weight=style["fontweight"])
 
 
 def wrap_text(text: str, width_inches: float, font: FontProperties) -> list[str]:
@@ -755,6 +759,7 @@ def _draw_patch(axes: Axes, crop: Pixels, x: float, y: float) -> None:
     axes.imshow(crop, extent=extent, interpolation="nearest", zorder=2)
     side = 0.96 / 3  # one patch around it on each side
     corner = (x + 0.5 - side / 2, y + 0.5 - side / 2)
-    frame: Style = {"fill": False, "zorder": 3}
-    axes.add_patch(Rectangle(corner, side, side, edgecolor="black", linewidth=1.5, **frame))
-    axes.add_patch(Rectangle(corner, side, side, edgecolor="white", linewidth=0.7, **frame))
+    for colour, linewidth in (("black", 1.5), ("white", 0.7)):
+        frame = Rectangle(corner, side, side, fill=False, zorder=3)
+        frame.set(edgecolor=colour, linewidth=linewidth)
+        axes.add_patch(frame)
