@@ -314,11 +314,11 @@ def nearest_by_experts(shares: Sequence[Floats], labels: Ints) -> Nearest:
     """
     roots = np.sqrt(np.concatenate(shares, axis=1), dtype=np.float32)
     roots /= np.sqrt(np.float32(len(shares)))  # so that rows have unit length
-    known = np.isfinite(roots).all(1)
+    recorded = np.isfinite(roots).all(1)
 
     nearest = Nearest.none(len(labels))
-    for label in np.unique(labels[known]):
-        rows = np.flatnonzero(known & (labels == label))
+    for label in np.unique(labels[recorded]):
+        rows = np.flatnonzero(recorded & (labels == label))
         one_split = np.zeros(len(rows), np.int64)
         in_class = nearest_by_features(roots[rows], one_split == 0, one_split).overall
         has_pair = in_class.other >= 0
@@ -438,13 +438,12 @@ class RunImages:
     def __len__(self) -> int:
         return len(self.all)
 
-    def place(self, index: int) -> tuple[str, Sample]:
+    def __getitem__(self, index: int) -> tuple[str, Sample]:
         """The split of an image, and the image."""
         return self.splits[self.split_of[index]], self.all[index]
 
-    def each(self) -> Iterator[tuple[str, Sample]]:
-        """All of them, in order."""
-        return map(self.place, range(len(self)))
+    def __iter__(self) -> Iterator[tuple[str, Sample]]:
+        return map(self.__getitem__, range(len(self)))
 
 
 def images_of(run_dir: Path) -> RunImages:
@@ -734,7 +733,7 @@ def _image_columns(images: RunImages, facts: ImageFacts) -> Columns:
     }
     reasons = (facts.problems.get(index, "") for index in range(len(images)))
     return {
-        "split": (split for split, _ in images.each()),
+        "split": (split for split, _ in images),
         "image": (escape_csv_cell(sample.sample_id) for sample in images.all),
         "label": _class_names(images, images.labels),
         "visits": facts.visits,
@@ -847,7 +846,7 @@ def page_facts(images: RunImages, facts: ImageFacts, show: int) -> Json:
 
 def image_entry(images: RunImages, facts: ImageFacts, index: int) -> Json:
     """What the page shows of an image."""
-    split, sample = images.place(index)
+    split, sample = images[index]
     label = images.class_names[sample.label]
     prediction = ""
     certainty = None
@@ -1028,13 +1027,13 @@ def expert_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
     labels = images.labels[: len(facts.visits)]
     rows: list[Json] = []
     for block, shares in facts.experts.items():
-        known = np.isfinite(shares[:, 0]) & np.isfinite(facts.scores["p_mean"])
-        if not known.any():
+        recorded = np.isfinite(shares[:, 0]) & np.isfinite(facts.scores["p_mean"])
+        if not recorded.any():
             continue
-        work = shares[known].astype(np.float64)  # [r, E]
+        work = shares[recorded].astype(np.float64)  # [r, E]
         for expert, weight in enumerate(work.T):
             total = max(weight.sum(), 1e-12)
-            by_class = np.bincount(labels[known], weight, minlength=len(images.class_names))
+            by_class = np.bincount(labels[recorded], weight, minlength=len(images.class_names))
             main_class = int(by_class.argmax())
             row: Json = {
                 "name": f"L{block}.E{expert}",
@@ -1044,7 +1043,7 @@ def expert_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
                 "of_class": float(by_class[main_class] / total),
             }
             for score in ("p_mean", "aum", "correct"):
-                row[score] = float(weight @ facts.scores[score][known] / total)
+                row[score] = float(weight @ facts.scores[score][recorded] / total)
             rows.append(row)
     return rows[:_TABLE_ROWS]
 
@@ -1067,10 +1066,10 @@ def expert_lists(facts: ImageFacts) -> list[Ranked]:
     """For each expert, those with the least work first, the images of which it computed the largest part."""
     lists: list[tuple[float, Ranked]] = []
     for block, shares in facts.experts.items():
-        known = np.isfinite(shares[:, 0])
-        if not known.any():
+        recorded = np.isfinite(shares[:, 0])
+        if not recorded.any():
             continue
-        work = shares[known].mean(0) * shares.shape[1]  # [E]; 1: an even share
+        work = shares[recorded].mean(0) * shares.shape[1]  # [E]; 1: an even share
         for expert, times in enumerate(work.tolist()):
             title = f"L{block}.E{expert}: {times:.2f} of an even share"
             if times < _LITTLE_WORK:
@@ -1144,5 +1143,5 @@ def render(facts: Mapping[str, Any], thumbnail: Callable[[int], Json]) -> str:
         **facts,
         script=Markup(script),
         script_sha256=Markup(base64.b64encode(digest).decode("ascii")),
-        told=Markup(data.replace("<", "\\u003c")),
+        page_data=Markup(data.replace("<", "\\u003c")),
     )

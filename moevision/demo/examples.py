@@ -292,10 +292,9 @@ class ScoredRun:
                 "ignore", DataWarning
             )  # at start the explorer noted what there is to note
             images = images_of(self.run)
-        listed = [sample for _, sample in images.each()]
+        listed = [sample for _, sample in images]
         index = {
-            image_id(split, sample.sample_id): row
-            for row, (split, sample) in enumerate(images.each())
+            image_id(split, sample.sample_id): row for row, (split, sample) in enumerate(images)
         }
         size = self._model.image_size
         pictures = CollectionPictures(

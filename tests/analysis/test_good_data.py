@@ -132,7 +132,7 @@ def test_the_table_has_every_image_with_what_is_known(planted):
     rows = list(csv.DictReader(io.StringIO("".join(table_lines(images, known)))))
     by_name = {row["image"]: row for row in rows}
     assert [(row["split"], row["image"]) for row in rows] == [
-        (split, each.sample_id) for split, each in images.each()
+        (split, each.sample_id) for split, each in images
     ]
     copy, cut = by_name["test/copy.jpg"], by_name["dog/cut.png"]
     assert (copy["hash_twin"], copy["leak"], copy["width"]) == ("cat/03.png", "cat/03.png", "40")
