@@ -31,7 +31,7 @@ from scipy.special import entr, log_softmax, softmax
 from torch import nn
 
 from moevision.analysis.collect import collect_routing, layer_inputs, network_input
-from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, read_images
+from moevision.analysis.images import PictureSet, aligned_pictures, cached, read_images
 from moevision.analysis.information import (
     Array,
     Estimate,
@@ -347,7 +347,7 @@ def measure_baselines(
             "This trace has other MoE layers than the model: collect it again with this model."
         )
     # Image i is row i of the trace.
-    pictures = Remembered(aligned_pictures(pictures, trace))
+    pictures = cached(aligned_pictures(pictures, trace))
 
     untrained = []
     for weight_seed in range(seeds):

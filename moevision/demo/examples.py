@@ -22,7 +22,7 @@ from PIL import Image
 
 from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.analysis.images import (
-    Collected,
+    CollectionPictures,
     PictureSet,
     open_pictures,
     original_image,
@@ -292,14 +292,18 @@ class ScoredRun:
                 "ignore", DataWarning
             )  # at start the explorer noted what there is to note
             images = images_of(self.run)
-        listed = [sample for _, sample in images.each()]
+        listed = [sample for _, sample in images]
         index = {
-            image_id(split, sample.sample_id): row
-            for row, (split, sample) in enumerate(images.each())
+            image_id(split, sample.sample_id): row for row, (split, sample) in enumerate(images)
         }
-        names, size = tuple(images.class_names), self._model.image_size
-        pictures = Collected(
-            images.collection, listed, size, names, "the run's images", self._model.framing
+        size = self._model.image_size
+        pictures = CollectionPictures(
+            images.collection,
+            listed,
+            size,
+            "the run's images",
+            self._model.framing,
+            images.class_names,
         )
         return open_pictures(pictures, size, class_names=self._model.class_names), index
 

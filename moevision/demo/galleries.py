@@ -18,7 +18,7 @@ import numpy as np
 
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.describe import class_expert_map, image_shares, patches_on_path
-from moevision.analysis.images import PictureSet, Remembered, View, open_pictures, patch_crop
+from moevision.analysis.images import PictureSet, View, cached, open_pictures, patch_crop
 from moevision.analysis.information import Pixels
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import three_questions
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 def read_into_memory(pictures: PictureSet) -> View:
     """All of the images, read into memory; those that can't be read are left out."""
-    pictures, found = Remembered(pictures, sys.maxsize), []
+    pictures, found = cached(pictures, sys.maxsize), []
     for index in range(len(pictures)):
         try:
             pictures.image(index)

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moevision.analysis.images import (
-    FoundImages,
+    ImageSource,
     PictureSet,
     find_images,
     open_pictures,
@@ -286,7 +286,7 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
     pictures, credits = None, None
     if data is not None:  # of a folder, from which the model learned nothing, all
         split = "test" if data in DATASET_NAMES else "all"
-        pictures = FoundImages(data, None, {}).open(trained, split=split, root=root)
+        pictures = ImageSource(data, None, {}).open(trained, split=split, root=root)
     elif (folder / SOURCES).is_file():
         pictures = _photos(folder, trained)
         credits = credits_of(folder / SOURCES)
