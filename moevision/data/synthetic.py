@@ -115,6 +115,29 @@ def region_id(slot: int, part: str) -> int:
     return slot * len(PARTS) + PARTS.index(part)
 
 
+# ---- the tables of `pets.yaml`
+
+
+@cache
+def _tables() -> dict[str, Any]:
+    text = Path(__file__).with_name("pets.yaml").read_text(encoding="utf-8")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, where it is there: 3 ms
+    return dict(yaml.load(text, loader))
+
+
+@cache
+def _colours(name: str) -> Floats:
+    """RGB [..., 3]."""
+    return np.array(_tables()["colours"][name], np.float64)
+
+
+@cache
+def _motion(name: str) -> Floats:
+    """A column of the table of motion, [groups, ...]."""
+    table = _tables()["motion"]
+    return np.array([table[group.name][name] for group in _Group], np.float64)
+
+
 # ---- outlines: vertices [n, 2] in face coordinates
 
 
@@ -179,12 +202,12 @@ _CURVES: Final[dict[str, Callable[..., Points]]] = {
 
 
 def outline(spec: Mapping[str, Any]) -> Points:
-    """The vertices of an outline of `faces.yaml`."""
+    """The vertices of an outline of `pets.yaml`."""
     ((curve, numbers),) = spec.items()
     return _CURVES[curve](*numbers)
 
 
-# ---- what a face is made of, as `faces.yaml` names it
+# ---- what a face is made of, as `pets.yaml` names it
 
 
 def _shape(slot: str, part: str, group: str, outline: Points) -> Iterator[Shape]:
@@ -248,17 +271,9 @@ _ELEMENTS: Final[dict[str, Callable[..., Iterator[Shape]]]] = {
 }
 
 
-@cache
-def _face_table() -> dict[str, list[dict[str, dict[str, Any]]]]:
-    """`faces.yaml`: name of a face -> its elements -> the arguments of each."""
-    text = Path(__file__).with_name("faces.yaml").read_text(encoding="utf-8")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it is there: 10 ms
-    return dict(yaml.load(text, loader))
-
-
 def _shapes(name: str) -> Iterator[Shape]:
     """The shapes of a face (or of the shoulders) in painting order."""
-    for element in _face_table()[name]:
+    for element in _tables()["faces"][name]:
         ((kind, options),) = element.items()
         arguments = {
             key: outline(value) if isinstance(value, dict) else value
@@ -288,48 +303,6 @@ def face(label: int) -> Face:
 
 OVERSAMPLING: Final = 3
 _MAX_CLUTTER: Final = 8
-
-# Coats of real pets, as RGB. Every class draws from all of them with equal chance.
-_COATS: Final = np.array(
-    [
-        (236, 228, 214), (222, 190, 142), (214, 140, 70), (170, 98, 52), (122, 82, 56), (84, 62, 52),
-        (64, 62, 68), (134, 134, 140), (176, 172, 166), (110, 122, 142), (206, 168, 156), (196, 156, 92),
-    ],
-    dtype=np.float64,
-)  # fmt: skip
-_IRISES: Final = np.array(
-    [
-        (206, 172, 60),
-        (120, 168, 84),
-        (96, 150, 196),
-        (150, 92, 44),
-        (218, 132, 48),
-        (92, 62, 40),
-    ],
-    dtype=np.float64,
-)
-_NOSES: Final = np.array(
-    [
-        (214, 122, 122),
-        (44, 36, 38),
-        (92, 58, 50),
-        (226, 158, 70),
-    ],
-    dtype=np.float64,
-)
-
-# How far each group moves, [groups, 5]: tilt (radians) and stretch at most, the point (x, y) that it turns about, and
-# how far it follows when the head looks to one side (what lies nearer to the viewer moves farther).
-_MOTION: Final = np.array(
-    [
-        (0.25, 0.2, 0, 0.8, 0.0),  # body
-        (0.0, 0.05, 0, 0, 0.0),  # head
-        (0.2, 0.13, -0.55, -0.6, -0.03),  # left ear
-        (0.2, 0.13, 0.55, -0.6, -0.03),  # right ear
-        (0.0, 0.1, 0, -0.1, 0.09),  # eyes
-        (0.0, 0.08, 0, 0.4, 0.14),  # muzzle
-    ]
-)
 
 _FACE_REGIONS: Final = [
     region_id(slot, part)
@@ -412,13 +385,12 @@ def _pose(template: Face, rng: np.random.Generator) -> Points:
 
 def _vary(template: Face, rng: np.random.Generator) -> Points:
     """Vertices [V, 2] in face coordinates after each group's own tilt, stretch and shift."""
-    max_tilt, max_stretch, pivot_x, pivot_y, follow = _MOTION.T
-    num_groups = len(_MOTION)
-    tilt = rng.uniform(-1, 1, num_groups) * max_tilt
-    stretch = 1 + rng.uniform(-1, 1, (num_groups, 2)) * max_stretch[:, None]
+    num_groups = len(_Group)
+    tilt = rng.uniform(-1, 1, num_groups) * _motion("tilt")
+    stretch = 1 + rng.uniform(-1, 1, (num_groups, 2)) * _motion("stretch")[:, None]
     look = rng.uniform(-1, 1, 2) * (1.0, 0.5)
-    pivot = np.stack([pivot_x, pivot_y], axis=1)  # [groups, 2]
-    shift = follow[:, None] * look
+    shift = _motion("follow")[:, None] * look  # [groups, 2]
+    pivot = _motion("pivot")  # [groups, 2]
 
     stretch_x, stretch_y = stretch.T
     matrix = np.empty((num_groups, 2, 2))
@@ -473,10 +445,9 @@ def _palette(rng: np.random.Generator) -> Floats:
     palette = rng.uniform(15, 240, (Slot.WHISKER + 1, 3))
     palette[: Slot.BODY] = _duller(palette[: Slot.BODY])
 
-    coats = _COATS[rng.integers(0, len(_COATS), 2)]
-    fur, second = coats + rng.normal(0, 9, (2, 3))
-    cream = np.array([246, 240, 230])
-    light = fur + (cream - fur) * rng.uniform(0.25, 0.8)
+    coats = _colours("coats")
+    fur, second = coats[rng.integers(0, len(coats), 2)] + rng.normal(0, 9, (2, 3))
+    light = fur + (_colours("cream") - fur) * rng.uniform(0.25, 0.8)
     shade = fur
     if rng.random() >= 0.6:
         shade = second
@@ -487,14 +458,14 @@ def _palette(rng: np.random.Generator) -> Floats:
     palette[Slot.SHADE] = shade * 0.68
     palette[Slot.LIGHT] = light
     palette[Slot.RIM] = fur * 0.5
-    palette[Slot.INNER] = 0.55 * np.array([226, 160, 154]) + 0.45 * fur
+    palette[Slot.INNER] = 0.55 * _colours("skin") + 0.45 * fur
 
-    palette[Slot.IRIS] = _IRISES[rng.integers(len(_IRISES))]
-    palette[Slot.NOSE] = _NOSES[rng.integers(len(_NOSES))]
-    palette[Slot.PUPIL] = (22, 18, 22)
-    palette[Slot.DARK] = (52, 34, 36)
-    palette[Slot.TONGUE] = (222, 104, 112)
-    palette[[Slot.GLINT, Slot.WHISKER]] = (250, 248, 244)
+    irises = _colours("irises")
+    noses = _colours("noses")
+    palette[Slot.IRIS] = irises[rng.integers(len(irises))]
+    palette[Slot.NOSE] = noses[rng.integers(len(noses))]
+    for slot, colour in _tables()["fixed"].items():
+        palette[Slot[slot]] = colour
     return np.clip(palette + rng.normal(0, 4, palette.shape), 0, 255)
 
 
