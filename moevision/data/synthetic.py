@@ -141,10 +141,22 @@ def _motion(name: str) -> Floats:
 # ---- outlines: vertices [n, 2] in face coordinates
 
 
+def _directions(angle: Floats) -> Points:
+    """Unit vectors [n, 2] at these angles [n]."""
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def _rotation(angle: Floats) -> Floats:
+    """Matrices [..., 2, 2] that turn by these angles [...]."""
+    cos = np.cos(angle)
+    sin = np.sin(angle)
+    return np.moveaxis(np.array([[cos, -sin], [sin, cos]]), (0, 1), (-2, -1))
+
+
 def ellipse(x: float, y: float, radius_x: float, radius_y: float) -> Points:
     """A 24-gon of an ellipse around (x, y)."""
     angle = np.linspace(0.0, 2.0 * np.pi, 24, endpoint=False)
-    return np.stack([x + radius_x * np.cos(angle), y + radius_y * np.sin(angle)], axis=1)
+    return np.array([x, y]) + np.array([radius_x, radius_y]) * _directions(angle)
 
 
 def stroke(x0: float, y0: float, x1: float, y1: float, width: float) -> Points:
@@ -371,14 +383,8 @@ def _pose(template: Face, rng: np.random.Generator) -> Points:
     slack = (1.0 - extent) / 2 + 0.04  # the head may leave the frame by 4 % of it
     position = 0.5 + rng.uniform(-slack, slack, 2)
 
-    rotation = np.array(
-        [
-            [np.cos(turn), -np.sin(turn)],
-            [np.sin(turn), np.cos(turn)],
-        ]
-    )
     shape = np.array([[aspect, shear], [0.0, 1.0 / aspect]])
-    matrix = scale * rotation @ shape
+    matrix = scale * _rotation(turn) @ shape
     offset = position - matrix @ template.center
     return np.hstack([matrix, offset[:, None]])
 
@@ -392,12 +398,7 @@ def _vary(template: Face, rng: np.random.Generator) -> Points:
     shift = _motion("follow")[:, None] * look  # [groups, 2]
     pivot = _motion("pivot")  # [groups, 2]
 
-    stretch_x, stretch_y = stretch.T
-    matrix = np.empty((num_groups, 2, 2))
-    matrix[:, 0, 0] = np.cos(tilt) * stretch_x
-    matrix[:, 0, 1] = -np.sin(tilt) * stretch_y
-    matrix[:, 1, 0] = np.sin(tilt) * stretch_x
-    matrix[:, 1, 1] = np.cos(tilt) * stretch_y
+    matrix = _rotation(tilt) * stretch[:, None]  # [groups, 2, 2]
     offset = pivot + shift - np.einsum("gij,gj->gi", matrix, pivot)
 
     moved = np.einsum("vij,vj->vi", matrix[template.groups], template.vertices)
@@ -407,15 +408,17 @@ def _vary(template: Face, rng: np.random.Generator) -> Points:
 def _blobs(centers: Points, radii: Floats, rng: np.random.Generator) -> list[Points]:
     """Irregular, stretched 10-gons, from thin bars to round stones, around centers [n, 2]."""
     n = len(centers)
-    angle = np.linspace(0, 2 * np.pi, 10, endpoint=False) + rng.uniform(0, 0.5, (n, 10))
+    corners = np.linspace(0, 2 * np.pi, 10, endpoint=False)
+    angle = corners + rng.uniform(0, 0.5, (n, 10))
     radius = radii[:, None] * rng.uniform(0.8, 1.2, (n, 10))
     stretch = rng.uniform(0.25, 1.0, (n, 1))
     turn = rng.uniform(0, np.pi, (n, 1))
 
     along = radius * np.cos(angle)
     across = radius * np.sin(angle) * stretch
-    x = centers[:, :1] + along * np.cos(turn) - across * np.sin(turn)
-    y = centers[:, 1:] + along * np.sin(turn) + across * np.cos(turn)
+    cos, sin = np.cos(turn), np.sin(turn)
+    x = centers[:, :1] + along * cos - across * sin
+    y = centers[:, 1:] + along * sin + across * cos
     return list(np.stack([x, y], axis=2))
 
 
@@ -434,8 +437,8 @@ def _occluders(
     count = int(rng.integers(0, 3))
     angle = rng.uniform(0, 2 * np.pi, count)
     distance = rng.uniform(0.5, 1.0, count) * template.half_size
-    direction = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    centers = _apply(to_frame, template.center + direction * distance[:, None])
+    on_face = template.center + _directions(angle) * distance[:, None]
+    centers = _apply(to_frame, on_face)
     shapes = _blobs(centers, rng.uniform(0.05, 0.14, count), rng)
     return [(region_id(Slot.OCCLUDER + i, "occluder"), shape) for i, shape in enumerate(shapes)]
 
@@ -496,8 +499,7 @@ def _render(scene: Scene, image_size: int, rng: np.random.Generator) -> npt.NDAr
     coat = _coverage(regions, _FACE_REGIONS)
     shade = 1.0 + coat * _coat_shade(scene, x, y)
     direction, strength = scene.light
-    slope = np.cos(direction) * (x - 0.5) + np.sin(direction) * (y - 0.5)
-    shade *= 1.0 + strength * slope
+    shade *= 1.0 + strength * _project(direction, x - 0.5, y - 0.5)
 
     pixels = _coloured(regions, scene.palette) + backdrop
     pixels *= shade[:, :, None] * scene.gain.astype(np.float32)
@@ -540,6 +542,11 @@ def _scenery(grid: npt.NDArray[np.float32], image_size: int) -> npt.NDArray[np.f
     return np.asarray(small.resize((image_size, image_size), Image.Resampling.BICUBIC), np.float32)
 
 
+def _project(direction: float, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """How far the points (x, y) lie along a direction."""
+    return np.cos(direction) * x + np.sin(direction) * y
+
+
 def _stripes(
     x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], ripple: Floats
 ) -> npt.NDArray[np.float32]:
@@ -547,9 +554,8 @@ def _stripes(
     direction, frequency, phase, strength = ripple.tolist()
     if strength <= 0:
         return np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
-    along = np.cos(direction) * x + np.sin(direction) * y
-    across = np.cos(direction) * y - np.sin(direction) * x
-    wave = np.sin(frequency * 2 * along + phase + 1.5 * np.sin(3 * across))
+    bend = 1.5 * np.sin(3 * _project(direction, y, -x))
+    wave = np.sin(frequency * 2 * _project(direction, x, y) + phase + bend)
     return np.asarray(strength * wave, np.float32)
 
 
