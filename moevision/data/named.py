@@ -22,7 +22,7 @@ from moevision.data.collection import (
     DrawnCollection,
     FileCollection,
     Sample,
-    access_advice,
+    explain_access_errors,
 )
 from moevision.data.folder import read_folder
 from moevision.errors import UserError, escape_controls
@@ -56,7 +56,7 @@ def read_named(name: str, root: str, *, download: bool = False) -> Collection:
             f"{folder / known.unpacked} and fetch it anew by {fetching(name, root)}"
         ) from error
     except OSError:
-        with access_advice(folder):
+        with explain_access_errors(folder):
             raise
     except RuntimeError as error:  # torchvision: not found or corrupted
         if not download:
@@ -108,7 +108,7 @@ def _imagenette(root: Path, download: bool) -> Collection:
     place = Path(part._image_root).parent
     found = read_folder(place)
     if len(found.class_names) != len(part._WNID_TO_CLASS) or not {"train", "val"} <= set(
-        found.given
+        found.samples
     ):
         raise ValueError(
             f"train and val of {place.name} must have {len(part._WNID_TO_CLASS)} classes each"

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-from moevision.data.collection import Collection, DrawnCollection, access_advice, unreadable
+from moevision.data.collection import (
+    Collection,
+    DrawnCollection,
+    access_error,
+    explain_access_errors,
+)
 from moevision.data.folder import read_folder, split_folders, walk
 from moevision.data.images import is_image_path
 from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named
@@ -35,7 +40,7 @@ def kind_of(path: str) -> DataKind:
         if any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return "dataset"
     except OSError as error:
-        raise unreadable(place, error) from error
+        raise access_error(place, error) from error
     return "folder"
 
 
@@ -64,7 +69,7 @@ def open_collection(
     if kind == "dataset":
         return read_dataset(path, columns, download=download)
     try:
-        with access_advice(place):
+        with explain_access_errors(place):
             return read_table(place, columns) if kind == "csv" else read_folder(place)
     except UserError as error:
         if kind == "folder" and [*place.glob("*.tar"), *place.glob("*/*.tar")]:

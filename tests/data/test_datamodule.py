@@ -735,10 +735,10 @@ def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
     monkeypatch.setattr(Path, "open", refusing(Path.open))
     monkeypatch.setattr(Path, "is_file", refusing(Path.is_file))
     collection = read_folder(root)
-    assert len(collection.given["all"]) == 12
+    assert len(collection.samples["all"]) == 12
     assert any("1 folders" in note and "can't be read" in note for note in collection.notes)
     shut = "dog/003.png"
-    assert [collection.probe(sample) == b"" for sample in collection.given["all"]] == [
+    assert [collection.probe(sample) == b"" for sample in collection.samples["all"]] == [
         False
     ] * 7 + [True] + [False] * 4
     shut = ".json"  # a folder that can't be entered

@@ -15,7 +15,7 @@ from PIL import Image
 from moevision.data import ImageDataModule
 from moevision.data.open import count_images, open_collection
 from moevision.data.scores import keys_of
-from moevision.data.splits import Cut, make_splits
+from moevision.data.splits import SplitSettings, make_splits
 from moevision.errors import UserError, escape_csv_cell
 from moevision.train.recipe import run_name
 
@@ -142,24 +142,24 @@ def test_paths_start_at_the_csv_and_may_be_absolute(pictures, tmp_path):
     elsewhere = tmp_path / "lists"
     elsewhere.mkdir()
     rows = [f"../pictures/{row}" for row in all_rows(pictures)]
-    assert {sample.sample_id for sample in opened(listed(elsewhere, rows)).given["all"]} == {
+    assert {sample.sample_id for sample in opened(listed(elsewhere, rows)).samples["all"]} == {
         row.split(",")[0] for row in rows
     }
     rows = [f"{pictures}/{row}" for row in all_rows(pictures)]
-    ids = {sample.sample_id for sample in opened(listed(pictures, rows)).given["all"]}
+    ids = {sample.sample_id for sample in opened(listed(pictures, rows)).samples["all"]}
     assert ids == {
         row.split(",")[0] for row in all_rows(pictures)
     }  # no folder of this machine is in them
     collection = opened(listed(elsewhere, rows))
-    assert collection.open(collection.given["all"][0]).size == (16, 16)
+    assert collection.open(collection.samples["all"][0]).size == (16, 16)
 
 
 def test_a_manifest_from_a_spreadsheet(pictures):
     rows = [f'"{path}" , {label}' for path, label in (row.split(",") for row in all_rows(pictures))]
     file = listed(pictures, [*rows, "", ","], "﻿path, label")
-    assert len(opened(file).given["all"]) == 20
+    assert len(opened(file).samples["all"]) == 20
     other = listed(pictures, all_rows(pictures), "file,kind")
-    assert len(opened(other, columns=("file", "kind")).given["all"]) == 20
+    assert len(opened(other, columns=("file", "kind")).samples["all"]) == 20
 
 
 WRONG = {
@@ -213,7 +213,7 @@ def test_splits_that_can_not_be(pictures):
 
 def test_a_repeated_row_is_left_out_and_reported(pictures):
     collection = opened(listed(pictures, [*all_rows(pictures), "cat/000.png,cat"]))
-    assert len(collection.given["all"]) == 20
+    assert len(collection.samples["all"]) == 20
     assert "1 rows" in collection.notes[0]
 
 
@@ -222,7 +222,7 @@ def test_files_of_one_name_are_images_of_their_own_and_names_that_are_written_al
 ):
     """scores.csv has a row for each sample id: no two images of a manifest may share one."""
     collection = opened(listed(pictures, all_rows(pictures)))
-    names = [sample.sample_id for sample in collection.given["all"]]
+    names = [sample.sample_id for sample in collection.samples["all"]]
     assert len({name.rpartition("/")[2] for name in names}) < len(names)  # cat/000.png, dog/000.png
     assert len(set(keys_of(map(escape_csv_cell, names)))) == len(names)
     for alike in (("=1.png", "'=1.png"), ("a\x1b.png", "a\\x1b.png")):
@@ -316,11 +316,14 @@ def test_tars_in_the_webdataset_format_are_a_dataset(hub, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=f"tars in the WebDataset format are read as hf:{tmp_path}"):
         ready(tmp_path / "wds")
     pets = open_collection(f"hf:{tmp_path / 'wds'}")
-    assert {split: len(samples) for split, samples in pets.given.items()} == {"train": 8, "val": 4}
+    assert {split: len(samples) for split, samples in pets.samples.items()} == {
+        "train": 8,
+        "val": 4,
+    }
     assert pets.class_names == ["0", "1"]
     expected = np.asarray(Image.open(io.BytesIO(stored(3)["bytes"])))
-    np.testing.assert_array_equal(pets.open(pets.given["train"][3]), expected)
-    assert pets.given["train"][3].label == 1
+    np.testing.assert_array_equal(pets.open(pets.samples["train"][3]), expected)
+    assert pets.samples["train"][3].label == 1
 
 
 @needs_datasets
@@ -337,7 +340,7 @@ def test_a_folder_becomes_a_dataset(hub, tmp_path, monkeypatch, image_folder):
         assert pets.class_names == ["cat", "dog"]
         stored_in[path] = {
             split: sorted((sample.label, pets.stored(sample)) for sample in samples)
-            for split, samples in pets.given.items()
+            for split, samples in pets.samples.items()
         }
     shutil.rmtree(root)
     assert stored_in[root] == stored_in[tmp_path / "saved"]
@@ -358,9 +361,9 @@ def test_copies_are_found_among_rows_that_name_files(hub, tmp_path, monkeypatch,
     shutil.copy(root / "train/cat/000.png", root / "test/cat/001.png")
     pets = open_collection(f"hf:{root}")
     sizes = sorted(file.stat().st_size for file in root.rglob("*.png"))
-    assert sorted(map(pets.size_bytes, chain.from_iterable(pets.given.values()))) == sizes
+    assert sorted(map(pets.size_bytes, chain.from_iterable(pets.samples.values()))) == sizes
     for data in (pets, open_collection(str(root))):
-        (warning,) = make_splits(data, Cut()).warnings
+        (warning,) = make_splits(data, SplitSettings()).warnings
         assert "train images are not used: byte-identical copies" in warning
 
 
@@ -433,7 +436,7 @@ def test_labels_in_words_may_be_missing_or_of_another_case(hub, tmp_path):
         tmp_path / "pets"
     )
     found = opened(tmp_path / "pets")
-    assert (found.class_names, len(found.given["all"])) == (["Dog", "cat", "dog"], 6)
+    assert (found.class_names, len(found.samples["all"])) == (["Dog", "cat", "dog"], 6)
     assert "4 of 10 all images" in found.notes[0]
     assert found.notes[1].startswith("'Dog', 'dog' differ only in upper and lower case")
 
@@ -646,7 +649,7 @@ def test_the_format_of_a_saved_dataset_changes_nothing(hub, name, value, tmp_pat
     else:
         found = opened(tmp_path / "saved")
         assert found.class_names == expected.class_names
-        assert found.given == expected.given
+        assert found.samples == expected.samples
 
 
 def test_without_the_package(tmp_path, monkeypatch):
