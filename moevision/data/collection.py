@@ -204,15 +204,10 @@ def explain_access_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise access_error(path, error) from error
-
-
-def access_error(path: str | Path, error: OSError) -> UserError:
-    """What the system doesn't let us read, in a sentence."""
-    return UserError(
-        f"{error.filename or path} can't be read ({error.strerror or error}): permit this user to read it, or give "
-        "another path"
-    )
+        raise UserError(
+            f"{error.filename or path} can't be read ({error.strerror or error}): permit this user to read it, or give "
+            "another path"
+        ) from error
 
 
 # ---- classes and splits, which are checked alike wherever they come from
