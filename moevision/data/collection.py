@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,8 @@ from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError, escape_controls, escape_csv_cell, name_bytes
 
-SPLITS: Final = ("train", "val", "test")
-SPLIT_NAMES: Final = {
+SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -38,7 +38,7 @@ SPLIT_NAMES: Final = {
     "test": "test",
     "testing": "test",
 }
-_PROBED_BYTES: Final = 64 * 1024  # from here on a probe is cheaper than the digest
+_PROBED_BYTES = 64 * 1024  # from here on a probe is cheaper than the digest
 
 
 class Sample(NamedTuple):
@@ -48,13 +48,18 @@ class Sample(NamedTuple):
     label: int
 
 
+SplitSamples = dict[
+    str, list[Sample]
+]  # by split: "train", "val", "test", or "all" of an unsplit dataset
+
+
 @dataclass
 class Collection(ABC):
     """Labelled images."""
 
     class_names: list[str]  # class names in words; a label is an index into them
     # samples per split the data came with ("train", "val", "test"), or all under "all"
-    samples: dict[str, list[Sample]]
+    samples: SplitSamples
     notes: list[str] = field(
         default_factory=list
     )  # sentences about what was left out while reading
@@ -204,10 +209,15 @@ def explain_access_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{error.filename or path} can't be read ({error.strerror or error}): permit this user to read it, or give "
-            "another path"
-        ) from error
+        raise access_error(path, error) from error
+
+
+def access_error(path: str | Path, error: OSError) -> UserError:
+    """What the system doesn't let us read, in a sentence."""
+    return UserError(
+        f"{error.filename or path} can't be read ({error.strerror or error}): permit this user to read it, or give "
+        "another path"
+    )
 
 
 # ---- classes and splits, which are checked alike wherever they come from

@@ -25,7 +25,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -39,13 +39,13 @@ from PIL.WebPImagePlugin import WebPImageFile
 from moevision.errors import UserError
 
 # File name endings, in lower case, that a folder scan takes for images.
-IMAGE_SUFFIXES: Final = frozenset(
+IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 )
-MAX_BYTES: Final = 256 * 1024 * 1024  # largest file that is read
-MAX_SIDE: Final = 16_384  # longest side, in pixels, that is decoded
-JPEG: Final = b"\xff\xd8\xff"
-_DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], ...]] = (
+MAX_BYTES = 256 * 1024 * 1024  # largest file that is read
+MAX_SIDE = 16_384  # longest side, in pixels, that is decoded
+JPEG = b"\xff\xd8\xff"
+_DECODERS: tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], ...] = (
     (JPEG, JpegImageFile),
     (b"\x89PNG\r\n\x1a\n", PngImageFile),
     (b"GIF87a", GifImageFile),
@@ -56,8 +56,8 @@ _DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], 
 )
 
 # EXIF tag 0x0112 (Exif 2.32, table 4): stored orientation -> the turn that sets the image upright.
-_ORIENTATION_TAG: Final = 0x0112
-_UPRIGHT: Final = {
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -66,21 +66,21 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS: Final = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+_SIDEWAYS = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
 # Pillow takes such prefixes away one by one, each time copying what is left: minutes for 8 MB (CVE-2026-96643).
-_REPEATED_EXIF: Final = b"Exif\0\0" * 4
+_REPEATED_EXIF = b"Exif\0\0" * 4
 
 # Encoders write about ten scans for a progressive JPEG. A scan costs 0.01 s at 16 megapixels, however short it is.
-MAX_SCANS: Final = 100
-_MAX_SEGMENTS: Final = 20_000  # 256 MB in pieces of 64 KB, as large metadata are written, are 4,000
+MAX_SCANS = 100
+_MAX_SEGMENTS = 20_000  # 256 MB in pieces of 64 KB, as large metadata are written, are 4,000
 _JPEG_MARKER = re.compile(
     rb"\xff+([^\x00\xff\xd0-\xd7])"
 )  # 0 is a stuffed byte, D0-D7 restart within a scan
 
 # A reduced image keeps at least this many pixels for each one of the result (Pillow's thumbnail has the same margin).
-_REDUCING_GAP: Final = 2
-_FULL_SIZE: Final = "full_size"
+_REDUCING_GAP = 2
+_FULL_SIZE = "full_size"
 
 
 class BadImageError(UserError):

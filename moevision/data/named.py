@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 from torchvision import datasets
@@ -28,11 +27,11 @@ from moevision.data.folder import read_folder
 from moevision.errors import UserError, escape_controls
 from moevision.words import shell_word
 
-SYNTHETIC: Final = "synthetic_pets"
-HF: Final = "hf:"
-UNKNOWN: Final = "unknown: check before you publish"
-DRAWN_SIZES: Final = {"train": 16_000, "val": 1_000, "test": 2_000}
-_IMAGENET_ARCHIVES: Final = (
+SYNTHETIC = "synthetic_pets"
+HF = "hf:"
+UNKNOWN = "unknown: check before you publish"
+DRAWN_SIZES = {"train": 16_000, "val": 1_000, "test": 2_000}
+_IMAGENET_ARCHIVES = (
     "ILSVRC2012_img_train.tar",
     "ILSVRC2012_img_val.tar",
     "ILSVRC2012_devkit_t12.tar.gz",
@@ -167,7 +166,7 @@ _CIFAR = "unknown: https://www.cs.toronto.edu/~kriz/cifar.html states no licence
 _OXFORD = "CC BY-SA 4.0 (https://www.robots.ox.ac.uk/~vgg/data/pets/)"
 _IMAGENET = "for non-commercial research and education only (terms of access on https://image-net.org/download)"
 _DRAWN = "drawn by moevision's own code (Apache-2.0): no photo is involved"
-NAMED: Final = {
+NAMED = {
     SYNTHETIC: Named(
         "SyntheticPets", _DRAWN, "", 16_000, lambda *_: DrawnCollection.of(64, 0, DRAWN_SIZES)
     ),
@@ -200,7 +199,7 @@ NAMED: Final = {
     ),
     "imagenet": Named("ImageNet-1k", _IMAGENET, "ILSVRC/imagenet-1k", 1_331_167, _imagenet),
 }
-DATASET_NAMES: Final = tuple(NAMED)
+DATASET_NAMES = tuple(NAMED)
 
 
 def terms_of(path: str) -> DataTerms:

@@ -6,11 +6,12 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from moevision.data.collection import (
     Collection,
     DrawnCollection,
+    access_error,
     explain_access_errors,
 )
 from moevision.data.folder import read_folder, split_folders, walk
@@ -20,7 +21,7 @@ from moevision.data.tables import count_rows, read_dataset, read_table
 from moevision.errors import UserError
 
 DataKind = Literal["drawn", "named", "csv", "dataset", "folder"]
-UNKNOWN_COUNT: Final = 10_000  # images that a dataset is taken to have before it is fetched
+UNKNOWN_COUNT = 10_000  # images that a dataset is taken to have before it is fetched
 
 
 def kind_of(path: str) -> DataKind:
@@ -35,9 +36,11 @@ def kind_of(path: str) -> DataKind:
     location = Path(path).expanduser()
     if location.suffix.lower() == ".csv" and os.path.isfile(location):
         return "csv"
-    with explain_access_errors(location):
+    try:
         if any((location / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return "dataset"
+    except OSError as error:
+        raise access_error(location, error) from error
     return "folder"
 
 

@@ -41,7 +41,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import compress
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,10 +55,10 @@ from moevision.files import csv_text, read_csv, write_text_atomic
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-FILE: Final = "scores.csv"
+FILE = "scores.csv"
 # what is measured at a visit, in this order
-MEASURES: Final = ("margin", "el2n", "loss", "p", "correct")
-SCORES: Final = (
+MEASURES = ("margin", "el2n", "loss", "p", "correct")
+SCORES = (
     "aum",
     "el2n",
     "loss_mean",
@@ -68,14 +68,14 @@ SCORES: Final = (
     "forgetting",
     "correct",
 )
-METHODS: Final = ("aum", "el2n", "forgetting", "loss", "random", "ccs", "decisions")
-DECISIONS: Final = ("keep", "relabel", "drop")
+METHODS = ("aum", "el2n", "forgetting", "loss", "random", "ccs", "decisions")
+DECISIONS = ("keep", "relabel", "drop")
 KEEP, NEW_LABEL, DECISION = "keep", "new_label", "decision"
 YES, NO = "yes", "no"
-LIST_HEAD: Final = f"image,label,{KEEP},{NEW_LABEL},reason"
-_SCORES_HEAD: Final = ("image", "label", "visits", *SCORES)
-_STRATA: Final = 50
-_STARVED: Final = 0.5  # of its former share: below that a class or an expert is warned about
+LIST_HEAD = f"image,label,{KEEP},{NEW_LABEL},reason"
+_SCORES_HEAD = ("image", "label", "visits", *SCORES)
+_STRATA = 50
+_STARVED = 0.5  # of its former share: below that a class or an expert is warned about
 _MAX_ROWS = 20
 
 

@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from moevision.data.collection import SPLITS, Collection, Sample
+from moevision.data.collection import SPLITS, Collection, Sample, SplitSamples
 from moevision.errors import UserError, escape_csv_cell, name_bytes
 from moevision.files import csv_text, read_csv, write_text_atomic
 
@@ -34,7 +34,7 @@ _UNUSED = "unused"  # a split that is none: an image is listed, and not used
 class Splits:
     """Samples per split, with where they come from."""
 
-    samples: dict[str, list[Sample]]  # split -> samples
+    samples: SplitSamples  # split -> samples
     notes: dict[str, str]  # split -> half a sentence about its origin
     warnings: list[str] = field(default_factory=list)  # whole sentences
     # samples in no split, because another split holds a copy of them
@@ -117,8 +117,8 @@ def make_splits(collection: Collection, settings: SplitSettings) -> Splits:
 
 
 def _check_classes_left(
-    before: Mapping[str, list[Sample]],
-    after: Mapping[str, list[Sample]],
+    before: SplitSamples,
+    after: SplitSamples,
     class_names: Sequence[str],
 ) -> None:
     """No split may have lost a class to the others."""
@@ -139,14 +139,14 @@ def evaluation_split(split: str, collection: Collection) -> Splits:
     return Splits(samples, {split: f"{part} of these data, which are not the run's"})
 
 
-def _normalized(samples: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
+def _normalized(samples: SplitSamples) -> SplitSamples:
     """A copy in which a train set without any companion counts as unsplit."""
     if set(samples) == {"train"}:
         return {"all": samples["train"]}
     return dict(samples)
 
 
-def split_origins(samples: dict[str, list[Sample]], drawn: str = "") -> dict[str, str]:
+def split_origins(samples: SplitSamples, drawn: str = "") -> dict[str, str]:
     """Where each split comes from, in words; ``drawn`` says how random cuts were drawn."""
     came_with = set(_normalized(samples))
     cut = f"at random by class{drawn}"
@@ -167,7 +167,7 @@ def stratified_cut(
     fractions: Mapping[str, float],
     seed: int,
     class_names: Sequence[str],
-) -> dict[str, list[Sample]]:
+) -> SplitSamples:
     """Cut parts (part -> share) off a list, each with its share of every class; the rest is "train".
 
     Groups (of a sample id; absent ids are groups of their own) are taken in the order of a hash of (seed, group), so a
@@ -195,7 +195,7 @@ def stratified_cut(
                 part_of[group] = part
                 filled[part] += sizes[group]
 
-    parts: dict[str, list[Sample]] = {part: [] for part in ("train", *fractions)}
+    parts: SplitSamples = {part: [] for part in ("train", *fractions)}
     for sample, group in zip(samples, groups_of_samples, strict=True):
         parts[part_of.get(group, "train")].append(sample)
     for part, members in parts.items():
@@ -333,10 +333,10 @@ def _agreeing_in(
 
 
 def _without_leaks(
-    parts: dict[str, list[Sample]], groups: Mapping[str, str], warnings: list[str]
-) -> tuple[dict[str, list[Sample]], list[Sample]]:
+    parts: SplitSamples, groups: Mapping[str, str], warnings: list[str]
+) -> tuple[SplitSamples, list[Sample]]:
     """Drop from train what val or test hold too, and from val what test holds; return the dropped as well."""
-    clean: dict[str, list[Sample]] = {}
+    clean: SplitSamples = {}
     unused: list[Sample] = []
     split_of: dict[str, str] = {}  # by group
     for split in ("test", "val", "train"):
@@ -394,7 +394,7 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
     label_of = {escape_csv_cell(name): label for label, name in enumerate(class_names)}
 
     listed_splits = {row["split"] for row in rows}
-    samples: dict[str, list[Sample]] = {split: [] for split in SPLITS if split in listed_splits}
+    samples: SplitSamples = {split: [] for split in SPLITS if split in listed_splits}
     unused: list[Sample] = []
     vanished = []
     for row in rows:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,11 +37,15 @@ from torch.utils.data import Dataset
 from moevision.errors import UserError
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.intp]
 Points = Floats  # [n, 2]
-Pairs = Sequence[tuple[float, float]]
+Polygon = tuple[int, Points]  # region id, vertices [n, 2] in frame coordinates
+FloatImage = npt.NDArray[np.float32]  # [S, S] or [S, S, 3]
+ByteImage = npt.NDArray[np.uint8]
+Pair = tuple[float, float]
 
-CLASSES: Final = ("cat", "dog", "rabbit", "bear", "mouse", "fox", "pig", "owl")
-PARTS: Final = (
+CLASSES = ("cat", "dog", "rabbit", "bear", "mouse", "fox", "pig", "owl")
+PARTS = (
     "background",
     "occluder",
     "body",
@@ -103,9 +107,9 @@ class Face:
     """A face ready for drawing."""
 
     vertices: Points  # all vertices in face coordinates, [V, 2]
-    groups: npt.NDArray[np.intp]  # the group of each vertex, [V]
+    groups: Ints  # the group of each vertex, [V]
     regions: list[int]  # region id of each shape
-    starts: npt.NDArray[np.intp]  # first vertex of each shape but the first
+    starts: Ints  # first vertex of each shape but the first
     center: Points  # middle of the head with its ears, whiskers left out, [2]
     half_size: float  # half the longer side of the box around the same
 
@@ -159,6 +163,11 @@ def ellipse(x: float, y: float, radius_x: float, radius_y: float) -> Points:
     return np.array([x, y]) + np.array([radius_x, radius_y]) * _directions(angle)
 
 
+def polygon(*corners: Pair) -> Points:
+    """Straight lines from corner to corner."""
+    return np.array(corners)
+
+
 def stroke(x0: float, y0: float, x1: float, y1: float, width: float) -> Points:
     """A straight line of some width as a quadrilateral."""
     start = np.array([x0, y0])
@@ -168,7 +177,7 @@ def stroke(x0: float, y0: float, x1: float, y1: float, width: float) -> Points:
     return np.stack([start - side, end - side, end + side, start + side])
 
 
-def smooth(points: Pairs) -> Points:
+def smooth(*points: Pair) -> Points:
     """A closed Catmull-Rom curve through the points, 4 vertices from each to the next."""
     current = np.asarray(points, dtype=np.float64)[:, None, :]  # [n, 1, 2]
     before = np.roll(current, 1, axis=0)
@@ -184,10 +193,10 @@ def smooth(points: Pairs) -> Points:
     return np.asarray(curve.reshape(-1, 2))
 
 
-def symmetric(right_half: Pairs) -> Points:
+def symmetric(*right_half: Pair) -> Points:
     """A smooth outline from its right half, top to bottom; points with x = 0 are not doubled."""
     left_half = [(-x, y) for x, y in reversed(right_half) if x > 0]
-    return smooth([*right_half, *left_half])
+    return smooth(*right_half, *left_half)
 
 
 def mirrored(points: Points) -> Points:
@@ -204,12 +213,12 @@ def grown(points: Points, margin: float) -> Points:
     return np.asarray(middle + (points - middle) * (1 + margin / half_size))
 
 
-_CURVES: Final[dict[str, Callable[..., Points]]] = {
-    "corners": lambda *points: np.array(points),
+_CURVES: dict[str, Callable[..., Points]] = {
+    "corners": polygon,
     "ellipse": ellipse,
-    "smooth": lambda *points: smooth(points),
+    "smooth": smooth,
     "stroke": stroke,
-    "symmetric": lambda *points: symmetric(points),
+    "symmetric": symmetric,
 }
 
 
@@ -272,7 +281,7 @@ def _whiskers(x: float, y: float, length: float) -> Iterator[Shape]:
         yield from _pair("WHISKER", "whisker", "MUZZLE", line)
 
 
-_ELEMENTS: Final[dict[str, Callable[..., Iterator[Shape]]]] = {
+_ELEMENTS: dict[str, Callable[..., Iterator[Shape]]] = {
     "ears": _ears,
     "eyes": _eyes,
     "mouth": _mouth,
@@ -313,10 +322,10 @@ def face(label: int) -> Face:
 
 # ---- scenes
 
-OVERSAMPLING: Final = 3
-_MAX_CLUTTER: Final = 8
+OVERSAMPLING = 3
+_MAX_CLUTTER = 8
 
-_FACE_REGIONS: Final = [
+_FACE_REGIONS = [
     region_id(slot, part)
     for slot in range(Slot.BODY, Slot.WHISKER + 1)
     for part in PARTS
@@ -329,9 +338,9 @@ class Scene:
     """An image before it has pixels."""
 
     # (region id, vertices [n, 2] in frame coordinates) in painting order
-    polygons: list[tuple[int, Points]]
+    polygons: list[Polygon]
     palette: Floats  # RGB 0-255 of every slot, [slots, 3]
-    scenery: npt.NDArray[np.float32]  # coarse grid of background colours, float32 [4, 4, 3]
+    scenery: FloatImage  # coarse grid of background colours, float32 [4, 4, 3]
     to_face: Points  # map [2, 3] from frame coordinates to face coordinates, for shading
     # (direction, frequency, phase, strength) of the stripes of coat and background, [2, 4]
     ripples: Floats
@@ -405,6 +414,30 @@ def _vary(template: Face, rng: np.random.Generator) -> Points:
     return np.asarray(moved + offset[template.groups])
 
 
+def _clutter(rng: np.random.Generator) -> list[Polygon]:
+    """Two to eight objects behind the animal."""
+    count = int(rng.integers(2, _MAX_CLUTTER + 1))
+    centers = rng.uniform(-0.1, 1.1, (count, 2))
+    outlines = _blobs(centers, rng.uniform(0.06, 0.4, count), rng)
+    return _objects(Slot.CLUTTER, "background", outlines)
+
+
+def _occluders(to_frame: Points, template: Face, rng: np.random.Generator) -> list[Polygon]:
+    """Up to two objects in front, near the head's edge, so that some parts hide but never all."""
+    count = int(rng.integers(0, 3))
+    angle = rng.uniform(0, 2 * np.pi, count)
+    distance = rng.uniform(0.5, 1.0, count) * template.half_size
+    on_face = template.center + _directions(angle) * distance[:, None]
+    centers = _apply(to_frame, on_face)
+    outlines = _blobs(centers, rng.uniform(0.05, 0.14, count), rng)
+    return _objects(Slot.OCCLUDER, "occluder", outlines)
+
+
+def _objects(first_slot: Slot, part: str, outlines: Sequence[Points]) -> list[Polygon]:
+    """Objects of one part, each with a slot of its own."""
+    return [(region_id(first_slot + i, part), outline) for i, outline in enumerate(outlines)]
+
+
 def _blobs(centers: Points, radii: Floats, rng: np.random.Generator) -> list[Points]:
     """Irregular, stretched 10-gons, from thin bars to round stones, around centers [n, 2]."""
     n = len(centers)
@@ -413,34 +446,14 @@ def _blobs(centers: Points, radii: Floats, rng: np.random.Generator) -> list[Poi
     radius = radii[:, None] * rng.uniform(0.8, 1.2, (n, 10))
     stretch = rng.uniform(0.25, 1.0, (n, 1))
     turn = rng.uniform(0, np.pi, (n, 1))
+    cos = np.cos(turn)
+    sin = np.sin(turn)
 
     along = radius * np.cos(angle)
     across = radius * np.sin(angle) * stretch
-    cos, sin = np.cos(turn), np.sin(turn)
     x = centers[:, :1] + along * cos - across * sin
     y = centers[:, 1:] + along * sin + across * cos
     return list(np.stack([x, y], axis=2))
-
-
-def _clutter(rng: np.random.Generator) -> list[tuple[int, Points]]:
-    """Two to eight objects behind the animal."""
-    count = int(rng.integers(2, _MAX_CLUTTER + 1))
-    centers = rng.uniform(-0.1, 1.1, (count, 2))
-    shapes = _blobs(centers, rng.uniform(0.06, 0.4, count), rng)
-    return [(region_id(Slot.CLUTTER + i, "background"), shape) for i, shape in enumerate(shapes)]
-
-
-def _occluders(
-    to_frame: Points, template: Face, rng: np.random.Generator
-) -> list[tuple[int, Points]]:
-    """Up to two objects in front, near the head's edge, so that some parts hide but never all."""
-    count = int(rng.integers(0, 3))
-    angle = rng.uniform(0, 2 * np.pi, count)
-    distance = rng.uniform(0.5, 1.0, count) * template.half_size
-    on_face = template.center + _directions(angle) * distance[:, None]
-    centers = _apply(to_frame, on_face)
-    shapes = _blobs(centers, rng.uniform(0.05, 0.14, count), rng)
-    return [(region_id(Slot.OCCLUDER + i, "occluder"), shape) for i, shape in enumerate(shapes)]
 
 
 def _palette(rng: np.random.Generator) -> Floats:
@@ -485,7 +498,7 @@ def region_map(scene: Scene, image_size: int) -> Image.Image:
     return canvas
 
 
-def _render(scene: Scene, image_size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def _render(scene: Scene, image_size: int, rng: np.random.Generator) -> ByteImage:
     """Colours and lights the scene: uint8 [S, S, 3]. The generator gives the pixel noise only."""
     regions = region_map(scene, image_size)
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
@@ -507,9 +520,7 @@ def _render(scene: Scene, image_size: int, rng: np.random.Generator) -> npt.NDAr
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-def _coat_shade(
-    scene: Scene, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
+def _coat_shade(scene: Scene, x: FloatImage, y: FloatImage) -> FloatImage:
     """How much lighter or darker the coat is at each pixel: float32 [S, S]."""
     (ax, ay, a0), (bx, by, b0) = scene.to_face.astype(np.float32)
     face_x = ax * x + ay * y + a0
@@ -519,7 +530,7 @@ def _coat_shade(
     return np.asarray(roundness + _stripes(face_x, face_y, scene.ripples[0]))
 
 
-def _coverage(regions: Image.Image, region_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+def _coverage(regions: Image.Image, region_ids: Sequence[int]) -> FloatImage:
     """Share of each pixel that these regions cover: float32 [S, S] in 0-1."""
     table = np.zeros(256, np.uint8)
     table[region_ids] = 255
@@ -527,7 +538,7 @@ def _coverage(regions: Image.Image, region_ids: Sequence[int]) -> npt.NDArray[np
     return np.asarray(covered.reduce(OVERSAMPLING), np.float32) / np.float32(255)
 
 
-def _coloured(regions: Image.Image, palette: Floats) -> npt.NDArray[np.float32]:
+def _coloured(regions: Image.Image, palette: Floats) -> FloatImage:
     """The region map through the palette, averaged down: float32 [S, S, 3]; the scenery is left black."""
     colours = np.repeat(palette, len(PARTS), axis=0).astype(np.uint8)
     colours[: len(PARTS)] = 0
@@ -536,20 +547,18 @@ def _coloured(regions: Image.Image, palette: Floats) -> npt.NDArray[np.float32]:
     return np.asarray(regions.convert("RGB").reduce(OVERSAMPLING), np.float32)
 
 
-def _scenery(grid: npt.NDArray[np.float32], image_size: int) -> npt.NDArray[np.float32]:
+def _scenery(grid: FloatImage, image_size: int) -> FloatImage:
     """The coarse grid of colours as a smooth backdrop: float32 [S, S, 3]."""
     small = Image.fromarray(np.clip(grid, 0, 255).astype(np.uint8))
     return np.asarray(small.resize((image_size, image_size), Image.Resampling.BICUBIC), np.float32)
 
 
-def _project(direction: float, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _project(direction: float, x: FloatImage, y: FloatImage) -> FloatImage:
     """How far the points (x, y) lie along a direction."""
     return np.cos(direction) * x + np.sin(direction) * y
 
 
-def _stripes(
-    x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], ripple: Floats
-) -> npt.NDArray[np.float32]:
+def _stripes(x: FloatImage, y: FloatImage, ripple: Floats) -> FloatImage:
     """Wavy stripes around 0; a strength below 0 means none, so that many coats and walls are plain."""
     direction, frequency, phase, strength = ripple.tolist()
     if strength <= 0:
@@ -561,7 +570,7 @@ def _stripes(
 
 # Part of every image's key. Raise it when the drawing changes: then no image of the old set comes back
 # slightly altered, and results are not compared across versions by mistake.
-_DRAWING_VERSION: Final = 1
+_DRAWING_VERSION = 1
 
 
 class SyntheticPets(Dataset[tuple[Image.Image, int]]):
@@ -607,7 +616,7 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
         """The image, as a PIL image in mode RGB, and its label."""
         return Image.fromarray(self.image(index)), self.label(index)
 
-    def image(self, index: int) -> npt.NDArray[np.uint8]:
+    def image(self, index: int) -> ByteImage:
         """The image, uint8 [S, S, 3] in RGB order."""
         scene, rng = self._scene(index)
         return _render(scene, self.image_size, rng)
@@ -616,7 +625,7 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
         """The class, an index into `classes`."""
         return self._checked(index) % len(self.classes)
 
-    def part_mask(self, index: int) -> npt.NDArray[np.uint8]:
+    def part_mask(self, index: int) -> ByteImage:
         """The part seen at the middle of each pixel, uint8 [S, S], an index into `parts`."""
         scene, _ = self._scene(index)
         regions = np.asarray(region_map(scene, self.image_size), np.uint8)  # [3 S, 3 S]

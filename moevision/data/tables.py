@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from PIL import Image
@@ -31,6 +31,7 @@ from moevision.data.collection import (
     Collection,
     FileCollection,
     Sample,
+    SplitSamples,
     check_distinct,
     check_splits,
     differ_in_case,
@@ -42,8 +43,8 @@ from moevision.errors import UserError, escape_controls
 
 # Names of a table's columns with the image (a manifest: its path) and its label; None finds them.
 Columns = tuple[str | None, str | None]
-_LABELS: Final = ("label", "labels", "class", "category", "fine_label", "cls")
-_ONE_LABEL: Final = (
+_LABELS = ("label", "labels", "class", "category", "fine_label", "cls")
+_ONE_LABEL = (
     "one image must have one label: multi-label data can't be learned. Keep the label that matters, or train one model "
     "per question"
 )
@@ -134,7 +135,7 @@ def _manifest_collection(
     check_distinct(class_names)
     check_distinct(rows)
     label_of = {name: label for label, name in enumerate(class_names)}
-    samples: dict[str, list[Sample]] = {}
+    samples: SplitSamples = {}
     for sample_id, row in rows.items():
         sample = Sample(sample_id, label_of[row.label])
         samples.setdefault(row.split or "all", []).append(sample)
@@ -288,7 +289,7 @@ def read_dataset(
         features[label_column], values, f"the column {label_column!r} of {path}"
     )
 
-    samples: dict[str, list[Sample]] = {}
+    samples: SplitSamples = {}
     for split, split_values in values.items():
         labelled = [
             Sample(f"{split}/{row:06d}", label_of[value])

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,18 +38,19 @@ from moevision.data.images import full_size
 CropMode = Literal["pad", "random_resized"]
 Pixels = npt.NDArray[np.uint8]
 Uniform = npt.NDArray[np.float64]
-Boxes = npt.NDArray[np.int64]  # [B, 4]: top, left, height, width in pixels
+Ints = npt.NDArray[np.int64]
+Boxes = Ints  # [B, 4]: top, left, height, width in pixels
 Size = tuple[int, int]  # width, height
 Box = tuple[int, int, int, int]  # left, top, right, bottom
-_Key = int | npt.NDArray[np.int64]
+_Key = int | Ints
 
 # Short side, in units of `image_size`, at which photos are kept for random resized crops: large enough that crops are
 # not enlarged much, small enough that tens of thousands of photos fit into memory.
 BASE_SCALE = 1.15
-TRIES: Final = 10  # rectangles that are drawn for an image; the first that fits is used
-CROP_RATIO: Final = (3 / 4, 4 / 3)  # width / height of a random resized crop
-ERASED_SHARE: Final = (0.02, 0.33)  # area of an erased rectangle, as a share of the image's
-ERASED_RATIO: Final = (0.3, 3.3)  # height / width of an erased rectangle
+TRIES = 10  # rectangles that are drawn for an image; the first that fits is used
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop
+ERASED_SHARE = (0.02, 0.33)  # area of an erased rectangle, as a share of the image's
+ERASED_RATIO = (0.3, 3.3)  # height / width of an erased rectangle
 # Streams of random numbers that must never coincide for equal (seed, epoch, index).
 _POLICY, _MIX, _CROP, _FLIP, _ERASE, _RECTANGLE = range(1, 7)
 
@@ -129,8 +130,8 @@ class BatchKeys:
     """What the random numbers of a batch follow from: the seed of the run, the epoch and index of each image."""
 
     seed: int
-    epoch: npt.NDArray[np.int64]  # [B]
-    index: npt.NDArray[np.int64]  # [B]
+    epoch: Ints  # [B]
+    index: Ints  # [B]
 
     def uniform(self, count: int, stream: int) -> Uniform:
         """float64 [B, count] in [0, 1), of one of the streams."""
@@ -291,9 +292,7 @@ def pad_shifts(u: Uniform, padding: int) -> Boxes:
     return np.floor(u * (2 * padding + 1)).astype(np.int64) - padding
 
 
-def resized_crop_boxes(
-    u: Uniform, sizes: npt.NDArray[np.int64], scale: tuple[float, float]
-) -> Boxes:
+def resized_crop_boxes(u: Uniform, sizes: Ints, scale: tuple[float, float]) -> Boxes:
     """Crops of random area and shape of images of these sizes [B, 2]; the central one where no try fits.
 
     u is [B, T, 4]: area, shape, top, left of each try; `scale` the smallest and largest share of an image's area.
@@ -332,9 +331,7 @@ def _sides(
     return first.astype(np.int64), second.astype(np.int64)
 
 
-def _first_that_fits(
-    u: Uniform, fits: npt.NDArray[np.bool_], sides: Boxes, sizes: npt.NDArray[np.int64]
-) -> Boxes:
+def _first_that_fits(u: Uniform, fits: npt.NDArray[np.bool_], sides: Boxes, sizes: Ints) -> Boxes:
     """The first try of each image whose sides [B, T, 2] fit, at a uniform position; the first where none does."""
     rows = np.arange(len(u))
     tries = fits.argmax(axis=1)  # [B]
@@ -344,7 +341,7 @@ def _first_that_fits(
     return np.concatenate([corner, chosen_sides], axis=1)
 
 
-def _central(sizes: npt.NDArray[np.int64]) -> Boxes:
+def _central(sizes: Ints) -> Boxes:
     """The largest central crops whose width / height lies within `CROP_RATIO`."""
     min_ratio, max_ratio = CROP_RATIO
     height, width = sizes.T
@@ -388,7 +385,7 @@ def hash_u64_array(*values: _Key) -> npt.NDArray[np.uint64]:
     return state
 
 
-def uniform(count: int, *key: _Key) -> npt.NDArray[np.float64]:
+def uniform(count: int, *key: _Key) -> Uniform:
     """float64 [B, count], uniform in [0, 1), for each key of integers or arrays [B]: upper 53 bits of ``hash_u64``."""
     columns = [part if isinstance(part, int) else part[:, None] for part in key]  # [B, 1]
     bits = hash_u64_array(*columns, np.arange(count)[None, :])  # [B, count]
