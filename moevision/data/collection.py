@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from PIL import Image
 
 from moevision.data.images import BadImageError, read_image, safe_open
@@ -142,9 +142,9 @@ class FileCollection(Collection):
 class ArrayCollection(Collection):
     """Images held as arrays, uint8 [n, H, W, 3] per split; sample ids are ``split/number``."""
 
-    arrays: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    arrays: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
-    def _pixels(self, sample: Sample) -> npt.NDArray[np.uint8]:
+    def _pixels(self, sample: Sample) -> NDArray[np.uint8]:
         split, number = sample.sample_id.rsplit("/", 1)
         return np.asarray(self.arrays[split][int(number)])
 

@@ -217,11 +217,11 @@ def _class_files(
             notes.append(f"{entry} begins with _ and was left out: rename it to use it as a class")
     for class_folder in subfolders(folder):
         images = []
-        for entry in walk(class_folder, links):
-            if is_image_path(entry.name):
-                images.append(entry)
+        for file in walk(class_folder, links):
+            if is_image_path(file.name):
+                images.append(file)
             else:
-                other_files.append(entry.name)
+                other_files.append(file.name)
         paths = _distinct_files(images)
         links["repeated"] += len(images) - len(paths)
         relative = [path.removeprefix(prefix).replace(os.sep, "/") for path in paths]

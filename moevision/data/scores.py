@@ -44,16 +44,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 
 from moevision.data.collection import Sample
 from moevision.data.splits import Splits
 from moevision.errors import UserError, escape_csv_cell, name_bytes
 from moevision.files import csv_text, read_csv, write_text_atomic
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 FILE = "scores.csv"
 # what is measured at a visit, in this order
@@ -263,7 +264,7 @@ class Scores:
 class KeepMask:
     """What becomes of each of n images."""
 
-    keep: npt.NDArray[np.bool_]  # [n]
+    keep: Mask  # [n]
     reason: Ints  # [n], which of `reasons` it is
     reasons: list[str]  # words, with `{value}` and `{rank}` where they stand in them
     value: Floats  # [n], the score that decided
@@ -445,7 +446,7 @@ def class_shares(scores: Scores, mask: KeepMask) -> list[Share]:
     ]
 
 
-def expert_shares(scores: Scores, keep: npt.NDArray[np.bool_]) -> list[Share]:
+def expert_shares(scores: Scores, keep: Mask) -> list[Share]:
     """Share of the choices of its layer that each expert computes; none without routing."""
     result = []
     for block, shares in scores.experts.items():

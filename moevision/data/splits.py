@@ -343,7 +343,7 @@ def _without_leaks(
         if split not in parts:
             continue
         clean[split] = []
-        leaks = []
+        leaks: list[Sample] = []
         for sample in parts[split]:
             is_leak = groups.get(sample.sample_id) in split_of
             (leaks if is_leak else clean[split]).append(sample)

@@ -29,19 +29,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import yaml  # type: ignore[import-untyped]
+from numpy.random import PCG64, Generator
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
 from moevision.errors import UserError
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.intp]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.intp]
 Points = Floats  # [n, 2]
 Polygon = tuple[int, Points]  # region id, vertices [n, 2] in frame coordinates
-FloatImage = npt.NDArray[np.float32]  # [S, S] or [S, S, 3]
-ByteImage = npt.NDArray[np.uint8]
+FloatImage = NDArray[Any]  # float32 [S, S] or [S, S, 3]
+ByteImage = NDArray[np.uint8]
 Pair = tuple[float, float]
 
 CLASSES = ("cat", "dog", "rabbit", "bear", "mouse", "fox", "pig", "owl")
@@ -190,7 +191,7 @@ def smooth(*points: Pair) -> Points:
         + (2 * before - 5 * current + 4 * after - beyond) * t**2
         + (3 * current - before - 3 * after + beyond) * t**3
     )
-    return np.asarray(curve.reshape(-1, 2))
+    return curve.reshape(-1, 2)
 
 
 def symmetric(*right_half: Pair) -> Points:
@@ -349,7 +350,7 @@ class Scene:
     grain: float  # standard deviation of the pixel noise, in units of 0-255
 
 
-def sample_scene(label: int, rng: np.random.Generator) -> Scene:
+def sample_scene(label: int, rng: Generator) -> Scene:
     """Draws pose, colours, clutter, occlusion and light for one animal."""
     template = face(label)
     to_frame = _pose(template, rng)
@@ -381,10 +382,10 @@ def _duller(colours: Floats) -> Floats:
 
 def _apply(affine: Points, points: Points) -> Points:
     """Points [n, 2] moved by an affine map [2, 3]."""
-    return np.asarray(points @ affine[:, :2].T + affine[:, 2])
+    return points @ affine[:, :2].T + affine[:, 2]
 
 
-def _pose(template: Face, rng: np.random.Generator) -> Points:
+def _pose(template: Face, rng: Generator) -> Points:
     """Map [2, 3] from face to frame: turn within 24 degrees, shear, aspect, scale and position."""
     turn, shear, aspect = rng.uniform((-0.42, -0.12, 0.93), (0.42, 0.12, 1.08))
     extent = rng.uniform(0.66, 0.95)
@@ -398,7 +399,7 @@ def _pose(template: Face, rng: np.random.Generator) -> Points:
     return np.hstack([matrix, offset[:, None]])
 
 
-def _vary(template: Face, rng: np.random.Generator) -> Points:
+def _vary(template: Face, rng: Generator) -> Points:
     """Vertices [V, 2] in face coordinates after each group's own tilt, stretch and shift."""
     num_groups = len(_Group)
     tilt = rng.uniform(-1, 1, num_groups) * _motion("tilt")
@@ -414,7 +415,7 @@ def _vary(template: Face, rng: np.random.Generator) -> Points:
     return np.asarray(moved + offset[template.groups])
 
 
-def _clutter(rng: np.random.Generator) -> list[Polygon]:
+def _clutter(rng: Generator) -> list[Polygon]:
     """Two to eight objects behind the animal."""
     count = int(rng.integers(2, _MAX_CLUTTER + 1))
     centers = rng.uniform(-0.1, 1.1, (count, 2))
@@ -422,7 +423,7 @@ def _clutter(rng: np.random.Generator) -> list[Polygon]:
     return _objects(Slot.CLUTTER, "background", outlines)
 
 
-def _occluders(to_frame: Points, template: Face, rng: np.random.Generator) -> list[Polygon]:
+def _occluders(to_frame: Points, template: Face, rng: Generator) -> list[Polygon]:
     """Up to two objects in front, near the head's edge, so that some parts hide but never all."""
     count = int(rng.integers(0, 3))
     angle = rng.uniform(0, 2 * np.pi, count)
@@ -438,7 +439,7 @@ def _objects(first_slot: Slot, part: str, outlines: Sequence[Points]) -> list[Po
     return [(region_id(first_slot + i, part), outline) for i, outline in enumerate(outlines)]
 
 
-def _blobs(centers: Points, radii: Floats, rng: np.random.Generator) -> list[Points]:
+def _blobs(centers: Points, radii: Floats, rng: Generator) -> list[Points]:
     """Irregular, stretched 10-gons, from thin bars to round stones, around centers [n, 2]."""
     n = len(centers)
     corners = np.linspace(0, 2 * np.pi, 10, endpoint=False)
@@ -456,7 +457,7 @@ def _blobs(centers: Points, radii: Floats, rng: np.random.Generator) -> list[Poi
     return list(np.stack([x, y], axis=2))
 
 
-def _palette(rng: np.random.Generator) -> Floats:
+def _palette(rng: Generator) -> Floats:
     """RGB of every slot, [slots, 3]; no argument says which animal it is for."""
     palette = rng.uniform(15, 240, (Slot.WHISKER + 1, 3))
     palette[: Slot.BODY] = _duller(palette[: Slot.BODY])
@@ -498,7 +499,7 @@ def region_map(scene: Scene, image_size: int) -> Image.Image:
     return canvas
 
 
-def _render(scene: Scene, image_size: int, rng: np.random.Generator) -> ByteImage:
+def _render(scene: Scene, image_size: int, rng: Generator) -> ByteImage:
     """Colours and lights the scene: uint8 [S, S, 3]. The generator gives the pixel noise only."""
     regions = region_map(scene, image_size)
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
@@ -555,7 +556,7 @@ def _scenery(grid: FloatImage, image_size: int) -> FloatImage:
 
 def _project(direction: float, x: FloatImage, y: FloatImage) -> FloatImage:
     """How far the points (x, y) lie along a direction."""
-    return np.cos(direction) * x + np.sin(direction) * y
+    return np.asarray(np.cos(direction) * x + np.sin(direction) * y)
 
 
 def _stripes(x: FloatImage, y: FloatImage, ripple: Floats) -> FloatImage:
@@ -632,12 +633,12 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
         middle = OVERSAMPLING // 2
         return regions[middle::OVERSAMPLING, middle::OVERSAMPLING] % np.uint8(len(PARTS))
 
-    def _scene(self, index: int) -> tuple[Scene, np.random.Generator]:
+    def _scene(self, index: int) -> tuple[Scene, Generator]:
         """The scene, and its generator in the state from which the pixel noise is drawn."""
         index = self._checked(index)
         key = f"SyntheticPets {_DRAWING_VERSION} {self.seed} {self.split} {index}"
         digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
-        rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+        rng = Generator(PCG64(int.from_bytes(digest, "little")))
         return sample_scene(self.label(index), rng), rng
 
     def _checked(self, index: int) -> int:

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -36,9 +36,9 @@ from moevision.config import CROP, Data, Framing
 from moevision.data.images import full_size
 
 CropMode = Literal["pad", "random_resized"]
-Pixels = npt.NDArray[np.uint8]
-Uniform = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+Pixels = NDArray[np.uint8]
+Uniform = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Boxes = Ints  # [B, 4]: top, left, height, width in pixels
 Size = tuple[int, int]  # width, height
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -300,7 +300,7 @@ def resized_crop_boxes(u: Uniform, sizes: Ints, scale: tuple[float, float]) -> B
     area = sizes.prod(axis=1, keepdims=True)  # [B, 1]
     width, height = _sides(u, area, scale, CROP_RATIO)
     sides = np.stack([height, width], axis=2)  # [B, T, 2]
-    fits = ((sides > 0) & (sides <= sizes[:, None])).all(axis=2)  # [B, T]
+    fits = np.all((sides > 0) & (sides <= sizes[:, None]), axis=2)  # [B, T]
     boxes = _first_that_fits(u, fits, sides, sizes)
     return np.where(fits.any(axis=1, keepdims=True), boxes, _central(sizes))
 
@@ -314,7 +314,7 @@ def erasing_boxes(u: Uniform, size: int) -> Boxes:
     area = sizes.prod(axis=1, keepdims=True)  # [B, 1]
     height, width = _sides(u, area, ERASED_SHARE, ERASED_RATIO)
     sides = np.stack([height, width], axis=2)  # [B, T, 2]
-    fits = (sides < size).all(axis=2)  # [B, T]
+    fits = np.all(sides < size, axis=2)  # [B, T]
     return _first_that_fits(u, fits, sides, sizes) * fits.any(axis=1, keepdims=True)
 
 
@@ -331,7 +331,7 @@ def _sides(
     return first.astype(np.int64), second.astype(np.int64)
 
 
-def _first_that_fits(u: Uniform, fits: npt.NDArray[np.bool_], sides: Boxes, sizes: Ints) -> Boxes:
+def _first_that_fits(u: Uniform, fits: NDArray[np.bool_], sides: Boxes, sizes: Ints) -> Boxes:
     """The first try of each image whose sides [B, T, 2] fit, at a uniform position; the first where none does."""
     rows = np.arange(len(u))
     tries = fits.argmax(axis=1)  # [B]
@@ -366,7 +366,7 @@ def hash_u64(*values: int) -> int:
     return int(hash_u64_array(*values)[0])
 
 
-def hash_u64_array(*values: _Key) -> npt.NDArray[np.uint64]:
+def hash_u64_array(*values: _Key) -> NDArray[np.uint64]:
     """`hash_u64` of every element of integers and integer arrays, broadcast against each other; uint64.
 
     SplitMix64's finaliser, chained over the values; Python's ``hash`` is not promised to be stable.
@@ -399,10 +399,6 @@ def seeded_torch(seed: int) -> Iterator[None]:
     ``torch.manual_seed`` isn't used because it would reseed the GPU generators too, and so tie the dropout
     of the model to the last image that was loaded.
     """
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        generator.set_state(state)
