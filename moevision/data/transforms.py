@@ -315,7 +315,8 @@ def erasing_boxes(u: Uniform, size: int) -> Boxes:
     height, width = _sides(u, area, ERASED_SHARE, ERASED_RATIO)
     sides = np.stack([height, width], axis=2)  # [B, T, 2]
     fits = np.all(sides < size, axis=2)  # [B, T]
-    return _first_that_fits(u, fits, sides, sizes) * fits.any(axis=1, keepdims=True)
+    boxes = _first_that_fits(u, fits, sides, sizes)
+    return np.where(fits.any(axis=1, keepdims=True), boxes, 0)
 
 
 def _sides(

@@ -10,8 +10,8 @@ from moevision.commands.predict import images_at
 from moevision.data.collection import FileCollection
 from moevision.data.folder import read_folder, walk
 from moevision.data.splits import SplitSettings, make_splits
-from moevision.errors import UserError
 from moevision.train.recipe import count_images
+from tests.data.conftest import names, refusal
 from tests.shared import TINY, run_cli
 
 pytestmark = pytest.mark.deep
@@ -52,8 +52,7 @@ def test_a_link_that_leads_back_changes_nothing(pets, place, target):
     linked = read_folder(pets)
     assert linked.samples == plain.samples
     assert linked.class_names == ["cat", "dog"]
-    assert "links" in linked.notes[-1]
-    assert linked.notes[-1].endswith("or to what their class has already")
+    names(linked.notes[-1], "links", "their class", "already")
 
 
 def test_links_in_a_circle_end(pets):
@@ -61,10 +60,9 @@ def test_links_in_a_circle_end(pets):
         (pets / here / "other").symlink_to(f"../{there}")
     collection = read_folder(pets)
     assert counts(collection) == {"cat": 40, "dog": 40}
-    [warning] = make_splits(collection, SplitSettings()).warnings
-    assert warning.startswith("40 images stand in several classes as byte-identical files or links")
-    [warning] = make_splits(collection, SplitSettings(check_duplicates=False)).warnings
-    assert warning.startswith("40 images stand in several classes as byte-identical files or links")
+    for check in (True, False):
+        (warning,) = make_splits(collection, SplitSettings(check_duplicates=check)).warnings
+        names(warning, "40 images", "several classes", "or links")
 
 
 def test_a_link_to_itself_is_a_bad_image(pets):
@@ -83,7 +81,7 @@ def test_two_names_of_one_folder_are_a_conflict(pets):
         collection = read_folder(pets)
         assert counts(collection) == {"cat": 20, "dog": 20, "puppy": 20}
         splits = make_splits(collection, SplitSettings(check_duplicates=check))
-        assert splits.warnings[0].startswith("20 images stand in several classes")
+        names(splits.warnings[0], "20 images", "several classes")
         sides = {s.sample_id.split("/")[1]: set() for s in collection.samples["all"] if s.label}
         for split, samples in splits.samples.items():
             for sample in samples:
@@ -98,9 +96,7 @@ def test_two_names_of_one_folder_are_a_conflict(pets):
 def test_val_that_leads_to_train_is_refused(image_folder, check):
     root = image_folder({"train/cat": 4, "train/dog": 4})
     (root / "val").symlink_to("train")
-    with pytest.raises(
-        UserError, match="every train image of the class 'cat' is in another split too"
-    ):
+    with refusal("every train image", "'cat'", "another split"):
         make_splits(read_folder(root), SplitSettings(check_duplicates=check))
 
 
@@ -114,9 +110,7 @@ def test_a_linked_image_of_another_split_is_a_leak(image_folder, check):
         "train/cat/leak.png",
         *(f"train/dog/more/00{number}.png" for number in range(3)),
     ]
-    assert splits.warnings[0].startswith(
-        "4 train images are not used: byte-identical copies, links to them"
-    )
+    names(splits.warnings[0], "4 train images", "not used", "links to them")
 
 
 def test_farms_of_links_are_as_the_files_behind_them(pets, tmp_path):
@@ -162,7 +156,7 @@ def test_hard_links_are_files_of_their_own(pets):
     collection = read_folder(pets)
     assert counts(collection) == {"cat": 21, "dog": 21}
     [warning] = make_splits(collection, SplitSettings()).warnings
-    assert warning.startswith("1 images stand in several classes")
+    names(warning, "1 images", "several classes")
 
 
 def test_hidden_folders_stay_hidden(pets):
