@@ -45,6 +45,8 @@ from moevision.errors import UserError
 from moevision.limits import usable_cores
 
 SHM = Path("/dev/shm")  # through which Linux' data workers hand over batches
+Key = tuple[int, int]  # epoch, index
+Decoded = Pixels | str  # an image, or the reason why it can't be used
 _NO_BATCH_S = 1800.0  # after which the workers are taken for stuck
 _AHEAD = 2  # batches that each worker prepares ahead, DataLoader's own number
 # Between the epochs of two keys of one image: more than there are epochs, and odd, so that it is mirrored in turn.
@@ -56,7 +58,7 @@ _DECODED_AT_ONCE = 32  # images per task of a thread
 
 
 @dataclass(eq=False, repr=False)
-class PositionSampler(Sampler[tuple[int, int]]):
+class PositionSampler(Sampler[Key]):
     """Yields ``(epoch, index)`` in an order that depends on ``(seed, epoch)`` alone, from any start position.
 
     Processes take every ``world``-th index of the common order and drop the tail, so all get equally many.
@@ -94,7 +96,7 @@ class PositionSampler(Sampler[tuple[int, int]]):
         self.start = start
         self.running_epoch = None
 
-    def keys(self, epoch: int) -> list[tuple[int, int]]:
+    def keys(self, epoch: int) -> list[Key]:
         """What this process reads in ``epoch``, in order; an image that comes again has another epoch in its key."""
         generator = torch.Generator()
         generator.manual_seed(hash_u64(self.seed, epoch))
@@ -109,7 +111,7 @@ class PositionSampler(Sampler[tuple[int, int]]):
             draws[index] += 1
         return keys[self.rank :: self.world_size][: len(self)]
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Key]:
         keys = self.keys(self.epoch)[self.start :]
         self.running_epoch = self.epoch
         self.start = 0
@@ -231,8 +233,8 @@ class ImageDataset(Dataset[RawBatch]):
         self.cache = cache
         return cache.bad
 
-    def _attempt(self, indices: Sequence[int]) -> list[Pixels | str]:
-        results: list[Pixels | str] = []
+    def _attempt(self, indices: Sequence[int]) -> list[Decoded]:
+        results: list[Decoded] = []
         for index in indices:
             try:
                 results.append(self.decode(index))
@@ -240,11 +242,11 @@ class ImageDataset(Dataset[RawBatch]):
                 results.append(error.reason)
         return results
 
-    def pixels(self, indices: Sequence[int]) -> list[Pixels | str]:
+    def pixels(self, indices: Sequence[int]) -> list[Decoded]:
         """Prepared pixels uint8 [3, H, W] of each image, or the reason why it can't be used."""
         if self.cache is not None:
             return self.cache.take(indices)
-        images: list[Pixels | str] = []
+        images: list[Decoded] = []
         for image in self._attempt(indices):
             images.append(image if isinstance(image, str) else image.transpose(2, 0, 1))
         return images
@@ -259,7 +261,7 @@ class ImageDataset(Dataset[RawBatch]):
             bad.append(BadImage(self.split, candidate, image))
         return None
 
-    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> RawBatch:
+    def __getitems__(self, keys: Sequence[int | Key]) -> RawBatch:
         """The images of a batch; see the class for what a bad one yields. DataLoader calls this."""
         epoch_keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
         decoded = self.pixels([index for _, index in epoch_keys])
@@ -288,7 +290,7 @@ class ImageDataset(Dataset[RawBatch]):
             bad=bad,
         )
 
-    def _transformed(self, images: Sequence[Pixels], keys: Sequence[tuple[int, int]]) -> Tensor:
+    def _transformed(self, images: Sequence[Pixels], keys: Sequence[Key]) -> Tensor:
         """Images uint8 [3, H, W] as a batch uint8 [B, 3, S, S]."""
         if self.transform is not None:
             # The key stays the drawn one: a replacement doesn't repeat its own augmentation in this epoch.
@@ -325,7 +327,7 @@ class PixelCache:
         self._images: list[StoredImage] = []
         self.bad: dict[int, str] = {}
 
-    def extend(self, images: Sequence[Pixels | str]) -> None:
+    def extend(self, images: Sequence[Decoded]) -> None:
         """Add the next images, uint8 [H, W, 3] each, or the reason why one is missing."""
         size = sum(image.size for image in images if not isinstance(image, str))
         buffer = torch.empty(size, dtype=torch.uint8)
@@ -344,11 +346,11 @@ class PixelCache:
             offset += image.size
         self._buffers.append(buffer)
 
-    def take(self, indices: Sequence[int]) -> list[Pixels | str]:
+    def take(self, indices: Sequence[int]) -> list[Decoded]:
         """Pixels uint8 [3, H, W] of each image, a view that must not be written to, or the reason why it is missing."""
         if len(self._views) < len(self._buffers):
             self._views = [buffer.numpy() for buffer in self._buffers]
-        images: list[Pixels | str] = []
+        images: list[Decoded] = []
         for index in indices:
             if index in self.bad:
                 images.append(self.bad[index])

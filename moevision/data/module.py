@@ -33,6 +33,7 @@ from moevision.data.collection import (
     Collection,
     DrawnCollection,
     Sample,
+    SplitSamples,
     check_same_classes,
 )
 from moevision.data.images import BadImageError
@@ -226,9 +227,7 @@ class ImageDataModule(Data, LightningDataModule):
             write_splits(table, splits, collection.class_names)
         return splits, collection.class_names
 
-    def _datasets(
-        self, collection: Collection, samples: Mapping[str, Sequence[Sample]]
-    ) -> dict[str, ImageDataset]:
+    def _datasets(self, collection: Collection, samples: SplitSamples) -> dict[str, ImageDataset]:
         """A dataset per split; training images are augmented."""
         transform = TrainTransform(self, self.crop_mode)
         train_is_square = self.crop_mode == "pad" or self.augment == "none"
@@ -532,7 +531,7 @@ class UnreadableImages:
 
     def __init__(
         self,
-        samples: Mapping[str, Sequence[Sample]],
+        samples: SplitSamples,
         max_fraction: float,
         table: Path | None = None,
     ) -> None:
@@ -578,9 +577,7 @@ class UnreadableImages:
         )
 
 
-def count_classes(
-    samples: Mapping[str, Sequence[Sample]], class_names: Sequence[str]
-) -> ClassCounts:
+def count_classes(samples: SplitSamples, class_names: Sequence[str]) -> ClassCounts:
     """Images per split and class name."""
     counts = {}
     for split, members in samples.items():

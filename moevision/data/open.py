@@ -17,7 +17,7 @@ from moevision.data.collection import (
 from moevision.data.folder import read_folder, split_folders, walk
 from moevision.data.images import is_image_path
 from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named
-from moevision.data.tables import count_rows, read_dataset, read_table
+from moevision.data.tables import Columns, count_rows, read_dataset, read_table
 from moevision.errors import UserError
 
 DataKind = Literal["drawn", "named", "csv", "dataset", "folder"]
@@ -52,7 +52,7 @@ def open_collection(
     image_size: int = 64,
     seed: int = 0,
     sizes: Mapping[str, int] = DRAWN_SIZES,
-    columns: tuple[str | None, str | None] = (None, None),
+    columns: Columns = (None, None),
 ) -> Collection:
     """Find the dataset that ``path`` names.
 

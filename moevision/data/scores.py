@@ -166,18 +166,17 @@ class ScoreSums:
     def table(self, images: Sequence[str], labels: Sequence[str]) -> Scores:
         """The scores, with the name and the class of each image."""
         rows = self.rows
-        visits = rows["visits"].astype(np.float32)
-        has_visits = visits > 0
+        visits = rows["visits"]
         with np.errstate(invalid="ignore"):  # an image without visits has no scores: 0 / 0
             scores = {
-                "aum": rows["margin"] / visits,
-                "el2n": rows["el2n"] / visits,
-                "loss_mean": rows["loss"] / visits,
-                "loss_last": np.where(has_visits, rows["loss_last"], np.nan),
-                "p_mean": np.where(has_visits, rows["p"], np.nan),
-                "p_std": np.sqrt(rows["p_squares"] / rows["visits"]),
-                "forgetting": rows["forgotten"] / rows["visits"],
-                "correct": rows["correct"] / rows["visits"],
+                "aum": rows["margin"] / visits.astype(np.float32),
+                "el2n": rows["el2n"] / visits.astype(np.float32),
+                "loss_mean": rows["loss"] / visits.astype(np.float32),
+                "loss_last": np.where(visits > 0, rows["loss_last"], np.nan),
+                "p_mean": np.where(visits > 0, rows["p"], np.nan),
+                "p_std": np.sqrt(rows["p_squares"] / visits),
+                "forgetting": rows["forgotten"] / visits,
+                "correct": rows["correct"] / visits,
             }
         is_routed = rows["routed"] > 0
         shares = np.where(is_routed[:, None], rows["shares"], np.float32(np.nan))
@@ -186,7 +185,7 @@ class ScoreSums:
         return Scores(
             images=list(images),
             labels=list(labels),
-            visits=rows["visits"].astype(np.int64),
+            visits=visits.astype(np.int64),
             scores={name: values.astype(np.float32) for name, values in scores.items()},
             experts=dict(zip(self.experts, by_block, strict=False)),
         )

@@ -20,7 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from moevision.data.collection import SPLITS, Collection, Sample, SplitSamples
 from moevision.errors import UserError, escape_csv_cell, name_bytes
@@ -383,9 +382,9 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
     moved = _moved_row(rows, current, collection)
     if moved is not None:
         raise UserError(
-            f"{path} lists {moved.path} as {moved.listed_class!r}, and now it is {moved.class_now!r}: the data have "
-            "other labels or another order than when it was written. Restore them, or use another run folder to draw "
-            "a new split"
+            f"{path} lists {moved['path']} as {moved['class']!r}, and now it is {moved['now']!r}: the data have other "
+            "labels or another order than when it was written. Restore them, or use another run folder to draw a new "
+            "split"
         )
     listed_classes = {row["class"] for row in rows}
     class_names = [
@@ -474,18 +473,10 @@ def is_copy(
     return equal >= compared * (0.5 if part else 1)
 
 
-class _MovedRow(NamedTuple):
-    """A row of ``splits.csv`` whose image is of another class now."""
-
-    path: str
-    listed_class: str
-    class_now: str
-
-
 def _moved_row(
     rows: Sequence[Mapping[str, str]], samples: Mapping[str, Sample], collection: Collection
-) -> _MovedRow | None:
-    """The first row of a held-out image that is of another class now; None where there is none.
+) -> dict[str, str] | None:
+    """The first row of a held-out image that is of another class `now`; None where there is none.
 
     Rows of tables are numbered, and their names say little. Classes of training images may have been corrected
     (`--data.relabel`).
@@ -496,7 +487,7 @@ def _moved_row(
             continue
         class_now = escape_csv_cell(collection.class_names[sample.label])
         if class_now != row["class"]:
-            return _MovedRow(row["path"], row["class"], class_now)
+            return {**row, "now": class_now}
     return None
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import yaml  # type: ignore[import-untyped]
@@ -582,9 +582,9 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
     classes are balanced to within one image.
     """
 
-    classes: ClassVar[tuple[str, ...]] = CLASSES  # names of the labels
-    parts: ClassVar[tuple[str, ...]] = PARTS  # names of the values of a part mask
-    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    classes = CLASSES  # names of the labels
+    parts = PARTS  # names of the values of a part mask
+    splits = ("train", "val", "test")
 
     def __init__(
         self, size: int, image_size: int = 64, seed: int = 0, split: str = "train"

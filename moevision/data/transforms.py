@@ -40,6 +40,7 @@ Pixels = NDArray[np.uint8]
 Uniform = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Boxes = Ints  # [B, 4]: top, left, height, width in pixels
+Bounds = tuple[float, float]  # smallest, largest
 Size = tuple[int, int]  # width, height
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 _Key = int | Ints
@@ -292,7 +293,7 @@ def pad_shifts(u: Uniform, padding: int) -> Boxes:
     return np.floor(u * (2 * padding + 1)).astype(np.int64) - padding
 
 
-def resized_crop_boxes(u: Uniform, sizes: Ints, scale: tuple[float, float]) -> Boxes:
+def resized_crop_boxes(u: Uniform, sizes: Ints, scale: Bounds) -> Boxes:
     """Crops of random area and shape of images of these sizes [B, 2]; the central one where no try fits.
 
     u is [B, T, 4]: area, shape, top, left of each try; `scale` the smallest and largest share of an image's area.
@@ -319,9 +320,7 @@ def erasing_boxes(u: Uniform, size: int) -> Boxes:
     return np.where(fits.any(axis=1, keepdims=True), boxes, 0)
 
 
-def _sides(
-    u: Uniform, area: Boxes, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[Boxes, Boxes]:
+def _sides(u: Uniform, area: Boxes, scale: Bounds, ratio: Bounds) -> tuple[Boxes, Boxes]:
     """Two sides, [B, T] each, with a uniform product and a log-uniform quotient (first / second)."""
     product = area * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
     low, high = np.log(ratio)
