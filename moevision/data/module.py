@@ -555,16 +555,10 @@ class UnreadableImages:
             return
         self._reasons = {**self._reasons, **new}
         if self.table is not None:
-            self._write(self.table)
+            rows = [[escape_csv_cell(cell) for cell in entry] for entry in self.entries()]
+            write_text_atomic(self.table, csv_text(("path", "reason", "split"), rows))
         for split, count in Counter(split for split, _ in self._reasons).items():
             self._check_share(split, count)
-
-    def _write(self, table: Path) -> None:
-        rows = [
-            (escape_csv_cell(path), escape_csv_cell(reason), split)
-            for path, reason, split in self.entries()
-        ]
-        write_text_atomic(table, csv_text(("path", "reason", "split"), rows))
 
     def _check_share(self, split: str, count: int) -> None:
         size = len(self.samples[split])
@@ -592,8 +586,8 @@ def balance_warnings(
     """Warnings: classes of very different size that nothing compensates, or that two options compensate."""
     if weighted and balanced_sampling:
         return ["class_weights and balanced_sampling both favour rare classes: use one of them"]
-    largest = max(train, key=lambda name: train[name])
-    smallest = min(train, key=lambda name: train[name])
+    largest = max(train, key=train.__getitem__)
+    smallest = min(train, key=train.__getitem__)
     if weighted or balanced_sampling or train[largest] <= _MAX_RATIO * train[smallest]:
         return []
     return [

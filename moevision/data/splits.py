@@ -178,7 +178,8 @@ def stratified_cut(
     for sample, group in zip(samples, groups_of_samples, strict=True):
         sizes[group][sample.label] += 1
     by_label: dict[int, list[str]] = defaultdict(list)
-    for group in sorted(sizes, key=lambda group: _hash_of(seed, group)):
+    hashes = {group: hashlib.sha256(name_bytes(f"{seed}:{group}")).digest() for group in sizes}
+    for group in sorted(sizes, key=hashes.__getitem__):
         for label in sizes[group]:
             by_label[label].append(group)
 
@@ -208,10 +209,6 @@ def stratified_cut(
     return parts
 
 
-def _hash_of(seed: int, group: str) -> bytes:
-    return hashlib.sha256(name_bytes(f"{seed}:{group}")).digest()
-
-
 def _nearest_groups(counts: Mapping[str, int], needed: int) -> list[str]:
     """Groups (with their images of a class) that come nearest to ``needed``, in order; one is left for train."""
     chosen: list[str] = []
@@ -222,7 +219,7 @@ def _nearest_groups(counts: Mapping[str, int], needed: int) -> list[str]:
             chosen.append(group)
             needed -= count
     if not chosen and needed > 0 and len(counts) > 1:
-        chosen = [min(counts, key=lambda group: counts[group])]
+        chosen = [min(counts, key=counts.__getitem__)]
     return chosen
 
 

@@ -82,15 +82,8 @@ class Slot(IntEnum):
     WHISKER = 24
 
 
-class _Group(IntEnum):
-    """Shapes that move as one."""
-
-    BODY = 0
-    HEAD = 1
-    LEFT_EAR = 2
-    RIGHT_EAR = 3
-    EYES = 4
-    MUZZLE = 5
+# Shapes that move as one.
+_Group = IntEnum("_Group", "BODY HEAD LEFT_EAR RIGHT_EAR EYES MUZZLE", start=0)
 
 
 @dataclass(frozen=True)
