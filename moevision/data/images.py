@@ -38,8 +38,17 @@ from PIL.WebPImagePlugin import WebPImageFile
 from moevision.errors import UserError
 
 # File name endings, in lower case, that a folder scan takes for images.
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
 )
 MAX_BYTES = 256 * 1024 * 1024  # largest file that is read
 MAX_SIDE = 16_384  # longest side, in pixels, that is decoded
@@ -65,7 +74,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+_SIDEWAYS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 
 # Pillow takes such prefixes away one by one, each time copying what is left: minutes for 8 MB (CVE-2026-96643).
 _REPEATED_EXIF = b"Exif\0\0" * 4

@@ -321,7 +321,13 @@ def prune(
     order = scored[np.lexsort((draw, -priority[scored]))]
 
     value = scores.scores["loss_mean"] if by == "loss" else priority
-    mask = KeepMask(np.zeros(n, bool), np.zeros(n, np.int64), [], value, np.zeros(n, np.int64))
+    mask = KeepMask(
+        keep=np.zeros(n, bool),
+        reason=np.zeros(n, np.int64),
+        reasons=[],
+        value=value,
+        rank=np.zeros(n, np.int64),
+    )
     mask.rank[order] = np.arange(1, len(order) + 1)
     if by == "ccs":
         mask.keep[_from_strata(mask, order, count, hardest, seed)] = True
@@ -475,7 +481,7 @@ def shares_table(shares: Sequence[Share], what: str) -> list[str]:
     if len(rows) > _MAX_ROWS:
         rows = sorted(rows, key=Share.ratio)[:_MAX_ROWS]
     num_hidden = len(shares) - len(rows)
-    width = max([len(what), *(len(share.name) for share in rows)])
+    width = max(map(len, [what, *(share.name for share in rows)]))
     lines = [f"{what:<{width}}   before    after"]
     lines += [f"{share.name:<{width}} {share.before:>8.1%} {share.after:>8.1%}" for share in rows]
     if num_hidden:

@@ -157,11 +157,6 @@ def ellipse(x: float, y: float, radius_x: float, radius_y: float) -> Points:
     return np.array([x, y]) + np.array([radius_x, radius_y]) * _directions(angle)
 
 
-def polygon(*corners: Pair) -> Points:
-    """Straight lines from corner to corner."""
-    return np.array(corners)
-
-
 def stroke(x0: float, y0: float, x1: float, y1: float, width: float) -> Points:
     """A straight line of some width as a quadrilateral."""
     start = np.array([x0, y0])
@@ -208,7 +203,7 @@ def grown(points: Points, margin: float) -> Points:
 
 
 _CURVES: dict[str, Callable[..., Points]] = {
-    "corners": polygon,
+    "corners": lambda *corners: np.array(corners),
     "ellipse": ellipse,
     "smooth": smooth,
     "stroke": stroke,

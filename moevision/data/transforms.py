@@ -298,8 +298,7 @@ def resized_crop_boxes(u: Uniform, sizes: Ints, scale: Bounds) -> Boxes:
 
     u is [B, T, 4]: area, shape, top, left of each try; `scale` the smallest and largest share of an image's area.
     """
-    area = sizes.prod(axis=1, keepdims=True)  # [B, 1]
-    width, height = _sides(u, area, scale, CROP_RATIO)
+    width, height = _sides(u, sizes, scale, CROP_RATIO)
     sides = np.stack([height, width], axis=2)  # [B, T, 2]
     fits = np.all((sides > 0) & (sides <= sizes[:, None]), axis=2)  # [B, T]
     boxes = _first_that_fits(u, fits, sides, sizes)
@@ -312,17 +311,18 @@ def erasing_boxes(u: Uniform, size: int) -> Boxes:
     ``u`` is [B, T, 4]: area, shape, top, left of each try.
     """
     sizes = np.full((len(u), 2), size)
-    area = sizes.prod(axis=1, keepdims=True)  # [B, 1]
-    height, width = _sides(u, area, ERASED_SHARE, ERASED_RATIO)
+    height, width = _sides(u, sizes, ERASED_SHARE, ERASED_RATIO)
     sides = np.stack([height, width], axis=2)  # [B, T, 2]
     fits = np.all(sides < size, axis=2)  # [B, T]
     boxes = _first_that_fits(u, fits, sides, sizes)
     return np.where(fits.any(axis=1, keepdims=True), boxes, 0)
 
 
-def _sides(u: Uniform, area: Boxes, scale: Bounds, ratio: Bounds) -> tuple[Boxes, Boxes]:
+def _sides(u: Uniform, sizes: Ints, scale: Bounds, ratio: Bounds) -> tuple[Boxes, Boxes]:
     """Two sides, [B, T] each, with a uniform product and a log-uniform quotient (first / second)."""
-    product = area * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
+    area = sizes.prod(axis=1, keepdims=True)  # [B, 1]
+    smallest, largest = scale
+    product = area * (smallest + (largest - smallest) * u[..., 0])
     low, high = np.log(ratio)
     quotient = np.exp(low + (high - low) * u[..., 1])
     # to the nearest even number, like Python's round, which torchvision uses
