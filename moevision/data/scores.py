@@ -2,7 +2,7 @@
 
 **Scores** (`scores.csv`): means over visits, of which one is one image in one applied update, in the training's own
 forward pass (augmented, with dropout and router noise); p = softmax(logits) [C], y its label. Images are not visited
-equally often: a stand-in for a bad file, balanced sampling and the tail that several processes drop.
+equally often: a replacement of a bad file, balanced sampling and the tail that several processes drop.
 
 - `aum`: mean of logit_y - max_{c≠y} logit_c, the area under the margin (arXiv:2001.10528, §3);
 - `el2n`: mean of ‖p - onehot(y)‖₂ (arXiv:2107.07075, §2; there over trainings at one epoch);
