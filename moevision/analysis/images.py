@@ -34,7 +34,7 @@ from moevision.data.collection import (
 from moevision.data.images import BadImageError, upright_rgb
 from moevision.data.named import DATASET_NAMES
 from moevision.data.open import open_collection
-from moevision.data.splits import Cut, is_copy, make_splits, read_splits
+from moevision.data.splits import SplitSettings, is_copy, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
 from moevision.errors import DataWarning, UserError, escape_controls, name_bytes
@@ -120,7 +120,7 @@ def open_pictures(
     elif isinstance(data, SyntheticPets):  # drawn again at the model's size, with its part masks
         drawn = DrawnCollection.of(image_size, data.seed, {data.split: len(data)})
         name = f"synthetic_pets, {data.split} set, seed {data.seed}"
-        pictures = CollectionPictures(drawn, drawn.given[data.split], image_size, name)
+        pictures = CollectionPictures(drawn, drawn.samples[data.split], image_size, name)
     elif isinstance(data, str | Path):
         collection = open_collection(
             str(data),
@@ -141,7 +141,7 @@ def open_pictures(
         )
     else:
         dataset = DatasetCollection(data, class_names)
-        samples = dataset.given["all"]
+        samples = dataset.samples["all"]
         pictures = CollectionPictures(dataset, samples, image_size, dataset.name, framing)
     return _limited(pictures, limit, seed, class_names)
 
@@ -198,14 +198,14 @@ class CollectionPictures:
         class_names = collection.class_names
         notes = list(collection.notes)
         if split == "all":
-            samples = [sample for part in collection.given.values() for sample in part]
+            samples = [sample for part in collection.samples.values() for sample in part]
             part_name = "all images"
         else:
             table = None if run_dir is None else Path(run_dir) / "splits.csv"
             if table is not None and table.exists():
                 splits, class_names = read_splits(table, collection)
             else:
-                splits = make_splits(collection, Cut(seed=seed))
+                splits = make_splits(collection, SplitSettings(seed=seed))
             if split not in splits.samples:
                 choices = ", ".join(splits.samples)
                 raise UserError(

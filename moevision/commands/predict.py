@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from moevision.data.folder import left_out, walk
+from moevision.data.folder import unread_formats, walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, escape_controls, escape_csv_cell, json_text
@@ -149,7 +149,9 @@ def images_at(paths: Sequence[str]) -> Iterator[Path]:
             links: Counter[str] = Counter()
             files = list(walk(path, links))
             images = sorted(Path(file.path) for file in files if is_image_path(file.name))
-            others = left_out(path, (file.name for file in files if not is_image_path(file.name)))
+            others = unread_formats(
+                path, (file.name for file in files if not is_image_path(file.name))
+            )
             if links["unreadable"]:
                 print_rank0(
                     f"warning: {links['unreadable']} folders in {path} can't be read, and were left out: permit it."
