@@ -175,7 +175,7 @@ def route(
     if image is None:
         return None, ""
     view = route_image(
-        trained.saved, image, settings=Settings(away=gone), facts=trained.facts
+        trained.saved, image, settings=Settings(ablated_experts=gone), facts=trained.facts
     ).to_json()
     view["picture"] |= {
         "name": "your photo",

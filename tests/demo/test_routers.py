@@ -88,7 +88,7 @@ def test_a_view_of_every_router_has_the_weights_and_loads_of_the_model(make, pix
     ],
 )
 def test_what_is_said_about_a_layer(make, arguments, words):
-    assert [router.words for router in describe(make(**arguments)).routers] == [words] * 2
+    assert [router.summary for router in describe(make(**arguments)).routers] == [words] * 2
 
 
 def test_layers_of_one_model_may_differ(make, pixels):
@@ -96,7 +96,7 @@ def test_layers_of_one_model_may_differ(make, pixels):
     facts = describe(model)
     assert (facts.num_experts, facts.top_k) == (None, None)
     # 16 patches at k = 1 are 16 slots, 3 for each of 6 experts when rounded up
-    assert [router.words for router in facts.routers] == [
+    assert [router.summary for router in facts.routers] == [
         "top-2 of 4 experts",
         "6 experts with 3 slots each, which read all patches",
     ]

@@ -19,7 +19,7 @@ from moevision.data import SyntheticPets
 from moevision.demo import galleries as galleries_module
 from moevision.demo import route_image, service
 from moevision.demo.atlas import compare_by_atlas
-from moevision.demo.examples import Examples, LRUCache, photo_files
+from moevision.demo.examples import Examples, photo_files
 from moevision.demo.facts import SHARP_PX, PictureFacts, sharp_square
 from moevision.demo.galleries import Galleries, read_into_memory
 from moevision.demo.models import open_entries
@@ -749,15 +749,6 @@ def test_pictures_in_memory_leave_out_what_can_not_be_read(drawn_pets, tmp_path)
     assert f"cat/{broken.name}" not in names
     place = names.index("dog/" + sorted(path.name for path in (drawn_pets / "dog").iterdir())[0])
     assert held.class_names[held.label(place)] == "dog"
-
-
-def test_recent_results_are_bounded_and_kept_by_use():
-    made = []
-    recent = LRUCache(2)
-    for key in "abacab":
-        assert recent.get(key, lambda key=key: made.append(key) or key * 2) == key * 2
-    # a is made once and then used again; c pushes b out, then b pushes c out
-    assert made == ["a", "b", "c", "b"]
 
 
 def test_a_fault_of_ours_is_logged_and_told(explorer, monkeypatch, caplog):
