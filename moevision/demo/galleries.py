@@ -146,8 +146,9 @@ class Galleries:
         """Raise what went wrong with this gallery, if anything did."""
         error = self._errors.get((entry.card.id, variant))
         if error is not None:
-            title = entry.card.title
-            raise RequestError(f"The images of {title} could not be looked through: {error}")
+            raise RequestError(
+                f"The images of {entry.card.title} could not be looked through: {error}"
+            )
 
     def _work(self) -> None:
         """Collect all galleries, those of the trained models first."""
@@ -479,8 +480,9 @@ class Times:
             if entry.card.id == OWN:  # it recorded images of another folder
                 return None
             file = entry.histories[variant]
-            reason = "doesn't fit the model beside it"
-            raise UserError(f"{file} {reason}: put back the package's own file.")
+            raise UserError(
+                f"{file} doesn't fit the model beside it: put back the package's own file."
+            )
 
         rows = {examples.id_of_name(name): row for row, name in enumerate(trained.image_names)}
         labels = [examples.find(id).label for id in rows]

@@ -15,6 +15,7 @@ from moevision.demo.facts import ModelFacts
 from moevision.demo.view import FILLS, KINDS, Settings
 from moevision.demo.wire import RequestError
 
+Request = Mapping[str, Any]
 MAX_NAME: Final = 200
 # Of an image: the path of a file, of which Linux allows 4096 bytes, behind its kind.
 MAX_ID: Final = 4200
@@ -23,19 +24,20 @@ MAX_CAPACITY: Final = 16.0
 SEEDS: Final = range(2**31)
 
 
-def fields(request: Any, allowed: Sequence[str]) -> Mapping[str, Any]:
+def fields(request: Any, allowed: Sequence[str]) -> Request:
     """The request as a mapping that has no other keys than the allowed ones."""
     if not isinstance(request, dict):
         raise RequestError("A request is one JSON object.")
     for key in request:
         if key not in allowed:
-            names = ", ".join(allowed) or "none"
-            raise RequestError(f"There is no field {str(key)[:40]!r}: the fields are {names}.")
+            raise RequestError(
+                f"There is no field {str(key)[:40]!r}: the fields are {', '.join(allowed) or 'none'}."
+            )
     return request
 
 
 def text(
-    request: Mapping[str, Any], name: str, default: str | None = None, *, longest: int = MAX_NAME
+    request: Request, name: str, default: str | None = None, *, longest: int = MAX_NAME
 ) -> str:
     """A short string."""
     value = _value(request, name, default)
@@ -44,14 +46,12 @@ def text(
     return value
 
 
-def image_id(request: Mapping[str, Any], name: str) -> str:
+def image_id(request: Request, name: str) -> str:
     """The id of an image, which may have a long path in it."""
     return text(request, name, longest=MAX_ID)
 
 
-def choice(
-    request: Mapping[str, Any], name: str, options: Sequence[str], default: str | None = None
-) -> str:
+def choice(request: Request, name: str, options: Sequence[str], default: str | None = None) -> str:
     """One of several words."""
     value = text(request, name, default)
     if value not in options:
@@ -60,25 +60,26 @@ def choice(
 
 
 def whole_number(
-    request: Mapping[str, Any], name: str, options: Sequence[int], default: int | None = None
+    request: Request, name: str, options: Sequence[int], default: int | None = None
 ) -> int:
     """One of several whole numbers; true, false and 2.0 are no whole numbers."""
     value = _value(request, name, default)
     if type(value) is int and value in options:
         return value
     if isinstance(options, range):
-        limits = f"a whole number from {options[0]} to {options[-1]}"
-        raise RequestError(f"The field {name!r} must be {limits}.")
+        raise RequestError(
+            f"The field {name!r} must be a whole number from {options[0]} to {options[-1]}."
+        )
     raise RequestError(f"The field {name!r} must be one of {', '.join(map(str, options))}.")
 
 
-def _value(request: Mapping[str, Any], name: str, default: Any) -> Any:
+def _value(request: Request, name: str, default: Any) -> Any:
     """A field, or the default where it is missing or null."""
     value = request.get(name)
     return default if value is None else value
 
 
-def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
+def settings(request: Request, facts: ModelFacts) -> Settings:
     """The fields `top_k`, `capacity`, `intervention`, `noise` and `away`, each of which may be null."""
     change = request.get("intervention")
     return Settings(
@@ -90,35 +91,38 @@ def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
     )
 
 
-def _top_k(request: Mapping[str, Any], facts: ModelFacts) -> int | None:
+def _top_k(request: Request, facts: ModelFacts) -> int | None:
     """The k of the request; None where it is null, or as trained."""
     if request.get("top_k") is None:
         return None
     if not facts.max_top_k:
-        reason = facts.routers[0].refused["top_k"]
-        raise RequestError(f"The field 'top_k' must be null here: {reason}.")
+        raise RequestError(
+            f"The field 'top_k' must be null here: {facts.routers[0].refused['top_k']}."
+        )
     top_k = whole_number(request, "top_k", range(1, facts.max_top_k + 1))
     return None if top_k == facts.top_k else top_k
 
 
-def _capacity(request: Mapping[str, Any]) -> float | None:
+def _capacity(request: Request) -> float | None:
     capacity = request.get("capacity")
     if capacity is None:
         return None
     is_number = type(capacity) in (int, float)
     if not is_number or not MIN_CAPACITY <= capacity <= MAX_CAPACITY:  # NaN lies in no range
-        limits = f"a number from {MIN_CAPACITY} to {MAX_CAPACITY:g}"
-        raise RequestError(f"The field 'capacity' must be {limits}, or null.")
+        raise RequestError(
+            f"The field 'capacity' must be a number from {MIN_CAPACITY} to {MAX_CAPACITY:g}, or null."
+        )
     return float(capacity)
 
 
-def _noise_seed(request: Mapping[str, Any], facts: ModelFacts) -> int | None:
+def _noise_seed(request: Request, facts: ModelFacts) -> int | None:
     if request.get("noise") is None:
         return None
     seed = whole_number(request, "noise", SEEDS)
     if all(router.noise == "none" for router in facts.routers):
-        reason = "the routers of this model have no noise"
-        raise RequestError(f"The field 'noise' must be null here: {reason}.")
+        raise RequestError(
+            "The field 'noise' must be null here: the routers of this model have no noise."
+        )
     return seed
 
 
@@ -126,8 +130,9 @@ def ablated_experts(value: Any, facts: ModelFacts) -> tuple[Intervention, ...]:
     """Experts that are taken away, from pairs of layer and expert."""
     num_experts = sum(router.num_experts for router in facts.routers)
     if not isinstance(value, list) or len(value) > num_experts or not all(map(_is_pair, value)):
-        pairs = f"a list of at most {num_experts} pairs [layer, expert]"
-        raise RequestError(f"The field 'away' must be {pairs}.")
+        raise RequestError(
+            f"The field 'away' must be a list of at most {num_experts} pairs [layer, expert]."
+        )
     return tuple(
         intervention({"kind": "ablate", "layer": layer, "expert": expert}, facts)
         for layer, expert in value
@@ -154,8 +159,9 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
     if kind != "random":
         expert = whole_number(request, "expert", range(num_experts))
     if kind == "ablate" and num_experts == 1 and fill == "next_best":
-        way_on = "take it away with the fill 'zero'"
-        raise RequestError(f"The only expert has no next-best one: {way_on}.")
+        raise RequestError(
+            "The only expert has no next-best one: take it away with the fill 'zero'."
+        )
 
     return Intervention(
         cast(Kind, kind),
@@ -167,35 +173,36 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
     )
 
 
-def _swap_partner(
-    request: Mapping[str, Any], kind: str, expert: int | None, num_experts: int
-) -> int | None:
+def _swap_partner(request: Request, kind: str, expert: int | None, num_experts: int) -> int | None:
     if kind == "swap":
         other = whole_number(request, "other", range(num_experts))
         if other == expert:
-            reason = "'expert' and 'other' are the same"
-            raise RequestError(f"Two different experts can be swapped: {reason}.")
+            raise RequestError(
+                "Two different experts can be swapped: 'expert' and 'other' are the same."
+            )
         return other
     if request.get("other") is not None:
-        meaning = "names the second expert of a swap"
-        raise RequestError(f"The field 'other' {meaning}: it must be null here.")
+        raise RequestError(
+            "The field 'other' names the second expert of a swap: it must be null here."
+        )
     return None
 
 
-def path(request: Mapping[str, Any], facts: ModelFacts) -> tuple[int, ...]:
+def path(request: Request, facts: ModelFacts) -> tuple[int, ...]:
     """One expert for each MoE layer, in order of depth."""
     value: Any = request.get("path")
-    if not _is_path(value, facts):
+    if not isinstance(value, list) or not _is_path(value, facts):
         ranges = [f"0 to {router.num_experts - 1} in {router.name}" for router in facts.routers]
-        experts = f"{len(ranges)} experts, one per MoE layer: {', '.join(ranges)}"
-        raise RequestError(f"The field 'path' must be a list of {experts}.")
+        raise RequestError(
+            f"The field 'path' must be a list of {len(ranges)} experts, one per MoE layer: {', '.join(ranges)}."
+        )
     return tuple(value)
 
 
-def _is_path(value: Any, facts: ModelFacts) -> bool:
-    if not isinstance(value, list) or len(value) != len(facts.routers):
+def _is_path(experts: list[Any], facts: ModelFacts) -> bool:
+    if len(experts) != len(facts.routers):
         return False
+    pairs = zip(experts, facts.routers, strict=True)
     return all(
-        type(expert) is int and 0 <= expert < router.num_experts
-        for expert, router in zip(value, facts.routers, strict=True)
+        type(expert) is int and expert in range(router.num_experts) for expert, router in pairs
     )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,17 +35,15 @@ from moevision.layers import routing_lock
 from moevision.models.ood import REFUSED, answers
 from moevision.words import percent
 
-SETTINGS_FIELDS: Final = ("top_k", "capacity", "intervention", "away")
-CLASS_PICTURES: Final = 50
-MIN_CLASS_PICTURES: Final = 20
-MORE_EXAMPLES: Final = 24  # at a time
+SETTINGS_FIELDS = ("top_k", "capacity", "intervention", "away")
+CLASS_PICTURES = 50
+MIN_CLASS_PICTURES = 20
+MORE_EXAMPLES = 24  # at a time
 # Views of examples as the model was trained to route them, about 0.1 MB each.
-CACHED_VIEWS: Final = 64
-LOOK_AHEAD_S: Final = 1.0  # that the start may take longer, so that the first examples are there
-SURE: Final = 0.8  # share of strangers from which on one is called so without "may"
-FARTHER: Final = (
-    f"It is farther from every class than {percent(1 - REFUSED, 0)} of the validation images"
-)
+CACHED_VIEWS = 64
+LOOK_AHEAD_S = 1.0  # that the start may take longer, so that the first examples are there
+SURE = 0.8  # share of strangers from which on one is called so without "may"
+FARTHER = f"It is farther from every class than {percent(1 - REFUSED, 0)} of the validation images"
 log = logging.getLogger(__name__)
 
 
@@ -214,8 +212,9 @@ class Explorer:
         entry = self.pages.entry(request, "list", "class")
         run = entry.examples.scored
         if run is None:
-            reason = "comes without scores of its training images, which fit leaves"
-            raise RequestError(f"{entry.card.title} {reason}.")
+            raise RequestError(
+                f"{entry.card.title} comes without scores of its training images, which fit leaves."
+            )
         score_list = SCORE_LISTS[read.choice(request, "list", tuple(SCORE_LISTS))]
         class_name = None
         if request.get("class") is not None:
@@ -248,8 +247,9 @@ class Explorer:
         if change is None:
             raise RequestError("The field 'intervention' must say what to change.")
         if image.settings.noise is not None:
-            reason = "a change is measured without noise"
-            raise RequestError(f"The field 'noise' must be null: {reason}.")
+            raise RequestError(
+                "A change is measured without noise: the field 'noise' must be null."
+            )
         model = image.variant.saved
         with replace(image.settings, intervention=None).applied(model.net):
             return effect(model, image.picture.pixels, change).to_json()
@@ -317,8 +317,9 @@ class Explorer:
         if isinstance(upload, str) and upload:
             upload = _open(upload, entry.examples)
         if not isinstance(upload, Upload):
-            image = "an image as data:image/...;base64,... text"
-            raise RequestError(f"The field 'data' must be {image}.")
+            raise RequestError(
+                "The field 'data' must be an image as data:image/...;base64,... text."
+            )
         return PictureFacts(upload.pixels, name="your image")
 
     def _example_view(self, model: str, variant: str, picture_id: str) -> Json:

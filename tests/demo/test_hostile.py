@@ -281,7 +281,7 @@ def test_connections_are_counted_by_network(monkeypatch, others, taken):
         for connection, wire in zip(connections, wires, strict=True):
             connection.connection_made(wire)
         for connection in connections:
-            connection._stop_clock()
+            connection._stop_timer()
         return [wire.closed for wire in wires]
 
     *refused, visitor = asyncio.run(talk())
@@ -427,7 +427,7 @@ def test_a_body_in_pieces_arrives_whole(ask_door, explorer):
         "route", hostile.ROUTE
     )
     assert (b"x-content-type-options", b"nosniff") in start["headers"]
-    assert (door._held, door._inside) == ({}, {})
+    assert (door._body_bytes, door._requests_in_flight) == ({}, {})
 
 
 @pytest.mark.parametrize(
@@ -447,28 +447,28 @@ def test_a_body_of_millions_of_parts_is_refused_before_it_is_parsed(
 
 def test_a_body_without_a_length_is_counted(ask_door):
     (start, *_), door = ask_door([b"x" * 60, b"x" * 60, b"x" * 60], MAX_BODY=100)
-    assert (start["status"], door._held) == (413, {})
+    assert (start["status"], door._body_bytes) == (413, {})
 
 
 @pytest.mark.parametrize("length", [b"101", b"-1", b"1e9", b"9" * 30, b""])
 def test_an_announced_length_is_believed_before_a_byte_is_kept(ask_door, length):
     (start, *_), door = ask_door([b"{}"], headers=[(b"content-length", length)], MAX_BODY=100)
-    assert (start["status"], door._held) == (413, {})
+    assert (start["status"], door._body_bytes) == (413, {})
 
 
 def test_a_slow_body_is_given_up(ask_door):
     (start, *_), door = ask_door([b"{"] * 500, delay=0.02, READ_S=0.1)
-    assert (start["status"], door._held) == (408, {})
+    assert (start["status"], door._body_bytes) == (408, {})
 
 
 def test_all_bodies_together_are_bounded(ask_door):
     (start, *_), door = ask_door([b"x" * 60, b"x" * 60], MAX_BODIES=100)
-    assert (start["status"], door._held) == (503, {})
+    assert (start["status"], door._body_bytes) == (503, {})
 
 
 def test_a_fourth_of_all_bodies_is_for_one_address(ask_door):
     (start, *_), door = ask_door([b"x" * 26], MAX_BODIES=100)
-    assert (start["status"], door._held, door._inside) == (503, {}, {})
+    assert (start["status"], door._body_bytes, door._requests_in_flight) == (503, {}, {})
     (start, *_), _ = ask_door([b'{"data": "' + b"x" * 13 + b'"}'], MAX_BODIES=100)
     assert start["status"] == 200
 

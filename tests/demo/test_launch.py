@@ -192,7 +192,7 @@ def test_a_name_with_one_address_that_can_be_used_will_do(monkeypatch):
     ],
 )
 def test_names_that_the_page_goes_by(serving, name, expected):
-    assert serving.known(name) is expected
+    assert serving.accepts_host(name) is expected
 
 
 def test_who_may_show_the_page_in_a_frame(monkeypatch):
@@ -205,7 +205,7 @@ def test_who_may_show_the_page_in_a_frame(monkeypatch):
     monkeypatch.setenv("SPACE_ID", "me/moevision")
     space = Serving(host="0.0.0.0", public=True)
     assert space.frames() == "'self' https://huggingface.co https://*.hf.space"
-    assert space.known("me-moevision.hf.space")
+    assert space.accepts_host("me-moevision.hf.space")
 
 
 def test_the_help_teaches(cli):
