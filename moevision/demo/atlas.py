@@ -73,19 +73,17 @@ def build_atlas(
     of `trace` can't be shown.
     """
     gallery_trace = trace if shown is None else shown
-    fractions = None
-    part_names: Sequence[str] = ()
+    part_shares: dict[int, PartShares] = {}  # by layer
     if pictures is not None:
         fractions = fractions_of_parts(pictures, trace.grid)
-        part_names = pictures.part_names
+        for layer in trace.layers:
+            part_shares[layer.layer] = PartShares.of(layer, fractions, pictures.part_names)
     layer_answers = {answers.name: answers for answers in questions}
     effect_of = {} if effects is None else _effects_by_expert(effects)
 
     layers = []
     for layer, gallery_layer in zip(trace.layers, gallery_trace.layers, strict=True):
-        parts = None
-        if fractions is not None:
-            parts = PartShares.of(layer, fractions, part_names)
+        parts = part_shares.get(layer.layer)
         class_map = maps[layer.layer]
         experts = []
         for gallery in layer_gallery(gallery_layer, count):

@@ -72,9 +72,9 @@ class Examples:
         if pictures is not None:
             self._index = {self.id_of(pictures, index): index for index in range(len(pictures))}
         self._dropping = threading.Lock()
-        # Bounded, so memory stays flat.
-        self._find = lru_cache(256)(self._open)
-        self._sharp = lru_cache(64)(self._sharp_uri)
+        # `_open` and `_sharp_uri` with their last results; bounded, so memory stays flat.
+        self.find = lru_cache(256)(self._open)
+        self.sharp = lru_cache(64)(self._sharp_uri)
 
     @property
     def has_pictures(self) -> bool:
@@ -128,14 +128,6 @@ class Examples:
             return set()
         return set(map(self.pictures.picture_name, range(len(self.pictures))))
 
-    def find(self, id: str) -> PictureFacts:
-        """The image of that id, or RequestError if there is none."""
-        return self._find(id)
-
-    def sharp(self, id: str) -> str | None:
-        """The same part of an image as the model sees, in more pixels, as a data URI; None where there are no more."""
-        return self._sharp(id)
-
     def original(self, id: str) -> Image.Image | None:
         """An image before the model's size; None where its data has nothing larger."""
         photo = self._photo(id)
@@ -144,10 +136,12 @@ class Examples:
         return original_image(*self._locate(id), SHARP_PX)
 
     def _sharp_uri(self, id: str) -> str | None:
+        """The same part of an image as the model sees, in more pixels, as a data URI; None where there are no more."""
         image = self.original(id)
         return None if image is None else sharp_data_uri(image, self.image_size, self.framing)
 
     def _open(self, id: str) -> PictureFacts:
+        """The image of that id, or RequestError if there is none."""
         name = id.partition("/")[2]
         photo = self._photo(id)
         if photo is not None:

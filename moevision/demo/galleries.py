@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,7 @@ CELL_PICTURES = 12
 SIMILAR_PATCHES = 12
 CROP_PX = 40  # small patches are shown with more of what surrounds them
 _NO_PICTURES = "has no images here: start the explorer with --data DIR to give it some."
+T = TypeVar("T")
 Key = tuple[str, str]  # model, variant
 log = logging.getLogger(__name__)
 
@@ -126,29 +127,24 @@ class Galleries:
 
     def atlas(self, entry: Entry, variant: str) -> Json | None:
         """The atlas of a variant; None while it is being computed or if there will be none."""
-        atlas = self._atlases.get((entry.card.id, variant))
-        if atlas is None:
-            self._raise_error(entry, variant)
-        return atlas
+        return self._result(self._atlases, entry, variant)
 
     def gallery(self, entry: Entry, variant: str) -> Gallery | None:
         """The gallery of a variant; None while it is being collected or if the model has no images."""
-        gallery = self._galleries.get((entry.card.id, variant))
-        if gallery is None:
-            self._raise_error(entry, variant)
-        return gallery
+        return self._result(self._galleries, entry, variant)
 
     def status(self, entry: Entry) -> str:
         """What to say about a model without a gallery: `computing` or `no_pictures`."""
         return "computing" if entry.examples.has_pictures else "no_pictures"
 
-    def _raise_error(self, entry: Entry, variant: str) -> None:
-        """Raise what went wrong with this gallery, if anything did."""
-        error = self._errors.get((entry.card.id, variant))
-        if error is not None:
+    def _result(self, results: dict[Key, T], entry: Entry, variant: str) -> T | None:
+        """What there is of a variant; a RequestError if collecting it failed."""
+        key = (entry.card.id, variant)
+        if key not in results and key in self._errors:
             raise RequestError(
-                f"The images of {entry.card.title} could not be looked through: {error}"
+                f"The images of {entry.card.title} could not be looked through: {self._errors[key]}"
             )
+        return results.get(key)
 
     def _work(self) -> None:
         """Collect all galleries, those of the trained models first."""

@@ -322,54 +322,6 @@ def test_no_path_and_no_address_is_ever_opened(explorer, data, monkeypatch):
         assert explorer.answer("route", {"picture": picture})["code"] in CODES
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [
-        ("top_k", 5, "from 1 to 4"),
-        ("top_k", True, "from 1 to 4"),
-        ("capacity", float("nan"), "0.05 to 16"),
-        ("capacity", 10**400, "0.05 to 16"),  # more than a float can hold
-        ("capacity", "1", "0.05 to 16"),
-        ("model", "nope", "pets, photos"),
-        ("variant", "better", "trained, unbalanced, untrained"),
-        ("picture", None, "one JSON object"),
-        ("picture", {"kind": "url"}, "example, upload"),
-        ("picture", {"kind": "upload"}, "'data'"),
-        ("picture", {"kind": "example", "id": "pets/test/2000"}, "choose one of the examples"),
-        ("pictures", 1, "no field 'pictures'"),
-        ("noise", -1, "'noise'"),
-        ("noise", True, "'noise'"),
-        ("away", {"3": 1}, "a list of at most 8 pairs"),
-        ("away", [[3, 1], [3]], "a list of at most 8 pairs"),
-        ("away", [[3, 1]] * 9, "a list of at most 8 pairs"),
-        ("away", [[2, 1]], "one of 1, 3"),
-        ("away", [[3, 4]], "from 0 to 3"),
-        ("intervention", {"kind": "shuffle"}, "ablate, force, swap, random"),
-        ("intervention", {"kind": "ablate", "expert": 1}, "one of 1, 3"),
-        ("intervention", {"kind": "ablate", "layer": 2, "expert": 1}, "one of 1, 3"),
-        ("intervention", {"kind": "force", "layer": 1, "expert": 4}, "from 0 to 3"),
-        ("intervention", {"kind": "swap", "layer": 1, "expert": 1}, "from 0 to 3"),
-        (
-            "intervention",
-            {"kind": "swap", "layer": 1, "expert": 1, "other": 1},
-            "Two different experts",
-        ),
-        ("intervention", {"kind": "ablate", "layer": 1, "expert": 1, "other": 2}, "must be null"),
-        ("intervention", {"kind": "random", "layer": None, "seed": -1}, "'seed'"),
-    ],
-)
-def test_a_mistake_is_answered_by_what_would_be_right(explorer, field, value, words):
-    answer = explorer.answer("route", {**hostile.ROUTE, field: value})
-    assert answer["code"] == "bad_request"
-    assert words in answer["error"]
-
-
-def test_too_large_says_how_large_it_may_be(explorer):
-    answer = explorer.answer("route", {"picture": {"kind": "upload", "data": "A" * 12_000_000}})
-    assert answer["code"] == "too_large"
-    assert "8 MB" in answer["error"]
-
-
 @pytest.fixture
 def ask_door(explorer, monkeypatch):
     """What the door answers to a body that arrives in chunks, and its counts by address afterwards."""
