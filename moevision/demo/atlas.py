@@ -50,7 +50,7 @@ SCHEMA = "moevision.atlas/1"
 """Version of the file; a change that an older reader would misread raises the number."""
 
 _DIGITS = 4
-_MAX_CLASSES = 5  # of an expert
+MAX_CLASSES = 5  # of an expert
 # Of `measure_effects`, what an atlas keeps.
 _EFFECT_KEYS = ("delta_logit", "control_delta_logit", "strongest_class", "strongest_delta_logit")
 
@@ -73,17 +73,14 @@ def build_atlas(
     of `trace` can't be shown.
     """
     gallery_trace = trace if shown is None else shown
-    part_shares: dict[int, PartShares] = {}  # by layer
-    if pictures is not None:
-        fractions = fractions_of_parts(pictures, trace.grid)
-        for layer in trace.layers:
-            part_shares[layer.layer] = PartShares.of(layer, fractions, pictures.part_names)
+    fractions = None if pictures is None else fractions_of_parts(pictures, trace.grid)
+    part_names = () if pictures is None else pictures.part_names
     layer_answers = {answers.name: answers for answers in questions}
     effect_of = {} if effects is None else _effects_by_expert(effects)
 
     layers = []
     for layer, gallery_layer in zip(trace.layers, gallery_trace.layers, strict=True):
-        parts = part_shares.get(layer.layer)
+        parts = None if fractions is None else PartShares.of(layer, fractions)
         class_map = maps[layer.layer]
         experts = []
         for gallery in layer_gallery(gallery_layer, count):
@@ -91,8 +88,10 @@ def build_atlas(
                 "expert": gallery.expert,
                 "top": _patch_rows(gallery.top, gallery_trace),
                 "random": _patch_rows(gallery.random, gallery_trace),
-                "classes": _favourite_classes(class_map, gallery.expert, trace.class_names),
-                "parts": None if parts is None else parts.rows(gallery.expert),
+                "classes": _rows("class", trace.class_names, class_map, gallery.expert)[
+                    :MAX_CLASSES
+                ],
+                "parts": parts and _rows("part", part_names, parts, gallery.expert),
             }
             effect = effect_of.get((layer.layer, gallery.expert))
             if effect is not None:
@@ -122,6 +121,11 @@ def build_atlas(
     }
     if shown is not None:
         atlas["shown"] = shown.data
+    return _rounded(atlas)
+
+
+def _rounded(atlas: Json) -> Json:
+    """The same with real numbers of four decimals."""
     text = json_text(as_json(atlas))
     rounded: Json = json.loads(text, parse_float=lambda number: round(float(number), _DIGITS))
     return rounded
@@ -212,34 +216,24 @@ def load_atlas(path: str | Path) -> Json:
 
 @dataclass(frozen=True)
 class PartShares:
-    """How the area of each part is divided among the experts of a layer."""
+    """How the area of each part is divided among the experts of a layer; as a `ClassExpertMap` has it of classes."""
 
-    names: Sequence[str]
-    share: npt.NDArray[Any]  # [parts, E] share of each part's area that an expert got
-    overall: npt.NDArray[Any]  # [E] the same of all parts together
+    share: npt.NDArray[
+        Any
+    ]  # [parts, E] share of each part's area that an expert got; nan without area
+    excess: npt.NDArray[Any]  # [parts, E] share minus that of all parts together
     significant: npt.NDArray[np.bool_]  # [parts, E] whether it is beyond chance
 
     @classmethod
-    def of(
-        cls, layer: LayerTrace, fractions: npt.NDArray[np.float32], names: Sequence[str]
-    ) -> PartShares:
+    def of(cls, layer: LayerTrace, fractions: npt.NDArray[np.float32]) -> PartShares:
         """Count the choices of the layer's patches, `fractions` of which the parts cover."""
         index = np.asarray(layer.expert_index)
         table = part_expert_table(index, fractions, layer.num_experts, layer.wanted)
         area = table.sum(1, keepdims=True)
-        share = np.divide(table, area, out=np.zeros_like(table), where=area > 0)
+        share = np.divide(table, area, out=np.full_like(table, np.nan), where=area > 0)
+        overall = table.sum(0) / table.sum()
         significant = part_stands_out(index, fractions, layer.num_experts, layer.wanted)
-        return cls(names, share, table.sum(0) / table.sum(), significant)
-
-    def rows(self, expert: int) -> list[Json]:
-        """The parts that there are, largest excess of the expert first."""
-        rows = []
-        for part, name in enumerate(self.names):
-            if self.share[part].sum() > 0:
-                share = self.share[part, expert]
-                above = share - self.overall[expert]
-                rows.append(_row("part", name, share, above, self.significant[part, expert]))
-        return sorted(rows, key=lambda row: -row["above"])
+        return cls(share, share - overall, significant)
 
 
 def _effects_by_expert(effects: Json) -> dict[tuple[int, int], Json]:
@@ -254,28 +248,21 @@ def _effects_by_expert(effects: Json) -> dict[tuple[int, int], Json]:
     }
 
 
-def _favourite_classes(
-    class_map: ClassExpertMap, expert: int, class_names: Sequence[str]
+def _rows(
+    kind: str, names: Sequence[str], table: ClassExpertMap | PartShares, expert: int
 ) -> list[Json]:
-    """The classes that send an expert more than the others do, largest excess first; those without images don't."""
-    share = class_map.share[:, expert]  # [C]
-    excess = class_map.excess[:, expert]
-    significant = class_map.significant[:, expert]
-    num_counted = int((class_map.n_images > 0).sum())
-    order = np.argsort(-excess, kind="stable")[:num_counted]  # nan sorts last
-    return [
-        _row("class", class_names[index], share[index], excess[index], significant[index])
-        for index in order[:_MAX_CLASSES]
-    ]
-
-
-def _row(kind: str, name: str, share: float, above: float, significant: bool) -> Json:
-    return {
-        kind: name,
-        "share": float(share),
-        "above": float(above),
-        "significant": bool(significant),
-    }
+    """What goes to the expert more than to the others, largest excess first; without what no image has (nan)."""
+    excess = table.excess[:, expert]
+    rows = []
+    for row in np.argsort(-excess, kind="stable"):
+        if np.isfinite(excess[row]):
+            share = float(table.share[row, expert])
+            significant = bool(table.significant[row, expert])
+            above = float(excess[row])
+            rows.append(
+                {kind: names[row], "share": share, "above": above, "significant": significant}
+            )
+    return rows
 
 
 def _patch_rows(patches: Sequence[GalleryPatch], trace: RoutingTrace) -> list[list[Any]]:

@@ -251,10 +251,11 @@ def _scatter_to_tokens(rows: Tensor, routing: ExpertChoiceRouting) -> Tensor:
 
 
 def _norms(vectors: dict[str, Tensor | None]) -> dict[str, Any]:
-    norms = {}
+    norms: dict[str, Any] = {}
     for name, vector in vectors.items():
-        norm = None if vector is None else torch.linalg.vector_norm(vector.float(), dim=-1)
-        norms[name] = _optional(norm)
+        norms[name] = None
+        if vector is not None:
+            norms[name] = to_numpy(torch.linalg.vector_norm(vector.float(), dim=-1))
     return norms
 
 

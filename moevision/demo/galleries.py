@@ -89,10 +89,11 @@ class Gallery:
         """How many images of the class there are."""
         return len(self.members(class_name)) if class_name in self.trace.class_names else 0
 
-    def members(self, class_name: str) -> Sequence[int]:
+    def members(self, class_name: str) -> list[int]:
         """The images of one of the classes."""
         label = self.trace.class_names.index(class_name)
-        return np.flatnonzero(np.asarray(self.trace.labels) == label).tolist()
+        members: list[int] = np.flatnonzero(np.asarray(self.trace.labels) == label).tolist()
+        return members
 
 
 class Galleries:

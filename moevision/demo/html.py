@@ -50,14 +50,11 @@ def links() -> dict[str, str | None]:
         lesson = "lesson.html"
     elif lesson:
         lesson = f"{lesson.rstrip('/')}/lesson.html"
-    fields = [
-        "title = {moevision: sparse vision transformers whose routing can be seen}",  # CITATION.cff
-        f"version = {{{__version__}}}",
-    ]
+    title = "moevision: sparse vision transformers whose routing can be seen"  # CITATION.cff
+    cite = f"@software{{moevision,\n  title = {{{title}}},\n  version = {{{__version__}}},"
     if code:
-        fields.append(f"url = {{{code}}}")
-    lines = "".join(f"  {field},\n" for field in fields)
-    return {"lesson": lesson, "code": code, "cite": f"@software{{moevision,\n{lines}}}"}
+        cite += f"\n  url = {{{code}}},"
+    return {"lesson": lesson, "code": code, "cite": cite + "\n}"}
 
 
 class Document(NamedTuple):

@@ -219,7 +219,7 @@ class LayerView:
             "reads": None if self.reads is None else np.round(self.reads, 5).tolist(),
         }
 
-    def _choices(self, values: npt.NDArray[Any]) -> list[list[Any]]:
+    def _choices(self, values: npt.NDArray[Any]) -> Any:
         """Values [P, K] as lists; where experts choose, without those of experts that left the patch out."""
         if self.facts.kind != "expert_choice":
             return values.tolist()
@@ -411,5 +411,5 @@ def _reads(routing: SoftRouting) -> npt.NDArray[np.float64]:
     return mean.T
 
 
-def _round(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _round(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.round(values.astype(np.float64), 4)
