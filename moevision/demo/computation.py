@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +30,12 @@ from moevision.layers import (
     routing_lock,
 )
 
-MAX_CHANNELS: Final = 8  # of a vector: as many as can be drawn and read
+MAX_CHANNELS = 8  # of a vector: as many as can be drawn and read
 # A hooked module's output, and the activation that is this module's input.
-INPUT_OF: Final = {"output": "tokens", "normed": "before"}
+INPUT_OF = {"output": "tokens", "normed": "before"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Channels:
     """A few numbers of each vector as they are, by which a reader can do the layer's sums.
 
@@ -49,17 +49,17 @@ class Channels:
     scale: Floats | None  # [V] the block's layer scale, 1 without one; None as `before`
     read: Floats  # [P, V] what the router and the experts read
     outputs: Floats  # [P, K, V] what each chosen expert gave, before its weight
-    shared: Floats | None  # [P, V] what the shared experts gave; None without
+    shared: Floats | None = None  # [P, V] what the shared experts gave; None without
     total: Floats  # [P, V] the layer's output
-    before: Floats | None  # [P, V] the residual stream into the block's MLP branch, if any
-    after: Floats | None  # [P, V] the stream behind the block; None as `before`
+    before: Floats | None = None  # [P, V] the residual stream into the block's MLP branch, if any
+    after: Floats | None = None  # [P, V] the stream behind the block; None as `before`
 
     def to_json(self) -> Json:
         """The fields; each array as `encode_float32` writes it."""
         return _encode_arrays(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Computation:
     """The numbers of one layer for the patches of one image; norms are Euclidean, of vectors of width D."""
 
@@ -69,12 +69,12 @@ class Computation:
     # [P, K] norm of what each chosen expert gave, before its weight; of Soft MoE, of the weighted mean of the
     # expert's slots; 0 where the expert didn't take the patch
     outputs: Floats
-    shared: Floats | None  # [P] norm of what the shared experts gave; None without
+    shared: Floats | None = None  # [P] norm of what the shared experts gave; None without
     total: Floats  # [P] norm of the weighted sum, shared experts included: the layer's output
     # [P] norm of the residual stream that the block's MLP branch reads; None if the layer doesn't stand behind a norm
     # in a residual branch
-    before: Floats | None
-    after: Floats | None  # [P] norm of the stream behind the block; None as `before`
+    before: Floats | None = None
+    after: Floats | None = None  # [P] norm of the stream behind the block; None as `before`
     channels: Channels  # some numbers of these vectors
 
     def to_json(self) -> Json:
@@ -138,58 +138,57 @@ class LayerActivations:
         if noisy:
             # Jitter shakes the patch itself: the clean logits are those of the router without it.
             clean_logits = router(self.tokens).logits
-            noise = (routing.noisy_logits - clean_logits)[0, first:]
+            noise = to_numpy((routing.noisy_logits - clean_logits)[0, first:])
 
+        bias = getattr(router, "bias", None)
+        norms: dict[str, Any] = {
+            name: to_numpy(torch.linalg.vector_norm(vector.float(), dim=-1))
+            for name, vector in vectors.items()
+        }
         return Computation(
             scores=to_numpy(clean_logits[0, first:]),
-            noise=_optional(noise),
-            bias=_optional(getattr(router, "bias", None)),
-            **_norms(vectors),
+            noise=noise,
+            bias=to_numpy(bias) if isinstance(bias, Tensor) else None,
+            **norms,
             channels=self._channel_table(vectors, first),
         )
 
-    def _patch_vectors(self, routing: Routing) -> dict[str, Tensor | None]:
-        """The vectors of the patches by name, [P, D]; `outputs` is [P, K, D]."""
-        vectors: dict[str, Tensor | None] = {
-            "shared": self.shared,
-            "total": self.output,
-            "before": None,
-            "after": None,
-        }
+    def _patch_vectors(self, routing: Routing) -> dict[str, Tensor]:
+        """The vectors of the patches that there are by name, [P, D]; `outputs` is [P, K, D]."""
+        vectors = {"shared": self.shared, "total": self.output}
         if self.in_residual_branch:
             vectors |= {"before": self.before, "after": self.after}
-
         first = routing.num_prefix_tokens
+        patches = {"outputs": self._expert_outputs(routing)[first:]}
         for name, vector in vectors.items():
             if vector is not None:
-                vectors[name] = vector.flatten(0, -2)[first:]
-        return {"outputs": self._expert_outputs(routing)[first:], **vectors}
+                patches[name] = vector.flatten(0, -2)[first:]
+        return patches
 
-    def _channel_table(self, vectors: dict[str, Tensor | None], first: int) -> Channels:
+    def _channel_table(self, vectors: dict[str, Tensor], first: int) -> Channels:
         """The channels that the layer changes most, of each of the vectors."""
-        before, after = vectors["before"], vectors["after"]
         change = vectors["total"]
-        if before is not None and after is not None:
-            change = after - before
-        assert change is not None
+        if self.in_residual_branch:
+            change = vectors["after"] - vectors["before"]
         mean_change = change.float().abs().mean(0)  # [D]
         largest = mean_change.topk(min(MAX_CHANNELS, len(mean_change)))
         index = largest.indices.sort().values  # [V]
 
         scale = None
         if self.in_residual_branch:
-            scale = getattr(getattr(self.block, "ls2", None), "gamma", None)
-            if scale is None:
-                scale = torch.ones_like(mean_change)
+            gamma = getattr(getattr(self.block, "ls2", None), "gamma", torch.ones_like(mean_change))
+            scale = to_numpy(gamma[index])
 
         assert self.tokens is not None
         tokens = self.tokens.flatten(0, -2)[first:]  # [P, D]; one image
-        table: dict[str, Any] = {name: _optional(vector, index) for name, vector in vectors.items()}
+        table: dict[str, Any] = {
+            name: to_numpy(vector[..., index]) for name, vector in vectors.items()
+        }
         return Channels(
             of=tokens.shape[-1],
             hidden=self.layer.experts.fc1.out_features,
             index=index.tolist(),
-            scale=_optional(scale, index),
+            scale=scale,
             read=to_numpy(tokens[:, index]),
             **table,
         )
@@ -248,22 +247,6 @@ def _scatter_to_tokens(rows: Tensor, routing: ExpertChoiceRouting) -> Tensor:
     index = token_index.unsqueeze(-1).expand(-1, -1, width)
     by_expert.scatter_(1, index, rows.view(*token_index.shape, width))
     return by_expert.transpose(0, 1)
-
-
-def _norms(vectors: dict[str, Tensor | None]) -> dict[str, Any]:
-    norms: dict[str, Any] = {}
-    for name, vector in vectors.items():
-        norms[name] = None
-        if vector is not None:
-            norms[name] = to_numpy(torch.linalg.vector_norm(vector.float(), dim=-1))
-    return norms
-
-
-def _optional(values: Tensor | None, channels: Tensor | None = None) -> Floats | None:
-    """`to_numpy` of the values, or of these channels of them; None of None."""
-    if values is None:
-        return None
-    return to_numpy(values if channels is None else values[..., channels])
 
 
 def _encode_arrays(numbers: Channels | Computation) -> Json:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Mapping
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 from PIL import Image
@@ -37,9 +36,9 @@ from moevision.demo.wire import RequestError, data_uri
 from moevision.errors import DataWarning, UserError, escape_controls, escape_csv_cell
 from moevision.models.io import SavedModel
 
-EXAMPLES: Final = 12
-THUMB_PX: Final = 96
-LIST_LENGTH: Final = 36  # images of a list
+EXAMPLES = 12
+THUMB_PX = 96
+LIST_LENGTH = 36  # images of a list
 # gradio 6.31 keeps these in media_assets/images; what they show is in their names.
 _PHOTOS = {"lion": "lion.jpg", "cheetah": "cheetah.jpg", "bus": "bus.png", "tower": "tower.jpg"}
 log = logging.getLogger(__name__)
@@ -173,7 +172,7 @@ class Examples:
         index = self._index.get(id)
         if self.pictures is not None and index is not None:
             return self.pictures, index
-        if self.scored is not None and self.scored.has_kind(id):
+        if self.scored is not None and id.partition("/")[0] in SPLITS:
             return self.scored.locate(id)
         raise RequestError(f"There is no image {id!r} here: choose one of the examples.")
 
@@ -233,10 +232,6 @@ class ScoredRun:
             ranked &= np.asarray(self.scores.labels, object) == escape_csv_cell(class_name)
         rows = score_list.first(scores, LIST_LENGTH, ranked)
         return rows.tolist(), int(ranked.sum())
-
-    def has_kind(self, id: str) -> bool:
-        """Whether an id is of this kind; the image need not be there."""
-        return id.partition("/")[0] in SPLITS
 
     def locate(self, id: str) -> tuple[PictureSet, int]:
         """Where an image is, or RequestError if there is none of that id, or its file is gone."""

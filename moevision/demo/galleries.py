@@ -85,15 +85,10 @@ class Gallery:
     pictures: PictureSet  # at most `MAX_IMAGES`, the same number of each class
     trace: RoutingTrace  # of these images, in their order
 
-    def count(self, class_name: str) -> int:
-        """How many images of the class there are."""
-        return len(self.members(class_name)) if class_name in self.trace.class_names else 0
-
     def members(self, class_name: str) -> list[int]:
-        """The images of one of the classes."""
-        label = self.trace.class_names.index(class_name)
-        members: list[int] = np.flatnonzero(np.asarray(self.trace.labels) == label).tolist()
-        return members
+        """The images of a class, in their order."""
+        names = dict(enumerate(self.trace.class_names))
+        return [i for i, label in enumerate(self.trace.labels) if names.get(label) == class_name]
 
 
 class Galleries:
@@ -133,10 +128,6 @@ class Galleries:
     def gallery(self, entry: Entry, variant: str) -> Gallery | None:
         """The gallery of a variant; None while it is being collected or if the model has no images."""
         return self._result(self._galleries, entry, variant)
-
-    def status(self, entry: Entry) -> str:
-        """What to say about a model without a gallery: `computing` or `no_pictures`."""
-        return "computing" if entry.examples.has_pictures else "no_pictures"
 
     def _result(self, results: dict[Key, T], entry: Entry, variant: str) -> T | None:
         """What there is of a variant; a RequestError if collecting it failed."""
@@ -330,9 +321,9 @@ class AtlasPages:
         path = read.path(request, variant.facts)
         gallery = self._gallery(entry, variant)
         pictures = gallery.pictures
-        names = gallery.trace.class_names
         label = None
         if request.get("class") is not None:
+            names = gallery.trace.class_names
             label = names.index(read.choice(request, "class", names))
 
         patches = []
@@ -354,7 +345,7 @@ class AtlasPages:
         return gallery
 
     def _no_gallery_error(self, entry: Entry) -> RequestError:
-        if self.galleries.status(entry) == "computing":
+        if entry.examples.has_pictures:
             return RequestError(
                 "The images are still being looked through: try again in a few seconds.", "busy"
             )
@@ -362,11 +353,10 @@ class AtlasPages:
 
     def _not_ready(self, entry: Entry, **empty: Any) -> Json:
         """The answer of a page whose atlas isn't there."""
-        status = self.galleries.status(entry)
-        note = f"This model {_NO_PICTURES}"
-        if status == "computing":
+        if entry.examples.has_pictures:
             note = "The images are being looked through."
-        return {"status": status, **empty, "note": note}
+            return {"status": "computing", **empty, "note": note}
+        return {"status": "no_pictures", **empty, "note": f"This model {_NO_PICTURES}"}
 
     def _experts_page(self, model: str, variant: str, layer: int) -> Json:
         entry = self.entries[model]
@@ -404,8 +394,8 @@ class AtlasPages:
         if has_pictures:
             note += " The heaviest patches flatter an expert; the random ones don't."
         status = "ready" if has_pictures else "no_pictures"
-        head = {"status": status, "layer": layer, "name": f"L{layer}"}
-        return {**head, "experts": cards, "note": note}
+        name = f"L{layer}"
+        return {"status": status, "layer": layer, "name": name, "experts": cards, "note": note}
 
 
 def _layer_of(atlas: Json, block: int | None) -> Json:

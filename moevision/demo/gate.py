@@ -26,15 +26,15 @@ from moevision.errors import UserError
 T = TypeVar("T")
 AUTH: Final = "MOEVISION_AUTH"
 """Environment variable, USER:PASSWORD, for a service: unlike an argument, others on the computer can't read it."""
-WAITING: Final = 64  # requests, beside those that run
-MAX_ADDRESSES: Final = 4096  # whose turns are remembered
-MAX_CONNECTIONS: Final = 512  # a browser keeps up to 6
-ADDRESS_SHARE: Final = 4  # an address has at most a fourth of connections, requests and bodies
+WAITING = 64  # requests, beside those that run
+MAX_ADDRESSES = 4096  # whose turns are remembered
+MAX_CONNECTIONS = 512  # a browser keeps up to 6
+ADDRESS_SHARE = 4  # an address has at most a fourth of connections, requests and bodies
 PORTS: Final = {"http": 80, "https": 443}  # which browsers leave out
-HEADER_S: Final = 10.0
+HEADER_S = 10.0
 # Of an answer, a visitor takes at least so many bytes in such a time.
-READING_S: Final = 30.0
-READ_BYTES: Final = 16_384
+READING_S = 30.0
+READ_BYTES = 16_384
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,11 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
             preprocess=False,
             concurrency_id="route",
         )
-        events = [image.change, ablated.change]
-        listen(events, partial(answer_page, entries), api_visibility="private")
+        listen(
+            [image.change, ablated.change],
+            partial(answer_page, entries),
+            api_visibility="private",
+        )
         listen([], partial(answer, entries), api_name="route")  # of programs
         if rows:
             app.load(lambda: rows[0], None, [image, choice], api_visibility="private")

@@ -138,10 +138,10 @@ def view_html(
     """
     if view.get("schema") != VIEW_SCHEMA:
         raise ValueError(f"expected a view of schema {VIEW_SCHEMA}, got {view.get('schema')!r}")
-    name = view["picture"].get("label") or view["picture"]["name"]
+    picture = view["picture"]
+    title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
     start = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
     script = script_of("core.js", start, VIEW=view, HISTORY=history)
-    title = html.escape(f"Routing of {name}")
     page = document(title, read_css(CORE_STYLES), _MAIN, script)
     return page if full_page else _framed(page, 1420)
 

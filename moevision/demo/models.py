@@ -53,11 +53,6 @@ HISTORIES: Final = {
     "trained": "history.safetensors",
     "unbalanced": "history_unbalanced.safetensors",
 }
-ATLASES: Final = {
-    "trained": "atlas.json",
-    "unbalanced": "atlas_unbalanced.json",
-    "untrained": "atlas_untrained.json",
-}
 OWN: Final = "own"  # the id of a user's model
 
 
@@ -388,9 +383,10 @@ def _variants(
                 accuracy_text=text,
                 data_text=card.data,
             )
-        atlas = None if folder is None else folder / ATLASES[name]
-        if atlas is not None and not atlas.is_file():
-            atlas = None
+        atlas = None
+        file = "atlas.json" if name == "trained" else f"atlas_{name}.json"
+        if folder is not None and (folder / file).is_file():
+            atlas = folder / file
         variants[name] = Variant(model, facts, atlas)
     return variants
 

@@ -8,7 +8,7 @@ The options of nearly every field depend on the model that another field names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from moevision.analysis.intervention import Fill, Intervention, Kind
 from moevision.demo.facts import ModelFacts
@@ -16,12 +16,12 @@ from moevision.demo.view import FILLS, KINDS, Settings
 from moevision.demo.wire import RequestError
 
 Request = Mapping[str, Any]
-MAX_NAME: Final = 200
+MAX_NAME = 200
 # Of an image: the path of a file, of which Linux allows 4096 bytes, behind its kind.
-MAX_ID: Final = 4200
-MIN_CAPACITY: Final = 0.05
-MAX_CAPACITY: Final = 16.0
-SEEDS: Final = range(2**31)
+MAX_ID = 4200
+MIN_CAPACITY = 0.05
+MAX_CAPACITY = 16.0
+SEEDS = range(2**31)
 
 
 def fields(request: Any, allowed: Sequence[str]) -> Request:
@@ -129,7 +129,8 @@ def _noise_seed(request: Request, facts: ModelFacts) -> int | None:
 def ablated_experts(value: Any, facts: ModelFacts) -> tuple[Intervention, ...]:
     """Experts that are taken away, from pairs of layer and expert."""
     num_experts = sum(router.num_experts for router in facts.routers)
-    if not isinstance(value, list) or len(value) > num_experts or not all(map(_is_pair, value)):
+    is_list = isinstance(value, list) and len(value) <= num_experts
+    if not is_list or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise RequestError(
             f"The field 'away' must be a list of at most {num_experts} pairs [layer, expert]."
         )
@@ -137,10 +138,6 @@ def ablated_experts(value: Any, facts: ModelFacts) -> tuple[Intervention, ...]:
         intervention({"kind": "ablate", "layer": layer, "expert": expert}, facts)
         for layer, expert in value
     )
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2
 
 
 def intervention(value: Any, facts: ModelFacts) -> Intervention:
@@ -163,29 +160,26 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
             "The only expert has no next-best one: take it away with the fill 'zero'."
         )
 
-    return Intervention(
-        cast(Kind, kind),
-        layer=layer,
-        expert=expert,
-        other=_swap_partner(request, kind, expert, num_experts),
-        fill=cast(Fill, fill),
-        seed=whole_number(request, "seed", SEEDS, 0),
-    )
-
-
-def _swap_partner(request: Request, kind: str, expert: int | None, num_experts: int) -> int | None:
+    other = None
     if kind == "swap":
         other = whole_number(request, "other", range(num_experts))
         if other == expert:
             raise RequestError(
                 "Two different experts can be swapped: 'expert' and 'other' are the same."
             )
-        return other
-    if request.get("other") is not None:
+    elif request.get("other") is not None:
         raise RequestError(
             "The field 'other' names the second expert of a swap: it must be null here."
         )
-    return None
+
+    return Intervention(
+        cast(Kind, kind),
+        layer=layer,
+        expert=expert,
+        other=other,
+        fill=cast(Fill, fill),
+        seed=whole_number(request, "seed", SEEDS, 0),
+    )
 
 
 def path(request: Request, facts: ModelFacts) -> tuple[int, ...]:

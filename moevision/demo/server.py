@@ -17,6 +17,7 @@ import time
 import webbrowser
 from collections import Counter
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from functools import partial
 from socket import socket
 from typing import TYPE_CHECKING, Any, Final
@@ -53,13 +54,13 @@ from moevision.limits import usable_cores
 if TYPE_CHECKING:
     from moevision.demo.service import Explorer
 
-MAX_BODY: Final = MAX_CHARACTERS + 16_384
-MAX_LOGIN: Final = 4096
-MAX_PARTS: Final = 4096  # of a request; of millions, parsing alone would hold everybody up
-MAX_BODIES: Final = 16 * MAX_BODY  # of all requests that are being read or answered
-READ_S: Final = 60.0  # for a request to arrive
-DRAIN_S: Final = 5.0  # for the rest of a request that is refused
-WRONG_LOGIN_S: Final = 1.0
+MAX_BODY = MAX_CHARACTERS + 16_384
+MAX_LOGIN = 4096
+MAX_PARTS = 4096  # of a request; of millions, parsing alone would hold everybody up
+MAX_BODIES = 16 * MAX_BODY  # of all requests that are being read or answered
+READ_S = 60.0  # for a request to arrive
+DRAIN_S = 5.0  # for the rest of a request that is refused
+WRONG_LOGIN_S = 1.0
 HEADERS: Final = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -73,27 +74,27 @@ POLICY: Final = (
 )
 
 
+@dataclass
 class RequestBody:
     """The body of one request: at most `max_bytes` within `READ_S`, and at most its share of what all bodies hold.
 
-    `body_bytes` counts the bytes of all bodies by address; `release` takes those of this one out again.
+    `body_bytes` counts the bytes of all bodies by address.
     """
 
-    def __init__(
-        self, receive: Receive, body_bytes: Counter[str], address: str, max_bytes: int
-    ) -> None:
-        self.body_bytes = body_bytes
-        self.address = address
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
+    messages: Receive
+    body_bytes: Counter[str]
+    address: str
+    max_bytes: int
+    num_bytes: int = 0
+
+    def __post_init__(self) -> None:
         self.deadline: float | None = asyncio.get_running_loop().time() + READ_S
-        self._receive = receive
 
     async def receive(self) -> Message:
         """The next message of the request; an HTTPException if it comes too late or there are too many bytes."""
         try:
             async with asyncio.timeout_at(self.deadline):
-                message = await self._receive()
+                message = await self.messages()
         except TimeoutError as error:
             raise HTTPException(408, "The request took too long to arrive.") from error
         if not message.get("more_body", False):
@@ -113,12 +114,8 @@ class RequestBody:
         """Take what still arrives: a visitor who is sending when the connection is closed may lose the answer."""
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
-                while (await self._receive()).get("more_body", False):
+                while (await self.messages()).get("more_body", False):
                     pass
-
-    def release(self) -> None:
-        """Forget its bytes, and an address that has none left."""
-        self.body_bytes -= Counter({self.address: self.num_bytes})
 
 
 class ExplorerApp:
@@ -169,7 +166,7 @@ class ExplorerApp:
         finally:
             # `-=` forgets an address that has nothing left.
             self._requests_in_flight -= Counter({address: 1})
-            body.release()
+            self._body_bytes -= Counter({address: body.num_bytes})
 
     def _normalize(self, scope: Scope) -> Scope:
         """The request with the path below the root, and as client the address that counts."""

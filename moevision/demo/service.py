@@ -229,15 +229,17 @@ class Explorer:
             id = image_id("train", name)
             visits = int(scores.visits[row])
             share_right = float(scores.scores["correct"][row])
-            image = {
-                "id": id,
-                "name": name,
-                "label": scores.labels[row],
-                "value": score_list.value(scores.scores, row),
-                "right": round(share_right * visits),
-                "visits": visits,
-            }
-            entries.append({**image, **_thumb_or_problem(entry, id)})
+            entries.append(
+                {
+                    "id": id,
+                    "name": name,
+                    "label": scores.labels[row],
+                    "value": score_list.value(scores.scores, row),
+                    "right": round(share_right * visits),
+                    "visits": visits,
+                    **_thumb_or_problem(entry, id),
+                }
+            )
         return {"images": num_images, "entries": entries}
 
     def what_if(self, request: Any) -> Json:
@@ -271,7 +273,7 @@ class Explorer:
         if settings == Settings(intervention=change):
             without = self.pages.without(entry, variant, change)
         gallery = self.galleries.gallery(entry, facts.variant)
-        if gallery is None or gallery.count(class_name) < MIN_CLASS_PICTURES:
+        if gallery is None or len(gallery.members(class_name)) < MIN_CLASS_PICTURES:
             return {"class_effect": None, "without": without}
         measured = self._cached_class_effect(facts.id, facts.variant, settings, class_name)
         return {"class_effect": measured.to_json(), "without": without}
@@ -434,7 +436,6 @@ def error_json(error: Exception, name: str) -> Json:
 def _about(entry: Entry, times: Times | None) -> Json:
     """What there is to know about a model and its examples."""
     examples = entry.examples
-    pictures = examples.pictures
     # Looked at first: images that can't be used leave those that are counted.
     first_examples = [_example(picture) for picture in examples.on_first_screen()]
     facts = entry.facts.to_json()
@@ -451,7 +452,6 @@ def _about(entry: Entry, times: Times | None) -> Json:
         "accuracy_texts": texts,
         "has_dense": entry.dense is not None or bool(entry.dense_answers),
         "has_pictures": examples.has_pictures,
-        "has_parts": pictures is not None and bool(pictures.part_names),
         "card": vars(entry.card),
         "history": None if times is None else times.about,
         "shown": entry.shown,

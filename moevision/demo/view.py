@@ -154,8 +154,8 @@ def intervention_json(change: Intervention) -> Json:
     return {name: getattr(change, name) for name in names}
 
 
-TOP: Final = 10
-LENS_TOP: Final = 2
+TOP = 10
+LENS_TOP = 2
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,6 @@ def test_what_has_no_meaning_is_refused_in_words(make, pixels):
     ] * 2
     assert [set(router.refused) for router in describe(chooser).routers] == [{"force"}] * 2
     assert [set(router.refused) for router in describe(make()).routers] == [set()] * 2
-    with pytest.raises(RequestError, match="'top_k' must be null"):
-        read.settings({"top_k": 2}, describe(soft))
     force = Settings(intervention=Intervention("force", layer=1, expert=0))
     for model, settings in (
         (soft, Settings(top_k=1)),
