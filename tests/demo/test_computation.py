@@ -49,7 +49,7 @@ WAYS = {
 
 
 def unpacked(value):
-    """What `wire.packed` wrote, with the largest error that it allows."""
+    """What `encode_float32` wrote, with the largest error that it allows."""
     whole = np.frombuffer(base64.b64decode(value["data"]), "<i2").reshape(value["shape"])
     return whole * value["unit"]
 
