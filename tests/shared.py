@@ -61,6 +61,13 @@ def run_cli(*arguments: str | Path, render: bool = False) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def says(text: str, *fragments: str) -> bool:
+    """Whether a sentence names all of these; the failure shows the sentence and what it lacks."""
+    missing = [fragment for fragment in fragments if fragment not in text]
+    assert not missing, f"{text!r} doesn't name {missing}"
+    return True
+
+
 def _leave_empty(figure: object, out: Path) -> None:
     out.touch()
 
