@@ -28,7 +28,7 @@ from rich.table import Table
 from scipy.stats import norm
 
 from moevision.commands.data import run_of
-from moevision.config import MORE, WRITTEN, flat
+from moevision.config import MORE, WRITTEN, flatten
 from moevision.data.named import SYNTHETIC
 from moevision.errors import UserError, escape_controls, refuse_equal_seeds
 from moevision.files import read_csv, refuse_foreign, write_json_atomic
@@ -127,7 +127,7 @@ def read_run(address: str) -> FinishedRun:
             f"{file} can't be read ({error}): restore it, or train the run again."
         ) from error
     return FinishedRun(
-        folder, summary, flat(read_yaml(folder / "config.yaml")), images, labels, np.array(correct)
+        folder, summary, flatten(read_yaml(folder / "config.yaml")), images, labels, np.array(correct)
     )
 
 

@@ -198,7 +198,7 @@ def test_a_run_of_before_keeps_its_settings_though_a_key_of_them_has_left():
         "fault": None,
     }
     written["trainer"] = {"use_distributed_sampler": False, "default_root_dir": None}
-    assert config.checked(written, "runs/pets/config.yaml") == {"guard.snapshots": 3}
+    assert config.parse_config(written, "runs/pets/config.yaml") == {"guard.snapshots": 3}
 
 
 def test_settings_survive_their_file():
@@ -208,11 +208,12 @@ def test_settings_survive_their_file():
         "data.class_weights": {"a.b": 2.0},
         "trainer.max_epochs": 3,
     }
-    made = config.settings(
+    made = config.to_settings(
         {**given, "trainer.limit_val_batches": 2, "model.arch.router": ["switch", "soft"]}
     )
     assert (
-        config.settings(config.checked(yaml.safe_load(yaml.safe_dump(asdict(made))), "x")) == made
+        config.to_settings(config.parse_config(yaml.safe_load(yaml.safe_dump(asdict(made))), "x"))
+        == made
     )
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 import moevision
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
-from moevision.config import options, parse_args, settings
+from moevision.config import flatten, options, parse_args, to_settings
 from moevision.data.open import contains_path
 from moevision.errors import UserError
 from moevision.layers import moe_layers
@@ -304,24 +305,26 @@ def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path
     """What is typed comes after the run's own and so wins; another --config takes its place."""
     checkpoint = str(tiny_run / "checkpoints" / "best.ckpt")
     given = ["--ckpt_path", checkpoint, "--data.batch_size=4"]
-    own = read_config(tiny_run / "config.yaml") | {"trainer.devices": 1, "trainer.num_nodes": 1}
+    one_process = {"trainer.devices": 1, "trainer.num_nodes": 1}
+    own = with_defaults(read_config(tiny_run / "config.yaml") | one_process)
     typed = {"ckpt_path": checkpoint, "data.batch_size": 4}
-    assert asked("test", *given) == own | typed
-    assert asked("test", drawn_pets, *given) == own | typed | {"data.path": str(drawn_pets)}
-    quickstart = read_config(find_config("quickstart")) | {"trainer.precision": default_precision()}
-    assert asked("validate", "--config=quickstart", *given) == quickstart | typed
-    assert asked("test", "quickstart", *given) == quickstart | typed
+    assert resolved("test", *given) == own | typed
+    assert resolved("test", drawn_pets, *given) == own | typed | {"data.path": str(drawn_pets)}
+    quickstart = quickstart_options()
+    assert resolved("validate", "--config=quickstart", *given) == quickstart | typed
+    assert resolved("test", "quickstart", *given) == quickstart | typed
     monkeypatch.chdir(tmp_path)
     Path("quickstart").mkdir()  # a folder of images that has the name of a recipe
-    assert asked("test", "quickstart", *given) == own | typed | {"data.path": "quickstart"}
-    beside = asked("test", "pics", "--ckpt_path", f"{tiny_run}/model/best.ckpt")
-    assert beside.keys() == {"ckpt_path", "data.path", "trainer.precision"}
+    assert resolved("test", "quickstart", *given) == own | typed | {"data.path": "quickstart"}
+    beside = {"data.path": "pics", "ckpt_path": f"{tiny_run}/model/best.ckpt"}
+    beside["trainer.precision"] = default_precision()
+    assert resolved("test", "pics", "--ckpt_path", beside["ckpt_path"]) == with_defaults(beside)
     monkeypatch.chdir(tiny_run / "checkpoints")
-    assert asked("test", "--ckpt_path=best.ckpt") == own | {"ckpt_path": "best.ckpt"}
+    assert resolved("test", "--ckpt_path=best.ckpt") == own | {"ckpt_path": "best.ckpt"}
     with pytest.raises(UserError, match=r"--ckpt_path runs/NAME/checkpoints/best.ckpt"):
-        asked("test")
+        resolved("test")
     with pytest.raises(UserError, match=r"There is no config.yaml in .*typo: correct --ckpt_path"):
-        asked("test", "--ckpt_path", "typo/checkpoints/best.ckpt")
+        resolved("test", "--ckpt_path", "typo/checkpoints/best.ckpt")
 
 
 def test_a_run_of_many_processes_is_evaluated_by_one(cli, tiny_run):
@@ -466,9 +469,19 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
     assert not Path("runs/moe").exists()
 
 
-def asked(verb, *arguments):
-    """What a command line asks for and gets chosen."""
-    return resolve_settings(verb, parse_args(verb, list(map(str, arguments))))
+def resolved(verb, *arguments):
+    """What a command line asks for and gets chosen, by dotted names."""
+    settings = resolve_settings(verb, parse_args(verb, list(map(str, arguments))))
+    return flatten(asdict(settings))
+
+
+def with_defaults(options):
+    return flatten(asdict(to_settings(options)))
+
+
+def quickstart_options():
+    precision = {"trainer.precision": default_precision()}
+    return with_defaults(read_config(find_config("quickstart")) | precision)
 
 
 @pytest.mark.parametrize("where", ["beside", "afresh"])
@@ -586,13 +599,13 @@ def test_who_names_the_cpu_gets_what_suits_a_cpu(monkeypatch):
     monkeypatch.setattr(recipe, "count_images", lambda _: 10_000)
     monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    alone = asked("fit", "pictures", "--pretrained=none")
+    alone = resolved("fit", "pictures", "--pretrained=none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(recipe, "default_precision", lambda: alone["trainer.precision"])
-    assert asked("fit", "pictures", "--pretrained=none", "--trainer.accelerator=cpu") == alone | {
-        "trainer.accelerator": "cpu"
-    }
-    assert asked("fit", "pictures", "--pretrained=none")["data.batch_size"] == 256
+    assert resolved(
+        "fit", "pictures", "--pretrained=none", "--trainer.accelerator=cpu"
+    ) == alone | {"trainer.accelerator": "cpu"}
+    assert resolved("fit", "pictures", "--pretrained=none")["data.batch_size"] == 256
 
 
 @pytest.mark.parametrize(
@@ -707,8 +720,8 @@ def test_steps_that_are_asked_for_are_not_cut_by_epochs_that_nobody_gave(drawn_p
     """Neither by the recipe's, the default or those of a configuration below; both that one source gives limit."""
 
     def end(*arguments):
-        found = asked("fit", *arguments)
-        return tuple(settings(found).trainer[name] for name in ("max_epochs", "max_steps"))
+        options = resolved("fit", *arguments)
+        return options["trainer.max_epochs"], options["trainer.max_steps"]
 
     steps = "--trainer.max_steps=5000"
     assert end(drawn_pets, "--pretrained=none", steps) == (None, 5000)
@@ -730,14 +743,14 @@ def test_of_steps_alone_the_progress_bar_counts_epochs_and_no_last_one(cli, tiny
 
 
 def test_a_config_replaces_the_recipe(drawn_pets):
-    quickstart = read_config(find_config("quickstart")) | {"trainer.precision": default_precision()}
+    quickstart = quickstart_options()
     # The weights bring their own architecture: that of the configuration is left out, and what is typed is not.
     weights = {"model.arch.pretrained": "x", "model.arch.name": None, "model.arch.base": None}
-    found = asked("fit", drawn_pets, "--config=quickstart", "--pretrained=x")
+    found = resolved("fit", drawn_pets, "--config=quickstart", "--pretrained=x")
     assert found == quickstart | weights | {"data.path": str(drawn_pets)}
-    typed = asked("fit", "--config=quickstart", "--pretrained=x", "--model.arch.name=vit_moe")
+    typed = resolved("fit", "--config=quickstart", "--pretrained=x", "--model.arch.name=vit_moe")
     assert typed == quickstart | weights | {"model.arch.name": "vit_moe"}
-    assert asked("fit", "quickstart") == quickstart
+    assert resolved("fit", "quickstart") == quickstart
 
 
 def test_a_run_measures_how_far_strangers_lie(cli, draw, tiny, tmp_path):

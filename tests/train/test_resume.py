@@ -27,7 +27,7 @@ import yaml
 
 import moevision
 from moevision.analysis.images import find_images
-from moevision.config import parse_args
+from moevision.config import Settings, parse_args, to_settings
 from moevision.data import ImageDataModule
 from moevision.data.loader import PositionSampler
 from moevision.errors import UserError
@@ -669,17 +669,17 @@ def test_an_option_that_only_one_side_has_is_a_change():
         ({"trainer.limit_train_batches": 2}, {}),
     ):
         with pytest.raises(UserError, match="limit_train_batches"):
-            changed_options(*sides)
+            changed_options(*map(to_settings, sides))
 
 
 def test_a_seed_that_was_drawn_stays():
-    before = {"seed_everything": 3}
-    assert changed_options(before, {"seed_everything": True}) == []
-    for other in (4, False):
-        with pytest.raises(UserError, match="--seed_everything is 3 in this run"):
-            changed_options(before, {"seed_everything": other})
-    with pytest.raises(UserError, match="--seed_everything is False in this run"):
-        changed_options({"seed_everything": False}, {"seed_everything": True})
+    before = Settings(seed_everything=3)
+    assert changed_options(before, Settings(seed_everything=True)) == []
+    for seed in (4, False):
+        with pytest.raises(UserError, match="--seed_everything is 3"):
+            changed_options(before, Settings(seed_everything=seed))
+    with pytest.raises(UserError, match="--seed_everything is False"):
+        changed_options(Settings(seed_everything=False), Settings(seed_everything=True))
 
 
 @pytest.fixture(autouse=True)
@@ -1006,8 +1006,8 @@ def test_how_often_a_point_may_be_saved():
 
 
 def test_an_option_that_had_no_value_is_called_null():
-    before, now = {"checkpoint.every_steps": None}, {"checkpoint.every_steps": 3}
-    assert changed_options(before, now) == ["--checkpoint.every_steps was null, now 3"]
+    now = Settings(checkpoint=CheckpointConfig(every_steps=3))
+    assert changed_options(Settings(), now) == ["--checkpoint.every_steps was null, now 3"]
 
 
 def test_a_checkpoint_in_the_place_of_its_run_folder(tmp_path):

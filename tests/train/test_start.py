@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,12 @@ from huggingface_hub import constants
 from safetensors.torch import save, save_file
 
 from moevision import UserError
-from moevision.config import parse_args
+from moevision.config import flatten, parse_args
 from moevision.layers import moe_layers
 from moevision.models.convert import routes_read
 from moevision.models.io import PATIENCE_S, describe, from_clusters, load_model, save_model
 from moevision.train import health, start
-from moevision.train.recipe import choose_recipe, resolve_settings
+from moevision.train.recipe import changes_of_run, choose_recipe, resolve_settings
 from moevision.train.start import AUTO, NONE, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
 
@@ -234,8 +235,9 @@ def recipe(folder: Path, pretrained: str | None, *typed: str) -> dict[str, Any]:
     return choose_recipe(str(folder), pretrained, parse_args("fit", typed).options)
 
 
-def asked(*arguments: object, recorded: bool = False) -> dict[str, Any]:
-    return resolve_settings("fit", parse_args("fit", list(map(str, arguments))), recorded=recorded)
+def resolved(*arguments: object) -> dict[str, Any]:
+    settings = resolve_settings("fit", parse_args("fit", list(map(str, arguments))))
+    return flatten(asdict(settings))
 
 
 def test_a_file_of_weights(
@@ -324,15 +326,15 @@ def test_who_names_a_model_is_not_asked(
 
 
 def test_the_command_line(drawn_pets: Path) -> None:
-    said = asked(drawn_pets, "--pretrained=none", "--dense", "--compile", "--force")
+    said = resolved(drawn_pets, "--pretrained=none", "--dense", "--compile", "--force")
     full = {"model.arch.twin": "active_flops", "model.compile": True, "check_memory": False}
     assert full.items() <= said.items()
     with pytest.raises(UserError, match="--dense trains the dense model itself"):
-        asked(drawn_pets, "--dense", "--with-twin")
+        resolved(drawn_pets, "--dense", "--with-twin")
     with pytest.raises(UserError, match="pretrained needs a value"):
-        asked(drawn_pets, "--pretrained", "--name", "x")
-    assert asked("--pretrained=auto", recorded=True) == {}  # a run that goes on has chosen
-    assert asked("--config=quickstart", "--pretrained=none") == asked("quickstart") | {
+        resolved(drawn_pets, "--pretrained", "--name", "x")
+    assert changes_of_run(parse_args("fit", ["--pretrained=auto"])) == {}  # it has chosen
+    assert resolved("--config=quickstart", "--pretrained=none") == resolved("quickstart") | {
         "model.arch.pretrained": None
     }
 
@@ -341,10 +343,10 @@ def test_a_dataset_with_a_recipe_from_scratch_gets_another_for_pretrained_weight
     weight_file: Path,
 ) -> None:
     """configs/imagenette.yaml is a hybrid under Muon: neither is for a ViT that was trained already."""
-    for from_scratch in (asked("imagenette"), asked("imagenette", "--pretrained=none")):
+    for from_scratch in (resolved("imagenette"), resolved("imagenette", "--pretrained=none")):
         assert from_scratch["model.arch.name"] == "vit_moe_hybrid_patch16_128"
-    found = asked("imagenette", f"--pretrained={weight_file}")
-    assert "model.arch.name" not in found
+    found = resolved("imagenette", f"--pretrained={weight_file}")
+    assert found["model.arch.name"] is None
     assert (found["model.optim.layer_decay"], found["data.download"]) == (0.75, True)
     assert found["data.path"] == "imagenette"
 
