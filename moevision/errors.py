@@ -51,24 +51,26 @@ def check_ranges(options: object, ranges: Ranges, prefix: str = "") -> None:
     """
     for words, fits, names in ranges:
         for name in names:
-            given = getattr(options, name)
-            for value in given if isinstance(given, list) else [given]:
+            values = getattr(options, name)
+            if not isinstance(values, list):
+                values = [values]
+            for value in values:
                 if value is not None and not fits(value):
                     raise UserError(f"{prefix}{name} is {value}: it must be {words}.")
 
 
 def refuse_equal_seeds(runs: Iterable[tuple[str, int | None]]) -> None:
     """Refuse two runs (name and seed; None or false: unknown) of one seed, which tell less of luck than they seem."""
-    known: dict[int, str] = {}
+    names: dict[int, str] = {}
     for name, seed in runs:
         if seed is None or isinstance(seed, bool):  # false: drawn anew each time
             continue
-        if seed in known:
+        if seed in names:
             raise UserError(
-                f"{name} has the seed of {known[seed]}, {seed}, so that both began alike: leave one out, or train it "
+                f"{name} has the seed of {names[seed]}, {seed}, so that both began alike: leave one out, or train it "
                 "with another --seed_everything."
             )
-        known[seed] = name
+        names[seed] = name
 
 
 # ---- names from outside
@@ -104,8 +106,8 @@ def escape_controls_of_lines(text: str) -> str:
 
 def escape_csv_cell(name: str) -> str:
     """The name as a cell of a CSV file: shown, and no formula to a spreadsheet. Doing it twice changes nothing."""
-    word = escape_controls(name)
-    return f"'{word}" if word.startswith(_FORMULA) else word
+    cell = escape_controls(name)
+    return f"'{cell}" if cell.startswith(_FORMULA) else cell
 
 
 def json_text(value: Any, **options: Any) -> str:

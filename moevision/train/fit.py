@@ -528,27 +528,27 @@ def keep_images_per_step(start: RunStart | None, data: ImageDataModule, trainer:
 
 def _build(training: Training) -> None:
     """Make the model, and refuse what would fail in the training, or after it with the twin."""
-    settings, task, fresh, kept = training.settings, training.task, training.fresh, training.kept
+    settings, task, trainer = training.settings, training.task, training.trainer
     sizes = training.data.num_classes, training.data.image_size
     with torch.device("meta"):
-        task.build(*sizes, load_pretrained=False, kept=kept)
+        task.build(*sizes, load_pretrained=False, kept=training.kept)
     if settings.check_memory:  # before memory is taken for it
-        check_memory(task, training.trainer, goes_on=not fresh)
-    task.build(
-        *sizes, load_pretrained=fresh, kept=kept
-    )  # what goes on from a checkpoint needs no pretrained weights
-    if fresh and training.trainer.is_global_zero:
-        save_pretrained_config(task.arch, kept)
+        check_memory(task, trainer, goes_on=not training.fresh)
+    # What goes on from a checkpoint needs no pretrained weights.
+    task.build(*sizes, load_pretrained=training.fresh, kept=training.kept)
+    if training.fresh and trainer.is_global_zero:
+        save_pretrained_config(task.arch, training.kept)
     if training.clusters:  # said in the saved model, also by a run that goes on from a checkpoint
         cast(Any, task.net).router_start = "cluster"
+
     if settings.with_twin:
+        twin = replace(task.arch, twin="active_flops")
         with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
-            twin = replace(task.arch, twin="active_flops")
-            net = build_model(twin, *sizes, load_pretrained=False, kept=kept)
+            net = build_model(twin, *sizes, load_pretrained=False, kept=training.kept)
             freeze_parameters(net, task.optim.freeze)
     if training.divided is not None:
         records = isinstance(settings.record_routing.images, str)
-        training.divided.check_fit(training.trainer, task, training.data, records=records)
+        training.divided.check_fit(trainer, task, training.data, records=records)
 
 
 def _choose_monitor(training: Training, best: ModelCheckpoint) -> None:
@@ -576,21 +576,19 @@ def _start_and_plan(training: Training) -> None:
 
     The other processes get these weights when the training begins.
     """
-    task, data, trainer, stopwatch = (
-        training.task,
-        training.data,
-        training.trainer,
-        training.stopwatch,
-    )
-    began_s = stopwatch.run_s
+    task, data, trainer = training.task, training.data, training.trainer
+    began_s = training.stopwatch.run_s
     if training.fresh and task.arch.pretrained is not None and not training.trial:
         _start_with_probe(training)
         if training.clusters:
             _start_from_clusters(training)
-    before_s = stopwatch.run_s - began_s
+    before_s = training.stopwatch.run_s - began_s
+
     with _memory_advice(training):
-        steps_s = None if training.divided else expected_seconds(task, data, trainer)
-        training.expected_s = None if steps_s is None else before_s + steps_s
+        steps_s = None
+        if training.divided is None:
+            steps_s = expected_seconds(task, data, trainer)
+            training.expected_s = before_s + steps_s
         print(describe_plan(task, data, trainer, steps_s, before_s))
         if training.divided is not None:
             print(training.divided.plan(trainer.world_size, task.net))
@@ -600,39 +598,40 @@ def _start_and_plan(training: Training) -> None:
 def _start_with_probe(training: Training) -> None:
     """Head first: the classifier begins as a linear probe of the frozen features, which is reported too."""
     session, task, data = training.session, training.task, training.data
-    known = session.probe
-    if known is None:
+    probe = session.probe
+    if probe is None:
         net = task.net
         if moe_layers(net):
             # Its weights as they came: noise on copies, capacities and some routers make other features of them.
             with torch.random.fork_rng(devices=[]):  # a new classifier is drawn, too
                 net = dense_start(task.arch, data.num_classes, data.image_size) or net
         autocast = training.trainer.strategy.precision_plugin.forward_context
-        known = fit_probe(net, data, training.device_before, autocast)
+        probe = fit_probe(net, data, training.device_before, autocast)
     else:  # the run's, which has its time: without it the twin would look the sooner trained
-        training.stopwatch.add(known.seconds, known.cpu_s)
-    if known is None:
+        training.stopwatch.add(probe.seconds, probe.cpu_s)
+    if probe is None:
         return
-    session.probe = known
-    if known.beats_the_head:
-        start_with(task.net, known)
-    known.write(training.run_dir)
-    print(known.sentence(), flush=True)
+    session.probe = probe
+    if probe.beats_the_head:
+        start_with(task.net, probe)
+    probe.write(training.run_dir)
+    print(probe.sentence(), flush=True)
 
 
 def _start_from_clusters(training: Training) -> None:
     """Set the routers from what training images give them."""
-    data, device = training.data, training.device_before
-    order = torch.randperm(
-        len(data.contents.datasets["train"]), generator=torch.Generator().manual_seed(data.seed)
-    )
+    data = training.data
+    device = training.device_before
+    generator = torch.Generator().manual_seed(data.seed)
+    order = torch.randperm(len(data.contents.datasets["train"]), generator=generator)
+    loader = data.plain_loader("train", order[:START_IMAGES].tolist())
+    images = (batch["image"].to(device) for batch in loader)
     net = training.task.net.to(device)
     with training.trainer.strategy.precision_plugin.forward_context():
-        loader = data.plain_loader("train", order[:START_IMAGES].tolist())
-        shares = start_routers(net, (batch["image"].to(device) for batch in loader), seed=data.seed)
-    largest = ", ".join(f"{max(each) * len(each):.2f}" for each in shares.values())
+        shares = start_routers(net, images, seed=data.seed)
+    ratios = ", ".join(f"{max(share) * len(share):.2f}" for share in shares.values())
     print(
-        f"routers start from clusters of their input; largest over mean cluster {largest}",
+        f"routers start from clusters of their input; largest over mean cluster {ratios}",
         flush=True,
     )
 
@@ -644,15 +643,16 @@ def _memory_advice(training: Training) -> AbstractContextManager[None]:
 
 def _compare_with_start(training: Training, point: ResumePoint) -> None:
     """Warn about what prevents a bit-identical result, and record this start in sessions.json."""
-    start, session = training.start or RunStart(training.run_dir), training.session
+    session = training.session
+    start = training.start or RunStart(training.run_dir)
     point.fingerprint = fingerprint(training.trainer, training.task, training.data)
-    other = differences(start.fingerprint, point.fingerprint)
-    if other:
+    changes = differences(start.fingerprint, point.fingerprint)
+    if changes:
         print_rank0(
-            f"warning: the result can't be bit-identical to an uninterrupted run: {'; '.join(other)}."
+            f"warning: the result can't be bit-identical to an uninterrupted run: {'; '.join(changes)}."
         )
     if training.trainer.is_global_zero:
-        note_session(start, session.command, [*session.notes, *other])
+        note_session(start, session.command, [*session.notes, *changes])
 
 
 def _keep_config(training: Training) -> None:
