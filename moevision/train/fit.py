@@ -88,6 +88,7 @@ from moevision.train.recipe import (
     memory_advice,
     new_run_folder,
     read_config,
+    read_request,
     refuse_among_images,
     resolve_settings,
     run_name,
@@ -101,7 +102,6 @@ from moevision.train.resume import (
     RunStart,
     Session,
     begin,
-    devices_asked,
     find_run_start,
     first_command,
     note_session,
@@ -137,10 +137,11 @@ def fit(args: ParsedArgs) -> None:
     """`moevision fit`."""
     session = Session(args.command)
     with _in_sentences(session):
-        if not args.prints:
-            start_one_each(devices_asked(args))
-        settings, start = begin(session, args)
-        if args.prints:
+        request = read_request("fit", args)
+        if not request.prints:
+            start_one_each(request.trainer)
+        settings, start = begin(session, request)
+        if request.prints:
             print(_yaml(settings), end="")
             return
 
@@ -762,15 +763,15 @@ def evaluate(verb: str, args: ParsedArgs) -> None:
     """`moevision validate` and `moevision test`: read the data, and build the model for the weights of a checkpoint."""
     session = Session(args.command)
     with _in_sentences(session):
-        args = _with_checkpoint(verb, args)
-        settings = resolve_settings(verb, args)
-        if args.prints:
+        request = read_request(verb, _with_checkpoint(verb, args))
+        settings = resolve_settings(request)
+        if request.prints:
             print(_yaml(settings), end="")
             return
         start_one_each(settings.trainer)
 
         checkpoint = _read_checkpoint(verb, settings.ckpt_path)
-        options = {**flatten(asdict(settings)), **checkpoint.model_options, **args.options}
+        options = {**flatten(asdict(settings)), **checkpoint.model_options, **request.command_line}
         settings = to_settings(options)
         task, data, parts, callbacks = prepare(settings)
         run_dir = _new_folder(settings, session, f"-{verb}")

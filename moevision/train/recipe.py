@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -130,35 +131,114 @@ def default_precision() -> str:
 # ---- from a command line to settings
 
 
-def resolve_settings(
-    verb: str, args: ParsedArgs, say: Callable[[str], None] = print_rank0
-) -> Settings:
-    """The settings that a command line asks for, with what is chosen for the images where it says nothing.
+@dataclass(frozen=True)
+class Request:
+    """What `fit`, `validate` or `test` is asked for: the options by their sources, each read once."""
 
-    `FOLDER`, or a dataset's name, gets a recipe unless `--config` is given; a name of a shipped configuration is that
-    configuration. A checkpoint is evaluated by the config.yaml of its run, unless another `--config` is given.
+    verb: str
+    prints: bool  # whether the settings are to be printed, and nothing else is to be done
+    images: str | None  # what stands right after the verb
+    has_config: bool  # whether --config is given
+    pretrained: str | None  # --pretrained; None: it wasn't given
+    resume: str | None  # --resume: a run folder, or `auto`
+    config: dict[str, Any]  # the options of the files of --config
+    command_line: dict[str, Any]  # the others that are typed
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is typed or stands in a configuration."""
+        return {**self.config, **self.command_line}
+
+    @property
+    def run_dir(self) -> Path:
+        """The run that goes on; with `auto` the folder of this command, before anything is added because it exists."""
+        if self.resume not in (None, AUTO):
+            return Path(self.resume)
+        name = self.options.get("name") or run_name(self.options.get("data.path", "synthetic_pets"))
+        return Path(self.options.get("runs_root", "runs"), name)
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """Arguments of the Trainer, also those of the run that goes on: accelerator, devices and machines."""
+        recorded: dict[str, Any] = {}
+        config = self.run_dir / "config.yaml"
+        if self.resume is not None and config.is_file():
+            recorded = read_config(config)
+        return to_settings({**recorded, **self.options}).trainer
+
+
+def read_request(verb: str, args: ParsedArgs) -> Request:
+    """Read the configurations that a command line names, and refuse options that don't belong together."""
+    if args.options.get("model.arch.twin") and args.options.get("with_twin"):
+        raise UserError(
+            "--dense trains the dense model itself: leave --with-twin out, which trains both."
+        )
+    command_line = {**args.options}
+    resume = command_line.pop("resume", None)
+    pretrained = None
+    if _PRETRAINED in command_line:
+        pretrained = command_line.pop(_PRETRAINED) or NONE
+
+    # The name of a shipped configuration in the place of a folder is `--config NAME`.
+    images, names = args.folder, args.configs
+    if images in shipped_configs() and not names and not Path(images).exists():
+        if images in NAMED and pretrained not in (None, NONE):
+            # Recipes from scratch don't suit pretrained weights, their data do.
+            command_line.setdefault("data.download", True)
+        else:
+            images, names = None, [images]
+    config: dict[str, Any] = {}
+    for name in names:
+        config |= read_config(find_config(name))
+
+    _refuse_without_effect(images, command_line, config)
+    checkpoint = {**config, **command_line}.get("ckpt_path")
+    if verb == "fit" and checkpoint is not None:
+        folder = shell_word(str(Path(checkpoint).parent.parent))
+        raise UserError(f"To resume a training, give its folder: moevision fit --resume {folder}.")
+    if images is not None:
+        command_line["data.path"] = images
+    return Request(
+        verb=verb,
+        prints=args.prints,
+        images=images,
+        has_config=bool(names),
+        pretrained=pretrained,
+        resume=resume,
+        config=config,
+        command_line=command_line,
+    )
+
+
+def resolve_settings(request: Request, say: Callable[[str], None] = print_rank0) -> Settings:
+    """The settings of a request, with what is chosen for the images where it says nothing.
+
+    A folder, or a dataset's name, gets a recipe unless `--config` is given. A checkpoint is evaluated by its run's
+    config.yaml, unless another `--config` is given.
 
     Every process must call it: what depends on the machine is chosen by the first one. `say` takes the line that says
     what the training starts from.
     """
-    args, config = _read_configs(verb, args)
-    run = {}
-    if verb != "fit" and not args.configs:
-        run = _options_of_run(args.options.get("ckpt_path"))
-    if args.folder is None and not args.configs and not run and "data.path" not in args.options:
-        raise UserError(_what_to_name(verb, args))
+    is_fit = request.verb == "fit"
+    config, command_line = request.config, request.command_line
+    run: dict[str, Any] = {}
+    if not is_fit and not request.has_config:
+        run = _options_of_run(command_line.get("ckpt_path"))
+    if not request.has_config and not run and "data.path" not in command_line:
+        raise UserError(_what_to_name(request))
 
-    command_line = _command_line(args)
     recipe: dict[str, Any] = {}
     weights: dict[str, Any] = {}
-    with trains_on({**run, **config, **command_line}.get("trainer.accelerator")):
-        pretrained = _pretrained(args)
-        if verb == "fit" and args.folder is not None and not args.configs:
+    with trains_on({**run, **request.options}.get("trainer.accelerator")):
+        if is_fit and request.images is not None and not request.has_config:
             recipe = broadcast_from_rank0(
-                partial(choose_recipe, args.folder, pretrained, command_line, say)
+                partial(choose_recipe, request.images, request.pretrained, command_line, say)
             )
-        elif pretrained is not None:
-            weights = broadcast_from_rank0(partial(weights_alone, pretrained, command_line, say))
+        elif request.pretrained is not None:
+            weights = broadcast_from_rank0(
+                partial(weights_alone, request.pretrained, command_line, say)
+            )
+        # Each layer wins over those before it.
         config, command_line = _ended_by_steps(config), _ended_by_steps(command_line)
         options = {**recipe, **run, **config, **command_line, **weights}
         if options.get("trainer.precision") is None:
@@ -166,68 +246,25 @@ def resolve_settings(
     return to_settings(options)
 
 
-def typed_options(args: ParsedArgs) -> dict[str, Any]:
-    """The options that a `fit` is given, by `--config` and by the command line."""
-    args, config = _read_configs("fit", args)
-    return {**config, **_command_line(args)}
+def resumed_settings(request: Request) -> tuple[Settings, Settings]:
+    """The settings of a run that goes on: as recorded, and with what the request changes of them.
+
+    The run has chosen its start and its recipe.
+    """
+    recorded = read_config(recorded_config(request.run_dir))
+    weights: dict[str, Any] = {}
+    if request.pretrained not in (None, AUTO, NONE):
+        weights = weights_alone(request.pretrained, request.command_line)
+    return to_settings(recorded), to_settings({**recorded, **request.options, **weights})
 
 
-def changes_of_run(args: ParsedArgs) -> dict[str, Any]:
-    """The options that a command line gives to a run that goes on, which has chosen its start and its recipe."""
-    args, config = _read_configs("fit", args)
-    command_line = _command_line(args)
-    pretrained = _pretrained(args)
-    weights = {}
-    if pretrained not in (None, AUTO, NONE):
-        weights = weights_alone(pretrained, command_line)
-    return {**config, **command_line, **weights}
-
-
-def _read_configs(verb: str, args: ParsedArgs) -> tuple[ParsedArgs, dict[str, Any]]:
-    """The command line, with a recipe's name as its configuration, and the options of its configurations."""
-    if args.options.get("model.arch.twin") and args.options.get("with_twin"):
-        raise UserError(
-            "--dense trains the dense model itself: leave --with-twin out, which trains both."
-        )
-    args = _expand_recipe_name(args)
-    config: dict[str, Any] = {}
-    for name in args.configs:
-        config |= read_config(find_config(name))
-
-    _refuse_without_effect(args, config)
-    checkpoint = {**config, **args.options}.get("ckpt_path")
-    if verb == "fit" and checkpoint is not None:
-        folder = shell_word(str(Path(checkpoint).parent.parent))
-        raise UserError(f"To resume a training, give its folder: moevision fit --resume {folder}.")
-    return args, config
-
-
-def _expand_recipe_name(args: ParsedArgs) -> ParsedArgs:
-    """Let the name of a shipped configuration in the place of a folder be `--config NAME`."""
-    name = args.folder
-    if name is None or args.configs or name not in shipped_configs() or Path(name).exists():
-        return args
-    if name in NAMED and _pretrained(args) not in (None, NONE):
-        # Recipes from scratch don't suit pretrained weights, their data do.
-        return args._replace(options={"data.download": True, **args.options})
-    return args._replace(folder=None, configs=[name])
-
-
-def _pretrained(args: ParsedArgs) -> str | None:
-    """`--pretrained`; None: it wasn't given."""
-    if _PRETRAINED not in args.options:
-        return None
-    return args.options[_PRETRAINED] or NONE
-
-
-def _command_line(args: ParsedArgs) -> dict[str, Any]:
-    """The options of the command line that are taken as they are typed."""
-    options = {**args.options}
-    options.pop("resume", None)
-    options.pop(_PRETRAINED, None)
-    if args.folder is not None:
-        options["data.path"] = args.folder
-    return options
+def recorded_config(run_dir: Path) -> Path:
+    """The config that a run began with."""
+    config = run_dir / "config.yaml"
+    if not config.is_file():
+        hint = f": give its folder, {run_dir.parent.parent}" if run_dir.suffix == ".ckpt" else ""
+        raise UserError(f"{run_dir} is no run folder, it has no config.yaml{hint}.")
+    return config
 
 
 def _options_of_run(checkpoint: str | None) -> dict[str, Any]:
@@ -249,29 +286,29 @@ def _ended_by_steps(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _what_to_name(verb: str, args: ParsedArgs) -> str:
-    """A sentence for a command line that names no images."""
-    if verb == "fit":
+def _what_to_name(request: Request) -> str:
+    """A sentence for a request that names no images."""
+    if request.verb == "fit":
         other = f"--config with one of {', '.join(shipped_configs())}"
-    elif checkpoint := args.options.get("ckpt_path"):
+    elif checkpoint := request.command_line.get("ckpt_path"):
         return f"There is no config.yaml in {run_of_checkpoint(checkpoint)}: correct --ckpt_path."
     else:
         other = "--ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on"
     return (
-        f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name, or "
-        f"{other}."
+        f"Say what to {request.verb} on, right after the verb: a folder with one subfolder per class, a dataset's "
+        f"name, or {other}."
     )
 
 
-def _refuse_without_effect(args: ParsedArgs, config: Options) -> None:
+def _refuse_without_effect(folder: str | None, command_line: Options, config: Options) -> None:
     """Refuse what was typed of the images and would change nothing."""
-    path = args.options.get("data.path")
-    if args.folder is not None and path not in (None, args.folder):
-        raise UserError(f"{args.folder} and --data.path {path} both name images: use one of them.")
+    path = command_line.get("data.path")
+    if folder is not None and path not in (None, folder):
+        raise UserError(f"{folder} and --data.path {path} both name images: use one of them.")
 
     columns = ("data.image_column", "data.label_column")
-    column = next((name for name in columns if args.options.get(name) is not None), None)
-    images = args.folder or path or config.get("data.path")  # None: a run's, which goes on
+    column = next((name for name in columns if command_line.get(name) is not None), None)
+    images = folder or path or config.get("data.path")  # None: a run's, which goes on
     if column is None or images is None:
         return
     is_folder = kind_of(images) == "folder" and Path(images).expanduser().is_dir()

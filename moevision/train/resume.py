@@ -29,7 +29,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Checkpoint, Timer
 
-from moevision.config import CheckpointConfig, Fit, ParsedArgs, Settings, flatten, to_settings
+from moevision.config import CheckpointConfig, Fit, Settings, flatten
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
@@ -63,12 +63,10 @@ from moevision.train.processes import (
     seed_per_rank,
 )
 from moevision.train.recipe import (
-    changes_of_run,
-    read_config,
+    Request,
     refuse_among_images,
     resolve_settings,
-    run_name,
-    typed_options,
+    resumed_settings,
 )
 from moevision.train.start import PROBE_FILE, Probe
 from moevision.train.task import ClassificationTask
@@ -344,15 +342,6 @@ class RunStart:
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
-def recorded_config(run_dir: Path) -> Path:
-    """The config that a run began with."""
-    config = run_dir / "config.yaml"
-    if not config.is_file():
-        hint = f": give its folder, {run_dir.parent.parent}" if run_dir.suffix == ".ckpt" else ""
-        raise UserError(f"{run_dir} is no run folder, it has no config.yaml{hint}.")
-    return config
-
-
 def find_run_start(run_dir: Path, *, fresh_if_none: bool) -> RunStart:
     """The newest valid checkpoint of a run folder that this process has claimed; says which can't be used, and why."""
     # Where training writes; twin/ has its turn.
@@ -524,80 +513,49 @@ def without_resume(arguments: Sequence[str]) -> list[str]:
     return others
 
 
-def begin(session: Session, args: ParsedArgs) -> tuple[Settings, RunStart | None]:
+def begin(session: Session, request: Request) -> tuple[Settings, RunStart | None]:
     """Find out what a `fit` is asked for, and where its training begins.
 
     The start is None for a run with a folder of its own. A run that is finished ends the command here.
     """
-    say = print_rank0 if args.prints else session.lines.append
-    target = args.options.get("resume")
-    if target is None:
-        return resolve_settings("fit", args, say), None
+    say = print_rank0 if request.prints else session.lines.append
+    if request.resume is None:
+        return resolve_settings(request, say), None
 
-    # What goes on has chosen its start, and nothing is chosen again for it.
-    automatic = target == AUTO
-    run_dir = run_folder_of(args) if automatic else Path(target)
-    if automatic and newest_valid(run_dir / "checkpoints")[0] is None:
-        settings = resolve_settings("fit", args, say)
-    else:
-        settings = _resumed_settings(run_dir, args)
-    start: RunStart = broadcast_from_rank0(
-        partial(_claim_and_find, session, args, run_dir, settings)
-    )
+    checkpoints = request.run_dir / "checkpoints"
+    if request.resume == AUTO and newest_valid(checkpoints)[0] is None:
+        settings = resolve_settings(request, say)
+    else:  # it has chosen its start, and nothing is chosen again
+        _, settings = resumed_settings(request)
+    start: RunStart = broadcast_from_rank0(partial(_claim_run, session, request, settings))
 
     if start.checkpoint is not None:
-        settings, session.notes = _compared_settings(run_dir, args)
+        settings, session.notes = _compared_settings(request)
         for note in session.notes:
             print_rank0(f"changed: {note}")
     return settings, start
 
 
-def _claim_and_find(
-    session: Session, args: ParsedArgs, run_dir: Path, settings: Settings
-) -> RunStart:
-    """Claim a run folder, and find the checkpoint to go on from; for the first process."""
-    automatic = args.options["resume"] == AUTO
+def _claim_run(session: Session, request: Request, settings: Settings) -> RunStart:
+    """Claim the run folder, and find the checkpoint to go on from; for the first process."""
+    run_dir = request.run_dir
+    automatic = request.resume == AUTO
     if automatic:
         refuse_among_images(run_dir, settings.data.path)
     has_config = (run_dir / "config.yaml").is_file()
     if has_config and is_finished(run_dir, with_twin=settings.with_twin):
-        _compared_settings(run_dir, args)  # nothing that asks for another training passes for done
+        _compared_settings(request)  # nothing that asks for another training passes for done
         print_rank0(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
         raise SystemExit(0)
     return find_run_start(session.claim(run_dir), fresh_if_none=automatic)
 
 
-def _resumed_settings(run_dir: Path, args: ParsedArgs) -> Settings:
-    """The settings of a run, with what the command line changes of them."""
-    return to_settings({**read_config(recorded_config(run_dir)), **changes_of_run(args)})
-
-
-def _compared_settings(run_dir: Path, args: ParsedArgs) -> tuple[Settings, list[str]]:
-    """The same, and phrases for what changes; a UserError for a change that makes another training."""
-    recorded = to_settings(read_config(recorded_config(run_dir)))
-    resumed = _resumed_settings(run_dir, args)
+def _compared_settings(request: Request) -> tuple[Settings, list[str]]:
+    """The settings of a run that goes on, and phrases for what the request changes of them."""
+    recorded, resumed = resumed_settings(request)
     changes = changed_options(recorded, resumed)
+    # For `true` the seed that was drawn.
     return replace(resumed, seed_everything=recorded.seed_everything), changes
-
-
-def devices_asked(args: ParsedArgs) -> dict[str, Any]:
-    """What a `fit` says of accelerator, devices and machines, or else the run that it goes on with."""
-    options: dict[str, Any] = {}
-    target = args.options.get("resume")
-    if target is not None:
-        run_dir = run_folder_of(args) if target == AUTO else Path(target)
-        config = run_dir / "config.yaml"
-        if config.is_file():
-            options = read_config(config)
-    options |= typed_options(args)
-    return to_settings(options).trainer
-
-
-def run_folder_of(args: ParsedArgs) -> Path:
-    """The folder of a fit, before anything is added because an earlier run has it."""
-    options = typed_options(args)
-    name = options.get("name") or run_name(options.get("data.path", "synthetic_pets"))
-    return Path(options.get("runs_root", "runs")) / name
 
 
 # ---- the model that a training has so far

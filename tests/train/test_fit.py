@@ -32,6 +32,7 @@ from moevision.train.recipe import (
     default_precision,
     find_config,
     read_config,
+    read_request,
     resolve_settings,
 )
 from moevision.train.resume import lock_run_folder
@@ -471,7 +472,7 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
 
 def resolved(verb, *arguments):
     """What a command line asks for and gets chosen, by dotted names."""
-    settings = resolve_settings(verb, parse_args(verb, list(map(str, arguments))))
+    settings = resolve_settings(read_request(verb, parse_args(verb, list(map(str, arguments)))))
     return flatten(asdict(settings))
 
 

@@ -39,6 +39,7 @@ from moevision.train.fit import quiet_lightning
 from moevision.train.health import Stopwatch
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import random_state, restore_random_state
+from moevision.train.recipe import read_request, recorded_config
 from moevision.train.resume import (
     CheckpointConfig,
     Session,
@@ -46,7 +47,6 @@ from moevision.train.resume import (
     changed_options,
     is_free,
     lock_run_folder,
-    recorded_config,
     without_resume,
 )
 from moevision.train.task import ClassificationTask
@@ -902,7 +902,7 @@ def test_auto_finds_the_folder_of_the_command(monkeypatch, typed):
     monkeypatch.setattr(resume, "newest_valid", none)
     given = parse_args("fit", [*typed, "--resume=auto"])
     with pytest.raises(UserError, match="far enough"):
-        begin(Session(given.command), given)
+        begin(Session(given.command), read_request("fit", given))
     assert looked == [Path("runs/quickstart/checkpoints")]
 
 

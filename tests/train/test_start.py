@@ -22,7 +22,7 @@ from moevision.layers import moe_layers
 from moevision.models.convert import routes_read
 from moevision.models.io import PATIENCE_S, describe, from_clusters, load_model, save_model
 from moevision.train import health, start
-from moevision.train.recipe import changes_of_run, choose_recipe, resolve_settings
+from moevision.train.recipe import choose_recipe, read_request, resolve_settings, resumed_settings
 from moevision.train.start import AUTO, NONE, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
 
@@ -236,7 +236,7 @@ def recipe(folder: Path, pretrained: str | None, *typed: str) -> dict[str, Any]:
 
 
 def resolved(*arguments: object) -> dict[str, Any]:
-    settings = resolve_settings("fit", parse_args("fit", list(map(str, arguments))))
+    settings = resolve_settings(read_request("fit", parse_args("fit", list(map(str, arguments)))))
     return flatten(asdict(settings))
 
 
@@ -325,7 +325,10 @@ def test_who_names_a_model_is_not_asked(
     assert hub.asked == []
 
 
-def test_the_command_line(drawn_pets: Path) -> None:
+def test_the_command_line(
+    drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     said = resolved(drawn_pets, "--pretrained=none", "--dense", "--compile", "--force")
     full = {"model.arch.twin": "active_flops", "model.compile": True, "check_memory": False}
     assert full.items() <= said.items()
@@ -333,7 +336,12 @@ def test_the_command_line(drawn_pets: Path) -> None:
         resolved(drawn_pets, "--dense", "--with-twin")
     with pytest.raises(UserError, match="pretrained needs a value"):
         resolved(drawn_pets, "--pretrained", "--name", "x")
-    assert changes_of_run(parse_args("fit", ["--pretrained=auto"])) == {}  # it has chosen
+    run = Path("run")
+    run.mkdir()
+    (run / "config.yaml").write_text("model: {arch: {pretrained: x}}")
+    goes_on = read_request("fit", parse_args("fit", ["--pretrained=auto", "--resume=run"]))
+    recorded, resumed = resumed_settings(goes_on)
+    assert recorded == resumed, "it has chosen its start"
     assert resolved("--config=quickstart", "--pretrained=none") == resolved("quickstart") | {
         "model.arch.pretrained": None
     }
