@@ -61,6 +61,12 @@ def run_cli(*arguments: str | Path, render: bool = False) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def assert_names(text: str, *fragments: str) -> None:
+    """A text names these, wherever its lines break."""
+    words = " ".join(text.split())
+    assert [fragment for fragment in fragments if fragment not in words] == [], text
+
+
 def _leave_empty(figure: object, out: Path) -> None:
     out.touch()
 

