@@ -115,15 +115,15 @@ def _answer(arguments: Sequence[str]) -> int:
     if not arguments:
         print(usage())
         return USER_ERROR
-    verb, *rest = arguments
-    if verb == "help" and rest:
-        verb, rest = rest[0], ["--help"]
+    verb, *options = arguments
+    if verb == "help" and options:
+        verb, options = options[0], ["--help"]
     if verb in ("-h", "--help", "help"):
         print(usage())
         return 0
     if verb == "--version":
         text = versions()
-        print(text if "--verbose" in rest else text.splitlines()[0])
+        print(text if "--verbose" in options else text.splitlines()[0])
         return 0
     if verb == "train":
         verb = "fit"
@@ -136,7 +136,7 @@ def _answer(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return USER_ERROR
-    return _run(verb, rest)
+    return _run(verb, options)
 
 
 def usage() -> str:
@@ -213,7 +213,7 @@ def _message(verb: str, error: Exception) -> str | None:
         if not error.filename:
             return None
         return f"{error.filename}: {error.strerror}; give another place, or mend it."
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+    if isinstance(error, MemoryError) or any(message in str(error) for message in _NO_MEMORY):
         return (
             f"there is not enough memory for {verb} here: use a smaller model, smaller images or smaller batches. "
             "(--traceback shows where it ended.)"

@@ -89,7 +89,10 @@ CROP = Framing()
 
 @dataclass
 class Data:
-    """Images of one folder, table or named dataset, split, augmented and batched."""
+    """Images of one folder, table or named dataset, split, augmented and batched.
+
+    docs/reference/config.md says what each option is, under `data`.
+    """
 
     path: str = option(
         "synthetic_pets",
@@ -234,6 +237,8 @@ class Data:
 class RouterOptions:
     """Options of a router; None is the router's own choice. A router refuses those that it has no use for.
 
+    docs/reference/config.md says what each is, under `model.arch`.
+
     Raises:
         UserError: for a value that is out of range.
     """
@@ -281,41 +286,30 @@ class RouterOptions:
                 raise UserError(
                     f"There is no {name} {value!r}: choose one of {', '.join(get_args(choices))}."
                 )
-        check_ranges(
-            self,
-            [
-                (
-                    *ABOVE_0,
-                    ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert"),
-                )
-            ],
-        )
+        positive = ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert")
+        check_ranges(self, [(*ABOVE_0, positive)])
         if self.capacity_factor is None and self.eval_capacity_factor is None:
-            idle = [
-                name
-                for name in ("batch_priority", "capacity_group")
-                if getattr(self, name) is not None
-            ]
-            if idle:
-                raise UserError(
-                    f"{idle[0]} does nothing without a capacity: set capacity_factor, such as 1.25."
-                )
+            for name in ("batch_priority", "capacity_group"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"{name} does nothing without a capacity: set capacity_factor, such as 1.25."
+                    )
         elif self.route_by == "image" and self.capacity_group != "batch":
             raise UserError(
                 "With route_by='image' one image never fills an expert, so a capacity per image drops nothing: set "
                 "capacity_group='batch', or leave the capacity out."
             )
 
-    def given(self) -> dict[str, Any]:
+    def non_default(self) -> dict[str, Any]:
         """The options that were set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def only(self, router: str, useful: Iterable[str]) -> RouterOptions:
         """Raise a UserError if an option is set that `router` has no use for; else the options themselves."""
-        useless = sorted(self.given().keys() - set(useful))
-        if useless:
+        unused = sorted(self.non_default().keys() - set(useful))
+        if unused:
             raise UserError(
-                f"The router {router!r} has no use for {', '.join(useless)}: leave it out."
+                f"The router {router!r} has no use for {', '.join(unused)}: leave it out."
             )
         return self
 
@@ -950,11 +944,11 @@ class ParsedArgs(NamedTuple):
 def parse_args(verb: str, arguments: Sequence[str]) -> ParsedArgs:
     """Understand a command line of `fit`, `validate` or `test`."""
     parser = _parser()
-    words = option_spelled(parser, arguments, _short_names())
+    spelled = option_spelled(parser, arguments, _short_names())
     try:
-        values = vars(parser.parse_args(words, defaults=False).as_flat())
+        values = vars(parser.parse_args(spelled, defaults=False).as_flat())
     except ArgumentError as error:
-        mistake = _first_mistake(words) or "The options don't fit together."
+        mistake = _first_mistake(spelled) or "The options don't fit together."
         raise UserError(f"{mistake} See moevision {verb} --help.") from error
     return ParsedArgs(
         folder=values.pop("folder", None),
@@ -979,11 +973,11 @@ def option_spelled(
         spellings[f"--{short}"] = f"--{name}"
     spellings = {name.replace("-", "_"): spelling for name, spelling in spellings.items()}
 
-    words = []
+    result = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        words.append(spellings.get(name.replace("-", "_"), name) + equals + value)
-    return words
+        result.append(spellings.get(name.replace("-", "_"), name) + equals + value)
+    return result
 
 
 def _short_names() -> dict[str, str]:
@@ -1012,19 +1006,20 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _first_mistake(words: Sequence[str]) -> str | None:
+def _first_mistake(arguments: Sequence[str]) -> str | None:
     """What is wrong with the first option that the parser doesn't take, or with a second folder."""
-    # Each option with the words behind it; in front of the first option, the folder.
+    # Each option with the values behind it; in front of the first option, the folder.
     groups: list[list[str]] = [[""]]
-    for word in words:
-        if word.startswith("--") or (word.startswith("-") and word[1:].isalpha()):
-            groups.append([word])
+    for argument in arguments:
+        is_option = argument.startswith("--") or (argument[:1] == "-" and argument[1:].isalpha())
+        if is_option:
+            groups.append([argument])
         else:
-            groups[-1].append(word)
+            groups[-1].append(argument)
 
     folders: list[str] = []
-    for option_word, *values in groups:
-        name, equals, _ = option_word.partition("=")
+    for option_argument, *values in groups:
+        name, equals, value = option_argument.partition("=")
         if name:
             action = _action_of(name)
             if action is None:
@@ -1034,14 +1029,12 @@ def _first_mistake(words: Sequence[str]) -> str | None:
             if action.nargs is None and not equals and not values:
                 return f"--{action.dest} needs a value."
 
-            taken = 0 if equals or action.nargs == 0 else 1
+            own_values = [] if equals or action.nargs == 0 else values[:1]
             try:
-                _parser().parse_args([option_word, *values[:taken]], defaults=False)
+                _parser().parse_args([option_argument, *own_values], defaults=False)
             except ArgumentError:
-                return _wrong_value(
-                    action.dest, [option_word.partition("=")[2], *values][1 - bool(equals)]
-                )
-            values = values[taken:]
+                return _wrong_value(action.dest, value if equals else values[0])
+            values = values[len(own_values) :]
 
         folders += values
         if len(folders) > 1:
@@ -1159,7 +1152,7 @@ _EVALUATION = [
     "print_config",
 ]
 _HELP = """\
-usage: moevision {verb} {place} [options]
+usage: moevision {verb} {positional} [options]
 
 {about}
 
@@ -1214,17 +1207,14 @@ def help_of(verb: str, *, everything: bool = False) -> str:
         lines.append(f"{head:38}{paragraph[0]}")
         lines += [f"{'':38}{line}" for line in paragraph[1:]]
 
-    if verb == "fit":
-        place, examples, below = "[FOLDER]", _EXAMPLES, _BELOW
-    else:
-        place, examples, below = "[RUN]", f"  moevision {verb} runs/pets", _BELOW_EVALUATION
+    is_fit = verb == "fit"
     return _HELP.format(
         verb=verb,
-        place=place,
+        positional="[FOLDER]" if is_fit else "[RUN]",
         about=fitted(_ABOUT[verb]),
-        examples=examples,
+        examples=_EXAMPLES if is_fit else f"  moevision {verb} runs/pets",
         options="\n".join(lines),
-        below=fitted(below),
+        below=fitted(_BELOW if is_fit else _BELOW_EVALUATION),
     )
 
 

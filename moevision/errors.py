@@ -33,7 +33,7 @@ class DataWarning(UserWarning):
         super().__init__(escape_controls_of_lines(sentence))
 
 
-# Words, what they mean, and the options that they are said of. NaN is in no range.
+# A range in words, whether a number is in it, and the options that must be. NaN is in no range.
 Range = tuple[str, Callable[[float], bool]]
 Ranges = Sequence[tuple[str, Callable[[float], bool], Sequence[str]]]
 ABOVE_0: Range = ("above 0", lambda x: 0 < x < math.inf)
@@ -49,14 +49,14 @@ def check_ranges(options: object, ranges: Ranges, prefix: str = "") -> None:
     `options` has them as attributes, each a number, a list of numbers, or None; `prefix` stands in front of an option's
     name as it is typed, such as `--data.`.
     """
-    for words, fits, names in ranges:
+    for description, is_valid, names in ranges:
         for name in names:
             values = getattr(options, name)
             if not isinstance(values, list):
                 values = [values]
             for value in values:
-                if value is not None and not fits(value):
-                    raise UserError(f"{prefix}{name} is {value}: it must be {words}.")
+                if value is not None and not is_valid(value):
+                    raise UserError(f"{prefix}{name} is {value}: it must be {description}.")
 
 
 def refuse_equal_seeds(runs: Iterable[tuple[str, int | None]]) -> None:

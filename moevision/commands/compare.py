@@ -409,9 +409,12 @@ def _rows(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
 
 def _mean(side: Sequence[FinishedRun], name: str, to_text: Callable[[float], str]) -> str:
     """The mean over the runs that know it; empty where none does."""
-    values = [_values(run.summary)[name] for run in side]
-    known = [value for value in values if value is not None]
-    return to_text(fmean(known)) if known else ""
+    values = []
+    for run in side:
+        value = _values(run.summary)[name]
+        if value is not None:
+            values.append(value)
+    return to_text(fmean(values)) if values else ""
 
 
 def _accuracy(side: Sequence[FinishedRun]) -> str:

@@ -58,19 +58,19 @@ def write_list(args: Namespace) -> None:
     run_dir = run_of(args.run)
     scores = Scores.read(run_dir / FILE)
     if args.by == "decisions":
-        kept = choose_kept_images(scores, args.decisions)
+        selection = choose_kept_images(scores, args.decisions)
     else:
         hardest = _HARDEST if args.hardest is None else args.hardest
-        kept = prune(scores, args.by, args.keep, hardest=hardest, seed=args.seed)
+        selection = prune(scores, args.by, args.keep, hardest=hardest, seed=args.seed)
     out = args.out or run_dir / _list_name(args)
     relabelled = bool(data_settings(run_dir).get("relabel"))
     refuse_foreign(out, LIST_HEAD.encode())
-    kept.write(out, scores, relabelled=relabelled)
+    selection.write(out, scores, relabelled=relabelled)
 
     warnings = []
     for kind, shares in (
-        ("class", class_shares(scores, kept)),
-        ("expert", expert_shares(scores, kept.keep)),
+        ("class", class_shares(scores, selection)),
+        ("expert", expert_shares(scores, selection.keep)),
     ):
         if shares:
             print("\n".join([*map(escape_controls, shares_table(shares, kind)), ""]))
@@ -79,9 +79,9 @@ def write_list(args: Namespace) -> None:
         print(f"warning: {escape_controls(sentence)}")
 
     path = escape_controls(str(out))
-    print(f"{kept.keep.sum():,} of {len(kept.keep):,} training images are kept: {path}")
+    print(f"{selection.keep.sum():,} of {len(selection.keep):,} training images are kept: {path}")
     file = shell_word(path)
-    relabel = f" --data.relabel {file}" if kept.new_label or relabelled else ""
+    relabel = f" --data.relabel {file}" if selection.new_label or relabelled else ""
     print(f"train on them: the options of the run, a new --name, and --data.keep {file}{relabel}")
 
 

@@ -887,16 +887,17 @@ def _in_sentences(session: Session) -> Iterator[None]:
         if error.strerror is None:
             raise
         command = session.resume_command or "the same command"
-        what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        raise UserError(f"{what}: mend that, then go on with {command}.") from error
+        cause = error.strerror
+        if error.filename:
+            cause += f": {error.filename}"
+        raise UserError(f"{cause}: mend that, then go on with {command}.") from error
     except RuntimeError as error:
-        # The second: gloo's words for a connection that has gone.
-        if not several_processes() or not (
-            isinstance(error, dist.DistError) or "by peer" in str(error)
-        ):
+        # The second: gloo's message for a connection that has gone.
+        process_gone = isinstance(error, dist.DistError) or "by peer" in str(error)
+        if not several_processes() or not process_gone:
             raise
         if not is_rank0():
-            raise SystemExit(USER_ERROR) from None  # one voice
+            raise SystemExit(USER_ERROR) from None  # only rank 0 prints
         command = session.resume_command
         how = f" To go on:\n{command}" if command else " Nothing was saved yet: start anew."
         raise UserError(

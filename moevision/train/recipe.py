@@ -522,9 +522,9 @@ def describe_plan(
     if memory is not None:
         lines.append(memory)
 
-    batches, words = planned_batches(data, trainer)
+    batches, length = planned_batches(data, trainer)
     images = batches * data.batch_size * trainer.world_size
-    lines.append(f"plan: {words}, {_describe_time(images, expected_s, before_s)}")
+    lines.append(f"plan: {length}, {_describe_time(images, expected_s, before_s)}")
 
     block = block_to_pool(task.net)
     if block is not None:
