@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from moevision.data.named import DATASET_NAMES
 from moevision.train.recipe import find_config, shipped_configs
-from tests.shared import assert_names
+from tests.shared import refused, succeeded
 
 CONFIGS = shipped_configs()
 # One step on a handful of drawn pictures: what the config says is kept, but for the size of the data and of the batch.
@@ -65,8 +65,7 @@ def test_config_trains(cli, drawn_pets, tmp_path, monkeypatch, name):
         weights = timm.create_model(arch["base"]).state_dict()
         save_file(weights, "drawn.safetensors", metadata={"architecture": arch["base"]})
         start = ("--pretrained", "drawn.safetensors")
-    outcome = cli("fit", "--config", name, "--data.path", drawn_pets, *start, *SMALL)
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("fit", "--config", name, "--data.path", drawn_pets, *start, *SMALL))
     assert arch.get("base", arch["name"]) in outcome.out
     assert f"{config['data']['image_size']} x {config['data']['image_size']} pixels" in outcome.out
 
@@ -75,15 +74,16 @@ def test_a_config_of_pretrained_weights_says_so_without_them(
     cli, drawn_pets, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    outcome = cli("fit", "--config", "cats_vs_dogs_two", "--data.path", drawn_pets, *SMALL)
-    assert outcome.code == 2
-    assert_names(outcome.err, "--model.arch.upcycle_reinit", "give --pretrained")
+    refused(
+        cli("fit", "--config", "cats_vs_dogs_two", "--data.path", drawn_pets, *SMALL),
+        "--model.arch.upcycle_reinit",
+        "give --pretrained",
+    )
 
 
 def test_quickstart_trains_on_its_own_data(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    outcome = cli("fit", "quickstart", *SMALL)
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("fit", "quickstart", *SMALL))
     assert "from synthetic_pets" in outcome.out
 
 

@@ -26,7 +26,7 @@ from moevision.train.recipe import memory_advice
 from moevision.train.resume import is_free
 from moevision.train.task import ClassificationTask
 from moevision.words import loading, shell_word
-from tests.shared import assert_names
+from tests.shared import assert_names, refused, succeeded
 
 
 @pytest.fixture(autouse=True)
@@ -34,19 +34,8 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def refused(outcome, *words):
-    """The call said one line, on stderr, with these words in it, and started nothing."""
-    assert outcome.code == 2
-    (error,) = (outcome.out + outcome.err).splitlines()
-    assert error.startswith("moevision: ")
-    for word in words:
-        assert word in error
-    assert not list(Path("runs").glob("*")), "a failed start leaves no run folder"
-
-
 def test_help_lists_every_verb(cli):
-    outcome = cli("--help")
-    assert outcome.code == 0
+    outcome = succeeded(cli("--help"))
     for name, (summary, _) in VERBS.items():
         assert f"{name:10} {summary}" in outcome.out
     assert "fit --config quickstart" in outcome.out

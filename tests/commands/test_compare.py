@@ -16,7 +16,7 @@ from moevision.config import MORE
 from moevision.models.safe_files import read_yaml
 from moevision.stats import Gap, detectable_on, mcnemar_p_value
 from moevision.train.report import ComparedModel, choose
-from tests.shared import assert_names
+from tests.shared import assert_names, succeeded
 
 FINISHED = Path(__file__).parents[1] / "fixtures" / "formats" / "0.1" / "runs" / "finished"
 
@@ -121,14 +121,15 @@ def test_a_run_and_its_twin_are_compared_as_fit_does(cli, tiny_run):
 def test_fit_and_compare_recommend_the_same(cli, only_moe, only_dense, both, recommended):
     """summary.md's recommendation beside what compare says of the same two runs."""
     moe, dense = cells(both, only_moe, only_dense, 372 - both - only_moe - only_dense)
-    outcome = cli(
-        "compare",
-        make("moe", moe),
-        make("dense", dense, summary={"layers": []}),
-        "--json",
-        "out.json",
+    outcome = succeeded(
+        cli(
+            "compare",
+            make("moe", moe),
+            make("dense", dense, summary={"layers": []}),
+            "--json",
+            "out.json",
+        )
     )
-    assert outcome.code == 0, outcome.err
     verdict = json.loads(Path("out.json").read_text())["verdict"]
     of_compare = {"A is better": "MoE", "B is better": "dense", "no difference found": "dense"}[
         verdict
@@ -189,8 +190,7 @@ def test_equal_differences_have_no_interval(cli):
         for depth in (4, 3)
         for seed in (0, 1)
     ]
-    outcome = cli("compare", *runs, "--json", "out.json")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("compare", *runs, "--json", "out.json"))
     assert_names(outcome.out, "A − B: +10.0", "10 test images.", "no interval")
     assert json.loads(Path("out.json").read_text())["p_value"] is None
 
@@ -204,14 +204,15 @@ def test_unbalanced_classes_are_compared_by_balanced_accuracy(cli):
     a = [1] * 90 + [0] * 7 + [1] * 3
     b = [0] * 9 + [1] * 81 + [1] * 10
     monitor = {"monitor": "val/balanced_acc"}
-    outcome = cli(
-        "compare",
-        make("one", a, dogs=10, summary=monitor),
-        make("two", b, dogs=10),
-        "--json",
-        "out.json",
+    outcome = succeeded(
+        cli(
+            "compare",
+            make("one", a, dogs=10, summary=monitor),
+            make("two", b, dogs=10),
+            "--json",
+            "out.json",
+        )
     )
-    assert outcome.code == 0, outcome.err
     found = json.loads(Path("out.json").read_text())
     assert found["difference"] == pytest.approx(-0.3)
     centre = (9 / 91 - 7 / 11) / 2
@@ -227,12 +228,13 @@ def test_unbalanced_classes_are_compared_by_balanced_accuracy(cli):
 def test_one_image_of_a_class_tells_no_models_apart(cli):
     """All cats alike, and the one dog right in A only: half of the balanced accuracy, by one image."""
     a, b = [1] * 99 + [1], [1] * 99 + [0]
-    outcome = cli(
-        "compare",
-        make("one", a, dogs=1, summary={"monitor": "val/balanced_acc"}),
-        make("two", b, dogs=1),
+    outcome = succeeded(
+        cli(
+            "compare",
+            make("one", a, dogs=1, summary={"monitor": "val/balanced_acc"}),
+            make("two", b, dogs=1),
+        )
     )
-    assert outcome.code == 0, outcome.err
     assert_names(outcome.out, "+50.0 points", "balanced accuracy", "No difference found")
 
 
@@ -416,8 +418,7 @@ def test_what_earlier_versions_wrote_down_of_the_trainer_is_no_difference(cli):
     ],
 )
 def test_what_changes_the_training_makes_another_recipe(cli, change, said):
-    outcome = cli("compare", make("a", [1, 0]), make("b", [1, 0], 1, **change))
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("compare", make("a", [1, 0]), make("b", [1, 0], 1, **change)))
     assert f"A and B differ in {said}." in outcome.out
 
 
@@ -435,7 +436,6 @@ def test_options_that_only_watch_make_no_recipe(cli):
         for kind in "ab"
         for seed in (0, 1)
     ]
-    outcome = cli("compare", *runs)
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("compare", *runs))
     assert_names(outcome.out, "differ in guard.max_skips (10, 2).")
     assert read_yaml("runs/a-1/config.yaml")["checkpoint"]["every_minutes"] == 6

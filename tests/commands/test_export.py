@@ -10,7 +10,7 @@ from moevision.commands.predict import predict_batch
 from moevision.efficiency import measure_cost
 from moevision.models.io import load_model
 from moevision.train.report import template
-from tests.shared import assert_names
+from tests.shared import assert_names, succeeded
 
 
 def snippet(file: str) -> str:
@@ -29,8 +29,9 @@ def test_export_says_what_it_costs_and_how_to_run_it(
     cli, tiny_run, drawn_pets, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    outcome = cli("export", tiny_run, "--out", "pets.onnx", "--data", drawn_pets, "--limit", 2)
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(
+        cli("export", tiny_run, "--out", "pets.onnx", "--data", drawn_pets, "--limit", 2)
+    )
     assert_names(outcome.out, "pets.onnx: ", "2 classes, 32 px", "ALL 4 experts", "2 of them.")
     assert "on 6 images" in outcome.out  # four of noise
     sparse, dense = (

@@ -17,19 +17,11 @@ from moevision.commands.predict import NO_NUMBER, images_at, predict_batch
 from moevision.errors import UserError
 from moevision.models.io import load_model
 from moevision.models.ood import FILE, pooled
-from tests.shared import assert_names
+from tests.shared import assert_names, refused, succeeded
 
 
 def table(text):
     return list(csv.DictReader(text.splitlines()))
-
-
-def refused(outcome, *words):
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith("moevision: ")
-    assert outcome.err.count("\n") == 1
-    for word in words:
-        assert word in outcome.err
 
 
 def test_csv(cli, tiny_run, drawn_pets):
@@ -58,8 +50,7 @@ def test_a_column_tells_how_far_a_stranger_is(cli, distant_model, tiny_run, draw
         files.append(tmp_path / f"noise{number}.png")
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(files[-1])
     (tmp_path / "bad.png").write_bytes(b"x")
-    outcome = cli("predict", distant_model, *files, tmp_path / "bad.png")
-    assert outcome.code == 0
+    outcome = succeeded(cli("predict", distant_model, *files, tmp_path / "bad.png"))
     *rows, bad = table(outcome.out)
     assert (bad["distance"], bool(bad["error"])) == ("", True)
     model, stored = load_model(str(tiny_run)), load_file(distant_model / FILE)
@@ -130,8 +121,7 @@ def test_an_unreadable_file_gets_a_row_that_says_why(cli, tiny_run, drawn_pets, 
     cut.write_bytes(good.read_bytes()[:300])
     empty = tmp_path / "empty.jpg"
     empty.touch()
-    outcome = cli("predict", tiny_run, cut, good, empty)
-    assert outcome.code == 0
+    outcome = succeeded(cli("predict", tiny_run, cut, good, empty))
     first, middle, last = table(outcome.out)
     assert (first["class"], first["probability"], first["top5"]) == ("", "", "")
     assert first["error"]
@@ -153,8 +143,7 @@ def test_a_folder_that_can_not_be_read_is_told(cli, tiny_run, tmp_path, drawn_pe
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    outcome = cli("predict", tiny_run, tmp_path / "all")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("predict", tiny_run, tmp_path / "all"))
     assert_names(outcome.err, "1 folders in", "be read", "left out")
 
 
@@ -319,8 +308,9 @@ def test_a_model_that_answers_with_no_number_says_so_in_both_formats(cli, saved_
     )  # the largest float32 is 3.4e38; a weight that is no number is refused
     save_file(weights, saved_model / "model.safetensors")
     for form in ("csv", "json"):
-        outcome = cli("predict", saved_model, *files, "--format", form, "--unsure", "0.5")
-        assert outcome.code == 0
+        outcome = succeeded(
+            cli("predict", saved_model, *files, "--format", form, "--unsure", "0.5")
+        )
         assert_names(outcome.err, "2 of 2", "no answer")
         assert "files" not in outcome.err
         for row in json.loads(outcome.out) if form == "json" else table(outcome.out):
@@ -363,8 +353,9 @@ def test_probabilities_are_calibrated_by_the_stored_temperature(cli, saved_model
         cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json").out
     )
     changed_config(saved_model, lambda config: config.pop("calibration"))
-    outcome = cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json")
-    assert outcome.code == 0
+    outcome = succeeded(
+        cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json")
+    )
     assert_names(outcome.err, "not calibrated", "without a temperature")
     (plain,) = json.loads(outcome.out)
     assert (plain["calibrated"], said["calibrated"]) == (False, True)
@@ -387,8 +378,7 @@ def test_unsure_answers(cli, tiny_run, drawn_pets):
     sure = json.loads(cli("predict", tiny_run, drawn_pets, "--format=json").out)
     threshold = sorted(row["probability"] for row in sure)[len(sure) // 2]
     options = ("--unsure", f"{threshold:.6f}")
-    outcome = cli("predict", tiny_run, drawn_pets, "--format=json", *options)
-    assert outcome.code == 0
+    outcome = succeeded(cli("predict", tiny_run, drawn_pets, "--format=json", *options))
     rows = json.loads(outcome.out)
     doubted = [row for row in rows if row["unsure"]]
     assert 0 < len(doubted) < len(rows)

@@ -12,7 +12,7 @@ import torch
 
 from moevision.layers import moe_layers
 from moevision.models.io import describe, from_clusters, load_model, save_model
-from tests.shared import assert_names
+from tests.shared import assert_names, succeeded
 
 # vit of width 32, depth 6, 32 px in 8 px patches and a class token: 17 tokens; MLP 32 -> 128 -> 32.
 D, HIDDEN, TOKENS = 32, 128, 17
@@ -30,8 +30,7 @@ def dense(tmp_path, monkeypatch):
 
 
 def test_upcycle_writes_a_model_and_what_it_costs(cli, dense):
-    outcome = cli("upcycle", dense, "--out", "moe", "--num-experts", "4")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("upcycle", dense, "--out", "moe", "--num-experts", "4"))
     assert_names(outcome.out, "dense: 2 classes, 32 px", "4 experts of 128", "top_k 1")
     assert_names(outcome.out, "router vmoe_top_k", "in blocks 1, 3", "same class for 100%")
     assert "no answer" not in outcome.out
@@ -54,8 +53,7 @@ def test_upcycle_writes_a_model_and_what_it_costs(cli, dense):
 
 def test_the_next_command_trains_the_model(cli, dense, drawn_pets):
     """The sizes and colours of the new model, as `fit` needs them; here with layer decay and a frozen block."""
-    outcome = cli("upcycle", dense, "--out", "my moe", "--layers", "2,3", "--top-k", "2")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("upcycle", dense, "--out", "my moe", "--layers", "2,3", "--top-k", "2"))
     (command,) = re.findall(r"next: moevision (.*)", outcome.out)
     half = "[0.5, 0.5, 0.5]"  # AugReg's colours
     assert shlex.split(command) == [
@@ -70,8 +68,7 @@ def test_the_next_command_trains_the_model(cli, dense, drawn_pets):
     ]
     options += ["--model.optim.layer_decay=0.7", "--model.optim.freeze=1", "--trainer.max_epochs=1"]
     options += ["--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
-    fitted = cli("fit", drawn_pets, "--pretrained", "my moe", *options)
-    assert fitted.code == 0, fitted.err
+    succeeded(cli("fit", drawn_pets, "--pretrained", "my moe", *options))
     start, end = (load_model(name).net.state_dict() for name in ("my moe", "runs/run"))
     assert torch.equal(start["blocks.0.mlp.fc1.weight"], end["blocks.0.mlp.fc1.weight"])
     assert not torch.equal(
@@ -81,14 +78,14 @@ def test_the_next_command_trains_the_model(cli, dense, drawn_pets):
 
 def test_routes_that_nobody_reads_are_named(cli, dense):
     """Behind a class token those of the last block; named blocks are taken as they are."""
-    outcome = cli("upcycle", dense, "--out", "last", "--layers", "last2", "--num-experts", "2")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(
+        cli("upcycle", dense, "--out", "last", "--layers", "last2", "--num-experts", "2")
+    )
     assert_names(outcome.out, "in blocks 3, 5", "patches in block 5", "no answer")
 
 
 def test_what_changes_outputs_is_said(cli, dense):
-    outcome = cli("upcycle", dense, "--out", "soft", "--router", "soft")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("upcycle", dense, "--out", "soft", "--router", "soft"))
     assert_names(outcome.out, "other outputs", "noise, reinit")
     options = (
         "--option",
@@ -100,10 +97,9 @@ def test_what_changes_outputs_is_said(cli, dense):
         "--reinit",
         "0.5",
     )
-    outcome = cli(
-        "upcycle", dense, "--out", "more", "--num-classes", "5", "--image-size", "64", *options
+    outcome = succeeded(
+        cli("upcycle", dense, "--out", "more", "--num-classes", "5", "--image-size", "64", *options)
     )
-    assert outcome.code == 0, outcome.err
     saved = load_model("more")
     assert (saved.image_size, len(saved.class_names)) == (64, 5)
     config = saved.net.moe_config
@@ -116,19 +112,20 @@ def test_what_changes_outputs_is_said(cli, dense):
 
 def test_the_same_seed_gives_the_same_file(cli, dense):
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        outcome = cli(
-            "upcycle",
-            dense,
-            "--out",
-            name,
-            "--noise",
-            "0.1",
-            "--num-classes",
-            "7",
-            "--seed",
-            str(seed),
+        succeeded(
+            cli(
+                "upcycle",
+                dense,
+                "--out",
+                name,
+                "--noise",
+                "0.1",
+                "--num-classes",
+                "7",
+                "--seed",
+                str(seed),
+            )
         )
-        assert outcome.code == 0, outcome.err
     one, again, other = (
         Path(name, "model.safetensors").read_bytes() for name in ("one", "again", "other")
     )
@@ -139,8 +136,7 @@ def test_the_same_seed_gives_the_same_file(cli, dense):
 def test_class_names_are_kept(cli, tiny_run, tmp_path, monkeypatch):
     """The dense twin of a finished run: its classes are those of the folder."""
     monkeypatch.chdir(tmp_path)
-    outcome = cli("upcycle", tiny_run / "twin", "--out", "moe")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("upcycle", tiny_run / "twin", "--out", "moe"))
     assert load_model("moe").class_names == ["cat", "dog"]
 
 
@@ -176,8 +172,7 @@ def test_routers_start_from_clusters_of_the_data(cli, dense, drawn_pets):
         "--data",
         drawn_pets,
     )
-    outcome = cli("upcycle", dense, "--out", "moe", *options)
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("upcycle", dense, "--out", "moe", *options))
     assert_names(outcome.out, "routers start", "clusters of")
     record = json.loads(Path("moe/upcycle.json").read_text())
     assert record["moe_config"]["route_by"] == "image"
@@ -208,8 +203,7 @@ def test_parts_of_the_mlp_and_the_first_blocks(cli, dense):
         "--layers",
         "1,3",
     )
-    outcome = cli("upcycle", dense, "--out", "parts", *options)
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("upcycle", dense, "--out", "parts", *options))
     assert_names(outcome.out, "4 experts of 64", "top_k 2")
     net = load_model("parts").net
     assert (len(net.blocks), net.moe_config["expert_hidden"]) == (5, 64)

@@ -37,7 +37,7 @@ from moevision.train.recipe import (
 )
 from moevision.train.resume import lock_run_folder
 from moevision.train.start import epochs_for
-from tests.shared import assert_names
+from tests.shared import assert_names, refused, succeeded
 
 
 @pytest.fixture(autouse=True)
@@ -198,8 +198,7 @@ def test_the_model_opens_with_timm_and_predicts_what_the_run_predicted(tiny_run)
 def test_predict_says_the_same(cli, tiny_run):
     known = {row["image"]: row for row in rows(tiny_run / "predictions_test.csv")}
     pets = tiny_run.parent.parent / "pets"
-    outcome = cli("predict", tiny_run, *(pets / name for name in known))
-    assert outcome.code == 0
+    outcome = succeeded(cli("predict", tiny_run, *(pets / name for name in known)))
     for row, expected in zip(csv.DictReader(outcome.out.splitlines()), known.values(), strict=True):
         assert row["class"] == expected["prediction"]
         assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=2e-4)
@@ -235,8 +234,7 @@ def test_scores_by_class_are_scikit_learns(cli, tiny_run):
 
 def test_the_config_runs_again_to_the_same_numbers(cli, tiny_run):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
-    outcome = cli("fit", "--config", tiny_run / "config.yaml", "--without-twin")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", "--config", tiny_run / "config.yaml", "--without-twin"))
     again = tiny_run.with_name("pets-2")
     assert same_metrics(tiny_run, again)
     assert (again / "predictions_test.csv").read_text() == (
@@ -252,10 +250,15 @@ def test_evaluating_the_checkpoint_again(cli, tiny_run):
     """The run's own config.yaml says all the rest, given or not: 32 px is not the default."""
     logged, config = rows(tiny_run / "metrics.csv"), tiny_run / "config.yaml"
     for verb, split, given in (("test", "test", ()), ("validate", "val", ("--config", config))):
-        outcome = cli(
-            verb, *given, "--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt"
+        outcome = succeeded(
+            cli(
+                verb,
+                *given,
+                "--runs_root=again",
+                "--ckpt_path",
+                tiny_run / "checkpoints" / "best.ckpt",
+            )
         )
-        assert outcome.code == 0, outcome.err
         assert f"2 classes from {tiny_run.parents[1] / 'pets'}\n" in outcome.out
         folder = Path("again") / f"pets-{verb}"
         (found,) = [row for row in rows(folder / "metrics.csv") if row[f"{split}/top1"]]
@@ -278,16 +281,14 @@ def test_evaluation_takes_the_test_images_of_the_run(cli, tiny_run, tmp_path, mo
     other = Path(shutil.copytree(tiny_run.parents[1] / "pets", "other photos"))
     lost = next(row["path"] for row in rows(tiny_run / "splits.csv") if row["split"] == "train")
     for vanished in (0, 1):
-        outcome = cli("test", other, *given)
-        assert outcome.code == 0, outcome.err
+        outcome = succeeded(cli("test", other, *given))
         assert_names(outcome.out, "test: 12 images", "listed in splits.csv).")
         assert outcome.out.count("1 images listed in") == vanished
         (other / lost).unlink(missing_ok=True)
     for picture in [*other.rglob("*.png")]:
         picture.rename(picture.with_stem(f"another {picture.stem}"))
     for verb, split in (("test", "test"), ("validate", "val")):
-        outcome = cli(verb, other, *given)
-        assert outcome.code == 0, outcome.err
+        outcome = succeeded(cli(verb, other, *given))
         assert_names(outcome.out, f"{split}: 40 images", "not the run's.")
 
 
@@ -323,8 +324,7 @@ def test_a_run_of_many_processes_is_evaluated_by_one(cli, tiny_run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["trainer"] |= {"devices": 2, "num_nodes": 2, "strategy": "ddp"}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    outcome = cli("test", "--ckpt_path", run / "checkpoints" / "best.ckpt", "--runs_root=again")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("test", "--ckpt_path", run / "checkpoints" / "best.ckpt", "--runs_root=again"))
 
 
 def unfinished_copy(run: Path) -> Path:
@@ -339,8 +339,7 @@ def test_the_split_of_the_run_is_used_again(cli, tiny_run):
     pets = Path(shutil.copytree(tiny_run.parent.parent / "pets", "pets"))
     shutil.copy(pets / "cat" / "0000.png", pets / "cat" / "new.png")
     run = unfinished_copy(tiny_run)
-    outcome = cli("fit", "--resume", run, "--data.path=./pets", "--without-twin")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("fit", "--resume", run, "--data.path=./pets", "--without-twin"))
     assert_names(outcome.out, "warning: 1 images", "splits.csv was written", "left out")
     assert "came after" not in outcome.err  # said once
     assert_names(outcome.err, "changed: --data.path")
@@ -356,16 +355,17 @@ def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn
         timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True
     )
     options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true")
-    first = cli(
-        "fit",
-        drawn_pets,
-        "--pretrained",
-        "dense",
-        *options,
-        "--name=up",
-        "--trainer.enable_progress_bar=false",
+    succeeded(
+        cli(
+            "fit",
+            drawn_pets,
+            "--pretrained",
+            "dense",
+            *options,
+            "--name=up",
+            "--trainer.enable_progress_bar=false",
+        )
     )
-    assert first.code == 0, first.err
     shutil.rmtree("dense")
     Path("runs/up/summary.json").unlink()
     best = "runs/up/checkpoints/best.ckpt"
@@ -374,8 +374,7 @@ def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn
         ["test", "--ckpt_path", best],
         ["predict", best, drawn_pets],
     ):
-        again = cli(*arguments)
-        assert again.code == 0, again.err
+        succeeded(cli(*arguments))
 
 
 def test_the_model_is_the_one_of_config_yaml(cli, drawn_pets):
@@ -401,12 +400,14 @@ def test_the_model_is_the_one_of_config_yaml(cli, drawn_pets):
         "--trainer.max_epochs=1",
         "--name=up",
     )
-    refused = cli(*fit, "--model.arch.patch_size=8", "--model.arch.stem=conv")
-    assert refused.code == 2
-    assert_names(refused.err, "--model.arch.stem null", "is conv", "--model.arch.patch_size null")
+    refused(
+        cli(*fit, "--model.arch.patch_size=8", "--model.arch.stem=conv"),
+        "--model.arch.stem null",
+        "is conv",
+        "--model.arch.patch_size null",
+    )
     assert not Path("runs/up").exists()
-    outcome = cli(*fit, "--trainer.precision=32-true", "--trainer.enable_progress_bar=false")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli(*fit, "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"))
     recorded = yaml.safe_load(Path("runs/up/config.yaml").read_text())["model"]["arch"]
     assert recorded["name"] is recorded["base"] is None
     again, trained = build_model(MoEConfig(**recorded), 2, 32), load_model("runs/up").net
@@ -428,16 +429,17 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
         "--trainer.precision=32-true",
         "--with-twin",
     )
-    outcome = cli(
-        "fit",
-        drawn_pets,
-        "--pretrained",
-        "dense",
-        *options,
-        "--name=up",
-        "--trainer.enable_progress_bar=false",
+    outcome = succeeded(
+        cli(
+            "fit",
+            drawn_pets,
+            "--pretrained",
+            "dense",
+            *options,
+            "--name=up",
+            "--trainer.enable_progress_bar=false",
+        )
     )
-    assert outcome.code == 0, outcome.err
     assert "from scratch" not in outcome.out + outcome.err
     arguments = json.loads(Path("runs/up/model/config.json").read_text())["model_args"]
     assert (arguments["base"], arguments["expert_hidden"]) == (
@@ -445,9 +447,11 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
         192,
     )  # 3 x width: test_vit's own MLP
     assert_names(Path("runs/up/summary.md").read_text(), "same pretrained weights", "active FLOPs")
-    twice = cli("fit", drawn_pets, "--pretrained", "runs/up/model", *options, "--name=moe")
-    assert twice.code == 2
-    assert_names(twice.err, "--with-twin or --dense", "leave it out")
+    refused(
+        cli("fit", drawn_pets, "--pretrained", "runs/up/model", *options, "--name=moe"),
+        "--with-twin or --dense",
+        "leave it out",
+    )
     assert not Path("runs/moe").exists()
 
 
@@ -469,9 +473,12 @@ def quickstart_options():
 @pytest.mark.parametrize("where", ["beside", "afresh"])
 def test_a_run_folder_among_the_images_is_refused(cli, tiny, drawn_pets, monkeypatch, where):
     monkeypatch.chdir(shutil.copytree(drawn_pets, "photos"))
-    outcome = cli("fit", ".", *tiny, *(["--resume=auto"] if where == "afresh" else []))
-    assert outcome.code == 2
-    assert_names(outcome.err, "runs/photos", "start elsewhere", "another --runs_root")
+    refused(
+        cli("fit", ".", *tiny, *(["--resume=auto"] if where == "afresh" else [])),
+        "runs/photos",
+        "start elsewhere",
+        "another --runs_root",
+    )
     assert not Path("runs").exists()
 
 
@@ -504,8 +511,7 @@ def test_a_limit_beyond_every_number_of_batches_is_none(
 ):
     monkeypatch.chdir(tmp_path)
     limits = [f"--trainer.limit_{split}_batches=1e30" for split in ("train", "val", "test")]
-    outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", *limits)
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", *limits))
     assert json.loads(Path("runs/pets/summary.json").read_text())["steps"] == 3
 
 
@@ -513,9 +519,11 @@ def test_a_limit_beyond_every_number_of_batches_is_none(
     "option", ["limit_train_batches=0.01", "limit_val_batches=0.01", "val_check_interval=500"]
 )
 def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option):
-    outcome = cli("fit", drawn_pets, *tiny, f"--trainer.{option}")
-    assert outcome.code == 2
-    assert_names(outcome.err.splitlines()[-1], "moevision: The Trainer", "these options")
+    refused(
+        cli("fit", drawn_pets, *tiny, f"--trainer.{option}"),
+        "moevision: The Trainer",
+        "these options",
+    )
     assert not list(Path("runs").glob("*"))
 
 
@@ -613,8 +621,7 @@ def test_a_trial_leaves_no_folder_and_counts_its_own_memory(cli, tiny, drawn_pet
     monkeypatch.setattr(shutil, "rmtree", removed)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("peak"))
-    outcome = cli("fit", drawn_pets, *tiny, "--trainer.fast_dev_run=1")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, "--trainer.fast_dev_run=1"))
     assert calls == ["peak", None]
     assert cli("fit", drawn_pets, *tiny, "--model.arch.top_k=9").code == 2
     assert calls == ["peak", None] * 2
@@ -633,10 +640,9 @@ def test_recipe_of_a_named_dataset_knows_its_size(monkeypatch):
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_a_training_in_another_type_is_tested_too(cli, tiny, drawn_pets, precision):
     """Calibration, the test and the timing of one image take images of that type."""
-    outcome = cli(
-        "fit", drawn_pets, *tiny, "--trainer.max_epochs=1", f"--trainer.precision={precision}"
+    succeeded(
+        cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", f"--trainer.precision={precision}")
     )
-    assert outcome.code == 0, outcome.err
     (run,) = Path("runs").iterdir()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["precision"] == precision
@@ -648,10 +654,9 @@ def test_seeds_that_are_drawn(cli, tiny, drawn_pets):
     """`true` draws a seed and keeps it, so that the run can be made again; `false` sets none."""
     seeds = []
     for asked in ("true", "true", "false"):
-        outcome = cli(
-            "fit", drawn_pets, *tiny, "--trainer.max_epochs=1", "--seed_everything", asked
+        succeeded(
+            cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", "--seed_everything", asked)
         )
-        assert outcome.code == 0, outcome.err
     for run in sorted(Path("runs").iterdir()):
         seeds.append(json.loads((run / "summary.json").read_text())["seed"])
     assert seeds[0] != seeds[1]
@@ -665,17 +670,18 @@ def test_a_run_without_validation_is_validated_by_one_more_option(cli, tiny, dra
         ).code
         == 0
     )
-    outcome = cli("validate", "runs/pets")
-    assert outcome.code == 2
-    assert_names(outcome.err, "--trainer.limit_val_batches 0", "nothing to validate", "say 1.0")
-    outcome = cli("validate", "runs/pets", "--trainer.limit_val_batches=1.0")
-    assert outcome.code == 0, outcome.err
+    outcome = refused(
+        cli("validate", "runs/pets"),
+        "--trainer.limit_val_batches 0",
+        "nothing to validate",
+        "say 1.0",
+    )
+    outcome = succeeded(cli("validate", "runs/pets", "--trainer.limit_val_batches=1.0"))
     assert "val images right" in outcome.out
 
 
 def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
-    outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1"))
     (run,) = Path("runs").iterdir()
     assert (
         "images per step | 0.3; 1; 8 |" in (run / "summary.md").read_text()
@@ -683,8 +689,7 @@ def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
     (command,) = re.findall(
         r"^    moevision (test .*)$", (run / "summary.md").read_text(), re.MULTILINE
     )
-    again = cli(*shlex.split(command))
-    assert again.code == 0, again.err
+    succeeded(cli(*shlex.split(command)))
 
 
 def test_steps_that_are_asked_for_are_not_cut_by_epochs_that_nobody_gave(drawn_pets, tmp_path):
@@ -707,8 +712,7 @@ def test_steps_that_are_asked_for_are_not_cut_by_epochs_that_nobody_gave(drawn_p
 def test_of_steps_alone_the_progress_bar_counts_epochs_and_no_last_one(cli, tiny, drawn_pets):
     """Lightning's own says "Epoch 0/-2"."""
     options = [each for each in tiny if "max_epochs" not in each and "progress_bar" not in each]
-    outcome = cli("fit", drawn_pets, *options, "--trainer.max_steps=1")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("fit", drawn_pets, *options, "--trainer.max_steps=1"))
     assert re.search(r"Epoch 0 +\S", outcome.out)
     assert "Epoch 0/" not in outcome.out
 
@@ -726,14 +730,15 @@ def test_a_config_replaces_the_recipe(drawn_pets):
 
 def test_a_run_measures_how_far_strangers_lie(cli, draw, tiny, tmp_path):
     """A twentieth of the run's validation images is refused, and most noise; the test images are not looked at."""
-    outcome = cli(
-        "fit",
-        draw(tmp_path / "pets", per_class=80),
-        *tiny,
-        "--data.val_fraction=0.25",
-        "--name=far",
+    succeeded(
+        cli(
+            "fit",
+            draw(tmp_path / "pets", per_class=80),
+            *tiny,
+            "--data.val_fraction=0.25",
+            "--name=far",
+        )
     )
-    assert outcome.code == 0, outcome.err
     model = load_model("runs/far")
     val = open_pictures(tmp_path / "pets", 32, split="val", run_dir="runs/far")
     assert len(val) == 40
