@@ -29,11 +29,6 @@ from moevision.words import loading, shell_word
 from tests.shared import assert_names, refused, succeeded
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def test_help_lists_every_verb(cli):
     outcome = succeeded(cli("--help"))
     for name, (summary, _) in VERBS.items():

@@ -21,11 +21,6 @@ from tests.shared import assert_names, succeeded
 FINISHED = Path(__file__).parents[1] / "fixtures" / "formats" / "0.1" / "runs" / "finished"
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def make(name, correct, seed=0, *, dogs=0, summary=None, **options):
     """A finished run with these answers; the last `dogs` images are of dogs, the others of cats."""
     folder = Path("runs") / name

@@ -1,12 +1,10 @@
 """`moevision data`: lists made from a run, which fit takes and goes on with; and what is refused."""
 
-import csv
 import shutil
 from pathlib import Path
 
-import pytest
-
 from moevision.data.named import fetching
+from moevision.files import read_csv
 from tests.shared import assert_names, refused
 
 COMPARED = (
@@ -18,27 +16,17 @@ COMPARED = (
 )
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
-
-
 def test_a_pruned_list_is_trained_on_and_gone_on_with(cli, tiny, tiny_run, send_signal):
     """Half of the images by AUM, one of them relabelled; interrupted, the lists deleted, and gone on with."""
     outcome = cli("data", "prune", tiny_run, "--by", "aum", "--keep", "0.5", "--out", "keep.csv")
     assert (outcome.code, outcome.err) == (0, "")
-    scores = rows(tiny_run / "scores.csv")
+    scores = read_csv(tiny_run / "scores.csv")
     scored = sorted(
         (row for row in scores if row["visits"] != "0"), key=lambda row: -float(row["aum"])
     )
     unseen = [row for row in scores if row["visits"] == "0"]  # a broken file among the images
     half = {row["image"] for row in [*scored[: round(len(scored) / 2)], *unseen]}
-    listed = {row["image"]: row for row in rows(Path("keep.csv"))}
+    listed = {row["image"]: row for row in read_csv(Path("keep.csv"))}
     assert {image for image, row in listed.items() if row["keep"] == "yes"} == half
     assert_names(
         outcome.out,
@@ -62,9 +50,11 @@ def test_a_pruned_list_is_trained_on_and_gone_on_with(cli, tiny, tiny_run, send_
     )
     assert cli("fit", *options, "--name=whole").code == 0
     split = {
-        (row["split"], row["path"]): row["class"] for row in rows(Path("runs/whole/splits.csv"))
+        (row["split"], row["path"]): row["class"] for row in read_csv(Path("runs/whole/splits.csv"))
     }
-    before = {(row["split"], row["path"]): row["class"] for row in rows(tiny_run / "splits.csv")}
+    before = {
+        (row["split"], row["path"]): row["class"] for row in read_csv(tiny_run / "splits.csv")
+    }
     assert {path for part, path in split if part == "train"} == half
     assert {path for part, path in split if part == "unused"} == listed.keys() - half
     assert split["train", first["image"]] == new

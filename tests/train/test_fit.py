@@ -22,6 +22,7 @@ from moevision.analysis.images import open_pictures, read_images
 from moevision.config import flatten, options, parse_args, to_settings
 from moevision.data.open import contains_path
 from moevision.errors import UserError
+from moevision.files import read_csv
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
@@ -43,11 +44,6 @@ from tests.shared import assert_names, refused, succeeded
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def rows(path):
-    with path.open(newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
 
 
 def same_metrics(run, other):
@@ -92,7 +88,7 @@ def test_every_file_of_the_run_folder(tiny_run):
 
 
 def test_metrics_have_rows_of_training_and_validation(tiny_run):
-    logged = rows(tiny_run / "metrics.csv")
+    logged = read_csv(tiny_run / "metrics.csv")
     assert (
         len([row for row in logged if row["train/loss"]]) == 6
     )  # 25 images, one of them broken: 3 steps an epoch
@@ -107,30 +103,32 @@ def test_metrics_have_rows_of_training_and_validation(tiny_run):
 
 
 def test_predictions_agree_with_the_summary(tiny_run):
-    predictions = rows(tiny_run / "predictions_test.csv")
+    predictions = read_csv(tiny_run / "predictions_test.csv")
     right = sum(row["label"] == row["prediction"] for row in predictions)
     assert [row["correct"] for row in predictions] == [
         str(int(r["label"] == r["prediction"])) for r in predictions
     ]
     assert [row["image"] for row in predictions] == [
-        row["path"] for row in rows(tiny_run / "splits.csv") if row["split"] == "test"
+        row["path"] for row in read_csv(tiny_run / "splits.csv") if row["split"] == "test"
     ]
     summary = (tiny_run / "summary.md").read_text()
     assert f"recognised** ({right} of {len(predictions)};" in summary
-    tested = next(row for row in reversed(rows(tiny_run / "metrics.csv")) if row["test/top1"])
+    tested = next(row for row in reversed(read_csv(tiny_run / "metrics.csv")) if row["test/top1"])
     assert float(tested["test/top1"]) == pytest.approx(right / len(predictions))
 
 
 def test_summary_has_loads_twin_and_next_commands(tiny_run):
     summary = (tiny_run / "summary.md").read_text()
     assert "images per step | 2; 6; 8 |" in summary  # whole epochs have no decimal
-    tested = next(row for row in reversed(rows(tiny_run / "metrics.csv")) if row["test/top1"])
+    tested = next(row for row in reversed(read_csv(tiny_run / "metrics.csv")) if row["test/top1"])
     for layer in (1, 3):
         assert f"| block {layer} | 4 | {float(tested[f'moe/{layer}/load_max']):.2f} |" in summary
-    ours = {row["image"]: int(row["correct"]) for row in rows(tiny_run / "predictions_test.csv")}
+    ours = {
+        row["image"]: int(row["correct"]) for row in read_csv(tiny_run / "predictions_test.csv")
+    }
     twin = {
         row["image"]: int(row["correct"])
-        for row in rows(tiny_run / "twin" / "predictions_test.csv")
+        for row in read_csv(tiny_run / "twin" / "predictions_test.csv")
     }
     assert ours.keys() == twin.keys()
     points = 100 * (sum(ours.values()) - sum(twin.values())) / len(ours)
@@ -160,7 +158,7 @@ def test_the_hash_of_the_model_is_recorded(tiny_run):
 
 
 def test_the_bad_image_is_listed(tiny_run):
-    assert [(row["path"], row["split"]) for row in rows(tiny_run / "bad_images.csv")] == [
+    assert [(row["path"], row["split"]) for row in read_csv(tiny_run / "bad_images.csv")] == [
         ("dog/broken.png", "train")
     ]
     assert_names((tiny_run / "summary.md").read_text(), "- 1 file", "be read")
@@ -184,7 +182,7 @@ def test_the_model_opens_with_timm_and_predicts_what_the_run_predicted(tiny_run)
     net = timm.create_model(f"local-dir:{tiny_run / 'model'}", pretrained=True).eval()
     mean, std = (np.array(config["pretrained_cfg"][name]) for name in ("mean", "std"))
     pets = tiny_run.parent.parent / "pets"
-    for row in rows(tiny_run / "predictions_test.csv"):
+    for row in read_csv(tiny_run / "predictions_test.csv"):
         pixels = np.asarray(Image.open(pets / row["image"]), dtype=np.float64) / 255
         image = torch.tensor((pixels - mean) / std, dtype=torch.float32).permute(2, 0, 1)[None]
         with torch.no_grad():
@@ -196,7 +194,7 @@ def test_the_model_opens_with_timm_and_predicts_what_the_run_predicted(tiny_run)
 
 
 def test_predict_says_the_same(cli, tiny_run):
-    known = {row["image"]: row for row in rows(tiny_run / "predictions_test.csv")}
+    known = {row["image"]: row for row in read_csv(tiny_run / "predictions_test.csv")}
     pets = tiny_run.parent.parent / "pets"
     outcome = succeeded(cli("predict", tiny_run, *(pets / name for name in known)))
     for row, expected in zip(csv.DictReader(outcome.out.splitlines()), known.values(), strict=True):
@@ -207,7 +205,7 @@ def test_predict_says_the_same(cli, tiny_run):
 def test_scores_by_class_are_scikit_learns(cli, tiny_run):
     from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
-    known = {row["image"]: row for row in rows(tiny_run / "predictions_test.csv")}
+    known = {row["image"]: row for row in read_csv(tiny_run / "predictions_test.csv")}
     pets = tiny_run.parent.parent / "pets"
     said = json.loads(
         cli("predict", tiny_run, *(pets / name for name in known), "--format=json").out
@@ -221,7 +219,7 @@ def test_scores_by_class_are_scikit_learns(cli, tiny_run):
     auroc = roc_auc_score([label == "dog" for label in labels], of_dog)
     summary = (tiny_run / "summary.md").read_text()
     for row, name, *shares, images in zip(
-        rows(tiny_run / "classes_test.csv"), names, *expected, strict=True
+        read_csv(tiny_run / "classes_test.csv"), names, *expected, strict=True
     ):
         assert (row["class"], int(row["images"])) == (name, images)
         found = [float(row[column]) for column in ("precision", "recall", "f1", "auroc")]
@@ -248,7 +246,7 @@ def test_the_config_runs_again_to_the_same_numbers(cli, tiny_run):
 
 def test_evaluating_the_checkpoint_again(cli, tiny_run):
     """The run's own config.yaml says all the rest, given or not: 32 px is not the default."""
-    logged, config = rows(tiny_run / "metrics.csv"), tiny_run / "config.yaml"
+    logged, config = read_csv(tiny_run / "metrics.csv"), tiny_run / "config.yaml"
     for verb, split, given in (("test", "test", ()), ("validate", "val", ("--config", config))):
         outcome = succeeded(
             cli(
@@ -261,7 +259,7 @@ def test_evaluating_the_checkpoint_again(cli, tiny_run):
         )
         assert f"2 classes from {tiny_run.parents[1] / 'pets'}\n" in outcome.out
         folder = Path("again") / f"pets-{verb}"
-        (found,) = [row for row in rows(folder / "metrics.csv") if row[f"{split}/top1"]]
+        (found,) = [row for row in read_csv(folder / "metrics.csv") if row[f"{split}/top1"]]
         scores = [float(row[f"{split}/top1"]) for row in logged if row[f"{split}/top1"]]
         assert float(found[f"{split}/top1"]) == max(scores), (
             "best.ckpt is the epoch of the best validation"
@@ -279,7 +277,7 @@ def test_evaluation_takes_the_test_images_of_the_run(cli, tiny_run, tmp_path, mo
         "--data.max_bad_fraction=0.2",
     )
     other = Path(shutil.copytree(tiny_run.parents[1] / "pets", "other photos"))
-    lost = next(row["path"] for row in rows(tiny_run / "splits.csv") if row["split"] == "train")
+    lost = next(row["path"] for row in read_csv(tiny_run / "splits.csv") if row["split"] == "train")
     for vanished in (0, 1):
         outcome = succeeded(cli("test", other, *given))
         assert_names(outcome.out, "test: 12 images", "listed in splits.csv).")
@@ -343,8 +341,8 @@ def test_the_split_of_the_run_is_used_again(cli, tiny_run):
     assert_names(outcome.out, "warning: 1 images", "splits.csv was written", "left out")
     assert "came after" not in outcome.err  # said once
     assert_names(outcome.err, "changed: --data.path")
-    listed = [tuple(row.values()) for row in rows(run / "splits.csv")]
-    assert listed == [tuple(row.values()) for row in rows(tiny_run / "splits.csv")]
+    listed = [tuple(row.values()) for row in read_csv(run / "splits.csv")]
+    assert listed == [tuple(row.values()) for row in read_csv(tiny_run / "splits.csv")]
     assert same_metrics(run, tiny_run)
 
 
