@@ -117,7 +117,9 @@ def analyze(args: Namespace) -> None:
     """Write the report, and print the three answers and what it says of each layer."""
     from moevision.analysis import report  # scikit-learn and matplotlib come along
 
-    options = {"limit": 300, "permutations": 200} if args.quick else {}
+    options: dict[str, Any] = {}
+    if args.quick:
+        options = {"limit": 300, "permutations": 200}
     for field in fields(report.ReportSettings):
         value = getattr(args, field.name, None)
         if value is not None:

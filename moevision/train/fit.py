@@ -862,7 +862,8 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _yaml(settings: Settings) -> str:
-    return yaml.safe_dump(asdict(settings), sort_keys=False)
+    text: str = yaml.safe_dump(asdict(settings), sort_keys=False)
+    return text
 
 
 @contextmanager

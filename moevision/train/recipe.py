@@ -181,7 +181,7 @@ def read_request(verb: str, args: ParsedArgs) -> Request:
 
     # The name of a shipped configuration in the place of a folder is `--config NAME`.
     images, names = args.folder, args.configs
-    if images in shipped_configs() and not names and not Path(images).exists():
+    if images is not None and not names and _is_recipe(images):
         if images in NAMED and pretrained not in (None, NONE):
             # Recipes from scratch don't suit pretrained weights, their data do.
             command_line.setdefault("data.download", True)
@@ -208,6 +208,11 @@ def read_request(verb: str, args: ParsedArgs) -> Request:
         config=config,
         command_line=command_line,
     )
+
+
+def _is_recipe(name: str) -> bool:
+    """Whether it names a shipped configuration, and no folder of images."""
+    return name in shipped_configs() and not Path(name).exists()
 
 
 def resolve_settings(request: Request, say: Callable[[str], None] = print_rank0) -> Settings:

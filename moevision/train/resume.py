@@ -432,7 +432,7 @@ def first_command(run_dir: Path) -> list[str] | None:
     """The command line that a run began with, whatever it was gone on with; None if that isn't known."""
     for session in reversed(_json(run_dir / SESSIONS) or []):
         if session["from"] is None:
-            return session["command"]
+            return list(session["command"])
     return None
 
 
