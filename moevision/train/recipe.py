@@ -180,13 +180,15 @@ def read_request(verb: str, args: ParsedArgs) -> Request:
         pretrained = command_line.pop(_PRETRAINED) or NONE
 
     # The name of a shipped configuration in the place of a folder is `--config NAME`.
-    images, names = args.folder, args.configs
+    images = args.folder
+    names = args.configs
     if images is not None and not names and _is_recipe(images):
         if images in NAMED and pretrained not in (None, NONE):
             # Recipes from scratch don't suit pretrained weights, their data do.
             command_line.setdefault("data.download", True)
         else:
-            images, names = None, [images]
+            names = [images]
+            images = None
     config: dict[str, Any] = {}
     for name in names:
         config |= read_config(find_config(name))
