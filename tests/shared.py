@@ -68,6 +68,27 @@ def says(text: str, *fragments: str) -> bool:
     return True
 
 
+def succeeded(outcome: Outcome) -> Outcome:
+    """The outcome of a call that must have done what it was asked for."""
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def refused(outcome: Outcome, *fragments: str) -> Outcome:
+    """The outcome of a call that ended by one sentence, its last line, which names these."""
+    assert outcome.code == 2, outcome.err
+    sentence = outcome.err.splitlines()[-1]
+    assert sentence.startswith("moevision: ")
+    assert_names(sentence, *fragments)
+    return outcome
+
+
+def assert_names(text: str, *fragments: str) -> None:
+    """A text names these, wherever its lines break."""
+    words = " ".join(text.split())
+    assert [fragment for fragment in fragments if fragment not in words] == [], text
+
+
 def _leave_empty(figure: object, out: Path) -> None:
     out.touch()
 

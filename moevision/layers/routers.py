@@ -236,7 +236,9 @@ class TopKRouter(Router):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         given = "".join(
-            f", {name}={value!r}" for name, value in self.options.given().items() if name != "noise"
+            f", {name}={value!r}"
+            for name, value in self.options.non_default().items()
+            if name != "noise"
         )
         return f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, noise={self.noise!r}{given}"
 

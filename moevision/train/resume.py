@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Checkpoint, Timer
 
-from moevision.config import CheckpointConfig, Fit, ParsedArgs, complete
+from moevision.config import CheckpointConfig, Fit, Settings, flatten
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
@@ -62,11 +63,10 @@ from moevision.train.processes import (
     seed_per_rank,
 )
 from moevision.train.recipe import (
-    find_config,
-    read_config,
+    Request,
     refuse_among_images,
     resolve_settings,
-    run_name,
+    resumed_settings,
 )
 from moevision.train.start import PROBE_FILE, Probe
 from moevision.train.task import ClassificationTask
@@ -76,45 +76,38 @@ OPTION, AUTO = "--resume", "auto"
 SESSIONS = "sessions.json"
 # May differ in a run that goes on, and is listed then. What isn't here makes another training, and is refused.
 _FREE = (
-    *(
-        "data.num_workers",
-        "data.cache_mb",
-        "data.path",
-        "data.root",
-        "data.download",
-        "data.max_bad_fraction",
-    ),
-    *("data.scores", "trainer.deterministic", "trainer.plugins"),
-    *(
-        "trainer.enable_progress_bar",
-        "trainer.log_every_n_steps",
-        "trainer.logger",
-        "trainer.callbacks",
-    ),
-    *(
-        "trainer.profiler",
-        "trainer.detect_anomaly",
-        "trainer.max_time",
-        "trainer.enable_model_summary",
-    ),
-    *(
-        "trainer.accelerator",
-        "trainer.devices",
-        "trainer.num_nodes",
-        "trainer.strategy",
-        "trainer.benchmark",
-    ),
-    *("model.compile", "model.grad_checkpointing", "model.arch.backend", "parallel"),
-    *("with_twin", "checkpoint.every_minutes", "checkpoint.every_steps", "guard"),
+    "data.num_workers",
+    "data.cache_mb",
+    "data.path",
+    "data.root",
+    "data.download",
+    "data.max_bad_fraction",
+    "data.scores",
+    "trainer.deterministic",
+    "trainer.plugins",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.logger",
+    "trainer.callbacks",
+    "trainer.profiler",
+    "trainer.detect_anomaly",
+    "trainer.max_time",
+    "trainer.enable_model_summary",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.benchmark",
+    "model.compile",
+    "model.grad_checkpointing",
+    "model.arch.backend",
+    "parallel",
+    "with_twin",
+    "checkpoint.every_minutes",
+    "checkpoint.every_steps",
+    "guard",
 )
-_SILENT = (
-    "config",
-    "name",
-    "runs_root",
-    "resume",
-    "ckpt_path",
-    "print_config",
-)  # don't touch the training
+_SILENT = ("name", "runs_root", "resume", "ckpt_path")  # don't touch the training
 _FLOATING = (
     "model.compile",
     "model.grad_checkpointing",
@@ -349,42 +342,33 @@ class RunStart:
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
-def recorded_config(run_dir: Path) -> Path:
-    """The config that a run began with."""
-    config = run_dir / "config.yaml"
-    if not config.is_file():
-        hint = f": give its folder, {run_dir.parent.parent}" if run_dir.suffix == ".ckpt" else ""
-        raise UserError(f"{run_dir} is no run folder, it has no config.yaml{hint}.")
-    return config
-
-
 def find_run_start(run_dir: Path, *, fresh_if_none: bool) -> RunStart:
     """The newest valid checkpoint of a run folder that this process has claimed; says which can't be used, and why."""
-    for folder in (
-        run_dir,
-        run_dir / "checkpoints",
-        run_dir / "model",
-    ):  # where training writes; twin/ has its turn
+    # Where training writes; twin/ has its turn.
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "model"):
         remove_leftovers(folder)
-    found, refused = newest_valid(run_dir / "checkpoints")
+
+    checkpoint, refused = newest_valid(run_dir / "checkpoints")
     for other in refused:
         print_rank0(f"warning: {other.path} {other.fault}.")
-    if found is None:
-        if fresh_if_none:
-            print_rank0(f"{run_dir} has no checkpoint to go on from: starting afresh.")
-            for left in (each for pattern in _LEFT for each in run_dir.glob(pattern)):
-                left.unlink()
-            return RunStart(run_dir)
-        why = (
-            "; ".join(f"{other.path.name} {other.fault}" for other in refused)
-            or "no step was saved yet"
+    if checkpoint is not None:
+        fingerprint = load_archive(checkpoint.path, mmap=True).get(MARK, {}).get("fingerprint", {})
+        print_rank0(
+            f"Going on with {run_dir} from {checkpoint.path.name}, step {checkpoint.step:,} (verified)."
         )
+        return RunStart(run_dir, checkpoint.path, checkpoint.step, fingerprint)
+
+    if not fresh_if_none:
+        faults = "; ".join(f"{other.path.name} {other.fault}" for other in refused)
         raise UserError(
-            f"Nothing in {run_dir} can be resumed ({why}): start anew, or with {OPTION} {AUTO}."
+            f"Nothing in {run_dir} can be resumed ({faults or 'no step was saved yet'}): start anew, or with "
+            f"{OPTION} {AUTO}."
         )
-    saved = load_archive(found.path, mmap=True).get(MARK, {})
-    print_rank0(f"Going on with {run_dir} from {found.path.name}, step {found.step:,} (verified).")
-    return RunStart(run_dir, found.path, found.step, saved.get("fingerprint", {}))
+    print_rank0(f"{run_dir} has no checkpoint to go on from: starting afresh.")
+    for pattern in _LEFT:
+        for path in run_dir.glob(pattern):
+            path.unlink()
+    return RunStart(run_dir)
 
 
 def is_finished(run_dir: Path, *, with_twin: bool) -> bool:
@@ -393,28 +377,30 @@ def is_finished(run_dir: Path, *, with_twin: bool) -> bool:
     return summary is not None and not (with_twin and summary.get("twin") is None)
 
 
-def changed_options(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Phrases for the options that differ from the recorded ones and may."""
-    before, now = complete(recorded), complete(asked)
-    changed = []
+def changed_options(recorded: Settings, resumed: Settings) -> list[str]:
+    """Phrases for the options in which a run that goes on differs from the recorded one, and may."""
+    before, now = flatten(asdict(recorded)), flatten(asdict(resumed))
+    changes = []
     for name in sorted(before.keys() | now.keys()):
-        old, new = (
-            "null" if each.get(name) is None else str(each.get(name)) for each in (before, now)
-        )
-        same = old == new or (name == "data.path" and Path(old).resolve() == Path(new).resolve())
-        drawn = (
-            name == "seed_everything" and new == "True" and old != "False"
-        )  # what was drawn for it is recorded
-        if name.split(".")[0] in _SILENT or same or drawn:
+        old, new = _option_text(before.get(name)), _option_text(now.get(name))
+        if name in _SILENT or old == new:
             continue
+        if name == "data.path" and Path(old).resolve() == Path(new).resolve():
+            continue
+        if name == "seed_everything" and new == "True" and old != "False":
+            continue  # the seed that was drawn is recorded
         if not is_free(name):
             raise UserError(
                 f"--{name} is {old} in this run and can't become {new} when it goes on: leave it out, or start a new "
                 "run from its weights with --pretrained runs/NAME/model."
             )
         rounding = ", which may round differently" if name.startswith(_FLOATING) else ""
-        changed.append(f"--{name} was {old}, now {new}{rounding}")
-    return changed
+        changes.append(f"--{name} was {old}, now {new}{rounding}")
+    return changes
+
+
+def _option_text(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def is_free(option: str) -> bool:
@@ -429,21 +415,25 @@ def resume_command(run_dir: Path) -> str:
 
 def note_session(start: RunStart, command: Sequence[str], notes: Sequence[str]) -> None:
     """Add this start to the run folder's list of them."""
+    origin = None
+    if start.checkpoint is not None:
+        origin = {"checkpoint": start.checkpoint.name, "step": start.step}
+    session = {
+        "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(command),
+        "from": origin,
+        "notes": list(notes),
+    }
     file = start.run_dir / SESSIONS
-    origin = (
-        None
-        if start.checkpoint is None
-        else {"checkpoint": start.checkpoint.name, "step": start.step}
-    )
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    session = {"started_utc": now, "command": list(command), "from": origin, "notes": [*notes]}
     write_json_atomic(file, [*(_json(file) or []), session])
 
 
 def first_command(run_dir: Path) -> list[str] | None:
     """The command line that a run began with, whatever it was gone on with; None if that isn't known."""
-    sessions = _json(run_dir / SESSIONS) or []
-    return next((each["command"] for each in reversed(sessions) if each["from"] is None), None)
+    for session in reversed(_json(run_dir / SESSIONS) or []):
+        if session["from"] is None:
+            return list(session["command"])
+    return None
 
 
 def _json(file: Path) -> Any:
@@ -513,88 +503,59 @@ class Session:
 
 def without_resume(arguments: Sequence[str]) -> list[str]:
     """A command line without --resume and what follows it."""
-    given, rest = iter(arguments), []
-    for argument in given:
+    remaining = iter(arguments)
+    others = []
+    for argument in remaining:
         if argument == OPTION:
-            next(given, None)
+            next(remaining, None)
         elif not argument.startswith(f"{OPTION}="):
-            rest.append(argument)
-    return rest
+            others.append(argument)
+    return others
 
 
-def begin(session: Session, given: ParsedArgs) -> tuple[dict[str, Any], RunStart | None]:
+def begin(session: Session, request: Request) -> tuple[Settings, RunStart | None]:
     """Find out what a `fit` is asked for, and where its training begins.
 
-    The options by their dotted names, and the start; None for a run with a folder of its own. A run that is finished
-    ends the command here.
+    The start is None for a run with a folder of its own. A run that is finished ends the command here.
     """
-    options = dict(given.options)
-    target = options.pop("resume", None)
-    given = given._replace(options=options)
-    say = print_rank0 if given.prints else session.lines.append
-    if target is None:
-        return resolve_settings("fit", given, decide=broadcast_from_rank0, say=say), None
-    automatic = target == AUTO
-    run_dir = run_folder_of(given) if automatic else Path(target)
+    say = print_rank0 if request.prints else session.lines.append
+    if request.resume is None:
+        return resolve_settings(request, say), None
 
-    def as_recorded() -> dict[str, Any]:
-        return {
-            **read_config(recorded_config(run_dir)),
-            **resolve_settings("fit", given, recorded=True),
-        }
+    checkpoints = request.run_dir / "checkpoints"
+    if request.resume == AUTO and newest_valid(checkpoints)[0] is None:
+        settings = resolve_settings(request, say)
+    else:  # it has chosen its start, and nothing is chosen again
+        _, settings = resumed_settings(request)
+    start: RunStart = broadcast_from_rank0(partial(_claim_run, session, request, settings))
 
-    # What goes on has chosen its start, and nothing is chosen again for it.
-    goes_on = not automatic or newest_valid(run_dir / "checkpoints")[0] is not None
-    asked = (
-        as_recorded()
-        if goes_on
-        else resolve_settings("fit", given, decide=broadcast_from_rank0, say=say)
-    )
-
-    def compare() -> list[str]:
-        nonlocal asked
-        recorded, asked = read_config(recorded_config(run_dir)), as_recorded()
-        changed = changed_options(recorded, asked)
-        asked["seed_everything"] = recorded.get(
-            "seed_everything", 0
-        )  # for `true` the one that was drawn
-        return changed
-
-    def find() -> RunStart:
-        if automatic:
-            refuse_among_images(run_dir, asked["data.path"])
-        known = (run_dir / "config.yaml").is_file()
-        if known and is_finished(run_dir, with_twin=bool(asked.get("with_twin"))):
-            compare()  # nothing that asks for another training passes for done
-            print_rank0(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
-            raise SystemExit(0)
-        return find_run_start(session.claim(run_dir), fresh_if_none=automatic)
-
-    start: RunStart = broadcast_from_rank0(find)
     if start.checkpoint is not None:
-        session.notes = compare()
+        settings, session.notes = _compared_settings(request)
         for note in session.notes:
             print_rank0(f"changed: {note}")
-    return asked, start
+    return settings, start
 
 
-def devices_asked(given: ParsedArgs) -> dict[str, Any]:
-    """What a `fit` says of accelerator, devices and machines, or else the run that it goes on with; by dotted names."""
-    target, files = given.options.get("resume"), [find_config(name) for name in given.configs]
-    if target is not None:
-        config = (run_folder_of(given) if target == AUTO else Path(target)) / "config.yaml"
-        files[:0] = [config] if config.is_file() else []
-    asked = [*map(read_config, files), given.options]
-    return {
-        name: value for each in asked for name, value in each.items() if name.startswith("trainer.")
-    }
+def _claim_run(session: Session, request: Request, settings: Settings) -> RunStart:
+    """Claim the run folder, and find the checkpoint to go on from; for the first process."""
+    run_dir = request.run_dir
+    automatic = request.resume == AUTO
+    if automatic:
+        refuse_among_images(run_dir, settings.data.path)
+    has_config = (run_dir / "config.yaml").is_file()
+    if has_config and is_finished(run_dir, with_twin=settings.with_twin):
+        _compared_settings(request)  # nothing that asks for another training passes for done
+        print_rank0(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
+        raise SystemExit(0)
+    return find_run_start(session.claim(run_dir), fresh_if_none=automatic)
 
 
-def run_folder_of(given: ParsedArgs) -> Path:
-    """The folder of a fit, before anything is added because an earlier run has it."""
-    options = resolve_settings("fit", given, recorded=True)
-    name = options.get("name") or run_name(options.get("data.path", "synthetic_pets"))
-    return Path(options.get("runs_root", "runs")) / name
+def _compared_settings(request: Request) -> tuple[Settings, list[str]]:
+    """The settings of a run that goes on, and phrases for what the request changes of them."""
+    recorded, resumed = resumed_settings(request)
+    changes = changed_options(recorded, resumed)
+    # For `true` the seed that was drawn.
+    return replace(resumed, seed_everything=recorded.seed_everything), changes
 
 
 # ---- the model that a training has so far

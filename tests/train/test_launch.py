@@ -97,7 +97,7 @@ def test_two_devices_beside_apples_gpu_are_two_processes_on_the_cpu(monkeypatch:
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     monkeypatch.setattr("platform.processor", lambda: "arm")
     monkeypatch.setattr(training, "start_processes", started.append)
-    training.start_one_each({"trainer.devices": 2})
+    training.start_one_each({"accelerator": "auto", "devices": 2, "num_nodes": 1})
     assert started == [2]
 
 
