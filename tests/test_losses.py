@@ -226,10 +226,14 @@ def test_a_router_without_scores_that_learn_cannot_be_told_the_class(router: str
         )
 
 
-def test_balance_refuses_a_loss_whose_labels_it_has_not() -> None:
+def test_balance_takes_the_labels_or_refuses_a_loss_of_them() -> None:
     Balance(MoEMlp(8, 8), AuxLossWeights(label=0.0))
-    with pytest.raises(UserError, match=r"add moevision\.losses\.label_loss"):
+    with pytest.raises(UserError, match="give Balance num_classes"):
         Balance(MoEMlp(8, 8), AuxLossWeights(label=0.1))
+    routing = told([[1, 2, 3, 4]])
+    balance = Balance(nn.Identity(), AuxLossWeights(label=0.1), num_classes=2)
+    target = F.one_hot(torch.tensor([1]), 2)
+    assert balance.loss([routing], target) == 0.1 * label_loss(routing, target)
 
 
 @pytest.mark.parametrize("loss", [importance_loss, load_loss, load_balancing_loss, z_loss])

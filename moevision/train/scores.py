@@ -12,11 +12,13 @@ Axes: B images, C classes, E experts, H = sum of E over the MoE layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -37,12 +39,10 @@ class ExampleScores(L.Callback):
 
     def __init__(self) -> None:
         self.sums: ScoreSums | None = None
-        self._saved: Mapping[str, Any] | None = (
-            None  # by the checkpoint that is gone on from; {}: nothing
-        )
-        self._window: list[
-            tuple[Tensor, Tensor]
-        ] = []  # [B] and [B, 5 or 5 + H] of each micro-batch
+        # By the checkpoint that is resumed; {}: it has no scores.
+        self._saved: Mapping[str, Any] | None = None
+        # Indices [B] and measures [B, 5 or 5 + H] of each micro-batch.
+        self._window: list[tuple[Tensor, Tensor]] = []
         self._routed_from = float("inf")  # the step at which counting of experts begins
 
     def on_load_checkpoint(
@@ -53,7 +53,8 @@ class ExampleScores(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data, task = cast(Any, trainer).datamodule, cast(ClassificationTask, pl_module)
-        saved, self._saved, self.sums = self._saved, None, None
+        saved, self._saved = self._saved, None
+        self.sums = None
         if not data.keeps_scores:
             if data.mixes and data.scores is None:
                 print_rank0(
@@ -61,18 +62,18 @@ class ExampleScores(L.Callback):
                 )
             return
         images = range(len(data.contents.datasets["train"]))
+        keys = keys_of(data.sample_id("train", image) for image in images)
         layers = moe_layers(task.net)
         experts = {cast(int, layer.layer_index): layer.router.num_experts for layer in layers}
-        sums = ScoreSums(keys_of(data.sample_id("train", image) for image in images), experts)
-        if saved is not None and not (saved and sums.load_state_dict(saved)):
+        sums = ScoreSums(keys, experts)
+        is_resumed = saved is not None
+        if is_resumed and not (saved and sums.load_state_dict(saved)):
             print_rank0(
                 "note: no scores of the training images: the checkpoint has none, and those of the rest mislead."
             )
             return
         self.sums = sums
-        task.observer = lambda batch, logits, routings: self._observe(
-            trainer, batch, logits, routings
-        )
+        task.observer = partial(self._observe, trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -81,7 +82,9 @@ class ExampleScores(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Experts hardly change in the last third; a training without an end has none.
         steps = trainer.estimated_stepping_batches if self.sums is not None else float("inf")
-        self._routed_from = steps - steps // 3 if isfinite(steps) else steps
+        self._routed_from = steps
+        if isfinite(steps):
+            self._routed_from = steps - steps // 3
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -93,33 +96,28 @@ class ExampleScores(L.Callback):
     def _observe(
         self, trainer: L.Trainer, batch: Batch, logits: Tensor, routings: Sequence[Routing]
     ) -> None:
-        found = [visit_measures(logits, batch["label"])]
+        measures = [visit_measures(logits, batch["label"])]
         if trainer.global_step >= self._routed_from:
-            found += map(visit_shares, routings)
-        self._window.append((batch["index"], torch.cat(found, 1)))
+            measures += [visit_shares(routing) for routing in routings]
+        self._window.append((batch["index"], torch.cat(measures, 1)))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.sums is None or not cast(ClassificationTask, pl_module).update_applied:
             return
-        for visits in self._window:
-            found = gather_objects(
-                [part.cpu() for part in visits]
-            )  # of all processes, in order of rank
-            own, values = (torch.cat(part) for part in zip(*found, strict=True))
-            measures, shares = values[:, : len(MEASURES)], values[:, len(MEASURES) :]
-            self.sums.add(
-                own.numpy(), measures.numpy(), shares.numpy() if shares.shape[1] else None
-            )
+        for index, values in self._window:
+            visits = gather_objects((index.cpu(), values.cpu()))  # of all processes
+            indices = torch.cat([index for index, _ in visits]).numpy()
+            rows = torch.cat([values for _, values in visits]).numpy()
+            measures, shares = np.split(rows, [len(MEASURES)], axis=1)
+            self.sums.add(indices, measures, shares if shares.shape[1] else None)
         self._window = []
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the table, after the guard's last check."""
-        if (
-            self.sums is not None
-            and trainer.is_global_zero
-            and not bool(cast(Any, trainer).fast_dev_run)
-        ):
-            self.table(cast(Any, trainer).datamodule).write(Path(trainer.default_root_dir) / FILE)
+        is_trial = bool(cast(Any, trainer).fast_dev_run)
+        if self.sums is not None and trainer.is_global_zero and not is_trial:
+            table = self.table(cast(Any, trainer).datamodule)
+            table.write(Path(trainer.default_root_dir) / FILE)
 
     def table(self, data: ImageDataModule) -> Scores:
         """The scores so far."""
@@ -133,21 +131,26 @@ class ExampleScores(L.Callback):
 
 
 def visit_measures(logits: Tensor, label: Tensor) -> Tensor:
-    """[B, 5] float32: what one visit with logits [B, C] says of each image and its label [B], as `MEASURES` has it."""
-    z, own = logits.float(), label.unsqueeze(1)  # [B, C], [B, 1]
-    log_p = z.log_softmax(1)
-    margin = z.gather(1, own) - z.scatter(1, own, -torch.inf).amax(1, keepdim=True)
-    loss = -log_p.gather(1, own)
-    error = log_p.exp().scatter_add(1, own, -torch.ones_like(loss))  # p - onehot(y)
-    correct = (z.argmax(1, keepdim=True) == own).float()
-    return torch.cat([margin, error.norm(dim=1, keepdim=True), loss, (-loss).exp(), correct], 1)
+    """[B, 5] float32: `MEASURES` of one visit, of each image with logits [B, C] and its label [B]."""
+    logits, label = logits.float(), label.unsqueeze(1)  # [B, C], [B, 1]
+    own_logit = logits.gather(1, label)
+    best_other = logits.scatter(1, label, -torch.inf).amax(1, keepdim=True)
+    margin = own_logit - best_other
+
+    log_p = logits.log_softmax(1)
+    loss = -log_p.gather(1, label)
+    error = log_p.exp().scatter_add(1, label, -torch.ones_like(loss))  # p - onehot(y)
+    error_norm = error.norm(dim=1, keepdim=True)
+    correct = (logits.argmax(1, keepdim=True) == label).float()
+    return torch.cat([margin, error_norm, loss, (-loss).exp(), correct], 1)
 
 
 def visit_shares(routing: Routing) -> Tensor:
     """[B, E] float32: share of each image's choices that each expert computes; with slots, of its tokens' weights."""
-    # All slots are always computed; what differs between images is how much of each their tokens take.
-    found = routing.expert_weights().sum(1) if routing.kind == "soft" else routing.image_counts()
-    found = found.float()
-    return found / found.sum(1, keepdim=True).clamp_min(
-        torch.finfo(torch.float32).tiny
-    )  # 0 where all were dropped
+    amounts = routing.image_counts()
+    if routing.kind == "soft":
+        # All slots are always computed; images differ in how much of each their tokens take.
+        amounts = routing.expert_weights().sum(1)
+    amounts = amounts.float()
+    total = amounts.sum(1, keepdim=True)
+    return amounts / total.clamp_min(torch.finfo(torch.float32).tiny)  # 0 where all were dropped

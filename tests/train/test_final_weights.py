@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from moevision.errors import UserError
 from moevision.models.history import FILE, RoutingHistory
-from moevision.train import final_weights
+from moevision.train import finish
 from moevision.train.checkpoint import BEST, LAST, SafeCheckpointIO
-from moevision.train.final_weights import Validated, checkpoint_of_run, final_checkpoint, gain_of
+from moevision.train.finish import Validated, checkpoint_of_run, final_checkpoint, gain_of
 from moevision.train.processes import Interrupted
 from moevision.train.report import BALANCED, LOSS, read_summary
 
@@ -114,9 +114,9 @@ def test_the_last_weights_are_tested_unless_the_best_are_better(
 ):
     """What the two passes find is what the training's own validations of these epochs logged."""
     known: list[Validated] = []
-    real = final_weights._validate
+    real = finish._validate
     monkeypatch.setattr(
-        final_weights,
+        finish,
         "_validate",
         lambda *given: known.append(real(*given)) or (GOOD, GOOD)[len(known) - 1],
     )
@@ -143,7 +143,7 @@ def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(
     cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path
 ):
     answers = [GOOD, BAD]
-    monkeypatch.setattr(final_weights, "_validate", lambda *given: answers.pop(0))
+    monkeypatch.setattr(finish, "_validate", lambda *given: answers.pop(0))
     assert cli("fit", drawn_pets, *tiny, *EPOCHS, f"--runs_root={tmp_path}").code == 0
     run = tmp_path / "pets"
     assert is_exported(run, BEST)
@@ -167,7 +167,7 @@ def test_a_run_that_is_stopped_while_it_chooses_goes_on(
         raise Interrupted(15)
 
     with monkeypatch.context() as context:
-        context.setattr(final_weights, "_validate", stop)
+        context.setattr(finish, "_validate", stop)
         assert cli("fit", drawn_pets, *tiny, *EPOCHS).code == 143
     assert cli("fit", "--resume", "runs/pets").code == 0
     assert len(validations(Path("runs/pets"))) == 3

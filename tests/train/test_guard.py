@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moevision.errors import UserError
-from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, note
+from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, note_event
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 
 # name: (fault, which batches are left out with it, epochs, batches per epoch and per update, compared after so many
@@ -244,7 +244,7 @@ def test_the_terminal_hears_of_ten_events_and_each_names_256_images(
         default_root_dir=tmp_path,
     )
     for _ in range(12):
-        note(record, trainer, "skip", "loss", range(300))
+        note_event(record, trainer, "skip", "loss", range(300))
     assert capsys.readouterr().err.count("step 5: update left out") == 10
     assert [event.samples for event in record.events] == [tuple(map(str, range(256)))] * 12
 

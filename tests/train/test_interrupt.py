@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from moevision.train.health import MetricsFile
+from moevision.train.lightning_internals import MetricsFile
 from moevision.train.processes import Interrupted, Interruption, stop_signals
 
 pytestmark = [pytest.mark.deep, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]

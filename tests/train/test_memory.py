@@ -12,7 +12,7 @@ from moevision.models.config import MoEConfig
 from moevision.train import recipe as memory
 from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig, build_optimizer
-from moevision.train.parallel.strategy import MoEParallelStrategy
+from moevision.train.parallel import MoEParallelStrategy
 from moevision.train.task import ClassificationTask
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from moevision.train import fit as training
-from moevision.train.resume import load_trained
+from moevision.train.checkpoint import load_trained
 from tests.train.test_command_two_processes import (
     FIRST_KILLED,
     KILLED,

@@ -94,7 +94,8 @@ def test_a_class_without_training_images_is_never_chosen() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 4)), rng.integers(0, 2, 60) * 2  # classes 0 and 2 of three
     x[y == 2] += 3
-    weight, bias = start._best_regression(x, y, x, y, 3)
+    images = start.Features(x, y, np.arange(len(y)))
+    weight, bias = start._best_regression(images, images, 3)
     assert set(start._classify(x, weight, bias)) == {0, 2}
 
 

@@ -19,7 +19,7 @@ from moevision.layers import forward_routing
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.io import load_model
 from moevision.train.checkpoint import verify
-from moevision.train.final_weights import checkpoint_of_run
+from moevision.train.finish import checkpoint_of_run
 from moevision.train.health import RecordRoutingConfig, moments_for
 
 # Two epochs of three or four batches of 8.

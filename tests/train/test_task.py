@@ -80,9 +80,9 @@ def test_balance_losses_at_the_start_are_small() -> None:
     """With all-noise routers every expert is equally likely: only the chance of finite counts is left."""
     task = task_of(aux=AuxLossWeights(importance=1.0, load=1.0))
     _, routings = forward_routing(task.net.train(), torch.randn(64, 3, 32, 32))
-    _, values = task.aux_loss(routings)
-    assert 0 <= float(values["importance"]) < 0.02
-    assert 0 <= float(values["load"]) < 0.02
+    task.balance.loss(routings)
+    assert 0 <= float(task.balance.values["importance"]) < 0.02
+    assert 0 <= float(task.balance.values["load"]) < 0.02
 
 
 def test_eight_images_are_learned_by_heart() -> None:
@@ -242,13 +242,12 @@ def gradients(
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Gradients of one optimizer step over micro-batches, and the last value of the balance losses."""
     task.net.zero_grad()
-    task.aux_loss.start_window()
+    task.balance.start_window()
     aux = torch.zeros(())
     labels = (torch.arange(16) // 4).chunk(len(batches))
     for batch, label in zip(batches, labels, strict=True):
         logits, routings = forward_routing(task.net, batch)
-        total, _ = task.aux_loss(routings)
-        aux = torch.zeros(()) if total is None else total
+        aux = task.balance.loss(routings)
         ((task._cross_entropy(logits, label) + aux) / len(batches)).backward()
     return {n: p.grad.clone() for n, p in task.net.named_parameters() if p.grad is not None}, float(
         aux.detach()

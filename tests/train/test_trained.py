@@ -12,7 +12,7 @@ from PIL import Image
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.models.io import load_model
-from moevision.train.resume import load_trained
+from moevision.train.checkpoint import load_trained
 
 
 @pytest.fixture(scope="module")
