@@ -82,8 +82,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
         check_divides(self.expert, processes)
         if trainer.precision not in PRECISIONS:
             raise UserError(
-                f"--parallel {self.options} computes in {', '.join(PRECISIONS)}, not in {trainer.precision}: choose one "
-                "of them by --trainer.precision."
+                f"--parallel {self.options} computes in {', '.join(PRECISIONS)}, not in {trainer.precision}: choose "
+                "one of them by --trainer.precision."
             )
 
     def check_fit(
@@ -109,7 +109,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
             )
         if records:
             raise UserError(
-                f"--record_routing asks one process alone, and under --parallel {self.options} none has the whole model."
+                "--record_routing asks one process alone, and under --parallel "
+                f"{self.options} none has the whole model."
             )
 
     def plan(self, processes: int, net: nn.Module) -> str:
