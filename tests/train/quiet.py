@@ -1,4 +1,4 @@
-"""A trainer that only trains."""
+"""A trainer that only trains, and what a text lacks."""
 
 import logging
 from typing import Any
@@ -16,3 +16,8 @@ def quiet_trainer(**options: Any) -> L.Trainer:
     return L.Trainer(
         **{**silent, **fixed, "gradient_clip_val": 1.0, "use_distributed_sampler": False, **options}
     )
+
+
+def missing(text: str, *fragments: str) -> list[str]:
+    """The fragments that a text doesn't have: names, values, the way on. Its other words may change."""
+    return [fragment for fragment in fragments if fragment not in text]

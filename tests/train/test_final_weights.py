@@ -19,6 +19,7 @@ from moevision.train.checkpoint import BEST, LAST, SafeCheckpointIO
 from moevision.train.finish import Validated, checkpoint_of_run, final_checkpoint, gain_of
 from moevision.train.processes import Interrupted
 from moevision.train.report import BALANCED, LOSS, read_summary
+from tests.train.quiet import missing
 
 EPOCHS = ("--trainer.max_epochs=3",)
 GOOD, BAD = (
@@ -131,12 +132,16 @@ def test_the_last_weights_are_tested_unless_the_best_are_better(
     summary = read_summary(run / "summary.json")
     assert summary.test.checkpoint == LAST
     text = (run / "summary.md").read_text()
-    assert (
-        "the weights of the last epoch: on 4 validation images the accuracy of the best epoch, step 3 of 9, differs by "
-        "+0.0 points from that of the last (standard error " in text
+    measured = (
+        "4 validation images",
+        "the accuracy",
+        "step 3 of 9",
+        "by +0.0 points",
+        "(standard error ",
     )
+    assert not missing(text, "the last epoch: ", *measured)
     assert text.count("moving average (EMA)") == len(average)
-    assert f"moevision test --ckpt_path {run}/checkpoints/last.ckpt" in text
+    assert f"test --ckpt_path {run}/checkpoints/last.ckpt" in text
 
 
 def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(
@@ -149,11 +154,7 @@ def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(
     assert is_exported(run, BEST)
     assert not is_exported(run, LAST)
     text = (run / "summary.md").read_text()
-    assert (
-        "Tested: the weights of the best validation epoch: on 4 validation images the accuracy of the best epoch"
-        in text
-    )
-    assert "differs by +100.0 points from" in text
+    assert not missing(text, "best validation epoch: ", "4 validation images", "by +100.0 points")
     assert RoutingHistory.load(run / FILE).steps[-1] == 3  # what came after isn't shown
     assert checkpoint_of_run(run) == run / "checkpoints" / BEST
 
@@ -171,10 +172,7 @@ def test_a_run_that_is_stopped_while_it_chooses_goes_on(
         assert cli("fit", drawn_pets, *tiny, *EPOCHS).code == 143
     assert cli("fit", "--resume", "runs/pets").code == 0
     assert len(validations(Path("runs/pets"))) == 3
-    assert (
-        "on 4 validation images the accuracy of the best epoch"
-        in Path("runs/pets/summary.md").read_text()
-    )
+    assert "on 4 validation images" in Path("runs/pets/summary.md").read_text()
 
 
 def test_test_and_validate_of_a_run_take_what_was_tested(tmp_path):
@@ -205,7 +203,7 @@ def test_test_and_validate_of_a_run_take_what_was_tested(tmp_path):
         (run / "summary.json").write_text(json.dumps(known))
         assert checkpoint_of_run(run) == run / "checkpoints" / expected, name
     (run / "summary.json").write_text("[]")
-    with pytest.raises(UserError, match="can't be read as the summary of a run"):
+    with pytest.raises(UserError, match=r"summary\.json.*summary of a run"):
         checkpoint_of_run(run)
     (run / "summary.json").unlink()
     assert checkpoint_of_run(run) == run / "checkpoints" / BEST
@@ -238,16 +236,15 @@ def test_a_damaged_best_is_replaced_by_the_last(tmp_path):
     files = SafeCheckpointIO()
     for name in (LAST, BEST):
         files.save_checkpoint({"global_step": 1, "weight": torch.ones(64)}, tmp_path / name)
-    assert final_checkpoint(tmp_path) == (
-        tmp_path / BEST,
-        "the weights of the best validation epoch",
-    )
+    path, words = final_checkpoint(tmp_path)
+    assert path == tmp_path / BEST
+    assert "best validation epoch" in words
     whole = (tmp_path / BEST).read_bytes()
     place = whole.index(torch.ones(64).numpy().tobytes())
     (tmp_path / BEST).write_bytes(whole[:place] + b"\x01" + whole[place + 1 :])
     path, words = final_checkpoint(tmp_path)
     assert path == tmp_path / LAST
-    assert "best.ckpt was damaged" in words
+    assert not missing(words, "best.ckpt", "damaged")
     (tmp_path / BEST).unlink()
     path, words = final_checkpoint(tmp_path)
     assert path == tmp_path / LAST
