@@ -270,7 +270,7 @@ class AuxLoss:
     def _window_sums(
         self, name: str, layer: int, routing: Routing, target: Tensor | None
     ) -> Tensor:
-        """What a loss of a layer is a function of, summed over the window so far in this process."""
+        """The additive sums of one loss of one layer, over the window so far in this process."""
         sums = _LOSSES[name].sums(routing, target if name == "label" else self.rule)
         earlier = self._window.get((name, layer))
         if earlier is not None:
@@ -281,7 +281,7 @@ class AuxLoss:
 
 
 class Balance:
-    """All that MoE layers ask of a training loop: `loss` before every backward pass, `step` after the optimizer's.
+    """Balance losses and router biases for any loop: `loss` before every backward pass, `step` after the optimizer's.
 
     Over several processes (`torch.distributed`) and micro-batches the statistics are those of the whole step, as
     `AuxLoss` says; call both on every process. `counts` [E] of each layer are the choices of this process's window,
@@ -345,7 +345,7 @@ class Balance:
         return total
 
     def step(self, applied: bool = True) -> None:
-        """Let routers act on the step's load; the next `loss` begins another step.
+        """Update router biases by the step's load; the next `loss` begins another step.
 
         Args:
             applied: False where the update was left out, as a loss scaler does: then no router moves.
@@ -358,12 +358,14 @@ class Balance:
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each of these tensors, of one dtype, summed over ranks: one all-reduce, and one in backward."""
-    is_alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
-    if is_alone or not tensors:
+    if not tensors or not dist.is_available() or not dist.is_initialized():
+        return list(tensors)
+    if dist.get_world_size() == 1:
         return list(tensors)
     flat = torch.cat([x.flatten() for x in tensors])
     total: Tensor = _AllReduce.apply(flat)  # type: ignore[no-untyped-call]
-    parts = total.split([x.numel() for x in tensors])
+    sizes = [x.numel() for x in tensors]
+    parts = total.split(sizes)
     return [part.view_as(x) for part, x in zip(parts, tensors, strict=True)]
 
 
@@ -415,23 +417,26 @@ class RoutingStatistics(Metric):
     def update(self, routings: Sequence[Routing]) -> None:
         """Add one batch: the `Routing` of every MoE layer, in order of depth."""
         for row, routing in enumerate(routings):
-            probs = routing.probs.detach()  # [B, N, E]
             experts = slice(routing.num_experts)
-            images, tokens, _ = probs.shape
             self.counts[row, experts] += routing.counts()
             self.count_squares[row, experts] += routing.image_counts().square().sum(0)
             self.requested[row, experts] += routing.requested_counts()
-            self.entropy_bits[row] += torch.special.entr(probs).sum().double() / math.log(2)
-            self.tokens[row] += images * tokens
+
+            probs = routing.probs.detach()  # [B, N, E]
+            entropy_nats = torch.special.entr(probs).sum()
+            self.entropy_bits[row] += entropy_nats.double() / math.log(2)
+            images, tokens, _ = probs.shape
             self.images[row] += images
-            self.unrouted[row] += (~routing.kept.any(-1)).sum()
+            self.tokens[row] += images * tokens
+            is_routed = routing.kept.any(-1)  # [B, N]
+            self.unrouted[row] += (~is_routed).sum()
 
     def compute(self) -> dict[str, Tensor]:
         """Sums per MoE layer by name: `counts`, `count_squares` and `requested` [L, E], the others [L]."""
         return cast(dict[str, Tensor], dict(self.metric_state))
 
     def layer_loads(self) -> list[LayerLoad]:
-        """What the sums say about each MoE layer, over all ranks."""
+        """Load statistics of each MoE layer, over all ranks."""
         # torchmetrics squeezes a state of one element, such as the tokens of the only layer.
         sums = {name: value.reshape(len(self.layers), -1) for name, value in self.compute().items()}
         loads = []

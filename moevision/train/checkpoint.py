@@ -82,7 +82,7 @@ def explain_damaged_files(path: Path | str) -> Iterator[None]:
 
 
 def load_archive(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
-    """What torch.save wrote, as data; with `mmap` tensors stay on the disk until they are used."""
+    """Load what torch.save wrote, as data only; with `mmap` tensors stay on the disk until they are used."""
     if not path.is_file():  # a pipe would be waited for
         raise ValueError("it is no regular file")
     with zipfile.ZipFile(path) as archive:
@@ -97,7 +97,7 @@ def load_archive(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -
 
 @dataclass(frozen=True)
 class Verified:
-    """A checkpoint that was looked at: its optimizer steps (-1: unknown), and why it can't be used (None: it can)."""
+    """A checkpoint by `verify`: its optimizer steps (-1: unknown), and why it can't be used (None: it can)."""
 
     path: Path
     step: int
@@ -137,7 +137,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; an OSError if the disk refuses it, and what was there before is then still there."""
+        """Write a checkpoint. An OSError if the disk refuses it; the file that was there before then stays."""
         path = Path(path)
         memory = io.BytesIO()
         torch.save(checkpoint, memory)

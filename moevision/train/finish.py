@@ -49,6 +49,7 @@ from moevision.train.processes import (
     broadcast_from_rank0,
     callback_of,
     gather_objects,
+    is_trial,
     parallel_strategy,
     print_rank0,
 )
@@ -96,13 +97,13 @@ class Training:
 
     @property
     def fresh(self) -> bool:
-        """Whether training begins, and doesn't go on from a checkpoint."""
+        """Whether training starts afresh, not from a checkpoint."""
         return self.start is None or self.start.checkpoint is None
 
     @property
     def trial(self) -> bool:
         """Whether this only tests that everything runs."""
-        return bool(cast(Any, self.trainer).fast_dev_run)
+        return is_trial(self.trainer)
 
     @property
     def kept(self) -> Path:
@@ -121,7 +122,7 @@ class Training:
 
     @property
     def divided(self) -> Any:
-        """The strategy by which processes share the model, so that it may not fit a device; None: they don't."""
+        """The strategy that shards the model over processes, so that it may not fit one device; None without."""
         return parallel_strategy(self.trainer)
 
 
@@ -416,7 +417,8 @@ def _fit_ood(training: Training) -> MahalanobisOOD | None:
     if training.divided or linear_head(net) is None:  # a divided model may not fit one device
         return None
     limits = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
-    count = sum(min(limits[split], len(data.contents.datasets[split])) for split in limits)
+    datasets = data.contents.datasets
+    count = sum(min(limit, len(datasets[split])) for split, limit in limits.items())
     print_rank0(
         f"measuring on {count:,} images what is unlike them, for the distance that predict tells"
     )
@@ -469,10 +471,12 @@ def _ms_per_image(training: Training) -> float | None:
     """Milliseconds of one image at a time: the median of at most 20 passes in two seconds, after one that warms up."""
     if training.divided:  # it may not fit one device
         return None
-    side, device = training.data.image_size, training.trainer.strategy.root_device
+    device = training.trainer.strategy.root_device
     net = training.task.net.to(device).eval()
-    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    image = image.to(device, next(net.parameters()).dtype)  # not float32 under bf16-true or 64-true
+    dtype = next(net.parameters()).dtype  # not float32 under bf16-true or 64-true
+    side = training.data.image_size
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, side, side, generator=generator).to(device, dtype)
     times: list[float] = []
     while len(times) < 4 or (len(times) < 21 and sum(times) < 2):
         began = time.perf_counter()
@@ -482,7 +486,7 @@ def _ms_per_image(training: Training) -> float | None:
 
 
 def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResult:
-    """Write the paired comparison with the dense twin into the run's summary; the result with it.
+    """Add the paired comparison with the dense twin to the run's summary; returns the result with it.
 
     `match` is what the two have in common, e.g. "active FLOPs".
     """
@@ -600,7 +604,7 @@ def _validate(training: Training, checkpoint: Path) -> Validated:
 
 
 def final_checkpoint(folder: Path) -> FinalWeights:
-    """What a training with these checkpoints would be tested with if nothing were measured: its best epoch.
+    """The checkpoint to test without measuring anything: the best epoch's.
 
     The last step if there is no best.ckpt, or it got damaged.
     """

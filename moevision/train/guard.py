@@ -12,7 +12,7 @@ window (SkipStepOptimizer), which neither numbers that aren't finite nor suspici
 flat curve, whose deviation is tiny, from false alarms.
 """
 
-# ruff: noqa: D102 (Lightning's hooks)
+# ruff: noqa: D102 (Lightning's hooks, whose `task` is the `ClassificationTask`)
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from moevision.layers.experts import local
 from moevision.train.health import WeightEMA, is_logged
 from moevision.train.processes import (
     callback_of,
+    data_of,
     gather_objects,
     print_rank0,
     random_state,
@@ -93,15 +94,13 @@ class StabilityGuard(L.Callback):
 
     # -- Lightning's hooks, in the order in which they come
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
         if stage != "fit":
             return
-        task = cast(ClassificationTask, pl_module)
         task.update_gate = lambda norm: self._refuses(trainer, task, norm)
         self.snapshots.clear()
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        task = cast(ClassificationTask, pl_module)
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         if (source := find_nonfinite(trainer, task)) is not None:
             raise UserError(
                 f"The training would begin with numbers that are not finite ({source})."
@@ -109,10 +108,10 @@ class StabilityGuard(L.Callback):
         self._take_snapshot(trainer, task)
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._window_start = WindowStart(cast(ClassificationTask, pl_module).net)
+            self._window_start = WindowStart(task.net)
             self._indices = []
         self._indices.append(batch["index"])
 
@@ -139,8 +138,7 @@ class StabilityGuard(L.Callback):
             note_event(self.record, trainer, "skip", source, torch.cat(self._indices).tolist())
         return True
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        task = cast(ClassificationTask, pl_module)
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
         cause = self._cause_to_return(trainer, task)
         self._loss, self._bad_state = None, None
         if cause is not None:
@@ -176,16 +174,14 @@ class StabilityGuard(L.Callback):
             self._take_snapshot(trainer, task)
         return cause
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._check(trainer, pl_module)
+    def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
+        self._check(trainer, task)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._check(trainer, pl_module)
+    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
+        self._check(trainer, task)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if not self._check(trainer, pl_module):
+    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+        if not self._check(trainer, task):
             return
         # Training has returned to a snapshot; `state_dict` holds the live tensors.
         optimizers, schedules = trainer.optimizers, trainer.lr_scheduler_configs
@@ -193,9 +189,9 @@ class StabilityGuard(L.Callback):
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in schedules]
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
         if stage == "fit":
-            cast(ClassificationTask, pl_module).update_gate = None
+            task.update_gate = None
             self.snapshots.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,8 +213,7 @@ class StabilityGuard(L.Callback):
 
     # -- the way back
 
-    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        task = cast(ClassificationTask, pl_module)
+    def _check(self, trainer: L.Trainer, task: Any) -> bool:
         average = callback_of(trainer, WeightEMA)
         # A validation was interrupted: nothing was trained in it.
         is_swapped = average is not None and average.swapped
@@ -282,17 +277,21 @@ class WindowNumbers(NamedTuple):
     @classmethod
     def of(cls, trainer: L.Trainer, task: ClassificationTask, norm: Tensor) -> WindowNumbers:
         """Read them, in one exchange; every process must call it."""
-        losses = [
-            micro_batch["loss"].to(norm.device, torch.float32) for micro_batch in task.evidence
-        ]
-        norm_value, *values = torch.stack([norm.detach().float(), *losses]).tolist()
-        finite_losses = all(map(isfinite, values))
-        finite = finite_losses and isfinite(norm_value)
-        mean_loss = sum(values) / len(values) if finite_losses else 0.0
+        losses = [micro_batch["loss"].float() for micro_batch in task.evidence]
+        loss = torch.stack(losses).to(norm.device)
+        values = torch.cat([norm.detach().float().reshape(1), loss]).tolist()
+
+        losses_are_finite = all(map(isfinite, values[1:]))
+        are_finite = losses_are_finite and isfinite(values[0])
+        mean_loss = sum(values[1:]) / len(losses) if losses_are_finite else 0.0
         bad_losses, bad, total = sum_numbers(
-            [not finite_losses, not finite, mean_loss], task.device
+            [not losses_are_finite, not are_finite, mean_loss], task.device
         )
-        return cls(not bad_losses, not bad, total / trainer.world_size)
+        return cls(
+            losses_are_finite=not bad_losses,
+            are_finite=not bad,
+            mean_loss=total / trainer.world_size,
+        )
 
 
 class WindowStart:
@@ -312,7 +311,7 @@ class WindowStart:
 
 
 class LossHistory:
-    """Judges one loss after the other, by the numbers of `GuardConfig`; 0 `sigmas` find nothing suspicious."""
+    """Finds loss spikes, by the numbers of `GuardConfig`; with 0 `sigmas` no loss is suspicious."""
 
     def __init__(self, sigmas: float, patience: int, warmup: int) -> None:
         self.sigmas, self.patience, self.warmup = sigmas, patience, warmup
@@ -448,7 +447,7 @@ class GuardRecord:
             self.events.append(event)
 
     def sentences(self) -> list[str]:
-        """What summary.md says about it; nothing if nothing happened."""
+        """The sentences for summary.md; none if nothing happened."""
         sentences = []
         if self.skipped:
             updates = _count_of(self.skipped, "update")
@@ -484,7 +483,7 @@ class GuardRecord:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> GuardRecord:
-        """What `state_dict` gave; an earlier version counted more."""
+        """Read what `state_dict` returned; earlier versions had more fields."""
         values = {item.name: state[item.name] for item in fields(cls)}
         values["sources"] = Counter(state["sources"])
         values["events"] = [
@@ -509,7 +508,7 @@ def note_event(
 
     `source` is where it came from, as far as this process knows.
     """
-    data = cast(Any, trainer).datamodule
+    data = data_of(trainer)
     names = list(map(str, indices))
     if hasattr(data, "sample_id"):
         names = [data.sample_id("train", index) for index in indices]
@@ -551,21 +550,23 @@ def find_nonfinite_source(task: ClassificationTask) -> str | None:
 
 
 def find_nonfinite(trainer: L.Trainer, task: ClassificationTask) -> str | None:
-    """Which lasting numbers (weights, saved buffers, average) aren't finite on any process; None if all are."""
-    buffers = {name for name, _ in task.net.named_buffers()}
+    """Name the weights, saved buffers or averages that aren't finite on any process; None if all are."""
+    buffers = dict(task.net.named_buffers())
     bad: list[tuple[str, Tensor]] = []
-    kind = ""
+    kind = ""  # of the first
     for prefix, net in _networks(trainer, task).items():
-        bad += _nonfinite(net.state_dict().items())
-        if bad and not kind:
-            kind = prefix + ("buffer" if bad[0][0] in buffers else "weight")
+        bad_here = _nonfinite(net.state_dict().items())
+        if bad_here and not bad:
+            kind = prefix + ("buffer" if bad_here[0][0] in buffers else "weight")
+        bad += bad_here
     if sum_numbers([bool(bad)], task.device) == [0]:
         return None
-    return next(filter(None, gather_objects(_describe(kind, bad))), None)
+    descriptions = gather_objects(_describe(kind, bad))
+    return next(filter(None, descriptions))
 
 
 def _nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Those with a number that isn't finite in this process's part."""
+    """The tensors with a number that isn't finite in this process's part."""
     return [(name, x) for name, x in named if not local(x.detach()).isfinite().all()]
 
 

@@ -7,7 +7,7 @@ balance, E/K - 1 for all tokens on K of E experts. `update_norm` is ‖Δw‖ of
 learn, `update_ratio` is ‖Δw‖ / ‖w‖; both jump before the loss does.
 """
 
-# ruff: noqa: D102 (Lightning's hooks)
+# ruff: noqa: D102 (Lightning's hooks, whose `task` is the `ClassificationTask`)
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from typing import Any, Final, cast
 
 import lightning as L
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
@@ -46,7 +45,9 @@ from moevision.models.history import FILE, RoutingHistory, moment_of, planned_mo
 from moevision.models.vit_moe import set_fused_attention
 from moevision.stats import fit_temperature
 from moevision.train.processes import (
+    data_of,
     gather_objects,
+    is_trial,
     parallel_strategy,
     print_rank0,
 )
@@ -93,7 +94,7 @@ class Stopwatch(L.Callback):
         return cpu_s() - self._cpu_started
 
     def add(self, run_s: float, cpu_s: float) -> None:
-        """Count what was done before: by an earlier session, or by another run for this one."""
+        """Add the time of an earlier session, or of another run that did part of this one's work."""
         self._run_started -= run_s
         self._cpu_started -= cpu_s
 
@@ -110,11 +111,11 @@ class Stopwatch(L.Callback):
         self.data_wait_s = state_dict.get("data_wait_s") or 0.0
         self.add(state_dict["run_s"], state_dict.get("cpu_s") or 0.0)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         """Where a run goes on within an epoch, no epoch starts."""
         self._start(trainer)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:
@@ -124,7 +125,7 @@ class Stopwatch(L.Callback):
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        task: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -135,18 +136,18 @@ class Stopwatch(L.Callback):
         self.train_s += self._started - earlier
         self.data_wait_s += self._waited - waited_earlier
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         self._start(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         if not self._advised and self.train_s >= _SETTLED_S and trainer.is_global_zero:
             self._advised = True
-            for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
+            for sentence in data_wait_advice(self.data_wait, data_of(trainer)):
                 print_rank0(sentence)
 
 
 class StopEarly(EarlyStopping):
-    """Lightning's EarlyStopping, which also stays stopped when a finished training is gone on with."""
+    """Lightning's EarlyStopping, which also stays stopped when a finished training is resumed."""
 
     def __init__(self, config: EarlyStoppingConfig, checkpoint_monitor: str | None = None) -> None:
         """`checkpoint_monitor` is --checkpoint.monitor, used where early stopping has no monitor of its own."""
@@ -159,18 +160,18 @@ class StopEarly(EarlyStopping):
             strict=False,
         )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         """Train no further epoch if the checkpoint was saved after the decision to stop."""
         if self.wait_count >= self.patience:
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.is_global_zero:
             for sentence in self.sentences(trainer):
                 print_rank0(sentence)
 
     def sentences(self, trainer: L.Trainer) -> list[str]:
-        """What summary.md says, if training ended before its last step."""
+        """The sentence for summary.md, if training ended before its last step."""
         steps, planned = trainer.global_step, trainer.estimated_stepping_batches
         if self.wait_count < self.patience or steps >= planned:
             return []
@@ -184,7 +185,7 @@ class StopEarly(EarlyStopping):
 
 
 def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
-    """A sentence that says what to change, if training waited for data for too large a share of its time."""
+    """Advice if training waited for data for too large a share of its time."""
     if share is None or share <= MAX_DATA_WAIT:
         return []
     remedies = [f"raise --data.num_workers (now {data.num_workers})"]
@@ -214,13 +215,12 @@ class RouterHealth(L.Callback):
         self._warned: set[int | None] = set()  # blocks
 
     def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+        self, trainer: L.Trainer, task: Any, optimizer: torch.optim.Optimizer
     ) -> None:
         if is_logged(trainer, trainer.global_step + 1):
-            self._weights_before = [x.detach().clone() for x in _learning_parameters(pl_module)]
+            self._weights_before = [x.detach().clone() for x in _learning_parameters(task)]
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        task = cast(ClassificationTask, pl_module)
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
         before, self._weights_before = self._weights_before, []
         if not task.update_applied:
             return
@@ -309,13 +309,13 @@ class WeightEMA(L.Callback):
         """The averaged network (the weights in training, while `swapped`); None before the training."""
         return None if self._average is None else self._average.module
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
         if self._average is None:
-            self._begin(trainer, pl_module)
-        cast(nn.Module, self.network).to(pl_module.device)
+            self._begin(trainer, task)
+        cast(nn.Module, self.network).to(task.device)
 
-    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        net = cast(ClassificationTask, pl_module).net
+    def _begin(self, trainer: L.Trainer, task: Any) -> None:
+        net = task.net
         sharded = parallel_strategy(trainer)
         if sharded is not None:
             net = sharded.copy_of(
@@ -329,43 +329,38 @@ class WeightEMA(L.Callback):
             foreach=sharded is None,  # torch's functions on lists of tensors want one mesh
         )
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        task = cast(ClassificationTask, pl_module)
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
         if task.update_applied:
             self.updates += 1
             cast(ModelEmaV3, self._average).update(task.net, self.updates)
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
         if self._average is not None and trainer.state.fn is TrainerFn.FITTING:
-            self._swap(pl_module)
+            self._swap(task)
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         if self.swapped:
-            self._swap(pl_module)
+            self._swap(task)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
         """Put the weights back if a validation was interrupted, before anything saves them."""
         if self.swapped:
-            self._swap(pl_module)
+            self._swap(task)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        cast(ClassificationTask, pl_module).net.load_state_dict(
-            cast(nn.Module, self.network).state_dict()
-        )
+    def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
+        task.net.load_state_dict(cast(nn.Module, self.network).state_dict())
         self._average = None  # another fit begins with what the model then holds
 
     @torch.no_grad()
-    def _swap(self, pl_module: L.LightningModule) -> None:
+    def _swap(self, task: Any) -> None:
         average = cast(nn.Module, self.network)
-        net = cast(ClassificationTask, pl_module).net
+        net = task.net
         ours = [*average.parameters(), *average.buffers()]
         theirs = [*net.parameters(), *net.buffers()]
-        for one, other in zip(ours, theirs, strict=True):
-            copy = one.clone()
-            one.copy_(other)
-            other.copy_(copy)
+        for ema, weight in zip(ours, theirs, strict=True):
+            copy = ema.clone()
+            ema.copy_(weight)
+            weight.copy_(copy)
         self.swapped = not self.swapped
 
     def state_dict(self) -> dict[str, Any]:
@@ -374,9 +369,7 @@ class WeightEMA(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = int(state_dict["updates"])
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         if self._average is None:
             return
         network = cast(nn.Module, self.network).state_dict()
@@ -387,40 +380,38 @@ class WeightEMA(L.Callback):
         checkpoint["state_dict"] = average
         checkpoint["current_model_state"] = current
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         # The model has just loaded the average.
         if trainer.state.fn is not TrainerFn.FITTING:
             return
-        self._begin(trainer, pl_module)
-        pl_module.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
+        self._begin(trainer, task)
+        task.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
 
 
 class Calibrate(L.Callback):
     """Fits the temperature on the validation images when a trained model is tested."""
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        task = cast(ClassificationTask, pl_module)
+    def on_test_start(self, trainer: L.Trainer, task: Any) -> None:
         set_fused_attention(task.net, True)  # as in validation
-        loader = cast(Any, trainer).datamodule.val_dataloader()
+        loader = data_of(trainer).val_dataloader()
         limit = trainer.limit_val_batches
         if isinstance(limit, float):  # a share of them
             limit = math.ceil(limit * len(loader))
 
         plugin = trainer.precision_plugin
-        outputs: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+        outputs = []
         for batch in islice(loader, limit):
             batch = {name: value.to(task.device) for name, value in batch.items()}
             batch = plugin.convert_input(batch)
             with plugin.forward_context():
-                logits = task(batch["image"]).float()
+                logits = task(batch["image"]).float()  # [B, C]
             outputs.append((logits.cpu().numpy(), batch["label"].cpu().numpy()))
 
-        batches = list(chain.from_iterable(gather_objects(outputs)))
-        if batches:
-            logits, labels = map(np.concatenate, zip(*batches, strict=True))  # [n, C], [n]
-            task.calibration = fit_temperature(logits, labels)
+        outputs = list(chain.from_iterable(gather_objects(outputs)))  # of all processes
+        if outputs:
+            all_logits = np.concatenate([logits for logits, _ in outputs])
+            all_labels = np.concatenate([labels for _, labels in outputs])
+            task.calibration = fit_temperature(all_logits, all_labels)
 
 
 # ---- how routing forms: `fit --record_routing`; its file is described in `models.history`
@@ -430,7 +421,7 @@ _COST = 0.01  # of the training's work: the most that moments take whose number 
 
 
 class RecordRouting(L.Callback):
-    """Records with the weights in training (not their moving average), in evaluation mode; at last the saved model.
+    """Records routing by the weights in training (not their average), in evaluation mode; at last by the saved model.
 
     A resumed run drops what was recorded after the checkpoint that it goes on from. Of several processes the first one
     records; a model without MoE layers has nothing to record, nor has one that several processes share.
@@ -443,17 +434,17 @@ class RecordRouting(L.Callback):
         self._history = RoutingHistory((), (), 0)
         self._planned: list[int] = []
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._begin(trainer, cast(ClassificationTask, pl_module)):
-            self._record_if_due(trainer, pl_module)
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        if self._begin(trainer, task):
+            self._record_if_due(trainer, task)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
         if self._images is not None:
-            self._record_if_due(trainer, pl_module)
+            self._record_if_due(trainer, task)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
         if self._images is not None:
-            self._record(trainer, pl_module)
+            self._record(trainer, task)
 
     @property
     def _last(self) -> int:
@@ -462,11 +453,11 @@ class RecordRouting(L.Callback):
     def _begin(self, trainer: L.Trainer, task: ClassificationTask) -> bool:
         total = trainer.estimated_stepping_batches  # asks all processes
         is_alone = trainer.is_global_zero and parallel_strategy(trainer) is None
-        is_trial = bool(cast(Any, trainer).fast_dev_run)
-        if not moe_layers(task.net) or not is_alone or is_trial or total == float("inf"):
+        has_end = total != float("inf")
+        if not moe_layers(task.net) or not is_alone or is_trial(trainer) or not has_end:
             return False
 
-        data, source = cast(Any, trainer).datamodule, self.config.images
+        data, source = data_of(trainer), self.config.images
         if isinstance(source, str):
             names, pixels = _read_folder(Path(source), data.image_size, data.framing)
         else:
@@ -488,14 +479,14 @@ class RecordRouting(L.Callback):
                 self._history = earlier
         return True
 
-    def _record_if_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _record_if_due(self, trainer: L.Trainer, task: Any) -> None:
         if any(self._last < planned <= trainer.global_step for planned in self._planned):
-            self._record(trainer, pl_module)
+            self._record(trainer, task)
 
-    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _record(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.global_step > self._last:
             with trainer.precision_plugin.forward_context():
-                self._add(cast(ClassificationTask, pl_module), trainer.global_step)
+                self._add(task, trainer.global_step)
 
     def _add(self, task: ClassificationTask, step: int) -> None:
         like = next(task.net.parameters())
@@ -510,7 +501,7 @@ class RecordRouting(L.Callback):
         self._history.save(self.file)
 
     def finish(self, trainer: L.Trainer, task: ClassificationTask, step: int) -> None:
-        """Close with the model that is saved, which is of that step, in the place of all that came after it.
+        """Record the model that is saved, which is of that step, and drop what was recorded after it.
 
         The first process is alone here, and a training that ended in an earlier command can't be begun by it.
         """
@@ -531,22 +522,32 @@ def moments_for(steps: int, batch_size: int, images: int) -> int:
 def _read_test_images(data: ImageDataModule, count: int) -> tuple[tuple[str, ...], Tensor]:
     """Names and pixels, as `_read_folder` has them, of the first test images, classes in turn: the explorer's."""
     dataset = data.contents.datasets["test"]
-    rows = interleave_by_class([sample.label for sample in dataset.samples])[:count]
-    names, pixels = [], []
+    labels = [sample.label for sample in dataset.samples]
+    rows = interleave_by_class(labels)[:count]
+    names = []
+    images = []
     for row, image in zip(rows, dataset.pixels(rows), strict=True):
-        if not isinstance(image, str):  # the reason why it can't be read
-            names.append(escape_controls(dataset.samples[row].sample_id))
-            pixels.append(image)
-    return tuple(names), torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)
+        if isinstance(image, str):  # the reason why it can't be read
+            continue
+        names.append(escape_controls(dataset.samples[row].sample_id))
+        images.append(image)
+    if not images:
+        return (), torch.empty(0)
+    return tuple(names), torch.from_numpy(np.stack(images))
 
 
 def _read_folder(folder: Path, image_size: int, framing: Framing) -> tuple[tuple[str, ...], Tensor]:
     """Names [I] and pixels [I, 3, S, S] uint8 of the images below a folder, as evaluation sees them."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and is_image_path(path))
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file() and is_image_path(path)]
     if not files or len(files) > MAX_RECORDED:
         raise UserError(
             f"--record_routing.images {folder} holds {len(files)} images: give a folder with 1 to {MAX_RECORDED}."
         )
-    images = [square_pixels(safe_open(file, image_size), image_size, framing) for file in files]
+    images = []
+    for file in files:
+        image = safe_open(file, image_size)
+        images.append(square_pixels(image, image_size, framing))
     names = tuple(escape_controls(file.relative_to(folder).as_posix()) for file in files)
-    return names, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack(images))  # [I, S, S, 3]
+    return names, pixels.permute(0, 3, 1, 2)

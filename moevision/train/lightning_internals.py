@@ -39,17 +39,17 @@ class RunLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> MetricsFile:
-        """The file behind it, as Lightning asks for it; on the first process only."""
+        """The `MetricsFile`; on the first process only."""
         if self._experiment is None:
             self._experiment = MetricsFile(self.log_dir)
         return cast(MetricsFile, self._experiment)
 
 
 class MetricsFile(ExperimentWriter):
-    """metrics.csv, to which a run that goes on adds its rows."""
+    """metrics.csv, to which a resumed run adds its rows."""
 
     def _check_log_dir_exists(self) -> None:
-        """Know the columns that are there; Lightning's own would delete the file."""
+        """Read the columns of the file; Lightning's own method would delete it."""
         self.metrics_keys = next(csv.reader(self._lines()), [])
 
     def _lines(self) -> list[str]:

@@ -114,7 +114,7 @@ def _split_matrices(groups: list[dict[str, Any]], net: nn.Module) -> list[dict[s
 
 
 def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.Module:
-    """Switch off the gradients of what keeps its weights (see `OptimizerConfig.freeze`), in place."""
+    """Freeze parameters by `OptimizerConfig.freeze`, in place."""
     if freeze is None:
         return net
     if isinstance(freeze, int):

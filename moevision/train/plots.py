@@ -116,7 +116,7 @@ def moving_average(values: npt.NDArray[np.float64], span: float) -> npt.NDArray[
 
 
 def calm(axes: Axes) -> None:
-    """Light grid, no box, quiet ticks: the data is the darkest thing in the image."""
+    """Light grid, no box, quiet ticks."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#bbbbbb")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
@@ -258,8 +258,8 @@ def _draw_cells(axes: Axes, share: npt.NDArray[np.float64]) -> AxesImage:
     if len(share) > _MAX_NUMBERED:
         # With many classes no single mix-up is frequent; the square root keeps a few percent visible.
         norm = PowerNorm(0.5, 0, 1)
-    shown = np.ma.masked_invalid(share)
-    return axes.imshow(shown, cmap="Blues", norm=norm, interpolation="nearest")
+    masked = np.ma.masked_invalid(share)
+    return axes.imshow(masked, cmap="Blues", norm=norm, interpolation="nearest")
 
 
 def _label_classes(axes: Axes, class_names: Sequence[str], images: npt.NDArray[np.integer]) -> None:

@@ -69,7 +69,7 @@ def sum_numbers(numbers: list[float], device: torch.device) -> list[float]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What every process has here, in order of rank."""
+    """The `value` of every process, in order of rank."""
     if not several_processes():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -95,7 +95,7 @@ def stop_signals() -> list[signal.Signals]:
 
 
 class Interrupted(SystemExit):
-    """The process was asked to stop and does so; `code` is its exit code."""
+    """Ends a process that a signal asked to stop; `code` is its exit code."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -122,13 +122,13 @@ class Interruption:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Give every signal back to whoever had it."""
+        """Restore the earlier handlers."""
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
         self._earlier = {}
 
     def listen(self) -> None:
-        """Take the signals; again after Lightning took some of them, which it does when a fit begins."""
+        """Install the handlers; again when a fit begins, at which Lightning installs its own."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in stop_signals():
@@ -164,7 +164,7 @@ def _leave_terminal() -> None:
 
 
 def broadcast_from_rank0(decision: Callable[[], Any]) -> Any:
-    """What the first process finds when it calls `decision`; any plain data. If it fails, the others end too."""
+    """The result of `decision` on rank 0, as plain data, on every process. If it fails, the others end too."""
     if not several_processes():
         return decision()
     message: list[Any] = [False, None]  # whether it was decided, and what
@@ -181,7 +181,7 @@ def broadcast_from_rank0(decision: Callable[[], Any]) -> Any:
 
 @contextmanager
 def rank0_first() -> Iterator[None]:
-    """Let the first process do this before the others, who then find the files that it made."""
+    """Run the block on rank 0 before the other processes, which then find the files that it made."""
     if several_processes() and not is_rank0():
         dist.barrier()
     try:
@@ -222,7 +222,7 @@ def init_process_group() -> None:
 
 
 def _cluster_environment() -> TorchElasticEnvironment | SLURMEnvironment | None:
-    """What torchrun or SLURM says about this process; None: neither has started it."""
+    """The environment of torchrun or SLURM; None if neither has started this process."""
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     try:
@@ -293,7 +293,7 @@ def random_state() -> dict[str, Any]:
 
 
 def seed_per_rank(rank: int) -> None:
-    """Let this process draw other numbers than those that began with the same seed: its dropout is its own."""
+    """Seed this process's generators by its rank, so that processes draw different dropout masks."""
     seed = hash_u64(torch.initial_seed(), rank)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -301,7 +301,7 @@ def seed_per_rank(rank: int) -> None:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put every generator back to `state`; CUDA generators only if there are as many devices as then."""
+    """Restore every generator; those of CUDA only if there are as many devices as then."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *others = state["numpy"]
@@ -319,7 +319,7 @@ _accelerator: ContextVar[str | None] = ContextVar("accelerator", default=None)
 
 @contextmanager
 def trains_on(accelerator: str | None) -> Iterator[None]:
-    """Inside, the training has what `--trainer.accelerator` names; None: it wasn't given."""
+    """Inside, `has_gpu` knows --trainer.accelerator; None: it wasn't given."""
     before = _accelerator.set(accelerator)
     try:
         yield
@@ -336,6 +336,16 @@ def callback_of(trainer: L.Trainer, kind: type[_Callback]) -> _Callback | None:
     """The callback of this kind that a training has, if it has one."""
     callbacks = cast(Any, trainer).callbacks
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def data_of(trainer: L.Trainer) -> Any:
+    """The `ImageDataModule` of a training; None where loaders were given."""
+    return cast(Any, trainer).datamodule
+
+
+def is_trial(trainer: L.Trainer) -> bool:
+    """Whether this only tests that everything runs (--trainer.fast_dev_run)."""
+    return bool(cast(Any, trainer).fast_dev_run)
 
 
 def parallel_strategy(trainer: L.Trainer) -> Any:

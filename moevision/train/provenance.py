@@ -114,7 +114,7 @@ def git_state(folder: Path, *others: Path) -> dict[str, Any] | None:
 
 
 def _output_of(command: list[str]) -> str | None:
-    """What a command prints; None where it is missing or fails."""
+    """The output of a command; None where it is missing or fails."""
     # A hook or a parent git process may point variables of git's at another repository; looking must not write.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment["GIT_OPTIONAL_LOCKS"] = "0"
@@ -147,7 +147,7 @@ def gpu_names() -> list[str]:
 
 
 def device_name(trainer: L.Trainer) -> str:
-    """The device as people know it."""
+    """The device's name for people."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -159,7 +159,7 @@ def device_name(trainer: L.Trainer) -> str:
 def fingerprint(
     trainer: L.Trainer, task: Any, data: ImageDataModule
 ) -> dict[str, str | int | bool]:
-    """What this process would compute with, as primitives.
+    """The hardware, software, options and data that numbers depend on, as primitives.
 
     Of the images the hashes tell the list with splits and labels, and the sizes in bytes: another one of the same size
     isn't noticed.

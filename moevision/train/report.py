@@ -175,7 +175,7 @@ class Recommendation:
 
     @property
     def sentence(self) -> str:
-        """The advice, and why."""
+        """The advice and its reason."""
         best = min(self.contenders, key=lambda contender: contender.behind.difference)
         chosen = self.recommended
         measure = "balanced accuracy" if self.unbalanced else "accuracy"
@@ -335,7 +335,7 @@ def read_summary(file: Path) -> RunSummary:
 
 
 def _with_nan(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """JSON has no NaN, which stands as null."""
+    """Values with NaN for null at `name`: JSON has no NaN."""
     return values | {name: math.nan} if values[name] is None else dict(values)
 
 
@@ -470,16 +470,15 @@ def _other_options(net: nn.Module) -> dict[str, str]:
 
 
 def _weights_origin(run: Path) -> WeightsOrigin:
-    """What config.yaml says about pretrained weights, and what timm knows of those."""
+    """The pretrained weights by config.yaml, with timm's facts about them."""
     config = read_yaml(run / "config.yaml")
     source = str(config["model"]["arch"]["pretrained"] or "")
     if source.startswith("hf-hub:"):
         return WeightsOrigin(source, source.removeprefix("hf-hub:").split("@")[0])
     if not source or Path(source).exists() or not timm.is_model(source):
         return WeightsOrigin(without_path(source))
-    timm_config = cast(Any, timm.get_pretrained_cfg(source)).to_dict()
-    hub_id, licence = timm_config.get("hf_hub_id"), timm_config.get("license")
-    return WeightsOrigin(source, str(hub_id or ""), str(licence or ""))
+    weights = cast(Any, timm.get_pretrained_cfg(source))
+    return WeightsOrigin(source, weights.hf_hub_id or "", weights.license or "")
 
 
 def model_card(facts: dict[str, Any]) -> str:

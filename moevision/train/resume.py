@@ -8,7 +8,7 @@ there is everything of a step done, its rows in metrics.csv included, and nothin
 generators are restored in `on_train_start`, after everything that draws from them during setup.
 """
 
-# ruff: noqa: D102 (Lightning's hooks)
+# ruff: noqa: D102 (Lightning's hooks, whose `task` is the `ClassificationTask`)
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ from moevision.train.processes import (
     Interruption,
     broadcast_from_rank0,
     callback_of,
+    data_of,
     gather_objects,
     print_rank0,
     random_state,
@@ -141,7 +142,7 @@ class ResumePoint(L.Callback):
         )
         self._is_resumed = False
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         """Restore the random generators; from here on signals wait for the end of a step.
 
         A training that begins drops what an attempt without a checkpoint left in metrics.csv.
@@ -170,9 +171,7 @@ class ResumePoint(L.Callback):
             cast(Any, trainer).callbacks.remove(timer)
             self._until_s = time.monotonic() + (timer.time_remaining() or 0)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
         """Save if it is time to, and stop if a signal asked for it or --trainer.max_time is over."""
         if not is_window_start(trainer):
             return  # gradients of half a step can't be saved
@@ -207,22 +206,18 @@ class ResumePoint(L.Callback):
         self._saved_s = time.monotonic()
         self._saved_step = trainer.global_step
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
         """From here on signals act at once: everything is saved."""
         self.interruption.training = False
         if self.interruption.requested is not None:
             self.interruption.stop()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
         self.interruption.training = False
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         """Add random generators, the rows of metrics.csv, what numbers depend on, and what `load_trained` needs."""
-        data = cast(Any, trainer).datamodule
+        data = data_of(trainer)
         checkpoint[MARK] = {
             "random": gather_objects(random_state()),
             "metrics_rows": next((file.count() for file in _metrics(trainer)), None),
@@ -234,9 +229,7 @@ class ResumePoint(L.Callback):
             },
         }
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         """Cut metrics.csv where the checkpoint was made, and follow a run folder that was moved."""
         for name, state in checkpoint.get("callbacks", {}).items():
             if name.startswith("ModelCheckpoint"):
@@ -267,7 +260,7 @@ class EpochEnd(Checkpoint):
     def __init__(self, point: ResumePoint) -> None:
         self.point = point
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         self.point.save(trainer)
         if self.point.must_stop(trainer):
             self.point.interruption.stop()
@@ -275,7 +268,7 @@ class EpochEnd(Checkpoint):
 
 def _restore_loader_position(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """On another number of processes, let Lightning count those that hold the images of this epoch so far."""
-    data = cast(Any, trainer).datamodule
+    data = data_of(trainer)
     state = checkpoint.get(type(data).__qualname__)
     if state is None or not isinstance(data, ImageDataModule):
         return

@@ -7,7 +7,7 @@ to one image: no scores are kept (`ImageDataModule.keeps_scores`).
 Axes: B images, C classes, E experts, H = sum of E over the MoE layers.
 """
 
-# ruff: noqa: D102 (Lightning's hooks)
+# ruff: noqa: D102 (Lightning's hooks, whose `task` is the `ClassificationTask`)
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -26,8 +25,8 @@ from torch import Tensor
 from moevision.data import ImageDataModule
 from moevision.data.scores import FILE, MEASURES, Scores, ScoreSums, keys_of
 from moevision.layers import Routing, moe_layers
-from moevision.train.processes import gather_objects, print_rank0
-from moevision.train.task import Batch, ClassificationTask
+from moevision.train.processes import data_of, gather_objects, is_trial, print_rank0
+from moevision.train.task import Batch
 
 
 class ExampleScores(L.Callback):
@@ -45,14 +44,12 @@ class ExampleScores(L.Callback):
         self._window: list[tuple[Tensor, Tensor]] = []
         self._routed_from = float("inf")  # the step at which counting of experts begins
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn is TrainerFn.FITTING:
             self._saved = checkpoint["callbacks"].get(self.state_key, {})
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data, task = cast(Any, trainer).datamodule, cast(ClassificationTask, pl_module)
+    def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
+        data = data_of(trainer)
         saved, self._saved = self._saved, None
         self.sums = None
         if not data.keeps_scores:
@@ -75,11 +72,11 @@ class ExampleScores(L.Callback):
         self.sums = sums
         task.observer = partial(self._observe, trainer)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
         if stage == "fit":
-            cast(ClassificationTask, pl_module).observer = None
+            task.observer = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         # Experts hardly change in the last third; a training without an end has none.
         steps = trainer.estimated_stepping_batches if self.sums is not None else float("inf")
         self._routed_from = steps
@@ -87,7 +84,7 @@ class ExampleScores(L.Callback):
             self._routed_from = steps - steps // 3
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window = []
@@ -101,22 +98,22 @@ class ExampleScores(L.Callback):
             measures += [visit_shares(routing) for routing in routings]
         self._window.append((batch["index"], torch.cat(measures, 1)))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self.sums is None or not cast(ClassificationTask, pl_module).update_applied:
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+        if self.sums is None or not task.update_applied:
             return
-        for index, values in self._window:
-            visits = gather_objects((index.cpu(), values.cpu()))  # of all processes
-            indices = torch.cat([index for index, _ in visits]).numpy()
-            rows = torch.cat([values for _, values in visits]).numpy()
-            measures, shares = np.split(rows, [len(MEASURES)], axis=1)
-            self.sums.add(indices, measures, shares if shares.shape[1] else None)
+        for visits in self._window:
+            processes = gather_objects([part.cpu() for part in visits])
+            indices = torch.cat([index for index, _ in processes])
+            values = torch.cat([values for _, values in processes])
+            measures, shares = values.tensor_split([len(MEASURES)], dim=1)
+            has_shares = shares.shape[1] > 0
+            self.sums.add(indices.numpy(), measures.numpy(), shares.numpy() if has_shares else None)
         self._window = []
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
         """Write the table, after the guard's last check."""
-        is_trial = bool(cast(Any, trainer).fast_dev_run)
-        if self.sums is not None and trainer.is_global_zero and not is_trial:
-            table = self.table(cast(Any, trainer).datamodule)
+        if self.sums is not None and trainer.is_global_zero and not is_trial(trainer):
+            table = self.table(data_of(trainer))
             table.write(Path(trainer.default_root_dir) / FILE)
 
     def table(self, data: ImageDataModule) -> Scores:
@@ -126,7 +123,7 @@ class ExampleScores(L.Callback):
         return cast(ScoreSums, self.sums).table([sample.sample_id for sample in samples], labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows, which a return of the guard changes in place while a checkpoint is being made."""
+        """The rows; a rollback of the guard changes them in place while a checkpoint is being made."""
         return {} if self.sums is None else self.sums.state_dict()
 
 

@@ -177,7 +177,7 @@ def _chosen(weights: Published, images: int, origin: str) -> ChosenStart:
 
 
 def from_scratch(reason: str) -> ChosenStart:
-    """Few images start from scratch for a reason; and what is lost by it."""
+    """Start few images from scratch; the line says why, and what is lost by it."""
     return ChosenStart(None, f"start: from scratch ({reason}). {LOST}")
 
 
@@ -232,7 +232,7 @@ def _on_terminal() -> bool:
 
 
 def _download(weights: Published, facts: HubFacts) -> None:
-    """Fetch with the hub's progress bar, which shows on a terminal."""
+    """Download, with the hub's progress bar on a terminal."""
     size = "" if facts.size_bytes is None else f", {facts.size_bytes / 1e6:.1f} MB"
     print_rank0(
         f"downloading {weights.name} from {weights.repository}{size}, licence {facts.licence or weights.licence}"
@@ -349,7 +349,7 @@ class Probe:
 
     @property
     def beats_the_head(self) -> bool:
-        """Whether it is the better classifier to start with; one that was trained for these classes may be better."""
+        """Whether it is better than the model's own classifier, which may have been trained for these classes."""
         return self.val_correct > self.head_val_correct
 
     def sentence(self) -> str:
@@ -366,7 +366,7 @@ class Probe:
         )
 
     def write(self, run_dir: Path) -> None:
-        """Leave everything but the head in a run folder."""
+        """Write everything but the head into a run folder."""
         values = {name: value for name, value in vars(self).items() if name != "head"}
         write_json_atomic(run_dir / PROBE_FILE, values)
 
@@ -471,19 +471,24 @@ def features_of(
 
 def _choose_rows(data: ImageDataModule, split: str, limit: int) -> list[int]:
     """Rows of at most so many images of a split, of every class the same share, as `features_of` says."""
-    labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
+    samples = data.contents.datasets[split].samples
+    labels = np.array([sample.label for sample in samples])
     # Class by class, each in random order.
     order = np.random.default_rng(data.seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     labels = labels[order]
-    positions = _evenly_spaced(len(order), limit)
 
+    positions = _evenly_spaced(len(order), limit)
+    counts = np.bincount(labels[positions], minlength=data.num_classes)
     least = min(5, limit // data.num_classes) if split == "train" else 0
-    if np.bincount(labels[positions], minlength=data.num_classes).min() < least:
-        rank_in_class = np.arange(len(labels)) - np.searchsorted(labels, labels)
-        is_first = rank_in_class < least
-        first, others = np.flatnonzero(is_first), np.flatnonzero(~is_first)
-        positions = np.concatenate([first, others[_evenly_spaced(len(others), limit - len(first))]])
+    if counts.min() < least:
+        # The first of each class, and of all others evenly.
+        class_begin = np.searchsorted(labels, labels)
+        is_first = np.arange(len(labels)) - class_begin < least
+        first = np.flatnonzero(is_first)
+        others = np.flatnonzero(~is_first)
+        others = others[_evenly_spaced(len(others), limit - len(first))]
+        positions = np.concatenate([first, others])
     return sorted(order[positions].tolist())
 
 

@@ -196,7 +196,7 @@ class ClassificationTask(L.LightningModule):
             self._check_schedule(getattr(config.scheduler, "total_steps", planned), planned)
 
     def _check_schedule(self, steps: int, planned: float) -> None:
-        """Compare the length of the schedule, which a checkpoint brings, with that of this training."""
+        """Compare the length of the schedule, which a checkpoint restores, with that of this training."""
         if steps < planned or steps > max(2, planned):
             before, now = self._resumed_world_size, self.trainer.world_size
             cause = (
@@ -272,15 +272,18 @@ class ClassificationTask(L.LightningModule):
     def _log_training(
         self, logits: Tensor, labels: Tensor, cross_entropy: Tensor, loss: Tensor
     ) -> None:
-        top1 = (logits.argmax(-1) == labels).float().mean()  # of labels, also under Mixup
-        means = mean_over_processes(
-            {"train/loss": loss, "train/cross_entropy": cross_entropy, "train/top1": top1}
-        )
+        is_correct = logits.argmax(-1) == labels  # [B], of labels also under Mixup
+        scalars = {
+            "train/loss": loss,
+            "train/cross_entropy": cross_entropy,
+            "train/top1": is_correct.float().mean(),
+        }
+        means = mean_over_processes(scalars)
         size = len(labels)
         self.log("train/loss", means.pop("train/loss"), prog_bar=True, batch_size=size)
         self.log_dict(means, batch_size=size)
-        router_losses = {f"train/{name}_loss": x for name, x in self.balance.values.items()}
-        self.log_dict(router_losses, batch_size=size)
+        for name, value in self.balance.values.items():
+            self.log(f"train/{name}_loss", value, batch_size=size)
 
     @property
     def _in_bfloat16(self) -> bool:
@@ -294,7 +297,7 @@ class ClassificationTask(L.LightningModule):
         self.update_applied = False
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Apply the update; if it was not refused, move the routers' biases by what it asked of every expert."""
+        """Apply the update; if it was not refused, update the routers' biases by the load of the step."""
         scaler: torch.amp.GradScaler | None = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = 0.0 if scaler is None else scaler.get_scale()
         super().optimizer_step(*args, **kwargs)
@@ -363,7 +366,7 @@ class ClassificationTask(L.LightningModule):
     def _evaluate(
         self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric
     ) -> tuple[Tensor, Tensor]:
-        """Logits [B, C] and the cross-entropy [B] of a batch, of which the metrics take note."""
+        """Logits [B, C] and cross-entropy [B] of a batch; updates the metrics."""
         set_fused_attention(self.net, True)
         logits, routings = forward_routing(self.net, batch["image"])
         metrics.update(logits.float().softmax(-1), batch["label"])
