@@ -16,6 +16,7 @@ Axes: B images, N tokens, C classes, E experts, K choices, L MoE layers.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, cast
@@ -247,25 +248,26 @@ class AuxLoss:
         The label loss needs `target`, as `label_loss` has it.
         """
         self._micro_batches += 1
-        names, weights, sums = [], [], []
         layer_weights = self._layer_weights or [self.weights] * len(routings)
-        for index, routing in enumerate(routings):
-            for name, weight in layer_weights[index].items():
+        terms: list[tuple[str, float]] = []  # name and weight
+        sums = []
+        for index, (routing, weights) in enumerate(zip(routings, layer_weights, strict=True)):
+            for name, weight in weights.items():
                 if weight:
-                    names.append(name)
-                    weights.append(weight)
+                    terms.append((name, weight))
                     sums.append(self._window_sums(name, index, routing, target))
-        if not names:
+        if not terms:
             return None, {}
 
-        values: dict[str, list[Tensor]] = {name: [] for name in names}
         weighted = []
-        for name, weight, total in zip(names, weights, sum_over_ranks(sums), strict=True):
+        values: defaultdict[str, list[Tensor]] = defaultdict(list)  # of each layer
+        for (name, weight), total in zip(terms, sum_over_ranks(sums), strict=True):
             value = _LOSSES[name].value(total)
-            values[name].append(value.detach())
             weighted.append(weight * value)
+            values[name].append(value.detach())
         loss = torch.stack(weighted).sum() / len(routings)
-        return loss, {name: torch.stack(per_layer).mean() for name, per_layer in values.items()}
+        means = {name: torch.stack(per_layer).mean() for name, per_layer in values.items()}
+        return loss, means
 
     def _window_sums(
         self, name: str, layer: int, routing: Routing, target: Tensor | None

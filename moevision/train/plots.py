@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,18 +27,25 @@ from sklearn.metrics import confusion_matrix
 from moevision.files import read_csv, write_bytes_atomic
 from moevision.words import percent
 
-Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
-"""Steps [S] and values [S] of one metric."""
-
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 OKABE_ITO = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 INK, SOFT, GRID = "#333333", "#808080", "#e8e8e8"
 _TITLE: dict[str, Any] = {"fontsize": 10.5, "color": INK, "fontweight": "bold"}
+_LABEL: dict[str, Any] = {"fontsize": 9, "color": INK}
+_SMALL: dict[str, Any] = {"fontsize": 8, "color": INK}
+_TICKS: dict[str, Any] = {"length": 0, "labelsize": 8, "labelcolor": INK}
 _LOAD = re.compile(r"moe/(.+)/load_max")
 # Classes up to which a confusion matrix has counts and percentages in its cells, and names at its axes.
 _MAX_COUNTED = 5
 _MAX_NUMBERED = 20
 _MAX_NAMED = 60
+
+
+class Curve(NamedTuple):
+    """One metric at S steps."""
+
+    steps: npt.NDArray[np.float64]  # [S]
+    values: npt.NDArray[np.float64]  # [S]
 
 
 def plot_curves(metrics_csv: Path, out: Path) -> None:
@@ -46,40 +54,38 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     A metric that was never logged leaves its panel out; nothing is written where none was.
     """
     curves = read_metrics(metrics_csv)
-    loads = {}
-    for name, curve in curves.items():
-        match = _LOAD.fullmatch(name)
-        if match is not None:
-            loads[match[1]] = curve
+    matches = {name: _LOAD.fullmatch(name) for name in curves}
+    loads = {match[1]: curves[name] for name, match in matches.items() if match}
     rates = [curve for name, curve in curves.items() if name.startswith("lr")]
 
     panels: list[Callable[[Axes], None]] = []
     if "train/loss" in curves:
-        panels.append(lambda axes: _draw_loss(axes, curves["train/loss"], curves.get("val/loss")))
+        panels.append(partial(_draw_loss, train=curves["train/loss"], val=curves.get("val/loss")))
     if "val/top1" in curves:
-        panels.append(
-            lambda axes: _draw_accuracy(axes, curves["val/top1"], curves.get("test/top1"))
-        )
+        panels.append(partial(_draw_accuracy, val=curves["val/top1"], test=curves.get("test/top1")))
     if loads:
-        panels.append(lambda axes: _draw_loads(axes, loads))
+        panels.append(partial(_draw_loads, loads=loads))
     if rates:
-        panels.append(lambda axes: _draw_rate(axes, rates[0]))
-    if not panels:
-        return
+        panels.append(partial(_draw_rate, rate=rates[0]))
+    if panels:
+        last_step = max(float(curve.steps[-1]) for curve in curves.values())
+        save(_draw_panels(panels, last_step), out)
 
+
+def _draw_panels(panels: Sequence[Callable[[Axes], None]], last_step: float) -> Figure:
     columns = len(panels) if len(panels) < 4 else 2
     rows = len(panels) // columns
     figure = Figure(figsize=(5.4 * columns, 3.4 * rows), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
-    last_step = max(float(steps[-1]) for steps, _ in curves.values())
     for number, draw in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, number)
         calm(axes)
         axes.set_xlim(0, max(1.0, last_step))
-        if number > len(panels) - columns:  # in the last row
-            axes.set_xlabel("optimizer step", fontsize=9, color=INK)
+        is_in_last_row = number > len(panels) - columns
+        if is_in_last_row:
+            axes.set_xlabel("optimizer step", **_LABEL)
         draw(axes)
-    save(figure, out)
+    return figure
 
 
 def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
@@ -98,7 +104,7 @@ def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
                 points.append((float(row["step"]), float(row[name])))
         if points:
             steps, values = np.array(sorted(points), dtype=np.float64).T
-            curves[name] = (steps, values)
+            curves[name] = Curve(steps, values)
     return curves
 
 
@@ -121,7 +127,7 @@ def calm(axes: Axes) -> None:
     axes.spines["bottom"].set_color("#bbbbbb")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=8, labelcolor=INK)
+    axes.tick_params(**_TICKS)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
@@ -141,11 +147,11 @@ def save(figure: Figure, out: Path) -> None:
 
 def _line(axes: Axes, curve: Curve, color: str, **style: Any) -> None:
     """A line; a lone point (a run of one epoch) would have no line, so it gets a dot."""
-    points = curve[0].size
+    points = curve.steps.size
     look: dict[str, Any] = {"color": color, "linewidth": 1.8, "clip_on": False}
     if points <= 30:
         look |= {"marker": "o", "markersize": 5.0 if points == 1 else 3.5}
-    axes.plot(*curve, **{**look, **style})
+    axes.plot(curve.steps, curve.values, **{**look, **style})
 
 
 def _legend(axes: Axes, columns: int = 1) -> None:
@@ -164,16 +170,16 @@ def _dashed(axes: Axes, height: float) -> None:
 
 
 def _draw_loss(axes: Axes, train: Curve, val: Curve | None) -> None:
-    steps, values = train
-    span = max(1.0, 0.04 * steps.size)
+    span = max(1.0, 0.04 * train.steps.size)
     if span > 1:
-        axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.22)
-    _line(axes, (steps, moving_average(values, span)), BLUE, label="training")
+        axes.plot(train.steps, train.values, color=BLUE, linewidth=0.8, alpha=0.22)
+    smoothed = Curve(train.steps, moving_average(train.values, span))
+    _line(axes, smoothed, BLUE, label="training")
     if val is not None:
         _line(axes, val, ORANGE, label="validation")
         _legend(axes)
     note = f"bold: moving average over about {span:.0f} points" if span > 1 else "every logged step"
-    bad = int(np.sum(~np.isfinite(values)))
+    bad = int(np.sum(~np.isfinite(train.values)))
     if bad:
         note += f"; {bad} values weren't finite"
     title(axes, "loss", note)
@@ -181,32 +187,34 @@ def _draw_loss(axes: Axes, train: Curve, val: Curve | None) -> None:
 
 def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
     _line(axes, val, GREEN)
-    values = val[1]
+    values = val.values
     note = "validation"
     if np.isfinite(values).any():
         note += f", best {percent(np.nanmax(values))}"
     if test is not None:
-        _dashed(axes, test[1][-1])
-        note += f"; dashed: test {percent(test[1][-1])}"
-        values = np.append(values, test[1])
+        accuracy = test.values[-1]
+        _dashed(axes, accuracy)
+        note += f"; dashed: test {percent(accuracy)}"
+        values = np.append(values, test.values)
     title(axes, "top-1 accuracy", note)
 
     # The axis ends at whole tenths around what is drawn.
     finite = values[np.isfinite(values)]
-    lowest = min(0.9, np.floor(10 * finite.min(initial=1.0)) / 10) if finite.size else 0.0
-    highest = np.ceil(10 * finite.max(initial=0.0)) / 10 if finite.size else 1.0
+    lowest, highest = 0.0, 1.0
+    if finite.size:
+        lowest = min(0.9, np.floor(10 * finite.min()) / 10)
+        highest = np.ceil(10 * finite.max()) / 10
     axes.set_ylim(lowest, max(lowest + 0.1, highest))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
 
 
 def _draw_loads(axes: Axes, loads: dict[str, Curve]) -> None:
-    colors = len(OKABE_ITO)
     for index, (layer, curve) in enumerate(loads.items()):
-        style = "-" if index < colors else (0, (3, 1.5))
-        color = OKABE_ITO[index % colors]
-        _line(axes, curve, color, label=f"block {layer}", linestyle=style)
+        round_, color = divmod(index, len(OKABE_ITO))
+        style = (0, (3, 1.5)) if round_ else "-"
+        _line(axes, curve, OKABE_ITO[color], label=f"block {layer}", linestyle=style)
     _dashed(axes, 1.0)
-    highest = max(float(np.nanmax(values, initial=1.0)) for _, values in loads.values())
+    highest = max(float(np.nanmax(curve.values, initial=1.0)) for curve in loads.values())
     axes.set_ylim(0.95, max(1.55, 1.08 * highest))
     _legend(axes, columns=1 if len(loads) <= 4 else 2)
     note = "busiest expert, per MoE layer; dashed: 1 = every expert equally busy"
@@ -214,7 +222,7 @@ def _draw_loads(axes: Axes, loads: dict[str, Curve]) -> None:
 
 
 def _draw_rate(axes: Axes, rate: Curve) -> None:
-    _line(axes, rate, SOFT, marker="o" if rate[0].size == 1 else "")
+    _line(axes, rate, SOFT, marker="o" if rate.steps.size == 1 else "")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
     axes.yaxis.get_offset_text().set_fontsize(8)
@@ -253,7 +261,7 @@ def plot_confusion(
 def _draw_cells(axes: Axes, share: npt.NDArray[np.float64]) -> AxesImage:
     axes.set_facecolor("#d9d9d9")  # shows through where a class has no images
     axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelsize=8, labelcolor=INK)
+    axes.tick_params(**_TICKS)
     norm = Normalize(0, 1)
     if len(share) > _MAX_NUMBERED:
         # With many classes no single mix-up is frequent; the square root keeps a few percent visible.
@@ -265,14 +273,14 @@ def _draw_cells(axes: Axes, share: npt.NDArray[np.float64]) -> AxesImage:
 def _label_classes(axes: Axes, class_names: Sequence[str], images: npt.NDArray[np.integer]) -> None:
     classes = len(class_names)
     unit = " (% of the true class)" if _MAX_COUNTED < classes <= _MAX_NUMBERED else ""
-    axes.set_xlabel(f"predicted class{unit}", fontsize=9, color=INK)
+    axes.set_xlabel(f"predicted class{unit}", **_LABEL)
     if classes > _MAX_NAMED:
-        axes.set_ylabel("true class", fontsize=9, color=INK)
+        axes.set_ylabel("true class", **_LABEL)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(10, integer=True))
         return
 
-    axes.set_ylabel("true class (number of images)", fontsize=9, color=INK)
+    axes.set_ylabel("true class (number of images)", **_LABEL)
     names = [name if len(name) <= 22 else f"{name[:21]}…" for name in class_names]
     # matplotlib would read a dollar sign as mathematics.
     names = [name.replace("$", r"\$") for name in names]
@@ -301,5 +309,5 @@ def _add_colour_bar(figure: Figure, axes: Axes, cells: AxesImage) -> None:
     bar = figure.colorbar(cells, ax=axes, shrink=0.6, aspect=32, pad=0.015)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, labelcolor=INK, length=0)
-    bar.set_label("share of the true class", fontsize=8, color=INK)
+    bar.ax.tick_params(**_TICKS)
+    bar.set_label("share of the true class", **_SMALL)

@@ -70,9 +70,10 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
         whole.shape, like.device_mesh, like.placements
     )
     part = whole
-    for dim, (start, length) in enumerate(zip(begin, shape, strict=True)):
-        part = part.narrow(dim, start, length)
-    return _with_part(part.contiguous().to(like.device, copy=True), like)
+    for dim, length in enumerate(shape):
+        part = part.narrow(dim, begin[dim], length)
+    part = part.contiguous().to(like.device, copy=True)
+    return _with_part(part, like)
 
 
 def _with_part(part: Tensor, like: DTensor) -> DTensor:
@@ -120,11 +121,11 @@ class Muon(optim.Muon):
     def _direction(self, update: Tensor, gradient: Tensor) -> Tensor:
         if not isinstance(update, DTensor):
             return super()._direction(update, gradient)
-        is_cut_within = any(
-            isinstance(placement, Shard) and placement.dim > 0 for placement in update.placements
-        )
-        if update.ndim == 3 and not is_cut_within:
-            return _with_part(super()._direction(local(update), local(gradient)), update)
+        dims = [placed.dim for placed in update.placements if isinstance(placed, Shard)]
+        has_whole_experts = update.ndim == 3 and not any(dims)  # cut along E alone
+        if has_whole_experts:
+            part = super()._direction(local(update), local(gradient))
+            return _with_part(part, update)
         whole = super()._direction(to_full_tensor(update), to_full_tensor(gradient))
         return shard_like(whole, update)
 
