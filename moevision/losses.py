@@ -132,7 +132,7 @@ def _load_balancing_sums(routing: Routing, rule: Rule) -> Tensor:
 
 
 def _load_balancing_value(sums: Tensor) -> Tensor:
-    choices, probs = sums  # [E] each
+    choices, probs = sums.unbind()  # [E] each
     choice_shares = choices / choices.sum()
     mean_probs = probs / probs.sum()
     return len(choices) * (choice_shares * mean_probs).sum()

@@ -6,7 +6,6 @@ TrivialAugment and a moving average are on, and the two processes draw different
 must come back.
 """
 
-import csv
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ import torch
 
 import moevision
 from moevision.data import ImageDataModule
+from moevision.files import read_csv
 from tests.forks import Forked
 from tests.train.quiet import missing
 
@@ -244,8 +244,7 @@ def test_one_run_folder_and_one_voice(work: Path, whole: tuple[Path, str]) -> No
 
 def test_every_test_picture_is_predicted_once(whole: tuple[Path, str]) -> None:
     """33 images over two processes, in the order of one; the summary counts what predictions_test.csv says."""
-    with (whole[0] / "predictions_test.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(whole[0] / "predictions_test.csv")
     data = ImageDataModule("synthetic_pets", image_size=32, train_size=8, val_size=8, test_size=33)
     data.setup("test")
     assert [row["image"] for row in rows] == [data.sample_id("test", index) for index in range(33)]

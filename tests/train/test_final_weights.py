@@ -1,6 +1,5 @@
 """Which weights of a finished training are tested: the last, unless the best epoch's are shown to be better."""
 
-import csv
 import json
 import math
 import statistics
@@ -19,7 +18,7 @@ from moevision.train.checkpoint import BEST, LAST, SafeCheckpointIO
 from moevision.train.finish import Validated, checkpoint_of_run, final_checkpoint, gain_of
 from moevision.train.processes import Interrupted
 from moevision.train.report import BALANCED, LOSS, read_summary
-from tests.train.quiet import missing
+from tests.train.quiet import logged, missing
 
 EPOCHS = ("--trainer.max_epochs=3",)
 GOOD, BAD = (
@@ -104,11 +103,6 @@ def is_exported(run: Path, name: str) -> bool:
     return all(torch.equal(value, weights[key]) for key, value in model.items())
 
 
-def validations(run: Path) -> list[float]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return [float(row["val/top1"]) for row in csv.DictReader(file) if row["val/top1"]]
-
-
 @pytest.mark.parametrize("average", [(), ("--ema.decay=0.5",)])
 def test_the_last_weights_are_tested_unless_the_best_are_better(
     cli, tiny, drawn_pets, first_is_best, average, monkeypatch, tmp_path
@@ -124,9 +118,9 @@ def test_the_last_weights_are_tested_unless_the_best_are_better(
     outcome = cli("fit", drawn_pets, *tiny, *EPOCHS, *average, f"--runs_root={tmp_path}")
     assert outcome.code == 0, outcome.err
     run = tmp_path / "pets"
-    logged = validations(run)
-    assert len(logged) == 3  # the passes are no validations of the training
-    assert [each.correct.mean() for each in known] == pytest.approx([logged[0], logged[-1]])
+    accuracy = logged(run, "val/top1")
+    assert len(accuracy) == 3  # the passes are no validations of the training
+    assert [each.correct.mean() for each in known] == pytest.approx([accuracy[0], accuracy[-1]])
     assert not is_exported(run, BEST)
     assert is_exported(run, LAST)
     summary = read_summary(run / "summary.json")
@@ -171,7 +165,7 @@ def test_a_run_that_is_stopped_while_it_chooses_goes_on(
         context.setattr(finish, "_validate", stop)
         assert cli("fit", drawn_pets, *tiny, *EPOCHS).code == 143
     assert cli("fit", "--resume", "runs/pets").code == 0
-    assert len(validations(Path("runs/pets"))) == 3
+    assert len(logged(Path("runs/pets"), "val/top1")) == 3
     assert "on 4 validation images" in Path("runs/pets/summary.md").read_text()
 
 
@@ -219,8 +213,7 @@ def test_the_lowest_loss_may_choose(cli, tiny, drawn_pets, tmp_path):
     outcome = cli("fit", drawn_pets, *tiny, *options, f"--runs_root={tmp_path}")
     assert outcome.code == 0, outcome.err
     run = tmp_path / "pets"
-    with (run / "metrics.csv").open(newline="") as file:
-        losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+    losses = logged(run, "val/loss")
     lowest_so_far = [loss == min(losses[: place + 1]) for place, loss in enumerate(losses)]
     assert all(lowest_so_far[:-1])
     assert len(losses) == 6 or not lowest_so_far[-1]

@@ -1,6 +1,5 @@
 """How routing formed: which moments are recorded, that they are the model's own, that a resumed run has the same."""
 
-import csv
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from moevision.demo.galleries import Galleries
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from moevision.errors import UserError
+from moevision.files import read_csv
 from moevision.layers import forward_routing
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.io import load_model
@@ -107,8 +107,7 @@ def plain(cli, tiny, drawn_pets, tmp_path_factory) -> Path:
 def test_twelve_test_images_are_recorded_unless_one_says_otherwise(plain):
     """Classes in turn, in the order of splits.csv: what the explorer shows first."""
     history = RoutingHistory.load(plain / FILE)
-    with (plain / "splits.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    rows = [row for row in read_csv(plain / "splits.csv") if row["split"] == "test"]
     cats, dogs = ([row["path"] for row in rows if row["class"] == kind] for kind in ("cat", "dog"))
     in_turn = [name for pair in zip(cats, dogs, strict=False) for name in pair]
     assert list(history.image_names) == in_turn[:12]

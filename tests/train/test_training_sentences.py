@@ -22,7 +22,7 @@ from tests.train.quiet import missing
 DENSE = "active_flops"
 
 
-def network(twin: str | None = None, backend: Backend | None = None) -> torch.nn.Module:
+def network(twin: Any = None, backend: Backend | None = None) -> torch.nn.Module:
     """A model with 8 experts in blocks 1 and 3 of 4, or its dense twin."""
     net = build_model(MoEConfig("test_vit_moe", num_experts=8, twin=twin), 4, 32)
     for layer in moe_layers(net):
@@ -37,7 +37,8 @@ def frozen(freeze: Any, twin: str | None = None) -> None:
 
 def begun_with_nan(folder: Path) -> None:
     task = tiny_task()
-    torch.nn.init.constant_(task.net.head.weight, float("nan"))
+    head: Any = task.net.head
+    torch.nn.init.constant_(head.weight, float("nan"))
     Run(folder, batches(2), task=task)
 
 

@@ -1,6 +1,5 @@
 """Where classes differ in size, macro recall chooses best.ckpt, stops early and heads the result; also under resume."""
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from moevision.train import fit as training
 from moevision.train.report import read_summary
 from moevision.train.task import MacroRecall
 from moevision.words import percent
+from tests.train.quiet import logged
 
 BALANCED = "val/balanced_acc"
 # A learning rate of next to nothing: no epoch is better than the first.
@@ -36,11 +36,6 @@ def best_of(run):
     )
 
 
-def highest(run, column):
-    with (run / "metrics.csv").open(newline="") as file:
-        return max(float(row[column]) for row in csv.DictReader(file) if row[column])
-
-
 def recorded(run):
     return yaml.safe_load((run / "config.yaml").read_text())["checkpoint"]["monitor"]
 
@@ -52,7 +47,7 @@ def test_macro_recall_chooses_the_epoch_and_heads_the_result(cli, tiny, two_to_o
     assert f"2 of 4 epochs: {BALANCED} was" in outcome.out + outcome.err
     run = tmp_path / "pets"
     assert recorded(run) == BALANCED
-    assert best_of(run) == (BALANCED, pytest.approx(highest(run, BALANCED)))
+    assert best_of(run) == (BALANCED, pytest.approx(max(logged(run, BALANCED))))
     summary = read_summary(run / "summary.json")
     assert summary.monitor == BALANCED
     assert summary.unbalanced
@@ -108,7 +103,7 @@ def test_a_run_that_goes_on_keeps_its_choice(
     assert "--checkpoint.monitor" in refused.err
     outcome = cli("fit", "--resume", run)
     assert outcome.code == 0, outcome.err
-    assert best_of(run) == (first, pytest.approx(highest(run, first)))
+    assert best_of(run) == (first, pytest.approx(max(logged(run, first))))
     assert read_summary(run / "summary.json").monitor == first
 
 
