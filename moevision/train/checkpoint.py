@@ -200,7 +200,8 @@ def _model_of(checkpoint: Mapping[str, Any], path: Path) -> SavedModel:
         raise ValueError("its classes have no names")
     if fit not in get_args(Fit):
         raise ValueError("it doesn't say how images become square")
-    mean, std = colours(*data["mean_std"], str(path))
+    mean, std = data["mean_std"]
+    mean, std = colours(mean, std, str(path))
 
     state = checkpoint["state_dict"].items()
     weights = {name.removeprefix("net."): x for name, x in state if name.startswith("net.")}

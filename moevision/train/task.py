@@ -191,31 +191,30 @@ class ClassificationTask(L.LightningModule):
 
     def on_train_start(self) -> None:
         self.choose_attention()
-        planned = self.trainer.estimated_stepping_batches
+        planned: Any = self.trainer.estimated_stepping_batches
         for config in self.trainer.lr_scheduler_configs:
             self._check_schedule(getattr(config.scheduler, "total_steps", planned), planned)
 
     def _check_schedule(self, steps: int, planned: float) -> None:
         """Compare the length of the schedule, which a checkpoint restores, with that of this training."""
-        if steps < planned or steps > max(2, planned):
-            before, now = self._resumed_world_size, self.trainer.world_size
+        if planned <= steps <= max(2, planned):
+            return
+        cause = (
+            "the training images (or, from Python, the epochs) are others than then. "
+            "Put them back as they were"
+        )
+        before, now = self._resumed_world_size, self.trainer.world_size
+        if before not in (None, now):
             cause = (
-                "the training images (or, from Python, the epochs) are others than then. "
-                "Put them back as they were"
+                f"it began with {before} processes and goes on with {now}. Go on with a number of processes that "
+                "divides the one before"
             )
-            if before not in (None, now):
-                cause = (
-                    f"it began with {before} processes and goes on with {now}. Go on with a number of processes that "
-                    "divides the one before"
-                )
-            lengths = f"checkpoint's learning rate ends after {steps:,} steps and this training has {planned:,}"
-            if steps < planned:
-                raise UserError(
-                    f"The {lengths}: {cause}, or start a new run from its weights with --pretrained runs/NAME/model."
-                )
-            print_rank0(
-                f"warning: the {lengths}, so that it does not come down to its end: {cause}."
+        lengths = f"checkpoint's learning rate ends after {steps:,} steps and this training has {planned:,}"
+        if steps < planned:
+            raise UserError(
+                f"The {lengths}: {cause}, or start a new run from its weights with --pretrained runs/NAME/model."
             )
+        print_rank0(f"warning: the {lengths}, so that it does not come down to its end: {cause}.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._resumed_world_size = checkpoint.get("ImageDataModule", {}).get("world_size")

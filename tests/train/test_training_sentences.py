@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from moevision.config import EarlyStoppingConfig, GuardConfig, OptimizerConfig
+from moevision.config import EarlyStoppingConfig, GuardConfig, MoEConfig, OptimizerConfig
 from moevision.errors import UserError
 from moevision.layers import Backend, moe_layers
-from moevision.models.config import MoEConfig, build_model
+from moevision.models.config import build_model
 from moevision.train.checkpoint import check_checkpoint, load_trained
 from moevision.train.guard import StabilityGuard
 from moevision.train.optim import freeze_parameters, parameter_groups
