@@ -561,7 +561,7 @@ def find_nonfinite(trainer: L.Trainer, task: ClassificationTask) -> str | None:
         bad += bad_here
     if sum_numbers([bool(bad)], task.device) == [0]:
         return None
-    descriptions = gather_objects(_describe(kind, bad))
+    descriptions: list[str | None] = gather_objects(_describe(kind, bad))
     return next(filter(None, descriptions))
 
 

@@ -75,12 +75,6 @@ class MetricsFile(ExperimentWriter):
 # ---- the loops
 
 
-def is_window_start(trainer: L.Trainer) -> bool:
-    """Whether no micro-batch of the next optimizer step has been computed."""
-    done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-    return done % trainer.accumulate_grad_batches == 0
-
-
 @contextmanager
 def between_batches(trainer: L.Trainer) -> Iterator[None]:
     """Inside, Lightning's loops are as they were before the next batch was fetched.

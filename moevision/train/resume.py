@@ -41,7 +41,6 @@ from moevision.train.lightning_internals import (
     MetricsFile,
     RunLogger,
     between_batches,
-    is_window_start,
     set_batches_done,
     start_at_next_epoch,
 )
@@ -171,9 +170,11 @@ class ResumePoint(L.Callback):
             cast(Any, trainer).callbacks.remove(timer)
             self._until_s = time.monotonic() + (timer.time_remaining() or 0)
 
-    def on_train_batch_start(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save if it is time to, and stop if a signal asked for it or --trainer.max_time is over."""
-        if not is_window_start(trainer):
+        if batch_idx % trainer.accumulate_grad_batches:
             return  # gradients of half a step can't be saved
         is_due, must_stop = self.is_due(trainer), self.must_stop(trainer)
         if (is_due or must_stop) and trainer.global_step != self._saved_step:
