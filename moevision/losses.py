@@ -320,6 +320,7 @@ class Balance:
         self.values: dict[str, Tensor] = {}
         self._losses = AuxLoss(weights or AuxLossWeights())
         self._losses.check(model, num_classes)
+        self._needs_load = any(layer.router.needs_load for layer in moe_layers(model))
         self._step_is_done = False
 
     def start_window(self) -> None:
@@ -353,8 +354,7 @@ class Balance:
             applied: False where the update was left out, as a loss scaler does: then no router moves.
         """
         self._step_is_done = True
-        needs_load = any(layer.router.needs_load for layer in moe_layers(self.model))
-        if applied and needs_load and self.counts:
+        if applied and self._needs_load and self.counts:
             update_router_bias(self.model, sum_over_ranks(self.counts))
 
 
