@@ -18,8 +18,8 @@ from moevision.errors import UserError, escape_controls
 from moevision.layers import Backend, moe_layers
 from moevision.models.export import OPSET, TOLERANCE, Runner, export_onnx, load_exported
 from moevision.models.io import SavedModel
+from moevision.train.checkpoint import load_trained
 from moevision.train.report import template
-from moevision.train.resume import load_trained
 
 BATCHES = (1, 8)
 _ROUNDS = 10  # per batch size

@@ -26,8 +26,8 @@ from moevision.errors import UserError, escape_controls, escape_csv_cell, json_t
 from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic
 from moevision.models.io import SavedModel, best_device
 from moevision.models.ood import linear_head, pooled
+from moevision.train.checkpoint import load_trained
 from moevision.train.processes import print_rank0
-from moevision.train.resume import load_trained
 from moevision.words import loading
 
 UNSURE = "unsure"

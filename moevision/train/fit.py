@@ -54,19 +54,24 @@ from moevision.limits import keep_freed_memory
 from moevision.models.config import build_model, dense_start, save_pretrained_config
 from moevision.models.io import from_cache_only
 from moevision.models.upcycle import START_IMAGES, start_routers
-from moevision.train.checkpoint import PRETRAINED_CONFIG, SafeCheckpointIO, check_checkpoint
-from moevision.train.final_weights import checkpoint_of_run
-from moevision.train.finish import RunResult, Training, finish, write_comparison
+from moevision.train.checkpoint import MARK, PRETRAINED_CONFIG, SafeCheckpointIO, check_checkpoint
+from moevision.train.finish import (
+    RunResult,
+    Training,
+    checkpoint_of_run,
+    finish,
+    write_comparison,
+)
 from moevision.train.guard import StabilityGuard, TrainingDiverged
 from moevision.train.health import (
     Calibrate,
     RecordRouting,
     RouterHealth,
-    RunLogger,
     StopEarly,
     Stopwatch,
     WeightEMA,
 )
+from moevision.train.lightning_internals import RunLogger, leave_epochs_uncounted
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
     Interrupted,
@@ -96,7 +101,6 @@ from moevision.train.recipe import (
 )
 from moevision.train.report import LOSS, is_unbalanced
 from moevision.train.resume import (
-    MARK,
     EpochEnd,
     ResumePoint,
     RunStart,
@@ -403,7 +407,7 @@ def _strategy_of(settings: Settings) -> dict[str, Any]:
     replicated = config.layout == "ddp"
     if replicated and config.expert == 1:
         return {"strategy": "ddp"}
-    from moevision.train.parallel.strategy import MoEParallelStrategy
+    from moevision.train.parallel import MoEParallelStrategy
 
     divided = MoEParallelStrategy(config.expert, replicated=replicated, offload=config.offload)
     # FSDP2 keeps what it gathers first, and writes to it later: it may not have been made in inference mode.
@@ -431,11 +435,7 @@ def _trainer(
             "callbacks": callbacks,
         }
     )
-    bar = cast(Any, trainer.progress_bar_callback)
-    if trainer.max_epochs in (None, -1) and bar is not None:
-        bar._get_train_description = (
-            "Epoch {:<4}".format
-        )  # of steps alone it would say "Epoch 0/-2"
+    leave_epochs_uncounted(trainer)
     _check_processes(trainer)
     divided = parallel_strategy(trainer)
     if divided is not None:

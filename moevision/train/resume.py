@@ -8,54 +8,48 @@ there is everything of a step done, its rows in metrics.csv included, and nothin
 generators are restored in `on_train_start`, after everything that draws from them during setup.
 """
 
-# ruff: noqa: D102 (Lightning's hooks)
+# ruff: noqa: D102 (Lightning's hooks, whose `task` is the `ClassificationTask`)
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Checkpoint, Timer
 
-from moevision.config import CheckpointConfig, Fit, Settings, flatten
+from moevision.config import CheckpointConfig, Settings, flatten
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
-from moevision.models.config import build_model
-from moevision.models.io import (
-    SavedModel,
-    check_numbers,
-    colours,
-    explain_load_errors,
-    from_cache_only,
-    load_model,
-)
-from moevision.models.safe_files import check_arguments
 from moevision.train.checkpoint import (
     LAST,
-    PRETRAINED_CONFIG,
-    SafeCheckpointIO,
-    check_checkpoint,
+    MARK,
     load_archive,
     newest_valid,
 )
-from moevision.train.health import MetricsFile, RunLogger
+from moevision.train.lightning_internals import (
+    MetricsFile,
+    RunLogger,
+    between_batches,
+    set_batches_done,
+    start_at_next_epoch,
+)
 from moevision.train.processes import (
     Interruption,
     broadcast_from_rank0,
     callback_of,
+    data_of,
     gather_objects,
     print_rank0,
     random_state,
@@ -69,7 +63,6 @@ from moevision.train.recipe import (
     resumed_settings,
 )
 from moevision.train.start import PROBE_FILE, Probe
-from moevision.train.task import ClassificationTask
 from moevision.words import shell_word
 
 OPTION, AUTO = "--resume", "auto"
@@ -117,7 +110,6 @@ _FLOATING = (
 )
 # What an attempt without a checkpoint leaves and a training that begins would take for its own: split, probe, changes.
 _LEFT = ("splits.csv", "bad_images.csv", PROBE_FILE, "config-*.yaml")
-MARK = "moevision"  # where a checkpoint keeps what is ours
 _PATIENCE_S = 10.0  # for the lock of a training that has just ended
 
 
@@ -129,99 +121,109 @@ class ResumePoint(L.Callback):
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, interruption: Interruption) -> None:
-        self.path, self.config, self.interruption = folder / LAST, config, interruption
+        self.path = folder / LAST
+        self.config = config
+        self.interruption = interruption
         self.fingerprint: dict[str, Any] = {}
         self.began = False
-        self._saved_s, self._saved_step, self._until_s = time.monotonic(), -1, float("inf")
-        self._states: list[dict[str, Any]] | None = None
-        self._goes_on = False
+        self._saved_s = time.monotonic()  # the last save
+        self._saved_step = -1
+        self._until_s = float("inf")  # --trainer.max_time
+        self._random_states: list[dict[str, Any]] | None = (
+            None  # of each process, by the checkpoint
+        )
+        self._is_resumed = False
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         """Restore the random generators; from here on signals wait for the end of a step.
 
         A training that begins drops what an attempt without a checkpoint left in metrics.csv.
         """
-        if not self._goes_on:
+        if not self._is_resumed:
             for file in _metrics(trainer):
                 file.cut(0)
-        if self._states is not None and len(self._states) == trainer.world_size:
-            restore_random_state(self._states[trainer.global_rank])
-        elif trainer.world_size > 1:
-            seed_per_rank(trainer.global_rank)
-        self._states, self.began = None, True
-        if (
-            timer := callback_of(trainer, Timer)
-        ) is not None:  # would end the training as if it were finished
-            cast(Any, trainer).callbacks.remove(timer)
-            self._until_s = time.monotonic() + (timer.time_remaining() or 0)
-        self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
+        self._restore_random_generators(trainer)
+        self._take_time_limit(trainer)
+        self.began = True
+        self._note_save(trainer)
         self.interruption.listen()  # Lightning took SIGTERM, and SIGUSR1 on a cluster, a moment ago
         self.interruption.training = True
 
+    def _restore_random_generators(self, trainer: L.Trainer) -> None:
+        states, self._random_states = self._random_states, None
+        if states is not None and len(states) == trainer.world_size:
+            restore_random_state(states[trainer.global_rank])
+        elif trainer.world_size > 1:
+            seed_per_rank(trainer.global_rank)
+
+    def _take_time_limit(self, trainer: L.Trainer) -> None:
+        """Stop at --trainer.max_time instead of Lightning's timer, which would end a training as if it were done."""
+        timer = callback_of(trainer, Timer)
+        if timer is not None:
+            cast(Any, trainer).callbacks.remove(timer)
+            self._until_s = time.monotonic() + (timer.time_remaining() or 0)
+
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+        self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time to, and stop if a signal asked for it or --trainer.max_time is over."""
-        if (
-            trainer.fit_loop.epoch_loop.batch_progress.current.completed
-            % trainer.accumulate_grad_batches
-        ):
+        if batch_idx % trainer.accumulate_grad_batches:
             return  # gradients of half a step can't be saved
-        wanted, stop = self.decide(trainer)
-        if (wanted or stop) and trainer.global_step != self._saved_step:
-            with _between_batches(trainer):
+        is_due, must_stop = self.is_due(trainer), self.must_stop(trainer)
+        if (is_due or must_stop) and trainer.global_step != self._saved_step:
+            with between_batches(trainer):
                 self.save(trainer)
-        if stop:
+        if must_stop:
             self.interruption.stop()
 
-    def decide(self, trainer: L.Trainer) -> tuple[bool, bool]:
-        """Whether to save and whether to stop, the same on every process."""
-        since = trainer.global_step - self._saved_step
-        due = self.config.every_steps is not None and since >= self.config.every_steps
-        due = due or time.monotonic() - self._saved_s >= 60 * self.config.every_minutes
-        late = time.monotonic() >= self._until_s and trainer.is_global_zero
-        if late and trainer.global_step < trainer.estimated_stepping_batches:
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """Whether to save, the same on every process."""
+        is_due = time.monotonic() - self._saved_s >= 60 * self.config.every_minutes
+        if self.config.every_steps is not None:
+            is_due |= trainer.global_step - self._saved_step >= self.config.every_steps
+        return trainer.strategy.reduce_boolean_decision(is_due, all=False)
+
+    def must_stop(self, trainer: L.Trainer) -> bool:
+        """Whether to stop, the same on every process."""
+        is_late = time.monotonic() >= self._until_s and trainer.is_global_zero
+        if is_late and trainer.global_step < trainer.estimated_stepping_batches:
             self.interruption.by = "--trainer.max_time"
         stop = self.interruption.requested is not None or self.interruption.by != ""
-        on_any = trainer.strategy.reduce_boolean_decision
-        return on_any(due, all=False), on_any(stop, all=False)
+        return trainer.strategy.reduce_boolean_decision(stop, all=False)
 
     def save(self, trainer: L.Trainer) -> None:
         """Write `last.ckpt`; every process must call it."""
         trainer.save_checkpoint(self.path)
-        self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
+        self._note_save(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _note_save(self, trainer: L.Trainer) -> None:
+        self._saved_s = time.monotonic()
+        self._saved_step = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
         """From here on signals act at once: everything is saved."""
         self.interruption.training = False
         if self.interruption.requested is not None:
             self.interruption.stop()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
         self.interruption.training = False
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add random generators, the place in metrics.csv, what numbers depend on, and what `load_trained` needs."""
-        data = cast(Any, trainer).datamodule
-        known = {
-            "class_names": list(data.class_names),
-            "mean_std": [list(data.mean), list(data.std)],
-            "fit": data.fit,
-        }
+    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+        """Add random generators, the rows of metrics.csv, what numbers depend on, and what `load_trained` needs."""
+        data = data_of(trainer)
         checkpoint[MARK] = {
             "random": gather_objects(random_state()),
             "metrics_rows": next((file.count() for file in _metrics(trainer)), None),
             "fingerprint": self.fingerprint,
-            "data": known,
+            "data": {
+                "class_names": list(data.class_names),
+                "mean_std": [list(data.mean), list(data.std)],
+                "fit": data.fit,
+            },
         }
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         """Cut metrics.csv where the checkpoint was made, and follow a run folder that was moved."""
         for name, state in checkpoint.get("callbacks", {}).items():
             if name.startswith("ModelCheckpoint"):
@@ -230,22 +232,20 @@ class ResumePoint(L.Callback):
                 )
         if trainer.state.fn != "fit":
             return
-        self._goes_on = True
-        _leave_the_epoch_ended(trainer, checkpoint)
+        self._is_resumed = True
+        start_at_next_epoch(trainer, checkpoint)
         _restore_loader_position(trainer, checkpoint)
-        ours = checkpoint.get(MARK, {})
-        self._states = ours.get("random")
+        saved = checkpoint.get(MARK, {})
+        self._random_states = saved.get("random")
         for file in _metrics(trainer):
-            file.cut(ours.get("metrics_rows") or 0)
+            file.cut(saved.get("metrics_rows") or 0)
 
 
 def _metrics(trainer: L.Trainer) -> list[MetricsFile]:
-    """metrics.csv, which the first process writes."""
-    return [
-        each.experiment
-        for each in trainer.loggers
-        if isinstance(each, RunLogger) and trainer.is_global_zero
-    ]
+    """metrics.csv, which the first process writes; none in the others."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, RunLogger)]
 
 
 class EpochEnd(Checkpoint):
@@ -254,66 +254,26 @@ class EpochEnd(Checkpoint):
     def __init__(self, point: ResumePoint) -> None:
         self.point = point
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         self.point.save(trainer)
-        if self.point.decide(trainer)[1]:
+        if self.point.must_stop(trainer):
             self.point.interruption.stop()
-
-
-@contextmanager
-def _between_batches(trainer: L.Trainer) -> Iterator[None]:
-    """Show Lightning's loops as they were before the next batch was fetched.
-
-    A batch that is counted as fetched and not as done would be left out. Where a validation was due after the step,
-    Lightning expects a checkpoint from its end, at which the step isn't counted for the loggers yet.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    progress, last = loop.batch_progress, loop.batch_progress.is_last_batch
-    progress.is_last_batch = False
-    progress.total.ready -= 1
-    progress.current.ready -= 1
-    validated = int(loop._should_check_val_fx(cast(Any, trainer.fit_loop._data_fetcher)))
-    loop._batches_that_stepped -= validated
-    try:
-        yield
-    finally:
-        loop._batches_that_stepped += validated
-        progress.current.ready += 1
-        progress.total.ready += 1
-        progress.is_last_batch = last
-
-
-def _leave_the_epoch_ended(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Go on behind an epoch that has ended also where --trainer.max_steps counts steps.
-
-    There Lightning 2.6 (`_FitLoop.restarting`) takes every checkpoint for one from within an epoch: it would end that
-    epoch a second time, and leave out the images of the next one. Counted by epochs it doesn't.
-    """
-    cast(Any, trainer).fit_loop._iteration_based_training = lambda: False
-    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-    epochs["completed"] = epochs[
-        "processed"
-    ]  # Lightning does it, but not where no step is left to do
 
 
 def _restore_loader_position(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """On another number of processes, let Lightning count those that hold the images of this epoch so far."""
-    data = cast(Any, trainer).datamodule
+    data = data_of(trainer)
     state = checkpoint.get(type(data).__qualname__)
     if state is None or not isinstance(data, ImageDataModule):
         return
-    now = {"batch_size": data.batch_size, "world_size": trainer.world_size}
-    if all(state[name] == value for name, value in now.items()):
+    batches = {"batch_size": data.batch_size, "world_size": trainer.world_size}
+    if all(state[name] == value for name, value in batches.items()):
         return
-    window, images = (
-        trainer.accumulate_grad_batches,
-        state["batch"] * state["batch_size"] * state["world_size"],
-    )
-    batch = images // (data.batch_size * trainer.world_size) // window * window
-    data.load_state_dict({**state, **now, "batch": batch})
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    progress["current"] = dict.fromkeys(progress["current"], batch)
-    progress["is_last_batch"] = False
+    images = state["batch"] * state["batch_size"] * state["world_size"]
+    images_per_step = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    batch = images // images_per_step * trainer.accumulate_grad_batches
+    data.load_state_dict({**state, **batches, "batch": batch})
+    set_batches_done(checkpoint, batch)
 
 
 def _rewrite_checkpoint_paths(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -322,14 +282,17 @@ def _rewrite_checkpoint_paths(state: dict[str, Any], folder: Path) -> dict[str, 
     if not old or Path(old) == folder:
         return state
 
-    def here(value: Any) -> Any:
+    def moved(value: Any) -> Any:
         if isinstance(value, str) and value.startswith(old):
-            return str(folder) + value[len(old) :]
-        return (
-            {here(key): each for key, each in value.items()} if isinstance(value, dict) else value
-        )
+            return str(folder) + value.removeprefix(old)
+        return value
 
-    return {key: here(value) for key, value in state.items()}
+    def moved_entry(value: Any) -> Any:
+        if isinstance(value, dict):  # `best_k_models`: scores by paths
+            return {moved(path): moved(score) for path, score in value.items()}
+        return moved(value)
+
+    return {name: moved_entry(value) for name, value in state.items()}
 
 
 @dataclass(frozen=True)
@@ -556,44 +519,3 @@ def _compared_settings(request: Request) -> tuple[Settings, list[str]]:
     changes = changed_options(recorded, resumed)
     # For `true` the seed that was drawn.
     return replace(resumed, seed_everything=recorded.seed_everything), changes
-
-
-# ---- the model that a training has so far
-
-
-def load_trained(address: str) -> SavedModel:
-    """Load a model as `load_model` does, or the weights of a checkpoint of a run (with a moving average: those)."""
-    path = Path(address)
-    if path.suffix != ".ckpt":
-        return load_model(address)
-    check_checkpoint(address)
-    checkpoint = SafeCheckpointIO().load_checkpoint(path)
-    with explain_load_errors(address), from_cache_only():
-        known, options = checkpoint[MARK]["data"], dict(checkpoint["hyper_parameters"])
-        sizes = options.pop("num_classes"), options.pop("image_size")
-        task = ClassificationTask(**options)
-        state = checkpoint["state_dict"].items()
-        weights = {name.removeprefix("net."): x for name, x in state if name.startswith("net.")}
-        kept = path.parent / PRETRAINED_CONFIG
-        # Options that describe a larger model than the weights are get no memory for it.
-        given = {
-            name: value
-            for name, value in asdict(task.arch).items()
-            if name != "pretrained" and value is not None
-        }
-        check_arguments({**given, "num_classes": sizes[0], "img_size": sizes[1]})
-        with torch.device("meta"):
-            outline = build_model(task.arch, *sizes, load_pretrained=False, kept=kept)
-        if sum(x.numel() for x in outline.parameters()) > sum(x.numel() for x in weights.values()):
-            raise ValueError("it describes more weights than it holds")
-        task.build(*sizes, load_pretrained=False, kept=kept)
-        task.net.load_state_dict(weights)
-        check_numbers(task.net, address)
-        names, (mean, std) = known["class_names"], known["mean_std"]
-        mean, std = colours(mean, std, address)
-        if len(names) != sizes[0] or not all(isinstance(name, str) for name in names):
-            raise ValueError("its classes have no names")
-        fit = known.get("fit", "crop")
-        if fit not in get_args(Fit):
-            raise ValueError("it doesn't say how images become square")
-        return SavedModel(task.net.eval(), list(names), sizes[1], mean, std, fit=fit)

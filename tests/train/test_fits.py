@@ -24,7 +24,7 @@ from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer, _open
 from moevision.demo.view import route_image
 from moevision.models.io import SavedModel, load_model, save_model
-from moevision.train.resume import load_trained
+from moevision.train.checkpoint import load_trained
 from tests.shared import succeeded
 
 
