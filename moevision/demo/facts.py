@@ -148,7 +148,7 @@ def layer_facts(
                 kind: why for kind in CHANGES if (why := refusal(kind, layer.router)) is not None
             },
             route_by=routing.route_by,
-            steps=layer.router.words(noisy=False, top_k=layer.router.top_k, capacity=None),
+            steps=layer.router.explain(noisy=False, top_k=layer.router.top_k, capacity=None),
             expert_parameters=sum(weight.numel() for weight in layer.experts.parameters())
             // routing.num_experts,
             noise=noise_of(layer.router),

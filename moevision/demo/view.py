@@ -366,7 +366,7 @@ def _layer_view(
         )
     noisy = settings.noise is not None and facts.noise != "none"
     capacity = None if "capacity" in facts.refused else settings.capacity
-    words = heard.layer.router.words(noisy=noisy, top_k=top_k, capacity=capacity)
+    words = heard.layer.router.explain(noisy=noisy, top_k=top_k, capacity=capacity)
     return LayerView(
         facts=replace(facts, top_k=top_k, steps=words),
         expert_index=routing.expert_index[0, first:].cpu().numpy(),
