@@ -246,7 +246,7 @@ class MoEConfig(RouterOptions):
         pretrained: weights to start from: `auto`, `none`, a timm name, hf-hub:USER/NAME, a .safetensors file (its
             architecture is found out, or given as `base`), or a folder that timm or moevision saved. Without it fit
             asks on a terminal, and elsewhere takes only what is there already. A dense model is upcycled: experts start
-            as copies of the MLP that they replace, or of parts of it. Name and sizes are the weights', so that only
+            as copies of the MLP that they replace. Name and sizes are the weights', so that only
             `depth` may be given beside it [below 200,000 images what is cached; else fit asks, in a script none].
         num_experts: E, experts in each MoE layer [the model's own; from pretrained weights 4].
         top_k: K, experts that compute each token; by default the router's own, 2 for most [the router's own; from
@@ -256,7 +256,7 @@ class MoEConfig(RouterOptions):
         moe_layers: `every2`, `last2`, `all`, or a list of block numbers counting from 0 [the model's own; from
             pretrained weights last2].
         expert_hidden: hidden width of one expert; by default mlp_ratio x width / (top_k + shared experts), and with
-            `pretrained` that of the MLP; half of it there starts each pair of experts as the two halves of the MLP.
+            `pretrained` of a dense model that of the MLP.
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
         twin: train the dense twin instead, matched in `active_flops` or `total_params`.
         stem: what cuts an image into tokens: `patch`, `conv` (strided convolutions), or `stages` or `wide_stages`
@@ -273,7 +273,6 @@ class MoEConfig(RouterOptions):
             every patch's route counts, in the last block too); by default the architecture's own.
         num_shared_experts: experts that every token passes besides the chosen ones.
         expert_drop: dropout inside the experts, in the place of `proj_drop_rate`.
-        upcycle_noise: with `pretrained`: noise on the copies, relative to the spread of their weights.
         upcycle_reinit: with `pretrained`: share of each copy's hidden units that are drawn anew.
     """
 
@@ -299,7 +298,6 @@ class MoEConfig(RouterOptions):
     global_pool: Literal["token", "avg"] | None = None
     num_shared_experts: int | None = None
     expert_drop: float | None = None
-    upcycle_noise: float | None = None
     upcycle_reinit: float | None = None
 
     def __post_init__(self) -> None:
@@ -315,12 +313,23 @@ class MoEConfig(RouterOptions):
         )
         ranges: Ranges = (
             (*AT_LEAST_1, sizes),
-            (*AT_LEAST_0, ("num_shared_experts", "upcycle_noise")),
+            (*AT_LEAST_0, ("num_shared_experts",)),
             (*ABOVE_0, ("mlp_ratio",)),
             (*SHARE, ("drop_path_rate", "proj_drop_rate", "patch_drop_rate", "expert_drop")),
             ("at least 0 and at most 1", lambda x: 0 <= x <= 1, ("upcycle_reinit",)),
         )
         check_ranges(self, ranges, "--model.arch.")
+
+    @classmethod
+    def from_checkpoint(cls, fields: Mapping[str, Any]) -> MoEConfig:
+        """The description in a checkpoint; versions before 0.2 wrote `upcycle_noise` too, which is ignored if unset."""
+        fields = dict(fields)
+        noise = fields.pop("upcycle_noise", None)
+        if noise:
+            raise UserError(
+                f"This checkpoint began with upcycle_noise {noise}, which this version doesn't have: use moevision 0.1."
+            )
+        return cls(**fields)
 
 
 @dataclass

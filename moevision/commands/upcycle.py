@@ -67,8 +67,6 @@ def run(chosen: Namespace) -> None:
     for name, _ in chosen.option:
         if name not in MOE_ARGUMENTS:
             raise UserError(f"There is no option {name!r}: use one of {', '.join(MOE_ARGUMENTS)}.")
-    # In `upcycle` `noise` is that on the copies.
-    options = {"router_noise" if name == "noise" else name: value for name, value in chosen.option}
     with loading("reading the dense model"):
         sizes = {name: getattr(chosen, name) for name in ("num_classes", "image_size", "depth")}
         dense = load_dense(chosen.model, chosen.weights, **sizes, seed=chosen.seed)
@@ -77,11 +75,11 @@ def run(chosen: Namespace) -> None:
             f"{chosen.model} has no classifier: say how many classes it shall have, --num-classes N."
         )
     with loading("copying experts"):
-        names = ("num_experts", "top_k", "router", "expert_hidden", "noise", "reinit", "seed")
+        names = ("num_experts", "top_k", "router", "reinit", "seed")
         moe = upcycle(
             dense,
             layers=chosen.layers or None,
-            **{name: getattr(chosen, name) for name in names} | options,
+            **{name: getattr(chosen, name) for name in names} | dict(chosen.option),
         )
     saved = describe(moe.eval())
     start: dict[str, Any] = {}
@@ -164,6 +162,6 @@ def _print_upcycling(console: Console, record: dict[str, Any]) -> None:
     )
     if gap["max_logit"] > SAME:
         say(
-            "so training starts from other outputs than the dense model's: noise, reinit, a capacity in evaluation, "
-            "fewer experts per token than share an MLP, and the routers expert_choice and soft change them"
+            "so training starts from other outputs than the dense model's: reinit, a capacity in evaluation, and the "
+            "routers expert_choice and soft change them"
         )

@@ -94,7 +94,7 @@ class ClassificationTask(L.LightningModule):
     ) -> None:
         super().__init__()
         # Typed as what the command line accepts, so that a mistyped key is refused; a checkpoint hands back dicts.
-        self.arch = arch if isinstance(arch, MoEConfig) else MoEConfig(**arch)
+        self.arch = arch if isinstance(arch, MoEConfig) else MoEConfig.from_checkpoint(arch)
         self.optim = optim if isinstance(optim, OptimizerConfig) else OptimizerConfig(**optim)
         self.aux_weights = aux if isinstance(aux, AuxLossWeights) else AuxLossWeights(**aux)
         self.label_smoothing = label_smoothing

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from moevision import UserError, convert_to_moe, forward_routing
+from moevision import convert_to_moe, forward_routing
 from moevision.layers import CosineRouter, moe_layers
 from moevision.models.convert import routes_read
 from moevision.models.upcycle import (
@@ -138,25 +138,6 @@ def test_no_more_batches_are_read_than_needed(dense, monkeypatch):
     assert read == [6], "6 images of 17 tokens are 102"
     start_routers(upcycle(dense, num_experts=EXPERTS, route_by="image"), batches())
     assert read == [6, 6, 6]
-
-
-@pytest.mark.parametrize("router", ["expert_choice", "soft", "hash"])
-def test_routers_without_rows_refuse(dense, router):
-    net = upcycle(dense, num_experts=EXPERTS, router=router)
-    with pytest.raises(UserError, match=f"The router '{router}' can't start from clusters"):
-        start_routers(net, [images()])
-
-
-def test_too_little_to_cluster_is_refused(dense):
-    net = upcycle(dense, num_experts=EXPERTS, route_by="image")
-    with pytest.raises(
-        UserError, match="3 images make no 4 clusters, one for each expert: give more images"
-    ):
-        start_routers(net, [images()[:3]])
-    with pytest.raises(UserError, match="There is no image to cluster"):
-        start_routers(net, [])
-    with pytest.raises(UserError, match="has no MoE layer"):
-        start_routers(dense, [images()])
 
 
 def test_a_layer_in_training_mode_is_clustered_without_its_noise(dense):
