@@ -165,7 +165,8 @@ class TopKRouter(Router):
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Clean logits [B, N, E] of tokens [B, N, D], and the standard deviation of their Gaussian noise if any."""
         weight = self.weight.to(x.dtype)
-        if self.training and self.noise_weight is not None:
+        learned = self.training and self.noise == "learned"
+        if learned and self.noise_weight is not None:
             # One matrix product for both maps: x is read once.
             noise_weight = self.noise_weight.to(x.dtype)
             both = F.linear(x, torch.cat([weight, noise_weight]))  # [B, N, 2·E]

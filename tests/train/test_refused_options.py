@@ -87,12 +87,6 @@ NAN, INF = math.nan, math.inf
         ),
         (
             MoEConfig,
-            "upcycle_noise",
-            (-1, NAN, INF),
-            "--model.arch.upcycle_noise is {}: it must be at least 0",
-        ),
-        (
-            MoEConfig,
             "upcycle_reinit",
             (-1, 1.5, NAN),
             "--model.arch.upcycle_reinit is {}: it must be at least 0 and",
@@ -222,7 +216,6 @@ def test_fit_says_so(cli, tiny, drawn_pets, tmp_path, monkeypatch, option, words
 @pytest.mark.parametrize(
     ("verb", "arguments", "words"),
     [
-        ("upcycle", ["x", "--out=y", "--noise=nan"], "'nan' is no number of at least 0"),
         ("upcycle", ["x", "--out=y", "--reinit=nan"], "'nan' is no share between 0 and 1"),
         ("upcycle", ["x", "--out=y", "--seed=-1"], "'-1' is no seed: it must be at least 0"),
         ("analyze", ["x", "y", "--out=z", "--seed=99999999999"], "is no seed"),
