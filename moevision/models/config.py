@@ -32,16 +32,17 @@ def build_model(
     image_size: int,
     *,
     load_pretrained: bool = True,
-    kept: Path | None = None,
+    pretrained_config_dir: Path | None = None,
 ) -> nn.Module:
     """The model that `config` describes, with C outputs, for square images of that side in pixels.
 
     Without `load_pretrained` it has the architecture of `config.pretrained` and weights that come from elsewhere; what
-    it describes is then read where `save_pretrained_config` was told to keep it (`kept`).
+    it describes is then read where `save_pretrained_config` wrote it (`pretrained_config_dir`).
     """
     if config.pretrained is not None:
-        if not load_pretrained and kept is not None and kept.is_dir():
-            config = replace(config, pretrained=str(kept))
+        folder = pretrained_config_dir
+        if not load_pretrained and folder is not None and folder.is_dir():
+            config = replace(config, pretrained=str(folder))
         return _from_pretrained(config, num_classes, image_size, load_pretrained)
     name = config.name or DEFAULT_NAME
     if not timm.is_model(name):
@@ -66,12 +67,12 @@ def build_model(
     return model
 
 
-def save_pretrained_config(config: MoEConfig, kept: Path) -> None:
+def save_pretrained_config(config: MoEConfig, folder: Path) -> None:
     """Copy the config.json of the model that training starts from: a checkpoint is of use without that model, then."""
     file = None if config.pretrained is None else config_file(config.pretrained)
     if file is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, kept / CONFIG)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / CONFIG)
 
 
 def dense_start(config: MoEConfig, num_classes: int, image_size: int) -> nn.Module | None:

@@ -140,9 +140,9 @@ def convert_to_moe(
     _exclude_biases_from_decay(vit)
 
     # Write down what builds this model again.
-    moe_config = {"moe_layers": indices}
+    moe_config: dict[str, Any] = {"moe_layers": indices}
     for name, value in per_layer.items():
-        moe_config[name] = one_or_list([each[name] for each in arguments], value)
+        moe_config[name] = one_or_list([layer[name] for layer in arguments], value)
     moe_config["expert_hidden"] = moe_config.pop("hidden_features")
     if not copy_weights and expert_hidden is None and not _is_twin(vit):
         moe_config["expert_hidden"] = None  # follows from the MLP
@@ -152,8 +152,8 @@ def convert_to_moe(
     if expert_drop is not None:
         moe_config["expert_drop"] = expert_drop
     moe_config |= options
-    if any("slots_per_expert" in each for each in arguments):
-        slots = [each.get("slots_per_expert") for each in arguments]
+    slots = [layer.get("slots_per_expert") for layer in arguments]
+    if any(slots):
         moe_config["slots_per_expert"] = one_or_list(slots, None)
     _set_address(vit, moe_config)
     return vit
@@ -202,15 +202,15 @@ def _arguments_per_layer(
 
     state = cast(Any, vit)
     layers = []
-    for place in range(count):
-        arguments = {name: values[place] for name, values in columns.items()}
+    for number in range(count):
+        arguments = {name: values[number] for name, values in columns.items()}
         kind = router_kind(arguments["router"])
         if arguments["top_k"] is None:
             arguments["top_k"] = kind.top_k
         arguments |= {name: value for name, value in options.items() if name in kind.options}
         if "slots_per_expert" in kind.options:
-            arguments["slots_per_expert"] = slots[place]
-            if not slots[place]:
+            arguments["slots_per_expert"] = slots[number]
+            if not slots[number]:
                 # So many that a token costs as much as with K experts; kept when the image's size changes.
                 tokens = int(state.patch_embed.num_patches) + int(state.num_prefix_tokens)
                 arguments["slots_per_expert"] = capacity_of(

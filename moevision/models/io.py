@@ -356,8 +356,8 @@ def architecture_of(file: str | Path) -> str:
 def unknown_name(name: str) -> str:
     """A sentence that says there is no such model, and which ones are near."""
     bare = name.split(".")[0]
-    known = timm.list_models("*vit*") + timm.list_models("*deit*")
-    near = difflib.get_close_matches(bare, known, n=4, cutoff=0.5)
+    names = timm.list_models("*vit*") + timm.list_models("*deit*")
+    near = difflib.get_close_matches(bare, names, n=4, cutoff=0.5)
     hint = f" Did you mean {', '.join(near)}?" if near else " See `timm.list_models('*vit*')`."
     return f"There is no model {name!r}.{hint}"
 

@@ -510,7 +510,7 @@ def _build(training: Training) -> None:
     if settings.with_twin:
         with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
             twin = replace(task.arch, twin="active_flops")
-            net = build_model(twin, *sizes, load_pretrained=False, kept=kept)
+            net = build_model(twin, *sizes, load_pretrained=False, pretrained_config_dir=kept)
             freeze_parameters(net, task.optim.freeze)
     if training.divided is not None:
         records = isinstance(settings.record_routing.images, str)

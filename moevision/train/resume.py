@@ -622,7 +622,9 @@ def load_trained(address: str) -> SavedModel:
         }
         check_arguments({**given, "num_classes": sizes[0], "img_size": sizes[1]})
         with torch.device("meta"):
-            outline = build_model(task.arch, *sizes, load_pretrained=False, kept=kept)
+            outline = build_model(
+                task.arch, *sizes, load_pretrained=False, pretrained_config_dir=kept
+            )
         if sum(x.numel() for x in outline.parameters()) > sum(x.numel() for x in weights.values()):
             raise ValueError("it describes more weights than it holds")
         task.build(*sizes, load_pretrained=False, kept=kept)

@@ -132,7 +132,11 @@ class ClassificationTask(L.LightningModule):
         """Make the network and its metrics; arguments as those of `build_model`."""
         self.hparams.update(num_classes=num_classes, image_size=image_size)
         net = build_model(
-            self.arch, num_classes, image_size, load_pretrained=load_pretrained, kept=kept
+            self.arch,
+            num_classes,
+            image_size,
+            load_pretrained=load_pretrained,
+            pretrained_config_dir=kept,
         )
         self.net = freeze_parameters(net, self.optim.freeze)
         checkpoint_blocks(self.net, self.grad_checkpointing)

@@ -14,7 +14,6 @@ from moevision.errors import UserError
 from moevision.layers import RouterOptions
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
-from moevision.models.upcycle import upcycle
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig
@@ -133,12 +132,6 @@ NAN, INF = math.nan, math.inf
             "decay",
             (0, 1, NAN),
             "--ema.decay is {}: it must be between 0 and 1",
-        ),
-        (
-            lambda **o: upcycle("test_vit", **o),
-            "noise",
-            (-1, NAN, INF),
-            "noise is {}: it must be at least 0",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
