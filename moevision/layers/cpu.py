@@ -414,7 +414,7 @@ class _LoopedMlps(torch.autograd.Function):
             ctx.needs_input_grad
         )
         dtype1, bias_dtype1, dtype2, bias_dtype2 = ctx.dtypes
-        grads: list[Tensor | None] = 7 * [None]  # of each argument of `forward`
+        grads: list[Tensor | None] = [None] * 7  # of each argument of `forward`
 
         out_grad = gradient.contiguous()  # [R, out]
         if needs_weight2:

@@ -327,7 +327,7 @@ class SigmoidRouter(TopKRouter):
     noise; the other arguments are those of `TopKRouter`.
     """
 
-    explain = by_sigmoid
+    explain = partialmethod(by_sigmoid)
     bias: Tensor | None
 
     def __init__(

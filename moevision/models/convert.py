@@ -183,10 +183,10 @@ def _check_patch_drop(vit: nn.Module, moes: Sequence[MoEMlp]) -> None:
 
 def _exclude_biases_from_decay(vit: nn.Module) -> None:
     """Name the experts' biases in `no_weight_decay()`: two dimensions are a weight to timm's optimizers."""
-    names = getattr(vit, "no_weight_decay", set)()
+    names: set[str] = set(getattr(vit, "no_weight_decay", set)())
     for name, module in vit.named_modules():
         if isinstance(module, PackedLinear):
-            names = {*names, f"{name}.bias"}
+            names.add(f"{name}.bias")
     # A plain function of names: one that holds the model would be a reference cycle.
     cast(Any, vit).no_weight_decay = partial(set, names)
 

@@ -13,15 +13,9 @@ from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import create_from, describe, first_blocks, load_model, save_model
 from moevision.models.upcycle import upcycle
+from tests.shared import SMALL_VIT
 
-SMALL = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 4,
-    "num_heads": 2,
-    "num_classes": 5,
-}  # hidden 128
+SMALL = {**SMALL_VIT, "num_classes": 5}
 
 
 def images(count: int = 8) -> torch.Tensor:

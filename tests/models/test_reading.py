@@ -22,21 +22,14 @@ from moevision.models.convert import (
     routes_read,
 )
 from moevision.models.io import describe, load_model, save_model
+from tests.shared import SMALL_VIT
 
-SMALL = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 4,
-    "num_heads": 2,
-    "num_classes": 3,
-}
 VIT = "vit_tiny_patch16_224"
 
 
 def vit(name: str = VIT, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL, **options}).eval()
+    return timm.create_model(name, **{**SMALL_VIT, **options}).eval()
 
 
 def image(side: int = 32) -> Tensor:

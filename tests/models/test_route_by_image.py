@@ -19,15 +19,9 @@ from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.upcycle import initial_output_difference, upcycle
 from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
+from tests.shared import SMALL_VIT
 
-TINY = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 4,
-    "num_heads": 2,
-    "num_classes": 8,
-}
+TINY = {**SMALL_VIT, "num_classes": 8}
 STATS = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 COUNT = 12
 

@@ -14,15 +14,8 @@ from moevision.models.upcycle import (
     start_routers,
     upcycle,
 )
+from tests.shared import SMALL_VIT
 
-SMALL = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 4,
-    "num_heads": 2,
-    "num_classes": 3,
-}
 EXPERTS, IMAGES, TOKENS = 4, 24, 17
 ROUTERS = ["noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "cosine"]
 
@@ -36,7 +29,7 @@ def images():
 @pytest.fixture(scope="module")
 def dense():
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+    return timm.create_model("vit_tiny_patch16_224", **SMALL_VIT).eval()
 
 
 def planted(seed):
@@ -142,10 +135,16 @@ def test_no_more_batches_are_read_than_needed(dense, monkeypatch):
 
 def test_a_layer_in_training_mode_is_clustered_without_its_noise(dense):
     net = convert_to_moe(
-        timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k"
+        timm.create_model("vit_tiny_patch16_224", **SMALL_VIT),
+        "every2",
+        EXPERTS,
+        router="vmoe_top_k",
     )
     twin = convert_to_moe(
-        timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k"
+        timm.create_model("vit_tiny_patch16_224", **SMALL_VIT),
+        "every2",
+        EXPERTS,
+        router="vmoe_top_k",
     )
     twin.load_state_dict(net.state_dict())
     assert start_routers(net.train(), [images()]) == start_routers(twin.eval(), [images()])
@@ -154,7 +153,10 @@ def test_a_layer_in_training_mode_is_clustered_without_its_noise(dense):
 def test_each_part_stays_in_its_own_mode():
     """A block that is held in evaluation, as a frozen one is, was in training afterwards."""
     net = convert_to_moe(
-        timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k"
+        timm.create_model("vit_tiny_patch16_224", **SMALL_VIT),
+        "every2",
+        EXPERTS,
+        router="vmoe_top_k",
     )
     net.train().blocks[0].eval()
     modes = [module.training for module in net.modules()]
