@@ -150,12 +150,13 @@ def _count_choices(x: Tensor, expert: Tensor, num_experts: int) -> tuple[Tensor,
     number = chosen.cumsum(0)  # [T·K, E] the choice's number in the group of each expert, from 1
 
     sizes = _padded(number[-1].tolist(), x, None, None)
-    before_first = [-1, *(end - 1 for end in accumulate(sizes[:-1]))]
-    start, counts = torch.tensor([before_first, sizes]).unbind()  # [E] each
+    starts = [0, *accumulate(sizes[:-1])]
+    start, counts = torch.tensor([starts, sizes]).unbind()  # [E] each
 
-    row = (number + start).gather(1, choices).squeeze(1)  # [T·K]
+    row = (number + (start - 1)).gather(1, choices).squeeze(1)  # [T·K]
     token_of_choice = torch.arange(len(row)) // expert.shape[1]
-    token = row.new_zeros(sum(sizes)).scatter_(0, row, token_of_choice)  # [R]
+    zeros = row.new_zeros(sum(sizes))  # [R]
+    token = zeros.scatter_(0, row, token_of_choice)
     return token, row, counts
 
 

@@ -315,13 +315,16 @@ class RouterInput:
     def collect(self, _layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """A forward pre-hook of the layer."""
         tokens = arguments[0]  # [B, N, D]
-        images, count, width = tokens.shape
         if routed_unit(self.layer.router) == "image":
-            self.batches.append(mean_token(tokens)[:, 0].double().cpu())
+            mean = mean_token(tokens).squeeze(1)  # [B, D]
+            self.batches.append(mean.double().cpu())
             return
+
+        images, count, width = tokens.shape
         order = torch.rand(images, count, generator=self.generator).argsort(1)  # [B, N]
         chosen = order[:, :_TOKENS_OF_IMAGE].unsqueeze(-1).expand(-1, -1, width)
-        self.batches.append(tokens.double().cpu().gather(1, chosen).flatten(0, 1))
+        units = tokens.double().cpu().gather(1, chosen)
+        self.batches.append(units.flatten(0, 1))
 
     def features(self) -> Tensor:
         """[T, features] float64: what is multiplied with the router's rows."""
@@ -360,7 +363,8 @@ def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tu
 
     x = F.normalize(x, dim=-1)
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    kmeans = KMeans(clusters, n_init=1, max_iter=_KMEANS_STEPS, random_state=seed).fit(x.numpy())
+    kmeans = KMeans(clusters, n_init=1, max_iter=_KMEANS_STEPS, random_state=seed)
+    kmeans.fit(x.numpy())
     centroids = F.normalize(torch.from_numpy(kmeans.cluster_centers_), dim=-1)
     nearest = (x @ centroids.T).argmax(-1)  # [T]
     return centroids, torch.bincount(nearest, minlength=clusters)
