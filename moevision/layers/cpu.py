@@ -150,10 +150,10 @@ def _count_choices(x: Tensor, expert: Tensor, num_experts: int) -> tuple[Tensor,
     number = chosen.cumsum(0)  # [T·K, E] the choice's number in the group of each expert, from 1
 
     sizes = _padded(number[-1].tolist(), x, None, None)
-    starts = [0, *accumulate(sizes[:-1])]
-    start, counts = torch.tensor([starts, sizes]).unbind()  # [E] each
+    starts = accumulate(sizes[:-1], initial=0)
+    before_first, counts = torch.tensor([[start - 1 for start in starts], sizes]).unbind()
 
-    row = (number + (start - 1)).gather(1, choices).squeeze(1)  # [T·K]
+    row = (number + before_first).gather(1, choices).squeeze(1)  # [T·K]
     token_of_choice = torch.arange(len(row)) // expert.shape[1]
     zeros = row.new_zeros(sum(sizes))  # [R]
     token = zeros.scatter_(0, row, token_of_choice)
@@ -418,20 +418,18 @@ class _LoopedMlps(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 7  # of each argument of `forward`
 
         out_grad = gradient.contiguous()  # [R, out]
-        if needs_weight2:
-            grads[5] = _weight_gradient(out_grad, active, counts, dtype2)
-        if needs_bias2:
-            grads[6] = _bias_gradient(out_grad, counts, bias_dtype2)
-
         # One expression: the gradient of `active` [R, H] is freed at once.
         hidden_grad = _activation_gradient(ctx.act, hidden, _product(out_grad, counts, weight2))
+        if needs_rows:
+            grads[0] = _product(hidden_grad, counts, weight1)
         if needs_weight1:
             grads[3] = _weight_gradient(hidden_grad, rows, counts, dtype1)
         if needs_bias1:
             grads[4] = _bias_gradient(hidden_grad, counts, bias_dtype1)
-
-        if needs_rows:
-            grads[0] = _product(hidden_grad, counts, weight1)
+        if needs_weight2:
+            grads[5] = _weight_gradient(out_grad, active, counts, dtype2)
+        if needs_bias2:
+            grads[6] = _bias_gradient(out_grad, counts, bias_dtype2)
         return tuple(grads)
 
 
