@@ -277,7 +277,6 @@ def _number(
 
 _positive = _number(int, lambda x: x >= 1, "number of at least 1")
 _seed = _number(int, lambda x: 0 <= x < 2**32, "seed: it must be at least 0 and less than 2**32")
-_at_least_0 = _number(float, lambda x: 0 <= x < math.inf, "number of at least 0")
 _share = _number(float, lambda x: 0 <= x <= 1, "share between 0 and 1")
 _probability = _number(float, lambda x: 0 < x <= 1, "probability above 0, at most 1")
 
@@ -371,18 +370,6 @@ def _upcycle(add: Add) -> None:
         type=_positive,
         metavar="L",
         help="take only the first L blocks; the model must then be trained on",
-    )
-    add(
-        "--expert-hidden",
-        type=_positive,
-        metavar="H",
-        help="a whole part of the MLP's hidden units",
-    )
-    add(
-        "--noise",
-        type=_at_least_0,
-        default=0.0,
-        help="noise on the copies, relative to the spread of their weights",
     )
     add(
         "--reinit",

@@ -336,7 +336,7 @@ class MoEConfig(RouterOptions):
         "weights to start from: auto, none, a timm name, hf-hub:USER/NAME, a .safetensors file (its architecture is "
         "found out, or given as base), or a folder that timm or moevision saved. Without it fit asks on a terminal, "
         "and elsewhere takes only what is there already. A dense model is upcycled: experts start as copies of the MLP "
-        "that they replace, or of parts of it. Name and sizes are the weights', so that only depth may be given beside "
+        "that they replace. Name and sizes are the weights', so that only depth may be given beside "
         "it",
         chosen="below 200,000 images what is cached; else fit asks, in a script none",
         alias="pretrained",
@@ -364,8 +364,8 @@ class MoEConfig(RouterOptions):
     )
     expert_hidden: int | list[int] | None = option(
         None,
-        "hidden width of one expert; by default mlp_ratio x width / (top_k + shared experts), and with pretrained that "
-        "of the MLP; half of it there starts each pair of experts as the two halves of the MLP",
+        "hidden width of one expert; by default mlp_ratio x width / (top_k + shared experts), and with pretrained "
+        "of a dense model that of the MLP",
     )
     backend: Literal["auto", "loop", "grouped", "dense"] | None = option(
         None,
@@ -415,11 +415,6 @@ class MoEConfig(RouterOptions):
         "dropout inside the experts, in the place of proj_drop_rate",
         rare=True,
     )
-    upcycle_noise: float | None = option(
-        None,
-        "with pretrained: noise on the copies, relative to the spread of their weights",
-        rare=True,
-    )
     upcycle_reinit: float | None = option(
         None,
         "with pretrained: share of each copy's hidden units that are drawn anew",
@@ -439,12 +434,23 @@ class MoEConfig(RouterOptions):
         )
         ranges: Ranges = (
             (*AT_LEAST_1, sizes),
-            (*AT_LEAST_0, ("num_shared_experts", "upcycle_noise")),
+            (*AT_LEAST_0, ("num_shared_experts",)),
             (*ABOVE_0, ("mlp_ratio",)),
             (*SHARE, ("drop_path_rate", "proj_drop_rate", "patch_drop_rate", "expert_drop")),
             ("at least 0 and at most 1", lambda x: 0 <= x <= 1, ("upcycle_reinit",)),
         )
         check_ranges(self, ranges, "--model.arch.")
+
+    @classmethod
+    def from_checkpoint(cls, fields: Mapping[str, Any]) -> MoEConfig:
+        """The description in a checkpoint; versions before 0.2 wrote `upcycle_noise` too, which is ignored if unset."""
+        fields = dict(fields)
+        noise = fields.pop("upcycle_noise", None)
+        if noise:
+            raise UserError(
+                f"This checkpoint began with upcycle_noise {noise}, which this version doesn't have: use moevision 0.1."
+            )
+        return cls(**fields)
 
 
 @dataclass

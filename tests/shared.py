@@ -36,6 +36,16 @@ TINY = (
     "--trainer.enable_progress_bar=false",
 )
 
+# A timm ViT with a class token, 16 patches, MLPs of 128 and few weights.
+SMALL_VIT: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 3,
+}
+
 
 class Outcome(NamedTuple):
     """What one call of the command line left."""

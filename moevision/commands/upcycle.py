@@ -107,15 +107,11 @@ def _read_dense(args: Namespace) -> Any:
 
 def _convert(dense: Any, args: Namespace) -> Any:
     options = dict(args.option)
-    if "noise" in options:  # in `upcycle` that is the noise on the copies
-        options["router_noise"] = options.pop("noise")
     arguments = {
         "layers": args.layers or None,
         "num_experts": args.num_experts,
         "top_k": args.top_k,
         "router": args.router,
-        "expert_hidden": args.expert_hidden,
-        "noise": args.noise,
         "reinit": args.reinit,
         "seed": args.seed,
     }
@@ -202,6 +198,6 @@ def _print_upcycling(console: Console, record: dict[str, Any]) -> None:
     )
     if gap["max_logit"] > SAME:
         say(
-            "so training starts from other outputs than the dense model's: noise, reinit, a capacity in evaluation, "
-            "fewer experts per token than share an MLP, and the routers expert_choice and soft change them"
+            "so training starts from other outputs than the dense model's: reinit, a capacity in evaluation, and the "
+            "routers expert_choice and soft change them"
         )

@@ -138,7 +138,7 @@ def _layer_facts(
         read_by_classifier=read_by_classifier,
         refused={kind: reason for kind, reason in refusals.items() if reason is not None},
         route_by=routing.route_by,
-        steps=router.words(noisy=False, top_k=router.top_k, capacity=None),
+        steps=router.explain(noisy=False, top_k=router.top_k, capacity=None),
         expert_parameters=all_parameters // routing.num_experts,
         noise=noise_of(router),
     )

@@ -363,7 +363,7 @@ def _layer_view(
             top_k = settings.top_k
     capacity = None if "capacity" in facts.refused else settings.capacity
     noisy = settings.noise is not None and facts.noise != "none"
-    steps = activations.layer.router.words(noisy=noisy, top_k=top_k, capacity=capacity)
+    steps = activations.layer.router.explain(noisy=noisy, top_k=top_k, capacity=capacity)
     return LayerView(
         facts=replace(facts, top_k=top_k, steps=steps),
         expert_index=routing.expert_index[0, first:].cpu().numpy(),

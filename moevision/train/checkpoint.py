@@ -205,7 +205,7 @@ def _model_of(checkpoint: Mapping[str, Any], path: Path) -> SavedModel:
 
     state = checkpoint["state_dict"].items()
     weights = {name.removeprefix("net."): x for name, x in state if name.startswith("net.")}
-    arch = MoEConfig(**options["arch"])
+    arch = MoEConfig.from_checkpoint(options["arch"])
     OptimizerConfig(**options["optim"])  # a damaged record is refused as a whole
     build = partial(
         build_model,
@@ -213,7 +213,7 @@ def _model_of(checkpoint: Mapping[str, Any], path: Path) -> SavedModel:
         num_classes,
         image_size,
         load_pretrained=False,
-        kept=path.parent / PRETRAINED_CONFIG,
+        pretrained_config_dir=path.parent / PRETRAINED_CONFIG,
     )
     # Options that describe a larger model than the weights are get no memory for it.
     arguments = {name: value for name, value in asdict(arch).items() if value is not None}

@@ -545,7 +545,9 @@ def _build(training: Training) -> None:
     if settings.with_twin:
         twin = replace(task.arch, twin="active_flops")
         with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
-            net = build_model(twin, *sizes, load_pretrained=False, kept=training.kept)
+            net = build_model(
+                twin, *sizes, load_pretrained=False, pretrained_config_dir=training.kept
+            )
             freeze_parameters(net, task.optim.freeze)
     if training.divided is not None:
         records = isinstance(settings.record_routing.images, str)

@@ -95,7 +95,7 @@ class ClassificationTask(L.LightningModule):
     ) -> None:
         super().__init__()
         # Typed as what the command line accepts, so that a mistyped key is refused; a checkpoint hands back dicts.
-        self.arch = arch if isinstance(arch, MoEConfig) else MoEConfig(**arch)
+        self.arch = arch if isinstance(arch, MoEConfig) else MoEConfig.from_checkpoint(arch)
         self.optim = optim if isinstance(optim, OptimizerConfig) else OptimizerConfig(**optim)
         self.aux_weights = aux if isinstance(aux, AuxLossWeights) else AuxLossWeights(**aux)
         self.label_smoothing = label_smoothing
@@ -141,7 +141,11 @@ class ClassificationTask(L.LightningModule):
         """Make the network and its metrics; arguments as those of `build_model`."""
         self.hparams.update(num_classes=num_classes, image_size=image_size)
         net = build_model(
-            self.arch, num_classes, image_size, load_pretrained=load_pretrained, kept=kept
+            self.arch,
+            num_classes,
+            image_size,
+            load_pretrained=load_pretrained,
+            pretrained_config_dir=kept,
         )
         self.net = freeze_parameters(net, self.optim.freeze)
         checkpoint_blocks(self.net, self.grad_checkpointing)

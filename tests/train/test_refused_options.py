@@ -12,7 +12,6 @@ from moevision.errors import UserError
 from moevision.layers import RouterOptions
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
-from moevision.models.upcycle import upcycle
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig
@@ -37,7 +36,6 @@ RANGES = [
     (ClassificationTask, "model.label_smoothing", (-0.1, 1.5, NAN), "at least 0"),
     (RouterOptions, "capacity_factor", (0, NAN, INF), "above 0"),
     (MoEConfig, "model.arch.num_experts", (0,), "at least 1"),
-    (MoEConfig, "model.arch.upcycle_noise", (-1, NAN, INF), "at least 0"),
     (MoEConfig, "model.arch.upcycle_reinit", (-1, 1.5, NAN), "at most 1"),
     (ImageDataModule, "data.mixup", (-1, NAN, INF), "at least 0"),
     (ImageDataModule, "data.num_workers", (-1, 257, 5000), "at least 0"),
@@ -47,7 +45,6 @@ RANGES = [
     (CheckpointConfig, "checkpoint.every_minutes", (0, NAN), "above 0"),
     (lambda **o: StabilityGuard(GuardConfig(**o)), "guard.spike_sigmas", (-1, NAN), "at least 0"),
     (lambda **o: WeightEMA(EmaConfig(**o)), "ema.decay", (0, 1, NAN), "between 0"),
-    (lambda **o: upcycle("test_vit", **o), "noise", (-1, NAN, INF), "at least 0"),
 ]
 
 

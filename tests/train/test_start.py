@@ -429,7 +429,7 @@ def test_fit_from_a_file_with_its_twin(
     Experts are no exact copies, so that their features aren't those of the weights, which the probe is of.
     """
     options = (
-        "--model.arch.upcycle_noise=0.1",
+        "--model.arch.upcycle_reinit=0.5",
         "--trainer.max_epochs=1",
         "--trainer.precision=32-true",
         "--data.test_fraction=0.3",

@@ -367,7 +367,7 @@ def test_experts_that_are_there_already_stay_as_they_are(tmp_path: Path) -> None
             {"moe_layers": "all", "router": "soft"},
             r"moe_layers null \(it is all; there: \[1, 3\]\), --model\.arch\.router null \(it is soft; there: n",
         ),
-        ({"upcycle_noise": 0.1}, r"upcycle_noise null \(it is 0\.1; there: not set\)"),
+        ({"upcycle_reinit": 0.1}, r"upcycle_reinit null \(it is 0\.1; there: not set\)"),
         ({"twin": "active_flops"}, "no dense weights for --with-twin or --dense: leave it out"),
     ):
         other = MoEConfig(pretrained=str(tmp_path), **options)

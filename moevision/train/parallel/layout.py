@@ -39,8 +39,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers
 from moevision.layers.cpu import padded_counts, sum_rows, take_rows
-from moevision.layers.moe import Dispatched, LocalDispatcher
-from moevision.layers.routing import Routing
+from moevision.layers.moe import LocalDispatcher
+from moevision.layers.routing import Dispatched, Routing
 from moevision.train.parallel.parts import local_shard
 
 
