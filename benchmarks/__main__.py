@@ -59,10 +59,6 @@ STUDY = {
         "accuracy.head",
     ),
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
-    "small": (
-        "heads that read places, instability, large batches: three questions to one small model",
-        "small",
-    ),
     "places": (
         "train with a classifier that reads every place, and test it on shifted images",
         "places",
@@ -112,10 +108,6 @@ PROVE = {
         "hashes of a training, a resumed training, a report and a view, before and after",
         "house.unchanged",
     ),
-    "statements": (
-        "numbers of README, Results and guides, recomputed without the studies' code",
-        "recompute_statements",
-    ),
     "counts": (
         "modules, lines and tokens of the package, single importers, import circles",
         "house.counts",
@@ -126,7 +118,7 @@ MAKE = {
     "bundle": ("one of the explorer's bundled models, from finished runs", "bundle"),
     "records": (
         "pages whose numbers changed with a new measurement, from the records",
-        "records.rewrite",
+        "records",
     ),
 }
 VERBS = {**MEASURE, **STUDY, **PROVE, **MAKE}
