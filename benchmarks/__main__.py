@@ -39,25 +39,13 @@ MEASURE = {
         "many visitors of the explorer at once, every answer compared with the truth",
         "demo.load",
     ),
-    "demo-stall": (
-        "what a visitor of the explorer gets while another one asks for much at once",
-        "demo.stall",
-    ),
 }
 STUDY = {
     "accuracy": (
         "records of finished runs of `moevision fit`: accuracy, cost, load, curve",
         "accuracy",
     ),
-    "airbench": (
-        "what a convolutional net from outside reaches on the copy of CIFAR-10",
-        "accuracy.airbench",
-    ),
     "quickstart": ("CPU seconds and accuracy of the first command, float32 and AVX2", "quickstart"),
-    "head": (
-        "what it is worth that a fine-tuning's classifier starts as a linear probe",
-        "accuracy.head",
-    ),
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
     "places": (
         "train with a classifier that reads every place, and test it on shifted images",
