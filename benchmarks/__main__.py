@@ -17,20 +17,7 @@ MEASURE = {
         "train",
     ),
     "infer": ("images/s and latency of a model beside both dense twins", "infer"),
-    "infer-before": (
-        "few images with each router, in this checkout and in an earlier one, by turns",
-        "infer.before",
-    ),
-    "infer-roofline": (
-        "what bounds one image in a MoE layer: bytes, products, calls",
-        "infer.roofline",
-    ),
     "data": ("the input pipeline alone, and what a training step waits for it", "data"),
-    "scores-cost": (
-        "CPU time of the training images' scores as a share of a training",
-        "guard.scores",
-    ),
-    "guard-cost": ("training steps with and without the stability guard", "guard.cost"),
     "demo-latency": (
         "how long a visitor of the explorer waits, in headless Chromium",
         "demo.latency",
