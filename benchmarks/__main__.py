@@ -60,10 +60,6 @@ PROVE = {
         "the bundled photo model from an installed wheel, offline, on photos of a folder",
         "demo.wheel",
     ),
-    "packed": (
-        "a bundled model in int8 beside its weights in bfloat16: classes, experts, bytes",
-        "demo.packed",
-    ),
     "matters": ("the expert without which a bundled model's answer changes most", "demo.matters"),
     "flips": (
         "how many answers change without one expert, beside as much taken away at random",

@@ -1,11 +1,9 @@
 """What the benchmarks are made of: turns, phases, memory, load, and other libraries' layers."""
 
 import csv
-import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +12,6 @@ from torch import nn
 
 from benchmarks import phases, timing
 from benchmarks.accuracy import record_of
-from benchmarks.demo import packed
-from benchmarks.demo.packed import agreement
 from benchmarks.demo.wheel import score
 from benchmarks.harness import in_a_process
 from benchmarks.layer import parser, shapes_of
@@ -25,10 +21,8 @@ from benchmarks.memory import beside_twin, peak_bytes, saved_bytes, tensors_peak
 from benchmarks.phases import PhaseClock, measure_load, named_phases
 from benchmarks.subject import Subject, TrainingStep, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, ratio_of, rows_of, spread
-from moevision.demo import bundled_model
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers, record_routing
-from moevision.models.io import save_model
 
 MIB = 2**20
 
@@ -425,53 +419,6 @@ def test_the_record_says_which_class_goes_where(tiny_run):
         load = np.array(layer["counts"]) / sum(layer["counts"])
         assert weight @ np.array(layer["class_share"]) == pytest.approx(load, abs=1e-3)
     assert "class_share" not in record_of(tiny_run)["layers"][0]
-
-
-def test_what_two_models_treat_alike() -> None:
-    """One image of four patches with two choices: the second patch changes its second one, the third their order."""
-
-    def trace(choices: list[list[int]], p: float) -> SimpleNamespace:
-        layer = SimpleNamespace(layer=7, expert_index=np.array([choices]))
-        shares = np.array([[p, 1 - p]])
-        return SimpleNamespace(
-            layers=[layer],
-            labels=np.array([0]),
-            predictions=shares.argmax(-1),
-            probabilities=shares,
-        )
-
-    before, after = (
-        trace([[0, 1], [2, 3], [4, 5], [6, 7]], 0.75),
-        trace([[0, 1], [2, 4], [5, 4], [6, 7]], 0.5),
-    )
-    assert agreement(before, after) == {
-        "right": 1,
-        "same_class": 1,
-        "max_probability_change": 0.25,
-        "layers": [{"layer": 7, "same_first": 0.75, "same_set": 0.75}],
-    }
-
-
-def test_a_packed_model_beside_its_weights_in_bfloat16(bench, tmp_path: Path, monkeypatch) -> None:
-    """The bundled model of drawn pets, some of its matrices in 15 steps."""
-    monkeypatch.setattr(packed, "SMALLEST", 2**15)
-    monkeypatch.setattr(packed, "CALIBRATION", 64)
-    monkeypatch.setattr(packed, "LEVELS", 7)
-    saved, model, out = bundled_model("pets"), tmp_path / "model", tmp_path / "packed.json"
-    saved.net.to(torch.bfloat16)
-    save_model(saved, model)
-    outcome = bench("packed", model, "--data", "synthetic_pets", "--limit", "64", "--out", out)
-    assert outcome.code == 0, outcome.err
-    record = json.loads(out.read_text())
-    coarse, carried = record["packed"]
-    assert record["images"] == 64
-    assert record["bfloat16"]["bytes"] == (model / "model.safetensors").stat().st_size
-    assert coarse["bytes"] < carried["bytes"] < 0.8 * record["bfloat16"]["bytes"]
-    assert carried["compressed"] < carried["bytes"]
-    assert all(
-        a["same_first"] < b["same_first"]
-        for a, b in zip(coarse["layers"], carried["layers"], strict=True)
-    )
 
 
 def test_an_unfinished_run_has_no_record(tmp_path):
