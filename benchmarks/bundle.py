@@ -176,52 +176,41 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 def main() -> None:
     """Run with command-line arguments."""
     parser = argument_parser("bundle", __doc__)
-    parser.add_argument("name", choices=tuple(ABOUT))
-    parser.add_argument("--run", type=Path, help="run folder of the MoE model")
-    parser.add_argument("--dense", type=Path, help="run folder of its dense twin")
-    parser.add_argument(
-        "--unbalanced", type=Path, help="run folder of the same model without balance losses"
-    )
-    parser.add_argument(
-        "--seeds", type=Path, nargs="*", default=[], help="the same recipe with other seeds"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("name", choices=tuple(ABOUT))
+    add("--run", type=Path, help="run folder of the MoE model")
+    add("--dense", type=Path, help="run folder of its dense twin")
+    add("--unbalanced", type=Path, help="run folder of the same model without balance losses")
+    add("--seeds", type=Path, nargs="*", default=[], help="the same recipe with other seeds")
+    add(
         "--before",
         type=Path,
         nargs="*",
         default=[],
         help="--run, then --seeds, before their training",
     )
-    parser.add_argument(
+    add(
         "--curve",
         type=Path,
         nargs="*",
         help="runs whose epochs make the training, if it was resumed",
     )
-    parser.add_argument(
-        "--note", default="", help="what the recorded commands don't say about the training"
-    )
-    parser.add_argument("--data", help="where the images are, if not where the name says")
-    parser.add_argument(
-        "--images", type=int, default=1000, help="images of the atlas (%(default)s)"
-    )
-    parser.add_argument(
+    add("--note", default="", help="what the recorded commands don't say about the training")
+    add("--data", help="where the images are, if not where the name says")
+    add("--images", type=int, default=1000, help="images of the atlas (%(default)s)")
+    add(
         "--photos",
         type=Path,
         help="photos with SOURCES.md, of which those of grade A and A- are taken",
     )
-    parser.add_argument(
-        "--examples", type=Path, metavar="FOLDER", help="write the images to show there, and stop"
-    )
-    parser.add_argument(
+    add("--examples", type=Path, metavar="FOLDER", help="write the images to show there, and stop")
+    add(
         "--ask-again",
         action="store_true",
         help="write the third answer of the atlases anew, from the bundled weights",
     )
-    parser.add_argument("--pack", action="store_true", help="store weights in eight bits")
-    parser.add_argument(
-        "--out", type=Path, default=MODELS, help="folder of the models (the package's)"
-    )
+    add("--pack", action="store_true", help="store weights in eight bits")
+    add("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
     options = parser.parse_args()
     packs_bundled = options.pack and options.run is None and options.examples is None
     if (

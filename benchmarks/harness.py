@@ -65,7 +65,8 @@ def argument_parser(verb: str, text: str | None, examples: str = "") -> Argument
 
 def add_measuring(parser: ArgumentParser, *, repetitions: int, warm_up: int | None = 20) -> None:
     """Options of the benchmarks that measure this machine."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--repetitions",
         type=positive,
         default=repetitions,
@@ -83,16 +84,12 @@ def add_measuring(parser: ArgumentParser, *, repetitions: int, warm_up: int | No
         parser.add_argument(
             "--no-peak", action="store_true", help="don't measure the matmul peak; no MFU then"
         )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu or cuda (%(default)s: CUDA if it is there)"
-    )
-    parser.add_argument(
+    add("--device", default="auto", help="auto, cpu or cuda (%(default)s: CUDA if it is there)")
+    add(
         "--threads", type=positive, metavar="N", help="threads of torch on the CPU (its own choice)"
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write benchmark-*.json to this folder"
-    )
-    parser.add_argument(
+    add("--out", type=Path, metavar="DIR", help="write benchmark-*.json to this folder")
+    add(
         "--quick", action="store_true", help="small and short: shows that it runs, measures nothing"
     )
 
@@ -115,13 +112,10 @@ def add_arch(parser: ArgumentParser) -> None:
 
 def add_image_sizes(parser: ArgumentParser) -> None:
     """Batch size, image size and precision of a training step."""
-    parser.add_argument(
-        "--batch-size", type=positive, metavar="N", help="images per step (the config's)"
-    )
-    parser.add_argument(
-        "--image-size", type=positive, metavar="PX", help="side of the images (the config's)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--batch-size", type=positive, metavar="N", help="images per step (the config's)")
+    add("--image-size", type=positive, metavar="PX", help="side of the images (the config's)")
+    add(
         "--precision",
         choices=tuple(DTYPES),
         default=usual_precision(),

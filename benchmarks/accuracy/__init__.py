@@ -121,18 +121,11 @@ def curve_of(metrics: Path, batch_size: int) -> list[tuple[int, float, float | N
 def main() -> None:
     """Write the records."""
     parser = argument_parser("accuracy", __doc__)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folders of `moevision fit`"
-    )
-    parser.add_argument(
-        "--classes", action="store_true", help="also the share of each class in each expert"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=HERE / "accuracy" / "runs.jsonl", help=argparse.SUPPRESS
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="the runs show that they run: their records say so"
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders of `moevision fit`")
+    add("--classes", action="store_true", help="also the share of each class in each expert")
+    add("--out", type=Path, default=HERE / "accuracy" / "runs.jsonl", help=argparse.SUPPRESS)
+    add("--quick", action="store_true", help="the runs show that they run: their records say so")
     options = parser.parse_args()
     for run in options.runs:
         record = record_of(run, classes=options.classes) | (

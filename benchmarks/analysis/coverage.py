@@ -207,10 +207,11 @@ def study(setting: Setting, simulations: int) -> dict[str, object]:
 def main() -> None:
     """Run the study, print and write it."""
     parser = argument_parser("coverage", __doc__)
-    parser.add_argument("--simulations", type=int, default=1000)
-    parser.add_argument("--about", nargs="+", default=["class", "part"])
-    parser.add_argument("--images", nargs="+", type=int, default=[200, 1000])
-    parser.add_argument("--out", type=Path)
+    add = parser.add_argument
+    add("--simulations", type=int, default=1000)
+    add("--about", nargs="+", default=["class", "part"])
+    add("--images", nargs="+", type=int, default=[200, 1000])
+    add("--out", type=Path)
     options = parser.parse_args()
     origin, start = about(), time.perf_counter()
     cells = list(settings(tuple(options.about), tuple(options.images)))

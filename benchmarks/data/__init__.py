@@ -61,19 +61,20 @@ Modules = Mapping[tuple[bool, bool], ImageDataModule]
 def parser() -> ArgumentParser:
     """The command line."""
     parser = harness.argument_parser("data", __doc__, EXAMPLES)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "what",
         metavar="WHAT",
         help="a config, a run folder, a folder of images, or a data set's name",
     )
-    parser.add_argument("--root", help="folder of named data sets (the config's, or data)")
-    parser.add_argument(
+    add("--root", help="folder of named data sets (the config's, or data)")
+    add(
         "--model",
         default="quickstart",
         metavar="CONFIG",
         help="whose model trains on a folder of images (quickstart)",
     )
-    parser.add_argument(
+    add(
         "--workers",
         type=count,
         nargs="+",
@@ -82,10 +83,8 @@ def parser() -> ArgumentParser:
         help="worker processes (0 1 2)",
     )
     harness.add_image_sizes(parser)
-    parser.add_argument(
-        "--batches", type=positive, default=20, metavar="N", help="batches per round (%(default)s)"
-    )
-    parser.add_argument(
+    add("--batches", type=positive, default=20, metavar="N", help="batches per round (%(default)s)")
+    add(
         "--steps",
         type=count,
         default=20,

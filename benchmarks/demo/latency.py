@@ -210,10 +210,9 @@ def summary(times: list[float], limit: float | None) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and fail if a median is over its limit."""
     parser = argument_parser("demo-latency", __doc__)
-    parser.add_argument(
-        "--starts", type=int, default=3, help="servers that are started for the first page"
-    )
-    parser.add_argument("--out", type=Path)
+    add = parser.add_argument
+    add("--starts", type=int, default=3, help="servers that are started for the first page")
+    add("--out", type=Path)
     options = parser.parse_args()
     origin = about()
     found: dict[str, dict[str, Any]] = {}

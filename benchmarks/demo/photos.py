@@ -106,14 +106,11 @@ def unseen(
 def main() -> None:
     """Look, and print what was counted."""
     parser = argument_parser("demo-photos", __doc__)
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="photos that the model has never seen"
-    )
-    parser.add_argument(
-        "--photos", type=int, default=96, help="how many of them (%(default)s), drawn with seed 0"
-    )
-    parser.add_argument("--screenshots", type=Path, help="folder for those of bundled photos")
-    parser.add_argument("--out", type=Path)
+    add = parser.add_argument
+    add("--folder", type=Path, required=True, help="photos that the model has never seen")
+    add("--photos", type=int, default=96, help="how many of them (%(default)s), drawn with seed 0")
+    add("--screenshots", type=Path, help="folder for those of bundled photos")
+    add("--out", type=Path)
     options = parser.parse_args()
     files = sorted(file for file in options.folder.glob("*/*") if file.is_file())
     if len(files) < options.photos:

@@ -91,13 +91,10 @@ def score(answers: dict[Path, str]) -> dict[str, Any]:
 def main() -> None:
     """Build, install, classify, record."""
     parser = argument_parser("wheel", __doc__)
-    parser.add_argument(
-        "--photos", type=Path, required=True, metavar="FOLDER", help="one subfolder per class"
-    )
-    parser.add_argument("--out", type=Path, help="write the record to this file")
-    parser.add_argument(
-        "--allow-dirty", action="store_true", help="try it out with uncommitted changes"
-    )
+    add = parser.add_argument
+    add("--photos", type=Path, required=True, metavar="FOLDER", help="one subfolder per class")
+    add("--out", type=Path, help="write the record to this file")
+    add("--allow-dirty", action="store_true", help="try it out with uncommitted changes")
     options = parser.parse_args()
     refuse_changes(HERE / "demo" / "README.md", allowed=options.allow_dirty)
     origin = about()

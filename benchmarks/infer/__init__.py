@@ -38,11 +38,10 @@ EXAMPLES = """\
 def parser() -> ArgumentParser:
     """The command line."""
     parser = harness.argument_parser("infer", __doc__, EXAMPLES)
-    parser.add_argument(
-        "model", metavar="MODEL", help="a run folder, a timm address, a config or a timm name"
-    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a run folder, a timm address, a config or a timm name")
     harness.add_arch(parser)
-    parser.add_argument(
+    add(
         "--batch-size",
         type=positive,
         nargs="+",
@@ -50,10 +49,10 @@ def parser() -> ArgumentParser:
         metavar="N",
         help="images per call (1 8 64)",
     )
-    parser.add_argument(
+    add(
         "--image-size", type=positive, metavar="PX", help="side of the images, for untrained models"
     )
-    parser.add_argument(
+    add(
         "--precision",
         nargs="+",
         choices=tuple(DTYPES),

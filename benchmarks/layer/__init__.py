@@ -96,30 +96,29 @@ def parser() -> ArgumentParser:
         parser.add_argument(
             name, type=positive, nargs="+", default=[default], metavar="N", help=text
         )
-    parser.add_argument(
-        "--router", nargs="+", metavar="NAME", help="routers, such as vmoe_top_k noisy_top_k"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--router", nargs="+", metavar="NAME", help="routers, such as vmoe_top_k noisy_top_k")
+    add(
         "--backend",
         nargs="+",
         default=["auto"],
         metavar="NAME",
         help="auto, loop, grouped or dense (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--precision",
         nargs="+",
         choices=tuple(DTYPES),
         default=["bf16"],
         help="autocast to bf16, or fp32 (bf16)",
     )
-    parser.add_argument(
+    add(
         "--preset",
         choices=("bars", "growth"),
         help="bars: three shapes of small ViTs, vmoe_top_k and noisy_top_k; growth: E from 1 to 64, T from 256 to "
         "65536, D from 96 to 768, one at a time",
     )
-    parser.add_argument(
+    add(
         "--peers",
         nargs="+",
         metavar="NAME",

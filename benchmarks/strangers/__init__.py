@@ -249,17 +249,14 @@ def run(options: Namespace) -> None:
 def main() -> None:
     """Run with command-line arguments."""
     parser = argument_parser("strangers", __doc__)
-    parser.add_argument("verb", choices=("run",))
-    parser.add_argument("model", choices=tuple(OWN), help="a bundled model")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--photos", type=Path, required=True, help="folder of photos")
-    parser.add_argument(
-        "--carry", action="store_true", help="put it beside the weights that the package carries"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/strangers"), help="features (%(default)s)"
-    )
-    parser.add_argument("--out", type=Path, default=RUNS, help="records (%(default)s)")
+    add = parser.add_argument
+    add("verb", choices=("run",))
+    add("model", choices=tuple(OWN), help="a bundled model")
+    add("--data", type=Path, required=True, help="folder of the data sets")
+    add("--photos", type=Path, required=True, help="folder of photos")
+    add("--carry", action="store_true", help="put it beside the weights that the package carries")
+    add("--work", type=Path, default=Path("runs/strangers"), help="features (%(default)s)")
+    add("--out", type=Path, default=RUNS, help="records (%(default)s)")
     options = parser.parse_args()
     with warnings.catch_warnings():
         warnings.simplefilter(

@@ -40,13 +40,12 @@ MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "other")
 def parser() -> ArgumentParser:
     """The command line."""
     parser = harness.argument_parser("train", __doc__, EXAMPLES)
-    parser.add_argument("model", metavar="WHAT", help="a config, a run folder, or a timm name")
+    add = parser.add_argument
+    add("model", metavar="WHAT", help="a config, a run folder, or a timm name")
     harness.add_arch(parser)
     harness.add_image_sizes(parser)
-    parser.add_argument(
-        "--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)"
-    )
-    parser.add_argument(
+    add("--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)")
+    add(
         "--peer",
         dest="peers",
         nargs="+",
@@ -54,14 +53,14 @@ def parser() -> ArgumentParser:
         default=[],
         help="also plain timm in Lightning",
     )
-    parser.add_argument(
+    add(
         "--memory-runs",
         type=count,
         default=3,
         metavar="N",
         help="processes per model for its peak memory (3; 0: none)",
     )
-    parser.add_argument(
+    add(
         "--breakdown-steps",
         type=positive,
         default=10,
