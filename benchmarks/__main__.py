@@ -39,10 +39,6 @@ STUDY = {
         "places",
     ),
     "curve": ("what fewer, chosen training images cost a run", "curve"),
-    "coverage": (
-        "how often intervals of excess information hold the true value",
-        "analysis.coverage",
-    ),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "balance": (
         "each expert's load over a training, without and with a balance loss",
@@ -56,10 +52,6 @@ STUDY = {
 PROVE = {
     "resume": ("interrupted and resumed against uninterrupted, bit for bit", "reliability.resume"),
     "kill": ("the same with kill -9 at random moments", "reliability.kill"),
-    "wheel": (
-        "the bundled photo model from an installed wheel, offline, on photos of a folder",
-        "demo.wheel",
-    ),
     "matters": ("the expert without which a bundled model's answer changes most", "demo.matters"),
     "flips": (
         "how many answers change without one expert, beside as much taken away at random",
@@ -68,10 +60,6 @@ PROVE = {
     "demo-live": (
         "the explorer without a server: its size, its times, its answers beside Python's",
         "demo.live",
-    ),
-    "demo-photos": (
-        "bundled photos, and photos never seen, through the explorer's page",
-        "demo.photos",
     ),
     "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),
     "mutation": ("small wrong changes, and the tests that notice them", "mutation"),

@@ -12,10 +12,8 @@ from torch import nn
 
 from benchmarks import phases, timing
 from benchmarks.accuracy import record_of
-from benchmarks.demo.wheel import score
 from benchmarks.harness import in_a_process
 from benchmarks.layer import parser, shapes_of
-from benchmarks.layer.figure import draw, sweep
 from benchmarks.layer.peers import PEERS, build_peer, chosen_peers, flops_beside_ours, gated_width
 from benchmarks.memory import beside_twin, peak_bytes, saved_bytes, tensors_peak_bytes
 from benchmarks.phases import PhaseClock, measure_load, named_phases
@@ -25,24 +23,6 @@ from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers, record_routing
 
 MIB = 2**20
-
-
-def test_an_accuracy_is_balanced_over_the_classes_of_the_folders():
-    """3 of 4 cats and 1 of 2 dogs are right: (3/4 + 1/2) / 2, not 4 of 6."""
-    answers = {
-        "cat/1": "cat",
-        "cat/2": "cat",
-        "cat/3": "cat",
-        "cat/4": "dog",
-        "dog/1": "dog",
-        "dog/2": "unsure",
-    }
-    found = score({Path(path): answer for path, answer in answers.items()})
-    assert found["classes"] == {
-        "cat": {"correct": 3, "total": 4},
-        "dog": {"correct": 1, "total": 2},
-    }
-    assert found["balanced_accuracy"] == 0.625
 
 
 def test_candidates_take_turns_in_an_order_that_rotates():
@@ -335,35 +315,6 @@ def test_gated_peers_compute_a_gated_mixture(name):
     expected = (every * routing.expert_weights().unsqueeze(-1)).sum(2)
     found = peer(x).float()
     assert (found - expected).norm() < 0.02 * expected.norm()
-
-
-def test_growth_is_drawn_at_the_centre_s_other_sizes(tmp_path):
-    """One line per router and k against E, one each against T and D; other shapes don't belong to a line."""
-    growth = parser().parse_args(["--preset", "growth"])
-    ratio = {"quartile_1": 0.9, "median": 1.0, "quartile_3": 1.1, "n": 3}
-    comparisons = [
-        {
-            **asdict(shape),
-            "rows": [{"name": "moevision vmoe_top_k", "ratio_to": {"dense k·H": ratio}}],
-        }
-        for shape in shapes_of(growth)
-    ]
-    record = {"settings": {"preset": "growth", "precision": ["bf16"]}, "comparisons": comparisons}
-    experts = sweep(record, "experts", (1, 2))
-    assert {name: sorted(points) for name, points in experts.items()} == {
-        "vmoe_top_k, k = 1": [1, 2, 4, 8, 16, 32, 64],
-        "vmoe_top_k, k = 2": [2, 4, 8, 16, 32, 64],
-    }
-    assert sorted(sweep(record, "tokens", (2,))["vmoe_top_k, k = 2"]) == [
-        256,
-        1024,
-        4096,
-        16384,
-        65536,
-    ]
-    assert sorted(sweep(record, "width", (2,))["vmoe_top_k, k = 2"]) == [96, 192, 384, 768]
-    draw(record, tmp_path / "growth.png")
-    assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
 def test_the_shapes_of_the_bars():
