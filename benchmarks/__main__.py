@@ -17,7 +17,6 @@ MEASURE = {
         "train",
     ),
     "infer": ("images/s and latency of a model beside both dense twins", "infer"),
-    "data": ("the input pipeline alone, and what a training step waits for it", "data"),
     "demo-latency": (
         "how long a visitor of the explorer waits, in headless Chromium",
         "demo.latency",

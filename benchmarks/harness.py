@@ -63,9 +63,10 @@ def argument_parser(verb: str, text: str | None, examples: str = "") -> Argument
     )
 
 
-def add_measuring(parser: ArgumentParser, *, repetitions: int, warm_up: int | None = 20) -> None:
+def add_measuring(parser: ArgumentParser, *, repetitions: int) -> None:
     """Options of the benchmarks that measure this machine."""
     add = parser.add_argument
+    rounds = "rounds before them, in which a CPU compiles its kernels (%(default)s)"
     add(
         "--repetitions",
         type=positive,
@@ -73,17 +74,8 @@ def add_measuring(parser: ArgumentParser, *, repetitions: int, warm_up: int | No
         metavar="N",
         help="measured rounds (%(default)s)",
     )
-    if warm_up is not None:
-        parser.add_argument(
-            "--warm-up",
-            type=count,
-            default=warm_up,
-            metavar="N",
-            help="rounds before them, in which a CPU compiles its kernels for the shapes that occur (%(default)s)",
-        )
-        parser.add_argument(
-            "--no-peak", action="store_true", help="don't measure the matmul peak; no MFU then"
-        )
+    add("--warm-up", type=count, default=20, metavar="N", help=rounds)
+    add("--no-peak", action="store_true", help="don't measure the matmul peak; no MFU then")
     add("--device", default="auto", help="auto, cpu or cuda (%(default)s: CUDA if it is there)")
     add(
         "--threads", type=positive, metavar="N", help="threads of torch on the CPU (its own choice)"
@@ -232,7 +224,7 @@ def code_state(*more: Path) -> dict[str, Any] | None:
 
 
 def new_record(kind: str, options: Namespace, device: torch.device) -> dict[str, Any]:
-    """What the record of `layer`, `train`, `infer` or `data` begins with."""
+    """What the record of `layer`, `train` or `infer` begins with."""
     record = about()
     record["machine"]["device"] = str(device)
     missing = "not asked for" if torch.cuda.is_available() else "not measured: no CUDA device"

@@ -16,7 +16,7 @@ from benchmarks.__main__ import VERBS
 from benchmarks.layer import peers
 from benchmarks.layer.peers import PEERS, build_peer
 
-KINDS = ("layer", "train", "infer", "data")
+KINDS = ("layer", "train", "infer")
 TRAINING = """
 data: {path: synthetic_pets, image_size: 32, batch_size: 8, train_size: 64, val_size: 8, test_size: 8}
 model:
@@ -41,7 +41,6 @@ def records(bench, config, tiny_run, tmp_path_factory, forked_processes):
         "layer": ("--router", "vmoe_top_k", "noisy_top_k"),
         "train": (config, "--peer", "lightning"),
         "infer": (tiny_run,),
-        "data": (config, "--workers", 0, 1),
     }
     found = {}
     for kind, options in calls.items():
@@ -193,21 +192,6 @@ def test_infer_tells_latency(records):
             assert row["images_per_s"] == pytest.approx(rate, rel=1e-3)
 
 
-def test_data_tells_rates_and_wait(records):
-    """Cached, augmented, workers. Drawing an image costs more than copying it."""
-    record = records["data"][0]
-    rounds = {
-        (row["cached"], row["augmented"], row["workers"]): row["rounds"] for row in record["rows"]
-    }
-    pipelines = [(True, 0), (True, 1), (False, 0)]
-    assert list(rounds) == [(cached, *rest) for cached in (True, False) for rest in pipelines]
-    made, kept = rounds[False, False, 0], rounds[True, False, 0]
-    cost = [1e3 / own - 1e3 / other for own, other in zip(made, kept, strict=True)]
-    assert statistics.median(cost) > 0
-    assert [wait["workers"] for wait in record["data_wait"]] == [0, 1]
-    assert all(0 < wait["share"] < 1 and wait["cached"] for wait in record["data_wait"])
-
-
 def test_every_verb_is_there(bench):
     text = bench("--help").out
     assert all(
@@ -292,13 +276,10 @@ def test_each_kind_has_help_that_teaches(bench, kind):
         (("layer", "--device", "cuda:1"), ("cuda:1", "CUDA_VISIBLE_DEVICES")),
         (("train", "cifar"), ("'cifar'", "cifar10")),
         (("infer", "nowhere"), ("'nowhere'",)),
-        (("data", "nowhere"), ("nowhere",)),
     ],
 )
 def test_mistakes_are_one_sentence(bench, arguments, words, tmp_path):
-    outcome = bench(
-        *arguments, *([] if arguments[0] == "data" else ["--no-peak"]), "--out", tmp_path / "o"
-    )
+    outcome = bench(*arguments, "--no-peak", "--out", tmp_path / "o")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1, outcome.err
     for word in words:

@@ -5,7 +5,7 @@ run folder, or a timm name (a dense one is converted).
 
 Tells images/s, MFU against the measured matmul peak, the phases of a step (router, dispatch, experts, attention, ...),
 balance and padding of the experts, peak memory (each model in processes of its own), and joules per image where the
-machine has a counter. What a step waits for its batch is measured by `python -m benchmarks data`.
+machine has a counter.
 """
 
 from __future__ import annotations
