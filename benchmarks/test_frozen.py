@@ -14,17 +14,16 @@ from benchmarks.records import ROOT, pattern, read_record, trees_of
 from benchmarks.records.frozen import SCRIPTS, statements_of
 
 ALLOWED = sys.stdlib_module_names | {"numpy", "scipy"}
-SHARED = "benchmarks/recomputing.py"
 each_study = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
 
 
 def imported(code: str) -> set[str]:
-    """The packages that code imports, wherever in it, but for what the scripts share; `.` for one beside it."""
+    """The packages that code imports, wherever in it; `.` for one beside it."""
     names = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module != "benchmarks.recomputing":
+        elif isinstance(node, ast.ImportFrom):
             names.add("." if node.level else str(node.module).partition(".")[0])
     return names
 
@@ -77,9 +76,8 @@ def first_of_each_name(record: Any, code: str) -> list[Place]:
     ]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / SHARED], ids=lambda script: script.parent.name)
+@each_study
 def test_a_script_imports_no_code_of_the_project(script: Path) -> None:
-    """But for the module that all of them share, which imports none either."""
     assert imported(script.read_text(encoding="utf-8")) <= ALLOWED
 
 

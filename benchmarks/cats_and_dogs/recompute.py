@@ -10,16 +10,14 @@ the second table are as they were measured: the record has no outputs for them.
     python benchmarks/cats_and_dogs/recompute.py
 """
 
-import sys
+import json
+import math
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.recomputing import holm, number, p_value, points, read_lines, verdict, with_interval
+from scipy.stats import t as student
 
 HERE = Path(__file__).parent
 LEARN = {"experts": "experts alone", "blocks": "last blocks"}
@@ -105,10 +103,34 @@ def is_different(layer: Record) -> bool:
     return min(swap["without"]["log_loss"]["low"], swap["log_loss"]["low"]) > 0
 
 
+def paired_test(differences: list[float]) -> tuple[float, float, float]:
+    """Student's t of one difference for each seed: mean, half the 95 % interval, two-sided p."""
+    seeds, mean = len(differences), fmean(differences)
+    error = stdev(differences) / math.sqrt(seeds)
+    return mean, student.ppf(0.975, seeds - 1) * error, 2 * student.sf(abs(mean) / error, seeds - 1)
+
+
 def less(runs: dict[tuple[str, str], Seeds], learn: str, gate: str, other: str) -> list[float]:
     """A gate's accuracy minus another's in each seed that it has."""
     of_other = {run["seed"]: accuracy(run) for run in runs[learn, other]}
     return [accuracy(run) - of_other[run["seed"]] for run in runs[learn, gate]]
+
+
+def number(value: float, digits: int) -> str:
+    """With a true minus sign, and none in front of 0."""
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else text.replace("-", "")
+
+
+def points(share: float) -> str:
+    """A difference in percentage points, with its sign."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def with_interval(differences: list[float]) -> str:
+    """The mean difference with its interval, in points."""
+    mean, half, _ = paired_test(differences)
+    return f"{points(mean)} ({points(mean - half)} to {points(mean + half)})"
 
 
 def listed(words: list[str]) -> str:
@@ -118,9 +140,14 @@ def listed(words: list[str]) -> str:
 
 def verdicts(differences: dict[tuple[str, str], list[float]]) -> dict[tuple[str, str], str]:
     """Of each gate with several seeds, by Holm's adjustment over all of them."""
-    several = {key: each for key, each in differences.items() if len(each) > 1}
-    adjusted = holm({key: p_value(each) for key, each in several.items()})
-    return {key: verdict(fmean(several[key]), p) for key, p in adjusted.items()}
+    tests = {key: paired_test(each) for key, each in differences.items() if len(each) > 1}
+    words, largest = {}, 0.0
+    for rank, key in enumerate(sorted(tests, key=lambda key: tests[key][2])):
+        largest = max(largest, (len(tests) - rank) * tests[key][2])
+        words[key] = (
+            "not told apart" if largest >= 0.05 else "above" if tests[key][0] > 0 else "below"
+        )
+    return words
 
 
 def accuracy_rows(runs: dict[tuple[str, str], Seeds]) -> list[str]:
@@ -131,16 +158,16 @@ def accuracy_rows(runs: dict[tuple[str, str], Seeds]) -> list[str]:
         percents = [100 * accuracy(run) for run in own]
         mean = f"{fmean(percents):.1f}" if own else ""
         mean += f" ± {stdev(percents):.1f}" if len(own) > 1 else ""
-        interval = shown = ""
+        interval = verdict = ""
         if gate != "dense" and own:
-            interval, shown = (
+            interval, verdict = (
                 points(fmean(differences[learn, gate])),
                 words.get((learn, gate), "not told apart"),
             )
             if len(own) > 1:
                 interval = with_interval(differences[learn, gate])
         by_seed = ", ".join(f"{percent:.1f}" for percent in percents)
-        cells = [LEARN[learn], GATES[gate], str(len(own)), mean, by_seed, interval, shown]
+        cells = [LEARN[learn], GATES[gate], str(len(own)), mean, by_seed, interval, verdict]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
@@ -175,17 +202,24 @@ def answer(layers: dict[tuple[str, str], list[Seeds]]) -> tuple[str, str]:
         holds[gate] = any(
             all(is_separate(layer) and is_different(layer) for layer in seeds) for seeds in own
         )
-    holds_in_all = (
+    verdict = (
         "yes"
         if holds["alone"] or holds["balanced"]
         else "only if told"
         if holds["class"]
         else "not shown"
     )
-    return holds_in_all, (
+    return verdict, (
         f"Cats and dogs get experts of their own in so many layers: {', '.join(separate)}; of these, experts are also "
         f"shown to do different things in {listed(both)}"
     )
+
+
+def read_records() -> Seeds:
+    """All runs."""
+    return [
+        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def runs_by_gate(records: Seeds) -> dict[tuple[str, str], Seeds]:
@@ -225,9 +259,9 @@ def table_rows(
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    runs = runs_by_gate(read_lines(HERE / "runs.jsonl"))
+    runs = runs_by_gate(read_records())
     layers = layers_of(runs)
-    answered, counts = answer(layers)
+    verdict, counts = answer(layers)
     records = [run for own in runs.values() for run in own]
     minutes = sum(sum(record["cpu_s"].values()) for record in records) / 60
     machine = records[0]["machine"]["cpu"]
@@ -248,17 +282,17 @@ def statements() -> dict[str, list[str]]:
         gate: with_interval(less(runs, "experts", "class", gate)) for gate in ("balanced", "alone")
     }
     least, *_, most = sorted(f"{-100 * fmean(differences):.1f}" for differences in below.values())
-    telling = less(runs, "experts", "class", "balanced")
-    costs = "shown" if verdict(fmean(telling), p_value(telling)) == "below" else "not shown"
+    of_telling, _, p = paired_test(less(runs, "experts", "class", "balanced"))
+    costs = "shown" if p < 0.05 and of_telling < 0 else "not shown"
     exchanged = number(lost_by_exchange(of_class, "points"), 1)
     with_blocks = block_7["blocks", "class"]
     guesses = {key: f"{100 * fmean(map(guess, seeds)):.0f} %" for key, seeds in block_7.items()}
     alone, balanced = guesses["experts", "alone"], guesses["experts", "balanced"]
     alone_blocks, balanced_blocks = guesses["blocks", "alone"], guesses["blocks", "balanced"]
-    own_finding = "finds" if answered == "yes" else "doesn't find"
+    own_finding = "finds" if verdict == "yes" else "doesn't find"
     collapses = all(busiest(layer) == 1 for layer in block_9["experts", "alone"])
     readme = [
-        f"**{answered.replace('if told', 'if it is told').capitalize()}.** Taught the class, the gate sends at least "
+        f"**{verdict.replace('if told', 'if it is told').capitalize()}.** Taught the class, the gate sends at least "
         f"{100 * min(min(in_own(layer)) for layer in of_class):.0f} % of the cats, and of the dogs, to an expert of "
         f"their own. They divide photos, hardly skills: exchanged they cost {exchanged} points.",
         f"in the three trainings cats in the cats' expert lose {lost[CATS, CATS]} points, cats in the dogs' "
@@ -290,7 +324,7 @@ def statements() -> dict[str, list[str]]:
         f"in {alone} to {alone_blocks} (chance 50), with balance losses in {balanced} to {balanced_blocks}"
     )
     results = (
-        f"| Expert 1 focuses on cats, expert 2 on dogs | {answered} | {counts} "
+        f"| Expert 1 focuses on cats, expert 2 on dogs | {verdict} | {counts} "
         "([cats_and_dogs](../benchmarks/cats_and_dogs/README.md)). |"
     )
     return {

@@ -10,14 +10,12 @@ three methods. Differences are in points of test accuracy, paired by seed, with 
 """
 
 import json
+import math
 import statistics
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.recomputing import interval
+from scipy.stats import t as student
 
 RECORD = Path(__file__).with_name("record.json")
 README, RESULTS, GUIDE = "benchmarks/curve/README.md", "docs/results.md", "docs/guides/good-data.md"
@@ -58,7 +56,9 @@ def paired_difference(
 ) -> Difference:
     """First minus second, seed by seed, over the divisor."""
     gaps = [(first[seed] - second[seed]) / divisor for seed in sorted(first)]
-    return Difference(*interval(gaps))
+    mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+    half = float(student.ppf(0.975, len(gaps) - 1)) * error
+    return Difference(mean, mean - half, mean + half)
 
 
 def beside_all(accuracies: Accuracies, by: str, share: float) -> Difference:

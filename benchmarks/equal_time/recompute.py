@@ -9,15 +9,13 @@ rates, commit d58aa810 the prices.
     python benchmarks/equal_time/recompute.py
 """
 
-import sys
+import json
+import math
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.recomputing import holm, p_value, points, read_lines
-from benchmarks.recomputing import interval as interval_at
+from scipy.stats import t as student
 
 HERE = Path(__file__).parent
 ARMS = {
@@ -48,9 +46,14 @@ VERDICTS = {
 Run = dict[str, Any]
 
 
+def read(file: str) -> list[Run]:
+    """The lines of a record."""
+    return [json.loads(line) for line in (HERE / file).read_text(encoding="utf-8").splitlines()]
+
+
 def read_runs() -> list[Run]:
     """All trainings."""
-    return read_lines(HERE / "runs.jsonl")
+    return read("runs.jsonl")
 
 
 def by_seed(runs: list[Run], arm: str) -> dict[int, Run]:
@@ -71,10 +74,25 @@ def differences(runs: list[Run], first: str, second: str) -> list[float]:
     ]
 
 
+def half_interval(values: list[float]) -> float:
+    """Half of Student's interval at the level of a look, 97 %."""
+    return student.ppf(1 - LEVEL / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def p_value(values: list[float]) -> float:
+    """Two-sided p of the paired t-test."""
+    return 2 * student.sf(
+        abs(fmean(values)) / (stdev(values) / math.sqrt(len(values))), len(values) - 1
+    )
+
+
 def judged_contrasts(runs: list[Run]) -> dict[tuple[str, str], tuple[list[float], float]]:
     """The contrasts that ran, each with its differences and its p, adjusted by Holm over all of them."""
     samples = {pair: values for pair in CONTRASTS if len(values := differences(runs, *pair)) > 1}
-    adjusted = holm({pair: p_value(values) for pair, values in samples.items()})
+    adjusted, largest = {}, 0.0
+    for rank, pair in enumerate(sorted(samples, key=lambda pair: p_value(samples[pair]))):
+        largest = max(largest, min(1.0, (len(samples) - rank) * p_value(samples[pair])))
+        adjusted[pair] = largest
     return {pair: (values, adjusted[pair]) for pair, values in samples.items()}
 
 
@@ -82,7 +100,9 @@ def verdict_of(values: list[float], p: float) -> str:
     """The protocol's rule for the first contrast."""
     if p < LEVEL and fmean(values) >= HALF_A_POINT:
         return "pays"
-    return "doesn't pay here" if interval(values)[2] < HALF_A_POINT else "undecided"
+    return (
+        "doesn't pay here" if fmean(values) + half_interval(values) < HALF_A_POINT else "undecided"
+    )
 
 
 def decide(runs: list[Run]) -> tuple[str, list[float]]:
@@ -97,9 +117,15 @@ def decide(runs: list[Run]) -> tuple[str, list[float]]:
     return verdict_of(values, p), values
 
 
+def points(share: float) -> str:
+    """A difference in percentage points, with its sign."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """The mean and both ends of its interval, 97 %."""
-    return interval_at(values, LEVEL)
+    """The mean and both ends of its interval."""
+    mean, half = fmean(values), half_interval(values)
+    return mean, mean - half, mean + half
 
 
 def mean_and_ends(values: list[float]) -> list[str]:
@@ -218,7 +244,7 @@ def half_a_point_more(runs: list[Run]) -> str:
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    runs, prices = read_runs(), read_lines(HERE / "prices.jsonl")
+    runs, prices = read_runs(), read("prices.jsonl")
     verdict, values = decide(runs)
     word, sentence, half_a_point = VERDICTS[verdict]
     mean, low, high = mean_and_ends(values)

@@ -8,28 +8,37 @@ Code: commit b08e206b ran it.
     python benchmarks/fits/recompute.py
 """
 
-import sys
+import json
+import math
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.recomputing import half_interval, read_lines
+from scipy.stats import t as student
 
 HERE = Path(__file__).parent
+
+
+def paired_interval(differences: list[float]) -> tuple[float, float]:
+    """Mean of one difference for each division, and half of Student's 95 % interval."""
+    half = (
+        student.ppf(0.975, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
+    )
+    return fmean(differences), half
 
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
     shares: dict[str, list[float]] = {}
-    for record in read_lines(HERE / "runs.jsonl"):  # in the order of seeds
+    for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)  # in the order of seeds
         shares.setdefault(record["fit"], []).append(record["correct"] / record["total"])
     rows, is_better = [], False
     for fit, own in shares.items():
         less_crop = ""
         if fit != "crop":
-            gaps = [100 * (a - b) for a, b in zip(own, shares["crop"], strict=True)]
-            mean, half = fmean(gaps), half_interval(gaps)
+            mean, half = paired_interval(
+                [100 * (a - b) for a, b in zip(own, shares["crop"], strict=True)]
+            )
             less_crop = f"{mean:+.2f} ± {half:.2f}"
             is_better = is_better or mean > half
         by_seed = " | ".join(f"{share:.1%}" for share in own)

@@ -10,14 +10,12 @@ difficulty.
 """
 
 import json
-import sys
+import math
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.recomputing import interval, read_lines
+from scipy.stats import t as student
 
 HERE = Path(__file__).parent
 TITLES = {
@@ -39,6 +37,13 @@ def mean_and_sd(values: list[float], digits: int = 3) -> str:
     return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}" if values else ""
 
 
+def paired_interval(differences: list[float]) -> tuple[float, float, float]:
+    """Mean of one difference for each seed, and both ends of Student's 95 % interval."""
+    seeds = len(differences)
+    half = student.ppf(0.975, seeds - 1) * stdev(differences) / math.sqrt(seeds)
+    return fmean(differences), fmean(differences) - half, fmean(differences) + half
+
+
 def accuracies(runs: list[Run], arm: str) -> list[float]:
     """Test accuracy in per cent, seed by seed."""
     return [
@@ -51,7 +56,7 @@ def accuracies(runs: list[Run], arm: str) -> list[float]:
 def beside(runs: list[Run], arm: str, other: str) -> tuple[float, float, float]:
     """One arm's test accuracy minus another's, in points."""
     pairs = zip(accuracies(runs, arm), accuracies(runs, other), strict=True)
-    return interval([own - reference for own, reference in pairs])
+    return paired_interval([own - reference for own, reference in pairs])
 
 
 def score_rows(runs: list[Run]) -> list[str]:
@@ -114,7 +119,9 @@ def difficulty_rows(measured: list[Run]) -> list[str]:
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = read_lines(HERE / "runs.jsonl")
+    records = [
+        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     difficulty = json.loads((HERE / "difficulty.json").read_text(encoding="utf-8"))
     readme, areas = [], []
     for noise, title in TITLES.items():

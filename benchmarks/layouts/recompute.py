@@ -9,16 +9,18 @@ parts.
     python benchmarks/layouts/recompute.py
 """
 
-import sys
+import json
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.recomputing import read_lines, span
-
 HERE = Path(__file__).parent
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The lowest and the highest, or the one value of a single seed."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def sds_above(losses: list[float], reference: list[float]) -> float:
@@ -28,7 +30,9 @@ def sds_above(losses: list[float], reference: list[float]) -> float:
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = read_lines(HERE / "runs.jsonl")
+    records = [
+        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     by_title: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_title.setdefault(record["title"], []).append(record)
@@ -36,10 +40,10 @@ def statements() -> dict[str, list[str]]:
     rows = []
     for title, runs in by_title.items():
         losses = [run["loss"] for run in runs]
-        top1 = span([100 * run["top1"] for run in runs], 1)
+        top1 = spread([100 * run["top1"] for run in runs], 1)
         distance = "" if title == "one process" else f"{sds_above(losses, one_process):+.1f}"
         rows.append(
-            f"| {title} | {len(runs)} | {runs[0]['steps']} | {top1} | {span(losses, 3)} | {distance} |"
+            f"| {title} | {len(runs)} | {runs[0]['steps']} | {top1} | {spread(losses, 3)} | {distance} |"
         )
     return {"benchmarks/layouts/README.md": rows}
 

@@ -9,17 +9,14 @@ d21137b4 is from before the first amendment and enters no number.
     python benchmarks/modular/recompute.py
 """
 
+import json
 import math
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.recomputing import half_interval, points, read_lines
+from scipy.stats import t as student
 
 HERE = Path(__file__).parent
 SETS = ("sources", "far", "imagenette")
@@ -98,7 +95,7 @@ def difference(runs: list[Run], first: str, second: str) -> tuple[list[float], f
         variance += images.var(ddof=1) / len(images)
     half_of_seeds = math.inf
     if len(gaps) > 1:
-        half_of_seeds = half_interval(gaps)
+        half_of_seeds = student.ppf(0.975, len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
     return gaps, 1.96 * math.sqrt(variance) / domains, half_of_seeds
 
 
@@ -145,6 +142,11 @@ def mebibytes(run: Run) -> list[float]:
     heads = sum(run["classes"]) * (features + 1)
     numbers = (size["trunk"], len(run["classes"]) * size["expert"], heads, features**2 + heads)
     return [4 * count / 2**20 for count in numbers]
+
+
+def points(share: float, digits: int = 1) -> str:
+    """A difference in percentage points, with its sign."""
+    return f"{100 * share:+.{digits}f}".replace("-", "−")
 
 
 def percent(share: float) -> str:
@@ -205,7 +207,10 @@ def is_above_the_rule(records: list[Run]) -> bool:
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = compared(read_lines(HERE / "runs.jsonl"))
+    records = [
+        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    records = compared(records)
     sets = {name: runs_by_seed(records, name) for name in SETS}
     sources, imagenette = sets["sources"], sets["imagenette"]
 

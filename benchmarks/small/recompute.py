@@ -8,16 +8,14 @@ Code: commits 9254b5f2, 628fc09a and c6bc30c1 ran the trainings, with benchmarks
     python benchmarks/small/recompute.py
 """
 
+import json
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.recomputing import half_interval, holm, p_value, points, read_lines, verdict
+from scipy.stats import t as student
 
 PAGE, RESULTS, ROUTERS = (
     "benchmarks/small/README.md",
@@ -35,7 +33,8 @@ BySeed = dict[int, float]
 
 def read_runs() -> list[Run]:
     """The runs that enter the tables: from a clean tree, not of tuning."""
-    runs = read_lines(Path(__file__).with_name("runs.jsonl"))
+    text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
+    runs = map(json.loads, text.splitlines())
     return [run for run in runs if not run["code"]["dirty"] and run["seed"] != TUNING_SEED]
 
 
@@ -63,6 +62,11 @@ def lead(runs: list[Run], **keys: Any) -> BySeed:
 # ---- differences over seeds, and what is called above or below
 
 
+def points(share: float) -> str:
+    """A difference in percentage points, with its sign."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
 class Contrast(NamedTuple):
     """One row less another, seed by seed; `p` is adjusted by Holm over its family."""
 
@@ -76,14 +80,28 @@ class Contrast(NamedTuple):
         return fmean(self.gaps)
 
     @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return stdev(self.gaps) / math.sqrt(len(self.gaps))
+
+    @property
     def half(self) -> float:
         """Half of Student's 95 % interval."""
-        return half_interval(self.gaps)
+        return float(student.ppf(0.975, len(self.gaps) - 1)) * self.error
+
+    @property
+    def own_p(self) -> float:
+        """Two-sided, before the adjustment."""
+        if self.error == 0:
+            return float(self.mean == 0)
+        return 2 * float(student.sf(abs(self.mean) / self.error, len(self.gaps) - 1))
 
     @property
     def verdict(self) -> str:
         """What is shown."""
-        return verdict(self.mean, self.p)
+        if self.p >= 0.05:
+            return "not told apart"
+        return "above" if self.mean > 0 else "below"
 
     @property
     def ends(self) -> str:
@@ -102,7 +120,10 @@ def contrasts(rows: dict[str, BySeed], pairs: Iterable[tuple[str, str]]) -> list
         Contrast(f"{first} − {second}", list(less(rows[first], rows[second]).values()))
         for first, second in pairs
     ]
-    adjusted = holm({each.name: p_value(each.gaps) for each in found})
+    adjusted, largest = {}, 0.0
+    for rank, each in enumerate(sorted(found, key=lambda each: each.own_p)):
+        largest = max(largest, min(1.0, (len(found) - rank) * each.own_p))
+        adjusted[each.name] = largest
     return [each._replace(p=adjusted[each.name]) for each in found]
 
 
@@ -261,15 +282,15 @@ def of_rates(runs: list[Run]) -> tuple[str, str]:
     failed = {arm: sum(bool(run["failed"]) for run in runs_with(own, arm=arm)) for arm in COMPARED}
     changes = rate_contrasts(runs)[:2]
     if failed["learned"] > failed["dense"] or any(each.verdict == "below" for each in changes):
-        shown = "yes"
+        verdict = "yes"
     elif all(each.mean - each.half > -A_POINT for each in changes):
-        shown = "no"
+        verdict = "no"
     else:
-        shown = "not shown"
+        verdict = "not shown"
     gaps = ", ".join(
         f"{each.interval} at × {factor}" for factor, each in zip(FACTORS[1:], changes, strict=True)
     )
-    return shown, (
+    return verdict, (
         f"Without the guard, {failed['learned']} MoE and {failed['dense']} dense runs fail at up to 16 times the "
         f"learning rate; the MoE's lead over dense changes by so many points: {gaps}"
     )
@@ -321,11 +342,11 @@ def of_routers(runs: list[Run]) -> list[str]:
 def rows_of_results(runs: list[Run]) -> list[str]:
     """Rows of docs/results.md, and its sentence on the lead with places read."""
     rows = []
-    for idea, (answer, text) in (
+    for idea, (verdict, text) in (
         ("Sparse training is unstable", of_rates(runs)),
         ("Sparse training wants large batches", of_batches(runs)),
     ):
-        rows.append(f"| {idea} | {answer} | {text} ([small](../benchmarks/small/README.md)). |")
+        rows.append(f"| {idea} | {verdict} | {text} ([small](../benchmarks/small/README.md)). |")
     leads = leads_with_places(runs)
     means = [each.mean for each in leads]
     apart = sum(each.verdict != "not told apart" for each in leads)

@@ -14,17 +14,12 @@ import json
 import math
 import re
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scipy.optimize import brentq
 from scipy.stats import nct
 from scipy.stats import t as student
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.recomputing import holm, interval, points, read_lines, standard_error
 
 FOLDER = Path(__file__).parent
 README, RESULTS = "benchmarks/sparsity/README.md", "docs/results.md"
@@ -60,7 +55,10 @@ MARGIN = {"H5": 0.01}
 
 def read_runs() -> list[dict]:
     """All records; no run failed, and none is of a changed tree."""
-    runs = read_lines(FOLDER / "runs.jsonl")
+    runs = [
+        json.loads(line)
+        for line in (FOLDER / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert not any(run["failed"] or run["code"]["dirty"] for run in runs)
     return runs
 
@@ -126,12 +124,13 @@ class Difference(NamedTuple):
     @property
     def error(self) -> float:
         """Standard error of the mean."""
-        return standard_error(self.by_seed)
+        return statistics.stdev(self.by_seed) / math.sqrt(len(self.by_seed))
 
     @property
     def interval(self) -> tuple[float, float]:
         """Student's 95 % interval of the mean."""
-        return interval(self.by_seed)[1:]
+        half = float(student.ppf(0.975, len(self.by_seed) - 1)) * self.error
+        return self.mean - half, self.mean + half
 
     def p_value(self, margin: float) -> float:
         """Two-sided p of no difference; with a margin twice the one-sided p of losing that much."""
@@ -154,6 +153,11 @@ class Difference(NamedTuple):
         """Where its own interval lies."""
         low, high = self.interval
         return "above" if low > 0 else "below" if high < 0 else "not told apart from"
+
+
+def points(difference: float) -> str:
+    """A difference of accuracies in percentage points, with its sign."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def difference(
@@ -186,6 +190,15 @@ class Result(NamedTuple):
     p: float
     verdict: str
     detectable: float
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """The p adjusted by Holm (1979): the smallest times their number, the next times one less, never falling."""
+    adjusted, largest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
 
 
 def verdict_of(contrast: Difference, p: float, margin: float) -> str:

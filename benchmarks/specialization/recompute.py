@@ -13,16 +13,14 @@ Numbers are means over seeds. The rule by which a setting was looked for is in p
 for each bundled model and for each of six seeds of a small model.
 """
 
+import json
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.recomputing import interval, number, read_lines, span
+from scipy.stats import t as student
 
 FOLDER = Path(__file__).parent
 README, RESULTS = "benchmarks/specialization/README.md", "docs/results.md"
@@ -39,6 +37,23 @@ ARMS = (
 PLANNED_ARMS = 40  # 14 for pets and for CIFAR-10, 12 on photos
 DATA_SETS = ("pets", "cifar10", "cats_vs_dogs")
 WEAKEST_FIRST = ("not measured", "not shown", "a little", "yes")
+
+
+def read(name: str) -> list[dict]:
+    """The records of a file, a line each."""
+    return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """With a true minus sign, and none in front of 0."""
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
+
+
+def span(values: list[float], digits: int) -> str:
+    """The least and the most of them; one number where both look alike."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 # ---- what a record says of a layer
@@ -304,7 +319,10 @@ class Trained(NamedTuple):
         if len(self.layers) == 1:
             cost = self.layers[0]["swap"][change][unit]
             return cost["low"], cost["high"]
-        return interval(self.values(change, unit))[1:]
+        values, mean = self.values(change, unit), self.mean(change, unit)
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        half = float(student.ppf(0.975, len(values) - 1)) * error
+        return mean - half, mean + half
 
     def points(self, change: str) -> str:
         """Mean cost in points."""
@@ -391,7 +409,7 @@ def trained_row(layer: Trained) -> str:
         layer.nats("favourite"),
         layer.nats("any_two"),
         f"{layer.nats('more')} ({low:.3f} to {high:.3f})",
-        f"{number(own, 3)} / {number(others, 3)}",
+        f"{signed(own)} / {signed(others)}",
         answers_of(layer),
     ]
     return f"| {' | '.join(cells)} |"
@@ -567,10 +585,10 @@ def row_of_results(settings: dict[str, list[Setting]], bundled: Count, small: Co
 
 def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the records."""
-    runs, records = read_lines(FOLDER / "runs.jsonl"), read_lines(FOLDER / "scratch.jsonl")
+    runs, records = read("runs.jsonl"), read("scratch.jsonl")
     settings = {data: settings_of(runs, data) for data in DATA_SETS}
     bundled, small = bundled_layers(records), small_layers(records)
-    again = read_lines(FOLDER / "same_patches.jsonl")
+    again = read("same_patches.jsonl")
     every_bundled = [layer for layers in bundled.values() for layer in layers]
     return {
         README: [

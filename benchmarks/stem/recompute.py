@@ -11,13 +11,11 @@ and the three p are adjusted by Holm.
 """
 
 import json
+import math
 import statistics
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.recomputing import holm, p_value, points, verdict, with_interval
+from scipy.stats import t as student
 
 RECORD = Path(__file__).with_name("record.json")
 PAGE = "benchmarks/stem/README.md"
@@ -28,6 +26,11 @@ FACTORS = {"stem": ("patch", "wide_stages"), "embed_dim": (64, 128), "depth": (2
 def read_runs() -> list[dict]:
     """All runs of the record."""
     return json.loads(RECORD.read_text(encoding="utf-8"))["runs"]
+
+
+def points(difference: float) -> str:
+    """A difference of accuracies in percentage points, with its sign."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def runs_with(runs: list[dict], **arguments: object) -> list[dict]:
@@ -51,6 +54,33 @@ def effect_by_seed(runs: list[dict], factor: str) -> list[float]:
     ]
 
 
+def standard_error(differences: list[float]) -> float:
+    """Of their mean."""
+    return statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def with_interval(differences: list[float]) -> str:
+    """Their mean with its 95 % interval, in points."""
+    mean = statistics.fmean(differences)
+    half = float(student.ppf(0.975, len(differences) - 1)) * standard_error(differences)
+    return f"{points(mean)} ({points(mean - half)} to {points(mean + half)})"
+
+
+def p_value(differences: list[float]) -> float:
+    """Two-sided p of a mean of 0."""
+    t = abs(statistics.fmean(differences)) / standard_error(differences)
+    return 2 * float(student.sf(t, len(differences) - 1))
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """The p adjusted by Holm (1979): the smallest times their number, the next times one less, never falling."""
+    adjusted, largest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
 def effect_table(effects: dict[str, list[float]]) -> list[str]:
     """A line for each factor: effect, adjusted p, verdict."""
     adjusted = holm({factor: p_value(differences) for factor, differences in effects.items()})
@@ -59,9 +89,15 @@ def effect_table(effects: dict[str, list[float]]) -> list[str]:
         first, second = FACTORS[factor]
         p = adjusted[factor]
         shown_p = "below 0.001" if p < 0.0005 else f"{p:.3f}"
-        shown = verdict(statistics.fmean(differences), p)
+        verdict = (
+            "not told apart"
+            if p >= 0.05
+            else "above"
+            if statistics.fmean(differences) > 0
+            else "below"
+        )
         name = f"`{factor} {second}` − `{factor} {first}`"
-        lines.append(f"| {name} | {with_interval(differences)} | {shown_p} | {shown} |")
+        lines.append(f"| {name} | {with_interval(differences)} | {shown_p} | {verdict} |")
     return lines
 
 
