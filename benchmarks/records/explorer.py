@@ -200,8 +200,3 @@ def most_above(record: Json) -> Json:
     parts = [part for card in cards for part in card["parts"]]
     part = cast(Json, max(parts, key=lambda part: part["above"]))
     return {**part, "overall": part["share"] - part["above"]}
-
-
-def coverage(record: Json) -> Json:
-    """The lowest coverage of each kind of interval."""
-    return {"settings": len(record["rows"]), **record["lowest_coverage"]}

@@ -233,32 +233,3 @@ def roofline(record: Json) -> list[Json]:
     for part, text in texts.items():
         rows.append({"part": part, "fp32": text.format_map(fp32), "bf16": text.format_map(bf16)})
     return rows
-
-
-# ---- the package itself
-
-COUNTS = {
-    "modules": "modules",
-    "lines": "lines",
-    "tokens, without docstrings and comments": "tokens",
-    "modules of the largest folder": "largest_folder",
-    "import circles, wherever an import stands": "circles",
-}
-
-
-def counts(record: Json) -> list[Json]:
-    """A row for each count of the package, before and after."""
-    rows = []
-    for name, key in COUNTS.items():
-        values = {when: record[when]["counts"][key] for when in ("after", "half")}
-        if key == "circles":
-            values = {when: len(circles) for when, circles in values.items()}
-        rows.append({"name": name, **values})
-    return rows
-
-
-def trips(record: Json, analyze: bool) -> list[Json]:
-    """Files and hops of the trips; those of `analyze` depend on how much is computed."""
-    after, half = (record[when]["trips"] for when in ("after", "half"))
-    names = [name for name in after if ("analyze" in name) == analyze]
-    return [{"name": name, "after": after[name], "half": half[name]} for name in names]
