@@ -17,10 +17,10 @@ its records stands in the file of the same name below `pages/` (docs/faq.md: pag
 
     [not_measured_pattern]                            # the same, as a regular expression over the page's lines
 
-A text is read as `str.format` reads it, with `a/b`, `a*b` and `list!n` (how many) in addition; {0[key]} and {1[key]} are
-of the first and the second record. It fills once for each mapping that `of` or `at` gives. `FILE.jsonl#NAME` are the
-lines of that name, where * stands for any letters. Of a frozen study `recompute.py` says what the pages say: `frozen.py`
-asks it.
+A text is read as `str.format` reads it, with `a/b`, `a*b` and `list!n` (how many) in addition; {0[key]} and {1[key]}
+are of the first and the second record. It fills once for each mapping that `of` or `at` gives. `FILE.jsonl#NAME` are
+the lines of that name, where * stands for any letters. Of a frozen study `recompute.py` says what the pages say:
+`frozen.py` asks it.
 
 A page and a claim may differ in line breaks, in "7 %" for "7%", and in the minus sign. After a new measurement,
 `python -m benchmarks records` rewrites the pages from the records.
