@@ -122,11 +122,11 @@ def _measure_steps(
     rounds = {"repetitions": options.repetitions, "warm_up": options.warm_up}
     with harness.progress_bar("training steps", sum(rounds.values()) * len(steps)) as on_step:
         timings = interleave(candidates, **rounds, device=device, on_step=on_step)
-    facts = {}
+    facts, some = {}, batch[0][:4]
     for name, step in steps.items():
-        flops = training_flops(step.net, batch[0][:4])
+        flops = training_flops(step.net, some) / len(some)
         size = sum(parameter.numel() for parameter in step.net.parameters())
-        facts[name] = {"parameters": size, "training_flops_per_image": flops.useful_per_image}
+        facts[name] = {"parameters": size, "training_flops_per_image": flops}
     rows, peak = rows_of(timings, list(steps), facts), peaks.get(options.precision)
     for row in rows:
         row["images_per_s"] = rounded(subject.batch_size / (row["time_ms"]["median"] / 1e3))
