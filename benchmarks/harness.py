@@ -172,7 +172,7 @@ def measure_peaks(
 ) -> dict[str, float]:
     """The best rate of matrix products by precision, in FLOP/s; none with --no-peak."""
     names = () if options.no_peak else dict.fromkeys(precisions)
-    return {name: rounded(matmul_peak(device, DTYPES[name]).flops_per_s) for name in names}
+    return {name: rounded(matmul_peak(device, DTYPES[name])) for name in names}
 
 
 def in_a_process(work: Callable[..., T], *arguments: Any) -> T:
