@@ -1,11 +1,8 @@
 """What the benchmarks are made of: turns, phases, memory, load, and other libraries' layers."""
 
-import csv
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -358,18 +355,6 @@ def test_the_record_of_a_run():
     assert record["layers"][0]["max_over_mean"] == 128 / 64
     assert record["command"].startswith("moevision fit pets ")
     assert record["cost"]["cpu_s"] is None, "that version didn't count it"
-
-
-def test_the_record_says_which_class_goes_where(tiny_run):
-    """Shares of the classes, weighted by their test images, are the loads that `fit` counted in its own test."""
-    record = record_of(tiny_run, classes=True)
-    with (tiny_run / "predictions_test.csv").open(newline="") as lines:
-        images = Counter(row["label"] for row in csv.DictReader(lines))
-    weight = np.array([images[name] for name in sorted(images)]) / images.total()  # [C]
-    for layer in record["layers"]:
-        load = np.array(layer["counts"]) / sum(layer["counts"])
-        assert weight @ np.array(layer["class_share"]) == pytest.approx(load, abs=1e-3)
-    assert "class_share" not in record_of(tiny_run)["layers"][0]
 
 
 def test_an_unfinished_run_has_no_record(tmp_path):

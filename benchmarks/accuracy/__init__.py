@@ -1,13 +1,9 @@
 """What the shipped recipes reach: one record for each finished run of `moevision fit`.
 
     python -m benchmarks accuracy runs/cifar10-0 runs/cifar10-1    # a line each in benchmarks/accuracy/runs.jsonl
-    python -m benchmarks accuracy runs/cats_vs_dogs_two --classes  # also which class goes where
 
 A record has the test result, what it cost (images, FLOPs, CPU seconds, the time that was expected), what a pretrained
-start was compared with, the load of every expert, the validation curve, and where it comes from. With --classes the
-test images pass once more, for the share of each class in each expert.
-
-Axes: C classes, E experts.
+start was compared with, the load of every expert, the validation curve, and where it comes from.
 """
 
 from __future__ import annotations
@@ -21,10 +17,10 @@ from typing import Any
 
 from benchmarks.harness import HERE, argument_parser, without_places
 from benchmarks.queue import read_records
-from moevision.analysis import collect_routing
-from moevision.analysis.readings import load_of
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
+
+LAYER = ("layer", "counts", "max_over_mean", "cv_squared", "dead")
 
 
 def read_finished(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -41,25 +37,14 @@ def read_finished(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return summary, provenance
 
 
-def class_shares(run: Path, data: str) -> dict[int, list[list[float]]]:
-    """Of each layer the share [C, E] of each class's choices that falls on each expert, over the test images."""
-    trace = collect_routing(run, data, progress=False)
-    loads = {
-        layer.layer: load_of(layer.image_takes()[:, None], trace.labels, len(trace.class_names))
-        for layer in trace.layers
-    }
-    return {layer: load.class_share.round(4).tolist() for layer, load in loads.items()}
-
-
-def record_of(run: Path, *, classes: bool = False) -> dict[str, Any]:
-    """The record of a finished run folder; `classes`: its layers also have the `class_share` of the test images.
+def record_of(run: Path) -> dict[str, Any]:
+    """The record of a finished run folder.
 
     Raises:
         UserError: if it isn't finished.
     """
     summary, provenance = read_finished(run)
     test, cost, images = summary["test"], summary["cost"], summary["steps"] * summary["batch_size"]
-    shares = class_shares(run, summary["data"]) if classes else {}
     flops = (
         3 * (cost["flops_per_image"] + cost["router_flops_per_image"]) * images
     )  # backward is twice forward
@@ -86,14 +71,7 @@ def record_of(run: Path, *, classes: bool = False) -> dict[str, Any]:
             "device": summary["device"],
             "precision": summary["precision"],
         },
-        "layers": [
-            {
-                name: layer[name]
-                for name in ("layer", "counts", "max_over_mean", "cv_squared", "dead")
-            }
-            | ({"class_share": shares[layer["layer"]]} if classes else {})
-            for layer in summary["layers"]
-        ],
+        "layers": [{name: layer[name] for name in LAYER} for layer in summary["layers"]],
         "choice": summary.get("choice"),
         "curve": curve_of(run / "metrics.csv", summary["batch_size"]),
         "command": without_places(provenance["command_line"]),
@@ -123,14 +101,11 @@ def main() -> None:
     parser = argument_parser("accuracy", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders of `moevision fit`")
-    add("--classes", action="store_true", help="also the share of each class in each expert")
     add("--out", type=Path, default=HERE / "accuracy" / "runs.jsonl", help=argparse.SUPPRESS)
     add("--quick", action="store_true", help="the runs show that they run: their records say so")
     options = parser.parse_args()
     for run in options.runs:
-        record = record_of(run, classes=options.classes) | (
-            {"dry_run": True} if options.quick else {}
-        )
+        record = record_of(run) | ({"dry_run": True} if options.quick else {})
         others = [other for other in read_records(options.out) if other["name"] != record["name"]]
         lines = (
             json.dumps(each, ensure_ascii=False)
