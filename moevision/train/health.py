@@ -397,6 +397,7 @@ class Calibrate(L.Callback):
         limit = trainer.limit_val_batches
         if isinstance(limit, float):  # a share of them
             limit = math.ceil(limit * len(loader))
+        limit = min(limit, len(loader))  # islice takes no number beyond the machine's
 
         plugin = trainer.precision_plugin
         outputs = []

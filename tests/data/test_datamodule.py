@@ -1,6 +1,7 @@
 """The data module's promises, on small generated folders."""
 
 import csv
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -21,7 +22,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from PIL import Image
 
-from moevision.config import Framing
+from moevision.config import Data, Framing
 from moevision.data import ImageDataModule
 from moevision.data.collection import readable_class_names
 from moevision.data.folder import read_folder
@@ -652,11 +653,11 @@ def test_pets_cat_dog_through_torchvision(tmp_path, image_folder):
 def test_every_argument_is_documented_and_parses_from_text():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageDataModule, "data")
-    options = {
-        action.dest: action.help for action in parser._actions if action.dest.startswith("data.")
-    }
-    assert len(options) == 34
-    assert not [name for name, text in options.items() if not text or len(text) < 20]
+    names = {action.dest for action in parser._actions if action.dest.startswith("data.")}
+    fields = {f"data.{field.name}": field.metadata["help"] for field in dataclasses.fields(Data)}
+    assert len(names) == 34
+    assert names == fields.keys()
+    assert not [name for name, text in fields.items() if len(text) < 20]
     config = parser.parse_args(
         ['--data.class_weights={"cat": 2}', "--data.mean=[0.1,0.2,0.3]", "--data.crop=pad"]
     )

@@ -142,7 +142,7 @@ def test_words():
         "4 experts, 2 per image, token and"
     )
     facts = describe(saved())
-    assert [router.words for router in facts.routers] == [
+    assert [router.summary for router in facts.routers] == [
         "top-2 of 4 experts, chosen once for the whole image"
     ] * 2
     assert [router.route_by for router in facts.routers] == ["image"] * 2

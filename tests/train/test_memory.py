@@ -116,4 +116,7 @@ def test_what_a_process_keeps(monkeypatch):
         MoEParallelStrategy(4): (250, 2000),
     }
     for strategy, expected in kept.items():
-        assert memory._kept((1000, 8000), trainer_of(devices=4, strategy=strategy)) == expected
+        assert (
+            memory._bytes_of_process((1000, 8000), trainer_of(devices=4, strategy=strategy))
+            == expected
+        )
