@@ -80,6 +80,17 @@ def of_runs(*runs: Json) -> Json:
     }
 
 
+def in_own_expert(*runs: Json) -> Json:
+    """Of each layer, as `L7`, the share of the first class in expert 0 and of the second in 1, in per cent, by run."""
+    shares: dict[str, list[str]] = {}
+    for run in runs:
+        for layer in run["layers"]:
+            (first, _), (_, second) = layer["class_share"]
+            text = f"{100 * first:.0f} / {100 * second:.0f}"
+            shares.setdefault(f"L{layer['layer']}", []).append(text)
+    return {name: ", ".join(texts) for name, texts in shares.items()}
+
+
 def to_ninety(*runs: Json) -> Json:
     """After how many epochs validation first has 90 %, and the CPU minutes until then, each epoch an equal share."""
     epochs = [
