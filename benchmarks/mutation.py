@@ -30,9 +30,9 @@ import tempfile
 import time
 import traceback
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -59,31 +59,34 @@ SKIPPED_FOLDERS = shutil.ignore_patterns(".git", "__pycache__", "runs", ".*cache
 BUDGET_S = 10.0  # CPU seconds of tests that a mutant meets, as measured by `map`
 AGAIN_S = 60.0  # that tests which are named may take
 
+LOADED = (
+    "torch",
+    "torchvision",
+    "timm",
+    "lightning",
+    "torchmetrics",
+    "scipy.stats",
+    "hypothesis",
+    "pytest",
+)
 # A plugin may come with what was loaded before forking.
 _LOADED_BEFORE = "ignore::pytest.PytestAssertRewriteWarning"
 
-_COMPARE: dict[type, type] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-}
-_ARITHMETIC: dict[type, type] = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult,
-    ast.Pow: ast.Mult,
-    ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd,
-}
+_SWAPS: dict[type, type] = {}
+"""Operator -> what stands in its place."""
+for _one, _other in (
+    (ast.Lt, ast.LtE),
+    (ast.Gt, ast.GtE),
+    (ast.Eq, ast.NotEq),
+    (ast.Is, ast.IsNot),
+    (ast.In, ast.NotIn),
+    (ast.Add, ast.Sub),
+    (ast.Mult, ast.Div),
+    (ast.BitAnd, ast.BitOr),
+    (ast.And, ast.Or),
+):
+    _SWAPS |= {_one: _other, _other: _one}
+_SWAPS |= {ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult}
 _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "amin": "amax", "amax": "amin"}
 _NAMES |= {"floor": "ceil", "ceil": "floor", "clamp_min": "clamp_max", "clamp_max": "clamp_min"}
 
@@ -134,34 +137,31 @@ class _Finder(ast.NodeVisitor):
         self.scope: list[str] = []
         self.found: list[Mutant] = []
 
-    def add(self, node: ast.AST, new: str) -> None:
-        start, stop = (self.starts[n - 1] + c for n, c in _span(node))
-        old = self.source[start:stop].decode()
-        function = ".".join(self.scope)
+    def add(self, node: Any, new: str) -> None:
+        start = self.starts[node.lineno - 1] + node.col_offset
+        stop = self.starts[node.end_lineno - 1] + node.end_col_offset
+        old, scope = self.source[start:stop].decode(), ".".join(self.scope)
         if new != old:
-            self.found.append(
-                Mutant(self.area, self.file, node.lineno, start, stop, old, new, function)
-            )  # type: ignore[attr-defined]
+            place = (self.area, self.file, node.lineno, start, stop)
+            self.found.append(Mutant(*place, old, new, scope))
 
-    def swap(self, node: Any, **fields: Any) -> None:
+    def swap(self, node: Any, **changed: Any) -> None:
         """The same expression with other fields, in brackets."""
-        self.add(
-            node,
-            f"({ast.unparse(type(node)(**{**{f: getattr(node, f) for f in node._fields}, **fields}))})",
-        )
+        fields = {name: getattr(node, name) for name in node._fields}
+        self.add(node, f"({ast.unparse(type(node)(**{**fields, **changed}))})")
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        self.scope.append(node.name)
-        for default in (*node.args.defaults, *(d for d in node.args.kw_defaults if d)):
-            self.visit(default)
-        for statement in node.body:
-            self.visit(statement)
-        self.scope.pop()
+        defaults = [*node.args.defaults, *(default for default in node.args.kw_defaults if default)]
+        self.visit_inside(node.name, [*defaults, *node.body])
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        self.scope.append(node.name)
-        for statement in node.body:
-            self.visit(statement)
+        self.visit_inside(node.name, node.body)
+
+    def visit_inside(self, name: str, nodes: Sequence[ast.AST]) -> None:
+        """What stands inside a function or class."""
+        self.scope.append(name)
+        for node in nodes:
+            self.visit(node)
         self.scope.pop()
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
@@ -187,17 +187,15 @@ class _Finder(ast.NodeVisitor):
             self.add(node, "pass")
             self.visit(node.value)
 
-    def visit_If(self, node: ast.If) -> None:
+    def visit_If(self, node: ast.If | ast.IfExp) -> None:
         if "TYPE_CHECKING" not in ast.unparse(node.test):
             self.add(node.test, f"(not ({ast.unparse(node.test)}))")
             self.generic_visit(node)
 
-    def visit_IfExp(self, node: ast.IfExp) -> None:
-        self.add(node.test, f"(not ({ast.unparse(node.test)}))")
-        self.generic_visit(node)
+    visit_IfExp = visit_If  # noqa: N815 (a name of `ast`)
 
     def visit_Compare(self, node: ast.Compare) -> None:
-        self.swap(node, ops=[_COMPARE[type(node.ops[0])](), *node.ops[1:]])
+        self.swap(node, ops=[_SWAPS[type(node.ops[0])](), *node.ops[1:]])
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
@@ -205,12 +203,12 @@ class _Finder(ast.NodeVisitor):
             isinstance(side, ast.JoinedStr | ast.Constant) and not _is_number(side)
             for side in (node.left, node.right)
         )
-        if type(node.op) in _ARITHMETIC and not text:
-            self.swap(node, op=_ARITHMETIC[type(node.op)]())
+        if type(node.op) in _SWAPS and not text:
+            self.swap(node, op=_SWAPS[type(node.op)]())
         self.generic_visit(node)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> None:
-        self.swap(node, op=ast.Or() if isinstance(node.op, ast.And) else ast.And())
+        self.swap(node, op=_SWAPS[type(node.op)]())
         self.generic_visit(node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
@@ -239,10 +237,6 @@ class _Finder(ast.NodeVisitor):
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
         """Texts stay as they are."""
-
-
-def _span(node: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
 
 
 def _is_number(node: ast.AST) -> bool:
@@ -432,154 +426,103 @@ def judge(known: dict[str, Any], mutant: Mutant, tree: Path, again: list[str]) -
     }
 
 
-def run(options: Namespace) -> None:
-    """Judge the whole sample; each worker has a copy of the tree of its own."""
-    known = {} if options.again else json.loads(options.map.read_text())
-    record = json.loads(options.out.read_text()) if options.out.exists() else {"mutants": []}
-    if options.again:  # what no test has failed on, be it that a busy machine took too long; the code may have changed
+def left_to_judge(record: dict[str, Any], options: Namespace) -> list[Mutant]:
+    """The mutants of the sample that have no outcome yet; with --again, those that no test has failed on."""
+    if options.again:  # be it that a busy machine took too long; the code may have changed
         alive = {row["key"] for row in record["mutants"] if row["outcome"] != "killed"}
         left = [mutant for mutant in all_mutants() if mutant.key in alive]
     else:
         done = {row["key"] for row in record["mutants"]}
         left = [mutant for mutant in sample(options.number, options.seed) if mutant.key not in done]
-    if options.only:
-        left = [mutant for mutant in left if options.only in mutant.key]
+    left = [mutant for mutant in left if options.only in mutant.key]
     random.Random(options.seed).shuffle(left)
+    return left
+
+
+def run(options: Namespace) -> None:
+    """Judge what is left; each worker is a fork of this process, with a copy of the tree of its own."""
+    known = {} if options.again else json.loads(options.map.read_text())
+    record = json.loads(options.out.read_text()) if options.out.exists() else {"mutants": []}
+    left = left_to_judge(record, options)
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    for name in (
-        "torch",
-        "torchvision",
-        "timm",
-        "lightning",
-        "torchmetrics",
-        "scipy.stats",
-        "hypothesis",
-        "pytest",
-    ):
+    for name in LOADED:
         importlib.import_module(name)
-    workers = {}
     with tempfile.TemporaryDirectory() as home:
-        shares = [left[i :: options.jobs] for i in range(options.jobs)]
-        for number, share in enumerate(shares):
-            out = Path(home) / f"{number}.jsonl"
-            pid = os.fork()
-            if pid == 0:
-                tree = Path(home) / f"tree{number}"
-                shutil.copytree(ROOT, tree, ignore=SKIPPED_FOLDERS)
-                os._exit(_work(known, share, tree, out, options.again))
-            workers[pid] = out
-        seen = {out: 0 for out in workers.values()}
-        while workers:
-            time.sleep(1)
-            ended, _ = os.waitpid(-1, os.WNOHANG)
-            for out in list(seen):
-                rows = out.read_text().splitlines() if out.exists() else []
-                for row in map(json.loads, rows[seen[out] :]):
-                    before = next(
-                        (old for old in record["mutants"] if old["key"] == row["key"]), {}
-                    )
-                    record["mutants"] = [
-                        *(old for old in record["mutants"] if old["key"] != row["key"]),
-                        before | row,
-                    ]
-                    print(
-                        f"{len(record['mutants']):4d} {row['outcome']:11s} {row['wall_s']:6.1f} s {row['key'][:110]}",
-                        flush=True,
-                    )
-                if len(rows) > seen[out]:
-                    seen[out] = len(rows)
-                    _save(record, options)
-            workers.pop(ended, None)
+        begin = (Path(home), known, options.again)
+        with get_context("fork").Pool(options.jobs, _Worker.begin, begin) as workers:
+            for row in workers.imap_unordered(_Worker.judge, left):
+                rows = {each["key"]: each for each in record["mutants"]}
+                rows[row["key"]] = rows.get(row["key"], {}) | row
+                record["mutants"] = [rows[key] for key in sorted(rows)]
+                print(f"{row['outcome']:11s} {row['wall_s']:6.1f} s {row['key'][:110]}", flush=True)
+                _save(record, options)
 
 
-def _work(
-    known: dict[str, Any], share: list[Mutant], tree: Path, out: Path, again: list[str]
-) -> int:
-    """One worker; ends with 0. Nothing is judged unless tests pass on the tree as it is."""
-    try:
+class _Worker:
+    """One worker: its tree, what is known of the tests, and the tests that are named."""
+
+    tree: Path
+    known: dict[str, Any]
+    again: list[str]
+
+    @classmethod
+    def begin(cls, home: Path, known: dict[str, Any], again: list[str]) -> None:
+        """Copy the tree. Nothing is judged unless tests pass on it as it is."""
+        cls.tree, cls.known, cls.again = home / str(os.getpid()), known, again
+        shutil.copytree(ROOT, cls.tree, ignore=SKIPPED_FOLDERS)
         tests, seconds = (again, AGAIN_S) if again else budgeted(known, known["tests"], 1.0)
-        if _in_child(tree, tests, seconds) != "survived":
+        if _in_child(cls.tree, tests, seconds) != "survived":
             raise RuntimeError(f"these tests don't pass on an unchanged copy: {tests}")
-        with out.open("w") as file:
-            for mutant in share:
-                file.write(json.dumps(judge(known, mutant, tree, again)) + "\n")
-                file.flush()
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
+
+    @classmethod
+    def judge(cls, mutant: Mutant) -> dict[str, Any]:
+        """The row of a mutant."""
+        return judge(cls.known, mutant, cls.tree, cls.again)
 
 
 def _save(record: dict[str, Any], options: Namespace) -> None:
-    sys.path.append(str(ROOT))
     from benchmarks.lines import write_lines
     from moevision.train.provenance import git_state
 
     record["code"] = git_state(ROOT)
     if not options.again:  # else the sample was drawn before, from what there was then
         record |= {"seed": options.seed, "number": options.number, "of": len(all_mutants())}
-    record["mutants"].sort(key=lambda row: row["key"])
     write_lines(options.out, record)
 
 
-def rows_of(record: dict[str, Any], reasons: dict[str, str]) -> Iterator[tuple[str, Counter[str]]]:
-    """Outcomes by area, equivalents by their reason, and their sum."""
-    total: Counter[str] = Counter()
-    for area in AREAS:
-        counted = Counter(
-            "equivalent"
-            if row["key"] in reasons and row["outcome"] == "survived"
-            else row["outcome"]
-            for row in record["mutants"]
-            if row["area"] == area
-        )
-        total += counted
-        yield area, counted
-    yield "all", total
-
-
 def table(options: Namespace) -> str:
-    """Markdown of the record."""
-    record = json.loads(options.out.read_text())
-    reasons = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
-    lines = [
-        "| area | mutants | killed | survived | equivalent | killed of the others |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for area, counted in rows_of(record, reasons):
-        killed = counted["killed"] + counted["timeout"]
-        others = counted.total() - counted["equivalent"]
-        lines.append(
-            f"| {area} | {counted.total()} | {killed} | {others - killed} | {counted['equivalent']} | "
-            f"{killed / others if others else 1:.0%} |"
-        )
-    survivors = [row for row in record["mutants"] if row["outcome"] in ("survived", "not covered")]
-    for row in survivors:
-        if row["key"] not in reasons:
-            print(
-                f"{row['outcome']}: {row['file']}:{row['line']} {row['function']}: {row['old']} -> {row['new']}",
-                file=sys.stderr,
-            )
-    return "\n".join(lines)
+    """Markdown of the record; survivors that have no reason are told on standard error."""
+    from benchmarks.records.trainings import mutants
+
+    record, reasons = json.loads(options.out.read_text()), json.loads(EQUIVALENT.read_text())
+    for row in record["mutants"]:
+        if row["outcome"] in ("survived", "not covered") and row["key"] not in reasons:
+            change = f"{row['function']}: {row['old']} -> {row['new']}"
+            print(f"{row['outcome']}: {row['file']}:{row['line']} {change}", file=sys.stderr)
+    head = "| area | mutants | killed | survived | equivalent | killed of the others |"
+    line = "| {area} | {mutants} | {killed} | {survived} | {equivalent} | {share:.0%} |"
+    rows = [line.format_map(row) for row in mutants(record, reasons)]
+    return "\n".join([head, "|---|--:|--:|--:|--:|--:|", *rows])
 
 
 def main() -> None:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["map", "run", "table"])
-    parser.add_argument(
+    add = parser.add_argument
+    add("what", choices=["map", "run", "table"])
+    add(
         "--map",
         type=Path,
         default=ROOT / "runs" / "mutation-map.json",
         help="which test runs which line",
     )
-    parser.add_argument("--out", type=Path, default=RECORD, help="the record")
-    parser.add_argument("--number", type=int, default=200, help="mutants in the sample")
-    parser.add_argument("--seed", type=int, default=0, help="draws the sample")
-    parser.add_argument("--jobs", type=int, default=1, help="mutants judged at a time")
-    parser.add_argument("--only", default="", help="only mutants whose key holds this text")
-    parser.add_argument(
+    add("--out", type=Path, default=RECORD, help="the record")
+    add("--number", type=int, default=200, help="mutants in the sample")
+    add("--seed", type=int, default=0, help="draws the sample")
+    add("--jobs", type=int, default=1, help="mutants judged at a time")
+    add("--only", default="", help="only mutants whose key holds this text")
+    add(
         "--again",
         nargs="+",
         default=[],

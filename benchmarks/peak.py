@@ -8,7 +8,6 @@ machine, not between machines.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -19,35 +18,14 @@ _GPU_SIZES = (2048, 4096, 8192)
 _PATIENCE = 2.0
 
 
-@dataclass(frozen=True)
-class MatmulPeak:
-    """The best rate of square matrix products.
-
-    Attributes:
-        flops_per_s: FLOPs per second, median of the best size.
-        dtype: dtype of both factors and the product, e.g. `bfloat16`.
-        device: `cpu`, or the card's name.
-        size: side of the matrices that gave it.
-        repetitions: products that the median is of.
-        threads: threads of torch on a CPU.
-    """
-
-    flops_per_s: float
-    dtype: str
-    device: str
-    size: int
-    repetitions: int
-    threads: int
-
-
 def matmul_peak(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
     sizes: Sequence[int] | None = None,
     seconds: float = 1.0,
-) -> MatmulPeak:
-    """Measure the matmul peak of a device.
+) -> float:
+    """FLOPs per second of square matrix products: the median of the best size.
 
     Args:
         device: where to multiply.
@@ -65,42 +43,23 @@ def matmul_peak(
             "float16 has no fast matrix product on a CPU (about 30 times slower than float32): use bfloat16 or float32."
         )
     sizes = sorted(sizes or (_CPU_SIZES if device.type == "cpu" else _GPU_SIZES))
-    best = _rate(device, dtype, sizes[0], seconds / len(sizes))
-    for size in sizes[1:]:
+    best = 0.0
+    for size in sizes:
         # bfloat16 on a processor without AVX512 takes minutes for a large product and gets no faster.
-        if 2 * size**3 / best.flops_per_s > _PATIENCE * seconds:
+        if best and 2 * size**3 / best > _PATIENCE * seconds:
             break
-        best = max(
-            best,
-            _rate(device, dtype, size, seconds / len(sizes)),
-            key=lambda peak: peak.flops_per_s,
-        )
+        # Ones would do for speed on a CPU; on a GPU equal bits draw less power and clock higher than real data does.
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        names = {"a": a, "b": b, "out": torch.empty_like(a)}
+        median_s = _median_s("torch.mm(a, b, out=out)", names, seconds / len(sizes))
+        best = max(best, 2 * size**3 / median_s)
     return best
 
 
-def _rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> MatmulPeak:
-    # Ones would do for speed on a CPU; on a GPU equal bits draw less power and clock higher than real data does.
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    median_s, repetitions = _median_s(
-        "torch.mm(a, b, out=out)", {"a": a, "b": b, "out": out}, seconds
-    )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return MatmulPeak(
-        flops_per_s=2 * size**3 / median_s,
-        dtype=str(dtype).removeprefix("torch."),
-        device=name,
-        size=size,
-        repetitions=repetitions,
-        threads=torch.get_num_threads(),
-    )
-
-
-def _median_s(statement: str, names: dict[str, torch.Tensor], seconds: float) -> tuple[float, int]:
-    """Median seconds of a statement, synchronised on a GPU, and how often it ran."""
+def _median_s(statement: str, names: dict[str, torch.Tensor], seconds: float) -> float:
+    """Median seconds of a statement, synchronised on a GPU."""
     from torch.utils.benchmark import Timer
 
     # Timer sets one thread unless it is told otherwise.
     timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
-    measured = timer.blocked_autorange(min_run_time=seconds)
-    return measured.median, len(measured.times) * measured.number_per_run
+    return float(timer.blocked_autorange(min_run_time=seconds).median)

@@ -169,9 +169,10 @@ def main() -> None:
     if sys.argv[1:2] == ["fit"]:
         sys.exit(run_moevision(sys.argv[1:]))
     parser = argument_parser("places", __doc__)
-    parser.add_argument("verb", choices=("fit", "test"))
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
-    parser.add_argument(
+    add = parser.add_argument
+    add("verb", choices=("fit", "test"))
+    add("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
+    add(
         "--out", type=Path, default=HERE / "accuracy" / "places.jsonl", help="records (%(default)s)"
     )
     options = parser.parse_args()

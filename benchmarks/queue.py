@@ -9,18 +9,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
-from benchmarks.harness import code_state, count, finite
+from benchmarks.harness import code_state, finite
 from moevision.errors import UserError
-from moevision.files import write_text_atomic
 
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 WAIT_S = 30.0  # before a queue looks again whether another one has decided something
 
 
@@ -101,7 +99,7 @@ def do_runs(
         jobs: all runs, see `next_run`.
         run: does one; its record.
         told: a line about it.
-        options: those of `add_study`.
+        options: `limit`, `out` (the records' file) and `work` (where the locks are).
     """
     done = 0
     while not options.limit or done < options.limit:
@@ -116,34 +114,6 @@ def do_runs(
             held.release()
         done += 1
         print(told(job, record), flush=True)
-
-
-def add_study(parser: ArgumentParser, folder: Path, out: str = "runs.jsonl") -> None:
-    """Options that studies share.
-
-    Args:
-        parser: of the study.
-        folder: where its README and its records are.
-        out: the records' file below it.
-    """
-    add = parser.add_argument
-    if out == "runs.jsonl":
-        add(
-            "--limit",
-            type=count,
-            default=1,
-            metavar="N",
-            help="runs to do; 0: until none is left (%(default)s)",
-        )
-    add(
-        "--work",
-        type=Path,
-        default=Path("runs") / folder.name,
-        help="run folders and lists (%(default)s)",
-    )
-    add("--out", type=Path, default=folder / out, help="records (%(default)s)")
-    add("--readme", type=Path, default=folder / "README.md", help="where tables go (%(default)s)")
-    add("--allow-dirty", action="store_true", help="run: try it out; the report leaves the run out")
 
 
 def claim_file(lock: Path) -> FileLock:
@@ -169,24 +139,3 @@ def refuse_changes(protocol: Path, *, allowed: bool) -> None:
         raise UserError(
             "The tree has uncommitted changes: commit them, or try things out with --allow-dirty."
         )
-
-
-def is_dirty(run: Any) -> bool:
-    """Whether it isn't known which code did the run."""
-    return not run["code"] or bool(run["code"]["dirty"])
-
-
-def fill_readme(readme: Path, parts: Sequence[str]) -> None:
-    """Put the tables between the README's marks.
-
-    Raises:
-        UserError: if it has no marks.
-    """
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if not (BEGIN in text and END in text):
-        raise UserError(
-            f"{readme} has no lines {BEGIN} and {END}: put them where the tables shall stand."
-        )
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    body = "\n\n".join(parts)
-    write_text_atomic(readme, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")

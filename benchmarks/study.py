@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning as L
-import numpy as np
 from scipy.stats import t as student
 
 from benchmarks.subject import Subject
@@ -61,17 +60,6 @@ def open_data(
     return data
 
 
-def drawn(labels: Sequence[int], images: int, seed: int) -> list[int]:
-    """Indices of at most `images` images, in order, as many of each class as it has room for."""
-    label, generator = np.array(labels), np.random.default_rng(seed)
-    each = images // (label.max() + 1)
-    return sorted(
-        int(index)
-        for c in range(label.max() + 1)
-        for index in generator.permutation(np.flatnonzero(label == c))[:each]
-    )
-
-
 def small(name: str, *, lr: float = 1e-3, num_classes: int = 10, **arch: Any) -> Subject:
     """The small model under a one-cycle schedule, with the balance losses that its router has by default."""
     return Subject(
@@ -85,14 +73,7 @@ def make_task(subject: Subject, seed: int) -> ClassificationTask:
     return subject.task()
 
 
-def train(
-    task: ClassificationTask,
-    data: ImageDataModule,
-    steps: int,
-    seed: int,
-    callbacks: Sequence[L.Callback] = (),
-    precision: str = PRECISION,
-) -> None:
+def train(task: ClassificationTask, data: ImageDataModule, steps: int, seed: int) -> None:
     """Train for exactly `steps` steps; validation is left to `evaluate`.
 
     Raises:
@@ -100,25 +81,16 @@ def train(
     """
     data.seed = data.contents.datasets["train"].seed = seed
     L.seed_everything(seed, verbose=False)
-    trainer = quiet_trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        callbacks=list(callbacks),
-        precision=precision,
-    )
+    limits = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
+    trainer = quiet_trainer(**limits, precision=PRECISION)
     trainer.fit(task, data)
-    if trainer.global_step != steps:
-        raise UserError(
-            f"Training stopped after {trainer.global_step} of {steps} steps: start the same command again."
-        )
+    if (done := trainer.global_step) != steps:
+        raise UserError(f"Training stopped after {done} of {steps} steps: start it again.")
 
 
-def evaluate(
-    task: ClassificationTask, data: ImageDataModule, precision: str = PRECISION
-) -> dict[str, Any]:
+def evaluate(task: ClassificationTask, data: ImageDataModule) -> dict[str, Any]:
     """Accuracy on the whole validation and test split, and the test split's load per MoE layer."""
-    trainer = quiet_trainer(precision=precision)
+    trainer = quiet_trainer(precision=PRECISION)
     (val,) = trainer.validate(task, data, verbose=False)
     (test,) = trainer.test(task, data, verbose=False)
     return {
@@ -146,30 +118,14 @@ class Row:
     runs: list[dict[str, Any]]
 
     @property
-    def accuracies(self) -> list[float]:
-        """Test accuracy of every seed."""
-        return [run["test_top1"] for run in self.runs]
-
-    @property
     def by_seed(self) -> dict[int, float]:
-        """The same by seed."""
+        """Test accuracy of every seed."""
         return {run["seed"]: run["test_top1"] for run in self.runs}
 
     @property
     def mean(self) -> float:
         """Mean test accuracy."""
-        return statistics.fmean(self.accuracies)
-
-    @property
-    def spread(self) -> str:
-        """Mean ± SD over seeds in per cent."""
-        spread = f" ± {100 * statistics.stdev(self.accuracies):.1f}" if len(self.runs) > 1 else ""
-        return f"{100 * self.mean:.1f}{spread}"
-
-    @property
-    def seeds(self) -> str:
-        """The accuracy of every seed in per cent."""
-        return ", ".join(f"{100 * value:.1f}" for value in self.accuracies)
+        return statistics.fmean(self.by_seed.values())
 
     def layers(self, quantity: str) -> list[float]:
         """Mean over seeds of a quantity of every MoE layer."""
@@ -200,15 +156,9 @@ class Contrast:
     @property
     def half(self) -> float:
         """Half the width of the 95 % interval; infinite with fewer than two seeds."""
-        return self.half_at(0.05)
-
-    def half_at(self, level: float) -> float:
-        """Half the width of the interval that misses with the probability `level`."""
-        return (
-            float(student.ppf(1 - level / 2, len(self.gaps) - 1)) * self.error
-            if len(self.gaps) > 1
-            else math.inf
-        )
+        if len(self.gaps) < 2:
+            return math.inf
+        return float(student.ppf(0.975, len(self.gaps) - 1)) * self.error
 
     @property
     def error(self) -> float:
@@ -232,25 +182,8 @@ class Contrast:
     @property
     def interval(self) -> str:
         """`+1.6 (+0.2 to +2.9)`, in points, of 95 %."""
-        return self.interval_at(0.05)
-
-    def interval_at(self, level: float) -> str:
-        """The same of the interval that misses with the probability `level`."""
-        low, high = (points(self.mean + side * self.half_at(level)) for side in (-1, 1))
+        low, high = points(self.mean - self.half), points(self.mean + self.half)
         return points(self.mean) + (f" ({low} to {high})" if self.gaps[1:] else "")
-
-    @property
-    def shown_p(self) -> str:
-        """`0.037`, or `below 0.001` where three digits would be zeros."""
-        return "" if math.isnan(self.p) else "below 0.001" if self.p < 0.0005 else f"{self.p:.3f}"
-
-    @property
-    def sentence(self) -> str:
-        """Everything about it."""
-        return (
-            f"“{self.first}” minus “{self.second}”: {', '.join(points(gap) for gap in self.gaps)} points by seed, mean "
-            f"{self.interval}, p {'' if self.shown_p.startswith('below') else '= '}{self.shown_p}: {self.verdict}."
-        )
 
 
 def contrasts(

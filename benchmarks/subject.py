@@ -56,7 +56,6 @@ class Subject:
         num_classes: C.
         image_size: side of the images in pixels.
         batch_size: images per step.
-        data: arguments of `ImageDataModule`; empty where nothing but a model was named.
     """
 
     name: str
@@ -68,7 +67,6 @@ class Subject:
     num_classes: int = DEFAULT_CLASSES
     image_size: int = 32
     batch_size: int = DEFAULT_BATCH
-    data: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, which: Which = "moe") -> nn.Module:
         """The model or one of its dense twins, in training mode, from the same seed.
@@ -164,7 +162,6 @@ def _from_config(name: str, path: Path) -> Subject:
         num_classes=model.get("num_classes") or DEFAULT_CLASSES,
         image_size=data.get("image_size", 64),
         batch_size=data.get("batch_size", DEFAULT_BATCH),
-        data=data,
     )
 
 

@@ -1,4 +1,4 @@
-"""Counted FLOPs are the closed form, for every router and every backend, forward and backward."""
+"""Counted useful FLOPs of training are the closed form, for every router and every backend."""
 
 import math
 
@@ -8,18 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import moevision.models  # noqa: F401 (registers the names)
-from benchmarks.flops import inference_flops, recomputed_attention_flops, training_flops
-from moevision import MoEMlp, dense_twin, forward_routing
-from moevision.efficiency import flop_counter, measure_cost
+from benchmarks.flops import recomputed_attention_flops, training_flops
+from moevision import dense_twin
+from moevision.efficiency import flop_counter
 from moevision.layers import ROUTERS, LocalDispatcher, moe_layers
 
-BACKENDS = [
-    ("loop", None),
-    ("loop", torch.bfloat16),
-    ("grouped", None),
-    ("grouped", torch.bfloat16),
-    ("dense", None),
-]
 BATCH, SIDE, PATCH, DIM, HIDDEN, EXPERTS, CLASSES = 3, 32, 8, 32, 48, 4, 5
 BLOCKS, MOE_BLOCKS = 4, 2
 TOKENS = (SIDE // PATCH) ** 2
@@ -45,7 +38,7 @@ def pictures(count=BATCH, side=SIDE):
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def router_flops(router, training):
+def router_flops(router):
     """One multiply-add for each weight of the router, per token; the colour router's distances don't count."""
     if router in ("hash", "random", "position", "colour"):
         return 0
@@ -53,70 +46,66 @@ def router_flops(router, training):
         return 2 * DIM * min(256, DIM) + 2 * min(256, DIM) * EXPERTS
     if router == "soft":  # scores of E · P slots, with E · P = K · N
         return 2 * DIM * 2 * TOKENS
-    noise = router == "noisy_top_k" and training
-    return 2 * DIM * EXPERTS * (2 if noise else 1)
+    return 2 * DIM * EXPERTS * (2 if router == "noisy_top_k" else 1)  # and the noise's
 
 
-def rows_of(router, backend):
-    """Rows through one expert, in one layer."""
-    tokens = BATCH * TOKENS
+def rows_of(router):
+    """Rows that the experts of one layer are asked to compute."""
     if router == "soft":
         return BATCH * 2 * TOKENS
-    if backend == "dense":
-        return tokens * EXPERTS
     if router == "expert_choice":
         return BATCH * EXPERTS * math.ceil(TOKENS * 2 / EXPERTS)
-    return tokens * (1 if router == "switch" else 2)
+    return BATCH * TOKENS * (1 if router == "switch" else 2)
 
 
-def closed_form(router, backend, training, rows=None):
-    """(patch embedding, attention's two products, everything else) of one forward pass."""
+def closed_form(router="vmoe_top_k"):
+    """(patch embedding, everything else) of one forward pass."""
     tokens = BATCH * TOKENS
     patches = 2 * tokens * PATCH * PATCH * 3 * DIM
     attention = BLOCKS * 2 * 2 * BATCH * TOKENS * TOKENS * DIM
     projections = BLOCKS * 2 * tokens * (3 * DIM * DIM + DIM * DIM)
     dense = (BLOCKS - MOE_BLOCKS) * 2 * tokens * 2 * DIM * 4 * DIM
-    rows = rows_of(router, backend) if rows is None else rows
-    moe = MOE_BLOCKS * (2 * rows * 2 * DIM * HIDDEN + tokens * router_flops(router, training))
+    moe = MOE_BLOCKS * (2 * rows_of(router) * 2 * DIM * HIDDEN + tokens * router_flops(router))
     if router == "soft":  # slots from tokens and tokens from slots
         moe += MOE_BLOCKS * 2 * 2 * tokens * 2 * TOKENS * DIM
-    return patches, attention, projections + dense + moe + 2 * BATCH * DIM * CLASSES
+    return patches, attention + projections + dense + moe + 2 * BATCH * DIM * CLASSES
 
 
-@pytest.mark.parametrize(("backend", "autocast"), BACKENDS)
+@pytest.mark.parametrize("backend", ["loop", "grouped", "dense"])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_inference_is_the_closed_form(router, backend, autocast):
-    found = inference_flops(build(router, backend=backend), pictures(), autocast=autocast)
-    assert found.executed == sum(closed_form(router, backend, training=False))
-    assert found.router == MOE_BLOCKS * BATCH * TOKENS * router_flops(router, training=False)
-    assert found.useful == sum(closed_form(router, "loop", training=False))
-    assert found.padding_waste == pytest.approx(
-        1 - rows_of(router, "loop") / rows_of(router, backend), abs=1e-12
+def test_useful_flops_are_the_closed_form(router, backend):
+    """Each product has two gradients, but the pixels need none; nothing that is computed twice counts."""
+    patches, rest = closed_form(router)
+    assert training_flops(build(router, backend=backend), pictures()) == 2 * patches + 3 * rest
+
+
+@pytest.mark.parametrize("change", ["rows", "compiled", "blocks compiled", "checkpointed"])
+def test_what_is_computed_twice_or_out_of_sight_changes_nothing(change):
+    """Groups rounded up to 32 rows; compiled code, which shows its products to nobody; blocks that run twice."""
+    model = build(backend="loop")
+    if change == "rows":
+        for layer in moe_layers(model):
+            layer.dispatcher = LocalDispatcher(row_multiple=32)
+    elif change == "compiled":
+        model = torch.compile(model, backend="eager")
+    elif change == "blocks compiled":
+        for block in model.blocks:
+            block.compile(backend="eager")
+    else:
+        model.set_grad_checkpointing()
+    patches, rest = closed_form()
+    assert training_flops(model, pictures()) == 2 * patches + 3 * rest
+
+
+def test_what_a_capacity_drops_is_not_useful():
+    whole, cut = (
+        training_flops(build(backend="loop", capacity_factor=factor), pictures())
+        for factor in (None, 0.5)
     )
-
-
-def test_by_image_the_router_costs_one_token():
-    by_token, by_image = (
-        measure_cost(build("sigmoid", route_by=unit), SIDE) for unit in (None, "image")
-    )
-    assert by_token.router_flops_per_image == TOKENS * by_image.router_flops_per_image
-    assert by_image.router_flops_per_image == MOE_BLOCKS * router_flops("sigmoid", training=False)
-    assert by_token.flops_per_image == by_image.flops_per_image
-
-
-@pytest.mark.parametrize(("backend", "autocast"), BACKENDS)
-@pytest.mark.parametrize("router", ROUTERS)
-def test_training_is_the_closed_form(router, backend, autocast):
-    """Each product has two gradients, but the pixels need none; fused attention computes its scores again.
-
-    So backward = patches + 2.5 · attention + 2 · the rest, and 2 · attention is what is needed.
-    """
-    found = training_flops(build(router, backend=backend), pictures(), autocast=autocast)
-    patches, attention, rest = closed_form(router, backend, training=True)
-    assert found.executed == 2 * patches + 7 * attention // 2 + 3 * rest
-    patches, attention, rest = closed_form(router, "loop", training=True)
-    assert found.useful == 2 * patches + 3 * attention + 3 * rest
-    assert found.router == 3 * MOE_BLOCKS * BATCH * TOKENS * router_flops(router, training=True)
+    row = 3 * 2 * 2 * DIM * HIDDEN
+    dropped, rest = divmod(whole - cut, row)
+    assert rest == 0
+    assert dropped >= MOE_BLOCKS * BATCH * TOKENS * 2 // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -137,97 +126,35 @@ def test_grouped_mm_costs_what_a_loop_costs(dtype):
     )
 
 
-def test_rows_that_the_dispatcher_adds_are_waste():
-    """Groups rounded up to 32 rows; how long they were, the routing says."""
-    torch.manual_seed(0)
-    model = build(backend="loop", patch_size=2).eval()
-    for layer in moe_layers(model):
-        layer.dispatcher = LocalDispatcher(row_multiple=32)
-    images = pictures(2)
-    _, routings = forward_routing(model, images)
-    executed = sum(
-        -(-count // 32) * 32 for routing in routings for count in routing.counts().tolist()
-    )
-    kept = 2 * 2 * 256 * 2  # layers · images · tokens · K
-    assert executed > kept
-    for found, passes in ((inference_flops(model, images), 1), (training_flops(model, images), 3)):
-        assert found.experts_useful == passes * kept * 2 * 2 * DIM * HIDDEN
-        if passes == 1:  # noise moves tokens in training
-            assert found.experts_executed == executed * 2 * 2 * DIM * HIDDEN
-            assert found.padding_waste == 1 - kept / executed
-        assert found.experts_executed > found.experts_useful
-        assert (
-            0 < found.waste < found.padding_waste + 1 / 7
-        )  # 1/7: scores computed again, of attention alone
-
-
-def test_what_a_capacity_drops_is_waste():
-    model = build("vmoe_top_k", backend="loop", eval_capacity_factor=0.5).eval()
-    _, routings = forward_routing(model, pictures())
-    kept = sum(int(routing.counts().sum()) for routing in routings)
-    chosen = MOE_BLOCKS * BATCH * TOKENS * 2
-    assert 0 < kept <= chosen // 2
-    found = inference_flops(model, pictures())
-    assert found.experts_executed == chosen * 2 * 2 * DIM * HIDDEN
-    assert found.padding_waste == 1 - kept / chosen
-
-
 @pytest.mark.parametrize("backend", ["loop", "grouped", "dense"])
 def test_shared_experts_and_a_convolutional_stem_are_no_routed_experts(backend):
     """The stem's first convolution has no gradient of the pixels, its others have both."""
     model = build(backend=backend, stem="conv", num_shared_experts=1)
-    rows = rows_of("vmoe_top_k", backend)
-    found = training_flops(model, pictures())
-    assert found.experts_executed == 3 * MOE_BLOCKS * rows * 2 * 2 * DIM * HIDDEN
     # 32 px -> 16 -> 8 -> 4 by 3 x 3 with 3, 16, 16, 32 channels, then 1 x 1.
     first = 2 * 16 * 16 * 9 * 3 * 16
     stem = first + 2 * 8 * 8 * 9 * 16 * 16 + 2 * 4 * 4 * 9 * 16 * 32 + 2 * 4 * 4 * 32 * 32
-    _, attention, rest = closed_form("vmoe_top_k", "loop", training=True)
-    rest += MOE_BLOCKS * BATCH * TOKENS * 2 * 2 * DIM * HIDDEN
-    assert found.useful == BATCH * (3 * stem - first) + 3 * attention + 3 * rest
+    shared = MOE_BLOCKS * BATCH * TOKENS * 2 * 2 * DIM * HIDDEN
+    expected = BATCH * (3 * stem - first) + 3 * (closed_form()[1] + shared)
+    assert training_flops(model, pictures()) == expected
 
 
-def test_frozen_weights_cost_no_gradient():
-    """Only the head learns: its product has one gradient, the weights'."""
+def test_frozen_weights_cost_no_gradient_and_pass_it_on():
+    """First only the head learns: one gradient of its product. Then all but the second layer of the experts."""
+    patches, rest = closed_form()
     model = build(backend="grouped").requires_grad_(False)
     model.head.requires_grad_(True)
-    assert training_flops(model, pictures()).useful == sum(
-        closed_form("vmoe_top_k", "grouped", training=True)
-    ) + 2 * (BATCH * DIM * CLASSES)
-
-
-def test_frozen_experts_pass_gradients_on():
+    assert training_flops(model, pictures()) == patches + rest + 2 * BATCH * DIM * CLASSES
     model = build(backend="dense")
     for layer in moe_layers(model):
         layer.experts.fc2.requires_grad_(False)
-    found = training_flops(model, pictures())
-    first, second = 2 * DIM * HIDDEN, 2 * HIDDEN * DIM
-    chosen = MOE_BLOCKS * BATCH * TOKENS * 2
-    assert found.experts_useful == chosen * (3 * first + 2 * second)
-    patches, attention, rest = closed_form("vmoe_top_k", "loop", training=True)
-    assert found.useful == 2 * patches + 3 * attention + 3 * rest - chosen * second
+    product = MOE_BLOCKS * BATCH * TOKENS * 2 * 2 * DIM * HIDDEN
+    assert training_flops(model, pictures()) == 2 * patches + 3 * rest - product
 
 
-def test_checkpointing_is_executed_but_not_useful():
-    """Every block's forward pass runs twice, less a dense block's last product, which no gradient needs.
-
-    timm checkpoints blocks, not the stem or the head.
-    """
-    plain, checkpointed = build(backend="loop"), build(backend="loop")
-    checkpointed.set_grad_checkpointing()
-    without, found = training_flops(plain, pictures()), training_flops(checkpointed, pictures())
-    assert found.useful == without.useful
-    _, attention, rest = closed_form("vmoe_top_k", "loop", training=True)
-    last = (BLOCKS - MOE_BLOCKS) * 2 * BATCH * TOKENS * 4 * DIM * DIM
-    assert found.executed - without.executed == attention + rest - last - 2 * BATCH * DIM * CLASSES
-
-
-def test_dense_models_waste_nothing():
-    twin = dense_twin(build(), "active_flops")
-    found = inference_flops(twin, pictures())
-    assert (found.waste, found.padding_waste, found.router) == (0, 0, 0)
-    router = MOE_BLOCKS * BATCH * TOKENS * 2 * DIM * EXPERTS
-    assert found.useful == inference_flops(build(), pictures()).useful - router
+def test_a_dense_twin_has_no_router():
+    router = 3 * MOE_BLOCKS * BATCH * TOKENS * 2 * DIM * EXPERTS
+    twin = training_flops(dense_twin(build(), "active_flops"), pictures())
+    assert twin == training_flops(build(), pictures()) - router
 
 
 def test_counting_leaves_the_model_alone():
@@ -236,24 +163,10 @@ def test_counting_leaves_the_model_alone():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     training_flops(model, pictures())
-    inference_flops(model, pictures())
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
-def test_a_models_cost_has_no_padding(backend):
-    """One image of 256 tokens is enough for rounded groups; the active FLOPs are K per token all the same."""
-    model = build(backend=backend, patch_size=2)
-    tokens = (SIDE // 2) ** 2
-    patches = 2 * tokens * 12 * DIM
-    blocks = 4 * (2 * tokens * 4 * DIM * DIM + 4 * tokens * tokens * DIM)
-    mlps = 2 * 2 * tokens * 2 * DIM * 4 * DIM + 2 * 2 * tokens * 2 * 2 * DIM * HIDDEN
-    cost = measure_cost(model, SIDE, backend=backend)
-    assert cost.flops_per_image == patches + blocks + mlps + 2 * DIM * CLASSES
-    assert cost.router_flops_per_image == 2 * 2 * tokens * DIM * EXPERTS
 
 
 def test_an_operation_without_a_formula_is_an_error():
@@ -262,13 +175,7 @@ def test_an_operation_without_a_formula_is_an_error():
     for layer in moe_layers(model):
         layer.experts.forward = lambda rows, counts: rows.clone()
     with pytest.raises(RuntimeError, match="no FLOP formula"):
-        inference_flops(model, pictures())
-
-
-def test_a_layer_alone_is_counted():
-    layer = MoEMlp(16, 24, num_experts=4, top_k=1, router="switch", backend="loop").eval()
-    flops = count_flops(lambda: layer(torch.randn(2, 5, 16)))
-    assert flops == 10 * (2 * 16 * 4 + 2 * 2 * 16 * 24)
+        training_flops(model, pictures())
 
 
 @pytest.mark.parametrize(
@@ -293,19 +200,3 @@ def test_every_fused_attention_is_counted(operation, arguments):
         ].square().sum().backward()
     assert counter.get_total_flops() == 7 * product
     assert recomputed_attention_flops(counter) == product
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_compiled_models_are_counted_too(whole):
-    """On an uncompiled copy, since compiled code shows its products to nobody."""
-    model = build(backend="loop")
-    expected = training_flops(model, pictures())
-    if whole:
-        model = torch.compile(model, backend="eager")
-    else:
-        for block in model.blocks:
-            block.compile(backend="eager")
-    assert training_flops(model, pictures()) == expected
-    assert inference_flops(model, pictures()).useful == sum(
-        closed_form("vmoe_top_k", "loop", training=False)
-    )

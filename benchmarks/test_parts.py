@@ -1,54 +1,25 @@
 """What the benchmarks are made of: turns, phases, memory, load, and other libraries' layers."""
 
-import csv
-import json
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import phases, timing
 from benchmarks.accuracy import record_of
-from benchmarks.demo import packed
-from benchmarks.demo.packed import agreement
-from benchmarks.demo.wheel import score
 from benchmarks.harness import in_a_process
 from benchmarks.layer import parser, shapes_of
-from benchmarks.layer.figure import draw, sweep
 from benchmarks.layer.peers import PEERS, build_peer, chosen_peers, flops_beside_ours, gated_width
 from benchmarks.memory import beside_twin, peak_bytes, saved_bytes, tensors_peak_bytes
 from benchmarks.phases import PhaseClock, measure_load, named_phases
 from benchmarks.subject import Subject, TrainingStep, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, ratio_of, rows_of, spread
-from moevision.demo import bundled_model
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers, record_routing
-from moevision.models.io import save_model
 
 MIB = 2**20
-
-
-def test_an_accuracy_is_balanced_over_the_classes_of_the_folders():
-    """3 of 4 cats and 1 of 2 dogs are right: (3/4 + 1/2) / 2, not 4 of 6."""
-    answers = {
-        "cat/1": "cat",
-        "cat/2": "cat",
-        "cat/3": "cat",
-        "cat/4": "dog",
-        "dog/1": "dog",
-        "dog/2": "unsure",
-    }
-    found = score({Path(path): answer for path, answer in answers.items()})
-    assert found["classes"] == {
-        "cat": {"correct": 3, "total": 4},
-        "dog": {"correct": 1, "total": 2},
-    }
-    assert found["balanced_accuracy"] == 0.625
 
 
 def test_candidates_take_turns_in_an_order_that_rotates():
@@ -343,35 +314,6 @@ def test_gated_peers_compute_a_gated_mixture(name):
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_growth_is_drawn_at_the_centre_s_other_sizes(tmp_path):
-    """One line per router and k against E, one each against T and D; other shapes don't belong to a line."""
-    growth = parser().parse_args(["--preset", "growth"])
-    ratio = {"quartile_1": 0.9, "median": 1.0, "quartile_3": 1.1, "n": 3}
-    comparisons = [
-        {
-            **asdict(shape),
-            "rows": [{"name": "moevision vmoe_top_k", "ratio_to": {"dense k·H": ratio}}],
-        }
-        for shape in shapes_of(growth)
-    ]
-    record = {"settings": {"preset": "growth", "precision": ["bf16"]}, "comparisons": comparisons}
-    experts = sweep(record, "experts", (1, 2))
-    assert {name: sorted(points) for name, points in experts.items()} == {
-        "vmoe_top_k, k = 1": [1, 2, 4, 8, 16, 32, 64],
-        "vmoe_top_k, k = 2": [2, 4, 8, 16, 32, 64],
-    }
-    assert sorted(sweep(record, "tokens", (2,))["vmoe_top_k, k = 2"]) == [
-        256,
-        1024,
-        4096,
-        16384,
-        65536,
-    ]
-    assert sorted(sweep(record, "width", (2,))["vmoe_top_k, k = 2"]) == [96, 192, 384, 768]
-    draw(record, tmp_path / "growth.png")
-    assert (tmp_path / "growth.png").stat().st_size > 10_000
-
-
 def test_the_shapes_of_the_bars():
     shapes = shapes_of(parser().parse_args(["--preset", "bars"]))
     assert [(shape.tokens, shape.width, shape.top_k, shape.hidden) for shape in shapes] == [
@@ -413,65 +355,6 @@ def test_the_record_of_a_run():
     assert record["layers"][0]["max_over_mean"] == 128 / 64
     assert record["command"].startswith("moevision fit pets ")
     assert record["cost"]["cpu_s"] is None, "that version didn't count it"
-
-
-def test_the_record_says_which_class_goes_where(tiny_run):
-    """Shares of the classes, weighted by their test images, are the loads that `fit` counted in its own test."""
-    record = record_of(tiny_run, classes=True)
-    with (tiny_run / "predictions_test.csv").open(newline="") as lines:
-        images = Counter(row["label"] for row in csv.DictReader(lines))
-    weight = np.array([images[name] for name in sorted(images)]) / images.total()  # [C]
-    for layer in record["layers"]:
-        load = np.array(layer["counts"]) / sum(layer["counts"])
-        assert weight @ np.array(layer["class_share"]) == pytest.approx(load, abs=1e-3)
-    assert "class_share" not in record_of(tiny_run)["layers"][0]
-
-
-def test_what_two_models_treat_alike() -> None:
-    """One image of four patches with two choices: the second patch changes its second one, the third their order."""
-
-    def trace(choices: list[list[int]], p: float) -> SimpleNamespace:
-        layer = SimpleNamespace(layer=7, expert_index=np.array([choices]))
-        shares = np.array([[p, 1 - p]])
-        return SimpleNamespace(
-            layers=[layer],
-            labels=np.array([0]),
-            predictions=shares.argmax(-1),
-            probabilities=shares,
-        )
-
-    before, after = (
-        trace([[0, 1], [2, 3], [4, 5], [6, 7]], 0.75),
-        trace([[0, 1], [2, 4], [5, 4], [6, 7]], 0.5),
-    )
-    assert agreement(before, after) == {
-        "right": 1,
-        "same_class": 1,
-        "max_probability_change": 0.25,
-        "layers": [{"layer": 7, "same_first": 0.75, "same_set": 0.75}],
-    }
-
-
-def test_a_packed_model_beside_its_weights_in_bfloat16(bench, tmp_path: Path, monkeypatch) -> None:
-    """The bundled model of drawn pets, some of its matrices in 15 steps."""
-    monkeypatch.setattr(packed, "SMALLEST", 2**15)
-    monkeypatch.setattr(packed, "CALIBRATION", 64)
-    monkeypatch.setattr(packed, "LEVELS", 7)
-    saved, model, out = bundled_model("pets"), tmp_path / "model", tmp_path / "packed.json"
-    saved.net.to(torch.bfloat16)
-    save_model(saved, model)
-    outcome = bench("packed", model, "--data", "synthetic_pets", "--limit", "64", "--out", out)
-    assert outcome.code == 0, outcome.err
-    record = json.loads(out.read_text())
-    coarse, carried = record["packed"]
-    assert record["images"] == 64
-    assert record["bfloat16"]["bytes"] == (model / "model.safetensors").stat().st_size
-    assert coarse["bytes"] < carried["bytes"] < 0.8 * record["bfloat16"]["bytes"]
-    assert carried["compressed"] < carried["bytes"]
-    assert all(
-        a["same_first"] < b["same_first"]
-        for a, b in zip(coarse["layers"], carried["layers"], strict=True)
-    )
 
 
 def test_an_unfinished_run_has_no_record(tmp_path):

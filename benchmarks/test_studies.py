@@ -4,12 +4,9 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks import routers, study
-from benchmarks.accuracy import airbench
 from benchmarks.routers import report as router_report
 
 BENCHMARKS = Path(__file__).parent
@@ -25,19 +22,6 @@ def run(bench):
         return outcome.out
 
     return run
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """Noise in two classes, split into train and test as the copy of CIFAR-10 is."""
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for split, count in (("train", 80), ("test", 8)):
-        for label in ("one", "other"):
-            (folder / split / label).mkdir(parents=True)
-            for number in range(count):
-                picture = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
-                Image.fromarray(picture).save(folder / split / label / f"{number}.png")
-    return folder
 
 
 def test_router_study_tunes_resumes_and_reports(run, bench, tmp_path, monkeypatch) -> None:
@@ -127,25 +111,6 @@ def test_a_contrast_is_judged_by_its_own_spread() -> None:
 def test_holms_adjustment() -> None:
     """Worked through by hand: 4 · .005, 3 · .01, then never less than the one before."""
     assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-
-
-def test_the_reference_from_outside(run, photos, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(airbench, "BATCH", 8)
-    for _ in range(2):  # the second time there is nothing left to do
-        run(
-            "airbench",
-            "--cifar",
-            photos,
-            "--out",
-            tmp_path / "found.json",
-            "--epochs",
-            1,
-            "--allow-dirty",
-        )
-    (found,) = json.loads((tmp_path / "found.json").read_text())["runs"]
-    assert {"seed", "code", "machine"} <= set(found)
-    assert 0 <= found["correct"] <= found["total"] == 16
-    assert (found["train_images"], found["images"]) == (144, 144)  # a tenth of 160 is validation's
 
 
 def test_the_accumulation_record_keeps_to_its_bounds() -> None:

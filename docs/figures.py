@@ -18,7 +18,7 @@ DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent)]  # benchmarks/ is outside the package
 
 from benchmarks.equal_time import recompute as equal_time  # noqa: E402
-from benchmarks.records import Claim, accuracy  # noqa: E402
+from benchmarks.records import load, trainings  # noqa: E402
 from benchmarks.sparsity import recompute as sparsity  # noqa: E402
 from benchmarks.upcycling import recompute as upcycling  # noqa: E402
 
@@ -258,8 +258,8 @@ def effects() -> list[Effect]:
     at_full_length = equal_time.decide(runs)[1]
     dense_parameters = equal_time.judged_contrasts(runs)[equal_time.CONTRASTS[2]][0]
     minus_continued = upcycling.differences(upcycled, "continued")
-    cats = Claim((*accuracy.CATS, *accuracy.CATS_DENSE, *accuracy.CATS_DENSE_DATA), "").loaded()
-    fine_tuned = accuracy.moe_less_dense(*cats)
+    cats = load([f"accuracy/runs.jsonl#cats-{arm}*" for arm in ("moe-s", "dense-s", "dense-d")])
+    fine_tuned = trainings.moe_less_dense(*cats)
     with_loss = of_hypothesis("With − without balance loss", judged["H5"])
     return [
         of_hypothesis("Experts − dense model, equal steps", judged["H1"]),

@@ -96,12 +96,11 @@ exit codes
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the verb that the arguments (`sys.argv[1:]`) name; the exit code, as `moevision --help` lists them."""
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a σ or an arrow that Windows' code pages lack becomes a "?"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A σ or an arrow that Windows' code pages lack becomes a "?".
         sys.stdout.reconfigure(errors="replace")
     try:
-        code = _answer(list(sys.argv[1:] if arguments is None else arguments))
+        code = _answer(sys.argv[1:] if arguments is None else arguments)
         if sys.stdout is not None:
             sys.stdout.flush()  # when Python ends, an error would have no sentence
         return code
@@ -111,61 +110,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _output_failed(error)
 
 
-def _answer(rest: list[str]) -> int:
-    if rest[:1] == ["help"] and len(rest) > 1:
-        rest = [rest[1], "--help"]
-    if not rest or rest[0] in ("-h", "--help", "help"):
+def _answer(arguments: Sequence[str]) -> int:
+    """Answer a command line; its exit code."""
+    if not arguments:
         print(usage())
-        return 0 if rest else USER_ERROR
-    if rest[0] == "--version":
-        print(versions() if "--verbose" in rest else versions().splitlines()[0])
+        return USER_ERROR
+    verb, *options = arguments
+    if verb == "help" and options:
+        verb, options = options[0], ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(usage())
         return 0
-    name = {"train": "fit"}.get(rest[0], rest[0])
-    rest = rest[1:]
-    if name not in VERBS:
+    if verb == "--version":
+        text = versions()
+        print(text if "--verbose" in options else text.splitlines()[0])
+        return 0
+    if verb == "train":
+        verb = "fit"
+    if verb not in VERBS:
         from difflib import get_close_matches
 
-        meant = "".join(f" Did you mean {near}?" for near in get_close_matches(name, VERBS, n=1))
+        hint = "".join(f" Did you mean {near}?" for near in get_close_matches(verb, VERBS, n=1))
         print(
-            f"moevision: there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}",
+            f"moevision: there is no verb {verb!r}; choose one of {', '.join(VERBS)}.{hint}",
             file=sys.stderr,
         )
         return USER_ERROR
-    show_traceback = "--traceback" in rest
-    return _run(name, [argument for argument in rest if argument != "--traceback"], show_traceback)
+    return _run(verb, options)
 
 
 def usage() -> str:
     """The help of the whole program."""
-    return USAGE.format(
-        verbs="\n".join(f"  {name:10} {summary}" for name, (summary, _) in VERBS.items())
-    )
+    lines = [f"  {name:10} {summary}" for name, (summary, _) in VERBS.items()]
+    return USAGE.format(verbs="\n".join(lines))
 
 
 def versions() -> str:
     """The package's version, then those of Python and of what it stands on, a line each."""
     from moevision import __version__, package_version
 
-    names = ("torch", "torchvision", "timm", "lightning")
-    libraries = [f"{name} {package_version(name) or 'not installed'}" for name in names]
-    return "\n".join([f"moevision {__version__}", f"python {sys.version.split()[0]}", *libraries])
+    lines = [f"moevision {__version__}", f"python {sys.version.split()[0]}"]
+    for name in ("torch", "torchvision", "timm", "lightning"):
+        lines.append(f"{name} {package_version(name) or 'not installed'}")
+    return "\n".join(lines)
 
 
-def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
+def _run(verb: str, arguments: list[str]) -> int:
+    """Do what a verb is asked for, and say in one sentence what stops it; the exit code."""
+    show_traceback = "--traceback" in arguments
     try:
-        _call(name, arguments)
+        _call(verb, [argument for argument in arguments if argument != "--traceback"])
     except (UserError, OSError, RuntimeError, MemoryError) as error:
-        sentence = _sentence(name, error)
-        if sentence is None:
+        message = _message(verb, error)
+        if message is None:
             raise
         if show_traceback:
             import traceback
 
             traceback.print_exc()
-        print(f"moevision: {sentence}", file=sys.stderr)
+        print(f"moevision: {message}", file=sys.stderr)
         return getattr(error, "exit_code", USER_ERROR)
     except KeyboardInterrupt:
-        print(f"\nmoevision: {name} was stopped by Ctrl-C.", file=sys.stderr)
+        print(f"\nmoevision: {verb} was stopped by Ctrl-C.", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:  # the argument parser has said what is wrong
         if isinstance(stop.__context__, BrokenPipeError):  # so does rich
@@ -180,9 +186,8 @@ def _output_failed(error: OSError) -> int:
         raise error  # of another pipe
     with suppress(OSError):
         sys.stdout.flush()
-    os.dup2(
-        os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-    )  # or Python would try once more when it ends
+    # Or Python would try once more when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return UNREAD
     with suppress(OSError):  # standard error may be as full
@@ -200,71 +205,78 @@ def _is_unread() -> bool:
     return bool(poll.poll(0))
 
 
-def _sentence(name: str, error: Exception) -> str | None:
+def _message(verb: str, error: Exception) -> str | None:
     """What a user can mend: what a verb has found, a file that can't be used, too little memory."""
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, OSError):
+        if not error.filename:
+            return None
+        return f"{error.filename}: {error.strerror}; give another place, or mend it."
+    if isinstance(error, MemoryError) or any(message in str(error) for message in _NO_MEMORY):
         return (
-            f"{error.filename}: {error.strerror}; give another place, or mend it."
-            if error.filename
-            else None
-        )
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
-        return (
-            f"there is not enough memory for {name} here: use a smaller model, smaller images or smaller batches. "
+            f"there is not enough memory for {verb} here: use a smaller model, smaller images or smaller batches. "
             "(--traceback shows where it ended.)"
         )
-    return str(error) if isinstance(error, UserError) else None
+    return None
 
 
-def _call(name: str, arguments: list[str]) -> None:
+def _call(verb: str, arguments: list[str]) -> None:
+    """Understand the arguments of a verb, import what does it, and do it."""
     from moevision import config
 
-    everything = not {"--help-all", "--help_all"}.isdisjoint(arguments)
-    if name in config.VERBS and (everything or not {"-h", "--help"}.isdisjoint(arguments)):
-        print(config.help_of(name, everything=everything), end="")
-        return
-    given = config.parse_args(name, arguments) if name in config.VERBS else parsed(name, arguments)
-    module, _, function = VERBS[name][1].partition(":")
+    if verb in config.VERBS:
+        everything = "--help-all" in arguments or "--help_all" in arguments
+        if everything or "-h" in arguments or "--help" in arguments:
+            print(config.help_of(verb, everything=everything), end="")
+            return
+        args: Any = config.parse_args(verb, arguments)
+    else:
+        args = parsed(verb, arguments)
+
+    _, address = VERBS[verb]
+    module, _, function = address.partition(":")
     with loading():
         run: Callable[[Any], None] = getattr(import_module(module), function)
     with warnings.catch_warnings():
-        warnings.showwarning = partial(_show, warnings.showwarning)
-        run(given)
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
+        run(args)
 
 
-def _show(
-    otherwise: Callable[..., None], warning: Warning, category: type[Warning], *place: Any
+def _show_warning(
+    default: Callable[..., None], warning: Warning, category: type[Warning], *source: Any
 ) -> None:
     """What a reader is meant to know in one line, without the place in the code."""
     if issubclass(category, DataWarning):
         print(f"warning: {warning}", file=sys.stderr)
     else:
-        otherwise(warning, category, *place)
+        default(warning, category, *source)
 
 
 # ---- what each verb takes, as plain argparse, so that help and usage errors need no torch
 
 
 def _number(
-    kind: Callable[[str], float], fits: Callable[[float], bool], what: str
+    to_number: Callable[[str], float], is_valid: Callable[[float], bool], description: str
 ) -> Callable[[str], Any]:
-    def read(text: str) -> float:
+    """A type of argparse's: a number within limits."""
+
+    def parse(text: str) -> float:
         from argparse import ArgumentTypeError
 
         try:
-            number = kind(text)
+            number = to_number(text)
         except ValueError:
             number = math.nan
-        if not fits(number):
-            raise ArgumentTypeError(f"{text!r} is no {what}")
+        if not is_valid(number):
+            raise ArgumentTypeError(f"{text!r} is no {description}")
         return number
 
-    return read
+    return parse
 
 
 _positive = _number(int, lambda x: x >= 1, "number of at least 1")
 _seed = _number(int, lambda x: 0 <= x < 2**32, "seed: it must be at least 0 and less than 2**32")
-_at_least_0 = _number(float, lambda x: 0 <= x < math.inf, "number of at least 0")
 _share = _number(float, lambda x: 0 <= x <= 1, "share between 0 and 1")
 _probability = _number(float, lambda x: 0 < x <= 1, "probability above 0, at most 1")
 
@@ -358,18 +370,6 @@ def _upcycle(add: Add) -> None:
         type=_positive,
         metavar="L",
         help="take only the first L blocks; the model must then be trained on",
-    )
-    add(
-        "--expert-hidden",
-        type=_positive,
-        metavar="H",
-        help="a whole part of the MLP's hidden units",
-    )
-    add(
-        "--noise",
-        type=_at_least_0,
-        default=0.0,
-        help="noise on the copies, relative to the spread of their weights",
     )
     add(
         "--reinit",
@@ -549,6 +549,10 @@ def _demo(add: Add) -> None:
     add("--no-browser", dest="browser", action="store_false", help="don't open a browser")
 
 
+def _data(add: Add) -> None:
+    add("task", choices=TASKS)
+
+
 # Each verb, and each task of `data`: its options, what it does in one paragraph, and examples.
 _TAKES: dict[str, tuple[Callable[[Add], None], str, str]] = {
     "predict": (
@@ -618,6 +622,16 @@ training the router add to that (with --seeds each against its own), and do the 
   moevision analyze runs/pets --quick                           a first look, a minute or two, rougher numbers
   moevision analyze runs/pets --seeds runs/pets-2 runs/pets-3   beside two other trainings of the same recipe""",
     ),
+    "data": (
+        _data,
+        """\
+Good data: what a training found out about its images, and which of them to keep. It reads scores.csv, which fit
+leaves in the run folder, and changes none of your images: what you choose becomes a list that fit takes.
+`moevision data TASK --help` tells more.""",
+        """\
+  moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
+  moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row""",
+    ),
     "data score": (
         _score,
         """\
@@ -653,60 +667,47 @@ page are not kept.""",
   moevision demo --host 0.0.0.0 --auth class         for a class on the same network; a QR code is printed""",
     ),
 }
-_DATA_HELP = (
-    """\
-Good data: what a training found out about its images, and which of them to keep. It reads scores.csv, which fit
-leaves in the run folder, and changes none of your images: what you choose becomes a list that fit takes.
-`moevision data TASK --help` tells more.""",
-    """\
-  moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
-  moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row""",
-)
 
 
 def parser_of(name: str) -> ArgumentParser:
     """What a verb, or a task such as `data prune`, takes."""
     from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-    takes, about, examples = _TAKES.get(name) or (None, *_DATA_HELP)
+    add_options, about, examples = _TAKES[name]
     parser = ArgumentParser(
         prog=f"moevision {name}",
-        description=fitted(" ".join(about.split("\n"))),
+        description=fitted(about.replace("\n", " ")),
         epilog=f"examples\n{examples}",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    if takes is None:
-        parser.add_argument("task", choices=TASKS)
-    else:
-        takes(parser.add_argument)
+    add_options(parser.add_argument)
     return parser
 
 
 TASKS = tuple(name.removeprefix("data ") for name in _TAKES if name.startswith("data "))
 
 
-def parsed(name: str, arguments: list[str]) -> Namespace:
+def parsed(verb: str, arguments: list[str]) -> Namespace:
     """The arguments of a verb that isn't one of the three of training."""
     from moevision.config import option_spelled
 
-    command, parser, task = shlex.join(["moevision", name, *arguments]), parser_of(name), None
-    if name == "data" and arguments[:1] and arguments[0] in TASKS:
-        task, *arguments = arguments
-        parser = parser_of(f"data {task}")
-    found = parser.parse_args(option_spelled(parser, arguments))
-    found.command = command  # for what records it
+    name, options, task = verb, arguments, None
+    if verb == "data" and arguments and arguments[0] in TASKS:
+        task, *options = arguments
+        name = f"data {task}"
+    parser = parser_of(name)
+    args = parser.parse_args(option_spelled(parser, options))
+    args.command = shlex.join(["moevision", verb, *arguments])  # for what records it
     if task is not None:
-        found.task = task
-    return found
+        args.task = task
+    return args
 
 
 def _layers(text: str) -> str | list[int]:
     numbers = text.replace(" ", "").split(",")
-    return (
-        [int(number) for number in numbers]
-        if all(number.isdecimal() for number in numbers)
-        else text
-    )
+    if all(number.isdecimal() for number in numbers):
+        return list(map(int, numbers))
+    return text
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -1,17 +1,17 @@
-"""Every option of `fit`, `validate` and `test`: dataclasses without torch, which jsonargparse reads live.
+"""Every option of `fit`, `validate` and `test`: fields of dataclasses, declared by `option`, without torch.
 
-What `fit FOLDER` takes where a default depends on the images or on the machine stands in brackets, and in its help. An
-option is a key of a configuration file and stands on the command line under the same name: `image_size` of `data` is
+An option is a key of a configuration file and stands on the command line under the same name: `image_size` of `data` is
 `--data.image_size`. The command line comes before a file, and a file before what `fit` chooses for the images.
 
 A configuration is data, not a program: nothing that it names is imported here (`train.fit.instantiated` looks at the
 classes of Lightning's that `trainer` may name).
 """
 
+# ruff: noqa: RUF009 (`option` makes a field)
+
 from __future__ import annotations
 
 import difflib
-import re
 import textwrap
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,6 +50,33 @@ FreezeAllBut = Literal["all_but_experts", "all_but_head"]
 Fit = Literal["crop", "pad", "squash"]
 
 
+Options = Mapping[str, Any]
+"""Values of some options by their dotted names, such as `data.image_size`."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    chosen: str = "",
+    alias: str = "",
+    short: str = "",
+    rare: bool = False,
+) -> Any:
+    """A field that is an option.
+
+    Args:
+        default: its value where nobody gives one.
+        help: what it is, for `--help`; the brief help has the first sentence.
+        chosen: what `fit FOLDER` takes where its default depends on the images or on the machine.
+        alias: its name on the command line, which the help shows in the place of the dotted one.
+        short: another name on the command line, beside the one that the help shows.
+        rare: leave it out of the help; docs/reference/config.md has it.
+    """
+    metadata = {"help": help, "chosen": chosen, "alias": alias, "short": short, "rare": rare}
+    return field(default=default, metadata=metadata)
+
+
 class Framing(NamedTuple):
     """How an image that isn't square becomes so: `fit`, and the mean colour in [0, 1], with which `pad` fills."""
 
@@ -64,128 +91,194 @@ CROP = Framing()
 class Data:
     """Images of one folder, table or named dataset, split, augmented and batched.
 
-    Args:
-        path: A folder with one subfolder per class (also inside train/, val/, test/), a CSV file with the columns
-            path and label, a Hugging Face dataset (hf:NAME[:CONFIG], or a folder that save_to_disk wrote), or one of
-            synthetic_pets, cifar10, imagenette, pets, pets_cat_dog, imagenet [FOLDER].
-        root: Folder in which named datasets live.
-        download: Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache.
-        image_size: Side of the square images the model sees, in pixels [64; from pretrained weights about 112, on a GPU
-            224].
-        fit: How an image that isn't square becomes so: its central square (crop), the whole in borders of the mean
-            colour (pad), or the whole squashed. The model keeps it: predict, demo and export do the same.
-        batch_size: Images per batch and process, at most those of the training set [64, on a GPU 256; from pretrained
-            weights 32, on a GPU 64; at most a twentieth of the images].
-        num_workers: Processes that prepare batches, fewer where /dev/shm has no room for their batches; 0 prepares them
-            in the main process [0; on a GPU up to 8].
-        seed: Seed of the split and of drawn images.
-        order_seed: Seed of the order, crops and flips of training images; null: --seed_everything (without a
-            command line: seed).
-        val_fraction: Share of the images cut for validation, where the dataset has no validation set.
-        test_fraction: Share cut for the test, where the dataset came unsplit.
-        group_by: Keep images together on one side of the split: "parent" (files of one folder), the name of a
-            column (of a CSV or a Hugging Face dataset), or a regular expression with one group that is searched
-            in the relative path. The column "group" of a CSV is used unasked.
-        image_column: The column with the image, if it can't be found out; in a CSV the path.
-        label_column: The column with the label, if it can't be found out.
-        check_duplicates: Keep byte-identical files on one side of the split.
-        augment: Random changes of training images: none, light (crop and flip), or in addition
-            randaugment (arXiv:1909.13719) or trivialaugment (arXiv:2103.10158).
-        crop: How training images are cropped: pad (by image_size / 8, for small images), random_resized (for photos),
-            or auto (pad for drawn ones and short sides up to 96 pixels) [random_resized for a folder, else auto].
-        min_crop_scale: Smallest share of an image's area that a random_resized crop keeps [0.25; from pretrained
-            weights 0.5].
-        hflip: Mirror every training image in every other epoch, half of them in the first.
-        random_erasing: Probability that a random rectangle of an image is erased (arXiv:1708.04896).
-        mixup: Alpha of Mixup's Beta distribution (arXiv:1710.09412); 0 is off.
-        cutmix: Alpha of CutMix's Beta distribution (arXiv:1905.04899); 0 is off. With both, each batch
-            gets one of the two at random.
-        class_weights: Weights of the loss per class: none, auto (inverse frequency), or a weight per class name (1 for
-            names left out). Only their ratios count: the mean over the training images is 1.
-        balanced_sampling: Draw every class equally often in training.
-        cache_mb: Keep the decoded images in memory if those of all processes fit into this many MiB [a quarter of the
-            free memory].
-        max_bad_fraction: Stop when a larger share of a split's images can't be read.
-        scores: Keep scores of the training images (scores.csv); null: below 200,000 of them, without Mixup and
-            CutMix.
-        keep: CSV file of the training images to keep (columns image and keep, as `moevision data prune` writes it);
-            the others are left out. Validation and test images stay as they are.
-        relabel: CSV file of training images with another class (columns image and new_label, as `moevision data
-            prune` or the page of `moevision data score` writes it).
-        train_size: Number of training images of synthetic_pets.
-        val_size: Number of validation images of synthetic_pets.
-        test_size: Number of test images of synthetic_pets.
-        mean: Mean per colour channel that is subtracted, for pixels in [0, 1]; ImageNet's by default.
-        std: Deviation per colour channel that is divided by; ImageNet's by default.
+    docs/reference/config.md says what each option is, under `data`.
     """
 
-    path: str = "synthetic_pets"
-    root: str = "data"
-    download: bool = False
-    image_size: int = 64
-    fit: Fit = "crop"
-    batch_size: int = 64
-    num_workers: int = 0
-    seed: int = 0
-    order_seed: int | None = None
-    val_fraction: float = 0.1
-    test_fraction: float = 0.1
-    group_by: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    check_duplicates: bool = True
-    augment: Literal["none", "light", "randaugment", "trivialaugment"] = "light"
-    crop: Literal["auto", "pad", "random_resized"] = "auto"
-    min_crop_scale: float = 0.25
-    hflip: bool = True
-    random_erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    class_weights: Literal["none", "auto"] | dict[str, float] = "none"
-    balanced_sampling: bool = False
-    cache_mb: int = 4096
-    max_bad_fraction: float = 0.05
-    scores: bool | None = None
-    keep: str | None = None
-    relabel: str | None = None
-    train_size: int = 16_000
-    val_size: int = 1_000
-    test_size: int = 2_000
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    path: str = option(
+        "synthetic_pets",
+        "A folder with one subfolder per class (also inside train/, val/, test/), a CSV file with the columns path and "
+        "label, a Hugging Face dataset (hf:NAME[:CONFIG], or a folder that save_to_disk wrote), or one of "
+        "synthetic_pets, cifar10, imagenette, pets, pets_cat_dog, imagenet",
+        chosen="FOLDER",
+    )
+    root: str = option("data", "Folder in which named datasets live")
+    download: bool = option(
+        False,
+        "Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache",
+    )
+    image_size: int = option(
+        64,
+        "Side of the square images the model sees, in pixels",
+        chosen="64; from pretrained weights about 112, on a GPU 224",
+        short="image-size",
+    )
+    fit: Fit = option(
+        "crop",
+        "How an image that isn't square becomes so: its central square (crop), the whole in borders of the mean colour "
+        "(pad), or the whole squashed. The model keeps it: predict, demo and export do the same",
+    )
+    batch_size: int = option(
+        64,
+        "Images per batch and process, at most those of the training set",
+        chosen="64, on a GPU 256; from pretrained weights 32, on a GPU 64; at most a twentieth of the images",
+        short="batch-size",
+    )
+    num_workers: int = option(
+        0,
+        "Processes that prepare batches, fewer where /dev/shm has no room for their batches; 0 prepares them in the "
+        "main process",
+        chosen="0; on a GPU up to 8",
+    )
+    seed: int = option(0, "Seed of the split and of drawn images")
+    order_seed: int | None = option(
+        None,
+        "Seed of the order, crops and flips of training images; null: --seed_everything (without a command line: seed)",
+        rare=True,
+    )
+    val_fraction: float = option(
+        0.1,
+        "Share of the images cut for validation, where the dataset has no validation set",
+    )
+    test_fraction: float = option(0.1, "Share cut for the test, where the dataset came unsplit")
+    group_by: str | None = option(
+        None,
+        'Keep images together on one side of the split: "parent" (files of one folder), the name of a column (of a CSV '
+        "or a Hugging Face dataset), or a regular expression with one group that is searched in the relative path. The "
+        'column "group" of a CSV is used unasked',
+    )
+    image_column: str | None = option(
+        None,
+        "The column with the image, if it can't be found out; in a CSV the path",
+    )
+    label_column: str | None = option(None, "The column with the label, if it can't be found out")
+    check_duplicates: bool = option(
+        True,
+        "Keep byte-identical files on one side of the split",
+        rare=True,
+    )
+    augment: Literal["none", "light", "randaugment", "trivialaugment"] = option(
+        "light",
+        "Random changes of training images: none, light (crop and flip), or in addition randaugment (arXiv:1909.13719) "
+        "or trivialaugment (arXiv:2103.10158)",
+    )
+    crop: Literal["auto", "pad", "random_resized"] = option(
+        "auto",
+        "How training images are cropped: pad (by image_size / 8, for small images), random_resized (for photos), or "
+        "auto (pad for drawn ones and short sides up to 96 pixels)",
+        chosen="random_resized for a folder, else auto",
+    )
+    min_crop_scale: float = option(
+        0.25,
+        "Smallest share of an image's area that a random_resized crop keeps",
+        chosen="0.25; from pretrained weights 0.5",
+    )
+    hflip: bool = option(
+        True,
+        "Mirror every training image in every other epoch, half of them in the first",
+        rare=True,
+    )
+    random_erasing: float = option(
+        0.0,
+        "Probability that a random rectangle of an image is erased (arXiv:1708.04896)",
+    )
+    mixup: float = option(0.0, "Alpha of Mixup's Beta distribution (arXiv:1710.09412); 0 is off")
+    cutmix: float = option(
+        0.0,
+        "Alpha of CutMix's Beta distribution (arXiv:1905.04899); 0 is off. With both, each batch gets one of the two "
+        "at random",
+    )
+    class_weights: Literal["none", "auto"] | dict[str, float] = option(
+        "none",
+        "Weights of the loss per class: none, auto (inverse frequency), or a weight per class name (1 for names left "
+        "out). Only their ratios count: the mean over the training images is 1",
+    )
+    balanced_sampling: bool = option(False, "Draw every class equally often in training")
+    cache_mb: int = option(
+        4096,
+        "Keep the decoded images in memory if those of all processes fit into this many MiB",
+        chosen="a quarter of the free memory",
+        rare=True,
+    )
+    max_bad_fraction: float = option(
+        0.05,
+        "Stop when a larger share of a split's images can't be read",
+        rare=True,
+    )
+    scores: bool | None = option(
+        None,
+        "Keep scores of the training images (scores.csv); null: below 200,000 of them, without Mixup and CutMix",
+    )
+    keep: str | None = option(
+        None,
+        "CSV file of the training images to keep (columns image and keep, as moevision data prune writes it); the "
+        "others are left out. Validation and test images stay as they are",
+    )
+    relabel: str | None = option(
+        None,
+        "CSV file of training images with another class (columns image and new_label, as moevision data prune or the "
+        "page of moevision data score writes it)",
+    )
+    train_size: int = option(16_000, "Number of training images of synthetic_pets")
+    val_size: int = option(1_000, "Number of validation images of synthetic_pets", rare=True)
+    test_size: int = option(2_000, "Number of test images of synthetic_pets", rare=True)
+    mean: tuple[float, float, float] = option(
+        (0.485, 0.456, 0.406),
+        "Mean per colour channel that is subtracted, for pixels in [0, 1]; ImageNet's by default",
+        rare=True,
+    )
+    std: tuple[float, float, float] = option(
+        (0.229, 0.224, 0.225),
+        "Deviation per colour channel that is divided by; ImageNet's by default",
+        rare=True,
+    )
 
 
 @dataclass(kw_only=True)
 class RouterOptions:
     """Options of a router; None is the router's own choice. A router refuses those that it has no use for.
 
-    Args:
-        noise: noise of the choice in training: `learned` per token (Shazeer), `fixed` (σ = 1/E, V-MoE), `jitter`
-            (input times U(0.99, 1.01), Switch) or `none`.
-        route_by: what is routed: each `token` (by default), or the `image` as a whole: the mean of its tokens decides,
-            once per image and layer, and its experts compute all of them.
-        normalize_gates: a token's gates sum to 1. With one expert the gate is then 1 and keeps the gradient of the
-            probability (straight-through).
-        capacity_factor: in training an expert computes at most this times its fair share; None computes everything.
-        eval_capacity_factor: the same in evaluation.
-        batch_priority: over capacity, keep the tokens with the largest gates instead of the first ones.
-        capacity_group: what shares a capacity: one `image`, or the `batch` (predictions then depend on batch-mates).
-        bias_rate: γ, the step of `bias_balanced`'s bias.
-        slots_per_expert: P of `soft`; by default K · tokens / E in a model.
+    docs/reference/config.md says what each is, under `model.arch`.
 
     Raises:
         UserError: for a value that is out of range.
     """
 
-    noise: Noise | None = None
-    route_by: RouteBy | None = None
-    normalize_gates: bool | None = None
-    capacity_factor: float | None = None
-    eval_capacity_factor: float | None = None
-    batch_priority: bool | None = None
-    capacity_group: Group | None = None
-    bias_rate: float | None = None
-    slots_per_expert: int | None = None
+    noise: Noise | None = option(
+        None,
+        "noise of the choice in training: learned per token (Shazeer), fixed (σ = 1/E, V-MoE), jitter (input times "
+        "U(0.99, 1.01), Switch) or none",
+    )
+    route_by: RouteBy | None = option(
+        None,
+        "what is routed: each token (by default), or the image as a whole: the mean of its tokens decides, once per "
+        "image and layer, and its experts compute all of them",
+    )
+    normalize_gates: bool | None = option(
+        None,
+        "a token's gates sum to 1. With one expert the gate is then 1 and keeps the gradient of the probability "
+        "(straight-through)",
+        rare=True,
+    )
+    capacity_factor: float | None = option(
+        None,
+        "in training an expert computes at most this times its fair share; None computes everything",
+    )
+    eval_capacity_factor: float | None = option(None, "the same in evaluation")
+    batch_priority: bool | None = option(
+        None,
+        "over capacity, keep the tokens with the largest gates instead of the first ones",
+        rare=True,
+    )
+    capacity_group: Group | None = option(
+        None,
+        "what shares a capacity: one image, or the batch (predictions then depend on batch-mates)",
+    )
+    bias_rate: float | None = option(None, "γ, the step of bias_balanced's bias", rare=True)
+    slots_per_expert: int | None = option(
+        None,
+        "P of soft; by default K · tokens / E in a model",
+        rare=True,
+    )
 
     def __post_init__(self) -> None:
         for name, choices in (("noise", Noise), ("route_by", RouteBy), ("capacity_group", Group)):
@@ -193,41 +286,30 @@ class RouterOptions:
                 raise UserError(
                     f"There is no {name} {value!r}: choose one of {', '.join(get_args(choices))}."
                 )
-        check_ranges(
-            self,
-            [
-                (
-                    *ABOVE_0,
-                    ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert"),
-                )
-            ],
-        )
+        positive = ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert")
+        check_ranges(self, [(*ABOVE_0, positive)])
         if self.capacity_factor is None and self.eval_capacity_factor is None:
-            idle = [
-                name
-                for name in ("batch_priority", "capacity_group")
-                if getattr(self, name) is not None
-            ]
-            if idle:
-                raise UserError(
-                    f"{idle[0]} does nothing without a capacity: set capacity_factor, such as 1.25."
-                )
+            for name in ("batch_priority", "capacity_group"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"{name} does nothing without a capacity: set capacity_factor, such as 1.25."
+                    )
         elif self.route_by == "image" and self.capacity_group != "batch":
             raise UserError(
                 "With route_by='image' one image never fills an expert, so a capacity per image drops nothing: set "
                 "capacity_group='batch', or leave the capacity out."
             )
 
-    def given(self) -> dict[str, Any]:
+    def non_default(self) -> dict[str, Any]:
         """The options that were set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def only(self, router: str, useful: Iterable[str]) -> RouterOptions:
         """Raise a UserError if an option is set that `router` has no use for; else the options themselves."""
-        useless = sorted(self.given().keys() - set(useful))
-        if useless:
+        unused = sorted(self.non_default().keys() - set(useful))
+        if unused:
             raise UserError(
-                f"The router {router!r} has no use for {', '.join(useless)}: leave it out."
+                f"The router {router!r} has no use for {', '.join(unused)}: leave it out."
             )
         return self
 
@@ -238,69 +320,106 @@ class MoEConfig(RouterOptions):
 
     A list in `num_experts`, `top_k`, `router` or `expert_hidden` gives each MoE layer its own. The options of
     `RouterOptions` stand beside these fields.
-
-    Args:
-        name: timm name of the model: a `vit_moe*` name, or `vit_moe` with `base`; vit_moe_micro_patch4_32 by default
-            [vit_moe_hybrid_patch8_32].
-        base: for `vit_moe`: the dense timm ViT to convert, such as deit_tiny_patch16_224.
-        pretrained: weights to start from: `auto`, `none`, a timm name, hf-hub:USER/NAME, a .safetensors file (its
-            architecture is found out, or given as `base`), or a folder that timm or moevision saved. Without it fit
-            asks on a terminal, and elsewhere takes only what is there already. A dense model is upcycled: experts start
-            as copies of the MLP that they replace, or of parts of it. Name and sizes are the weights', so that only
-            `depth` may be given beside it [below 200,000 images what is cached; else fit asks, in a script none].
-        num_experts: E, experts in each MoE layer [the model's own; from pretrained weights 4].
-        top_k: K, experts that compute each token; by default the router's own, 2 for most [the router's own; from
-            pretrained weights 1].
-        router: `noisy_top_k`, `vmoe_top_k`, `switch`, `sigmoid`, `bias_balanced`, `cosine`, `expert_choice` or `soft`;
-            baselines `hash`, `random`, `position`, `colour` [the model's own; from pretrained weights vmoe_top_k].
-        moe_layers: `every2`, `last2`, `all`, or a list of block numbers counting from 0 [the model's own; from
-            pretrained weights last2].
-        expert_hidden: hidden width of one expert; by default mlp_ratio x width / (top_k + shared experts), and with
-            `pretrained` that of the MLP; half of it there starts each pair of experts as the two halves of the MLP.
-        backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
-        twin: train the dense twin instead, matched in `active_flops` or `total_params`.
-        stem: what cuts an image into tokens: `patch`, `conv` (strided convolutions), or `stages` or `wide_stages`
-            (those of the hybrids).
-        patch_size: side of a patch in pixels [8].
-        embed_dim: width of a token.
-        depth: number of blocks; with `pretrained` so many of the first ones, all by default.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of a dense MLP over the width of a token.
-        drop_path_rate: stochastic depth at the last block.
-        proj_drop_rate: dropout in MLPs, experts and attention projections.
-        patch_drop_rate: share of patches left out in training.
-        global_pool: what the classifier reads: `token` (the class token) or `avg` (the mean of all patches, so that
-            every patch's route counts, in the last block too); by default the architecture's own.
-        num_shared_experts: experts that every token passes besides the chosen ones.
-        expert_drop: dropout inside the experts, in the place of `proj_drop_rate`.
-        upcycle_noise: with `pretrained`: noise on the copies, relative to the spread of their weights.
-        upcycle_reinit: with `pretrained`: share of each copy's hidden units that are drawn anew.
     """
 
-    name: str | None = None
-    base: str | None = None
-    pretrained: str | None = None
-    num_experts: int | list[int] | None = None
-    top_k: int | list[int] | None = None
-    router: str | list[str] | None = None
-    moe_layers: str | list[int] | None = None
-    expert_hidden: int | list[int] | None = None
-    backend: Literal["auto", "loop", "grouped", "dense"] | None = None
-    twin: Literal["active_flops", "total_params"] | None = None
-    stem: Literal["patch", "conv", "stages", "wide_stages"] | None = None
-    patch_size: int | None = None
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    mlp_ratio: float | None = None
-    drop_path_rate: float | None = None
-    proj_drop_rate: float | None = None
-    patch_drop_rate: float | None = None
-    global_pool: Literal["token", "avg"] | None = None
-    num_shared_experts: int | None = None
-    expert_drop: float | None = None
-    upcycle_noise: float | None = None
-    upcycle_reinit: float | None = None
+    name: str | None = option(
+        None,
+        "timm name of the model: a vit_moe* name, or vit_moe with base; vit_moe_micro_patch4_32 by default",
+        chosen="vit_moe_hybrid_patch8_32",
+    )
+    base: str | None = option(
+        None,
+        "for vit_moe: the dense timm ViT to convert, such as deit_tiny_patch16_224",
+    )
+    pretrained: str | None = option(
+        None,
+        "weights to start from: auto, none, a timm name, hf-hub:USER/NAME, a .safetensors file (its architecture is "
+        "found out, or given as base), or a folder that timm or moevision saved. Without it fit asks on a terminal, "
+        "and elsewhere takes only what is there already. A dense model is upcycled: experts start as copies of the MLP "
+        "that they replace. Name and sizes are the weights', so that only depth may be given beside "
+        "it",
+        chosen="below 200,000 images what is cached; else fit asks, in a script none",
+        alias="pretrained",
+    )
+    num_experts: int | list[int] | None = option(
+        None,
+        "E, experts in each MoE layer",
+        chosen="the model's own; from pretrained weights 4",
+    )
+    top_k: int | list[int] | None = option(
+        None,
+        "K, experts that compute each token; by default the router's own, 2 for most",
+        chosen="the router's own; from pretrained weights 1",
+    )
+    router: str | list[str] | None = option(
+        None,
+        "noisy_top_k, vmoe_top_k, switch, sigmoid, bias_balanced, cosine, expert_choice or soft; baselines hash, "
+        "random, position, colour",
+        chosen="the model's own; from pretrained weights vmoe_top_k",
+    )
+    moe_layers: str | list[int] | None = option(
+        None,
+        "every2, last2, all, or a list of block numbers counting from 0",
+        chosen="the model's own; from pretrained weights last2",
+    )
+    expert_hidden: int | list[int] | None = option(
+        None,
+        "hidden width of one expert; by default mlp_ratio x width / (top_k + shared experts), and with pretrained "
+        "of a dense model that of the MLP",
+    )
+    backend: Literal["auto", "loop", "grouped", "dense"] | None = option(
+        None,
+        "how experts are computed: auto, loop, grouped or dense",
+        rare=True,
+    )
+    twin: Literal["active_flops", "total_params"] | None = option(
+        None,
+        "train the dense twin instead, matched in active_flops or total_params",
+        rare=True,
+    )
+    stem: Literal["patch", "conv", "stages", "wide_stages"] | None = option(
+        None,
+        "what cuts an image into tokens: patch, conv (strided convolutions), or stages or wide_stages (those of the "
+        "hybrids)",
+    )
+    patch_size: int | None = option(None, "side of a patch in pixels", chosen="8")
+    embed_dim: int | None = option(None, "width of a token")
+    depth: int | None = option(
+        None,
+        "number of blocks; with pretrained so many of the first ones, all by default",
+    )
+    num_heads: int | None = option(None, "attention heads")
+    mlp_ratio: float | None = option(
+        None,
+        "hidden width of a dense MLP over the width of a token",
+        rare=True,
+    )
+    drop_path_rate: float | None = option(None, "stochastic depth at the last block")
+    proj_drop_rate: float | None = option(
+        None,
+        "dropout in MLPs, experts and attention projections",
+        rare=True,
+    )
+    patch_drop_rate: float | None = option(None, "share of patches left out in training", rare=True)
+    global_pool: Literal["token", "avg"] | None = option(
+        None,
+        "what the classifier reads: token (the class token) or avg (the mean of all patches, so that every patch's "
+        "route counts, in the last block too); by default the architecture's own",
+    )
+    num_shared_experts: int | None = option(
+        None,
+        "experts that every token passes besides the chosen ones",
+    )
+    expert_drop: float | None = option(
+        None,
+        "dropout inside the experts, in the place of proj_drop_rate",
+        rare=True,
+    )
+    upcycle_reinit: float | None = option(
+        None,
+        "with pretrained: share of each copy's hidden units that are drawn anew",
+        rare=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -315,40 +434,58 @@ class MoEConfig(RouterOptions):
         )
         ranges: Ranges = (
             (*AT_LEAST_1, sizes),
-            (*AT_LEAST_0, ("num_shared_experts", "upcycle_noise")),
+            (*AT_LEAST_0, ("num_shared_experts",)),
             (*ABOVE_0, ("mlp_ratio",)),
             (*SHARE, ("drop_path_rate", "proj_drop_rate", "patch_drop_rate", "expert_drop")),
             ("at least 0 and at most 1", lambda x: 0 <= x <= 1, ("upcycle_reinit",)),
         )
         check_ranges(self, ranges, "--model.arch.")
 
+    @classmethod
+    def from_checkpoint(cls, fields: Mapping[str, Any]) -> MoEConfig:
+        """The description in a checkpoint; versions before 0.2 wrote `upcycle_noise` too, which is ignored if unset."""
+        fields = dict(fields)
+        noise = fields.pop("upcycle_noise", None)
+        if noise:
+            raise UserError(
+                f"This checkpoint began with upcycle_noise {noise}, which this version doesn't have: use moevision 0.1."
+            )
+        return cls(**fields)
+
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer under a one-cycle schedule.
+    """The optimizer under a one-cycle schedule."""
 
-    Args:
-        name: `adamw`, or `muon`: Muon for weight matrices (each expert's is one) and AdamW for the rest [muon; from
-            pretrained weights, or for a model that you name, adamw].
-        lr: the highest learning rate [0.006 with muon, 0.001 with adamw, from pretrained weights 0.0003].
-        weight_decay: decoupled weight decay on weight matrices; biases, norms, position embeddings and class tokens
-            have none.
-        warmup_fraction: share of all steps in which the learning rate rises.
-        beta2: decay of the second moment.
-        layer_decay: each block learns at this share of the next block's rate, the last block at this share of the
-            classifier's, such as 0.75; for pretrained starts. None: one rate for all [1; from pretrained weights 0.75].
-        freeze: what keeps its weights: a number n (the embedding and the first n blocks), `all_but_experts` (only
-            routers, experts and the classifier learn) or `all_but_head` (only the classifier learns). BatchNorm in a
-            frozen part keeps its statistics too; dropout and stochastic depth stay as configured.
-    """
-
-    name: OptimizerName = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_fraction: float = 0.2
-    beta2: float = 0.99
-    layer_decay: float | None = None
-    freeze: int | FreezeAllBut | None = None
+    name: OptimizerName = option(
+        "adamw",
+        "adamw, or muon: Muon for weight matrices (each expert's is one) and AdamW for the rest",
+        chosen="muon; from pretrained weights, or for a model that you name, adamw",
+    )
+    lr: float = option(
+        1e-3,
+        "the highest learning rate",
+        chosen="0.006 with muon, 0.001 with adamw, from pretrained weights 0.0003",
+        short="lr",
+    )
+    weight_decay: float = option(
+        0.05,
+        "decoupled weight decay on weight matrices; biases, norms, position embeddings and class tokens have none",
+    )
+    warmup_fraction: float = option(0.2, "share of all steps in which the learning rate rises")
+    beta2: float = option(0.99, "decay of the second moment", rare=True)
+    layer_decay: float | None = option(
+        None,
+        "each block learns at this share of the next block's rate, the last block at this share of the classifier's, "
+        "such as 0.75; for pretrained starts. None: one rate for all",
+        chosen="1; from pretrained weights 0.75",
+    )
+    freeze: int | FreezeAllBut | None = option(
+        None,
+        "what keeps its weights: a number n (the embedding and the first n blocks), all_but_experts (only routers, "
+        "experts and the classifier learn) or all_but_head (only the classifier learns). BatchNorm in a frozen part "
+        "keeps its statistics too; dropout and stochastic depth stay as configured",
+    )
 
     def __post_init__(self) -> None:
         ranges = (
@@ -363,24 +500,24 @@ class OptimizerConfig:
 
 @dataclass
 class AuxLossWeights:
-    """How much each loss of the routers counts beside the cross-entropy; 0 leaves it out, null takes the router's own.
+    """How much each loss of the routers counts beside the cross-entropy.
 
-    Args:
-        importance: weight of the importance loss.
-        load: weight of the load loss.
-        load_balancing: weight of the Switch / GShard loss.
-        z: weight of the router z-loss.
-        label: weight of the label loss, which tells routers the class: experts belong to classes in order, as many to
-            each.
-        rule: `shazeer` or `vmoe`, the definition of importance and load.
+    0 leaves a loss out, null takes the router's own weight.
     """
 
-    importance: float | None = None
-    load: float | None = None
-    load_balancing: float | None = None
-    z: float | None = None
-    label: float | None = None
-    rule: Rule = "shazeer"
+    importance: float | None = option(None, "weight of the importance loss")
+    load: float | None = option(None, "weight of the load loss")
+    load_balancing: float | None = option(None, "weight of the Switch / GShard loss")
+    z: float | None = option(None, "weight of the router z-loss")
+    label: float | None = option(
+        None,
+        "weight of the label loss, which tells routers the class: experts belong to classes in order, as many to each",
+    )
+    rule: Rule = option(
+        "shazeer",
+        "shazeer or vmoe, the definition of importance and load",
+        rare=True,
+    )
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -392,18 +529,23 @@ class AuxLossWeights:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How several processes (--trainer.devices N, torchrun, srun) share a training; null: by --trainer.strategy.
+    """How several processes (--trainer.devices N, torchrun, srun) share a training; null: by --trainer.strategy."""
 
-    Attributes:
-        layout: how several processes share a training: `ddp` (each has all weights) or `fsdp` (weights, gradients and
-            moments are sharded).
-        expert: processes that one set of experts is divided among; tokens travel to their experts.
-        offload: keep weights, gradients and moments in main memory, and a block's weights on the GPU while it computes.
-    """
-
-    layout: Literal["ddp", "fsdp"] | None = None
-    expert: int = 1
-    offload: bool = False
+    layout: Literal["ddp", "fsdp"] | None = option(
+        None,
+        "how several processes share a training: ddp (each has all weights) or fsdp (weights, gradients and moments "
+        "are sharded)",
+        alias="parallel",
+    )
+    expert: int = option(
+        1,
+        "processes that one set of experts is divided among; tokens travel to their experts",
+    )
+    offload: bool = option(
+        False,
+        "keep weights, gradients and moments in main memory, and a block's weights on the GPU while it computes",
+        rare=True,
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self, [(*AT_LEAST_1, ("expert",))], "--parallel.")
@@ -417,18 +559,15 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a point to resume from is saved, besides the end of every epoch; and which epoch is the best.
+    """How often a point to resume from is saved, besides the end of every epoch; and which epoch is the best."""
 
-    Attributes:
-        every_minutes: minutes between two of them.
-        every_steps: optimizer steps between two of them; null is no limit.
-        monitor: what best.ckpt is the best epoch by. null: val/balanced_acc (macro recall) where the largest class has
-            more than 1.5 times the training images of the smallest, else val/top1.
-    """
-
-    every_minutes: float = 10.0
-    every_steps: int | None = None
-    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = None
+    every_minutes: float = option(10.0, "minutes between two of them")
+    every_steps: int | None = option(None, "optimizer steps between two of them; null is no limit")
+    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = option(
+        None,
+        "what best.ckpt is the best epoch by. null: val/balanced_acc (macro recall) where the largest class has more "
+        "than 1.5 times the training images of the smallest, else val/top1",
+    )
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -438,16 +577,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EarlyStoppingConfig:
-    """When a training that no longer improves ends.
+    """When a training that no longer improves ends."""
 
-    Attributes:
-        patience: validations in a row without a better one, after which training stops; null trains to the end. The
-            learning rate then hasn't come down to its end, so the schedule's whole length often scores higher.
-        monitor: what must become better; null: what best.ckpt is chosen by.
-    """
-
-    patience: int | None = None
-    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = None
+    patience: int | None = option(
+        None,
+        "validations in a row without a better one, after which training stops; null trains to the end. The learning "
+        "rate then hasn't come down to its end, so the schedule's whole length often scores higher",
+    )
+    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = option(
+        None,
+        "what must become better; null: what best.ckpt is chosen by",
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self, [(*AT_LEAST_1, ("patience",))], "--early_stopping.")
@@ -458,17 +598,19 @@ MAX_RECORDED = 64  # images
 
 @dataclass(frozen=True)
 class RecordRoutingConfig:
-    """Routing of some images at moments of the training, to see how it formed.
+    """Routing of some images at moments of the training, to see how it formed."""
 
-    Attributes:
-        images: how many test images, classes in turn, or a folder of images; at most 64. Their routing is written to
-            routing_history.safetensors in the run folder. null records nothing.
-        moments: how many, the first before the training and the last at its end, closer together at first. null: 24,
-            or fewer, so that they take no more than about 1 % of a short training.
-    """
-
-    images: int | str | None = 12
-    moments: int | None = None
+    images: int | str | None = option(
+        12,
+        "how many test images, classes in turn, or a folder of images; at most 64. Their routing is written to "
+        "routing_history.safetensors in the run folder. null records nothing",
+    )
+    moments: int | None = option(
+        None,
+        "how many, the first before the training and the last at its end, closer together at first. null: 24, or "
+        "fewer, so that they take no more than about 1 % of a short training",
+        rare=True,
+    )
 
     def __post_init__(self) -> None:
         ranges: Ranges = [("at least 2, beginning and end", lambda x: x >= 2, ("moments",))]
@@ -482,28 +624,40 @@ class RecordRoutingConfig:
 
 @dataclass
 class GuardConfig:
-    """When an update is refused, and when training returns to an earlier state.
+    """When an update is refused, and when training returns to an earlier state."""
 
-    Args:
-        enabled: refuse updates from numbers that are not finite, and return to an earlier state when it must be.
-        snapshot_every: applied updates between two snapshots.
-        snapshots: how many snapshots are kept in main memory; each takes 12 bytes per parameter under AdamW (weights
-            and two moments), 4 more with a moving average.
-        max_skips: refused among the last 100 updates, above which training returns to a snapshot.
-        max_rollbacks: returns within 1,000 steps, above which training stops.
-        spike_sigmas: standard deviations above the running mean that make a loss suspicious; 0 looks for no spikes.
-        spike_updates: suspicious losses in a row that make a lasting spike.
-        spike_warmup: losses that must be known before one can be suspicious.
-    """
-
-    enabled: bool = True
-    snapshot_every: int = 100
-    snapshots: int = 2
-    max_skips: int = 10
-    max_rollbacks: int = 3
-    spike_sigmas: float = 6.0
-    spike_updates: int = 10
-    spike_warmup: int = 20
+    enabled: bool = option(
+        True,
+        "refuse updates from numbers that are not finite, and return to an earlier state when it must be",
+    )
+    snapshot_every: int = option(100, "applied updates between two snapshots", rare=True)
+    snapshots: int = option(
+        2,
+        "how many snapshots are kept in main memory; each takes 12 bytes per parameter under AdamW (weights and two "
+        "moments), 4 more with a moving average",
+        rare=True,
+    )
+    max_skips: int = option(
+        10,
+        "refused among the last 100 updates, above which training returns to a snapshot",
+        rare=True,
+    )
+    max_rollbacks: int = option(3, "returns within 1,000 steps, above which training stops")
+    spike_sigmas: float = option(
+        6.0,
+        "standard deviations above the running mean that make a loss suspicious; 0 looks for no spikes",
+        rare=True,
+    )
+    spike_updates: int = option(
+        10,
+        "suspicious losses in a row that make a lasting spike",
+        rare=True,
+    )
+    spike_warmup: int = option(
+        20,
+        "losses that must be known before one can be suspicious",
+        rare=True,
+    )
 
     def __post_init__(self) -> None:
         ranges = (
@@ -516,15 +670,17 @@ class GuardConfig:
 
 @dataclass
 class EmaConfig:
-    """Whether a moving average of the weights is evaluated and saved in their place.
+    """Whether a moving average of the weights is evaluated and saved in their place."""
 
-    Args:
-        decay: share of the old average that an update keeps, such as 0.999; null trains without an average.
-        warmup: let the decay grow at the start, so that the first weights are soon forgotten.
-    """
-
-    decay: float | None = None
-    warmup: bool = True
+    decay: float | None = option(
+        None,
+        "share of the old average that an update keeps, such as 0.999; null trains without an average",
+    )
+    warmup: bool = option(
+        True,
+        "let the decay grow at the start, so that the first weights are soon forgotten",
+        rare=True,
+    )
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -534,59 +690,62 @@ class EmaConfig:
 
 @dataclass
 class Model:
-    """The model and how it learns.
-
-    Args:
-        label_smoothing: share of the target spread evenly over all classes.
-        compile: compile each block with torch.compile (tens of seconds at the start; for long runs on a GPU).
-        grad_checkpointing: compute blocks again in the backward pass, for less memory and more time: true for all, or
-            a list of some ([1,3]).
-        num_classes: C; taken from the data if None.
-        image_size: side of the input in pixels; taken from the data if None.
-    """
+    """The model and how it learns."""
 
     arch: MoEConfig = field(default_factory=MoEConfig)
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
     aux: AuxLossWeights = field(default_factory=AuxLossWeights)
-    label_smoothing: float = 0.1
-    compile: bool = False
-    grad_checkpointing: bool | list[int] = False
-    num_classes: int | None = None
-    image_size: int | None = None
+    label_smoothing: float = option(0.1, "share of the target spread evenly over all classes")
+    compile: bool = option(
+        False,
+        "compile each block with torch.compile (tens of seconds at the start; for long runs on a GPU)",
+        alias="compile",
+    )
+    grad_checkpointing: bool | list[int] = option(
+        False,
+        "compute blocks again in the backward pass, for less memory and more time: true for all, or a list of some "
+        "([1,3])",
+    )
+    num_classes: int | None = option(None, "C; taken from the data if None", rare=True)
+    image_size: int | None = option(
+        None,
+        "side of the input in pixels; taken from the data if None",
+        rare=True,
+    )
 
 
 @dataclass
 class Trainer:
-    """Arguments of Lightning's Trainer that have a default of our own; `MORE` has the others.
+    """Arguments of Lightning's Trainer that have a default of our own; `MORE` has the others."""
 
-    Args:
-        accelerator: `cpu`, `gpu` or `auto`.
-        devices: how many processes train together on this machine, or a list of GPUs.
-        num_nodes: machines; torchrun or srun starts their processes.
-        precision: `32-true`, `bf16-mixed`, `16-mixed` and others of Lightning's; null: what suits the device
-            [bf16-mixed where the device has it, else 32-true, on a GPU 16-mixed].
-        max_epochs: epochs of the training [by the number of images: 10 to 100; from pretrained weights 3 to 20, on a
-            GPU 5 to 30].
-        max_steps: optimizer steps of the training, in the place of epochs, or until these end if you give both; -1: by
-            the epochs.
-        accumulate_grad_batches: batches whose gradients a step sums.
-        gradient_clip_val: largest norm of a step's gradients; null: any.
-        num_sanity_val_steps: validation batches before the training.
-        log_every_n_steps: optimizer steps between two rows of metrics.csv.
-        enable_model_summary: Lightning's table of the layers.
-    """
-
-    accelerator: str = "auto"
-    devices: int | str | list[int] = 1
-    num_nodes: int = 1
-    precision: str | int | None = None
-    max_epochs: int | None = 10
-    max_steps: int = -1
-    accumulate_grad_batches: int = 1
-    gradient_clip_val: float | None = 1.0
-    num_sanity_val_steps: int = 0
-    log_every_n_steps: int = 10
-    enable_model_summary: bool = False  # the plan says it in one line
+    accelerator: str = option("auto", "cpu, gpu or auto", short="device")
+    devices: int | str | list[int] = option(
+        1,
+        "how many processes train together on this machine, or a list of GPUs",
+        short="gpus",
+    )
+    num_nodes: int = option(1, "machines; torchrun or srun starts their processes")
+    precision: str | int | None = option(
+        None,
+        "32-true, bf16-mixed, 16-mixed and others of Lightning's; null: what suits the device",
+        chosen="bf16-mixed where the device has it, else 32-true, on a GPU 16-mixed",
+    )
+    max_epochs: int | None = option(
+        10,
+        "epochs of the training",
+        chosen="by the number of images: 10 to 100; from pretrained weights 3 to 20, on a GPU 5 to 30",
+        short="epochs",
+    )
+    max_steps: int = option(
+        -1,
+        "optimizer steps of the training, in the place of epochs, or until these end if you give both; -1: by the "
+        "epochs",
+    )
+    accumulate_grad_batches: int = option(1, "batches whose gradients a step sums")
+    gradient_clip_val: float | None = option(1.0, "largest norm of a step's gradients; null: any")
+    num_sanity_val_steps: int = option(0, "validation batches before the training", rare=True)
+    log_every_n_steps: int = option(10, "optimizer steps between two rows of metrics.csv")
+    enable_model_summary: bool = option(False, "Lightning's table of the layers", rare=True)
 
 
 def plain(value: Any) -> Any:
@@ -622,152 +781,160 @@ MORE: dict[str, Any] = {
 
 @dataclass
 class Settings:
-    """Everything that a run was asked for or has chosen; its config.yaml has the same keys.
+    """Everything that a run was asked for or has chosen; its config.yaml has the same keys."""
 
-    Args:
-        seed_everything: seed of weights, router noise, order, crops and flips; true draws one, false sets none.
-        name: name of the run folder, runs/NAME [that of the data].
-        runs_root: the folder in which run folders are made.
-        with_twin: train the dense twin by the same recipe too, and compare both on the same test images.
-        router_start: with --pretrained: routers start at random, or from clusters of what some training images give
-            them, so that every expert is used from the first step on [cluster for dense pretrained weights, else
-            random].
-        check_memory: refuse a model whose weights, gradients and moments alone are larger than the memory; --force
-            doesn't.
-        resume: resume an interrupted run: its folder, such as runs/pets; or auto: the run folder of this very command,
-            if a valid checkpoint is there, else a fresh start. Images are compared with the run's by path, label and
-            file size, not by content. On the command line only.
-        ckpt_path: the checkpoint, such as runs/pets/checkpoints/best.ckpt; of validate and test.
-    """
-
-    seed_everything: bool | int = 0
+    seed_everything: bool | int = option(
+        0,
+        "seed of weights, router noise, order, crops and flips; true draws one, false sets none",
+    )
     trainer: dict[str, Any] = field(
         default_factory=lambda: asdict(Trainer())
     )  # of `Trainer` and of `MORE`
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
-    resume: str | None = None
+    resume: str | None = option(
+        None,
+        "resume an interrupted run: its folder, such as runs/pets; or auto: the run folder of this very command, if a "
+        "valid checkpoint is there, else a fresh start. Images are compared with the run's by path, label and file "
+        "size, not by content. On the command line only",
+    )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     record_routing: RecordRoutingConfig = field(default_factory=RecordRoutingConfig)
-    router_start: Literal["random", "cluster"] = "random"
-    name: str | None = None
-    with_twin: bool = False
-    check_memory: bool = True
-    runs_root: str = "runs"
-    ckpt_path: str | None = None
+    router_start: Literal["random", "cluster"] = option(
+        "random",
+        "with --pretrained: routers start at random, or from clusters of what some training images give them, so that "
+        "every expert is used from the first step on",
+        chosen="cluster for dense pretrained weights, else random",
+    )
+    name: str | None = option(None, "name of the run folder, runs/NAME", chosen="that of the data")
+    with_twin: bool = option(
+        False,
+        "train the dense twin by the same recipe too, and compare both on the same test images",
+        alias="with-twin",
+    )
+    check_memory: bool = option(
+        True,
+        "refuse a model whose weights, gradients and moments alone are larger than the memory; --force doesn't",
+        rare=True,
+    )
+    runs_root: str = option("runs", "the folder in which run folders are made", rare=True)
+    ckpt_path: str | None = option(
+        None,
+        "the checkpoint, such as runs/pets/checkpoints/best.ckpt; of validate and test",
+        rare=True,
+    )
 
 
 class Option(NamedTuple):
-    """A key of the configuration: the type of its values, its default, what it is, and what fit takes for a folder."""
+    """An option: the type of its values, its default, and what `option` says about it."""
 
     kind: Any
     default: Any
     help: str = ""
     chosen: str = ""
+    alias: str = ""
+    short: str = ""
+    rare: bool = False
 
 
 @cache
 def options() -> dict[str, Option]:
-    """Every key by its dotted name, in the order of a config.yaml."""
-    found: dict[str, Option] = {}
-    for name, option in _keys(Settings, ""):
-        if name == "trainer":
-            found |= dict(_keys(Trainer, "trainer."))
-            found |= {f"trainer.{key}": Option(kind, None) for key, kind in MORE.items()}
-        else:
-            found[name] = option
-    return found
+    """Every option by its dotted name, in the order of a config.yaml."""
+    result: dict[str, Option] = {}
+    for name, entry in _options_of(Settings, ""):
+        if name != "trainer":
+            result[name] = entry
+            continue
+        result |= _options_of(Trainer, "trainer.")
+        for argument, kind in MORE.items():
+            result[f"trainer.{argument}"] = Option(kind, None, rare=True)
+    return result
 
 
-def _keys(cls: type, prefix: str) -> Iterator[tuple[str, Option]]:
-    """The keys of a dataclass, with what its docstring and those of its bases say about them."""
-    said = "".join(base.__doc__ or "" for base in cls.__mro__ if is_dataclass(base))
-    words = {}
-    for name, text in re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", said, re.MULTILINE):
-        words[name] = re.fullmatch(
-            r"(.*?)(?: \[([^\]]+)\])?\.?", " ".join(text.split()).replace("`", "")
-        )
+def _options_of(cls: type, prefix: str) -> Iterator[tuple[str, Option]]:
+    """Dotted name and option of each field of a dataclass, those of nested ones included."""
     kinds = get_type_hints(cls)
-    for each in fields(cls):
-        if is_dataclass(kind := kinds[each.name]):
-            yield from _keys(cast(type, kind), f"{prefix}{each.name}.")
+    for entry in fields(cls):
+        name, kind = f"{prefix}{entry.name}", kinds[entry.name]
+        if is_dataclass(kind):
+            yield from _options_of(cast(type, kind), f"{name}.")
         else:
-            found = words.get(each.name)
-            yield (
-                f"{prefix}{each.name}",
-                Option(kind, each.default, *(found.groups("") if found else ())),
-            )
+            yield name, Option(kind, entry.default, **entry.metadata)
 
 
-def complete(given: Mapping[str, Any]) -> dict[str, Any]:
-    """These options and the defaults of the others, by dotted names; the Trainer's own defaults are left out."""
-    defaults = {
-        name: one.default
-        for name, one in options().items()
-        if name.removeprefix("trainer.") not in MORE
-    }
-    return {**defaults, **given}
+def to_settings(values: Options) -> Settings:
+    """The settings with these options, and the defaults of the others."""
+    settings: Settings = _build(Settings, "", values)
+    for name, value in values.items():
+        group, _, argument = name.partition(".")
+        if group == "trainer":
+            settings.trainer[argument] = value
+    return settings
 
 
-def settings(given: Mapping[str, Any]) -> Settings:
-    """The settings with these options, by their dotted names, and the defaults of the others."""
-
-    def make(cls: type, prefix: str) -> Any:
-        kinds, values = get_type_hints(cls), {}
-        for each in fields(cls):
-            name = prefix + each.name
-            if is_dataclass(kind := kinds[each.name]):
-                values[each.name] = make(cast(type, kind), f"{name}.")
-            elif name in given:
-                values[each.name] = given[name]
-        return cls(**values)
-
-    made: Settings = make(Settings, "")
-    made.trainer |= {
-        key.removeprefix("trainer."): value
-        for key, value in given.items()
-        if key.startswith("trainer.")
-    }
-    return made
+def _build(cls: type, prefix: str, values: Options) -> Any:
+    """An instance of a dataclass of options, whose names begin with `prefix`."""
+    kinds = get_type_hints(cls)
+    arguments = {}
+    for entry in fields(cls):
+        name, kind = f"{prefix}{entry.name}", kinds[entry.name]
+        if is_dataclass(kind):
+            arguments[entry.name] = _build(cast(type, kind), f"{name}.", values)
+        elif name in values:
+            arguments[entry.name] = values[name]
+    return cls(**arguments)
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested configuration by their dotted names, known or not; what has no value is left out."""
-    found: dict[str, Any] = {}
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by their dotted names, known or not."""
+    values: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name not in options():
-            found |= flat(value, f"{name}.")
+            values |= flatten(value, f"{name}.")
         else:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
-def checked(content: Any, where: str) -> dict[str, Any]:
+def parse_config(content: Any, source: str) -> dict[str, Any]:
     """The options that the content of a YAML file gives, by their dotted names.
 
     A key that isn't known and has no value is ignored, and so are those in `WRITTEN`: earlier versions wrote some.
     """
     if not isinstance(content, Mapping):
         raise UserError(
-            f"{where} is no configuration: it must have keys, such as data: {{path: ...}}."
+            f"{source} is no configuration: it must have keys, such as data: {{path: ...}}."
         )
-    found = flat(content)
-    given = {
-        name: found[name]
-        for name in found
-        if name in options() or (found[name] is not None and name not in WRITTEN)
-    }
-    if unknown := next((name for name in given if name not in options()), None):
-        raise UserError(f"{where}: {_unknown(unknown)}")
+
+    values = {}
+    for name, value in flatten(content).items():
+        if name in options():
+            values[name] = value
+        elif value is not None and name not in WRITTEN:
+            raise UserError(f"{source}: {_unknown_option(name)}")
+
     try:
-        return dict(vars(_parser().parse_object(given, defaults=False).as_flat()))
-    except ArgumentError as error:
-        raise UserError(f"{where}: {_sentence(str(error))}") from error
+        return _parse_values(values)
+    except ArgumentError:
+        for name, value in values.items():
+            try:
+                _parse_values({name: value})
+            except ArgumentError as error:
+                raise UserError(f"{source}: {_wrong_value(name, value)}") from error
+        raise
+
+
+def _parse_values(values: Options) -> dict[str, Any]:
+    """The values in the types of their options."""
+    return dict(vars(_parser().parse_object(dict(values), defaults=False).as_flat()))
+
+
+# ---- the command line
 
 
 class ParsedArgs(NamedTuple):
@@ -783,39 +950,46 @@ class ParsedArgs(NamedTuple):
 def parse_args(verb: str, arguments: Sequence[str]) -> ParsedArgs:
     """Understand a command line of `fit`, `validate` or `test`."""
     parser = _parser()
+    spelled = option_spelled(parser, arguments, _short_names())
     try:
-        found = vars(
-            parser.parse_args(
-                option_spelled(parser, arguments, ALIASES | SHORT), defaults=False
-            ).as_flat()
-        )
+        values = vars(parser.parse_args(spelled, defaults=False).as_flat())
     except ArgumentError as error:
-        raise UserError(f"{_sentence(str(error))} See moevision {verb} --help.") from error
-    folder, configs, prints = (
-        found.pop(name, None) for name in ("folder", "config", "print_config")
-    )
+        mistake = _first_mistake(spelled) or "The options don't fit together."
+        raise UserError(f"{mistake} See moevision {verb} --help.") from error
     return ParsedArgs(
-        folder, configs or [], found, prints is not None, ["moevision", verb, *arguments]
+        folder=values.pop("folder", None),
+        configs=values.pop("config", None) or [],
+        prints=values.pop("print_config", None) is not None,
+        options=values,
+        command=["moevision", verb, *arguments],
     )
 
 
 def option_spelled(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str],
-    also: Mapping[str, str] = MappingProxyType({}),
+    short_names: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """The arguments with each option as the parser spells it: - and _ mean the same in its name.
 
-    `also` has other words for some options, without dashes.
+    `short_names` has other names for some options, without dashes.
     """
-    names = {name: name for name in parser._option_string_actions} | {
-        f"--{word}": f"--{also[word]}" for word in also
-    }
-    known = {name.replace("-", "_"): key for name, key in names.items() if name.startswith("--")}
-    parts = [argument.partition("=") for argument in arguments]
-    return [
-        known.get(name.replace("-", "_"), name) + equals + value for name, equals, value in parts
-    ]
+    spellings = {name: name for name in parser._option_string_actions if name.startswith("--")}
+    for short, name in short_names.items():
+        spellings[f"--{short}"] = f"--{name}"
+    spellings = {name.replace("-", "_"): spelling for name, spelling in spellings.items()}
+
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        result.append(spellings.get(name.replace("-", "_"), name) + equals + value)
+    return result
+
+
+def _short_names() -> dict[str, str]:
+    """What may be typed for some options beside their dotted names."""
+    names = {entry.alias: name for name, entry in options().items() if entry.alias}
+    return names | {entry.short: name for name, entry in options().items() if entry.short}
 
 
 @cache
@@ -828,132 +1002,163 @@ def _parser() -> ArgumentParser:
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--config", "-c", action="append")
     parser.add_argument("--print_config", nargs="?", const="")
-    for name, option in options().items():
-        as_flag: dict[str, Any] = {"nargs": "?", "const": True} if option.kind is bool else {}
-        parser.add_argument(f"--{name}", dest=name, type=option.kind, **as_flag)
-    for flag, (name, value, _) in FLAGS.items():
-        parser.add_argument(f"--{flag}", dest=name, action="store_const", const=value)
+    for name, entry in options().items():
+        if entry.kind is bool:
+            parser.add_argument(f"--{name}", dest=name, type=bool, nargs="?", const=True)
+        else:
+            parser.add_argument(f"--{name}", dest=name, type=entry.kind)
+    for name, flag in FLAGS.items():
+        parser.add_argument(f"--{name}", dest=flag.sets, action="store_const", const=flag.value)
     return parser
 
 
-def _sentence(message: str) -> str:
-    """What is wrong with an option, from the words of the parser."""
-    if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
-        word = found[1].split("=")[0]
-        if word.startswith("-"):
-            return _unknown(word.lstrip("-"))
-        return f"{word!r} stands where an option is expected: a folder comes right after the verb."
-    if found := re.search(r"argument (?:\S+/)?(\S+): expected", message):
-        return f"{found[1]} needs a value."
-    key, value = (
-        re.search(r'Parser key "([^"]+)"', message),
-        re.search(r"(?:Got|Given) value: (.*)", message),
-    )
-    if key and value and key[1] in options():
-        return f"--{key[1]} is {value[1]!r}: it must be {_kinds(options()[key[1]].kind)}."
-    return " ".join(message.split()).rstrip(".") + "."
+def _first_mistake(arguments: Sequence[str]) -> str | None:
+    """What is wrong with the first option that the parser doesn't take, or with a second folder."""
+    # Each option with the values behind it; in front of the first option, the folder.
+    groups: list[list[str]] = [[""]]
+    for argument in arguments:
+        is_option = argument.startswith("--") or (argument[:1] == "-" and argument[1:].isalpha())
+        if is_option:
+            groups.append([argument])
+        else:
+            groups[-1].append(argument)
+
+    folders: list[str] = []
+    for option_argument, *values in groups:
+        name, equals, value = option_argument.partition("=")
+        if name:
+            action = _action_of(name)
+            if action is None:
+                return _unknown_option(name.lstrip("-"))
+            if equals and action.nargs == 0:
+                return f"{name} takes no value."
+            if action.nargs is None and not equals and not values:
+                return f"--{action.dest} needs a value."
+
+            own_values = [] if equals or action.nargs == 0 else values[:1]
+            try:
+                _parser().parse_args([option_argument, *own_values], defaults=False)
+            except ArgumentError:
+                return _wrong_value(action.dest, value if equals else values[0])
+            values = values[len(own_values) :]
+
+        folders += values
+        if len(folders) > 1:
+            return f"{folders[1]!r} stands where an option is expected: a folder comes right after the verb."
+    return None
 
 
-def _kinds(kind: Any) -> str:
+def _action_of(name: str) -> argparse.Action | None:
+    """The parser's action for an option, for a key below it, or for --OPTION+, which appends to a list."""
+    for option_name, action in _parser()._option_string_actions.items():
+        if name == option_name or name.startswith((f"{option_name}.", f"{option_name}+")):
+            return action
+    return None
+
+
+def _wrong_value(name: str, value: Any) -> str:
+    return f"--{name} is {str(value)!r}: it must be {_type_in_words(options()[name].kind)}."
+
+
+def _type_in_words(kind: Any) -> str:
     """A type as people write its values: int, 'a', 'b' or null."""
     if get_origin(kind) is Literal:
         return ", ".join(map(repr, get_args(kind)))
-    if isinstance(kind, UnionType) or get_origin(kind) is Union:
-        return " or ".join(map(_kinds, get_args(kind)))
-    return "null" if kind is type(None) else kind.__name__ if isinstance(kind, type) else str(kind)
+    if _is_union(kind):
+        return " or ".join(map(_type_in_words, get_args(kind)))
+    if kind is type(None):
+        return "null"
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
-def _unknown(name: str) -> str:
-    known = [*options(), *ALIASES, *SHORT, *FLAGS, "config", "print_config"]
-    near = difflib.get_close_matches(name, known, n=3)
-    if not near:  # a mistyped group has its last part in common with the right one
-        near = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:3]
-    meant = ", ".join(f"--{key}" for key in near)
-    return f"there is no option {name!r}" + (f", did you mean {meant}?" if near else ".")
+def _is_union(kind: Any) -> bool:
+    return isinstance(kind, UnionType) or get_origin(kind) is Union
+
+
+def _unknown_option(name: str) -> str:
+    names = [*options(), *_short_names(), *FLAGS, *_PROGRAM]
+    similar = difflib.get_close_matches(name, names, n=3)
+    if not similar:  # a mistyped group has its last part in common with the right one
+        last = name.rsplit(".", 1)[-1]
+        similar = [option for option in names if option.rsplit(".", 1)[-1] == last][:3]
+    if not similar:
+        return f"there is no option {name!r}."
+    meant = ", ".join(f"--{option}" for option in similar)
+    return f"there is no option {name!r}, did you mean {meant}?"
 
 
 # ---- help
 
-ALIASES = {
-    "pretrained": "model.arch.pretrained",
-    "parallel": "parallel.layout",
-    "compile": "model.compile",
-    "with-twin": "with_twin",
-}
-# What people type first, beside the key that the help shows.
-SHORT = {
-    "epochs": "trainer.max_epochs",
-    "lr": "model.optim.lr",
-    "image-size": "data.image_size",
-    "batch-size": "data.batch_size",
-    "gpus": "trainer.devices",
-    "device": "trainer.accelerator",
-}
+
+class Flag(NamedTuple):
+    """A word without a value, which gives an option this one."""
+
+    sets: str
+    value: Any
+    help: str
+
+
 FLAGS = {
-    "dense": (
+    "dense": Flag(
         "model.arch.twin",
         "active_flops",
         "fine-tune or train the dense model, without experts",
     ),
-    "force": (
+    "force": Flag(
         "check_memory",
         False,
         "train a model that seems too large for the memory all the same",
     ),
-    "without-twin": (
+    "without-twin": Flag(
         "with_twin",
         False,
         "don't train the dense twin that a configuration asks for",
     ),
 }
-# Into every config.yaml before they left.
+# Keys that earlier versions wrote into every config.yaml and that mean nothing any more.
 WRITTEN = ("guard.snapshots_in", "log_routers", "trainer.use_distributed_sampler")
-# What most people change: the help. `--help-all` adds the others but those that few need, which config.md lists.
-_SHORT = (
-    *(
-        "config",
-        "pretrained",
-        "dense",
-        "with-twin",
-        "seed_everything",
-        "name",
-        "resume",
-        "data.image_size",
-    ),
-    *(
-        "data.batch_size",
-        "data.augment",
-        "model.arch.num_experts",
-        "model.arch.router",
-        "model.optim.lr",
-    ),
-    *("trainer.max_epochs", "trainer.devices", "parallel", "print_config"),
-)
-_RARE = re.compile(
-    r"trainer\.(num_sanity|enable_model)|data\.(mean|std|order_seed|max_bad_fraction|check_duplicates|hflip)"
-    r"|data\.(val|test)_size|data\.cache_mb|guard\.(snap|spike|max_skips)|ema\.warmup|model\.(num_classes|image_size)|ckpt_path"
-    r"|model\.arch\.(backend|upcycle_|proj_drop|patch_drop|expert_drop|mlp_ratio|slots|bias_rate|normalize|batch_prio)"
-    r"|model\.(arch\.twin|optim\.beta2|aux\.rule)|record_routing\.moments|parallel\.offload|check_memory|runs_root"
-)
-_EVALUATION = (
-    *(
-        "config",
-        "ckpt_path",
-        "name",
-        "runs_root",
-        "data.path",
-        "data.batch_size",
-        "data.num_workers",
-    ),
-    *("trainer.accelerator", "trainer.devices", "trainer.precision", "compile", "print_config"),
-)
-_OWN_WORDS = {
+# Options of the program itself, which are no keys of a configuration.
+_PROGRAM = {
     "config": "a YAML file, or a recipe that is shipped: quickstart, cifar10, imagenette, cats_vs_dogs, "
     "cats_vs_dogs_two, finetune_upcycled, moe_vie",
     "print_config": "print all settings as YAML, to edit, and end",
 }
+# What most people change: the help, in this order. `--help-all` adds the others that aren't rare.
+_COMMON = [
+    "config",
+    "pretrained",
+    "dense",
+    "with-twin",
+    "seed_everything",
+    "name",
+    "resume",
+    "data.image_size",
+    "data.batch_size",
+    "data.augment",
+    "model.arch.num_experts",
+    "model.arch.router",
+    "model.optim.lr",
+    "trainer.max_epochs",
+    "trainer.devices",
+    "parallel",
+    "print_config",
+]
+_EVALUATION = [
+    "config",
+    "ckpt_path",
+    "name",
+    "runs_root",
+    "data.path",
+    "data.batch_size",
+    "data.num_workers",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.precision",
+    "compile",
+    "print_config",
+]
 _HELP = """\
-usage: moevision {verb} {place} [options]
+usage: moevision {verb} {positional} [options]
 
 {about}
 
@@ -989,62 +1194,65 @@ _BELOW_EVALUATION = (
 def visible_options(verb: str, *, everything: bool) -> list[str]:
     """The options that the help of a verb shows, as they are typed, without dashes."""
     if verb != "fit":
-        return list(_EVALUATION)
+        return _EVALUATION
     if not everything:
-        return list(_SHORT)
-    aliased = {key: alias for alias, key in ALIASES.items()}
-    rare = {
-        name for name in options() if name.removeprefix("trainer.") in MORE or _RARE.match(name)
-    } - aliased.keys()
-    return [
-        "config",
-        "print_config",
-        *(aliased.get(name, name) for name in options() if name not in rare),
-        *FLAGS,
-    ]
+        return _COMMON
+    names = [entry.alias or name for name, entry in options().items() if not entry.rare]
+    return [*_PROGRAM, *names, *FLAGS]
 
 
 def help_of(verb: str, *, everything: bool = False) -> str:
     """The help of `fit`, `validate` or `test`: what most people need, or more."""
     lines = []
     for name in visible_options(verb, everything=everything):
-        key = ALIASES.get(name, name)
-        words, value = _OWN_WORDS.get(name, ""), "NAME" if name == "config" else ""
-        if name in FLAGS:
-            words = FLAGS[name][2]
-        elif key in options():
-            option = options()[key]
-            value = "" if option.kind is bool else _values(option.kind)
-            default = option.chosen if verb == "fit" and option.chosen else option.default
-            words = option.help
-            if not everything:
-                words = words.split(". ")[0]
-            if default not in (None, False):
-                words += f" ({'yes' if default is True else default})"
-        head = f"  --{name} {value}".rstrip()
-        text = textwrap.wrap(words, columns() - 38)
+        head, text = _describe_option(name, verb, brief=not everything)
+        paragraph = textwrap.wrap(text, columns() - 38)
         if len(head) > 36:
             lines.append(head)
             head = ""
-        lines += [f"{head:38}{text[0]}", *(f"{'':38}{line}" for line in text[1:])]
+        lines.append(f"{head:38}{paragraph[0]}")
+        lines += [f"{'':38}{line}" for line in paragraph[1:]]
+
+    is_fit = verb == "fit"
     return _HELP.format(
         verb=verb,
-        place="[FOLDER]" if verb == "fit" else "[RUN]",
+        positional="[FOLDER]" if is_fit else "[RUN]",
         about=fitted(_ABOUT[verb]),
-        examples=_EXAMPLES if verb == "fit" else f"  moevision {verb} runs/pets",
+        examples=_EXAMPLES if is_fit else f"  moevision {verb} runs/pets",
         options="\n".join(lines),
-        below=fitted(_BELOW if verb == "fit" else _BELOW_EVALUATION),
+        below=fitted(_BELOW if is_fit else _BELOW_EVALUATION),
     )
 
 
-def _values(kind: Any) -> str:
+def _describe_option(name: str, verb: str, *, brief: bool) -> tuple[str, str]:
+    """What is typed for an option, and what the help says about it; `brief` is the first sentence of that."""
+    if name == "config":
+        return "  --config NAME", _PROGRAM[name]
+    if name in _PROGRAM:
+        return f"  --{name}", _PROGRAM[name]
+    if name in FLAGS:
+        return f"  --{name}", FLAGS[name].help
+
+    entry = options()[_short_names().get(name, name)]
+    text = entry.help
+    if brief:
+        text = text.split(". ")[0]
+    default = entry.default
+    if verb == "fit" and entry.chosen:
+        default = entry.chosen
+    if default is True:
+        text += " (yes)"
+    elif default not in (None, False):  # nor 0
+        text += f" ({default})"
+    if entry.kind is bool:
+        return f"  --{name}", text
+    return f"  --{name} {_value_in_help(entry.kind)}", text
+
+
+def _value_in_help(kind: Any) -> str:
     """What stands for the value of an option in the help."""
-    kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
-    words = {int: "N", float: "X", str: "TEXT", bool: "true"}
-    return "|".join(
-        "|".join(map(str, get_args(each)))
-        if get_origin(each) is Literal
-        else words.get(each, "...")
-        for each in kinds
-        if each is not type(None)
-    )
+    if _is_union(kind):
+        return "|".join(_value_in_help(part) for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    return {int: "N", float: "X", str: "TEXT", bool: "true"}.get(kind, "...")

@@ -48,17 +48,21 @@ def measure_cost(
     The backend `dense` computes all experts, as exported files do: `flops_per_image` is then no longer what is active.
     The others compute the chosen ones and agree.
     """
-    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    if isinstance(image_size, int):
+        image_size = image_size, image_size
     parameter = next(model.parameters())
-    image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
+    image = torch.zeros(1, 3, *image_size, device=parameter.device, dtype=parameter.dtype)
     # With gradients: without, torch's counter fails where a module is given a view of a parameter (SigLIP's head).
     with torch.enable_grad(), _eval_with(model, backend), flop_counter() as counter:
         _, layers = count_layers(model, counter, lambda: model(image))
-    router = sum(layer.router for layer in layers)
-    flops = int(counter.get_total_flops()) - router
-    if backend != "dense":  # without rows that a dispatcher adds
-        flops -= sum((layer.rows - layer.requested_rows) * layer.per_row for layer in layers)
-    return ModelCost(*parameter_counts(model), flops, router)
+
+    router_flops = sum(layer.router for layer in layers)
+    flops = counter.get_total_flops() - router_flops
+    if backend != "dense":
+        for layer in layers:  # without rows that a dispatcher adds
+            flops -= (layer.rows - layer.requested_rows) * layer.per_row
+    total, active = parameter_counts(model)
+    return ModelCost(total, active, flops, router_flops)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -70,12 +74,10 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for layer in moe_layers(model):
-        if layer.router.kind == "soft":
-            continue
-        experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-        idle += (
-            experts // layer.router.num_experts * (layer.router.num_experts - layer.router.top_k)
-        )
+        router = layer.router
+        if router.kind != "soft":
+            experts = sum(parameter.numel() for parameter in layer.experts.parameters())
+            idle += experts // router.num_experts * (router.num_experts - router.top_k)
     return total, total - idle
 
 
@@ -109,14 +111,14 @@ class LayerCount:
     @property
     def per_row(self) -> int:
         """FLOPs of one row through one expert: 2 · (D · H + H · O)."""
-        fc1, fc2 = self.layer.experts.fc1, self.layer.experts.fc2
-        return sum(2 * linear.in_features * linear.out_features for linear in (fc1, fc2))
+        linears = self.layer.experts.fc1, self.layer.experts.fc2
+        return sum(2 * linear.in_features * linear.out_features for linear in linears)
 
     @property
     def rows(self) -> int:
         """R, the rows that went through an expert; a RuntimeError if an operation of the experts has no formula."""
-        rows, rest = divmod(self.experts, self.per_row)
-        if rest or rows < self.routing.counts().sum():
+        rows, remainder = divmod(self.experts, self.per_row)
+        if remainder or rows < self.routing.counts().sum():
             raise RuntimeError(
                 f"{self.experts} FLOPs of experts are no number of rows: an operation of backend "
                 f"{self.layer.experts.backend!r} has no FLOP formula."
@@ -133,39 +135,33 @@ def count_layers(
     model: nn.Module, counter: FlopCounterMode, forward: Callable[[], Any]
 ) -> tuple[Any, list[LayerCount]]:
     """Run one forward pass under an open `flop_counter()`: what it returned, and its MoE layers in order of depth."""
-    spent: dict[
-        nn.Module, int
-    ] = {}  # FLOPs between start and end of a layer, its router and its shared experts
+    # FLOPs between start and end of a layer, its router and its shared experts.
+    flops: dict[nn.Module | None, int] = {None: 0}
 
     def start(module: nn.Module, _: tuple[Any, ...]) -> None:
-        spent[module] = -int(counter.get_total_flops())
+        flops[module] = -counter.get_total_flops()
 
     def end(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
-        spent[module] += int(counter.get_total_flops())
+        flops[module] += counter.get_total_flops()
 
     layers = moe_layers(model)
-    parts = [
-        part for layer in layers for part in (layer, layer.router, layer.shared) if part is not None
-    ]
     with record_routing(model) as routings, ExitStack() as hooks:
-        for part in parts:
-            hooks.enter_context(part.register_forward_pre_hook(start))
-            hooks.enter_context(part.register_forward_hook(end))
+        for layer in layers:
+            for module in (layer, layer.router, layer.shared):
+                if module is not None:
+                    hooks.enter_context(module.register_forward_pre_hook(start))
+                    hooks.enter_context(module.register_forward_hook(end))
         output = forward()
+
     counts = []
-    for layer, routing in zip(
-        layers, routings, strict=True
-    ):  # every MoE layer runs once in a forward pass
-        experts = (
-            spent[layer]
-            - spent[layer.router]
-            - (0 if layer.shared is None else spent[layer.shared])
-        )
+    # Every MoE layer runs once in a forward pass.
+    for layer, routing in zip(layers, routings, strict=True):
+        experts = flops[layer] - flops[layer.router] - flops[layer.shared]
         if isinstance(routing, SoftRouting):
             # Slots are filled with weighted means of tokens, and tokens with those of slots: 4 · B · N · E · P · D.
             fc1, fc2 = layer.experts.fc1, layer.experts.fc2
             experts -= 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
-        counts.append(LayerCount(layer, routing, spent[layer.router], experts))
+        counts.append(LayerCount(layer, routing, flops[layer.router], experts))
     return output, counts
 
 
@@ -196,7 +192,7 @@ def flop_counter() -> FlopCounterMode:
     backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {
         _aten._grouped_mm: grouped_mm_flops,
-        attention: lambda *given, **_: sdpa_flop_count(*given[:3]),
-        backward: lambda *given, **_: sdpa_backward_flop_count(*given[:4]),
+        attention: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
     }
     return FlopCounterMode(display=False, custom_mapping=formulas)

@@ -33,7 +33,7 @@ class DataWarning(UserWarning):
         super().__init__(escape_controls_of_lines(sentence))
 
 
-# Words, what they mean, and the options that they are said of. NaN is in no range.
+# A range in words, whether a number is in it, and the options that must be. NaN is in no range.
 Range = tuple[str, Callable[[float], bool]]
 Ranges = Sequence[tuple[str, Callable[[float], bool], Sequence[str]]]
 ABOVE_0: Range = ("above 0", lambda x: 0 < x < math.inf)
@@ -49,26 +49,28 @@ def check_ranges(options: object, ranges: Ranges, prefix: str = "") -> None:
     `options` has them as attributes, each a number, a list of numbers, or None; `prefix` stands in front of an option's
     name as it is typed, such as `--data.`.
     """
-    for words, fits, names in ranges:
+    for description, is_valid, names in ranges:
         for name in names:
-            given = getattr(options, name)
-            for value in given if isinstance(given, list) else [given]:
-                if value is not None and not fits(value):
-                    raise UserError(f"{prefix}{name} is {value}: it must be {words}.")
+            values = getattr(options, name)
+            if not isinstance(values, list):
+                values = [values]
+            for value in values:
+                if value is not None and not is_valid(value):
+                    raise UserError(f"{prefix}{name} is {value}: it must be {description}.")
 
 
 def refuse_equal_seeds(runs: Iterable[tuple[str, int | None]]) -> None:
     """Refuse two runs (name and seed; None or false: unknown) of one seed, which tell less of luck than they seem."""
-    known: dict[int, str] = {}
+    names: dict[int, str] = {}
     for name, seed in runs:
         if seed is None or isinstance(seed, bool):  # false: drawn anew each time
             continue
-        if seed in known:
+        if seed in names:
             raise UserError(
-                f"{name} has the seed of {known[seed]}, {seed}, so that both began alike: leave one out, or train it "
+                f"{name} has the seed of {names[seed]}, {seed}, so that both began alike: leave one out, or train it "
                 "with another --seed_everything."
             )
-        known[seed] = name
+        names[seed] = name
 
 
 # ---- names from outside
@@ -104,8 +106,8 @@ def escape_controls_of_lines(text: str) -> str:
 
 def escape_csv_cell(name: str) -> str:
     """The name as a cell of a CSV file: shown, and no formula to a spreadsheet. Doing it twice changes nothing."""
-    word = escape_controls(name)
-    return f"'{word}" if word.startswith(_FORMULA) else word
+    cell = escape_controls(name)
+    return f"'{cell}" if cell.startswith(_FORMULA) else cell
 
 
 def json_text(value: Any, **options: Any) -> str:

@@ -27,10 +27,10 @@ def write_bytes_atomic(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_for(path)
+    parts = [data] if isinstance(data, bytes) else data
     try:
         with temporary.open("wb") as file:
-            for part in (data,) if isinstance(data, bytes) else data:
-                file.write(part)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         if before is not None and path.exists():
@@ -43,8 +43,8 @@ def write_bytes_atomic(
 
 def newest_config(run_dir: Path) -> Path:
     """The settings that a run was last gone on with: config.yaml, or the newest config-N.yaml, which changes leave."""
-    later = sorted(run_dir.glob("config-*.yaml"), key=lambda file: (len(file.name), file.name))
-    return [run_dir / "config.yaml", *later][-1]
+    changed = sorted(run_dir.glob("config-*.yaml"), key=lambda file: (len(file.name), file.name))
+    return changed[-1] if changed else run_dir / "config.yaml"
 
 
 def sync_file(path: Path) -> None:
@@ -80,7 +80,7 @@ def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
 
     Text that is large comes in parts, and is written part by part.
     """
-    parts = (text,) if isinstance(text, str) else text
+    parts = [text] if isinstance(text, str) else text
     write_bytes_atomic(path, (part.encode("utf-8", errors="backslashreplace") for part in parts))
 
 

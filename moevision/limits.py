@@ -20,7 +20,9 @@ ROOT = Path("/")
 
 def usable_cores() -> int:
     """Logical cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def total_memory_bytes() -> int | None:
@@ -39,15 +41,11 @@ def usable_memory_bytes(root: Path = ROOT) -> int | None:
 
 def memory_available_bytes(root: Path = ROOT) -> int | None:
     """Memory that new programs can have without swapping, within the control group's limit."""
-    meminfo = _text(root / "proc/meminfo").split()
-    free = (
-        [int(meminfo[meminfo.index("MemAvailable:") + 1]) * 1024]
-        if "MemAvailable:" in meminfo
-        else []
-    )
-    return min(
-        [*free, *(max(0, limit - used) for limit, used in _memory_limits(root))], default=None
-    )
+    free = [max(0, limit - used) for limit, used in _memory_limits(root)]
+    for line in _text(root / "proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            free.append(int(line.split()[1]) * 1024)
+    return min(free, default=None)
 
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
@@ -63,22 +61,16 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
 
 def _groups(root: Path) -> Iterator[Path]:
     """The folders of this process's control group and its ancestors."""
-    group = next(
-        (
-            line[3:]
-            for line in _text(root / "proc/self/cgroup").splitlines()
-            if line.startswith("0::")
-        ),
-        None,
-    )
-    if group is None:
+    groups = _text(root / "proc/self/cgroup").splitlines()
+    paths = [line.removeprefix("0::") for line in groups if line.startswith("0::")]
+    if not paths:
         return
     # Inside a container the path may be one of the host's, which isn't mounted: then the top is the group.
     top = root / "sys/fs/cgroup"
-    folder = top / group.strip("/")
-    yield from (
-        place for place in (folder, *folder.parents) if place.is_relative_to(top) and place.is_dir()
-    )
+    group = top / paths[0].strip("/")
+    for folder in (group, *group.parents):
+        if folder.is_relative_to(top) and folder.is_dir():
+            yield folder
 
 
 def _text(file: Path) -> str:

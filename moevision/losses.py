@@ -16,6 +16,7 @@ Axes: B images, N tokens, C classes, E experts, K choices, L MoE layers.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, cast
@@ -28,7 +29,7 @@ from torchmetrics import Metric
 from moevision.config import AuxLossWeights
 from moevision.config import Rule as Rule
 from moevision.errors import UserError
-from moevision.layers import LayerLoad, Routing, moe_layers, update_router_bias
+from moevision.layers import LayerLoad, MoEMlp, Routing, moe_layers, update_router_bias
 
 
 def importance_loss(routing: Routing, rule: Rule = "shazeer") -> Tensor:
@@ -54,11 +55,9 @@ def load_loss(routing: Routing, rule: Rule = "shazeer") -> Tensor:
     Raises:
         UserError: if the routing has no noise.
     """
-    return (
-        cv_squared(_load(routing, rule))
-        if routing.top_k < routing.num_experts
-        else routing.logits.new_zeros(())
-    )
+    if routing.top_k == routing.num_experts:
+        return routing.logits.new_zeros(())
+    return cv_squared(_load(routing, rule))
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -113,18 +112,18 @@ def _load(routing: Routing, rule: Rule) -> Tensor:
     if routing.top_k == routing.num_experts:
         return torch.ones_like(routing.logits[0, 0])  # perfectly balanced: CV² = 0
     k = routing.top_k
-    best = routing.noisy_logits.topk(k + 1, dim=-1).values
-    if rule == "vmoe":
-        threshold = best[..., k - 1 : k]
-    else:
-        chosen = torch.zeros_like(routing.logits, dtype=torch.bool).scatter(
-            -1, routing.expert_index, True
-        )
-        threshold = torch.where(chosen, best[..., k : k + 1], best[..., k - 1 : k])
+    best = routing.noisy_logits.topk(k + 1, dim=-1).values  # [B, N, K + 1]
+    kth, next_best = best[..., k - 1 : k], best[..., k:]
+    threshold = kth
+    if rule == "shazeer":
+        # The K-th best of the other scores: a chosen expert would be replaced by the next best.
+        is_chosen = torch.zeros_like(routing.logits, dtype=torch.bool)
+        is_chosen = is_chosen.scatter(-1, routing.expert_index, True)  # [B, N, E]
+        threshold = torch.where(is_chosen, next_best, kth)
     # Learned noise can shrink to nothing; below 1e-6 the probability is a step and its gradient 0 · ∞.
     std = routing.noise_std.clamp_min(1e-6)
-    chance: Tensor = torch.special.ndtr((routing.logits - threshold) / std)
-    return chance.flatten(0, -2).sum(0)
+    probability: Tensor = torch.special.ndtr((routing.logits - threshold) / std)  # [B, N, E]
+    return probability.flatten(0, -2).sum(0)
 
 
 def _load_balancing_sums(routing: Routing, rule: Rule) -> Tensor:
@@ -133,8 +132,10 @@ def _load_balancing_sums(routing: Routing, rule: Rule) -> Tensor:
 
 
 def _load_balancing_value(sums: Tensor) -> Tensor:
-    choices, probs = sums[0], sums[1]
-    return len(choices) * (choices / choices.sum() * probs / probs.sum()).sum()
+    choices, probs = sums.unbind()  # [E] each
+    choice_shares = choices / choices.sum()
+    mean_probs = probs / probs.sum()
+    return len(choices) * (choice_shares * mean_probs).sum()
 
 
 def _z_sums(routing: Routing, rule: Rule) -> Tensor:
@@ -163,9 +164,8 @@ def _mean(sums: Tensor) -> Tensor:
 
 
 class _Loss(NamedTuple):
-    sums: Callable[
-        ..., Tensor
-    ]  # of a routing and the rule (`label`: the target), additive over tokens
+    # Of a routing and the rule (`label`: the target), additive over tokens.
+    sums: Callable[..., Tensor]
     value: Callable[[Tensor], Tensor]
 
 
@@ -194,38 +194,46 @@ class AuxLoss:
     """
 
     def __init__(self, weights: AuxLossWeights) -> None:
-        values = asdict(weights)
-        self.rule: Rule = values.pop("rule")
-        self.given = {name: float(weight) for name, weight in values.items() if weight is not None}
-        self._of_layer: list[dict[str, float]] = []
+        settings = asdict(weights)
+        self.rule: Rule = settings.pop("rule")
+        self.weights: dict[str, float] = {
+            name: float(weight) for name, weight in settings.items() if weight is not None
+        }
+        self._layer_weights: list[dict[str, float]] = []
         self.start_window()
 
     def check(self, model: nn.Module, num_classes: int | None = None) -> None:
-        """Take the weights that were left out from the routers of `model`; C is that of the label loss's targets."""
-        self._of_layer = []
-        for layer in moe_layers(model):
-            asked = {**layer.router.default_losses, **self.given}
-            weights = {name: weight for name, weight in asked.items() if weight}
-            # Both are functions of scores that are learned.
-            of_scores = {"label"} if "z" in layer.router.losses else set()
-            missing = weights.keys() - layer.router.losses - of_scores
-            if missing:
-                able = (
-                    f"it has {', '.join(sorted(layer.router.losses))}"
-                    if layer.router.losses
-                    else "it needs none"
-                )
+        """Take the weights that were left out from the routers of `model`; C is that of the label loss's targets.
+
+        Raises:
+            UserError: if a router can't supply a loss that has a weight.
+        """
+        self._layer_weights = [self._weights_of(layer, num_classes) for layer in moe_layers(model)]
+
+    def _weights_of(self, layer: MoEMlp, num_classes: int | None) -> dict[str, float]:
+        router = layer.router
+        weights = {**router.default_losses, **self.weights}
+        weights = {name: weight for name, weight in weights.items() if weight}
+
+        supported = set(router.losses)
+        if "z" in supported:
+            supported.add("label")  # both are functions of scores that are learned
+        missing = weights.keys() - supported
+        if missing:
+            able = "it needs none"
+            if router.losses:
+                able = f"it has {', '.join(sorted(router.losses))}"
+            raise UserError(
+                f"The router of block {layer.layer_index} can't supply the {', '.join(sorted(missing))} loss "
+                f"({able}): set its weight to 0, leave it out, or choose a router with noise, such as vmoe_top_k."
+            )
+        if "label" in weights:
+            if num_classes is None:
                 raise UserError(
-                    f"The router of block {layer.layer_index} can't supply the {', '.join(sorted(missing))} loss "
-                    f"({able}): set its weight to 0, leave it out, or choose a router with noise, such as vmoe_top_k."
+                    "The label loss needs the number of classes: give Balance num_classes, and its loss the target."
                 )
-            if "label" in weights:
-                if num_classes is None:
-                    raise UserError(
-                        "Balance isn't told the labels: add moevision.losses.label_loss to the loss yourself."
-                    )
-                _check_experts_of_classes(layer.router.num_experts, num_classes)
-            self._of_layer.append(weights)
+            _check_experts_of_classes(router.num_experts, num_classes)
+        return weights
 
     def start_window(self) -> None:
         """Forget earlier micro-batches; call it once per optimizer step."""
@@ -240,44 +248,51 @@ class AuxLoss:
         The label loss needs `target`, as `label_loss` has it.
         """
         self._micro_batches += 1
-        of_layer = self._of_layer or [self.given] * len(routings)
-        wanted = [
-            (name, layer, routing, weight)
-            for layer, (routing, weights) in enumerate(zip(routings, of_layer, strict=True))
-            for name, weight in weights.items()
-            if weight
-        ]
-        if not wanted:
+        layer_weights = self._layer_weights or [self.weights] * len(routings)
+        terms: list[tuple[str, float]] = []  # name and weight
+        sums = []
+        for index, (routing, weights) in enumerate(zip(routings, layer_weights, strict=True)):
+            for name, weight in weights.items():
+                if weight:
+                    terms.append((name, weight))
+                    sums.append(self._window_sums(name, index, routing, target))
+        if not terms:
             return None, {}
-        own = []  # what each loss of each layer is a function of, summed over the window so far in this process
-        for name, layer, routing, _ in wanted:
-            sums = _LOSSES[name].sums(routing, target if name == "label" else self.rule)
-            earlier = self._window.get((name, layer))
-            if earlier is not None:
-                # The value of the sum, and m times the gradient of the own part.
-                sums = earlier + sums + (self._micro_batches - 1) * (sums - sums.detach())
-            self._window[name, layer] = sums.detach()
-            own.append(sums)
-        values: dict[str, list[Tensor]] = {}
+
         weighted = []
-        for (name, _, _, weight), sums in zip(wanted, _sum_over_ranks(own), strict=True):
-            value = _LOSSES[name].value(sums)
-            values.setdefault(name, []).append(value.detach())
+        values: defaultdict[str, list[Tensor]] = defaultdict(list)  # of each layer
+        for (name, weight), total in zip(terms, sum_over_ranks(sums), strict=True):
+            value = _LOSSES[name].value(total)
             weighted.append(weight * value)
-        total = torch.stack(weighted).sum() / len(routings)
-        return total, {name: torch.stack(found).mean() for name, found in values.items()}
+            values[name].append(value.detach())
+        loss = torch.stack(weighted).sum() / len(routings)
+        means = {name: torch.stack(per_layer).mean() for name, per_layer in values.items()}
+        return loss, means
+
+    def _window_sums(
+        self, name: str, layer: int, routing: Routing, target: Tensor | None
+    ) -> Tensor:
+        """The additive sums of one loss of one layer, over the window so far in this process."""
+        sums = _LOSSES[name].sums(routing, target if name == "label" else self.rule)
+        earlier = self._window.get((name, layer))
+        if earlier is not None:
+            # The value of the sum, and m times the gradient of this micro-batch's part.
+            sums = earlier + sums + (self._micro_batches - 1) * (sums - sums.detach())
+        self._window[name, layer] = sums.detach()
+        return sums
 
 
 class Balance:
-    """All that MoE layers ask of a training loop: `loss` before every backward pass, `step` after the optimizer's.
+    """Balance losses and router biases for any loop: `loss` before every backward pass, `step` after the optimizer's.
 
     Over several processes (`torch.distributed`) and micro-batches the statistics are those of the whole step, as
-    `AuxLoss` says; call both on every process. It isn't told the labels: to tell them to routers, add the mean of
-    `label_loss(routing, target)` over `routings` to your loss yourself.
+    `AuxLoss` says; call both on every process. `counts` [E] of each layer are the choices of this process's window,
+    until the next one begins; `values` are the losses of the last micro-batch by name, for a log.
 
     Args:
         model: any module with MoE layers; also wrapped in `DistributedDataParallel`.
         weights: the weight of each loss; those that are left out are the routers' own.
+        num_classes: C of the targets, for the label loss.
 
     Raises:
         UserError: if a weighted loss can't be supplied by one of the routers.
@@ -294,54 +309,66 @@ class Balance:
         8
     """
 
-    def __init__(self, model: nn.Module, weights: AuxLossWeights | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: AuxLossWeights | None = None,
+        num_classes: int | None = None,
+    ) -> None:
         self.model = model
-        self._losses = AuxLoss(weights or AuxLossWeights())
-        self._losses.check(model)
+        self.counts: list[Tensor] = []
         self.values: dict[str, Tensor] = {}
-        self._counts: list[Tensor] = []
+        self._losses = AuxLoss(weights or AuxLossWeights())
+        self._losses.check(model, num_classes)
+        self._needs_load = any(layer.router.needs_load for layer in moe_layers(model))
+        self._step_is_done = False
 
-    def loss(self, routings: Sequence[Routing]) -> Tensor:
-        """The weighted sum of the balance losses, a scalar; `values` then has each of them, for a log.
+    def start_window(self) -> None:
+        """Forget earlier micro-batches: the next one is the first of an optimizer step."""
+        self.counts = []
+        self._losses.start_window()
+        self._step_is_done = False
+
+    def loss(self, routings: Sequence[Routing], target: Tensor | None = None) -> Tensor:
+        """The weighted sum of the balance losses, a scalar; 0 without MoE layers or weights.
 
         Args:
             routings: what the MoE layers decided, by `forward_routing` or `record_routing`.
+            target: [B, C] for the label loss, as `label_loss` has it.
         """
+        if self._step_is_done:
+            self.start_window()
         counts = [routing.requested_counts() for routing in routings]  # [E] of each layer
-        self._counts = (
-            [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
-        )
-        total, self.values = self._losses(routings)
-        return (
-            torch.zeros((), device=counts[0].device if counts else None) if total is None else total
-        )
+        if self.counts:
+            counts = [earlier + new for earlier, new in zip(self.counts, counts, strict=True)]
+        self.counts = counts
+        total, self.values = self._losses(routings, target)
+        if total is None:
+            return torch.zeros((), device=counts[0].device if counts else None)
+        return total
 
     def step(self, applied: bool = True) -> None:
-        """Let routers act on the step's load, and begin the next one.
+        """Update router biases by the step's load; the next `loss` begins another step.
 
         Args:
             applied: False where the update was left out, as a loss scaler does: then no router moves.
         """
-        if (
-            applied
-            and self._counts
-            and any(layer.router.needs_load for layer in moe_layers(self.model))
-        ):
-            update_router_bias(self.model, _sum_over_ranks(self._counts))
-        self._counts = []
-        self._losses.start_window()
+        self._step_is_done = True
+        if applied and self._needs_load and self.counts:
+            update_router_bias(self.model, sum_over_ranks(self.counts))
 
 
-def _sum_over_ranks(sums: list[Tensor]) -> Sequence[Tensor]:
-    """Each of these tensors summed over ranks: all losses of all layers in one all-reduce, and one in backward."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return sums
-    flat = torch.cat([x.flatten() for x in sums])
+def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each of these tensors, of one dtype, summed over ranks: one all-reduce, and one in backward."""
+    if not tensors or not dist.is_available() or not dist.is_initialized():
+        return list(tensors)
+    if dist.get_world_size() == 1:
+        return list(tensors)
+    flat = torch.cat([x.flatten() for x in tensors])
     total: Tensor = _AllReduce.apply(flat)  # type: ignore[no-untyped-call]
-    return [
-        part.view_as(x)
-        for part, x in zip(total.split([x.numel() for x in sums]), sums, strict=True)
-    ]
+    sizes = [x.numel() for x in tensors]
+    parts = total.split(sizes)
+    return [part.view_as(x) for part, x in zip(parts, tensors, strict=True)]
 
 
 class _AllReduce(torch.autograd.Function):
@@ -376,49 +403,56 @@ class RoutingStatistics(Metric):
 
     def __init__(self, layers: Sequence[int], num_experts: Sequence[int]) -> None:
         super().__init__()
-        self.layers, self.num_experts = list(layers), list(num_experts)
-        shape = (
-            len(self.layers),
-            max(self.num_experts, default=0),
-        )  # a layer with fewer experts has zeros behind
+        self.layers = list(layers)
+        self.num_experts = list(num_experts)
+        # A layer with fewer experts than others has zeros behind.
+        depth, most_experts = len(self.layers), max(self.num_experts, default=0)
         for name in ("counts", "count_squares", "requested"):
-            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state(
-            "entropy_bits", torch.zeros(shape[0], dtype=torch.float64), dist_reduce_fx="sum"
-        )
+            self._add_sums(name, torch.zeros((depth, most_experts), dtype=torch.int64))
         for name in ("tokens", "images", "unrouted"):
-            self.add_state(name, torch.zeros(shape[0], dtype=torch.int64), dist_reduce_fx="sum")
+            self._add_sums(name, torch.zeros(depth, dtype=torch.int64))
+        self._add_sums("entropy_bits", torch.zeros(depth, dtype=torch.float64))
+
+    def _add_sums(self, name: str, zeros: Tensor) -> None:
+        self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, routings: Sequence[Routing]) -> None:
         """Add one batch: the `Routing` of every MoE layer, in order of depth."""
         for row, routing in enumerate(routings):
-            probs = routing.probs.detach()
-            self.counts[row, : routing.num_experts] += routing.counts()
-            self.count_squares[row, : routing.num_experts] += routing.image_counts().square().sum(0)
-            self.requested[row, : routing.num_experts] += routing.requested_counts()
-            self.entropy_bits[row] += torch.special.entr(probs).sum().double() / math.log(2)
-            self.tokens[row] += probs.shape[0] * probs.shape[1]
-            self.images[row] += probs.shape[0]
-            self.unrouted[row] += (~routing.kept.any(-1)).sum()
+            experts = slice(routing.num_experts)
+            self.counts[row, experts] += routing.counts()
+            self.count_squares[row, experts] += routing.image_counts().square().sum(0)
+            self.requested[row, experts] += routing.requested_counts()
+
+            probs = routing.probs.detach()  # [B, N, E]
+            entropy_nats = torch.special.entr(probs).sum()
+            self.entropy_bits[row] += entropy_nats.double() / math.log(2)
+            images, tokens, _ = probs.shape
+            self.images[row] += images
+            self.tokens[row] += images * tokens
+            is_routed = routing.kept.any(-1)  # [B, N]
+            self.unrouted[row] += (~is_routed).sum()
 
     def compute(self) -> dict[str, Tensor]:
         """Sums per MoE layer by name: `counts`, `count_squares` and `requested` [L, E], the others [L]."""
         return cast(dict[str, Tensor], dict(self.metric_state))
 
     def layer_loads(self) -> list[LayerLoad]:
-        """What the sums say about each MoE layer, over all ranks."""
+        """Load statistics of each MoE layer, over all ranks."""
         # torchmetrics squeezes a state of one element, such as the tokens of the only layer.
         sums = {name: value.reshape(len(self.layers), -1) for name, value in self.compute().items()}
-        return [
-            LayerLoad.from_sums(
+        loads = []
+        for row, layer in enumerate(self.layers):
+            experts = slice(self.num_experts[row])
+            load = LayerLoad.from_sums(
                 layer,
-                sums["counts"][row, :num_experts],
-                sums["requested"][row, :num_experts],
-                *(sums[name][row, 0] for name in ("entropy_bits", "tokens", "unrouted")),
-                count_squares=sums["count_squares"][row, :num_experts],
+                counts=sums["counts"][row, experts],
+                requested=sums["requested"][row, experts],
+                entropy_bits=sums["entropy_bits"][row, 0],
+                tokens=sums["tokens"][row, 0],
+                unrouted=sums["unrouted"][row, 0],
+                count_squares=sums["count_squares"][row, experts],
                 images=sums["images"][row, 0],
             )
-            for row, (layer, num_experts) in enumerate(
-                zip(self.layers, self.num_experts, strict=True)
-            )
-        ]
+            loads.append(load)
+        return loads

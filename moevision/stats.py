@@ -42,8 +42,8 @@ _EDGE = 1 - 1e-12  # of differences: at -1 and 1 the score is infinite
 
 def accuracy_interval(correct: int, total: int, level: float = 1 - LEVEL) -> tuple[float, float]:
     """Wilson score interval (low, high) for an accuracy of correct / total."""
-    found = binomtest(correct, total).proportion_ci(level, method="wilson")
-    return float(found.low), float(found.high)
+    interval = binomtest(correct, total).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,28 @@ def paired_difference(
     `correct_a` and `correct_b` [n] say whether each model classified image i correctly.
     """
     n = correct_a.size
-    only_a, only_b = int(np.sum(correct_a & ~correct_b)), int(np.sum(~correct_a & correct_b))
-    bounds = []
-    for z in (_Z, -_Z):  # the score falls as the difference grows; -1 or 1 where it nowhere is z
-
-        def excess(difference: float, z: float = z) -> float:
-            return paired_score(only_a, only_b, n, difference) - z
-
-        inside = excess(-_EDGE) * excess(_EDGE) <= 0
-        bounds.append(
-            float(brentq(excess, -_EDGE, _EDGE, xtol=1e-14)) if inside else math.copysign(1.0, -z)
-        )
-    low, high = bounds
+    only_a = int(np.sum(correct_a & ~correct_b))
+    only_b = int(np.sum(~correct_a & correct_b))
     return PairedDifference(
-        (only_a - only_b) / n, low, high, n, only_a, only_b, mcnemar_p_value(only_a, only_b)
+        difference=(only_a - only_b) / n,
+        low=_tango_bound(only_a, only_b, n, _Z),
+        high=_tango_bound(only_a, only_b, n, -_Z),
+        n=n,
+        only_a=only_a,
+        only_b=only_b,
+        p_value=mcnemar_p_value(only_a, only_b),
     )
+
+
+def _tango_bound(only_a: int, only_b: int, n: int, z: float) -> float:
+    """The difference whose score is z. The score falls as the difference grows; -1 or 1 where it nowhere is z."""
+
+    def excess(difference: float) -> float:
+        return paired_score(only_a, only_b, n, difference) - z
+
+    if excess(-_EDGE) * excess(_EDGE) > 0:
+        return math.copysign(1.0, -z)
+    return float(brentq(excess, -_EDGE, _EDGE, xtol=1e-14))
 
 
 def paired_macro_difference(
@@ -102,20 +109,28 @@ def paired_macro_difference(
     are added, shared by the classes, so that a class with one image, or whose images all agree, isn't certain. The
     p-value is McNemar's, of the plain accuracies. Arguments as above, with the class `labels` [n].
     """
-    plain = paired_difference(correct_a, correct_b)
-    means, centres, variances = [], [], []
+    differences = correct_a.astype(float) - correct_b
     classes = np.unique(labels)
+    added = 2 / len(classes)  # images per class
+
+    means, centres, variances = [], [], []
     for label in classes:
-        gaps = correct_a[labels == label].astype(float) - correct_b[labels == label].astype(float)
-        images = len(gaps) + 2 / len(classes)
-        means.append(gaps.mean())
-        centres.append(gaps.sum() / images)
-        variances.append(
-            (np.square(gaps).sum() + 1 / len(classes) - gaps.sum() ** 2 / images) / images**2
-        )
-    centre, half = float(np.mean(centres)), _Z * math.sqrt(sum(variances)) / len(means)
-    low, high = max(-1.0, centre - half), min(1.0, centre + half)
-    return replace(plain, difference=float(np.mean(means)), low=low, high=high)
+        of_class = differences[labels == label]
+        n = len(of_class) + added
+        total = of_class.sum()
+        squares = np.square(of_class).sum() + added / 2
+        means.append(of_class.mean())
+        centres.append(total / n)
+        variances.append((squares - total**2 / n) / n**2)
+
+    centre = float(np.mean(centres))
+    half = _Z * math.sqrt(sum(variances)) / len(classes)
+    return replace(
+        paired_difference(correct_a, correct_b),
+        difference=float(np.mean(means)),
+        low=max(-1.0, centre - half),
+        high=min(1.0, centre + half),
+    )
 
 
 def shown_to_differ(pair: PairedDifference, *, balanced: bool) -> bool:
@@ -123,7 +138,9 @@ def shown_to_differ(pair: PairedDifference, *, balanced: bool) -> bool:
 
     Accuracies by McNemar's exact test, balanced accuracies by their 95 % interval.
     """
-    return not pair.low <= 0 <= pair.high if balanced else pair.p_value < LEVEL
+    if balanced:
+        return not pair.low <= 0 <= pair.high
+    return pair.p_value < LEVEL
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
@@ -138,10 +155,13 @@ def paired_score(only_a: int, only_b: int, n: int, difference: float) -> float:
     likelihood value, the larger root of 2n q^2 + (d (2n - only_a + only_b) - only_a - only_b) q
     - only_b d (1 - d) = 0. The variance of the difference is then (2q + d (1 - d)) / n.
     """
-    b = difference * (2 * n - only_a + only_b) - only_a - only_b
-    q = (math.sqrt(max(0.0, b * b + 8 * n * only_b * difference * (1 - difference))) - b) / (4 * n)
-    surplus = only_a - only_b - n * difference
-    variance = n * (2 * q + difference * (1 - difference))
+    d = difference
+    b = d * (2 * n - only_a + only_b) - only_a - only_b
+    discriminant = b * b + 8 * n * only_b * d * (1 - d)
+    q = (math.sqrt(max(0.0, discriminant)) - b) / (4 * n)
+
+    surplus = only_a - only_b - n * d
+    variance = n * (2 * q + d * (1 - d))
     if variance <= 0:  # d = 0 without a discordant image: the sign is all there is
         return math.copysign(math.inf, surplus) if surplus else 0.0
     return surplus / math.sqrt(variance)
@@ -158,15 +178,17 @@ def detectable_on(images: int, discordant: int) -> float:
         """Chance that a is found better, if it alone is right on (share + difference) / 2 of the images, less 80 %."""
         share = max(discordant / images, difference)
         low, high = binom.interval(1 - 1e-9, images, share)
-        apart = np.arange(int(low), int(high) + 1)
-        fewest = binom.ppf(
-            LEVEL / 2, apart, 0.5
-        )  # the most images with only b right that are still significant
-        fewest -= binom.cdf(fewest, apart, 0.5) > LEVEL / 2
-        found = binom.sf(apart - fewest - 1, apart, min(1.0, (1 + difference / share) / 2))
-        return float(binom.pmf(apart, images, share) @ found) - POWER
+        discordants = np.arange(int(low), int(high) + 1)
+        # The most images with only b right that are still significant.
+        most_b = binom.ppf(LEVEL / 2, discordants, 0.5)
+        most_b -= binom.cdf(most_b, discordants, 0.5) > LEVEL / 2
+        chance_of_a = min(1.0, (1 + difference / share) / 2)
+        power = binom.sf(discordants - most_b - 1, discordants, chance_of_a)
+        return float(binom.pmf(discordants, images, share) @ power) - POWER
 
-    return float(brentq(excess, 1e-9, 1.0)) if excess(1.0) >= 0 else math.nan
+    if excess(1.0) < 0:
+        return math.nan
+    return float(brentq(excess, 1e-9, 1.0))
 
 
 # ---- over seeds
@@ -188,9 +210,13 @@ class Gap:
     def of(cls, differences: Sequence[float]) -> Gap:
         """Of one difference for each seed; NaN for none."""
         n = len(differences)
-        mean = statistics.fmean(differences) if n else math.nan
+        if n == 0:
+            return cls(math.nan, math.nan, math.nan, 0)
+        mean = statistics.fmean(differences)
         spread = statistics.stdev(differences) if n > 1 else 0.0
-        half = float(student.ppf(0.975, n - 1)) * spread / math.sqrt(n) if spread > 0 else math.nan
+        if spread == 0:
+            return cls(mean, math.nan, math.nan, n)
+        half = float(student.ppf(0.975, n - 1)) * spread / math.sqrt(n)
         return cls(mean, mean - half, mean + half, n)
 
     @property
@@ -206,12 +232,9 @@ class Gap:
     @property
     def detectable(self) -> float:
         """Points that as many seeds with this spread tell from 0 with 80 % power."""
-        error = self.error
-        return (
-            math.nan
-            if math.isnan(error)
-            else detectable(self.seeds) * math.sqrt(self.seeds) * error
-        )
+        if math.isnan(self.error):
+            return math.nan
+        return detectable(self.seeds) * math.sqrt(self.seeds) * self.error
 
 
 def detectable(seeds: int, level: float = LEVEL) -> float:
@@ -220,9 +243,11 @@ def detectable(seeds: int, level: float = LEVEL) -> float:
     By the noncentral t; the chance of a significant result in the wrong direction, below 1e-4, is left out.
     """
     critical = student.ppf(1 - level / 2, seeds - 1)
-    return float(
-        brentq(lambda d: nct.sf(critical, seeds - 1, d * math.sqrt(seeds)) - POWER, 1e-6, 100.0)
-    )
+
+    def excess(difference: float) -> float:
+        return float(nct.sf(critical, seeds - 1, difference * math.sqrt(seeds))) - POWER
+
+    return float(brentq(excess, 1e-6, 100.0))
 
 
 # ---- confidence
@@ -242,19 +267,19 @@ def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Calib
     """
     n, classes = logits.shape
     logits = logits.astype(np.float64)
-    if not n or not np.isfinite(logits).all():
+    if n == 0 or not np.isfinite(logits).all():
         return None
+
     right = logits[np.arange(n), labels]  # [n]
-    wrong = (logits.sum(1) - right) / (classes - 1)  # [n] mean logit of the other classes
+    mean_wrong = (logits.sum(1) - right) / (classes - 1)  # [n] over the other classes
     target = (n + 1) / (n + 2)
-    aimed = target * right + (1 - target) * wrong
+    expected = target * right + (1 - target) * mean_wrong  # [n]
 
     def loss(log_temperature: float) -> float:
         temperature = np.exp(log_temperature)
-        return float(np.mean(logsumexp(logits / temperature, axis=1) - aimed / temperature))
+        return float(np.mean(logsumexp(logits / temperature, axis=1) - expected / temperature))
 
     # Convex in 1 / T, so there is one minimum.
-    found = minimize_scalar(
-        loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-6}
-    )
-    return Calibration(float(np.exp(found.x)), n)
+    bounds = np.log(0.05), np.log(20.0)
+    minimum = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    return Calibration(float(np.exp(minimum.x)), n)

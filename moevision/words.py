@@ -28,20 +28,20 @@ def points(difference: float) -> str:
 
 def flops(count: float) -> str:
     """345_000_000 -> `345.00 M`."""
-    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} G"
+    return f"{count / 1e6:.2f} M"
 
 
 def duration(seconds: float) -> str:
     """732.4 -> `12 min 12 s`."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
+    if hours:
+        return f"{hours} h {minutes} min"
+    if minutes:
+        return f"{minutes} min {seconds} s"
+    return f"{seconds} s"
 
 
 def columns() -> int:
@@ -51,9 +51,9 @@ def columns() -> int:
 
 def fitted(text: str) -> str:
     """Each line wrapped to these."""
-    return "\n".join(
-        textwrap.fill(line, columns(), break_on_hyphens=False) for line in text.splitlines()
-    )
+    width = columns()
+    lines = [textwrap.fill(line, width, break_on_hyphens=False) for line in text.splitlines()]
+    return "\n".join(lines)
 
 
 def shell_word(text: str) -> str:
@@ -65,12 +65,12 @@ def shell_word(text: str) -> str:
 
 
 @contextmanager
-def loading(what: str = "loading PyTorch") -> Iterator[None]:
+def loading(message: str = "loading PyTorch") -> Iterator[None]:
     """Say on a terminal what is going on, such as the import of torch, which takes seconds."""
     if not sys.stderr.isatty():
         yield
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(what):
+    with Console(stderr=True).status(message):
         yield

@@ -36,6 +36,16 @@ TINY = (
     "--trainer.enable_progress_bar=false",
 )
 
+# A timm ViT with a class token, 16 patches, MLPs of 128 and few weights.
+SMALL_VIT: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 3,
+}
+
 
 class Outcome(NamedTuple):
     """What one call of the command line left."""
@@ -59,6 +69,34 @@ def run_cli(*arguments: str | Path, render: bool = False) -> Outcome:
     with redirect_stdout(out), redirect_stderr(err), unrendered:
         code = main([str(argument) for argument in arguments])
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def says(text: str, *fragments: str) -> bool:
+    """Whether a sentence names all of these; the failure shows the sentence and what it lacks."""
+    missing = [fragment for fragment in fragments if fragment not in text]
+    assert not missing, f"{text!r} doesn't name {missing}"
+    return True
+
+
+def succeeded(outcome: Outcome) -> Outcome:
+    """The outcome of a call that must have done what it was asked for."""
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def refused(outcome: Outcome, *fragments: str) -> Outcome:
+    """The outcome of a call that ended by one sentence, its last line, which names these."""
+    assert outcome.code == 2, outcome.err
+    sentence = outcome.err.splitlines()[-1]
+    assert sentence.startswith("moevision: ")
+    assert_names(sentence, *fragments)
+    return outcome
+
+
+def assert_names(text: str, *fragments: str) -> None:
+    """A text names these, wherever its lines break."""
+    words = " ".join(text.split())
+    assert [fragment for fragment in fragments if fragment not in words] == [], text
 
 
 def _leave_empty(figure: object, out: Path) -> None:

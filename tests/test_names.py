@@ -27,7 +27,7 @@ from moevision.analysis.plots import figure_png, plot_effects
 from moevision.commands.predict import Prediction, to_csv
 from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder
-from moevision.data.splits import Cut, Splits, make_splits, read_splits
+from moevision.data.splits import Splits, SplitSettings, make_splits, read_splits
 from moevision.demo.models import open_entries
 from moevision.errors import (
     DataWarning,
@@ -147,12 +147,12 @@ def test_every_file_of_the_run_is_harmless(run: Path, folder: Path) -> None:
 
 def test_ids_round_trip_and_the_split_is_read_back(run: Path, folder: Path) -> None:
     collection = read_folder(folder)
-    ids = {sample.sample_id for sample in collection.given["all"]}
+    ids = {sample.sample_id for sample in collection.samples["all"]}
     assert collection.class_names == ["\\x1b[2Jca\\u202et", "=1+1", "d\\udcffg"]
     splits, class_names = read_splits(run / "splits.csv", collection)
     assert (class_names, splits.warnings) == (collection.class_names, [])
     assert {sample.sample_id for part in splits.samples.values() for sample in part} == ids
-    drawn = make_splits(collection, Cut(test_fraction=0.3))
+    drawn = make_splits(collection, SplitSettings(test_fraction=0.3))
     assert splits.samples == drawn.samples
 
 
@@ -160,7 +160,7 @@ def test_splits_of_older_runs_hold_names_as_they_are(folder: Path, tmp_path: Pat
     collection = read_folder(folder)
     samples = [
         sample
-        for sample in collection.given["all"]
+        for sample in collection.samples["all"]
         if not re.search("[\ud800-\udfff]", sample.sample_id)
     ]
     splits = Splits({"train": samples, "val": samples, "test": samples}, {})
@@ -270,7 +270,7 @@ def test_analyze_knows_the_run_s_own_classes(run: Path, tmp_path: Path) -> None:
         assert_harmless((out / file).read_bytes().decode("utf-8"), file)
     names = RoutingTrace.load(out / "trace.safetensors").picture_names
     assert set(names) <= {
-        sample.sample_id for sample in read_folder(run.parent.parent / "pe\x1bts").given["all"]
+        sample.sample_id for sample in read_folder(run.parent.parent / "pe\x1bts").samples["all"]
     }
 
 

@@ -49,7 +49,7 @@ from moevision.models.io import (
 from moevision.models.safe_files import parse_yaml, read_config, read_header, read_json, read_yaml
 from moevision.models.upcycle import load_dense
 from moevision.models.vit_moe import NO_SOURCE
-from moevision.train.resume import load_trained
+from moevision.train.checkpoint import load_trained
 from moevision.train.start import choose_start, pretrained_options
 from tests.models.fake_hub import fake_hub
 

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.harness import HERE, argument_parser, without_places
 from benchmarks.queue import read_records
 from moevision.analysis import collect_routing
-from moevision.analysis.readings import load_of
+from moevision.analysis.readings import Load
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 
@@ -45,7 +45,7 @@ def class_shares(run: Path, data: str) -> dict[int, list[list[float]]]:
     """Of each layer the share [C, E] of each class's choices that falls on each expert, over the test images."""
     trace = collect_routing(run, data, progress=False)
     loads = {
-        layer.layer: load_of(layer.image_takes()[:, None], trace.labels, len(trace.class_names))
+        layer.layer: Load.of(layer.image_takes()[:, None], trace.labels, len(trace.class_names))
         for layer in trace.layers
     }
     return {layer: load.class_share.round(4).tolist() for layer, load in loads.items()}

@@ -56,11 +56,10 @@ def arm(title: str, run: Path) -> dict[str, Any]:
 def main() -> None:
     """Write the record from two runs, or the images to record."""
     parser = argument_parser("balance", __doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="run folders: without the loss, with it")
-    parser.add_argument(
-        "--draw", type=Path, help="write the images for --record_routing.images here"
-    )
-    parser.add_argument("--out", type=Path, default=RECORD)
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, help="run folders: without the loss, with it")
+    add("--draw", type=Path, help="write the images for --record_routing.images here")
+    add("--out", type=Path, default=RECORD)
     arguments = parser.parse_args()
     if arguments.draw:
         arguments.draw.mkdir(parents=True, exist_ok=True)

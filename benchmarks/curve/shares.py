@@ -11,7 +11,7 @@ images. The scores are those of the one run.
 OUT/lists/      what each training keeps
 OUT/log.txt     what the trainings said
 OUT/records/    a JSON for each finished training, by which the same command goes on
-OUT/curve.csv   a row for each method and share; curve.png shows it
+OUT/curve.csv   a row for each method and share
 
 Accuracies are fractions, differences are percentage points.
 """
@@ -25,16 +25,13 @@ import math
 import shutil
 import statistics
 from argparse import ArgumentParser, ArgumentTypeError
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from benchmarks.harness import argument_parser, positive
 from benchmarks.lines import write_lines
@@ -47,7 +44,6 @@ from moevision.files import refuse_foreign, write_text_atomic
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.stats import Gap
 from moevision.train import fit as training
-from moevision.train.plots import INK, OKABE_ITO, calm, save, title
 from moevision.train.processes import Interrupted, print_rank0
 from moevision.train.resume import is_finished
 
@@ -127,7 +123,7 @@ Train RUN's recipe on all of its training images and on shares of them, chosen a
 does, with several seeds. All trainings take as many steps, so that less data is not less training. It first
 says how many trainings these are and how long they take; the same command goes on where it was stopped.
 
-OUT/ holds curve.csv and curve.png: accuracy on the test images, and its difference from training on all,
+OUT/curve.csv holds accuracy on the test images, and its difference from training on all,
 paired by seed, with a 95 % t interval over the seeds. A sentence for each method says whether 70 % (or the
 share nearest to it) are shown to be as good as all, that is less than --margin worse.""",
         """\
@@ -221,9 +217,8 @@ def run(arguments: Sequence[str]) -> None:
         raise
     rows = table(list(done.values()), chosen.by)
     write_text_atomic(out / "curve.csv", _csv(rows))
-    draw(rows, chosen.margin, out / "curve.png")
     print("\n".join(["", *lines(rows), "", *sentences(rows, list(done.values()), chosen.margin)]))
-    print(f"\n{escape_controls(str(out / 'curve.csv'))} has every number, curve.png shows them")
+    print(f"\n{escape_controls(str(out / 'curve.csv'))} has every number")
 
 
 def _read(out: Path, job: Job, recipe: str) -> Json | None:
@@ -305,7 +300,7 @@ def _time(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one share; accuracies by seed."""
+    """One method at one share; accuracies by seed, and points beside all images and beside as many random ones."""
 
     by: str
     share: float
@@ -325,66 +320,42 @@ class Row:
         return statistics.stdev(self.accuracy.values()) if len(self.accuracy) > 1 else math.nan
 
 
+def beside(mine: Mapping[int, float], other: Mapping[int, float]) -> Gap:
+    """Points between accuracies of common seeds."""
+    common = sorted(mine.keys() & other.keys())
+    return Gap.of([100 * (mine[seed] - other[seed]) for seed in common])
+
+
 def table(records: Sequence[Json], methods: Sequence[str]) -> list[Row]:
     """A row for all images, then one for each method and share."""
-    known: dict[tuple[str, float], dict[int, float]] = {}
-    images = {(record["by"], record["share"]): record["images"] for record in records}
+    accuracy: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
+    images = {}
     for record in records:
-        by_seed = known.setdefault((record["by"], record["share"]), {})
-        by_seed[record["seed"]] = record["correct"] / record["total"]
-
-    def beside(mine: Mapping[int, float], other: Mapping[int, float]) -> Gap:
-        return Gap.of(
-            [100 * (mine[seed] - other[seed]) for seed in sorted(mine.keys() & other.keys())]
-        )
-
-    order = sorted(known, key=lambda kind: ([ALL, *methods].index(kind[0]), -kind[1]))
-    return [
-        Row(
-            *kind,
-            images[kind],
-            known[kind],
-            beside({} if kind[0] == ALL else known[kind], known.get((ALL, 1.0), {})),
-            beside(
-                {} if kind[0] in (ALL, "random") else known[kind],
-                known.get(("random", kind[1]), {}),
-            ),
-        )
-        for kind in order
-    ]
-
-
-def slope(rows: Sequence[Row]) -> tuple[Row, Gap] | None:
-    """The largest share that was drawn at random, and points per 1,000 images from there to all; None without one."""
-    whole = next(row for row in rows if row.by == ALL)
-    drawn = [row for row in rows if row.by == "random" and row.images < whole.images]
-    if not drawn:
-        return None
-    last = max(drawn, key=lambda row: row.share)
-    thousands = (whole.images - last.images) / 1000
-    both = sorted(last.accuracy.keys() & whole.accuracy.keys())
-    return last, Gap.of(
-        [100 * (whole.accuracy[seed] - last.accuracy[seed]) / thousands for seed in both]
-    )
+        kind = record["by"], record["share"]
+        accuracy[kind][record["seed"]] = record["correct"] / record["total"]
+        images[kind] = record["images"]
+    rows = []
+    for kind in sorted(accuracy, key=lambda kind: ([ALL, *methods].index(kind[0]), -kind[1])):
+        by, share = kind
+        own = accuracy[kind]
+        to_all = beside({} if by == ALL else own, accuracy.get((ALL, 1.0), {}))
+        random = accuracy.get(("random", share), {})
+        to_random = beside({} if by in (ALL, "random") else own, random)
+        rows.append(Row(by, share, images[kind], own, to_all, to_random))
+    return rows
 
 
 def with_interval(gap: Gap) -> str:
     """`-0.40 (-1.20 to +0.40)`."""
     if math.isnan(gap.mean):
         return "-"
-    return f"{gap.mean:+.2f}" + (
-        "" if math.isnan(gap.low) else f" ({gap.low:+.2f} to {gap.high:+.2f})"
-    )
-
-
-def is_as_good(gap: Gap, margin: float) -> bool:
-    """Whether an interval shows that at most `margin` points were lost."""
-    return gap.low > -margin
+    ends = "" if math.isnan(gap.low) else f" ({gap.low:+.2f} to {gap.high:+.2f})"
+    return f"{gap.mean:+.2f}{ends}"
 
 
 def verdict(gap: Gap, margin: float) -> str:
     """What an interval shows, if what is less than `margin` points worse counts as good."""
-    if is_as_good(gap, margin):
+    if gap.low > -margin:
         return f"is shown to be as good as training on all, to within {margin:g} points"
     worse = "is shown to be worse than training on all"
     return worse if gap.high < 0 else "isn't shown to be as good as training on all"
@@ -394,27 +365,17 @@ def sentences(rows: Sequence[Row], records: Sequence[Json], margin: float) -> li
     """What was found, in plain words."""
     chosen = [row for row in rows if row.by != ALL]
     asked = min((row.share for row in chosen), key=lambda share: abs(share - _ASKED), default=0)
-    found = [
-        f"Training on {_percent(row.share)} of the images, "
-        f"{'drawn at random' if row.by == 'random' else f'chosen by {row.by}'}, "
-        f"{verdict(row.beside_all, margin)}: {with_interval(row.beside_all)} points."
-        for row in chosen
-        if row.share == asked
-    ]
-    if (end := slope(rows)) is not None:
-        last, gap = end
-        found.append(
-            f"The last {_percent(1 - last.share)} of the images, drawn at random, are worth "
-            f"{with_interval(gap)} points per 1,000 images. What more images than these would be worth was not "
-            "measured."
-        )
+    found = []
+    for row in chosen:
+        if row.share == asked:
+            how = "drawn at random" if row.by == "random" else f"chosen by {row.by}"
+            found.append(
+                f"Training on {_percent(row.share)} of the images, {how}, {verdict(row.beside_all, margin)}: "
+                f"{with_interval(row.beside_all)} points."
+            )
     seeds, total = len({record["seed"] for record in records}), records[0]["total"]
-    return [
-        *found,
-        f"In brackets: 95 % t intervals over {seeds} seeds, on the same {total:,} test images."
-        if seeds > 1
-        else "One seed has no interval.",
-    ]
+    level = f"In brackets: 95 % t intervals over {seeds} seeds, on the same {total:,} test images."
+    return [*found, level if seeds > 1 else "One seed has no interval."]
 
 
 def _percent(share: float) -> str:
@@ -423,15 +384,14 @@ def _percent(share: float) -> str:
 
 def lines(rows: Sequence[Row]) -> list[str]:
     """The table as text."""
-    head = f"{'by':<10} {'kept':>7} {'images':>10} {'accuracy':>9} {'sd':>6}  {'beside all':<26}beside random"
-    return [
-        head,
-        *(
-            f"{row.by:<10} {_percent(row.share):>7} {row.images:>10,} {100 * row.mean:>7.1f} % {100 * row.sd:>6.2f}  "
-            f"{with_interval(row.beside_all):<26}{with_interval(row.beside_random)}"
-            for row in rows
-        ),
+    text = [
+        "by            kept     images  accuracy     sd  beside all                beside random"
     ]
+    for row in rows:
+        gaps = f"{with_interval(row.beside_all):<26}{with_interval(row.beside_random)}"
+        counts = f"{row.by:<10} {_percent(row.share):>7} {row.images:>10,}"
+        text.append(f"{counts} {100 * row.mean:>7.1f} % {100 * row.sd:>6.2f}  {gaps}")
+    return text
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -439,84 +399,8 @@ def _csv(rows: Sequence[Row]) -> str:
     text.write(_HEAD + "beside_random,beside_random_low,beside_random_high\n")
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
-        gaps = [
-            number
-            for gap in (row.beside_all, row.beside_random)
-            for number in (gap.mean, gap.low, gap.high)
-        ]
-        numbers = [
-            "" if math.isnan(number) else f"{number:.6g}" for number in (row.mean, row.sd, *gaps)
-        ]
-        writer.writerow([row.by, f"{row.share:g}", row.images, len(row.accuracy), *numbers])
+        gaps = [(gap.mean, gap.low, gap.high) for gap in (row.beside_all, row.beside_random)]
+        numbers = [row.mean, row.sd, *gaps[0], *gaps[1]]
+        cells = ["" if math.isnan(number) else f"{number:.6g}" for number in numbers]
+        writer.writerow([row.by, f"{row.share:g}", row.images, len(row.accuracy), *cells])
     return text.getvalue()
-
-
-def draw(rows: Sequence[Row], margin: float, out: Path) -> None:
-    """Accuracy by share, and its paired difference from training on all."""
-    figure = Figure(figsize=(10.8, 3.8), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    whole = [row for row in rows if row.by == ALL]
-    methods = list(dict.fromkeys(row.by for row in rows if row.by != ALL))
-    for place, by in enumerate(methods):
-        mine = [row for row in rows if row.by == by]
-        shift = 0.006 * (place - (len(methods) - 1) / 2)  # so that bars don't hide each other
-        with_all = [*whole, *mine]
-        _bars(
-            left,
-            [row.share + shift for row in with_all],
-            [row.mean for row in with_all],
-            [row.sd for row in with_all],
-            OKABE_ITO[place],
-            by,
-        )
-        halves = [row.beside_all.high - row.beside_all.mean for row in mine]
-        _bars(
-            right,
-            [row.share + shift for row in mine],
-            [row.beside_all.mean for row in mine],
-            halves,
-            OKABE_ITO[place],
-            by,
-        )
-    for axes in (left, right):
-        calm(axes)
-        axes.set_xticks(sorted({row.share for row in rows}))
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_xlabel("share of the training images", fontsize=9, color=INK)
-    title(
-        left,
-        "Accuracy on the test images",
-        "mean over seeds, bars: standard deviation; equal steps",
-    )
-    title(
-        right,
-        "Beside all images, in points",
-        f"paired by seed, bars: 95 % t interval; dashed: margin of {margin:g}",
-    )
-    left.yaxis.set_major_formatter(PercentFormatter(1.0))
-    right.axhline(0, color=INK, linewidth=0.8)
-    right.axhline(-margin, color=INK, linewidth=0.8, linestyle="--")
-    if methods:
-        left.legend(frameon=False, fontsize=8)
-    save(figure, out)
-
-
-def _bars(
-    axes: Axes,
-    x: Sequence[float],
-    y: Sequence[float],
-    half: Sequence[float],
-    colour: str,
-    label: str,
-) -> None:
-    axes.errorbar(
-        x,
-        y,
-        yerr=half,
-        color=colour,
-        label=label,
-        marker="o",
-        markersize=3.5,
-        linewidth=1.4,
-        capsize=2.5,
-    )

@@ -8,14 +8,12 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from PIL import Image
 
 from benchmarks.curve.shares import (
     jobs,
     lines,
     schedule,
     sentences,
-    slope,
     table,
     verdict,
     with_interval,
@@ -109,26 +107,13 @@ def test_what_an_interval_shows(low, high, words):
     assert words in verdict(Gap((low + high) / 2, low, high, 3), 1.0)
 
 
-def test_sentences_and_the_slope_at_the_end():
-    """From 18,000 to 20,000 images +.4, +.6, +.2 points: mean .2 for a thousand, spread .1."""
+def test_sentences_and_rows():
     rows = table(RECORDS, ["random", "ccs"])
-    last, gap = slope(rows)
-    assert (last.share, gap.mean) == (0.9, pytest.approx(0.2))
-    assert gap.high - gap.mean == pytest.approx(0.1 * T3 / 3**0.5, abs=1e-5)
-    first, second, third, fourth = sentences(rows, RECORDS, 1.0)
-    assert first == (
-        "Training on 70 % of the images, drawn at random, is shown to be worse than training on all: "
-        "-3.00 (-5.48 to -0.52) points."
-    )
-    assert second.startswith(
-        "Training on 70 % of the images, chosen by ccs, is shown to be as good as"
-    )
-    assert (
-        "The last 10 % of the images, drawn at random, are worth +0.20 (-0.05 to +0.45) points per 1,000"
-        in third
-    )
-    assert fourth.endswith("over 3 seeds, on the same 1,000 test images.")
-    assert slope([row for row in rows if row.by != "random"]) is None
+    drawn, chosen, level = sentences(rows, RECORDS, 1.0)
+    assert "is shown to be worse" in drawn
+    assert drawn.endswith(": -3.00 (-5.48 to -0.52) points.")
+    assert "chosen by ccs, is shown to be as good as" in chosen
+    assert level.endswith("over 3 seeds, on the same 1,000 test images.")
     assert "ccs           70 %     14,000    89.8 %   1.10  -0.20 (" in lines(rows)[-1]
 
 
@@ -164,8 +149,6 @@ def test_a_curve_is_gone_on_with(bench, tiny_run, tmp_path, monkeypatch, send_si
         in outcome.out
     )
     assert list(Path("curve/trainings").iterdir()) == []
-    with Image.open("curve/curve.png") as figure:
-        assert figure.width > 1000
     found = list(csv.DictReader(Path("curve/curve.csv").read_text().splitlines()))
     assert [(row["by"], row["images"], row["seeds"]) for row in found] == [
         ("all", "25", "1"),

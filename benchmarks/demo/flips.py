@@ -96,19 +96,20 @@ def record_of(options: Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure."""
     parser = argument_parser("flips", __doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--cifar",
         metavar="DIR",
         required=True,
         help="CIFAR-10 as a folder; its test images are asked",
     )
-    parser.add_argument(
+    add(
         "--images",
         type=count,
         default=2000,
         help="test images, as many of each class (%(default)s)",
     )
-    parser.add_argument("--out", type=Path, help="write the record there")
+    add("--out", type=Path, help="write the record there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     write_result(options.out, record_of(options))

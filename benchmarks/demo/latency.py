@@ -33,7 +33,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks.bundle import MODELS as BUNDLED
 from benchmarks.demo import browser_path, running_demo
-from benchmarks.harness import about, argument_parser, write_result
+from benchmarks.harness import HERE, about, argument_parser, write_result
 from moevision.demo.models import open_entries
 from moevision.demo.server import cpu_workers
 from moevision.demo.service import Explorer
@@ -52,33 +52,10 @@ OVER_FORWARD_MS = 50  # what a new image may take beside the forward pass
 MODELS = ("cats_vs_dogs", "pets")
 WAIT_S = 120
 REPEATS = 40
-# Clicks in the page, so that no time of the remote control is measured, and waits until `done` holds and is painted.
-MEASURE = """async ([selector, changed]) => {
-  const watch = () => document.querySelector(changed).outerHTML;
-  const before = watch();
-  const painted = () => new Promise((resolve) => requestAnimationFrame(() => {
-    const channel = new MessageChannel();
-    channel.port1.onmessage = resolve;
-    channel.port2.postMessage(null);
-  }));
-  await painted();
-  const start = performance.now();
-  document.querySelector(selector).click();
-  do { await painted(); } while (watch() === before && performance.now() - start < 20000);
-  return performance.now() - start;
-}"""
-
-
-# The same for a network of the opening: its answer is a sentence that begins with how many are away.
-TAKE_AWAY = """async ([selector, wanted]) => {
-  const said = () => document.querySelector(".mv-flow-say").textContent.trimStart().match(/^\\d/) !== null;
-  const painted = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
-  await painted();
-  const start = performance.now();
-  document.querySelector(selector).click();
-  do { await painted(); } while (said() !== wanted && performance.now() - start < 20000);
-  return performance.now() - start;
-}"""
+MEASURE, TAKE_AWAY = (
+    (HERE / "demo" / f"{name}.js").read_text(encoding="utf-8") for name in ("measure", "take_away")
+)
+"""Milliseconds from a click in the page until its answer is painted."""
 
 
 def without_an_expert(browser: Browser, address: str) -> list[float]:
@@ -210,10 +187,9 @@ def summary(times: list[float], limit: float | None) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and fail if a median is over its limit."""
     parser = argument_parser("demo-latency", __doc__)
-    parser.add_argument(
-        "--starts", type=int, default=3, help="servers that are started for the first page"
-    )
-    parser.add_argument("--out", type=Path)
+    add = parser.add_argument
+    add("--starts", type=int, default=3, help="servers that are started for the first page")
+    add("--out", type=Path)
     options = parser.parse_args()
     origin = about()
     found: dict[str, dict[str, Any]] = {}

@@ -66,8 +66,9 @@ def first_answer(browser: Browser, address: str) -> tuple[float, float, list[flo
 def main() -> None:
     """Measure and print."""
     parser = argument_parser("demo-live", __doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="what docs/live/build.py wrote")
-    parser.add_argument("--out", type=Path)
+    add = parser.add_argument
+    add("--folder", type=Path, required=True, help="what docs/live/build.py wrote")
+    add("--out", type=Path)
     options = parser.parse_args()
     origin = about()
     sizes = {file.name: file.stat().st_size for file in options.folder.resolve().iterdir()}

@@ -199,11 +199,12 @@ def ask(url: str, name: str, request: dict[str, Any]) -> Any:
 def main() -> None:
     """Measure and print."""
     parser = argument_parser("demo-load", __doc__)
-    parser.add_argument("model", nargs="?", help="a run folder (the bundled models)")
-    parser.add_argument("--visitors", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--tasks", type=int, default=200, help="different questions")
-    parser.add_argument("--out", type=Path)
+    add = parser.add_argument
+    add("model", nargs="?", help="a run folder (the bundled models)")
+    add("--visitors", type=int, default=32)
+    add("--seconds", type=float, default=60)
+    add("--tasks", type=int, default=200, help="different questions")
+    add("--out", type=Path)
     options = parser.parse_args()
     origin = about()
     torch.set_num_threads(1)

@@ -73,11 +73,10 @@ def at_random(explorer: Explorer, model: str, case: dict[str, Any]) -> list[floa
 def main() -> None:
     """Find it, and put it on the card."""
     parser = argument_parser("matters", __doc__)
-    parser.add_argument("model", help="id of a bundled model")
-    parser.add_argument(
-        "--images", type=count, default=200, metavar="N", help="of its examples (%(default)s)"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write a record")
+    add = parser.add_argument
+    add("model", help="id of a bundled model")
+    add("--images", type=count, default=200, metavar="N", help="of its examples (%(default)s)")
+    add("--out", type=Path, metavar="FILE", help="write a record")
     options = parser.parse_args()
     origin = about()
     (entry,) = (one for one in open_entries(None) if one.card.id == options.model)

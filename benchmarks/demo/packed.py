@@ -1,12 +1,8 @@
-"""A model's weights in eight bits: how they are packed, and what that changes.
+"""A model's weights in eight bits: how they are packed.
 
-    git worktree add before COMMIT   # of which the model is still in bfloat16
-    python -m benchmarks packed before/moevision/demo/models/cats_vs_dogs/trained --data path/to/cats_vs_dogs \
-        --out benchmarks/demo/packed.json
-
-`python -m benchmarks bundle --pack` writes what `pack` makes, and `moevision.models.io.unpack` reads it. Measured are
-classes, experts and bytes beside the model in timm's format, on the images held out, in float32. How it is packed was
-chosen on training images, on 96 of which GROUP and `compensated` were tried.
+`python -m benchmarks bundle --pack` writes what `pack` makes, and `moevision.models.io.unpack` reads it. What that
+changes was measured by `python -m benchmarks packed` of commit 948ea0b2; GROUP and `compensated` were chosen on 96
+training images.
 
 Symmetric whole steps as in Jacob et al. 2018 (arXiv:1712.05877, section 2.1) with zero point 0; errors of rounding are
 compensated as in GPTQ (Frantar et al. 2023, arXiv:2210.17323, section 3.3).
@@ -14,25 +10,16 @@ compensated as in GPTQ (Frantar et al. 2023, arXiv:2210.17323, section 3.3).
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import time
-import zlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.harness import about, argument_parser, positive, write_result
-from moevision.analysis.collect import collect_routing, network_input
+from moevision.analysis.collect import network_input
 from moevision.analysis.images import Data, PictureSet, open_pictures, read_images
-from moevision.analysis.trace import RoutingTrace
 from moevision.models.io import SavedModel, load_model, unpack
 from moevision.models.safe_files import PACKED, REST, SCALE, WEIGHTS
 
@@ -41,7 +28,6 @@ COARSE = 31  # of a model that shares most of its weights with another
 GROUP = 64  # inputs that share a factor: one large weight makes the steps of few others coarse
 SMALLEST = 2**14  # elements; smaller matrices, such as a router, are not worth an error
 CALIBRATION = 128  # training images
-LOADS = 9
 
 
 def pack(
@@ -173,82 +159,3 @@ def products_of(folder: Path, data: Data) -> dict[str, Tensor]:
         data, model.image_size, split="train", class_names=names, limit=CALIBRATION
     )
     return input_products(model, images)
-
-
-# ---- what it changes
-
-
-def sizes(file: Path) -> dict[str, int]:
-    """Bytes of a file, and what zlib makes of it, as pip's wheels are compressed."""
-    data = file.read_bytes()
-    return {"bytes": len(data), "compressed": len(zlib.compress(data, 6))}
-
-
-def load_ms(folder: Path) -> float:
-    """Milliseconds to a model in memory, the median of some."""
-    times = []
-    for _ in range(LOADS):
-        start = time.perf_counter()
-        load_model(str(folder))
-        times.append(1e3 * (time.perf_counter() - start))
-    return round(median(times), 1)
-
-
-def agreement(before: RoutingTrace, after: RoutingTrace) -> dict[str, Any]:
-    """How many images and patches two models treat alike."""
-    layers = []
-    for one, other in zip(before.layers, after.layers, strict=True):
-        first, again = np.asarray(one.expert_index), np.asarray(other.expert_index)  # [I, P, K]
-        layers.append(
-            {
-                "layer": one.layer,
-                "same_first": float((first[..., 0] == again[..., 0]).mean()),
-                "same_set": float((np.sort(first, -1) == np.sort(again, -1)).all(-1).mean()),
-            }
-        )
-    return {
-        "right": int((after.predictions == after.labels).sum()),
-        "same_class": int((after.predictions == before.predictions).sum()),
-        "max_probability_change": float(np.abs(after.probabilities - before.probabilities).max()),
-        "layers": layers,
-    }
-
-
-def main() -> None:
-    """Pack, route, compare, record."""
-    parser = argument_parser("packed", __doc__)
-    parser.add_argument("model", type=Path, help="a saved model in timm's format")
-    parser.add_argument("--data", required=True, help="its images; those held out are compared")
-    parser.add_argument("--limit", type=positive, help="at most so many images")
-    parser.add_argument("--out", type=Path, help="write the record to this file")
-    options = parser.parse_args()
-    origin, model, state = (
-        about(),
-        load_model(str(options.model)),
-        load_file(options.model / WEIGHTS),
-    )
-    packings = {
-        "nearest step, a factor per output": pack(state, group=None),
-        "as carried": pack(state, products_of(options.model, options.data)),
-    }
-    pictures = open_pictures(
-        options.data, model.image_size, class_names=model.class_names, limit=options.limit
-    )
-    before = collect_routing(model, pictures)
-    right = int((before.predictions == before.labels).sum())
-    bfloat16 = {**sizes(options.model / WEIGHTS), "load_ms": load_ms(options.model), "right": right}
-    arms = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        shutil.copytree(
-            options.model, folder, ignore=shutil.ignore_patterns(WEIGHTS), dirs_exist_ok=True
-        )
-        for name, packing in packings.items():
-            save_file(packing, folder / PACKED)
-            alike = agreement(before, collect_routing(str(folder), pictures))
-            arms.append(
-                {"name": name, **sizes(folder / PACKED), "load_ms": load_ms(folder), **alike}
-            )
-    write_result(
-        options.out, {"images": len(before.labels), "bfloat16": bfloat16, "packed": arms, **origin}
-    )

@@ -1,1 +1,1 @@
-"""What the stability guard costs, and what the faults it mends cost a training."""
+"""What the faults that the stability guard mends cost a training."""

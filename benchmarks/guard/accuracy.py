@@ -71,9 +71,10 @@ def train(seed: int, faults: str, epochs: int) -> tuple[torch.Tensor, StabilityG
 def main() -> None:
     """Measure and print."""
     parser = argument_parser("guard-accuracy", __doc__)
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--out", type=Path)
+    add = parser.add_argument
+    add("--seeds", type=int, default=8)
+    add("--epochs", type=int, default=16)
+    add("--out", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     origin = about()

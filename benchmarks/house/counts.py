@@ -16,12 +16,9 @@ from tests.house import LONG_FUNCTION, PACKAGE, SHORT_FUNCTION, count
 def main() -> None:
     """Count and print."""
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "checkout", nargs="?", type=Path, default=Path(__file__).resolve().parents[2]
-    )
-    parser.add_argument(
-        "--record", metavar="NAME", help="write into benchmarks/house/record.json, such as `after`"
-    )
+    add = parser.add_argument
+    add("checkout", nargs="?", type=Path, default=Path(__file__).resolve().parents[2])
+    add("--record", metavar="NAME", help="write into benchmarks/house/record.json, such as `after`")
     options = parser.parse_args()
 
     counts = count(options.checkout)

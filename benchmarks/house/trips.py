@@ -18,13 +18,10 @@ from tests.trips import PACKAGE, Trip, batch_trip, forward_trip, moevision_comma
 def main() -> None:
     """Count and print."""
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--list", action="store_true", help="print the way of each trip too")
-    parser.add_argument(
-        "--record", metavar="NAME", help="write into benchmarks/house/record.json, such as `after`"
-    )
-    parser.add_argument(
-        "command", nargs=REMAINDER, help="arguments of moevision, to be counted as well"
-    )
+    add = parser.add_argument
+    add("--list", action="store_true", help="print the way of each trip too")
+    add("--record", metavar="NAME", help="write into benchmarks/house/record.json, such as `after`")
+    add("command", nargs=REMAINDER, help="arguments of moevision, to be counted as well")
     arguments = parser.parse_args()
     trips = {
         "MoE forward, `noisy_top_k`": forward_trip(),

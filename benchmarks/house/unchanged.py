@@ -135,8 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--against", type=Path)
+    add = parser.add_argument
+    add("--out", type=Path)
+    add("--against", type=Path)
     options = parser.parse_args()
     found: dict[str, str] = {}
     for make in (view, resumed, report, quickstart):

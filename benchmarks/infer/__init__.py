@@ -18,10 +18,10 @@ from torch import nn
 
 from benchmarks import harness
 from benchmarks.energy import energy_of, energy_text
-from benchmarks.flops import inference_flops
 from benchmarks.harness import DTYPES, Json, positive
 from benchmarks.subject import NAMES, Which, find_subject, inference
 from benchmarks.timing import Candidate, interleave, rounded, rows_of
+from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.convert import dense_twin
@@ -38,11 +38,10 @@ EXAMPLES = """\
 def parser() -> ArgumentParser:
     """The command line."""
     parser = harness.argument_parser("infer", __doc__, EXAMPLES)
-    parser.add_argument(
-        "model", metavar="MODEL", help="a run folder, a timm address, a config or a timm name"
-    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a run folder, a timm address, a config or a timm name")
     harness.add_arch(parser)
-    parser.add_argument(
+    add(
         "--batch-size",
         type=positive,
         nargs="+",
@@ -50,10 +49,10 @@ def parser() -> ArgumentParser:
         metavar="N",
         help="images per call (1 8 64)",
     )
-    parser.add_argument(
+    add(
         "--image-size", type=positive, metavar="PX", help="side of the images, for untrained models"
     )
-    parser.add_argument(
+    add(
         "--precision",
         nargs="+",
         choices=tuple(DTYPES),
@@ -83,14 +82,11 @@ def main() -> None:
         for which in get_args(Which)
     }
     nets = {name: each.to(device).eval() for name, each in nets.items()}
-    image = torch.randn(1, 3, size, size, device=device)
-    record["models"] = {
-        name: {
-            "parameters": sum(parameter.numel() for parameter in each.parameters()),
-            "flops_per_image": inference_flops(each, image).useful_per_image,
-        }
-        for name, each in nets.items()
-    }
+    record["models"] = {}
+    for name, each in nets.items():
+        cost = measure_cost(each, size)
+        flops = float(cost.flops_per_image + cost.router_flops_per_image)
+        record["models"][name] = {"parameters": cost.total_parameters, "flops_per_image": flops}
     record["comparisons"] = [
         _compare(nets, batch, precision, record, options, device)
         for batch in options.batch_size

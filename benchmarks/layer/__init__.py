@@ -36,15 +36,11 @@ from moevision.layers.experts import Backend
 BARS = ((4160, 192, 2), (8192, 384, 1), (8192, 384, 2))
 """Tokens, width and choices of the shapes whose ratio is held to a bar; 4160 = 64 images of 64 patches and a class
 token."""
-GROWTH_EXPERTS = (1, 2, 4, 8, 16, 32, 64)
-GROWTH_TOKENS = (256, 1024, 4096, 16384, 65536)
-GROWTH_WIDTHS = (96, 192, 384, 768)
 MLP_RATIO = 4  # hidden width of the dense MLP of equal active FLOPs over D, as in a ViT
 QUICK = {"tokens": [128], "width": [32], "experts": [4], "repetitions": 3, "warm_up": 1}
 EXAMPLES = """\
   python -m benchmarks layer --tokens 4160 --width 192 --experts 8 32 --top-k 2
   python -m benchmarks layer --preset bars --precision bf16 fp32 --out benchmarks/layer/bars
-  python -m benchmarks layer --preset growth --peers none --out benchmarks/layer/growth
 """
 _IMAGE_TOKENS = 64
 
@@ -96,34 +92,31 @@ def parser() -> ArgumentParser:
         parser.add_argument(
             name, type=positive, nargs="+", default=[default], metavar="N", help=text
         )
-    parser.add_argument(
-        "--router", nargs="+", metavar="NAME", help="routers, such as vmoe_top_k noisy_top_k"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--router", nargs="+", metavar="NAME", help="routers, such as vmoe_top_k noisy_top_k")
+    add(
         "--backend",
         nargs="+",
         default=["auto"],
         metavar="NAME",
         help="auto, loop, grouped or dense (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--precision",
         nargs="+",
         choices=tuple(DTYPES),
         default=["bf16"],
         help="autocast to bf16, or fp32 (bf16)",
     )
-    parser.add_argument(
-        "--preset",
-        choices=("bars", "growth"),
-        help="bars: three shapes of small ViTs, vmoe_top_k and noisy_top_k; growth: E from 1 to 64, T from 256 to "
-        "65536, D from 96 to 768, one at a time",
+    add(
+        "--preset", choices=("bars",), help="three shapes of small ViTs, vmoe_top_k and noisy_top_k"
     )
-    parser.add_argument(
+    add(
         "--peers",
         nargs="+",
+        default=["all"],
         metavar="NAME",
-        help="none, all, or some of them by name (all; none with --preset growth)",
+        help="none, all, or some by name (all)",
     )
     harness.add_measuring(parser, repetitions=20)
     return parser
@@ -134,9 +127,7 @@ def main() -> None:
     options = harness.parse(parser(), QUICK)
     both = ["vmoe_top_k", "noisy_top_k"]
     options.router = options.router or (both if options.preset == "bars" else both[:1])
-    options.peers = chosen_peers(
-        options.peers or (["none"] if options.preset == "growth" else ["all"])
-    )
+    options.peers = chosen_peers(options.peers)
     shapes, device = shapes_of(options), harness.set_up(options)
     peak = harness.measure_peaks(options, device, options.precision)
     record = {**harness.new_record("layer", options, device), "measured_peak_flops": peak}
@@ -151,21 +142,8 @@ def shapes_of(options: Namespace) -> list[Shape]:
     Raises:
         UserError: if K > E, or K doesn't divide the hidden width.
     """
-    if options.preset == "growth":  # one size grows at a time, around T = 16 384, D = 192, E = 8
-        sizes = [
-            (16384, 192, experts, top_k)
-            for top_k in (1, 2)
-            for experts in GROWTH_EXPERTS
-            if experts >= top_k
-        ]
-        sizes += [(tokens, 192, 8, 2) for tokens in GROWTH_TOKENS]
-        sizes = list(dict.fromkeys(sizes + [(16384, width, 8, 2) for width in GROWTH_WIDTHS]))
-    elif options.preset == "bars":
-        sizes = [
-            (tokens, width, experts, top_k)
-            for (tokens, width, top_k) in BARS
-            for experts in options.experts
-        ]
+    if options.preset == "bars":
+        sizes = [(*bar[:2], experts, bar[2]) for bar in BARS for experts in options.experts]
     else:
         sizes = list(product(options.tokens, options.width, options.experts, options.top_k))
     shapes = [Shape(*size, precision) for precision in options.precision for size in sizes]

@@ -1,4 +1,4 @@
-"""The figure of a layer's record: bars for chosen shapes, curves for the growth preset."""
+"""The figure of a layer's record: a bar for each candidate, a panel for each shape."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from moevision.train.plots import BLUE, GREEN, INK, OKABE_ITO, ORANGE, SOFT, calm, save, title
+from moevision.train.plots import BLUE, INK, SOFT, calm, save, title
 
 DENSE = "dense k·H"
-CENTRE = {"experts": 8, "tokens": 16384, "width": 192}
 Json = Mapping[str, Any]
 
 
 def draw(record: Json, out: Path) -> None:
     """Write it as PNG."""
-    save(_growth(record) if record["settings"]["preset"] == "growth" else _bars(record), out)
+    save(_bars(record), out)
 
 
 def _ratios(comparison: Json) -> dict[str, Json]:
@@ -85,61 +84,3 @@ def _draw_bars(axes: Axes, ratios: Mapping[str, Json]) -> None:
     axes.set_ylim(len(ratios) - 0.4, -0.6)
     axes.set_xlim(0, 1.14 * max(1.0, longest))
     axes.xaxis.set_major_locator(MaxNLocator(4))
-
-
-def _growth(record: Json) -> Figure:
-    """Ratio against experts, tokens and width, one size at a time."""
-    figure = Figure(figsize=(11.4, 3.5), dpi=150, layout="constrained")
-    sweeps = (
-        ("experts", "experts E", (1, 2)),
-        ("tokens", "tokens T", (2,)),
-        ("width", "width D", (2,)),
-    )
-    for place, (key, label, choices) in enumerate(sweeps, start=1):
-        axes = figure.add_subplot(1, 3, place, sharey=figure.axes[0] if figure.axes else None)
-        calm(axes)
-        lines = sweep(record, key, choices)
-        for number, (name, points) in enumerate(lines.items()):
-            colour = (BLUE, ORANGE, GREEN, *OKABE_ITO[3:])[number % 7]
-            xs, ratios = zip(*sorted(points.items()), strict=True)
-            low, middle, high = (
-                [ratio[end] for ratio in ratios] for end in ("quartile_1", "median", "quartile_3")
-            )
-            axes.plot(xs, middle, color=colour, marker="o", markersize=4, linewidth=1.8, label=name)
-            axes.fill_between(xs, low, high, color=colour, alpha=0.16, linewidth=0)
-        _log_axis(axes, sorted({x for points in lines.values() for x in points}))
-        axes.axhline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel(label, fontsize=9, color=INK)
-        fixed = {"experts": "E = 8", "tokens": "T = 16 384", "width": "D = 192"}
-        note = ", ".join(
-            [text for other, text in fixed.items() if other != key]
-            + record["settings"]["precision"][:1]
-        )
-        title(axes, f"time ÷ dense against {label.split()[0]}", f"{note}; band: quartiles")
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    return figure
-
-
-def sweep(record: Json, key: str, choices: Sequence[int]) -> dict[str, dict[int, Json]]:
-    """Ratios by line name and size, at the other sizes of the centre."""
-    lines: dict[str, dict[int, Json]] = {}
-    for comparison in record["comparisons"]:
-        at_centre = all(
-            comparison[other] == value for other, value in CENTRE.items() if other != key
-        )
-        precision = comparison["precision"] == record["settings"]["precision"][0]
-        if at_centre and precision and comparison["top_k"] in choices:
-            for name, ratio in _ratios(comparison).items():
-                line = f"{name.removeprefix('moevision ')}, k = {comparison['top_k']}"
-                lines.setdefault(line, {})[comparison[key]] = ratio
-    return lines
-
-
-def _log_axis(axes: Axes, ticks: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value / 1024:.0f}k" if value >= 1024 else f"{value:g}")
-    )

@@ -28,15 +28,12 @@ PLAIN = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_T
 def main() -> None:
     """Run with command-line arguments."""
     parser = argument_parser("quickstart", __doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--checkout", type=Path, default=HERE.parent, help="whose code runs (%(default)s)"
-    )
-    parser.add_argument("--name", default="now", help="what its records begin with (%(default)s)")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/quickstarts"), help="run folders (%(default)s)"
-    )
-    parser.add_argument("--out", type=Path, default=RUNS, help="records (%(default)s)")
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--checkout", type=Path, default=HERE.parent, help="whose code runs (%(default)s)")
+    add("--name", default="now", help="what its records begin with (%(default)s)")
+    add("--work", type=Path, default=Path("runs/quickstarts"), help="run folders (%(default)s)")
+    add("--out", type=Path, default=RUNS, help="records (%(default)s)")
     options = parser.parse_args()
     checkout, work = options.checkout.resolve(), options.work.resolve()
     environment = {**os.environ, **PLAIN, "PYTHONPATH": str(checkout)}

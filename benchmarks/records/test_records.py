@@ -1,23 +1,27 @@
 """Every measured number of README.md, docs/ and benchmarks/*/README.md has a committed record; see `records/`."""
 
+import json
 import math
 import re
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.harness import without_places
+from benchmarks.records import PAGES as PAGES_FOLDER
 from benchmarks.records import (
     ROOT,
     Claim,
     Page,
     all_records,
     checked_pages,
-    guides_when_experts,
-    module_of,
+    claims_of,
+    file_of,
+    load,
     parts_of,
     pattern,
     read_record,
@@ -49,16 +53,14 @@ def _param(page: Page) -> Any:
 
 @pytest.mark.parametrize("page", [_param(page) for page in PAGES])
 def test_a_page_says_what_its_records_say(page: Page) -> None:
-    """Every claim stands in it, no other measured number does, and nor do definitions of words that are gone."""
+    """Every claim stands in it, no other measured number does, and no reason is for words that are gone."""
     texts = [(text, claim.records) for claim in page.claims for text in claim.texts]
     wordless = [text for text, _ in texts if not re.search(r"[^\W\d_]{2}", text)]
     assert wordless == [], "they would be found anywhere"
-    assert [(text, records) for text, records in texts if not pattern(text).search(page.text)] == []
+    assert [each for each in texts if not pattern(each[0]).search(page.text)] == []
     assert unclaimed(page) == []
-    assert [
-        each.text for each in page.definitions if not pattern(each.text).search(page.text)
-    ] == []
-    assert all(each.why for each in page.definitions)
+    assert [text for text in page.not_measured if not pattern(text).search(page.text)] == []
+    assert all(page.not_measured.values()), "each has a reason"
 
 
 VERDICT = re.compile(
@@ -87,14 +89,16 @@ def test_no_verdict_of_a_headline_is_without_a_record(name: str, section: str) -
     assert [match.group() for match in VERDICT.finditer(left)] == []
 
 
+ADVICE = [claim for page in PAGES for claim in page.claims if claim.take]
+
+
 def test_every_advice_of_the_guide_comes_from_a_verdict() -> None:
-    """A row that is new, or worded anew, gets its line in TAKE; that the second cell is TAKE's is a claim."""
+    """Each row of the table has its claim with `take`, in this order."""
     page = (ROOT / "docs" / "guides" / "when-experts.md").read_text()
     table = re.search(r"^\| your case .*\n\|[-|]+\n((?:\|.*\n)+)", page, re.M)
     assert table is not None
-    assert [row.split(" | ")[0].removeprefix("| ") for row in table[1].splitlines()] == list(
-        guides_when_experts.TAKE
-    )
+    rows = [row.split(" | ")[0] for row in table[1].splitlines()]
+    assert rows == [claim.text.split(" | ")[0] for claim in ADVICE]
 
 
 def _more_accurate(run: dict[str, Any]) -> None:
@@ -125,23 +129,20 @@ def _always_right(run: dict[str, Any]) -> None:
 )
 def test_an_advice_changes_with_its_records(change: Any, said: dict[str, str]) -> None:
     """The records of each advice whose verdict is named, changed; each verdict becomes the other."""
-    advices = [each for each in guides_when_experts.TAKE.values() if set(said) & set(each.take)]
+    advices = [claim for claim in ADVICE if set(said) & set(claim.take)]
     assert advices
     for advice in advices:
-        records = Claim(advice.records, "").loaded()
-        before = advice.verdict(*records)
+        records, asked = load(advice.records), replace(advice, take={})
+        (before,) = asked.values_of(records)
         for record in records:
             change(record)
-        assert advice.verdict(*records) == said[before]
+        (after,) = asked.values_of(records)
+        assert after["verdict"] == said[before["verdict"]]
 
 
-def test_every_module_has_one_page() -> None:
-    """A page that moved without its module would no longer be checked."""
-    helpers = {"__init__", "frozen", "pages", "rewrite", "studies", "test_history", "test_records"}
-    modules = {path.stem for path in (ROOT / "benchmarks" / "records").glob("*.py")} - helpers
-    names = [module_of(page.path) for page in PAGES]
-    assert modules <= set(names)
-    assert len(names) == len(set(names))
+def test_every_file_of_claims_has_a_page() -> None:
+    """A page that moved without its file would no longer be checked."""
+    assert set(PAGES_FOLDER.rglob("*.toml")) <= {file_of(page.path) for page in PAGES}
 
 
 def test_a_command_names_no_place_of_the_machine() -> None:
@@ -323,7 +324,7 @@ def test_every_token_of_every_test_image_chose_two_experts(record: str) -> None:
 def test_measured_numbers_are_found(words: str, count: int, tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     path.write_text(words)
-    assert len(unclaimed(Page(path, [], []))) == count
+    assert len(unclaimed(Page(path))) == count
 
 
 def test_a_claim_takes_its_numbers_away(tmp_path: Path) -> None:
@@ -331,6 +332,21 @@ def test_a_claim_takes_its_numbers_away(tmp_path: Path) -> None:
     record, path = tmp_path / "record.json", tmp_path / "page.md"
     record.write_text('{"rows": [{"gain": -0.25}, {"gain": 0.5}]}')
     path.write_text("It gains\n−25.0 % here. It gains +50.0 % here. It gains 51 % there.")
-    claim = Claim(str(record), "It gains {gain:+.1%} here.", lambda record: record["rows"])
+    claim = Claim("It gains {gain:+.1%} here.", (str(record),), at="rows")
     assert all(pattern(text).search(path.read_text()) for text in claim.texts)
-    assert len(unclaimed(Page(path, [claim], []))) == 1
+    assert len(unclaimed(Page(path, [claim]))) == 1
+
+
+def test_a_text_divides_and_takes_rows_and_several_records(tmp_path: Path) -> None:
+    record = tmp_path / "runs.jsonl"
+    runs = [{"name": f"moe-s{seed}", "ms": 1500 * seed, "steps": 3} for seed in (1, 2)]
+    record.write_text("\n".join(map(json.dumps, runs)))
+    rows = {"seed 1": f"{record}#moe-s1", "seed 2": f"{record}#moe-s2"}
+    claims = claims_of({"text": "{row}: {ms/1000:.1f} s, {ms/steps:.0f} each", "rows": rows})
+    assert [claim.texts for claim in claims] == [
+        ["seed 1: 1.5 s, 500 each"],
+        ["seed 2: 3.0 s, 1000 each"],
+    ]
+    assert Claim("{0[ms]*2:.0f}, {1[ms]}", (f"{record}#moe-*",)).texts == ["3000, 3000"]
+    with pytest.raises(LookupError, match="there is no"):
+        load([f"{record}#dense-*"])

@@ -136,10 +136,11 @@ def killed_run(
 def main() -> None:
     """Kill as often as the command line asks for."""
     parser = argument_parser("kill", __doc__)
-    parser.add_argument("--kills", type=count, default=50, help="of each form (%(default)s)")
-    parser.add_argument("--only", choices=FORMS, nargs="+", default=list(FORMS), help="(all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
+    add = parser.add_argument
+    add("--kills", type=count, default=50, help="of each form (%(default)s)")
+    add("--only", choices=FORMS, nargs="+", default=list(FORMS), help="(all)")
+    add("--seed", type=int, default=0)
+    add(
         "--out",
         type=Path,
         default=HERE / "reliability" / "kills.jsonl",

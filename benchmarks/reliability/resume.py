@@ -28,9 +28,10 @@ from tests.train.resume_matrix import cells, run_cell, train
 def main() -> None:
     """Run what the command line asks for."""
     parser = argument_parser("resume", __doc__)
-    parser.add_argument("--only", default="", help="cells whose name holds this")
-    parser.add_argument("--again", action="store_true", help="also those that are in the record")
-    parser.add_argument("--out", type=Path, default=HERE / "reliability" / "resume.json")
+    add = parser.add_argument
+    add("--only", default="", help="cells whose name holds this")
+    add("--again", action="store_true", help="also those that are in the record")
+    add("--out", type=Path, default=HERE / "reliability" / "resume.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

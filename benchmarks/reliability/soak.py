@@ -151,9 +151,10 @@ def predict_here(run: Path, calls: int) -> list[Sample]:
 def main() -> None:
     """Run both and write the result."""
     parser = argument_parser("soak", __doc__)
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--predictions", type=int, default=500)
+    add = parser.add_argument
+    add("--out", type=Path, help="JSON file for the result")
+    add("--steps", type=int, default=4000)
+    add("--predictions", type=int, default=500)
     options = parser.parse_args()
     origin = about()
     with tempfile.TemporaryDirectory() as home:

@@ -130,38 +130,23 @@ def measure_speed(rows: list[str], rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Train, measure or report."""
     parser = argument_parser("routers", __doc__)
-    parser.add_argument(
-        "--cifar", default="cifar10", help="CIFAR-10 as a folder, or a name (%(default)s)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--cifar", default="cifar10", help="CIFAR-10 as a folder, or a name (%(default)s)")
+    add(
         "--out",
         type=Path,
         default=HERE / "routers" / "record.json",
         help="the record (%(default)s)",
     )
-    parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all"
-    )
-    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=range(6), help="seeds of the chosen rate (0 to 5)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=500, help=f"optimizer steps of {BATCH} images (%(default)s)"
-    )
-    parser.add_argument(
-        "--pets", nargs=3, type=int, default=(16_384, 2_000, 4_000), help="drawn images per split"
-    )
-    parser.add_argument(
-        "--speed", action="store_true", help="measure images/s instead (about a minute)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=40, help="steps of each row for --speed (%(default)s)"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="print tables and draw the figure instead"
-    )
-    parser.add_argument("--figure", type=Path, default=HERE / "routers" / "routers.png")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all")
+    add("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
+    add("--seeds", nargs="+", type=int, default=range(6), help="seeds of the chosen rate (0 to 5)")
+    add("--steps", type=int, default=500, help=f"optimizer steps of {BATCH} images (%(default)s)")
+    add("--pets", nargs=3, type=int, default=(16_384, 2_000, 4_000), help="drawn images per split")
+    add("--speed", action="store_true", help="measure images/s instead (about a minute)")
+    add("--rounds", type=int, default=40, help="steps of each row for --speed (%(default)s)")
+    add("--report", action="store_true", help="print tables and draw the figure instead")
+    add("--figure", type=Path, default=HERE / "routers" / "routers.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.report:

@@ -68,7 +68,7 @@ def set_rows(record: Record) -> list[str]:
 def measure_rows(record: Record) -> list[str]:
     """A row for each measure of distance: own test images refused, and means over both groups of sets."""
     title, test, rows = TITLES[record["name"]], record["test"], []
-    for measure in ("Mahalanobis", *test["others"]):
+    for measure in ("Mahalanobis", *test.get("others", ())):
         is_main = measure == "Mahalanobis"
         refused = test["beyond"] if is_main else test["others"][measure]
         cells = [f"{refused / test['images']:.1%}"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.strangers import CHOICE, PHOTOS, RUNS, area, area_with_interval, others, recognized
+from benchmarks.strangers import CHOICE, PHOTOS, RUNS, area, area_with_interval, recognized
 from moevision.demo.models import bundled_folders, read_card
 
 RECORDS = (
@@ -36,39 +36,6 @@ def test_the_rate_is_the_mean_over_photos_that_chose_nothing():
     }
     assert recognized(sets) == pytest.approx((0.4 + 0.6) / 2)
     assert not set(CHOICE) & set(PHOTOS)
-
-
-def test_other_measures_by_their_definitions():
-    """Relative Mahalanobis and the log-density, of Gaussians written out with covariances of scikit-learn."""
-    from sklearn.covariance import LedoitWolf
-
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 300)
-    x = rng.normal(size=(3, 6))[labels] * 5 + rng.normal(size=(300, 6)) * np.arange(1, 7)
-    measures = others(x, labels)
-    means = np.stack([x[labels == label].mean(0) for label in range(3)])
-    within, whole = (
-        LedoitWolf(assume_centered=True).fit(r).covariance_
-        for r in (x - means[labels], x - x.mean(0))
-    )
-
-    def far(v, mean, covariance):
-        return (v - mean) @ np.linalg.solve(covariance, v - mean)
-
-    new = rng.normal(size=(5, 6)) * 8
-    relative = [min(far(v, m, within) for m in means) - far(v, x.mean(0), whole) for v in new]
-    density = [-np.log(sum(np.exp(-far(v, m, within) / 2) for m in means)) for v in new]
-    none = np.zeros((5, 3))
-    np.testing.assert_allclose(
-        measures["relative Mahalanobis"](new, none), relative, rtol=1e-3, atol=1e-3
-    )
-    np.testing.assert_allclose(
-        measures["log-density of all classes"](new, none), density, rtol=1e-3, atol=1e-3
-    )
-    z = rng.normal(size=(5, 3))
-    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
-    np.testing.assert_allclose(measures["largest probability"](new, z), -np.log(p.max(1)))
-    np.testing.assert_allclose(measures["energy of the logits"](new, z), -np.log(np.exp(z).sum(1)))
 
 
 def test_cards_have_the_share_of_the_record():

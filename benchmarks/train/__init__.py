@@ -5,7 +5,7 @@ run folder, or a timm name (a dense one is converted).
 
 Tells images/s, MFU against the measured matmul peak, the phases of a step (router, dispatch, experts, attention, ...),
 balance and padding of the experts, peak memory (each model in processes of its own), and joules per image where the
-machine has a counter. What a step waits for its batch is measured by `python -m benchmarks data`.
+machine has a counter.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "other")
 def parser() -> ArgumentParser:
     """The command line."""
     parser = harness.argument_parser("train", __doc__, EXAMPLES)
-    parser.add_argument("model", metavar="WHAT", help="a config, a run folder, or a timm name")
+    add = parser.add_argument
+    add("model", metavar="WHAT", help="a config, a run folder, or a timm name")
     harness.add_arch(parser)
     harness.add_image_sizes(parser)
-    parser.add_argument(
-        "--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)"
-    )
-    parser.add_argument(
+    add("--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)")
+    add(
         "--peer",
         dest="peers",
         nargs="+",
@@ -54,14 +53,14 @@ def parser() -> ArgumentParser:
         default=[],
         help="also plain timm in Lightning",
     )
-    parser.add_argument(
+    add(
         "--memory-runs",
         type=count,
         default=3,
         metavar="N",
         help="processes per model for its peak memory (3; 0: none)",
     )
-    parser.add_argument(
+    add(
         "--breakdown-steps",
         type=positive,
         default=10,
@@ -123,11 +122,11 @@ def _measure_steps(
     rounds = {"repetitions": options.repetitions, "warm_up": options.warm_up}
     with harness.progress_bar("training steps", sum(rounds.values()) * len(steps)) as on_step:
         timings = interleave(candidates, **rounds, device=device, on_step=on_step)
-    facts = {}
+    facts, some = {}, batch[0][:4]
     for name, step in steps.items():
-        flops = training_flops(step.net, batch[0][:4])
+        flops = training_flops(step.net, some) / len(some)
         size = sum(parameter.numel() for parameter in step.net.parameters())
-        facts[name] = {"parameters": size, "training_flops_per_image": flops.useful_per_image}
+        facts[name] = {"parameters": size, "training_flops_per_image": flops}
     rows, peak = rows_of(timings, list(steps), facts), peaks.get(options.precision)
     for row in rows:
         row["images_per_s"] = rounded(subject.batch_size / (row["time_ms"]["median"] / 1e3))

@@ -67,9 +67,9 @@ def build(out: Path, ort: Path | None = None) -> None:
     """Write the folder; `ort` has onnxruntime-web's two files, which are fetched from npm where it is None."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        found = _fetch(Path(work)) if ort is None else ort
-        shutil.copy(found / ORT_FILES[0], out)
-        _pack(out / "ort.bin", (found / ORT_FILES[1]).read_bytes())
+        folder = _fetch(Path(work)) if ort is None else ort
+        shutil.copy(folder / ORT_FILES[0], out)
+        _pack(out / "ort.bin", (folder / ORT_FILES[1]).read_bytes())
     shutil.copy(HERE / "worker.js", out)
     entries = [entry for entry in open_entries(None) if entry.card.id != LEFT_OUT]
     explorer = Explorer(entries)
@@ -145,56 +145,54 @@ def _boot(explorer: Explorer, entries: Sequence[Entry], sizes: Mapping[str, int]
 
 def _facts(layer: Mapping[str, Any]) -> Json:
     """What a view says about a layer whatever the image."""
-    told = set(LayerFacts.__dataclass_fields__) | {"name", "words"}
-    return {name: value for name, value in layer.items() if name in told} | {
-        "computation": None,
-        "reads": None,
-    }
+    names = set(LayerFacts.__dataclass_fields__) | {"name", "words"}
+    facts = {name: value for name, value in layer.items() if name in names}
+    return {**facts, "computation": None, "reads": None}
 
 
 def _views(explorer: Explorer, entry: Entry, examples: Sequence[Mapping[str, Any]]) -> list[Json]:
-    found = []
-    for one in examples:
-        asked = {"model": entry.card.id, "picture": {"kind": "example", "id": one["id"]}}
-        view = _answer(explorer, "route", asked)
-        found.append({**view, "layers": [{**layer, "noise": "none"} for layer in view["layers"]]})
-    return found
+    views = []
+    for example in examples:
+        request = {"model": entry.card.id, "picture": {"kind": "example", "id": example["id"]}}
+        view = _answer(explorer, "route", request)
+        views.append({**view, "layers": [{**layer, "noise": "none"} for layer in view["layers"]]})
+    return views
 
 
 def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
     """Answers by `key`: the examples' views, sharper images and moments of training, and what experts take."""
     model = entry.card.id
-    about = next(one for one in explorer.boot({})["models"] if one["id"] == model)
+    about = next(about for about in explorer.boot({})["models"] if about["id"] == model)
     examples = list(about["examples"])
     telling = (entry.card.matters or {}).get("picture")
-    if telling is not None and telling not in [one["id"] for one in examples]:
+    if telling is not None and telling not in [example["id"] for example in examples]:
         examples.append({"id": telling})
+    recorded = about["history"] or {"images": []}
+    # The first expert that a visitor takes away shouldn't wait for a large model.
+    is_large = is_packed(entry) and packed_file(entry).stat().st_size > _LARGE
+
     answers = {
         key("route", model, view["picture"]["id"]): view
         for view in _views(explorer, entry, examples)
     }
-    for one in examples:
-        answers[key("sharp", model, one["id"])] = _answer(
-            explorer, "sharp", {"model": model, "picture": one["id"]}
-        )
-        if one["id"] in (about["history"] or {"images": []})["images"]:
-            asked = {"model": model, "picture": one["id"]}
-            answers[key("history", model, one["id"])] = _answer(explorer, "history", asked)
-        if (
-            is_packed(entry) and packed_file(entry).stat().st_size > _LARGE
-        ):  # the first expert that a visitor takes away shouldn't wait for it
-            answers[key("without", model, one["id"])] = _without(explorer, entry, one["id"])
+    for example in examples:
+        id = example["id"]
+        request = {"model": model, "picture": id}
+        answers[key("sharp", model, id)] = _answer(explorer, "sharp", request)
+        if id in recorded["images"]:
+            answers[key("history", model, id)] = _answer(explorer, "history", request)
+        if is_large:
+            answers[key("without", model, id)] = _without(explorer, entry, id)
     for layer in about["layers"]:
-        asked = {"model": model, "variant": "trained", "layer": layer}
-        answers[key("experts", model, layer)] = _answer(explorer, "experts", asked)
-    cards = [card for one in answers.values() for card in one.get("experts", ())]
-    shown = {
-        patch["picture"] for card in cards for kind in ("top", "random") for patch in card[kind]
-    }
-    others = shown - {one["id"] for one in examples}
+        request = {"model": model, "variant": "trained", "layer": layer}
+        answers[key("experts", model, layer)] = _answer(explorer, "experts", request)
+
+    cards = [card for answer in answers.values() for card in answer.get("experts", ())]
+    patches = [patch for card in cards for kind in ("top", "random") for patch in card[kind]]
+    others = {patch["picture"] for patch in patches} - {example["id"] for example in examples}
     if others:
-        found = [entry.examples.find(id) for id in sorted(others)]
-        answers[key("pictures", model)] = {one.id: one.to_json() for one in found}
+        pictures = [entry.examples.find(id) for id in sorted(others)]
+        answers[key("pictures", model)] = {picture.id: picture.to_json() for picture in pictures}
     return {name: answer for name, answer in answers.items() if answer != {"src": None}}
 
 
@@ -204,11 +202,12 @@ def _without(explorer: Explorer, entry: Entry, id: str) -> Json:
     for router in entry.facts.routers:
         for expert in range(router.num_experts):
             picture = {"kind": "example", "id": id}
-            asked = {"model": entry.card.id, "picture": picture, "away": [[router.layer, expert]]}
-            view = _answer(explorer, "route", asked)
-            known = {name for layer in view["layers"] for name in _facts(layer)}
+            away = [[router.layer, expert]]
+            request = {"model": entry.card.id, "picture": picture, "away": away}
+            view = _answer(explorer, "route", request)
+            facts = {name for layer in view["layers"] for name in _facts(layer)}
             layers = [
-                {name: layer[name] for name in layer if name not in known}
+                {name: layer[name] for name in layer if name not in facts}
                 for layer in view["layers"]
             ]
             answers[f"{router.layer}.{expert}"] = {
@@ -328,13 +327,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--ort", type=Path, metavar="FOLDER", help=f"dist/ of {ORT}; by default npm fetches it"
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    build(given.out, given.ort)
-    sizes = {file.name: file.stat().st_size for file in given.out.iterdir()}
+    build(options.out, options.ort)
+    sizes = {file.name: file.stat().st_size for file in options.out.iterdir()}
     for name, size in sorted(sizes.items(), key=lambda one: -one[1])[:8]:
         print(f"{size / 1e6:6.2f} MB  {name}")
-    print(f"{sum(sizes.values()) / 1e6:6.2f} MB  {len(sizes)} files in {given.out}")
+    print(f"{sum(sizes.values()) / 1e6:6.2f} MB  {len(sizes)} files in {options.out}")
 
 
 if __name__ == "__main__":

@@ -92,10 +92,10 @@ def collect_routing(
         raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
     saved = as_saved_model(model)
     if run_dir is None and isinstance(model, str | Path) and isinstance(data, str | Path):
-        found = find_images(str(model), str(data))
-        run_dir = (
-            None if found is None else found.run
-        )  # of its own images those that it was not trained on
+        # Of its own images those that it was not trained on.
+        run_images = find_images(str(model), str(data))
+        if run_images is not None:
+            run_dir = run_images.run
     pictures = open_pictures(
         data,
         saved.image_size,
@@ -107,69 +107,71 @@ def collect_routing(
         root=root,
         run_dir=run_dir,
     )
-    settings = {"limit": limit, "seed": seed, "batch_size": batch_size}
-    about = _about(saved, pictures, name or model_title(model), settings)
+    provenance = _provenance(saved.net)
+    provenance["settings"] = {"limit": limit, "seed": seed, "batch_size": batch_size}
+    about: dict[str, Any] = {
+        "class_names": pictures.class_names,
+        "model": name or model_title(model),
+        "data": pictures.name,
+        "provenance": provenance,
+    }
+
     reader = PictureReader(pictures, saved, batch_size)
     net = saved.net.to(best_device())
-    collected: list[dict[str, Array]] = []
+    batches: list[dict[str, Array]] = []
     with evaluating(net):
-        with routing_lock(net), torch.inference_mode(False):
-            unread = layers_that_miss_classifier(net)
-        if unread:
-            warnings.warn(
-                f"{UNREAD} in block {', '.join(map(str, unread))} change no answer: pool over patches "
-                "(global_pool='avg'), or leave that block dense (moevision.models.read_layer_indices).",
-                stacklevel=1,  # one place, so that Python says it once
-            )
+        _warn_of_unread_layers(net)
         for batch in reader.batches(progress):
-            rows, place = _rows(net, batch)
-            outputs = rows["probabilities"].shape[
-                1
-            ]  # called as the model or the data call them, or numbered
-            names = next(
-                (
-                    known
-                    for known in (saved.class_names, pictures.class_names)
-                    if len(known) == outputs
-                ),
-                None,
-            )
-            about |= place | {
-                "prediction_names": tuple(names or (f"class {index}" for index in range(outputs)))
-            }
-            collected.append(rows)
-        reader.report()
-        about["provenance"] |= {"unreadable": len(reader.bad)}
-    arrays = {name: np.concatenate([rows[name] for rows in collected]) for name in collected[0]}
-    trace = RoutingTrace.from_arrays(arrays, metadata_of(about | {"picture_names": reader.names}))
+            rows, layout = _rows(net, batch)
+            about |= layout
+            batches.append(rows)
+    reader.report()
+
+    arrays = {name: np.concatenate([rows[name] for rows in batches]) for name in batches[0]}
+    provenance["unreadable"] = len(reader.bad)
+    num_outputs = arrays["probabilities"].shape[1]
+    about["prediction_names"] = _output_names(num_outputs, saved.class_names, pictures.class_names)
+    about["picture_names"] = reader.names
+    trace = RoutingTrace.from_arrays(arrays, metadata_of(about))
     if path is not None:
         trace.save(path)
     return trace
 
 
-def _about(
-    saved: SavedModel, pictures: PictureSet, title: str, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """What is known about a trace before the model runs."""
+def _warn_of_unread_layers(net: nn.Module) -> None:
+    with routing_lock(net), torch.inference_mode(False):
+        unread = layers_that_miss_classifier(net)
+    if unread:
+        warnings.warn(
+            f"{UNREAD} in block {', '.join(map(str, unread))} change no answer: pool over patches "
+            "(global_pool='avg'), or leave that block dense (moevision.models.read_layer_indices).",
+            stacklevel=1,  # one place, so that Python says it once
+        )
+
+
+def _output_names(count: int, *candidates: Sequence[str]) -> tuple[str, ...]:
+    """Names of the model's outputs: the first candidates that are as many, or numbers."""
+    for names in candidates:
+        if len(names) == count:
+            return tuple(names)
+    return tuple(f"class {index}" for index in range(count))
+
+
+def _provenance(net: nn.Module) -> dict[str, Any]:
+    """When, where and with which versions a trace is made, and of which weights."""
     versions = {
         "moevision": __version__,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "numpy": np.__version__,
     }
-    provenance = {
+    return {
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": best_device().type,
         "versions": versions,
-        "settings": settings,
-        "weights_sha256": weights_sha256(saved.net),
+        "settings": {},
+        "weights_sha256": weights_sha256(net),
         "unreadable": 0,
-    }
-    return {
-        "class_names": pictures.class_names,
-        "model": title,
-        "data": pictures.name,
-        "provenance": provenance,
     }
 
 
@@ -183,57 +185,56 @@ def _rows(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any
             "This model has no MoE layers: give a model that was converted by moevision.convert_to_moe."
         )
     grids = {routing.grid for routing in routings}
-    (grid,) = grids if len(grids) == 1 else (None,)
-    if grid is None:
+    if len(grids) > 1 or None in grids:
         raise UserError(
             "This model's tokens are no single grid of patches: give a plain ViT, without patch dropping."
         )
-    has_head = getattr(net, "num_classes", None) != 0
-    probabilities = output.float().softmax(-1) if has_head else output.float()[:, :0]
-    rows: dict[str, Array] = {
-        "labels": batch.labels.numpy(),
-        "predictions": _numpy(
-            probabilities.argmax(-1) if has_head else torch.full_like(batch.labels, -1)
-        ),
-        "probabilities": _numpy(probabilities),
+
+    if getattr(net, "num_classes", None) == 0:  # no head
+        probabilities = output.float()[:, :0]
+        predictions = torch.full_like(batch.labels, -1)
+    else:
+        probabilities = output.float().softmax(-1)  # [B, C]
+        predictions = probabilities.argmax(-1)
+    tensors = {
+        "labels": batch.labels,
+        "predictions": predictions,
+        "probabilities": probabilities,
     }
-    layers = [
-        place if routing.layer is None else routing.layer for place, routing in enumerate(routings)
-    ]
-    for layer, routing in zip(layers, routings, strict=True):
-        rows |= {f"L{layer}.{key}": array for key, array in _layer_rows(routing).items()}
-    units = [routing.route_by for routing in routings]
+    layers = []
+    for position, routing in enumerate(routings):
+        layer = position if routing.layer is None else routing.layer
+        layers.append(layer)
+        for key, tensor in _layer_tensors(routing).items():
+            tensors[f"L{layer}.{key}"] = tensor
+    rows = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     return rows, {
         "layers": layers,
-        "kinds": [r.kind for r in routings],
-        "route_by": units,
-        "grid": grid,
+        "kinds": [routing.kind for routing in routings],
+        "route_by": [routing.route_by for routing in routings],
+        "grid": grids.pop(),
     }
 
 
-def _layer_rows(routing: Routing) -> dict[str, Array]:
+def _layer_tensors(routing: Routing) -> dict[str, Tensor]:
     """One layer's decision about a batch's patches, as `LayerTrace` holds it."""
     patches = slice(routing.num_prefix_tokens, None)
     probs = routing.probs[:, patches].float()  # [B, P, E]
-    best = probs.topk(min(2, routing.num_experts), dim=-1).values  # [B, P, 2]
-    rows: dict[str, Array] = {}
-    if isinstance(routing, SoftRouting):
-        reads = routing.dispatch_weight.sum(-1).gather(
-            -1, routing.expert_index
-        )  # [B, N, E, slots] -> [B, N, E]
-        rows["read_weight"] = _numpy(reads[:, patches].float())
-    return rows | {
-        "expert_index": _numpy(routing.expert_index[:, patches].to(torch.int16)),
-        "kept": _numpy(routing.kept[:, patches]),
-        "combine_weight": _numpy(routing.combine_weight[:, patches].float()),
-        "probs": _numpy(probs.half()),
-        "margin": _numpy(best[..., 0] - best[..., 1] if best.shape[-1] > 1 else best[..., 0]),
-        "entropy_bits": _numpy(torch.special.entr(probs).sum(-1) / math.log(2)),
+    # Beside a single expert, which has the whole probability, stands a 0.
+    best = nn.functional.pad(probs, (0, 1)).topk(2, dim=-1).values  # [B, P, 2]
+    tensors = {
+        "expert_index": routing.expert_index[:, patches].to(torch.int16),
+        "kept": routing.kept[:, patches],
+        "combine_weight": routing.combine_weight[:, patches].float(),
+        "probs": probs.half(),
+        "margin": best[..., 0] - best[..., 1],
+        "entropy_bits": torch.special.entr(probs).sum(-1) / math.log(2),
     }
-
-
-def _numpy(tensor: Tensor) -> Array:
-    return tensor.cpu().numpy()
+    if isinstance(routing, SoftRouting):
+        read_weight = routing.dispatch_weight.sum(-1)  # [B, N, E, slots] -> [B, N, E]
+        read_weight = read_weight.gather(-1, routing.expert_index)
+        tensors["read_weight"] = read_weight[:, patches].float()
+    return tensors
 
 
 class Batch(NamedTuple):
@@ -247,7 +248,9 @@ class PictureReader:
     """Reads images in batches: `names` of those read so far, and `bad`, name and reason of those that can't be read."""
 
     def __init__(self, pictures: PictureSet, model: SavedModel, batch_size: int) -> None:
-        self.pictures, self.model, self.batch_size = pictures, model, batch_size
+        self.pictures = pictures
+        self.model = model
+        self.batch_size = batch_size
         self.names: list[str] = []
         self.bad: list[tuple[str, str]] = []
 
@@ -258,21 +261,21 @@ class PictureReader:
         for start in track(
             starts, "routing", console=Console(stderr=True), disable=hidden, transient=True
         ):
-            indices = range(start, min(start + self.batch_size, len(self.pictures)))
-            pixels = [
-                (index, image) for index in indices if (image := self._image(index)) is not None
-            ]
-            if pixels:
-                images = normalize(
-                    torch.stack([image for _, image in pixels]), self.model.mean, self.model.std
-                )
-                yield Batch(
-                    images, torch.tensor([self.pictures.label(index) for index, _ in pixels])
-                )
+            images = []
+            labels = []
+            for index in range(start, min(start + self.batch_size, len(self.pictures))):
+                image = self._image(index)
+                if image is not None:
+                    images.append(image)
+                    labels.append(self.pictures.label(index))
+            if images:
+                pixels = normalize(torch.stack(images), self.model.mean, self.model.std)
+                yield Batch(pixels, torch.tensor(labels))
 
     def _image(self, index: int) -> Tensor | None:
         """The image, uint8 [3, S, S]; None if it can't be read."""
-        name, size = self.pictures.picture_name(index), self.model.image_size
+        name = self.pictures.picture_name(index)
+        size = self.model.image_size
         try:
             pixels = self.pictures.image(index)
         except BadImageError as error:
@@ -287,13 +290,14 @@ class PictureReader:
 
     def report(self) -> None:
         """Warn of images that couldn't be read; a UserError if there is no other."""
-        first = f", the first is {self.bad[0][0]}: {self.bad[0][1]}" if self.bad else ""
-        if not self.names:
-            raise UserError(
-                f"None of the {len(self.pictures)} images can be read: fix or replace them{first}."
-            )
+        total = len(self.pictures)
+        first = ""
         if self.bad:
-            total = len(self.pictures)
+            name, reason = self.bad[0]
+            first = f", the first is {name}: {reason}"
+        if not self.names:
+            raise UserError(f"None of the {total} images can be read: fix or replace them{first}.")
+        if self.bad:
             text = f"{len(self.bad)} of {total} images can't be used and are left out of the trace{first}"
             warnings.warn(text, DataWarning, stacklevel=3)
 
@@ -338,9 +342,8 @@ def weights_sha256(net: nn.Module) -> str:
 
 def network_input(model: SavedModel, images: Pixels) -> Tensor:
     """Images uint8 [B, S, S, 3] as the network takes them: normalised, [B, 3, S, S], on its device."""
-    pixels = normalize(
-        torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), model.mean, model.std
-    )
+    channels_first = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    pixels = normalize(channels_first, model.mean, model.std)
     weight = next(model.net.parameters())
     return pixels.to(weight.device, weight.dtype)
 
@@ -354,15 +357,12 @@ def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
     def keep(block: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         received[block] = arguments[0][:, prefix:]
 
-    layers = {
-        layer.layer_index: layer for layer in moe_layers(net) if layer.layer_index is not None
-    }
-    with (
-        routing_lock(net),
-        ExitStack() as hooks,
-    ):  # locked, so that no other thread's images pass the hooks
-        for block, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(partial(keep, block)))
+    # Locked, so that no other thread's images pass the hooks.
+    with routing_lock(net), ExitStack() as hooks:
+        for layer in moe_layers(net):
+            if layer.layer_index is not None:
+                hook = partial(keep, layer.layer_index)
+                hooks.enter_context(layer.register_forward_pre_hook(hook))
         net(pixels)
     return received
 
@@ -388,23 +388,18 @@ class Table:
         """Columns of text: the first to the left, the others to the right."""
         lines = [[str(cell) for cell in row] for row in (self.head, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                [
-                    row[0].ljust(widths[0]),
-                    *(cell.rjust(wide) for cell, wide in zip(row[1:], widths[1:], strict=True)),
-                ]
-            )
-            for row in lines
-        )
+        text = []
+        for first, *others in lines:
+            cells = [first.ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+            text.append("  ".join(cells))
+        return "\n".join(text)
 
     def _repr_html_(self) -> str:
-        def line(kind: str, row: Sequence[object]) -> str:
-            cells = (
-                f'<{kind} style="text-align:left">{html.escape(str(cell))}</{kind}>' for cell in row
-            )
-            return f"<tr>{''.join(cells)}</tr>"
+        rows = [_html_row("th", self.head), *(_html_row("td", row) for row in self.rows)]
+        return f"<table>{''.join(rows)}</table>"
 
-        return (
-            f"<table>{line('th', self.head)}{''.join(line('td', row) for row in self.rows)}</table>"
-        )
+
+def _html_row(tag: str, row: Sequence[object]) -> str:
+    cells = [f'<{tag} style="text-align:left">{html.escape(str(cell))}</{tag}>' for cell in row]
+    return f"<tr>{''.join(cells)}</tr>"

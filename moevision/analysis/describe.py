@@ -2,9 +2,9 @@
 
 Parts are counted by *requested* choices, what the router wants, before any capacity; loads, galleries and the map of
 classes by those that are computed. Where tokens don't choose, `expert_index` names all experts and `amount` ([I, P, K],
-`LayerTrace.wanted`) says what each counts: whether it took the patch, or how much of it it reads. Whether a pattern is
-more than chance is tested over images, since patches of one image are not independent: of classes here, of what experts
-tell in `information` and `readings`.
+`LayerTrace.requested_share`) says what each counts: whether it took the patch, or how much of it it reads. Whether a
+pattern is more than chance is tested over images, since patches of one image are not independent: of classes here, of
+what experts tell in `information` and `readings`.
 
 The top patches of an expert alone mislead: the best eight of ten thousand patches look alike for any expert. So a
 gallery shows as many random patches of the same expert. An expert of Soft MoE reads something of every patch: its
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -39,7 +39,8 @@ from moevision.analysis.information import (
     Numbers,
     Pixels,
     choice_counts,
-    chunks,
+    permuted_labels,
+    sums_by_class,
 )
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
@@ -47,24 +48,22 @@ from moevision.errors import UserError
 if TYPE_CHECKING:
     from moevision.analysis.images import PictureSet
 
+_LEVEL = 0.95  # of a map: 1 minus the chance of any false cell
+
 
 def part_fractions(part_masks: Pixels, grid: tuple[int, int], num_parts: int) -> Floats:
     """[I, P, parts]: which share of each patch's pixels belongs to each part, from masks [I, S, S] of part numbers."""
     rows, columns = grid
     images, height, width = part_masks.shape
-    tiles = part_masks.reshape(images, rows, height // rows, columns, width // columns).swapaxes(
-        2, 3
-    )
-    pixels = tiles.reshape(images, rows * columns, -1)
-    return np.stack(
-        [(pixels == part).mean(-1, dtype=np.float32) for part in range(num_parts)], axis=-1
-    )
+    tiles = part_masks.reshape(images, rows, height // rows, columns, width // columns)
+    pixels = tiles.swapaxes(2, 3).reshape(images, rows * columns, -1)  # [I, P, pixels]
+    is_part = [pixels == part for part in range(num_parts)]
+    return np.stack([mask.mean(-1, dtype=np.float32) for mask in is_part], axis=-1)
 
 
 def majority_part(fractions: Floats) -> Ints:
     """[I, P]: the part with most pixels in each patch (the lower number of two that tie), from `part_fractions`."""
-    majority: Ints = np.asarray(fractions).argmax(-1).astype(np.int16)
-    return majority
+    return cast(Ints, np.asarray(fractions).argmax(-1).astype(np.int16))
 
 
 def part_expert_table(
@@ -75,16 +74,18 @@ def part_expert_table(
     From chosen experts [I, P, K] and `part_fractions` [I, P, parts]. Each choice carries 1/K of its patch, so that row
     sums are each part's area in patches; or its amount [I, P, K], and row sums are what all experts read of a part.
     """
+    shares = _patch_shares(expert_index, num_experts, amount)
     area = np.asarray(fractions, np.float64)
-    return area.reshape(-1, area.shape[2]).T @ _carried(expert_index, num_experts, amount)
+    return area.reshape(-1, area.shape[2]).T @ shares
 
 
-def _carried(expert_index: Ints, num_experts: int, amount: Array | None) -> Floats:
+def _patch_shares(expert_index: Ints, num_experts: int, amount: Array | None) -> Floats:
     """[I · P, E] float64: how much of each patch went to each expert; a choice carries its amount, or 1/K."""
-    counts = (
-        choice_counts(expert_index, num_experts, amount).reshape(-1, num_experts).astype(np.float64)
-    )
-    return counts / np.shape(expert_index)[2] if amount is None else counts
+    counts = choice_counts(expert_index, num_experts, amount)
+    shares = counts.reshape(-1, num_experts).astype(np.float64)
+    if amount is None:
+        shares /= np.shape(expert_index)[2]
+    return shares
 
 
 def part_stands_out(
@@ -99,32 +100,33 @@ def part_stands_out(
 
     The arguments are those of `part_expert_table`, and R permutations.
     """
-    carried, area = _carried(expert_index, num_experts, amount), np.asarray(fractions, np.float64)
-
-    def shares(order: Ints) -> Floats:
-        table = area[order].reshape(len(carried), -1).T @ carried  # [parts, E]
-        total = table.sum(1, keepdims=True)
-        share: Floats = np.divide(table, total, out=np.zeros_like(table), where=total > 0)
-        return share
+    shares = _patch_shares(expert_index, num_experts, amount)
+    area = np.asarray(fractions, np.float64)
+    observed = _expert_shares(area, shares)
 
     rng = np.random.default_rng(0)
     permuted = np.stack(
-        [shares(rng.permutation(len(area))) for _ in range(num_permutations)]
+        [_expert_shares(rng.permutation(area), shares) for _ in range(num_permutations)]
     )  # [R, parts, E]
-    mean, spread = permuted.mean(0), permuted.std(0, ddof=1)
+    mean = permuted.mean(0)
+    spread = permuted.std(0, ddof=1)
+    largest = _deviations(permuted, mean, spread).max((1, 2))  # [R]
+    threshold = np.quantile(largest, _LEVEL, method="higher")
+    return cast(Flags, _deviations(observed, mean, spread) > threshold)
 
-    def distance(share: Floats) -> Floats:
-        known = np.broadcast_to(spread > 0, share.shape)
-        away: Floats = np.abs(
-            np.divide(share - mean, spread, out=np.zeros_like(share), where=known)
-        )
-        return away
 
-    largest = distance(permuted).max((1, 2))
-    stands_out: Flags = distance(shares(np.arange(len(area)))) > np.quantile(
-        largest, _LEVEL, method="higher"
-    )
-    return stands_out
+def _expert_shares(area: Floats, shares: Floats) -> Floats:
+    """[parts, E] each expert's share of a part, from areas [I, P, parts] and shares of patches [I · P, E]."""
+    table = area.reshape(len(shares), -1).T @ shares
+    total = table.sum(1, keepdims=True)
+    return cast(Floats, np.divide(table, total, out=np.zeros_like(table), where=total > 0))
+
+
+def _deviations(shares: Floats, mean: Floats, spread: Floats) -> Floats:
+    """Distances of shares [..., parts, E] from the mean in standard deviations; 0 where nothing varies."""
+    varies = np.broadcast_to(spread > 0, shares.shape)
+    deviations = np.divide(shares - mean, spread, out=np.zeros_like(shares), where=varies)
+    return np.abs(deviations)
 
 
 class GalleryPatch(NamedTuple):
@@ -140,17 +142,19 @@ class ExpertGallery(NamedTuple):
 
     expert: int  # index of the expert in its layer
     top: list[GalleryPatch]  # heaviest first, at most one of each image
-    random: list[
-        GalleryPatch
-    ]  # drawn from all patches that the expert computed, in order of image and patch
+    # drawn from all patches that the expert computed, in order of image and patch
+    random: list[GalleryPatch]
 
 
 def layer_gallery(layer: LayerTrace, count: int = 8, seed: int = 0) -> list[ExpertGallery]:
     """The gallery of every expert of a layer, in order; an expert that nothing is routed to has an empty one."""
-    experts = range(layer.num_experts)
     return [
-        ExpertGallery(e, top_patches(layer, e, count), random_patches(layer, e, count, seed))
-        for e in experts
+        ExpertGallery(
+            expert,
+            top_patches(layer, expert, count),
+            random_patches(layer, expert, count, seed),
+        )
+        for expert in range(layer.num_experts)
     ]
 
 
@@ -162,7 +166,8 @@ def top_patches(layer: LayerTrace, expert: int, count: int = 8) -> list[GalleryP
     """
     images, patches, weights = _routed(layer, expert)
     heaviest = np.lexsort((patches, images, -weights))
-    _, first = np.unique(images[heaviest], return_index=True)  # the heaviest patch of each image
+    # The first of each image, in order of weight.
+    _, first = np.unique(images[heaviest], return_index=True)
     best = heaviest[np.sort(first)[:count]]
     return _as_patches(images[best], patches[best], weights[best])
 
@@ -176,19 +181,21 @@ def random_patches(
     """
     images, patches, weights = _routed(layer, expert)
     rng = np.random.default_rng([seed, layer.layer, expert])
-    chance = None
+    probs = None
+    available = len(images)
     if layer.kind == "soft":
-        chance = weights.astype(np.float64) / max(float(weights.sum(dtype=np.float64)), 1e-12)
-    size = min(count, len(images) if chance is None else int((chance > 0).sum()))
-    drawn = np.sort(rng.choice(len(images), size=size, replace=False, p=chance))
+        total = float(weights.sum(dtype=np.float64))
+        probs = weights.astype(np.float64) / max(total, 1e-12)
+        available = int((probs > 0).sum())
+    drawn = rng.choice(len(images), size=min(count, available), replace=False, p=probs)
+    drawn = np.sort(drawn)
     return _as_patches(images[drawn], patches[drawn], weights[drawn])
 
 
 def first_choice_paths(trace: RoutingTrace) -> Ints:
     """[I, P, L]: the expert that each patch gave most weight to in each MoE layer, in order of depth; -1 for none."""
-    return np.stack(
-        [np.asarray(layer.first_choice(), dtype=np.int16) for layer in trace.layers], axis=-1
-    )
+    first = [np.asarray(layer.first_choice(), dtype=np.int16) for layer in trace.layers]
+    return np.stack(first, axis=-1)
 
 
 def patches_on_path(
@@ -208,13 +215,17 @@ def patches_on_path(
         on_path &= (trace.labels == label)[:, None]
     images, patches = np.nonzero(on_path)
     order = np.random.default_rng(0).permutation(len(images))
-    once = np.zeros(len(order), dtype=bool)
-    once[np.unique(images[order], return_index=True)[1]] = (
-        True  # an image's second patch only fills up
-    )
-    chosen = np.sort(np.concatenate([order[once], order[~once]])[:count])
-    weights = np.asarray(trace.layers[-1].combine_weight)[images[chosen], patches[chosen], 0]
-    return _as_patches(images[chosen], patches[chosen], weights)
+
+    # One patch of each image first; an image's second patch only fills up.
+    _, first = np.unique(images[order], return_index=True)
+    is_first = np.isin(np.arange(len(order)), first)
+    by_preference = np.concatenate([order[is_first], order[~is_first]])
+    drawn = np.sort(by_preference[:count])
+
+    images = images[drawn]
+    patches = patches[drawn]
+    weights = np.asarray(trace.layers[-1].combine_weight)[images, patches, 0]
+    return _as_patches(images, patches, weights)
 
 
 def _routed(layer: LayerTrace, expert: int) -> tuple[Ints, Ints, Floats]:
@@ -230,8 +241,8 @@ def _routed(layer: LayerTrace, expert: int) -> tuple[Ints, Ints, Floats]:
 
 def _as_patches(images: Ints, patches: Ints, weights: Floats) -> list[GalleryPatch]:
     return [
-        GalleryPatch(int(i), int(p), round(float(w), 4))
-        for i, p, w in zip(images, patches, weights, strict=True)
+        GalleryPatch(int(image), int(patch), round(float(weight), 4))
+        for image, patch, weight in zip(images, patches, weights, strict=True)
     ]
 
 
@@ -248,10 +259,6 @@ def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> Floats | 
             )
         fractions.append(part_fractions(mask[None], grid, len(pictures.part_names))[0])
     return np.stack(fractions)
-
-
-_LEVEL = 0.95  # of a map: 1 minus the chance of any false cell
-_CHUNK_CELLS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -284,34 +291,37 @@ def class_expert_map(
 
     A UserError if that block has no MoE layer, or there are fewer than two labelled images.
     """
-    shares = image_shares(trace.layer(layer).image_takes())
     labels = np.asarray(trace.labels)
-    known = labels >= 0
-    if known.sum() < 2:
+    labelled = labels >= 0
+    if labelled.sum() < 2:
         raise UserError(
             "A map of classes and experts needs at least two images with a known class: give more images."
         )
-    shares, labels, num_classes = shares[known], labels[known], len(trace.class_names)
-    overall = shares.mean(0)
+    labels = labels[labelled]
+    shares = image_shares(trace.layer(layer).image_takes())[labelled].astype(np.float64)  # [I, E]
+    num_classes = len(trace.class_names)
     n_images = np.bincount(labels, minlength=num_classes)
-    largest = _largest_of_permuted(shares - overall, labels, n_images, num_permutations, seed)
-    with np.errstate(invalid="ignore"):  # 0 / 0: a class without images has no share
-        share = _class_sums(shares, labels[None], num_classes)[0] / n_images[:, None]
-    excess = share - overall
+    mean_share = shares.mean(0)
+    # 0 / 0: a class without images has no share.
+    with np.errstate(invalid="ignore"):
+        share = sums_by_class(labels[None], shares, num_classes)[0] / n_images[:, None]
+    excess = share - mean_share
+    size = np.abs(np.nan_to_num(excess))
+
+    largest = _largest_of_permuted(shares - mean_share, labels, n_images, num_permutations, seed)
     threshold = float(np.quantile(largest, _LEVEL, method="higher"))
-    above = (largest >= np.abs(np.nan_to_num(excess))[..., None] - 1e-12).sum(-1)
-    p_value = np.where(np.isnan(excess), np.nan, (1 + above) / (1 + len(largest)))
-    significant = np.abs(np.nan_to_num(excess)) > threshold + 1e-12
+    as_large = (largest >= size[..., None] - 1e-12).sum(-1)
+    p_value = (1 + as_large) / (1 + len(largest))
     return ClassExpertMap(
-        layer,
-        tuple(trace.class_names),
-        n_images,
-        share,
-        overall,
-        excess,
-        threshold,
-        significant,
-        p_value,
+        layer=layer,
+        class_names=tuple(trace.class_names),
+        n_images=n_images,
+        share=share,
+        mean_share=mean_share,
+        excess=excess,
+        threshold=threshold,
+        significant=size > threshold + 1e-12,
+        p_value=np.where(np.isnan(excess), np.nan, p_value),
     )
 
 
@@ -321,25 +331,15 @@ def image_shares(takes: Array) -> Floats:
     return np.where(total > 0, takes / np.where(total > 0, total, 1), 1 / takes.shape[1])
 
 
-def _class_sums(shares: Floats, labels: Ints, num_classes: int) -> Floats:
-    """Sums [R, C, E] of shares [I, E] over the images of each class, for labellings [R, I]."""
-    one_hot = (labels[:, None, :] == np.arange(num_classes)[:, None]).astype(
-        np.float64
-    )  # [R, C, I]
-    return np.asarray(one_hot.reshape(-1, len(shares)) @ shares).reshape(
-        len(labels), num_classes, -1
-    )
-
-
 def _largest_of_permuted(
     centred: Floats, labels: Ints, n_images: Ints, num_permutations: int, seed: int
 ) -> Floats:
     """[R] the largest absolute excess in each permuted table."""
-    rng, present = np.random.default_rng(seed), n_images > 0
-    chunk = max(1, _CHUNK_CELLS // (len(n_images) * len(labels)))
+    present = n_images > 0
+    per_class = n_images[present, None]
+    cells = len(n_images) * len(labels)
     largest = []
-    for size in chunks(num_permutations, chunk):
-        permuted = rng.permuted(np.tile(labels, (size, 1)), axis=1)
-        tables = _class_sums(centred, permuted, len(n_images))[:, present] / n_images[present, None]
-        largest.append(np.abs(tables).max((1, 2)))
+    for permuted in permuted_labels(labels, num_permutations, cells, seed):
+        excess = sums_by_class(permuted, centred, len(n_images))[:, present] / per_class
+        largest.append(np.abs(excess).max((1, 2)))
     return np.concatenate(largest)

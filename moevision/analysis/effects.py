@@ -15,7 +15,8 @@ Axes: B images of a batch, R rows, I images, N tokens (prefix tokens first), K c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean, stdev
 
@@ -43,9 +44,8 @@ from moevision.layers import MoEMlp, routing_lock
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel
 
-Taken = dict[
-    MoEMlp, Tensor
-]  # in order of depth, [B, 2] int64: assignments of prefix tokens, and of patches
+MovedCounts = dict[MoEMlp, Tensor]
+"""In order of depth, [B, 2] int64: assignments of prefix tokens, and of patches."""
 
 
 @torch.inference_mode()
@@ -65,31 +65,37 @@ def effect(
     """
     if num_controls < 2:
         raise UserError(f"num_controls={num_controls} gives no spread: take at least 2 draws.")
-    net, x = model.net, network_input(model, np.stack([image]))
+    net = model.net
+    x = network_input(model, np.stack([image]))
     with routing_lock(net):
-        before = net(x)[0].double()
-        after, taken, has_control = run_under(net, x, intervention)
-        index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
-        kinds: set[RoutingKind] = {layer.router.kind for layer in intervention.edits(net)}
-        keys = [(seed, draw) for draw in range(num_controls)]
-        logits = run_compared(net, x, intervention, taken, keys) if has_control else None
-    moved_prefix, moved = (
-        int(sum(counts[0, part] for counts in taken.values())) for part in (0, 1)
-    )
+        before = net(x)[0].double()  # [C]
+        after, moved, has_control = run_under(net, x, intervention)
+        kinds: set[RoutingKind] = {layer.router.kind for layer in moved}
+        logits = None
+        if has_control:
+            keys = [(seed, draw) for draw in range(num_controls)]
+            logits = run_compared(net, x, intervention, moved, keys)  # [draws, C]
+
+    index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
+    moved_prefix, moved_patches = _over_layers(moved)[0].tolist()
     # Where layers differ in who chooses, words for tokens are right in a wider sense.
     routing = kinds.pop() if len(kinds) == 1 else "token_choice"
     control = None
     if logits is not None:
-        changes = logits - before, logits.softmax(-1) - before.softmax(-1)
-        of_target = (tuple(change[:, index].tolist()) for change in changes)
-        control = Control(control_in_words(intervention, moved, routing), *of_target)
+        delta_logits = logits - before
+        delta_ps = logits.softmax(-1) - before.softmax(-1)
+        control = Control(
+            what=control_in_words(intervention, moved_patches, routing),
+            delta_logits=tuple(delta_logits[:, index].tolist()),
+            delta_ps=tuple(delta_ps[:, index].tolist()),
+        )
     return Effect(
         intervention=intervention,
         class_names=tuple(model.class_names),
         target=index,
         before_logits=tuple(before.tolist()),
         after_logits=tuple(after[0].tolist()),
-        moved=moved,
+        moved=moved_patches,
         moved_prefix=moved_prefix,
         control=control,
         routing=routing,
@@ -113,60 +119,72 @@ def class_effect(
     all), `batch_size` go through the model at once; `seed` is of that draw and of the control. A UserError for a layer,
     expert or class that the model hasn't, and where no image of the class can be read.
     """
+    net = model.net
     index = _class_index(model.class_names, target)
-    name, net = model.class_names[index], model.net
+    name = model.class_names[index]
+    images = _images_of_class(pictures, name, limit, seed)
+    delta_logits: list[float] = []
+    delta_ps: list[float] = []
+    control_delta_logits: list[float] = []
+    moved_patches: list[int] = []
+    for start in range(0, len(images), batch_size):
+        pixels = _readable(pictures, images[start : start + batch_size])
+        if not pixels:
+            continue
+        x = network_input(model, np.stack(list(pixels.values())))
+        with routing_lock(net):
+            before = net(x).double()  # [B, C]
+            after, moved, has_control = run_under(net, x, intervention)
+            if has_control:
+                keys = [(seed, image) for image in pixels]
+                control = run_compared(net, x, intervention, moved, keys)
+                control_delta_logits += (control - before)[:, index].tolist()
+        delta_p = after.softmax(-1) - before.softmax(-1)
+        delta_logits += (after - before)[:, index].tolist()
+        delta_ps += delta_p[:, index].tolist()
+        moved_patches += _over_layers(moved)[:, 1].tolist()
+
+    if not delta_logits:
+        raise UserError(
+            f"There is no readable image of {name!r}: take another class or other images."
+        )
+    return ClassEffect(
+        class_name=name,
+        intervention=intervention,
+        delta_logits=tuple(delta_logits),
+        delta_ps=tuple(delta_ps),
+        control_delta_logits=tuple(control_delta_logits) or None,
+        moved=fmean(moved_patches),
+        unreadable=len(images) - len(delta_logits),
+    )
+
+
+def _images_of_class(pictures: PictureSet, name: str, limit: int | None, seed: int) -> list[int]:
+    """Indices of the images of a class, at most `limit` of them drawn at random."""
     if name not in pictures.class_names:
         raise UserError(
             f"{pictures.name} has no class {name!r}: its classes are {', '.join(pictures.class_names)}."
         )
     label = pictures.class_names.index(name)
-    chosen = [number for number in range(len(pictures)) if pictures.label(number) == label]
-    if limit is not None and len(chosen) > limit:
-        chosen = sorted(np.random.default_rng(seed).choice(chosen, limit, replace=False).tolist())
-    rows: list[
-        Tensor
-    ] = []  # [B, 4]: change of logit and probability, control's change of logit, patches moved
-    unreadable, has_control = 0, True
-    for start in range(0, len(chosen), batch_size):
-        readable: dict[int, Pixels] = {}
-        for number in chosen[start : start + batch_size]:
-            try:
-                readable[number] = pictures.image(number)
-            except BadImageError:  # reported in the result
-                unreadable += 1
-        if not readable:
-            continue
-        x = network_input(model, np.stack(list(readable.values())))
-        with routing_lock(net):
-            before = net(x).double()
-            after, taken, has_control = run_under(net, x, intervention)
-            control = before
-            if has_control:
-                control = run_compared(
-                    net, x, intervention, taken, [(seed, number) for number in readable]
-                )
-        delta_p = after.softmax(-1) - before.softmax(-1)
-        moved = sum(counts[:, 1] for counts in taken.values())
-        deltas = [after - before, delta_p, control - before]
-        rows.append(
-            torch.stack(
-                [*(delta[:, index] for delta in deltas), torch.as_tensor(moved).to(before)], -1
-            )
-        )
-    if not rows:
-        raise UserError(
-            f"There is no readable image of {name!r}: take another class or other images."
-        )
-    logits, ps, controls, moved_patches = torch.cat(rows).T.tolist()
-    return ClassEffect(
-        class_name=name,
-        intervention=intervention,
-        delta_logits=tuple(logits),
-        delta_ps=tuple(ps),
-        control_delta_logits=tuple(controls) if has_control else None,
-        moved=sum(moved_patches) / len(moved_patches),
-        unreadable=unreadable,
-    )
+    images = [index for index in range(len(pictures)) if pictures.label(index) == label]
+    if limit is None or len(images) <= limit:
+        return images
+    drawn: list[int] = np.random.default_rng(seed).choice(images, limit, replace=False).tolist()
+    return sorted(drawn)
+
+
+def _readable(pictures: PictureSet, indices: Sequence[int]) -> dict[int, Pixels]:
+    """Images by index, without those that can't be read."""
+    pixels = {}
+    for index in indices:
+        with suppress(BadImageError):  # the result says how many
+            pixels[index] = pictures.image(index)
+    return pixels
+
+
+def _over_layers(moved: MovedCounts) -> Tensor:
+    """[B, 2] sums over the layers."""
+    return torch.stack(list(moved.values())).sum(0)
 
 
 def _class_index(class_names: Sequence[str], target: int | str) -> int:
@@ -192,90 +210,101 @@ def remove_random_experts(
     are routed as a whole, as many experts of an image are taken, each for all of its tokens.
     """
     routing = decision.settle()
-    kept, index = routing.kept.cpu().numpy(), routing.expert_index.cpu().numpy()  # [B, N, K]
-    away = np.zeros(decision.removed.shape, dtype=bool)  # [B, N, E]
-    for image, (wanted, key) in enumerate(zip(numbers, keys, strict=True)):
+    kept = routing.kept.cpu().numpy()  # [B, N, K]
+    index = routing.expert_index.cpu().numpy()  # [B, N, K]
+    removed = np.zeros(decision.removed.shape, dtype=bool)  # [B, N, E]
+    for image, (counts, key) in enumerate(zip(numbers, keys, strict=True)):
         rng = np.random.default_rng(tuple(key))
         if routing.route_by == "image":
             experts = index[image, 0][kept[image, 0]]
-            number = min(round(sum(wanted) / len(away[image])), len(experts))
-            away[image][:, rng.choice(experts, number, replace=False)] = True
+            tokens = removed.shape[1]
+            count = min(round(sum(counts) / tokens), len(experts))
+            removed[image][:, rng.choice(experts, count, replace=False)] = True
             continue
         token, choice = kept[image].nonzero()  # every kept assignment of the image
-        for number, part in zip(
-            wanted, (token < num_prefix_tokens, token >= num_prefix_tokens), strict=True
-        ):
+        expert = index[image, token, choice]
+        is_prefix = token < num_prefix_tokens
+        for count, part in zip(counts, (is_prefix, ~is_prefix), strict=True):
             candidates = np.flatnonzero(part)
-            drawn = rng.choice(candidates, min(number, len(candidates)), replace=False)
-            away[image, token[drawn], index[image, token[drawn], choice[drawn]]] = True
-    mask = torch.from_numpy(away).to(decision.removed.device)
+            drawn = rng.choice(candidates, min(count, len(candidates)), replace=False)
+            removed[image, token[drawn], expert[drawn]] = True
+    mask = torch.from_numpy(removed).to(decision.removed.device)
     if fill == "zero":
         return replace(decision, silenced=decision.silenced | mask)
     return replace(decision, removed=decision.removed | mask)
 
 
-def run_under(net: nn.Module, x: Tensor, intervention: Intervention) -> tuple[Tensor, Taken, bool]:
+def run_under(
+    net: nn.Module, x: Tensor, intervention: Intervention
+) -> tuple[Tensor, MovedCounts, bool]:
     """Logits [B, C] under the intervention, the assignments that it takes from their experts, whether it has a control.
 
     An ablation has none where a layer gives an image one expert: as many random choices are the ablation. What it takes
     are the expert's own choices, not those that a capacity of the model then drops elsewhere: the control has such
     consequences too.
     """
-    taken: Taken = {}
-    prefix, alone = int(getattr(net, "num_prefix_tokens", 0)), []
-
-    def counted(layer: MoEMlp, edit: Edit, decision: Decision) -> Decision:
-        after: Decision = edit(decision)
-        routing = decision.settle()
-        pairs = computed_pairs(routing)
-        alone.append(routing.route_by == "image" and routing.expert_index.shape[-1] == 1)
-        gone = (
-            (after.removed | after.silenced)
-            if intervention.kind == "ablate"
-            else ~computed_pairs(after.settle())
-        )
-        lost = (pairs & gone).sum(-1)  # [B, N, E] -> [B, N] assignments of each token
-        taken[layer] = torch.stack([lost[:, :prefix].sum(1), lost[:, prefix:].sum(1)], -1)  # [B, 2]
-        return after
-
+    prefix = int(getattr(net, "num_prefix_tokens", 0))
+    ablates = intervention.kind == "ablate"
     edits = {
-        layer: partial(counted, layer, edit) for layer, edit in intervention.edits(net).items()
+        layer: _CountedEdit(edit, ablates, prefix)
+        for layer, edit in intervention.edits(net).items()
     }
     with apply_edits(net, edits):
         logits = net(x).double()
-    return logits, taken, not (intervention.kind == "ablate" and any(alone))
+    moved = {layer: edit.moved for layer, edit in edits.items()}
+    one_expert = any(edit.one_expert for edit in edits.values())
+    return logits, moved, not (ablates and one_expert)
+
+
+@dataclass
+class _CountedEdit:
+    """An edit of a layer that counts which assignments it takes from their experts."""
+
+    edit: Edit
+    ablates: bool
+    num_prefix_tokens: int
+    moved: Tensor = field(init=False)  # [B, 2]
+    one_expert: bool = False  # whether the layer gives an image one expert
+
+    def __call__(self, decision: Decision) -> Decision:
+        after: Decision = self.edit(decision)
+        routing = decision.settle()
+        gone = after.removed | after.silenced if self.ablates else ~computed_pairs(after.settle())
+        lost = (computed_pairs(routing) & gone).sum(-1)  # [B, N, E] -> [B, N]
+        by_part = lost.tensor_split([self.num_prefix_tokens], dim=1)
+        self.moved = torch.stack([part.sum(1) for part in by_part], -1)
+        self.one_expert = routing.route_by == "image" and routing.expert_index.shape[-1] == 1
+        return after
 
 
 def run_compared(
     net: nn.Module,
     x: Tensor,
     intervention: Intervention,
-    taken: Taken,
+    moved: MovedCounts,
     keys: Sequence[tuple[int, int]],
 ) -> Tensor:
     """Logits [R, C] of one batch in which every row has its own draw of the control.
 
-    x is [R, 3, S, S], or [1, 3, S, S] for R times the same image; `taken` is what the intervention takes from experts
+    x is [R, 3, S, S], or [1, 3, S, S] for R times the same image; `moved` is what the intervention takes from experts
     by image of x, `keys` the seed of each draw of its control.
     """
-    prefix = int(getattr(net, "num_prefix_tokens", 0))
-
-    def edit(decision: Decision, layer: MoEMlp, place: int) -> Decision:
-        numbers = taken[layer].expand(len(keys), 2).tolist()
-        seeds = [(*key, place) for key in keys]
-        return remove_random_experts(decision, numbers, seeds, prefix, control_fill(intervention))
-
-    edits: dict[MoEMlp, Edit] = {
-        layer: partial(edit, layer=layer, place=place) for place, layer in enumerate(taken)
-    }
+    edits: dict[MoEMlp, Edit] = {}
+    for number, (layer, counts) in enumerate(moved.items()):
+        edits[layer] = partial(
+            remove_random_experts,
+            numbers=counts.expand(len(keys), 2).tolist(),
+            keys=[(*key, number) for key in keys],
+            num_prefix_tokens=int(getattr(net, "num_prefix_tokens", 0)),
+            fill=control_fill(intervention),
+        )
     if len(x) > 1:
         with apply_edits(net, edits):
             logits: Tensor = net(x).double()
         return logits
+    rows = torch.zeros(len(keys), dtype=torch.int64)
     with per_image_capacity(net), apply_edits(net, edits):
-        return run_repeated(
-            net, x, torch.zeros(len(keys), dtype=torch.int64), next(iter(taken))
-        ).double()
+        return run_repeated(net, x, rows, next(iter(moved))).double()
 
 
 @dataclass(frozen=True)
@@ -298,12 +327,14 @@ class Control:
 
     def to_json(self) -> Json:
         """Every number."""
-        deltas = {
+        return {
+            "what": self.what,
             "n": len(self.delta_logits),
             "deltas": list(self.delta_logits),
             "delta_ps": list(self.delta_ps),
+            "mean": self.mean,
+            "sd": self.sd,
         }
-        return {"what": self.what, **deltas, "mean": self.mean, "sd": self.sd}
 
 
 @dataclass(frozen=True)
@@ -321,19 +352,23 @@ class ClassEffect:
 
     def to_json(self) -> Json:
         """Means over images and their standard deviations (null for one image, and without a control)."""
-        several, controls = len(self.delta_logits) > 1, self.control_delta_logits
+        controls = self.control_delta_logits or ()
         return {
             "class": self.class_name,
             "n": len(self.delta_logits),
             "intervention": self.intervention.to_json(),
             "delta_p": fmean(self.delta_ps),
             "delta_logit": fmean(self.delta_logits),
-            "sd_logit": stdev(self.delta_logits) if several else None,
-            "control_delta_logit": None if controls is None else fmean(controls),
-            "control_sd_logit": None if controls is None or not several else stdev(controls),
+            "sd_logit": _sd(self.delta_logits),
+            "control_delta_logit": fmean(controls) if controls else None,
+            "control_sd_logit": _sd(controls),
             "moved": self.moved,
             "unreadable": self.unreadable,
         }
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -374,42 +409,34 @@ class Effect:
     @property
     def sentence(self) -> str:
         """All of it in one sentence that names the kind of intervention."""
-        before, after = self.before[self.target], self.after[self.target]
+        before = self.before[self.target]
+        after = self.after[self.target]
+        old = f"{before:.2f}"
+        new = f"{after:.2f}"
+        moves = f"stays at {old}"
+        if old != new:
+            moves = f"{'falls' if after < before else 'rises'} from {old} to {new}"
         change = effect_in_words(self.intervention, self.moved, self.routing)
-        old, new = f"{before:.2f}", f"{after:.2f}"
-        moves = (
-            f"stays at {old}"
-            if old == new
-            else f"{'falls' if after < before else 'rises'} from {old} to {new}"
-        )
-        parts = [
-            f"For this image: {change} {self.class_names[self.target]} {moves} (logit {_signed(self.delta_logit)})"
-        ]
-        any_moved = self.moved or self.moved_prefix
-        if any_moved and self.control is None:
-            parts.append(
-                "no control: as many random choices are these, since an image has one expert"
-            )
-        elif any_moved and self.control is not None:
-            spread = f"{_signed(self.control.mean)} ± {self.control.sd:.2f}"
-            parts.append(
-                f"{self.control.what} changes the logit by {spread} ({len(self.control.delta_logits)} draws)"
-            )
-        return "; ".join(parts) + "."
+        name = self.class_names[self.target]
+        sentence = f"For this image: {change} {name} {moves} (logit {_signed(self.delta_logit)})"
+
+        control = self.control
+        if not self.moved and not self.moved_prefix:
+            return f"{sentence}."
+        if control is None:
+            return f"{sentence}; no control: as many random choices are these, since an image has one expert."
+        spread = f"{_signed(control.mean)} ± {control.sd:.2f}"
+        draws = len(control.delta_logits)
+        return f"{sentence}; {control.what} changes the logit by {spread} ({draws} draws)."
 
     def to_json(self) -> Json:
         """Every number, with the five likeliest classes before and after."""
-
-        def top5(probabilities: Sequence[float]) -> list[Json]:
-            best = sorted(range(len(probabilities)), key=lambda index: -probabilities[index])[:5]
-            return [{"class": self.class_names[index], "p": probabilities[index]} for index in best]
-
         return {
             "schema": "moevision.effect/1",
             "intervention": self.intervention.to_json(),
             "routing": self.routing,
-            "before": top5(self.before),
-            "after": top5(self.after),
+            "before": self._top5(self.before),
+            "after": self._top5(self.after),
             "target": self.class_names[self.target],
             "delta_p": self.delta_p,
             "delta_logit": self.delta_logit,
@@ -418,6 +445,10 @@ class Effect:
             "control": None if self.control is None else self.control.to_json(),
             "sentence": self.sentence,
         }
+
+    def _top5(self, probabilities: Sequence[float]) -> list[Json]:
+        best = sorted(range(len(probabilities)), key=lambda index: -probabilities[index])[:5]
+        return [{"class": self.class_names[index], "p": probabilities[index]} for index in best]
 
 
 def _signed(value: float) -> str:
@@ -429,20 +460,12 @@ def effect_in_words(
     intervention: Intervention, moved: int, routing: RoutingKind = "token_choice"
 ) -> str:
     """What was changed, as the start of a sentence; `moved` patch assignments were taken from their experts."""
-    layer = "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
-    assignments, one = f"{moved} patch assignment{'' if moved == 1 else 's'}", moved == 1
+    layer = _layer_in_words(intervention)
+    assignments = _count(moved, "patch assignment")
     match intervention.kind:
         case "ablate":
-            patches = f"{moved} patch{'' if one else 'es'}"
-            if intervention.fill == "zero":
-                gone = f"its output set to zero for {patches}"
-            elif routing == "soft":
-                gone = f"its weight in {patches} shared out among the other experts"
-            elif routing == "expert_choice":
-                gone = f"{patches} {'loses' if one else 'lose'} it, and no expert takes its place"
-            else:
-                gone = f"{patches} {'goes to its' if one else 'go to their'} next-best expert"
-            return f"without {layer}·E{intervention.expert} ({gone})"
+            consequence = _ablation_in_words(intervention.fill, moved, routing)
+            return f"without {layer}·E{intervention.expert} ({consequence})"
         case "force":
             return f"with every token of {layer} sent first to E{intervention.expert} ({assignments} moved)"
         case "swap":
@@ -463,12 +486,30 @@ def effect_in_words(
             )
 
 
+def _ablation_in_words(fill: Fill, moved: int, routing: RoutingKind) -> str:
+    patches = _count(moved, "patch", "patches")
+    if fill == "zero":
+        return f"its output set to zero for {patches}"
+    if routing == "soft":
+        return f"its weight in {patches} shared out among the other experts"
+    if routing == "expert_choice":
+        return f"{patches} {'loses' if moved == 1 else 'lose'} it, and no expert takes its place"
+    return f"{patches} {'goes to its' if moved == 1 else 'go to their'} next-best expert"
+
+
+def _layer_in_words(intervention: Intervention) -> str:
+    return "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
+
+
+def _count(number: int, singular: str, plural: str = "") -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
 def control_in_words(
     intervention: Intervention, moved: int, routing: RoutingKind = "token_choice"
 ) -> str:
     """What the control does, with its fill."""
-    layer = "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
-    assignments = f"{moved} random patch assignment{'' if moved == 1 else 's'} of {layer}"
+    assignments = f"{_count(moved, 'random patch assignment')} of {_layer_in_words(intervention)}"
     if control_fill(intervention) == "zero":
         return f"setting {assignments} to zero"
     return {

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -22,11 +23,18 @@ from torch.utils.data import Dataset
 
 from moevision.analysis.information import Pixels
 from moevision.config import CROP, Framing
-from moevision.data.collection import SPLITS, Collection, DrawnCollection, FileCollection, Sample
+from moevision.data.collection import (
+    SPLITS,
+    Collection,
+    DrawnCollection,
+    FileCollection,
+    Sample,
+    interleave_by_class,
+)
 from moevision.data.images import BadImageError, upright_rgb
 from moevision.data.named import DATASET_NAMES
 from moevision.data.open import open_collection
-from moevision.data.splits import Cut, is_copy, make_splits, read_splits
+from moevision.data.splits import SplitSettings, is_copy, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
 from moevision.errors import DataWarning, UserError, escape_controls, name_bytes
@@ -107,13 +115,12 @@ def open_pictures(
     Raises:
         UserError: if the data are missing, laid out otherwise, or have no such split.
     """
-    pictures: PictureSet
     if isinstance(data, PictureSet):
         pictures = data
     elif isinstance(data, SyntheticPets):  # drawn again at the model's size, with its part masks
         drawn = DrawnCollection.of(image_size, data.seed, {data.split: len(data)})
         name = f"synthetic_pets, {data.split} set, seed {data.seed}"
-        pictures = Collected(drawn, drawn.given[data.split], image_size, data.classes, name)
+        pictures = CollectionPictures(drawn, drawn.samples[data.split], image_size, name)
     elif isinstance(data, str | Path):
         collection = open_collection(
             str(data),
@@ -123,98 +130,111 @@ def open_pictures(
             seed=seed,
             columns=columns,
         )
-        pictures = _from_collection(
-            collection, str(data), image_size, framing, split, seed, run_dir
+        pictures = CollectionPictures.of_split(
+            collection,
+            path=str(data),
+            image_size=image_size,
+            framing=framing,
+            split=split,
+            seed=seed,
+            run_dir=run_dir,
         )
     else:
-        pictures = FromDataset(data, image_size, class_names, framing)
-    return _viewed(pictures, limit, seed, class_names)
+        dataset = DatasetCollection(data, class_names)
+        samples = dataset.samples["all"]
+        pictures = CollectionPictures(dataset, samples, image_size, dataset.name, framing)
+    return _limited(pictures, limit, seed, class_names)
 
 
-def _from_collection(
-    collection: Collection,
-    data: str,
-    image_size: int,
-    framing: Framing,
-    split: str,
-    seed: int,
-    run_dir: str | Path | None,
-) -> PictureSet:
-    if split not in (*SPLITS, "all"):
-        raise UserError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}, all.")
-    class_names: Sequence[str] = collection.class_names
-    sentences: list[str] = []
-    if split == "all":
-        samples = [sample for part in collection.given.values() for sample in part]
-    else:
-        table = None if run_dir is None else Path(run_dir) / "splits.csv"
-        if table is not None and table.exists():
-            splits, class_names = read_splits(table, collection)
-        else:
-            splits = make_splits(collection, Cut(seed=seed))
-        if split not in splits.samples:
-            there = ", ".join(splits.samples)
-            raise UserError(f"There is no {split} set in this data: choose one of {there}, all.")
-        samples, sentences = splits.samples[split], splits.warnings
-    for sentence in [*collection.notes, *sentences]:
-        warnings.warn(sentence, DataWarning, stacklevel=4)
-    of_files = isinstance(collection, FileCollection)
-    what = escape_controls(Path(data).expanduser().resolve().name) if of_files else data
-    which = "all images" if split == "all" else f"{split} set"
-    name = f"{what}, {which}, seed {seed}"
-    return Collected(collection, samples, image_size, tuple(class_names), name, framing)
-
-
-def _viewed(
+def _limited(
     pictures: PictureSet, limit: int | None, seed: int, class_names: Sequence[str] | None
 ) -> PictureSet:
-    """The images with the model's labels, and as many of them as wanted."""
+    """The images with the model's labels, at most `limit` of them."""
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: it must be at least 1 image.")
+    if limit is None:
+        limit = len(pictures)
     names, new_label = labels_in(pictures.class_names, class_names)
-    if names == pictures.class_names and (limit is None or limit >= len(pictures)):
-        return pictures
-    indices: Sequence[int] = range(len(pictures))
-    name = pictures.name
-    if limit is not None and limit < len(pictures):
+    if limit < len(pictures):
         indices = balanced_subset(pictures, limit, seed)
-        name = f"{name}, {len(indices)} of {len(pictures)} images"
-    return View(pictures, indices, names, new_label, name)
+        name = f"{pictures.name}, {limit} of {len(pictures)} images"
+        return View(pictures, indices, names, new_label, name)
+    if names != pictures.class_names:
+        return View(pictures, None, names, new_label)
+    return pictures
 
 
 @dataclass(eq=False)
-class Collected:
+class CollectionPictures:
     """Images of a collection; see `PictureSet` for the attributes. Nothing is read before an image is asked for."""
 
     collection: Collection
     samples: Sequence[Sample]
     image_size: int
-    class_names: tuple[str, ...]
     name: str
     framing: Framing = CROP
+    names: Sequence[str] | None = None  # of the classes; the collection's if None
 
     def __post_init__(self) -> None:
-        self.part_names: tuple[str, ...] = (
-            SyntheticPets.parts if isinstance(self.collection, DrawnCollection) else ()
-        )
+        self.class_names = tuple(self.names or self.collection.class_names)
+        drawn = isinstance(self.collection, DrawnCollection)
+        self.part_names: tuple[str, ...] = SyntheticPets.parts if drawn else ()
+
+    @classmethod
+    def of_split(
+        cls,
+        collection: Collection,
+        *,
+        path: str,
+        image_size: int,
+        framing: Framing,
+        split: str,
+        seed: int,
+        run_dir: str | Path | None,
+    ) -> CollectionPictures:
+        """One split of the collection at a path, or all its images; see `open_pictures`."""
+        if split not in (*SPLITS, "all"):
+            raise UserError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}, all.")
+        class_names = collection.class_names
+        notes = list(collection.notes)
+        if split == "all":
+            samples = [sample for part in collection.samples.values() for sample in part]
+            part_name = "all images"
+        else:
+            table = None if run_dir is None else Path(run_dir) / "splits.csv"
+            if table is not None and table.exists():
+                splits, class_names = read_splits(table, collection)
+            else:
+                splits = make_splits(collection, SplitSettings(seed=seed))
+            if split not in splits.samples:
+                choices = ", ".join(splits.samples)
+                raise UserError(
+                    f"There is no {split} set in this data: choose one of {choices}, all."
+                )
+            samples = splits.samples[split]
+            part_name = f"{split} set"
+            notes += splits.warnings
+        for note in notes:
+            warnings.warn(note, DataWarning, stacklevel=4)
+        if isinstance(collection, FileCollection):  # a name without the way to it
+            path = escape_controls(Path(path).expanduser().resolve().name)
+        name = f"{path}, {part_name}, seed {seed}"
+        return cls(collection, samples, image_size, name, framing, class_names)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def image(self, index: int) -> Pixels:
         """The image as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
-        return square_pixels(
-            self.collection.open(self.samples[index], self.image_size),
-            self.image_size,
-            self.framing,
-        )
+        image = self.collection.open(self.samples[index], self.image_size)
+        return square_pixels(image, self.image_size, self.framing)
 
     def label(self, index: int) -> int:
-        """The class."""
+        """The class; -1 if it isn't known."""
         return self.samples[index].label
 
     def picture_name(self, index: int) -> str:
-        """The path relative to the collection, or `split/number`."""
+        """The path relative to the collection, `split/number`, or the number in a torch dataset."""
         return self.samples[index].sample_id
 
     def part_mask(self, index: int) -> Pixels | None:
@@ -225,124 +245,112 @@ class Collected:
         return self.collection.pets[split].part_mask(int(number))
 
 
-class FromDataset(PictureSet):
-    """A torch dataset of (PIL image, label); see `PictureSet` for the attributes.
+class DatasetCollection(Collection):
+    """A torch dataset of (PIL image, label); a sample's id is its index, since file names may be absolute paths.
 
-    Labels are taken from its `targets` (as torchvision's datasets have them) or, image by image, from its items.
-    Class names are its `classes`, or else the model's.
+    Labels are taken from its `targets` (as torchvision's datasets have them) or, image by image, from its items: -1
+    where one can't be read. Class names are its `classes`, or else the model's.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        image_size: int,
-        class_names: Sequence[str] | None,
-        framing: Framing,
-    ) -> None:
-        size = getattr(dataset, "__len__", None)
-        if size is None:
-            raise UserError(
-                f"{type(dataset).__name__} is no set of images: give a folder, a dataset's name, or a torch dataset "
-                "with a length whose items are (PIL image, label)."
-            )
-        self.dataset, self.image_size, self.framing, self._size = (
-            dataset,
-            image_size,
-            framing,
-            int(size()),
-        )
+    def __init__(self, dataset: Any, class_names: Sequence[str] | None) -> None:
+        self.dataset = dataset
         self.name = type(dataset).__name__
-        targets = getattr(dataset, "targets", None)
-        self._labels: dict[int, int] = {}
-        if targets is not None and len(targets) == self._size:
-            self._labels = {index: int(label) for index, label in enumerate(targets)}
+        if not hasattr(dataset, "__len__"):
+            raise UserError(
+                f"{self.name} is no set of images: give a folder, a dataset's name, or a torch dataset with a length "
+                "whose items are (PIL image, label)."
+            )
+        size = len(dataset)
+        labels = getattr(dataset, "targets", None)
+        if labels is None or len(labels) != size:
+            labels = [self._label(index) for index in range(size)]
+        samples = [Sample(f"{index:06d}", int(label)) for index, label in enumerate(labels)]
+        largest = max(samples, key=lambda sample: sample.label, default=Sample("", -1))
         names = getattr(dataset, "classes", None) or class_names
         if names is None:
-            names = [
-                f"class {label}"
-                for label in range(1 + max(map(self._label, range(self._size)), default=-1))
-            ]
-        self.class_names: tuple[str, ...] = tuple(escape_controls(str(name)) for name in names)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def image(self, index: int) -> Pixels:
-        """The image as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
-        return square_pixels(self.original(index), self.image_size, self.framing)
-
-    def label(self, index: int) -> int:
-        """The class; -1 where the image can't be read and nothing else tells."""
-        label = self._label(index)
-        if label >= len(self.class_names):
+            names = [f"class {label}" for label in range(largest.label + 1)]
+        if largest.label >= len(names):
             raise UserError(
-                f"Image {index} of {self.name} has the label {label} and there are {len(self.class_names)} class "
-                "names: give the dataset the attribute `classes`."
+                f"Image {int(largest.sample_id)} of {self.name} has the label {largest.label} and there are "
+                f"{len(names)} class names: give the dataset the attribute `classes`."
             )
-        return label
+        super().__init__([escape_controls(str(name)) for name in names], {"all": samples})
 
     def _label(self, index: int) -> int:
-        if index not in self._labels:
-            try:
-                self.original(index)
-            except BadImageError:
-                self._labels[index] = -1
-        return self._labels[index]
+        try:
+            _, label = self._item(index)
+        except BadImageError:
+            return -1
+        return max(-1, label)
 
-    def picture_name(self, index: int) -> str:
-        """The place in the dataset; a dataset's own file names may be absolute paths."""
-        return f"{index:06d}"
-
-    def original(self, index: int) -> Image.Image:
-        """The image in RGB, of any size; raises `BadImageError`."""
+    def _item(self, index: int) -> tuple[Image.Image, int]:
         try:
             item = self.dataset[index]
         except BadImageError:
             raise
-        except (
-            OSError
-        ) as error:  # what Pillow raises on a damaged file, and the system on a missing one
-            raise BadImageError(self.picture_name(index), f"it can't be read ({error})") from error
-        if not (
-            isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], Image.Image)
-        ):
+        except OSError as error:  # of Pillow on a damaged file, of the system on a missing one
+            raise BadImageError(f"{index:06d}", f"it can't be read ({error})") from error
+        is_pair = isinstance(item, tuple | list) and len(item) == 2
+        if not is_pair or not isinstance(item[0], Image.Image):
             raise UserError(
                 f"Items of {self.name} must be pairs of a PIL image and a label: leave out its transform, the model's "
                 "own is applied here."
             )
-        self._labels.setdefault(
-            index, max(-1, int(item[1]))
-        )  # so that a label costs no second decoding
-        return upright_rgb(item[0], self.picture_name(index))
+        return item[0], int(item[1])
+
+    def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
+        """The image in RGB, of any size; raises `BadImageError`."""
+        image, _ = self._item(int(sample.sample_id))
+        return upright_rgb(image, sample.sample_id)
+
+    def stored(self, sample: Sample) -> bytes:
+        """The bytes of the pixels."""
+        return self.open(sample).tobytes()
 
 
 class View:
-    """Some images of another set; label l becomes `new_label[l]` of `class_names`. None: as theirs."""
+    """Some images of another set, or all; label l becomes `new_label[l]` of `class_names`. None: as theirs.
+
+    Images are kept in memory up to `cache_bytes`, so that each is read or drawn once.
+    """
 
     def __init__(
         self,
         pictures: PictureSet,
-        indices: Sequence[int],
+        indices: Sequence[int] | None = None,
         class_names: tuple[str, ...] | None = None,
         new_label: Sequence[int] | None = None,
         name: str | None = None,
+        cache_bytes: int = 0,
     ) -> None:
-        self.pictures, self.indices = pictures, indices
-        self.new_label = range(len(pictures.class_names)) if new_label is None else new_label
-        self.class_names = pictures.class_names if class_names is None else class_names
-        self.name, self.part_names = name or pictures.name, pictures.part_names
+        self.pictures = pictures
+        self.indices = range(len(pictures)) if indices is None else indices
+        self.class_names = class_names or pictures.class_names
+        self.new_label = new_label
+        self.name = name or pictures.name
+        self.part_names = pictures.part_names
+        self.cache_bytes = cache_bytes
+        self._cache: dict[int, Pixels] = {}
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def image(self, index: int) -> Pixels:
         """The image, uint8 [S, S, 3]; raises `BadImageError`."""
-        return self.pictures.image(self.indices[index])
+        if index in self._cache:
+            return self._cache[index]
+        pixels = self.pictures.image(self.indices[index])
+        if pixels.nbytes <= self.cache_bytes:
+            self._cache[index] = pixels
+            self.cache_bytes -= pixels.nbytes
+        return pixels
 
     def label(self, index: int) -> int:
         """The class, an index into `class_names`; -1 if it isn't known."""
         label = self.pictures.label(self.indices[index])
-        return self.new_label[label] if label >= 0 else -1
+        if label < 0 or self.new_label is None:
+            return label
+        return self.new_label[label]
 
     def picture_name(self, index: int) -> str:
         """The name in the other set."""
@@ -353,51 +361,47 @@ class View:
         return self.pictures.part_mask(self.indices[index])
 
 
-class Remembered(View):
-    """Another set whose images are read or drawn once only, as long as they fit into memory."""
-
-    def __init__(self, pictures: PictureSet, max_bytes: int = 512 << 20) -> None:
-        super().__init__(pictures, range(len(pictures)))
-        self.left = max_bytes
-        self.kept: dict[int, Pixels] = {}
-
-    def image(self, index: int) -> Pixels:
-        """The image, uint8 [S, S, 3]; raises `BadImageError`."""
-        if index in self.kept:
-            return self.kept[index]
-        pixels = super().image(index)
-        if pixels.nbytes <= self.left:
-            self.kept[index], self.left = pixels, self.left - pixels.nbytes
-        return pixels
+def cached(pictures: PictureSet, max_bytes: int = 512 << 20) -> View:
+    """The same images, each read or drawn once, as long as they fit into memory."""
+    return View(pictures, cache_bytes=max_bytes)
 
 
 def labels_in(
-    own: tuple[str, ...], wanted: Sequence[str] | None
+    data_names: tuple[str, ...], model_names: Sequence[str] | None
 ) -> tuple[tuple[str, ...], list[int]]:
     """The class names to use, and for each label of the data its number among the model's classes.
 
     -1: the model has no such class. The data keeps its own names where the model knows none of them, or has no names
     (None). Case and underscores count only where two classes of the data, or of the model, differ in nothing else.
     """
-    exact = {escape_controls(name): number for number, name in enumerate(wanted or ())}
-    folded = {_plain(name): number for number, name in enumerate(wanted or ())}
-    count, own_count = Counter(map(_plain, wanted or ())), Counter(map(_plain, own))
-    loose = {name: number for name, number in folded.items() if count[name] == own_count[name] == 1}
-    numbers = [exact.get(escape_controls(name), loose.get(_plain(name), -1)) for name in own]
-    if wanted is None or all(number < 0 for number in numbers):
-        return own, list(range(len(own)))
-    strangers = [name for name, number in zip(own, numbers, strict=True) if number < 0]
-    if strangers:
+    if model_names is None:
+        return data_names, list(range(len(data_names)))
+    exact = {escape_controls(name): number for number, name in enumerate(model_names)}
+    loose = {_folded(name): number for number, name in enumerate(model_names)}
+    in_model = Counter(map(_folded, model_names))
+    in_data = Counter(map(_folded, data_names))
+
+    numbers = []
+    for name in data_names:
+        number = exact.get(escape_controls(name), -1)
+        folded = _folded(name)
+        if number < 0 and in_model[folded] == in_data[folded] == 1:
+            number = loose[folded]
+        numbers.append(number)
+    unknown = [name for name, number in zip(data_names, numbers, strict=True) if number < 0]
+    if len(unknown) == len(data_names):
+        return data_names, list(range(len(data_names)))
+    if unknown:
         warnings.warn(
-            f"{len(strangers)} of {len(own)} classes of the data are none of the model's, and their images count as "
-            f"unlabelled: {', '.join(strangers[:5])}",
+            f"{len(unknown)} of {len(data_names)} classes of the data are none of the model's, and their images count "
+            f"as unlabelled: {', '.join(unknown[:5])}",
             DataWarning,
             stacklevel=4,
         )
-    return tuple(wanted), numbers
+    return tuple(model_names), numbers
 
 
-def _plain(name: str) -> str:
+def _folded(name: str) -> str:
     return escape_controls(name).casefold().replace("_", " ")
 
 
@@ -406,16 +410,14 @@ def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:
 
     Hence a class has one image more than another at most, unless it runs out, and subsets of growing size nest.
     """
-    members: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
-    for index in range(len(pictures)):
-        key = hashlib.sha256(name_bytes(f"{seed}:{pictures.picture_name(index)}")).digest()
-        members[pictures.label(index)].append((key, index))
-    turns = [
-        (turn, label, index)
-        for label, keyed in members.items()
-        for turn, (_, index) in enumerate(sorted(keyed))
-    ]
-    return sorted(index for _, _, index in sorted(turns)[:limit])
+
+    def label_and_hash(index: int) -> tuple[int, bytes]:
+        key = name_bytes(f"{seed}:{pictures.picture_name(index)}")
+        return pictures.label(index), hashlib.sha256(key).digest()
+
+    order = sorted(range(len(pictures)), key=label_and_hash)
+    turns = interleave_by_class([pictures.label(index) for index in order])
+    return sorted(order[turn] for turn in turns[:limit])
 
 
 def original_image(pictures: PictureSet, index: int, short_side: int) -> Image.Image | None:
@@ -426,28 +428,27 @@ def original_image(pictures: PictureSet, index: int, short_side: int) -> Image.I
     """
     if isinstance(pictures, View):
         return original_image(pictures.pictures, pictures.indices[index], short_side)
-    if isinstance(pictures, FromDataset):
-        return pictures.original(index)
-    if isinstance(pictures, Collected):
-        collection, sample = pictures.collection, pictures.samples[index]
-        if isinstance(collection, DrawnCollection):
-            return collection.draw(sample, short_side)
-        return collection.open(sample, short_side)
-    return None
+    if not isinstance(pictures, CollectionPictures):
+        return None
+    collection = pictures.collection
+    sample = pictures.samples[index]
+    if isinstance(collection, DrawnCollection):
+        return collection.draw(sample, short_side)
+    return collection.open(sample, short_side)
 
 
 def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
     """The images in the order of the trace, without those that could not be read when it was collected."""
-    names = [pictures.picture_name(index) for index in range(len(pictures))]
-    if tuple(names) == trace.picture_names:
+    names = tuple(map(pictures.picture_name, range(len(pictures))))
+    if names == trace.picture_names:
         return pictures
-    place = {name: index for index, name in enumerate(names)}
-    missing = [name for name in trace.picture_names if name not in place]
+    index_of = {name: index for index, name in enumerate(names)}
+    missing = [name for name in trace.picture_names if name not in index_of]
     if missing:
         raise UserError(
             f"The trace is of other images ({missing[0]} is not among {pictures.name}): give those it is of."
         )
-    return View(pictures, [place[name] for name in trace.picture_names])
+    return View(pictures, [index_of[name] for name in trace.picture_names])
 
 
 def read_images(pictures: PictureSet, indices: Iterable[int | np.integer[Any]]) -> Pixels:
@@ -462,24 +463,23 @@ def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 
     covers the same part of each: the middle 1 / (1 + 2 · context) of either side. Patches have to tile the image.
     """
     rows, columns = grid
-    height, width = image.shape[0] // rows, image.shape[1] // columns
-    if (
-        (height * rows, width * columns) != image.shape[:2]
-        or not 0 <= patch < rows * columns
-        or context < 0
-    ):
+    height = image.shape[0] // rows
+    width = image.shape[1] // columns
+    tiles = (height * rows, width * columns) == image.shape[:2]
+    if not tiles or not 0 <= patch < rows * columns or context < 0:
         raise UserError(
             f"There is no patch {patch} in a grid of {rows} x {columns} on {image.shape[0]} x {image.shape[1]} px: the "
             f"grid does not tile the image, or its patches are 0 to {rows * columns - 1}."
         )
-    top, left = patch // columns * height, patch % columns * width
-    margin = ((context * height, context * height), (context * width, context * width), (0, 0))
-    padded = np.pad(
-        image, margin, mode="symmetric"
-    )  # so the window starts at the patch's own place
-    return padded[
-        top : top + (1 + 2 * context) * height, left : left + (1 + 2 * context) * width
-    ].copy()
+    row, column = divmod(patch, columns)
+    margin_y = context * height
+    margin_x = context * width
+    padded = np.pad(image, ((margin_y,) * 2, (margin_x,) * 2, (0, 0)), mode="symmetric")
+    # With the margin added, the window begins where the patch does in the image.
+    top = row * height
+    left = column * width
+    crop = padded[top : top + height + 2 * margin_y, left : left + width + 2 * margin_x]
+    return crop.copy()
 
 
 def run_folder(address: str) -> Path | None:
@@ -502,16 +502,14 @@ def data_settings(run: Path) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class FoundImages:
+class ImageSource:
     """Which images there are for a model; none is read yet."""
 
     path: str  # where they are, or a dataset's name
-    run: (
-        Path | None
-    )  # the run that was trained on them and whose split holds; None: these are other images
-    settings: Mapping[
-        str, Any
-    ]  # what the config of the model's run says about its data; empty without a run
+    # the run that was trained on them and whose split holds; None: these are other images
+    run: Path | None
+    # what the config of the model's run says about its data; empty without a run
+    settings: Mapping[str, Any]
     collection: Collection | None = None  # all of them, where they were listed to know that
 
     def open(
@@ -524,66 +522,77 @@ class FoundImages:
     ) -> PictureSet:
         """The images as the model sees them; see `pictures_for`."""
         seed = int(self.settings.get("seed") or 0)
-        where = root or str(self.settings.get("root") or "data")
-        columns = (None, None) if self.run is None else _columns(self.settings)
         try:
-            collection = self.collection or open_collection(
-                self.path,
-                root=where,
-                download=False,
+            collection = self.collection
+            if collection is None:
+                collection = open_collection(
+                    self.path,
+                    root=root or str(self.settings.get("root") or "data"),
+                    download=False,
+                    image_size=model.image_size,
+                    seed=seed,
+                    columns=(None, None) if self.run is None else _columns(self.settings),
+                )
+            pictures = CollectionPictures.of_split(
+                collection,
+                path=self.path,
                 image_size=model.image_size,
+                framing=model.framing,
+                split=split,
                 seed=seed,
-                columns=columns,
+                run_dir=self.run,
             )
-            of_model = self.path, model.image_size, model.framing
-            pictures = _from_collection(collection, *of_model, split, seed, self.run)
-            return _viewed(pictures, limit, seed, model.class_names)
+            return _limited(pictures, limit, seed, model.class_names)
         except UserError as error:
-            trained = self.run is not None and self.collection is None
-            hint = " (the run was trained on it; --data names other images)" if trained else ""
+            trained_on_it = self.run is not None and self.collection is None
+            hint = " (the run was trained on it; --data names other images)" * trained_on_it
             raise UserError(f"{str(error).rstrip('.')}{hint}.") from error
 
 
-def find_images(address: str, data: str | None = None) -> FoundImages | None:
+def find_images(address: str, data: str | None = None) -> ImageSource | None:
     """The images for a model: `data`, or else what its run was trained on; None if neither says which.
 
     `data` may be the run's own, however its path is written, or a copy of it. A copy holds the images that the run's
     splits.csv lists, as large as in the run's own folder if that is still there: a split of its own would test with
     images of the training.
     """
-    run, data = run_folder(address), data or None
+    run = run_folder(address)
     settings = {} if run is None else data_settings(run)
     path = settings.get("path")
-    if data is None and path is None:
+    if not data and path is None:
         return None
-    if data is None or (path is not None and _is_place(str(path), data)):
-        return FoundImages(str(path), run, settings)
-    if run is None or path is None or data in DATASET_NAMES or not (run / "splits.csv").is_file():
-        return FoundImages(data, None, settings)
+    if not data or (path is not None and _is_same_path(str(path), data)):
+        return ImageSource(str(path), run, settings)
+    other = ImageSource(data, None, settings)
+    if run is None or path is None or data in DATASET_NAMES:
+        return other
+    table = run / "splits.csv"
+    if not table.is_file():
+        return other
 
-    def listed(place: str) -> Collection:
-        return open_collection(place, image_size=1, sizes={}, columns=_columns(settings))
+    columns = _columns(settings)
+    list_images = partial(open_collection, image_size=1, sizes={}, columns=columns)
+
+    def original() -> Collection | None:
+        return list_images(str(path)) if Path(str(path)).expanduser().exists() else None
 
     try:
-        collection, original = listed(data), Path(str(path)).expanduser()
-        if is_copy(
-            run / "splits.csv", collection, lambda: listed(str(path)) if original.exists() else None
-        ):
+        collection = list_images(data)
+        if is_copy(table, collection, original):
             warnings.warn(
                 f"{data} has all images that {run} lists, and is taken for a copy of them: it is split as the run was",
                 DataWarning,
                 stacklevel=2,
             )
-            return FoundImages(data, run, settings, collection)
+            return ImageSource(data, run, settings, collection)
     except UserError:  # whoever opens the images will say why
-        return FoundImages(data, None, settings)
-    # The columns of the run's table are not those of another.
-    return FoundImages(
-        data, None, settings, collection if _columns(settings) == (None, None) else None
-    )
+        return other
+    if columns != (None, None):  # those of the run's table, which this one need not have
+        return other
+    return replace(other, collection=collection)
 
 
-def _is_place(path: str, data: str) -> bool:
+def _is_same_path(path: str, data: str) -> bool:
     if path in DATASET_NAMES:
         return data == path
     return Path(path).expanduser().resolve() == Path(data).expanduser().resolve()
@@ -605,5 +614,5 @@ def pictures_for(
 
     The options are those of `open_pictures`. None if neither `data` nor a run says which.
     """
-    found = find_images(address, data)
-    return None if found is None else found.open(model, limit=limit, root=root)
+    source = find_images(address, data)
+    return None if source is None else source.open(model, limit=limit, root=root)

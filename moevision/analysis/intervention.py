@@ -71,20 +71,14 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "top_k": ("layer", "top_k"),
     "capacity": ("layer", "factor"),
 }
+_NO_FIRST_CHOICE = "so no token has a first choice to be changed"
 _REFUSALS: Final[dict[tuple[RoutingKind, Kind], str]] = {
-    (
-        "expert_choice",
-        "force",
-    ): "its experts choose their tokens, so no token has a first choice to be changed",
-    (
-        "soft",
-        "force",
-    ): "every token takes from all slots, so no token has a first choice to be changed",
+    ("expert_choice", "force"): f"its experts choose their tokens, {_NO_FIRST_CHOICE}",
+    ("soft", "force"): f"every token takes from all slots, {_NO_FIRST_CHOICE}",
     ("soft", "top_k"): "every token takes from all slots, so there is no k to be changed",
-    (
-        "soft",
-        "capacity",
-    ): "every expert computes its slots and no more, so there is no capacity to be limited",
+    ("soft", "capacity"): (
+        "every expert computes its slots and no more, so there is no capacity to be limited"
+    ),
 }
 
 
@@ -124,12 +118,9 @@ class Intervention:
     """
 
     kind: Kind  # `ablate`, `force`, `swap`, `random`, `top_k` or `capacity`
-    layer: int | None = (
-        None  # block index; None means every MoE layer (`random`, `top_k` and `capacity` only)
-    )
-    expert: int | None = (
-        None  # the expert that is ablated or forced, or the first of two that are swapped
-    )
+    # block index; None means every MoE layer (`random`, `top_k` and `capacity` only)
+    layer: int | None = None
+    expert: int | None = None  # that is ablated or forced, or the first of two that are swapped
     other: int | None = None  # the second of two that are swapped
     fill: Fill = "next_best"  # what an ablated expert's tokens get: their `next_best` expert, or `zero` in its place
     seed: int = 0  # of `random`, not negative
@@ -153,9 +144,8 @@ class Intervention:
             )
         for name in ("layer", "expert", "other", "seed", "top_k"):
             value = getattr(self, name)
-            if value is not None and (
-                not isinstance(value, int) or isinstance(value, bool) or value < 0
-            ):
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if value is not None and not is_count:
                 raise UserError(
                     f"{name}={value!r} does not fit an intervention: give a whole number from 0."
                 )
@@ -180,14 +170,15 @@ class Intervention:
             raise UserError(
                 f"Block {self.layer} is no MoE layer of this model: choose one of {names}."
             )
-        chosen = layers if self.layer is None else {self.layer: layers[self.layer]}
-        return {layer: self._edit(number, layer.router) for number, layer in chosen.items()}
+        if self.layer is not None:
+            layers = {self.layer: layers[self.layer]}
+        return {layer: self._edit(number, layer.router) for number, layer in layers.items()}
 
     def _edit(self, layer: int, router: Any) -> Edit:
-        why = refusal(self.kind, router)
-        if why is not None:
+        reason = refusal(self.kind, router)
+        if reason is not None:
             raise UserError(
-                f"The intervention {self.kind!r} has no meaning in L{layer}: {why}; choose another one."
+                f"The intervention {self.kind!r} has no meaning in L{layer}: {reason}; choose another one."
             )
         last = router.num_experts - 1
         for expert in (self.expert, self.other):
@@ -195,9 +186,8 @@ class Intervention:
                 raise UserError(f"L{layer} has no expert {expert}: its experts are 0 to {last}.")
         match self.kind:
             case "ablate":
-                return methodcaller(
-                    "remove" if self.fill == "next_best" else "silence", self.expert
-                )
+                method = "remove" if self.fill == "next_best" else "silence"
+                return methodcaller(method, self.expert)
             case "force":
                 return methodcaller("put_first", self.expert)
             case "swap":
@@ -232,10 +222,11 @@ def numbered_layers(model: nn.Module) -> dict[int, MoEMlp]:
         raise UserError(
             f"{type(model).__name__} has no MoE layer to intervene on: give a MoE model, not a dense one."
         )
-    return {
-        position if layer.layer_index is None else layer.layer_index: layer
-        for position, layer in enumerate(layers)
-    }
+    numbered = {}
+    for position, layer in enumerate(layers):
+        number = position if layer.layer_index is None else layer.layer_index
+        numbered[number] = layer
+    return numbered
 
 
 @contextmanager
@@ -263,9 +254,9 @@ def apply_edits(model: nn.Module, edits: Mapping[MoEMlp, Edit]) -> Iterator[None
         outer = {layer: layer.intervention for layer in edits}
         try:
             for layer, edit in edits.items():
-                around = cast(_Edits | None, outer[layer])
-                before = () if around is None else around.edits
-                layer.intervention = _Edits(layer.router, (*before, edit), threading.get_ident())
+                enclosing = cast(_Edits | None, outer[layer])
+                earlier = () if enclosing is None else enclosing.edits
+                layer.intervention = _Edits(layer.router, (*earlier, edit), threading.get_ident())
             yield
         finally:
             for layer, intervention in outer.items():
@@ -274,34 +265,32 @@ def apply_edits(model: nn.Module, edits: Mapping[MoEMlp, Edit]) -> Iterator[None
 
 def per_image_capacity(model: nn.Module) -> AbstractContextManager[None]:
     """A scope in which rows don't share a capacity that the model shares over its batch: they are one image's."""
-    shared = [
-        layer
-        for layer in moe_layers(model)
-        if (own := Capacity.own(layer.router)) and own.whole_batch
-    ]
-    return apply_edits(model, dict.fromkeys(shared, Ranking.apart))
+    edits: dict[MoEMlp, Edit] = {}
+    for layer in moe_layers(model):
+        capacity = Capacity.of_router(layer.router)
+        if capacity is not None and capacity.whole_batch:
+            edits[layer] = Ranking.limit_per_image
+    return apply_edits(model, edits)
 
 
 def run_repeated(model: nn.Module, x: Tensor, rows: Tensor, first: MoEMlp) -> Tensor:
     """Logits [R, C] of the images `rows` [R] of x; up to the block that holds `first` each image is computed once."""
-    blocks, thread, rows = getattr(model, "blocks", None), threading.get_ident(), rows.to(x.device)
-    by_colour = any(
-        layer.router.sees_image for layer in moe_layers(model)
-    )  # looks at the images again
-    if blocks is None or first.layer_index is None or by_colour:
-        logits: Tensor = model(x[rows])
-        return logits
+    blocks = getattr(model, "blocks", None)
+    thread = threading.get_ident()
+    rows = rows.to(x.device)
+    # Such a router looks at the images again, further down.
+    sees_image = any(layer.router.sees_image for layer in moe_layers(model))
+    if blocks is None or first.layer_index is None or sees_image:
+        return cast(Tensor, model(x[rows]))
 
     def repeat(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if (
-            threading.get_ident() != thread
-        ):  # a plain forward pass elsewhere, which waits for no lock
+        # A plain forward pass in another thread waits for no lock.
+        if threading.get_ident() != thread:
             return inputs
         return (inputs[0][rows], *inputs[1:])
 
     with blocks[first.layer_index].register_forward_pre_hook(repeat):
-        logits = model(x)
-    return logits
+        return cast(Tensor, model(x))
 
 
 @dataclass(frozen=True)
@@ -315,12 +304,7 @@ class _Edits:
     def __call__(self, routing: Routing) -> Routing:
         if threading.get_ident() != self.thread:
             return routing
-        kinds: dict[str, type[Decision]] = {
-            "token_choice": Ranking,
-            "expert_choice": TokenLists,
-            "soft": SlotWeights,
-        }
-        decision = kinds[self.router.kind].of(self.router, routing)
+        decision = _DECISIONS[self.router.kind].of(self.router, routing)
         for edit in self.edits:
             decision = edit(decision)
         return decision.settle()
@@ -331,11 +315,11 @@ class Decision(ABC):
     """What an MoE layer is about to decide."""
 
     router: Any  # whose rule gives the weights
-    routing: (
-        Routing  # what the router itself decided; its scores and probabilities stay as they are
-    )
-    removed: Tensor  # [B, N, E] bool, experts that are away for a token; what takes their place depends on the kind
-    silenced: Tensor  # [B, N, E] bool, experts that don't compute a token; nothing takes the place, other weights stay
+    routing: Routing  # the router's own decision; its scores and probabilities stay as they are
+    # [B, N, E] bool, experts that are taken away from a token; what takes their place depends on the kind
+    removed: Tensor
+    # [B, N, E] bool, experts that don't compute a token; nothing takes the place, other weights stay
+    silenced: Tensor
 
     @classmethod
     @abstractmethod
@@ -356,13 +340,14 @@ class Decision(ABC):
 
     def remove(self, expert: int) -> Self:
         """Take an expert away."""
-        return replace(self, removed=self.removed | self._is(expert))
+        return replace(self, removed=self.removed | self._mask(expert))
 
     def silence(self, expert: int) -> Self:
         """Set an expert's output to zero; the weights of the others stay as they are."""
-        return replace(self, silenced=self.silenced | self._is(expert))
+        return replace(self, silenced=self.silenced | self._mask(expert))
 
-    def _is(self, expert: int) -> Tensor:
+    def _mask(self, expert: int) -> Tensor:
+        """[E] bool."""
         return torch.arange(self.routing.num_experts, device=self.routing.logits.device) == expert
 
 
@@ -372,15 +357,18 @@ Edit = Callable[[Any], Any]
 
 def computed_pairs(routing: Routing) -> Tensor:
     """[B, N, E] bool: which expert computes which token; of Soft MoE: from which expert a token takes anything."""
-    return torch.zeros_like(routing.logits, dtype=torch.bool).scatter(
-        -1, routing.expert_index, routing.kept
-    )
+    return _no_pair(routing).scatter(-1, routing.expert_index, routing.kept)
+
+
+def _no_pair(routing: Routing) -> Tensor:
+    """[B, N, E] bool, False everywhere."""
+    return torch.zeros_like(routing.logits, dtype=torch.bool)
 
 
 def draw_orders(key: Sequence[int], rows: int, length: int, device: torch.device) -> Tensor:
     """[rows, length] int64: random orders of 0 .. length - 1, the same for the same key on every machine."""
-    drawn = np.random.default_rng(tuple(key)).random((rows, length)).argsort(-1)
-    return torch.from_numpy(drawn).to(device)
+    orders = np.random.default_rng(tuple(key)).random((rows, length)).argsort(-1)
+    return torch.from_numpy(orders).to(device)
 
 
 @dataclass(frozen=True)
@@ -388,23 +376,19 @@ class Capacity:
     """How many choices an expert computes at most, see `moevision.layers.within_capacity`."""
 
     factor: float  # over the load of perfect balance
-    priority: bool = (
-        True  # V-MoE's batch priority routing: tokens with larger first gates come first
-    )
+    priority: bool = True  # V-MoE's batch priority: tokens with larger first gates come first
     whole_batch: bool = False  # the limit is one of the whole batch instead of one image
 
     @classmethod
-    def own(cls, router: Any) -> Capacity | None:
+    def of_router(cls, router: Any) -> Capacity | None:
         """What a router itself applies in its present mode; None for no limit."""
         options = getattr(router, "options", None)
         if options is None:
             return None
         factor = options.capacity_factor if router.training else options.eval_capacity_factor
-        return (
-            None
-            if factor is None
-            else cls(factor, bool(options.batch_priority), options.capacity_group == "batch")
-        )
+        if factor is None:
+            return None
+        return cls(factor, bool(options.batch_priority), options.capacity_group == "batch")
 
 
 @dataclass(frozen=True)
@@ -420,25 +404,24 @@ class Ranking(Decision):
     # rank
     scores: Tensor
     top_k: int  # K
-    capacity: Capacity | None = (
-        None  # applied last, to whatever the edits have left; None for no limit
-    )
+    capacity: Capacity | None = None  # applied last, to whatever the edits have left
 
     @classmethod
     def of(cls, router: Any, routing: Routing) -> Self:
         """The list whose head is `routing`."""
-        nobody = torch.zeros_like(routing.logits, dtype=torch.bool)
+        nobody = _no_pair(routing)
         chosen = nobody.scatter(-1, routing.expert_index, True)
         # The router's own order of the chosen is kept: among equal scores topk and sort may disagree.
-        others = routing.noisy_logits.masked_fill(chosen, -math.inf).argsort(
-            dim=-1, descending=True, stable=True
-        )
-        order = torch.cat(
-            [routing.expert_index, others[..., : routing.num_experts - routing.top_k]], -1
-        )
-        capacity = Capacity.own(router)
+        other_scores = routing.noisy_logits.masked_fill(chosen, -math.inf)
+        others = other_scores.argsort(dim=-1, descending=True, stable=True)
+        others = others[..., : routing.num_experts - routing.top_k]
+        order = torch.cat([routing.expert_index, others], -1)
+
         # What the router's capacity dropped is no property of the choice: it is found again after the edits.
-        dropped = nobody if capacity else nobody.scatter(-1, routing.expert_index, ~routing.kept)
+        capacity = Capacity.of_router(router)
+        dropped = nobody
+        if capacity is None:
+            dropped = nobody.scatter(-1, routing.expert_index, ~routing.kept)
         return cls(
             router=router,
             routing=routing,
@@ -455,20 +438,21 @@ class Ranking(Decision):
 
         A token left with fewer than K experts has choices with kept = False and weight 0.
         """
-        gone = self.removed.gather(-1, self.order)  # [B, N, E] by rank
-        place = gone.to(torch.uint8).argsort(dim=-1, stable=True)[
-            ..., : self.top_k
-        ]  # [B, N, K] the first K ranks left
-        index, exists = self.order.gather(-1, place), ~gone.gather(-1, place)  # [B, N, K]
-        top_scores = self.scores.gather(-1, place).masked_fill(~exists, -math.inf)
+        # The first K ranks whose expert isn't removed.
+        removed = self.removed.gather(-1, self.order)  # [B, N, E] by rank
+        ranks = removed.to(torch.uint8).argsort(dim=-1, stable=True)[..., : self.top_k]  # [B, N, K]
+        index = self.order.gather(-1, ranks)
+        exists = ~removed.gather(-1, ranks)
+
+        top_scores = self.scores.gather(-1, ranks).masked_fill(~exists, -math.inf)
         gate_logits = self.router.gate_logits(self.routing)
         weight = self.router.gates(gate_logits, top_scores).masked_fill(~exists, 0.0)
         kept = exists & ~self.silenced.gather(-1, index)
         if self.capacity is not None:
-            by = self.router.priority(gate_logits, top_scores).masked_fill(~exists, 0.0)
+            priority = self.router.priority(gate_logits, top_scores).masked_fill(~exists, 0.0)
             kept = within_capacity(
                 index,
-                by,
+                priority,
                 kept,
                 self.routing.num_experts,
                 self.capacity.factor,
@@ -480,10 +464,9 @@ class Ranking(Decision):
 
     def put_first(self, expert: int) -> Self:
         """Put an expert first for every token; the others follow in their old order, weights stay with the rank."""
-        back = (self.order != expert).to(
-            torch.uint8
-        )  # [B, N, E] 0 for the expert, which a stable sort puts first
-        return replace(self, order=self.order.gather(-1, back.argsort(dim=-1, stable=True)))
+        # 0 for the expert, which a stable sort puts first.
+        others = (self.order != expert).to(torch.uint8)  # [B, N, E]
+        return replace(self, order=self.order.gather(-1, others.argsort(dim=-1, stable=True)))
 
     def choose(self, experts: Tensor, prefix: int) -> Self:
         """Send every patch to these experts [B, P, K]; weights stay with the rank, prefix tokens where they are.
@@ -491,18 +474,26 @@ class Ranking(Decision):
         With P = 1 all tokens of an image go to the same experts, the prefix tokens too. A choice ~e, which is negative,
         is one of expert e that adds nothing; where all of an image's are such, those of its prefix tokens add nothing.
         """
-        head = self.order[:, :prefix, : self.top_k]
+        tokens = self.order.shape[1]
         if experts.shape[1] == 1:
-            experts = experts.expand(-1, self.order.shape[1], -1)
+            experts = experts.expand(-1, tokens, -1)
         else:
-            head = torch.where((experts < 0).all(-1).all(-1)[:, None, None], ~head, head)
-            experts = torch.cat([head, experts], 1)
-        wanted = torch.where(experts < 0, ~experts, experts)
-        silenced = self.silenced | torch.zeros_like(self.silenced).scatter(-1, wanted, experts < 0)
-        others = torch.ones_like(self.order).scatter(-1, wanted, 0)  # [B, N, E] by expert
-        place = others.gather(-1, self.order).argsort(dim=-1, stable=True)
-        rest = self.order.gather(-1, place)[..., wanted.shape[-1] :]  # in their old order
-        return replace(self, order=torch.cat([wanted, rest], -1), silenced=silenced)
+            prefix_experts = self.order[:, :prefix, : self.top_k]
+            without_layer = (experts < 0).flatten(1).all(1)  # [B]
+            prefix_experts = torch.where(
+                without_layer[:, None, None], ~prefix_experts, prefix_experts
+            )
+            experts = torch.cat([prefix_experts, experts], 1)
+        adds_nothing = experts < 0  # [B, N, K]
+        chosen = torch.where(adds_nothing, ~experts, experts)
+        silenced = _no_pair(self.routing).scatter(-1, chosen, adds_nothing)
+
+        # Behind them the other experts, in their old order.
+        is_other = torch.ones_like(self.order).scatter(-1, chosen, 0)  # [B, N, E] by expert
+        chosen_first = is_other.gather(-1, self.order).argsort(dim=-1, stable=True)
+        others = self.order.gather(-1, chosen_first)[..., chosen.shape[-1] :]
+        order = torch.cat([chosen, others], -1)
+        return replace(self, order=order, silenced=self.silenced | silenced)
 
     def exchange(self, a: int, b: int) -> Self:
         """Give expert a's tokens to expert b, with the weight that they gave a, and the other way round."""
@@ -517,17 +508,18 @@ class Ranking(Decision):
         """
         _, tokens, num_experts = self.order.shape
         rows = 1 if self.routing.route_by == "image" else tokens
-        return replace(
-            self, order=draw_orders(key, rows, num_experts, self.order.device).expand_as(self.order)
-        )
+        order = draw_orders(key, rows, num_experts, self.order.device)
+        return replace(self, order=order.expand_as(self.order))
 
     def at_capacity(self, factor: float) -> Self:
         """A limit per image with batch priority, in place of any other."""
         return replace(self, capacity=Capacity(factor))
 
-    def apart(self) -> Self:
+    def limit_per_image(self) -> Self:
         """Every image limited by itself, whatever the router shares a capacity over."""
-        return replace(self, capacity=self.capacity and replace(self.capacity, whole_batch=False))
+        if self.capacity is None:
+            return self
+        return replace(self, capacity=replace(self.capacity, whole_batch=False))
 
 
 @dataclass(frozen=True)
@@ -544,39 +536,39 @@ class TokenLists(Decision):
         """The lists whose heads are `routing`."""
         affinity = routing.noisy_logits.softmax(-1).mT  # [B, E, N]
         order = affinity.argsort(dim=-1, descending=True, stable=True)
-        nobody = torch.zeros_like(routing.logits, dtype=torch.bool)
+        nobody = _no_pair(routing)
         scores = affinity.gather(-1, order)
         return cls(router, routing, nobody, nobody, order=order, scores=scores, top_k=router.top_k)
 
     def settle(self) -> Routing:
         """Each expert takes the first C of its list; weights are the router's own rule."""
         tokens = self.order.shape[-1]
-        count = min(tokens, capacity_of(self.factor, tokens, self.top_k, self.routing.num_experts))
-        index, weight = self.order[..., :count], self.scores[..., :count]  # [B, E, C]
-        removed, silenced = (mask.mT.gather(-1, index) for mask in (self.removed, self.silenced))
-        weight = weight.masked_fill(removed, 0.0)
-        by_expert = torch.zeros_like(self.scores)  # [B, E, N]
+        capacity = capacity_of(self.factor, tokens, self.top_k, self.routing.num_experts)
+        index = self.order[..., :capacity]  # [B, E, C]
+        removed = self.removed.mT.gather(-1, index)
+        silenced = self.silenced.mT.gather(-1, index)
+
+        weight = self.scores[..., :capacity].masked_fill(removed, 0.0)
         if self.router.options.normalize_gates:
             weight = shares_of_token(weight, index, tokens)
         weight = weight.masked_fill(silenced, 0.0)
-        computed = by_expert.scatter(-1, index, (~removed & ~silenced).to(by_expert.dtype)).mT
-        view = token_view(by_expert.scatter(-1, index, weight).mT, computed.bool())
-        return replace(
-            cast(ExpertChoiceRouting, self.routing), token_index=index, token_weight=weight, **view
-        )
+
+        nothing = torch.zeros_like(self.scores)  # [B, E, N]
+        computed = nothing.bool().scatter(-1, index, ~(removed | silenced))
+        view = token_view(nothing.scatter(-1, index, weight).mT, computed.mT)
+        routing = cast(ExpertChoiceRouting, self.routing)
+        return replace(routing, token_index=index, token_weight=weight, **view)
 
     def exchange(self, a: int, b: int) -> Self:
         """Let each of two experts take the other's tokens, with the other's weights."""
-        order, scores = (_swapped(x, a, b, 1) for x in (self.order, self.scores))
-        return replace(self, order=order, scores=scores)
+        order = _exchanged(self.order, a, b, 1)
+        return replace(self, order=order, scores=_exchanged(self.scores, a, b, 1))
 
     def shuffle(self, key: Sequence[int]) -> Self:
         """Let every expert take the tokens at positions drawn at random; weights stay with the rank."""
         _, num_experts, tokens = self.order.shape
-        return replace(
-            self,
-            order=draw_orders(key, num_experts, tokens, self.order.device).expand_as(self.order),
-        )
+        order = draw_orders(key, num_experts, tokens, self.order.device)
+        return replace(self, order=order.expand_as(self.order))
 
     def at_capacity(self, factor: float) -> Self:
         """`factor` times as many tokens per expert."""
@@ -587,51 +579,55 @@ class TokenLists(Decision):
 class SlotWeights(Decision):
     """What a Soft MoE layer is about to decide."""
 
-    reads: Tensor  # [B, N, E, P] what each slot reads
-    takes: Tensor  # [B, N, E, P] what each token takes of each slot
+    dispatch: Tensor  # [B, N, E, P] what each slot reads
+    combine: Tensor  # [B, N, E, P] what each token takes of each slot
 
     @classmethod
     def of(cls, router: Any, routing: SoftRouting) -> Self:
         """The weights as they are."""
-        nobody = torch.zeros_like(routing.logits, dtype=torch.bool)
-        return cls(
-            router,
-            routing,
-            nobody,
-            nobody,
-            reads=routing.dispatch_weight,
-            takes=routing.slot_weight,
-        )
+        nobody = _no_pair(routing)
+        return cls(router, routing, nobody, nobody, routing.dispatch_weight, routing.slot_weight)
 
     def settle(self) -> Routing:
         """The weights without what is taken away."""
-        left = self.takes.masked_fill(self.removed.unsqueeze(-1), 0.0)
+        left = self.combine.masked_fill(self.removed.unsqueeze(-1), 0.0)
+        total = left.flatten(2).sum(-1)  # [B, N]
         # A token that lost nothing keeps its weights to the bit: their sum is only about 1.
-        total = left.flatten(2).sum(-1)[..., None, None]  # [B, N, 1, 1]
-        lost = self.removed.any(-1)[..., None, None] & (total > 0)
-        takes = torch.where(lost, left / torch.where(lost, total, 1.0), left)
-        takes = takes.masked_fill(self.silenced.unsqueeze(-1), 0.0)
-        view = token_view(takes.sum(-1), ~(self.removed | self.silenced))
-        return replace(
-            cast(SoftRouting, self.routing), dispatch_weight=self.reads, slot_weight=takes, **view
-        )
+        rescaled = self.removed.any(-1) & (total > 0)
+        divisor = torch.where(rescaled, total, 1.0)[..., None, None]
+        combine = (left / divisor).masked_fill(self.silenced.unsqueeze(-1), 0.0)
+
+        view = token_view(combine.sum(-1), ~(self.removed | self.silenced))
+        routing = cast(SoftRouting, self.routing)
+        return replace(routing, dispatch_weight=self.dispatch, slot_weight=combine, **view)
 
     def exchange(self, a: int, b: int) -> Self:
         """Let each of two experts compute the other's slots."""
-        return replace(
-            self, reads=_swapped(self.reads, a, b, 2), takes=_swapped(self.takes, a, b, 2)
-        )
+        dispatch = _exchanged(self.dispatch, a, b, 2)
+        return replace(self, dispatch=dispatch, combine=_exchanged(self.combine, a, b, 2))
 
     def shuffle(self, key: Sequence[int]) -> Self:
         """Deal all E · P slots out to the experts at random, P to each; what a slot reads and gives stays the same."""
-        slots = self.takes.shape[2] * self.takes.shape[3]
-        order = draw_orders(key, 1, slots, self.takes.device)[0]
-        reads, takes = (x.flatten(2)[..., order].view_as(x) for x in (self.reads, self.takes))
-        return replace(self, reads=reads, takes=takes)
+        dispatch = self.dispatch.flatten(2)  # [B, N, E · P]
+        combine = self.combine.flatten(2)
+        (order,) = draw_orders(key, 1, dispatch.shape[-1], dispatch.device)
+        return replace(
+            self,
+            dispatch=dispatch[..., order].view_as(self.dispatch),
+            combine=combine[..., order].view_as(self.combine),
+        )
 
 
-def _swapped(x: Tensor, a: int, b: int, dim: int) -> Tensor:
+_DECISIONS: Final[dict[str, type[Decision]]] = {
+    "token_choice": Ranking,
+    "expert_choice": TokenLists,
+    "soft": SlotWeights,
+}
+
+
+def _exchanged(x: Tensor, a: int, b: int, dim: int) -> Tensor:
     """The same with two entries of an axis exchanged."""
     order = torch.arange(x.shape[dim], device=x.device)
-    order[a], order[b] = b, a
+    order[a] = b
+    order[b] = a
     return x.index_select(dim, order)

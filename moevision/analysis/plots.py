@@ -27,13 +27,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from moevision.analysis.describe import ExpertGallery, GalleryPatch, layer_gallery
+from moevision.analysis.describe import ExpertGallery, layer_gallery
 from moevision.analysis.images import PictureSet, patch_crop
 from moevision.analysis.information import Flags, Floats, Pixels
 from moevision.analysis.readings import Load
@@ -63,6 +64,8 @@ RULE: Final = "#BBBBBB"
 GRID: Final = "#E8E8E8"
 BLANK: Final = "#F1F2F4"  # cells that hold nothing worth a colour
 SMALL, NORMAL, LARGE = 6.5, 7.5, 8.5  # points
+Style = dict[str, Any]  # keyword arguments of matplotlib
+SOFT_TEXT: Final[Style] = {"fontsize": SMALL, "color": SOFT}
 _LINE_INCHES = 0.145
 _CHIPS = 20  # experts: up to here each has a chip at the edge of a map
 
@@ -112,26 +115,24 @@ def figure_heading(figure: Figure, text: str, note: str = "") -> None:
     """
     width, height = figure.get_size_inches()
     # A longer line than a page's is hard to read. At a notebook's resolution letters are up to 7.3 % wider than drawn.
-    measure = (min(width, PAGE_INCHES) - 0.15) / 1.075
-    bold = wrap_text(text, measure, FontProperties(size=LARGE, weight="bold"))
-    plain = wrap_text(note, measure, FontProperties(size=NORMAL - 0.5))
-    room = 0.1 + _LINE_INCHES * (len(bold) + len(plain))
-    figure.set_size_inches(width, height + room)
-    figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + room)))  # type: ignore[union-attr, call-arg]
-    for place, line in enumerate([*bold, *plain]):
-        y = 1 - (0.06 + _LINE_INCHES * place) / (height + room)
-        is_bold = place < len(bold)
-        figure.text(
-            0.05 / width,
-            y,
-            line,
-            va="top",
-            in_layout=False,
-            parse_math=False,
-            color=INK if is_bold else SOFT,
-            fontsize=LARGE if is_bold else NORMAL - 0.5,
-            fontweight="bold" if is_bold else "normal",
-        )
+    line_inches = (min(width, PAGE_INCHES) - 0.15) / 1.075
+    bold: Style = {"fontsize": LARGE, "fontweight": "bold", "color": INK}
+    plain: Style = {"fontsize": NORMAL - 0.5, "fontweight": "normal", "color": SOFT}
+    lines = [(line, bold) for line in wrap_text(text, line_inches, _font(bold))]
+    lines += [(line, plain) for line in wrap_text(note, line_inches, _font(plain))]
+
+    total = height + 0.1 + _LINE_INCHES * len(lines)
+    figure.set_size_inches(width, total)
+    figure.get_layout_engine().set(rect=(0, 0, 1, height / total))  # type: ignore[union-attr, call-arg]
+    x = 0.05 / width
+    y = 1 - 0.06 / total
+    for line, style in lines:
+        figure.text(x, y, line, va="top", in_layout=False, parse_math=False, **style)
+        y -= _LINE_INCHES / total
+
+
+def _font(style: Style) -> FontProperties:
+    return FontProperties(size=style["fontsize"], weight=style["fontweight"])
 
 
 def wrap_text(text: str, width_inches: float, font: FontProperties) -> list[str]:
@@ -151,7 +152,7 @@ def panel_title(axes: Axes, text: str, note: str = "") -> None:
     """A panel's name in bold and, behind it in grey, what is to be said about it."""
     axes.set_title(text, loc="left", fontsize=NORMAL, fontweight="bold", color=INK, pad=4)
     if note:
-        axes.set_title(note, loc="right", fontsize=SMALL, color=SOFT, pad=4)
+        axes.set_title(note, loc="right", pad=4, **SOFT_TEXT)
 
 
 def quiet_axes(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
@@ -190,6 +191,9 @@ def expert_chips(axes: Axes, num_experts: int) -> None:
     axes.set_xticks([])
     for expert in range(0, num_experts, 4 if crowded else 1):
         colour = expert_colour(expert, num_experts)
+        style: Style = {"color": ink_on(colour), "bbox": chip(colour)}
+        if crowded:
+            style = {"color": INK}
         axes.annotate(
             str(expert),
             (expert, 1.0),
@@ -199,9 +203,8 @@ def expert_chips(axes: Axes, num_experts: int) -> None:
             ha="center",
             va="center",
             fontsize=SMALL,
-            color=INK if crowded else ink_on(colour),
             annotation_clip=False,
-            bbox=None if crowded else chip(colour),
+            **style,
         )
 
 
@@ -238,6 +241,10 @@ _MOST_CLASSES = 25  # of more, those with the largest effect are shown
 _CONTROL = "#9AA0A6"
 
 
+def _as_floats(arrays: Sequence[npt.ArrayLike]) -> list[Floats]:
+    return [np.asarray(array, dtype=np.float64) for array in arrays]
+
+
 def plot_load(
     counts: Sequence[npt.ArrayLike],
     layer_names: Sequence[str],
@@ -250,83 +257,87 @@ def plot_load(
     From [E] choices that each expert computed (Soft MoE: weight that patches took) and were `requested` before
     capacity, by layer; what was dropped stands hollow on top. `kinds`: who chooses in each layer; tokens if None.
     """
-    loads = [np.asarray(load, dtype=np.float64) for load in counts]
-    wanted = (
-        loads if requested is None else [np.asarray(load, dtype=np.float64) for load in requested]
-    )
+    loads = _as_floats(counts)
+    requests = loads if requested is None else _as_floats(requested)
     kinds = kinds or ["token_choice"] * len(loads)
-    experts, layers = max(len(load) for load in loads), len(loads)
-    # a long name needs room beside its ratio
-    columns = min(layers, 2 if experts > 8 or max(map(len, layer_names)) > 6 else 4)
+    experts = max(len(load) for load in loads)
+    layers = len(loads)
+
+    most_columns = 4
+    if experts > 8 or max(map(len, layer_names)) > 6:  # a long name needs room beside its ratio
+        most_columns = 2
+    columns = min(layers, most_columns)
     rows = -(-layers // columns)
-    figure = new_figure(
-        PAGE_INCHES if columns > 1 or experts > 8 else COLUMN_INCHES, 0.25 + 1.5 * rows
-    )
-    highest = max(float((each / each.sum()).max()) for each in wanted)
-    for place, (name, load, kind) in enumerate(zip(layer_names, loads, kinds, strict=True)):
-        axes = figure.add_subplot(rows, columns, place + 1)
-        _draw_load(axes, load, wanted[place], highest)
-        ratio = "max/mean weight" if kind == "soft" else "max/mean load"
-        panel_title(axes, name, f"{ratio} {load.max() / load.mean():.2f}")
-        if place % columns == 0:
-            axes.set_ylabel(
-                "share of weight" if kind == "soft" else "share of choices",
-                fontsize=SMALL,
-                color=SOFT,
-            )
-        if place >= layers - columns:
-            axes.set_xlabel("expert", fontsize=SMALL, color=SOFT)
-    sizes = {len(load) for load in loads}
-    equal = f", 1 ÷ {experts} = {percent(1 / experts)}" if len(sizes) == 1 else ""
-    note = [f"Dashed: equal load{equal}. Expert numbers of two layers are unrelated."]
-    if requested is not None:
-        note.append("Hollow: dropped by capacity.")
+    wide = columns > 1 or experts > 8
+    figure = new_figure(PAGE_INCHES if wide else COLUMN_INCHES, 0.25 + 1.5 * rows)
+    highest = max(float((request / request.sum()).max()) for request in requests)
+    for index, (name, load, kind) in enumerate(zip(layer_names, loads, kinds, strict=True)):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw_load(axes, load, requests[index], highest)
+        ratio, unit = ("load", "choices") if kind != "soft" else ("weight", "weight")
+        panel_title(axes, name, f"max/mean {ratio} {load.max() / load.mean():.2f}")
+        if index % columns == 0:
+            axes.set_ylabel(f"share of {unit}", **SOFT_TEXT)
+        if index >= layers - columns:
+            axes.set_xlabel("expert", **SOFT_TEXT)
+
+    equal = ""
+    if len({len(load) for load in loads}) == 1:
+        equal = f", 1 ÷ {experts} = {percent(1 / experts)}"
+    notes = [f"Dashed: equal load{equal}. Expert numbers of two layers are unrelated."]
+    if any(np.any(request > load) for request, load in zip(requests, loads, strict=True)):
+        notes.append("Hollow: dropped by capacity.")
     if "expert_choice" in kinds:
-        note.append("Where experts choose, all take as many tokens of every image.")
+        notes.append("Where experts choose, all take as many tokens of every image.")
     if "soft" in kinds:
-        note.append(
+        notes.append(
             "Soft MoE: all compute as many slots; bars show the weight that patches take from each."
         )
-    title = (
-        "How busy each expert is" if set(kinds) != {"soft"} else "How much comes from each expert"
-    )
-    figure_heading(figure, title, " ".join(note))
+    title = "How busy each expert is"
+    if set(kinds) == {"soft"}:
+        title = "How much comes from each expert"
+    figure_heading(figure, title, " ".join(notes))
     return figure
 
 
-def _draw_load(axes: Axes, load: Floats, wanted: Floats, highest: float) -> None:
-    experts, total = len(load), wanted.sum()
-    quiet_axes(axes)
+def _draw_load(axes: Axes, load: Floats, requested: Floats, highest: float) -> None:
+    experts = len(load)
+    shares = load / requested.sum()
     colours = expert_colours(experts)
+    dropped = requested > load
+    quiet_axes(axes)
     axes.bar(
         range(experts),
-        wanted / total,
+        requested / requested.sum(),
         0.78,
         color="none",
         edgecolor=SOFT,
-        linewidth=0.5 * (wanted > load),
+        linewidth=0.5 * dropped,
     )
-    axes.bar(range(experts), load / total, 0.78, color=colours)
+    axes.bar(range(experts), shares, 0.78, color=colours)
     axes.axhline(1 / experts, color=INK, linewidth=0.9, linestyle=(0, (4, 2.5)))
     axes.set(ylim=(0, max(1.18 * highest, 1.4 / experts)), xlim=(-0.6, experts - 0.4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.set_xticks(range(0, experts, 1 if experts <= _NUMBERED else 4))
     if experts > _NUMBERED:
+        axes.set_xticks(range(0, experts, 4))
         return
-    for expert, share in enumerate(load / total):
-        inside = (
-            share > 0.3 / experts
-        )  # else the bar is too low for a number, which then stands above it
-        text = f"{100 * share:.0f}" if share >= 0.005 or share == 0 else "<1"
+    axes.set_xticks(range(experts))
+    for expert, share in enumerate(shares):
+        text = f"{100 * share:.0f}"
+        if 0 < share < 0.005:
+            text = "<1"
+        y, ink = 0.0, ink_on(colours[expert])
+        if share <= 0.3 / experts:  # the bar is too low for a number, which stands above it
+            y, ink = share, INK
         axes.annotate(
             text,
-            (expert, 0 if inside else share),
+            (expert, y),
             (0, 3),
             textcoords="offset points",
             ha="center",
             fontsize=SMALL - 0.5,
-            color=ink_on(colours[expert]) if inside else INK,
+            color=ink,
         )
 
 
@@ -336,53 +347,51 @@ def plot_class_experts(
     class_names: Sequence[str],
     *,
     layer_name: str,
-    excess: npt.ArrayLike | None = None,
-    threshold: float | None = None,
+    excess: npt.ArrayLike,
+    threshold: float,
     kind: RoutingKind = "token_choice",
 ) -> Figure:
     """Class × expert heatmap of one layer: shares [C, E] in the cells, colour only where a cell stands above the null.
 
     Classes are grouped by the expert that they use most above the mean, so that a pattern shows as a diagonal; one
-    without images (NaN) is left out. `excess` [C, E] is the share minus what it is compared with, by default the mean
-    over classes; `threshold` the smallest |excess| that counts as significant, to be stated.
+    without images (NaN) is left out. `excess` [C, E] is the share minus the mean over classes; `threshold` the smallest
+    |excess| that counts as significant, to be stated.
     """
-    shares, flags = np.asarray(share, dtype=np.float64), np.asarray(significant, dtype=bool)
-    known: Flags = np.asarray(np.isfinite(shares).all(1))
-    above = shares if excess is None else np.asarray(excess, dtype=np.float64)
-    shares, flags, above = shares[known], flags[known], above[known]
-    if excess is None:
-        above = above - shares.mean(0)
-    names = [name for name, there in zip(class_names, known, strict=True) if there]
+    shares = np.asarray(share, dtype=np.float64)
+    flags = np.asarray(significant, dtype=bool)
+    has_images = np.isfinite(shares).all(1)
+    shares = shares[has_images]
+    flags = flags[has_images]
+    above = np.asarray(excess, dtype=np.float64)[has_images]
+    names = [class_names[index] for index in np.flatnonzero(has_images).tolist()]
+
     # Classes with a significant cell come first, larger effects before smaller ones.
     effect = np.abs(above).max(1) + np.where(flags, np.abs(above), 0).max(1)
-    kept = np.sort(np.argsort(-effect, kind="stable")[:_MOST_CLASSES])
-    best = above[kept].argmax(1)
-    order = kept[np.lexsort((-above[kept].max(1), best))]
+    largest = np.sort(np.argsort(-effect, kind="stable")[:_MOST_CLASSES])
+    by_expert = np.lexsort((-above[largest].max(1), above[largest].argmax(1)))
+    order = largest[by_expert]
     figure = _share_map(shares[order], above[order], flags[order], [names[row] for row in order])
-    shown = (
-        f" {len(order)} of {len(shares)} classes, those with the largest effect."
-        if len(kept) < len(shares)
-        else ""
+
+    unit = "choices" if kind == "token_choice" else "weights"
+    cells = f"Share of a class's {unit}."
+    if shares.shape[1] <= _NUMBERED:
+        cells = f"Cells: share of the class's {unit} (%)."
+    result = (
+        "No cell stands above chance over images, so none is coloured: no class was found to use an expert more than "
+        "others do."
     )
-    limit = "" if threshold is None else f" by {100 * threshold:.1f} points or more"
-    what = "choices" if kind == "token_choice" else "weights"
-    cells = (
-        f"Cells: share of the class's {what} (%)."
-        if shares.shape[1] <= _NUMBERED
-        else f"Share of a class's {what}."
-    )
-    found = "No cell stands above chance over images, so none is coloured: no class was found to use an expert more"
     if flags.any():
-        found = f"Coloured: differs from the mean{limit}, more than chance over images gives in any cell"
-    found += f" ({int(flags.sum())} of {flags.size} cells)." if flags.any() else " than others do."
+        result = (
+            f"Coloured: differs from the mean by {100 * threshold:.1f} points or more, more than chance over images "
+            f"gives in any cell ({int(flags.sum())} of {flags.size} cells)."
+        )
+    if len(order) < len(shares):
+        result += f" {len(order)} of {len(shares)} classes, those with the largest effect."
     # Without the load two busy experts and two classes look like specialization.
     overall = (shares - above).mean(0)  # [E]
     load = Load(overall / overall.sum(), shares).words
-    figure_heading(
-        figure,
-        f"{layer_name}: which classes use which expert",
-        f"{cells} {found}{shown} Load: {load}.",
-    )
+    title = f"{layer_name}: which classes use which expert"
+    figure_heading(figure, title, f"{cells} {result} Load: {load}.")
     return figure
 
 
@@ -406,10 +415,13 @@ def plot_part_experts(
     above = shares - counts.sum(0) / counts.sum()
     names = [f"{part_names[part]} ({_percent(area[part])})" for part in order]
     figure = _share_map(shares, above, np.ones_like(shares, dtype=bool), names)
-    of, bracket = ("the part's area", "the part's area")
+
+    whole = "the part's area"
+    bracket = "the part's area"
     if kind != "token_choice":
-        of, bracket = "what experts read of the part", "the part's share of all that they read"
-    note = f"Cells: share of {of} (%); colour: against all patches. In brackets: {bracket}. Nothing is tested here."
+        whole = "what experts read of the part"
+        bracket = "the part's share of all that they read"
+    note = f"Cells: share of {whole} (%); colour: against all patches. In brackets: {bracket}. Nothing is tested here."
     figure_heading(figure, f"{layer_name}: which parts go to which expert", note)
     return figure
 
@@ -417,43 +429,53 @@ def plot_part_experts(
 def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]) -> Figure:
     """Rows x experts: shares written in the cells, the excess as colour where flagged, grey elsewhere."""
     rows, experts = shares.shape
-    label = 0.075 * min(max(len(name) for name in names), _LONGEST_NAME) + 0.1
-    cell = 0.29 if experts <= _NUMBERED else 0.1
-    figure = new_figure(
-        float(np.clip(label + cell * experts + 0.85, COLUMN_INCHES, 12.0)),
-        max(1.0, 0.19 * rows + 0.55),
-    )
-    axes = figure.add_subplot()
-    axes.set_facecolor(BLANK)
-    reach = max(0.01, float(np.abs(np.where(flags, above, 0)).max()))
-    norm = TwoSlopeNorm(0, -reach, reach)
-    cells = axes.imshow(
-        np.ma.masked_where(~flags, above), cmap=BELOW_ABOVE, norm=norm, aspect="auto"
-    )
-    axes.spines[:].set_visible(False)
-    axes.vlines(np.arange(experts - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.8)
-    axes.hlines(np.arange(rows - 1) + 0.5, -0.5, experts - 0.5, color="white", linewidth=0.8)
-    if experts <= _NUMBERED:
-        digits = 1 if float(np.ptp(shares)) < 0.03 else 0  # whole numbers would all be the same
-        for row, column in np.ndindex(rows, experts):
-            colour = to_hex(BELOW_ABOVE(norm(above[row, column]))) if flags[row, column] else BLANK
-            ink = ink_on(colour) if flags[row, column] else SOFT
-            add_text(axes, column, row, f"{100 * shares[row, column]:.{digits}f}", ink)
+    numbered = experts <= _NUMBERED
     short = [
         name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names
     ]
+    label_inches = 0.075 * max(map(len, short)) + 0.1
+    cell_inches = 0.29 if numbered else 0.1
+    width = np.clip(label_inches + cell_inches * experts + 0.85, COLUMN_INCHES, 12.0)
+    figure = new_figure(float(width), max(1.0, 0.19 * rows + 0.55))
+    axes = figure.add_subplot()
+    axes.set_facecolor(BLANK)
+
+    reach = max(0.01, float(np.abs(np.where(flags, above, 0)).max()))
+    norm = TwoSlopeNorm(0, -reach, reach)
+    coloured = np.ma.masked_where(~flags, above)
+    cells = axes.imshow(coloured, cmap=BELOW_ABOVE, norm=norm, aspect="auto")
+    axes.spines[:].set_visible(False)
+    grid_lines(axes, rows, experts, linewidth=0.8)
+    if numbered:
+        digits = 1 if np.ptp(shares) < 0.03 else 0  # whole numbers would all be the same
+        for row, expert in np.ndindex(rows, experts):
+            ink = SOFT
+            if flags[row, expert]:
+                ink = ink_on(to_hex(BELOW_ABOVE(norm(above[row, expert]))))
+            add_text(axes, expert, row, f"{100 * shares[row, expert]:.{digits}f}", ink)
     axes.set_yticks(range(rows), short, parse_math=False)
     axes.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
     expert_chips(axes, experts)
     if flags.any():
-        aspect = float(np.clip(9 * figure.get_size_inches()[1], 20, 60))  # about 0.08 in wide
-        bar = figure.colorbar(
-            cells, ax=axes, shrink=0.75, aspect=aspect, pad=0.02, format=FuncFormatter(_points)
-        )
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=0)
-        bar.set_label("difference (points)", fontsize=SMALL, color=SOFT)
+        _colour_bar(figure, axes, cells)
     return figure
+
+
+def _colour_bar(figure: Figure, axes: Axes, cells: AxesImage) -> None:
+    aspect = float(np.clip(9 * figure.get_size_inches()[1], 20, 60))  # about 0.08 in wide
+    bar = figure.colorbar(
+        cells, ax=axes, shrink=0.75, aspect=aspect, pad=0.02, format=FuncFormatter(_points)
+    )
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=0)
+    bar.set_label("difference (points)", **SOFT_TEXT)
+
+
+def grid_lines(axes: Axes, rows: int, columns: int, linewidth: float) -> None:
+    """White lines between cells whose middles are at whole numbers."""
+    style: Style = {"color": "white", "linewidth": linewidth}
+    axes.vlines(np.arange(columns - 1) + 0.5, -0.5, rows - 0.5, **style)
+    axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, **style)
 
 
 def _percent(share: float) -> str:
@@ -478,37 +500,32 @@ def plot_effects(
     Per layer [E, C] means over images of a class, and the same with as many random choices taken away instead (NaN
     without a control). `what` is the intervention in words, such as "its patches go to their next-best expert".
     """
-    effects = [np.asarray(delta, dtype=np.float64) for delta in deltas]
-    chance = [np.asarray(control, dtype=np.float64) for control in controls]
-    columns = min(2 if effects[0].shape[0] > 8 else 3, len(effects))
+    effects = _as_floats(deltas)
+    chance = _as_floats(controls)
+    columns = min(2 if len(effects[0]) > 8 else 3, len(effects))
     rows = -(-len(effects) // columns)
     figure = new_figure(PAGE_INCHES, 0.55 + 1.75 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(effects) :]:
         axes.set_visible(False)
-    least = 0.2 * max(float(np.ptp(array)) for array in effects)
-    for place, (axes, effect, control) in enumerate(zip(grid.flat, effects, chance, strict=False)):
-        _draw_effects(axes, effect, control, class_names, least)
-        panel_title(axes, layer_names[place])
-        axes.set_xlabel("expert taken away", fontsize=SMALL, color=SOFT)
-        if place % columns == 0:
-            axes.set_ylabel("change of logit", fontsize=SMALL, color=SOFT)
-    style = {"linestyle": "none", "marker": "o"}
-    marks = [
-        Line2D([], [], color=INK, markersize=5, label="mean of the classes", **style),  # type: ignore[arg-type]
-        Line2D([], [], color=INK, markersize=2.5, alpha=0.55, label="one class", **style),  # type: ignore[arg-type]
-        Line2D(
-            [],
-            [],
-            color=_CONTROL,
-            markersize=4,
-            marker="_",
-            linestyle="none",
-            label="as many choices at random",
-        ),
-    ]
+
+    least = max(1e-6, 0.2 * max(float(np.ptp(effect)) for effect in effects))
+    for index, effect in enumerate(effects):
+        axes = grid.flat[index]
+        _draw_effects(axes, effect, chance[index], class_names, least)
+        panel_title(axes, layer_names[index])
+        axes.set_xlabel("expert taken away", **SOFT_TEXT)
+        if index % columns == 0:
+            axes.set_ylabel("change of logit", **SOFT_TEXT)
+
+    mark: Style = {"linestyle": "none", "marker": "o", "color": INK}
+    control_mark: Style = {"linestyle": "none", "marker": "_", "color": _CONTROL}
     figure.legend(
-        handles=marks,
+        handles=[
+            Line2D([], [], markersize=5, label="mean of the classes", **mark),
+            Line2D([], [], markersize=2.5, alpha=0.55, label="one class", **mark),
+            Line2D([], [], markersize=4, label="as many choices at random", **control_mark),
+        ],
         loc="outside lower left",
         ncols=3,
         fontsize=SMALL,
@@ -526,25 +543,23 @@ def _draw_effects(
     quiet_axes(axes)
     axes.axhline(0, color=RULE, linewidth=1.0)
     experts, classes = effect.shape
-    spread = (
-        np.linspace(-0.16, 0.16, classes) if classes > 1 else np.zeros(1)
-    )  # classes stand side by side
-    for expert, (row, chance) in enumerate(zip(effect, control, strict=True)):
-        colour = expert_colour(expert, experts) if experts <= len(EXPERT_COLOURS) else INK
-        axes.plot(
-            expert + 0.28, chance.mean(), "_", color=_CONTROL, markersize=7, markeredgewidth=2.2
-        )
-        axes.vlines(expert + 0.28, chance.min(), chance.max(), color=_CONTROL, linewidth=1)
-        axes.plot(expert - 0.12 + spread, row, "o", color=colour, markersize=2.2, alpha=0.55)
-        axes.plot(
-            expert - 0.12, row.mean(), "o", color=colour, markersize=5, markeredgecolor="white"
-        )
-    for expert, row in enumerate(effect):
-        label = int(np.abs(row).argmax())
-        if abs(row[label]) >= max(least, 1e-6):
+    reach = 0.16 if classes > 1 else 0
+    spread = np.linspace(-reach, reach, classes)  # classes stand side by side
+    for expert in range(experts):
+        by_class = effect[expert]
+        by_chance = control[expert]
+        colour = EXPERT_COLOURS[expert] if experts <= len(EXPERT_COLOURS) else INK
+        x = expert + 0.28
+        axes.plot(x, by_chance.mean(), "_", color=_CONTROL, markersize=7, markeredgewidth=2.2)
+        axes.vlines(x, by_chance.min(), by_chance.max(), color=_CONTROL, linewidth=1)
+        x = expert - 0.12
+        axes.plot(x + spread, by_class, "o", color=colour, markersize=2.2, alpha=0.55)
+        axes.plot(x, by_class.mean(), "o", color=colour, markersize=5, markeredgecolor="white")
+        label = int(np.abs(by_class).argmax())
+        if abs(by_class[label]) >= least:
             axes.annotate(
                 class_names[label],
-                (expert - 0.12 + spread[label], row[label]),
+                (x + spread[label], by_class[label]),
                 (4, 0),
                 parse_math=False,
                 textcoords="offset points",
@@ -560,7 +575,16 @@ def _draw_effects(
 
 _PER_ROW = 4  # panels side by side
 _MOST_EXPERTS = 16
-_GAP, _NAME = 0.5, 1.5  # widths between top and random patches and of the expert's name, in patches
+# In patches: between top and random ones, the width of the expert's name, the height of a row.
+_GAP, _NAME, _ROW = 0.5, 1.5, 1.06
+_OVERLAY_NOTES: Final[dict[RoutingKind, str]] = {
+    "token_choice": "Colour and number: the patch's first choice; opacity: grows with its gate weight; × dropped by "
+    "capacity.",
+    "expert_choice": "Experts choose: colour and number are the expert with the largest weight of those that took the "
+    "patch; opacity: grows with that weight; · no expert took it.",
+    "soft": "Soft MoE: colour and number are the expert that the patch takes most from; opacity: grows with that "
+    "weight, from an equal share to all of it.",
+}
 
 
 def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure:
@@ -568,87 +592,100 @@ def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure
 
     Colour and number are the expert, opacity is its gate weight; `image` is the picture's number in the trace.
     """
-    shown = trace.layers
-    columns = min(1 + len(shown), _PER_ROW)
-    rows = -(-(1 + len(shown)) // columns)
+    panels = 1 + len(trace.layers)
+    columns = min(panels, _PER_ROW)
+    rows = -(-panels // columns)
     side = max(PAGE_INCHES / max(columns, 3), 0.13 * max(trace.grid) + 0.2)
     figure = new_figure(side * columns, (side + 0.12) * rows)
     axes = figure.add_subplot(rows, columns, 1)
     axes.imshow(picture)
     hide_axes(axes)
     panel_title(axes, "image")
-    for place, layer in enumerate(shown, start=2):
-        axes = figure.add_subplot(rows, columns, place)
-        _draw_experts(axes, picture, layer, image, trace.grid)
-        panel_title(axes, layer.name, _first_choices(layer, image))
-    words = {
-        "token_choice": "Colour and number: the patch's first choice; opacity: grows with its gate weight; × dropped "
-        "by capacity.",
-        "expert_choice": "Experts choose: colour and number are the expert with the largest weight of those that took "
-        "the patch; opacity: grows with that weight; · no expert took it.",
-        "soft": "Soft MoE: colour and number are the expert that the patch takes most from; opacity: grows with that "
-        "weight, from an equal share to all of it.",
-    }
-    said = " ".join(
-        text for kind, text in words.items() if any(each.kind == kind for each in shown)
-    )
-    note = f"{said} Equal colours in two layers are unrelated experts."
-    figure_heading(figure, f"Where each patch goes: {verdict_on(trace, image)}", note)
+    for number, layer in enumerate(trace.layers, start=2):
+        axes = figure.add_subplot(rows, columns, number)
+        of_image = layer.select(slice(image, image + 1))
+        _draw_experts(axes, picture, of_image, trace.grid)
+        panel_title(axes, layer.name, _first_choices(of_image))
+
+    kinds = {layer.kind for layer in trace.layers}
+    notes = [note for kind, note in _OVERLAY_NOTES.items() if kind in kinds]
+    notes.append("Equal colours in two layers are unrelated experts.")
+    title = f"Where each patch goes: {verdict_on(trace, image)}"
+    figure_heading(figure, title, " ".join(notes))
     return figure
 
 
-def _first_choices(layer: LayerTrace, image: int) -> str:
-    of_image = layer.select(slice(image, image + 1))
-    first = of_image.first_choice()
-    used = f"{np.unique(first[first >= 0]).size} of {layer.num_experts} experts"
+def _first_choices(layer: LayerTrace) -> str:
+    """How many experts, or patches, an overlay shows."""
+    first = layer.first_choice()
     if layer.kind == "expert_choice":
         return f"no expert: {(first < 0).sum()} of {first.size} patches"
-    return f"{used} come first somewhere" if layer.kind == "soft" else f"{used} are a first choice"
+    experts = f"{np.unique(first[first >= 0]).size} of {layer.num_experts} experts"
+    if layer.kind == "soft":
+        return f"{experts} come first somewhere"
+    return f"{experts} are a first choice"
 
 
-def _draw_experts(
-    axes: Axes, picture: Pixels, layer: LayerTrace, image: int, grid: tuple[int, int]
-) -> None:
+def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, grid: tuple[int, int]) -> None:
+    """The first choice of each patch over the image, of a layer's routing of that image alone."""
     rows, columns = grid
-    first = np.asarray(layer.expert_index[image, :, 0], dtype=np.int64)
-    kept = np.asarray(layer.kept[image, :, 0], dtype=bool)
-    weight = np.clip(np.asarray(layer.combine_weight[image, :, 0], dtype=np.float64), 0, 1)
+    first = np.asarray(layer.expert_index[0, :, 0], dtype=np.int64)  # [P]
     palette = np.stack([rgb_of(colour) for colour in expert_colours(layer.num_experts)])
-    if layer.kind == "soft":  # the largest of E weights that sum to 1 is never below 1 / E
-        weight = np.clip((layer.num_experts * weight - 1) / max(1, layer.num_experts - 1), 0, 1)
-    alpha = np.where(kept, 0.12 + 0.75 * weight, 0.0)
+    colours = palette[first]  # [P, 3]
+    opacity = _opacity(layer)[:, None]  # [P, 1]
+    overlay = np.concatenate([colours, opacity], axis=1)  # [P, 4]
     # The image pale and without its colours, so that those on top mean one thing: [S, S] in [0.55, 1].
-    pale = 0.55 + 0.45 * (picture.astype(np.float64) @ (0.299, 0.587, 0.114) / 255)
-    overlay = np.concatenate([palette[first], alpha[:, None]], axis=1).reshape(rows, columns, 4)
-    # Data units are patches.
-    axes.imshow(pale, cmap="gray", vmin=0, vmax=1, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
-    axes.imshow(overlay, interpolation="nearest")
-    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    luma = picture.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
+    pale = 0.55 + 0.45 * luma
+
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)  # data units are patches
+    axes.imshow(pale, cmap="gray", vmin=0, vmax=1, extent=extent)
+    axes.imshow(overlay.reshape(rows, columns, 4), interpolation="nearest", extent=extent)
     hide_axes(axes)
-    axes.vlines(np.arange(columns - 1) + 0.5, -0.5, rows - 0.5, color="white", linewidth=0.5)
-    axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, color="white", linewidth=0.5)
-    ground = (
-        pale[..., None]
-        .repeat(3, -1)
-        .reshape(rows, pale.shape[0] // rows, columns, -1, 3)
-        .mean((1, 3))
-    )
-    shade = alpha[:, None] * palette[first] + (1 - alpha[:, None]) * ground.reshape(-1, 3)
-    points = 72 * axes.figure.get_figure(root=True).get_size_inches()[0] / _PER_ROW / columns
+    grid_lines(axes, rows, columns, linewidth=0.5)
+
+    tiles = pale.reshape(rows, len(pale) // rows, columns, -1)
+    patch_luma = tiles.mean((1, 3)).reshape(-1, 1)  # [P, 1]
+    shades = opacity * colours + (1 - opacity) * patch_luma
+    _number_patches(axes, layer, shades.reshape(rows, columns, 3))
+
+
+def _number_patches(axes: Axes, layer: LayerTrace, shades: Floats) -> None:
+    """The number of each patch's first choice, black or white by the shade behind it, [rows, columns, 3]."""
+    rows, columns, _ = shades.shape
+    first = layer.expert_index[0, :, 0]
+    kept = layer.kept[0, :, 0]
+    unrouted = "·" if layer.kind == "expert_choice" else "×"
+    width = axes.figure.get_figure(root=True).get_size_inches()[0]
+    points = 72 * width / _PER_ROW / columns
     size = float(np.clip(0.5 * points, 4.5, 8.5))
     for patch, (row, column) in enumerate(np.ndindex(rows, columns)):
-        text = str(first[patch]) if kept[patch] else "·" if layer.kind == "expert_choice" else "×"
-        add_text(axes, column, row, text, ink_on(to_hex(shade[patch])), size)
+        text = str(first[patch]) if kept[patch] else unrouted
+        red, green, blue = shades[row, column]
+        add_text(axes, column, row, text, ink_on(to_hex((red, green, blue))), size)
+
+
+def _opacity(layer: LayerTrace) -> Floats:
+    """[P] of the first choices of one image, by their weights; 0 where no expert computed them."""
+    kept = np.asarray(layer.kept[0, :, 0], dtype=bool)
+    weight = np.asarray(layer.combine_weight[0, :, 0], dtype=np.float64)
+    if layer.kind == "soft":  # the largest of E weights that sum to 1 is never below 1 / E
+        weight = (layer.num_experts * weight - 1) / max(1, layer.num_experts - 1)
+    opacity = 0.12 + 0.75 * np.clip(weight, 0, 1)
+    return np.where(kept, opacity, 0.0)
 
 
 def verdict_on(trace: RoutingTrace, image: int) -> str:
     """What the image is and what the model takes it for."""
-    guess, label = int(trace.predictions[image]), int(trace.labels[image])
-    words = [] if label < 0 else [trace.class_names[label]]
+    guess = int(trace.predictions[image])
+    label = int(trace.labels[image])
+    facts = []
+    if label >= 0:
+        facts.append(trace.class_names[label])
     if guess >= 0:  # a model without a head predicts nothing
         names = trace.prediction_names or trace.class_names
-        words.append(f"predicted {names[guess]} ({percent(trace.probabilities[image, guess], 0)})")
-    return ", ".join(words) or escape_controls(trace.picture_names[image])
+        facts.append(f"predicted {names[guess]} ({percent(trace.probabilities[image, guess], 0)})")
+    return ", ".join(facts) or escape_controls(trace.picture_names[image])
 
 
 def plot_gallery(
@@ -664,76 +701,65 @@ def plot_gallery(
     routing = trace.layer(layer)
     loads = routing.counts().sum(0)
     galleries = layer_gallery(routing, count, seed)
-    shown = list(experts) if experts is not None else list(range(routing.num_experts))
-    if experts is None and len(shown) > _MOST_EXPERTS:
-        shown = sorted(np.argsort(-loads, kind="stable")[:_MOST_EXPERTS].tolist())
-    units = _NAME + 2 * count + _GAP
-    figure = new_figure(PAGE_INCHES, PAGE_INCHES / units * (1.06 * len(shown) + 0.55))
+    if experts is None:
+        busiest = np.argsort(-loads, kind="stable")[:_MOST_EXPERTS]
+        experts = np.sort(busiest).tolist()
+
+    width = _NAME + 2 * count + _GAP
+    height = _ROW * len(experts)
+    figure = new_figure(PAGE_INCHES, PAGE_INCHES / width * (height + 0.55))
     axes = figure.add_subplot()
-    axes.set(xlim=(0, units), ylim=(1.06 * len(shown), -0.5), aspect="equal")
+    axes.set(xlim=(0, width), ylim=(height, -0.5), aspect="equal")
     hide_axes(axes)
     soft = routing.kind == "soft"
-    for left, name in (
-        (_NAME, "read most" if soft else "largest gate weight"),
-        (_NAME + count + _GAP, "random patches"),
-    ):
-        axes.text(left + 0.03, -0.15, name, fontsize=SMALL + 0.5, fontweight="bold", color=INK)
-    for row, expert in enumerate(shown):
+    second = _NAME + count + _GAP  # where random patches begin
+    style: Style = {"fontsize": SMALL + 0.5, "fontweight": "bold", "color": INK}
+    axes.text(_NAME + 0.03, -0.15, "read most" if soft else "largest gate weight", **style)
+    axes.text(second + 0.03, -0.15, "random patches", **style)
+    for row, expert in enumerate(experts):
+        gallery = galleries[expert]
+        y = _ROW * row
         share = float(loads[expert] / max(1, loads.sum()))
-        _draw_row(axes, galleries[expert], row, share, routing.num_experts)
-        for start, patches in (
-            (_NAME, galleries[expert].top),
-            (_NAME + count + _GAP, galleries[expert].random),
-        ):
-            for place, patch in enumerate(patches):
-                _draw_patch(axes, pictures, patch, trace.grid, start + place, 1.06 * row)
-    fewer = (
-        ""
-        if len(shown) == routing.num_experts
-        else f" {len(shown)} of {routing.num_experts} experts."
-    )
-    drawn = (
-        "drawn as much as the expert reads of them"
-        if soft
-        else "drawn evenly from all that the expert computes"
-    )
-    share_of = "the weight that patches take" if soft else "choices"
-    note = f"Left: at most one per image. Right: {drawn}. Under the number: its share of {share_of}.{fewer}"
+        _draw_expert(axes, gallery, y, share, routing.num_experts)
+        for start, patches in ((_NAME, gallery.top), (second, gallery.random)):
+            for index, patch in enumerate(patches):
+                crop = patch_crop(pictures.image(patch.image), trace.grid, patch.patch)
+                _draw_patch(axes, crop, start + index, y)
+
+    drawn = "drawn evenly from all that the expert computes"
+    unit = "choices"
+    if soft:
+        drawn = "drawn as much as the expert reads of them"
+        unit = "the weight that patches take"
+    note = f"Left: at most one per image. Right: {drawn}. Under the number: its share of {unit}."
+    if len(experts) < routing.num_experts:
+        note += f" {len(experts)} of {routing.num_experts} experts."
     figure_heading(figure, f"{routing.name}: what each expert gets", note)
     return figure
 
 
-def _draw_row(axes: Axes, gallery: ExpertGallery, row: int, share: float, num_experts: int) -> None:
+def _draw_expert(
+    axes: Axes, gallery: ExpertGallery, y: float, share: float, num_experts: int
+) -> None:
     """The expert's chip, and a word where nothing is routed to it."""
-    y, colour = 1.06 * row, expert_colour(gallery.expert, num_experts)
-    add_text(
-        axes, 0.65, y + 0.34, str(gallery.expert), ink_on(colour), SMALL + 1, bbox=chip(colour, 0.3)
-    )
+    colour = expert_colour(gallery.expert, num_experts)
+    box = chip(colour, 0.3)
+    add_text(axes, 0.65, y + 0.34, str(gallery.expert), ink_on(colour), SMALL + 1, bbox=box)
     add_text(axes, 0.65, y + 0.83, percent(share), SOFT, SMALL - 0.5)
     if not gallery.top:
         width = axes.get_xlim()[1] - _NAME
         axes.add_patch(Rectangle((_NAME, y + 0.02), width, 0.96, facecolor=BLANK, edgecolor="none"))
-        axes.text(
-            _NAME + 0.2,
-            y + 0.5,
-            "no patch goes to this expert",
-            va="center",
-            fontsize=SMALL,
-            color=SOFT,
-        )
+        text = "no patch goes to this expert"
+        axes.text(_NAME + 0.2, y + 0.5, text, va="center", **SOFT_TEXT)
 
 
-def _draw_patch(
-    axes: Axes, pictures: PictureSet, patch: GalleryPatch, grid: tuple[int, int], x: float, y: float
-) -> None:
+def _draw_patch(axes: Axes, crop: Pixels, x: float, y: float) -> None:
     """A crop of one unit, with its patch, which is in the middle, outlined in white on black."""
-    crop = patch_crop(pictures.image(patch.image), grid, patch.patch)
-    axes.imshow(
-        crop, extent=(x + 0.02, x + 0.98, y + 0.98, y + 0.02), interpolation="nearest", zorder=2
-    )
+    extent = (x + 0.02, x + 0.98, y + 0.98, y + 0.02)
+    axes.imshow(crop, extent=extent, interpolation="nearest", zorder=2)
     side = 0.96 / 3  # one patch around it on each side
     corner = (x + 0.5 - side / 2, y + 0.5 - side / 2)
-    for width, colour in ((1.5, "black"), (0.7, "white")):
-        axes.add_patch(
-            Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width, zorder=3)
-        )
+    for colour, linewidth in (("black", 1.5), ("white", 0.7)):
+        frame = Rectangle(corner, side, side, fill=False, zorder=3)
+        frame.set(edgecolor=colour, linewidth=linewidth)
+        axes.add_patch(frame)

@@ -4,6 +4,9 @@
 2. Did training the router add to that? A router that was started from clusters can't answer it.
 3. Do the experts do different things? The swap test, below.
 
+What this module owns: the swap test (the only measurement here, since it runs the model again) and the answers' rules
+and sentences. The other numbers come from `readings`, their statistics from `information`.
+
 How each is measured: docs/concepts/evidence.md.
 
 Each answer is "yes", "a little", "not shown" or "not measured", the third also "the layer contributes nothing". There
@@ -26,45 +29,46 @@ Axes: I images, P patches, K choices best first, E experts, C classes, R images 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Final, Literal, cast
 
 import numpy as np
 from scipy.special import log_softmax
 
 from moevision.analysis.information import (
-    Estimate,
     Flags,
     Floats,
+    Interval,
     Ints,
     Json,
     Numbers,
     halves_by_class,
+    paired_interval,
+    ratio_interval,
 )
 from moevision.analysis.readings import (
     Controls,
-    Interval,
     LayerReadings,
     Load,
     Reading,
+    RecordedLayer,
     Recording,
     Run,
-    counts_of,
-    join_words,
-    load_of,
     measure_layer,
-    paired_interval,
-    range_words,
-    ratio_interval,
 )
 from moevision.errors import UserError
 from moevision.words import percent, signed
 
 Question = Literal["experts", "training", "function"]
 
-YES, A_LITTLE_WORD, NOT_SHOWN, NOT_MEASURED = "yes", "a little", "not shown", "not measured"
+YES = "yes"
+A_LITTLE_WORD = "a little"
+NOT_SHOWN = "not shown"
+NOT_MEASURED = "not measured"
 NOTHING = "the layer contributes nothing"
+_STRONGEST_FIRST = (YES, A_LITTLE_WORD, NOT_SHOWN, NOTHING, NOT_MEASURED)
 LEADS: Final[dict[Question, str]] = {
     "experts": "Classes go to different experts",
     "training": "Training the router added to that",
@@ -84,7 +88,7 @@ A_LITTLE = 0.1
 SKILL = 0.02
 """Below this part of the images that the majority class gets wrong, guessing by the expert is "a little", too."""
 
-_MEASURES = "`moevision analyze MODEL` measures it"
+_HOW_TO_MEASURE = "`moevision analyze MODEL` measures it"
 _NOTHING = "The layer contributes nothing, so what its experts do can't show"
 _P_VALUE = 0.05
 
@@ -118,9 +122,7 @@ class LayerAnswers(Numbers):
     answers: Sequence[Answer]  # of the three questions, in order
     load: Load  # how evenly the experts are used
     readings: Sequence[Reading] = ()  # everything that was read off the choices
-    probe: Reading | None = (
-        None  # the same of the linear probe's balanced groups; None without inputs
-    )
+    probe: Reading | None = None  # of the linear probe's balanced groups; None without inputs
     # name of a control -> what each of its seeds tells, of a patch and of the image
     controls: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
     # name of a control -> the same of the router, on the images of that control
@@ -160,10 +162,10 @@ def three_questions(
         >>> from moevision.analysis import RecordedLayer, Recording
         >>> labels = np.arange(40) % 2  # cats and dogs, four patches each: class 0 goes to expert 0, class 1 to 1
         >>> layer = RecordedLayer("L1", np.tile(labels[:, None, None], (1, 4, 1)), num_experts=2)
-        >>> (found,) = three_questions(Recording(labels, [layer], ["cat", "dog"]))
-        >>> found.answers[0].sentence
+        >>> (answered,) = three_questions(Recording(labels, [layer], ["cat", "dog"]))
+        >>> answered.answers[0].sentence
         'Classes go to different experts: yes (the expert alone guesses 100.0 % right, chance 50.0 %).'
-        >>> found.load.words
+        >>> answered.load.words
         'max/mean load 1.00, in effect 2.0 of 2 experts'
     """
     for other in seeds:
@@ -171,219 +173,249 @@ def three_questions(
             raise UserError(
                 "Other trainings must be of the same recipe: these have other MoE layers."
             )
-    found = []
-    for place, layer in enumerate(recording.layers):
-        options = {"permutations": permutations, "cluster_seeds": cluster_seeds, "seed": seed}
-        own, *others = (measure_layer(each, place, **options) for each in (recording, *seeds))
-        swap = why = None
-        if recording.run is None or not layer.tokens_choose:
-            why = (
-                "routes were not forced"
-                if layer.tokens_choose
-                else "no patch chooses its experts here"
+    answered = []
+    for index, layer in enumerate(recording.layers):
+        trainings = [
+            measure_layer(
+                training, index, permutations=permutations, cluster_seeds=cluster_seeds, seed=seed
             )
-        elif not layer.read:
-            why = "no logit reads these patches, so that no swap can cost anything"
-        elif own.why is not None:
-            why = own.why
-        elif layer.num_experts < 2:
-            why = "it has one expert"
-        else:
-            swap = swap_test(recording, place, draws=draws, limit=swap_images, seed=seed)
-            why = "no exchange moves a patch, which have all chosen all experts"
-            if swap is None and not len(images_to_run(recording, place, swap_images, seed)[0]):
-                why = "it takes two images of a class: give more images, --limit"
-        answers = (experts_answer(own), training_answer(own, others), function_answer(swap, why))
-        gains = [each.controls.gain for each in (own, *others)]
-        found.append(
+            for training in (recording, *seeds)
+        ]
+        readings = trainings[0]
+
+        swap = None
+        reason = _why_no_swap(recording, layer, readings)
+        if reason is None:
+            swap = swap_test(recording, index, draws=draws, limit=swap_images, seed=seed)
+            reason = "no exchange moves a patch, which have all chosen all experts"
+
+        answered.append(
             LayerAnswers(
                 layer.name,
-                answers,
-                own.load,
-                own.readings,
-                own.probe,
-                own.controls.readings,
-                own.controls.same,
-                gains,
+                (
+                    experts_answer(readings),
+                    training_answer(readings, trainings[1:]),
+                    function_answer(swap, reason),
+                ),
+                readings.load,
+                readings.readings,
+                readings.probe,
+                readings.controls.readings,
+                readings.controls.same,
+                [training.controls.gain for training in trainings],
                 swap,
             )
         )
-    return found
+    return answered
+
+
+def _why_no_swap(recording: Recording, layer: RecordedLayer, readings: LayerReadings) -> str | None:
+    """Why the swap test can't be made, as the end of a sentence; None where it can."""
+    if not layer.tokens_choose:
+        return "no patch chooses its experts here"
+    if recording.run is None:
+        return "routes were not forced"
+    if not layer.read:
+        return "no logit reads these patches, so that no swap can cost anything"
+    if readings.reason is not None:
+        return readings.reason
+    if layer.num_experts < 2:
+        return "it has one expert"
+    labels = np.asarray(recording.labels)
+    if np.bincount(labels[labels >= 0]).max() < 2:
+        return "it takes two images of a class: give more images, --limit"
+    return None
 
 
 def summary_lines(layers: Sequence[LayerAnswers]) -> list[Answer]:
     """One answer to each question about a whole model: the strongest of its layers, which are named."""
-    found = []
-    for place, question in enumerate(LEADS):
-        answers = [(layer.name, layer.answers[place]) for layer in layers]
-        best = next(
-            word
-            for word in (YES, A_LITTLE_WORD, NOT_SHOWN, NOTHING, NOT_MEASURED)
-            if any(answer.answer == word for _, answer in answers)
-        )
-        names = [name for name, answer in answers if answer.answer == best]
+    summary = []
+    for index, question in enumerate(LEADS):
+        answers = {layer.name: layer.answers[index] for layer in layers}
+        strongest = min((answer.answer for answer in answers.values()), key=_STRONGEST_FIRST.index)
+        names = [name for name, answer in answers.items() if answer.answer == strongest]
         # The deepest of them is quoted: there experts know most about the image.
-        quoted = next(answer for name, answer in reversed(answers) if name == names[-1])
-        where = (
-            ""
-            if len(layers) == 1
-            else f"{names[-1]}: "
-            if len(names) == 1
-            else f"{join_words(names)}; {names[-1]}: "
-        )
-        if len(names) < len(layers) and best in (YES, A_LITTLE_WORD):
-            where = f"{len(names)} of {len(layers)} layers, each tested at 5 %; {where}"
-        found.append(replace(quoted, question=question, detail=where + quoted.detail))
-    return found
+        deepest = names[-1]
+        quoted = answers[deepest]
+
+        detail = quoted.detail
+        if len(layers) > 1:
+            detail = f"{deepest}: {detail}"
+        if len(names) > 1:
+            detail = f"{join_with_and(names)}; {detail}"
+        if len(names) < len(layers) and strongest in (YES, A_LITTLE_WORD):
+            detail = f"{len(names)} of {len(layers)} layers, each tested at 5 %; {detail}"
+        summary.append(replace(quoted, question=question, detail=detail))
+    return summary
 
 
 def plain_answer(answers: Sequence[Answer]) -> str:
     """The answers without a number, the clearest first.
 
     Examples:
-        >>> plainly([Answer("experts", YES, "46 %"), Answer("training", NOT_SHOWN, "0 bits")])
+        >>> plain_answer([Answer("experts", YES, "46 %"), Answer("training", NOT_SHOWN, "0 bits")])
         'Classes go to different experts. Not shown: that training the router added to that.'
     """
-    told = []
-    for word in (YES, A_LITTLE_WORD, NOT_SHOWN, NOTHING, NOT_MEASURED):
-        leads = [LEADS[answer.question] for answer in answers if answer.answer == word]
-        if word == NOTHING and leads:
-            told.append(f"{_NOTHING}.")
-        elif word == YES:
-            told += [f"{lead}." for lead in leads]
-        elif leads:
-            clauses = join_words([f"that {lead[0].lower()}{lead[1:]}" for lead in leads])
-            told.append(f"{word[0].upper()}{word[1:]}: {clauses}.")
-    return " ".join(told)
+    sentences = []
+    for strength in _STRONGEST_FIRST:
+        leads = [LEADS[answer.question] for answer in answers if answer.answer == strength]
+        if not leads:
+            continue
+        if strength == NOTHING:
+            sentences.append(f"{_NOTHING}.")
+        elif strength == YES:
+            sentences += [f"{lead}." for lead in leads]
+        else:
+            clauses = join_with_and([f"that {lead[0].lower()}{lead[1:]}" for lead in leads])
+            sentences.append(f"{strength.capitalize()}: {clauses}.")
+    return " ".join(sentences)
 
 
-def experts_answer(found: LayerReadings) -> Answer:
+def experts_answer(readings: LayerReadings) -> Answer:
     """The first question's answer."""
-    if found.why is not None:
-        return Answer("experts", NOT_MEASURED, found.why)
-    layer, reading, estimate = found.layer, found.readings[0], cast(Estimate, found.estimate)
-    told = "the expert alone" if layer.tokens_choose else "how much is taken from each expert"
-    detail = (
-        f"{told} guesses {percent(reading.guess.value)} right, chance {percent(reading.chance)}"
-    )
-    if found.probe is not None and layer.by_image:
-        probe = percent(found.probe.guess.value)
-        detail += f", a linear probe of the same input in {layer.num_experts} groups {probe}"
-    most = 0.0 if found.probe is None else found.probe.bits.value
-    beside = (
-        ""
-        if most <= 0
-        else (
-            f", {percent(reading.bits.value / most)} of the {signed(most)} bits of a linear probe in "
+    if readings.reason is not None:
+        return Answer("experts", NOT_MEASURED, readings.reason)
+    layer = readings.layer
+    probe = readings.probe
+    reading = readings.readings[0]
+    bits = reading.bits
+
+    predictor = "the expert alone"
+    if not layer.tokens_choose:
+        predictor = "how much is taken from each expert"
+    detail = f"{predictor} guesses {percent(reading.guess.value)} right, chance {percent(reading.chance)}"
+    numbers = f"{layer.name}: {signed(bits.value)} bits above shuffled labels ({_interval(bits)})"
+    if probe is not None and layer.by_image:
+        detail += (
+            f", a linear probe of the same input in {layer.num_experts} groups "
+            f"{percent(probe.guess.value)}"
+        )
+    if probe is not None and probe.bits.value > 0:
+        numbers += (
+            f", {percent(bits.value / probe.bits.value)} of the {signed(probe.bits.value)} bits of a linear probe in "
             f"{layer.num_experts} balanced groups"
         )
-    )
-    bits = f"{signed(reading.bits.value)} bits above shuffled labels ({_interval(reading.bits)})"
-    numbers = [f"{layer.name}: {bits}{beside}; {found.load.words}."]
-    numbers += [_reading_words(each) for each in found.readings[1:]]
-    if not (estimate.low > 0 and estimate.p_value <= _P_VALUE):
-        return Answer("experts", NOT_SHOWN, detail, numbers)
-    few = reading.guess.value - reading.chance < SKILL * (1 - reading.chance)
-    return Answer(
-        "experts", A_LITTLE_WORD if few else _yes(estimate.value_bits, found), detail, numbers
-    )
+    numbers += f"; {readings.load.words}."
+    sentences = [numbers, *map(_reading_sentence, readings.readings[1:])]
+
+    p_value = cast(float, reading.p_value)
+    if bits.low <= 0 or p_value > _P_VALUE:
+        answer = NOT_SHOWN
+    elif reading.guess.value - reading.chance < SKILL * (1 - reading.chance):
+        answer = A_LITTLE_WORD
+    else:
+        answer = _yes_or_a_little(bits.value, readings)
+    return Answer("experts", answer, detail, sentences)
 
 
-def _yes(bits: float, found: LayerReadings) -> str:
-    return A_LITTLE_WORD if bits / found.most_bits < A_LITTLE else YES
+def _yes_or_a_little(bits: float, readings: LayerReadings) -> str:
+    return A_LITTLE_WORD if bits / readings.most_bits < A_LITTLE else YES
 
 
-def training_answer(found: LayerReadings, others: Sequence[LayerReadings]) -> Answer:
+def training_answer(readings: LayerReadings, others: Sequence[LayerReadings]) -> Answer:
     """The second question's answer; `others` are other trainings, each beside its own controls."""
-    if found.why is not None:
-        return Answer("training", NOT_MEASURED, found.why)
-    controls = found.controls
-    numbers = [_control_words(name, controls) for name in controls.readings]
-    if found.layer.cluster_start:
-        return Answer(
-            "training", NOT_SHOWN, "the router started from clusters, which is no training", numbers
-        )
+    if readings.reason is not None:
+        return Answer("training", NOT_MEASURED, readings.reason)
+    controls = readings.controls
+    numbers = [_control_sentence(name, controls) for name in controls.readings]
+    if readings.layer.cluster_start:
+        started = "the router started from clusters, which is no training"
+        return Answer("training", NOT_SHOWN, started, numbers)
     if "clusters" not in controls.readings:
-        what = (
-            "not compared with clusters of the same input"
-            if found.layer.inputs is not None
-            else _MEASURES
-        )
-        return Answer("training", NOT_SHOWN if controls.readings else NOT_MEASURED, what, numbers)
+        answer = NOT_SHOWN if controls.readings else NOT_MEASURED
+        missing = _HOW_TO_MEASURE
+        if readings.layer.inputs is not None:
+            missing = "not compared with clusters of the same input"
+        return Answer("training", answer, missing, numbers)
+
+    trainings = [readings, *others]
+    gains = [training.controls.gain for training in trainings if training.controls.gain is not None]
     if not {"before", "untrained"} & set(controls.readings):
         numbers.append("The router before training: not recorded.")
-    trainings = [found, *others]
-    above = [
-        each.controls.gain is not None and each.controls.exceeded and not each.layer.cluster_start
-        for each in trainings
-    ]
-    gains = [each.controls.gain for each in trainings if each.controls.gain is not None]
     if others:
         numbers.append(
-            f"Beyond the best of its own controls, by training: {', '.join(signed(gain) for gain in gains)} bits."
+            f"Beyond the best of its own controls, by training: {', '.join(map(signed, gains))} bits."
         )
     else:
         numbers.append("One training; other trainings of the recipe were not compared.")
-    name, reading = max(
-        (
-            (name, each)
-            for name, readings in controls.readings.items()
-            for each in readings
-            if each.unit == "patch"
-        ),
-        key=lambda pair: pair[1].bits.value,
+
+    name, best = _best_control(controls)
+    router, _ = controls.same[name]
+    detail = (
+        f"{_CONTROLS[name][1]} {signed(best.bits.value)} bits about the class, "
+        f"the router {signed(router.bits.value)}"
     )
-    own = controls.same[name][0]
-    detail = f"{_CONTROLS[name][1]} {signed(reading.bits.value)} bits about the class, "
-    detail += f"the router {signed(own.bits.value)}"
-    if len(above) > 1:
-        detail += f"; {sum(above)} of {len(above)} trainings tell more than their own controls"
-    return Answer("training", _yes(min(gains), found) if all(above) else NOT_SHOWN, detail, numbers)
+    num_above = sum(map(_exceeds_controls, trainings))
+    if others:
+        detail += f"; {num_above} of {len(trainings)} trainings tell more than their own controls"
+    answer = NOT_SHOWN
+    if num_above == len(trainings):
+        answer = _yes_or_a_little(min(gains), readings)
+    return Answer("training", answer, detail, numbers)
 
 
-def function_answer(swap: Swap | None, why: str | None) -> Answer:
-    """The third question's answer; `why` it wasn't measured."""
+def _exceeds_controls(training: LayerReadings) -> bool:
+    """Whether a training tells more than each of its own controls."""
+    controls = training.controls
+    return controls.gain is not None and controls.exceeded and not training.layer.cluster_start
+
+
+def _best_control(controls: Controls) -> tuple[str, Reading]:
+    """Name and reading of the control whose single choice tells most."""
+    named = [
+        (name, reading)
+        for name, readings in controls.readings.items()
+        for reading in readings
+        if reading.unit == "patch"
+    ]
+    return max(named, key=lambda pair: pair[1].bits.value)
+
+
+def function_answer(swap: Swap | None, reason: str | None) -> Answer:
+    """The third question's answer; `reason` says why it wasn't measured."""
     if swap is None:
-        return Answer("function", NOT_MEASURED, why or _MEASURES)
-    without, whole, favourite, two, more = (
-        swap.without,
-        swap.whole,
-        swap.favourite,
-        swap.any_two,
-        swap.more,
-    )
-    numbers = _swap_words(swap)
+        return Answer("function", NOT_MEASURED, reason or _HOW_TO_MEASURE)
+    numbers = [_swap_sentence(swap)]
+    without = swap.without
     lost = f"{signed(without.points.value, 1)} points of accuracy, {_interval(without.points, 1)}"
-    if not without.shown and without.points.low <= 0:
+    if not without.significant and without.points.low <= 0:
         nats = f"{signed(without.log_loss.value)} of log-loss, {_interval(without.log_loss)}"
         return Answer("function", NOTHING, f"without it {lost}; {nats}", numbers)
+
+    points = swap.whole.points
     detail = (
-        f"exchanging a class's favourite expert with any other costs {signed(whole.points.value, 1)} points of "
-        f"accuracy, {_interval(whole.points, 1)}; "
+        f"exchanging a class's favourite expert with any other costs {signed(points.value, 1)} points of "
+        f"accuracy, {_interval(points, 1)}; "
     )
-    if favourite is None or two is None:
+    if swap.favourite is None or swap.any_two is None:
         detail += "there are no two other experts to compare it with"
     else:
         detail += (
-            f"at the same share of moved choices, {percent(two.moved)}, {signed(favourite.points.value, 1)}, any two "
-            f"other experts {signed(two.points.value, 1)}"
+            f"at the same share of moved choices, {percent(swap.any_two.moved)}, "
+            f"{signed(swap.favourite.points.value, 1)}, any two "
+            f"other experts {signed(swap.any_two.points.value, 1)}"
         )
-    answer = YES if (whole if more is None else more).shown else NOT_SHOWN
+
+    # The favourite costs more than any two others; with two experts: costs anything.
+    compared = swap.more or swap.whole
     beyond = swap.beyond_patches
-    if answer == YES and beyond is not None and beyond.shown:
-        detail += f"; on the same patches {signed(beyond.log_loss.value)} of log-loss more than their other choice"
-    if answer == YES and without.points.low <= 0:
-        detail = f"in log-loss alone: without the layer {lost}, so nothing shown; {detail}"
-        return Answer("function", A_LITTLE_WORD, detail, numbers)
+    if compared.significant:
+        if beyond is not None and beyond.significant:
+            detail += f"; on the same patches {signed(beyond.log_loss.value)} of log-loss more than their other choice"
+        if without.points.low <= 0:
+            detail = f"in log-loss alone: without the layer {lost}, so nothing shown; {detail}"
+            return Answer("function", A_LITTLE_WORD, detail, numbers)
+
     detail += f"; without the layer {signed(without.points.value, 1)}"
-    if answer == NOT_SHOWN and (whole.shown or (two is not None and two.shown)):
-        return Answer(
-            "function", A_LITTLE_WORD, f"a class's favourite no more than others: {detail}", numbers
-        )
-    return Answer("function", answer, detail, numbers)
+    if compared.significant:
+        return Answer("function", YES, detail, numbers)
+    if swap.whole.significant or (swap.any_two is not None and swap.any_two.significant):
+        detail = f"a class's favourite no more than others: {detail}"
+        return Answer("function", A_LITTLE_WORD, detail, numbers)
+    return Answer("function", NOT_SHOWN, detail, numbers)
 
 
-def _swap_words(swap: Swap) -> list[str]:
+def _swap_sentence(swap: Swap) -> str:
     """Log-loss of every change."""
     costs = {
         "without the layer": swap.without,
@@ -396,46 +428,64 @@ def _swap_words(swap: Swap) -> list[str]:
         "in their other choice's": swap.their_other,
         "that difference": swap.beyond_patches,
     }
-    told = [
-        f"{name} {signed(cost.log_loss.value)} ({signed(cost.log_loss.low)} to {signed(cost.log_loss.high)}"
-        + (f"; {percent(cost.moved)})" if cost.moved else ")")
-        for name, cost in costs.items()
-        if cost is not None
-    ]
-    return [
-        f"Log-loss by changed routes (95 % CI; choices changed), {swap.n_images:,} images: {', '.join(told)}."
-    ]
-
-
-def _control_words(name: str, controls: Controls) -> str:
-    of = controls.readings[name]
-    bits, image = (
-        [reading.bits.value for reading in of if reading.unit == unit]
-        for unit in ("patch", "image")
-    )
-    guess = [reading.guess.value for reading in of if reading.unit == "patch"]
-    own, own_image = controls.same[name]
+    phrases = []
+    for name, cost in costs.items():
+        if cost is None:
+            continue
+        nats = cost.log_loss
+        moved = f"; {percent(cost.moved)}" if cost.moved else ""
+        phrases.append(
+            f"{name} {signed(nats.value)} ({signed(nats.low)} to {signed(nats.high)}{moved})"
+        )
     return (
-        f"{_CONTROLS[name][0]}: {range_words(bits)} bits (router {signed(own.bits.value)}), guess right "
-        f"{range_words(guess, percent)} (router {percent(own.guess.value)}); histogram of the image "
-        f"{range_words(image)} bits on held-out images (router {signed(own_image.bits.value)})."
+        f"Log-loss by changed routes (95 % CI; choices changed), {swap.n_images:,} images: "
+        f"{', '.join(phrases)}."
     )
+
+
+def _control_sentence(name: str, controls: Controls) -> str:
+    patches = [reading for reading in controls.readings[name] if reading.unit == "patch"]
+    images = [reading for reading in controls.readings[name] if reading.unit == "image"]
+    bits = _range([reading.bits.value for reading in patches])
+    guess = _range([reading.guess.value for reading in patches], percent)
+    image_bits = _range([reading.bits.value for reading in images])
+    router, router_image = controls.same[name]
+    return (
+        f"{_CONTROLS[name][0]}: {bits} bits (router {signed(router.bits.value)}), guess right "
+        f"{guess} (router {percent(router.guess.value)}); histogram of the image "
+        f"{image_bits} bits on held-out images (router {signed(router_image.bits.value)})."
+    )
+
+
+def _range(values: Sequence[float], form: Callable[[float], str] = signed) -> str:
+    """`0.123 to 0.456`; one number where both are the same."""
+    low = form(min(values))
+    high = form(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def join_with_and(items: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    if len(items) < 2:
+        return "".join(items)
+    return f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def _interval(interval: Interval, digits: int = 3) -> str:
     return f"95 % CI {signed(interval.low, digits)} to {signed(interval.high, digits)}"
 
 
-def _reading_words(reading: Reading) -> str:
+def _reading_sentence(reading: Reading) -> str:
     """A reading as a sentence of numbers."""
-    which = {"first": "First choices", "all": "All choices"}[reading.choices]
-    where = "" if reading.where == "everywhere" else f", {reading.where} only"
-    unit = " as a histogram of the image" if reading.unit == "image" else ""
-    told = f"{which}{where}{unit}"
+    subject = {"first": "First choices", "all": "All choices"}[reading.choices]
+    if reading.where != "everywhere":
+        subject += f", {reading.where} only"
+    if reading.unit == "image":
+        subject += " as a histogram of the image"
     if reading.of == "part":
-        told += ", about the part beyond position"
+        subject += ", about the part beyond position"
     return (
-        f"{told}: guess right {percent(reading.guess.value)} (chance {percent(reading.chance)}), "
+        f"{subject}: guess right {percent(reading.guess.value)} (chance {percent(reading.chance)}), "
         f"{signed(reading.bits.value)} bits ({_interval(reading.bits)})."
     )
 
@@ -463,13 +513,20 @@ class Cost(Numbers):
     log_loss: Interval  # log-loss gained, in nats
     moved: float  # share of the choices that changed
 
+    @classmethod
+    def of(cls, loss: _Loss) -> Cost:
+        """The mean over images."""
+        points = paired_interval(np.clip(loss.correct, -1, 1))
+        percentage = Interval(*(100 * end for end in points))
+        return cls(percentage, ratio_interval(loss.log_loss), loss.moved)
+
     @property
-    def shown(self) -> bool:
+    def significant(self) -> bool:
         """Whether the interval of the log-loss lies above 0."""
         return self.log_loss.low > 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Swap(Numbers):
     """What changes of the routes of one layer cost; see above."""
 
@@ -477,168 +534,209 @@ class Swap(Numbers):
     routes: Cost  # those of other images
     whole: Cost  # a class's favourite changes places with another expert, all their tokens
     # the same with as many tokens as in `any_two`; None where there are no two other experts to exchange
-    favourite: Cost | None
-    any_two: Cost | None  # two other experts change places
-    more: Cost | None  # `favourite` minus `any_two`, image by image
-    same_patches: (
-        Cost | None
-    )  # a third expert in the favourite's place; None where no patches can show it
-    their_other: Cost | None  # on the same patches, in the place of their other choice
-    beyond_patches: Cost | None  # `same_patches` minus `their_other`, image by image
+    favourite: Cost | None = None
+    any_two: Cost | None = None  # two other experts change places
+    more: Cost | None = None  # `favourite` minus `any_two`, image by image
+    # a third expert in the favourite's place; None where no patches can show it
+    same_patches: Cost | None = None
+    their_other: Cost | None = None  # on the same patches, in the place of their other choice
+    beyond_patches: Cost | None = None  # `same_patches` minus `their_other`, image by image
     n_images: int  # images that were run
-    favourites: Sequence[
-        tuple[str, int, int]
-    ]  # class, its favourite expert in either half of the images
+    # class, its favourite expert in either half of the images
+    favourites: Sequence[tuple[str, int, int]]
 
     def to_json(self) -> Json:
         """As JSON primitives; `points`, `log_loss` and `moved` are those of `whole`."""
-        found = super().to_json()
-        return {**found.pop("whole"), **found}
+        fields = super().to_json()
+        return {**fields.pop("whole"), **fields}
 
 
 def swap_test(
-    recording: Recording, place: int, *, draws: int = 2, limit: int = 2000, seed: int = 0
+    recording: Recording, index: int, *, draws: int = 2, limit: int = 2000, seed: int = 0
 ) -> Swap | None:
-    """Change the routes of the layer at `place` and measure what that costs; None where no exchange moves a token.
+    """Change the routes of the layer of this index and measure what that costs; None where no exchange moves a token.
 
     `recording` needs its `run`. An image has `draws` exchanges, each with experts drawn anew. At most `limit` images
     are run, as many of each class; of more classes than that, one image of as many.
     """
-    layer = recording.layers[place]
-    images, own, target, half, favourite, rng = images_to_run(recording, place, limit, seed)
-    liked = favourite[half, target]  # [R]
+    num_experts = recording.layers[index].num_experts
+    rng = np.random.default_rng(seed)
+    sample = _SwapSample.draw(recording, index, limit, seed, rng)
 
-    exchanged, thinned = [], []
-    for _ in range(draws):
-        others = _others(liked, layer.num_experts, rng)  # [R, E - 1]
-        moves = _Exchange.of(own, liked, others[:, 0])
-        exchanged.append(moves.routes(own))
-        if layer.num_experts > 2:
-            others = _others(liked, layer.num_experts, rng)
-            two = _Exchange.of(own, others[:, 0], others[:, 1])
-            for label in np.unique(target):  # as many tokens of each class
-                of_class = target == label
-                count = min(int(each.moves[of_class].sum()) for each in (moves, two))
-                moves, two = moves.thinned(of_class, count, rng), two.thinned(of_class, count, rng)
-            thinned.append([moves.routes(own), two.routes(own)])
-    if not any((routes != own).any() for routes in exchanged):
+    variants = _exchanges(sample, num_experts, draws, rng)
+    if not any((routes != sample.routes).any() for routes in variants["whole"]):
         return None
-    order = rng.permutation(len(own))
+    order = rng.permutation(len(sample.images))
     other_image = np.empty_like(order)
     other_image[order] = np.roll(order, 1)
-    variants = [
-        ~own,
-        own[other_image],
-        *exchanged,
-        *(routes for pair in thinned for routes in pair),
-    ]
-    variants += _on_same_patches(own, liked, layer.num_experts, rng)
-    loss, right = lost_by(recording, place, images, own, target, variants)
-    moved = np.array([(routes != own).mean() for routes in variants])
+    same_patches, their_other = _on_same_patches(sample, num_experts, rng)
+    losses = _evaluate(
+        recording,
+        index,
+        sample,
+        {
+            "without": [~sample.routes],
+            "routes": [sample.routes[other_image]],
+            **variants,
+            "same_patches": [same_patches],
+            "their_other": [their_other],
+        },
+    )
 
-    def cost(rows: slice, minus: slice | None = None) -> Cost:
-        """Of the mean of some variants, minus that of others."""
-        away = [0 if minus is None else x[minus].mean(0) for x in (right, loss, moved)]
-        points, nats = right[rows].mean(0) - away[0], loss[rows].mean(0) - away[1]
-        return Cost(
-            Interval(*(100 * x for x in paired_interval(np.clip(points, -1, 1)))),
-            ratio_interval(nats, np.ones(len(nats))),
-            float(moved[rows].mean() - away[2]),
+    costs = {name: Cost.of(losses[name]) for name in ("without", "routes", "whole")}
+    for name, control, difference in (
+        ("favourite", "any_two", "more"),
+        ("same_patches", "their_other", "beyond_patches"),
+    ):
+        if name in losses and losses[name].moved:
+            costs[name] = Cost.of(losses[name])
+            costs[control] = Cost.of(losses[control])
+            costs[difference] = Cost.of(losses[name].minus(losses[control]))
+    classes = np.unique(sample.labels)
+    favourites = [
+        (recording.class_names[label], *sample.favourites[:, label].tolist()) for label in classes
+    ]
+    return Swap(**costs, n_images=len(sample.images), favourites=favourites)
+
+
+@dataclass(frozen=True)
+class _SwapSample:
+    """The images that are run, as many of each class that has a favourite."""
+
+    images: Ints  # [R]
+    labels: Ints  # [R]
+    routes: Ints  # [R, P, K] their own
+    favourites: (
+        Ints  # [2, C] each class's favourite, for images of either half; found on the other half
+    )
+    favourite: Ints  # [R] that of each image's class and half
+
+    @classmethod
+    def draw(
+        cls, recording: Recording, index: int, limit: int, seed: int, rng: np.random.Generator
+    ) -> _SwapSample:
+        """At most `limit` images; `seed` divides all images into halves."""
+        layer = recording.layers[index]
+        labels = np.asarray(recording.labels)
+        halves = halves_by_class(labels, seed)
+        first = layer.counts("first")
+        num_classes = len(recording.class_names)
+        favourites = np.stack(
+            [
+                _favourite_experts(first[half], labels[half], num_classes)
+                for half in (halves, ~halves)
+            ]
+        )  # [2, C]
+
+        classes = np.flatnonzero((favourites >= 0).all(0))
+        if len(classes) > limit:
+            classes = np.sort(rng.permutation(classes)[:limit])
+        images: list[int] = []
+        for label in classes:
+            of_class = rng.permutation(np.flatnonzero(labels == label))
+            images.extend(of_class[: limit // len(classes)])
+        rows = np.array(images, int)
+        return cls(
+            images=rows,
+            labels=labels[rows],
+            routes=np.asarray(layer.choices)[rows],
+            favourites=favourites,
+            favourite=favourites[halves[rows].astype(int), labels[rows]],
         )
 
-    whole, favourites, twos = slice(2, 2 + draws), slice(2 + draws, -2, 2), slice(3 + draws, -2, 2)
-    same, other = slice(-2, -1), slice(-1, None)
-    compared, has_same = moved[2 + draws : -2].any(), moved[same].any()
-    return Swap(
-        without=cost(slice(0, 1)),
-        routes=cost(slice(1, 2)),
-        whole=cost(whole),
-        favourite=cost(favourites) if compared else None,
-        any_two=cost(twos) if compared else None,
-        more=cost(favourites, twos) if compared else None,
-        same_patches=cost(same) if has_same else None,
-        their_other=cost(other) if has_same else None,
-        beyond_patches=cost(same, other) if has_same else None,
-        n_images=len(images),
-        favourites=[
-            (recording.class_names[c], *favourite[:, c].tolist()) for c in np.unique(target)
-        ],
-    )
 
-
-def images_to_run(
-    recording: Recording, place: int, limit: int, seed: int
-) -> tuple[Ints, Ints, Ints, Ints, Ints, np.random.Generator]:
-    """Images [R], as many of each class with a favourite, their choices, classes and halves; favourites [2, C].
-
-    A favourite is found in the other half. What drew the images draws on.
-    """
-    rng = np.random.default_rng(seed)
-    layer = recording.layers[place]
-    labels, choices = np.asarray(recording.labels), np.asarray(layer.choices)
-    halves = halves_by_class(labels, seed)
-    first = counts_of(choices, layer.amounts, layer.num_experts, "first")
-    favourite = np.stack(
-        [
-            _favourites(first[other], labels[other], len(recording.class_names))
-            for other in (halves, ~halves)
-        ]
-    )
-    classes = np.flatnonzero((favourite >= 0).all(0))
-    if len(classes) > limit:
-        classes = np.sort(rng.permutation(classes)[:limit])
-    of_class = [np.flatnonzero(labels == c) for c in classes]
-    images = np.array(
-        [i for each in of_class for i in rng.permutation(each)[: limit // classes.size]], int
-    )
-    return images, choices[images], labels[images], halves[images].astype(int), favourite, rng
-
-
-def _favourites(first: Floats, labels: Ints, num_classes: int) -> Ints:
+def _favourite_experts(first: Floats, labels: Ints, num_classes: int) -> Ints:
     """[C] the expert that each class chooses first most often; -1 for a class without images.
 
     Where that is the same for all classes it is the expert that the class uses most beyond the mean class.
     """
-    shares = load_of(first, labels, num_classes).class_share
-    known = np.isfinite(shares).all(1)
-    found = np.full(num_classes, -1)
-    if known.any():
-        found[known] = shares[known].argmax(1)
-        if len(set(found[known])) == 1:
-            found[known] = (shares[known] - shares[known].mean(0)).argmax(1)
-    return found
+    shares = Load.of(first, labels, num_classes).class_share
+    present = np.isfinite(shares).all(1)
+    shares = shares[present]
+    best = shares.argmax(1)
+    if len(set(best)) == 1:
+        best = (shares - shares.mean(0)).argmax(1)
+    favourites = np.full(num_classes, -1)
+    favourites[present] = best
+    return favourites
 
 
-def _others(liked: Ints, num_experts: int, rng: np.random.Generator) -> Ints:
-    """[R, E - 1] the experts other than `liked` [R] in random order."""
-    order = rng.random((len(liked), num_experts))
-    order[np.arange(len(liked)), liked] = np.inf
+def _other_experts(favourite: Ints, num_experts: int, rng: np.random.Generator) -> Ints:
+    """[R, E - 1] the experts other than the favourite [R] in random order."""
+    order = rng.random((len(favourite), num_experts))
+    order[np.arange(len(favourite)), favourite] = np.inf
     return order.argsort(1)[:, :-1]
 
 
+def _exchanges(
+    sample: _SwapSample, num_experts: int, draws: int, rng: np.random.Generator
+) -> dict[str, list[Ints]]:
+    """Routes [R, P, K] of each draw: the favourite exchanged, and thinned beside as many of any two others."""
+    variants: dict[str, list[Ints]] = {"whole": []}
+    if num_experts > 2:
+        variants |= {"favourite": [], "any_two": []}
+    for _ in range(draws):
+        others = _other_experts(sample.favourite, num_experts, rng)
+        favourite = _Exchange.of(sample.routes, sample.favourite, others[:, 0])
+        variants["whole"].append(favourite.apply(sample.routes))
+        if num_experts <= 2:
+            continue
+
+        others = _other_experts(sample.favourite, num_experts, rng)
+        any_two = _Exchange.of(sample.routes, others[:, 0], others[:, 1])
+        # As many tokens of each class.
+        for label in np.unique(sample.labels):
+            of_class = sample.labels == label
+            count = min(favourite.moves[of_class].sum(), any_two.moves[of_class].sum())
+            favourite = favourite.thinned(of_class, count, rng)
+            any_two = any_two.thinned(of_class, count, rng)
+        variants["favourite"].append(favourite.apply(sample.routes))
+        variants["any_two"].append(any_two.apply(sample.routes))
+    return variants
+
+
 def _on_same_patches(
-    own: Ints, liked: Ints, num_experts: int, rng: np.random.Generator
-) -> list[Ints]:
+    sample: _SwapSample, num_experts: int, rng: np.random.Generator
+) -> tuple[Ints, Ints]:
     """Routes [R, P, K] with a third expert in place of the favourite, and in place of the other expert.
 
     The other one is chosen beside the favourite by most patches of the image. Of these patches as many are changed
     that chose the favourite first as that chose the other one first: a first choice weighs more.
     """
-    order, row = _others(liked, num_experts, rng), np.arange(len(own))
-    is_liked = own == liked[:, None, None]  # [R, P, K]
-    beside = (own[..., None] == order[:, None, None]).any(2) & is_liked.any(
-        -1, keepdims=True
-    )  # [R, P, E - 1]
-    place = beside.sum(1).argmax(1)
-    other, third = order[row, place], order[row, place - 1]
-    both = beside[row, :, place] & ~beside[row, :, place - 1]
-    liked_first = is_liked.argmax(-1) < (own == other[:, None, None]).argmax(-1)
-    parts = [both & liked_first, both & ~liked_first]
-    fewer = np.minimum(*(part.sum(1, keepdims=True) for part in parts))
-    # A part's patches in random order, before all others of the image, which are 0.
-    ranks = [(part * -rng.random(part.shape)).argsort(1).argsort(1) for part in parts]
-    moves = parts[0] & (ranks[0] < fewer) | parts[1] & (ranks[1] < fewer)
-    return [_Exchange(expert, third, moves).routes(own) for expert in (liked, other)]
+    routes = sample.routes
+    rows = np.arange(len(routes))
+    others = _other_experts(sample.favourite, num_experts, rng)  # [R, E - 1]
+    is_favourite = routes == sample.favourite[:, None, None]  # [R, P, K]
+    is_chosen = (routes[..., None] == others[:, None, None]).any(2)  # [R, P, E - 1]
+    has_favourite = is_favourite.any(-1, keepdims=True)  # [R, P, 1]
+    beside = is_chosen & has_favourite
+
+    index = beside.sum(1).argmax(1)  # [R]
+    other = others[rows, index]
+    third = others[rows, index - 1]
+    chose_other = beside[rows, :, index]  # [R, P]
+    chose_third = beside[rows, :, index - 1]
+    movable = chose_other & ~chose_third
+
+    favourite_rank = is_favourite.argmax(-1)
+    other_rank = (routes == other[:, None, None]).argmax(-1)
+    favourite_first = movable & (favourite_rank < other_rank)
+    other_first = movable & ~favourite_first
+    count = np.minimum(favourite_first.sum(1), other_first.sum(1))  # [R]
+    moves = _random_patches(favourite_first, count, rng)
+    moves |= _random_patches(other_first, count, rng)
+    return (
+        _Exchange(sample.favourite, third, moves).apply(routes),
+        _Exchange(other, third, moves).apply(routes),
+    )
+
+
+def _random_patches(patches: Flags, count: Ints, rng: np.random.Generator) -> Flags:
+    """As many of these patches [R, P] of each image as `count` [R] says, at random."""
+    # They come in random order before all others of the image, which are 0.
+    order = (patches * -rng.random(patches.shape)).argsort(1)
+    rank = order.argsort(1)
+    return patches & (rank < count[:, None])
 
 
 @dataclass(frozen=True)
@@ -650,46 +748,75 @@ class _Exchange:
     moves: Flags
 
     @classmethod
-    def of(cls, own: Ints, a: Ints, b: Ints) -> _Exchange:
+    def of(cls, routes: Ints, a: Ints, b: Ints) -> _Exchange:
         """All tokens; those that have chosen both would be computed by the same two, and stay."""
-        return cls(a, b, (own == a[:, None, None]).any(-1) ^ (own == b[:, None, None]).any(-1))
+        chose_a = (routes == a[:, None, None]).any(-1)
+        chose_b = (routes == b[:, None, None]).any(-1)
+        return cls(a, b, chose_a ^ chose_b)
 
-    def routes(self, own: Ints) -> Ints:
+    def apply(self, routes: Ints) -> Ints:
         """[R, P, K] after the exchange."""
-        a, b = self.a[:, None, None], self.b[:, None, None]
-        return np.where(
-            self.moves[..., None], np.where(own == a, b, np.where(own == b, a, own)), own
-        )
+        a = self.a[:, None, None]
+        b = self.b[:, None, None]
+        exchanged = np.where(routes == a, b, np.where(routes == b, a, routes))
+        return np.where(self.moves[..., None], exchanged, routes)
 
     def thinned(self, images: Flags, count: int, rng: np.random.Generator) -> _Exchange:
         """With only `count` of the tokens of some images [R]."""
         moves = self.moves.copy()
-        drawn = rng.permutation(np.flatnonzero(moves & images[:, None]))[count:]
-        moves.reshape(-1)[drawn] = False
-        return _Exchange(self.a, self.b, moves)
+        tokens = np.flatnonzero(moves & images[:, None])
+        moves.reshape(-1)[rng.permutation(tokens)[count:]] = False
+        return replace(self, moves=moves)
 
 
-def lost_by(
-    recording: Recording,
-    place: int,
-    images: Ints,
-    own: Ints,
-    target: Ints,
-    variants: Sequence[Ints],
-) -> tuple[Floats, Floats]:
-    """Log-loss gained and correctness lost [V, R] by other routes [R, P, K]; what isn't changed isn't run."""
-    routes = np.stack([own, *variants], 1)  # [R, 1 + V, P, K]
-    changed = (routes != own[:, None]).any((2, 3))
+@dataclass(frozen=True)
+class _Loss:
+    """What each image loses by changed routes, the mean over draws."""
+
+    log_loss: Floats  # [R] gained
+    correct: Floats  # [R] correctness lost, -1 to 1
+    moved: float  # share of the choices that changed
+
+    def minus(self, other: _Loss) -> _Loss:
+        """The difference, image by image."""
+        return _Loss(
+            self.log_loss - other.log_loss,
+            self.correct - other.correct,
+            self.moved - other.moved,
+        )
+
+
+def _evaluate(
+    recording: Recording, index: int, sample: _SwapSample, variants: Mapping[str, list[Ints]]
+) -> dict[str, _Loss]:
+    """What each variant of the routes, [R, P, K] of every draw, costs; an image whose routes stay isn't run again."""
+    variants = {"own": [sample.routes], **variants}
+    names = np.repeat(list(variants), [len(draws) for draws in variants.values()])
+    routes = np.stack(list(chain.from_iterable(variants.values())), 1)  # [R, 1 + V, P, K]
+    changed = (routes != routes[:, :1]).any((2, 3))  # [R, 1 + V]
     changed[:, 0] = True
+
+    # All variants of an image follow each other, so that they share the blocks before the layer.
     row, variant = changed.nonzero()
-    log_p = log_softmax(
-        np.asarray(cast(Run, recording.run)(place, images[row], routes[row, variant]), np.float64),
-        axis=1,
-    )
-    values = np.stack(
-        [-log_p[np.arange(len(row)), target[row]], -(log_p.argmax(1) == target[row]).astype(float)]
-    )
-    lost = np.zeros((2, *changed.shape))
-    lost[:, row, variant] = values - values[:, variant == 0][:, row]
-    loss, right = lost[:, :, 1:].swapaxes(1, 2)
-    return loss, right
+    run = cast(Run, recording.run)
+    logits = run(index, sample.images[row], routes[row, variant])
+    log_p = log_softmax(np.asarray(logits, np.float64), axis=1)  # [rows, C]
+    truth = sample.labels[row]
+    log_loss = np.zeros(changed.shape)
+    log_loss[row, variant] = -log_p[np.arange(len(row)), truth]
+    correct = np.zeros(changed.shape)
+    correct[row, variant] = log_p.argmax(1) == truth
+
+    # What isn't changed costs nothing.
+    gained = np.where(changed, log_loss - log_loss[:, :1], 0)
+    lost = np.where(changed, correct[:, :1] - correct, 0)
+    moved = (routes != routes[:, :1]).mean((0, 2, 3))  # [1 + V]
+    losses = {}
+    for name in variants:
+        draws = names == name
+        losses[name] = _Loss(
+            log_loss=gained[:, draws].mean(1),
+            correct=lost[:, draws].mean(1),
+            moved=float(moved[draws].mean()),
+        )
+    return losses

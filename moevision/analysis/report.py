@@ -53,12 +53,12 @@ from moevision.analysis.effects import class_effect
 from moevision.analysis.images import (
     EXPLORER,
     PictureSet,
-    Remembered,
     aligned_pictures,
+    cached,
     pictures_for,
     run_folder,
 )
-from moevision.analysis.information import Floats, Json, Pixels, as_json
+from moevision.analysis.information import Floats, Ints, Json, Pixels, as_json
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, plain_answer, summary_lines, three_questions
 from moevision.analysis.readings import measure_baselines, recording_of
@@ -68,6 +68,7 @@ from moevision.errors import (
     UserError,
     check_ranges,
     escape_controls,
+    escape_controls_of_lines,
     refuse_equal_seeds,
 )
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
@@ -82,12 +83,12 @@ SCHEMA = "moevision.report/1"  # of report.json; a change that an older reader w
 HTML, NUMBERS, TRACE, FIGURES = "report.html", "report.json", "trace.safetensors", "figures"
 LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
 HERE: Final = Path(__file__).parent
-_SHOWN_PER_PIXEL = (
-    0.6  # figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels
-)
-_PICTURES_SHOWN = 3
+# Figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels.
+_CSS_PER_PIXEL = 0.6
+_OVERLAYS = 3
+_MISTAKES = 3
 _LEAST, _MOST = 3, 40  # images of a class
-_WHAT: dict[RoutingKind, str] = {
+_CONSEQUENCE: dict[RoutingKind, str] = {
     "token_choice": "an expert's patches go to their next-best expert",
     "expert_choice": "where experts choose, an expert's patches lose it and no other takes its place",
     "soft": "in Soft MoE an expert's weight is shared out among the others",
@@ -121,107 +122,154 @@ Live = Callable[[SavedModel, Pixels, str, str | None], str]
 """A live view of an image, of this name and label, as HTML."""
 
 
+class Effort(NamedTuple):
+    """How thoroughly a report measures."""
+
+    untrained: int  # models with fresh weights, as controls
+    untrained_of_others: int  # the same of each other training
+    draws: int  # of the swap test
+    effects_s: float  # for taking experts away
+
+
+_QUICK = Effort(untrained=2, untrained_of_others=1, draws=1, effects_s=30)
+_FULL = Effort(untrained=5, untrained_of_others=3, draws=2, effects_s=180)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a report is made from."""
+
+    model: SavedModel
+    title: str  # of the model
+    pictures: PictureSet
+    others: list[tuple[str, SavedModel]]  # title and model of other trainings
+    before: SavedModel | None  # the model before it was trained; one with fresh weights if None
+
+
 def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
     """Analyze a model and write the report; what `report.json` holds is returned.
 
     `live` makes the live views of the page; None leaves them out.
     """
-    started, clock = datetime.now(UTC), time.perf_counter()
-
-    def seed_of(address: str) -> int | None:  # of a model's training, as its config.yaml has it
-        run = run_folder(address)
-        try:
-            seed = None if run is None else read_yaml(run / "config.yaml").get("seed_everything")
-        except (OSError, ValueError, AttributeError):  # as a model without a run
-            return None
-        return seed if isinstance(seed, int) else None
-
-    refuse_equal_seeds((address, seed_of(address)) for address in (settings.model, *settings.seeds))
-    model = load_model(settings.model)
-    if not moe_layers(model.net):
-        raise UserError(
-            f"{settings.model} has no MoE layers to look at: give a model with experts."
-        )
-    found = pictures_for(
-        settings.model, model, settings.data, limit=settings.limit, root=settings.root
-    )
-    if found is None:
-        raise UserError(
-            f"{settings.model} doesn't say what it was trained on: give --data a folder with one subfolder per class, "
-            "or a dataset's name such as synthetic_pets."
-        )
-    titles = {
-        address: escape_controls(model_title(address))
-        for address in (settings.model, *settings.seeds)
-    }
-    others = [(titles[address], load_model(address)) for address in settings.seeds]
-    before = None if settings.before is None else load_model(settings.before)
-    folder = claim_folder(settings.out)
     stages = Stages(total=7, show=settings.progress)
+    inputs = load_inputs(settings)
+    model = inputs.model
+    folder = claim_folder(settings.out)
     with stages.bar, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=UNREAD)  # the report names the layers
         with stages.stage("collecting the routing"):
             trace = collect_routing(
-                model, found, path=folder / TRACE, progress=False, name=titles[settings.model]
+                model, inputs.pictures, path=folder / TRACE, progress=False, name=inputs.title
             )
             (folder / HTML).unlink(missing_ok=True)  # it belongs to the trace that was replaced
-            pictures = Remembered(aligned_pictures(found, trace))
-        results = measure(model, pictures, trace, others, settings, stages, before)
+        pictures = cached(aligned_pictures(inputs.pictures, trace))
+        results = measure(inputs, pictures, trace, settings, stages)
         with stages.stage("drawing figures"):
             layers = [layer_numbers(layer) for layer in trace.layers]
             figures: list[Json] = []
             pngs: dict[str, bytes] = {}
-            for kind, file, title, figure in draw_figures(
-                trace, pictures, results, layers, settings.seed
-            ):
-                figures.append({"file": file, "kind": kind, "title": title})
-                pngs[file] = plots.figure_png(figure)
+            for drawn in draw_figures(trace, pictures, results, layers, settings.seed):
+                figures.append({"file": drawn.file, "kind": drawn.kind, "title": drawn.title})
+                pngs[drawn.file] = plots.figure_png(drawn.figure)
         wrong = wrong_routes(trace)
         views = live_views(model, trace, pictures, wrong, settings.seed, live) if live else []
+
+    for layer, read in zip(layers, routes_read(model.net), strict=True):
+        layer["read"] = read
     numbers: Json = as_json(
         {
             "schema": SCHEMA,
             "title": f"What the experts of {trace.model} do",
-            "settings": {
-                "limit": settings.limit,
-                "permutations": settings.permutations,
-                "seed": settings.seed,
-                "quick": settings.quick,
-                "seeds": [titles[address] for address in settings.seeds],
-                "before": settings.before and escape_controls(model_title(settings.before)),
-            },
+            "settings": settings_numbers(settings, inputs),
             "model": model_numbers(trace, settings.model, model.image_size),
             "data": data_numbers(trace),
-            "layers": [
-                {**layer, "read": read}
-                for layer, read in zip(layers, routes_read(model.net), strict=True)
-            ],
+            "layers": layers,
             **results.to_json(trace),
             "wrong": wrong,
             "figures": figures,
-            # What a reader needs to repeat the report; no path, user or host beyond what the command itself contains.
-            "provenance": {
-                "moevision": __version__,
-                "command": settings.command,
-                "started_utc": started.isoformat(timespec="seconds"),
-                "seconds": round(time.perf_counter() - clock, 1),
-                "stages_s": stages.seconds,
-                "seed": settings.seed,
-                "weights_sha256": trace.provenance.get("weights_sha256"),
-                "unreadable": trace.provenance.get("unreadable", 0),
-                "libraries": {name: metadata.version(name) for name in LIBRARIES},
-                "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-            },
+            "provenance": provenance_of(settings, trace, stages),
         }
     )
     write_report(folder, numbers, render(numbers, pngs, views), pngs)
     return numbers
 
 
+def load_inputs(settings: ReportSettings) -> Inputs:
+    """Open all models and the images; a UserError if something is missing or two trainings are one."""
+    addresses = (settings.model, *settings.seeds)
+    refuse_equal_seeds((address, _training_seed(address)) for address in addresses)
+    model = load_model(settings.model)
+    if not moe_layers(model.net):
+        raise UserError(
+            f"{settings.model} has no MoE layers to look at: give a model with experts."
+        )
+    pictures = pictures_for(
+        settings.model, model, settings.data, limit=settings.limit, root=settings.root
+    )
+    if pictures is None:
+        raise UserError(
+            f"{settings.model} doesn't say what it was trained on: give --data a folder with one subfolder per class, "
+            "or a dataset's name such as synthetic_pets."
+        )
+    return Inputs(
+        model=model,
+        title=_title(settings.model),
+        pictures=pictures,
+        others=[(_title(address), load_model(address)) for address in settings.seeds],
+        before=None if settings.before is None else load_model(settings.before),
+    )
+
+
+def _title(address: str) -> str:
+    return escape_controls(model_title(address))
+
+
+def _training_seed(address: str) -> int | None:
+    """The seed of a model's training, as its config.yaml has it; None where there is none."""
+    run = run_folder(address)
+    if run is None:
+        return None
+    try:
+        seed = read_yaml(run / "config.yaml").get("seed_everything")
+    except (OSError, ValueError, AttributeError):  # as a model without a run
+        return None
+    return seed if isinstance(seed, int) else None
+
+
+def settings_numbers(settings: ReportSettings, inputs: Inputs) -> Json:
+    """What was asked for; no path beyond what the command itself contains."""
+    return {
+        "limit": settings.limit,
+        "permutations": settings.permutations,
+        "seed": settings.seed,
+        "quick": settings.quick,
+        "seeds": [title for title, _ in inputs.others],
+        "before": settings.before and _title(settings.before),
+    }
+
+
+def provenance_of(settings: ReportSettings, trace: RoutingTrace, stages: Stages) -> Json:
+    """What a reader needs to repeat the report; no path, user or host beyond what the command itself contains."""
+    return {
+        "moevision": __version__,
+        "command": settings.command,
+        "started_utc": stages.started.isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - stages.clock, 1),
+        "stages_s": stages.seconds,
+        "seed": settings.seed,
+        "weights_sha256": trace.provenance.get("weights_sha256"),
+        "unreadable": trace.provenance.get("unreadable", 0),
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
 class Stages:
     """The progress bar, and the time that each stage took."""
 
     def __init__(self, total: int, show: bool) -> None:
+        self.started = datetime.now(UTC)
+        self.clock = time.perf_counter()
         self.total = total
         self.seconds: dict[str, float] = {}
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
@@ -245,26 +293,27 @@ class Results:
     """What was measured."""
 
     questions: Sequence[LayerAnswers]  # the three answers about each layer
-    maps: dict[
-        int, ClassExpertMap
-    ]  # block index -> class x expert map; empty with fewer than two labelled classes
-    parts: (
-        Floats | None
-    )  # [I, P, parts] share of each patch that belongs to each part; None where images have none
+    # block index -> class x expert map; empty with fewer than two labelled classes
+    maps: dict[int, ClassExpertMap]
+    # [I, P, parts] share of each patch that belongs to each part; None where images have none
+    parts: Floats | None
     effects: Json  # from `measure_effects`
 
     def to_json(self, trace: RoutingTrace) -> Json:
         """Every number, and the answers that follow from them; `summary_lines` is all three in one."""
         answers = summary_lines(self.questions)
-        layers = [
-            {
-                "layer": layer.layer,
-                "name": layer.name,
-                "sentences": [f"{layer.name}: {answer.sentence}" for answer in found.answers],
-                "numbers": [line for answer in found.answers for line in answer.numbers],
-            }
-            for layer, found in zip(trace.layers, self.questions, strict=True)
-        ]
+        layers = []
+        for layer, questions in zip(trace.layers, self.questions, strict=True):
+            sentences = [f"{layer.name}: {answer.sentence}" for answer in questions.answers]
+            lines = [line for answer in questions.answers for line in answer.numbers]
+            layers.append(
+                {
+                    "layer": layer.layer,
+                    "name": layer.name,
+                    "sentences": sentences,
+                    "numbers": lines,
+                }
+            )
         why = self.effects["why"]
         return {
             "verdict": {
@@ -283,69 +332,69 @@ class Results:
 
 
 def measure(
-    model: SavedModel,
+    inputs: Inputs,
     pictures: PictureSet,
     trace: RoutingTrace,
-    others: Sequence[tuple[str, SavedModel]],
     settings: ReportSettings,
     stages: Stages,
-    before: SavedModel | None = None,
 ) -> Results:
-    """Run the stages on the images and the routing of a model, with the names and models of other trainings.
-
-    `before` is the model before it was trained; one with fresh weights if None.
-    """
+    """Run the stages on the images and the routing of a model; `pictures` are those of the trace, in its order."""
+    effort = _QUICK if settings.quick else _FULL
+    model = inputs.model
+    seed = settings.seed
     parts = fractions_of_parts(pictures, trace.grid)
     with stages.stage("measuring what needs no learning"):
-        baselines = measure_baselines(model, pictures, trace, seeds=2 if settings.quick else 5)
+        baselines = measure_baselines(model, pictures, trace, seeds=effort.untrained)
+
     with stages.stage("looking at other trainings"):
-        seeds = [
-            collect_routing(other, pictures, progress=False, name=name) for name, other in others
+        other_traces = [
+            collect_routing(other, pictures, progress=False, name=title)
+            for title, other in inputs.others
         ]
-    shown_parts = None if parts is None else majority_part(parts)
+
     with stages.stage("asking three questions"):
-        again = []
-        for (_, other), routed in zip(
-            others, seeds, strict=True
-        ):  # each beside controls of its own
-            own = measure_baselines(other, pictures, routed, seeds=1 if settings.quick else 3)
-            again.append(
-                recording_of(other, pictures, routed, baselines=own, swap=False, seed=settings.seed)
+        others = []
+        for (_, other), other_trace in zip(inputs.others, other_traces, strict=True):
+            controls = measure_baselines(  # of its own
+                other, pictures, other_trace, seeds=effort.untrained_of_others
             )
-        ago = (
-            None
-            if before is None
-            else collect_routing(before, pictures, progress=False, name="before")
-        )
+            others.append(
+                recording_of(
+                    other, pictures, other_trace, baselines=controls, swap=False, seed=seed
+                )
+            )
+        before = None
+        if inputs.before is not None:
+            before = collect_routing(inputs.before, pictures, progress=False, name="before")
         recording = recording_of(
             model,
             pictures,
             trace,
             baselines=baselines,
-            before=ago,
-            parts=shown_parts,
+            before=before,
+            parts=None if parts is None else majority_part(parts),
             part_names=pictures.part_names,
-            seed=settings.seed,
+            seed=seed,
         )
         questions = three_questions(
             recording,
-            seeds=again,
+            seeds=others,
             permutations=settings.permutations,
-            draws=1 if settings.quick else 2,
-            seed=settings.seed,
+            draws=effort.draws,
+            seed=seed,
         )
+
     with stages.stage("mapping classes to experts"):
-        known = len(np.unique(trace.labels[trace.labels >= 0])) > 1
-        maps = {
-            layer.layer: class_expert_map(
-                trace, layer.layer, num_permutations=settings.permutations, seed=settings.seed
-            )
-            for layer in (trace.layers if known else ())
-        }
+        maps = {}
+        labelled = trace.labels[trace.labels >= 0]
+        if len(np.unique(labelled)) > 1:
+            for layer in trace.layers:
+                maps[layer.layer] = class_expert_map(
+                    trace, layer.layer, num_permutations=settings.permutations, seed=seed
+                )
+
     with stages.stage("taking experts away"):
-        effects = measure_effects(
-            model, pictures, trace, budget_s=30 if settings.quick else 180, seed=settings.seed
-        )
+        effects = measure_effects(model, pictures, trace, budget_s=effort.effects_s, seed=seed)
     return Results(questions, maps, parts, effects)
 
 
@@ -358,101 +407,107 @@ def measure_effects(
     and class, `experts` are means over the classes, with the class that changes most; where it takes too long or no
     class of the model has images, both are empty, and `why` says why.
     """
+    kinds = dict.fromkeys(layer.kind for layer in trace.layers)
+    effects: Json = {
+        "what": "; ".join(_CONSEQUENCE[kind] for kind in kinds),
+        "why": None,
+        "pictures_per_class": 0,
+        "rows": [],
+        "experts": [],
+    }
     classes = [
         name
         for label, name in enumerate(trace.class_names)
         if name in model.class_names and (trace.labels == label).sum() >= _LEAST
     ]
-    what = "; ".join(_WHAT[kind] for kind in dict.fromkeys(layer.kind for layer in trace.layers))
-    found: Json = {"what": what, "why": None, "pictures_per_class": 0, "rows": [], "experts": []}
     if not classes:
-        return found | {"why": f"no class of the model has {_LEAST} images here"}
+        effects["why"] = f"no class of the model has {_LEAST} images here"
+        return effects
+
     calls = len(classes) * sum(layer.num_experts for layer in trace.layers)
     first = Intervention("ablate", layer=trace.layers[0].layer, expert=0)
     start = time.perf_counter()
     class_effect(model, pictures, classes[0], first, limit=_LEAST, seed=seed)
-    each_s = (time.perf_counter() - start) / _LEAST
-    per_class = min(_MOST, int(budget_s / (each_s * calls)))
+    seconds = (time.perf_counter() - start) / _LEAST  # of an image
+    per_class = min(_MOST, int(budget_s / (seconds * calls)))
     if per_class < _LEAST:
-        minutes = each_s * calls * _LEAST / 60
-        return found | {
-            "why": f"even {_LEAST} images of each class would take about {minutes:.0f} minutes"
-        }
+        minutes = seconds * calls * _LEAST / 60
+        effects["why"] = (
+            f"even {_LEAST} images of each class would take about {minutes:.0f} minutes"
+        )
+        return effects
+
     for layer in trace.layers:
         load = layer.counts().sum(0)
         for expert in range(layer.num_experts):
-            away = Intervention("ablate", layer=layer.layer, expert=expert)
-            place = {"layer": layer.layer, "expert": expert}
-            rows = [
-                {
-                    **place,
-                    **class_effect(
-                        model, pictures, name, away, limit=per_class, seed=seed
-                    ).to_json(),
-                }
-                for name in classes
-            ]
-            strongest = max(rows, key=lambda row: abs(row["delta_logit"]))
-            mean = {  # None where a row has none: an expert without a control has none in any class
-                name: None if None in (values := [row[name] for row in rows]) else fmean(values)
-                for name in ("delta_logit", "control_delta_logit", "delta_p")
-            }
-            found["rows"] += rows
-            found["experts"].append(
-                {
-                    **place,
-                    "name": f"L{layer.layer}·E{expert}",
-                    "share": float(load[expert] / max(load.sum(), 1e-12)),
-                    **mean,
-                    "strongest_class": strongest["class"],
-                    "strongest_delta_logit": strongest["delta_logit"],
-                    "strongest_control_delta_logit": strongest["control_delta_logit"],
-                }
-            )
-    return found | {"pictures_per_class": per_class}
+            ablation = Intervention("ablate", layer=layer.layer, expert=expert)
+            key = {"layer": layer.layer, "expert": expert}
+            rows = []
+            for name in classes:
+                effect = class_effect(model, pictures, name, ablation, limit=per_class, seed=seed)
+                rows.append(key | effect.to_json())
+            name = f"L{layer.layer}·E{expert}"
+            share = float(load[expert] / max(load.sum(), 1e-12))
+            effects["rows"] += rows
+            effects["experts"].append(key | {"name": name, "share": share} | _over_classes(rows))
+    effects["pictures_per_class"] = per_class
+    return effects
+
+
+def _over_classes(rows: Sequence[Json]) -> Json:
+    """Means of the rows of all classes, and the class that changes most."""
+    numbers: Json = {}
+    for name in ("delta_logit", "control_delta_logit", "delta_p"):
+        values = [row[name] for row in rows]
+        # An expert without a control has none in any class.
+        numbers[name] = None if None in values else fmean(values)
+    strongest = max(rows, key=lambda row: abs(row["delta_logit"]))
+    numbers["strongest_class"] = strongest["class"]
+    numbers["strongest_delta_logit"] = strongest["delta_logit"]
+    numbers["strongest_control_delta_logit"] = strongest["control_delta_logit"]
+    return numbers
 
 
 def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:
     """What the model is; numbers of experts are lists where layers differ."""
-    each: dict[str, list[Any]] = {
-        "num_experts": [layer.num_experts for layer in trace.layers],
-        "top_k": [layer.top_k if layer.kind == "token_choice" else None for layer in trace.layers],
-        "experts_per_patch": [round(layer.experts_per_patch, 2) for layer in trace.layers],
-        "routing": [layer.kind for layer in trace.layers],
-        "route_by": [layer.route_by for layer in trace.layers],
-    }
+    layers = trace.layers
+    top_k = [layer.top_k if layer.kind == "token_choice" else None for layer in layers]
     return {
         "name": trace.model,
         "address": address,
         "image_size": image_size,
         "grid": list(trace.grid),
-        "moe_blocks": [layer.layer for layer in trace.layers],
-        **{name: values[0] if len(set(values)) == 1 else values for name, values in each.items()},
+        "moe_blocks": [layer.layer for layer in layers],
+        "num_experts": _one_or_all([layer.num_experts for layer in layers]),
+        "top_k": _one_or_all(top_k),
+        "experts_per_patch": _one_or_all([round(layer.experts_per_patch, 2) for layer in layers]),
+        "routing": _one_or_all([layer.kind for layer in layers]),
+        "route_by": _one_or_all([layer.route_by for layer in layers]),
         "class_names": list(trace.prediction_names or trace.class_names),
     }
 
 
+def _one_or_all(values: list[Any]) -> Any:
+    """The value that all layers have, or else those of all."""
+    return values[0] if len(set(values)) == 1 else values
+
+
 def data_numbers(trace: RoutingTrace) -> Json:
     """What the images are, and how many of each class are classified correctly."""
-    known = trace.labels >= 0
     classes = []
     for index, name in enumerate(trace.class_names):
-        of_class = trace.labels == index
-        count = int(of_class.sum())
-        correct = (
-            int((trace.predictions[of_class] == index).sum())
-            if trace.accuracy is not None
-            else None
-        )
-        accuracy = None if correct is None or count == 0 else correct / count
-        classes.append({"class": name, "n": count, "correct": correct, "accuracy": accuracy})
-    correct = (
-        None if trace.accuracy is None else int((trace.predictions == trace.labels)[known].sum())
-    )
+        predictions = trace.predictions[trace.labels == index]
+        row: Json = {"class": name, "n": len(predictions), "correct": None, "accuracy": None}
+        if trace.accuracy is not None:
+            row["correct"] = int((predictions == index).sum())
+        if trace.accuracy is not None and len(predictions):
+            row["accuracy"] = row["correct"] / len(predictions)
+        classes.append(row)
+    correct = sum(row["correct"] for row in classes) if trace.accuracy is not None else None
     return {
         "name": trace.data,
         "n_images": len(trace),
-        "n_labelled": int(known.sum()),
+        "n_labelled": int((trace.labels >= 0).sum()),
         "correct": correct,
         "accuracy": trace.accuracy,
         "classes": classes,
@@ -465,21 +520,24 @@ def layer_numbers(layer: LayerTrace) -> Json:
     Experts of Soft MoE all compute as many slots, so their load is equal by construction and `counts` is what patches
     take from each; nothing is dropped where tokens don't choose.
     """
-    index, kept = np.asarray(layer.expert_index), np.asarray(layer.kept)
-    image_counts = layer.counts()
+    index = np.asarray(layer.expert_index)  # [I, P, K]
+    images, patches = index.shape[:2]
+    image_counts = layer.counts()  # [I, E]
     counts = image_counts.sum(0)
     chooses = layer.kind == "token_choice"
-    requested = np.bincount(index.ravel(), minlength=layer.num_experts) if chooses else counts
     computed = np.ones_like(counts) if layer.kind == "soft" else counts
+    requested = counts
+    if chooses:
+        requested = np.bincount(index.ravel(), minlength=layer.num_experts)
     load = LayerLoad.from_sums(
         layer.layer,
         torch.from_numpy(computed),
         torch.from_numpy(requested if chooses else computed),
         entropy_bits=torch.tensor(float(np.asarray(layer.entropy_bits, dtype=np.float64).sum())),
-        tokens=torch.tensor(index.shape[0] * index.shape[1]),
-        unrouted=torch.tensor(int((~kept.any(-1)).sum())),
+        tokens=torch.tensor(images * patches),
+        unrouted=torch.tensor(int((~np.asarray(layer.kept).any(-1)).sum())),
         count_squares=torch.from_numpy((image_counts**2).sum(0)),
-        images=torch.tensor(len(image_counts)),
+        images=torch.tensor(images),
     )
     return {
         "layer": layer.layer,
@@ -503,7 +561,7 @@ def layer_numbers(layer: LayerTrace) -> Json:
     }
 
 
-def wrong_routes(trace: RoutingTrace, most: int = 3, least: int = 3) -> list[Json]:
+def wrong_routes(trace: RoutingTrace, least: int = 3) -> list[Json]:
     """Of images that are called another class most often: whose routes theirs are more like, by layer.
 
     Routes of a group of images are the shares of its patches that each expert has first. Their distance is half the sum
@@ -512,46 +570,50 @@ def wrong_routes(trace: RoutingTrace, most: int = 3, least: int = 3) -> list[Jso
     """
     if trace.prediction_names != trace.class_names:
         return []
-    labels, said = trace.labels, trace.predictions
-    pairs = Counter(
-        zip(labels[labels != said].tolist(), said[labels != said].tolist(), strict=True)
-    )
-    found: list[Json] = []
+    labels = trace.labels
+    predictions = trace.predictions
+    wrong = labels != predictions
+    pairs = Counter(zip(labels[wrong].tolist(), predictions[wrong].tolist(), strict=True))
+
+    mistakes: list[Json] = []
     for (label, other), count in pairs.most_common():
-        if len(found) == most:
+        if len(mistakes) == _MISTAKES:
             break
-        groups = [
-            np.flatnonzero((labels == of) & (said == as_))
-            for of, as_ in ((label, other), (label, label), (other, other))
-        ]
-        if label < 0 or min(map(len, groups)) < least:
+        mistaken = np.flatnonzero((labels == label) & (predictions == other))
+        right = np.flatnonzero((labels == label) & (predictions == label))
+        right_other = np.flatnonzero((labels == other) & (predictions == other))
+        if label < 0 or min(len(mistaken), len(right), len(right_other)) < least:
             continue
         layers = []
         for layer in trace.layers:
-            if layer.kind != "token_choice":
-                continue
-            first = np.asarray(layer.expert_index)[..., 0]  # [I, P]
-            wrong, own, its = (
-                np.bincount(first[group].ravel(), minlength=layer.num_experts) / first[group].size
-                for group in groups
-            )
-            layers.append(
-                {
-                    "name": layer.name,
-                    "to_label": float(abs(wrong - own).sum() / 2),
-                    "to_other": float(abs(wrong - its).sum() / 2),
-                }
-            )
-        found.append(
+            if layer.kind == "token_choice":
+                routes = _first_shares(layer, mistaken)
+                to_label = np.abs(routes - _first_shares(layer, right)).sum() / 2
+                to_other = np.abs(routes - _first_shares(layer, right_other)).sum() / 2
+                layers.append(
+                    {
+                        "name": layer.name,
+                        "to_label": float(to_label),
+                        "to_other": float(to_other),
+                    }
+                )
+        mistakes.append(
             {
                 "label": trace.class_names[label],
                 "called": trace.class_names[other],
                 "images": count,
-                "index": groups[0].tolist(),
+                "index": mistaken.tolist(),
                 "layers": layers,
             }
         )
-    return found
+    return mistakes
+
+
+def _first_shares(layer: LayerTrace, images: Ints) -> Floats:
+    """[E] share of the patches of some images that each expert has first."""
+    first = np.asarray(layer.expert_index)[images, :, 0]
+    shares: Floats = np.bincount(first.ravel(), minlength=layer.num_experts) / first.size
+    return shares
 
 
 def live_views(
@@ -565,19 +627,17 @@ def live_views(
     """An image drawn at random, and one of the most frequent mistake, each beside what it is."""
     if any(layer.kind != "token_choice" for layer in trace.layers):
         return []  # the view's boxes are of networks that patches choose
-    asked = [(shown_pictures(trace, seed, 1)[0], "An image drawn at random")]
-    asked += [(each["index"][0], f"{each['label']}, called {each['called']}") for each in wrong[:1]]
-    names = [
-        trace.class_names[label] if label >= 0 else None
-        for label in (trace.labels[index] for index, _ in asked)
-    ]
-    return [
-        (
-            title,
-            live(model, pictures.image(index), escape_controls(trace.picture_names[index]), name),
-        )
-        for (index, title), name in zip(asked, names, strict=True)
-    ]
+    titles = [(shown_pictures(trace, seed, 1)[0], "An image drawn at random")]
+    if wrong:
+        mistake = wrong[0]
+        titles.append((mistake["index"][0], f"{mistake['label']}, called {mistake['called']}"))
+    views = []
+    for index, title in titles:
+        label = trace.labels[index]
+        class_name = trace.class_names[label] if label >= 0 else None
+        name = escape_controls(trace.picture_names[index])
+        views.append((title, live(model, pictures.image(index), name, class_name)))
+    return views
 
 
 # ---- figures
@@ -603,83 +663,78 @@ def draw_figures(
 
     `layers` are the `layer_numbers` of each layer; `seed` is that of images and patches that are drawn at random.
     """
-    for place, image in enumerate(shown_pictures(trace, seed), start=1):
+    for number, image in enumerate(shown_pictures(trace, seed), start=1):
         overlay = plots.plot_overlay(pictures.image(image), trace, image)
-        yield Drawn(
-            "overlay",
-            f"overlay_{place}.png",
-            f"Which expert each patch goes to, image {place}",
-            overlay,
-        )
+        title = f"Which expert each patch goes to, image {number}"
+        yield Drawn("overlay", f"overlay_{number}.png", title, overlay)
+
     names = [layer.name for layer in trace.layers]
-    counts, wanted = ([each[what] for each in layers] for what in ("counts", "requested"))
-    kinds = [layer.kind for layer in trace.layers]
     load = plots.plot_load(
-        counts, names, requested=None if wanted == counts else wanted, kinds=kinds
+        [layer["counts"] for layer in layers],
+        names,
+        requested=[layer["requested"] for layer in layers],
+        kinds=[layer.kind for layer in trace.layers],
     )
     yield Drawn("load", "load.png", "Load of each expert", load)
+
     for layer in trace.layers:
         for kind, title, figure in _draw_layer(trace, pictures, results, layer, seed):
             yield Drawn(kind, f"{kind}_{layer.name}.png", f"{layer.name}: {title}", figure)
-    if rows := results.effects["rows"]:
-        tables: dict[str, list[Floats]] = {
-            "delta_logit": [],
-            "control_delta_logit": [],
-        }  # by layer, [E, C]
+
+    rows = results.effects["rows"]
+    if rows:
+        classes = list(dict.fromkeys(row["class"] for row in rows))
+        changes: list[Floats] = []  # of each layer [E, C]
+        controls: list[Floats] = []
         for layer in trace.layers:
             of_layer = [row for row in rows if row["layer"] == layer.layer]
-            for name, each in tables.items():
-                by_expert = [
-                    [row[name] for row in of_layer if row["expert"] == e]
-                    for e in range(layer.num_experts)
-                ]
-                each.append(
-                    np.array(by_expert, np.float64)
-                )  # None, where there is no control, becomes NaN
-        classes = list(dict.fromkeys(row["class"] for row in rows))
+            shape = (layer.num_experts, len(classes))
+            changes.append(_column(of_layer, "delta_logit").reshape(shape))
+            controls.append(_column(of_layer, "control_delta_logit").reshape(shape))
         effects = plots.plot_effects(
-            tables["delta_logit"],
-            tables["control_delta_logit"],
-            names,
-            classes,
-            what=results.effects["what"],
+            changes, controls, names, classes, what=results.effects["what"]
         )
         yield Drawn("effects", "effects.png", "Without one expert", effects)
 
 
-def shown_pictures(trace: RoutingTrace, seed: int, count: int = _PICTURES_SHOWN) -> list[int]:
+def _column(rows: Sequence[Json], name: str) -> Floats:
+    """Numbers of all rows, NaN where there is none."""
+    return np.array([row[name] for row in rows], np.float64)
+
+
+def shown_pictures(trace: RoutingTrace, seed: int, count: int = _OVERLAYS) -> list[int]:
     """Images drawn at random, of different classes as long as those suffice: not chosen to look good."""
     order = np.random.default_rng(seed).permutation(len(trace))
     _, first = np.unique(trace.labels[order], return_index=True)
     others = np.setdiff1d(np.arange(len(order)), first)
-    return [int(index) for index in order[np.concatenate([np.sort(first), others])][:count]]
+    images: list[int] = order[np.concatenate([np.sort(first), others])].tolist()
+    return images[:count]
 
 
 def _draw_layer(
     trace: RoutingTrace, pictures: PictureSet, results: Results, layer: LayerTrace, seed: int
 ) -> Iterator[tuple[str, str, Figure]]:
-    name, index, kind = layer.name, np.asarray(layer.expert_index), layer.kind
     if layer.layer in results.maps:
-        found = results.maps[layer.layer]
+        classes = results.maps[layer.layer]
         figure = plots.plot_class_experts(
-            found.share,
-            found.significant,
+            classes.share,
+            classes.significant,
             trace.class_names,
-            layer_name=name,
-            excess=found.excess,
-            threshold=found.threshold,
-            kind=kind,
+            layer_name=layer.name,
+            excess=classes.excess,
+            threshold=classes.threshold,
+            kind=layer.kind,
         )
         yield "class_experts", "which classes use which expert", figure
     if results.parts is not None:
-        table = part_expert_table(index, results.parts, layer.num_experts, layer.wanted)
-        figure = plots.plot_part_experts(table, pictures.part_names, layer_name=name, kind=kind)
+        index = np.asarray(layer.expert_index)
+        table = part_expert_table(index, results.parts, layer.num_experts, layer.requested_share)
+        figure = plots.plot_part_experts(
+            table, pictures.part_names, layer_name=layer.name, kind=layer.kind
+        )
         yield "parts", "which parts go to which expert", figure
-    yield (
-        "gallery",
-        "what each expert gets",
-        plots.plot_gallery(pictures, trace, layer.layer, seed=seed),
-    )
+    gallery = plots.plot_gallery(pictures, trace, layer.layer, seed=seed)
+    yield "gallery", "what each expert gets", gallery
 
 
 # ---- the page and the folder
@@ -689,41 +744,42 @@ def render(
     numbers: Mapping[str, Any], pictures: Mapping[str, bytes], live: Sequence[tuple[str, str]] = ()
 ) -> str:
     """The page, from `report.json`, its figures (file name -> PNG) and live views (title, HTML): nothing is fetched."""
-    page = environment()
 
     def image(entry: Mapping[str, Any]) -> Json:
         """A PNG as the page holds it: size on screen, and the address with the image inside."""
         png = pictures[entry["file"]]
-        width, height = struct.unpack(
-            ">II", png[16:24]
-        )  # 8 bytes of signature, then the chunk IHDR
+        # 8 bytes of signature, then the chunk IHDR
+        width, height = struct.unpack(">II", png[16:24])
         return {
-            "width": round(width * _SHOWN_PER_PIXEL),
-            "height": round(height * _SHOWN_PER_PIXEL),
-            "src": Markup("data:image/png;base64,") + base64.b64encode(png).decode("ascii"),
+            "width": round(width * _CSS_PER_PIXEL),
+            "height": round(height * _CSS_PER_PIXEL),
+            "src": f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}",
         }
 
-    page.filters |= {"image": image, "shell_word": shell_word}
     views = [(title, Markup(view)) for title, view in live]
-    return page.get_template("report.html.jinja").render(
-        {"wrong": [], **numbers}, explorer=EXPLORER, live=views
-    )
+    filters: dict[str, Callable[..., Any]] = {"image": image, "shell_word": shell_word}
+    return render_page("report.html.jinja", filters, **numbers, explorer=EXPLORER, live=views)
+
+
+def render_page(template: str, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
+    """A template filled with values, with every sign that steers a display as an escape."""
+    pages = environment()
+    pages.filters |= filters
+    return escape_controls_of_lines(pages.get_template(template).render(values))
 
 
 def environment() -> jinja2.Environment:
     """Templates with autoescape: an unknown name is an error, and names from outside are shown harmless."""
-    page = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([HERE / "templates", HERE.parent / "demo" / "assets"]),
+    folders = [HERE / "templates", HERE.parent / "demo" / "assets"]
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
-        finalize=lambda value: (
-            value if isinstance(value, Markup) else escape_controls(str(value))
-        ),  # names from outside
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters |= {"number": number}
-    return page
+    pages.filters |= {"number": number, "escape_controls": escape_controls}
+    return pages
 
 
 def number(value: float | int | None, form: str = ",") -> Markup:
@@ -766,11 +822,13 @@ def claim_folder(out: str | Path) -> Path:
 def former_report(folder: Path) -> dict[str, Any] | None:
     """The numbers of the report that lies in a folder; None where none does."""
     try:
-        found = read_json(folder / NUMBERS)
+        numbers = read_json(folder / NUMBERS)
     except (OSError, ValueError):
         return None  # absent, or not ours: both mean that there is no report to replace
-    ours = isinstance(found, dict) and str(found.get("schema", "")).startswith("moevision.report/")
-    return found if ours else None
+    if not isinstance(numbers, dict):
+        return None
+    is_report = str(numbers.get("schema", "")).startswith("moevision.report/")
+    return numbers if is_report else None
 
 
 def write_report(

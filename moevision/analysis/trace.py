@@ -2,11 +2,11 @@
 
 Two questions can be asked of a patch and an expert. Where tokens choose they are one: the choice counts 1.
 
-- `reads`: how much of the patch does the expert compute? Expert choice: 1 where it took the patch. Soft MoE: the
-  dispatch weight, summed over the expert's slots. Within an image these add up to the same for every expert, so they
-  can say where and what an expert reads, and nothing about the class of the image.
-- `takes`: how much of the patch's output comes from the expert? Expert choice and Soft MoE: its weight there. That
-  differs between images, so questions about classes are asked of it.
+- `dispatch_share`: how much of the patch does the expert compute? Expert choice: 1 where it took the patch. Soft MoE:
+  the dispatch weight, summed over the expert's slots. Within an image these add up to the same for every expert, so
+  they can say where and what an expert reads, and nothing about the class of the image.
+- `combine_share`: how much of the patch's output comes from the expert? Expert choice and Soft MoE: its weight there.
+  That differs between images, so questions about classes are asked of it.
 
 Axes: I images, P patches (row-major in a grid of rows x columns; class and register tokens are left out), K choices
 best first (all E experts where tokens don't choose), E experts, C classes. An expert is named by block and index, both
@@ -78,27 +78,34 @@ class LayerTrace:
     @property
     def experts_per_patch(self) -> float:
         """How many experts compute a patch, on average."""
-        return float(np.asarray(self.kept).sum() / max(1, np.asarray(self.margin).size))
+        return float(self.kept.sum() / max(1, self.margin.size))
 
     @property
-    def reads(self) -> Array:
+    def dispatch_share(self) -> Array:
         """[I, P, K] how much of the patch each of `expert_index` reads, see above."""
         return self.kept if self.read_weight is None else self.read_weight * self.kept
 
     @property
-    def takes(self) -> Array:
+    def combine_share(self) -> Array:
         """[I, P, K] how much the patch takes from each of `expert_index`, see above."""
         return self.kept if self.kind == "token_choice" else self.combine_weight * self.kept
 
     @property
-    def wanted(self) -> Array | None:
-        """[I, P, K] what each of `expert_index` counts where the router's wish is asked for: 1 (None) or `reads`."""
-        return None if self.kind == "token_choice" else self.reads
+    def requested_share(self) -> Array | None:
+        """[I, P, K] the `dispatch_share` before any capacity; None: each of `expert_index` counts 1."""
+        return None if self.kind == "token_choice" else self.dispatch_share
+
+    # Names of version 0.1, for one version.
+    reads = dispatch_share
+    takes = combine_share
+    wanted = requested_share
 
     def arrays(self) -> dict[str, Array]:
         """Its arrays by name."""
-        found = {name: getattr(self, name) for name in LAYER_ARRAYS}
-        return found if self.read_weight is None else {**found, "read_weight": self.read_weight}
+        arrays: dict[str, Array] = {name: getattr(self, name) for name in LAYER_ARRAYS}
+        if self.read_weight is not None:
+            arrays["read_weight"] = self.read_weight
+        return arrays
 
     def first_choice(self) -> Ints:
         """[I, P]: the expert that each patch wants most, kept or not.
@@ -112,36 +119,35 @@ class LayerTrace:
 
     def select(self, images: slice | Ints) -> LayerTrace:
         """The same of some images."""
-        chosen: dict[str, Any] = {name: array[images] for name, array in self.arrays().items()}
-        return replace(self, **chosen)
+        arrays: dict[str, Any] = {name: array[images] for name, array in self.arrays().items()}
+        return replace(self, **arrays)
 
     def counts(self) -> Array:
         """[I, E]: the load, int64: how many choices of each image every expert computes.
 
         Soft MoE, where every expert computes as many slots: float64, the sum of the weights that patches take.
         """
-        return self._sums("takes" if self.kind == "soft" else "reads")
+        return self._sums("combine_share" if self.kind == "soft" else "dispatch_share")
 
     def image_takes(self) -> Array:
         """[I, E]: what each image takes from every expert; what questions about classes are asked of."""
-        return self._sums("takes")
+        return self._sums("combine_share")
 
-    def _sums(self, what: str) -> Array:
-        """[I, E] amounts [I, P, K] by image and expert; int64 where an amount is whether a choice counts."""
-        images, experts = len(self.expert_index), self.num_experts
-        sums = np.zeros(
-            (images, experts),
-            np.int64 if getattr(self.select(slice(0)), what).dtype == bool else float,
-        )
-        for start in range(
-            0, images, _CHUNK
-        ):  # a few at a time, so that it takes no second trace's memory
-            part = slice(start, start + _CHUNK)
-            amount, into = getattr(self.select(part), what), sums[part]
-            cells = np.arange(len(into))[:, None, None] * experts + self.expert_index[part]
-            into[:] = np.bincount(cells.ravel(), amount.ravel(), minlength=into.size).reshape(
-                -1, experts
-            )
+    def _sums(self, share: str) -> Array:
+        """[I, E] a share [I, P, K] by image and expert; int64 where it says whether a choice counts."""
+        no_image = getattr(self.select(slice(0)), share)
+        dtype = np.int64 if no_image.dtype == bool else np.float64
+        sums = np.zeros((len(self.expert_index), self.num_experts), dtype)
+        # A few images at a time, so that it takes no second trace's memory.
+        for start in range(0, len(sums), _CHUNK):
+            images = slice(start, start + _CHUNK)
+            part = self.select(images)
+            into = sums[images]
+            first_cells = np.arange(len(into)) * self.num_experts
+            cells = first_cells[:, None, None] + part.expert_index  # [I', P, K]
+            weights = getattr(part, share)
+            by_cell = np.bincount(cells.ravel(), weights.ravel(), into.size)
+            into[:] = by_cell.reshape(into.shape)
         return sums
 
 
@@ -149,6 +155,16 @@ SCHEMA = "moevision.trace/1"
 """Version of the file; a change that an older reader would misread raises the number."""
 
 IMAGE_ARRAYS = ("labels", "predictions", "probabilities")
+_METADATA = (
+    "picture_names",
+    "class_names",
+    "prediction_names",
+    "grid",
+    "model",
+    "data",
+    "provenance",
+)
+_LAYER_METADATA = {"layers": "layer", "kinds": "kind", "route_by": "route_by"}
 
 
 @dataclass(frozen=True)
@@ -185,10 +201,11 @@ class RoutingTrace:
         """Arrays that don't belong together are refused here, not somewhere in a statistic."""
         if self.prediction_names is None:
             object.__setattr__(self, "prediction_names", self.class_names)
-        images, patches = len(self.picture_names), self.grid[0] * self.grid[1]
+        images = len(self)
+        patches = self.grid[0] * self.grid[1]
         lengths = {len(array) for array in (self.labels, self.predictions, self.probabilities)}
         shapes = {array.shape[:2] for layer in self.layers for array in layer.arrays().values()}
-        if not self.layers or lengths != {images} or shapes != {(images, patches)}:
+        if lengths != {images} or shapes != {(images, patches)}:
             raise UserError(
                 f"This trace's arrays are not all about {images} images of {patches} patches: collect it again."
             )
@@ -203,10 +220,10 @@ class RoutingTrace:
 
         None also stands where no image has a label.
         """
-        known = self.labels >= 0
-        if self.prediction_names != self.class_names or not known.any():
+        labelled = self.labels >= 0
+        if self.prediction_names != self.class_names or not labelled.any():
             return None
-        return float((self.predictions == self.labels)[known].mean())
+        return float((self.predictions == self.labels)[labelled].mean())
 
     def layer(self, block_index: int) -> LayerTrace:
         """The MoE layer in the block of that index; a UserError if that block has none."""
@@ -218,14 +235,17 @@ class RoutingTrace:
 
     def select(self, images: Sequence[int] | Array | slice) -> RoutingTrace:
         """The trace of some images: by index, by a mask [I] of bools, or by a slice."""
-        chosen = images if isinstance(images, slice) else np.arange(len(self))[list(images)]
+        if not isinstance(images, slice):
+            images = list(images)
+        indices = np.arange(len(self))[images]
+        # A slice keeps the arrays as views.
+        rows = images if isinstance(images, slice) else indices
+        arrays: dict[str, Any] = {name: getattr(self, name)[rows] for name in IMAGE_ARRAYS}
         return replace(
             self,
-            layers=tuple(layer.select(chosen) for layer in self.layers),
-            **{name: getattr(self, name)[chosen] for name in IMAGE_ARRAYS},
-            picture_names=tuple(
-                self.picture_names[index] for index in np.arange(len(self))[chosen]
-            ),
+            layers=tuple(layer.select(rows) for layer in self.layers),
+            picture_names=tuple(self.picture_names[index] for index in indices),
+            **arrays,
         )
 
     def arrays(self) -> dict[str, Array]:
@@ -237,19 +257,9 @@ class RoutingTrace:
 
     def metadata(self) -> dict[str, str]:
         """What the file says beside the arrays."""
-        fields = (
-            "picture_names",
-            "class_names",
-            "prediction_names",
-            "grid",
-            "model",
-            "data",
-            "provenance",
-        )
-        about = {name: getattr(self, name) for name in fields}
-        about["layers"] = [layer.layer for layer in self.layers]
-        about["kinds"] = [layer.kind for layer in self.layers]
-        about["route_by"] = [layer.route_by for layer in self.layers]
+        about = {name: getattr(self, name) for name in _METADATA}
+        for name, attribute in _LAYER_METADATA.items():
+            about[name] = [getattr(layer, attribute) for layer in self.layers]
         return metadata_of(about)
 
     def save(self, path: str | Path) -> None:
@@ -273,9 +283,9 @@ class RoutingTrace:
             ) from error
         schema = metadata.get("schema")
         if schema != SCHEMA:
-            what = f"has the schema {schema!r}" if schema else "is no routing trace"
+            problem = f"has the schema {schema!r}" if schema else "is no routing trace"
             raise UserError(
-                f"{path} {what}, and this version reads {SCHEMA}: collect the trace again."
+                f"{path} {problem}, and this version reads {SCHEMA}: collect the trace again."
             )
         try:
             return cls.from_arrays(arrays, metadata)
@@ -285,35 +295,28 @@ class RoutingTrace:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> RoutingTrace:
         """Put a trace together from `arrays()` and `metadata()`."""
-        words = {
+        fields: dict[str, Any] = {
             name: parse_json(value.encode(), name)
             for name, value in metadata.items()
             if name != "schema"
         }
-        indices = words.pop("layers")
-        kinds = words.pop("kinds", ["token_choice"] * len(indices))
-        units = words.pop("route_by", ["token"] * len(indices))
-        layers = tuple(
-            LayerTrace(
-                index,
-                kind=kind,
-                read_weight=arrays[f"L{index}.read_weight"] if kind == "soft" else None,
-                route_by=unit,
-                **{name: arrays[f"L{index}.{name}"] for name in LAYER_ARRAYS},
-            )
-            for index, kind, unit in zip(indices, kinds, units, strict=True)
-        )
-        images: dict[str, Any] = {name: arrays[name] for name in IMAGE_ARRAYS}
-        tuples: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in words.items()
-        }
-        for name in {
-            "class_names",
-            "prediction_names",
-        } & tuples.keys():  # an older trace has folder names as they are
-            tuples[name] = tuple(map(escape_controls, tuples[name]))
-        return cls(layers=layers, **images, **tuples)
+        indices = fields.pop("layers")
+        kinds = fields.pop("kinds", ["token_choice"] * len(indices))
+        units = fields.pop("route_by", ["token"] * len(indices))
+        layers = []
+        for index, kind, unit in zip(indices, kinds, units, strict=True):
+            layer_arrays = {name: arrays[f"L{index}.{name}"] for name in LAYER_ARRAYS}
+            if kind == "soft":
+                layer_arrays["read_weight"] = arrays[f"L{index}.read_weight"]
+            layers.append(LayerTrace(index, kind=kind, route_by=unit, **layer_arrays))
+
+        fields |= {name: arrays[name] for name in IMAGE_ARRAYS}
+        fields["picture_names"] = tuple(fields["picture_names"])
+        fields["grid"] = tuple(fields["grid"])
+        # An older trace has folder names as they are.
+        for name in fields.keys() & {"class_names", "prediction_names"}:
+            fields[name] = tuple(map(escape_controls, fields[name]))
+        return cls(layers=tuple(layers), **fields)
 
 
 def metadata_of(about: Mapping[str, Any]) -> dict[str, str]:
@@ -323,9 +326,8 @@ def metadata_of(about: Mapping[str, Any]) -> dict[str, str]:
     other traces stay as earlier versions wrote them.
     """
     usual = {"kinds": {"token_choice"}, "route_by": {"token"}}
-    told = {
-        name: value
-        for name, value in about.items()
-        if name not in usual or set(value) != usual[name]
-    }
-    return {"schema": SCHEMA, **{name: json.dumps(value) for name, value in told.items()}}
+    metadata = {"schema": SCHEMA}
+    for name, value in about.items():
+        if name not in usual or set(value) != usual[name]:
+            metadata[name] = json.dumps(value)
+    return metadata

@@ -13,7 +13,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from statistics import fmean, stdev
@@ -28,7 +28,7 @@ from rich.table import Table
 from scipy.stats import norm
 
 from moevision.commands.data import run_of
-from moevision.config import MORE, WRITTEN, flat
+from moevision.config import MORE, WRITTEN, flatten
 from moevision.data.named import SYNTHETIC
 from moevision.errors import UserError, escape_controls, refuse_equal_seeds
 from moevision.files import read_csv, refuse_foreign, write_json_atomic
@@ -55,23 +55,26 @@ _NO_RECIPE = ("seed_everything", "data.order_seed", "record_routing", "check_mem
 _RECIPE = ("guard", "data.path", "trainer.max_time", "trainer.callbacks")
 _LISTED = 6  # options that differ
 _TRAINERS = {
-    name: each.default for name, each in signature(L.Trainer).parameters.items() if name in MORE
+    name: parameter.default
+    for name, parameter in signature(L.Trainer).parameters.items()
+    if name in MORE
 }
 _ACCURACIES = ("correct", "total", "accuracy", "interval", "balanced_accuracy")
 _COSTS = ("epochs", "steps", "cpu_s", "images_per_s", "ms_per_image", "device", "precision")
 
 
-def run(chosen: Namespace) -> None:
+def run(args: Namespace) -> None:
     """Compare, print, and write JSON where asked to."""
-    if chosen.json is not None:
-        refuse_foreign(chosen.json, _SCHEMA.encode(), "--json")
-    runs = [read_run(address) for address in chosen.runs]
+    if args.json is not None:
+        refuse_foreign(args.json, _SCHEMA.encode(), "--json")
+    runs = [read_run(address) for address in args.runs]
     check_test_images(runs)
-    found = compare(*paired_runs(runs))
-    _print(found, [run.name for run in runs if run not in [*found.a, *found.b]])
-    if chosen.json is not None:
-        write_json_atomic(chosen.json, facts(found))
-        print(f"Every number is in {escape_controls(str(chosen.json))}")
+    comparison = compare(*paired_runs(runs))
+    compared = [*comparison.a, *comparison.b]
+    _print(comparison, left_out=[run.name for run in runs if run not in compared])
+    if args.json is not None:
+        write_json_atomic(args.json, facts(comparison))
+        print(f"Every number is in {escape_controls(str(args.json))}")
 
 
 # ---- the runs
@@ -98,16 +101,14 @@ class FinishedRun:
     def recipe(self) -> dict[str, str]:
         """What makes the training, but for its seed: options as text, without nulls and the Trainer's own defaults."""
         recipe = {"images per step": str(self.summary.batch_size)}
-        for option, value in self.options.items():
-            of_recipe = option.startswith(_RECIPE) or not (
-                is_free(option) or option.startswith(_NO_RECIPE)
-            )
-            usual = value is None or _TRAINERS.get(option.removeprefix("trainer.")) == value
-            if usual or not of_recipe:
+        for name, value in self.options.items():
+            if value is None or _TRAINERS.get(name.removeprefix("trainer.")) == value:
                 continue
-            if option == "data.path" and value != SYNTHETIC:
+            if not name.startswith(_RECIPE) and (is_free(name) or name.startswith(_NO_RECIPE)):
+                continue
+            if name == "data.path" and value != SYNTHETIC:
                 value = Path(str(value)).expanduser().resolve()
-            recipe[option] = str(value)
+            recipe[name] = str(value)
         return recipe
 
 
@@ -118,88 +119,108 @@ def read_run(address: str) -> FinishedRun:
         raise UserError(
             f"{folder} is not finished: go on with `{resume_command(folder)}`, then compare."
         )
-    summary, file = read_summary(folder / "summary.json"), folder / PREDICTIONS
+    file = folder / PREDICTIONS
     try:
-        rows = sorted((row["image"], row["label"], row["correct"] == "1") for row in read_csv(file))
+        rows = sorted((row["image"], row["label"], row["correct"]) for row in read_csv(file))
         images, labels, correct = zip(*rows, strict=True)
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise UserError(
             f"{file} can't be read ({error}): restore it, or train the run again."
         ) from error
     return FinishedRun(
-        folder, summary, flat(read_yaml(folder / "config.yaml")), images, labels, np.array(correct)
+        folder=folder,
+        summary=read_summary(folder / "summary.json"),
+        options=flatten(read_yaml(folder / "config.yaml")),
+        images=images,
+        labels=labels,
+        correct=np.array(correct) == "1",
     )
 
 
-def differing(first: FinishedRun, second: FinishedRun) -> dict[str, tuple[str, str]]:
+def differing(a: FinishedRun, b: FinishedRun) -> dict[str, tuple[str, str]]:
     """Options of the recipe that differ, with the value of either; `null` where it isn't set."""
-    one, other = first.recipe, second.recipe
-    return {
-        name: (one.get(name, "null"), other.get(name, "null"))
-        for name in sorted(one.keys() | other.keys())
-        if one.get(name) != other.get(name)
-    }
+    options = {}
+    for name in sorted(a.recipe.keys() | b.recipe.keys()):
+        values = a.recipe.get(name, "null"), b.recipe.get(name, "null")
+        if values[0] != values[1]:
+            options[name] = values
+    return options
 
 
 def check_test_images(runs: Sequence[FinishedRun]) -> None:
     """Refuse runs that were not tested on the same images, and a run beside itself."""
     if len(runs) < 2:
         raise UserError("One run is nothing to compare: give two, or several seeds of two recipes.")
-    for place, run in enumerate(runs):
-        if any(run.folder.samefile(other.folder) for other in runs[:place]):
+    for index, run in enumerate(runs):
+        if any(run.folder.samefile(other.folder) for other in runs[:index]):
             raise UserError(f"{run.folder} is given twice: leave one out.")
-    first = runs[0]
     for run in runs[1:]:
-        where = f"{first.name} and {run.name} were not tested on the same images"
-        if apart := set(first.images) ^ set(run.images):
-            count = len(set(first.images) | set(run.images))
+        difference = _difference_of_images(runs[0], run)
+        if difference:
             raise UserError(
-                f"{where}: {len(apart):,} of {count:,} are in one of them only, such as {min(apart)!r}."
+                f"{runs[0].name} and {run.name} were not tested on the same images: {difference}"
             )
-        if first.labels != run.labels:
-            raise UserError(f"{where}: they have the same names and other labels.")
-        seeds = [
-            each.options.get("data.seed")
-            for each in (first, run)
-            if each.options.get("data.path") == SYNTHETIC
-        ]
-        if len(set(seeds)) > 1 or len(seeds) == 1:
-            raise UserError(f"{where}: drawn images depend on --data.seed, which must be the same.")
+
+
+def _difference_of_images(a: FinishedRun, b: FinishedRun) -> str:
+    """How the test images of two runs differ; empty where they don't."""
+    images = {*a.images, *b.images}
+    apart = {*a.images} ^ {*b.images}
+    if apart:
+        return f"{len(apart):,} of {len(images):,} are in one of them only, such as {min(apart)!r}."
+    if a.labels != b.labels:
+        return "they have the same names and other labels."
+
+    drawn = [run.options.get("data.path") == SYNTHETIC for run in (a, b)]
+    same_seed = a.options.get("data.seed") == b.options.get("data.seed")
+    if drawn[0] != drawn[1] or (drawn[0] and not same_seed):
+        return "drawn images depend on --data.seed, which must be the same."
+    return ""
 
 
 def paired_runs(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
     """Two runs as they are; more, by their recipe, those with a seed that both recipes have, in its order."""
     if len(runs) == 2:
         return [runs[0]], [runs[1]]
+
     recipes: list[list[FinishedRun]] = []
     for run in runs:
-        known = next((recipe for recipe in recipes if recipe[0].recipe == run.recipe), None)
-        recipes.append([run]) if known is None else known.append(run)
+        for recipe in recipes:
+            if recipe[0].recipe == run.recipe:
+                recipe.append(run)
+                break
+        else:
+            recipes.append([run])
     if len(recipes) != 2:
-        names = "; ".join(", ".join(run.name for run in recipe) for recipe in recipes)
-        options = sorted(
-            {name for recipe in recipes for name in differing(recipes[0][0], recipe[0])}
-        )
-        raise UserError(
-            f"These runs are of {'one recipe' if len(recipes) == 1 else f'{len(recipes)} recipes'}, by everything in "
-            f"config.yaml but the seed ({names})."
-            + (f" They differ in {', '.join(options[:_LISTED])}." if options else "")
-            + " Give two runs, or several seeds of two recipes."
-        )
+        raise UserError(_not_two_recipes(recipes))
+
+    by_seed = []
     for recipe in recipes:
         refuse_equal_seeds((run.name, run.summary.seed) for run in recipe)
-    one, other = (
-        {run.summary.seed: run for run in recipe if run.summary.seed is not None}
-        for recipe in recipes
-    )
-    common = sorted(one.keys() & other.keys())
+        by_seed.append({run.summary.seed: run for run in recipe if run.summary.seed is not None})
+    a, b = by_seed
+    common = sorted(a.keys() & b.keys())
     if len(common) < 2:
-        have = (f"seed{'s' * (len(recipe) > 1)} {_seeds(recipe)}" for recipe in recipes)
+        seeds = [f"seed{'s' * (len(recipe) > 1)} {_seeds(recipe)}" for recipe in recipes]
         raise UserError(
             f"The recipes have {len(common)} seed{'s' * (len(common) != 1)} in common and need two: "
-            f"{' and '.join(have)}. Train the missing ones (--seed_everything N), or compare two runs."
+            f"{' and '.join(seeds)}. Train the missing ones (--seed_everything N), or compare two runs."
         )
-    return [one[seed] for seed in common], [other[seed] for seed in common]
+    return [a[seed] for seed in common], [b[seed] for seed in common]
+
+
+def _not_two_recipes(recipes: Sequence[Sequence[FinishedRun]]) -> str:
+    """A sentence on runs that are of one recipe, or of more than two."""
+    number = "one recipe" if len(recipes) == 1 else f"{len(recipes)} recipes"
+    names = "; ".join(", ".join(run.name for run in recipe) for recipe in recipes)
+    options = {name for recipe in recipes for name in differing(recipes[0][0], recipe[0])}
+    differ = ""
+    if options:
+        differ = f" They differ in {', '.join(sorted(options)[:_LISTED])}."
+    return (
+        f"These runs are of {number}, by everything in config.yaml but the seed ({names}).{differ} Give two runs, or "
+        "several seeds of two recipes."
+    )
 
 
 def _seeds(runs: Sequence[FinishedRun]) -> str:
@@ -219,9 +240,7 @@ class Comparison:
     a: Sequence[FinishedRun]
     b: Sequence[FinishedRun]
     unbalanced: bool  # whether balanced accuracy is compared, because classes differ in size or the runs chose by it
-    by_seed: Sequence[
-        PairedDifference
-    ]  # the difference of each pair on the test images; `difference` is their mean
+    by_seed: Sequence[PairedDifference]  # of each pair on the test images; `difference` is the mean
     difference: float
     low: float
     high: float
@@ -244,52 +263,69 @@ class Comparison:
     @property
     def simpler(self) -> str | None:
         """The side without experts; None where both have some, or neither."""
-        dense = [
-            letter for letter, side in (("A", self.a), ("B", self.b)) if not side[0].summary.layers
-        ]
-        return dense[0] if len(dense) == 1 else None
+        has_experts = bool(self.a[0].summary.layers), bool(self.b[0].summary.layers)
+        return {(False, True): "A", (True, False): "B"}.get(has_experts)
 
 
 def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
     """Compare one run with one, or pairs of runs of the same seeds."""
     unbalanced = any(run.summary.unbalanced for run in [*a, *b])
-    labels = np.unique(np.array(a[0].labels), return_inverse=True)[1]
-    by_seed = [
-        paired_macro_difference(one.correct, other.correct, labels)
-        if unbalanced
-        else paired_difference(one.correct, other.correct)
-        for one, other in zip(a, b, strict=True)
-    ]
-    difference = fmean(pair.difference for pair in by_seed)
+    _, labels = np.unique(np.array(a[0].labels), return_inverse=True)
+    by_seed = []
+    for run_a, run_b in zip(a, b, strict=True):
+        if unbalanced:
+            pair = paired_macro_difference(run_a.correct, run_b.correct, labels)
+        else:
+            pair = paired_difference(run_a.correct, run_b.correct)
+        by_seed.append(pair)
+
     if len(a) > 1:
-        gap = Gap.of([100 * pair.difference for pair in by_seed])
-        low, high, p, detectable = gap.low / 100, gap.high / 100, gap.p_value, gap.detectable / 100
-        return Comparison(
-            a, b, unbalanced, by_seed, difference, low, high, p, p < LEVEL, detectable
-        )
-    (pair,) = by_seed
-    low, high, p, differ = (
-        pair.low,
-        pair.high,
-        pair.p_value,
-        shown_to_differ(pair, balanced=unbalanced),
+        certainty = _certainty_over_seeds(by_seed)
+    else:
+        certainty = _certainty_over_images(by_seed[0], balanced=unbalanced)
+    return Comparison(
+        a=a,
+        b=b,
+        unbalanced=unbalanced,
+        by_seed=by_seed,
+        difference=fmean(pair.difference for pair in by_seed),
+        **certainty,
     )
-    if unbalanced:
-        detectable = (1 + norm.ppf(POWER) / norm.ppf(1 - LEVEL / 2)) * (high - low) / 2
+
+
+def _certainty_over_seeds(pairs: Sequence[PairedDifference]) -> dict[str, Any]:
+    gap = Gap.of([100 * pair.difference for pair in pairs])
+    return {
+        "low": gap.low / 100,
+        "high": gap.high / 100,
+        "p_value": gap.p_value,
+        "differ": gap.p_value < LEVEL,
+        "detectable": gap.detectable / 100,
+    }
+
+
+def _certainty_over_images(pair: PairedDifference, *, balanced: bool) -> dict[str, Any]:
+    if balanced:
+        z_ratio = norm.ppf(POWER) / norm.ppf(1 - LEVEL / 2)
+        detectable = (1 + z_ratio) * (pair.high - pair.low) / 2
     else:
         detectable = detectable_on(pair.n, pair.only_a + pair.only_b)
-    return Comparison(
-        a, b, unbalanced, by_seed, difference, low, high, p, differ, float(detectable)
-    )
+    return {
+        "low": pair.low,
+        "high": pair.high,
+        "p_value": pair.p_value,
+        "differ": shown_to_differ(pair, balanced=balanced),
+        "detectable": float(detectable),
+    }
 
 
-def comparison_text(found: Comparison) -> list[list[str]]:
+def comparison_text(comparison: Comparison) -> list[list[str]]:
     """Sentences on what was found, how sure it is and what the interval doesn't cover; and notes on the rest."""
-    machines = sorted(
-        {f"{run.summary.device}, {run.summary.precision}" for run in [*found.a, *found.b]}
-    )
+    summaries = [run.summary for run in [*comparison.a, *comparison.b]]
     text = template("compare.txt.jinja").render(
-        found=found, options=differing(found.a[0], found.b[0]), machines=machines
+        comparison=comparison,
+        options=differing(comparison.a[0], comparison.b[0]),
+        machines=sorted({f"{summary.device}, {summary.precision}" for summary in summaries}),
     )
     return [part.splitlines() for part in text.split("---\n")]
 
@@ -297,116 +333,134 @@ def comparison_text(found: Comparison) -> list[list[str]]:
 # ---- what is printed and written
 
 
-def _print(found: Comparison, left_out: Sequence[str]) -> None:
+def _print(comparison: Comparison, left_out: Sequence[str]) -> None:
     console = Console()
     if console.width < 110 and not console.is_terminal:
         console = Console(width=110)  # a file has room for all columns
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
+    say = partial(console.print, markup=False, highlight=False)
+    seeds = len(comparison.a)
 
     table = Table("", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
-    for letter, side in (("A", found.a), ("B", found.b)):
-        others = f" and {len(side) - 1} more" if side[1:] else ""
+    others = f" and {seeds - 1} more" if seeds > 1 else ""
+    for letter, side in (("A", comparison.a), ("B", comparison.b)):
         table.add_column(escape_controls(f"{letter}: {side[0].name}{others}"), justify="right")
-    for row in _rows(found):
+    for row in _rows(comparison):
         table.add_row(*row)
     console.print(table, markup=False)
-    if found.a[1:]:
-        for one, other, pair in zip(found.a, found.b, found.by_seed, strict=True):
+
+    if seeds > 1:
+        for a, b, pair in zip(comparison.a, comparison.b, comparison.by_seed, strict=True):
             say(
-                f"seed {one.summary.seed}: {escape_controls(one.name)} − {escape_controls(other.name)} = "
+                f"seed {a.summary.seed}: {escape_controls(a.name)} − {escape_controls(b.name)} = "
                 f"{points(pair.difference)} ({points(pair.low)} to {points(pair.high)}, over images)"
             )
-    sentences, notes = comparison_text(found)
+    sentences, notes = comparison_text(comparison)
     for sentence in sentences:
         say(sentence)
     console.print()
-    left = (
-        [f"Left out, without a partner of the same seed: {', '.join(left_out)}."]
-        if left_out
-        else []
-    )
-    for note in [*notes, *left]:
+    if left_out:
+        notes.append(f"Left out, without a partner of the same seed: {', '.join(left_out)}.")
+    for note in notes:
         say(f"note: {escape_controls(note)}")
 
 
-def _rows(found: Comparison) -> Iterator[tuple[str, str, str]]:
+_ROWS: dict[str, Callable[[float], str]] = {
+    "balanced accuracy": percent,
+    "FLOPs of one image": flops,
+    "parameters": flops,
+    "active parameters": flops,
+    "epochs": "{:g}".format,
+    "training": duration,
+    "training, CPU time": duration,
+    "training, images/s": "{:,.0f}".format,
+    "one image, ms": "{:.1f}".format,
+    "max/mean load": "{:.2f}".format,
+}
+
+
+def _values(run: RunSummary) -> dict[str, float | None]:
+    """The numbers of `_ROWS`; None where one isn't known."""
+    return {
+        "balanced accuracy": run.test.balanced_accuracy,
+        "FLOPs of one image": run.cost.flops_per_image + run.cost.router_flops_per_image,
+        "parameters": run.cost.total_parameters,
+        "active parameters": run.cost.active_parameters,
+        "epochs": run.epochs,
+        "training": run.duration_s,
+        "training, CPU time": run.cpu_s,
+        "training, images/s": run.images_per_s,
+        "one image, ms": run.ms_per_image,
+        "max/mean load": max((layer.max_over_mean for layer in run.layers), default=None),
+    }
+
+
+def _rows(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
     """Accuracy and cost of both sides, with their names; of several seeds the mean. What neither knows is left out."""
-    rows: list[tuple[str, Callable[[RunSummary], float | None], Callable[[float], str]]] = [
-        (
-            "FLOPs of one image",
-            lambda run: run.cost.flops_per_image + run.cost.router_flops_per_image,
-            flops,
-        ),
-        ("parameters", lambda run: run.cost.total_parameters, flops),
-        ("active parameters", lambda run: run.cost.active_parameters, flops),
-        ("epochs", lambda run: run.epochs, "{:g}".format),
-        ("training", lambda run: run.duration_s, duration),
-        ("training, CPU time", lambda run: run.cpu_s, duration),
-        ("training, images/s", lambda run: run.images_per_s, "{:,.0f}".format),
-        ("one image, ms", lambda run: run.ms_per_image, "{:.1f}".format),
-        (
-            "max/mean load",
-            lambda run: max((x.max_over_mean for x in run.layers), default=None),
-            "{:.2f}".format,
-        ),
-    ]
-    yield "test accuracy", _accuracy(found.a), _accuracy(found.b)
-    if found.unbalanced:
-        rows.insert(0, ("balanced accuracy", lambda run: run.test.balanced_accuracy, percent))
-    yield "seeds" if found.a[1:] else "seed", _seeds(found.a), _seeds(found.b)
-    for name, value, text in rows:
-        known = [
-            [number for run in side if (number := value(run.summary)) is not None]
-            for side in (found.a, found.b)
-        ]
-        if any(known):
-            one, other = (text(fmean(numbers)) if numbers else "" for numbers in known)
-            yield name, one, other
+    a, b = comparison.a, comparison.b
+    yield "test accuracy", _accuracy(a), _accuracy(b)
+    yield "seeds" if len(a) > 1 else "seed", _seeds(a), _seeds(b)
+    for name, to_text in _ROWS.items():
+        if name == "balanced accuracy" and not comparison.unbalanced:
+            continue
+        means = _mean(a, name, to_text), _mean(b, name, to_text)
+        if any(means):
+            yield name, *means
+
+
+def _mean(side: Sequence[FinishedRun], name: str, to_text: Callable[[float], str]) -> str:
+    """The mean over the runs that know it; empty where none does."""
+    values = []
+    for run in side:
+        value = _values(run.summary)[name]
+        if value is not None:
+            values.append(value)
+    return to_text(fmean(values)) if values else ""
 
 
 def _accuracy(side: Sequence[FinishedRun]) -> str:
     """With its 95 % interval over images, or ± its standard deviation over seeds."""
     accuracies = [run.summary.test.accuracy for run in side]
-    if side[1:]:
+    if len(side) > 1:
         return f"{percent(fmean(accuracies))} ± {100 * stdev(accuracies):.1f}"
     low, high = side[0].summary.test.interval
     return f"{percent(accuracies[0])} ({percent(low)} to {percent(high)})"
 
 
-def facts(found: Comparison) -> dict[str, Any]:
+def facts(comparison: Comparison) -> dict[str, Any]:
     """Everything as JSON primitives; differences are shares, null where there is none."""
-
-    def known(value: float) -> float | None:
-        return None if math.isnan(value) else value
-
-    def of_run(run: FinishedRun) -> dict[str, Any]:
-        made = run.summary
-        return {
-            "run": os.fspath(run.folder),
-            "seed": made.seed,
-            **{name: getattr(made.test, name) for name in _ACCURACIES},
-            **asdict(made.cost),
-            **{name: getattr(made, name) for name in _COSTS},
-            "train_s": made.duration_s,
-            "max_over_mean": [layer.max_over_mean for layer in made.layers],
-        }
-
+    sentences, notes = comparison_text(comparison)
+    pairs = zip(comparison.a, comparison.b, comparison.by_seed, strict=True)
     return {
         "schema": _SCHEMA,
-        "measure": found.measure,
-        "verdict": found.verdict,
-        "difference": found.difference,
-        "interval": [known(found.low), known(found.high)],
-        "detectable": known(found.detectable),
-        "p_value": known(found.p_value),
+        "measure": comparison.measure,
+        "verdict": comparison.verdict,
+        "difference": comparison.difference,
+        "interval": [_null_if_nan(comparison.low), _null_if_nan(comparison.high)],
+        "detectable": _null_if_nan(comparison.detectable),
+        "p_value": _null_if_nan(comparison.p_value),
         "by_seed": [
-            {"seeds": [one.summary.seed, other.summary.seed], **asdict(pair)}
-            for one, other, pair in zip(found.a, found.b, found.by_seed, strict=True)
+            {"seeds": [a.summary.seed, b.summary.seed], **asdict(pair)} for a, b, pair in pairs
         ],
-        "a": [of_run(run) for run in found.a],
-        "b": [of_run(run) for run in found.b],
-        "differ_in": differing(found.a[0], found.b[0]),
-        **dict(zip(("sentences", "notes"), comparison_text(found), strict=True)),
+        "a": [_facts_of_run(run) for run in comparison.a],
+        "b": [_facts_of_run(run) for run in comparison.b],
+        "differ_in": differing(comparison.a[0], comparison.b[0]),
+        "sentences": sentences,
+        "notes": notes,
+    }
+
+
+def _null_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _facts_of_run(run: FinishedRun) -> dict[str, Any]:
+    summary = run.summary
+    return {
+        "run": os.fspath(run.folder),
+        "seed": summary.seed,
+        **{name: getattr(summary.test, name) for name in _ACCURACIES},
+        **asdict(summary.cost),
+        **{name: getattr(summary, name) for name in _COSTS},
+        "train_s": summary.duration_s,
+        "max_over_mean": [layer.max_over_mean for layer in summary.layers],
     }

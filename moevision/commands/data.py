@@ -24,9 +24,9 @@ from moevision.words import shell_word
 _HARDEST = 0.1  # of --hardest where it isn't given
 
 
-def run(chosen: Namespace) -> None:
+def run(args: Namespace) -> None:
     """Do the task that was asked for."""
-    {"score": write_page, "prune": write_list}[chosen.task](chosen)
+    {"score": write_page, "prune": write_list}[args.task](args)
 
 
 def run_of(address: str) -> Path:
@@ -39,61 +39,74 @@ def run_of(address: str) -> Path:
     return folder
 
 
-def write_page(chosen: Namespace) -> None:
+def write_page(args: Namespace) -> None:
     """`moevision data score RUN`: write the page and the table."""
     from moevision.analysis.good_data import PAGE, TABLE, score_run
 
-    run_dir = run_of(chosen.run)
-    out = chosen.out or run_dir / "data"
-    found = score_run(run_dir, out, show=chosen.show, quick=chosen.quick, command=chosen.command)
-    counts = ", ".join(f"{count:,} {split}" for split, count in found["counts"].items())
-    print(
-        f"{counts} images"
-        + ("" if chosen.quick else f", {found['unreadable']:,} of them unreadable")
-    )
-    print(
-        f"The page is {escape_controls(str(out / PAGE))}; every number is in {escape_controls(str(out / TABLE))}"
-    )
+    run_dir = run_of(args.run)
+    out = args.out or run_dir / "data"
+    facts = score_run(run_dir, out, show=args.show, quick=args.quick, command=args.command)
+    counts = ", ".join(f"{count:,} {split}" for split, count in facts["counts"].items())
+    unreadable = "" if args.quick else f", {facts['unreadable']:,} of them unreadable"
+    page, table = (escape_controls(str(out / name)) for name in (PAGE, TABLE))
+    print(f"{counts} images{unreadable}\nThe page is {page}; every number is in {table}")
 
 
-def write_list(chosen: Namespace) -> None:
+def write_list(args: Namespace) -> None:
     """`moevision data prune RUN`: write the list, and print the shares."""
-    decided = chosen.by == "decisions"
-    if decided and (chosen.decisions is None or chosen.keep is not None):
-        raise UserError(
-            "--by decisions needs --decisions FILE and no --keep: the file says what goes."
-        )
-    if not decided and (not chosen.keep or chosen.decisions is not None):
-        raise UserError(
-            f"--by {chosen.by} needs --keep SHARE above 0, such as 0.7, and no --decisions."
-        )
-    if chosen.hardest is not None and chosen.by != "ccs":
-        raise UserError("--hardest belongs to --by ccs.")
-    run_dir = run_of(chosen.run)
+    _check(args)
+    run_dir = run_of(args.run)
     scores = Scores.read(run_dir / FILE)
-    if decided:
-        kept, name = choose_kept_images(scores, chosen.decisions), "keep-decisions.csv"
+    if args.by == "decisions":
+        selection = choose_kept_images(scores, args.decisions)
     else:
-        hardest = _HARDEST if chosen.hardest is None else chosen.hardest
-        kept = prune(scores, chosen.by, chosen.keep, hardest=hardest, seed=chosen.seed)
-        # Lists that differ lie side by side.
-        others = ("" if hardest == _HARDEST else f"-hardest-{hardest:g}") + (
-            f"-s{chosen.seed}" if chosen.seed else ""
-        )
-        name = f"keep-{chosen.by}-{chosen.keep:g}{others}.csv"
-    out = chosen.out or run_dir / name
+        hardest = _HARDEST if args.hardest is None else args.hardest
+        selection = prune(scores, args.by, args.keep, hardest=hardest, seed=args.seed)
+    out = args.out or run_dir / _list_name(args)
     relabelled = bool(data_settings(run_dir).get("relabel"))
     refuse_foreign(out, LIST_HEAD.encode())
-    kept.write(out, scores, relabelled=relabelled)
-    found = (class_shares(scores, kept), "class"), (expert_shares(scores, kept.keep), "expert")
-    for shares, what in found:
+    selection.write(out, scores, relabelled=relabelled)
+
+    warnings = []
+    for kind, shares in (
+        ("class", class_shares(scores, selection)),
+        ("expert", expert_shares(scores, selection.keep)),
+    ):
         if shares:
-            print("\n".join([*map(escape_controls, shares_table(shares, what)), ""]))
-    for sentence in (each for shares, what in found for each in starvation_warnings(shares, what)):
+            print("\n".join([*map(escape_controls, shares_table(shares, kind)), ""]))
+        warnings += starvation_warnings(shares, kind)
+    for sentence in warnings:
         print(f"warning: {escape_controls(sentence)}")
-    print(
-        f"{kept.keep.sum():,} of {len(kept.keep):,} training images are kept: {escape_controls(str(out))}"
-    )
-    file = shell_word(escape_controls(str(out)))
-    relabel = f" --data.relabel {file}" if kept.new_label or relabelled else ""
+
+    path = escape_controls(str(out))
+    print(f"{selection.keep.sum():,} of {len(selection.keep):,} training images are kept: {path}")
+    file = shell_word(path)
+    relabel = f" --data.relabel {file}" if selection.new_label or relabelled else ""
     print(f"train on them: the options of the run, a new --name, and --data.keep {file}{relabel}")
+
+
+def _check(args: Namespace) -> None:
+    """Refuse options that don't belong together."""
+    if args.by == "decisions":
+        if args.decisions is None or args.keep is not None:
+            raise UserError(
+                "--by decisions needs --decisions FILE and no --keep: the file says what goes."
+            )
+    elif not args.keep or args.decisions is not None:
+        raise UserError(
+            f"--by {args.by} needs --keep SHARE above 0, such as 0.7, and no --decisions."
+        )
+    if args.hardest is not None and args.by != "ccs":
+        raise UserError("--hardest belongs to --by ccs.")
+
+
+def _list_name(args: Namespace) -> str:
+    """A file name by which lists that differ lie side by side."""
+    if args.by == "decisions":
+        return "keep-decisions.csv"
+    name = f"keep-{args.by}-{args.keep:g}"
+    if args.hardest not in (None, _HARDEST):
+        name += f"-hardest-{args.hardest:g}"
+    if args.seed:
+        name += f"-s{args.seed}"
+    return f"{name}.csv"

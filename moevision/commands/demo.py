@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from moevision.demo.service import Explorer
 
 
-def run(chosen: Namespace, wait: Callable[[], None] | None = None) -> None:
+def run(args: Namespace, wait: Callable[[], None] | None = None) -> None:
     """Run with parsed command-line arguments until Ctrl-C, or until `wait` returns."""
-    if chosen.port is not None and not 0 < chosen.port < 65536:
-        raise UserError(f"--port is {chosen.port}: give a number from 1 to 65535.")
-    given = {each.name: getattr(chosen, each.name) for each in fields(Serving)}
-    serving = Serving(**{**given, "auth": login(chosen.auth)})
+    if args.port is not None and not 0 < args.port < 65536:
+        raise UserError(f"--port is {args.port}: give a number from 1 to 65535.")
+    options = {field.name: getattr(args, field.name) for field in fields(Serving)}
+    options["auth"] = login(args.auth)
+    serving = Serving(**options)
     serving.check()
-    with (
-        serving.listen() as listener
-    ):  # before the models are loaded, which takes seconds: who is early waits
+    # Listen before the models are loaded, which takes seconds: who is early waits.
+    with serving.listen() as listener:
         print("Loading the models …", file=sys.stderr)
-        explorer = open_explorer(chosen.model, chosen.data, chosen.root, local=serving.local)
+        explorer = open_explorer(args.model, args.data, args.root, local=serving.local)
         from moevision.demo.server import Server
 
         with Server(explorer, serving, listener) as server:
@@ -52,28 +52,33 @@ def login(argument: str | None) -> tuple[str, str] | None:
     variable = os.environ.pop(AUTH, None)
     if variable and variable.partition(":")[0] == argument:
         argument = None  # its password is known
-    given = variable if argument is None else argument
-    if given is None:
+    credentials = variable if argument is None else argument
+    if credentials is None:
         return None
-    user, colon, password = given.partition(":")
-    if argument is not None and colon and user and password:
+
+    user, colon, password = credentials.partition(":")
+    if argument is not None and not colon:
+        password = _ask_for_password(user)
+    elif argument is not None and user and password:
         print(
             "note: others on this computer can read a password on the command line, and your shell keeps it: "
             f"--auth {user} asks for it, and {AUTH}=USER:PASSWORD sets it for a service.",
             file=sys.stderr,
         )
-    elif argument is not None and not colon:
-        if not sys.stdin.isatty():
-            raise UserError(
-                f"--auth {user} asks for a password, and here is no terminal: set {AUTH}=USER:PASSWORD instead."
-            )
-        password = getpass.getpass(f"Password for {user}: ")
     if not (user and password):
-        name = AUTH if argument is None else "--auth"
+        source = AUTH if argument is None else "--auth"
         raise UserError(
-            f"{name} needs a user and a password, neither of them empty, as in class:secret."
+            f"{source} needs a user and a password, neither of them empty, as in class:secret."
         )
     return user, password
+
+
+def _ask_for_password(user: str) -> str:
+    if not sys.stdin.isatty():
+        raise UserError(
+            f"--auth {user} asks for a password, and here is no terminal: set {AUTH}=USER:PASSWORD instead."
+        )
+    return getpass.getpass(f"Password for {user}: ")
 
 
 def open_explorer(
@@ -99,15 +104,12 @@ def announcement(server: Server, serving: Serving) -> str:
     """What is printed when the page is up: address, how to stop, who can see it, and a QR code for others."""
     lines = [f"The explorer is at {server.url}", "Stop it with Ctrl-C."]
     if serving.local:
-        return "\n".join(
-            [*lines, "Only this computer can see it; --host and --share show it to others."]
-        )
+        lines.append("Only this computer can see it; --host and --share show it to others.")
+        return "\n".join(lines)
     address = server.share_url or address_for_others(serving.bare_host, server.url)
-    lines.append(
-        f"Others open {address}"
-        + (" and log in." if serving.auth else ": anyone who can reach it may use it.")
-    )
-    return "\n".join([*lines, "", qr_code(address)])
+    access = " and log in." if serving.auth else ": anyone who can reach it may use it."
+    lines += [f"Others open {address}{access}", "", qr_code(address)]
+    return "\n".join(lines)
 
 
 def qr_code(address: str) -> str:
@@ -129,10 +131,11 @@ def address_for_others(host: str, url: str) -> str:
 
 def _own_address(family: socket.AddressFamily) -> str:
     """The address under which the local network knows this computer; no packet is sent to find it."""
+    # RFC 5737 and 3849: they route like the world and belong to nobody.
+    remote = "2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1"
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            # RFC 5737 and 3849: they route like the world and belong to nobody.
-            probe.connect(("2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1", 9))
+            probe.connect((remote, 9))
         except OSError:
             return socket.gethostname()
         return str(probe.getsockname()[0])

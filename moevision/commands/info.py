@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 from rich.console import Console
@@ -27,14 +27,14 @@ from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.words import loading
 
 
-def run(chosen: Namespace) -> None:
+def run(args: Namespace) -> None:
     """Show parameters and FLOPs of a model beside its dense twins and the plain ViT."""
     with loading("counting parameters and FLOPs"):
-        saved = load_any(chosen.model)
+        saved = load_any(args.model)
         costs = compare_costs(saved.net, saved.image_size)
     layers = moe_layers(saved.net)
     facts: dict[str, Any] = {
-        "model": chosen.model,
+        "model": args.model,
         "classes": len(saved.class_names),
         "image_size": saved.image_size,
         "moe_blocks": [layer.layer_index for layer in layers],
@@ -44,12 +44,13 @@ def run(chosen: Namespace) -> None:
         "moe": describe_moe(layers) if layers else "no MoE layers",
         "costs": {name: asdict(cost) for name, cost in costs.items()},
     }
-    if chosen.format == "json":
+    if args.format == "json":
         print(json.dumps(facts, indent=2))
         return
+
     console = Console()
     console.print(
-        f"{escape_controls(chosen.model)}: {facts['classes']} classes, {facts['image_size']} px",
+        f"{escape_controls(args.model)}: {facts['classes']} classes, {facts['image_size']} px",
         markup=False,
     )
     console.print(facts["moe"])
@@ -71,20 +72,26 @@ def compare_costs(net: nn.Module, image_size: int) -> dict[str, ModelCost]:
     costs = {"this model": measure_cost(net, image_size)}
     if not moe_layers(net):
         return costs
-    costs["dense twin, same active FLOPs"] = measure_cost(
-        dense_twin(net, "active_flops"), image_size
-    )
-    costs["dense twin, same parameters"] = measure_cost(dense_twin(net, "total_params"), image_size)
+    matches: dict[str, Literal["active_flops", "total_params"]] = {
+        "dense twin, same active FLOPs": "active_flops",
+        "dense twin, same parameters": "total_params",
+    }
+    for name, match in matches.items():
+        costs[name] = measure_cost(dense_twin(net, match), image_size)
+    costs["the plain ViT"] = measure_cost(_plain_vit(net), image_size)
+    return costs
+
+
+def _plain_vit(net: nn.Module) -> nn.Module:
+    """The architecture without experts, with timm's own MLPs."""
     architecture = cast(dict[str, Any], net.pretrained_cfg).get("architecture")
     if not architecture:
         raise UserError("The plain ViT of a model without a timm name is not known.")
-    given = copy.deepcopy(cast(dict[str, Any], getattr(net, "_model_args", {})))
-    dense = {name: value for name, value in given.items() if name not in (*MOE_ARGUMENTS, "twin")}
-    plain = timm.create_model(
-        architecture, **{**dense, "num_classes": net.num_classes, "moe_layers": []}
-    )
-    costs["the plain ViT"] = measure_cost(plain, image_size)
-    return costs
+    arguments = copy.deepcopy(cast(dict[str, Any], getattr(net, "_model_args", {})))
+    for name in (*MOE_ARGUMENTS, "twin"):
+        arguments.pop(name, None)
+    arguments |= {"num_classes": net.num_classes, "moe_layers": []}
+    return timm.create_model(architecture, **arguments)
 
 
 def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -106,28 +113,26 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
 # ---- what its experts do
 
 
-def analyze(chosen: Namespace) -> None:
+def analyze(args: Namespace) -> None:
     """Write the report, and print the three answers and what it says of each layer."""
     from moevision.analysis import report  # scikit-learn and matplotlib come along
 
-    options = {field.name for field in fields(report.ReportSettings)}
-    given = {
-        name: value for name, value in vars(chosen).items() if name in options and value is not None
-    }
-    if chosen.quick:
-        given = {"limit": 300, "permutations": 200} | given
-    settings = report.ReportSettings(
-        **given | {"out": Path(chosen.out), "seeds": tuple(chosen.seeds)}
-    )
-    numbers = report.analyze(settings, live=live_view)
-    for answer in numbers["verdict"]["answers"]:
+    options: dict[str, Any] = {}
+    if args.quick:
+        options = {"limit": 300, "permutations": 200}
+    for field in fields(report.ReportSettings):
+        value = getattr(args, field.name, None)
+        if value is not None:
+            options[field.name] = value
+    options |= {"out": Path(args.out), "seeds": tuple(args.seeds)}
+    settings = report.ReportSettings(**options)
+
+    verdict = report.analyze(settings, live=live_view)["verdict"]
+    for answer in verdict["answers"]:
         print(escape_controls(answer["sentence"]))
-    for layer in numbers["verdict"]["layers"]:
-        print(
-            "\n".join(
-                f"  {escape_controls(line)}" for line in [*layer["sentences"], *layer["numbers"]]
-            )
-        )
+    for layer in verdict["layers"]:
+        for line in [*layer["sentences"], *layer["numbers"]]:
+            print(f"  {escape_controls(line)}")
     print(f"The report is {escape_controls(str(settings.out / 'report.html'))}")
 
 
@@ -137,6 +142,5 @@ def live_view(model: SavedModel, pixels: Any, name: str, label: str | None) -> s
     from moevision.demo.html import flow_html
     from moevision.demo.view import route_image
 
-    return flow_html(
-        route_image(model, pixels, picture=PictureFacts(pixels, name=name, label=label)).to_json()
-    )
+    picture = PictureFacts(pixels, name=name, label=label)
+    return flow_html(route_image(model, pixels, picture=picture).to_json())

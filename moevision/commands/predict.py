@@ -10,23 +10,24 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
-from moevision.data.folder import left_out, walk
+from moevision.data.folder import unread_formats, walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, escape_controls, escape_csv_cell, json_text
 from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic
 from moevision.models.io import SavedModel, best_device
 from moevision.models.ood import linear_head, pooled
+from moevision.train.checkpoint import load_trained
 from moevision.train.processes import print_rank0
-from moevision.train.resume import load_trained
 from moevision.words import loading
 
 UNSURE = "unsure"
@@ -37,102 +38,105 @@ NPY_HEAD = b"('feature', '<f4', ("
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one image; a `distance` above 1 is that of a stranger (`moevision.models.ood`)."""
+    """What a model says about one image; a `distance` above 1 is out of distribution (`moevision.models.ood`).
+
+    `classes` are the most likely ones, best first, at most five, with their `probabilities`. Where there is no answer
+    `error` says why, and the other fields are empty. `feature` is what the classifier reads, float32 [D], where it was
+    asked for.
+    """
 
     path: str
-    classes: tuple[
-        str, ...
-    ] = ()  # the most likely ones in words, best first, at most five, with their `probabilities`
+    classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
-    error: str = (
-        ""  # why the file could not be read, or `NO_NUMBER`; the other fields are empty then
-    )
+    error: str = ""
     distance: float | None = None
-    feature: npt.NDArray[np.float32] | None = (
-        None  # what the classifier reads, float32 [D], where it was asked for
-    )
+    feature: npt.NDArray[np.float32] | None = None
 
     def is_unsure(self, threshold: float | None) -> bool:
         """Whether the likeliest class of a readable image stays below the threshold."""
-        return threshold is not None and bool(self.classes) and self.probabilities[0] < threshold
+        if threshold is None or not self.classes:
+            return False
+        return self.probabilities[0] < threshold
 
 
-def run(chosen: Namespace) -> None:
+def run(args: Namespace) -> None:
     """Classify, and print or write one row per image.
 
     A file that can't be read gets a row that says why; the others are classified all the same.
     """
     with loading("loading the model"):
-        model = load_trained(chosen.model)
-    if chosen.features is not None and linear_head(model.net) is None:
+        model = load_trained(args.model)
+    features = args.features is not None
+    if features and linear_head(model.net) is None:
         raise UserError(
-            f"{chosen.model} has no linear classifier, and so no features before it: leave --features out."
+            f"{args.model} has no linear classifier, and so no features before it: leave --features out."
         )
-    files = list(images_at(chosen.paths))
-    head_of_text = to_csv([]).encode() if chosen.format == "csv" else JSON_HEAD
-    for option, out, head in (
-        ("--out", chosen.out, head_of_text),
-        ("--features", chosen.features, NPY_HEAD),
-    ):
-        if out is not None:  # before hours of classifying
-            refuse_foreign(Path(out), head, option)
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-    batches = [
-        files[start : start + chosen.batch_size]
-        for start in range(0, len(files), chosen.batch_size)
-    ]
-    progress = track(
-        batches,
-        "classifying",
-        console=Console(stderr=True),
-        disable=len(batches) < 4,
-        transient=True,
-    )
-    wanted = chosen.features is not None
-    rows = [
-        row
-        for batch in progress
-        for row in predict_batch(model, batch, chosen.precision, features=wanted)
-    ]
-    calibrated, limit = model.temperature is not None, chosen.unsure
-    text = (
-        to_json(rows, limit, calibrated=calibrated)
-        if chosen.format == "json"
-        else to_csv(rows, limit)
-    )
-    if chosen.out is None:
+    files = list(images_at(args.paths))
+    is_json = args.format == "json"
+    # Before hours of classifying.
+    _prepare_output(args.out, JSON_HEAD if is_json else to_csv([]).encode(), "--out")
+    _prepare_output(args.features, NPY_HEAD, "--features")
+
+    predictions = _predict(model, files, args)
+
+    calibrated = model.temperature is not None
+    text = to_csv(predictions, args.unsure)
+    if is_json:
+        text = to_json(predictions, args.unsure, calibrated=calibrated)
+    if args.out is None:
         print(text, end="")
     else:
-        write_text_atomic(chosen.out, text)
-    if wanted:
-        write_bytes_atomic(Path(chosen.features), to_npy(rows))
+        write_text_atomic(args.out, text)
+    if features:
+        write_bytes_atomic(Path(args.features), to_npy(predictions))
     if not calibrated:
         print(
             "Probabilities are not calibrated: this model was saved without a temperature.",
             file=sys.stderr,
         )
-    _tell_problems(rows, limit)
+    _print_problems(predictions, args.unsure)
 
 
-def _tell_problems(rows: Sequence[Prediction], unsure: float | None) -> None:
+def _prepare_output(path: str | None, head: bytes, option: str) -> None:
+    """Refuse a file that somebody else made, and make the folder."""
+    if path is not None:
+        refuse_foreign(Path(path), head, option)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _predict(model: SavedModel, files: Sequence[Path], args: Namespace) -> list[Prediction]:
+    """Classify batch by batch, with a progress bar where that takes long."""
+    starts = range(0, len(files), args.batch_size)
+    progress = track(
+        starts,
+        "classifying",
+        console=Console(stderr=True),
+        disable=len(starts) < 4,
+        transient=True,
+    )
+    features = args.features is not None
+    predictions = []
+    for start in progress:
+        batch = files[start : start + args.batch_size]
+        predictions += predict_batch(model, batch, args.precision, features=features)
+    return predictions
+
+
+def _print_problems(predictions: Sequence[Prediction], unsure: float | None) -> None:
     """Say on standard error how many answers are missing, or not to be taken as they are."""
+    errors = [prediction.error for prediction in predictions if prediction.error]
+    no_number = errors.count(NO_NUMBER)
+    unsure_count = sum(prediction.is_unsure(unsure) for prediction in predictions)
+    distant_count = sum((prediction.distance or 0) > 1 for prediction in predictions)
     problems = {
-        f"images are unsure: no class reaches {unsure or 0:g}": sum(
-            row.is_unsure(unsure) for row in rows
-        ),
-        "images are unlike the training images: their distance is above 1": sum(
-            (row.distance or 0) > 1 for row in rows
-        ),
-        "images have no answer: the model's is no number": sum(
-            row.error == NO_NUMBER for row in rows
-        ),
-        "files could not be read; their rows say why": sum(
-            row.error not in ("", NO_NUMBER) for row in rows
-        ),
+        f"images are unsure: no class reaches {unsure or 0:g}": unsure_count,
+        "images are unlike the training images: their distance is above 1": distant_count,
+        "images have no answer: the model's is no number": no_number,
+        "files could not be read; their rows say why": len(errors) - no_number,
     }
     for problem, count in problems.items():
         if count:
-            print(f"{count} of {len(rows)} {problem}.", file=sys.stderr)
+            print(f"{count} of {len(predictions)} {problem}.", file=sys.stderr)
 
 
 # ---- images in, rows out
@@ -143,26 +147,43 @@ def images_at(paths: Sequence[str]) -> Iterator[Path]:
 
     Links are followed; each folder is entered once.
     """
-    for name in paths:
-        path = Path(name)
+    for path in map(Path, paths):
         if path.is_dir():
-            links: Counter[str] = Counter()
-            files = list(walk(path, links))
-            images = sorted(Path(file.path) for file in files if is_image_path(file.name))
-            others = left_out(path, (file.name for file in files if not is_image_path(file.name)))
-            if links["unreadable"]:
-                print_rank0(
-                    f"warning: {links['unreadable']} folders in {path} can't be read, and were left out: permit it."
-                )
-            if not images:
-                raise UserError("; ".join([f"{path} holds no image", *others]))
-            if others:
-                print_rank0(f"warning: {others[0]}")
-            yield from images
+            yield from _images_below(path)
         elif path.exists():
             yield path
         else:
             raise UserError(f"There is no file or folder {path}.")
+
+
+def _images_below(folder: Path) -> list[Path]:
+    links: Counter[str] = Counter()
+    images, others = [], []
+    for file in walk(folder, links):
+        if is_image_path(file.name):
+            images.append(Path(file.path))
+        else:
+            others.append(file.name)
+    remarks = unread_formats(folder, others)
+
+    if links["unreadable"]:
+        print_rank0(
+            f"warning: {links['unreadable']} folders in {folder} can't be read, and were left out: permit it."
+        )
+    if not images:
+        raise UserError("; ".join([f"{folder} holds no image", *remarks]))
+    if remarks:
+        print_rank0(f"warning: {remarks[0]}")
+    return sorted(images)
+
+
+class Outputs(NamedTuple):
+    """What a model gives for B images; k is the number of classes, at most five, best first."""
+
+    probabilities: Tensor  # [B, k]
+    classes: Tensor  # [B, k]
+    distances: list[float] | None = None  # [B]
+    features: npt.NDArray[np.float32] | None = None  # [B, D]
 
 
 @torch.inference_mode()
@@ -174,46 +195,63 @@ def predict_batch(
     features: bool = False,
 ) -> list[Prediction]:
     """Classify one batch of files, in their order; unreadable ones are reported, not raised."""
-    device, side = best_device(), model.image_size
-    rows: dict[int, Prediction] = {}  # by the place of the file
-    pixels: dict[int, torch.Tensor] = {}  # the same of those that can be read: uint8 [3, S, S]
-    for place, file in enumerate(files):
+    predictions: dict[int, Prediction] = {}  # by the index of the file
+    pixels: dict[int, Tensor] = {}  # of those that can be read: uint8 [3, S, S]
+    for index, file in enumerate(files):
         try:
-            image = square_pixels(safe_open(file, side), side, model.framing)
-            pixels[place] = torch.from_numpy(image).permute(2, 0, 1)
+            image = safe_open(file, model.image_size)
         except BadImageError as error:
-            rows[place] = Prediction(str(file), error=error.reason)
+            predictions[index] = Prediction(str(file), error=error.reason)
+            continue
+        square = square_pixels(image, model.image_size, model.framing)  # [S, S, 3]
+        pixels[index] = torch.from_numpy(square).permute(2, 0, 1)
+
     if pixels:
-        images = normalize(torch.stack([*pixels.values()]), model.mean, model.std).to(
-            device
-        )  # [B, 3, S, S]
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            net, distances, rows_of = (
-                model.net.to(device),
-                [None] * len(images),
-                [None] * len(images),
-            )
-            if model.strangers is None and not features:
-                logits = net(images)  # [B, C]
-            else:
-                read = pooled(net, images)  # [B, D]
-                logits = cast(Any, net).get_classifier()(read)  # [B, C]
-                if model.strangers is not None:
-                    distances = model.strangers(read).tolist()  # [B]
-                if features:
-                    rows_of = list(read.float().cpu().numpy())
-        probabilities = (logits.float() / (model.temperature or 1.0)).softmax(-1).cpu()
-        values, indices = probabilities.topk(min(5, len(model.class_names)))  # [B, 5], best first
-        found = zip(pixels, values.tolist(), indices.tolist(), distances, rows_of, strict=True)
-        for place, likeliest, classes, distance, feature in found:
-            if not all(map(math.isfinite, (*likeliest, distance or 0.0))):
-                rows[place] = Prediction(str(files[place]), error=NO_NUMBER)
-                continue
-            names = tuple(model.class_names[each] for each in classes)
-            rows[place] = Prediction(
-                str(files[place]), names, tuple(likeliest), distance=distance, feature=feature
-            )
-    return [rows[place] for place in range(len(files))]
+        images = normalize(torch.stack(list(pixels.values())), model.mean, model.std)
+        outputs = _run_model(model, images, precision, features=features)
+        for row, index in enumerate(pixels):
+            predictions[index] = _prediction(model, str(files[index]), outputs, row)
+    return [predictions[index] for index in range(len(files))]
+
+
+def _run_model(model: SavedModel, images: Tensor, precision: str, *, features: bool) -> Outputs:
+    """Probabilities of images [B, 3, S, S], and where they are known or asked for distances and features."""
+    device = best_device()
+    net = model.net.to(device)
+    images = images.to(device)
+    distances = read = None
+    autocast = torch.autocast(
+        torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"
+    )
+    with autocast:
+        if model.strangers is None and not features:
+            logits = net(images)  # [B, C]
+        else:
+            read = pooled(net, images)  # [B, D]
+            logits = cast(Any, net).get_classifier()(read)  # [B, C]
+            if model.strangers is not None:
+                distances = model.strangers(read).tolist()
+
+    probabilities = (logits.float() / (model.temperature or 1.0)).softmax(-1).cpu()
+    best = probabilities.topk(min(5, len(model.class_names)))
+    if not features or read is None:
+        return Outputs(best.values, best.indices, distances)
+    return Outputs(best.values, best.indices, distances, read.float().cpu().numpy())
+
+
+def _prediction(model: SavedModel, path: str, outputs: Outputs, row: int) -> Prediction:
+    """What the model says about the image of one row."""
+    probabilities = tuple(outputs.probabilities[row].tolist())
+    distance = outputs.distances[row] if outputs.distances is not None else None
+    if not all(map(math.isfinite, (*probabilities, distance or 0.0))):
+        return Prediction(path, error=NO_NUMBER)
+    return Prediction(
+        path,
+        classes=tuple(model.class_names[label] for label in outputs.classes[row].tolist()),
+        probabilities=probabilities,
+        distance=distance,
+        feature=outputs.features[row] if outputs.features is not None else None,
+    )
 
 
 def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> str:
@@ -222,22 +260,18 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
     Below the threshold the class is `unsure`; top5 has the likeliest ones all the same.
     """
     rows = []
-    for row in predictions:
-        pairs = [
-            (name, f"{share:.4f}")
-            for name, share in zip(row.classes, row.probabilities, strict=True)
-        ]
-        best, probability = pairs[0] if pairs else ("", "")
-        best = UNSURE if row.is_unsure(unsure) else best
-        distance = "" if row.distance is None else f"{row.distance:.4f}"
-        top5 = "; ".join(f"{name}={share}" for name, share in pairs)
+    for prediction in predictions:
+        shares = [f"{probability:.4f}" for probability in prediction.probabilities]
+        top5 = [f"{name}={share}" for name, share in zip(prediction.classes, shares, strict=True)]
+        best = UNSURE if prediction.is_unsure(unsure) else "".join(prediction.classes[:1])
+        distance = "" if prediction.distance is None else f"{prediction.distance:.4f}"
         rows.append(
             (
-                escape_csv_cell(row.path),
+                escape_csv_cell(prediction.path),
                 escape_csv_cell(best),
-                probability,
-                escape_csv_cell(top5),
-                escape_csv_cell(row.error),
+                "".join(shares[:1]),
+                escape_csv_cell("; ".join(top5)),
+                escape_csv_cell(prediction.error),
                 distance,
             )
         )
@@ -246,12 +280,15 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
 
 def to_npy(predictions: Sequence[Prediction]) -> bytes:
     """Records `path` (text) and `feature` (float32 [D]) of the images that could be read, as an .npy file."""
-    read = [
-        (escape_controls(row.path), row.feature) for row in predictions if row.feature is not None
-    ]
-    longest, width = max((len(path) for path, _ in read), default=1), len(read[0][1]) if read else 0
-    file, kinds = io.BytesIO(), [("path", f"U{longest}"), ("feature", np.float32, (width,))]
-    np.save(file, np.array(read, kinds), allow_pickle=False)
+    records = []
+    for prediction in predictions:
+        if prediction.feature is not None:
+            records.append((escape_controls(prediction.path), prediction.feature))
+    longest = max((len(path) for path, _ in records), default=1)
+    width = len(records[0][1]) if records else 0
+    dtype = [("path", f"U{longest}"), ("feature", np.float32, (width,))]
+    file = io.BytesIO()
+    np.save(file, np.array(records, dtype), allow_pickle=False)
     return file.getvalue()
 
 
@@ -263,20 +300,21 @@ def to_json(
     Below the threshold `unsure` is true and the class `"unsure"`; a class may bear that name too, so ask `unsure`.
     """
     rows = []
-    for row in predictions:
-        pairs = zip(row.classes, row.probabilities, strict=True)
+    for prediction in predictions:
+        pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         top5 = [{"class": name, "probability": probability} for name, probability in pairs]
         best = top5[0] if top5 else {"class": None, "probability": None}
+        is_unsure = prediction.is_unsure(unsure)
         rows.append(
             {
-                "path": row.path,
-                **best,
-                **({"class": UNSURE} if row.is_unsure(unsure) else {}),
+                "path": prediction.path,
+                "class": UNSURE if is_unsure else best["class"],
+                "probability": best["probability"],
                 "calibrated": calibrated,
-                "unsure": row.is_unsure(unsure),
+                "unsure": is_unsure,
                 "top5": top5,
-                "error": row.error or None,
-                "distance": row.distance,
+                "error": prediction.error or None,
+                "distance": prediction.distance,
             }
         )
     return json_text(rows, indent=2) + "\n"

@@ -6,6 +6,7 @@ import os
 import shutil
 from argparse import Namespace
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,87 +36,120 @@ from moevision.models.upcycle import (
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.words import loading, shell_word
 
-GAP_IMAGES = (
-    32  # drawn images for the comparison of outputs; one pass even of a large ViT takes seconds
-)
+# Drawn images for the comparison of outputs; one pass even of a large ViT takes seconds.
+GAP_IMAGES = 32
 SAME = 1e-5  # max |Δ logit| below which two models compute the same in float32
 
 
 def write_model(saved: SavedModel, out: Path, record: dict[str, Any]) -> None:
     """Write the model with its `upcycle.json` beside `out`, which isn't there or is empty; the whole gets that name."""
-    part = temporary_for(out)
+    temporary = temporary_for(out)
     try:
-        save_model(saved, part)
-        write_json_atomic(part / "upcycle.json", record)
+        save_model(saved, temporary)
+        write_json_atomic(temporary / "upcycle.json", record)
         if out.is_dir():
             out.rmdir()  # Windows renames over no folder
-        os.replace(part, out)
+        os.replace(temporary, out)
         sync_folder(out.parent)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def run(chosen: Namespace) -> None:
+def run(args: Namespace) -> None:
     """Convert, measure, and write the new model with `upcycle.json`."""
-    out = Path(chosen.out)
+    out = Path(args.out)
+    _check(args, out)
+    dense = _read_dense(args)
+    moe = _convert(dense, args)
+    saved = describe(moe.eval())
+
+    record: dict[str, Any] = {"source": args.model, "moe_config": moe.moe_config}
+    if args.router_start == "cluster":
+        record["router_start"] = _start_from_clusters(saved, args)
+    with loading("measuring"):
+        record |= measure(dense, saved)
+    write_model(saved, out, record)
+
+    console = Console(highlight=False)
+    _print_upcycling(console, record)
+    _print_next(console, saved, out)
+
+
+def _check(args: Namespace, out: Path) -> None:
+    """Refuse what can't be done, before anything is read."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} is there already: give --out another name.")
-    if (chosen.router_start == "cluster") != (chosen.data is not None):
+    if (args.router_start == "cluster") != (args.data is not None):
         raise UserError(
             "--router-start cluster and --data belong together: the images whose tokens are clustered."
         )
-    for name, _ in chosen.option:
+    for name, _ in args.option:
         if name not in MOE_ARGUMENTS:
             raise UserError(f"There is no option {name!r}: use one of {', '.join(MOE_ARGUMENTS)}.")
-    # In `upcycle` `noise` is that on the copies.
-    options = {"router_noise" if name == "noise" else name: value for name, value in chosen.option}
+
+
+def _read_dense(args: Namespace) -> Any:
     with loading("reading the dense model"):
-        sizes = {name: getattr(chosen, name) for name in ("num_classes", "image_size", "depth")}
-        dense = load_dense(chosen.model, chosen.weights, **sizes, seed=chosen.seed)
+        dense = load_dense(
+            args.model,
+            args.weights,
+            num_classes=args.num_classes,
+            image_size=args.image_size,
+            depth=args.depth,
+            seed=args.seed,
+        )
     if not dense.num_classes:
         raise UserError(
-            f"{chosen.model} has no classifier: say how many classes it shall have, --num-classes N."
+            f"{args.model} has no classifier: say how many classes it shall have, --num-classes N."
         )
+    return dense
+
+
+def _convert(dense: Any, args: Namespace) -> Any:
+    options = dict(args.option)
+    arguments = {
+        "layers": args.layers or None,
+        "num_experts": args.num_experts,
+        "top_k": args.top_k,
+        "router": args.router,
+        "reinit": args.reinit,
+        "seed": args.seed,
+    }
     with loading("copying experts"):
-        names = ("num_experts", "top_k", "router", "expert_hidden", "noise", "reinit", "seed")
-        moe = upcycle(
-            dense,
-            layers=chosen.layers or None,
-            **{name: getattr(chosen, name) for name in names} | options,
-        )
-    saved = describe(moe.eval())
-    start: dict[str, Any] = {}
-    if chosen.router_start == "cluster":
-        data = {} if chosen.root is None else {"root": chosen.root}
-        sizes = {"framing": saved.framing, "limit": START_IMAGES, "seed": chosen.seed}
-        pictures = open_pictures(chosen.data, saved.image_size, split="train", **sizes, **data)
-        reader = PictureReader(pictures, saved, batch_size=64)
-        with loading("clustering the routers' input"):
-            batches = (batch.images for batch in reader.batches(progress=True))
-            shares = start_routers(saved.net, batches, seed=chosen.seed)
-        reader.report()
-        start = {"router_start": {"kind": "cluster", "pictures": pictures.name, "shares": shares}}
-    with loading("measuring"):
-        record = {
-            "source": chosen.model,
-            "moe_config": moe.moe_config,
-            **start,
-            **measure(dense, saved),
-        }
-    write_model(saved, out, record)
-    console = Console(highlight=False)
-    _print_upcycling(console, record)
-    if unread := layers_that_miss_classifier(saved.net):
+        return upcycle(dense, **arguments | options)
+
+
+def _start_from_clusters(saved: SavedModel, args: Namespace) -> dict[str, Any]:
+    """Set the routers from clusters of what the images of --data give them; the sizes of the clusters."""
+    pictures = open_pictures(
+        args.data,
+        saved.image_size,
+        split="train",
+        framing=saved.framing,
+        limit=START_IMAGES,
+        seed=args.seed,
+        **({} if args.root is None else {"root": args.root}),
+    )
+    reader = PictureReader(pictures, saved, batch_size=64)
+    with loading("clustering the routers' input"):
+        batches = (batch.images for batch in reader.batches(progress=True))
+        shares = start_routers(saved.net, batches, seed=args.seed)
+    reader.report()
+    return {"kind": "cluster", "pictures": pictures.name, "shares": shares}
+
+
+def _print_next(console: Console, saved: SavedModel, out: Path) -> None:
+    """Print what changes no answer of the new model, and the command that trains it."""
+    unread = layers_that_miss_classifier(saved.net)
+    if unread:
         console.print(
             f"the classifier reads the class token alone, so the routes of patches in block {unread[-1]} change no "
             "answer: leave --layers out, or fine-tune with --model.arch.global_pool avg",
             soft_wrap=True,
         )
     command = f"moevision fit FOLDER --pretrained {shell_word(str(out))} --data.image_size {saved.image_size}"
-    if (saved.mean, saved.std) != (
-        IMAGENET_DEFAULT_MEAN,
-        IMAGENET_DEFAULT_STD,
-    ):  # what `fit` takes by itself
+    # Others than what `fit` takes by itself.
+    if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
         command += f" --data.mean '{list(saved.mean)}' --data.std '{list(saved.std)}'"
     console.print(f"\nnext: {escape_controls(command)}", markup=False, soft_wrap=True)
 
@@ -129,41 +163,41 @@ def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
     pets = SyntheticPets(GAP_IMAGES, side, 0, "test")
     pixels = np.stack([pets.image(index) for index in range(len(pets))])  # uint8 [B, S, S, 3]
     images = normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), saved.mean, saved.std)
-    costs = {"before": measure_cost(dense, side), "after": measure_cost(saved.net, side)}
     return {
         "image_size": side,
         "classes": len(saved.class_names),
-        "costs": {name: asdict(cost) for name, cost in costs.items()},
+        "costs": {
+            "before": asdict(measure_cost(dense, side)),
+            "after": asdict(measure_cost(saved.net, side)),
+        },
         "step0_gap": asdict(initial_output_difference(dense, saved.net, images)),
     }
 
 
 def _print_upcycling(console: Console, record: dict[str, Any]) -> None:
     config, gap = record["moe_config"], record["step0_gap"]
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
-
+    say = partial(console.print, markup=False, soft_wrap=True)
     say(
         f"{escape_controls(record['source'])}: {record['classes']} classes, {record['image_size']} px; "
         f"{config['num_experts']} experts of {config['expert_hidden']} hidden units, top_k {config['top_k']}, "
         f"router {config['router']}, in blocks {', '.join(map(str, config['moe_layers']))}"
     )
     if "router_start" in record:
-        shares = [max(each) * len(each) for each in record["router_start"]["shares"].values()]
-        say(
-            f"routers start from clusters of what {record['router_start']['pictures']} gives them; largest over mean "
-            f"cluster {', '.join(f'{share:.2f}' for share in shares)}"
+        start = record["router_start"]
+        ratios = ", ".join(
+            f"{max(shares) * len(shares):.2f}" for shares in start["shares"].values()
         )
-    console.print(
-        cost_table({"dense": record["costs"]["before"], "upcycled": record["costs"]["after"]})
-    )
+        say(
+            f"routers start from clusters of what {start['pictures']} gives them; largest over mean cluster {ratios}"
+        )
+    costs = record["costs"]
+    console.print(cost_table({"dense": costs["before"], "upcycled": costs["after"]}))
     say(
         f"outputs before training, on {gap['images']} drawn images: max |Δ logit| {gap['max_logit']:.2g} (the dense "
         f"logits' standard deviation is {gap['logit_scale']:.2g}), same class for {gap['agreement']:.0%}"
     )
     if gap["max_logit"] > SAME:
         say(
-            "so training starts from other outputs than the dense model's: noise, reinit, a capacity in evaluation, "
-            "fewer experts per token than share an MLP, and the routers expert_choice and soft change them"
+            "so training starts from other outputs than the dense model's: reinit, a capacity in evaluation, and the "
+            "routers expert_choice and soft change them"
         )

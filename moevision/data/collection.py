@@ -1,8 +1,8 @@
 """What a dataset is to the rest: labelled images that are opened one by one.
 
-A `Collection` lists its samples per given split; it decides nothing about training, validation and test (``splits.py``)
-and nothing about pixels (``transforms.py``). A sample is named by its path relative to the collection's root, which
-stays the same across runs and machines. ``open.py`` finds the collection that a path names.
+A `Collection` lists its samples per split that it came with; it decides nothing about training, validation and test
+(``splits.py``) and nothing about pixels (``transforms.py``). A sample is named by its path relative to the collection's
+root, which stays the same across runs and machines. ``open.py`` finds the collection that a path names.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from PIL import Image
 
 from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError, escape_controls, escape_csv_cell, name_bytes
 
-SPLITS: Final = ("train", "val", "test")
-SPLIT_NAMES: Final = {
+SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -38,7 +38,7 @@ SPLIT_NAMES: Final = {
     "test": "test",
     "testing": "test",
 }
-_PROBED_BYTES: Final = 64 * 1024  # from here on a probe is cheaper than the digest
+_PROBED_BYTES = 64 * 1024  # from here on a probe is cheaper than the digest
 
 
 class Sample(NamedTuple):
@@ -48,20 +48,23 @@ class Sample(NamedTuple):
     label: int
 
 
+SplitSamples = dict[
+    str, list[Sample]
+]  # by split: "train", "val", "test", or "all" of an unsplit dataset
+
+
 @dataclass
 class Collection(ABC):
     """Labelled images."""
 
     class_names: list[str]  # class names in words; a label is an index into them
-    given: dict[
-        str, list[Sample]
-    ]  # samples per split the data came with ("train", "val", "test"), or all under "all"
+    # samples per split the data came with ("train", "val", "test"), or all under "all"
+    samples: SplitSamples
     notes: list[str] = field(
         default_factory=list
     )  # sentences about what was left out while reading
-    group_column: str | None = (
-        None  # the column whose equal values are kept together, where the data say so themselves
-    )
+    # the column whose equal values are kept together, where the data say so themselves
+    group_column: str | None = None
     # other columns of a table, name -> sample id -> value
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -124,15 +127,11 @@ class FileCollection(Collection):
     def probe(self, sample: Sample) -> bytes:
         """1 KiB from the middle of 64 KiB or more (headers are alike), read to spare the digest of large images."""
         size = self.size_bytes(sample)
-        if size < _PROBED_BYTES:
-            return b""
-        with (
-            suppress(OSError),
-            (self.root / sample.sample_id).open("rb") as handle,
-        ):  # the digest knows what to do
-            handle.seek(size // 2)
-            return handle.read(1024)
-        return b""
+        if size >= _PROBED_BYTES:
+            with suppress(OSError), (self.root / sample.sample_id).open("rb") as handle:
+                handle.seek(size // 2)
+                return handle.read(1024)
+        return b""  # also of what can't be read: the digest knows what to do
 
     def identity(self, sample: Sample) -> Hashable:
         """Device and number of the file."""
@@ -141,11 +140,11 @@ class FileCollection(Collection):
 
 @dataclass
 class ArrayCollection(Collection):
-    """Images held as arrays, uint8 [n, H, W, 3] per given split; sample ids are ``split/number``."""
+    """Images held as arrays, uint8 [n, H, W, 3] per split; sample ids are ``split/number``."""
 
-    arrays: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    arrays: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
-    def _pixels(self, sample: Sample) -> npt.NDArray[np.uint8]:
+    def _pixels(self, sample: Sample) -> NDArray[np.uint8]:
         split, number = sample.sample_id.rsplit("/", 1)
         return np.asarray(self.arrays[split][int(number)])
 
@@ -167,16 +166,14 @@ class DrawnCollection(Collection):
     @classmethod
     def of(cls, image_size: int, seed: int, sizes: Mapping[str, int]) -> DrawnCollection:
         """``sizes[split]`` images per split."""
-        pets = {
-            split: SyntheticPets(size, image_size, seed, split) for split, size in sizes.items()
-        }
-        given = {
-            split: [
-                Sample(f"{split}/{number:06d}", drawn.label(number)) for number in range(len(drawn))
+        pets = {}
+        samples = {}
+        for split, size in sizes.items():
+            pets[split] = SyntheticPets(size, image_size, seed, split)
+            samples[split] = [
+                Sample(f"{split}/{number:06d}", pets[split].label(number)) for number in range(size)
             ]
-            for split, drawn in pets.items()
-        }
-        return cls(list(SyntheticPets.classes), given, pets=pets)
+        return cls(list(SyntheticPets.classes), samples, pets=pets)
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Draw the image."""
@@ -198,22 +195,24 @@ class DrawnCollection(Collection):
 def file_identity(path: str | Path) -> Hashable:
     """What tells whether two paths lead to one file or folder; the path itself where the system doesn't say."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return str(path)
-    return (found.st_dev, found.st_ino) if found.st_ino else str(path)
+    if not status.st_ino:
+        return str(path)
+    return status.st_dev, status.st_ino
 
 
 @contextmanager
-def access_advice(path: str | Path) -> Iterator[None]:
+def explain_access_errors(path: str | Path) -> Iterator[None]:
     """Say in a sentence what the system doesn't let us read, where nothing can be left out."""
     try:
         yield
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise access_error(path, error) from error
 
 
-def unreadable(path: str | Path, error: OSError) -> UserError:
+def access_error(path: str | Path, error: OSError) -> UserError:
     """What the system doesn't let us read, in a sentence."""
     return UserError(
         f"{error.filename or path} can't be read ({error.strerror or error}): permit this user to read it, or give "
@@ -234,67 +233,77 @@ def readable_class_names(class_folders: list[str]) -> list[str]:
     from timm.data import ImageNetInfo  # timm is needed for nothing else in this package
 
     info = ImageNetInfo("imagenet-22k")
-    known = set(info.label_names())
-    lemmas = [
-        info.label_name_to_description(name).split(",")[0] if name in known else name
-        for name in class_folders
+    wordnet_ids = set(info.label_names())
+    lemmas = []
+    for name in class_folders:
+        description = info.label_name_to_description(name) if name in wordnet_ids else name
+        lemmas.append(description.split(",")[0])
+    counts = Counter(lemmas)
+    return [
+        lemma if counts[lemma] == 1 else f"{lemma} ({name})"
+        for lemma, name in zip(lemmas, class_folders, strict=True)
     ]
-    often = Counter(lemmas)
-    both = zip(lemmas, class_folders, strict=True)
-    return [lemma if often[lemma] == 1 else f"{lemma} ({name})" for lemma, name in both]
 
 
 def check_distinct(names: Iterable[str]) -> None:
     """Names must differ, also when they are written into a file."""
-    known: dict[str, str] = {}
+    name_of: dict[str, str] = {}
     for name in names:
         written = unicodedata.normalize("NFC", escape_csv_cell(name))  # a Mac writes accents apart
-        if (other := known.get(written)) is not None:
+        other = name_of.setdefault(written, name)
+        if other is not name:
             raise UserError(
                 f"{other!r} and {name!r} look the same when they are written down: rename one of them"
             )
-        known[written] = name
 
 
 def differ_in_case(names: Iterable[str]) -> list[str]:
     """A sentence on the class names that only upper and lower case tells apart, if there are any."""
-    listed = sorted(names)
-    folded = Counter(map(str.casefold, listed))
-    alike = [name for name in listed if folded[name.casefold()] > 1]
-    what = f"{some_of(alike)} differ only in upper and lower case: put them together if they are one class"
-    return [what] if alike else []
+    ordered = sorted(names)
+    counts = Counter(map(str.casefold, ordered))
+    alike = [name for name in ordered if counts[name.casefold()] > 1]
+    if not alike:
+        return []
+    return [
+        f"{quoted_names(alike)} differ only in upper and lower case: put them together if they are one class"
+    ]
 
 
 def check_same_classes(
-    train: Path | str, classes: Iterable[str], other: Path | str, found: Iterable[str]
+    train: Path | str, train_classes: Iterable[str], other: Path | str, other_classes: Iterable[str]
 ) -> None:
     """Each split must hold every class, else its score would mean something else than the training's."""
-    known, here = set(classes), set(found)
-    if missing := sorted(known - here):
+    expected = set(train_classes)
+    actual = set(other_classes)
+    if missing := sorted(expected - actual):
         raise UserError(
-            f"{other} has no images of the class {some_of(missing)}, which {train} has: add some there"
+            f"{other} has no images of the class {quoted_names(missing)}, which {train} has: add some there"
         )
-    if surplus := sorted(here - known):
+    if surplus := sorted(actual - expected):
         raise UserError(
-            f"{other} has the class {some_of(surplus)}, which {train} lacks: add it there or remove it"
+            f"{other} has the class {quoted_names(surplus)}, which {train} lacks: add it there or remove it"
         )
 
 
-def check_splits(given: Mapping[str, Sequence[Sample]], names: Sequence[str], where: str) -> None:
+def check_splits(
+    samples: Mapping[str, Sequence[Sample]], class_names: Sequence[str], where: str
+) -> None:
     """Two classes at least; a dataset that came split has a train set, and every class in every split."""
-    if "all" not in given and "train" not in given:
+    classes: dict[str, set[str]] = {}
+    for split, members in samples.items():
+        classes[split] = {class_names[sample.label] for sample in members}
+    if "all" not in classes and "train" not in classes:
         raise UserError(
-            f"{where} has no train split, only {', '.join(given)}: add one, or give them as one split."
+            f"{where} has no train split, only {', '.join(classes)}: add one, or give them as one split."
         )
-    used = {split: {names[sample.label] for sample in samples} for split, samples in given.items()}
-    train = "train" if "train" in used else "all"
-    if len(used[train]) < 2:
+    train = "train" if "train" in classes else "all"
+    if len(classes[train]) < 2:
         raise UserError(
-            f"{where} has {len(used[train])} classes, and a classifier needs two: add images of another."
+            f"{where} has {len(classes[train])} classes, and a classifier needs two: add images of another."
         )
-    for split, found in used.items():
+    for split in classes:
         check_same_classes(
-            f"the {train} split of {where}", used[train], f"its {split} split", found
+            f"the {train} split of {where}", classes[train], f"its {split} split", classes[split]
         )
 
 
@@ -303,12 +312,13 @@ def interleave_by_class(labels: Sequence[int]) -> list[int]:
     of_class: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         of_class.setdefault(label, []).append(index)
-    return [
-        index for turn in zip_longest(*of_class.values()) for index in turn if index is not None
-    ]
+    turns = chain.from_iterable(zip_longest(*of_class.values()))
+    return [index for index in turns if index is not None]
 
 
-def some_of(names: Sequence[str]) -> str:
+def quoted_names(names: Sequence[str]) -> str:
     """The first five names, quoted, and how many more there are."""
-    listed = ", ".join(map(repr, names[:5]))
-    return listed + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    text = ", ".join(map(repr, names[:5]))
+    if len(names) > 5:
+        text += f" and {len(names) - 5} more"
+    return text

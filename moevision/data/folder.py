@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from moevision.data.collection import (
@@ -24,8 +25,8 @@ from moevision.data.collection import (
     check_same_classes,
     differ_in_case,
     file_identity,
+    quoted_names,
     readable_class_names,
-    some_of,
 )
 from moevision.data.images import is_image_path
 from moevision.errors import UserError
@@ -40,49 +41,30 @@ def read_folder(root: Path) -> FileCollection:
     notes: list[str] = []
     links: Counter[str] = Counter()
     splits = split_folders(root)
-    given = {
+    files = {
         split: _class_files(folder, root, notes, links)
         for split, folder in (splits or {"all": root}).items()
     }
+    train_folder = splits.get("train", root)
+    classes = files["train" if splits else "all"]
     if splits:
-        others = [
-            each.name
-            for each in subfolders(root)
-            if each not in splits.values() and _holds_images(each)
-        ]
-        if others:
-            notes.append(
-                f"{root} has the folders {', '.join(others)} beside train, which were left out: call a validation set "
-                "val and a test set test"
-            )
-        if "test" in given and not given["test"]:
+        notes += _folders_beside_train(root, splits)
+        if "test" in files and not files["test"]:
             notes.append(f"{splits['test']} has no class folders, so it can't be used for testing")
-            del given["test"]
-    train, classes = (splits["train"], given["train"]) if splits else (root, given["all"])
-    _check_classes(train, classes, notes)
-    for split in given if splits else ():
-        check_same_classes(
-            train, classes, splits[split], (name for name, files in given[split].items() if files)
-        )
-    folders = sorted(classes)
-    notes += differ_in_case(folders)
-    # training_set and test_set, seg_train and seg_test: alike without the split's name
-    rest = {
-        name: re.sub("|".join(sorted(SPLIT_NAMES, reverse=True)), "*", name.lower(), count=1)
-        for name in folders
-    }
-    often = Counter(each for each in rest.values() if "*" in each)
-    if not splits and (like := [name for name in folders if often[rest[name]] > 1]):
-        notes.append(
-            f"{root} has the folders {some_of(like)}, which were taken for classes: if they are splits, call them "
-            "train, val or test"
-        )
-    samples = {
-        split: [Sample(file, label) for label, name in enumerate(folders) for file in found[name]]
-        for split, found in given.items()
-    }
-    check_distinct(folders)
-    check_distinct(sample.sample_id for members in samples.values() for sample in members)
+            del files["test"]
+    _check_classes(train_folder, classes, notes)
+    for split, folder in splits.items():
+        if split in files:
+            filled = [name for name, class_files in files[split].items() if class_files]
+            check_same_classes(train_folder, classes, folder, filled)
+
+    class_folders = sorted(classes)
+    notes += differ_in_case(class_folders)
+    if not splits:
+        notes += _classes_like_splits(root, class_folders)
+    samples = {split: _labelled(class_files, class_folders) for split, class_files in files.items()}
+    check_distinct(class_folders)
+    check_distinct(sample.sample_id for sample in chain.from_iterable(samples.values()))
     if links["repeated"]:
         notes.append(
             f"{links['repeated']} links in {root} were left out: they lead to a folder that holds them, or to what "
@@ -92,7 +74,44 @@ def read_folder(root: Path) -> FileCollection:
         notes.append(
             f"{links['unreadable']} folders in {root} can't be read, and their images were left out: permit it"
         )
-    return FileCollection(readable_class_names(folders), samples, notes, root=root)
+    return FileCollection(readable_class_names(class_folders), samples, notes, root=root)
+
+
+def _labelled(class_files: dict[str, list[str]], class_folders: list[str]) -> list[Sample]:
+    """The files of all classes; a label is the class folder's place in the list."""
+    samples = []
+    for label, name in enumerate(class_folders):
+        samples += [Sample(file, label) for file in class_files[name]]
+    return samples
+
+
+def _folders_beside_train(root: Path, splits: dict[str, Path]) -> list[str]:
+    """A sentence on folders of images beside those of the splits, if there are any."""
+    others = [
+        folder.name
+        for folder in subfolders(root)
+        if folder not in splits.values() and _holds_images(folder)
+    ]
+    if not others:
+        return []
+    return [
+        f"{root} has the folders {', '.join(others)} beside train, which were left out: call a validation set val and "
+        "a test set test"
+    ]
+
+
+def _classes_like_splits(root: Path, class_folders: list[str]) -> list[str]:
+    """A sentence on classes such as training_set and test_set, which are alike without the split's name."""
+    split_name = re.compile("|".join(sorted(SPLIT_NAMES, reverse=True)))
+    patterns = {name: split_name.sub("*", name.lower(), count=1) for name in class_folders}
+    counts = Counter(patterns.values())
+    alike = [name for name, pattern in patterns.items() if "*" in pattern and counts[pattern] > 1]
+    if not alike:
+        return []
+    return [
+        f"{root} has the folders {quoted_names(alike)}, which were taken for classes: if they are splits, call them "
+        "train, val or test"
+    ]
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -109,16 +128,18 @@ def split_folders(root: Path) -> dict[str, Path]:
 
     A folder "train" that holds images and no folders is a class of that name (trains exist).
     """
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for folder in subfolders(root):
         split = SPLIT_NAMES.get(folder.name.lower())
-        if split in found:
-            raise UserError(f"{found[split]} and {folder} both stand for {split}: keep one of them")
+        if split in folders:
+            raise UserError(
+                f"{folders[split]} and {folder} both stand for {split}: keep one of them"
+            )
         if split:
-            found[split] = folder
-    if "train" not in found or not subfolders(found["train"]):
+            folders[split] = folder
+    if "train" not in folders or not subfolders(folders["train"]):
         return {}
-    return {split: found[split] for split in SPLITS if split in found}
+    return {split: folders[split] for split in SPLITS if split in folders}
 
 
 def walk(folder: Path, links: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:
@@ -184,49 +205,61 @@ def _class_files(
     ``links`` counts those that led to nothing new, and folders that can't be read.
     """
     classes: dict[str, list[str]] = {}
-    ignored: list[str] = []
-    above = 0 if root == Path() else len(os.path.join(root, ""))
+    other_files: list[str] = []
+    prefix = "" if root == Path() else os.path.join(root, "")
     loose = 0
     for entry in sorted(folder.iterdir()):
         links["repeated"] += _leads_up(entry)
         loose += is_image_path(entry) and entry.is_file()
         if entry.is_symlink() and not entry.exists() and not entry.suffix:
             notes.append(f"{entry} is a link to a folder that isn't there, and was left out")
-        elif (
-            entry.name[0] == "_"
-            and entry.name != "__MACOSX"
-            and entry.is_dir()
-            and _holds_images(entry)
-        ):
+        elif _is_left_out(entry):
             notes.append(f"{entry} begins with _ and was left out: rename it to use it as a class")
     for class_folder in subfolders(folder):
-        real: list[str] = []
-        linked: list[str] = []
-        for found in walk(class_folder, links):
-            if is_image_path(found.name):
-                (linked if found.is_symlink() else real).append(found.path)
+        images = []
+        for file in walk(class_folder, links):
+            if is_image_path(file.name):
+                images.append(file)
             else:
-                ignored.append(found.name)
-        # Links to files that are neither among the real ones nor behind an earlier link.
-        known = set(map(file_identity, real)) if linked else set()
-        behind = {
-            file_identity(path): path for path in sorted(linked, reverse=True)
-        }  # the first path of each stays
-        files = real + [path for identity, path in behind.items() if identity not in known]
-        links["repeated"] += len(real) + len(linked) - len(files)
-        classes[class_folder.name] = sorted(file[above:].replace(os.sep, "/") for file in files)
-    notes += left_out(folder, ignored)
+                other_files.append(file.name)
+        paths = _distinct_files(images)
+        links["repeated"] += len(images) - len(paths)
+        relative = [path.removeprefix(prefix).replace(os.sep, "/") for path in paths]
+        classes[class_folder.name] = sorted(relative)
+    notes += unread_formats(folder, other_files)
     if classes and loose:
         notes.append(f"{loose} images directly in {folder} belong to no class and were left out")
     return classes
 
 
-def left_out(folder: Path, names: Iterable[str]) -> list[str]:
+def _is_left_out(entry: Path) -> bool:
+    if entry.name[0] != "_" or entry.name == "__MACOSX":
+        return False
+    return entry.is_dir() and _holds_images(entry)
+
+
+def _distinct_files(images: list[os.DirEntry[str]]) -> list[str]:
+    """The paths, without links to a file that is among the others or behind an earlier link."""
+    linked = sorted(entry.path for entry in images if entry.is_symlink())
+    paths = [entry.path for entry in images if not entry.is_symlink()]
+    if linked:
+        identities = set(map(file_identity, paths))
+        for path in linked:
+            if file_identity(path) not in identities:
+                identities.add(file_identity(path))
+                paths.append(path)
+    return paths
+
+
+def unread_formats(folder: Path, names: Iterable[str]) -> list[str]:
     """A sentence on the files of formats that aren't read, such as a phone's; none if all of them are hidden."""
-    kinds = Counter(Path(name).suffix.lower() or name for name in names if name[0] != ".")
-    found = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
-    what = f"files in {folder} of formats that aren't read were left out: {found}; convert photos to JPEG or PNG"
-    return [what] if found else []
+    suffixes = Counter(Path(name).suffix.lower() or name for name in names if name[0] != ".")
+    if not suffixes:
+        return []
+    counts = ", ".join(f"{count} x {suffix}" for suffix, count in suffixes.most_common(5))
+    return [
+        f"files in {folder} of formats that aren't read were left out: {counts}; convert photos to JPEG or PNG"
+    ]
 
 
 def _check_classes(folder: Path, classes: dict[str, list[str]], notes: list[str]) -> None:
@@ -238,20 +271,22 @@ def _check_classes(folder: Path, classes: dict[str, list[str]], notes: list[str]
         raise UserError(f"{folder} {inside}: {_LAYOUT}{why}")
     if SPLIT_NAMES.keys() >= set(map(str.lower, classes)):
         raise UserError(
-            f"{folder} has the folders {some_of([*classes])} and no classes: make a folder per class inside each, "
+            f"{folder} has the folders {quoted_names([*classes])} and no classes: make a folder per class inside each, "
             "train among them (train/cat/1.jpg, test/cat/7.jpg), or give one that has them"
         )
     if len(classes) == 1:
         only = folder / next(iter(classes))
         inner = [entry.name for entry in subfolders(only)]
-        hint = f"did you mean {only} (it holds {some_of(inner)})?" if len(inner) > 1 else _LAYOUT
+        hint = _LAYOUT
+        if len(inner) > 1:
+            hint = f"did you mean {only} (it holds {quoted_names(inner)})?"
         raise UserError(
             f"{folder} has only one class folder, {only.name!r}, and a classifier needs two: {hint}"
         )
     empty = [name for name, files in classes.items() if not files]
     if empty:
         raise UserError(
-            f"no images in the class folder {some_of(empty)} of {folder}: fill or remove it{why}"
+            f"no images in the class folder {quoted_names(empty)} of {folder}: fill or remove it{why}"
         )
 
 
@@ -265,8 +300,11 @@ def _missing_folder(root: Path) -> str:
     while not parent.is_dir():
         parent = parent.parent
     folders = [entry.name for entry in subfolders(parent)]
-    if alike := difflib.get_close_matches(root.name, folders, n=1):
-        nearby = f"did you mean {parent / alike[0]}?"
+    alike = difflib.get_close_matches(root.name, folders, n=1)
+    if alike:
+        hint = f"did you mean {parent / alike[0]}?"
+    elif folders:
+        hint = f"{parent} has the folders {quoted_names(folders)}"
     else:
-        nearby = f"{parent} has " + (f"the folders {some_of(folders)}" if folders else "no folders")
-    return f"there is no folder {root}: {nearby}; {_LAYOUT}"
+        hint = f"{parent} has no folders"
+    return f"there is no folder {root}: {hint}; {_LAYOUT}"

@@ -23,9 +23,8 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -39,25 +38,34 @@ from PIL.WebPImagePlugin import WebPImageFile
 from moevision.errors import UserError
 
 # File name endings, in lower case, that a folder scan takes for images.
-IMAGE_SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
 )
-MAX_BYTES: Final = 256 * 1024 * 1024  # largest file that is read
-MAX_SIDE: Final = 16_384  # longest side, in pixels, that is decoded
-JPEG: Final = b"\xff\xd8\xff"
-_DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], ...]] = (
-    (JPEG, JpegImageFile),
-    (b"\x89PNG\r\n\x1a\n", PngImageFile),
-    (b"GIF87a", GifImageFile),
-    (b"GIF89a", GifImageFile),
-    (b"BM", BmpImageFile),
-    (b"II*\x00", TiffImageFile),
-    (b"MM\x00*", TiffImageFile),
-)
+MAX_BYTES = 256 * 1024 * 1024  # largest file that is read
+MAX_SIDE = 16_384  # longest side, in pixels, that is decoded
+JPEG = b"\xff\xd8\xff"
+_DECODERS: dict[bytes, type[ImageFile.ImageFile]] = {
+    JPEG: JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"GIF87a": GifImageFile,
+    b"GIF89a": GifImageFile,
+    b"BM": BmpImageFile,
+    b"II*\x00": TiffImageFile,
+    b"MM\x00*": TiffImageFile,
+}
 
 # EXIF tag 0x0112 (Exif 2.32, table 4): stored orientation -> the turn that sets the image upright.
-_ORIENTATION_TAG: Final = 0x0112
-_UPRIGHT: Final = {
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -66,21 +74,20 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS: Final = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+_SIDEWAYS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 
 # Pillow takes such prefixes away one by one, each time copying what is left: minutes for 8 MB (CVE-2026-96643).
-_REPEATED_EXIF: Final = b"Exif\0\0" * 4
+_REPEATED_EXIF = b"Exif\0\0" * 4
 
 # Encoders write about ten scans for a progressive JPEG. A scan costs 0.01 s at 16 megapixels, however short it is.
-MAX_SCANS: Final = 100
-_MAX_SEGMENTS: Final = 20_000  # 256 MB in pieces of 64 KB, as large metadata are written, are 4,000
-_JPEG_MARKER = re.compile(
-    rb"\xff+([^\x00\xff\xd0-\xd7])"
-)  # 0 is a stuffed byte, D0-D7 restart within a scan
+MAX_SCANS = 100
+_MAX_SEGMENTS = 20_000  # 256 MB in pieces of 64 KB, as large metadata are written, are 4,000
+# 0 is a stuffed byte, D0-D7 restart within a scan
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 
 # A reduced image keeps at least this many pixels for each one of the result (Pillow's thumbnail has the same margin).
-_REDUCING_GAP: Final = 2
-_FULL_SIZE: Final = "full_size"
+_REDUCING_GAP = 2
+_FULL_SIZE = "full_size"
 
 
 class BadImageError(UserError):
@@ -88,7 +95,8 @@ class BadImageError(UserError):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"cannot use the image {path}: {reason}")
-        self.path, self.reason = path, reason
+        self.path = path
+        self.reason = reason
 
     def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
         """Pickles by both arguments, so that the error survives the way out of a loader process."""
@@ -126,9 +134,9 @@ def safe_open(
         BadImageError: If the file is missing, unreadable, empty, too large, damaged, or not a JPEG, PNG,
             WebP, BMP, GIF or TIFF image.
     """
-    name = (
-        str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "<stream>"))
-    )
+    name = str(source)
+    if not isinstance(source, str | Path):
+        name = str(getattr(source, "name", "<stream>"))
     data = read_image(source, name, max_bytes)
     if not data:
         raise BadImageError(name, "the file is empty; replace or remove it")
@@ -154,7 +162,8 @@ def safe_open(
             name, "it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image; convert or remove it"
         )
     _check_size(image.size, name, max_pixels)
-    full, reduction = image.size, 1
+    full = image.size
+    reduction = 1
     try:
         if short_side is not None and isinstance(image, JpegImageFile):
             reduction = _reduce_jpeg(image, short_side, turned=_turn(image) is not None)
@@ -222,11 +231,8 @@ def read_image(source: str | Path | BinaryIO, name: str = "", max_bytes: int = M
         raise BadImageError(name, "there is no such file; check the path") from error
     except BadImageError:
         raise
-    except (
-        OSError,
-        ValueError,
-        MemoryError,
-    ) as error:  # ValueError: a NUL in the path, a closed stream
+    # ValueError: a NUL in the path, a closed stream
+    except (OSError, ValueError, MemoryError) as error:
         raise BadImageError(name, f"it can't be read ({error}); check its permissions") from error
     if len(data) > max_bytes:
         raise BadImageError(name, f"the file is larger than {max_bytes:,} bytes; save it smaller")
@@ -241,7 +247,7 @@ def _open_header(data: bytes) -> ImageFile.ImageFile | None:
     """
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return WebPImageFile(io.BytesIO(data))
-    for magic, decoder in _DECODERS:
+    for magic, decoder in _DECODERS.items():
         if data.startswith(magic):
             return decoder(io.BytesIO(data))
     return None
@@ -267,7 +273,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _has_too_many_scans(data: bytes) -> bool:
     """Counts a JPEG's scans (ITU-T T.81, B.1.1) up to its end; what lies behind, such as a video, isn't looked at."""
-    position, scans = 2, 0
+    position = 2
+    scans = 0
     for _ in range(_MAX_SEGMENTS):
         marker = _JPEG_MARKER.search(data, position)
         if marker is None or marker[1] == b"\xd9":
@@ -302,6 +309,6 @@ def full_size(image: Image.Image) -> tuple[tuple[int, int], int]:
     The last column and row of a reduced image may cover less than a whole pixel: boxes in it are those of the full
     image divided by the reduction.
     """
-    found = image.info.get(_FULL_SIZE)
+    full = image.info.get(_FULL_SIZE)
     # an image that was opened elsewhere may have a text of that name in it
-    return found if isinstance(found, tuple) else (image.size, 1)
+    return full if isinstance(full, tuple) else (image.size, 1)

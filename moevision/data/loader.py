@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from moevision.config import Framing
 from moevision.data.collection import Collection, Sample
@@ -44,6 +45,8 @@ from moevision.errors import UserError
 from moevision.limits import usable_cores
 
 SHM = Path("/dev/shm")  # through which Linux' data workers hand over batches
+Key = tuple[int, int]  # epoch, index
+Decoded = Pixels | str  # an image, or the reason why it can't be used
 _NO_BATCH_S = 1800.0  # after which the workers are taken for stuck
 _AHEAD = 2  # batches that each worker prepares ahead, DataLoader's own number
 # Between the epochs of two keys of one image: more than there are epochs, and odd, so that it is mirrored in turn.
@@ -51,10 +54,11 @@ _AGAIN = 2**31 + 1
 # Where all files are unreadable the run should say so soon, instead of trying every one for one image.
 _MAX_TRIES = 100
 _CACHED_AT_ONCE = 512  # images per buffer
+_DECODED_AT_ONCE = 32  # images per task of a thread
 
 
 @dataclass(eq=False, repr=False)
-class PositionSampler(Sampler[tuple[int, int]]):
+class PositionSampler(Sampler[Key]):
     """Yields ``(epoch, index)`` in an order that depends on ``(seed, epoch)`` alone, from any start position.
 
     Processes take every ``world``-th index of the common order and drop the tail, so all get equally many.
@@ -66,19 +70,13 @@ class PositionSampler(Sampler[tuple[int, int]]):
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    balanced_labels: Sequence[int] | None = (
-        None  # of the n images: every class is drawn equally often
-    )
+    # of the n images: every class is drawn equally often
+    balanced_labels: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        self.epoch = self.start = 0
+        self.epoch = 0
+        self.start = 0
         self.running_epoch: int | None = None
-        self._class_members: list[Tensor] | None = None
-        if self.balanced_labels is not None:
-            labels = torch.as_tensor(self.balanced_labels)
-            self._class_members = [
-                (labels == label).nonzero().flatten() for label in labels.unique()
-            ]
 
     def __len__(self) -> int:
         return self.num_samples // self.world_size
@@ -89,54 +87,54 @@ class PositionSampler(Sampler[tuple[int, int]]):
         A repeated epoch keeps the start position: on resume the call comes after ``seek``.
         """
         if epoch != self.epoch:
-            self.epoch, self.start = epoch, 0
+            self.epoch = epoch
+            self.start = 0
 
     def seek(self, epoch: int, start: int) -> None:
         """Let the next iteration begin at position ``start`` of ``epoch`` (counted on this process)."""
-        self.epoch, self.start = epoch, start
+        self.epoch = epoch
+        self.start = start
         self.running_epoch = None
 
-    def keys(self, epoch: int) -> list[tuple[int, int]]:
+    def keys(self, epoch: int) -> list[Key]:
         """What this process reads in ``epoch``, in order; an image that comes again has another epoch in its key."""
         generator = torch.Generator()
         generator.manual_seed(hash_u64(self.seed, epoch))
-        if self._class_members is None:
-            keys = [
-                (epoch, index)
-                for index in torch.randperm(self.num_samples, generator=generator).tolist()
-            ]
+        if self.balanced_labels is None:
+            order = torch.randperm(self.num_samples, generator=generator)
         else:
-            seen: Counter[int] = Counter()
-            keys = []
-            for index in self._balanced_order(generator).tolist():
-                keys.append((epoch + seen[index] * _AGAIN, index))
-                seen[index] += 1
+            order = balanced_order(torch.as_tensor(self.balanced_labels), generator)
+        draws: Counter[int] = Counter()
+        keys = []
+        for index in order.tolist():
+            keys.append((epoch + draws[index] * _AGAIN, index))
+            draws[index] += 1
         return keys[self.rank :: self.world_size][: len(self)]
 
-    def _balanced_order(self, generator: torch.Generator) -> torch.Tensor:
-        """N draws, each class equally often; within a class every image once before any comes again."""
-        assert self._class_members is not None
-        num_classes = len(self._class_members)
-        # n need not divide by the number of classes: a random choice of them gets one draw more
-        extra = torch.randperm(num_classes, generator=generator)[
-            : self.num_samples % num_classes
-        ].tolist()
-        drawn = []
-        for label, members in enumerate(self._class_members):
-            quota = self.num_samples // num_classes + (label in extra)
-            rounds = -(-quota // len(members))
-            shuffled = [
-                members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)
-            ]
-            drawn.append(torch.cat(shuffled)[:quota] if shuffled else members[:0])
-        pool = torch.cat(drawn)
-        return pool[torch.randperm(len(pool), generator=generator)]
+    def __iter__(self) -> Iterator[Key]:
+        keys = self.keys(self.epoch)[self.start :]
+        self.running_epoch = self.epoch
+        self.start = 0
+        yield from keys
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        # set_epoch may be called while this iterator is alive: hold the epoch in a local name
-        epoch, start = self.epoch, self.start
-        self.running_epoch, self.start = epoch, 0
-        yield from self.keys(epoch)[start:]
+
+def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """An order [n] of n images: each class equally often; in a class every image once before any comes again."""
+    n = len(labels)
+    classes, counts = labels.unique(return_counts=True)
+    images_of_class = labels.argsort(stable=True).split(counts.tolist())
+    # n need not divide by the number of classes: a random choice of them gets one draw more
+    quota, remainder = divmod(n, len(classes))
+    gets_more = torch.randperm(len(classes), generator=generator)[:remainder].tolist()
+    draws = []
+    for number, images in enumerate(images_of_class):
+        class_quota = quota + (number in gets_more)
+        rounds = [images[:0]]
+        for _ in range(ceil(class_quota / len(images))):
+            rounds.append(images[torch.randperm(len(images), generator=generator)])
+        draws.append(torch.cat(rounds)[:class_quota])
+    pool = torch.cat(draws)
+    return pool[torch.randperm(n, generator=generator)]
 
 
 def eval_batches(
@@ -147,24 +145,25 @@ def eval_batches(
     Every process gets the same number of batches (collective operations inside an evaluation step would
     otherwise wait for ever), which is why sizes may differ by one when there are several processes.
     """
-    own = list(range(rank, num_samples, world_size))
+    indices = list(range(rank, num_samples, world_size))
     if world_size == 1:
-        return [own[i : i + batch_size] for i in range(0, num_samples, batch_size)]
-    longest = -(-num_samples // world_size)
-    count = -(-longest // batch_size)
-    bounds = [len(own) * i // count for i in range(count + 1)]
-    return [own[a:b] for a, b in pairwise(bounds)]
+        return list(BatchSampler(indices, batch_size, drop_last=False))
+    largest_share = ceil(num_samples / world_size)
+    num_batches = ceil(largest_share / batch_size)
+    bounds = [len(indices) * number // num_batches for number in range(num_batches + 1)]
+    return [indices[start:stop] for start, stop in pairwise(bounds)]
 
 
-def fitting_workers(asked: int, batch_bytes: int, processes: int = 1) -> int:
-    """How many of ``asked`` data workers have room for their batches in the shared memory of so many processes.
+def fitting_workers(num_workers: int, batch_bytes: int, processes: int = 1) -> int:
+    """How many data workers have room for their batches in the shared memory of so many processes.
 
     A worker that finds no room (Docker gives 64 MB) loses its batch, and the training would wait for it for ever.
     """
-    if not (asked and SHM.is_dir()):
-        return asked
+    if not (num_workers and SHM.is_dir()):
+        return num_workers
     batches = shutil.disk_usage(SHM).free // (batch_bytes * processes)
-    return max(0, min(asked, (batches - 1) // _AHEAD))  # one more is in use
+    waiting = batches - 1  # one more is in use
+    return max(0, min(num_workers, waiting // _AHEAD))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +191,7 @@ class ImageDataset(Dataset[RawBatch]):
     """Images of one split; nothing is read before it is asked for.
 
     Keys are ``(epoch, index)`` when a transform is given (training) and plain indices otherwise. In training
-    the next readable image stands in for a bad one, so that batches keep their size and a resumed run its
+    the next readable image replaces a bad one, so that batches keep their size and a resumed run its
     position; in evaluation a bad image is left out of its batch.
     """
 
@@ -211,14 +210,12 @@ class ImageDataset(Dataset[RawBatch]):
 
     def decode(self, index: int) -> Pixels:
         """Read and prepare one image, uint8 [H, W, 3]; raises `BadImageError`."""
-        prepare, side = (
-            (square_pixels, self.image_size)
-            if self.square
-            else (base_pixels, base_side(self.image_size))
-        )
-        return prepare(
-            self.collection.open(self.samples[index], side), self.image_size, self.framing
-        )
+        sample = self.samples[index]
+        if self.square:
+            image = self.collection.open(sample, self.image_size)
+            return square_pixels(image, self.image_size, self.framing)
+        image = self.collection.open(sample, base_side(self.image_size))
+        return base_pixels(image, self.image_size, self.framing)
 
     def fill_cache(self, on_progress: Callable[[int], None]) -> dict[int, str]:
         """Decode everything into memory, on all processor cores that this process may use.
@@ -227,17 +224,17 @@ class ImageDataset(Dataset[RawBatch]):
         """
         cache = PixelCache(planar=self.square)
         with ThreadPoolExecutor(min(16, usable_cores())) as pool:
-            for start in range(0, len(self), _CACHED_AT_ONCE):
-                indices = range(start, min(start + _CACHED_AT_ONCE, len(self)))
+            for indices in BatchSampler(range(len(self)), _CACHED_AT_ONCE, drop_last=False):
                 # a few images per task: handing over small ones costs as much as decoding them
-                tasks = [indices[i : i + 32] for i in range(0, len(indices), 32)]
-                cache.extend(list(chain.from_iterable(pool.map(self._attempt, tasks))))
+                tasks = BatchSampler(indices, _DECODED_AT_ONCE, drop_last=False)
+                images = chain.from_iterable(pool.map(self._attempt, tasks))
+                cache.extend(list(images))
                 on_progress(len(indices))
         self.cache = cache
         return cache.bad
 
-    def _attempt(self, indices: Sequence[int]) -> list[Pixels | str]:
-        results: list[Pixels | str] = []
+    def _attempt(self, indices: Sequence[int]) -> list[Decoded]:
+        results: list[Decoded] = []
         for index in indices:
             try:
                 results.append(self.decode(index))
@@ -245,56 +242,73 @@ class ImageDataset(Dataset[RawBatch]):
                 results.append(error.reason)
         return results
 
-    def pixels(self, indices: Sequence[int]) -> list[Pixels | str]:
+    def pixels(self, indices: Sequence[int]) -> list[Decoded]:
         """Prepared pixels uint8 [3, H, W] of each image, or the reason why it can't be used."""
         if self.cache is not None:
             return self.cache.take(indices)
-        return [
-            found if isinstance(found, str) else found.transpose(2, 0, 1)
-            for found in self._attempt(indices)
-        ]
+        images: list[Decoded] = []
+        for image in self._attempt(indices):
+            images.append(image if isinstance(image, str) else image.transpose(2, 0, 1))
+        return images
 
-    def _stand_in(self, index: int, bad: list[BadImage]) -> tuple[int, Pixels] | None:
+    def _replacement(self, index: int, bad: list[BadImage]) -> tuple[int, Pixels] | None:
         """The next image after ``index`` that can be used, and its pixels; bad ones met on the way go into ``bad``."""
-        for candidate in islice(chain(range(index + 1, len(self)), range(index)), _MAX_TRIES - 1):
-            (found,) = self.pixels([candidate])
-            if not isinstance(found, str):
-                return candidate, found
-            bad.append(BadImage(self.split, candidate, found))
+        others = chain(range(index + 1, len(self)), range(index))
+        for candidate in islice(others, _MAX_TRIES - 1):
+            (image,) = self.pixels([candidate])
+            if not isinstance(image, str):
+                return candidate, image
+            bad.append(BadImage(self.split, candidate, image))
         return None
 
-    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> RawBatch:
+    def __getitems__(self, keys: Sequence[int | Key]) -> RawBatch:
         """The images of a batch; see the class for what a bad one yields. DataLoader calls this."""
-        keyed = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        epoch_keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        decoded = self.pixels([index for _, index in epoch_keys])
         images: list[Pixels] = []
+        indices: list[int] = []
+        good_keys = []
         bad: list[BadImage] = []
-        indices, epochs, drawn = [], [], []
-        for (epoch, key_index), found in zip(
-            keyed, self.pixels([index for _, index in keyed]), strict=True
-        ):
-            index, image = key_index, found
+        for key, image in zip(epoch_keys, decoded, strict=True):
+            _, index = key
             if isinstance(image, str):
                 bad.append(BadImage(self.split, index, image))
-                stand_in = self._stand_in(index, bad) if self.transform is not None else None
-                if stand_in is None:
+                replacement = None
+                if self.transform is not None:
+                    replacement = self._replacement(index, bad)
+                if replacement is None:
                     continue
-                index, image = stand_in
+                index, image = replacement
             images.append(image)
             indices.append(index)
-            epochs.append(epoch)
-            drawn.append(key_index)
-        if self.transform is not None:
-            # the key stays the drawn one: a stand-in doesn't repeat its own augmentation in this epoch
-            pixels = self.transform(images, self.seed, epochs, drawn)  # [B, 3, S, S]
-        else:
-            pixels = torch.empty(
-                len(images), 3, self.image_size, self.image_size, dtype=torch.uint8
-            )
-            for row, prepared in zip(pixels.numpy(), images, strict=True):
-                row[:] = prepared
+            good_keys.append(key)
         return RawBatch(
-            pixels, [self.samples[index].label for index in indices], indices, epochs, bad
+            pixels=self._transformed(images, good_keys),
+            label=[self.samples[index].label for index in indices],
+            index=indices,
+            epoch=[epoch for epoch, _ in good_keys],
+            bad=bad,
         )
+
+    def _transformed(self, images: Sequence[Pixels], keys: Sequence[Key]) -> Tensor:
+        """Images uint8 [3, H, W] as a batch uint8 [B, 3, S, S]."""
+        if self.transform is not None:
+            # The key stays the drawn one: a replacement doesn't repeat its own augmentation in this epoch.
+            epochs = [epoch for epoch, _ in keys]
+            return self.transform(images, self.seed, epochs, [index for _, index in keys])
+        pixels = torch.empty(len(images), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for row, image in zip(pixels.numpy(), images, strict=True):
+            row[:] = image
+        return pixels
+
+
+class StoredImage(NamedTuple):
+    """Where the pixels of an image are in the buffers."""
+
+    buffer: int
+    offset: int
+    height: int
+    width: int
 
 
 class PixelCache:
@@ -308,43 +322,46 @@ class PixelCache:
     def __init__(self, *, planar: bool) -> None:
         """``planar`` stores [3, H, W], the fast order for shifted copies; otherwise [H, W, 3], fast for resizing."""
         self._planar = planar
-        self._chunks: list[Tensor] = []
+        self._buffers: list[Tensor] = []
         self._views: list[Pixels] = []  # the same memory as arrays, which are sliced faster
-        self._where: list[tuple[int, int, int, int]] = []
+        self._images: list[StoredImage] = []
         self.bad: dict[int, str] = {}
 
-    def extend(self, images: Sequence[Pixels | str]) -> None:
+    def extend(self, images: Sequence[Decoded]) -> None:
         """Add the next images, uint8 [H, W, 3] each, or the reason why one is missing."""
-        chunk = torch.empty(
-            sum(p.size for p in images if not isinstance(p, str)), dtype=torch.uint8
-        )
+        size = sum(image.size for image in images if not isinstance(image, str))
+        buffer = torch.empty(size, dtype=torch.uint8)
+        pixels = buffer.numpy()
         offset = 0
         for image in images:
             if isinstance(image, str):
-                self.bad[len(self._where)] = image
-                self._where.append((0, 0, 0, 0))
+                self.bad[len(self._images)] = image
+                self._images.append(StoredImage(0, 0, 0, 0))
                 continue
             height, width, _ = image.shape
-            stored = image.transpose(2, 0, 1) if self._planar else image
-            chunk.numpy()[offset : offset + image.size].reshape(stored.shape)[:] = stored
-            self._where.append((len(self._chunks), offset, height, width))
-            offset += image.size
-        self._chunks.append(chunk)
-
-    def take(self, indices: Sequence[int]) -> list[Pixels | str]:
-        """Pixels uint8 [3, H, W] of each image, a view that must not be written to, or the reason why it is missing."""
-        if len(self._views) < len(self._chunks):
-            self._views = [chunk.numpy() for chunk in self._chunks]
-        taken: list[Pixels | str] = []
-        for index in indices:
-            chunk, offset, height, width = self._where[index]
-            stored = self._views[chunk][offset : offset + 3 * height * width]
+            self._images.append(StoredImage(len(self._buffers), offset, height, width))
             if self._planar:
-                found = stored.reshape(3, height, width)
+                image = image.transpose(2, 0, 1)
+            pixels[offset : offset + image.size].reshape(image.shape)[:] = image
+            offset += image.size
+        self._buffers.append(buffer)
+
+    def take(self, indices: Sequence[int]) -> list[Decoded]:
+        """Pixels uint8 [3, H, W] of each image, a view that must not be written to, or the reason why it is missing."""
+        if len(self._views) < len(self._buffers):
+            self._views = [buffer.numpy() for buffer in self._buffers]
+        images: list[Decoded] = []
+        for index in indices:
+            if index in self.bad:
+                images.append(self.bad[index])
+                continue
+            buffer, offset, height, width = self._images[index]
+            pixels = self._views[buffer][offset : offset + 3 * height * width]
+            if self._planar:
+                images.append(pixels.reshape(3, height, width))
             else:
-                found = stored.reshape(height, width, 3).transpose(2, 0, 1)
-            taken.append(self.bad.get(index, found))
-        return taken
+                images.append(pixels.reshape(height, width, 3).transpose(2, 0, 1))
+        return images
 
     def __getstate__(self) -> dict[str, object]:
         """Without the views: where workers aren't forked, tensors are shared with them and arrays would be copied."""
@@ -395,26 +412,17 @@ class ImageLoader(DataLoader[RawBatch]):
         **options: Any,  # DataLoader's own
     ) -> None:
         """Report to ``on_bad``; ``in_step``: other processes wait for every batch, so that none may be skipped."""
-        super().__init__(
-            dataset, timeout=_NO_BATCH_S if options.get("num_workers") else 0, **options
-        )
-        self.on_bad, self.in_step, self.samples = on_bad, in_step, dataset.samples
+        timeout = _NO_BATCH_S if options.get("num_workers") else 0
+        super().__init__(dataset, timeout=timeout, **options)
+        self.on_bad = on_bad
+        self.in_step = in_step
+        self.samples = dataset.samples
         self.wait_s = 0.0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]  # collation makes batches
         batches = super().__iter__()
         while True:
-            started = time.monotonic()
-            try:
-                batch: dict[str, Any] | None = next(batches, None)
-            except RuntimeError as error:
-                if "timed out" not in str(error):
-                    raise
-                raise UserError(
-                    f"The data workers gave no batch for {self.timeout:g} s, see above if they said why: use "
-                    "--data.num_workers 0."
-                ) from error
-            self.wait_s += time.monotonic() - started
+            batch = self._next(batches)
             if batch is None:
                 return
             bad = batch.pop("bad")
@@ -428,6 +436,21 @@ class ImageLoader(DataLoader[RawBatch]):
                     f"No image of a batch of {len(bad)} can be used ({names}), and the other processes would wait for "
                     "its results for ever: remove or repair these files."
                 )
+
+    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+        """The next batch, None at the end; the time until it is there is waited."""
+        started = time.monotonic()
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            raise UserError(
+                f"The data workers gave no batch for {self.timeout:g} s, see above if they said why: use "
+                "--data.num_workers 0."
+            ) from error
+        self.wait_s += time.monotonic() - started
+        return batch
 
     # That these two exist tells Lightning that a resumed epoch goes on where it stopped, else it warns that it doesn't.
     def state_dict(self) -> dict[str, Any]:

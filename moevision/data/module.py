@@ -25,6 +25,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.progress import Progress
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
 from moevision.config import Data, Framing
 from moevision.data.collection import (
@@ -32,6 +33,7 @@ from moevision.data.collection import (
     Collection,
     DrawnCollection,
     Sample,
+    SplitSamples,
     check_same_classes,
 )
 from moevision.data.images import BadImageError
@@ -47,7 +49,15 @@ from moevision.data.loader import (
 )
 from moevision.data.open import open_collection
 from moevision.data.scores import apply_lists
-from moevision.data.splits import Cut, all_for, is_copy, make_splits, read_splits, write_splits
+from moevision.data.splits import (
+    Splits,
+    SplitSettings,
+    evaluation_split,
+    is_copy,
+    make_splits,
+    read_splits,
+    write_splits,
+)
 from moevision.data.transforms import BatchMixer, CropMode, TrainTransform
 from moevision.errors import (
     AT_LEAST_0,
@@ -70,6 +80,21 @@ _MAX_ROWS = 20
 _MAX_WORKERS = 256  # processes: no machine has use for more, and small ones end in swapping
 _NUM_PROBES = 32
 _SMALL_SIDE = 96  # px; up to here objects fill the frame and are shifted (pad) rather than cropped
+_RANGES = (
+    (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
+    (*AT_LEAST_0, ("cache_mb", "mixup", "cutmix")),
+    (
+        f"at least 0 and at most {_MAX_WORKERS}",
+        lambda x: 0 <= x <= _MAX_WORKERS,
+        ("num_workers",),
+    ),
+    (
+        "between 0 and 1",
+        lambda x: 0 <= x <= 1,
+        ("min_crop_scale", "random_erasing", "max_bad_fraction"),
+    ),
+    (*SEED, ("seed", "order_seed")),
+)
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
@@ -91,43 +116,25 @@ class ImageDataModule(Data, LightningDataModule):
     def __post_init__(self) -> None:
         LightningDataModule.__init__(self)
         self.columns = (self.image_column, self.label_column)
-        self.lists = [
-            None if file is None else Path(file).expanduser() for file in (self.keep, self.relabel)
-        ]
+        self.keep_file = None if self.keep is None else Path(self.keep).expanduser()
+        self.relabel_file = None if self.relabel is None else Path(self.relabel).expanduser()
         self.run_dir: Path | None = None
-        self.only_for: str | None = (
-            None  # the split that all images are for, where they aren't the run's
-        )
+        # the split that all images are for, where they aren't the run's
+        self.only_for: str | None = None
         self.crop_mode: CropMode = "pad"
         self._contents: Contents | None = None
         self._class_weights: Tensor | None = None
         self.sampler: PositionSampler | None = None
-        self._start = (0, 0)
+        self._start = (0, 0)  # epoch and position in it
         self.processes = 1  # of this training on this machine
-        self.in_step = (
-            False  # whether processes wait for one another at every batch of an evaluation
-        )
-        ranges = (
-            (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
-            (*AT_LEAST_0, ("cache_mb", "mixup", "cutmix")),
-            (
-                f"at least 0 and at most {_MAX_WORKERS}",
-                lambda x: 0 <= x <= _MAX_WORKERS,
-                ("num_workers",),
-            ),
-            (
-                "between 0 and 1",
-                lambda x: 0 <= x <= 1,
-                ("min_crop_scale", "random_erasing", "max_bad_fraction"),
-            ),
-            (*SEED, ("seed", "order_seed")),
-        )
-        check_ranges(self, ranges, "--data.")
+        # whether processes wait for one another at every batch of an evaluation
+        self.in_step = False
+        check_ranges(self, _RANGES, "--data.")
         if self.scores and self.mixes:
             raise UserError(
                 "--data.scores true needs images that aren't mixed with others: set --data.mixup and --data.cutmix to 0"
             )
-        if not all(0 < each < math.inf for each in self.std):
+        if not all(0 < deviation < math.inf for deviation in self.std):
             raise UserError(f"--data.std is {self.std}: every channel's deviation must be above 0")
 
     def _open_collection(self, download: bool) -> Collection:
@@ -144,16 +151,18 @@ class ImageDataModule(Data, LightningDataModule):
     def is_of(self, run_dir: Path, path: str) -> bool:
         """Whether these are images of the run that was trained on those at `path`, or copies of some of them."""
         table = run_dir / "splits.csv"
-        if self.path == path or not table.exists():
-            return self.path == path
-        own, here, there = (
-            replace(self, path=path),
-            self._open_collection(False),
-            Path(path).expanduser().exists(),
-        )
-        return is_copy(
-            table, here, lambda: own._open_collection(False) if there else None, part=True
-        )
+        if self.path == path:
+            return True
+        if not table.exists():
+            return False
+        data_of_run = replace(self, path=path)
+
+        def original() -> Collection | None:
+            if not Path(path).expanduser().exists():
+                return None
+            return data_of_run._open_collection(download=False)
+
+        return is_copy(table, self._open_collection(download=False), original, part=True)
 
     def prepare_data(self) -> None:
         """Fetch the dataset if asked to; Lightning calls this in one process only."""
@@ -163,48 +172,20 @@ class ImageDataModule(Data, LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the file list, split it, and decode what fits into memory."""
         if self._contents is None:
-            self._contents = self._read(
-                self._open_collection(self.download and self.trainer is None)
-            )
-            self.batch_size = min(
-                self.batch_size, len(self._contents.datasets["train"]) or self.batch_size
-            )
+            download = self.download and self.trainer is None
+            self._contents = self._read(self._open_collection(download))
+            num_train = len(self._contents.datasets["train"])
+            if num_train:
+                self.batch_size = min(self.batch_size, num_train)
             self._limit_workers(self._contents)
             for sentence in self._contents.warnings:
                 rank_zero_warn(sentence, category=DataWarning)
         self._contents.fill_caches(_STAGE_SPLITS.get(stage or "", SPLITS))
 
     def _read(self, collection: Collection) -> Contents:
-        """Split the collection, or take its split from the run's splits.csv, and describe a dataset per split."""
-        class_names = collection.class_names
-        # Drawn images need no record, unless some are left out or relabelled.
-        recorded = self.run_dir is not None and (
-            any(self.lists) or not isinstance(collection, DrawnCollection)
-        )
-        table = self.run_dir / "splits.csv" if self.run_dir is not None and recorded else None
-        if self.only_for is not None:
-            splits = all_for(self.only_for, collection)
-        elif table is not None and table.exists():  # it holds the choices already
-            splits, class_names = read_splits(table, collection)
-        else:
-            cut = Cut(
-                self.val_fraction,
-                self.test_fraction,
-                self.seed,
-                self.group_by,
-                self.check_duplicates,
-            )
-            splits = apply_lists(make_splits(collection, cut), class_names, *self.lists)
-            if table is not None and is_main_process():
-                write_splits(table, splits, class_names)
-        labels = {
-            split: Counter(sample.label for sample in members)
-            for split, members in splits.samples.items()
-        }
-        counts = {
-            split: {name: own[label] for label, name in enumerate(class_names)}
-            for split, own in labels.items()
-        }
+        """Split the collection, and describe a dataset per split."""
+        splits, class_names = self._split(collection)
+        counts = count_classes(splits.samples, class_names)
         self._class_weights = class_weight_tensor(self.class_weights, counts["train"])
         imbalance = balance_warnings(
             counts["train"], self._class_weights is not None, self.balanced_sampling
@@ -212,43 +193,63 @@ class ImageDataModule(Data, LightningDataModule):
         self.crop_mode = (
             choose_crop(collection, splits.samples["train"]) if self.crop == "auto" else self.crop
         )
+        bad_images_file = None
+        if self.run_dir is not None and is_main_process():
+            bad_images_file = self.run_dir / "bad_images.csv"
+        notes = [*collection.notes, *splits.warnings, *imbalance]
+        return Contents(
+            datasets=self._datasets(collection, splits.samples),
+            class_names=class_names,
+            counts=counts,
+            sentences=splits.sentences(),
+            warnings=list(map(escape_controls, notes)),
+            unreadable=UnreadableImages(splits.samples, self.max_bad_fraction, bad_images_file),
+            cache_mb=self.cache_mb // self.processes,
+        )
+
+    def _split(self, collection: Collection) -> tuple[Splits, list[str]]:
+        """The split and its class names, from the run's splits.csv if it has one."""
+        if self.only_for is not None:
+            return evaluation_split(self.only_for, collection), collection.class_names
+        has_lists = self.keep_file is not None or self.relabel_file is not None
+        table = None
+        # Drawn images need no record, unless some are left out or relabelled.
+        if self.run_dir is not None and (has_lists or not isinstance(collection, DrawnCollection)):
+            table = self.run_dir / "splits.csv"
+        if table is not None and table.exists():  # it holds the choices already
+            return read_splits(table, collection)
+        settings = SplitSettings(
+            self.val_fraction, self.test_fraction, self.seed, self.group_by, self.check_duplicates
+        )
+        splits = make_splits(collection, settings)
+        splits = apply_lists(splits, collection.class_names, self.keep_file, self.relabel_file)
+        if table is not None and is_main_process():
+            write_splits(table, splits, collection.class_names)
+        return splits, collection.class_names
+
+    def _datasets(self, collection: Collection, samples: SplitSamples) -> dict[str, ImageDataset]:
+        """A dataset per split; training images are augmented."""
         transform = TrainTransform(self, self.crop_mode)
-        datasets = {
+        train_is_square = self.crop_mode == "pad" or self.augment == "none"
+        return {
             split: ImageDataset(
                 split,
                 collection,
-                samples,
+                members,
                 image_size=self.image_size,
                 framing=self.framing,
-                square=split != "train" or self.crop_mode == "pad" or self.augment == "none",
+                square=split != "train" or train_is_square,
                 seed=self._order_seed,
                 transform=transform if split == "train" else None,
             )
-            for split, samples in splits.samples.items()
+            for split, members in samples.items()
         }
-        notes = list(map(escape_controls, [*collection.notes, *splits.warnings, *imbalance]))
-        bad = (
-            self.run_dir / "bad_images.csv"
-            if self.run_dir is not None and is_main_process()
-            else None
-        )
-        quarantine = UnreadableImages(splits.samples, self.max_bad_fraction, bad)
-        return Contents(
-            datasets,
-            class_names,
-            counts,
-            splits.sentences(),
-            notes,
-            quarantine,
-            self.cache_mb // self.processes,
-        )
 
     def _limit_workers(self, contents: Contents) -> None:
         """Leave out data workers for whose batches the shared memory has no room."""
         # float32 pixels and a soft target; and a page or two for each small tensor
-        batch_bytes = (
-            self.batch_size * 4 * (3 * self.image_size**2 + len(contents.class_names)) + 2**14
-        )
+        image_bytes = 4 * (3 * self.image_size**2 + len(contents.class_names))
+        batch_bytes = self.batch_size * image_bytes + 2**14
         workers = fitting_workers(self.num_workers, batch_bytes, self.processes)
         if workers < self.num_workers:
             contents.warnings.append(
@@ -277,9 +278,11 @@ class ImageDataModule(Data, LightningDataModule):
     def number_classes(self, names: list[str]) -> None:
         """Let labels index a model's class names; raises UserError for other classes."""
         check_same_classes("the model", names, self.path, self.class_names)
-        label = [names.index(name) for name in self.class_names]
+        new_labels = [names.index(name) for name in self.class_names]
         for dataset in self.contents.datasets.values():
-            dataset.samples = [Sample(name, label[old]) for name, old in dataset.samples]
+            dataset.samples = [
+                Sample(sample_id, new_labels[label]) for sample_id, label in dataset.samples
+            ]
         self.contents.class_names = names
 
     @property
@@ -305,7 +308,7 @@ class ImageDataModule(Data, LightningDataModule):
     @property
     def bad_images(self) -> list[tuple[str, str, str]]:
         """(path, reason, split) of the images that couldn't be used so far."""
-        return self.contents.quarantine.entries()
+        return self.contents.unreadable.entries()
 
     @property
     def mixes(self) -> bool:
@@ -315,8 +318,11 @@ class ImageDataModule(Data, LightningDataModule):
     @property
     def keeps_scores(self) -> bool:
         """Whether training keeps scores of its images."""
-        few = len(self.contents.datasets["train"]) < _MANY_SCORED
-        return not self.mixes and (few if self.scores is None else self.scores)
+        if self.mixes:
+            return False
+        if self.scores is None:
+            return len(self.contents.datasets["train"]) < _MANY_SCORED
+        return self.scores
 
     def sample_id(self, split: str, index: int) -> str:
         """Stable name of an image: its path relative to the dataset."""
@@ -338,17 +344,16 @@ class ImageDataModule(Data, LightningDataModule):
 
     def describe(self) -> str:
         """What the data are, in lines: splits, images per class, pixels, warnings."""
-        found = self.contents
-        where = "kept in memory" if found.fits_memory else "decoded as needed"
+        contents = self.contents
+        storage = "kept in memory" if contents.fits_memory else "decoded as needed"
         lines = [
             f"{self.num_classes} classes from {self.path}",
-            *found.sentences,
-            *count_table(found.counts),
+            *contents.sentences,
+            *count_table(contents.counts),
+            f"{self.image_size} x {self.image_size} pixels, {storage}; augmentation {self.augment}, crop "
+            f"{self.crop_mode}",
         ]
-        lines.append(
-            f"{self.image_size} x {self.image_size} pixels, {where}; augmentation {self.augment}, crop {self.crop_mode}"
-        )
-        lines += [f"warning: {sentence}" for sentence in found.warnings]
+        lines += [f"warning: {sentence}" for sentence in contents.warnings]
         if bad := self.bad_images:
             path, reason, split = bad[0]
             lines.append(
@@ -361,9 +366,9 @@ class ImageDataModule(Data, LightningDataModule):
         return self.seed if self.order_seed is None else self.order_seed
 
     def _rank_and_world(self) -> tuple[int, int]:
-        return (
-            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        )
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
 
     def _loader_options(self, mixer: BatchMixer | None = None) -> dict[str, Any]:
         return {
@@ -374,7 +379,7 @@ class ImageDataModule(Data, LightningDataModule):
             "worker_init_fn": _leave_signals_to_the_main_process,
             # own generator: otherwise every new iterator would draw from, and so move, the global one
             "generator": torch.Generator().manual_seed(self._order_seed),
-            "on_bad": self.contents.quarantine.add,
+            "on_bad": self.contents.unreadable.add,
         }
 
     def train_dataloader(self) -> ImageLoader:
@@ -407,8 +412,10 @@ class ImageDataModule(Data, LightningDataModule):
 
     def train_batches(self, world_size: int | None = None) -> int:
         """Batches of a training epoch, for each of so many processes; None: of those of the trainer."""
-        own = len(self.contents.datasets["train"]) // (world_size or self._rank_and_world()[1])
-        return max(own // self.batch_size, int(own > 0))  # see drop_last above
+        _, trainer_world_size = self._rank_and_world()
+        num_images = len(self.contents.datasets["train"]) // (world_size or trainer_world_size)
+        # The last batch is dropped unless it is the only one.
+        return max(num_images // self.batch_size, int(num_images > 0))
 
     def _eval_dataloader(self, split: str) -> ImageLoader:
         dataset = self.contents.datasets.get(split)
@@ -432,16 +439,11 @@ class ImageDataModule(Data, LightningDataModule):
         dataset = self.contents.datasets[split]
         if split == "train":
             dataset = replace(dataset, square=True, transform=None)
-        wanted = list(range(len(dataset)) if indices is None else indices)
-        batches = [
-            wanted[start : start + self.batch_size]
-            for start in range(0, len(wanted), self.batch_size)
-        ]
-        return ImageLoader(
-            dataset,
-            batch_sampler=batches,
-            **{**self._loader_options(), "persistent_workers": False},
-        )
+        if indices is None:
+            indices = range(len(dataset))
+        batches = BatchSampler(indices, self.batch_size, drop_last=False)
+        options = {**self._loader_options(), "persistent_workers": False}
+        return ImageLoader(dataset, batch_sampler=batches, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands: {epoch, batch} of the next batch, and what gives these numbers a meaning."""
@@ -451,9 +453,7 @@ class ImageDataModule(Data, LightningDataModule):
         if sampler is not None and sampler.running_epoch is not None and self.trainer is not None:
             epoch = sampler.running_epoch
             batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            if (
-                batch >= self.trainer.num_training_batches
-            ):  # the last batch of an epoch: the next one starts
+            if batch >= self.trainer.num_training_batches:  # the epoch is over: the next one starts
                 epoch, batch = epoch + 1, 0
         _, world_size = self._rank_and_world()
         return {
@@ -465,17 +465,16 @@ class ImageDataModule(Data, LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's position; another batch size or process count gets a warning."""
-        now = {"batch_size": self.batch_size, "world_size": self._rank_and_world()[1]}
-        for name, value in now.items():
+        _, world_size = self._rank_and_world()
+        for name, value in {"batch_size": self.batch_size, "world_size": world_size}.items():
             if state_dict[name] != value and getattr(self.trainer, "training", True):
                 rank_zero_warn(
                     f"the run began with {name} {state_dict[name]} and goes on with {value}: the order of "
                     "the images can't be repeated exactly"
                 )
-        read = (
-            state_dict["batch"] * state_dict["batch_size"] * state_dict["world_size"]
-        )  # by all processes
-        self._start = (int(state_dict["epoch"]), int(read // now["world_size"]))
+        # Images that all processes together have read of the epoch.
+        num_read = state_dict["batch"] * state_dict["batch_size"] * state_dict["world_size"]
+        self._start = (int(state_dict["epoch"]), int(num_read // world_size))
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
@@ -494,7 +493,7 @@ class Contents:
     counts: ClassCounts  # split -> class name -> number of images
     sentences: list[str]  # one sentence per split, how many images it has and where they come from
     warnings: list[str]  # sentences about what the user should know
-    quarantine: UnreadableImages  # the images that can't be used
+    unreadable: UnreadableImages  # the images that can't be used
     cache_mb: int  # decoded images are kept if all fit into so many MiB
 
     @cached_property
@@ -502,31 +501,29 @@ class Contents:
         """Whether the prepared pixels of all splits fit into ``cache_mb``."""
         return estimate_bytes(self.datasets.values()) <= self.cache_mb * 2**20
 
-    def fill_caches(self, wanted: Sequence[str]) -> None:
-        """Decode the wanted splits into memory if everything fits, with a progress bar if that takes long."""
-        datasets = [self.datasets[split] for split in wanted if split in self.datasets]
+    def fill_caches(self, splits: Sequence[str]) -> None:
+        """Decode these splits into memory if everything fits, with a progress bar if that takes long."""
+        datasets = [self.datasets[split] for split in splits if split in self.datasets]
         datasets = [dataset for dataset in datasets if dataset.cache is None]
-        count = sum(map(len, datasets))
         if not datasets or not self.fits_memory:
             return
-        with Progress(
-            disable=count <= _MANY_DECODED or not is_main_process(), transient=True
-        ) as progress:
+        count = sum(map(len, datasets))
+        is_quick = count <= _MANY_DECODED
+        with Progress(disable=is_quick or not is_main_process(), transient=True) as progress:
             task = progress.add_task("decoding images", total=count)
             for dataset in datasets:
                 bad = dataset.fill_cache(lambda done: progress.update(task, advance=done))
-                self.quarantine.add(
-                    [BadImage(dataset.split, i, reason) for i, reason in bad.items()]
+                self.unreadable.add(
+                    [BadImage(dataset.split, index, reason) for index, reason in bad.items()]
                 )
 
     def sha256_with(self, number: Callable[[ImageDataset, Sample], int]) -> str:
         """SHA-256 over the sorted (split, relative path, number) of all images, in hexadecimal."""
-        lines = sorted(
-            f"{split}\t{sample.sample_id}\t{number(dataset, sample)}\n"
-            for split, dataset in self.datasets.items()
-            for sample in dataset.samples
-        )
-        return hashlib.sha256(name_bytes("".join(lines))).hexdigest()
+        lines = []
+        for split, dataset in self.datasets.items():
+            for sample in dataset.samples:
+                lines.append(f"{split}\t{sample.sample_id}\t{number(dataset, sample)}\n")
+        return hashlib.sha256(name_bytes("".join(sorted(lines)))).hexdigest()
 
 
 class UnreadableImages:
@@ -534,12 +531,14 @@ class UnreadableImages:
 
     def __init__(
         self,
-        samples: Mapping[str, Sequence[Sample]],
+        samples: SplitSamples,
         max_fraction: float,
         table: Path | None = None,
     ) -> None:
         """Start empty; ``table`` is the file to write them to (columns path, reason, split)."""
-        self.samples, self.max_fraction, self.table = samples, max_fraction, table
+        self.samples = samples
+        self.max_fraction = max_fraction
+        self.table = table
         self._reasons: dict[tuple[str, int], str] = {}
 
     def entries(self) -> list[tuple[str, str, str]]:
@@ -556,21 +555,29 @@ class UnreadableImages:
             return
         self._reasons = {**self._reasons, **new}
         if self.table is not None:
-            rows = (
-                (escape_csv_cell(path), escape_csv_cell(reason), split)
-                for path, reason, split in self.entries()
-            )
+            rows = [[escape_csv_cell(cell) for cell in entry] for entry in self.entries()]
             write_text_atomic(self.table, csv_text(("path", "reason", "split"), rows))
         for split, count in Counter(split for split, _ in self._reasons).items():
-            size = len(self.samples[split])
-            if count > self.max_fraction * size:
-                first = [
-                    f"{name}: {reason}" for name, reason, where in self.entries() if where == split
-                ][:3]
-                raise UserError(
-                    f"{count} of {size} {split} images can't be used, more than the allowed share of "
-                    f"{self.max_fraction:g} (--data.max_bad_fraction): mend or remove them, first {'; '.join(first)}"
-                )
+            self._check_share(split, count)
+
+    def _check_share(self, split: str, count: int) -> None:
+        size = len(self.samples[split])
+        if count <= self.max_fraction * size:
+            return
+        entries = [f"{path}: {reason}" for path, reason, where in self.entries() if where == split]
+        raise UserError(
+            f"{count} of {size} {split} images can't be used, more than the allowed share of {self.max_fraction:g} "
+            f"(--data.max_bad_fraction): mend or remove them, first {'; '.join(entries[:3])}"
+        )
+
+
+def count_classes(samples: SplitSamples, class_names: Sequence[str]) -> ClassCounts:
+    """Images per split and class name."""
+    counts = {}
+    for split, members in samples.items():
+        of_label = Counter(sample.label for sample in members)
+        counts[split] = {name: of_label[label] for label, name in enumerate(class_names)}
+    return counts
 
 
 def balance_warnings(
@@ -579,10 +586,8 @@ def balance_warnings(
     """Warnings: classes of very different size that nothing compensates, or that two options compensate."""
     if weighted and balanced_sampling:
         return ["class_weights and balanced_sampling both favour rare classes: use one of them"]
-    largest, smallest = (
-        max(train, key=lambda name: train[name]),
-        min(train, key=lambda name: train[name]),
-    )
+    largest = max(train, key=train.__getitem__)
+    smallest = min(train, key=train.__getitem__)
     if weighted or balanced_sampling or train[largest] <= _MAX_RATIO * train[smallest]:
         return []
     return [
@@ -602,10 +607,9 @@ def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int
     counts = torch.tensor(list(train.values()))
     if not isinstance(weights, dict):
         return _with_mean_1(1 / counts, counts)
-    weights = {
-        escape_controls(str(name)): weight for name, weight in weights.items()
-    }  # YAML reads the class 7 as a number
-    for name, weight in weights.items():
+    # YAML reads the class 7 as a number
+    by_name = {escape_controls(str(name)): float(weight) for name, weight in weights.items()}
+    for name, weight in by_name.items():
         if name not in train:
             raise UserError(
                 f"--data.class_weights names {name!r}: the classes are {', '.join(train)}"
@@ -614,7 +618,7 @@ def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int
             raise UserError(
                 f"--data.class_weights gives {name!r} the weight {weight:g}: use more than 0, such as 0.01"
             )
-    return _with_mean_1(torch.tensor([float(weights.get(name, 1.0)) for name in train]), counts)
+    return _with_mean_1(torch.tensor([by_name.get(name, 1.0) for name in train]), counts)
 
 
 def _with_mean_1(weights: Tensor, counts: Tensor) -> Tensor:
@@ -624,21 +628,19 @@ def _with_mean_1(weights: Tensor, counts: Tensor) -> Tensor:
 
 def count_table(counts: ClassCounts) -> list[str]:
     """Lines of a table with a row per class and a column per split; many classes are summed up."""
-    names = list(next(iter(counts.values())))
-    rows = {name: [split[name] for split in counts.values()] for name in names}
-    if len(names) > _MAX_ROWS:
+    columns = [list(split.values()) for split in counts.values()]
+    class_names = list(next(iter(counts.values())))
+    rows = dict(zip(class_names, zip(*columns, strict=True), strict=True))
+    if len(class_names) > _MAX_ROWS:
         rows = {
-            f"{what} of the {len(names)} classes": [
-                choose(split.values()) for split in counts.values()
-            ]
-            for what, choose in (("smallest", min), ("largest", max))
+            f"smallest of the {len(class_names)} classes": tuple(map(min, columns)),
+            f"largest of the {len(class_names)} classes": tuple(map(max, columns)),
         }
-    rows = {**rows, "all": [sum(split.values()) for split in counts.values()]}
+    rows["all"] = tuple(map(sum, columns))
     width = max(len("class"), *map(len, rows))
     lines = [f"{'class':<{width}}" + "".join(f"{split:>9}" for split in counts)]
-    lines += [
-        f"{name:<{width}}" + "".join(f"{count:>9,}" for count in row) for name, row in rows.items()
-    ]
+    for name, row in rows.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{count:>9,}" for count in row))
     return lines
 
 
@@ -659,9 +661,12 @@ def estimate_bytes(datasets: Iterable[ImageDataset]) -> float:
     """Bytes of all prepared images; exact for square ones, else scaled up from a few."""
     total = 0.0
     for dataset in datasets:
-        probes = (
-            () if dataset.square else range(0, len(dataset), max(1, len(dataset) // _NUM_PROBES))
-        )
-        seen = [found.nbytes for found in dataset.pixels(probes) if not isinstance(found, str)]
-        total += len(dataset) * (sum(seen) / len(seen) if seen else 3.0 * dataset.image_size**2)
+        image_bytes = 3.0 * dataset.image_size**2
+        if not dataset.square:
+            step = max(1, len(dataset) // _NUM_PROBES)
+            probes = dataset.pixels(range(0, len(dataset), step))
+            sizes = [image.nbytes for image in probes if not isinstance(image, str)]
+            if sizes:
+                image_bytes = sum(sizes) / len(sizes)
+        total += len(dataset) * image_bytes
     return total

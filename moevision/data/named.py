@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 from torchvision import datasets
@@ -22,17 +21,17 @@ from moevision.data.collection import (
     DrawnCollection,
     FileCollection,
     Sample,
-    access_advice,
+    explain_access_errors,
 )
 from moevision.data.folder import read_folder
 from moevision.errors import UserError, escape_controls
 from moevision.words import shell_word
 
-SYNTHETIC: Final = "synthetic_pets"
-HF: Final = "hf:"
-UNKNOWN: Final = "unknown: check before you publish"
-DRAWN_SIZES: Final = {"train": 16_000, "val": 1_000, "test": 2_000}
-_IMAGENET_ARCHIVES: Final = (
+SYNTHETIC = "synthetic_pets"
+HF = "hf:"
+UNKNOWN = "unknown: check before you publish"
+DRAWN_SIZES = {"train": 16_000, "val": 1_000, "test": 2_000}
+_IMAGENET_ARCHIVES = (
     "ILSVRC2012_img_train.tar",
     "ILSVRC2012_img_val.tar",
     "ILSVRC2012_devkit_t12.tar.gz",
@@ -41,33 +40,31 @@ _IMAGENET_ARCHIVES: Final = (
 
 def read_named(name: str, root: str, *, download: bool = False) -> Collection:
     """One of torchvision's datasets, or ImageNet-1k, in the folder ``root``."""
-    folder, known = Path(root).expanduser(), NAMED[name]
+    folder = Path(root).expanduser()
+    dataset = NAMED[name]
     if name == "imagenet":
         return _imagenet(folder, download)
     try:
-        return known.read(folder, False)
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        ValueError,
-    ) as error:  # something in a folder isn't there
+        return dataset.read(folder, False)
+    # something in a folder isn't there
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise UserError(
             f"the dataset {name} is in {folder} in part only ({error}), as after an interrupted unpacking: delete "
-            f"{folder / known.unpacked} and fetch it anew by {fetching(name, root)}"
+            f"{folder / dataset.unpacked} and fetch it anew by {fetching(name, root)}"
         ) from error
     except OSError:
-        with access_advice(folder):
+        with explain_access_errors(folder):
             raise
     except RuntimeError as error:  # torchvision: not found or corrupted
         if not download:
+            hint = f"; for your own folder write ./{name}" if Path(name).is_dir() else ""
             raise UserError(
                 f"the dataset {name} is not in {folder}: fetch it by {fetching(name, root)}, or say where it is by "
-                "--root, for fit, validate and test by --data.root"
-                + (f"; for your own folder write ./{name}" if Path(name).is_dir() else "")
+                f"--root, for fit, validate and test by --data.root{hint}"
             ) from error
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return known.read(folder, True)
+        return dataset.read(folder, True)
     except UserError:
         raise
     except (RuntimeError, OSError, ValueError) as error:
@@ -86,53 +83,45 @@ def fetching(name: str, root: str | Path = "data") -> str:
 
 
 def _cifar10(root: Path, download: bool) -> Collection:
-    parts = {
-        split: datasets.CIFAR10(root, train=split == "train", download=download)
-        for split in ("train", "test")
-    }
-    given = {
-        split: [
+    samples = {}
+    arrays = {}
+    for split in ("train", "test"):
+        part = datasets.CIFAR10(root, train=split == "train", download=download)
+        arrays[split] = np.asarray(part.data, dtype=np.uint8)
+        samples[split] = [
             Sample(f"{split}/{number:05d}", int(label)) for number, label in enumerate(part.targets)
         ]
-        for split, part in parts.items()
-    }
-    arrays = {split: np.asarray(part.data, dtype=np.uint8) for split, part in parts.items()}
-    return ArrayCollection(
-        [name.replace("_", " ") for name in parts["train"].classes], given, arrays=arrays
-    )
+    return ArrayCollection(_in_words(part.classes), samples, arrays=arrays)
+
+
+def _in_words(class_names: list[str]) -> list[str]:
+    return [name.replace("_", " ") for name in class_names]
 
 
 def _imagenette(root: Path, download: bool) -> Collection:
     # the smallest release that is larger than most training sizes; photos have a short side of 320 px
     part = datasets.Imagenette(root, split="train", size="320px", download=download)
-    place = Path(part._image_root).parent
-    found = read_folder(place)
-    if len(found.class_names) != len(part._WNID_TO_CLASS) or not {"train", "val"} <= set(
-        found.given
-    ):
-        raise ValueError(
-            f"train and val of {place.name} must have {len(part._WNID_TO_CLASS)} classes each"
-        )
-    return found
+    folder = Path(part._image_root).parent
+    collection = read_folder(folder)
+    num_classes = len(part._WNID_TO_CLASS)
+    is_split = {"train", "val"} <= collection.samples.keys()
+    if not is_split or len(collection.class_names) != num_classes:
+        raise ValueError(f"train and val of {folder.name} must have {num_classes} classes each")
+    return collection
 
 
 def _pets(binary: bool, root: Path, download: bool) -> Collection:
     target = "binary-category" if binary else "category"
-    parts = {
-        split: datasets.OxfordIIITPet(root, split=name, target_types=target, download=download)
-        for split, name in (("train", "trainval"), ("test", "test"))
-    }
-    classes = parts["train"].bin_classes if binary else parts["train"].classes
-    given = {
-        split: [
+    samples = {}
+    for split, name in (("train", "trainval"), ("test", "test")):
+        part = datasets.OxfordIIITPet(root, split=name, target_types=target, download=download)
+        labels = part._bin_labels if binary else part._labels
+        samples[split] = [
             Sample(Path(path).relative_to(root).as_posix(), int(label))
-            for path, label in zip(
-                part._images, part._bin_labels if binary else part._labels, strict=True
-            )
+            for path, label in zip(part._images, labels, strict=True)
         ]
-        for split, part in parts.items()
-    }
-    return FileCollection([name.replace("_", " ") for name in classes], given, root=root)
+    class_names = part.bin_classes if binary else part.classes
+    return FileCollection(_in_words(class_names), samples, root=root)
 
 
 def _imagenet(root: Path, download: bool) -> Collection:
@@ -177,7 +166,7 @@ _CIFAR = "unknown: https://www.cs.toronto.edu/~kriz/cifar.html states no licence
 _OXFORD = "CC BY-SA 4.0 (https://www.robots.ox.ac.uk/~vgg/data/pets/)"
 _IMAGENET = "for non-commercial research and education only (terms of access on https://image-net.org/download)"
 _DRAWN = "drawn by moevision's own code (Apache-2.0): no photo is involved"
-NAMED: Final = {
+NAMED = {
     SYNTHETIC: Named(
         "SyntheticPets", _DRAWN, "", 16_000, lambda *_: DrawnCollection.of(64, 0, DRAWN_SIZES)
     ),
@@ -210,7 +199,7 @@ NAMED: Final = {
     ),
     "imagenet": Named("ImageNet-1k", _IMAGENET, "ILSVRC/imagenet-1k", 1_331_167, _imagenet),
 }
-DATASET_NAMES: Final = tuple(NAMED)
+DATASET_NAMES = tuple(NAMED)
 
 
 def terms_of(path: str) -> DataTerms:
@@ -221,11 +210,7 @@ def terms_of(path: str) -> DataTerms:
     if path in NAMED:
         return NAMED[path]
     if path.lower().endswith(".csv"):
-        return DataTerms(
-            f"own images (listed in “{escape_controls(Path(path).name)}”)", UNKNOWN, ""
-        )
-    return DataTerms(
-        f"own images (a folder called “{escape_controls(Path(path).expanduser().resolve().name)}”)",
-        UNKNOWN,
-        "",
-    )
+        name = escape_controls(Path(path).name)
+        return DataTerms(f"own images (listed in “{name}”)", UNKNOWN, "")
+    name = escape_controls(Path(path).expanduser().resolve().name)
+    return DataTerms(f"own images (a folder called “{name}”)", UNKNOWN, "")

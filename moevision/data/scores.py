@@ -2,7 +2,7 @@
 
 **Scores** (`scores.csv`): means over visits, of which one is one image in one applied update, in the training's own
 forward pass (augmented, with dropout and router noise); p = softmax(logits) [C], y its label. Images are not visited
-equally often: a stand-in for a bad file, balanced sampling and the tail that several processes drop.
+equally often: a replacement of a bad file, balanced sampling and the tail that several processes drop.
 
 - `aum`: mean of logit_y - max_{c≠y} logit_c, the area under the margin (arXiv:2001.10528, §3);
 - `el2n`: mean of ‖p - onehot(y)‖₂ (arXiv:2107.07075, §2; there over trainings at one epoch);
@@ -35,35 +35,31 @@ from __future__ import annotations
 
 import csv
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import compress
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 
 from moevision.data.collection import Sample
 from moevision.data.splits import Splits
 from moevision.errors import UserError, escape_csv_cell, name_bytes
 from moevision.files import csv_text, read_csv, write_text_atomic
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-_T = TypeVar("_T")
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
-FILE: Final = "scores.csv"
-MEASURES: Final = (
-    "margin",
-    "el2n",
-    "loss",
-    "p",
-    "correct",
-)  # what is measured at a visit, in this order
-SCORES: Final = (
+FILE = "scores.csv"
+# what is measured at a visit, in this order
+MEASURES = ("margin", "el2n", "loss", "p", "correct")
+SCORES = (
     "aum",
     "el2n",
     "loss_mean",
@@ -73,26 +69,26 @@ SCORES: Final = (
     "forgetting",
     "correct",
 )
-METHODS: Final = ("aum", "el2n", "forgetting", "loss", "random", "ccs", "decisions")
-DECISIONS: Final = ("keep", "relabel", "drop")
+METHODS = ("aum", "el2n", "forgetting", "loss", "random", "ccs", "decisions")
+DECISIONS = ("keep", "relabel", "drop")
 KEEP, NEW_LABEL, DECISION = "keep", "new_label", "decision"
 YES, NO = "yes", "no"
-LIST_HEAD: Final = f"image,label,{KEEP},{NEW_LABEL},reason"
-_SCORES_HEAD: Final = ("image", "label", "visits", *SCORES)
-_STRATA: Final = 50
-_STARVED: Final = 0.5  # of its former share: below that a class or an expert is warned about
+LIST_HEAD = f"image,label,{KEEP},{NEW_LABEL},reason"
+_SCORES_HEAD = ("image", "label", "visits", *SCORES)
+_STRATA = 50
+_STARVED = 0.5  # of its former share: below that a class or an expert is warned about
 _MAX_ROWS = 20
 
 
 def row_type(experts: Mapping[int, int]) -> np.dtype[Any]:
     """What is kept of one image; `experts` has the number of experts by block."""
-    numbers = ("margin", "el2n", "loss", "loss_last", "p", "p_squares")
+    means = ("margin", "el2n", "loss", "loss_last", "p", "p_squares")
     counts = ("visits", "correct", "was_correct", "forgotten", "routed")
+    fields: list[Any] = [(name, np.float32) for name in means]
+    fields += [(name, np.int32) for name in counts]
     # In half precision a running mean near 1 takes up decreases only: 0.95 became 0.88 in 1,000 visits.
-    shares = ("shares", np.float32, (sum(experts.values()),))
-    return np.dtype(
-        [*((name, np.float32) for name in numbers), *((name, np.int32) for name in counts), shares]
-    )
+    fields.append(("shares", np.float32, (sum(experts.values()),)))
+    return np.dtype(fields)
 
 
 def keys_of(ids: Iterable[str]) -> Ints:
@@ -108,7 +104,8 @@ class ScoreSums:
     """
 
     def __init__(self, keys: Ints, experts: Mapping[int, int]) -> None:
-        self.keys, self.experts = keys, dict(experts)
+        self.keys = keys
+        self.experts = dict(experts)
         self.rows = np.zeros(len(keys), row_type(experts))
 
     def add(self, index: Ints, measures: Floats, shares: Floats | None = None) -> None:
@@ -116,29 +113,36 @@ class ScoreSums:
 
         Measures are [B, 5] (`MEASURES`), the experts' shares [B, H]; None before the last third of the training.
         """
-        left = np.arange(len(index))
-        while len(left):
-            _, first = np.unique(index[left], return_index=True)  # nearly always all of them
-            now = left[first]
-            left = np.delete(left, first)
-            rows = self.rows[index[now]]  # a copy
-            margin, el2n, loss, p, correct = measures[now].T
-            rows["visits"] += 1
-            rows["margin"] += margin
-            rows["el2n"] += el2n
-            rows["loss"] += loss
-            rows["loss_last"] = loss
-            # Welford's running mean and squares: the difference of two sums would lose a small spread.
-            change = p - rows["p"]
-            rows["p"] += change / rows["visits"]
-            rows["p_squares"] += change * (p - rows["p"])
-            rows["forgotten"] += (rows["was_correct"] > correct).astype(np.int32)
-            rows["was_correct"] = correct
-            rows["correct"] += rows["was_correct"]
-            if shares is not None:
-                rows["routed"] += 1
-                rows["shares"] += (shares[now] - rows["shares"]) / rows["routed"][:, None]
-            self.rows[index[now]] = rows
+        waiting = np.arange(len(index))
+        while len(waiting):
+            # The first visit of each image; nearly always all of them.
+            _, first = np.unique(index[waiting], return_index=True)
+            visits = waiting[first]
+            self._add_once(
+                index[visits], measures[visits], None if shares is None else shares[visits]
+            )
+            waiting = np.delete(waiting, first)
+
+    def _add_once(self, index: Ints, measures: Floats, shares: Floats | None) -> None:
+        """Take visits of different images."""
+        rows = self.rows[index]  # a copy
+        margin, el2n, loss, p, correct = measures.T
+        rows["visits"] += 1
+        rows["margin"] += margin
+        rows["el2n"] += el2n
+        rows["loss"] += loss
+        rows["loss_last"] = loss
+        # Welford's running mean and squares: the difference of two sums would lose a small spread.
+        change = p - rows["p"]
+        rows["p"] += change / rows["visits"]
+        rows["p_squares"] += change * (p - rows["p"])
+        rows["forgotten"] += (rows["was_correct"] > correct).astype(np.int32)
+        rows["was_correct"] = correct
+        rows["correct"] += rows["was_correct"]
+        if shares is not None:
+            rows["routed"] += 1
+            rows["shares"] += (shares - rows["shares"]) / rows["routed"][:, None]
+        self.rows[index] = rows
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors that share memory with the rows, for a checkpoint."""
@@ -161,32 +165,29 @@ class ScoreSums:
 
     def table(self, images: Sequence[str], labels: Sequence[str]) -> Scores:
         """The scores, with the name and the class of each image."""
-        rows, visits = self.rows, self.rows["visits"]
+        rows = self.rows
+        visits = rows["visits"]
         with np.errstate(invalid="ignore"):  # an image without visits has no scores: 0 / 0
-            mean = {
-                name: rows[name] / visits.astype(np.float32) for name in ("margin", "el2n", "loss")
-            }
-            seen, routed = visits > 0, rows["routed"] > 0
-            found = {
-                "aum": mean["margin"],
-                "el2n": mean["el2n"],
-                "loss_mean": mean["loss"],
-                "loss_last": np.where(seen, rows["loss_last"], np.nan),
-                "p_mean": np.where(seen, rows["p"], np.nan),
+            scores = {
+                "aum": rows["margin"] / visits.astype(np.float32),
+                "el2n": rows["el2n"] / visits.astype(np.float32),
+                "loss_mean": rows["loss"] / visits.astype(np.float32),
+                "loss_last": np.where(visits > 0, rows["loss_last"], np.nan),
+                "p_mean": np.where(visits > 0, rows["p"], np.nan),
                 "p_std": np.sqrt(rows["p_squares"] / visits),
                 "forgetting": rows["forgotten"] / visits,
                 "correct": rows["correct"] / visits,
             }
-        shares = np.where(routed[:, None], rows["shares"], np.float32(np.nan))
+        is_routed = rows["routed"] > 0
+        shares = np.where(is_routed[:, None], rows["shares"], np.float32(np.nan))
         ends = np.cumsum([*self.experts.values()], dtype=int)
+        by_block = np.split(shares, ends, axis=1)  # and nothing behind the last end
         return Scores(
-            list(images),
-            list(labels),
-            visits.astype(np.int64),
-            {name: values.astype(np.float32) for name, values in found.items()},
-            dict(
-                zip(self.experts, np.split(shares, ends, axis=1), strict=False)
-            ),  # nothing is behind the last end
+            images=list(images),
+            labels=list(labels),
+            visits=visits.astype(np.int64),
+            scores={name: values.astype(np.float32) for name, values in scores.items()},
+            experts=dict(zip(self.experts, by_block, strict=False)),
         )
 
 
@@ -203,37 +204,30 @@ class Scores:
 
     def write(self, path: Path) -> None:
         """Write the CSV whole or not at all."""
-        experts = [
-            f"L{block}.E{expert}"
-            for block, shares in self.experts.items()
-            for expert in range(shares.shape[1])
-        ]
-        cells = np.concatenate(
-            [*(self.scores[name][:, None] for name in SCORES), *self.experts.values()], axis=1
-        )
-        rows = (
-            [
-                escape_csv_cell(image),
-                escape_csv_cell(label),
-                visits,
-                *("" if x != x else f"{x:.5g}" for x in numbers.tolist()),
-            ]
-            for image, label, visits, numbers in zip(
-                self.images, self.labels, self.visits.tolist(), cells, strict=True
-            )
-        )
-        write_text_atomic(path, csv_text([*_SCORES_HEAD, *experts], rows))
+        head = list(_SCORES_HEAD)
+        for block, shares in self.experts.items():
+            head += [f"L{block}.E{expert}" for expert in range(shares.shape[1])]
+        columns = [self.scores[name][:, None] for name in SCORES]
+        numbers = np.concatenate([*columns, *self.experts.values()], axis=1)  # [n, columns]
+        write_text_atomic(path, csv_text(head, self._rows(numbers)))
+
+    def _rows(self, numbers: Floats) -> Iterator[list[Any]]:
+        """The cells of each image; a number that isn't there is empty."""
+        for row, image in enumerate(self.images):
+            cells = [f"{x:.5g}" if x == x else "" for x in numbers[row].tolist()]
+            label = escape_csv_cell(self.labels[row])
+            yield [escape_csv_cell(image), label, int(self.visits[row]), *cells]
 
     @classmethod
     def read(cls, path: Path) -> Scores:
         """Read `scores.csv`; raises UserError if the file isn't there or is no such table."""
+        images, labels, numbers = [], [], array("f")
         try:
             with path.open(newline="", encoding="utf-8") as file:
                 lines = csv.reader(file)
                 head = next(lines, [])
                 if tuple(head[: len(_SCORES_HEAD)]) != _SCORES_HEAD:
                     raise ValueError(f"its first line begins with {','.join(head[:3])}")
-                images, labels, numbers = [], [], array("f")
                 for image, label, *cells in lines:
                     if len(cells) != len(head) - 2:
                         raise ValueError(
@@ -250,16 +244,15 @@ class Scores:
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is no table of scores ({error}): fit writes it.") from error
         values = np.frombuffer(numbers, np.float32).reshape(len(images), len(head) - 2)
-        blocks = [
-            int(name.partition(".E")[0].removeprefix("L")) for name in head[len(_SCORES_HEAD) :]
-        ]
-        shares = values[:, 1 + len(SCORES) :]
+        visits, scores, shares = np.split(values, [1, 1 + len(SCORES)], axis=1)
+        expert_names = head[len(_SCORES_HEAD) :]  # L<block>.E<expert>
+        blocks = np.array([int(name.split(".")[0].removeprefix("L")) for name in expert_names], int)
         return cls(
-            images,
-            labels,
-            values[:, 0].astype(np.int64),
-            {name: values[:, 1 + column] for column, name in enumerate(SCORES)},
-            {block: shares[:, np.array(blocks) == block] for block in dict.fromkeys(blocks)},
+            images=images,
+            labels=labels,
+            visits=visits[:, 0].astype(np.int64),
+            scores=dict(zip(SCORES, scores.T, strict=True)),
+            experts={block: shares[:, blocks == block] for block in dict.fromkeys(blocks.tolist())},
         )
 
 
@@ -270,14 +263,19 @@ class Scores:
 class KeepMask:
     """What becomes of each of n images."""
 
-    keep: npt.NDArray[np.bool_]  # [n]
+    keep: Mask  # [n]
     reason: Ints  # [n], which of `reasons` it is
     reasons: list[str]  # words, with `{value}` and `{rank}` where they stand in them
     value: Floats  # [n], the score that decided
     rank: Ints  # [n], 1 for the first to keep; 0 without an order
-    new_label: dict[int, str] = field(
-        default_factory=dict
-    )  # row -> class, for those that a person gave another one
+    # row -> class, for those that a person gave another one
+    new_label: dict[int, str] = field(default_factory=dict)
+
+    def keep_also(self, rows: Ints, reason: str) -> None:
+        """Keep these images too, for one more reason."""
+        self.keep[rows] = True
+        self.reason[rows] = len(self.reasons)
+        self.reasons.append(reason)
 
     def write(self, path: Path, scores: Scores, *, relabelled: bool) -> None:
         """Write the list: image, label, keep, new_label, reason.
@@ -285,27 +283,23 @@ class KeepMask:
         `relabelled`: the run had other labels than its data; then every row says the label, so that the list is the one
         of `--data.relabel` too.
         """
-
-        def rows() -> Iterator[tuple[str, ...]]:
-            for row, label in enumerate(scores.labels):
-                new = self.new_label.get(row, label if relabelled else "")
-                value = "never learned" if np.isinf(self.value[row]) else f"{self.value[row]:.4g}"
-                reason = self.reasons[self.reason[row]].format(value=value, rank=self.rank[row])
-                keep = YES if self.keep[row] else NO
-                yield (
-                    escape_csv_cell(scores.images[row]),
-                    escape_csv_cell(label),
-                    keep,
-                    escape_csv_cell(new),
-                    reason,
-                )
-
+        rows = (self._cells(row, scores, relabelled) for row in range(len(scores.images)))
+        text = csv_text(LIST_HEAD.split(","), rows)
         try:
-            write_text_atomic(path, csv_text(LIST_HEAD.split(","), rows()))
+            write_text_atomic(path, text)
         except OSError as error:
             raise UserError(
                 f"{path} can't be written ({error.strerror}): give --out another file."
             ) from error
+
+    def _cells(self, row: int, scores: Scores, relabelled: bool) -> list[str]:
+        label = scores.labels[row]
+        new_label = self.new_label.get(row, label if relabelled else "")
+        value = "never learned" if np.isinf(self.value[row]) else f"{self.value[row]:.4g}"
+        reason = self.reasons[self.reason[row]].format(value=value, rank=self.rank[row])
+        image = escape_csv_cell(scores.images[row])
+        keep = YES if self.keep[row] else NO
+        return [image, escape_csv_cell(label), keep, escape_csv_cell(new_label), reason]
 
 
 def prune(
@@ -315,113 +309,123 @@ def prune(
 
     `hardest` is β of `ccs`, the seed that of what is drawn, and of ties.
     """
-    known, n = scores.scores, len(scores.images)
-    scored = np.flatnonzero(scores.visits > 0)
+    n = len(scores.images)
+    (scored,) = np.nonzero(scores.visits)
     if not len(scored):
         raise UserError("The scores are of no image: the training has made no step.")
     count = max(1, round(share * len(scored)))
-    # value [n]: the higher the sooner kept
-    value = known.get("aum" if by == "ccs" else by, np.zeros(n, np.float32))
-    if by == "loss":
-        value = -known["loss_mean"]
-    if by == "forgetting":
-        value = np.where(known["correct"] == 0, np.float32(np.inf), value)
+
+    priority = _priority(scores, by)
     draw = np.random.default_rng(seed).permutation(len(scored))
     # The last key decides first; equal values stand in the order of the draw.
-    order = scored[np.lexsort((draw, -value[scored]))]
-    found = KeepMask(np.zeros(n, bool), np.zeros(n, np.int64), [], value, np.zeros(n, np.int64))
+    order = scored[np.lexsort((draw, -priority[scored]))]
+
+    value = scores.scores["loss_mean"] if by == "loss" else priority
+    mask = KeepMask(
+        keep=np.zeros(n, bool),
+        reason=np.zeros(n, np.int64),
+        reasons=[],
+        value=value,
+        rank=np.zeros(n, np.int64),
+    )
+    mask.rank[order] = np.arange(1, len(order) + 1)
     if by == "ccs":
-        chosen = _from_strata(found, order, count, hardest, seed)
+        mask.keep[_from_strata(mask, order, count, hardest, seed)] = True
     else:
-        chosen = order[:count]
-        said = "drawn" if by == "random" else f"{by} {{value}}"
-        found.reasons = [f"{said}: rank {{rank}} of {len(scored):,}"]
-    found.value = known["loss_mean"] if by == "loss" else value
-    found.keep[chosen] = True
-    found.rank[order] = np.arange(1, len(order) + 1)
-    never = scores.visits == 0
-    _, labels = np.unique(scores.labels, return_inverse=True)
-    classes, first = np.unique(
-        labels[order], return_index=True
-    )  # the first in `order` of each class
-    empty = np.bincount(labels[found.keep | never], minlength=labels.max() + 1)[classes] == 0
-    for rows, reason in (
-        (np.flatnonzero(never), "never visited, so it has no score"),
-        (order[first[empty]], "the last of its class"),
-    ):
-        found.keep[rows] = True
-        found.reason[rows] = len(found.reasons)
-        found.reasons.append(reason)
-    return found
+        mask.keep[order[:count]] = True
+        method = "drawn" if by == "random" else f"{by} {{value}}"
+        mask.reasons = [f"{method}: rank {{rank}} of {len(scored):,}"]
+
+    (never,) = np.nonzero(scores.visits == 0)
+    mask.keep_also(never, "never visited, so it has no score")
+    _, labels = np.unique(scores.labels, return_inverse=True)  # [n]
+    classes, first = np.unique(labels[order], return_index=True)
+    emptied = ~np.isin(classes, labels[mask.keep])
+    mask.keep_also(order[first[emptied]], "the last of its class")
+    return mask
 
 
-def _from_strata(found: KeepMask, order: Ints, count: int, hardest: float, seed: int) -> Ints:
-    """CCS: the images to keep, of those in `order`, by falling AUM; the reasons go into `found`."""
-    aum, left = found.value, order[: len(order) - int(hardest * len(order))]
-    if len(left) < count:
+def _priority(scores: Scores, by: str) -> Floats:
+    """The number [n] by which images are kept, the highest first."""
+    if by == "random":
+        return np.zeros(len(scores.images), np.float32)
+    if by == "loss":
+        return -scores.scores["loss_mean"]
+    if by == "forgetting":
+        never_correct = scores.scores["correct"] == 0
+        return np.where(never_correct, np.float32(np.inf), scores.scores["forgetting"])
+    return scores.scores["aum" if by == "ccs" else by]
+
+
+def _from_strata(mask: KeepMask, order: Ints, count: int, hardest: float, seed: int) -> Ints:
+    """CCS: the images to keep, of those in `order`, by falling AUM; the reasons go into `mask`."""
+    num_hardest = int(hardest * len(order))
+    candidates = order[: len(order) - num_hardest]
+    if len(candidates) < count:
         raise UserError(
-            f"--hardest {hardest:g} drops more than --keep allows: {len(left):,} images are left and {count:,} are to "
-            "be kept. Lower one of them."
+            f"--hardest {hardest:g} drops more than --keep allows: {len(candidates):,} images are left and {count:,} "
+            "are to be kept. Lower one of them."
         )
-    low, high = float(aum[left].min()), float(aum[left].max())
+    aum = mask.value[candidates]
+    low, high = float(aum.min()), float(aum.max())
     width = (high - low) / _STRATA or 1.0
-    stratum = np.minimum((aum[left] - low) / width, _STRATA - 1).astype(np.int64)
+    stratum = np.minimum((aum - low) / width, _STRATA - 1).astype(np.int64)
     sizes = np.bincount(stratum, minlength=_STRATA)
-    generator, budget, drawn = np.random.default_rng(seed), count, {}
-    filled = [int(each) for each in np.argsort(sizes, kind="stable") if sizes[each]]
-    for done, each in enumerate(filled):  # the smallest first: what it can't give, the others do
-        members = left[stratum == each]
-        drawn[each] = generator.permutation(members)[: budget // (len(filled) - done)]
-        budget -= len(drawn[each])
-    found.reasons = [
-        f"aum {{value}}: among the {hardest:.0%} with the lowest",
-        *(
-            f"aum {{value}}: stratum {each + 1} of {_STRATA}, {len(drawn.get(each, ()))} of {sizes[each]} drawn"
-            for each in range(_STRATA)
-        ),
-    ]
-    found.reason[left] = 1 + stratum
-    return np.concatenate(list(drawn.values()))
+
+    # The smallest first: what it can't give, the others do.
+    rng = np.random.default_rng(seed)
+    smallest_first = [number for number in np.argsort(sizes, kind="stable") if sizes[number]]
+    num_drawn = np.zeros(_STRATA, np.int64)
+    chosen: list[Ints] = []
+    for done, number in enumerate(smallest_first):
+        strata_left = len(smallest_first) - done
+        quota = (count - num_drawn.sum()) // strata_left
+        members = rng.permutation(candidates[stratum == number])
+        chosen.append(members[:quota])
+        num_drawn[number] = len(chosen[-1])
+
+    mask.reasons = [f"aum {{value}}: among the {hardest:.0%} with the lowest"]
+    for number in range(_STRATA):
+        drawn = f"{num_drawn[number]} of {sizes[number]} drawn"
+        mask.reasons.append(f"aum {{value}}: stratum {number + 1} of {_STRATA}, {drawn}")
+    mask.reason[candidates] = 1 + stratum
+    return np.concatenate(chosen)
 
 
 def choose_kept_images(scores: Scores, path: Path) -> KeepMask:
     """Choose by the decisions of a person, a CSV with the columns image, decision, new_label."""
     classes = {escape_csv_cell(label) for label in scores.labels}
-
-    def decision(row: Mapping[str, str]) -> tuple[int, str]:
-        if row[DECISION] not in DECISIONS:
-            raise ValueError(
-                f"decision is {row[DECISION]!r} and must be one of {', '.join(DECISIONS)}"
-            )
-        new = escape_csv_cell(row.get(NEW_LABEL, "")) if row[DECISION] == "relabel" else ""
-        if new not in classes and row[DECISION] == "relabel":
-            raise ValueError(f"new_label is {new!r}, and the training images have no such class")
-        return DECISIONS.index(row[DECISION]), new
-
-    listed = read_list(path, DECISION, decision, "--decisions")
-    row_of = {escape_csv_cell(image): row for row, image in enumerate(scores.images)}
-    if strange := len(listed.keys() - row_of.keys()):
+    index_of = {escape_csv_cell(image): index for index, image in enumerate(scores.images)}
+    rows = read_list(path, DECISION, "--decisions")
+    if unknown := len(rows.keys() - index_of.keys()):
         raise UserError(
-            f"--decisions: {path} names {strange:,} images that the run wasn't trained on: give its own."
+            f"--decisions: {path} names {unknown:,} images that the run wasn't trained on: give its own."
         )
     n = len(scores.images)
-    reasons = ["decided: keep", "decided: wrong label", "decided: drop", "not decided"]
-    found = KeepMask(
-        np.ones(n, bool),
-        np.full(n, len(DECISIONS)),
-        reasons,
-        np.zeros(n, np.float32),
-        np.zeros(n, np.int64),
+    mask = KeepMask(
+        keep=np.ones(n, bool),
+        reason=np.full(n, len(DECISIONS)),
+        reasons=["decided: keep", "decided: wrong label", "decided: drop", "not decided"],
+        value=np.zeros(n, np.float32),
+        rank=np.zeros(n, np.int64),
     )
-    for image, (what, new) in listed.items():
-        found.reason[row_of[image]] = what
-        if new:
-            found.new_label[row_of[image]] = new
-    found.keep = found.reason != DECISIONS.index("drop")
-    for name, before, after in class_shares(scores, found):
+    for image, row in rows.items():
+        decision = row.cells[DECISION]
+        if decision not in DECISIONS:
+            raise row.mistake(f"decision is {decision!r} and must be one of {', '.join(DECISIONS)}")
+        if decision == "relabel":
+            new_label = escape_csv_cell(row.cells.get(NEW_LABEL, ""))
+            if new_label not in classes:
+                raise row.mistake(
+                    f"new_label is {new_label!r}, and the training images have no such class"
+                )
+            mask.new_label[index_of[image]] = new_label
+        mask.reason[index_of[image]] = DECISIONS.index(decision)
+        mask.keep[index_of[image]] = decision != "drop"
+    for name, before, after in class_shares(scores, mask):
         if before and not after:
             raise UserError(f"{path} leaves no image of the class {name!r}: keep some of it.")
-    return found
+    return mask
 
 
 class Share(NamedTuple):
@@ -431,38 +435,35 @@ class Share(NamedTuple):
     before: float
     after: float
 
+    def ratio(self) -> float:
+        """How much of it is left; 1 of nothing."""
+        return self.after / self.before if self.before else 1.0
 
-def class_shares(scores: Scores, kept: KeepMask) -> list[Share]:
+
+def class_shares(scores: Scores, mask: KeepMask) -> list[Share]:
     """Share of the images of each class, under the labels before and after."""
-    names, numbers = np.unique([*scores.labels, *kept.new_label.values()], return_inverse=True)
-    before = numbers[: len(scores.labels)]
-    after = before.copy()
-    after[list(kept.new_label)] = numbers[len(scores.labels) :]
-    shares = [
-        np.bincount(each, minlength=len(names)) / max(1, len(each))
-        for each in (before, after[kept.keep])
-    ]
+    new_labels = [mask.new_label.get(row, label) for row, label in enumerate(scores.labels)]
+    before = Counter(scores.labels)
+    after = Counter(compress(new_labels, mask.keep.tolist()))
     return [
-        Share(*each)
-        for each in zip(names.tolist(), *(share.tolist() for share in shares), strict=True)
+        Share(name, before[name] / max(1, before.total()), after[name] / max(1, after.total()))
+        for name in sorted(before.keys() | mask.new_label.values())
     ]
 
 
-def expert_shares(scores: Scores, keep: npt.NDArray[np.bool_]) -> list[Share]:
+def expert_shares(scores: Scores, keep: Mask) -> list[Share]:
     """Share of the choices of its layer that each expert computes; none without routing."""
-    found = []
+    result = []
     for block, shares in scores.experts.items():
-        routed = ~np.isnan(shares[:, 0])
-        if (routed & keep).any():
-            both = [
-                shares[chosen].mean(0, dtype=np.float64).tolist()
-                for chosen in (routed, routed & keep)
-            ]
-            found += [
-                Share(f"L{block}.E{expert}", *each)
-                for expert, each in enumerate(zip(*both, strict=True))
-            ]
-    return found
+        is_routed = ~np.isnan(shares[:, 0])
+        is_kept = is_routed & keep
+        if not is_kept.any():
+            continue
+        before = shares[is_routed].mean(0, dtype=np.float64).tolist()
+        after = shares[is_kept].mean(0, dtype=np.float64).tolist()
+        for expert in range(len(before)):
+            result.append(Share(f"L{block}.E{expert}", before[expert], after[expert]))
+    return result
 
 
 def starvation_warnings(shares: Sequence[Share], what: str) -> list[str]:
@@ -478,98 +479,115 @@ def shares_table(shares: Sequence[Share], what: str) -> list[str]:
     """Lines of a table; of many only those that lose most."""
     rows = list(shares)
     if len(rows) > _MAX_ROWS:
-        rows = sorted(rows, key=lambda share: share.after / share.before if share.before else 1.0)[
-            :_MAX_ROWS
-        ]
-    left_out = len(shares) - len(rows)
-    width = max([len(what), *(len(share.name) for share in rows)])
+        rows = sorted(rows, key=Share.ratio)[:_MAX_ROWS]
+    num_hidden = len(shares) - len(rows)
+    width = max(map(len, [what, *(share.name for share in rows)]))
     lines = [f"{what:<{width}}   before    after"]
     lines += [f"{share.name:<{width}} {share.before:>8.1%} {share.after:>8.1%}" for share in rows]
-    return lines + ([f"and {left_out:,} that lose less"] if left_out else [])
+    if num_hidden:
+        lines.append(f"and {num_hidden:,} that lose less")
+    return lines
 
 
 # ---- what lists do to a split
 
 
-def read_list(
-    path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T], option: str
-) -> dict[str, _T]:
-    """What a CSV says of each image, by its name as `escape_csv_cell` writes it.
+@dataclass(frozen=True)
+class ListRow:
+    """What a list says of one image."""
 
-    `column` is which it must have, besides `image` (`keep` may be absent); `meaning` of a row raises ValueError if it
-    says nothing that can be used; `option` asked for it.
+    cells: Mapping[str, str]  # by column
+    file: str  # the option and the file that it names
+    line: int
+
+    def mistake(self, problem: str) -> UserError:
+        """The error to raise where the row says nothing that can be used."""
+        return UserError(f"{self.file} can't be used: line {self.line}: {problem}.")
+
+
+def read_list(path: Path, column: str, option: str) -> dict[str, ListRow]:
+    """The rows of a CSV with a row per image, by the image's name as `escape_csv_cell` writes it.
+
+    `column` is which it must have, besides `image` (`keep` may be absent); `option` asked for it.
     """
-    found: dict[str, _T] = {}
+    file = f"{option}: {path}"
     try:
-        for line, row in enumerate(read_csv(path, {"image", column} - {KEEP}), start=2):
-            name = escape_csv_cell(row["image"])
-            if name in found:
-                raise ValueError(f"it lists {name!r} twice: keep one of the rows")
-            try:
-                found[name] = meaning(row)
-            except ValueError as error:
-                raise ValueError(f"line {line}: {error}") from error
+        table = read_csv(path, {"image", column} - {KEEP})
     except OSError as error:
-        raise UserError(
-            f"{option}: {path} can't be read ({error.strerror}): give a CSV file."
-        ) from error
+        raise UserError(f"{file} can't be read ({error.strerror}): give a CSV file.") from error
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{option}: {path} can't be used: {error}.") from error
-    return found
+        raise UserError(f"{file} can't be used: {error}.") from error
+    rows: dict[str, ListRow] = {}
+    for line, cells in enumerate(table, start=2):
+        name = escape_csv_cell(cells["image"])
+        if name in rows:
+            raise UserError(f"{file} can't be used: it lists {name!r} twice: keep one of the rows.")
+        rows[name] = ListRow(cells, file, line)
+    return rows
 
 
 def apply_lists(
     splits: Splits, class_names: Sequence[str], keep: Path | None, relabel: Path | None
 ) -> Splits:
     """The split with the training images that the files choose under the labels that they give, as it was otherwise."""
-    number_of = {escape_csv_cell(name): number for number, name in enumerate(class_names)}
-
-    def new_label(row: Mapping[str, str]) -> int | None:
-        name = escape_csv_cell(row[NEW_LABEL])
-        if name and name not in number_of:
-            raise ValueError(f"the data have no class {name!r} ({', '.join(list(number_of)[:8])})")
-        return number_of.get(name)
-
-    def is_kept(row: Mapping[str, str]) -> bool:
-        if DECISION in row:
-            raise ValueError(
-                "it has a column 'decision': `moevision data prune RUN --by decisions --decisions FILE` makes a list "
-                "of such a file"
-            )
-        answer = row.get(KEEP, YES)
-        if answer not in (YES, NO):
-            raise ValueError(f"keep is {answer!r} and must be {YES} or {NO}")
-        return answer == YES
-
     if relabel is not None:
-        train = splits.samples["train"]
-        labels = _of_training_images(relabel, NEW_LABEL, new_label, "--data.relabel", splits)
-        if not any(label is not None for label in labels):
-            raise UserError(f"--data.relabel: {relabel} gives no image a new label: leave it out.")
-        new = [
-            old if label is None else old._replace(label=label)
-            for old, label in zip(train, labels, strict=True)
-        ]
-        changed = sum(one != other for one, other in zip(new, train, strict=True))
-        splits = _with_train(
-            splits, new, f"{changed:,} with another label by {relabel.name}", class_names, relabel
-        )
+        splits = _relabel(splits, class_names, relabel)
     if keep is not None:
-        train = splits.samples["train"]
-        kept = _of_training_images(keep, KEEP, is_kept, "--data.keep", splits)
-        left_out = list(compress(train, (not each for each in kept)))
-        found = replace(splits, unused=[*splits.unused, *left_out])
-        note = f"{len(left_out):,} left out by {keep.name}"
-        splits = _with_train(found, list(compress(train, kept)), note, class_names, keep)
+        splits = _keep(splits, class_names, keep)
     return splits
+
+
+def _relabel(splits: Splits, class_names: Sequence[str], path: Path) -> Splits:
+    """The split with the labels of `--data.relabel`."""
+    label_of = {escape_csv_cell(name): label for label, name in enumerate(class_names)}
+    rows = _rows_of_training_images(path, NEW_LABEL, "--data.relabel", splits)
+    names = [escape_csv_cell(row.cells[NEW_LABEL]) if row is not None else "" for row in rows]
+    if not any(names):
+        raise UserError(f"--data.relabel: {path} gives no image a new label: leave it out.")
+    train = []
+    changed = 0
+    for sample, row, name in zip(splits.samples["train"], rows, names, strict=True):
+        if row is not None and name not in ("", *label_of):
+            classes = ", ".join(list(label_of)[:8])
+            raise row.mistake(f"the data have no class {name!r} ({classes})")
+        label = label_of.get(name, sample.label)
+        train.append(Sample(sample.sample_id, label))
+        changed += label != sample.label
+    note = f"{changed:,} with another label by {path.name}"
+    return _with_train(splits, train, note, class_names, path)
+
+
+def _keep(splits: Splits, class_names: Sequence[str], path: Path) -> Splits:
+    """The split with the training images that `--data.keep` keeps."""
+    rows = _rows_of_training_images(path, KEEP, "--data.keep", splits)
+    train, unused = [], []
+    for sample, row in zip(splits.samples["train"], rows, strict=True):
+        if row is not None and _says_keep(row):
+            train.append(sample)
+        else:
+            unused.append(sample)
+    splits = replace(splits, unused=[*splits.unused, *unused])
+    note = f"{len(unused):,} left out by {path.name}"
+    return _with_train(splits, train, note, class_names, path)
+
+
+def _says_keep(row: ListRow) -> bool:
+    if DECISION in row.cells:
+        raise row.mistake(
+            "it has a column 'decision': `moevision data prune RUN --by decisions --decisions FILE` makes a list of "
+            "such a file"
+        )
+    answer = row.cells.get(KEEP, YES)
+    if answer not in (YES, NO):
+        raise row.mistake(f"keep is {answer!r} and must be {YES} or {NO}")
+    return answer == YES
 
 
 def _with_train(
     splits: Splits, train: list[Sample], note: str, class_names: Sequence[str], path: Path
 ) -> Splits:
-    before, after = (
-        {sample.label for sample in members} for members in (splits.samples["train"], train)
-    )
+    before = {sample.label for sample in splits.samples["train"]}
+    after = {sample.label for sample in train}
     if lost := sorted(before - after):
         raise UserError(
             f"{path} leaves the class {class_names[lost[0]]!r} without a training image: keep some of it."
@@ -578,27 +596,25 @@ def _with_train(
     return replace(splits, samples=splits.samples | {"train": train}, notes=notes)
 
 
-def _of_training_images(
-    path: Path, column: str, meaning: Callable[[Mapping[str, str]], _T], option: str, splits: Splits
-) -> list[_T | None]:
+def _rows_of_training_images(
+    path: Path, column: str, option: str, splits: Splits
+) -> list[ListRow | None]:
     """What the file says of each training image; None where it says nothing."""
-    listed = read_list(path, column, meaning, option)
+    rows = read_list(path, column, option)
     names = [escape_csv_cell(sample.sample_id) for sample in splits.samples["train"]]
-    known = set(names)
-    if strangers := [name for name in listed if name not in known]:
-        parts = {**splits.samples, "no split": splits.unused}
-        place = next(
-            (
-                s
-                for s, part in parts.items()
-                if any(escape_csv_cell(e.sample_id) == strangers[0] for e in part)
-            ),
-            None,
-        )
-        where = f"it is in {place}" if place else "the data have no such image"
+    trained = set(names)
+    others = [name for name in rows if name not in trained]
+    if others:
         raise UserError(
-            f"{option}: {path} lists {len(strangers):,} images that are not among the training images, the first is "
-            f"{strangers[0]!r} ({where}): give a list of these data in this split (--data.seed and the fractions "
-            "decide it)."
+            f"{option}: {path} lists {len(others):,} images that are not among the training images, the first is "
+            f"{others[0]!r} ({_where_it_is(others[0], splits)}): give a list of these data in this split (--data.seed "
+            "and the fractions decide it)."
         )
-    return [listed.get(name) for name in names]
+    return [rows.get(name) for name in names]
+
+
+def _where_it_is(name: str, splits: Splits) -> str:
+    for split, samples in {**splits.samples, "no split": splits.unused}.items():
+        if any(escape_csv_cell(sample.sample_id) == name for sample in samples):
+            return f"it is in {split}"
+    return "the data have no such image"

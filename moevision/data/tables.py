@@ -18,8 +18,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from PIL import Image
@@ -30,6 +31,7 @@ from moevision.data.collection import (
     Collection,
     FileCollection,
     Sample,
+    SplitSamples,
     check_distinct,
     check_splits,
     differ_in_case,
@@ -41,8 +43,8 @@ from moevision.errors import UserError, escape_controls
 
 # Names of a table's columns with the image (a manifest: its path) and its label; None finds them.
 Columns = tuple[str | None, str | None]
-_LABELS: Final = ("label", "labels", "class", "category", "fine_label", "cls")
-_SEVERAL: Final = (
+_LABELS = ("label", "labels", "class", "category", "fine_label", "cls")
+_ONE_LABEL = (
     "one image must have one label: multi-label data can't be learned. Keep the label that matters, or train one model "
     "per question"
 )
@@ -51,77 +53,112 @@ _SEVERAL: Final = (
 # ---- CSV manifests
 
 
+@dataclass(frozen=True)
+class ManifestRow:
+    """One row of a manifest."""
+
+    line: int  # where it is in the file
+    sample_id: str
+    path: str  # as it is written
+    label: str  # name of the class
+    split: str  # train, val or test; empty where the file gives no splits
+    cells: dict[str, str]  # by column
+
+
 def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
     """Read a CSV manifest: UTF-8, with a header; `columns` are those with path and label, where they aren't called so.
 
     A `UserError` names the line, if a row has no path, no label or several, an unknown split, or no such file.
     """
-    path_column, label_column = columns[0] or "path", columns[1] or "label"
-    known: dict[str, tuple[int, dict[str, str]]] = {}  # sample id -> line, row
+    path_column = columns[0] or "path"
+    label_column = columns[1] or "label"
+    rows: dict[str, ManifestRow] = {}  # by sample id
     repeated = 0
-    for line, row in _csv_rows(file, path_column, label_column):
-        split, label = row.get("split", "").lower(), row[label_column]
-        row["split"] = SPLIT_NAMES.get(split, split)
-        sample_id = _sample_id(file.parent, row[path_column])
-        first_line, first = known.setdefault(sample_id, (line, row))
-        some = next(iter(known.values()))[1]
-        wrong = ""
-        if not row[path_column] or "://" in row[path_column] or "\0" in row[path_column]:
-            wrong = f"{row[path_column]!r} is no path of a file on this computer: name one or remove the row"
-        elif not label:
-            wrong = "it has no label: fill it in or remove the row"
-        elif "|" in label:
-            wrong = f"{label!r} names several labels; {_SEVERAL}"
-        elif row["split"] not in ("", *SPLITS):
-            wrong = f"there is no split {split!r}: choose train, val or test, or leave it empty everywhere"
-        elif first[label_column] != label:
-            wrong = f"{sample_id!r} is {label!r} here and {first[label_column]!r} on line {first_line}; {_SEVERAL}"
-        elif first["split"] != row["split"]:
-            wrong = f"{sample_id!r} is in another split on line {first_line}: remove one of them"
-        elif bool(some["split"]) != bool(split):
-            wrong = "some rows name a split and others don't: name it in all of them or in none"
-        elif not os.path.isfile(
-            file.parent / sample_id
-        ):  # unlike Path.is_file no error where the path is too long
-            wrong = (
-                f"there is no file {file.parent / sample_id}: correct the path or remove the row"
-            )
-        if wrong:
-            raise UserError(f"{file}, line {line}: {wrong}.")
-        repeated += first_line != line
-    rows = {sample_id: row for sample_id, (_, row) in known.items()}
-    names = sorted({row[label_column] for row in rows.values()})
-    check_distinct(names)
-    check_distinct(rows)
-    number = {name: place for place, name in enumerate(names)}
-    given: dict[str, list[Sample]] = {}
-    for sample_id, row in rows.items():
-        given.setdefault(row["split"] or "all", []).append(
-            Sample(sample_id, number[row[label_column]])
+    for line, cells in _csv_rows(file, path_column, label_column):
+        split = cells.get("split", "").lower()
+        row = ManifestRow(
+            line=line,
+            sample_id=_sample_id(file.parent, cells[path_column]),
+            path=cells[path_column],
+            label=cells[label_column],
+            split=SPLIT_NAMES.get(split, split),
+            cells=cells,
         )
-    if not given:
+        same_image = rows.setdefault(row.sample_id, row)
+        first_row = next(iter(rows.values()))
+        problem = _row_problem(row, same_image, bool(first_row.split), file.parent)
+        if problem:
+            raise UserError(f"{file}, line {line}: {problem}.")
+        repeated += same_image is not row
+    if not rows:
         raise UserError(f"{file} lists no image: add a row for each, with its path and label.")
-    check_splits(given, names, str(file))
-    others = sorted(some.keys() - {path_column, label_column, "split"})
-    values = {name: {sample_id: row[name] for sample_id, row in rows.items()} for name in others}
-    notes = (
-        [f"{repeated} rows of {file} were left out: they repeat an earlier one"] if repeated else []
-    )
-    notes += differ_in_case(names)
-    notes += [
-        f"the column {name!r} of {file} says train, val or test and was not used: call it split to use it"
-        for name, cells in values.items()
-        if "all" in given and {cell.lower() for cell in cells.values()} <= SPLIT_NAMES.keys()
-    ]
+    columns_left = first_row.cells.keys() - {path_column, label_column, "split"}
+    collection = _manifest_collection(file, rows, sorted(columns_left))
+    if repeated:
+        note = f"{repeated} rows of {file} were left out: they repeat an earlier one"
+        collection.notes.insert(0, note)
+    return collection
+
+
+def _row_problem(row: ManifestRow, same_image: ManifestRow, has_splits: bool, folder: Path) -> str:
+    """What is wrong with a row, empty if nothing is; `same_image` is the first row of its image."""
+    file = folder / row.sample_id
+    if not row.path or "://" in row.path or "\0" in row.path:
+        return f"{row.path!r} is no path of a file on this computer: name one or remove the row"
+    if not row.label:
+        return "it has no label: fill it in or remove the row"
+    if "|" in row.label:
+        return f"{row.label!r} names several labels; {_ONE_LABEL}"
+    if row.split not in ("", *SPLITS):
+        return f"there is no split {row.split!r}: choose train, val or test, or leave it empty everywhere"
+    if row.label != same_image.label:
+        return (
+            f"{row.sample_id!r} is {row.label!r} here and {same_image.label!r} on line {same_image.line}; "
+            f"{_ONE_LABEL}"
+        )
+    if row.split != same_image.split:
+        return (
+            f"{row.sample_id!r} is in another split on line {same_image.line}: remove one of them"
+        )
+    if bool(row.split) != has_splits:
+        return "some rows name a split and others don't: name it in all of them or in none"
+    if not os.path.isfile(file):  # unlike Path.is_file no error where the path is too long
+        return f"there is no file {file}: correct the path or remove the row"
+    return ""
+
+
+def _manifest_collection(
+    file: Path, rows: dict[str, ManifestRow], columns: list[str]
+) -> FileCollection:
+    """The images of a manifest, with the values of its other columns."""
+    class_names = sorted({row.label for row in rows.values()})
+    check_distinct(class_names)
+    check_distinct(rows)
+    label_of = {name: label for label, name in enumerate(class_names)}
+    samples: SplitSamples = {}
+    for sample_id, row in rows.items():
+        sample = Sample(sample_id, label_of[row.label])
+        samples.setdefault(row.split or "all", []).append(sample)
+    check_splits(samples, class_names, str(file))
+
+    values: dict[str, dict[str, str]] = {}
+    notes = differ_in_case(class_names)
+    group_column = None
+    for column in columns:
+        values[column] = {sample_id: row.cells[column] for sample_id, row in rows.items()}
+        distinct = {value.lower() for value in values[column].values()}
+        if "all" in samples and distinct <= SPLIT_NAMES.keys():
+            notes.append(
+                f"the column {column!r} of {file} says train, val or test and was not used: call it split to use it"
+            )
+        if column.lower() == "group" and distinct != {""} and group_column is None:
+            group_column = column
     return FileCollection(
-        readable_class_names(names),
-        given,
+        readable_class_names(class_names),
+        samples,
         notes,
-        next(
-            (name for name in others if name.lower() == "group" and any(values[name].values())),
-            None,
-        ),
-        values,
+        group_column=group_column,
+        columns=values,
         root=file.parent,
     )
 
@@ -181,21 +218,21 @@ class ArrowCollection(Collection):
             split: table.select_columns([self.image_column]) for split, table in self.tables.items()
         }
 
-    def _stored(self, sample: Sample) -> bytes | str:
+    def _bytes_or_path(self, sample: Sample) -> bytes | str:
         split, row = sample.sample_id.rsplit("/", 1)
-        stored = self._pixels[split][int(row)][self.image_column] or {}
-        return stored.get("bytes") or str(stored.get("path") or "")
+        image = self._pixels[split][int(row)][self.image_column] or {}
+        return image.get("bytes") or str(image.get("path") or "")
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Decode the stored bytes, or the file that the row names, through `safe_open`."""
-        stored = self._stored(sample)
-        if isinstance(stored, bytes):
-            return safe_open(io.BytesIO(stored), short_side)
-        if not os.path.isabs(stored):  # empty, an address, or a member of an archive
+        source = self._bytes_or_path(sample)
+        if isinstance(source, bytes):
+            return safe_open(io.BytesIO(source), short_side)
+        if not os.path.isabs(source):  # empty, an address, or a member of an archive
             raise BadImageError(
-                sample.sample_id, f"the dataset has no image there, only the path {stored!r}"
+                sample.sample_id, f"the dataset has no image there, only the path {source!r}"
             )
-        return safe_open(stored, short_side)
+        return safe_open(source, short_side)
 
     @cached_property
     def _sizes(self) -> dict[str, list[int]]:
@@ -203,12 +240,7 @@ class ArrowCollection(Collection):
         sizes: dict[str, list[int]] = {split: [] for split in self.tables}
         for split, table in self._pixels.items():
             for batch in table.with_format("arrow").iter(batch_size=1000):
-                for image in batch[self.image_column]:
-                    stored, path = image["bytes"], str(image["path"])
-                    named = (
-                        0 if stored.is_valid or not os.path.isfile(path) else os.path.getsize(path)
-                    )
-                    sizes[split].append(len(stored.as_buffer()) if stored.is_valid else named)
+                sizes[split] += map(_size_of_image, batch[self.image_column])
         return sizes
 
     def size_bytes(self, sample: Sample) -> int:
@@ -218,19 +250,28 @@ class ArrowCollection(Collection):
 
     def stored(self, sample: Sample) -> bytes:
         """The stored bytes, or the file that the row names."""
-        stored = self._stored(sample)
-        return stored if isinstance(stored, bytes) else read_image(stored)
+        source = self._bytes_or_path(sample)
+        return source if isinstance(source, bytes) else read_image(source)
 
     def column(self, name: str) -> Mapping[str, str] | None:
         """The values of a column by sample id; none and NaN are empty, as in a CSV."""
-        found: dict[str, str] = {}
+        values: dict[str, str] = {}
         for split, table in self.tables.items():
             if name not in table.column_names or name == self.image_column:
                 return None
             for row, value in enumerate(table[name][:]):
-                unknown = value is None or value != value  # NaN alone differs from itself
-                found[f"{split}/{row:06d}"] = "" if unknown else str(value)
-        return found
+                is_unknown = value is None or value != value  # NaN alone differs from itself
+                values[f"{split}/{row:06d}"] = "" if is_unknown else str(value)
+        return values
+
+
+def _size_of_image(image: Any) -> int:
+    """Bytes of an Arrow value {bytes, path}, or of the file that it names."""
+    stored = image["bytes"]
+    path = str(image["path"])
+    if stored.is_valid:
+        return len(stored.as_buffer())
+    return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
 def read_dataset(
@@ -240,35 +281,48 @@ def read_dataset(
 
     `columns` are those with image and label, where they can't be found out; `download` fetches what isn't in the cache.
     """
-    given, notes = _by_split(_load(path, download), path)
-    first = next(iter(given.values()))
-    image, label = _find_columns(first.features, columns, path)
-    values = {split: list(table[label][:]) for split, table in given.items()}
-    names, index = _classes(first.features[label], values, f"the column {label!r} of {path}")
-    samples = {}
-    for split, found in values.items():
-        samples[split] = [
-            Sample(f"{split}/{row:06d}", index[v]) for row, v in enumerate(found) if v in index
+    tables, notes = _by_split(_load(path, download), path)
+    features = next(iter(tables.values())).features
+    image_column, label_column = _find_columns(features, columns, path)
+    values = {split: list(table[label_column][:]) for split, table in tables.items()}
+    class_names, label_of = _classes(
+        features[label_column], values, f"the column {label_column!r} of {path}"
+    )
+
+    samples: SplitSamples = {}
+    for split, split_values in values.items():
+        labelled = [
+            Sample(f"{split}/{row:06d}", label_of[value])
+            for row, value in enumerate(split_values)
+            if value in label_of
         ]
-        if missing := len(found) - len(samples[split]):
+        if labelled:
+            samples[split] = labelled
+        count = len(split_values)
+        missing = count - len(labelled)
+        if missing:
             notes.append(
-                f"{missing} of {len(found)} {split} images of {path} have no label and were left out"
+                f"{missing} of {count} {split} images of {path} have no label and were left out"
             )
-    samples = {split: found for split, found in samples.items() if found}
-    check_splits(samples, names, path)
-    notes += differ_in_case(names)
-    tables = {
-        split: table.cast_column(image, _datasets().Image(decode=False))
-        for split, table in given.items()
-    }
+    check_splits(samples, class_names, path)
+    notes += differ_in_case(class_names)
+
+    undecoded = _datasets().Image(decode=False)
     return ArrowCollection(
-        list(map(escape_controls, names)), samples, notes, tables=tables, image_column=image
+        list(map(escape_controls, class_names)),
+        samples,
+        notes,
+        tables={
+            split: table.cast_column(image_column, undecoded) for split, table in tables.items()
+        },
+        image_column=image_column,
     )
 
 
 def count_rows(path: str) -> int:
     """Images of a Hugging Face dataset that is on this computer; raises UserError as `read_dataset`."""
-    return sum(map(len, _by_split(_load(path, download=False), path)[0].values()))
+    tables, _ = _by_split(_load(path, download=False), path)
+    return sum(map(len, tables.values()))
 
 
 def _datasets() -> Any:
@@ -298,9 +352,8 @@ def _load(path: str, download: bool) -> Any:
         return datasets.load_from_disk(str(Path(path).expanduser())).with_format(None)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # damaged files fail in every type, and so do names, networks and configurations
+    # damaged files fail in every type, and so do names, networks and configurations
+    except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if not path.startswith(HF):
             raise UserError(
@@ -319,11 +372,14 @@ def _refuse_addresses(folder: Path, path: str) -> None:
     """Raise a UserError if a folder says that its images are elsewhere, as the `configs` of a dataset's card may."""
     from huggingface_hub import DatasetCard
 
-    card, more = folder / "README.md", folder / ".huggingface.yaml"
-    described = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
-    if more.is_file():
-        described |= yaml.safe_load(more.read_text(encoding="utf-8")) or {}
-    configs = str(described.get("configs"))
+    card = folder / "README.md"
+    settings_file = folder / ".huggingface.yaml"
+    settings: dict[str, Any] = {}
+    if card.is_file():
+        settings |= DatasetCard.load(card).data.to_dict()
+    if settings_file.is_file():
+        settings |= yaml.safe_load(settings_file.read_text(encoding="utf-8")) or {}
+    configs = str(settings.get("configs"))
     if "://" in configs or "::" in configs:
         raise UserError(
             f"{folder} names files at other addresses: if you trust it, fetch them by {fetching(path)}."
@@ -334,52 +390,47 @@ def _by_split(loaded: Any, path: str) -> tuple[dict[str, Any], list[str]]:
     """Dataset by train, val and test, or all under "all"; and what was left out."""
     if not isinstance(loaded, dict):
         return {"all": loaded}, []
-    known = {name: SPLIT_NAMES.get(name.lower()) for name in loaded}
-    found = {split: loaded[name] for name, split in known.items() if split}
     if len(loaded) == 1:
         return {"all": next(iter(loaded.values()))}, []
-    if len(found) < sum(split is not None for split in known.values()) or "train" not in found:
+    names = {SPLIT_NAMES.get(name.lower()): name for name in loaded}
+    others = [repr(name) for name in loaded if name.lower() not in SPLIT_NAMES]
+    named_twice = len(loaded) - len(others) > len(names.keys() - {None})
+    if named_twice or "train" not in names:
         raise UserError(
             f"{path} has the splits {', '.join(map(repr, loaded))}: it must have train, and validation or test once "
             "each at most. Save it so with datasets, or save one split."
         )
-    left = [repr(name) for name, split in known.items() if split is None]
-    notes = [f"{path} has the splits {', '.join(left)} too, which were left out"] if left else []
-    return {split: found[split] for split in SPLITS if split in found}, notes
+    notes = []
+    if others:
+        notes.append(f"{path} has the splits {', '.join(others)} too, which were left out")
+    return {split: loaded[names[split]] for split in SPLITS if split in names}, notes
 
 
 def _find_columns(features: Mapping[str, Any], columns: Columns, path: str) -> tuple[str, str]:
     """The columns with image and label: as named, or the only ones of their kind."""
     datasets = _datasets()
-    kinds = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    labels = [
-        name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
-    ]
-    labels = labels or [name for name in _LABELS if name in features][:1]
-    lists = [
-        name
-        for name, each in features.items()
-        if isinstance(getattr(each, "feature", None), datasets.ClassLabel)
-    ]
-    labels = labels or lists  # refused below
-    for what, named, found in (("image", columns[0], images), ("label", columns[1], labels)):
-        if (named is not None and named not in features) or (named is None and len(found) != 1):
-            raise UserError(
-                f"{path} has the columns {kinds}: name the one with the {what}, --data.{what}_column NAME"
-                + (f" (there is no {named!r})." if named is not None else ".")
-            )
-    image, label = columns[0] or images[0], columns[1] or labels[0]
+    images, labels, lists = [], [], []
+    for name, feature in features.items():
+        if isinstance(feature, datasets.Image):
+            images.append(name)
+        if isinstance(feature, datasets.ClassLabel):
+            labels.append(name)
+        if isinstance(getattr(feature, "feature", None), datasets.ClassLabel):
+            lists.append(name)
+    usual = [name for name in _LABELS if name in features]
+    labels = labels or usual[:1] or lists  # of lists one is refused below
+
+    image = _choose_column("image", columns[0], images, features, path)
+    label = _choose_column("label", columns[1], labels, features, path)
     if image not in images:
-        raise UserError(
-            f"The column {image!r} of {path} holds no images but {type(features[image]).__name__}."
-        )
+        kind = type(features[image]).__name__
+        raise UserError(f"The column {image!r} of {path} holds no images but {kind}.")
     feature = features[label]
     if isinstance(feature, datasets.ClassLabel):
         return image, label
     if not isinstance(feature, datasets.Value):
         raise UserError(
-            f"The column {label!r} of {path} holds several values per image; {_SEVERAL}."
+            f"The column {label!r} of {path} holds several values per image; {_ONE_LABEL}."
         )
     if "float" in feature.dtype or "double" in feature.dtype:
         raise UserError(
@@ -388,18 +439,35 @@ def _find_columns(features: Mapping[str, Any], columns: Columns, path: str) -> t
     return image, label
 
 
+def _choose_column(
+    kind: str, name: str | None, candidates: list[str], features: Mapping[str, Any], path: str
+) -> str:
+    """The column that was named, else the only candidate."""
+    if name is not None and name in features:
+        return name
+    if name is None and len(candidates) == 1:
+        return candidates[0]
+    types = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+    hint = "" if name is None else f" (there is no {name!r})"
+    raise UserError(
+        f"{path} has the columns {types}: name the one with the {kind}, --data.{kind}_column NAME{hint}."
+    )
+
+
 def _classes(
     feature: Any, values: Mapping[str, Sequence[Any]], where: str
 ) -> tuple[list[str], dict[Any, int]]:
     """Class names, and the label of every value; none for None, "" and for -1, which stands for a hidden label."""
-    used = {value for found in values.values() for value in found} - {None, ""}
+    used = set(chain.from_iterable(values.values())) - {None, ""}
     names: list[str] | None = getattr(feature, "names", None)
     if names is not None:
-        used = {value for value in used if 0 <= value < len(names)}
-    order = sorted(used)
-    words = [names[value] if names is not None else str(value) for value in order]
-    several = [word for word in words if "|" in word]
-    if several and names is None:
-        raise UserError(f"{several[0]!r} in {where} names several labels; {_SEVERAL}.")
-    check_distinct(words)
-    return words, {value: label for label, value in enumerate(order)}
+        ordered = sorted(value for value in used if 0 <= value < len(names))
+        class_names = [names[value] for value in ordered]
+    else:
+        ordered = sorted(used)
+        class_names = list(map(str, ordered))
+        for name in class_names:
+            if "|" in name:
+                raise UserError(f"{name!r} in {where} names several labels; {_ONE_LABEL}.")
+    check_distinct(class_names)
+    return class_names, {value: label for label, value in enumerate(ordered)}

@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -35,18 +36,22 @@ from moevision.config import CROP, Data, Framing
 from moevision.data.images import full_size
 
 CropMode = Literal["pad", "random_resized"]
-Pixels = npt.NDArray[np.uint8]
-Uniform = npt.NDArray[np.float64]
-Boxes = npt.NDArray[np.int64]  # [B, 4]: top, left, height, width in pixels
-_Key = int | npt.NDArray[np.int64]
+Pixels = NDArray[np.uint8]
+Uniform = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Boxes = Ints  # [B, 4]: top, left, height, width in pixels
+Bounds = tuple[float, float]  # smallest, largest
+Size = tuple[int, int]  # width, height
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+_Key = int | Ints
 
 # Short side, in units of `image_size`, at which photos are kept for random resized crops: large enough that crops are
 # not enlarged much, small enough that tens of thousands of photos fit into memory.
 BASE_SCALE = 1.15
-TRIES: Final = 10  # rectangles that are drawn for an image; the first that fits is used
-CROP_RATIO: Final = (3 / 4, 4 / 3)  # width / height of a random resized crop
-ERASED_SHARE: Final = (0.02, 0.33)  # area of an erased rectangle, as a share of the image's
-ERASED_RATIO: Final = (0.3, 3.3)  # height / width of an erased rectangle
+TRIES = 10  # rectangles that are drawn for an image; the first that fits is used
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop
+ERASED_SHARE = (0.02, 0.33)  # area of an erased rectangle, as a share of the image's
+ERASED_RATIO = (0.3, 3.3)  # height / width of an erased rectangle
 # Streams of random numbers that must never coincide for equal (seed, epoch, index).
 _POLICY, _MIX, _CROP, _FLIP, _ERASE, _RECTANGLE = range(1, 7)
 
@@ -64,25 +69,25 @@ def square_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) 
     The three are the `crop_mode`s of timm's transforms: center, border, squash. `safe_open` may have decoded the image
     at a reduced size.
     """
-    (width, height), reduction = full_size(image)
-    if framing.fit != "crop" and width != height:
-        size, whole = (image_size, image_size), (0, 0, width, height)
-        if framing.fit == "squash":
-            return np.array(_resized(image, size, whole, reduction))
-        inner = [max(1, round(image_size * side / max(width, height))) for side in (width, height)]
-        padded = Image.new("RGB", size, tuple(round(255 * channel) for channel in framing.mean))
-        left, top = ((image_size - side) // 2 for side in inner)
-        padded.paste(_resized(image, (inner[0], inner[1]), whole, reduction), (left, top))
-        return np.array(padded)
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    if side == image_size:
-        image = image.crop((left, top, left + side, top + side))
-    else:
-        image = _resized(
-            image, (image_size, image_size), (left, top, left + side, top + side), reduction
-        )
-    return np.array(image)
+    (width, height), _ = full_size(image)
+    square = (image_size, image_size)
+    if framing.fit == "crop" or width == height:
+        side = min(width, height)
+        box = _centered((side, side), (width, height))
+        if side == image_size:
+            return np.array(image.crop(box))
+        return np.array(_resized(image, box, square))
+
+    whole = (0, 0, width, height)
+    if framing.fit == "squash":
+        return np.array(_resized(image, whole, square))
+    longest = max(width, height)
+    inner_width = max(1, round(image_size * width / longest))
+    inner_height = max(1, round(image_size * height / longest))
+    inner = _resized(image, whole, (inner_width, inner_height))
+    padded = Image.new("RGB", square, tuple(round(255 * channel) for channel in framing.mean))
+    padded.paste(inner, _centered(inner.size, square))
+    return np.array(padded)
 
 
 def base_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels:
@@ -93,27 +98,49 @@ def base_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) ->
     """
     if framing.fit != "crop":
         return square_pixels(image, base_side(image_size), framing)
-    (full_width, full_height), reduction = full_size(image)
-    short = min(full_width, full_height)
-    width, height = min(full_width, 4 * short), min(full_height, 4 * short)
-    left, top = (full_width - width) // 2, (full_height - height) // 2
-    box = (left, top, left + width, top + height)
-    scale = min(1.0, base_side(image_size) / short)
+    (full_width, full_height), _ = full_size(image)
+    short_side = min(full_width, full_height)
+    width = min(full_width, 4 * short_side)
+    height = min(full_height, 4 * short_side)
+    box = _centered((width, height), (full_width, full_height))
+    scale = base_side(image_size) / short_side
     if scale < 1.0:
-        image = _resized(
-            image, (max(1, round(width * scale)), max(1, round(height * scale))), box, reduction
-        )
+        scaled = max(1, round(width * scale)), max(1, round(height * scale))
+        image = _resized(image, box, scaled)
     elif (width, height) != image.size:
         image = image.crop(box)
     return np.array(image)
 
 
-def _resized(
-    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], reduction: int
-) -> Image.Image:
-    """The box, given in pixels of the full image, as an image of ``size`` (width, height)."""
+def _centered(inner: Size, outer: Size) -> Box:
+    """The box of size ``inner`` in the middle of ``outer``."""
+    left = (outer[0] - inner[0]) // 2
+    top = (outer[1] - inner[1]) // 2
+    return left, top, left + inner[0], top + inner[1]
+
+
+def _resized(image: Image.Image, box: Box, size: Size) -> Image.Image:
+    """The box, given in pixels of the full image, as an image of ``size``."""
+    _, reduction = full_size(image)
     left, top, right, bottom = (edge / reduction for edge in box)
     return image.resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+
+
+@dataclass(frozen=True)
+class BatchKeys:
+    """What the random numbers of a batch follow from: the seed of the run, the epoch and index of each image."""
+
+    seed: int
+    epoch: Ints  # [B]
+    index: Ints  # [B]
+
+    def uniform(self, count: int, stream: int) -> Uniform:
+        """float64 [B, count] in [0, 1), of one of the streams."""
+        return uniform(count, self.seed, stream, self.epoch, self.index)
+
+    def rectangles(self, stream: int) -> Uniform:
+        """float64 [B, T, 4] in [0, 1): area, shape, top and left of each try."""
+        return self.uniform(4 * TRIES, stream).reshape(-1, TRIES, 4)
 
 
 class TrainTransform:
@@ -124,16 +151,20 @@ class TrainTransform:
 
         `augment` "none" leaves out crop, flip and policy, and the mean colour fills what lies outside the image.
         """
-        self.image_size, self.min_crop_scale = data.image_size, data.min_crop_scale
+        plain = data.augment == "none"
+        self.image_size = data.image_size
+        self.min_crop_scale = data.min_crop_scale
         self.random_erasing = data.random_erasing
-        self.crop: CropMode | None = None if data.augment == "none" else crop
-        self.hflip = data.hflip and data.augment != "none"
-        fill = [round(255 * channel) for channel in data.mean]
-        self.fill = np.array(fill, np.uint8)[:, None, None]
-        policy = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}.get(
-            data.augment
-        )
-        self.policy = policy and policy(interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
+        self.crop: CropMode | None = None if plain else crop
+        self.hflip = data.hflip and not plain
+        mean = [round(255 * channel) for channel in data.mean]
+        self.fill = np.array(mean, np.uint8)[:, None, None]  # [3, 1, 1]
+        self.policy: v2.Transform | None = None
+        bilinear = v2.InterpolationMode.BILINEAR
+        if data.augment == "randaugment":
+            self.policy = v2.RandAugment(interpolation=bilinear, fill=mean)
+        elif data.augment == "trivialaugment":
+            self.policy = v2.TrivialAugmentWide(interpolation=bilinear, fill=mean)
 
     def __call__(
         self, images: Sequence[Pixels], seed: int, epochs: Sequence[int], indices: Sequence[int]
@@ -143,65 +174,84 @@ class TrainTransform:
         They are not written to. The result is uint8 [B, 3, S, S]; row b is a function of image, seed, epoch and index b
         alone.
         """
-        epoch, index = np.asarray(epochs, np.int64), np.asarray(indices, np.int64)  # [B] each
-        out = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
-        rows = list(out)
-        if self.hflip:  # what is written into the mirrored view of a row is mirrored in the row
-            first = uniform(1, seed, _FLIP, 0, index)[:, 0] < 0.5  # [B]
-            mirrored = first ^ (
-                epoch % 2 == 1
-            )  # two epochs in a row show both sides (arXiv:2404.00498, section 3.6)
-            rows = [
-                row[:, :, ::-1] if flip else row for row, flip in zip(rows, mirrored, strict=True)
-            ]
+        keys = BatchKeys(seed, np.asarray(epochs, np.int64), np.asarray(indices, np.int64))
+        pixels = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
+        rows = list(pixels)
+        if self.hflip:
+            rows = self._flip(rows, keys)
         if self.crop == "pad":
-            out[:] = self.fill
-            padding = max(1, self.image_size // 8)
-            shifts = pad_shifts(uniform(2, seed, _CROP, epoch, index), padding)  # [B, 2]
-            size = self.image_size
-            for row, image, (down, right) in zip(rows, images, shifts.tolist(), strict=True):
-                # The window that starts down and right of the image's corner; the row keeps what lies outside.
-                row[
-                    :, max(0, -down) : size - max(0, down), max(0, -right) : size - max(0, right)
-                ] = image[
-                    :, max(0, down) : size + min(0, down), max(0, right) : size + min(0, right)
-                ]
+            pixels[:] = self.fill
+            self._pad_crop(images, rows, keys)
         elif self.crop == "random_resized":
-            u = uniform(4 * TRIES, seed, _CROP, epoch, index).reshape(-1, TRIES, 4)  # [B, T, 4]
-            sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
-            boxes = resized_crop_boxes(u, sizes, (self.min_crop_scale, 1.0))  # [B, 4]
-            for row, image, (top, left, height, width) in zip(
-                rows, images, boxes.tolist(), strict=True
-            ):
-                # [1, 3, h, w]; with the channels last torch's uint8 kernel takes half the time (cached photos are so)
-                crop = torch.from_numpy(image[:, top : top + height, left : left + width])[None]
-                crop = crop.contiguous(memory_format=torch.channels_last)
-                row[:] = interpolate(crop, row.shape[1:], mode="bicubic", antialias=True)[0].numpy()
+            self._resized_crop(images, rows, keys)
         else:
             for row, image in zip(rows, images, strict=True):
                 row[:] = image
-        if self.policy is not None:  # on PIL images: two to four times as fast as on tensors
-            for row, number in zip(
-                out, hash_u64_array(seed, _POLICY, epoch, index).tolist(), strict=True
-            ):
-                with seeded_torch(number):
-                    changed = self.policy(
-                        Image.fromarray(np.ascontiguousarray(row.transpose(1, 2, 0)))
-                    )
-                row[:] = np.asarray(changed).transpose(2, 0, 1)
+        if self.policy is not None:
+            self._apply_policy(self.policy, pixels, keys)
         if self.random_erasing > 0:
-            erased = np.flatnonzero(
-                uniform(1, seed, _ERASE, epoch, index)[:, 0] < self.random_erasing
-            )
-            u = uniform(4 * TRIES, seed, _RECTANGLE, epoch[erased], index[erased]).reshape(
-                -1, TRIES, 4
-            )
-            boxes = erasing_boxes(u, self.image_size)
-            for number, (top, left, height, width) in zip(
-                erased.tolist(), boxes.tolist(), strict=True
-            ):
-                out[number, :, top : top + height, left : left + width] = self.fill
-        return torch.from_numpy(out)
+            self._erase(pixels, keys)
+        return torch.from_numpy(pixels)
+
+    def _flip(self, rows: list[Pixels], keys: BatchKeys) -> list[Pixels]:
+        """The rows, half of them as mirrored views: what is written into such a view is mirrored in the row.
+
+        An image is mirrored in every other epoch (arXiv:2404.00498, section 3.6).
+        """
+        first = uniform(1, keys.seed, _FLIP, 0, keys.index)[:, 0] < 0.5  # [B]
+        mirrored = first ^ (keys.epoch % 2 == 1)
+        return [row[:, :, ::-1] if flip else row for row, flip in zip(rows, mirrored, strict=True)]
+
+    def _pad_crop(self, images: Sequence[Pixels], rows: list[Pixels], keys: BatchKeys) -> None:
+        """Write each image, shifted by up to S / 8, into its row; what lies outside of the image stays as it is."""
+        size = self.image_size
+        padding = max(1, size // 8)
+        shifts = pad_shifts(keys.uniform(2, _CROP), padding)  # [B, 2]
+        # For every possible shift: the part of a row that the image covers, and that part of the image.
+        covered = {}
+        for shift in range(-padding, padding + 1):
+            before, after = max(0, -shift), max(0, shift)
+            covered[shift] = slice(before, size - after), slice(after, size - before)
+        for row, image, (down, right) in zip(rows, images, shifts.tolist(), strict=True):
+            row_y, image_y = covered[down]
+            row_x, image_x = covered[right]
+            row[:, row_y, row_x] = image[:, image_y, image_x]
+
+    def _resized_crop(self, images: Sequence[Pixels], rows: list[Pixels], keys: BatchKeys) -> None:
+        """Write a random crop of each image, resized to S x S, into its row."""
+        sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
+        u = keys.rectangles(_CROP)
+        boxes = resized_crop_boxes(u, sizes, (self.min_crop_scale, 1.0))  # [B, 4]
+        size = (self.image_size, self.image_size)
+        for row, image, box in zip(rows, images, boxes.tolist(), strict=True):
+            crop = torch.from_numpy(_cut(image, box))[None]
+            # with the channels last torch's uint8 kernel takes half the time (cached photos are so)
+            crop = crop.contiguous(memory_format=torch.channels_last)  # [1, 3, h, w]
+            row[:] = interpolate(crop, size, mode="bicubic", antialias=True)[0].numpy()
+
+    def _apply_policy(self, policy: v2.Transform, pixels: Pixels, keys: BatchKeys) -> None:
+        """Change each image by the policy, as a PIL image: two to four times as fast as a tensor."""
+        seeds = hash_u64_array(keys.seed, _POLICY, keys.epoch, keys.index)  # [B]
+        for row, seed in zip(pixels, seeds.tolist(), strict=True):
+            image = Image.fromarray(np.ascontiguousarray(row.transpose(1, 2, 0)))
+            with seeded_torch(seed):
+                changed = policy(image)
+            row[:] = np.asarray(changed).transpose(2, 0, 1)
+
+    def _erase(self, pixels: Pixels, keys: BatchKeys) -> None:
+        """Fill a random rectangle of a random share of the images with the mean colour."""
+        is_erased = keys.uniform(1, _ERASE)[:, 0] < self.random_erasing
+        (erased,) = np.nonzero(is_erased)
+        erased_keys = BatchKeys(keys.seed, keys.epoch[erased], keys.index[erased])
+        boxes = erasing_boxes(erased_keys.rectangles(_RECTANGLE), self.image_size)
+        for number, box in zip(erased.tolist(), boxes.tolist(), strict=True):
+            _cut(pixels[number], box)[:] = self.fill
+
+
+def _cut(image: Pixels, box: list[int]) -> Pixels:
+    """The part of an image [3, H, W] inside a box (top, left, height, width), as a view."""
+    top, left, height, width = box
+    return image[:, top : top + height, left : left + width]
 
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -216,19 +266,22 @@ class BatchMixer:
 
     def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
         """Choose the mixers by the alphas of their Beta distributions; 0 turns one off."""
-        kinds = (v2.MixUp, mixup), (v2.CutMix, cutmix)
-        self.mixers = [
-            kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0
-        ]
+        self.mixers: list[v2.Transform] = []
+        if mixup > 0:
+            self.mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+        if cutmix > 0:
+            self.mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
 
     def __call__(
         self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int
     ) -> tuple[Tensor, Tensor]:
         """Every image float32 [B, 3, H, W] mixed with its neighbour, and soft targets [B, C], whose rows sum to 1."""
         with seeded_torch(hash_u64(seed, _MIX, epoch, index)):
-            choice = int(torch.randint(len(self.mixers), ())) if len(self.mixers) > 1 else 0
-            image, target = self.mixers[choice](image, label)
-        return image, target
+            choice = 0
+            if len(self.mixers) > 1:
+                choice = int(torch.randint(len(self.mixers), ()))
+            mixed, target = self.mixers[choice](image, label)
+        return mixed, target
 
 
 # Where random crops and erased rectangles lie: those of a whole batch at once. The distributions are those of
@@ -240,17 +293,15 @@ def pad_shifts(u: Uniform, padding: int) -> Boxes:
     return np.floor(u * (2 * padding + 1)).astype(np.int64) - padding
 
 
-def resized_crop_boxes(
-    u: Uniform, sizes: npt.NDArray[np.int64], scale: tuple[float, float]
-) -> Boxes:
+def resized_crop_boxes(u: Uniform, sizes: Ints, scale: Bounds) -> Boxes:
     """Crops of random area and shape of images of these sizes [B, 2]; the central one where no try fits.
 
     u is [B, T, 4]: area, shape, top, left of each try; `scale` the smallest and largest share of an image's area.
     """
-    height, width = sizes[:, :1], sizes[:, 1:]
-    crop_width, crop_height = _sides(u, height * width, scale, CROP_RATIO)
-    fits = (crop_width > 0) & (crop_width <= width) & (crop_height > 0) & (crop_height <= height)
-    boxes = _first_that_fits(u, fits, crop_height, crop_width, sizes)
+    width, height = _sides(u, sizes, scale, CROP_RATIO)
+    sides = np.stack([height, width], axis=2)  # [B, T, 2]
+    fits = np.all((sides > 0) & (sides <= sizes[:, None]), axis=2)  # [B, T]
+    boxes = _first_that_fits(u, fits, sides, sizes)
     return np.where(fits.any(axis=1, keepdims=True), boxes, _central(sizes))
 
 
@@ -260,52 +311,54 @@ def erasing_boxes(u: Uniform, size: int) -> Boxes:
     ``u`` is [B, T, 4]: area, shape, top, left of each try.
     """
     sizes = np.full((len(u), 2), size)
-    height, width = _sides(u, sizes[:, :1] * sizes[:, 1:], ERASED_SHARE, ERASED_RATIO)
-    fits = (height < size) & (width < size)
-    return _first_that_fits(u, fits, height, width, sizes) * fits.any(axis=1, keepdims=True)
+    height, width = _sides(u, sizes, ERASED_SHARE, ERASED_RATIO)
+    sides = np.stack([height, width], axis=2)  # [B, T, 2]
+    fits = np.all(sides < size, axis=2)  # [B, T]
+    boxes = _first_that_fits(u, fits, sides, sizes)
+    return np.where(fits.any(axis=1, keepdims=True), boxes, 0)
 
 
-def _sides(
-    u: Uniform, area: Boxes, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[Boxes, Boxes]:
+def _sides(u: Uniform, sizes: Ints, scale: Bounds, ratio: Bounds) -> tuple[Boxes, Boxes]:
     """Two sides, [B, T] each, with a uniform product and a log-uniform quotient (first / second)."""
-    target = area * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
+    area = sizes.prod(axis=1, keepdims=True)  # [B, 1]
+    smallest, largest = scale
+    product = area * (smallest + (largest - smallest) * u[..., 0])
     low, high = np.log(ratio)
     quotient = np.exp(low + (high - low) * u[..., 1])
     # to the nearest even number, like Python's round, which torchvision uses
-    first, second = np.rint(np.sqrt(target * quotient)), np.rint(np.sqrt(target / quotient))
+    first = np.rint(np.sqrt(product * quotient))
+    second = np.rint(np.sqrt(product / quotient))
     return first.astype(np.int64), second.astype(np.int64)
 
 
-def _first_that_fits(
-    u: Uniform,
-    fits: npt.NDArray[np.bool_],
-    height: Boxes,
-    width: Boxes,
-    sizes: npt.NDArray[np.int64],
-) -> Boxes:
-    """The first try of each image that fits, at a uniform position; the first of all where none does."""
-    rows, chosen = np.arange(len(u)), fits.argmax(axis=1)
-    sides = np.stack([height[rows, chosen], width[rows, chosen]], axis=1)
-    corner = np.floor(u[rows, chosen, 2:] * (sizes - sides + 1)).astype(np.int64)
-    return np.concatenate([corner, sides], axis=1)
+def _first_that_fits(u: Uniform, fits: NDArray[np.bool_], sides: Boxes, sizes: Ints) -> Boxes:
+    """The first try of each image whose sides [B, T, 2] fit, at a uniform position; the first where none does."""
+    rows = np.arange(len(u))
+    tries = fits.argmax(axis=1)  # [B]
+    chosen_sides = sides[rows, tries]  # [B, 2]
+    position = u[rows, tries, 2:]  # [B, 2]
+    corner = np.floor(position * (sizes - chosen_sides + 1)).astype(np.int64)
+    return np.concatenate([corner, chosen_sides], axis=1)
 
 
-def _central(sizes: npt.NDArray[np.int64]) -> Boxes:
+def _central(sizes: Ints) -> Boxes:
     """The largest central crops whose width / height lies within `CROP_RATIO`."""
+    min_ratio, max_ratio = CROP_RATIO
     height, width = sizes.T
-    crop_height = np.minimum(height, np.rint(width / CROP_RATIO[0])).astype(np.int64)
-    crop_width = np.minimum(width, np.rint(height * CROP_RATIO[1])).astype(np.int64)
-    return np.stack(
-        [(height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width], axis=1
-    )
+    crop_height = np.minimum(height, np.rint(width / min_ratio)).astype(np.int64)
+    crop_width = np.minimum(width, np.rint(height * max_ratio)).astype(np.int64)
+    top = (height - crop_height) // 2
+    left = (width - crop_width) // 2
+    return np.stack([top, left, crop_height, crop_width], axis=1)
 
 
 # Random numbers by key: a pure function of integers, independent of what was drawn before, elsewhere or in another
 # process. (With a sequential generator an image's numbers would depend on how many images came before it.)
 
 _MASK = (1 << 64) - 1
-_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND_FACTOR = np.uint64(0x94D049BB133111EB)
 
 
 def hash_u64(*values: int) -> int:
@@ -313,7 +366,7 @@ def hash_u64(*values: int) -> int:
     return int(hash_u64_array(*values)[0])
 
 
-def hash_u64_array(*values: _Key) -> npt.NDArray[np.uint64]:
+def hash_u64_array(*values: _Key) -> NDArray[np.uint64]:
     """`hash_u64` of every element of integers and integer arrays, broadcast against each other; uint64.
 
     SplitMix64's finaliser, chained over the values; Python's ``hash`` is not promised to be stable.
@@ -323,19 +376,19 @@ def hash_u64_array(*values: _Key) -> npt.NDArray[np.uint64]:
         # a negative number counts modulo 2**64
         term = np.uint64(value & _MASK) if isinstance(value, int) else value.astype(np.uint64)
         state = np.atleast_1d(state + term)  # arrays wrap around silently, NumPy's scalars warn
-        state += np.uint64(_GAMMA)
+        state += _GAMMA
         state ^= state >> np.uint64(30)
-        state *= np.uint64(_FIRST)
+        state *= _FIRST_FACTOR
         state ^= state >> np.uint64(27)
-        state *= np.uint64(_SECOND)
+        state *= _SECOND_FACTOR
         state ^= state >> np.uint64(31)
     return state
 
 
-def uniform(count: int, *key: _Key) -> npt.NDArray[np.float64]:
+def uniform(count: int, *key: _Key) -> Uniform:
     """float64 [B, count], uniform in [0, 1), for each key of integers or arrays [B]: upper 53 bits of ``hash_u64``."""
-    columns = [part if isinstance(part, int) else part[:, None] for part in key]
-    bits = hash_u64_array(*columns, np.arange(count)[None, :])
+    columns = [part if isinstance(part, int) else part[:, None] for part in key]  # [B, 1]
+    bits = hash_u64_array(*columns, np.arange(count)[None, :])  # [B, count]
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -346,10 +399,6 @@ def seeded_torch(seed: int) -> Iterator[None]:
     ``torch.manual_seed`` isn't used because it would reseed the GPU generators too, and so tie the dropout
     of the model to the last image that was loaded.
     """
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        generator.set_state(state)

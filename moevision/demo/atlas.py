@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from moevision.analysis.describe import (
     part_stands_out,
 )
 from moevision.analysis.information import as_json
+from moevision.demo.wire import Json
 from moevision.errors import UserError, json_text
 from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
@@ -47,9 +49,10 @@ if TYPE_CHECKING:
 SCHEMA = "moevision.atlas/1"
 """Version of the file; a change that an older reader would misread raises the number."""
 
-Json = dict[str, Any]
 _DIGITS = 4
-_CLASSES_SHOWN = 5
+MAX_CLASSES = 5  # of an expert
+# Of `measure_effects`, what an atlas keeps.
+_EFFECT_KEYS = ("delta_logit", "control_delta_logit", "strongest_class", "strongest_delta_logit")
 
 
 def build_atlas(
@@ -69,20 +72,33 @@ def build_atlas(
     `moevision.analysis.report.measure_effects`. Galleries have `count` patches, from the images of `shown` where those
     of `trace` can't be shown.
     """
+    gallery_trace = trace if shown is None else shown
     fractions = None if pictures is None else fractions_of_parts(pictures, trace.grid)
     part_names = () if pictures is None else pictures.part_names
+    layer_answers = {answers.name: answers for answers in questions}
+    effect_of = {} if effects is None else _effects_by_expert(effects)
+
     layers = []
-    on_show = trace if shown is None else shown
-    told = {
-        found.name: {
-            "answers": [answer.to_json() for answer in found.answers],
-            "load_words": found.load.words,
-        }
-        for found in questions
-    }
-    for layer, of_shown in zip(trace.layers, on_show.layers, strict=True):
-        parts = None if fractions is None else _part_shares(layer, fractions)
+    for layer, gallery_layer in zip(trace.layers, gallery_trace.layers, strict=True):
+        parts = None if fractions is None else PartShares.of(layer, fractions)
         class_map = maps[layer.layer]
+        experts = []
+        for gallery in layer_gallery(gallery_layer, count):
+            expert = {
+                "expert": gallery.expert,
+                "top": _patch_rows(gallery.top, gallery_trace),
+                "random": _patch_rows(gallery.random, gallery_trace),
+                "classes": _rows("class", trace.class_names, class_map, gallery.expert)[
+                    :MAX_CLASSES
+                ],
+                "parts": parts and _rows("part", part_names, parts, gallery.expert),
+            }
+            effect = effect_of.get((layer.layer, gallery.expert))
+            if effect is not None:
+                expert["without"] = effect
+            experts.append(expert)
+
+        answers = layer_answers.get(layer.name)
         layers.append(
             {
                 "layer": layer.layer,
@@ -90,33 +106,28 @@ def build_atlas(
                 "kind": layer.kind,
                 "loads": layer.counts().sum(0).tolist(),
                 "map": class_map.to_json(),
-                **told.get(layer.name, {"answers": [], "load_words": ""}),
-                "experts": [
-                    {
-                        "expert": gallery.expert,
-                        "top": _named(gallery.top, on_show),
-                        "random": _named(gallery.random, on_show),
-                        "classes": _favourite_classes(class_map, gallery.expert, trace.class_names),
-                        "parts": None
-                        if parts is None
-                        else _parts_of(parts, gallery.expert, part_names),
-                        **_without(effects, layer.layer, gallery.expert),
-                    }
-                    for gallery in layer_gallery(of_shown, count)
-                ],
+                "answers": [answer.to_json() for answer in answers.answers] if answers else [],
+                "load_words": answers.load.words if answers else "",
+                "experts": experts,
             }
         )
+
     atlas: Json = {
         "schema": SCHEMA,
         "data": trace.data,
         "n_images": len(trace),
         "class_names": list(trace.class_names),
         "layers": layers,
-        **({} if shown is None else {"shown": shown.data}),
     }
-    rounded: Json = json.loads(
-        json_text(as_json(atlas)), parse_float=lambda text: round(float(text), _DIGITS)
-    )
+    if shown is not None:
+        atlas["shown"] = shown.data
+    return _rounded(atlas)
+
+
+def _rounded(atlas: Json) -> Json:
+    """The same with real numbers of four decimals."""
+    text = json_text(as_json(atlas))
+    rounded: Json = json.loads(text, parse_float=lambda number: round(float(number), _DIGITS))
     return rounded
 
 
@@ -126,10 +137,11 @@ def counted_name(expert: Json) -> Json | None:
     It is `kind` (`part` or `class`), `name`, the expert's `share` of it and its `overall` share of everything; None
     where nothing stands out, or where an atlas of an earlier version doesn't say.
     """
-    for kind, rows in (("part", expert["parts"]), ("class", expert["classes"])):
-        able = [row for row in rows or [] if row.get("significant") and row["above"] > 0]
-        if able:
-            best = max(able, key=lambda row: float(row["above"]))
+    for kind, key in (("part", "parts"), ("class", "classes")):
+        rows = expert[key] or []
+        significant = [row for row in rows if row.get("significant") and row["above"] > 0]
+        if significant:
+            best = max(significant, key=lambda row: float(row["above"]))
             overall = round(best["share"] - best["above"], _DIGITS)
             return {"kind": kind, "name": best[kind], "share": best["share"], "overall": overall}
     return None
@@ -140,34 +152,36 @@ def compare_by_atlas(atlas: Json, a: str, b: str) -> Json:
 
     An expert is marked where the share of one of the two stands out. A UserError if no image of one was counted.
     """
-    names = atlas["class_names"]
     maps = [layer["map"] for layer in atlas["layers"]]
-    if not all(name in names and maps[0]["n_images"][names.index(name)] for name in (a, b)):
+    num_images = dict(zip(atlas["class_names"], maps[0]["n_images"], strict=True))
+    n_a = int(num_images.get(a, 0))
+    n_b = int(num_images.get(b, 0))
+    if not n_a or not n_b:
         raise UserError(f"No images of {a} or of {b} were counted: give some with --data FOLDER.")
-    one, other = names.index(a), names.index(b)
-    layers = [
-        {
-            "name": f"L{of['layer']}",
-            "layer": of["layer"],
-            "experts": [
-                {"expert": expert, "difference": x - y, "significant": any(stands)}
-                for expert, (x, y, *stands) in enumerate(
-                    zip(
-                        *(of[key][row] for key in ("share", "significant") for row in (one, other)),
-                        strict=True,
-                    )
-                )
-            ],
-        }
-        for of in maps
-    ]
-    every = [(layer["name"], row) for layer in layers for row in layer["experts"]]
-    name, most = max(every, key=lambda found: abs(found[1]["difference"]))
-    n_a, n_b = (int(maps[0]["n_images"][which]) for which in (one, other))
+
+    row_a = atlas["class_names"].index(a)
+    row_b = atlas["class_names"].index(b)
+    layers = []
+    named_experts: list[tuple[str, Json]] = []
+    for class_map in maps:
+        name = f"L{class_map['layer']}"
+        share = np.array(class_map["share"], np.float64)  # [C, E]
+        significant = np.array(class_map["significant"], bool)
+        difference = share[row_a] - share[row_b]
+        stands_out = significant[row_a] | significant[row_b]
+        experts: list[Json] = []
+        for expert, (x, y) in enumerate(zip(difference, stands_out, strict=True)):
+            experts.append({"expert": expert, "difference": float(x), "significant": bool(y)})
+            named_experts.append((f"{name}·E{expert}", experts[-1]))
+        layers.append({"name": name, "layer": class_map["layer"], "experts": experts})
+
+    marked = sum(row["significant"] for _, row in named_experts)
+    name, largest = max(named_experts, key=lambda expert: abs(expert[1]["difference"]))
+    points = f"{100 * abs(largest['difference']):.1f} percentage points"
     sentence = (
-        f"Counted over {n_a:,} images of {a} and {n_b:,} of {b}: {sum(row['significant'] for _, row in every)} of "
-        f"{len(every)} experts stand out for one of them. The largest difference is {name}·E{most['expert']}, which "
-        f"takes {100 * abs(most['difference']):.1f} percentage points more of {a if most['difference'] > 0 else b}."
+        f"Counted over {n_a:,} images of {a} and {n_b:,} of {b}: {marked} of {len(named_experts)} experts stand out "
+        f"for one of them. The largest difference is {name}, which takes {points} more of "
+        f"{a if largest['difference'] > 0 else b}."
     )
     return {
         "class_a": a,
@@ -200,83 +214,57 @@ def load_atlas(path: str | Path) -> Json:
     return atlas
 
 
-def _part_shares(
-    layer: LayerTrace, fractions: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[Any], ...]:
-    """[parts, E] which share of each part's area an expert got, [E] of all parts together, [parts, E] beyond chance."""
-    table = part_expert_table(
-        np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted
-    )
-    area = table.sum(1, keepdims=True)
-    share = np.divide(table, area, out=np.zeros_like(table), where=area > 0)
-    beyond = part_stands_out(
-        np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted
-    )
-    return share, table.sum(0) / table.sum(), beyond
+@dataclass(frozen=True)
+class PartShares:
+    """How the area of each part is divided among the experts of a layer; as a `ClassExpertMap` has it of classes."""
+
+    share: npt.NDArray[
+        Any
+    ]  # [parts, E] share of each part's area that an expert got; nan without area
+    excess: npt.NDArray[Any]  # [parts, E] share minus that of all parts together
+    significant: npt.NDArray[np.bool_]  # [parts, E] whether it is beyond chance
+
+    @classmethod
+    def of(cls, layer: LayerTrace, fractions: npt.NDArray[np.float32]) -> PartShares:
+        """Count the choices of the layer's patches, `fractions` of which the parts cover."""
+        index = np.asarray(layer.expert_index)
+        table = part_expert_table(index, fractions, layer.num_experts, layer.requested_share)
+        area = table.sum(1, keepdims=True)
+        share = np.divide(table, area, out=np.full_like(table, np.nan), where=area > 0)
+        overall = table.sum(0) / table.sum()
+        significant = part_stands_out(index, fractions, layer.num_experts, layer.requested_share)
+        return cls(share, share - overall, significant)
 
 
-def _without(effects: Json | None, layer: int, expert: int) -> Json:
-    """What taking the expert away does to the logit of the true class, beside as much at random; empty if not told."""
-    if effects is None:
-        return {}
-    for found in effects["experts"]:
-        if (found["layer"], found["expert"]) == (layer, expert):
-            names = (
-                "delta_logit",
-                "control_delta_logit",
-                "strongest_class",
-                "strongest_delta_logit",
-            )
-            images = effects["pictures_per_class"]
-            return {
-                "without": {"images_per_class": images, **{name: found[name] for name in names}}
-            }
-    return {}
-
-
-def _parts_of(
-    shares: tuple[npt.NDArray[Any], ...], expert: int, part_names: Sequence[str]
-) -> list[Json]:
-    """The parts that there are, largest excess first."""
-    share, overall, beyond = shares
-    rows = [
-        _row(
-            "part",
-            name,
-            share[part, expert],
-            share[part, expert] - overall[expert],
-            beyond[part, expert],
-        )
-        for part, name in enumerate(part_names)
-        if share[part].sum() > 0
-    ]
-    return sorted(rows, key=lambda row: -row["above"])
-
-
-def _favourite_classes(
-    class_map: ClassExpertMap, expert: int, class_names: Sequence[str]
-) -> list[Json]:
-    """The classes that send an expert more than the others do, largest excess first; those without images don't."""
-    seen = int((class_map.n_images > 0).sum())  # nan sorts last
-    order = np.argsort(-class_map.excess[:, expert], kind="stable")[: min(seen, _CLASSES_SHOWN)]
-    told = (class_map.share, class_map.excess, class_map.significant)  # each [C, E]
-    return [
-        _row("class", class_names[index], *(values[index, expert] for values in told))
-        for index in order
-    ]
-
-
-def _row(kind: str, name: str, share: float, above: float, significant: bool) -> Json:
+def _effects_by_expert(effects: Json) -> dict[tuple[int, int], Json]:
+    """By layer and expert: what taking it away does to the logit of the true class, beside as much at random."""
+    images = {"images_per_class": effects["pictures_per_class"]}
     return {
-        kind: name,
-        "share": float(share),
-        "above": float(above),
-        "significant": bool(significant),
+        (effect["layer"], effect["expert"]): {
+            **images,
+            **{key: effect[key] for key in _EFFECT_KEYS},
+        }
+        for effect in effects["experts"]
     }
 
 
-def _named(patches: Sequence[GalleryPatch], trace: RoutingTrace) -> list[list[Any]]:
-    return [
-        [trace.picture_names[patch.image], patch.image, patch.patch, patch.weight]
-        for patch in patches
-    ]
+def _rows(
+    kind: str, names: Sequence[str], table: ClassExpertMap | PartShares, expert: int
+) -> list[Json]:
+    """What goes to the expert more than to the others, largest excess first; without what no image has (nan)."""
+    excess = table.excess[:, expert]
+    rows = []
+    for row in np.argsort(-excess, kind="stable"):
+        if np.isfinite(excess[row]):
+            share = float(table.share[row, expert])
+            significant = bool(table.significant[row, expert])
+            above = float(excess[row])
+            rows.append(
+                {kind: names[row], "share": share, "above": above, "significant": significant}
+            )
+    return rows
+
+
+def _patch_rows(patches: Sequence[GalleryPatch], trace: RoutingTrace) -> list[list[Any]]:
+    names = trace.picture_names
+    return [[names[patch.image], patch.image, patch.patch, patch.weight] for patch in patches]

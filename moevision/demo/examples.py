@@ -11,18 +11,16 @@ import importlib.util
 import logging
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
-from functools import cache, cached_property
+from collections.abc import Mapping
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Final, Generic, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.analysis.images import (
-    Collected,
+    CollectionPictures,
     PictureSet,
     open_pictures,
     original_image,
@@ -38,35 +36,12 @@ from moevision.demo.wire import RequestError, data_uri
 from moevision.errors import DataWarning, UserError, escape_controls, escape_csv_cell
 from moevision.models.io import SavedModel
 
-T = TypeVar("T")
-EXAMPLES: Final = 12
-THUMB_PX: Final = 96
-SHOWN: Final = 36  # images of a list
+EXAMPLES = 12
+THUMB_PX = 96
+LIST_LENGTH = 36  # images of a list
 # gradio 6.31 keeps these in media_assets/images; what they show is in their names.
 _PHOTOS = {"lion": "lion.jpg", "cheetah": "cheetah.jpg", "bus": "bus.png", "tower": "tower.jpg"}
 log = logging.getLogger(__name__)
-
-
-class LRUCache(Generic[T]):
-    """The last few results of a slow function, by what they depend on; bounded, so memory stays flat."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._lock = threading.Lock()
-        self._items: OrderedDict[Hashable, T] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of `make()`, which may run twice if two threads ask at once."""
-        with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-                return self._items[key]
-        made = make()
-        with self._lock:
-            self._items[key] = made
-            while len(self._items) > self.size:
-                self._items.popitem(last=False)
-        return made
 
 
 class Examples:
@@ -84,24 +59,21 @@ class Examples:
         scored: ScoredRun | None = None,
         framing: Framing = CROP,
     ) -> None:
-        self.pictures, self.image_size, self.scored, self.framing = (
-            pictures,
-            image_size,
-            scored,
-            framing,
-        )
+        self.pictures = pictures
+        self.image_size = image_size
+        self.credits = credits or {}
+        self.scored = scored
+        self.framing = framing
         drawn = pictures is not None and tuple(pictures.part_names) == SyntheticPets.parts
         self.prefix = "pets" if drawn else "data"
-        self._index = (
-            {}
-            if pictures is None
-            else {self.id_of(pictures, index): index for index in range(len(pictures))}
-        )
-        self.credits = credits or {}
         self.photos = {} if drawn or self.credits else photo_files()
-        self._recent: LRUCache[PictureFacts] = LRUCache(256)
-        self._sharp: LRUCache[str | None] = LRUCache(64)
+        self._index: dict[str, int] = {}
+        if pictures is not None:
+            self._index = {self.id_of(pictures, index): index for index in range(len(pictures))}
         self._dropping = threading.Lock()
+        # `_open` and `_sharp_uri` with their last results; bounded, so memory stays flat.
+        self.find = lru_cache(256)(self._open)
+        self.sharp = lru_cache(64)(self._sharp_uri)
 
     @property
     def has_pictures(self) -> bool:
@@ -111,12 +83,11 @@ class Examples:
     @cached_property
     def all_ids(self) -> list[str]:
         """All images of the model's data: classes take turns. `usable` takes out those that can't be used."""
-        if (pictures := self.pictures) is None:
+        pictures = self.pictures
+        if pictures is None:
             return []
-        return [
-            self.id_of(pictures, index)
-            for index in interleave_by_class(list(map(pictures.label, range(len(pictures)))))
-        ]
+        labels = list(map(pictures.label, range(len(pictures))))
+        return [self.id_of(pictures, index) for index in interleave_by_class(labels)]
 
     def on_first_screen(self) -> list[PictureFacts]:
         """The first images that can be used, then gradio's photos."""
@@ -124,17 +95,18 @@ class Examples:
 
     def usable(self, start: int, stop: int) -> list[PictureFacts]:
         """Images `start` to `stop` of `all_ids`; those that can't be used leave that list, and later ones move up."""
-        found, bad = [], set()
+        images = []
+        unusable = set()
         for id in self.all_ids[start:stop]:
             try:
-                found.append(self.find(id))
+                images.append(self.find(id))
             except UserError as error:
                 log.warning("left out of the examples: %s", error)
-                bad.add(id)
-        if bad:
+                unusable.add(id)
+        if unusable:
             with self._dropping:
-                self.all_ids = [id for id in self.all_ids if id not in bad]
-        return found
+                self.all_ids = [id for id in self.all_ids if id not in unusable]
+        return images
 
     def id_of(self, pictures: PictureSet, index: int) -> str:
         """The id of image `index` of this model's data or of a part of it."""
@@ -145,64 +117,63 @@ class Examples:
         if self.prefix == "pets":  # "test/000012", as the data package names it
             split, _, number = name.partition("/")
             return f"pets/{split}/{int(number)}"
-        return f"data/{escape_controls(name)}"  # an id goes through JSON, which has no bytes that are no UTF-8
+        # An id goes through JSON, which has no bytes that are no UTF-8.
+        return f"data/{escape_controls(name)}"
 
     @property
     def names(self) -> set[str]:
         """Names of all images of the model's data."""
-        return (
-            set()
-            if self.pictures is None
-            else set(map(self.pictures.picture_name, range(len(self.pictures))))
-        )
-
-    def find(self, id: str) -> PictureFacts:
-        """The image of that id, or RequestError if there is none."""
-        return self._recent.get(id, lambda: self._open(id))
-
-    def sharp(self, id: str) -> str | None:
-        """The same part of an image as the model sees, in more pixels, as a data URI; None where there are no more."""
-
-        def opened() -> str | None:
-            image = self.original(id)
-            return None if image is None else sharp_data_uri(image, self.image_size, self.framing)
-
-        return self._sharp.get(id, opened)
+        if self.pictures is None:
+            return set()
+        return set(map(self.pictures.picture_name, range(len(self.pictures))))
 
     def original(self, id: str) -> Image.Image | None:
         """An image before the model's size; None where its data has nothing larger."""
-        kind, _, rest = id.partition("/")
-        if kind == "photo" and rest in self.photos:
-            return safe_open(self.photos[rest], SHARP_PX)
-        return original_image(*self._place(id), SHARP_PX)
+        photo = self._photo(id)
+        if photo is not None:
+            return safe_open(photo, SHARP_PX)
+        return original_image(*self._locate(id), SHARP_PX)
+
+    def _sharp_uri(self, id: str) -> str | None:
+        """The same part of an image as the model sees, in more pixels, as a data URI; None where there are no more."""
+        image = self.original(id)
+        return None if image is None else sharp_data_uri(image, self.image_size, self.framing)
 
     def _open(self, id: str) -> PictureFacts:
-        kind, _, rest = id.partition("/")
-        if kind == "photo" and rest in self.photos:
-            return PictureFacts(
-                model_input(self.photos[rest], self.image_size, self.framing), id, rest
-            )
-        pictures, index = self._place(id)
-        label = pictures.label(index)
-        word = pictures.class_names[label] if label >= 0 else None
-        credit = self.credits.get(pictures.picture_name(index))
+        """The image of that id, or RequestError if there is none."""
+        name = id.partition("/")[2]
+        photo = self._photo(id)
+        if photo is not None:
+            return PictureFacts(model_input(photo, self.image_size, self.framing), id, name)
+
+        pictures, index = self._locate(id)
         try:
             pixels = pictures.image(index)
         except BadImageError as error:
-            raise (
-                image_gone_error(rest) if isinstance(error.__cause__, FileNotFoundError) else error
-            ) from error
-        name = rest if pictures is self.pictures else id  # which says that it is a training image
-        return PictureFacts(
-            pixels, id, id if word is None else f"{word}, {name}", word, credit=credit
-        )
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise image_gone_error(name) from error
+            raise
+        title = id
+        class_name = None
+        class_index = pictures.label(index)
+        if class_index >= 0:
+            class_name = pictures.class_names[class_index]
+            # Of another set the whole id: it says that it is a training image.
+            title = f"{class_name}, {name if pictures is self.pictures else id}"
+        credit = self.credits.get(pictures.picture_name(index))
+        return PictureFacts(pixels, id, title, class_name, credit=credit)
 
-    def _place(self, id: str) -> tuple[PictureSet, int]:
+    def _photo(self, id: str) -> Path | None:
+        kind, _, name = id.partition("/")
+        return self.photos.get(name) if kind == "photo" else None
+
+    def _locate(self, id: str) -> tuple[PictureSet, int]:
+        """The set of images that has this one, and the index there."""
         index = self._index.get(id)
         if self.pictures is not None and index is not None:
             return self.pictures, index
-        if self.scored is not None and self.scored.holds(id):
-            return self.scored.place(id)
+        if self.scored is not None and id.partition("/")[0] in SPLITS:
+            return self.scored.locate(id)
         raise RequestError(f"There is no image {id!r} here: choose one of the examples.")
 
 
@@ -215,9 +186,8 @@ def sharp_data_uri(image: Image.Image, image_size: int, framing: Framing) -> str
 def thumbnail_uri(pixels: Pixels) -> str:
     """An image, uint8 [S, S, 3], at no more than 96 px, as a data URI."""
     if len(pixels) > THUMB_PX:
-        pixels = np.asarray(
-            Image.fromarray(pixels).resize((THUMB_PX, THUMB_PX), Image.Resampling.BICUBIC)
-        )
+        image = Image.fromarray(pixels)
+        pixels = np.asarray(image.resize((THUMB_PX, THUMB_PX), Image.Resampling.BICUBIC))
     return data_uri(pixels, "jpeg", quality=80, subsampling=2)
 
 
@@ -235,7 +205,8 @@ class ScoredRun:
     """A run folder with scores, and its images as its model sees them; nothing is opened before somebody asks."""
 
     def __init__(self, run: Path, model: SavedModel) -> None:
-        self.run, self._model = run, model
+        self.run = run
+        self._model = model
 
     @classmethod
     def of(cls, address: str, model: SavedModel) -> ScoredRun | None:
@@ -246,26 +217,23 @@ class ScoredRun:
     @cached_property
     def scores(self) -> Scores:
         """The table, or RequestError if it can't be read."""
-        return _told(
-            lambda: Scores.read(self.run / FILE),
-            f"The scores of this run can't be read: look at its {FILE}",
-        )
+        try:
+            return Scores.read(self.run / FILE)
+        except UserError as error:
+            message = f"The scores of this run can't be read: look at its {FILE}."
+            raise _logged(error, message) from error
 
     def first(self, key: str, class_name: str | None) -> tuple[list[int], int]:
         """Rows of the scores at the head of a list, and how many images it ranks; of one class, or of all."""
-        scores, one = self.scores, SCORE_LISTS[key]
-        among = np.isfinite(scores.scores[one.score])
+        score_list = SCORE_LISTS[key]
+        scores = self.scores.scores
+        ranked = np.isfinite(scores[score_list.score])  # [I]
         if class_name is not None:
-            among &= np.array(
-                [label == escape_csv_cell(class_name) for label in scores.labels], dtype=bool
-            )
-        return one.first(scores.scores, SHOWN, among).tolist(), int(among.sum())
+            ranked &= np.asarray(self.scores.labels, object) == escape_csv_cell(class_name)
+        rows = score_list.first(scores, LIST_LENGTH, ranked)
+        return rows.tolist(), int(ranked.sum())
 
-    def holds(self, id: str) -> bool:
-        """Whether an id is of this kind; the image need not be there."""
-        return id.partition("/")[0] in SPLITS
-
-    def place(self, id: str) -> tuple[PictureSet, int]:
+    def locate(self, id: str) -> tuple[PictureSet, int]:
         """Where an image is, or RequestError if there is none of that id, or its file is gone."""
         pictures, index = self._opened
         if id in index:
@@ -281,27 +249,35 @@ class ScoredRun:
 
     @cached_property
     def _opened(self) -> tuple[PictureSet, dict[str, int]]:
-        sentence = "The images of this run can't be opened: are they still where they were when it was trained?"
-        return _told(self._open, sentence)
+        try:
+            return self._open_images()
+        except UserError as error:
+            message = "The images of this run can't be opened: are they still where they were when it was trained?"
+            raise _logged(error, message) from error
 
-    def _open(self) -> tuple[PictureSet, dict[str, int]]:
+    def _open_images(self) -> tuple[PictureSet, dict[str, int]]:
+        """The images, and the index of each by its id."""
         from moevision.analysis.good_data import images_of  # and with it what finds duplicates
 
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DataWarning
-            )  # at start the explorer noted what there is to note
+            # At start the explorer noted what there is to note.
+            warnings.simplefilter("ignore", DataWarning)
             images = images_of(self.run)
-        listed = [sample for _, sample in images.each()]
-        index = {
-            image_id(split, sample.sample_id): row
-            for row, (split, sample) in enumerate(images.each())
-        }
-        names, size = tuple(images.class_names), self._model.image_size
-        pictures = Collected(
-            images.collection, listed, size, names, "the run's images", self._model.framing
+        samples = []
+        index = {}
+        for row, (split, sample) in enumerate(images):
+            samples.append(sample)
+            index[image_id(split, sample.sample_id)] = row
+        model = self._model
+        pictures = CollectionPictures(
+            images.collection,
+            samples,
+            model.image_size,
+            "the run's images",
+            model.framing,
+            images.class_names,
         )
-        return open_pictures(pictures, size, class_names=self._model.class_names), index
+        return open_pictures(pictures, model.image_size, class_names=model.class_names), index
 
 
 def image_gone_error(name: str) -> RequestError:
@@ -311,10 +287,7 @@ def image_gone_error(name: str) -> RequestError:
     )
 
 
-def _told(make: Callable[[], T], sentence: str) -> T:
-    """What `make` gives; what is wrong goes to the log, since it names paths, and the sentence to the visitor."""
-    try:
-        return make()
-    except UserError as error:
-        log.warning("%s", error)
-        raise RequestError(f"{sentence} The log of the server says more.") from error
+def _logged(error: UserError, message: str) -> RequestError:
+    """The error for the visitor; what is wrong goes to the log, since it names paths."""
+    log.warning("%s", error)
+    return RequestError(f"{message} The log of the server says more.")

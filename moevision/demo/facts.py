@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from moevision.analysis.intervention import refusal
 from moevision.config import CROP, Framing
 from moevision.data.images import BadImageError, full_size, safe_open, upright_rgb
 from moevision.data.transforms import square_pixels
-from moevision.demo.wire import data_uri
+from moevision.demo.wire import Floats, Json, data_uri, to_numpy
 from moevision.errors import UserError, escape_controls
 from moevision.layers import MoEMlp, Routing, SoftRouting, forward_routing, routing_lock
 from moevision.layers.moe import moe_layers
@@ -60,21 +60,15 @@ class LayerFacts:
     # experts per patch
     top_k: int
     num_shared_experts: int = 0  # experts that compute every patch besides the routed ones
-    capacity: float | None = (
-        None  # the model's own capacity factor in evaluation; None if it drops nothing there
-    )
+    capacity: float | None = None  # capacity factor in evaluation; None if nothing is dropped there
     train_capacity: float | None = None  # the same in training
     slots: int | None = None  # S of Soft MoE
-    read_by_classifier: bool = (
-        True  # False: what it computes for patches isn't read, and routes change no answer
-    )
-    refused: dict[str, str] = field(
-        default_factory=dict
-    )  # change -> why it has no meaning here, to end a sentence
+    # False: what it computes for patches isn't read, and routes change no answer
+    read_by_classifier: bool = True
+    # change -> why it has no meaning here, to end a sentence
+    refused: dict[str, str] = field(default_factory=dict)
     route_by: RouteBy = "token"  # `image`: all patches of an image share one choice
-    steps: dict[str, str] = field(
-        default_factory=dict
-    )  # what the router does, see `moevision.layers.words`
+    steps: dict[str, str] = field(default_factory=dict)  # what the router does, `layers.words`
     expert_parameters: int = 0  # of one routed expert
     noise: str = "none"  # what the router adds in training: `learned`, `fixed`, `jitter` or `none`
 
@@ -84,19 +78,18 @@ class LayerFacts:
         return f"L{self.layer}"
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """How it routes, as in "top-2 of 8 experts, capacity factor 0.8, plus 1 shared expert for every patch"."""
-        limit = "" if self.capacity is None else f", capacity factor {self.capacity:g}"
-        shared = {0: "", 1: ", plus 1 shared expert that computes every patch"}.get(
-            self.num_shared_experts,
-            f", plus {self.num_shared_experts} shared experts that compute every patch",
-        )
-        return (
-            self._choice()
-            + limit
-            + shared
-            + ("" if self.read_by_classifier else ", not read by the classifier")
-        )
+        parts = [self._choice()]
+        if self.capacity is not None:
+            parts.append(f"capacity factor {self.capacity:g}")
+        if self.num_shared_experts:
+            verb = "computes" if self.num_shared_experts == 1 else "compute"
+            shared = plural(self.num_shared_experts, "shared expert")
+            parts.append(f"plus {shared} that {verb} every patch")
+        if not self.read_by_classifier:
+            parts.append("not read by the classifier")
+        return ", ".join(parts)
 
     def _choice(self) -> str:
         experts = plural(self.num_experts, "expert")
@@ -104,75 +97,67 @@ class LayerFacts:
             return f"{experts} with {plural(self.slots or 0, 'slot')} each, which read all patches"
         if self.kind == "expert_choice":
             return f"{experts} that choose patches, {self.top_k} per patch on average"
+        choice = f"top-{self.top_k} of {experts}"
         if self.route_by == "image":
-            return f"top-{self.top_k} of {experts}, chosen once for the whole image"
-        chosen = f"top-{self.top_k} of {experts}"
-        return (
-            chosen
-            if self.learned
-            else f"{chosen} {RULES.get(self.router, 'by a rule')}, not learned"
-        )
+            return f"{choice}, chosen once for the whole image"
+        if self.learned:
+            return choice
+        return f"{choice} {RULES.get(self.router, 'by a rule')}, not learned"
 
     @property
-    def k_words(self) -> str:
+    def k_text(self) -> str:
         """What k is, as in "top-2"."""
         if self.kind == "token_choice":
             return f"top-{self.top_k}"
         return f"{plural(self.top_k, 'expert')} per patch on average"
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON, with `name` and `words`."""
-        return {**asdict(self), "name": self.name, "words": self.words}
+    def to_json(self) -> Json:
+        """The fields as JSON, with `name`, and the summary as `words`."""
+        return {**asdict(self), "name": self.name, "words": self.summary}
 
 
-def layer_facts(
-    net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Routing]
-) -> tuple[LayerFacts, ...]:
-    """What there is to know about the MoE layers of a model, from the layers and what each decided about an image."""
-    configured = getattr(net, "moe_config", {}).get("router")
-    names = configured if isinstance(configured, list) else [configured] * len(layers)
-    return tuple(
-        LayerFacts(
-            layer=int(routing.layer or 0),
-            router=name or type(layer.router).__name__,
-            kind=routing.kind,
-            learned=any(True for _ in layer.router.parameters()),
-            num_experts=routing.num_experts,
-            top_k=layer.router.top_k,
-            num_shared_experts=layer.num_shared_experts,
-            capacity=_option(layer, "eval_capacity_factor"),
-            train_capacity=_option(layer, "capacity_factor"),
-            slots=int(routing.slot_weight.shape[-1]) if isinstance(routing, SoftRouting) else None,
-            read_by_classifier=is_read,
-            refused={
-                kind: why for kind in CHANGES if (why := refusal(kind, layer.router)) is not None
-            },
-            route_by=routing.route_by,
-            steps=layer.router.words(noisy=False, top_k=layer.router.top_k, capacity=None),
-            expert_parameters=sum(weight.numel() for weight in layer.experts.parameters())
-            // routing.num_experts,
-            noise=noise_of(layer.router),
-        )
-        for name, layer, routing, is_read in zip(
-            names, layers, routings, routes_read(net), strict=True
-        )
+def _layer_facts(
+    layer: MoEMlp, routing: Routing, name: str | None, read_by_classifier: bool
+) -> LayerFacts:
+    """What there is to know about a MoE layer, from the layer and what it decided about an image."""
+    router: Any = layer.router
+    refusals = {kind: refusal(kind, router) for kind in CHANGES}
+    slots = routing.slot_weight.shape[-1] if isinstance(routing, SoftRouting) else None
+    all_parameters = sum(weight.numel() for weight in layer.experts.parameters())
+    return LayerFacts(
+        layer=int(routing.layer or 0),
+        router=name or type(router).__name__,
+        kind=routing.kind,
+        learned=any(True for _ in router.parameters()),
+        num_experts=routing.num_experts,
+        top_k=router.top_k,
+        num_shared_experts=layer.num_shared_experts,
+        capacity=_capacity_factor(router, "eval_capacity_factor"),
+        train_capacity=_capacity_factor(router, "capacity_factor"),
+        slots=slots,
+        read_by_classifier=read_by_classifier,
+        refused={kind: reason for kind, reason in refusals.items() if reason is not None},
+        route_by=routing.route_by,
+        steps=router.explain(noisy=False, top_k=router.top_k, capacity=None),
+        expert_parameters=all_parameters // routing.num_experts,
+        noise=noise_of(router),
     )
+
+
+def _capacity_factor(router: Any, name: str) -> float | None:
+    factor = getattr(getattr(router, "options", None), name, None)
+    return None if factor is None else float(factor)
 
 
 def common(values: Iterable[int]) -> int | None:
     """The value that all layers share; None where they differ."""
-    found = set(values)
-    return found.pop() if len(found) == 1 else None
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
 
 
-def plural(number: int, word: str) -> str:
+def plural(number: int, noun: str) -> str:
     """As in "1 expert" and "8 experts"."""
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
-def _option(layer: MoEMlp, name: str) -> float | None:
-    value = getattr(getattr(layer.router, "options", None), name, None)
-    return None if value is None else float(value)
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 Pixels = npt.NDArray[np.uint8]
@@ -222,30 +207,19 @@ class ModelFacts:
     @property
     def max_top_k(self) -> int:
         """The largest k that a person may ask for; 0 if k has no meaning in any layer."""
-        return min(
-            (router.num_experts for router in self.routers if "top_k" not in router.refused),
-            default=0,
-        )
+        routers = [router for router in self.routers if "top_k" not in router.refused]
+        return min((router.num_experts for router in routers), default=0)
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON."""
-        texts = {
-            name: value for name, value in self.__dict__.items() if not isinstance(value, tuple)
-        }
-        numbers = {
+    def to_json(self) -> Json:
+        """The fields as JSON, with what the layers have in common."""
+        return {
+            **vars(self),
             "num_experts": self.num_experts,
             "top_k": self.top_k,
             "max_top_k": self.max_top_k,
-        }
-        lists = {
             "grid": list(self.grid),
             "layers": list(self.layers),
             "class_names": list(self.class_names),
-        }
-        return {
-            **texts,
-            **numbers,
-            **lists,
             "routers": [router.to_json() for router in self.routers],
         }
 
@@ -258,17 +232,14 @@ class PictureFacts:
     id: str = ""  # how the explorer asks for it again; empty for an image that a visitor brought
     name: str = "image"  # in words
     label: str | None = None  # its class in words, if known
-    unlike: str | None = (
-        None  # what to say if it is unlike the images that the model learned from, as far as known
-    )
-    credit: str | None = (
-        None  # whose image it is and under which licence; None where nothing has to be said
-    )
+    unlike: str | None = None  # what to say if it is unlike the images that the model learned from
+    credit: str | None = None  # whose image it is and under which licence, where that must be said
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The fields as JSON, the pixels as a WebP without loss."""
-        words = {name: value for name, value in vars(self).items() if name != "pixels"}
-        return {**words, "id": self.id or None, "src": data_uri(self.pixels)}
+        fields = {**vars(self), "id": self.id or None, "src": data_uri(self.pixels)}
+        del fields["pixels"]
+        return fields
 
 
 def describe(
@@ -284,12 +255,16 @@ def describe(
     grid = routings[0].grid
     if grid is None or any(routing.layer is None for routing in routings):
         raise UserError("This model's patches are not a whole grid: patch dropping must be off.")
+    names = getattr(model.net, "moe_config", {}).get("router")
+    if not isinstance(names, list):
+        names = [names] * len(layers)
+    rows = zip(layers, routings, names, routes_read(model.net), strict=True)
     return ModelFacts(
         id=id,
         title=title,
         image_size=model.image_size,
         grid=grid,
-        routers=layer_facts(model.net, layers, routings),
+        routers=tuple(_layer_facts(*row) for row in rows),
         class_names=tuple(model.class_names),
         parameters=sum(weight.numel() for weight in model.net.parameters()),
         **texts,
@@ -299,9 +274,9 @@ def describe(
 def title_of(address: str | Path) -> str:
     """What a model is called after where it lies: its run's folder."""
     path = Path(address)
-    return escape_controls(
-        path.parent.name if path.name == "model" and path.parent.name else path.name
-    )
+    if path.name == "model" and path.parent.name:
+        path = path.parent
+    return escape_controls(path.name)
 
 
 def model_input(
@@ -315,14 +290,16 @@ def model_input(
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"An image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}.")
         if image.shape[:2] == (image_size, image_size):  # prepared already
-            return image.copy()  # the given one may be read-only, which torch warns of
+            return image.copy()  # the caller's may be read-only, which torch warns of
         image = Image.fromarray(image)
     elif not isinstance(image, Image.Image):
         image = safe_open(image, image_size)
     image = upright_rgb(image)
-    width, height = size = full_size(image)[0]
-    short, long = min(size), max(size)
-    if size != (image_size, image_size) and (short < MIN_SIDE or long > MAX_ASPECT * short):
+    size, _ = full_size(image)
+    short, long = sorted(size)
+    too_narrow = short < MIN_SIDE or long > MAX_ASPECT * short
+    if too_narrow and size != (image_size, image_size):
+        width, height = size
         raise BadImageError(
             "given",
             f"it has {width} × {height} px, and the model would see too little in it; its shorter side must have at "
@@ -337,8 +314,9 @@ SHARP_PX: Final = 672
 
 def sharp_square(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels | None:
     """The part of an image that a model sees, uint8 [Q, Q, 3], with S < Q <= `SHARP_PX`; None if it has no more px."""
-    size = full_size(image)[0]
-    side = min(max(size) if framing.fit == "pad" else min(size), SHARP_PX)
+    size, _ = full_size(image)
+    side = max(size) if framing.fit == "pad" else min(size)
+    side = min(side, SHARP_PX)
     return square_pixels(image, side, framing) if side > image_size else None
 
 
@@ -348,9 +326,9 @@ def route_batch(model: SavedModel, pixels: Pixels) -> tuple[Tensor, list[Routing
     return forward_routing(model.net, network_input(model, pixels))
 
 
-def softmax(logits: Tensor) -> npt.NDArray[np.float32]:
+def softmax(logits: Tensor) -> Floats:
     """Probabilities [..., C] of logits [..., C]."""
-    return logits.float().softmax(-1).cpu().numpy()
+    return to_numpy(logits.float().softmax(-1))
 
 
 _GENERATOR: Final = threading.RLock()
@@ -373,10 +351,9 @@ def noise_of_training(net: nn.Module, seed: int | None) -> Iterator[None]:
         yield
         return
     with routing_lock(net), _GENERATOR:
-        routers: list[Any] = [
-            layer.router for layer in moe_layers(net) if noise_of(layer.router) != "none"
-        ]
-        before = [(router.training, router.options) for router in routers]
+        routers: list[Any] = [layer.router for layer in moe_layers(net)]
+        routers = [router for router in routers if noise_of(router) != "none"]
+        states = [(router.training, router.options) for router in routers]
         devices = {weight.device for weight in net.parameters() if weight.is_cuda}
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
@@ -388,5 +365,6 @@ def noise_of_training(net: nn.Module, seed: int | None) -> Iterator[None]:
                     router.training = True
                 yield
             finally:
-                for router, (training, options) in zip(routers, before, strict=True):
-                    router.training, router.options = training, options
+                for router, (training, options) in zip(routers, states, strict=True):
+                    router.training = training
+                    router.options = options

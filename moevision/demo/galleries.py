@@ -12,14 +12,14 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.describe import class_expert_map, image_shares, patches_on_path
-from moevision.analysis.images import PictureSet, Remembered, View, open_pictures, patch_crop
-from moevision.analysis.information import Pixels
+from moevision.analysis.images import PictureSet, View, cached, open_pictures, patch_crop
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import three_questions
 from moevision.analysis.readings import Recording, choices_of
@@ -27,37 +27,37 @@ from moevision.analysis.trace import RoutingTrace
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.atlas import build_atlas, compare_by_atlas, counted_name, load_atlas
-from moevision.demo.examples import LRUCache, thumbnail_uri
-from moevision.demo.facts import ModelFacts, PictureFacts
+from moevision.demo.examples import thumbnail_uri
+from moevision.demo.facts import ModelFacts, PictureFacts, Pixels
 from moevision.demo.models import OWN, Entry, Variant
 from moevision.demo.view import top_classes
-from moevision.demo.wire import RequestError, data_uri, encode_float16
+from moevision.demo.wire import Json, RequestError, data_uri, encode_float16
 from moevision.errors import UserError
 from moevision.models.history import RoutingHistory
 
-LIMIT = 400  # images of a gallery
-MOST = 2000  # of a folder that the user named: all of it, as far as memory goes
+MAX_IMAGES = 400  # of a gallery
+MAX_FOLDER_IMAGES = 2000  # of a folder that the user named: all of it, as far as memory goes
 CELL_PICTURES = 12
 SIMILAR_PATCHES = 12
 CROP_PX = 40  # small patches are shown with more of what surrounds them
 _NO_PICTURES = "has no images here: start the explorer with --data DIR to give it some."
 T = TypeVar("T")
-Json = dict[str, Any]
 Key = tuple[str, str]  # model, variant
 log = logging.getLogger(__name__)
 
 
 def read_into_memory(pictures: PictureSet) -> View:
     """All of the images, read into memory; those that can't be read are left out."""
-    pictures, found = Remembered(pictures, sys.maxsize), []
+    pictures = cached(pictures, sys.maxsize)
+    readable = []
     for index in range(len(pictures)):
         try:
             pictures.image(index)
         except BadImageError as error:
             log.warning("left out of the gallery: %s", error)
         else:
-            found.append(index)
-    return View(pictures, found)
+            readable.append(index)
+    return View(pictures, readable)
 
 
 class _StoppedError(Exception):
@@ -82,30 +82,29 @@ class _UntilStopped(View):
 class Gallery:
     """Images of a model's data with the routing of every patch."""
 
-    pictures: PictureSet  # at most `LIMIT`, the same number of each class
+    pictures: PictureSet  # at most `MAX_IMAGES`, the same number of each class
     trace: RoutingTrace  # of these images, in their order
 
-    def has(self, count: int, *classes: str) -> bool:
-        """Whether there are as many images of each of these classes."""
-        names, labels = self.trace.class_names, np.asarray(self.trace.labels)
-        return all(
-            name in names and int((labels == names.index(name)).sum()) >= count for name in classes
-        )
+    def members(self, class_name: str) -> list[int]:
+        """The images of a class, in their order."""
+        names = dict(enumerate(self.trace.class_names))
+        return [i for i, label in enumerate(self.trace.labels) if names.get(label) == class_name]
 
 
 class Galleries:
     """The galleries of all variants of all models; a model without images has stored atlases only."""
 
-    def __init__(self, entries: Sequence[Entry], limit: int = LIMIT) -> None:
-        self.entries, self.limit = list(entries), limit
-        self._atlases: dict[Key, Json] = {
-            key: atlas for entry in entries for key, atlas in _stored(entry)
-        }
+    def __init__(self, entries: Sequence[Entry], limit: int = MAX_IMAGES) -> None:
+        self.entries = list(entries)
+        self.limit = limit
+        self._atlases: dict[Key, Json] = {}
         self._galleries: dict[Key, Gallery] = {}
-        self._failed: dict[Key, str] = {}
+        self._errors: dict[Key, str] = {}
         self.stopping = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._work, name="moevision-galleries", daemon=True)
+        for entry in entries:
+            self._atlases |= _stored_atlases(entry)
 
     def start(self, ready: Callable[[Entry, str], None] = lambda entry, variant: None) -> None:
         """Begin to collect; returns at once. `ready` is called with each model and variant that is finished."""
@@ -124,121 +123,119 @@ class Galleries:
 
     def atlas(self, entry: Entry, variant: str) -> Json | None:
         """The atlas of a variant; None while it is being computed or if there will be none."""
-        return self._unless_failed(self._atlases.get((entry.card.id, variant)), entry, variant)
+        return self._result(self._atlases, entry, variant)
 
     def gallery(self, entry: Entry, variant: str) -> Gallery | None:
         """The gallery of a variant; None while it is being collected or if the model has no images."""
-        return self._unless_failed(self._galleries.get((entry.card.id, variant)), entry, variant)
+        return self._result(self._galleries, entry, variant)
 
-    def status(self, entry: Entry) -> str:
-        """What to say about a model without a gallery: `computing` or `no_pictures`."""
-        return "computing" if entry.examples.has_pictures else "no_pictures"
-
-    def _unless_failed(self, found: T | None, entry: Entry, variant: str) -> T | None:
-        failed = self._failed.get((entry.card.id, variant))
-        if found is None and failed is not None:
+    def _result(self, results: dict[Key, T], entry: Entry, variant: str) -> T | None:
+        """What there is of a variant; a RequestError if collecting it failed."""
+        key = (entry.card.id, variant)
+        if key not in results and key in self._errors:
             raise RequestError(
-                f"The images of {entry.card.title} could not be looked through: {failed}"
+                f"The images of {entry.card.title} could not be looked through: {self._errors[key]}"
             )
-        return found
+        return results.get(key)
 
     def _work(self) -> None:
-        order = [(entry, "trained") for entry in self.entries]
-        order += [
-            (entry, variant)
-            for entry in self.entries
-            for variant in entry.variants
-            if variant != "trained"
-        ]
-        held: dict[str, View] = {}
+        """Collect all galleries, those of the trained models first."""
+        order = [(entry, variant) for entry in self.entries for variant in entry.variants]
+        order.sort(key=lambda model: model[1] != "trained")
+        images: dict[str, View] = {}  # in memory, by model
         for entry, variant in order:
             if entry.examples.pictures is None:
                 continue
+            id = entry.card.id
             try:
-                if entry.card.id not in held:
-                    limit = max(self.limit, MOST) if entry.shown else self.limit
-                    chosen = open_pictures(
-                        entry.examples.pictures, entry.facts.image_size, limit=limit
-                    )
-                    held[entry.card.id] = read_into_memory(_UntilStopped(chosen, self.stopping))
-                self._collect(entry, variant, held[entry.card.id])
+                if id not in images:
+                    images[id] = self._read_images(entry, entry.examples.pictures)
+                self._collect(entry, variant, images[id])
                 self._ready(entry, variant)
             except _StoppedError:
                 break
-            except (
-                Exception
-            ) as error:  # an exception would end this thread, and nobody would see it
+            # An exception would end this thread, and nobody would see it.
+            except Exception as error:
                 log.exception("the gallery of %s, %s, could not be made", entry.card.title, variant)
-                self._failed[entry.card.id, variant] = str(error) or type(error).__name__
+                self._errors[id, variant] = str(error) or type(error).__name__
         self._done.set()
 
-    def _collect(self, entry: Entry, variant: str, held: View) -> None:
-        key, pictures = (entry.card.id, variant), _UntilStopped(held, self.stopping)
-        saved, name = entry.variants[variant].saved, entry.card.title
+    def _read_images(self, entry: Entry, pictures: PictureSet) -> View:
+        limit = self.limit
+        if entry.shown:
+            limit = max(limit, MAX_FOLDER_IMAGES)
+        sample = open_pictures(pictures, entry.facts.image_size, limit=limit)
+        return read_into_memory(_UntilStopped(sample, self.stopping))
+
+    def _collect(self, entry: Entry, variant: str, images: View) -> None:
         # Small batches: a visitor's image waits no longer than one of them takes.
-        trace = collect_routing(saved, pictures, batch_size=16, progress=False, name=name)
-        self._galleries[key] = Gallery(held, trace)
+        trace = collect_routing(
+            entry.variants[variant].saved,
+            _UntilStopped(images, self.stopping),
+            batch_size=16,
+            progress=False,
+            name=entry.card.title,
+        )
+        key = (entry.card.id, variant)
+        self._galleries[key] = Gallery(images, trace)
         if key not in self._atlases:
-            self._atlases[key] = atlas_of(trace, held)
+            self._atlases[key] = atlas_of(trace, images)
 
 
 def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
     """An atlas by recorded choices alone: what training added, and what experts do, take minutes to measure."""
     maps = {layer.layer: class_expert_map(trace, layer.layer) for layer in trace.layers}
-    choices = Recording(
-        np.asarray(trace.labels), [choices_of(layer) for layer in trace.layers], trace.class_names
-    )
-    return build_atlas(trace, pictures, maps, questions=three_questions(choices))
+    choices = [choices_of(layer) for layer in trace.layers]
+    recording = Recording(np.asarray(trace.labels), choices, trace.class_names)
+    return build_atlas(trace, pictures, maps, questions=three_questions(recording))
 
 
-def _stored(entry: Entry) -> list[tuple[Key, Json]]:
+def _stored_atlases(entry: Entry) -> dict[Key, Json]:
     """The atlases that came with the model, but for those about images that can't be shown beside the entry's own."""
-    files = [(name, variant.atlas) for name, variant in entry.variants.items()]
-    atlases = [
-        ((entry.card.id, name), load_atlas(file)) for name, file in files if file is not None
-    ]
-    if not atlases or not entry.examples.has_pictures:
-        return atlases
-    names = entry.examples.names
+    atlases = {}
+    for name, variant in entry.variants.items():
+        if variant.atlas is not None:
+            atlas = load_atlas(variant.atlas)
+            if not entry.examples.has_pictures or _images_of(atlas) <= entry.examples.names:
+                atlases[entry.card.id, name] = atlas
+    return atlases
 
-    def has_all(atlas: Json) -> bool:
-        experts = [expert for layer in atlas["layers"] for expert in layer["experts"]]
-        return all(
-            patch[0] in names for expert in experts for patch in (*expert["top"], *expert["random"])
-        )
 
-    return [(key, atlas) for key, atlas in atlases if has_all(atlas)]
+def _images_of(atlas: Json) -> set[str]:
+    """Names of the images that an atlas shows patches of."""
+    experts = [expert for layer in atlas["layers"] for expert in layer["experts"]]
+    return {patch[0] for expert in experts for patch in (*expert["top"], *expert["random"])}
 
 
 class AtlasPages:
     """Handlers of requests about a variant's atlas and gallery."""
 
     def __init__(self, entries: Mapping[str, Entry], galleries: Galleries) -> None:
-        self.entries, self.galleries = entries, galleries
+        self.entries = entries
+        self.galleries = galleries
         # An answer with all its crops; there are as many as variants times layers.
-        self._experts: LRUCache[Json] = LRUCache(64)
+        self._cached_experts = lru_cache(maxsize=64)(self._experts_page)
 
-    def model(self, request: Mapping[str, Any]) -> tuple[Entry, Variant]:
-        """The model and variant that a request names; variant `trained` if it names none."""
-        entry = self.entries[
-            read.choice(request, "model", tuple(self.entries), next(iter(self.entries)))
-        ]
-        return entry, entry.variants[
-            read.choice(request, "variant", tuple(entry.variants), "trained")
-        ]
+    def entry(self, request: Any, *names: str) -> Entry:
+        """The model that a request names, or the first; it may have the fields of these names beside."""
+        fields = read.fields(request, ("model", *names))
+        first = next(iter(self.entries))
+        return self.entries[read.choice(fields, "model", tuple(self.entries), first)]
+
+    def model(self, request: Any, *names: str) -> tuple[Entry, Variant]:
+        """The same, and the variant that the request names; variant `trained` if it names none."""
+        entry = self.entry(request, "variant", *names)
+        variant = read.choice(request, "variant", tuple(entry.variants), "trained")
+        return entry, entry.variants[variant]
 
     def experts(self, request: Any) -> Json:
         """A card per expert of one layer: load, patches in context, classes, parts."""
-        given = read.fields(request, ("model", "variant", "layer"))
-        entry, variant = self.model(given)
-        layer = read.whole_number(given, "layer", variant.facts.layers, variant.facts.layers[-1])
-        atlas = self.atlas(entry, variant)
-        if atlas is None:
-            return _waiting(self.galleries.status(entry), layer=layer, name=f"L{layer}", experts=[])
-        key = (entry.card.id, variant.facts.variant, layer, id(atlas))
-        return self._experts.get(
-            key, lambda: self._experts_page(entry, variant.facts, layer, atlas)
-        )
+        entry, variant = self.model(request, "layer")
+        layers = variant.facts.layers
+        layer = read.whole_number(request, "layer", layers, layers[-1])
+        if self.atlas(entry, variant) is None:
+            return self._not_ready(entry, layer=layer, name=f"L{layer}", experts=[])
+        return self._cached_experts(entry.card.id, variant.facts.variant, layer)
 
     def prepare(self, entry: Entry, variant: str) -> None:
         """Cut out the patches of all experts, so that nobody waits for that."""
@@ -250,184 +247,195 @@ class AtlasPages:
         """The atlas of a variant, if it is there by now."""
         return self.galleries.atlas(entry, variant.facts.variant)
 
-    def without(self, entry: Entry, variant: Variant, change: Intervention | None) -> Json | None:
+    def without(self, entry: Entry, variant: Variant, change: Intervention) -> Json | None:
         """What the atlas says of an expert's absence; None of any other change, and where it wasn't measured."""
         atlas = self.atlas(entry, variant)
-        if atlas is None or change is None or (change.kind, change.fill) != ("ablate", "next_best"):
+        if atlas is None or (change.kind, change.fill) != ("ablate", "next_best"):
             return None
-        layer = next(one for one in atlas["layers"] if one["layer"] == change.layer)
-        found: Json | None = layer["experts"][change.expert].get("without")
-        return found
+        experts = _layer_of(atlas, change.layer)["experts"]
+        effect: Json | None = experts[change.expert].get("without")
+        return effect
 
     def classes(self, request: Any) -> Json:
         """Class x expert maps of all layers, and how much experts tell about classes and places."""
-        entry, variant = self.model(read.fields(request, ("model", "variant")))
+        entry, variant = self.model(request)
         atlas = self.atlas(entry, variant)
         if atlas is None:
             names = list(variant.facts.class_names)
-            return _waiting(self.galleries.status(entry), n_images=0, class_names=names, layers=[])
-        layers = [
-            {
-                "layer": layer["layer"],
-                "name": layer["name"],
-                **{
-                    name: layer["map"][name]
-                    for name in ("share", "excess", "significant", "threshold")
-                },
-                # What wasn't measured names the command that measures it of this model.
-                "answers": [
-                    {
-                        **answer,
-                        "sentence": answer["sentence"].replace(
-                            "analyze MODEL", f"analyze {entry.address}"
-                        ),
-                    }
-                    for answer in layer["answers"]
-                ],
-                "load_words": layer["load_words"],
-            }
-            for layer in atlas["layers"]
-        ]
-        note = f"Measured on {atlas['n_images']:,} images: {atlas['data']}."
-        names = atlas["class_names"]
+            return self._not_ready(entry, n_images=0, class_names=names, layers=[])
         return {
             "status": "ready",
             "n_images": atlas["n_images"],
-            "class_names": names,
-            "layers": layers,
-            "note": note,
+            "class_names": atlas["class_names"],
+            "layers": [_class_layer(layer, entry.address) for layer in atlas["layers"]],
+            "note": f"Measured on {atlas['n_images']:,} images: {atlas['data']}.",
         }
 
     def compare(self, request: Any) -> Json:
         """How two classes differ in the experts they use, by the maps of the atlas."""
-        given = read.fields(request, ("model", "variant", "a", "b"))
-        entry, variant = self.model(given)
-        a, b = (read.choice(given, name, variant.facts.class_names) for name in ("a", "b"))
-        if a == b:
+        entry, variant = self.model(request, "a", "b")
+        class_a = read.choice(request, "a", variant.facts.class_names)
+        class_b = read.choice(request, "b", variant.facts.class_names)
+        if class_a == class_b:
             raise RequestError("Choose two different classes to compare.")
         atlas = self.atlas(entry, variant)
         if atlas is None:
-            raise self._without_images(entry)
-        return compare_by_atlas(atlas, a, b)
+            raise self._no_gallery_error(entry)
+        return compare_by_atlas(atlas, class_a, class_b)
 
     def cell(self, request: Any) -> Json:
         """The images of a class that use an expert most."""
-        given = read.fields(request, ("model", "variant", "layer", "expert", "class"))
-        entry, variant = self.model(given)
-        layer = read.whole_number(given, "layer", variant.facts.layers)
-        expert = read.whole_number(given, "expert", range(variant.facts.router(layer).num_experts))
+        entry, variant = self.model(request, "layer", "expert", "class")
+        layer = read.whole_number(request, "layer", variant.facts.layers)
+        num_experts = variant.facts.router(layer).num_experts
+        expert = read.whole_number(request, "expert", range(num_experts))
         gallery = self._gallery(entry, variant)
-        name = read.choice(given, "class", gallery.trace.class_names)
-        share = image_shares(gallery.trace.layer(layer).image_takes())[:, expert]
-        members = np.flatnonzero(gallery.trace.labels == gallery.trace.class_names.index(name))
-        best = members[np.argsort(-share[members], kind="stable")][:CELL_PICTURES]
-        pictures = [
-            {
-                "id": entry.examples.id_of(gallery.pictures, int(index)),
-                "thumb": thumbnail_uri(gallery.pictures.image(int(index))),
-                "label": name,
-                "share": round(float(share[index]), 4),
-            }
-            for index in best
-        ]
+        class_name = read.choice(request, "class", gallery.trace.class_names)
+
+        shares = image_shares(gallery.trace.layer(layer).image_takes())[:, expert]  # [I]
+        members = gallery.members(class_name)
+        members.sort(key=lambda index: -shares[index])
+        pictures = []
+        for index in members[:CELL_PICTURES]:
+            share = round(float(shares[index]), 4)
+            thumb = _thumb(entry, gallery, index)
+            pictures.append({**thumb, "label": class_name, "share": share})
         return {"pictures": pictures}
 
     def mistakes(self, request: Any) -> Json:
         """Images that are called another class most often, and whose routes theirs are more like (`wrong_routes`)."""
-        from moevision.analysis.report import (
-            wrong_routes,
-        )  # brings the figures, which no other answer needs
+        # It brings the figures, which no other answer needs.
+        from moevision.analysis.report import wrong_routes
 
-        entry, variant = self.model(read.fields(request, ("model", "variant")))
+        entry, variant = self.model(request)
         gallery = self._gallery(entry, variant)
-        groups = [
-            {
-                **{name: group[name] for name in ("label", "called", "images", "layers")},
-                "pictures": [
-                    {
-                        "id": entry.examples.id_of(gallery.pictures, index),
-                        "thumb": thumbnail_uri(gallery.pictures.image(index)),
-                    }
-                    for index in group["index"][:CELL_PICTURES]
-                ],
-            }
-            for group in wrong_routes(gallery.trace)
-        ]
+        groups = wrong_routes(gallery.trace)
+        for group in groups:
+            indices = group.pop("index")[:CELL_PICTURES]
+            group["pictures"] = [_thumb(entry, gallery, index) for index in indices]
         return {"groups": groups}
 
     def similar(self, request: Any) -> Json:
         """Patches of other images that took the same path of first choices."""
-        given = read.fields(request, ("model", "variant", "path", "class"))
-        entry, variant = self.model(given)
-        path = read.path(given, variant.facts)
+        entry, variant = self.model(request, "path", "class")
+        path = read.path(request, variant.facts)
         gallery = self._gallery(entry, variant)
+        pictures = gallery.pictures
         label = None
-        if given.get("class") is not None:
-            label = gallery.trace.class_names.index(
-                read.choice(given, "class", gallery.trace.class_names)
+        if request.get("class") is not None:
+            names = gallery.trace.class_names
+            label = names.index(read.choice(request, "class", names))
+
+        patches = []
+        matches = patches_on_path(gallery.trace, path, label=label, count=SIMILAR_PATCHES)
+        for index, patch, weight in matches:
+            class_index = pictures.label(index)
+            picture = PictureFacts(
+                pictures.image(index),
+                id=entry.examples.id_of(pictures, index),
+                label=pictures.class_names[class_index] if class_index >= 0 else None,
             )
-        alike = patches_on_path(gallery.trace, path, label=label, count=SIMILAR_PATCHES)
-        patches = [
-            patch_json(_found(entry, gallery.pictures, image), variant.facts, patch, weight)
-            for image, patch, weight in alike
-        ]
+            patches.append(patch_json(picture, variant.facts, patch, weight))
         return {"patches": patches}
 
     def _gallery(self, entry: Entry, variant: Variant) -> Gallery:
         gallery = self.galleries.gallery(entry, variant.facts.variant)
         if gallery is None:
-            raise self._without_images(entry)
+            raise self._no_gallery_error(entry)
         return gallery
 
-    def _without_images(self, entry: Entry) -> RequestError:
-        if self.galleries.status(entry) == "computing":
+    def _no_gallery_error(self, entry: Entry) -> RequestError:
+        if entry.examples.has_pictures:
             return RequestError(
                 "The images are still being looked through: try again in a few seconds.", "busy"
             )
         return RequestError(f"{entry.card.title} {_NO_PICTURES}")
 
-    def _experts_page(self, entry: Entry, facts: ModelFacts, layer: int, atlas: Json) -> Json:
-        found = next(item for item in atlas["layers"] if item["layer"] == layer)
-        loads = np.array(found["loads"], np.float64)
+    def _not_ready(self, entry: Entry, **empty: Any) -> Json:
+        """The answer of a page whose atlas isn't there."""
+        if entry.examples.has_pictures:
+            note = "The images are being looked through."
+            return {"status": "computing", **empty, "note": note}
+        return {"status": "no_pictures", **empty, "note": f"This model {_NO_PICTURES}"}
+
+    def _experts_page(self, model: str, variant: str, layer: int) -> Json:
+        entry = self.entries[model]
+        atlas = self.galleries.atlas(entry, variant)
+        assert atlas is not None
+        facts = entry.variants[variant].facts
+        has_pictures = entry.examples.has_pictures
+        page = _layer_of(atlas, layer)
+        loads = np.array(page["loads"], np.float64)
         shares = loads / max(loads.sum(), 1)
-        shown, examples = entry.examples.has_pictures, entry.examples
 
-        def patches(listed: Sequence[Any]) -> list[Json]:
-            found = [
-                (examples.find(examples.id_of_name(name)), patch, weight)
-                for name, _, patch, weight in listed
-            ]
-            return [patch_json(image, facts, patch, weight) for image, patch, weight in found]
-
-        experts = [
-            {
-                "expert": item["expert"],
-                "name": f"L{layer}·E{item['expert']}",
-                "load_share": round(float(shares[item["expert"]]), 4),
+        cards = []
+        for expert in page["experts"]:
+            number = expert["expert"]
+            card = {
+                "expert": number,
+                "name": f"L{layer}·E{number}",
+                "load_share": round(float(shares[number]), 4),
                 "ideal_share": round(1 / len(shares), 4),
-                **{kind: patches(item[kind]) if shown else [] for kind in ("top", "random")},
-                "classes": item["classes"],
-                "parts": item["parts"],
-                "called": counted_name(item),
-                "without": item.get("without"),
+                "top": [],
+                "random": [],
+                "classes": expert["classes"],
+                "parts": expert["parts"],
+                "called": counted_name(expert),
+                "without": expert.get("without"),
             }
-            for item in found["experts"]
-        ]
-        source = f"From {atlas['n_images']:,} images: {atlas['data']}."
-        source += f" Patches shown are of {atlas['shown']}." if "shown" in atlas else ""
-        note = (
-            f"{source} The heaviest patches flatter an expert; the random ones don't."
-            if shown
-            else source
-        )
-        status = "ready" if shown else "no_pictures"
-        return {
-            "status": status,
-            "layer": layer,
-            "name": f"L{layer}",
-            "experts": experts,
-            "note": note,
-        }
+            if has_pictures:
+                card["top"] = _stored_patches(entry, facts, expert["top"])
+                card["random"] = _stored_patches(entry, facts, expert["random"])
+            cards.append(card)
+
+        note = f"From {atlas['n_images']:,} images: {atlas['data']}."
+        if "shown" in atlas:
+            note += f" Patches shown are of {atlas['shown']}."
+        if has_pictures:
+            note += " The heaviest patches flatter an expert; the random ones don't."
+        status = "ready" if has_pictures else "no_pictures"
+        name = f"L{layer}"
+        return {"status": status, "layer": layer, "name": name, "experts": cards, "note": note}
+
+
+def _layer_of(atlas: Json, block: int | None) -> Json:
+    layer: Json = next(layer for layer in atlas["layers"] if layer["layer"] == block)
+    return layer
+
+
+def _class_layer(layer: Json, address: str) -> Json:
+    """A layer of an atlas as the page of classes shows it."""
+    class_map = layer["map"]
+    answers = []
+    for answer in layer["answers"]:
+        # What wasn't measured names the command that measures it of this model.
+        sentence = answer["sentence"].replace("analyze MODEL", f"analyze {address}")
+        answers.append({**answer, "sentence": sentence})
+    return {
+        "layer": layer["layer"],
+        "name": layer["name"],
+        "share": class_map["share"],
+        "excess": class_map["excess"],
+        "significant": class_map["significant"],
+        "threshold": class_map["threshold"],
+        "answers": answers,
+        "load_words": layer["load_words"],
+    }
+
+
+def _stored_patches(entry: Entry, facts: ModelFacts, patches: Sequence[Any]) -> list[Json]:
+    """Patches of an atlas in context."""
+    examples = entry.examples
+    crops = []
+    for name, _, patch, weight in patches:
+        picture = examples.find(examples.id_of_name(name))
+        crops.append(patch_json(picture, facts, patch, weight))
+    return crops
+
+
+def _thumb(entry: Entry, gallery: Gallery, index: int) -> Json:
+    id = entry.examples.id_of(gallery.pictures, index)
+    return {"id": id, "thumb": thumbnail_uri(gallery.pictures.image(index))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -438,10 +446,9 @@ class Times:
     numbers of a view; of the others there are weights and predictions only.
     """
 
-    histories: dict[
-        str, RoutingHistory
-    ]  # by variant, `trained` first; of images that are among the model's examples
-    rows: dict[str, int]  # place of each image in them, by the example's id
+    # By variant, `trained` first; of images that are among the model's examples.
+    histories: dict[str, RoutingHistory]
+    rows: dict[str, int]  # index of each image in them, by the example's id
     about: Json  # what the page knows before it asks for an image
 
     @classmethod
@@ -449,19 +456,21 @@ class Times:
         """Read the history of a model that has one; a UserError if it is damaged, or of another model or images."""
         if "trained" not in entry.histories:
             return None
-        histories = {
-            variant: RoutingHistory.load(file) for variant, file in entry.histories.items()
-        }
-        trained, examples = histories["trained"], entry.examples
+        examples = entry.examples
+        histories = {name: RoutingHistory.load(file) for name, file in entry.histories.items()}
+        trained = histories["trained"]
         for variant, history in histories.items():
-            own = history.image_names == trained.image_names and history.grid == entry.facts.grid
-            if not own or not set(history.image_names) <= examples.names:
-                if entry.card.id == OWN:  # it recorded images of another folder
-                    return None
-                file = entry.histories[variant]
-                raise UserError(
-                    f"{file} doesn't fit the model beside it: put back the package's own file."
-                )
+            same_images = history.image_names == trained.image_names
+            same_grid = history.grid == entry.facts.grid
+            if same_images and same_grid and set(history.image_names) <= examples.names:
+                continue
+            if entry.card.id == OWN:  # it recorded images of another folder
+                return None
+            file = entry.histories[variant]
+            raise UserError(
+                f"{file} doesn't fit the model beside it: put back the package's own file."
+            )
+
         rows = {examples.id_of_name(name): row for row, name in enumerate(trained.image_names)}
         labels = [examples.find(id).label for id in rows]
         about = {
@@ -472,69 +481,62 @@ class Times:
         }
         return cls(histories, rows, about)
 
+    def has(self, id: str, variant: str) -> bool:
+        """Whether this image was recorded in the training of this variant."""
+        return id in self.rows and variant in self.histories
+
     def of_image(self, id: str, variant: str = "trained") -> Json:
         """All moments of one image: likeliest classes, and of each layer `weights` [T, P, E] (`encode_float16`)."""
-        if id not in self.rows or variant not in self.histories:
-            raise RequestError(
-                f"The training was not recorded for {id!r}: choose one of {', '.join(self.rows)}."
-            )
-        history, row = self.histories[variant], self.rows[id]
+        if not self.has(id, variant):
+            ids = ", ".join(self.rows)
+            raise RequestError(f"The training was not recorded for {id!r}: choose one of {ids}.")
+        history = self.histories[variant]
+        row = self.rows[id]
+        names = history.class_names
+        probabilities = history.probabilities[:, row].astype("float32")  # [T, C]
+        layers = [
+            {"layer": layer, "weights": encode_float16(weights[:, row])}
+            for layer, weights in history.weights.items()
+        ]
         return {
             **self.about,
             "picture": id,
             "steps": list(history.steps),
-            "predictions": [
-                top_classes(history.class_names, moment[row].astype("float32"))
-                for moment in history.probabilities
-            ],
-            "layers": [
-                {"layer": layer, "weights": encode_float16(weights[:, row])}
-                for layer, weights in history.weights.items()
-            ],
+            "predictions": [top_classes(names, moment) for moment in probabilities],
+            "layers": layers,
         }
 
 
 def _track(history: RoutingHistory, labels: Sequence[str | None]) -> Json:
     """Over all images of a history: `right` [T] of `of`, and `loads` [L, T, E], the share of the choices of patches."""
-    said = np.array(history.class_names)[history.probabilities.argmax(-1)]  # [T, I]
-    taken = [
-        np.count_nonzero(weights, axis=(1, 2)) for weights in history.weights.values()
-    ]  # each [T, E]
+    predictions = np.array(history.class_names)[history.probabilities.argmax(-1)]  # [T, I]
+    right = predictions == np.array([label or "" for label in labels])
+    loads = []
+    for weights in history.weights.values():
+        choices = np.count_nonzero(weights, axis=(1, 2))  # [T, E]
+        shares = choices / np.maximum(choices.sum(1, keepdims=True), 1)
+        loads.append(np.round(shares, 3).tolist())
     return {
         "steps": list(history.steps),
-        "right": (said == np.array([label or "" for label in labels])).sum(1).tolist(),
+        "right": right.sum(1).tolist(),
         "of": sum(label is not None for label in labels),
-        "loads": [
-            np.round(own / np.maximum(own.sum(1, keepdims=True), 1), 3).tolist() for own in taken
-        ],
+        "loads": loads,
     }
 
 
-def patch_json(found: PictureFacts, facts: ModelFacts, patch: int, weight: float) -> Json:
+def patch_json(picture: PictureFacts, facts: ModelFacts, patch: int, weight: float) -> Json:
     """A patch in context: the crop, and where in it the patch lies as fractions [x, y, width, height]."""
-    rows, columns = facts.grid
-    context = 2 if len(found.pixels) // max(rows, columns) * 3 < CROP_PX else 1
-    side = 1 / (1 + 2 * context)
+    patch_px = len(picture.pixels) // max(facts.grid)
+    context = 2 if 3 * patch_px < CROP_PX else 1  # patches on each side
+    side = round(1 / (1 + 2 * context), 4)
+    start = round(context / (1 + 2 * context), 4)
+    crop = patch_crop(picture.pixels, facts.grid, patch, context)
     return {
-        "picture": found.id,
+        "picture": picture.id,
         "patch": patch,
         "weight": round(float(weight), 4),
-        "label": found.label,
-        "credit": found.credit,
-        "crop": data_uri(patch_crop(found.pixels, facts.grid, patch, context), "jpeg"),
-        "box": [round(value, 4) for value in (context * side, context * side, side, side)],
+        "label": picture.label,
+        "credit": picture.credit,
+        "crop": data_uri(crop, "jpeg"),
+        "box": [start, start, side, side],
     }
-
-
-def _found(entry: Entry, pictures: PictureSet, index: int) -> PictureFacts:
-    label = pictures.label(index)
-    word = pictures.class_names[label] if label >= 0 else None
-    return PictureFacts(pictures.image(index), entry.examples.id_of(pictures, index), label=word)
-
-
-def _waiting(status: str, **empty: Any) -> Json:
-    notes = {
-        "computing": "The images are being looked through.",
-        "no_pictures": f"This model {_NO_PICTURES}",
-    }
-    return {"status": status, **empty, "note": notes[status]}

@@ -26,16 +26,15 @@ from moevision.errors import UserError
 T = TypeVar("T")
 AUTH: Final = "MOEVISION_AUTH"
 """Environment variable, USER:PASSWORD, for a service: unlike an argument, others on the computer can't read it."""
-WAITING: Final = 64  # requests, beside those that run
-MAX_ADDRESSES: Final = 4096  # whose turns are remembered
-MAX_CONNECTIONS: Final = 512  # a browser keeps up to 6
-EACH: Final = 4  # an address has at most a fourth of connections, requests and bodies
+WAITING = 64  # requests, beside those that run
+MAX_ADDRESSES = 4096  # whose turns are remembered
+MAX_CONNECTIONS = 512  # a browser keeps up to 6
+ADDRESS_SHARE = 4  # an address has at most a fourth of connections, requests and bodies
 PORTS: Final = {"http": 80, "https": 443}  # which browsers leave out
-HEADER_S: Final = 10.0
-READING_S, READ_BYTES = (
-    30.0,
-    16_384,
-)  # of an answer, a visitor takes at least so many bytes in such a time
+HEADER_S = 10.0
+# Of an answer, a visitor takes at least so many bytes in such a time.
+READING_S = 30.0
+READ_BYTES = 16_384
 
 
 @dataclass(frozen=True)
@@ -99,19 +98,19 @@ class Serving:
         error: OSError = OSError("it has none")
         try:
             # A computer without IPv6 may list ::1 for its own name all the same.
-            found = socket.getaddrinfo(self.bare_host or None, 0, type=socket.SOCK_STREAM)
-            for family, _, _, _, (name, _, *rest) in found:
+            addresses = socket.getaddrinfo(self.bare_host or None, 0, type=socket.SOCK_STREAM)
+            for family, _, _, _, (name, _, *scope) in addresses:
                 for port in ports:
                     try:
-                        listener = socket.create_server((name, port, *rest), family=family)
+                        listener = socket.create_server((name, port, *scope), family=family)
                     except OSError as refused:
                         error = refused
-                    else:
-                        # Connections inherit it; without it an answer's end waits for the browser's word, 40 ms.
-                        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                        return listener
-        except socket.gaierror as unknown:
-            error = unknown
+                        continue
+                    # Connections inherit it; without it an answer's end waits 40 ms for the browser.
+                    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    return listener
+        except socket.gaierror as unresolved:
+            error = unresolved
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             where = f"{host_in_url(self.bare_host)}:{ports[0]}"
             raise UserError(
@@ -121,31 +120,34 @@ class Serving:
             f"--host {self.host} is no address of this computer ({error}): give another."
         ) from error
 
-    def known(self, name: str) -> bool:
+    def accepts_host(self, name: str) -> bool:
         """Whether the page goes by this host name.
 
         A website that has its own name point to this computer (DNS rebinding) is refused; an IP address in the place of
         a name can't come from one. A Space is for everyone, and which names Hugging Face uses inside is its own affair.
         """
-        own = {"localhost", self.host, socket.gethostname(), f"{socket.gethostname()}.local"}
-        if _on_space() or name in {one.lower() for one in own}:
+        computer = socket.gethostname().lower()
+        if _on_space() or name in ("localhost", self.host.lower(), computer, f"{computer}.local"):
             return True
-        return _ip(name) is not None or self.outside(name)
+        return _ip(name) is not None or self.is_proxy_host(name)
 
-    def outside(self, name: str) -> bool:
+    def is_proxy_host(self, name: str) -> bool:
         """Whether this is a name of `allow_host`, or the Space's, at which a proxy shows the page."""
         if name == "localhost" or _ip(name) is not None:
             return False
-        names = (
-            (*self.allow_host, os.environ.get("SPACE_HOST", "")) if _on_space() else self.allow_host
-        )
-        return any(fnmatch.fnmatchcase(name, one.lower()) for one in names)
+        patterns = list(self.allow_host)
+        if _on_space():
+            patterns.append(os.environ.get("SPACE_HOST", ""))
+        return any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns)
 
     def frames(self) -> str:
         """Who may show the page in a frame: itself, a notebook here, Hugging Face for a Space, who was named."""
-        here = ("http://localhost:*", "http://127.0.0.1:*") if self.local else ()
-        space = ("https://huggingface.co", "https://*.hf.space") if _on_space() else ()
-        return " ".join(("'self'", *here, *space, *self.allow_embed))
+        sites = ["'self'"]
+        if self.local:
+            sites += ["http://localhost:*", "http://127.0.0.1:*"]
+        if _on_space():
+            sites += ["https://huggingface.co", "https://*.hf.space"]
+        return " ".join([*sites, *self.allow_embed])
 
 
 def is_loopback(host: str) -> bool:
@@ -172,7 +174,9 @@ def parse_host_port(authority: str, scheme: str = "http") -> tuple[str, int] | N
     if parts is None or scheme not in PORTS:
         return None
     name = parts[1].strip("[]").rstrip(".")
-    return (name, int(parts[2] or PORTS[scheme])) if name else None
+    if not name:
+        return None
+    return name, int(parts[2] or PORTS[scheme])
 
 
 def host_in_url(host: str) -> str:
@@ -197,9 +201,9 @@ def client_address(client: tuple[str, int] | None, proxied: bool, forwarded: boo
     address = _ip(host)
     if address is None:
         return host
-    return str(
-        address if address.version == 4 else ipaddress.ip_network((address, 64), strict=False)
-    )
+    if address.version == 6:
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
 
 
 class FairExecutor:
@@ -211,13 +215,13 @@ class FairExecutor:
     """
 
     def __init__(self, workers: int, waiting: int = WAITING) -> None:
-        self.workers, self.waiting = workers, waiting
+        self.workers = workers
+        self.waiting = waiting
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="moevision-demo")
         self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # by address, none of them empty
-        self._turns: dict[
-            str, int
-        ] = {}  # of an address: the number of its last turn; later turns come later
-        self._turn = self._running = 0
+        self._last_turn: dict[str, int] = {}  # number of each address's last turn, oldest first
+        self._num_turns = 0
+        self._running = 0
         self._closed = False
 
     async def run(self, address: str, function: Callable[..., T], *args: Any) -> T:
@@ -225,13 +229,7 @@ class FairExecutor:
 
         A RequestError with code "busy" if too many are waiting, or the place was given to another address.
         """
-        if self._running + sum(map(len, self._queues.values())) >= self.workers + self.waiting:
-            longest = max(self._queues.values(), key=len, default=deque())
-            if len(longest) <= len(self._queues.get(address, ())) + 1:
-                raise _busy()
-            lost = longest.pop()
-            if not lost.done():
-                lost.set_exception(_busy())
+        self._make_room(address)
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
         self._queues.setdefault(address, deque()).append(turn)
@@ -242,7 +240,8 @@ class FairExecutor:
                 raise _busy("The explorer is being stopped.")
             return await loop.run_in_executor(self._pool, function, *args)
         finally:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:  # it had its turn
+            had_its_turn = turn.done() and not turn.cancelled() and turn.exception() is None
+            if had_its_turn:
                 self._running -= 1
                 self._give_turns()
 
@@ -251,27 +250,40 @@ class FairExecutor:
         self._closed = True
         self._pool.shutdown(wait=True)
 
+    def _make_room(self, address: str) -> None:
+        """If all places are taken, take one from the address with most of them, or refuse this address."""
+        num_waiting = sum(map(len, self._queues.values()))
+        if self._running + num_waiting < self.workers + self.waiting:
+            return
+        longest = max(self._queues.values(), key=len, default=deque())
+        if len(longest) <= len(self._queues.get(address, ())) + 1:
+            raise _busy()
+        newest = longest.pop()
+        if not newest.done():
+            newest.set_exception(_busy())
+
     def _give_turns(self) -> None:
+        """Let the next requests begin while threads are free."""
         while self._queues and self._running < self.workers:
-            address = min(self._queues, key=lambda one: self._turns.get(one, 0))
+            address = min(self._queues, key=lambda address: self._last_turn.get(address, 0))
             turn = self._queues[address].popleft()
             if not self._queues[address]:
                 del self._queues[address]
             if turn.done():  # nobody waits for it any more
                 continue
             self._running += 1
-            self._turn += 1
-            self._turns.pop(address, None)
-            self._turns[address] = self._turn
-            if len(self._turns) > MAX_ADDRESSES:
-                del self._turns[next(iter(self._turns))]
+            self._num_turns += 1
+            self._last_turn.pop(address, None)
+            self._last_turn[address] = self._num_turns
+            if len(self._last_turn) > MAX_ADDRESSES:
+                del self._last_turn[next(iter(self._last_turn))]
             turn.set_result(None)
 
 
 def _busy(
-    sentence: str = "Many people are asking at this moment: try again in a few seconds.",
+    message: str = "Many people are asking at this moment: try again in a few seconds.",
 ) -> RequestError:
-    return RequestError(sentence, "busy")
+    return RequestError(message, "busy")
 
 
 class Connection(H11Protocol):
@@ -279,76 +291,82 @@ class Connection(H11Protocol):
 
     uvicorn 0.54 waits for the rest of a header forever, and for a visitor who takes nothing of an answer; its
     `limit_concurrency` lets one client with unfinished headers shut out everyone else.
+
+    One timer runs while it is the visitor's turn: `HEADER_S` from the end of an answer (or the start) until a whole
+    request has arrived, or `READING_S` after `READING_S` while an answer waits to be read. None runs while we compute.
     """
 
     address = ""
-    _clock: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, or turn it away."""
         super().connection_made(transport)
         host = self.client[0] if self.client else ""
         self.address = client_address(self.client, proxied=False, forwarded=False)
-        each = sum(getattr(other, "address", "") == self.address for other in self.connections)
-        crowd = each * EACH > MAX_CONNECTIONS and not is_loopback(
-            host
-        )  # a proxy on this computer is everyone
-        if crowd or len(self.connections) > MAX_CONNECTIONS:
+        addresses = [getattr(connection, "address", "") for connection in self.connections]
+        too_many = addresses.count(self.address) * ADDRESS_SHARE > MAX_CONNECTIONS
+        if is_loopback(host):  # a proxy on this computer is everyone
+            too_many = False
+        if too_many or len(self.connections) > MAX_CONNECTIONS:
             transport.write(
                 b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
             )
             transport.close()
         else:
-            self._set_clock()
+            self._start_timer()
 
     def handle_events(self) -> None:
-        """Stop the clock for headers when a request has begun; that of an answer which is not read goes on."""
+        """Uvicorn has parsed what arrived: stop the timer if a request has begun.
+
+        That of an answer which is not read goes on.
+        """
         super().handle_events()
         if self._answering and not self.flow.write_paused:
-            self._stop_clock()
+            self._stop_timer()
 
     def pause_writing(self) -> None:
-        """Expect that the answer is read, of which much waits to be sent."""
+        """The socket takes no more of an answer: expect that it is read."""
         super().pause_writing()
-        self._set_clock()
+        self._start_timer()
 
     def resume_writing(self) -> None:
-        """Expect the next request, or nothing while this one is being answered."""
+        """The socket takes bytes again: expect the next request, or nothing while this one is being answered."""
         super().resume_writing()
-        self._set_clock()
+        self._start_timer()
 
     def on_response_complete(self) -> None:
-        """Expect that the rest of the answer is read, then the next request."""
-        self._set_clock()
+        """The answer is written: expect that the rest of it is read, then the next request."""
+        self._start_timer()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """The connection is over: stop the timer."""
         super().connection_lost(exc)
-        self._stop_clock()
+        self._stop_timer()
 
     @property
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _set_clock(self) -> None:
+    def _start_timer(self) -> None:
         """Give the visitor time for what comes next: to read, or to ask."""
-        self._stop_clock()
+        self._stop_timer()
         unread = self.transport.get_write_buffer_size()
         if self.flow.write_paused or (unread and not self._answering):
-            self._clock = self.loop.call_later(READING_S, self._look, unread)
+            self._timer = self.loop.call_later(READING_S, self._check_progress, unread)
         elif not self._answering:
-            self._clock = self.loop.call_later(HEADER_S, self.transport.abort)
+            self._timer = self.loop.call_later(HEADER_S, self.transport.abort)
 
-    def _look(self, unread: int) -> None:
+    def _check_progress(self, unread: int) -> None:
         """End the connection of a visitor who has taken hardly anything of the bytes that were `unread` before."""
-        left = self.transport.get_write_buffer_size()
-        if left and unread - left < READ_BYTES:
+        still_unread = self.transport.get_write_buffer_size()
+        if still_unread and unread - still_unread < READ_BYTES:
             self.transport.abort()
         else:
-            self._set_clock()
+            self._start_timer()
 
-    def _stop_clock(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -36,14 +36,14 @@ from moevision.errors import UserError
 if TYPE_CHECKING:
     import gradio as gr
 
-SHOWN = 3  # examples of a model
-KEPT_S: Final = (600, 3600)  # every ten minutes Gradio deletes uploads that are older than an hour
+NUM_EXAMPLES = 3  # of a model
+DELETE_CACHE_S = (600, 3600)  # every ten minutes Gradio deletes uploads older than an hour
+TITLE = "See inside a Mixture of Experts"
 LEAD = (
     "Small networks share one photo. Which of them computes each patch, and what if some were away?"
 )
-_DECODING: Final = (
-    threading.Lock()
-)  # one image at a time: a request to /run doesn't wait in Gradio's queue
+# One image at a time: a request to /run doesn't wait in Gradio's queue.
+_DECODING = threading.Lock()
 
 
 def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
@@ -61,55 +61,56 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
     import gradio as gr
 
     entries = {entry.card.title: entry for entry in open_entries(model, data)}
-    first = next(iter(entries))
-    shown = examples(entries)
+    titles = list(entries)
+    rows = examples(entries)
     app: gr.Blocks
     with gr.Blocks(
-        title="See inside a Mixture of Experts",
-        analytics_enabled=False,
-        fill_width=True,
-        delete_cache=KEPT_S,
+        title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE_S
     ) as app:
-        gr.Markdown(f"# See inside a Mixture of Experts\n{LEAD}")
+        gr.Markdown(f"# {TITLE}\n{LEAD}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 image = gr.Image(type="filepath", image_mode=None, label="Your photo", height=240)
                 label = gr.Label(num_top_classes=5, label="The model says")
                 choice = gr.Dropdown(
-                    list(entries), value=first, label="Model", visible=len(entries) > 1
+                    titles, value=titles[0], label="Model", visible=len(titles) > 1
                 )
-                away = gr.Dropdown(
-                    list(experts(entries[first])), value=[], multiselect=True, label="Take away"
-                )
+                names = list(experts(entries[titles[0]]))
+                ablated = gr.Dropdown(names, value=[], multiselect=True, label="Take away")
             with gr.Column(scale=3, min_width=320):
                 view = gr.HTML(label="The flow of the patches")
-                gr.Examples([list(one) for one in shown], [image, choice], label="Examples")
+                gr.Examples([list(row) for row in rows], [image, choice], label="Examples")
+
         choice.change(
             lambda title: gr.Dropdown(list(experts(entries[title])), value=[]),
             choice,
-            away,
+            ablated,
             api_visibility="private",
         )
         listen = partial(
             gr.on,
-            inputs=[image, choice, away],
+            inputs=[image, choice, ablated],
             outputs=[label, view],
             preprocess=False,
             concurrency_id="route",
         )
-        listen([image.change, away.change], partial(answer_page, entries), api_visibility="private")
+        listen(
+            [image.change, ablated.change],
+            partial(answer_page, entries),
+            api_visibility="private",
+        )
         listen([], partial(answer, entries), api_name="route")  # of programs
-        if shown:
-            app.load(lambda: shown[0], None, [image, choice], api_visibility="private")
+        if rows:
+            app.load(lambda: rows[0], None, [image, choice], api_visibility="private")
     return app
 
 
-def answer_page(entries: dict[str, Entry], image: Any, model: Any, away: Any) -> tuple[Any, str]:
+def answer_page(entries: dict[str, Entry], image: Any, model: Any, ablated: Any) -> tuple[Any, str]:
     """`answer` to the page, where experts of the model before stay chosen until their list has changed."""
-    if isinstance(model, str) and model in entries and isinstance(away, list):
+    if isinstance(model, str) and model in entries and isinstance(ablated, list):
         names = list(experts(entries[model]))
-        away = [one for one in away if one in names]
-    return answer(entries, image, model, away)
+        ablated = [name for name in ablated if name in names]
+    return answer(entries, image, model, ablated)
 
 
 def answer(entries: dict[str, Entry], image: Any, model: Any, away: Any) -> tuple[Any, str]:
@@ -121,7 +122,8 @@ def answer(entries: dict[str, Entry], image: Any, model: Any, away: Any) -> tupl
         photo = uploaded_image(image, entries[title].facts.image_size)
         return route(entries, photo, title, [] if away is None else away)
     except UserError as error:
-        raise gr.Error(error_json(error, "route")["error"], print_exception=False) from error
+        message = error_json(error, "route")["error"]
+        raise gr.Error(message, print_exception=False) from error
 
 
 def uploaded_image(sent: Any, image_size: int) -> Image.Image | None:
@@ -133,12 +135,13 @@ def uploaded_image(sent: Any, image_size: int) -> Image.Image | None:
 
     if not sent:
         return None
-    path, url, side = sent.get("path"), sent.get("url"), max(SHARP_PX, image_size)
+    side = max(SHARP_PX, image_size)
+    url = sent.get("url")
     if isinstance(url, str) and url.startswith("data:"):
         with _DECODING:
             return open_data_uri(url, side)
     try:
-        file = Path(path or "").resolve(strict=True)
+        file = Path(sent.get("path") or "").resolve(strict=True)
         uploaded = file.is_relative_to(Path(get_upload_folder()).resolve())
     except (OSError, ValueError):  # there is none; a NUL in the name
         uploaded = False
@@ -157,31 +160,33 @@ def route(
 
     `away` names experts as `experts` does; a RequestError names one that the model doesn't have.
     """
-    trained, known = entries[model].variants["trained"], experts(entries[model])
+    trained = entries[model].variants["trained"]
+    pairs = experts(entries[model])
     if not isinstance(away, list):
         raise RequestError(
-            f"Experts to take away are a list of names such as {next(iter(known))!r}."
+            f"Experts to take away are a list of names such as {next(iter(pairs))!r}."
         )
-    for one in away:
-        if not isinstance(one, str) or one not in known:
-            layers = ", ".join(
+    for name in away:
+        if not isinstance(name, str) or name not in pairs:
+            ranges = [
                 f"{layer.name}·E0 to {layer.name}·E{layer.num_experts - 1}"
                 for layer in trained.facts.routers
-            )
+            ]
             raise RequestError(
-                f"There is no expert {str(one)[:40]!r} in {model}: its experts are {layers}."
+                f"There is no expert {str(name)[:40]!r} in {model}: its experts are {', '.join(ranges)}."
             )
-    gone = read.ablated_experts([known[one] for one in away], trained.facts)
+    ablated = read.ablated_experts([pairs[name] for name in away], trained.facts)
     if image is None:
         return None, ""
-    view = route_image(
-        trained.saved, image, settings=Settings(away=gone), facts=trained.facts
-    ).to_json()
-    view["picture"] |= {
-        "name": "your photo",
-        "sharp": sharp_data_uri(image, trained.saved.image_size, trained.saved.framing),
-    }
-    return {one["class"]: one["p"] for one in view["prediction"]["moe"]}, flow_html(view)
+
+    settings = Settings(ablated_experts=ablated)
+    view = route_image(trained.saved, image, settings=settings, facts=trained.facts).to_json()
+    view["picture"]["name"] = "your photo"
+    view["picture"]["sharp"] = sharp_data_uri(
+        image, trained.saved.image_size, trained.saved.framing
+    )
+    probabilities = {row["class"]: row["p"] for row in view["prediction"]["moe"]}
+    return probabilities, flow_html(view)
 
 
 def experts(entry: Entry) -> dict[str, list[int]]:
@@ -195,8 +200,9 @@ def experts(entry: Entry) -> dict[str, list[int]]:
 
 def examples(entries: dict[str, Entry]) -> list[tuple[Image.Image, str]]:
     """The first images of each model's data, in as many pixels as there are, with the model's title."""
-    return [
-        (entry.examples.original(one.id) or Image.fromarray(one.pixels), title)
-        for title, entry in entries.items()
-        for one in entry.examples.usable(0, SHOWN)
-    ]
+    rows = []
+    for title, entry in entries.items():
+        for picture in entry.examples.usable(0, NUM_EXAMPLES):
+            original = entry.examples.original(picture.id)
+            rows.append((original or Image.fromarray(picture.pixels), title))
+    return rows

@@ -27,6 +27,7 @@ APP_STYLES: Final = ("explorer.css", "explorer_flow.css", "explorer_tabs.css")
 _PAGE_STYLE: Final = (
     "body{margin:0;background:#fbfbf9}@media(prefers-color-scheme:dark){body{background:#131417}}\n"
 )
+_MAIN: Final = '<main class="mv" data-mv></main>'
 VIEW_SCHEMA: Final = "moevision.view/2"
 OFFLINE: Final = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -43,14 +44,17 @@ _MARGIN: Final = re.compile(r"^ *//.*\n|^ +", re.M)
 def links() -> dict[str, str | None]:
     """Where lesson and code are, as `[project.urls]` has it (null where it names none), and how to cite."""
     urls = dict(url.split(", ", 1) for url in metadata("moevision").get_all("Project-URL") or ())
-    docs, code = urls.get("Documentation"), urls.get("Repository")
+    code = urls.get("Repository")
+    lesson = urls.get("Documentation")
+    if lesson_file():
+        lesson = "lesson.html"
+    elif lesson:
+        lesson = f"{lesson.rstrip('/')}/lesson.html"
     title = "moevision: sparse vision transformers whose routing can be seen"  # CITATION.cff
-    where = f"\n  url = {{{code}}}," if code else ""
-    return {
-        "lesson": "lesson.html" if lesson_file() else docs and f"{docs.rstrip('/')}/lesson.html",
-        "code": code,
-        "cite": f"@software{{moevision,\n  title = {{{title}}},\n  version = {{{__version__}}},{where}\n}}",
-    }
+    cite = f"@software{{moevision,\n  title = {{{title}}},\n  version = {{{__version__}}},"
+    if code:
+        cite += f"\n  url = {{{code}}},"
+    return {"lesson": lesson, "code": code, "cite": cite + "\n}"}
 
 
 class Document(NamedTuple):
@@ -83,10 +87,10 @@ def app_page(
 
 def login_page(query: str, wrong: bool) -> str:
     """The form that asks for user and password; the address's query comes back with the page behind it."""
-    said = '<p role="alert">Incorrect credentials.</p>' if wrong else ""
+    alert = '<p role="alert">Incorrect credentials.</p>' if wrong else ""
     field = '<p><label>{0}<br><input name="{1}" type="{2}" autocomplete="{3}" required></label></p>'
     body = (
-        f'<main class="mv"><h1>moevision explorer</h1>{said}<form method="post" action="login?{html.escape(query)}">'
+        f'<main class="mv"><h1>moevision explorer</h1>{alert}<form method="post" action="login?{html.escape(query)}">'
         + field.format("User", "username", "text", "username")
         + field.format("Password", "password", "password", "current-password")
         + '<p><button class="mv-button">Log in</button></p></form></main>'
@@ -96,10 +100,10 @@ def login_page(query: str, wrong: bool) -> str:
 
 def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str:
     """The first screen before its script: the images in a few pixels, where they will stand."""
-    thumbs = {one["id"]: one["thumb"] for model in boot["models"] for one in model["examples"]}
-    images = "".join(
-        f'<img src="{html.escape(thumbs.get(view["picture"]["id"], ""))}" alt="">' for view in views
-    )
+    examples = [example for model in boot["models"] for example in model["examples"]]
+    thumbs = {example["id"]: example["thumb"] for example in examples}
+    sources = [thumbs.get(view["picture"]["id"], "") for view in views]
+    images = "".join(f'<img src="{html.escape(source)}" alt="">' for source in sources)
     return (
         '<div class="mv-boot mv-flow"><div class="mv-flow-head"><div><h1>See inside a Mixture of Experts</h1>'
         f'<p role="status">Opening the model…</p></div></div><div class="mv-flow-row">{images}</div></div>'
@@ -109,16 +113,18 @@ def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str
 def lesson_file() -> Path | None:
     """The lesson: inside the package in a wheel, in a checkout beside it; None without."""
     home = Path(str(files("moevision")))
-    return next(
-        (at for at in (home / "lesson.html", home.parent / "docs" / "lesson.html") if at.is_file()),
-        None,
-    )
+    for folder in (home, home.parent / "docs"):
+        if (folder / "lesson.html").is_file():
+            return folder / "lesson.html"
+    return None
 
 
 def lesson_page() -> str | None:
     """The lesson with a link back here; None without."""
     file = lesson_file()
-    return file.read_text(encoding="utf-8").replace('"explorer/cat.html"', '"./"') if file else None
+    if file is None:
+        return None
+    return file.read_text(encoding="utf-8").replace('"explorer/cat.html"', '"./"')
 
 
 def view_html(
@@ -133,28 +139,22 @@ def view_html(
     if view.get("schema") != VIEW_SCHEMA:
         raise ValueError(f"expected a view of schema {VIEW_SCHEMA}, got {view.get('schema')!r}")
     picture = view["picture"]
-    last = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
-    page = document(
-        html.escape(f"Routing of {picture.get('label') or picture['name']}"),
-        read_css(CORE_STYLES),
-        '<main class="mv" data-mv></main>',
-        script_of("core.js", last, VIEW=view, HISTORY=history),
-    )
+    title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
+    start = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
+    script = script_of("core.js", start, VIEW=view, HISTORY=history)
+    page = document(title, read_css(CORE_STYLES), _MAIN, script)
     return page if full_page else _framed(page, 1420)
 
 
 def flow_html(view: Mapping[str, Any]) -> str:
     """The opening of the explorer for one view, as a frame: its patches fly to their experts. Needs no server."""
-    script = script_of(
-        "flow_static.js", "startFlow(document.querySelector('[data-mv]'), VIEW);", VIEW=view
-    )
+    start = "startFlow(document.querySelector('[data-mv]'), VIEW);"
+    script = script_of("flow_static.js", start, VIEW=view)
     style = read_css((*CORE_STYLES, "explorer_flow.css"))
     experts = max(layer["num_experts"] for layer in view["layers"])
     across = min(4, experts)
     rows = -(-experts // across) * 4 / across  # of boxes: the fewer side by side, the higher
-    return _framed(
-        document("Routing", style, '<main class="mv" data-mv></main>', script), 700, rows
-    )
+    return _framed(document("Routing", style, _MAIN, script), 700, rows)
 
 
 def _framed(page: str, height: int, rows: float = 0) -> str:
@@ -162,14 +162,12 @@ def _framed(page: str, height: int, rows: float = 0) -> str:
 
     Below 816 px, as on a phone, photo and `rows` of boxes stand below one another, each box a third of the width high.
     """
-    below = (
-        f"max({height}px,min(100vw + 330px + {rows:g} * 34vw,(816px - 100vw) * 999))"
-        if rows
-        else f"{height}px"
-    )
+    css_height = f"{height}px"
+    if rows:
+        css_height = f"max({height}px,min(100vw + 330px + {rows:g} * 34vw,(816px - 100vw) * 999))"
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
-        f'style="width:100%;height:{below};border:1px solid #8884;border-radius:8px"></iframe>'
+        f'style="width:100%;height:{css_height};border:1px solid #8884;border-radius:8px"></iframe>'
     )
 
 
@@ -178,13 +176,11 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
 
     `policy` is its Content-Security-Policy, empty where a server sends one.
     """
-    own = (
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        if policy
-        else _about(title)
-    )
+    meta = _about(title)
+    if policy:
+        meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{own}\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{meta}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_PAGE_STYLE}{style}</style></head>\n"
         f"<body>{body}\n<script>{script}</script></body></html>\n"
@@ -193,16 +189,17 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
 
 def _about(title: str) -> str:
     """What a browser's tab, a search engine and a shared link show of a served page."""
-    words = "Eight small networks share one photo: see which of them computes each patch, and take them away."
+    description = "Eight small networks share one photo: see which of them computes each patch, and take them away."
     colours = ("0072B2", "E69F00", "CC79A7", "009E73")  # of experts: assets/palette.js
-    squares = "".join(
-        f"%3Crect x='{8 * (place % 2)}' y='{8 * (place // 2)}' width='7' height='7' rx='1.5' fill='%23{colour}'/%3E"
-        for place, colour in enumerate(colours)
-    )
+    squares = ""
+    for index, colour in enumerate(colours):
+        row, column = divmod(index, 2)
+        squares += f"%3Crect x='{8 * column}' y='{8 * row}' width='7' height='7' rx='1.5' fill='%23{colour}'/%3E"
     return (
         f"<link rel=\"icon\" href=\"data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 15'%3E"
-        f'{squares}%3C/svg%3E"><meta name="description" content="{words}"><meta property="og:type" content="website">'
-        f'<meta property="og:title" content="{title}"><meta property="og:description" content="{words}">'
+        f'{squares}%3C/svg%3E"><meta name="description" content="{description}">'
+        f'<meta property="og:type" content="website"><meta property="og:title" content="{title}">'
+        f'<meta property="og:description" content="{description}">'
     )
 
 

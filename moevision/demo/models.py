@@ -26,13 +26,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from moevision.analysis.images import (
-    FoundImages,
+    ImageSource,
     PictureSet,
     find_images,
     open_pictures,
@@ -42,13 +41,13 @@ from moevision.analysis.readings import fresh_copy
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples, ScoredRun
 from moevision.demo.facts import ModelFacts, describe, title_of
+from moevision.demo.wire import Floats, Json
 from moevision.errors import DataWarning, UserError, escape_controls
 from moevision.models.history import FILE
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.safe_files import read_json
 from moevision.words import percent, shell_word
 
-Floats = npt.NDArray[np.float32]
 SOURCES: Final = Path("examples/SOURCES.json")
 HISTORIES: Final = {
     "trained": "history.safetensors",
@@ -67,47 +66,36 @@ class Card:
     data: str = ""  # the training data, in words
     recipe: str = ""  # the command or config that trained it
     seed: int | None = None  # of that training
-    accuracy: dict[str, float] = field(
-        default_factory=dict
-    )  # on test images, of `moe`, `dense` and `unbalanced`
-    accuracy_interval: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # 95 % interval [low, high] of each
-    balanced_accuracy: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # mean of the classes', [share, low, high]
+    # On test images, of `moe`, `dense` and `unbalanced`; then the 95 % interval [low, high] of each.
+    accuracy: dict[str, float] = field(default_factory=dict)
+    accuracy_interval: dict[str, list[float]] = field(default_factory=dict)
+    # Mean of the classes' accuracies, [share, low, high].
+    balanced_accuracy: dict[str, list[float]] = field(default_factory=dict)
     test_images: int | None = None  # on which these were measured
-    recipes: dict[str, str] = field(
-        default_factory=dict
-    )  # the commands that trained each variant, and the dense twin
+    # The commands that trained each variant, and the dense twin.
+    recipes: dict[str, str] = field(default_factory=dict)
     note: str = ""  # what the commands don't say about the training
-    validation_top1: list[float] = field(
-        default_factory=list
-    )  # of the trained model after each epoch
+    validation_top1: list[float] = field(default_factory=list)  # after each epoch
     licence: str = ""  # of the weights
     data_kind: str = ""  # name of the dataset as `--data` takes it
     recognized: float | None = None  # share of strangers, images of other things, that it calls so
-    matters: dict[str, Any] | None = (
-        None  # the image and the expert without which its answer changes most
-    )
+    # The image and the expert without which its answer changes most.
+    matters: Json | None = None
 
     def accuracy_text(self, variant: str) -> str:
         """As in "97.5 % of 832 test images right (dense twin: 97.1 %)"."""
         if variant == "untrained":
             return "not trained: its weights are random, so its predictions mean nothing"
-        images = "" if self.test_images is None else f"{self.test_images:,} "
-        known = self.accuracy.get("moe" if variant == "trained" else variant)
-        right = (
-            "accuracy not known"
-            if known is None
-            else f"{percent(known)} of {images}test images right"
-        )
+        text = "accuracy not known"
+        accuracy = self.accuracy.get("moe" if variant == "trained" else variant)
+        if accuracy is not None:
+            images = "" if self.test_images is None else f"{self.test_images:,} "
+            text = f"{percent(accuracy)} of {images}test images right"
         if variant == "unbalanced":
-            return f"{right}, trained without the balance loss"
-        twin = (
-            f" (dense twin: {percent(self.accuracy['dense'])})" if "dense" in self.accuracy else ""
-        )
-        return right + twin
+            return f"{text}, trained without the balance loss"
+        if "dense" in self.accuracy:
+            return f"{text} (dense twin: {percent(self.accuracy['dense'])})"
+        return text
 
 
 def read_card(file: Path) -> Card:
@@ -126,36 +114,37 @@ def read_card(file: Path) -> Card:
 def card_of_run(address: str) -> Card:
     """What a model's run folder tells about it; any other address is its own title."""
     run = run_folder(address)
-    if run is None or not (run / "summary.json").is_file():
-        return Card(
-            id=OWN, title=title_of(address) or escape_controls(address), subtitle="your model"
-        )
-    file = run / "summary.json"
+    file = None if run is None else run / "summary.json"
+    if file is None or not file.is_file():
+        title = title_of(address) or escape_controls(address)
+        return Card(id=OWN, title=title, subtitle="your model")
     try:
-        summary = read_json(file)
-        test, twin = summary["test"], summary["twin"]
-        accuracy = {"moe": test["correct"] / test["total"]}
-        if twin is not None:
-            accuracy["dense"] = twin["correct"] / test["total"]
-        seed = summary["seed"]
-        return Card(
-            id=OWN,
-            title=escape_controls(str(summary["name"])),
-            subtitle=str(summary["model"]),
-            data=(
-                f"{escape_controls(str(summary['data']))}: "
-                f"{sum(summary['class_counts']['train'].values()):,} training images"
-            ),
-            recipe=f"moevision fit --config {shell_word(escape_controls(str(run / 'config.yaml')))}",
-            seed=seed if type(seed) is int else None,
-            accuracy=accuracy,
-            test_images=test["total"],
-            data_kind=str(summary["data"]),
-        )
+        return _card_of_summary(read_json(file), file.parent / "config.yaml")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(
             f"{file} can't be read ({type(error).__name__}: {error}): mend it or move it away."
         ) from error
+
+
+def _card_of_summary(summary: Json, config: Path) -> Card:
+    test = summary["test"]
+    accuracy = {"moe": test["correct"] / test["total"]}
+    if summary["twin"] is not None:
+        accuracy["dense"] = summary["twin"]["correct"] / test["total"]
+    data = str(summary["data"])
+    num_images = sum(summary["class_counts"]["train"].values())
+    seed = summary["seed"]
+    return Card(
+        id=OWN,
+        title=escape_controls(str(summary["name"])),
+        subtitle=str(summary["model"]),
+        data=f"{escape_controls(data)}: {num_images:,} training images",
+        recipe=f"moevision fit --config {shell_word(escape_controls(str(config)))}",
+        seed=seed if type(seed) is int else None,
+        accuracy=accuracy,
+        test_images=test["total"],
+        data_kind=data,
+    )
 
 
 @dataclass(frozen=True)
@@ -177,9 +166,8 @@ class Entry:
     examples: Examples
     # [C] what the dense twin says about examples, by their ids, where the twin itself isn't here
     dense_answers: Mapping[str, Floats] = field(default_factory=dict)
-    histories: Mapping[str, Path] = field(
-        default_factory=dict
-    )  # by variant: routing of examples while it was trained
+    # By variant: routing of examples while it was trained.
+    histories: Mapping[str, Path] = field(default_factory=dict)
     address: str = "MODEL"  # what commands call it
     shown: str = ""  # which images these are, in words, where the user named them (`--data`)
 
@@ -191,7 +179,7 @@ class Entry:
 
 def bundled_folders(home: Path | None = None) -> list[Path]:
     """Folders of the models that the package carries, or of those in `home`."""
-    root = Path(str(files("moevision"))) / "demo" / "models" if home is None else home
+    root = home or Path(str(files("moevision"))) / "demo" / "models"
     return sorted(file.parent for file in root.glob("*/card.json"))
 
 
@@ -209,16 +197,15 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
     `variant` is `trained`, `unbalanced` (trained without the balance loss), `untrained`, or `dense` (the dense twin).
     """
     folder = bundled_folder(name)
-    variants = [kind for kind in ("trained", "unbalanced", "dense") if (folder / kind).is_dir()] + [
-        "untrained"
-    ]
-    if variant not in variants:
+    stored = [kind for kind in ("trained", "unbalanced", "dense") if (folder / kind).is_dir()]
+    if variant in stored:
+        return load_model(str(folder / variant))
+    if variant != "untrained":
+        variants = ", ".join([*stored, "untrained"])
         raise UserError(
-            f"The bundled model {name!r} has no variant {variant!r}: choose one of {', '.join(variants)}."
+            f"The bundled model {name!r} has no variant {variant!r}: choose one of {variants}."
         )
-    if variant == "untrained":
-        return untrained(load_model(str(folder / "trained")))
-    return load_model(str(folder / variant))
+    return untrained(load_model(str(folder / "trained")))
 
 
 def bundled_photos(name: str) -> PictureSet:
@@ -235,9 +222,12 @@ def bundled_photos(name: str) -> PictureSet:
 
 
 def _photos(folder: Path, model: SavedModel) -> PictureSet:
-    home = folder / SOURCES.parent
     return open_pictures(
-        home, model.image_size, framing=model.framing, split="all", class_names=model.class_names
+        folder / SOURCES.parent,
+        model.image_size,
+        framing=model.framing,
+        split="all",
+        class_names=model.class_names,
     )
 
 
@@ -255,157 +245,167 @@ def open_entries(
         raise UserError(
             "This installation carries no model: give one, as in moevision demo runs/NAME/model."
         )
-    cards = [read_card(folder / "card.json") for folder in folders]
-    kinds, entries = {card.data_kind for card in cards}, []
-    for folder, card in zip(folders, cards, strict=True):
-        own = data
+    cards = {folder: read_card(folder / "card.json") for folder in folders}
+    data_kinds = {card.data_kind for card in cards.values()}
+    entries = []
+    for folder, card in cards.items():
+        model_data = data
         if card.data_kind == SYNTHETIC:  # the drawn images are for the model of their kind alone
-            own = SYNTHETIC
-        elif data in kinds - {
-            card.data_kind
-        }:  # another model's; a folder of photos is for all that know photos
-            own = None
-        entries.append(_open_bundled(folder, card, own, root))
-    drawn_first = data == SYNTHETIC
-    return sorted(
-        entries,
-        key=lambda entry: (
-            not entry.examples.has_pictures,
-            (entry.card.data_kind == SYNTHETIC) != drawn_first,
-        ),
-    )
+            model_data = SYNTHETIC
+        elif data in data_kinds and data != card.data_kind:
+            # Another model's; a folder of photos is for all that know photos.
+            model_data = None
+        entries.append(_open_bundled(folder, card, model_data, root))
+
+    first_is_drawn = data == SYNTHETIC
+
+    def order(entry: Entry) -> tuple[bool, bool]:
+        is_drawn = entry.card.data_kind == SYNTHETIC
+        return not entry.examples.has_pictures, is_drawn != first_is_drawn
+
+    return sorted(entries, key=order)
 
 
 def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) -> Entry:
     trained = load_model(str(folder / "trained"))
-    nets: dict[str, tuple[SavedModel, str]] = {"trained": (trained, "atlas.json")}
+    dense = _dense_twin(folder / "dense") if (folder / "dense").is_dir() else None
+    models = {"trained": trained}
     if (folder / "unbalanced").is_dir():
-        nets["unbalanced"] = (load_model(str(folder / "unbalanced")), "atlas_unbalanced.json")
-    nets["untrained"] = (untrained(trained), "atlas_untrained.json")
-    dense = load_model(str(folder / "dense")) if (folder / "dense").is_dir() else None
-    pictures, credits = None, None
-    if data is not None:  # of a folder, from which the model learned nothing, all
-        split = "test" if data in DATASET_NAMES else "all"
-        pictures = FoundImages(data, None, {}).open(trained, split=split, root=root)
+        models["unbalanced"] = load_model(str(folder / "unbalanced"))
+    models["untrained"] = untrained(trained)
+    variants = _variants(card, models, folder)
+
+    pictures = None
+    credits = None
+    if data is not None:
+        pictures = ImageSource(data, None, {}).open(trained, split=_split_of(data), root=root)
     elif (folder / SOURCES).is_file():
         pictures = _photos(folder, trained)
         credits = credits_of(folder / SOURCES)
-    entry = _entry(card, nets, dense, pictures, folder, credits)
-    histories = {variant: folder / name for variant, name in HISTORIES.items()}
-    own = (
-        credits is not None or card.data_kind == SYNTHETIC
-    )  # else the images are others than those of the history
-    file = folder / "dense.json"
-    said = read_json(file)["probabilities"] if credits is not None and file.is_file() else {}
-    return replace(
-        entry,
-        shown=_named(data, entry.examples.pictures),
-        dense_answers={
-            entry.examples.id_of_name(name): np.array(row, np.float32) for name, row in said.items()
-        },
-        histories={
-            variant: file
-            for variant, file in histories.items()
-            if own and variant in nets and file.is_file()
-        },
+    examples = Examples(pictures, trained.image_size, credits, framing=trained.framing)
+
+    histories = {}
+    # Other images are not those of the history.
+    if credits is not None or card.data_kind == SYNTHETIC:
+        for variant, name in HISTORIES.items():
+            if variant in models and (folder / name).is_file():
+                histories[variant] = folder / name
+    dense_answers = {}
+    if credits is not None and (folder / "dense.json").is_file():
+        for name, row in read_json(folder / "dense.json")["probabilities"].items():
+            dense_answers[examples.id_of_name(name)] = np.array(row, np.float32)
+    return Entry(
+        card,
+        variants,
+        dense,
+        examples,
+        dense_answers=dense_answers,
+        histories=histories,
+        shown=_name_images(data, pictures),
     )
+
+
+def _dense_twin(folder: Path) -> SavedModel:
+    twin = load_model(str(folder))
+    twin.net.to(best_device())
+    return twin
+
+
+def _split_of(data: str) -> str:
+    """The images to show of a dataset known by name; all of a folder, from which the model learned nothing."""
+    return "test" if data in DATASET_NAMES else "all"
 
 
 def credits_of(file: Path) -> dict[str, str]:
     """Whose an example is and under which licence, by its name, from SOURCES.json."""
-    return {
-        name: ", ".join(
-            escape_controls(str(row[key]))
-            for key in ("author", "licence", "source", "changes")
-            if row.get(key)
-        )
-        for name, row in read_json(file).items()
-    }
+    credits = {}
+    for name, row in read_json(file).items():
+        texts = [row.get(key) for key in ("author", "licence", "source", "changes")]
+        credits[name] = ", ".join(escape_controls(str(text)) for text in texts if text)
+    return credits
 
 
 def _open_own(address: str, data: str | None, root: str | None) -> Entry:
     trained = load_model(address)
     card = card_of_run(address)
-    nets = {"trained": (trained, ""), "untrained": (untrained(trained), "")}
+    variants = _variants(card, {"trained": trained, "untrained": untrained(trained)})
     run = run_folder(address)
-    twin = None if run is None else run / "twin"
-    dense = (
-        load_model(str(twin))
-        if twin is not None and (twin / "model" / "config.json").is_file()
-        else None
-    )
-    images, pictures = None, None
+    dense = None
+    if run is not None and (run / "twin" / "model" / "config.json").is_file():
+        dense = _dense_twin(run / "twin")
+
+    images = None
+    pictures = None
     try:
         images = find_images(address, data)
-        if images is not None:  # of a folder from which the model learned nothing, all
-            split = "test" if images.run is not None or data in DATASET_NAMES else "all"
+        if images is not None:
+            split = "test" if images.run is not None else _split_of(images.path)
             pictures = images.open(trained, split=split, root=root)
     except UserError as error:  # routing one's own images works all the same
         if data is not None:
             raise
         warnings.warn(f"no images of the model's own: {error}", DataWarning, stacklevel=2)
-    own = images is None or images.run is not None
+
     # Whoever names other images keeps those of the run to themselves (SECURITY.md).
-    entry = _entry(
-        card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None
-    )
-    history = None if run is None or images is None or images.run is None else run / FILE
-    histories = {"trained": history} if history is not None and history.is_file() else {}
-    named = _named(data, pictures, held_out=own)
-    return replace(
-        entry, address=shell_word(escape_controls(address)), shown=named, histories=histories
+    of_run = images is None or images.run is not None
+    scored = ScoredRun.of(address, trained) if of_run else None
+    histories = {}
+    shows_run = images is not None and images.run is not None
+    if run is not None and shows_run and (run / FILE).is_file():
+        histories["trained"] = run / FILE
+    return Entry(
+        card,
+        variants,
+        dense,
+        Examples(pictures, trained.image_size, scored=scored, framing=trained.framing),
+        histories=histories,
+        address=shell_word(escape_controls(address)),
+        shown=_name_images(data, pictures, held_out=of_run),
     )
 
 
-def _entry(
-    card: Card,
-    nets: dict[str, tuple[SavedModel, str]],
-    dense: SavedModel | None,
-    pictures: PictureSet | None,
-    folder: Path | None,
-    credits: Mapping[str, str] | None = None,
-    scored: ScoredRun | None = None,
-) -> Entry:
+def _variants(
+    card: Card, models: dict[str, SavedModel], folder: Path | None = None
+) -> dict[str, Variant]:
+    """The versions of a model, `trained` first, with their atlases in `folder`."""
     variants: dict[str, Variant] = {}
-    for name, (saved, file) in nets.items():
-        saved.net.to(best_device())
+    for name, model in models.items():
+        model.net.to(best_device())
         text = card.accuracy_text(name)
         if name == "untrained":  # which has the trained one's architecture
             facts = replace(variants["trained"].facts, variant=name, accuracy_text=text)
         else:
             facts = describe(
-                saved,
+                model,
                 id=card.id,
                 title=card.title,
                 variant=name,
                 accuracy_text=text,
                 data_text=card.data,
             )
-        atlas = None if folder is None or not (folder / file).is_file() else folder / file
-        variants[name] = Variant(saved, facts, atlas)
-    if dense is not None:
-        dense.net.to(best_device())
-    trained = nets["trained"][0]
-    examples = Examples(pictures, trained.image_size, credits, scored, trained.framing)
-    return Entry(card, variants, dense, examples)
+        atlas = None
+        file = "atlas.json" if name == "trained" else f"atlas_{name}.json"
+        if folder is not None and (folder / file).is_file():
+            atlas = folder / file
+        variants[name] = Variant(model, facts, atlas)
+    return variants
 
 
-def _named(data: str | None, pictures: PictureSet | None, *, held_out: bool = False) -> str:
+def _name_images(data: str | None, pictures: PictureSet | None, *, held_out: bool = False) -> str:
     """As in "All 40 images of holiday"; "The 832 test images of cats_vs_dogs" of a dataset known by name."""
     if data is None or data == SYNTHETIC or pictures is None:
         return ""
+    count = len(pictures)
     name = escape_controls(Path(data).expanduser().resolve().name)
     if data in DATASET_NAMES:
-        return f"The {len(pictures):,} test images of {name}"
+        return f"The {count:,} test images of {name}"
     if held_out:
-        return f"The {len(pictures):,} images of {name} that the run held out"
-    return (
-        f"All {len(pictures):,} images of {name}"
-        if len(pictures) > 1
-        else f"The one image of {name}"
-    )
+        return f"The {count:,} images of {name} that the run held out"
+    if count == 1:
+        return f"The one image of {name}"
+    return f"All {count:,} images of {name}"
 
 
-def untrained(like: SavedModel) -> SavedModel:
+def untrained(model: SavedModel) -> SavedModel:
     """The same architecture with fresh weights, a random router among them."""
-    return replace(like, net=fresh_copy(like.net, 0), strangers=None)
+    return replace(model, net=fresh_copy(model.net, 0), strangers=None)

@@ -2,55 +2,56 @@
 
 A request is whatever JSON a browser, or someone with curl, sends. A field that isn't right ends in `RequestError`,
 whose message says what would be right; unknown fields are refused too, since a misspelt one would silently do nothing.
+The options of nearly every field depend on the model that another field names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from moevision.analysis.intervention import Fill, Intervention, Kind
 from moevision.demo.facts import ModelFacts
 from moevision.demo.view import FILLS, KINDS, Settings
 from moevision.demo.wire import RequestError
 
-MAX_NAME: Final = 200
-MAX_ID: Final = (
-    4200  # of an image: the path of a file, of which Linux allows 4096 bytes, behind its kind
-)
-MIN_CAPACITY, MAX_CAPACITY = 0.05, 16.0
+Request = Mapping[str, Any]
+MAX_NAME = 200
+# Of an image: the path of a file, of which Linux allows 4096 bytes, behind its kind.
+MAX_ID = 4200
+MIN_CAPACITY = 0.05
+MAX_CAPACITY = 16.0
+SEEDS = range(2**31)
 
 
-def fields(request: Any, allowed: Sequence[str]) -> Mapping[str, Any]:
+def fields(request: Any, allowed: Sequence[str]) -> Request:
     """The request as a mapping that has no other keys than the allowed ones."""
     if not isinstance(request, dict):
         raise RequestError("A request is one JSON object.")
-    unknown = [str(key)[:40] for key in request if key not in allowed]
-    if unknown:
-        raise RequestError(
-            f"There is no field {unknown[0]!r}: the fields are {', '.join(allowed) or 'none'}."
-        )
+    for key in request:
+        if key not in allowed:
+            raise RequestError(
+                f"There is no field {str(key)[:40]!r}: the fields are {', '.join(allowed) or 'none'}."
+            )
     return request
 
 
 def text(
-    request: Mapping[str, Any], name: str, default: str | None = None, *, longest: int = MAX_NAME
+    request: Request, name: str, default: str | None = None, *, longest: int = MAX_NAME
 ) -> str:
     """A short string."""
-    value = default if request.get(name) is None else request[name]
+    value = _value(request, name, default)
     if not isinstance(value, str) or not 0 < len(value) <= longest:
         raise RequestError(f"The field {name!r} must be a text of 1 to {longest} characters.")
     return value
 
 
-def image_id(request: Mapping[str, Any], name: str) -> str:
+def image_id(request: Request, name: str) -> str:
     """The id of an image, which may have a long path in it."""
     return text(request, name, longest=MAX_ID)
 
 
-def choice(
-    request: Mapping[str, Any], name: str, options: Sequence[str], default: str | None = None
-) -> str:
+def choice(request: Request, name: str, options: Sequence[str], default: str | None = None) -> str:
     """One of several words."""
     value = text(request, name, default)
     if value not in options:
@@ -59,60 +60,79 @@ def choice(
 
 
 def whole_number(
-    request: Mapping[str, Any], name: str, options: Sequence[int], default: int | None = None
+    request: Request, name: str, options: Sequence[int], default: int | None = None
 ) -> int:
     """One of several whole numbers; true, false and 2.0 are no whole numbers."""
-    value = default if request.get(name) is None else request[name]
-    if type(value) is not int or value not in options:
-        if isinstance(options, range):
-            raise RequestError(
-                f"The field {name!r} must be a whole number from {options[0]} to {options[-1]}."
-            )
-        raise RequestError(f"The field {name!r} must be one of {', '.join(map(str, options))}.")
-    return value
+    value = _value(request, name, default)
+    if type(value) is int and value in options:
+        return value
+    if isinstance(options, range):
+        raise RequestError(
+            f"The field {name!r} must be a whole number from {options[0]} to {options[-1]}."
+        )
+    raise RequestError(f"The field {name!r} must be one of {', '.join(map(str, options))}.")
 
 
-def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
+def _value(request: Request, name: str, default: Any) -> Any:
+    """A field, or the default where it is missing or null."""
+    value = request.get(name)
+    return default if value is None else value
+
+
+def settings(request: Request, facts: ModelFacts) -> Settings:
     """The fields `top_k`, `capacity`, `intervention`, `noise` and `away`, each of which may be null."""
-    top_k = request.get("top_k")
-    if top_k is not None:
-        if not facts.max_top_k:
-            raise RequestError(
-                f"The field 'top_k' must be null here: {facts.routers[0].refused['top_k']}."
-            )
-        top_k = whole_number(request, "top_k", range(1, facts.max_top_k + 1))
+    change = request.get("intervention")
+    return Settings(
+        top_k=_top_k(request, facts),
+        capacity=_capacity(request),
+        intervention=None if change is None else intervention(change, facts),
+        noise=_noise_seed(request, facts),
+        ablated_experts=ablated_experts(request.get("away") or [], facts),
+    )
+
+
+def _top_k(request: Request, facts: ModelFacts) -> int | None:
+    """The k of the request; None where it is null, or as trained."""
+    if request.get("top_k") is None:
+        return None
+    if not facts.max_top_k:
+        raise RequestError(
+            f"The field 'top_k' must be null here: {facts.routers[0].refused['top_k']}."
+        )
+    top_k = whole_number(request, "top_k", range(1, facts.max_top_k + 1))
+    return None if top_k == facts.top_k else top_k
+
+
+def _capacity(request: Request) -> float | None:
     capacity = request.get("capacity")
-    if capacity is not None:
-        number = type(capacity) in (int, float)
-        if not number or not MIN_CAPACITY <= capacity <= MAX_CAPACITY:  # NaN lies in no range
-            raise RequestError(
-                f"The field 'capacity' must be a number from {MIN_CAPACITY} to {MAX_CAPACITY:g}, or null."
-            )
-        capacity = float(capacity)
-    changed = request.get("intervention")
-    noise = None if request.get("noise") is None else whole_number(request, "noise", range(2**31))
-    if noise is not None and all(router.noise == "none" for router in facts.routers):
+    if capacity is None:
+        return None
+    is_number = type(capacity) in (int, float)
+    if not is_number or not MIN_CAPACITY <= capacity <= MAX_CAPACITY:  # NaN lies in no range
+        raise RequestError(
+            f"The field 'capacity' must be a number from {MIN_CAPACITY} to {MAX_CAPACITY:g}, or null."
+        )
+    return float(capacity)
+
+
+def _noise_seed(request: Request, facts: ModelFacts) -> int | None:
+    if request.get("noise") is None:
+        return None
+    seed = whole_number(request, "noise", SEEDS)
+    if all(router.noise == "none" for router in facts.routers):
         raise RequestError(
             "The field 'noise' must be null here: the routers of this model have no noise."
         )
-    return Settings(
-        top_k=None if top_k == facts.top_k else top_k,
-        capacity=capacity,
-        intervention=None if changed is None else intervention(changed, facts),
-        noise=noise,
-        away=ablated_experts(request.get("away") or [], facts),
-    )
+    return seed
 
 
 def ablated_experts(value: Any, facts: ModelFacts) -> tuple[Intervention, ...]:
     """Experts that are taken away, from pairs of layer and expert."""
-    most = sum(router.num_experts for router in facts.routers)
-    pairs = isinstance(value, list) and all(
-        isinstance(pair, list) and len(pair) == 2 for pair in value
-    )
-    if not pairs or len(value) > most:
+    num_experts = sum(router.num_experts for router in facts.routers)
+    is_list = isinstance(value, list) and len(value) <= num_experts
+    if not is_list or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise RequestError(
-            f"The field 'away' must be a list of at most {most} pairs [layer, expert]."
+            f"The field 'away' must be a list of at most {num_experts} pairs [layer, expert]."
         )
     return tuple(
         intervention({"kind": "ablate", "layer": layer, "expert": expert}, facts)
@@ -122,44 +142,61 @@ def ablated_experts(value: Any, facts: ModelFacts) -> tuple[Intervention, ...]:
 
 def intervention(value: Any, facts: ModelFacts) -> Intervention:
     """One intervention that fits the model."""
-    given = fields(value, ("kind", "layer", "expert", "other", "fill", "seed"))
-    kind = choice(given, "kind", KINDS)
-    every = kind == "random" and given.get("layer") is None
-    layer = None if every else whole_number(given, "layer", facts.layers)
-    experts = 0 if layer is None else facts.router(layer).num_experts
-    expert = None if kind == "random" else whole_number(given, "expert", range(experts))
-    other = whole_number(given, "other", range(experts)) if kind == "swap" else None
-    if kind != "swap" and given.get("other") is not None:
-        raise RequestError(
-            "The field 'other' names the second expert of a swap: it must be null here."
-        )
-    if other is not None and other == expert:
-        raise RequestError(
-            "Two different experts can be swapped: 'expert' and 'other' are the same."
-        )
-    fill = choice(given, "fill", FILLS, "next_best")
-    seed = whole_number(given, "seed", range(2**31), 0)
-    if kind == "ablate" and experts == 1 and fill == "next_best":
+    request = fields(value, ("kind", "layer", "expert", "other", "fill", "seed"))
+    kind = choice(request, "kind", KINDS)
+    fill = choice(request, "fill", FILLS, "next_best")
+
+    layer = None  # a random change without a layer is one of all layers
+    num_experts = 0
+    if kind != "random" or request.get("layer") is not None:
+        layer = whole_number(request, "layer", facts.layers)
+        num_experts = facts.router(layer).num_experts
+
+    expert = None
+    if kind != "random":
+        expert = whole_number(request, "expert", range(num_experts))
+    if kind == "ablate" and num_experts == 1 and fill == "next_best":
         raise RequestError(
             "The only expert has no next-best one: take it away with the fill 'zero'."
         )
+
+    other = None
+    if kind == "swap":
+        other = whole_number(request, "other", range(num_experts))
+        if other == expert:
+            raise RequestError(
+                "Two different experts can be swapped: 'expert' and 'other' are the same."
+            )
+    elif request.get("other") is not None:
+        raise RequestError(
+            "The field 'other' names the second expert of a swap: it must be null here."
+        )
+
     return Intervention(
-        cast(Kind, kind), layer=layer, expert=expert, other=other, fill=cast(Fill, fill), seed=seed
+        cast(Kind, kind),
+        layer=layer,
+        expert=expert,
+        other=other,
+        fill=cast(Fill, fill),
+        seed=whole_number(request, "seed", SEEDS, 0),
     )
 
 
-def path(request: Mapping[str, Any], facts: ModelFacts) -> tuple[int, ...]:
+def path(request: Request, facts: ModelFacts) -> tuple[int, ...]:
     """One expert for each MoE layer, in order of depth."""
     value: Any = request.get("path")
-    counts = [router.num_experts for router in facts.routers]
-    fits = isinstance(value, list) and len(value) == len(counts)
-    if not fits or any(
-        type(one) is not int or not 0 <= one < of for one, of in zip(value, counts, strict=True)
-    ):
-        lasts = ", ".join(
-            f"0 to {router.num_experts - 1} in {router.name}" for router in facts.routers
-        )
+    if not isinstance(value, list) or not _is_path(value, facts):
+        ranges = [f"0 to {router.num_experts - 1} in {router.name}" for router in facts.routers]
         raise RequestError(
-            f"The field 'path' must be a list of {len(counts)} experts, one per MoE layer: {lasts}."
+            f"The field 'path' must be a list of {len(ranges)} experts, one per MoE layer: {', '.join(ranges)}."
         )
     return tuple(value)
+
+
+def _is_path(experts: list[Any], facts: ModelFacts) -> bool:
+    if len(experts) != len(facts.routers):
+        return False
+    pairs = zip(experts, facts.routers, strict=True)
+    return all(
+        type(expert) is int and expert in range(router.num_experts) for expert, router in pairs
+    )

@@ -3,7 +3,8 @@
     /           the page, or the form that asks for the password
     /api/NAME   a question of the page or of a program: a JSON object in, one out (`Explorer.handlers`)
 
-`Door.__call__` meets every request first: which host it names, whose it is, how much its address has inside already.
+`ExplorerApp.__call__` meets every request first: which host it names, whose it is, and how many requests of its
+address are in flight.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import time
 import webbrowser
 from collections import Counter
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from functools import partial
 from socket import socket
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -33,7 +36,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from moevision.demo.gate import (
-    EACH,
+    ADDRESS_SHARE,
     MAX_CONNECTIONS,
     PORTS,
     Connection,
@@ -44,18 +47,20 @@ from moevision.demo.gate import (
     parse_host_port,
 )
 from moevision.demo.html import OFFLINE, app_page, lesson_page, login_page
-from moevision.demo.wire import MAX_CHARACTERS, RequestError
+from moevision.demo.wire import MAX_CHARACTERS, Json, RequestError
 from moevision.errors import UserError
 from moevision.limits import usable_cores
 
 if TYPE_CHECKING:
-    from moevision.demo.service import Explorer, Json
+    from moevision.demo.service import Explorer
 
-MAX_BODY: Final = MAX_CHARACTERS + 16_384
-MAX_LOGIN: Final = 4096
-MOST_PARTS: Final = 4096  # of a request; of millions, parsing alone would hold everybody up
-MAX_BODIES: Final = 16 * MAX_BODY  # of all requests that are being read or answered
-READ_S, DRAIN_S, WRONG_LOGIN_S = 60.0, 5.0, 1.0
+MAX_BODY = MAX_CHARACTERS + 16_384
+MAX_LOGIN = 4096
+MAX_PARTS = 4096  # of a request; of millions, parsing alone would hold everybody up
+MAX_BODIES = 16 * MAX_BODY  # of all requests that are being read or answered
+READ_S = 60.0  # for a request to arrive
+DRAIN_S = 5.0  # for the rest of a request that is refused
+WRONG_LOGIN_S = 1.0
 HEADERS: Final = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -69,23 +74,65 @@ POLICY: Final = (
 )
 
 
+@dataclass
+class RequestBody:
+    """The body of one request: at most `max_bytes` within `READ_S`, and at most its share of what all bodies hold.
+
+    `body_bytes` counts the bytes of all bodies by address.
+    """
+
+    messages: Receive
+    body_bytes: Counter[str]
+    address: str
+    max_bytes: int
+    num_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.deadline: float | None = asyncio.get_running_loop().time() + READ_S
+
+    async def receive(self) -> Message:
+        """The next message of the request; an HTTPException if it comes too late or there are too many bytes."""
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                message = await self.messages()
+        except TimeoutError as error:
+            raise HTTPException(408, "The request took too long to arrive.") from error
+        if not message.get("more_body", False):
+            self.deadline = None  # it has arrived; what comes is that the visitor leaves
+
+        size = len(message.get("body", b""))
+        self.num_bytes += size
+        self.body_bytes[self.address] += size
+        if self.num_bytes > self.max_bytes:
+            raise _too_large(self.max_bytes)
+        of_address = self.body_bytes[self.address] * ADDRESS_SHARE
+        if max(of_address, self.body_bytes.total()) > MAX_BODIES:
+            raise HTTPException(503, "Many people are sending images: try again in a few seconds.")
+        return message
+
+    async def drain(self) -> None:
+        """Take what still arrives: a visitor who is sending when the connection is closed may lose the answer."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while (await self.messages()).get("more_body", False):
+                    pass
+
+
 class ExplorerApp:
-    """The explorer as an ASGI app, for whom `serving` lets in."""
+    """The explorer as an ASGI app, for those whom `serving` admits."""
 
     def __init__(self, explorer: Explorer, serving: Serving) -> None:
-        self.explorer, self.serving, self.tunnel = explorer, serving, ""
+        self.explorer = explorer
+        self.serving = serving
+        self.tunnel = ""  # its host name
         self._page = app_page(explorer.start_boot(), explorer.start_views())
-        self._cookie, self._word = f"moevision-{secrets.token_hex(4)}", secrets.token_urlsafe(16)
-        # Decoding a visitor's image takes up to 0.4 GB; wrong logins wait for each other.
-        self._decoding, self._answering, self._logins = (
-            FairExecutor(1),
-            FairExecutor(cpu_workers()),
-            FairExecutor(1),
-        )
-        self._inside, self._held = (
-            Counter[str](),
-            Counter[str](),
-        )  # by address: requests, and bytes of their bodies
+        self._cookie = f"moevision-{secrets.token_hex(4)}"
+        self._session_token = secrets.token_urlsafe(16)
+        self._decoding = FairExecutor(1)  # a visitor's image takes up to 0.4 GB
+        self._answering = FairExecutor(cpu_workers())
+        self._logins = FairExecutor(1)  # wrong ones wait for each other
+        self._requests_in_flight = Counter[str]()  # by address
+        self._body_bytes = Counter[str]()  # by address
         self._app = Starlette(
             routes=[
                 Route("/", self._show),
@@ -103,111 +150,97 @@ class ExplorerApp:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path, root, headers = scope["path"], self.serving.root_path, Headers(scope=scope)
+        scope = self._normalize(scope)
+        address = scope["client"][0]
+        max_bytes = MAX_LOGIN if scope["path"] == "/login" else MAX_BODY
+        body = RequestBody(receive, self._body_bytes, address, max_bytes)
+        send = partial(_send_with_headers, send)
+
+        self._requests_in_flight[address] += 1
+        try:
+            self._check(Request(scope), max_bytes)
+            await self._app(scope, body.receive, send)
+        except HTTPException as refused:
+            await body.drain()
+            await _refuse(None, refused)(scope, body.receive, send)
+        finally:
+            # `-=` forgets an address that has nothing left.
+            self._requests_in_flight -= Counter({address: 1})
+            self._body_bytes -= Counter({address: body.num_bytes})
+
+    def _normalize(self, scope: Scope) -> Scope:
+        """The request with the path below the root, and as client the address that counts."""
+        root = self.serving.root_path
+        path = scope["path"]
         if root and f"{path}/".startswith(f"{root}/"):  # a proxy that leaves it on
             path = path.removeprefix(root) or "/"
-        address = client_address(
-            scope["client"], self.serving.proxied, "x-forwarded-for" in headers
-        )
-        scope = {**scope, "path": path, "raw_path": path.encode(), "client": (address, 0)}
-        most = MAX_LOGIN if path == "/login" else MAX_BODY
-        held, more, end = 0, True, asyncio.get_running_loop().time() + READ_S
+        forwarded = "x-forwarded-for" in Headers(scope=scope)
+        address = client_address(scope["client"], self.serving.proxied, forwarded)
+        return {**scope, "path": path, "raw_path": path.encode(), "client": (address, 0)}
 
-        async def counted() -> Message:
-            nonlocal held, more
-            try:
-                async with asyncio.timeout_at(end if more else None):
-                    message = await receive()
-            except TimeoutError as error:
-                raise HTTPException(408, "The request took too long to arrive.") from error
-            more, size = more and message.get("more_body", False), len(message.get("body", b""))
-            held += size
-            self._held[address] += size
-            if held > most:
-                raise _too_large(most)
-            if self._held[address] * EACH > MAX_BODIES or self._held.total() > MAX_BODIES:
-                raise HTTPException(
-                    503, "Many people are sending images: try again in a few seconds."
-                )
-            return message
-
-        async def protected(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                for header in HEADERS.items():
-                    MutableHeaders(scope=message).setdefault(*header)
-            await send(message)
-
-        self._inside[address] += 1
-        try:
-            self._check(Request(scope), address, most)
-            await self._app(scope, counted, protected)
-        except HTTPException as refused:
-            with suppress(
-                TimeoutError
-            ):  # who still sends when the connection is closed may lose the answer
-                async with asyncio.timeout(DRAIN_S):
-                    while (await receive()).get("more_body", False):
-                        pass
-            await _refuse(None, refused)(scope, counted, protected)
-        finally:
-            self._inside -= Counter({address: 1})  # which forgets an address that has nothing left
-            self._held -= Counter({address: held})
-
-    def _check(self, request: Request, address: str, most: int) -> None:
-        headers, path = request.headers, request.scope["path"]
-        if not self._is_known(headers.get("host", "")):
+    def _check(self, request: Request, max_bytes: int) -> None:
+        """Refuse a request by its head alone: an HTTPException."""
+        headers = request.headers
+        path = request.scope["path"]
+        if not self._accepts_host(headers.get("host", "")):
             raise HTTPException(
                 421, "The explorer doesn't go by this name: start it with --allow-host NAME."
             )
-        if self._inside[address] * EACH > MAX_CONNECTIONS:
+        address = request.scope["client"][0]
+        if self._requests_in_flight[address] * ADDRESS_SHARE > MAX_CONNECTIONS:
             raise HTTPException(
                 503, "Too many requests from this address: try again in a few seconds."
             )
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > most:
-            raise _too_large(most)
+        if not length.isdigit() or int(length) > max_bytes:
+            raise _too_large(max_bytes)
         if path in ("/", "/lesson.html"):
             return
-        if not self._is_own(headers):
+        if not self._is_same_origin(headers):
             raise HTTPException(403, "Another website may not ask this explorer.")
         if path != "/login" and not self._is_logged_in(request):
             raise HTTPException(401, "This explorer asks for a login first: open its page.")
 
-    def _is_known(self, host: str) -> bool:
-        called = parse_host_port(host.lower())
-        return called is not None and (self.serving.known(called[0]) or called[0] == self.tunnel)
+    def _accepts_host(self, authority: str) -> bool:
+        host_port = parse_host_port(authority.lower())
+        if host_port is None:
+            return False
+        return host_port[0] == self.tunnel or self.serving.accepts_host(host_port[0])
 
-    def _is_own(self, headers: Headers) -> bool:
+    def _is_same_origin(self, headers: Headers) -> bool:
         """Whether the page itself asks, or a program; not a script of another website, nor of another port.
 
         As Go's `http.CrossOriginProtection`: the browser says it in `Sec-Fetch-Site`; if it doesn't, which is so on
         http but for localhost, `Origin` must be where the request went.
         """
-        site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+        site = headers.get("sec-fetch-site")
+        origin = headers.get("origin")
         if site is not None or origin is None:
             return site in (None, "none", "same-origin")
         scheme, _, authority = origin.lower().partition("://")
-        asking = parse_host_port(authority, scheme)
-        if asking is None:
+        source = parse_host_port(authority, scheme)
+        if source is None:
             return False
+
         hosts = [headers["host"]]
         if self.serving.proxied:  # no script can send this to another website
             hosts.append(headers.get("x-forwarded-host", "").partition(",")[0].strip())
-        asked = [parse_host_port(host.lower(), scheme) for host in hosts]
-        if asking in asked:
+        targets = [parse_host_port(host.lower(), scheme) for host in hosts]
+        if source in targets:
             return True
         # A proxy may have put a name of its own in the place of Host's.
-        rewritten = not any(self._is_outside(one[0]) for one in asked if one is not None)
-        return rewritten and self._is_outside(asking[0]) and asking[1] == PORTS[scheme]
+        if any(target is not None and self._is_proxy_host(target[0]) for target in targets):
+            return False
+        return self._is_proxy_host(source[0]) and source[1] == PORTS[scheme]
 
-    def _is_outside(self, name: str) -> bool:
-        return name == self.tunnel or self.serving.outside(name)
+    def _is_proxy_host(self, name: str) -> bool:
+        return name == self.tunnel or self.serving.is_proxy_host(name)
 
     def _is_logged_in(self, request: Request) -> bool:
-        given = request.cookies.get(self._cookie, "")
-        return self.serving.auth is None or secrets.compare_digest(
-            given.encode(), self._word.encode()
-        )
+        if self.serving.auth is None:
+            return True
+        cookie = request.cookies.get(self._cookie, "")
+        return secrets.compare_digest(cookie.encode(), self._session_token.encode())
 
     async def _show(self, request: Request) -> Response:
         if not self._is_logged_in(request):
@@ -221,7 +254,8 @@ class ExplorerApp:
     async def _lesson(self, request: Request) -> Response:
         if not self._is_logged_in(request):
             return self._form(request)
-        if (page := lesson_page()) is None:
+        page = lesson_page()
+        if page is None:
             raise HTTPException(404)
         policy = f"{OFFLINE}; frame-ancestors {self.serving.frames()}"
         return HTMLResponse(page, headers={"content-security-policy": policy})
@@ -230,45 +264,43 @@ class ExplorerApp:
         headers = {
             "content-security-policy": POLICY + self.serving.frames(),
             "cache-control": "no-store",
+            # Without a referrer a browser doesn't say that the form comes from here.
+            "referrer-policy": "same-origin",
         }
-        # Without a referrer a browser doesn't say that the form comes from here.
-        return HTMLResponse(
-            login_page(request.url.query, wrong),
-            401 if wrong else 200,
-            {**headers, "referrer-policy": "same-origin"},
-        )
+        status = 401 if wrong else 200
+        return HTMLResponse(login_page(request.url.query, wrong), status, headers)
 
     async def _log_in(self, request: Request) -> Response:
         if self.serving.auth is None:
             raise HTTPException(404)
         async with request.form() as form:
-            given = str(form.get("username", "")).strip(), str(form.get("password", ""))
+            user = str(form.get("username", "")).strip()
+            password = str(form.get("password", ""))
+        address = request.scope["client"][0]
         try:
-            right = await self._logins.run(request.scope["client"][0], self._is_right, *given)
+            right = await self._logins.run(address, self._is_right, user, password)
         except RequestError as busy:
             raise HTTPException(429, str(busy)) from busy
         if not right:
             return self._form(request, wrong=True)
-        answer = HTMLResponse(
-            "You are logged in.", headers={"refresh": f"0; url=./?{request.url.query}"}
-        )
-        secure = (
-            request.url.scheme == "https"
-        )  # without which no browser keeps a login in another website's frame
+
+        refresh = f"0; url=./?{request.url.query}"
+        answer = HTMLResponse("You are logged in.", headers={"refresh": refresh})
+        # Without `secure` no browser keeps a login in another website's frame.
+        secure = request.url.scheme == "https"
         answer.set_cookie(
             self._cookie,
-            self._word,
+            self._session_token,
             httponly=True,
             secure=secure,
             samesite="none" if secure else "lax",
         )
         return answer
 
-    def _is_right(self, *given: str) -> bool:
+    def _is_right(self, *login: str) -> bool:
         """Whether these are user and password; wrong ones take a second, one after another, so that nobody guesses."""
-        right = secrets.compare_digest(
-            "\n".join(given).encode(), "\n".join(self.serving.auth or ()).encode()
-        )
+        expected = "\n".join(self.serving.auth or ())
+        right = secrets.compare_digest("\n".join(login).encode(), expected.encode())
         if not right:
             time.sleep(WRONG_LOGIN_S)
         return right
@@ -281,20 +313,20 @@ class ExplorerApp:
             if brings_image(request):
                 request = await self._decoding.run(address, self.explorer.opened, name, request)
             return await self._answering.run(address, self.explorer.answer, name, request)
-        except Exception as error:  # the image is none, or a gate is full
+        except Exception as error:  # the image is none, or an executor is full
             return error_json(error, name)
 
     async def _answer(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in self.explorer.handlers:
             raise HTTPException(404)
-        answer = await self.ask(request.scope["client"][0], name, await _json(request))
+        answer = await self.ask(request.scope["client"][0], name, await _json_object(request))
         return Response(orjson.dumps(answer), media_type="application/json")
 
     def close(self) -> None:
         """Let nobody in any more and wait for those inside."""
-        for gate in (self._decoding, self._answering, self._logins):
-            gate.close()
+        for executor in (self._decoding, self._answering, self._logins):
+            executor.close()
 
 
 class Server(AbstractContextManager["Server"]):
@@ -309,18 +341,29 @@ class Server(AbstractContextManager["Server"]):
     ) -> None:
         serving.check()
         listener = listener or serving.listen()
-        self.explorer, self._door, self.share_url = explorer, ExplorerApp(explorer, serving), ""
-        config = uvicorn.Config(
-            self._door, http=Connection, ws="none", log_level="warning", timeout_graceful_shutdown=5
+        self.explorer = explorer
+        self.share_url = ""
+        self._app = ExplorerApp(explorer, serving)
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(
+                self._app,
+                http=Connection,
+                ws="none",
+                log_level="warning",
+                timeout_graceful_shutdown=5,
+            )
         )
-        self._uvicorn, port = uvicorn.Server(config), listener.getsockname()[1]
         self._thread = threading.Thread(
             target=self._uvicorn.run, args=([listener],), name="moevision-server"
         )
         self._thread.start()
         while not self._uvicorn.started and self._thread.is_alive():
             time.sleep(0.01)
-        host = serving.bare_host if serving.bare_host not in ("", "0.0.0.0") else "localhost"
+
+        host = serving.bare_host
+        if host in ("", "0.0.0.0"):
+            host = "localhost"
+        port = listener.getsockname()[1]
         self.url = f"http://{host_in_url(host)}:{port}/"
         if serving.share:
             self.share_url = self._open_tunnel(host, port)
@@ -332,14 +375,13 @@ class Server(AbstractContextManager["Server"]):
 
         try:
             address = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
-        except (
-            Exception
-        ) as error:  # of httpx's, of the program that gradio downloads, or a bare one
+        # One of httpx's, of the program that gradio downloads, or a bare one.
+        except Exception as error:
             self.close()
             raise UserError(
                 f"The tunnel could not be opened ({error}): check the network, or use --host on your own network."
             ) from error
-        self._door.tunnel = urlsplit(address).hostname or ""
+        self._app.tunnel = urlsplit(address).hostname or ""
         return urlsplit(address)._replace(scheme="https").geturl()
 
     def __exit__(self, *_: object) -> None:
@@ -348,7 +390,7 @@ class Server(AbstractContextManager["Server"]):
     def close(self) -> None:
         """Stop serving."""
         self._uvicorn.should_exit = True
-        self._door.close()
+        self._app.close()
         self._thread.join()
         self.explorer.close()
 
@@ -358,29 +400,37 @@ def cpu_workers() -> int:
     return min(4, usable_cores())
 
 
-async def _json(request: Request) -> dict[str, Any]:
-    body, found = await request.body(), None
-    if (
-        sum(map(body.count, (b"[", b"{", b","))) <= MOST_PARTS
-    ):  # an image, in base64, has none of them
+async def _json_object(request: Request) -> Json:
+    body = await request.body()
+    request_json = None
+    # An image, in base64, has none of these.
+    if sum(map(body.count, (b"[", b"{", b","))) <= MAX_PARTS:
         with suppress(ValueError, RecursionError):
-            found = json.loads(body)
-    if not isinstance(found, dict):
+            request_json = json.loads(body)
+    if not isinstance(request_json, dict):
         raise HTTPException(400, "The body must be a JSON object.")
-    return found
+    return request_json
+
+
+async def _send_with_headers(send: Send, message: Message) -> None:
+    """Send a message of the app; the head of an answer gets those of `HEADERS` that it lacks."""
+    if message["type"] == "http.response.start":
+        headers = MutableHeaders(scope=message)
+        for name, value in HEADERS.items():
+            headers.setdefault(name, value)
+    await send(message)
 
 
 def _refuse(_: Request | None, refused: Exception) -> Response:
     assert isinstance(refused, HTTPException)
     status = refused.status_code
     code = {413: "too_large", 429: "busy", 503: "busy"}.get(status, "bad_request")
-    sentence = {404: "There is nothing here.", 405: "This method isn't used here."}.get(
-        status, refused.detail
-    )
+    messages = {404: "There is nothing here.", 405: "This method isn't used here."}
+    message = messages.get(status, refused.detail)
     # What is left of a body is not read.
     headers = {"connection": "close"} if status in (408, 413, 503) else None
-    return JSONResponse({"error": sentence, "code": code}, status, headers)
+    return JSONResponse({"error": message, "code": code}, status, headers)
 
 
-def _too_large(most: int) -> HTTPException:
-    return HTTPException(413, f"A request has at most {most:,} bytes here: send less.")
+def _too_large(max_bytes: int) -> HTTPException:
+    return HTTPException(413, f"A request has at most {max_bytes:,} bytes here: send less.")

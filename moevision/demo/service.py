@@ -6,14 +6,15 @@ JSON of its answer; `answer` turns every mistake of a visitor into `{"error": a 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from moevision import __version__
@@ -22,30 +23,37 @@ from moevision.analysis.effects import ClassEffect, class_effect, effect
 from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
-from moevision.demo.examples import Examples, LRUCache, sharp_data_uri, thumbnail_uri
+from moevision.demo.examples import Examples, sharp_data_uri, thumbnail_uri
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, SHARP_PX, PictureFacts, Pixels, model_input
 from moevision.demo.galleries import AtlasPages, Galleries, Times
 from moevision.demo.html import links, view_html
 from moevision.demo.models import Entry, Variant
 from moevision.demo.view import RoutingView, Settings, route_image
-from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, RequestError, open_data_uri
+from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, Code, Json, RequestError, open_data_uri
 from moevision.errors import UserError
 from moevision.layers import routing_lock
 from moevision.models.ood import REFUSED, answers
 from moevision.words import percent
 
-Json = dict[str, Any]
-ROUTE_FIELDS = ("model", "variant", "picture", "top_k", "capacity", "intervention", "noise", "away")
+SETTINGS_FIELDS = ("top_k", "capacity", "intervention", "away")
 CLASS_PICTURES = 50
 MIN_CLASS_PICTURES = 20
-MORE = 24  # further examples at a time
-KEPT_VIEWS = 64  # of examples as the model was trained to route them, about 0.1 MB each
+MORE_EXAMPLES = 24  # at a time
+# Views of examples as the model was trained to route them, about 0.1 MB each.
+CACHED_VIEWS = 64
 LOOK_AHEAD_S = 1.0  # that the start may take longer, so that the first examples are there
 SURE = 0.8  # share of strangers from which on one is called so without "may"
-FARTHER = f"It is farther from every class than {1 - REFUSED:.0%} of the validation images".replace(
-    "%", " %"
-)
+FARTHER = f"It is farther from every class than {percent(1 - REFUSED, 0)} of the validation images"
 log = logging.getLogger(__name__)
+
+
+class ImageRequest(NamedTuple):
+    """A request about an image, read and checked."""
+
+    entry: Entry
+    variant: Variant
+    picture: PictureFacts
+    settings: Settings
 
 
 class Explorer:
@@ -59,46 +67,64 @@ class Explorer:
     ) -> None:
         self.entries = {entry.card.id: entry for entry in entries}
         self.galleries = galleries or Galleries(entries)
-        self.times = {
-            entry.card.id: times for entry in entries if (times := Times.of(entry)) is not None
-        }
-        self.pages = pages = AtlasPages(self.entries, self.galleries)
-        own = (self.boot, self.route, self.history, self.sharp, self.examples, self.data)
-        more = (self.what_if, self.class_effect, self.export_html)
-        tabs = (
-            pages.experts,
-            pages.classes,
-            pages.compare,
-            pages.cell,
-            pages.mistakes,
-            pages.similar,
-        )
-        self.handlers: dict[str, Callable[[Any], Json]] = {
-            one.__name__: one for one in (*own, *more, *tabs)
-        }
-        self._class_effects: LRUCache[ClassEffect] = LRUCache(512)
-        self._views: LRUCache[Json] = LRUCache(KEPT_VIEWS)
-        self._unlike: LRUCache[str | None] = LRUCache(
-            KEPT_VIEWS
-        )  # by pixels: every control asks for the image again
-        models = [_about(entry, self.times.get(entry.card.id)) for entry in entries]
-        first = models[0]["examples"][:1]
-        fit, mean = entries[0].examples.framing  # an own model is alone, and the bundled ones crop
+        self.pages = AtlasPages(self.entries, self.galleries)
+        self.times: dict[str, Times] = {}
+        for entry in entries:
+            times = Times.of(entry)
+            if times is not None:
+                self.times[entry.card.id] = times
+
+        handlers: list[Callable[[Any], Json]] = [
+            self.boot,
+            self.route,
+            self.history,
+            self.sharp,
+            self.examples,
+            self.data,
+            self.what_if,
+            self.class_effect,
+            self.export_html,
+            self.pages.experts,
+            self.pages.classes,
+            self.pages.compare,
+            self.pages.cell,
+            self.pages.mistakes,
+            self.pages.similar,
+        ]
+        self.handlers = {handler.__name__: handler for handler in handlers}
+
+        self._cached_view = lru_cache(CACHED_VIEWS)(self._example_view)
+        self._cached_class_effect = lru_cache(512)(self._class_effect)
+        # By pixels: every control asks for the image again.
+        self._cached_ood_message = lru_cache(CACHED_VIEWS)(self._ood_message)
+        self._boot = self._describe(local)
+
+    def _describe(self, local: bool) -> Json:
+        """What the page needs to know before it asks for an image."""
+        models = [_about(entry, self.times.get(id)) for id, entry in self.entries.items()]
+        first = models[0]
+        examples = first["examples"]
+        # A user's model is alone, and the bundled ones crop.
+        framing = self.entries[first["id"]].examples.framing
+        fill = [str(round(255 * channel)) for channel in framing.mean]
         limits = {
             "max_bytes": MAX_BYTES,
             "max_pixels": MAX_PIXELS,
             "min_side": MIN_SIDE,
             "max_aspect": MAX_ASPECT,
-            "fit": fit,
-            "fill": f"rgb({' '.join(str(round(255 * channel)) for channel in mean)})",
+            "fit": framing.fit,
+            "fill": f"rgb({' '.join(fill)})",
         }
-        self._boot: Json = {
+        return {
             "version": __version__,
             "local": local,
             "models": models,
             "limits": limits,
             "links": links(),
-            "default": {"model": models[0]["id"], "picture": first[0]["id"] if first else None},
+            "default": {
+                "model": first["id"],
+                "picture": examples[0]["id"] if examples else None,
+            },
         }
 
     def answer(self, name: str, request: Any) -> Json:
@@ -111,11 +137,11 @@ class Explorer:
     def opened(self, name: str, request: Any) -> Any:
         """The request with its upload decoded, and as it is if it brings none.
 
-        Decoding takes far more memory than the answer: a server lets few do it at once. Raises what `told` tells.
+        Decoding takes far more memory than the answer: a server lets few do it at once. Raises what `error_json` tells.
         """
         if not brings_image(request):
             return request
-        entry, _ = self.pages.model(request)
+        entry = self.pages.entry(request, *request)  # whose fields the handler will check
         picture = request["picture"]
         upload = _open(picture["data"], entry.examples, with_sharp=name == "export_html")
         return {**request, "picture": {**picture, "data": upload}}
@@ -123,26 +149,15 @@ class Explorer:
     def warm(self) -> None:
         """Run every network once, so that the first visitor doesn't wait for it; route the first model's examples."""
         models = self._boot["models"]
-        asked = [
-            (model, variant, one)
-            for model in models
-            for one in model["examples"][:1]
-            for variant in model["variants"]
-        ]
-        for model, variant, one in asked:
-            self.route(
-                {
-                    "model": model["id"],
-                    "variant": variant,
-                    "picture": {"kind": "example", "id": one["id"]},
-                }
-            )
+        for model in models:
+            for example in model["examples"][:1]:
+                for variant in model["variants"]:
+                    self._cached_view(model["id"], variant, example["id"])
+
         end = time.monotonic() + LOOK_AHEAD_S
-        for one in models[0]["examples"]:
+        for example in models[0]["examples"]:
             if time.monotonic() < end:
-                self.route(
-                    {"model": models[0]["id"], "picture": {"kind": "example", "id": one["id"]}}
-                )
+                self._cached_view(models[0]["id"], "trained", example["id"])
 
     def boot(self, request: Any) -> Json:
         """What there is: models, their variants and examples, limits, and what to show first."""
@@ -158,143 +173,129 @@ class Explorer:
     def start_views(self) -> list[Json]:
         """The view that the page opens with, of the first example; none where there is no image."""
         model = self._boot["models"][0]
-        examples = [{"kind": "example", "id": one["id"]} for one in model["examples"][:1]]
-        return [self.route({"model": model["id"], "picture": one}) for one in examples]
+        examples = model["examples"][:1]
+        return [self._cached_view(model["id"], "trained", example["id"]) for example in examples]
 
     def route(self, request: Any) -> Json:
         """Where every patch of an image goes: `moevision.view/2`."""
-        entry, variant, found, settings = self._read(request)
-
-        def view() -> Json:
-            return self._view(entry, variant, found, settings).to_json()
-
-        if not found.id or settings != Settings():
-            return view()
-        return self._views.get(
-            (entry.card.id, variant.facts.variant, found.id), view
-        )  # the same for everybody
+        image = self._read(request)
+        if image.picture.id and image.settings == Settings():  # the same for everybody
+            facts = image.variant.facts
+            return self._cached_view(facts.id, facts.variant, image.picture.id)
+        return self._view(image).to_json()
 
     def history(self, request: Any) -> Json:
         """Where the patches of an example went at moments of the training, and what the model then made of it."""
-        given = read.fields(request, ("model", "variant", "picture"))
-        entry, variant = self.pages.model(given)
+        entry, variant = self.pages.model(request, "picture")
         if entry.card.id not in self.times:
             raise RequestError(f"The training of {entry.card.title} was not recorded.")
-        return self.times[entry.card.id].of_image(
-            read.image_id(given, "picture"), variant.facts.variant
-        )
+        id = read.image_id(request, "picture")
+        return self.times[entry.card.id].of_image(id, variant.facts.variant)
 
     def examples(self, request: Any) -> Json:
         """The next examples of a model after the first `start` ones, classes in turn, and how many there are in all."""
-        given = read.fields(request, ("model", "start"))
-        entry, _ = self.pages.model(given)
-        examples = entry.examples
-        start = read.whole_number(given, "start", range(len(examples.all_ids) + 1))
-        found = examples.usable(start, start + MORE)
-        return {"examples": list(map(_example, found)), "num_examples": len(examples.all_ids)}
+        examples = self.pages.entry(request, "start").examples
+        start = read.whole_number(request, "start", range(len(examples.all_ids) + 1))
+        pictures = examples.usable(start, start + MORE_EXAMPLES)
+        return {
+            "examples": [_example(picture) for picture in pictures],
+            "num_examples": len(examples.all_ids),
+        }
 
     def sharp(self, request: Any) -> Json:
         """An example in more pixels than the model sees, as `src`; null where there are no more."""
-        given = read.fields(request, ("model", "picture"))
-        entry, _ = self.pages.model(given)
-        return {"src": entry.examples.sharp(read.image_id(given, "picture"))}
+        examples = self.pages.entry(request, "picture").examples
+        return {"src": examples.sharp(read.image_id(request, "picture"))}
 
     def data(self, request: Any) -> Json:
         """The head of a list that ranks the run's training images by a score, of all classes or of one."""
-        given = read.fields(request, ("model", "list", "class"))
-        entry, _ = self.pages.model(given)
+        entry = self.pages.entry(request, "list", "class")
         run = entry.examples.scored
         if run is None:
             raise RequestError(
                 f"{entry.card.title} comes without scores of its training images, which fit leaves."
             )
-        one = SCORE_LISTS[read.choice(given, "list", tuple(SCORE_LISTS))]
-        wanted = (
-            None
-            if given.get("class") is None
-            else read.choice(given, "class", entry.facts.class_names)
-        )
-        rows, images = run.first(one.key, wanted)
+        score_list = SCORE_LISTS[read.choice(request, "list", tuple(SCORE_LISTS))]
+        class_name = None
+        if request.get("class") is not None:
+            class_name = read.choice(request, "class", entry.facts.class_names)
+
+        rows, num_images = run.first(score_list.key, class_name)
         run.open()  # if that fails, once for all of them
         scores = run.scores
-        entries = [
-            {
-                "id": image_id("train", scores.images[row]),
-                "name": scores.images[row],
-                "label": scores.labels[row],
-                "value": one.value(scores.scores, row),
-                "right": round(float(scores.scores["correct"][row]) * int(scores.visits[row])),
-                "visits": int(scores.visits[row]),
-                **_thumb_or_problem(entry, image_id("train", scores.images[row])),
-            }
-            for row in rows
-        ]
-        return {"images": images, "entries": entries}
+        entries = []
+        for row in rows:
+            name = scores.images[row]
+            id = image_id("train", name)
+            visits = int(scores.visits[row])
+            share_right = float(scores.scores["correct"][row])
+            entries.append(
+                {
+                    "id": id,
+                    "name": name,
+                    "label": scores.labels[row],
+                    "value": score_list.value(scores.scores, row),
+                    "right": round(share_right * visits),
+                    "visits": visits,
+                    **_thumb_or_problem(entry, id),
+                }
+            )
+        return {"images": num_images, "entries": entries}
 
     def what_if(self, request: Any) -> Json:
         """What an intervention changes about the prediction, beside its control; `route` has the view after it."""
-        _, variant, found, settings = self._read(request)
-        change = settings.intervention
+        image = self._read(request)
+        change = image.settings.intervention
         if change is None:
             raise RequestError("The field 'intervention' must say what to change.")
-        if settings.noise is not None:
+        if image.settings.noise is not None:
             raise RequestError(
                 "A change is measured without noise: the field 'noise' must be null."
             )
-        with replace(settings, intervention=None).applied(variant.saved.net):
-            return effect(variant.saved, found.pixels, change).to_json()
+        model = image.variant.saved
+        with replace(image.settings, intervention=None).applied(model.net):
+            return effect(model, image.picture.pixels, change).to_json()
 
     def class_effect(self, request: Any) -> Json:
         """What the same intervention changes over images of a class: `class_effect`, null if there are too few.
 
         For an expert that is taken away, `without` has what the atlas says over test images; null where not measured.
         """
-        given = read.fields(
-            request, ("model", "variant", "top_k", "capacity", "intervention", "away", "class")
-        )
-        entry, variant = self.pages.model(given)
-        settings = read.settings(given, variant.facts)
-        name = read.choice(given, "class", variant.facts.class_names)
-        gallery, change = (
-            self.galleries.gallery(entry, variant.facts.variant),
-            settings.intervention,
-        )
-        without = (
-            self.pages.without(entry, variant, change)
-            if settings == Settings(intervention=change)
-            else None
-        )
-        if gallery is None or change is None or not gallery.has(MIN_CLASS_PICTURES, name):
+        entry, variant = self.pages.model(request, *SETTINGS_FIELDS, "class")
+        facts = variant.facts
+        settings = read.settings(request, facts)
+        class_name = read.choice(request, "class", facts.class_names)
+        change = settings.intervention
+        if change is None:
+            return {"class_effect": None, "without": None}
+
+        without = None
+        if settings == Settings(intervention=change):
+            without = self.pages.without(entry, variant, change)
+        gallery = self.galleries.gallery(entry, facts.variant)
+        if gallery is None or len(gallery.members(class_name)) < MIN_CLASS_PICTURES:
             return {"class_effect": None, "without": without}
-        pictures = gallery.pictures
-
-        def measure() -> ClassEffect:
-            with replace(settings, intervention=None).applied(variant.saved.net):
-                return class_effect(variant.saved, pictures, name, change, limit=CLASS_PICTURES)
-
-        key = (entry.card.id, variant.facts.variant, settings, name)
-        return {"class_effect": self._class_effects.get(key, measure).to_json(), "without": without}
+        measured = self._cached_class_effect(facts.id, facts.variant, settings, class_name)
+        return {"class_effect": measured.to_json(), "without": without}
 
     def export_html(self, request: Any) -> Json:
         """The view as one HTML page that needs neither server nor network."""
         request = self.opened("export_html", request)
-        entry, variant, found, settings = self._read(request)
-        view = self._view(entry, variant, found, settings).to_json()
-        if found.id:
-            view["picture"]["sharp"] = entry.examples.sharp(found.id)
+        image = self._read(request)
+        id = image.picture.id
+        view = self._view(image).to_json()
+        if id:
+            view["picture"]["sharp"] = image.entry.examples.sharp(id)
         else:
             view["picture"]["sharp"] = request["picture"]["data"].sharp
-        times, kind = self.times.get(entry.card.id), variant.facts.variant
-        recorded = (
-            times is not None
-            and settings == Settings()
-            and found.id in times.rows
-            and kind in times.histories
-        )
-        history = times.of_image(found.id, kind) if times is not None and recorded else None
-        name = re.sub(
-            r"[^a-z0-9]+", "-", f"{view['model']['id']} {view['picture']['name']}".lower()
-        ).strip("-")
+
+        history = None
+        facts = image.variant.facts
+        times = self.times.get(facts.id)
+        if times is not None and image.settings == Settings() and times.has(id, facts.variant):
+            history = times.of_image(id, facts.variant)
+        title = f"{facts.id} {view['picture']['name']}".lower()
+        name = re.sub(r"[^a-z0-9]+", "-", title).strip("-")
         return {
             "filename": f"moevision-{name[:80]}.html",
             "html": view_html(view, full_page=True, history=history),
@@ -304,39 +305,69 @@ class Explorer:
         """Stop what runs in the background."""
         self.galleries.close()
 
-    def _read(self, request: Any) -> tuple[Entry, Variant, PictureFacts, Settings]:
-        given = read.fields(request, ROUTE_FIELDS)
-        entry, variant = self.pages.model(given)
-        settings = read.settings(given, variant.facts)
-        return entry, variant, self._picture(entry, given.get("picture")), settings
+    def _read(self, request: Any) -> ImageRequest:
+        entry, variant = self.pages.model(request, "picture", *SETTINGS_FIELDS, "noise")
+        settings = read.settings(request, variant.facts)
+        picture = self._picture(entry, request.get("picture"))
+        return ImageRequest(entry, variant, picture, settings)
 
-    def _picture(self, entry: Entry, given: Any) -> PictureFacts:
-        picture = read.fields(given, ("kind", "id", "data"))
-        if read.choice(picture, "kind", ("example", "upload")) == "example":
-            return entry.examples.find(read.image_id(picture, "id"))
-        data = picture.get("data")
-        if not isinstance(data, str | Upload) or not data:
+    def _picture(self, entry: Entry, value: Any) -> PictureFacts:
+        fields = read.fields(value, ("kind", "id", "data"))
+        if read.choice(fields, "kind", ("example", "upload")) == "example":
+            return entry.examples.find(read.image_id(fields, "id"))
+        upload = fields.get("data")
+        if isinstance(upload, str) and upload:
+            upload = _open(upload, entry.examples)
+        if not isinstance(upload, Upload):
             raise RequestError(
                 "The field 'data' must be an image as data:image/...;base64,... text."
             )
-        upload = data if isinstance(data, Upload) else _open(data, entry.examples)
         return PictureFacts(upload.pixels, name="your image")
 
-    def _view(
-        self, entry: Entry, variant: Variant, found: PictureFacts, settings: Settings
-    ) -> RoutingView:
-        trained = variant.facts.variant == "trained"
-        asked = entry.card.id, found.label, hashlib.sha256(found.pixels.tobytes()).digest()
-        picture = replace(found, unlike=self._unlike.get(asked, lambda: ood_message(entry, found)))
+    def _example_view(self, model: str, variant: str, picture_id: str) -> Json:
+        """The view of an example as the model was trained to route it."""
+        entry = self.entries[model]
+        picture = entry.examples.find(picture_id)
+        image = ImageRequest(entry, entry.variants[variant], picture, Settings())
+        return self._view(image).to_json()
+
+    def _view(self, image: ImageRequest) -> RoutingView:
+        entry, variant, picture, settings = image
+        pixels = picture.pixels
+        message = self._cached_ood_message(entry.card.id, picture.label, pixels.tobytes())
+        dense = None
+        dense_probabilities = None
+        if variant.facts.variant == "trained":
+            dense = entry.dense
+            dense_probabilities = entry.dense_answers.get(picture.id)
         return route_image(
             variant.saved,
-            found.pixels,
-            dense=entry.dense if trained else None,
-            dense_probabilities=entry.dense_answers.get(found.id) if trained else None,
+            pixels,
+            dense=dense,
+            dense_probabilities=dense_probabilities,
             settings=settings,
             facts=variant.facts,
-            picture=picture,
+            picture=replace(picture, unlike=message),
         )
+
+    def _ood_message(self, model: str, label: str | None, pixels: bytes) -> str | None:
+        """`ood_message` of the bytes of an image, uint8 [S, S, 3]."""
+        entry = self.entries[model]
+        size = entry.facts.image_size
+        image = np.frombuffer(pixels, np.uint8).reshape(size, size, 3).copy()
+        return ood_message(entry, PictureFacts(image, label=label))
+
+    def _class_effect(
+        self, model: str, variant: str, settings: Settings, class_name: str
+    ) -> ClassEffect:
+        entry = self.entries[model]
+        saved = entry.variants[variant].saved
+        gallery = self.galleries.gallery(entry, variant)
+        change = settings.intervention
+        assert gallery is not None
+        assert change is not None
+        with replace(settings, intervention=None).applied(saved.net):
+            return class_effect(saved, gallery.pictures, class_name, change, limit=CLASS_PICTURES)
 
 
 class Upload(NamedTuple):
@@ -346,13 +377,14 @@ class Upload(NamedTuple):
     sharp: str | None
 
 
-def ood_message(entry: Entry, found: PictureFacts) -> str | None:
+def ood_message(entry: Entry, picture: PictureFacts) -> str | None:
     """What to say of an image of no class that lies too far from those of the trained model; None where not known."""
     model = entry.variants["trained"].saved
-    if model.strangers is None or found.label in model.class_names:
+    if model.strangers is None or picture.label in model.class_names:
         return None
     with torch.inference_mode(), routing_lock(model.net):
-        _, distance = answers(model.net, model.strangers, network_input(model, found.pixels[None]))
+        images = network_input(model, picture.pixels[None])
+        _, distance = answers(model.net, model.strangers, images)
     return None if float(distance) <= 1 else ood_sentence(entry.card.recognized)
 
 
@@ -370,75 +402,71 @@ def ood_sentence(recognized: float | None) -> str:
 def brings_image(request: Any) -> bool:
     """Whether an image must be decoded for a request."""
     picture = request.get("picture") if isinstance(request, dict) else None
-    data = (
-        picture.get("data")
-        if isinstance(picture, dict) and picture.get("kind") == "upload"
-        else None
-    )
+    if not isinstance(picture, dict) or picture.get("kind") != "upload":
+        return False
+    data = picture.get("data")
     return isinstance(data, str) and data != ""
 
 
 def _open(data: str, examples: Examples, *, with_sharp: bool = False) -> Upload:
-    size, framing = examples.image_size, examples.framing
+    size = examples.image_size
     image = open_data_uri(data, max(SHARP_PX, size))
-    return Upload(
-        model_input(image, size, framing),
-        sharp_data_uri(image, size, framing) if with_sharp else None,
-    )
+    pixels = model_input(image, size, examples.framing)
+    sharp = sharp_data_uri(image, size, examples.framing) if with_sharp else None
+    return Upload(pixels, sharp)
 
 
 def error_json(error: Exception, name: str) -> Json:
     """What a visitor is told of an error of the request `name`."""
-    sentence, code = str(error), "bad_request"
+    message = str(error)
+    code: Code = "bad_request"
     if isinstance(error, RequestError):
         code = error.code
     elif isinstance(error, BadImageError):
-        sentence, code = f"This image can't be used: {error.reason}.", "bad_image"
+        message = f"This image can't be used: {error.reason}."
+        code = "bad_image"
     elif not isinstance(error, UserError):
-        log.error(
-            "the request %s failed", name, exc_info=error
-        )  # a fault of ours: the log says where
-        sentence, code = (
-            "The explorer stumbled over this request; its log on the server says where.",
-            "internal",
-        )
-    return {"error": sentence, "code": code}
+        # A fault of ours: the log says where.
+        log.error("the request %s failed", name, exc_info=error)
+        message = "The explorer stumbled over this request; its log on the server says where."
+        code = "internal"
+    return {"error": message, "code": code}
 
 
 def _about(entry: Entry, times: Times | None) -> Json:
-    facts, card = entry.facts.to_json(), entry.card
-    pictures = entry.examples.pictures
-    examples = entry.examples.on_first_screen()
+    """What there is to know about a model and its examples."""
+    examples = entry.examples
+    # Looked at first: images that can't be used leave those that are counted.
+    first_examples = [_example(picture) for picture in examples.on_first_screen()]
+    facts = entry.facts.to_json()
+    del facts["variant"], facts["accuracy_text"]
+    texts = {name: variant.facts.accuracy_text for name, variant in entry.variants.items()}
+    score_lists = [
+        {"key": scores.key, "name": scores.name, "title": scores.title, "about": scores.about}
+        for scores in SCORE_LISTS.values()
+    ]
     return {
-        **{
-            name: value for name, value in facts.items() if name not in ("variant", "accuracy_text")
-        },
-        "subtitle": card.subtitle,
+        **facts,
+        "subtitle": entry.card.subtitle,
         "variants": list(entry.variants),
-        "accuracy_texts": {
-            name: variant.facts.accuracy_text for name, variant in entry.variants.items()
-        },
+        "accuracy_texts": texts,
         "has_dense": entry.dense is not None or bool(entry.dense_answers),
-        "has_pictures": entry.examples.has_pictures,
-        "has_parts": pictures is not None and bool(pictures.part_names),
-        "card": vars(card),
+        "has_pictures": examples.has_pictures,
+        "card": vars(entry.card),
         "history": None if times is None else times.about,
         "shown": entry.shown,
-        "num_examples": len(entry.examples.all_ids),
-        "score_lists": [
-            {"key": one.key, "name": one.name, "title": one.title, "about": one.about}
-            for one in (SCORE_LISTS.values() if entry.examples.scored else ())
-        ],
-        "examples": list(map(_example, examples)),
+        "num_examples": len(examples.all_ids),
+        "score_lists": score_lists if examples.scored else [],
+        "examples": first_examples,
     }
 
 
-def _example(found: PictureFacts) -> Json:
+def _example(picture: PictureFacts) -> Json:
     return {
-        "id": found.id,
-        "name": found.name,
-        "label": found.label,
-        "thumb": thumbnail_uri(found.pixels),
+        "id": picture.id,
+        "name": picture.name,
+        "label": picture.label,
+        "thumb": thumbnail_uri(picture.pixels),
     }
 
 

@@ -39,6 +39,7 @@ from moevision.demo.facts import (
     title_of,
 )
 from moevision.demo.html import VIEW_SCHEMA, view_html
+from moevision.demo.wire import Floats, Json, to_numpy
 from moevision.errors import UserError
 from moevision.layers import Routing, SoftRouting, routing_lock
 from moevision.models.io import SavedModel, load_model
@@ -52,37 +53,54 @@ class Settings:
     """How an image is routed, where it differs from how the model was trained."""
 
     top_k: int | None = None  # experts per patch
-    capacity: float | None = (
-        None  # an expert computes at most ceil(capacity · choices / E) of an image's choices
-    )
+    # An expert computes at most ceil(capacity · choices / E) of an image's choices.
+    capacity: float | None = None
     intervention: Intervention | None = None  # one change of the routing, of one of `KINDS`
-    noise: int | None = (
-        None  # seed of the noise that routers draw in training; None for evaluation, without noise
-    )
-    away: tuple[
-        Intervention, ...
-    ] = ()  # experts that are taken away, beside the one change of `intervention`
+    # Seed of the noise that routers draw in training; None for evaluation, without noise.
+    noise: int | None = None
+    # Experts that are taken away, beside the one change of `intervention`.
+    ablated_experts: tuple[Intervention, ...] = ()
 
     @contextmanager
     def applied(self, net: nn.Module) -> Iterator[None]:
         """Hold `net` in these settings inside the scope; if they change anything, other threads wait for their turn."""
-        top_k = [] if self.top_k is None else _where_possible(net, "top_k", top_k=self.top_k)
-        capacity = (
-            [] if self.capacity is None else _where_possible(net, "capacity", factor=self.capacity)
-        )
-        changed = (*top_k, *capacity, *self.away, *filter(None, [self.intervention]))
+        changes: list[Intervention] = []
+        if self.top_k is not None:
+            changes += _where_possible(net, "top_k", top_k=self.top_k)
+        if self.capacity is not None:
+            changes += _where_possible(net, "capacity", factor=self.capacity)
+        changes += self.ablated_experts
+        if self.intervention is not None:
+            changes.append(self.intervention)
+
         with (
-            intervene(net, *changed) if changed else nullcontext(),
+            intervene(net, *changes) if changes else nullcontext(),
             noise_of_training(net, self.noise),
         ):
             yield
 
     def off_reason(self, routers: Sequence[LayerFacts]) -> str | None:
         """How k and capacity differ from the training, in words; None where they don't."""
-        reasons = [] if self.top_k is None else _other_k(self.top_k, routers)
+        sentences = []
+        if self.top_k is not None:
+            sentences += _other_k(self.top_k, routers)
         if self.capacity is not None:
-            reasons += _other_capacity(self.capacity, routers)
-        return " ".join(reasons) or None
+            sentences += _other_capacity(self.capacity, routers)
+        return " ".join(sentences) or None
+
+    def to_json(self, facts: ModelFacts) -> Json:
+        """The settings as a view of that model says them."""
+        reason = self.off_reason(facts.routers)
+        changed = self.intervention is not None or bool(self.ablated_experts)
+        return {
+            "top_k": facts.top_k if self.top_k is None else self.top_k,
+            "capacity": self.capacity,
+            "intervention": self.intervention and intervention_json(self.intervention),
+            "noise": self.noise,
+            "away": [[change.layer, change.expert] for change in self.ablated_experts],
+            "off_distribution": changed or reason is not None,
+            "off_reason": reason,
+        }
 
 
 def _where_possible(
@@ -90,60 +108,54 @@ def _where_possible(
 ) -> list[Intervention]:
     """The change on those layers of `net` where it has a meaning; some must have."""
     layers = numbered_layers(net)
-    able = [number for number, layer in layers.items() if refusal(kind, layer.router) is None]
-    # Where none is able, the first one says why.
-    return [Intervention(kind, layer=number, **value) for number in able or layers]
+    possible = [number for number, layer in layers.items() if refusal(kind, layer.router) is None]
+    # Where it is possible nowhere, the first layer says why.
+    return [Intervention(kind, layer=number, **value) for number in possible or layers]
 
 
 def _other_k(k: int, routers: Sequence[LayerFacts]) -> list[str]:
     """At most one sentence about an other k."""
-    able = [router for router in routers if "top_k" not in router.refused]
-    trained = {
-        router.k_words: [other.name for other in able if other.k_words == router.k_words]
-        for router in able
-    }
-    if all(router.top_k == k for router in able):
+    routers = [router for router in routers if "top_k" not in router.refused]
+    if all(router.top_k == k for router in routers):
         return []
-    if len(trained) == 1:
-        shown = f"top-{k}" if able[0].kind == "token_choice" else str(k)
-        return [f"Trained with {able[0].k_words}, shown is {shown}."]
-    was = "; ".join(f"{words} in {' and '.join(names)}" for words, names in trained.items())
-    return [f"Shown is k = {k}; trained were {was}."]
+    trained_k: dict[str, list[str]] = {}  # names of the layers by their k
+    for router in routers:
+        trained_k.setdefault(router.k_text, []).append(router.name)
+    if len(trained_k) == 1:
+        first = routers[0]
+        k_text = f"top-{k}" if first.kind == "token_choice" else str(k)
+        return [f"Trained with {first.k_text}, shown is {k_text}."]
+    texts = [f"{k_text} in {' and '.join(names)}" for k_text, names in trained_k.items()]
+    return [f"Shown is k = {k}; trained were {'; '.join(texts)}."]
 
 
 def _other_capacity(factor: float, routers: Sequence[LayerFacts]) -> list[str]:
     """A sentence about layers whose patches choose, and one about those whose experts do."""
-    able = [router for router in routers if "capacity" not in router.refused]
-    limits = {router.train_capacity for router in able if router.kind == "token_choice"}
+    routers = [router for router in routers if "capacity" not in router.refused]
+    limits = {router.train_capacity for router in routers if router.kind == "token_choice"}
+    texts = ["no limit" if limit is None else f"capacity factor {limit:g}" for limit in limits]
+
     sentences = []
     if limits == {None}:
         sentences.append(f"Trained without a capacity limit, shown is capacity factor {factor:g}.")
     elif limits - {factor}:
-        was = " and ".join(
-            sorted(
-                "no limit" if limit is None else f"capacity factor {limit:g}" for limit in limits
-            )
-        )
-        sentences.append(f"Trained with {was}, shown is {factor:g}.")
-    if factor != 1 and any(router.kind == "expert_choice" for router in able):
+        trained = " and ".join(sorted(texts))
+        sentences.append(f"Trained with {trained}, shown is {factor:g}.")
+    if factor != 1 and any(router.kind == "expert_choice" for router in routers):
         sentences.append(f"Experts take {factor:g} times as many patches as trained.")
     return sentences
 
 
-def intervention_json(change: Intervention) -> dict[str, Any]:
+def intervention_json(change: Intervention) -> Json:
     """The fields of an intervention as the explorer's requests and answers have them; `other` is of a swap."""
-    names = (
-        "kind",
-        "layer",
-        "expert",
-        *(["other"] if change.kind == "swap" else []),
-        "fill",
-        "seed",
-    )
+    names = ["kind", "layer", "expert", "fill", "seed"]
+    if change.kind == "swap":
+        names.insert(3, "other")
     return {name: getattr(change, name) for name in names}
 
 
-TOP, LENS_TOP = 10, 2
+TOP = 10
+LENS_TOP = 2
 
 
 @dataclass(frozen=True)
@@ -152,26 +164,22 @@ class LayerView:
 
     facts: LayerFacts  # which layer, and how it routes; `top_k` is what is shown, which may not be as trained
     expert_index: npt.NDArray[np.int64]  # [P, K] experts of each patch, best first
-    combine_weight: npt.NDArray[np.float32]  # [P, K] weight of each of them in the output
-    kept: npt.NDArray[
-        np.bool_
-    ]  # [P, K] False where a capacity dropped the choice, or the expert chose other patches
-    probs: npt.NDArray[np.float32]  # [P, E] the router's affinities, summing to 1
-    reads: npt.NDArray[np.float64] | None = (
-        None  # [E, P] what an expert reads, mean over its slots; of Soft MoE alone
-    )
-    computation: Computation | None = (
-        None  # what was computed of it, in numbers; None where nobody listened
-    )
+    combine_weight: Floats  # [P, K] weight of each of them in the output
+    # [P, K] False where a capacity dropped the choice, or the expert chose other patches
+    kept: npt.NDArray[np.bool_]
+    probs: Floats  # [P, E] the router's affinities, summing to 1
+    # [E, P] what an expert reads, mean over its slots; of Soft MoE alone
+    reads: npt.NDArray[np.float64] | None = None
+    computation: Computation | None = None  # what was computed of it, in numbers, where captured
 
     @property
-    def margin(self) -> npt.NDArray[np.float32]:
+    def margin(self) -> Floats:
         """[P] best minus second-best router probability; with one expert its probability."""
         ordered = np.sort(np.pad(self.probs, ((0, 0), (1, 0))), axis=1)
         return ordered[:, -1] - ordered[:, -2]
 
     @property
-    def entropy_bits(self) -> npt.NDArray[np.float32]:
+    def entropy_bits(self) -> Floats:
         """[P] entropy of the router's probabilities, in bits."""
         bits: npt.NDArray[np.float64] = entr(self.probs.astype(np.float64)).sum(1) / np.log(2)
         return np.maximum(bits, 0).astype(np.float32)
@@ -190,33 +198,32 @@ class LayerView:
             return self.counts
         return np.bincount(self.expert_index.ravel(), minlength=self.facts.num_experts)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The numbers as JSON, real ones with four decimals; where experts choose, those that took the patch only."""
-        counts, facts = self.counts, self.facts.to_json()
+        facts = self.facts.to_json()
         del facts["refused"]  # about the model, not about this image
-        choices: list[Any] = [
-            self.expert_index.tolist(),
-            _round(self.combine_weight),
-            self.kept.tolist(),
-        ]
-        if self.facts.kind == "expert_choice":
-            takers = [[rank for rank, taken in enumerate(row) if taken] for row in choices[2]]
-            choices = [
-                [[row[rank] for rank in ranks] for row, ranks in zip(of, takers, strict=True)]
-                for of in choices
-            ]
+        counts = self.counts
+        slowest = counts.max() / counts.mean() if counts.any() else 0.0
         return {
             **facts,
-            **dict(zip(("experts", "weights", "kept"), choices, strict=True)),
-            "probs": _round(self.probs),
-            "margin": _round(self.margin),
-            "entropy": _round(self.entropy_bits),
+            "experts": self._choices(self.expert_index),
+            "weights": self._choices(_round(self.combine_weight)),
+            "kept": self._choices(self.kept),
+            "probs": _round(self.probs).tolist(),
+            "margin": _round(self.margin).tolist(),
+            "entropy": _round(self.entropy_bits).tolist(),
             "counts": counts.tolist(),
             "requested": self.requested.tolist(),
-            "slowest": round(float(counts.max() / counts.mean()), 4) if counts.any() else 0.0,
-            "computation": None if self.computation is None else self.computation.to_json(),
+            "slowest": round(float(slowest), 4),
+            "computation": self.computation and self.computation.to_json(),
             "reads": None if self.reads is None else np.round(self.reads, 5).tolist(),
         }
+
+    def _choices(self, values: npt.NDArray[Any]) -> Any:
+        """Values [P, K] as lists; where experts choose, without those of experts that left the patch out."""
+        if self.facts.kind != "expert_choice":
+            return values.tolist()
+        return [row[taken].tolist() for row, taken in zip(values, self.kept, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -236,44 +243,34 @@ class RoutingView:
     model: ModelFacts
     picture: PictureFacts
     layers: tuple[LayerView, ...] = field(repr=False)
-    probabilities: npt.NDArray[np.float32] = field(repr=False)
-    dense_probabilities: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    probabilities: Floats = field(repr=False)
+    dense_probabilities: Floats | None = field(default=None, repr=False)
     settings: Settings = field(default_factory=Settings)
-    lens: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    lens: Floats | None = field(default=None, repr=False)
 
     def layer(self, block_index: int) -> LayerView:
         """The MoE layer in that block."""
         return self.layers[self.model.layers.index(block_index)]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The view in the schema `moevision.view/2`."""
-        names, dense = self.model.class_names, self.dense_probabilities
-        settings = self.settings
-        changed = settings.intervention
-        reason = settings.off_reason(self.model.routers)
+        names = self.model.class_names
+        dense = self.dense_probabilities
+        prediction = {
+            "moe": top_classes(names, self.probabilities),
+            "dense": None if dense is None else top_classes(names, dense),
+        }
+        after_blocks = None
+        if self.lens is not None:
+            after_blocks = [top_classes(names, block, LENS_TOP) for block in self.lens]
         return {
             "schema": VIEW_SCHEMA,
             "model": self.model.to_json(),
             "picture": self.picture.to_json(),
             "layers": [layer.to_json() for layer in self.layers],
-            "prediction": {
-                "moe": top_classes(names, self.probabilities),
-                "dense": None if dense is None else top_classes(names, dense),
-            },
-            "lens": None
-            if self.lens is None
-            else [top_classes(names, block, LENS_TOP) for block in self.lens],
-            "settings": {
-                "top_k": self.model.top_k if settings.top_k is None else settings.top_k,
-                "capacity": settings.capacity,
-                "intervention": None if changed is None else intervention_json(changed),
-                "noise": settings.noise,
-                "away": [[one.layer, one.expert] for one in settings.away],
-                "off_distribution": reason is not None
-                or changed is not None
-                or bool(settings.away),
-                "off_reason": reason,
-            },
+            "prediction": prediction,
+            "lens": after_blocks,
+            "settings": self.settings.to_json(self.model),
         }
 
     def _repr_html_(self) -> str:
@@ -285,7 +282,7 @@ def route_image(
     image: Image.Image | Pixels | str | Path,
     *,
     dense: SavedModel | None = None,
-    dense_probabilities: npt.NDArray[np.float32] | None = None,
+    dense_probabilities: Floats | None = None,
     settings: Settings | None = None,
     facts: ModelFacts | None = None,
     picture: PictureFacts | None = None,
@@ -304,77 +301,77 @@ def route_image(
     Raises:
         UserError: if the model has no MoE layer, the image can't be read, or the answer is no number.
     """
-    saved = model if isinstance(model, SavedModel) else load_model(str(model))
+    title = ""
+    if not isinstance(model, SavedModel):
+        title = title_of(model)
+        model = load_model(str(model))
     settings = settings or Settings()
-    facts = facts or describe(saved, title="" if isinstance(model, SavedModel) else title_of(model))
-    pixels = model_input(image, saved.image_size, saved.framing)
-    with routing_lock(
-        saved.net
-    ):  # the layers' clean scores too: another thread's noise would be in them
+    facts = facts or describe(model, title=title)
+    pixels = model_input(image, model.image_size, model.framing)
+    if picture is None:
+        name = Path(image).name if isinstance(image, str | Path) else "one image"
+        picture = PictureFacts(pixels, name=name)
+
+    # The computation asks for the layers' clean scores too: no other thread's noise may be in them.
+    with routing_lock(model.net):
         with (
-            settings.applied(saved.net),
-            capture_activations(saved.net) as heard,
-            block_outputs(saved.net) as outputs,
+            settings.applied(model.net),
+            capture_activations(model.net) as activations,
+            block_outputs(model.net) as outputs,
         ):
-            logits, routings = route_batch(saved, pixels[None])
+            logits, routings = route_batch(model, pixels[None])
         if not logits.isfinite().all():
             raise UserError(
                 "The model's answer to this image is no number: its weights are too large, or damaged."
             )
-        layers = tuple(
-            _layer_view(routing, router, settings, one)
-            for routing, router, one in zip(routings, facts.routers, heard, strict=True)
-        )
+        layers = [
+            _layer_view(routing, router, settings, layer)
+            for routing, router, layer in zip(routings, facts.routers, activations, strict=True)
+        ]
+
     if dense is not None:
-        alike = (
-            pixels
-            if dense.image_size == len(pixels)
-            else model_input(image, dense.image_size, dense.framing)
-        )
-        dense_probabilities = softmax(route_batch(dense, alike[None])[0])[0]
-    after_blocks = lens(saved.net, outputs)
-    known = picture or PictureFacts(
-        pixels, name=Path(image).name if isinstance(image, str | Path) else "one image"
-    )
+        dense_pixels = pixels
+        if dense.image_size != len(pixels):
+            dense_pixels = model_input(image, dense.image_size, dense.framing)
+        dense_logits, _ = route_batch(dense, dense_pixels[None])
+        dense_probabilities = softmax(dense_logits)[0]
     return RoutingView(
         model=facts,
-        picture=replace(known, pixels=pixels),
-        layers=layers,
+        picture=replace(picture, pixels=pixels),
+        layers=tuple(layers),
         probabilities=softmax(logits)[0],
         dense_probabilities=dense_probabilities,
         settings=settings,
-        lens=None if after_blocks is None else softmax(after_blocks),
+        lens=softmax(lens(model.net, outputs)) if outputs else None,
     )
 
 
-def top_classes(
-    names: Sequence[str], probabilities: npt.NDArray[np.float32], count: int = TOP
-) -> list[dict[str, Any]]:
+def top_classes(names: Sequence[str], probabilities: Floats, count: int = TOP) -> list[Json]:
     """The `count` likeliest classes, best first: `{"class", "p"}`."""
     best = np.argsort(-probabilities, kind="stable")[:count]
     return [{"class": names[index], "p": round(float(probabilities[index]), 4)} for index in best]
 
 
 def _layer_view(
-    routing: Routing, facts: LayerFacts, settings: Settings, heard: LayerActivations
+    routing: Routing, facts: LayerFacts, settings: Settings, activations: LayerActivations
 ) -> LayerView:
     first = routing.num_prefix_tokens
     top_k = routing.top_k  # also what an intervention around us has made of it
     if routing.kind != "token_choice":
-        top_k = (
-            facts.top_k if settings.top_k is None or "top_k" in facts.refused else settings.top_k
-        )
-    noisy = settings.noise is not None and facts.noise != "none"
+        top_k = facts.top_k
+        if settings.top_k is not None and "top_k" not in facts.refused:
+            top_k = settings.top_k
     capacity = None if "capacity" in facts.refused else settings.capacity
-    words = heard.layer.router.words(noisy=noisy, top_k=top_k, capacity=capacity)
+    noisy = settings.noise is not None and facts.noise != "none"
+    steps = activations.layer.router.explain(noisy=noisy, top_k=top_k, capacity=capacity)
     return LayerView(
-        facts=replace(facts, top_k=top_k, steps=words),
+        facts=replace(facts, top_k=top_k, steps=steps),
         expert_index=routing.expert_index[0, first:].cpu().numpy(),
-        combine_weight=routing.combine_weight[0, first:].float().cpu().numpy(),
+        combine_weight=to_numpy(routing.combine_weight[0, first:]),
         kept=routing.kept[0, first:].cpu().numpy(),
-        probs=routing.probs[0, first:].float().cpu().numpy(),
+        probs=to_numpy(routing.probs[0, first:]),
         reads=_reads(routing) if isinstance(routing, SoftRouting) else None,
-        computation=heard.computation(routing, noisy=noisy),
+        computation=activations.computation(routing, noisy=noisy),
     )
 
 
@@ -391,32 +388,28 @@ def block_outputs(net: nn.Module) -> Iterator[list[Tensor]]:
     outputs: list[Tensor] = []
     thread = threading.get_ident()
 
-    def keep(_module: nn.Module, _given: tuple[Any, ...], result: Tensor) -> None:
+    def store(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
         if threading.get_ident() == thread:
-            outputs.append(result)
+            outputs.append(output)
 
     with routing_lock(net), ExitStack() as hooks:
         for block in getattr(net, "blocks", ()):
-            hooks.enter_context(block.register_forward_hook(keep))
+            hooks.enter_context(block.register_forward_hook(store))
         yield outputs
 
 
 @torch.inference_mode()
-def lens(net: Any, outputs: list[Tensor]) -> Tensor | None:
-    """Logits [L, C] of the head after each block; the last row is the model's own. None without blocks."""
-    if not outputs:
-        return None
+def lens(net: Any, outputs: list[Tensor]) -> Tensor:
+    """Logits [L, C] of the head after each block; the last row is the model's own."""
     return torch.cat([net.forward_head(net.norm(output)) for output in outputs])
 
 
 def _reads(routing: SoftRouting) -> npt.NDArray[np.float64]:
     """[E, P] what experts read of the patches of a batch of one image: means over their slots."""
-    weight = (
-        routing.dispatch_weight[0, routing.num_prefix_tokens :].double().cpu().numpy()
-    )  # [P, E, S]
-    mean: npt.NDArray[np.float64] = weight.mean(2).T
-    return mean
+    weight = routing.dispatch_weight[0, routing.num_prefix_tokens :]  # [P, E, S]
+    mean: npt.NDArray[np.float64] = weight.double().cpu().numpy().mean(2)
+    return mean.T
 
 
-def _round(values: npt.NDArray[Any]) -> Any:
-    return np.round(values.astype(np.float64), 4).tolist()
+def _round(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.round(values.astype(np.float64), 4)

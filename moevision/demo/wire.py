@@ -15,10 +15,13 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from torch import Tensor
 
 from moevision.data.images import JPEG, BadImageError, safe_open
 from moevision.errors import UserError
 
+Json = dict[str, Any]
+Floats = npt.NDArray[np.float32]
 MAX_BYTES: Final = 8 * 1024 * 1024
 MAX_PIXELS: Final = 50_000_000  # of a JPEG, which is decoded in fewer
 MAX_PIXELS_WHOLE: Final = 16_000_000  # of any other format: 0.25 GB and a second
@@ -26,7 +29,7 @@ MAX_PIXELS_WHOLE: Final = 16_000_000  # of any other format: 0.25 GB and a secon
 MAX_CHARACTERS: Final = MAX_BYTES * 4 // 3 + 256
 
 
-Code = Literal["bad_request", "busy", "bad_image", "too_large"]
+Code = Literal["bad_request", "busy", "bad_image", "too_large", "internal"]
 
 
 class RequestError(UserError):
@@ -55,10 +58,15 @@ def data_uri(
         Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, method=1, quality=20)
     else:
         Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-    return f"data:image/{format};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return f"data:image/{format};base64,{_base64(buffer.getvalue())}"
 
 
-def encode_float32(values: npt.NDArray[np.floating[Any]]) -> dict[str, Any]:
+def to_numpy(values: Tensor) -> Floats:
+    """A tensor as a float32 array in main memory."""
+    return values.detach().float().cpu().numpy()
+
+
+def encode_float32(values: npt.NDArray[np.floating[Any]]) -> Json:
     """Real numbers as a few characters each: `data`, base64 of little-endian int16 in row-major order, and `shape`.
 
     `unit` is what 1 stands for: the largest number is 32767, and none is off by more than half a unit.
@@ -66,19 +74,16 @@ def encode_float32(values: npt.NDArray[np.floating[Any]]) -> dict[str, Any]:
     largest = float(np.abs(values).max(initial=0.0))
     unit = largest / 32767 if largest > 0 else 1.0
     whole = np.round(np.asarray(values, np.float64) / unit).astype("<i2")
-    return {
-        "unit": unit,
-        "shape": list(values.shape),
-        "data": base64.b64encode(whole.tobytes()).decode("ascii"),
-    }
+    return {"unit": unit, "shape": list(values.shape), "data": _base64(whole.tobytes())}
 
 
-def encode_float16(values: npt.NDArray[np.float16]) -> dict[str, Any]:
+def encode_float16(values: npt.NDArray[np.float16]) -> Json:
     """Half-precision numbers as they are: `shape`, and `data`, base64 of little-endian float16 in row-major order."""
-    return {
-        "shape": list(values.shape),
-        "data": base64.b64encode(values.astype("<f2").tobytes()).decode("ascii"),
-    }
+    return {"shape": list(values.shape), "data": _base64(values.astype("<f2").tobytes())}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def open_data_uri(text: str, short_side: int | None = None) -> Image.Image:
@@ -89,11 +94,13 @@ def open_data_uri(text: str, short_side: int | None = None) -> Image.Image:
     """
     if len(text) > MAX_CHARACTERS:
         raise _too_large()
-    head, comma, body = text.partition(",") if text.startswith("data:") else ("", ",", text)
-    if not comma or (head and not head.endswith(";base64")):
-        raise BadImageError(
-            "<upload>", "an image is sent as data:image/...;base64,... or as plain base64"
-        )
+    body = text
+    if text.startswith("data:"):
+        head, separator, body = text.partition(";base64,")
+        if not separator or "," in head:
+            raise BadImageError(
+                "<upload>", "an image is sent as data:image/...;base64,... or as plain base64"
+            )
     try:
         data = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:

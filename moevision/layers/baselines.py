@@ -38,12 +38,13 @@ class HandmadeRouter(Router):
     expert has a rank, which interventions work on.
     """
 
-    words = by_rule
+    explain = by_rule
 
     def __init__(self, dim: int, num_experts: int, top_k: int, **_: Any) -> None:
         super().__init__()
         check_top_k(top_k, num_experts)
-        self.num_experts, self.top_k = num_experts, top_k
+        self.num_experts = num_experts
+        self.top_k = top_k
 
     def first_expert(self, x: Tensor) -> Tensor:
         """[B, N] (or broadcastable) int64: the first expert of each token of x [B, N, D]."""
@@ -51,20 +52,20 @@ class HandmadeRouter(Router):
 
     def order(self, x: Tensor) -> Tensor:
         """[B, N, E] int64: all experts of each token, in the order of choice."""
-        first = self.first_expert(x).expand(x.shape[:2])
-        return (
-            first.unsqueeze(-1) + torch.arange(self.num_experts, device=x.device)
-        ) % self.num_experts
+        first = self.first_expert(x).expand(x.shape[:2]).unsqueeze(-1)  # [B, N, 1]
+        step = torch.arange(self.num_experts, device=x.device)  # [E]
+        return (first + step) % self.num_experts
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [B, N, D]."""
         order = self.order(x)  # [B, N, E]
+        expert_index = order[..., : self.top_k]  # [B, N, K]
+
         rank = torch.arange(self.num_experts, device=x.device, dtype=at_least_float32(x).dtype)
-        score = _CERTAINTY * (rank < self.top_k) - rank  # [E] by rank
-        logits = torch.zeros(order.shape, device=x.device, dtype=score.dtype).scatter(
-            -1, order, score.expand(order.shape)
-        )
-        expert_index = order[..., : self.top_k]
+        score_of_rank = _CERTAINTY * (rank < self.top_k) - rank  # [E]
+        zeros = rank.new_zeros(order.shape)
+        logits = zeros.scatter(-1, order, score_of_rank.expand(order.shape))  # [B, N, E]
+
         return Routing(
             logits=logits,
             noisy_logits=logits,
@@ -85,15 +86,11 @@ class HandmadeRouter(Router):
 
     priority = gates
 
-    def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
-        return f"num_experts={self.num_experts}, top_k={self.top_k}"
-
 
 class HashRouter(HandmadeRouter):
     """The position decides: neighbours get different experts, all experts equally many positions (± 1)."""
 
-    words = partialmethod(by_rule, rule="A hash of the patch's position")
+    explain = partialmethod(by_rule, rule="A hash of the patch's position")
 
     def first_expert(self, x: Tensor) -> Tensor:
         """By the rank of a Fibonacci hash of the position: cut into E equal parts, the hashes alone are uneven."""
@@ -105,7 +102,7 @@ class HashRouter(HandmadeRouter):
 class RandomRouter(HandmadeRouter):
     """K different experts at random for every token; in evaluation a fixed draw by position, so that it repeats."""
 
-    words = partialmethod(
+    explain = partialmethod(
         by_rule, rule="A draw that is fixed for each position (in training a new one each time)"
     )
 
@@ -113,22 +110,23 @@ class RandomRouter(HandmadeRouter):
         """A random order of all experts."""
         if self.training:
             return torch.rand(*x.shape[:2], self.num_experts, device=x.device).argsort(-1)
-        number = torch.arange(x.shape[1] * self.num_experts, device=x.device).view(
-            1, x.shape[1], self.num_experts
-        )
-        return _scrambled(number).argsort(dim=-1, stable=True).expand(x.shape[0], -1, -1)
+        images, tokens, _ = x.shape
+        number = torch.arange(tokens * self.num_experts, device=x.device)
+        random = _scramble(number).view(1, tokens, self.num_experts)
+        return random.argsort(dim=-1, stable=True).expand(images, -1, -1)
 
 
 class PositionRouter(HandmadeRouter):
     """Bands of the image from top to bottom: each expert has P / E consecutive patches in row-major order."""
 
-    words = partialmethod(by_rule, rule="The patch's place, from top to bottom,")
+    explain = partialmethod(by_rule, rule="The patch's place, from top to bottom,")
 
     def first_expert(self, x: Tensor) -> Tensor:
         """Prefix tokens belong to the first band."""
-        patches = x.shape[1] - self.num_prefix_tokens
-        patch = (torch.arange(x.shape[1], device=x.device) - self.num_prefix_tokens).clamp_min(0)
-        return patch * self.num_experts // max(patches, 1)
+        tokens = x.shape[1]
+        num_patches = tokens - self.num_prefix_tokens
+        patch = torch.arange(tokens, device=x.device) - self.num_prefix_tokens  # [N]
+        return patch.clamp_min(0) * self.num_experts // max(num_patches, 1)
 
 
 class ColourRouter(HandmadeRouter):
@@ -137,7 +135,7 @@ class ColourRouter(HandmadeRouter):
     A hook on the model's patch embedding shows it the image, since a layer's tokens no longer have a colour.
     """
 
-    words = partialmethod(by_rule, rule="The nearest of a few colours")
+    explain = partialmethod(by_rule, rule="The nearest of a few colours")
     sees_image = True
     centroids: Tensor
     fitted: Tensor
@@ -146,16 +144,16 @@ class ColourRouter(HandmadeRouter):
         self, dim: int, num_experts: int, top_k: int, *, device: Any = None, **_: Any
     ) -> None:
         super().__init__(dim, num_experts, top_k)
-        grey = torch.linspace(-2, 2, num_experts, device=device).unsqueeze(1).repeat(1, 3)
-        self.register_buffer("centroids", grey)
+        grey = torch.linspace(-2, 2, num_experts, device=device)  # [E]
+        self.register_buffer("centroids", grey.unsqueeze(1).repeat(1, 3))  # [E, 3]
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool, device=device))
         self._colours: Tensor | None = None
 
     def look(self, patch_embed: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Remember the mean colour of every patch; a forward pre-hook of timm's `PatchEmbed`."""
-        rows, columns = (int(side) for side in cast(Any, patch_embed).grid_size)
-        image = arguments[0].detach().float()
-        self._colours = F.adaptive_avg_pool2d(image, (rows, columns)).flatten(2).mT  # [B, P, 3]
+        image = arguments[0].detach().float()  # [B, 3, H, W]
+        patch_means = F.adaptive_avg_pool2d(image, tuple(cast(Any, patch_embed).grid_size))
+        self._colours = patch_means.flatten(2).mT  # [B, P, 3]
         if self.training and not self._colours.is_meta and not self.fitted:
             self._fit(self._colours)
 
@@ -165,12 +163,13 @@ class ColourRouter(HandmadeRouter):
         sample = colours.flatten(0, 1)[:_MAX_COLOURS].cpu().numpy()
         centroids = torch.full_like(self.centroids, torch.nan)
         if len(np.unique(sample, axis=0)) >= self.num_experts:
-            found = KMeans(self.num_experts, n_init=4, random_state=0).fit(sample).cluster_centers_
-            centroids.copy_(torch.from_numpy(found))
+            kmeans = KMeans(self.num_experts, n_init=4, random_state=0).fit(sample)
+            centroids.copy_(torch.from_numpy(kmeans.cluster_centers_))
+
+        # Every process saw other images, perhaps with too few colours.
         if dist.is_available() and dist.is_initialized():
-            dist.broadcast(
-                centroids, 0
-            )  # every process saw other images, perhaps with too few colours
+            dist.broadcast(centroids, 0)
+
         if centroids.isnan().any():
             return  # a batch of few or blank images: the next one decides
         self.centroids.copy_(centroids)
@@ -178,25 +177,25 @@ class ColourRouter(HandmadeRouter):
 
     def first_expert(self, x: Tensor) -> Tensor:
         """The nearest colour of each patch; a prefix token has the image's mean colour."""
+        images, tokens, _ = x.shape
+        patches = tokens - self.num_prefix_tokens
         colours = self._colours
-        if colours is None or x.shape[:2] != (
-            colours.shape[0],
-            colours.shape[1] + self.num_prefix_tokens,
-        ):
+        if colours is None or colours.shape[:2] != (images, patches):
             raise UserError(
                 "The router 'colour' needs the image of these tokens: use it in a converted timm ViT."
             )
         mean = colours.mean(1, keepdim=True).expand(-1, self.num_prefix_tokens, -1)
-        return torch.cdist(torch.cat([mean, colours], 1), self.centroids.float()).argmin(-1)
+        token_colours = torch.cat([mean, colours], 1)  # [B, N, 3]
+        return torch.cdist(token_colours, self.centroids.float()).argmin(-1)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle carries no images along."""
         return {**super().__getstate__(), "_colours": None}  # type: ignore[no-untyped-call]
 
 
-def _scrambled(number: Tensor) -> Tensor:
+def _scramble(number: Tensor) -> Tensor:
     """Integers that look random, the same for the same number (the 32-bit finalizer of MurmurHash3)."""
     bits = (number + 1) & _UINT32
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = ((bits ^ (bits >> shift)) * factor) & _UINT32
+    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & _UINT32
+    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & _UINT32
     return bits ^ (bits >> 16)

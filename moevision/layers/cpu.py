@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from moevision.errors import UserError
 
-MULTIPLE, SMALL_MULTIPLE = 32, 16
-"""What sizes of large and small groups are rounded up to in bfloat16: 6 % of additional rows at most, on average."""
+MULTIPLE = 32
+"""What sizes of large groups are rounded up to in bfloat16: 6 % of additional rows at most, on average."""
+
+SMALL_MULTIPLE = 16
+"""The same for small groups."""
 
 FEW = 1024
 """Rows up to which the number of calls counts more than what each of them does: those of a few images at most."""
@@ -72,12 +75,15 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def once(ctx: Any, *gradients: Tensor) -> Any:
         with torch.no_grad():
-            found = backward(ctx, *gradients)
+            results = backward(ctx, *gradients)
         if not torch.is_grad_enabled():
-            return found
-        used = (*gradients, *(x for x in ctx.saved_tensors if x is not None))
-        found = found if isinstance(found, tuple) else (found,)
-        return tuple(None if x is None else _Refuse.apply(x, *used) for x in found)  # type: ignore[no-untyped-call]
+            return results
+
+        inputs = [*gradients, *ctx.saved_tensors]
+        inputs = [x for x in inputs if x is not None]
+        if not isinstance(results, tuple):
+            results = (results,)
+        return tuple(None if x is None else _Refuse.apply(x, *inputs) for x in results)  # type: ignore[no-untyped-call]
 
     return once
 
@@ -86,8 +92,8 @@ class _Refuse(torch.autograd.Function):
     """A gradient that can be used, but not differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, found: Tensor, *used: Tensor) -> Tensor:
-        return found.view_as(found)
+    def forward(ctx: Any, gradient: Tensor, *_inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -112,55 +118,66 @@ def send_choices(
         [R, D] rows; int64: [E] rows of each expert, [R] the token that each row copies (padding: token 0), [T, K] the
         rows of each token.
     """
-    choices, top_k = expert.flatten(), expert.shape[1]  # [T·K]
-    if row_multiple is max_padding is None and 0 < len(choices) <= FEW and _rows_of_a_call(x):
-        # Places in a group are counted, not sorted: few calls count here, each runs code that isn't in the cache.
-        place = (
-            choices.new_zeros(len(choices), num_experts)
-            .scatter_(1, choices.unsqueeze(1), 1)
-            .cumsum(0)
-        )
-        sizes = _padded(place[-1].tolist(), x, None, None)
-        first, padded = torch.tensor(
-            [[-1, *(end - 1 for end in accumulate(sizes[:-1]))], sizes]
-        ).unbind()
-        row = (place + first).gather(1, choices.unsqueeze(1)).squeeze(1)
-        token = row.new_zeros(sum(sizes)).scatter_(0, row, torch.arange(len(row)) // top_k)  # [R]
+    choices = expert.flatten()  # [T·K]
+    by_rule = row_multiple is None and max_padding is None
+    if by_rule and 0 < len(choices) <= FEW and _rows_of_a_call(x):
+        token, row, counts = _count_choices(x, expert, num_experts)
     else:
-        # [T·K] the choices, expert after expert; [T·K] the row at which each stands then; [E] rows of each expert
-        choice, row, counts = sort_choices(choices, num_experts)
-        token = choice // top_k  # [T·K] who made each
+        order, row, counts = sort_choices(choices, num_experts)
+        token = order // expert.shape[1]  # [T·K] the token of each choice, expert after expert
+
         padded = padded_counts(counts, x, row_multiple, max_padding)
-        if (
-            padded is not counts
-        ):  # rows of padding copy token 0, and nothing reads what becomes of them
-            before = (padded - counts).cumsum(0) - (
-                padded - counts
-            )  # [E] padding in front of each group
-            row += before.index_select(0, choices)
-            token = token.new_zeros(int(padded.sum())).index_copy_(
-                0, row.index_select(0, choice), token
-            )  # [R]
+        if padded is not counts:
+            # Rows of padding copy token 0, and nothing reads what becomes of them.
+            padding = padded - counts  # [E]
+            padding_before = padding.cumsum(0) - padding  # [E] rows of padding before each group
+            row += padding_before.index_select(0, choices)
+            padded_token = token.new_zeros(int(padded.sum()))  # [R]
+            token = padded_token.index_copy_(0, row.index_select(0, order), token)
+            counts = padded
     position = row.view_as(expert)
-    return take_rows(x, token, position), padded, token, position
+    return take_rows(x, token, position), counts, token, position
+
+
+def _count_choices(x: Tensor, expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`send_choices` for few choices: positions in a group are counted, not sorted, which takes fewer calls.
+
+    Returns:
+        int64: [R] the token that each row copies, [T·K] the row of each choice, [E] rows of each expert.
+    """
+    choices = expert.flatten().unsqueeze(1)  # [T·K, 1]
+    chosen = choices.new_zeros(len(choices), num_experts).scatter_(1, choices, 1)
+    number = chosen.cumsum(0)  # [T·K, E] the choice's number in the group of each expert, from 1
+
+    sizes = _padded(number[-1].tolist(), x, None, None)
+    starts = accumulate(sizes[:-1], initial=0)
+    before_first, counts = torch.tensor([[start - 1 for start in starts], sizes]).unbind()
+
+    row = (number + before_first).gather(1, choices).squeeze(1)  # [T·K]
+    token_of_choice = torch.arange(len(row)) // expert.shape[1]
+    zeros = row.new_zeros(sum(sizes))  # [R]
+    token = zeros.scatter_(0, row, token_of_choice)
+    return token, row, counts
 
 
 def sort_choices(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort choices by their expert [R] int64, equal ones as they stand: their order, its inverse, and counts [E]."""
-    if _eager(expert) and len(expert) <= FEW:  # few calls count here
+    eager = _eager(expert)
+    if eager and len(expert) <= FEW:  # few calls count here
         order = expert.argsort(stable=True)
         return order, order.argsort(), torch.bincount(expert, minlength=num_experts)
-    if _eager(expert) and num_experts <= 256:
+
+    if eager and num_experts <= 256:
         # NumPy sorts single bytes by counting them: a tenth of the time of torch's comparisons.
         order = torch.from_numpy(np.argsort(expert.to(torch.uint8).numpy(), kind="stable"))
     else:
         order = expert.argsort(stable=True)
-    row = torch.empty_like(order).index_copy_(
-        0, order, torch.arange(order.numel(), device=order.device)
-    )
+    rank = torch.arange(order.numel(), device=order.device)
+    row = torch.empty_like(order).index_copy_(0, order, rank)
+
     # scatter_add has a static result shape: no host synchronisation, and it compiles, unlike bincount.
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
-    return order, row, counts.scatter_add(0, expert, torch.ones_like(expert))
+    zeros = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
+    return order, row, zeros.scatter_add(0, expert, torch.ones_like(expert))
 
 
 def padded_counts(
@@ -189,23 +206,35 @@ def _padded(
     sizes: list[int], x: Tensor, row_multiple: int | None, max_padding: float | None
 ) -> list[int]:
     """See `padded_counts`; `sizes` itself where nothing is padded."""
-    half, num_rows = x.dtype == torch.bfloat16, sum(sizes)
-    if row_multiple is max_padding is None and (spared := _rows_of_a_call(x)):
+    half = x.dtype == torch.bfloat16
+    num_rows = sum(sizes)
+    num_experts = len(sizes)
+
+    # Few rows without gradients: equal groups, if the added rows cost less than the calls that they spare.
+    rows_of_a_call = _rows_of_a_call(x) if row_multiple is None and max_padding is None else 0.0
+    if rows_of_a_call:
         longest = _rounded(max(sizes), 8 if half else 1)
-        if len(sizes) * longest - num_rows <= spared * (len(sizes) - sizes.count(0)):
-            return len(sizes) * [longest]
+        calls = num_experts - sizes.count(0)
+        if num_experts * longest - num_rows <= rows_of_a_call * calls:
+            return num_experts * [longest]
+
     if row_multiple is None:
-        row_multiple = (
-            1 if not half else MULTIPLE if num_rows >= 8 * MULTIPLE * len(sizes) else SMALL_MULTIPLE
-        )
+        row_multiple = _row_multiple(num_rows / num_experts) if half else 1
     if row_multiple == 1:
         return sizes
     lengths = [_rounded(count, row_multiple) for count in sizes]
+
+    # With a matrix unit: equal groups, if that adds few rows.
     if max_padding is None:
-        with_unit = 1.4 if num_rows < 1024 * len(lengths) else 1.25
-        max_padding = with_unit if half and has_matrix_unit() else 1.0
-    equal = len(lengths) * [max(lengths)]
+        max_padding = 1.0
+        if half and has_matrix_unit():
+            max_padding = 1.4 if num_rows < 1024 * num_experts else 1.25
+    equal = num_experts * [max(lengths)]
     return equal if sum(equal) <= max_padding * num_rows else lengths
+
+
+def _row_multiple(rows_per_expert: float) -> int:
+    return MULTIPLE if rows_per_expert >= 8 * MULTIPLE else SMALL_MULTIPLE
 
 
 def _rows_of_a_call(x: Tensor) -> float:
@@ -215,9 +244,11 @@ def _rows_of_a_call(x: Tensor) -> float:
     threads and too few to count on one. x is as wide as the rows, and experts are taken to be twice as wide.
     """
     threads = torch.get_num_threads()
-    if not _eager(x) or torch.is_grad_enabled() or (x.dtype != torch.bfloat16 and threads == 1):
+    half = x.dtype == torch.bfloat16
+    if not _eager(x) or torch.is_grad_enabled() or (threads == 1 and not half):
         return 0.0
-    return threads * (2.5e6 if x.dtype == torch.bfloat16 else 0.3e6) / (2 * x.shape[-1] ** 2)
+    multiply_adds = threads * (2.5e6 if half else 0.3e6)
+    return multiply_adds / (2 * x.shape[-1] ** 2)
 
 
 def _rounded(count: int, step: int) -> int:
@@ -241,9 +272,8 @@ def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def softmax_over_experts(logits: Tensor) -> Tensor:
     """Softmax of logits [B, N, E] over E; on a CPU across tokens, since E numbers don't fill a vector register."""
     eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    if logits.device.type != "cpu" or (
-        eager and logits.numel() <= FEW
-    ):  # for few tokens one call, not three
+    few = eager and logits.numel() <= FEW  # one call then, not three
+    if few or logits.device.type != "cpu":
         return logits.softmax(-1)
     return logits.mT.contiguous().softmax(-2).mT
 
@@ -314,19 +344,19 @@ class _SumRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         rows, weight, token, position = ctx.saved_tensors
         gradient = gradient.contiguous()
+        rows_of_tokens = position.flatten()  # [T·K]
+
         # Padding has weight 0, whatever token it copies.
-        of_row = weight.new_zeros(rows.shape[0]).index_copy_(
-            0, position.flatten(), weight.flatten()
-        )
-        of_rows = _sum(
-            gradient, token.unsqueeze(1), of_row.unsqueeze(1)
-        )  # [R, D], gathered and scaled at once
-        of_weight = None
+        zeros = weight.new_zeros(rows.shape[0])
+        row_weight = zeros.index_copy_(0, rows_of_tokens, weight.flatten())  # [R]
+        # Gathered and scaled at once.
+        rows_gradient = _sum(gradient, token.unsqueeze(1), row_weight.unsqueeze(1))  # [R, D]
+
+        weight_gradient = None
         if ctx.needs_input_grad[1]:
-            of_weight = (
-                (gradient.index_select(0, token) * rows).sum(-1).index_select(0, position.flatten())
-            )
-        return of_rows, None if of_weight is None else of_weight.view_as(weight), None, None
+            by_row = (gradient.index_select(0, token) * rows).sum(-1)  # [R]
+            weight_gradient = by_row.index_select(0, rows_of_tokens).view_as(weight)
+        return rows_gradient, weight_gradient, None, None
 
 
 # ---- the experts' loop
@@ -352,12 +382,12 @@ def looped_mlps(
     out, H] are of any dtype; they are computed with in that of the rows. Gradients can be taken once, not of gradients.
     """
     parameters = (weight1, bias1, weight2, bias2)
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (rows, *parameters)
-    ):
+    inputs = [x for x in (rows, *parameters) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         out: Tensor = _LoopedMlps.apply(rows, counts, act, *parameters)  # type: ignore[no-untyped-call]
         return out
-    return _linear(act(_linear(rows, counts, weight1, bias1)), counts, weight2, bias2)
+    hidden = act(_linear(rows, counts, weight1, bias1))
+    return _linear(hidden, counts, weight2, bias2)
 
 
 class _LoopedMlps(torch.autograd.Function):
@@ -365,13 +395,14 @@ class _LoopedMlps(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, counts: Sequence[int], act: nn.Module, *parameters: Tensor | None
     ) -> Tensor:
-        weight1, bias1, weight2, bias2 = (
-            None if x is None else x.to(rows.dtype) for x in parameters
-        )
+        ctx.counts = counts
+        ctx.act = act
+        ctx.dtypes = [None if x is None else x.dtype for x in parameters]
+
+        same_dtype = [None if x is None else x.to(rows.dtype) for x in parameters]
+        weight1, bias1, weight2, bias2 = same_dtype
         hidden = _linear(rows, counts, weight1, bias1)
         active = act(hidden)
-        ctx.counts, ctx.act = counts, act
-        ctx.dtypes = [None if x is None else x.dtype for x in parameters]
         ctx.save_for_backward(rows, hidden, active, weight1, weight2)
         return _linear(active, counts, weight2, bias2)
 
@@ -379,17 +410,27 @@ class _LoopedMlps(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, hidden, active, weight1, weight2 = ctx.saved_tensors
-        counts, gradient, needed = ctx.counts, gradient.contiguous(), ctx.needs_input_grad[3:]
-        of_hidden = _activation_gradient(ctx.act, hidden, _product(gradient, counts, weight2))
-        return (
-            _product(of_hidden, counts, weight1) if ctx.needs_input_grad[0] else None,
-            None,
-            None,
-            _weight_gradient(of_hidden, rows, counts, ctx.dtypes[0]) if needed[0] else None,
-            _bias_gradient(of_hidden, counts, ctx.dtypes[1]) if needed[1] else None,
-            _weight_gradient(gradient, active, counts, ctx.dtypes[2]) if needed[2] else None,
-            _bias_gradient(gradient, counts, ctx.dtypes[3]) if needed[3] else None,
+        counts = ctx.counts
+        needs_rows, _, _, needs_weight1, needs_bias1, needs_weight2, needs_bias2 = (
+            ctx.needs_input_grad
         )
+        dtype1, bias_dtype1, dtype2, bias_dtype2 = ctx.dtypes
+        grads: list[Tensor | None] = [None] * 7  # of each argument of `forward`
+
+        out_grad = gradient.contiguous()  # [R, out]
+        # One expression: the gradient of `active` [R, H] is freed at once.
+        hidden_grad = _activation_gradient(ctx.act, hidden, _product(out_grad, counts, weight2))
+        if needs_rows:
+            grads[0] = _product(hidden_grad, counts, weight1)
+        if needs_weight1:
+            grads[3] = _weight_gradient(hidden_grad, rows, counts, dtype1)
+        if needs_bias1:
+            grads[4] = _bias_gradient(hidden_grad, counts, bias_dtype1)
+        if needs_weight2:
+            grads[5] = _weight_gradient(out_grad, active, counts, dtype2)
+        if needs_bias2:
+            grads[6] = _bias_gradient(out_grad, counts, bias_dtype2)
+        return tuple(grads)
 
 
 def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tensor:
@@ -397,23 +438,28 @@ def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tens
     dtype = rows.dtype
     if bias is None:
         return _product(rows, counts, weight.to(dtype).mT)
-    out = rows.new_empty(
-        rows.shape[0], weight.shape[1]
-    )  # no view of a product: FSDP2 warns of outputs that are views
+
+    # No view of a product: FSDP2 warns of outputs that are views.
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
     if _equal(counts):
-        bias, weight = bias.to(dtype).unsqueeze(1), weight.to(dtype).mT
+        bias = bias.to(dtype).unsqueeze(1)  # [E, 1, O]
+        weight = weight.to(dtype).mT  # [E, I, O]
         torch.baddbmm(bias, _batched(rows, counts), weight, out=_batched(out, counts))
         return out
+
     if 0 not in counts:  # with few rows many experts have none, whose weights needn't be cast
-        bias, weight = bias.to(dtype), weight.to(dtype)
-    groups = zip(
-        bias.unbind(), rows.split(counts), weight.mT.unbind(), out.split(counts), strict=True
-    )
-    for one_bias, group, one_weight, place in groups:
-        if len(group):
-            if one_weight.dtype is not dtype:
-                one_bias, one_weight = one_bias.to(dtype), one_weight.to(dtype)
-            torch.addmm(one_bias, group, one_weight, out=place)
+        bias = bias.to(dtype)
+        weight = weight.to(dtype)
+    groups_in = rows.split(counts)
+    groups_out = out.split(counts)
+    parts = zip(groups_in, weight.mT.unbind(), bias.unbind(), groups_out, strict=True)
+    for group, expert_weight, expert_bias, group_out in parts:
+        if not len(group):
+            continue
+        if expert_weight.dtype is not dtype:
+            expert_weight = expert_weight.to(dtype)
+            expert_bias = expert_bias.to(dtype)
+        torch.addmm(expert_bias, group, expert_weight, out=group_out)
     return out
 
 
@@ -425,47 +471,50 @@ def _product(rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
     if _equal(counts):
         torch.bmm(_batched(rows, counts), weight, out=_batched(out, counts))
         return out
-    for group, one, place in zip(
-        rows.split(counts), weight.unbind(), out.split(counts), strict=True
-    ):
-        torch.mm(group, one, out=place)
+    groups_in = rows.split(counts)
+    groups_out = out.split(counts)
+    parts = zip(groups_in, weight.unbind(), groups_out, strict=True)
+    for group, expert_weight, group_out in parts:
+        torch.mm(group, expert_weight, out=group_out)
     return out
 
 
 def _weight_gradient(
-    of_out: Tensor, rows: Tensor, counts: Sequence[int], dtype: torch.dtype
+    out_grad: Tensor, rows: Tensor, counts: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """of_out_eᵀ · rows_e: [E, O, I]."""
+    """out_grad_eᵀ · rows_e: [E, O, I]."""
     if _equal(counts):
-        return torch.bmm(_batched(of_out, counts).mT, _batched(rows, counts)).to(dtype)
-    if _fits_grouped_mm(of_out, rows):
-        return F.grouped_mm(of_out.t(), rows, offs=_ends(counts)).to(dtype)
-    pairs = zip(of_out.split(counts), rows.split(counts), strict=True)
-    return torch.stack([out.t() @ group for out, group in pairs]).to(dtype)
+        return torch.bmm(_batched(out_grad, counts).mT, _batched(rows, counts)).to(dtype)
+    if _fits_grouped_mm(out_grad, rows):
+        return F.grouped_mm(out_grad.t(), rows, offs=_ends(counts)).to(dtype)
+    pairs = zip(out_grad.split(counts), rows.split(counts), strict=True)
+    return torch.stack([grad.t() @ group for grad, group in pairs]).to(dtype)
 
 
 def _fits_grouped_mm(*matrices: Tensor) -> bool:
     """Whether `grouped_mm` takes them and loops in C++, on a CPU; a GPU's loop would ask the device for the counts."""
-    return all(
-        x.is_cpu
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x.data_ptr() % _ALIGNMENT == 0
-        and all(stride == 1 or stride * x.itemsize % _ALIGNMENT == 0 for stride in x.stride())
-        for x in matrices
-    )
+    for x in matrices:
+        if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return False
+        if x.data_ptr() % _ALIGNMENT:
+            return False
+        if any(stride != 1 and stride * x.itemsize % _ALIGNMENT for stride in x.stride()):
+            return False
+    return True
 
 
 def _ends(counts: Sequence[int]) -> Tensor:
     return torch.tensor(list(accumulate(counts)), dtype=torch.int32)
 
 
-def _bias_gradient(of_out: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _bias_gradient(out_grad: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Sum of each group: [E, O]."""
-    if of_out.is_cpu:
-        # One bag of rows for each expert: a third of the time of one sum after the other, and added up in float32.
-        every, first = torch.arange(of_out.shape[0]), torch.tensor([0, *accumulate(counts[:-1])])
-        return F.embedding_bag(every, of_out, first, mode="sum").to(dtype)
-    return torch.stack([group.sum(0) for group in of_out.split(counts)]).to(dtype)
+    if not out_grad.is_cpu:
+        return torch.stack([group.sum(0) for group in out_grad.split(counts)]).to(dtype)
+    # One bag of rows for each expert: a third of the time of one sum after the other, and added up in float32.
+    rows = torch.arange(out_grad.shape[0])
+    starts = torch.tensor([0, *accumulate(counts[:-1])])
+    return F.embedding_bag(rows, out_grad, starts, mode="sum").to(dtype)
 
 
 def _equal(counts: Sequence[int]) -> bool:
@@ -476,13 +525,12 @@ def _batched(rows: Tensor, counts: Sequence[int]) -> Tensor:
     return rows.view(len(counts), counts[0], rows.shape[1])
 
 
-def _activation_gradient(act: nn.Module, hidden: Tensor, of_active: Tensor) -> Tensor:
+def _activation_gradient(act: nn.Module, hidden: Tensor, active_grad: Tensor) -> Tensor:
     if isinstance(act, nn.GELU):
-        # Not into the memory of `of_active`, though nobody else reads that: it would take 1.2 to 1.4 times as long.
-        of_hidden: Tensor = torch.ops.aten.gelu_backward(
-            of_active, hidden, approximate=act.approximate
-        )
-        return of_hidden
+        # Not into the memory of `active_grad`, though nobody else reads that: it would take 1.2 to 1.4 times as long.
+        gelu_backward = torch.ops.aten.gelu_backward
+        hidden_grad: Tensor = gelu_backward(active_grad, hidden, approximate=act.approximate)
+        return hidden_grad
     with torch.enable_grad():
         hidden = hidden.detach().requires_grad_()
-        return torch.autograd.grad(act(hidden), hidden, of_active)[0]
+        return torch.autograd.grad(act(hidden), hidden, active_grad)[0]

@@ -24,13 +24,8 @@ from moevision.errors import UserError
 from moevision.layers.cpu import looped_mlps
 
 Backend = Literal["auto", "loop", "grouped", "dense"]
-_PLAIN_ACTIVATIONS = (
-    nn.GELU,
-    nn.ReLU,
-    nn.SiLU,
-    nn.Tanh,
-    nn.Sigmoid,
-)  # elementwise, without parameters or randomness
+# Elementwise, without parameters or randomness.
+_PLAIN_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 
 
 def local(x: Tensor) -> Tensor:
@@ -56,19 +51,16 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_experts, self.in_features, self.out_features = (
-            num_experts,
-            in_features,
-            out_features,
-        )
-        self.weight = nn.Parameter(
-            torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
-        )
-        self.bias = (
-            nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype))
-            if bias
-            else None
-        )
+        self.num_experts = num_experts
+        self.in_features = in_features
+        self.out_features = out_features
+
+        weight = torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            zeros = torch.zeros(num_experts, out_features, device=device, dtype=dtype)
+            self.bias = nn.Parameter(zeros)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,7 +75,8 @@ class PackedLinear(nn.Module):
         Every backend reads them here and nowhere else: products never see a sharded tensor. E' is E unless experts
         are spread over processes (`moevision.train.parallel.layout`).
         """
-        weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
+        weight = local(self.weight)
+        bias = None if self.bias is None else local(self.bias)
         if dtype is None:
             return weight, bias
         return weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -115,16 +108,16 @@ class Experts(nn.Module):
             raise UserError(
                 f"There is no expert backend {backend!r}; choose one of {', '.join(get_args(Backend))}."
             )
-        self.num_experts, self.backend = num_experts, backend
+        self.num_experts = num_experts
+        self.backend = backend
         self._widths = (in_features, hidden_features, out_features)
         self.fc1 = PackedLinear(
             num_experts, in_features, hidden_features, bias=bias[0], device=device, dtype=dtype
         )
         self.act = act_layer()
         # A subclass may do anything, and an in-place one overwrites what the backward pass needs.
-        self._act_is_plain = type(self.act) in _PLAIN_ACTIVATIONS and not getattr(
-            self.act, "inplace", False
-        )
+        inplace = getattr(self.act, "inplace", False)
+        self._act_is_plain = type(self.act) in _PLAIN_ACTIVATIONS and not inplace
         self.drop = nn.Dropout(drop)
         self.fc2 = PackedLinear(
             num_experts, hidden_features, out_features, bias=bias[1], device=device, dtype=dtype
@@ -135,54 +128,48 @@ class Experts(nn.Module):
 
         `counts` [E'] int64 has the length of each group, one for each expert in this process; any may be zero.
         """
-        return (
-            self._grouped(rows, counts)
-            if self._use_grouped(rows)
-            else self._loop(rows, counts.tolist())
-        )
+        if self._use_grouped(rows):
+            return self._grouped(rows, counts)
+        return self._loop(rows, counts.tolist())
 
     def _loop(self, rows: Tensor, counts: list[int]) -> Tensor:
         dropping = self.training and self.drop.p > 0
         if self._act_is_plain and not dropping and not torch.compiler.is_compiling():
-            return looped_mlps(
-                rows, counts, self.act, *self.fc1.local_weights(), *self.fc2.local_weights()
-            )
-        (w1, b1), (w2, b2) = (
-            _each(*self.fc1.local_weights(rows.dtype)),
-            _each(*self.fc2.local_weights(rows.dtype)),
-        )
-        return torch.cat(
-            [
-                F.linear(
-                    self.drop(self.act(F.linear(group, w1[e], b1[e]))), w2[e], b2[e]
-                )  # [rows of e, out]
-                for e, group in enumerate(rows.split(counts))
-            ]
-        )
+            w1, b1 = self.fc1.local_weights()
+            w2, b2 = self.fc2.local_weights()
+            return looped_mlps(rows, counts, self.act, w1, b1, w2, b2)
+
+        w1_each, b1_each = _unbind(*self.fc1.local_weights(rows.dtype))
+        w2_each, b2_each = _unbind(*self.fc2.local_weights(rows.dtype))
+        outputs = []
+        for expert, group in enumerate(rows.split(counts)):
+            hidden = self.act(F.linear(group, w1_each[expert], b1_each[expert]))
+            outputs.append(F.linear(self.drop(hidden), w2_each[expert], b2_each[expert]))
+        return torch.cat(outputs)
 
     def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        hidden = self.drop(
-            self.act(_grouped_linear(rows, counts, *self.fc1.local_weights(rows.dtype)))
-        )  # [R, H]
-        return _grouped_linear(hidden, counts, *self.fc2.local_weights(hidden.dtype))
+        w1, b1 = self.fc1.local_weights(rows.dtype)
+        hidden = self.act(_grouped_linear(rows, counts, w1, b1))  # [R, H]
+        hidden = self.drop(hidden)
+        w2, b2 = self.fc2.local_weights(hidden.dtype)
+        return _grouped_linear(hidden, counts, w2, b2)
 
     def on_all_tokens(self, x: Tensor) -> Tensor:
         """Every expert on every token: x [T, D] -> [T, E, out_features] (the dense backend)."""
         x = x.to(self.compute_dtype(x))
-        (w1, b1), (w2, b2) = self.fc1.local_weights(x.dtype), self.fc2.local_weights(x.dtype)
-        hidden = self.drop(self.act(_plus(torch.einsum("td,ehd->teh", x, w1), b1, 0)))  # [T, E, H]
-        return _plus(torch.einsum("teh,eoh->teo", hidden, w2), b2, 0)
+        w1, b1 = self.fc1.local_weights(x.dtype)
+        w2, b2 = self.fc2.local_weights(x.dtype)
+        hidden = self.act(_add_bias(torch.einsum("td,ehd->teh", x, w1), b1, 0))  # [T, E, H]
+        hidden = self.drop(hidden)
+        return _add_bias(torch.einsum("teh,eoh->teo", hidden, w2), b2, 0)
 
     def on_slots(self, slots: Tensor) -> Tensor:
         """Every expert on its own, equally many rows: slots [E, P, D] -> [E, P, out_features] (dense Soft MoE)."""
-        (w1, b1), (w2, b2) = (
-            self.fc1.local_weights(slots.dtype),
-            self.fc2.local_weights(slots.dtype),
-        )
-        hidden = self.drop(
-            self.act(_plus(torch.einsum("epd,ehd->eph", slots, w1), b1, 1))
-        )  # [E, P, H]
-        return _plus(torch.einsum("eph,eoh->epo", hidden, w2), b2, 1)
+        w1, b1 = self.fc1.local_weights(slots.dtype)
+        w2, b2 = self.fc2.local_weights(slots.dtype)
+        hidden = self.act(_add_bias(torch.einsum("epd,ehd->eph", slots, w1), b1, 1))  # [E, P, H]
+        hidden = self.drop(hidden)
+        return _add_bias(torch.einsum("eph,eoh->epo", hidden, w2), b2, 1)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which the experts work: autocast's if it is on, else that of their weights."""
@@ -206,18 +193,21 @@ class Experts(nn.Module):
         # synchronisations. Compiled code has no data-dependent split, and grouped_mm compiles in bf16 only.
         if rows.dtype != torch.bfloat16 or not fits:
             return False
-        compiling = torch.compiler.is_compiling()
-        return compiling or (
-            rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
-        )
+        if torch.compiler.is_compiling():
+            return True
+        return rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
 
 
-def _each(weight: Tensor, bias: Tensor | None) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+def _unbind(
+    weight: Tensor, bias: Tensor | None
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """Weights and biases, expert by expert.
 
     Unbound once: indexing `weight[e]` would write a full-size zero gradient for every expert, O(E²) work.
     """
-    return weight.unbind(), len(weight) * [None] if bias is None else bias.unbind()
+    if bias is None:
+        return weight.unbind(), len(weight) * [None]
+    return weight.unbind(), bias.unbind()
 
 
 def _grouped_linear(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -231,6 +221,6 @@ def _grouped_linear(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor |
     return out + wide.repeat_interleave(counts, dim=0, output_size=rows.shape[0]).to(out.dtype)
 
 
-def _plus(out: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+def _add_bias(out: Tensor, bias: Tensor | None, dim: int) -> Tensor:
     """Add biases [E, width]; `dim` is where `out` has one dimension more."""
     return out if bias is None else out + bias.unsqueeze(dim)

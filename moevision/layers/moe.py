@@ -4,14 +4,13 @@
 that knows where experts live; here all are local, and `moevision.train.parallel.layout` has the one whose experts
 are spread over processes.
 
-Axes: B images, N tokens of an image, T = B·N tokens, D width, E experts, K choices, R rows (T·K of token choice),
-C tokens that an expert takes of an image (expert choice), P slots of an expert (Soft MoE).
+Axes: B images, N tokens of an image, T = B·N tokens, D width, E experts, K choices, R rows (T·K of token
+choice), `out` the width of the output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,27 +18,14 @@ from torch import Tensor, nn
 
 from moevision.config import RouterOptions
 from moevision.errors import UserError
-from moevision.layers.cpu import refuse_transforms, send_choices, sum_rows
+from moevision.layers.cpu import refuse_transforms
 from moevision.layers.experts import Backend, Experts
 from moevision.layers.routers import build_router
-from moevision.layers.routers_soft import ExpertChoiceRouting, SoftRouting
-from moevision.layers.routing import Recordable, Routing, routed_unit
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """Rows ready for the experts, and the way back."""
-
-    rows: Tensor  # [R, D] copies of tokens (or slots), sorted by expert; R = T·K plus padding, B·E·C or B·E·P
-    counts: Tensor  # [E] int64, rows of each expert, padding included; they sum to R
-    # [R] int64, the token that each row is a copy of (padding: token 0); None for slots, which mix tokens
-    token: Tensor | None = None
-    # [T, K] int64, the rows of each token, where every token has K of them (token choice); else None
-    position: Tensor | None = None
+from moevision.layers.routing import Dispatched, Recordable, Routing, routed_unit
 
 
 class LocalDispatcher:
-    """Dispatch to experts in this process.
+    """Dispatch to experts in this process; how tokens become rows is the routing's own (`Routing.dispatch`).
 
     A choice that the router did not keep is computed and given weight 0, so that shapes stay static.
 
@@ -49,30 +35,12 @@ class LocalDispatcher:
     """
 
     def __init__(self, row_multiple: int | None = None, max_padding: float | None = None) -> None:
-        self.row_multiple, self.max_padding = row_multiple, max_padding
+        self.row_multiple = row_multiple
+        self.max_padding = max_padding
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         """Bring the tokens x [T, D] of a batch into rows sorted by expert."""
-        if isinstance(routing, SoftRouting):  # slot inputs, expert after expert
-            weight = routing.dispatch_weight.to(x.dtype)  # [B, N, E, P]
-            slots = torch.einsum("bnd,bnep->ebpd", x.view(*weight.shape[:2], x.shape[-1]), weight)
-            return Dispatched(slots.flatten(0, 2), routing.counts())
-        if isinstance(routing, ExpertChoiceRouting):  # every expert's tokens, image after image
-            images, tokens = routing.logits.shape[:2]
-            first = (
-                torch.arange(images, device=x.device).view(-1, 1, 1) * tokens
-            )  # [B, 1, 1] each image's first token
-            token = _by_expert(routing.token_index + first)  # [R]
-            counts = torch.full(
-                (routing.num_experts,), token.numel() // routing.num_experts, device=x.device
-            )
-            return Dispatched(x.index_select(0, token), counts, token)
-        expert = routing.expert_index.flatten(
-            0, 1
-        )  # [T, K]: each token is copied once for every expert that it chose
-        return Dispatched(
-            *send_choices(x, expert, routing.num_experts, self.row_multiple, self.max_padding)
-        )
+        return routing.dispatch(x, self.row_multiple, self.max_padding)
 
     def receive(self, sent: Dispatched) -> tuple[Tensor, Tensor]:
         """Rows [R, D] for the experts of this process and the length of each group [E]: those that were sent."""
@@ -80,27 +48,7 @@ class LocalDispatcher:
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of the experts' rows [R, D], in the rows' dtype."""
-        if isinstance(routing, SoftRouting):
-            images, _, num_experts, slots = routing.slot_weight.shape
-            by_expert = rows.view(num_experts, images, slots, rows.shape[-1])
-            return torch.einsum(
-                "bnep,ebpd->bnd", routing.slot_weight.to(rows.dtype), by_expert
-            ).flatten(0, 1)
-        assert dispatched.token is not None  # only slots have no single token
-        if isinstance(routing, ExpertChoiceRouting):
-            weight = _by_expert(routing.token_weight).to(rows.dtype).unsqueeze(-1)  # [R, 1]
-            tokens = rows.new_zeros(
-                routing.logits.shape[0] * routing.logits.shape[1], rows.shape[-1]
-            )  # [T, D]
-            return tokens.index_add(0, dispatched.token, rows * weight)
-        assert dispatched.position is not None
-        weight = (routing.combine_weight * routing.kept).flatten(0, 1)  # [T, K]
-        return sum_rows(rows, weight, dispatched.token, dispatched.position)
-
-
-def _by_expert(x: Tensor) -> Tensor:
-    """[B, E, C] -> [E·B·C], sorted by expert."""
-    return x.transpose(0, 1).flatten()
+        return routing.combine(rows, dispatched)
 
 
 class MoEMlp(Recordable):
@@ -165,11 +113,12 @@ class MoEMlp(Recordable):
             raise UserError(
                 "MoEMlp has no norm_layer and no use_conv: keep this block dense, or leave them out."
             )
-        drops = drop if isinstance(drop, tuple) else (drop, drop)
-        hidden = hidden_features or in_features
-        sizes = (in_features, hidden, out_features or in_features)
+        hidden_features = hidden_features or in_features
+        out_features = out_features or in_features
         biases = bias if isinstance(bias, tuple) else (bias, bias)
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        drop_inside, drop_after = drop if isinstance(drop, tuple) else (drop, drop)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+
         self.router_name = router
         self.router = build_router(
             router,
@@ -177,33 +126,37 @@ class MoEMlp(Recordable):
             num_experts,
             top_k,
             options=RouterOptions(**router_options),
-            **place,
+            **factory,
         )
+
         self.dispatcher = LocalDispatcher()
+
         self.experts = Experts(
             num_experts,
-            *sizes,
+            in_features,
+            hidden_features,
+            out_features,
             act_layer=act_layer,
             bias=biases,
-            drop=drops[0] if expert_drop is None else expert_drop,
+            drop=drop_inside if expert_drop is None else expert_drop,
             backend=backend,
-            **place,
+            **factory,
         )
-        self.shared = (
-            SharedExperts(
+
+        self.num_shared_experts = num_shared_experts
+        self.shared: SharedExperts | None = None
+        if num_shared_experts:
+            self.shared = SharedExperts(
                 in_features,
-                num_shared_experts * hidden,
-                sizes[2],
+                num_shared_experts * hidden_features,
+                out_features,
                 act_layer,
                 biases,
-                drops[0],
-                **place,
+                drop_inside,
+                **factory,
             )
-            if num_shared_experts
-            else None
-        )
-        self.num_shared_experts = num_shared_experts
-        self.drop = nn.Dropout(drops[1])
+
+        self.drop = nn.Dropout(drop_after)
 
     @property
     def fc2(self) -> nn.Module:
@@ -215,40 +168,39 @@ class MoEMlp(Recordable):
 
         A 2-D x is one image's tokens.
         """
+        # Route: which experts compute each token, and with which weight.
         tokens = x.unsqueeze(0) if x.ndim == 2 else x.flatten(1, -2)  # [B, N, D]
         routing = self.decide(self.router(tokens))
-        flat = tokens.flatten(0, 1)  # [T, D]
+        tokens = tokens.flatten(0, 1)  # [T, D]
+
         if self.experts.backend == "dense":
-            shared, mixed = self._share(flat), self._mix_densely(flat, routing)
+            shared = self._shared_output(tokens)  # [T, out]
+            mixed = routing.mix_densely(tokens, self.experts)  # [T, out]
         else:
             refuse_transforms()
-            # Cast before the copy: the rows are then half as large under bf16 autocast.
-            sent = self.dispatcher.dispatch(flat.to(self.experts.compute_dtype(flat)), routing)
-            shared = self._share(
-                flat
-            )  # here, so that rows travel meanwhile if experts are on other processes
-            rows = self.experts(*self.dispatcher.receive(sent))  # [R, out]
-            mixed = self.dispatcher.combine(rows, sent, routing)  # [T, out]
+
+            # Dispatch: rows sorted by expert. Cast before they are copied, since under bf16 autocast that halves them.
+            dtype = self.experts.compute_dtype(tokens)
+            dispatched = self.dispatcher.dispatch(tokens.to(dtype), routing)
+
+            # Shared experts: while they compute, rows travel to experts on other processes.
+            shared = self._shared_output(tokens)  # [T, out]
+
+            # Experts: each one on its group of rows.
+            rows, counts = self.dispatcher.receive(dispatched)  # [R, D], [E]
+            rows = self.experts(rows, counts)  # [R, out]
+
+            # Combine: the weighted sum of the rows of each token.
+            mixed = self.dispatcher.combine(rows, dispatched, routing)  # [T, out]
+
         if shared is not None:
             mixed = mixed + shared
         out: Tensor = self.drop(mixed.view(*x.shape[:-1], mixed.shape[-1]))
         return out
 
-    def _share(self, x: Tensor) -> Tensor | None:
-        """What the experts that every token passes make of x [T, D]; None without them."""
+    def _shared_output(self, x: Tensor) -> Tensor | None:
+        """The output [T, out_features] of the shared experts for x [T, D]; None without them."""
         return None if self.shared is None else self.shared(x)
-
-    def _mix_densely(self, x: Tensor, routing: Routing) -> Tensor:
-        """Every expert on every token x [T, D]; in Soft MoE, whose experts see slots and never tokens, on its slots."""
-        if isinstance(routing, SoftRouting):
-            sent = self.dispatcher.dispatch(x.to(self.experts.compute_dtype(x)), routing)
-            slots = sent.rows.view(routing.num_experts, -1, x.shape[-1])  # [E, B·P, D]
-            return self.dispatcher.combine(
-                self.experts.on_slots(slots).flatten(0, 1), sent, routing
-            )
-        outputs = self.experts.on_all_tokens(x)  # [T, E, out]
-        weights = routing.expert_weights().flatten(0, 1)  # [T, E]
-        return (outputs * weights.unsqueeze(-1)).sum(1).to(outputs.dtype)
 
 
 class SharedExperts(nn.Module):
@@ -318,16 +270,19 @@ def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
 
 def describe_moe(layers: Sequence[MoEMlp]) -> str:
     """What is mixed where, in words: "8 experts, 2 per token by vmoe_top_k, in blocks 1, 3"; "per image" by image."""
-
-    def each(values: list[Any]) -> str:
-        words = [str(value) for value in values]
-        return words[0] if len(set(words)) == 1 else ", ".join(words[:-1]) + f" and {words[-1]}"
-
-    experts = each([layer.router.num_experts for layer in layers])
-    choices = each([layer.router.top_k for layer in layers])
-    routers = each([layer.router_name for layer in layers])
+    experts = _enumerate([layer.router.num_experts for layer in layers])
+    choices = _enumerate([layer.router.top_k for layer in layers])
+    unit = _enumerate([routed_unit(layer.router) for layer in layers])
+    routers = _enumerate([layer.router_name for layer in layers])
     shared = max(layer.num_shared_experts for layer in layers)
-    extra = f" plus {shared} shared" if shared else ""
+    plus_shared = f" plus {shared} shared" if shared else ""
     blocks = ", ".join(str(layer.layer_index) for layer in layers)
-    unit = each([routed_unit(layer.router) for layer in layers])
-    return f"{experts} experts, {choices} per {unit}{extra} by {routers}, in blocks {blocks}"
+    return f"{experts} experts, {choices} per {unit}{plus_shared} by {routers}, in blocks {blocks}"
+
+
+def _enumerate(values: Sequence[object]) -> str:
+    """One value if all layers have the same; else "8, 8 and 4"."""
+    texts = [str(value) for value in values]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return ", ".join(texts[:-1]) + f" and {texts[-1]}"

@@ -36,13 +36,14 @@ class NoisyTopKRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Choice:
         """Choose K experts for each token of x [T, D]; noise in training only."""
-        logits = noisy = F.linear(x, self.weight)  # [T, E]
+        logits = F.linear(x, self.weight)  # [T, E]
+        noisy = logits
         std = None
         if self.training:
-            std = F.softplus(
-                F.linear(x, self.noise_weight)
-            )  # [T, E] learned for each token and expert
+            # Learned for each token and expert.
+            std = F.softplus(F.linear(x, self.noise_weight))  # [T, E]
             noisy = logits + torch.randn_like(logits) * std
+
         best, expert = noisy.topk(self.top_k, dim=-1)  # [T, K]
         gate = best.softmax(-1)
         if self.top_k == 1:  # constant 1, no gradient: take the probability among all experts
@@ -55,7 +56,8 @@ class Expert(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map rows [R, D] -> [R, D]."""
@@ -77,9 +79,8 @@ class ReferenceMoE(nn.Module):
         choice: Choice = self.router(tokens)
         y = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
-            token, rank = (choice.expert == number).nonzero(
-                as_tuple=True
-            )  # who chose it, as which choice
+            # Which tokens chose it, and as which of their choices.
+            token, rank = torch.where(choice.expert == number)  # [R] each
             gate = choice.gate[token, rank].unsqueeze(-1)  # [R, 1]
             y = y.index_add(0, token, gate * expert(tokens[token]))
         return y.view_as(x), choice
@@ -98,11 +99,16 @@ def load_loss(choice: Choice) -> Tensor:
     An expert's chance: its own noise drawn again lifts it above the K-th best of the *other* experts.
     """
     assert choice.noise_std is not None
-    noisy, top_k = choice.noisy_logits, choice.expert.shape[-1]
-    others = [torch.cat([noisy[:, :e], noisy[:, e + 1 :]], dim=-1) for e in range(noisy.shape[-1])]
-    threshold = torch.stack(
-        [other.topk(top_k, dim=-1).values[:, -1] for other in others], dim=-1
-    )  # [T, E]
+    noisy = choice.noisy_logits  # [T, E]
+    top_k = choice.expert.shape[-1]
+
+    thresholds = []
+    for expert in range(noisy.shape[-1]):
+        others = torch.cat([noisy[:, :expert], noisy[:, expert + 1 :]], dim=-1)  # [T, E - 1]
+        best = others.topk(top_k, dim=-1).values  # [T, K]
+        thresholds.append(best[:, -1])
+    threshold = torch.stack(thresholds, dim=-1)  # [T, E]
+
     chance: Tensor = torch.special.ndtr((choice.logits - threshold) / choice.noise_std)  # [T, E]
     load = chance.sum(0)  # [E]
     return load.var(correction=0) / load.mean() ** 2

@@ -72,7 +72,7 @@ class TopKRouter(Router):
     balance losses where the user gives none.
     """
 
-    words = by_softmax
+    explain = by_softmax
     noise_weight: nn.Parameter | None
 
     def __init__(
@@ -90,9 +90,13 @@ class TopKRouter(Router):
     ) -> None:
         super().__init__()
         check_top_k(top_k, num_experts)
-        self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
-        self.noise, self.softmax_over, self.options = options.noise or noise, softmax_over, options
-        self._default_losses = dict(default_losses or {})
+        self.dim = dim
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.noise = options.noise or noise
+        self.softmax_over = softmax_over
+        self.options = options
+        self._default_losses = default_losses or {}
         self.noise_weight = None
         self.make_parameters(device, dtype)
         self.reset_parameters()
@@ -139,52 +143,73 @@ class TopKRouter(Router):
     @property
     def losses(self) -> frozenset[str]:
         """As for every router; the load loss needs Gaussian noise."""
-        names = {"importance", "load_balancing", "z"}
-        return frozenset(names | {"load"} if self.noise in ("learned", "fixed") else names)
+        if self.noise in ("learned", "fixed"):
+            return frozenset({"importance", "load", "load_balancing", "z"})
+        return frozenset({"importance", "load_balancing", "z"})
 
     @property
     def default_losses(self) -> dict[str, float]:
         """Those of the constructor that it can supply."""
-        return {
-            name: weight for name, weight in self._default_losses.items() if name in self.losses
-        }
+        weights = self._default_losses
+        return {name: weight for name, weight in weights.items() if name in self.losses}
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [B, N, D]."""
+        by_image = self.options.route_by == "image"
         with full_precision(x):
-            if self.options.route_by == "image":
-                return self.choose(*self.scores(mean_token(x))).for_tokens(x.shape[1])
-            return self.choose(*self.scores(at_least_float32(x)))
+            units = mean_token(x) if by_image else at_least_float32(x)
+            logits, noise_std = self.scores(units)
+            routing = self.choose(logits, noise_std)
+        return routing.for_tokens(x.shape[1]) if by_image else routing
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Clean logits [B, N, E] of tokens [B, N, D], and the standard deviation of their Gaussian noise if any."""
-        weight, noise = self.weight.to(x.dtype), self.noise if self.training else "none"
-        if noise == "learned" and self.noise_weight is not None:
+        weight = self.weight.to(x.dtype)
+        learned = self.training and self.noise == "learned"
+        if learned and self.noise_weight is not None:
             # One matrix product for both maps: x is read once.
-            both = F.linear(x, torch.cat([weight, self.noise_weight.to(x.dtype)]))  # [B, N, 2·E]
+            noise_weight = self.noise_weight.to(x.dtype)
+            both = F.linear(x, torch.cat([weight, noise_weight]))  # [B, N, 2·E]
             logits, raw_std = both.split(self.num_experts, dim=-1)
             return logits, F.softplus(raw_std)
-        logits = F.linear(jittered(x) if noise == "jitter" else x, weight)
-        return logits, fixed_std(logits) if noise == "fixed" else None
+
+        logits = F.linear(self.add_jitter(x), weight)
+        return logits, self.fixed_std(logits)
+
+    def add_jitter(self, x: Tensor) -> Tensor:
+        """Tokens times U(0.99, 1.01), a noise of the input without clean logits: where it is on."""
+        if not (self.training and self.noise == "jitter"):
+            return x
+        return x * torch.empty_like(x).uniform_(1 - JITTER, 1 + JITTER)
+
+    def fixed_std(self, logits: Tensor) -> Tensor | None:
+        """[1, 1, 1]: σ = 1/E, the same for all logits [B, N, E], where that noise is on; else None."""
+        if not (self.training and self.noise == "fixed"):
+            return None
+        return logits.new_full((1, 1, 1), 1 / logits.shape[-1])
 
     def choose(self, logits: Tensor, noise_std: Tensor | None) -> Routing:
         """The K best of the noisy logits [B, N, E], with gates by softmax."""
-        noisy_logits = (
-            logits if noise_std is None else logits + torch.randn_like(logits) * noise_std
-        )
+        noisy_logits = logits
+        if noise_std is not None:
+            noisy_logits = logits + torch.randn_like(logits) * noise_std
+
         probs = softmax_over_experts(logits)  # [B, N, E]
         top_logits, expert_index = best(noisy_logits, self.top_k)  # [B, N, K]
-        # Without gradients the gates are read, not computed anew: one call in the place of a dozen.
-        read = noise_std is None and not torch.is_grad_enabled() and not self.normalizes(self.top_k)
+
+        # Without gradients and noise the gates can be read from `probs`: one call in the place of a dozen.
+        if noise_std is not None or torch.is_grad_enabled() or self.normalizes(self.top_k):
+            gates = self.gates(noisy_logits, top_logits)
+        else:
+            gates = probs.gather(-1, expert_index)
+
         return Routing(
             logits=logits,
             noisy_logits=noisy_logits,
             probs=probs,
             noise_std=noise_std,
             expert_index=expert_index,
-            combine_weight=probs.gather(-1, expert_index)
-            if read
-            else self.gates(noisy_logits, top_logits),
+            combine_weight=gates,
             kept=self.keep(expert_index, noisy_logits, top_logits),
         )
 
@@ -198,14 +223,14 @@ class TopKRouter(Router):
         From `gate_logits` [B, N, E] and those of the chosen experts [B, N, k]; k is `top_k` unless an intervention
         chose otherwise.
         """
-        return softmax_gates(
-            gate_logits, top_logits, normalize=self.normalizes(top_logits.shape[-1])
-        )
+        normalize = self.normalizes(top_logits.shape[-1])
+        return softmax_gates(gate_logits, top_logits, normalize=normalize)
 
     def normalizes(self, top_k: int) -> bool:
         """Whether the gates of `top_k` experts are made to sum to 1."""
-        asked = self.options.normalize_gates
-        return (self.softmax_over == "kept" and top_k > 1) if asked is None else asked
+        if self.options.normalize_gates is not None:
+            return self.options.normalize_gates
+        return self.softmax_over == "kept" and top_k > 1
 
     @torch.no_grad()
     def priority(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
@@ -235,10 +260,9 @@ class TopKRouter(Router):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        given = "".join(
-            f", {name}={value!r}" for name, value in self.options.given().items() if name != "noise"
-        )
-        return f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, noise={self.noise!r}{given}"
+        settings = {"noise": self.noise, **self.options.non_default()}
+        texts = [f"{name}={value!r}" for name, value in settings.items()]
+        return ", ".join([str(self.dim), super().extra_repr(), *texts])
 
 
 class CosineRouter(TopKRouter):
@@ -248,7 +272,7 @@ class CosineRouter(TopKRouter):
     features and the scale starts at 2, as in Swin-MoE.
     """
 
-    words = partialmethod(by_softmax, scores=ANGLE)
+    explain = partialmethod(by_softmax, scores=ANGLE)
 
     def make_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """The projection, an embedding [E, features] and the logarithm of the scale."""
@@ -258,12 +282,10 @@ class CosineRouter(TopKRouter):
             )
         features = min(256, self.dim)
         self.proj = nn.Linear(self.dim, features, device=device, dtype=dtype)
-        self.expert_embedding = nn.Parameter(
-            torch.empty(self.num_experts, features, device=device, dtype=dtype)
-        )
-        self.temperature = nn.Parameter(
-            torch.empty(1, device=device, dtype=dtype)
-        )  # FSDP2 shards no scalars
+        embedding = torch.empty(self.num_experts, features, device=device, dtype=dtype)
+        self.expert_embedding = nn.Parameter(embedding)
+        # One element, not a scalar: FSDP2 shards no scalars.
+        self.temperature = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
 
     @property
     def rows(self) -> nn.Parameter:
@@ -272,9 +294,9 @@ class CosineRouter(TopKRouter):
 
     def features(self, x: Tensor) -> Tensor:
         """Projected tokens of length 1."""
-        return F.normalize(
-            F.linear(x, self.proj.weight.to(x.dtype), self.proj.bias.to(x.dtype)), dim=-1
-        )
+        weight = self.proj.weight.to(x.dtype)
+        bias = self.proj.bias.to(x.dtype)
+        return F.normalize(F.linear(x, weight, bias), dim=-1)
 
     @torch.no_grad()
     def start_rows(self, centroids: Tensor, features: Tensor) -> None:
@@ -289,13 +311,11 @@ class CosineRouter(TopKRouter):
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As those of `TopKRouter`."""
-        noise = self.noise if self.training else "none"
-        query = self.features(jittered(x) if noise == "jitter" else x)  # [B, N, features]
+        query = self.features(self.add_jitter(x))  # [B, N, features]
         embedding = F.normalize(self.expert_embedding.to(x.dtype), dim=-1)  # [E, features]
-        logits = F.linear(query, embedding) * self.temperature.to(x.dtype).exp().clamp_max(
-            _MAX_SCALE
-        )  # [B, N, E]
-        return logits, fixed_std(logits) if noise == "fixed" else None
+        scale = self.temperature.to(x.dtype).exp().clamp_max(_MAX_SCALE)
+        logits = F.linear(query, embedding) * scale  # [B, N, E]
+        return logits, self.fixed_std(logits)
 
 
 class SigmoidRouter(TopKRouter):
@@ -307,7 +327,7 @@ class SigmoidRouter(TopKRouter):
     noise; the other arguments are those of `TopKRouter`.
     """
 
-    words = partialmethod(by_sigmoid)
+    explain = partialmethod(by_sigmoid)
     bias: Tensor | None
 
     def __init__(
@@ -318,34 +338,30 @@ class SigmoidRouter(TopKRouter):
         *,
         bias_rate: float | None = None,
         device: torch.device | str | None = None,
-        **given: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(dim, num_experts, top_k, noise="none", device=device, **given)
+        super().__init__(dim, num_experts, top_k, noise="none", device=device, **options)
         self.bias_rate = bias_rate
-        bias = (
-            None
-            if bias_rate is None
-            else torch.zeros(num_experts, device=device, dtype=torch.float32)
-        )
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", None)
+        if bias_rate is not None:
+            self.bias = torch.zeros(num_experts, device=device, dtype=torch.float32)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """As torch, but the bias stays in float32: in bfloat16 its small steps would soon be lost."""
-        bias = self.bias
+        before = self.bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if (
-            bias is not None
-            and self.bias is not None
-            and self.bias.dtype.itemsize < bias.dtype.itemsize
-        ):
-            self.bias = bias.to(self.bias.device)
+        if before is None or self.bias is None:
+            return self
+        if self.bias.dtype.itemsize < before.dtype.itemsize:
+            self.bias = before.to(self.bias.device)
         return self
 
     def reset_parameters(self) -> None:
         """As those of `TopKRouter`, and a bias of 0."""
         super().reset_parameters()
-        if hasattr(self, "bias") and self.bias is not None:  # the constructor makes it later
-            self.bias.zero_()
+        bias = getattr(self, "bias", None)  # the constructor makes it later
+        if bias is not None:
+            bias.zero_()
 
     @property
     def needs_load(self) -> bool:
@@ -358,23 +374,26 @@ class SigmoidRouter(TopKRouter):
 
         It is re-centred, so that the biases keep their mean of 0.
         """
-        if self.bias is not None and self.bias_rate is not None and self.weight.requires_grad:
-            load = load.to(self.bias.device, torch.float64)
-            step = self.bias_rate * torch.sign(load.mean() - load)
-            self.bias += (step - step.mean()).to(self.bias.dtype)
+        if self.bias is None or self.bias_rate is None or not self.weight.requires_grad:
+            return
+        load = load.to(self.bias.device, torch.float64)
+        step = self.bias_rate * torch.sign(load.mean() - load)
+        self.bias += (step - step.mean()).to(self.bias.dtype)
 
     def choose(self, logits: Tensor, noise_std: Tensor | None) -> Routing:
         """The K best by sigmoid and bias, with gates of the sigmoids alone."""
-        affinity = logits.sigmoid()  # [B, N, E]
-        chosen_by = affinity if self.bias is None else affinity + self.bias.to(affinity.dtype)
-        probs = F.logsigmoid(logits).softmax(
-            -1
-        )  # s / Σ s, also where each s is too small for a float
-        expert_index = best(chosen_by, self.top_k)[1]  # [B, N, K]
+        scores = logits.sigmoid()  # [B, N, E]
+        if self.bias is not None:
+            scores = scores + self.bias.to(scores.dtype)
+
+        # s / Σ s, also where each s is too small for a float.
+        probs = F.logsigmoid(logits).softmax(-1)
+
+        _, expert_index = best(scores, self.top_k)  # [B, N, K]
         top_logits = logits.gather(-1, expert_index)
         return Routing(
             logits=logits,
-            noisy_logits=chosen_by,
+            noisy_logits=scores,
             probs=probs,
             noise_std=None,
             expert_index=expert_index,
@@ -422,16 +441,6 @@ def mean_token(x: Tensor) -> Tensor:
     return x.mean(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def jittered(x: Tensor) -> Tensor:
-    """Tokens times U(0.99, 1.01): noise of the input, so that there are no clean logits."""
-    return x * torch.empty_like(x).uniform_(1 - JITTER, 1 + JITTER)
-
-
-def fixed_std(logits: Tensor) -> Tensor:
-    """[1, 1, 1]: σ = 1/E, the same for all logits [B, N, E]."""
-    return logits.new_full((1, 1, 1), 1 / logits.shape[-1])
-
-
 # ---- the table
 
 
@@ -448,7 +457,7 @@ _IMPORTANCE_AND_LOAD = {"importance": 0.05, "load": 0.05}
 _BALANCING = {"load_balancing": _LOAD_BALANCING}
 
 
-def _switch(dim: int, num_experts: int, top_k: int, **given: Any) -> TopKRouter:
+def _switch(dim: int, num_experts: int, top_k: int, **options: Any) -> TopKRouter:
     if top_k != 1:
         raise UserError(
             f"The router 'switch' sends a token to one expert: top_k={top_k} must be 1, or left out."
@@ -460,16 +469,15 @@ def _switch(dim: int, num_experts: int, top_k: int, **given: Any) -> TopKRouter:
         noise="none",
         softmax_over="all",
         default_losses=_BALANCING,
-        **given,
+        **options,
     )
 
 
 def _bias_balanced(
-    dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any
+    dim: int, num_experts: int, top_k: int, options: RouterOptions, **factory: Any
 ) -> SigmoidRouter:
-    return SigmoidRouter(
-        dim, num_experts, top_k, bias_rate=options.bias_rate or _BIAS_RATE, options=options, **place
-    )
+    bias_rate = options.bias_rate or _BIAS_RATE
+    return SigmoidRouter(dim, num_experts, top_k, bias_rate=bias_rate, options=options, **factory)
 
 
 _VMOE: dict[str, Any] = {
@@ -523,6 +531,7 @@ def build_router(
 ) -> Any:
     """The router of that name of `ROUTERS`; K is its own if None."""
     kind = router_kind(name)
-    useful = options.only(name, kind.options)
-    top_k = kind.top_k if top_k is None else top_k
-    return kind.make(dim, num_experts, top_k, options=useful, device=device, dtype=dtype)
+    if top_k is None:
+        top_k = kind.top_k
+    options = options.only(name, kind.options)
+    return kind.make(dim, num_experts, top_k, options=options, device=device, dtype=dtype)

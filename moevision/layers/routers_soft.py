@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from moevision.config import Noise, RouterOptions
 from moevision.errors import UserError
+from moevision.layers.experts import Experts
 from moevision.layers.routing import (
+    Dispatched,
     Kind,
     Router,
     Routing,
@@ -58,12 +60,10 @@ class ExpertChoiceRouting(Routing):
     """
 
     kind: ClassVar[Kind] = "expert_choice"
-    token_index: Tensor = field(
-        kw_only=True
-    )  # [B, E, C] int64, tokens that each expert takes, best first
-    token_weight: Tensor = field(
-        kw_only=True
-    )  # [B, E, C] weight of each of them in the output of its token
+    # [B, E, C] int64, tokens that each expert takes, best first
+    token_index: Tensor = field(kw_only=True)
+    # [B, E, C] weight of each of them in the output of its token
+    token_weight: Tensor = field(kw_only=True)
 
     @classmethod
     def of(
@@ -92,6 +92,30 @@ class ExpertChoiceRouting(Routing):
         """[E] int64: as `counts()`; experts take exactly what they compute."""
         return self.counts()
 
+    def dispatch(
+        self, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
+    ) -> Dispatched:
+        """Rows for the experts: the tokens that each one took of x [T, D], image after image. No group is padded."""
+        images, tokens, num_experts = self.logits.shape
+        first_token = torch.arange(images, device=x.device).view(-1, 1, 1) * tokens  # [B, 1, 1]
+        token = _by_expert(self.token_index + first_token)  # [R]
+        rows_per_expert = token.numel() // num_experts
+        counts = torch.full((num_experts,), rows_per_expert, device=x.device)
+        return Dispatched(x.index_select(0, token), counts, token)
+
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        """Weighted sum [T, D] of each token's rows [R, D]; 0 for a token that no expert took."""
+        assert dispatched.token is not None
+        images, tokens, _ = self.logits.shape
+        weight = _by_expert(self.token_weight).to(rows.dtype).unsqueeze(-1)  # [R, 1]
+        out = rows.new_zeros(images * tokens, rows.shape[-1])  # [T, D]
+        return out.index_add(0, dispatched.token, rows * weight)
+
+
+def _by_expert(x: Tensor) -> Tensor:
+    """[B, E, C] -> [E·B·C], sorted by expert."""
+    return x.transpose(0, 1).flatten()
+
 
 class ExpertChoiceRouter(Router):
     """`S = softmax over experts(x W + ε)`; expert i takes its C best tokens by S[:, i], and S is their weight.
@@ -102,7 +126,7 @@ class ExpertChoiceRouter(Router):
     """
 
     kind = "expert_choice"
-    words = by_experts
+    explain = by_experts
 
     def __init__(
         self,
@@ -120,7 +144,10 @@ class ExpertChoiceRouter(Router):
             raise UserError(
                 "The router 'expert_choice' has no such noise: use noise 'fixed' or 'none'."
             )
-        self.dim, self.num_experts, self.top_k, self.options = dim, num_experts, top_k, options
+        self.dim = dim
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.options = options
         self.noise: Noise = options.noise or "fixed"
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -138,18 +165,21 @@ class ExpertChoiceRouter(Router):
         """Let every expert choose among the tokens x [B, N, D] of each image."""
         with full_precision(x):
             x = at_least_float32(x)
-            logits = noisy_logits = F.linear(x, self.weight.to(x.dtype))  # [B, N, E]
+            logits = F.linear(x, self.weight.to(x.dtype))  # [B, N, E]
+
+            noisy_logits = logits
             noise_std = None
             if self.training and self.noise == "fixed":
                 noise_std = logits.new_full((1, 1, 1), 1 / self.num_experts)
                 noisy_logits = logits + torch.randn_like(logits) * noise_std
+
+            # A stable sort, not topk: among equal scores (bf16 inputs, zero images) the earlier token wins everywhere.
             tokens = x.shape[1]
             capacity = min(tokens, capacity_of(1.0, tokens, self.top_k, self.num_experts))  # C
             affinity = noisy_logits.softmax(-1).mT  # [B, E, N]
-            # A stable sort, not topk: among equal scores (bf16 inputs, zero images) the earlier token wins everywhere.
-            token_index = affinity.argsort(dim=-1, descending=True, stable=True)[
-                ..., :capacity
-            ]  # [B, E, C]
+            order = affinity.argsort(dim=-1, descending=True, stable=True)  # [B, E, N]
+            token_index = order[..., :capacity]  # [B, E, C]
+
             token_weight = affinity.gather(-1, token_index)
             if self.options.normalize_gates:
                 token_weight = shares_of_token(token_weight, token_index, tokens)
@@ -159,21 +189,16 @@ class ExpertChoiceRouter(Router):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return (
-            f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, noise={self.noise!r}"
-        )
+        return f"{self.dim}, {super().extra_repr()}, noise={self.noise!r}"
 
 
 def shares_of_token(weight: Tensor, token_index: Tensor, tokens: int) -> Tensor:
     """Weights [B, E, C] over their sum for the same of N tokens; 0 where all of them are too small for a float."""
-    batch, experts, _ = weight.shape
-    taken = (
-        weight.new_zeros(batch, experts, tokens)
-        .scatter(-1, token_index, weight)
-        .sum(1, keepdim=True)
-    )  # [B, 1, N]
-    taken = taken.clamp_min(torch.finfo(weight.dtype).tiny).expand(-1, experts, -1)
-    return weight / taken.gather(-1, token_index)
+    images, num_experts, _ = weight.shape
+    by_token = weight.new_zeros(images, num_experts, tokens).scatter(-1, token_index, weight)
+    total = by_token.sum(1, keepdim=True)  # [B, 1, N]
+    total = total.clamp_min(torch.finfo(weight.dtype).tiny)
+    return weight / total.expand(-1, num_experts, -1).gather(-1, token_index)
 
 
 @dataclass(frozen=True)
@@ -184,12 +209,10 @@ class SoftRouting(Routing):
     """
 
     kind: ClassVar[Kind] = "soft"
-    dispatch_weight: Tensor = field(
-        kw_only=True
-    )  # [B, N, E, P] what each slot reads; sums to 1 over the tokens
-    slot_weight: Tensor = field(
-        kw_only=True
-    )  # [B, N, E, P] what each token takes; sums to 1 over all slots
+    # [B, N, E, P] what each slot reads; sums to 1 over the tokens
+    dispatch_weight: Tensor = field(kw_only=True)
+    # [B, N, E, P] what each token takes; sums to 1 over all slots
+    slot_weight: Tensor = field(kw_only=True)
 
     @classmethod
     def of(cls, slot_logits: Tensor) -> SoftRouting:
@@ -197,10 +220,10 @@ class SoftRouting(Routing):
 
         An expert's logit is the log of the sum over its slots, so that `probs` are the softmax of `logits`.
         """
-        slot_weight = (
-            slot_logits.flatten(2).softmax(-1).view_as(slot_logits)
-        )  # over all E · P slots
+        over_slots = slot_logits.flatten(2).softmax(-1)  # [B, N, E·P]
+        slot_weight = over_slots.view_as(slot_logits)
         logits = slot_logits.logsumexp(-1)  # [B, N, E]
+        all_kept = torch.ones_like(logits, dtype=torch.bool)
         return cls(
             logits=logits,
             noisy_logits=logits,
@@ -208,7 +231,7 @@ class SoftRouting(Routing):
             noise_std=None,
             dispatch_weight=slot_logits.softmax(1),
             slot_weight=slot_weight,
-            **token_view(slot_weight.sum(-1), torch.ones_like(logits, dtype=torch.bool)),
+            **token_view(slot_weight.sum(-1), all_kept),
         )
 
     def image_counts(self) -> Tensor:
@@ -217,6 +240,30 @@ class SoftRouting(Routing):
         return torch.full(
             (images, num_experts), slots, dtype=torch.int64, device=self.logits.device
         )
+
+    def dispatch(
+        self, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
+    ) -> Dispatched:
+        """Rows for the experts: their slots, means of the tokens x [T, D] of an image. No group is padded."""
+        weight = self.dispatch_weight.to(x.dtype)  # [B, N, E, P]
+        images, tokens, _, _ = weight.shape
+        x = x.view(images, tokens, x.shape[-1])
+        slots = torch.einsum("bnd,bnep->ebpd", x, weight)
+        return Dispatched(slots.flatten(0, 2), self.counts())
+
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        """Weighted sum [T, D] of the slots [R, D] of each token's image."""
+        images, _, num_experts, slots = self.slot_weight.shape
+        weight = self.slot_weight.to(rows.dtype)  # [B, N, E, P]
+        rows = rows.view(num_experts, images, slots, rows.shape[-1])
+        return torch.einsum("bnep,ebpd->bnd", weight, rows).flatten(0, 1)
+
+    def mix_densely(self, x: Tensor, experts: Experts) -> Tensor:
+        """As that of `Routing`; experts see their slots and never tokens, so that nothing has to be sorted anyway."""
+        dispatched = self.dispatch(x.to(experts.compute_dtype(x)))
+        slots = dispatched.rows.view(self.num_experts, -1, x.shape[-1])  # [E, B·P, D]
+        rows = experts.on_slots(slots).flatten(0, 1)  # [R, out]
+        return self.combine(rows, dispatched)
 
 
 class SoftRouter(Router):
@@ -228,7 +275,7 @@ class SoftRouter(Router):
     """
 
     kind = "soft"
-    words = by_slots
+    explain = by_slots
 
     def __init__(
         self,
@@ -242,12 +289,14 @@ class SoftRouter(Router):
     ) -> None:
         super().__init__()
         check_top_k(top_k, num_experts)
-        self.dim, self.num_experts, self.top_k, self.options = dim, num_experts, top_k, options
+        self.dim = dim
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.options = options
         slots = options.slots_per_expert or 1
         self.mu = nn.Parameter(torch.empty(dim, num_experts, slots, device=device, dtype=dtype))
-        self.scale = nn.Parameter(
-            torch.empty(1, device=device, dtype=dtype)
-        )  # FSDP2 shards no scalars
+        # One element, not a scalar: FSDP2 shards no scalars.
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -260,7 +309,8 @@ class SoftRouter(Router):
         with full_precision(x):
             x = at_least_float32(x)
             direction = _unit(self.mu.to(x.dtype), 0)  # [D, E, P]
-            logits = torch.einsum("bnd,dep->bnep", _unit(x, -1), direction * self.scale.to(x.dtype))
+            direction = direction * self.scale.to(x.dtype)
+            logits = torch.einsum("bnd,dep->bnep", _unit(x, -1), direction)
             return SoftRouting.of(logits)
 
     def extra_repr(self) -> str:

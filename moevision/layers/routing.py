@@ -28,12 +28,26 @@ from torch._compile import _disable_dynamo
 
 from moevision.config import RouteBy as RouteBy
 from moevision.errors import UserError
+from moevision.layers.cpu import send_choices, sum_rows
+from moevision.layers.experts import Experts
 
 Kind = Literal["token_choice", "expert_choice", "soft"]
 JITTER = 0.01  # Switch Transformer, table 1 and its released code
 STEPS: Final = ("scores", "shares", "kept", "weights")
-Words = dict[str, str]
-"""One or two sentences for each of `STEPS`."""
+Explanation = dict[str, str]
+"""What a router does, in one or two sentences for each of `STEPS`."""
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows ready for the experts, and the way back."""
+
+    rows: Tensor  # [R, D] copies of tokens (or slots), sorted by expert; R = T·K plus padding, B·E·C or B·E·P
+    counts: Tensor  # [E] int64, rows of each expert, padding included; they sum to R
+    # [R] int64, the token that each row is a copy of (padding: token 0); None for slots, which mix tokens
+    token: Tensor | None = None
+    # [T, K] int64, the rows of each token, where every token has K of them (token choice); else None
+    position: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,27 +109,53 @@ class Routing:
 
     def image_counts(self) -> Tensor:
         """[B, E] int64: `counts()` of each image."""
+        chosen = self.expert_index.flatten(1)  # [B, N·K]
+        computed = self.kept.flatten(1).to(torch.int64)  # [B, N·K]
+
         # scatter_add has a static result shape: no host synchronisation, and it compiles, unlike bincount.
-        zeros = torch.zeros(
-            len(self.kept), self.num_experts, dtype=torch.int64, device=self.kept.device
+        zeros = computed.new_zeros(len(self.kept), self.num_experts)
+        return zeros.scatter_add(1, chosen, computed)
+
+    def dispatch(
+        self, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
+    ) -> Dispatched:
+        """Rows for the experts: each token of x [T, D] is copied once for every expert that it chose.
+
+        The other arguments are those of `LocalDispatcher`.
+        """
+        expert_index = self.expert_index.flatten(0, 1)  # [T, K]
+        rows, counts, token, position = send_choices(
+            x, expert_index, self.num_experts, row_multiple, max_padding
         )
-        return zeros.scatter_add(
-            1, self.expert_index.flatten(1), self.kept.flatten(1).to(torch.int64)
-        )
+        return Dispatched(rows, counts, token, position)
+
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        """Weighted sum [T, D] of each token's rows: those of `dispatch` [R, D], as the experts computed them."""
+        assert dispatched.token is not None
+        assert dispatched.position is not None
+        weight = (self.combine_weight * self.kept).flatten(0, 1)  # [T, K]
+        return sum_rows(rows, weight, dispatched.token, dispatched.position)
+
+    def mix_densely(self, x: Tensor, experts: Experts) -> Tensor:
+        """`dispatch`, `experts` and `combine` without sorting: every expert on every token x [T, D] -> [T, out]."""
+        outputs = experts.on_all_tokens(x)  # [T, E, out]
+        weight = self.expert_weights().flatten(0, 1)  # [T, E]
+        return (outputs * weight.unsqueeze(-1)).sum(1).to(outputs.dtype)
 
     def for_tokens(self, tokens: int) -> Self:
         """One decision per image [B, 1, ...] as that of each of its N tokens [B, N, ...], without a copy."""
-        return replace(self._each(lambda x: x.expand(-1, tokens, -1)), route_by="image")
+        return replace(self._map_tensors(lambda x: x.expand(-1, tokens, -1)), route_by="image")
 
     def detach(self) -> Self:
         """The same decision without its autograd graph, for metrics and traces."""
-        return self._each(Tensor.detach)
+        return self._map_tensors(Tensor.detach)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {
-            name: change(x) for name, x in values.items() if isinstance(x, Tensor)
-        }
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
         return replace(self, **changed)
 
 
@@ -156,17 +196,20 @@ class LayerLoad:
         """
         load = counts.double()
         total = load.sum()
-        spread = (count_squares.double() - load.square() / images) / (
-            images - 1
-        )  # [E] variance of an image's counts
-        floor = (
-            images * spread.mean() / load.mean().square() if images > 1 else (len(load) - 1) / total
-        )
+        mean = load.mean()
+
+        if images > 1:
+            # [E] variance of an image's counts
+            variance = (count_squares.double() - load.square() / images) / (images - 1)
+            floor = images * variance.mean() / mean.square()
+        else:
+            floor = (len(load) - 1) / total
+
         return cls(
             layer=layer,
             counts=counts.tolist(),
-            max_over_mean=float(load.max() / load.mean()),
-            cv_squared=float(load.var(correction=0) / load.mean().square()),
+            max_over_mean=float(load.max() / mean),
+            cv_squared=float(load.var(correction=0) / mean.square()),
             cv_squared_floor=float(floor),
             dead=int((load == 0).sum()),
             entropy_bits=float(entropy_bits / tokens),
@@ -196,15 +239,16 @@ class Recordable(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         """A copy or a pickle never carries an open recorder or intervention along, nor what `compile` made of it."""
-        state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {
-            name: value for name, value in state.items() if name not in ("recorder", "intervention")
-        }
+        state: dict[str, object] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("recorder", None)
+        state.pop("intervention", None)
+        return state
 
 
 def _decide(layer: Recordable, routing: Routing) -> Routing:
     # Read once: another thread may close its scope between a check and a use.
-    intervention, recorder = layer.intervention, layer.recorder
+    intervention = layer.intervention
+    recorder = layer.recorder
     if intervention is None and recorder is None:
         return routing
     routing = replace(routing, layer=layer.layer_index)
@@ -284,12 +328,12 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
 
 def _with_geometry(routing: Routing, model: nn.Module) -> Routing:
     num_prefix_tokens = getattr(model, "num_prefix_tokens", None)
-    size = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if num_prefix_tokens is None or size is None or routing.grid is not None:
+    grid_size = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if num_prefix_tokens is None or grid_size is None or routing.grid is not None:
         return routing
-    rows, columns = size
-    tokens = routing.logits.shape[1] - num_prefix_tokens
-    grid = (rows, columns) if tokens == rows * columns else None
+    rows, columns = grid_size
+    patches = routing.logits.shape[1] - num_prefix_tokens
+    grid = (rows, columns) if patches == rows * columns else None
     return replace(routing, grid=grid, num_prefix_tokens=num_prefix_tokens)
 
 
@@ -319,14 +363,12 @@ class Router(nn.Module):
     """
 
     kind: ClassVar[Kind] = "token_choice"  # who chooses
-    sees_image: ClassVar[bool] = (
-        False  # whether `look` gets the patch embedding and its arguments before each pass
-    )
+    # Whether `look` gets the patch embedding and its arguments before each pass.
+    sees_image: ClassVar[bool] = False
     num_experts: int  # E
     top_k: int  # K
-    num_prefix_tokens: int = (
-        0  # class and register tokens in front of the patches; a model's conversion sets it
-    )
+    # Class and register tokens in front of the patches; a model's conversion sets it.
+    num_prefix_tokens: int = 0
 
     @property
     def rows(self) -> nn.Parameter | None:
@@ -351,16 +393,18 @@ class Router(nn.Module):
     def after_step(self, load: Tensor) -> None:
         """What the router does after an applied optimizer step in which `load` [E] choices fell on each expert."""
 
-    def words(self, *, noisy: bool, top_k: int, capacity: float | None) -> Words:
+    def explain(self, *, noisy: bool, top_k: int, capacity: float | None) -> Explanation:
         """What the router does with a patch in evaluation, under the noise, K and capacity factor that are shown."""
-        scores = f"The router {type(self).__name__} gives each expert a number."
-        return dict(
-            zip(
-                STEPS,
-                (scores, "As shares of 1.", "It chooses experts.", "It gives weights."),
-                strict=True,
-            )
-        )
+        return {
+            "scores": f"The router {type(self).__name__} gives each expert a number.",
+            "shares": "As shares of 1.",
+            "kept": "It chooses experts.",
+            "weights": "It gives weights.",
+        }
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"num_experts={self.num_experts}, top_k={self.top_k}"
 
 
 def routed_unit(router: object) -> RouteBy:
@@ -392,7 +436,7 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
 
 def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
     """ceil(factor · tokens · K / E) choices."""
-    # Less a hair: 1.1 times 10 is 11.000000000000002 in floating point, and no reason for a 12th place.
+    # 1.1 times 10 is 11.000000000000002 in floating point: without the subtraction it would be rounded up to 12.
     return math.ceil(factor * tokens * top_k / num_experts - 1e-9)
 
 
@@ -420,28 +464,34 @@ def within_capacity(
     `weight` and `kept` [B, N, K] are as in `Routing`, and so many tokens as `unit` says (N where images are routed as a
     whole) are counted as one.
     """
-    shape = kept.shape
-    if whole_batch:  # one group: [B, N, K] -> [1, B·N, K]
-        index, weight, kept = (x.flatten(0, 1).unsqueeze(0) for x in (index, weight, kept))
-    tokens, top_k = kept.shape[1:]
-    # The queue of a group [B, K·N]: first choices of all tokens, then second ones, ...
-    expert, alive = index.mT.flatten(1), kept.mT.flatten(1)
+    shape = kept.shape  # not len() below: it would fix the size of an export
+    if whole_batch:
+        # One group: [B, N, K] -> [1, B·N, K].
+        index = index.flatten(0, 1).unsqueeze(0)
+        weight = weight.flatten(0, 1).unsqueeze(0)
+        kept = kept.flatten(0, 1).unsqueeze(0)
+    groups, tokens, top_k = kept.shape
+
+    # The queue of each group: first choices of all tokens, then second ones, ...
+    expert = index.mT.flatten(1)  # [B, K·N]
+    alive = kept.mT.flatten(1)  # [B, K·N]
     if priority:
-        by_gate = weight.amax(-1).argsort(
-            dim=1, descending=True, stable=True
-        )  # [B, N] tokens, surest first
-        order = (
-            by_gate.unsqueeze(1) + tokens * torch.arange(top_k, device=index.device).view(-1, 1)
-        ).flatten(1)
-        expert, alive = expert.gather(1, order), alive.gather(1, order)  # [B, K·N]
-    # [B, K·N, E] int32, how many are ahead for each expert: what a queue costs.
-    ahead = (F.one_hot(expert, num_experts).to(torch.int32) * alive.unsqueeze(-1)).cumsum(
-        1, dtype=torch.int32
-    )
-    place = ahead.gather(-1, expert.unsqueeze(-1)).squeeze(-1)  # [B, K·N] from 1
-    fits = alive & (place <= unit * capacity_of(factor, tokens // unit, top_k, num_experts))
+        by_gate = weight.amax(-1).argsort(dim=1, descending=True, stable=True)  # [B, N] tokens
+        start = tokens * torch.arange(top_k, device=index.device).view(-1, 1)  # [K, 1]
+        order = (by_gate.unsqueeze(1) + start).flatten(1)  # [B, K·N]
+        expert = expert.gather(1, order)
+        alive = alive.gather(1, order)
+
+    # How many choices of the queue each expert has got so far: this is what takes memory.
+    chosen = F.one_hot(expert, num_experts).to(torch.int32) * alive.unsqueeze(-1)
+    filled = chosen.cumsum(1, dtype=torch.int32)  # [B, K·N, E]
+
+    # A choice fits if its own number at its expert, counted from 1, is within the capacity.
+    number = filled.gather(-1, expert.unsqueeze(-1)).squeeze(-1)  # [B, K·N]
+    capacity = unit * capacity_of(factor, tokens // unit, top_k, num_experts)
+    fits = alive & (number <= capacity)
+
+    # Back from the queue to tokens.
     if priority:
         fits = torch.zeros_like(fits).scatter(1, order, fits)
-    return fits.view(fits.shape[0], top_k, tokens).mT.reshape(
-        shape
-    )  # not len(): it would fix the size of an export
+    return fits.view(groups, top_k, tokens).mT.reshape(shape)

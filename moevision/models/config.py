@@ -32,27 +32,27 @@ def build_model(
     image_size: int,
     *,
     load_pretrained: bool = True,
-    kept: Path | None = None,
+    pretrained_config_dir: Path | None = None,
 ) -> nn.Module:
     """The model that `config` describes, with C outputs, for square images of that side in pixels.
 
     Without `load_pretrained` it has the architecture of `config.pretrained` and weights that come from elsewhere; what
-    it describes is then read where `save_pretrained_config` was told to keep it (`kept`).
+    it describes is then read where `save_pretrained_config` wrote it (`pretrained_config_dir`).
     """
     if config.pretrained is not None:
-        if not load_pretrained and kept is not None and kept.is_dir():
-            config = replace(config, pretrained=str(kept))
+        folder = pretrained_config_dir
+        if not load_pretrained and folder is not None and folder.is_dir():
+            config = replace(config, pretrained=str(folder))
         return _from_pretrained(config, num_classes, image_size, load_pretrained)
     name = config.name or DEFAULT_NAME
     if not timm.is_model(name):
         raise UserError(unknown_name(name))
-    arguments = {
-        key: value for key, value in asdict(config).items() if value is not None and key != "name"
-    }
-    if of_copies := [key for key in arguments if key.startswith("upcycle_")]:
+    if config.upcycle_reinit is not None:
         raise UserError(
-            f"--model.arch.{of_copies[0]} changes copies of pretrained weights: give --pretrained, or leave it out."
+            "--model.arch.upcycle_reinit changes copies of pretrained weights: give --pretrained, or leave it out."
         )
+    arguments = {key: value for key, value in asdict(config).items() if value is not None}
+    arguments.pop("name", None)
     try:
         model: nn.Module = timm.create_model(
             name, num_classes=num_classes, img_size=image_size, **arguments
@@ -67,12 +67,12 @@ def build_model(
     return model
 
 
-def save_pretrained_config(config: MoEConfig, kept: Path) -> None:
+def save_pretrained_config(config: MoEConfig, folder: Path) -> None:
     """Copy the config.json of the model that training starts from: a checkpoint is of use without that model, then."""
     file = None if config.pretrained is None else config_file(config.pretrained)
     if file is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, kept / CONFIG)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / CONFIG)
 
 
 def dense_start(config: MoEConfig, num_classes: int, image_size: int) -> nn.Module | None:
@@ -99,33 +99,30 @@ def _from_pretrained(
         if load_weights:
             _refuse_other_experts(config, source)
         return source  # a MoE model of ours, trained further
-    if (
-        config.twin is not None
-    ):  # of a model whose experts are copies: the dense model that they were copied from
+    if config.twin is not None:
+        # Of a model whose experts are copies: the dense model that they were copied from.
         return convert_to_moe(source, [])
-    options = {name: getattr(config, name) for name in MOE_ARGUMENTS}
-    given = {name: value for name, value in options.items() if value is not None}
-    # `noise` is the router's here; in `upcycle` that name means noise on the copies.
-    return upcycle(
-        source,
-        # In numbers: a checkpoint is rebuilt by its config, whatever a placement's name means to `upcycle` by then.
-        layers=moe_layer_indices(config.moe_layers or "every2", len(cast(Any, source).blocks)),
-        **{"router": "noisy_top_k", "top_k": None, **given, "noise": config.upcycle_noise or 0.0},
-        router_noise=config.noise,
-        reinit=config.upcycle_reinit or 0.0,
-        seed=None,  # the run's
-    )
+
+    options: dict[str, Any] = {"router": "noisy_top_k", "top_k": None}
+    for name in MOE_ARGUMENTS:
+        value = getattr(config, name)
+        if value is not None:
+            options[name] = value
+    # In numbers: a checkpoint is rebuilt by its config, whatever a placement's name means to `upcycle` by then.
+    layers = moe_layer_indices(config.moe_layers or "every2", len(cast(Any, source).blocks))
+    # Without a seed of its own: the run's.
+    return upcycle(source, layers=layers, reinit=config.upcycle_reinit or 0.0, seed=None, **options)
 
 
 def _refuse_other_sizes(config: MoEConfig) -> None:
-    given = [name for name in _OF_THE_WEIGHTS if getattr(config, name) is not None]
-    if str(config.pretrained).endswith(".safetensors") and "base" in given:
-        given.remove("base")  # says what the file is of
+    sizes = [name for name in _OF_THE_WEIGHTS if getattr(config, name) is not None]
+    if str(config.pretrained).endswith(".safetensors") and "base" in sizes:
+        sizes.remove("base")  # says what the file is of
     if config.twin == "total_params":
-        given.append("twin")
-    if given:
+        sizes.append("twin")
+    if sizes:
         options = ", ".join(
-            f"--model.arch.{name} null (it is {getattr(config, name)})" for name in given
+            f"--model.arch.{name} null (it is {getattr(config, name)})" for name in sizes
         )
         raise UserError(
             f"The model is that of the pretrained weights {config.pretrained}, as it is: give {options}, or train from "
@@ -135,24 +132,24 @@ def _refuse_other_sizes(config: MoEConfig) -> None:
 
 def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
     """Experts that come with the weights are trained as they came."""
-    own = dict(cast(Any, source).moe_config)
-    own["expert_hidden"] = one_or_list(
-        [layer.experts.fc1.out_features for layer in moe_layers(source)], None
-    )
-    others = []
-    for name in ("moe_layers", *MOE_ARGUMENTS, "upcycle_noise", "upcycle_reinit"):
-        asked = getattr(config, name)
-        if name == "moe_layers" and asked is not None:
-            same = moe_layer_indices(asked, len(cast(Any, source).blocks)) == own[name]
-        else:
-            same = (one_or_list(asked, None) if isinstance(asked, list) else asked) == own.get(name)
-        if asked is not None and not same:
-            others.append(
-                f"--model.arch.{name} null (it is {asked}; there: {own.get(name, 'not set')})"
-            )
-    if others:
+    widths = [layer.experts.fc1.out_features for layer in moe_layers(source)]
+    pretrained = {**cast(Any, source).moe_config, "expert_hidden": one_or_list(widths, None)}
+
+    different = []
+    for name in ("moe_layers", *MOE_ARGUMENTS, "upcycle_reinit"):
+        value = setting = getattr(config, name)
+        if setting is None:
+            continue
+        if name == "moe_layers":
+            value = moe_layer_indices(setting, len(cast(Any, source).blocks))
+        elif isinstance(setting, list):
+            value = one_or_list(setting, None)
+        if value != pretrained.get(name):
+            there = pretrained.get(name, "not set")
+            different.append(f"--model.arch.{name} null (it is {setting}; there: {there})")
+    if different:
         raise UserError(
-            f"{config.pretrained} has experts already, which are trained on as they are: give {', '.join(others)}, "
+            f"{config.pretrained} has experts already, which are trained on as they are: give {', '.join(different)}, "
             "or start from a dense ViT."
         )
 
@@ -160,21 +157,21 @@ def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
 def _pretrained_source(
     config: MoEConfig, num_classes: int, image_size: int, load_weights: bool
 ) -> nn.Module:
-    name, weights = str(config.pretrained), None
+    name = str(config.pretrained)
+    file = None
     if name.endswith(".safetensors"):
-        name, weights = config.base or architecture_of(name), name
-    rates = {
-        name: getattr(config, name)
-        for name in ("drop_path_rate", "proj_drop_rate", "patch_drop_rate")
-    }
+        file = name
+        name = config.base or architecture_of(file)
     source = create_from(
         name,
         num_classes,
         image_size,
-        weights=weights,
+        weights=file,
         load_weights=load_weights,
         depth=config.depth,
-        **rates,
+        drop_path_rate=config.drop_path_rate,
+        proj_drop_rate=config.proj_drop_rate,
+        patch_drop_rate=config.patch_drop_rate,
     )
     if config.global_pool == "avg":
         source = pool_patches(source)

@@ -39,14 +39,14 @@ def moe_layer_indices(moe_layers: str | Sequence[int], depth: int) -> list[int]:
 
     `every2` = 1, 3, 5, ...; `last2` = the last two of those (V-MoE's "Last-2"); `all`; or a list.
     """
-    odd = list(range(1, depth, 2))
-    named = {"every2": odd, "last2": odd[-2:], "all": list(range(depth))}
     if isinstance(moe_layers, str):
-        if moe_layers not in named:
+        odd = list(range(1, depth, 2))
+        placements = {"every2": odd, "last2": odd[-2:], "all": list(range(depth))}
+        if moe_layers not in placements:
             raise UserError(
-                f"There is no placement {moe_layers!r}: use {', '.join(named)} or a list of block numbers."
+                f"There is no placement {moe_layers!r}: use {', '.join(placements)} or a list of block numbers."
             )
-        return named[moe_layers]
+        return placements[moe_layers]
     outside = [index for index in moe_layers if not 0 <= index < depth]
     if outside:
         raise UserError(
@@ -73,8 +73,7 @@ def convert_to_moe(
 
     By default the experts are freshly initialised and one expert has the dense MLP's hidden width / (K + shared), so
     that a token costs what it cost before. With `copy_weights` every expert starts as a copy of the MLP that it
-    replaces, at full width ("sparse upcycling", arXiv:2212.05055): with gates that sum to 1 the output is unchanged.
-    With a fraction 1/G of that width, G experts in a row share an MLP out among them (`_share_out`).
+    replaces ("sparse upcycling", arXiv:2212.05055): with gates that sum to 1 the output is unchanged.
 
     Args:
         vit: a timm model whose `blocks[i].mlp` is a plain `timm.layers.Mlp` (ViT, DeiT, AugReg, ...).
@@ -84,9 +83,9 @@ def convert_to_moe(
         num_experts: E; like the next three one value for all MoE layers, or one per MoE layer.
         top_k: K; by default the router's own.
         router: a name of `moevision.layers.ROUTERS`.
-        expert_hidden: hidden width H of one expert.
+        expert_hidden: hidden width H of one expert; copies have that of the dense MLP.
         backend: how the experts are computed.
-        copy_weights: start every expert as a copy of the dense MLP, or of a part of its hidden units.
+        copy_weights: start every expert as a copy of the dense MLP.
         num_shared_experts: experts that every token passes besides the routed ones.
         expert_drop: dropout inside the experts, in the place of the MLP's.
         **router_options: see `moevision.layers.RouterOptions`; a router ignores what only another layer's can use.
@@ -99,9 +98,71 @@ def convert_to_moe(
         UserError: if the model has no such blocks or has experts already, a block's MLP is not a plain one, or an
             option doesn't fit. The model is then as it was.
     """
+    _check_convertible(vit)
+    if copy_weights and num_shared_experts:
+        raise UserError(
+            "A shared expert on top of copies would double the output: leave num_shared_experts out."
+        )
+    state = cast(Any, vit)
+    indices = moe_layer_indices(layers, len(state.blocks))
+    per_layer = {
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "router": router,
+        "hidden_features": expert_hidden,
+    }
+    for_all = {
+        "backend": backend,
+        "num_shared_experts": num_shared_experts,
+        "expert_drop": expert_drop,
+    }
+    # As in timm, an option that is None was not given.
+    options = {name: value for name, value in router_options.items() if value is not None}
+
+    # Make all layers before any is put in place: one that can't be made leaves the model as it was.
+    arguments = _arguments_per_layer(vit, indices, per_layer, options)
+    _check_twin(vit, indices)
+    moes = []
+    for index, layer_arguments in zip(indices, arguments, strict=True):
+        layer_arguments |= for_all
+        layer_arguments["hidden_features"] = _expert_hidden(
+            layer_arguments, plain_mlp(vit, index).out_features, copy_weights
+        )
+        moes.append(_moe_like(vit, index, layer_arguments, copy_weights))
+    _check_patch_drop(vit, moes)
+
+    for moe in moes:
+        state.blocks[moe.layer_index].mlp = moe
+        moe.router.num_prefix_tokens = int(state.num_prefix_tokens)
+        if moe.router.sees_image:
+            # A hook on this module, once per forward pass: it is outside compiled and checkpointed blocks.
+            state.patch_embed.register_forward_pre_hook(moe.router.look)
+    _exclude_biases_from_decay(vit)
+
+    # Write down what builds this model again.
+    moe_config: dict[str, Any] = {"moe_layers": indices}
+    for name, value in per_layer.items():
+        moe_config[name] = one_or_list([layer[name] for layer in arguments], value)
+    moe_config["expert_hidden"] = moe_config.pop("hidden_features")
+    if not copy_weights and expert_hidden is None and not _is_twin(vit):
+        moe_config["expert_hidden"] = None  # follows from the MLP
+    moe_config["backend"] = backend
+    if num_shared_experts:
+        moe_config["num_shared_experts"] = num_shared_experts
+    if expert_drop is not None:
+        moe_config["expert_drop"] = expert_drop
+    moe_config |= options
+    slots = [layer.get("slots_per_expert") for layer in arguments]
+    if any(slots):
+        moe_config["slots_per_expert"] = one_or_list(slots, None)
+    _set_address(vit, moe_config)
+    return vit
+
+
+def _check_convertible(vit: nn.Module) -> None:
     blocks = getattr(vit, "blocks", None)
-    parts = hasattr(vit, "num_prefix_tokens") and hasattr(vit, "patch_embed")
-    if not (isinstance(blocks, nn.Sequential | nn.ModuleList) and parts):
+    has_parts = hasattr(vit, "num_prefix_tokens") and hasattr(vit, "patch_embed")
+    if not (isinstance(blocks, nn.Sequential | nn.ModuleList) and has_parts):
         raise UserError(
             f"{type(vit).__name__} has no transformer blocks behind a patch_embed to convert: give a timm ViT or DeiT."
         )
@@ -109,138 +170,88 @@ def convert_to_moe(
         raise UserError(
             f"{type(vit).__name__} has experts already: convert all layers in one call."
         )
-    if copy_weights and num_shared_experts:
-        raise UserError(
-            "A shared expert on top of copies would double the output: leave num_shared_experts out."
-        )
-    indices = moe_layer_indices(layers, len(blocks))
-    of_layer = {
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "router": router,
-        "hidden_features": expert_hidden,
-    }
-    shared = {
-        "backend": backend,
-        "num_shared_experts": num_shared_experts,
-        "expert_drop": expert_drop,
-    }
-    # As in timm, an option that is None was not given.
-    options = {name: value for name, value in router_options.items() if value is not None}
-    plans = _plan(vit, indices, of_layer, shared, options, copy_weights)
-    _check_twin(vit, indices)
-    # All of them first: a layer that can't be made leaves the model as it was.
-    experts = [
-        _moe_like(vit, index, plan, copy_weights)
-        for index, plan in zip(indices, plans, strict=True)
-    ]
-    if not isinstance(getattr(vit, "patch_drop", None), nn.Identity | None) and any(
-        isinstance(moe.router, HashRouter | PositionRouter | ColourRouter) for moe in experts
-    ):
+
+
+def _check_patch_drop(vit: nn.Module, moes: Sequence[MoEMlp]) -> None:
+    if isinstance(getattr(vit, "patch_drop", None), nn.Identity | None):
+        return
+    if any(isinstance(moe.router, HashRouter | PositionRouter | ColourRouter) for moe in moes):
         raise UserError(
             "Fixed rules route by the patch's place, which dropped patches change: leave patch_drop_rate at 0."
         )
-    for index, moe in zip(indices, experts, strict=True):
-        blocks[index].mlp = moe
-    state = cast(Any, vit)
-    for moe in experts:
-        moe.router.num_prefix_tokens = int(state.num_prefix_tokens)
-        if moe.router.sees_image:
-            # A hook on this module, once per forward pass: it is outside compiled and checkpointed blocks.
-            state.patch_embed.register_forward_pre_hook(moe.router.look)
-    # The experts' biases must not decay: two dimensions are a weight to timm's optimizers. A plain function of names:
-    # one that holds the model would be a reference cycle.
-    packed = [
-        f"{name}.bias" for name, module in vit.named_modules() if isinstance(module, PackedLinear)
-    ]
-    state.no_weight_decay = partial(set, {*getattr(vit, "no_weight_decay", set)(), *packed})
-    written = {
-        name: one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()
-    }
-    if not copy_weights and expert_hidden is None and "twin" not in getattr(vit, "_model_args", {}):
-        written["hidden_features"] = None  # follows from the MLP
-    if any("slots_per_expert" in plan for plan in plans):
-        options["slots_per_expert"] = one_or_list(
-            [plan.get("slots_per_expert") for plan in plans], None
-        )
-    _set_address(
-        vit,
-        moe_layers=indices,
-        num_experts=written["num_experts"],
-        top_k=written["top_k"],
-        router=written["router"],
-        expert_hidden=written["hidden_features"],
-        backend=backend,
-        **({"num_shared_experts": num_shared_experts} if num_shared_experts else {}),
-        **({} if expert_drop is None else {"expert_drop": expert_drop}),
-        **options,
-    )
-    return vit
 
 
-def _plan(
-    vit: nn.Module,
-    indices: list[int],
-    of_layer: dict[str, Any],
-    shared: dict[str, Any],
-    options: dict[str, Any],
-    copy_weights: bool,
+def _exclude_biases_from_decay(vit: nn.Module) -> None:
+    """Name the experts' biases in `no_weight_decay()`: two dimensions are a weight to timm's optimizers."""
+    names: set[str] = set(getattr(vit, "no_weight_decay", set)())
+    for name, module in vit.named_modules():
+        if isinstance(module, PackedLinear):
+            names.add(f"{name}.bias")
+    # A plain function of names: one that holds the model would be a reference cycle.
+    cast(Any, vit).no_weight_decay = partial(set, names)
+
+
+def _arguments_per_layer(
+    vit: nn.Module, indices: list[int], per_layer: dict[str, Any], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    lists = {name: _per_layer(name, value, len(indices)) for name, value in of_layer.items()}
-    slots = _per_layer("slots_per_expert", options.get("slots_per_expert"), len(indices))
-    routers = lists["router"]
-    useful = {name for router in routers for name in router_kind(router).options}
-    useless = sorted(
-        options.keys() - (useful if routers else {field.name for field in fields(RouterOptions)})
-    )
-    if useless:
-        names = " and ".join(dict.fromkeys(map(repr, routers))) or "A model without MoE layers"
-        raise UserError(f"The router {names} has no use for {', '.join(useless)}: leave it out.")
-    plans = []
-    for place, index in enumerate(indices):
-        plan = {name: values[place] for name, values in lists.items()} | shared
-        kind, dense_hidden = router_kind(plan["router"]), plain_mlp(vit, index).out_features
-        if plan["top_k"] is None:
-            plan["top_k"] = kind.top_k
-        plan["hidden_features"] = _expert_hidden(index, plan, dense_hidden, copy_weights)
-        plan |= {name: value for name, value in options.items() if name in kind.options}
+    """What `MoEMlp` is given in each layer: one value each of `per_layer`, and the options that its router can use."""
+    count = len(indices)
+    columns = {name: _per_layer(name, value, count) for name, value in per_layer.items()}
+    slots = _per_layer("slots_per_expert", options.get("slots_per_expert"), count)
+    _check_options(options, columns["router"])
+
+    state = cast(Any, vit)
+    layers = []
+    for number in range(count):
+        arguments = {name: values[number] for name, values in columns.items()}
+        kind = router_kind(arguments["router"])
+        if arguments["top_k"] is None:
+            arguments["top_k"] = kind.top_k
+        arguments |= {name: value for name, value in options.items() if name in kind.options}
         if "slots_per_expert" in kind.options:
-            # So many that a token costs as much as with K experts; kept when the image's size changes.
-            tokens = int(cast(Any, vit).patch_embed.num_patches) + int(
-                cast(Any, vit).num_prefix_tokens
-            )
-            plan["slots_per_expert"] = slots[place] or capacity_of(
-                1.0, tokens, plan["top_k"], plan["num_experts"]
-            )
-        plans.append(plan)
-    return plans
+            arguments["slots_per_expert"] = slots[number]
+            if not slots[number]:
+                # So many that a token costs as much as with K experts; kept when the image's size changes.
+                tokens = int(state.patch_embed.num_patches) + int(state.num_prefix_tokens)
+                arguments["slots_per_expert"] = capacity_of(
+                    1.0, tokens, arguments["top_k"], arguments["num_experts"]
+                )
+        layers.append(arguments)
+    return layers
 
 
-def _expert_hidden(index: int, plan: dict[str, Any], dense_hidden: int, copy_weights: bool) -> int:
-    """Hidden width of one expert: what was asked, or what costs as much as the dense MLP (as wide, for copies)."""
-    if plan["top_k"] < 1:
-        raise UserError(f"top_k is {plan['top_k']}: it must be at least 1 expert.")
-    asked, units = plan["hidden_features"], plan["top_k"] + plan["num_shared_experts"]
-    if (
-        copy_weights and asked is not None
-    ):  # experts of that width share the dense MLP out among them
-        parts, rest = divmod(dense_hidden, asked) if 0 < asked <= dense_hidden else (0, 1)
-        if rest:
+def _check_options(options: dict[str, Any], routers: list[str]) -> None:
+    """Raise a UserError for an option that no router can use."""
+    usable = {name for router in routers for name in router_kind(router).options}
+    if not routers:
+        usable = {field.name for field in fields(RouterOptions)}
+    unusable = sorted(options.keys() - usable)
+    if unusable:
+        names = " and ".join(dict.fromkeys(map(repr, routers))) or "A model without MoE layers"
+        raise UserError(f"The router {names} has no use for {', '.join(unusable)}: leave it out.")
+
+
+def _expert_hidden(arguments: dict[str, Any], dense_hidden: int, copy_weights: bool) -> int:
+    """Hidden width of one expert: what costs as much as the dense MLP, unless given; a copy is as wide as that."""
+    top_k = arguments["top_k"]
+    if top_k < 1:
+        raise UserError(f"top_k is {top_k}: it must be at least 1 expert.")
+    expert_hidden = arguments["hidden_features"]
+    if copy_weights:
+        if expert_hidden not in (None, dense_hidden):
             raise UserError(
-                f"The MLP in block {index} has {dense_hidden} hidden units, which experts of {asked} can't share: use "
-                f"a whole part of it, such as expert_hidden {dense_hidden // 2}, or leave expert_hidden out."
+                f"Experts that start as copies have the {dense_hidden} hidden units of their MLP: leave "
+                f"expert_hidden (it is {expert_hidden}) out."
             )
-        if plan["num_experts"] % parts:
-            raise UserError(
-                f"{plan['num_experts']} experts make no groups of {parts}, each of which holds the MLP in block "
-                f"{index}: change num_experts or expert_hidden."
-            )
-    hidden = int(asked or (dense_hidden if copy_weights else dense_hidden // units))
-    if hidden < 1:
+        return dense_hidden
+    active = top_k + arguments["num_shared_experts"]
+    if expert_hidden is None:
+        expert_hidden = dense_hidden // active
+    if expert_hidden < 1:
         raise UserError(
-            f"top_k={units} leaves an expert no hidden unit: choose a smaller top_k or set expert_hidden."
+            f"top_k={active} leaves an expert no hidden unit: choose a smaller top_k or set expert_hidden."
         )
-    return hidden
+    return int(expert_hidden)
 
 
 def _per_layer(name: str, value: Any, count: int) -> list[Any]:
@@ -253,10 +264,10 @@ def _per_layer(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def one_or_list(values: list[Any], given: Any) -> Any:
-    """What to write down: one value if all layers have the same."""
+def one_or_list(values: list[Any], default: Any) -> Any:
+    """What to write down: one value if all layers have the same, `default` without layers."""
     if not values:
-        return given
+        return default
     return values[0] if all(value == values[0] for value in values) else values
 
 
@@ -265,46 +276,48 @@ def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
     mlp: Any = getattr(cast(Any, vit).blocks[index], "mlp", None)
     if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity):
         return mlp.fc1
-    has = (
-        "no MLP of its own"
-        if mlp is None
-        else f"a {type(mlp).__name__} that is gated, convolutional or has a norm"
-    )
+    problem = "no MLP of its own"
+    if mlp is not None:
+        problem = f"a {type(mlp).__name__} that is gated, convolutional or has a norm"
     raise UserError(
-        f"Block {index} of {type(vit).__name__} has {has}: it can't be converted, since experts take the place of "
+        f"Block {index} of {type(vit).__name__} has {problem}: it can't be converted, since experts take the place of "
         "plain two-layer MLPs."
     )
 
 
 def _dense_arguments(vit: nn.Module) -> dict[str, Any]:
-    """What timm wrote down of a model, but for experts that it was given in its time and a twin."""
-    others = {"twin", *getattr(vit, "moe_config", {})}
-    return {
-        name: value for name, value in getattr(vit, "_model_args", {}).items() if name not in others
-    }
+    """What timm wrote down of a model, without its twin and its experts."""
+    arguments = dict(getattr(vit, "_model_args", {}))
+    for name in ("twin", *getattr(vit, "moe_config", {})):
+        arguments.pop(name, None)
+    return arguments
+
+
+def _is_twin(vit: nn.Module) -> bool:
+    return "twin" in getattr(vit, "_model_args", {})
 
 
 def _check_twin(vit: nn.Module, indices: Sequence[int]) -> None:
     """Raise a UserError where a dense twin would keep an MLP of a width that its name doesn't build."""
-    if not indices or "twin" not in getattr(vit, "_model_args", {}):
+    if not indices or not _is_twin(vit):
         return
     twin = cast(Any, vit)
+    arguments = {**_dense_arguments(vit), "moe_layers": [], "num_classes": twin.num_classes}
     with torch.device("meta"):
-        plain: Any = timm.create_model(
-            twin.pretrained_cfg["architecture"],
-            **{**_dense_arguments(vit), "moe_layers": [], "num_classes": twin.num_classes},
-        )
-    for index, (block, its) in enumerate(zip(twin.blocks, plain.blocks, strict=True)):
-        if index not in indices and block.mlp.fc1.out_features != its.mlp.fc1.out_features:
+        rebuilt: Any = timm.create_model(twin.pretrained_cfg["architecture"], **arguments)
+    for index in set(range(len(twin.blocks))) - set(indices):
+        width = twin.blocks[index].mlp.fc1.out_features
+        if width != rebuilt.blocks[index].mlp.fc1.out_features:
             raise UserError(
                 "This dense twin has MLPs of another width where its experts were: convert all of those blocks, or a "
                 "twin of the same active FLOPs."
             )
 
 
-def _set_address(vit: nn.Module, **moe_config: Any) -> None:
+def _set_address(vit: nn.Module, moe_config: dict[str, Any]) -> None:
     """`moe_config`, and timm's own record under a registered name: what rebuilds the model."""
-    state, arguments = cast(Any, vit), _dense_arguments(vit)
+    state = cast(Any, vit)
+    arguments = _dense_arguments(vit)
     state.moe_config = moe_config
     pretrained_cfg = getattr(vit, "pretrained_cfg", None)
     if pretrained_cfg is None:
@@ -315,15 +328,15 @@ def _set_address(vit: nn.Module, **moe_config: Any) -> None:
     name = str(pretrained_cfg["architecture"])
     if not name.startswith(("vit_moe", "test_vit_moe")):
         arguments["base"] = name
-        state.pretrained_cfg = state.default_cfg = {**pretrained_cfg, "architecture": "vit_moe"}
+        state.pretrained_cfg = {**pretrained_cfg, "architecture": "vit_moe"}
+        state.default_cfg = state.pretrained_cfg
     elif not moe_config["moe_layers"]:  # as it was, a twin for instance
         return
-    state._model_args = arguments | {
-        key: value for key, value in moe_config.items() if value is not None
-    }
+    arguments |= {name: value for name, value in moe_config.items() if value is not None}
+    state._model_args = arguments
 
 
-def _moe_like(vit: nn.Module, index: int, plan: dict[str, Any], copy_weights: bool) -> MoEMlp:
+def _moe_like(vit: nn.Module, index: int, arguments: dict[str, Any], copy_weights: bool) -> MoEMlp:
     mlp = cast(Any, vit).blocks[index].mlp
     moe = MoEMlp(
         mlp.fc1.in_features,
@@ -333,62 +346,31 @@ def _moe_like(vit: nn.Module, index: int, plan: dict[str, Any], copy_weights: bo
         drop=(mlp.drop1.p, mlp.drop2.p),
         device=mlp.fc1.weight.device,
         dtype=mlp.fc1.weight.dtype,
-        **plan,
+        **arguments,
     )
     moe.layer_index = index
     if copy_weights:
-        parts = len(mlp.fc1.weight) // int(moe.experts.fc1.out_features)
-        (_share_out if parts > 1 else _copy)(mlp, moe, parts)
+        _copy_weights(mlp, moe)
     else:
         scale_by_depth(vit, moe, index)
     return moe.train(mlp.training)
 
 
 @torch.no_grad()
-def _copy(mlp: Mlp, moe: MoEMlp, _parts: int) -> None:
+def _copy_weights(mlp: Mlp, moe: MoEMlp) -> None:
     for dense, packed in ((mlp.fc1, moe.experts.fc1), (mlp.fc2, moe.experts.fc2)):
         packed.weight.copy_(dense.weight)  # broadcasts over the experts
         if packed.bias is not None:
-            packed.bias.copy_(cast(torch.Tensor, dense.bias))
-
-
-@torch.no_grad()
-def _share_out(mlp: Mlp, moe: MoEMlp, parts: int) -> None:
-    """Let every `parts` experts in a row hold the dense MLP together: virtual groups, arXiv:2410.07524.
-
-    The hidden units of an MLP are a sum, so that any division of them can be added up again. Each group draws its own
-    (the paper's groups are copies of one another). The experts of a group get one router row, so that they come into a
-    token's choice together; a gate of 1/parts is made up for by fc2, whose bias stays, as gates sum to 1.
-    """
-    if moe.router.rows is None:
-        raise UserError(
-            f"The router {moe.router_name!r} has no learned row for each expert, so it can't send a token to all parts "
-            "of an MLP: leave expert_hidden out, or choose another router."
-        )
-    fc1, fc2 = moe.experts.fc1, moe.experts.fc2
-    for group in range(moe.router.num_experts // parts):
-        units = torch.randperm(len(cast(nn.Linear, mlp.fc1).weight)).chunk(parts)
-        for expert, own in enumerate(units, start=group * parts):
-            fc1.weight[expert] = mlp.fc1.weight[own]  # [H, D]
-            fc2.weight[expert] = parts * mlp.fc2.weight[:, own]  # [D, H]
-            if fc1.bias is not None:
-                fc1.bias[expert] = cast(torch.Tensor, mlp.fc1.bias)[own]
-    if fc2.bias is not None:
-        fc2.bias.copy_(cast(torch.Tensor, mlp.fc2.bias))
-    rows = moe.router.rows
-    # Where noise is learned rows start at zero, and every group would tie with every other.
-    if not rows.is_meta and not rows.any():
-        nn.init.normal_(rows, std=rows.shape[1] ** -0.5)
-    rows.copy_(rows[::parts].repeat_interleave(parts, 0))
+            packed.bias.copy_(cast(Tensor, dense.bias))
 
 
 @torch.no_grad()
 def scale_by_depth(vit: nn.Module, mlp: Any, index: int) -> None:
     """Timm's `fix_init` of the outputs of an MLP or MoE layer made after it ran; BEiT and EVA always have it."""
     if getattr(vit, "fix_init", hasattr(vit, "fix_init_weight")):
-        for each in (mlp, getattr(mlp, "shared", None)):
-            if each is not None:
-                each.fc2.weight.div_(math.sqrt(2.0 * (index + 1)))
+        for part in (mlp, getattr(mlp, "shared", None)):
+            if part is not None:
+                part.fc2.weight.div_(math.sqrt(2.0 * (index + 1)))
 
 
 # ---- which routes the classifier reads
@@ -414,12 +396,12 @@ def pool_patches(vit: nn.Module) -> nn.Module:
         raise UserError(
             f"{type(vit).__name__} can't pool over patches ({error}): leave --model.arch.global_pool out."
         ) from error
-    state._model_args = {
-        **getattr(vit, "_model_args", {}),
-        "global_pool": "avg",
-    }  # what rebuilds the model
-    if hasattr(vit, "fc_norm"):  # timm itself would move the norm behind the pooling
-        state._model_args["use_fc_norm" if isinstance(vit, Eva) else "fc_norm"] = False
+
+    # What rebuilds the model. timm itself would move the norm behind the pooling.
+    state._model_args = {**getattr(vit, "_model_args", {}), "global_pool": "avg"}
+    if hasattr(vit, "fc_norm"):
+        argument = "use_fc_norm" if isinstance(vit, Eva) else "fc_norm"
+        state._model_args[argument] = False
     return vit
 
 
@@ -456,41 +438,43 @@ def routes_read(model: nn.Module) -> list[bool]:
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(add_zeros))
-        parameter, state = next(model.parameters()), cast(Any, model)
-        height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (224, 224)
-        noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(
-            parameter
-        )
-        if hasattr(
-            model, "forward_features"
-        ):  # what a classifier reads: a new one may be zero, and hide everything
-            features = state.forward_head(
-                state.forward_features(noise), pre_logits=True
-            ).float()  # [1, D]
-        else:
-            features = state(noise).float()
+        features = _classifier_input(model, _noise_image(model)).float()  # [1, D]
         # Against random directions: a plain sum is constant behind a LayerNorm.
-        weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(
-            features.device
-        )
-        gradients = torch.autograd.grad((features * weights).sum(), zeros, allow_unused=True)
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
+        generator = torch.Generator().manual_seed(1)
+        directions = torch.randn(features.shape, generator=generator).to(features.device)
+        total = (features * directions).sum()
+        gradients = torch.autograd.grad(total, zeros, allow_unused=True)
+
     read = []
     for layer, gradient in zip(layers, gradients, strict=True):
-        # Where an image decides once for all its tokens, the class token's part carries that route too.
-        start = 0 if routed_unit(layer.router) == "image" else prefix
-        read.append(gradient is not None and bool(gradient[:, start:].any()))
+        first_patch = int(getattr(model, "num_prefix_tokens", 0))
+        if routed_unit(layer.router) == "image":
+            # An image decides once for all its tokens: the class token's part carries that route too.
+            first_patch = 0
+        read.append(gradient is not None and bool(gradient[:, first_patch:].any()))
     return read
+
+
+def _noise_image(model: nn.Module) -> Tensor:
+    """[1, 3, H, W] of the size and dtype that a model takes, on its device."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (224, 224)
+    noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(next(model.parameters()))
+
+
+def _classifier_input(model: nn.Module, images: Tensor) -> Tensor:
+    """What a classifier reads, [B, D]: not its answer, since a new one may be zero, and hide everything."""
+    state = cast(Any, model)
+    if not hasattr(model, "forward_features"):
+        return cast(Tensor, state(images))
+    features = state.forward_features(images)
+    return cast(Tensor, state.forward_head(features, pre_logits=True))
 
 
 def layers_that_miss_classifier(model: nn.Module) -> list[int]:
     """Block numbers of the MoE layers whose routes of patches no classifier reads."""
-    read = routes_read(model)
-    return [
-        cast(int, layer.layer_index)
-        for layer, is_read in zip(moe_layers(model), read, strict=True)
-        if not is_read
-    ]
+    layers = zip(moe_layers(model), routes_read(model), strict=True)
+    return [cast(int, layer.layer_index) for layer, is_read in layers if not is_read]
 
 
 def block_to_pool(model: nn.Module) -> int | None:
@@ -501,11 +485,10 @@ def block_to_pool(model: nn.Module) -> int | None:
     last = next(reversed(moe_layers(model)), None)
     if last is None or last.router.rows is None or routed_unit(last.router) == "image":
         return None
+    if hasattr(model, "dist_token") or not reads_class_token_only(model):
+        return None  # a distilled model can't pool
     end = len(cast(Any, model).blocks) - 1
-    could_pool = reads_class_token_only(model) and not hasattr(
-        model, "dist_token"
-    )  # a distilled model can't
-    return end if last.layer_index == end and could_pool else None
+    return end if last.layer_index == end else None
 
 
 # ---- the dense twin
@@ -542,19 +525,24 @@ def make_dense(model: nn.Module, match: Match) -> None:
     if match not in get_args(Match):
         raise UserError(f"There is no twin {match!r}: choose {' or '.join(get_args(Match))}.")
     state = cast(Any, model)
-    for number, hook in list(state.patch_embed._forward_pre_hooks.items()):
-        if any(getattr(hook, "__self__", None) is layer.router for layer in layers):
-            del state.patch_embed._forward_pre_hooks[number]  # no router reads the image any more
+
+    # No router reads the image any more.
+    routers = [layer.router for layer in layers]
+    hooks = state.patch_embed._forward_pre_hooks
+    for number, hook in list(hooks.items()):
+        if any(getattr(hook, "__self__", None) is router for router in routers):
+            del hooks[number]
+
     for index, block in enumerate(state.blocks):
-        if isinstance(block.mlp, MoEMlp):
-            moe = block.mlp
-            units = moe.router.top_k if match == "active_flops" else moe.router.num_experts
-            # With an `expert_drop` the MLP's own dropout is known by the one behind the experts.
-            drop = (moe.drop if "expert_drop" in state.moe_config else moe.experts.drop).p
-            block.mlp = _mlp_like(
-                moe, (units + moe.num_shared_experts) * moe.experts.fc1.out_features, drop
-            )
-            scale_by_depth(model, block.mlp, index)
+        moe = block.mlp
+        if not isinstance(moe, MoEMlp):
+            continue
+        experts = moe.router.top_k if match == "active_flops" else moe.router.num_experts
+        hidden = (experts + moe.num_shared_experts) * moe.experts.fc1.out_features
+        # With an `expert_drop` the MLP's own dropout is known by the one behind the experts.
+        drop = moe.drop.p if "expert_drop" in state.moe_config else moe.experts.drop.p
+        block.mlp = _mlp_like(moe, hidden, drop)
+        scale_by_depth(model, block.mlp, index)
     state.moe_config = {**state.moe_config, "twin": match}
 
 

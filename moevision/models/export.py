@@ -41,10 +41,8 @@ OPSET = 20  # by default; from here on GELU is one of the operators
 TOLERANCE: dict[Dtype, float] = {"fp32": 1e-4, "fp16": 5e-2}
 """Largest difference of a logit that passes; the last digit of a logit of 32 in fp16 is 0.03."""
 
-_NOISE, _DRAWS = (
-    4,
-    3,
-)  # images of seeded noise; draws of them, in case rounding chooses another expert in one
+_NOISE = 4  # images of seeded noise
+_DRAWS = 3  # of them, in case rounding chooses another expert in one
 _OPSETS = range(18, 24)  # what torch 2.13 writes
 _MAX_ONNX_BYTES = 2_000_000_000  # a protobuf ends at 2 GiB
 
@@ -90,82 +88,106 @@ def export_onnx(
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require_extra(name)
-    if opset not in _OPSETS:
-        raise UserError(f"opset={opset} can't be written: choose {_OPSETS[0]} to {_OPSETS[-1]}.")
-    if sum(4 * tensor.numel() for tensor in model.net.state_dict().values()) > _MAX_ONNX_BYTES:
-        raise UserError("The model is larger than the 2 GB that one ONNX file can hold.")
-    _refuse_layers(model.net, routes)
-    with routing_lock(model.net):
-        net = copy.deepcopy(model.net)  # an open recorder or intervention is no part of a copy
-    net = net.cpu().float().eval().requires_grad_(False)
+    _check_exportable(model.net, opset, routes)
 
-    halved = copy.deepcopy(net).half() if dtype == "fp16" else net
-    written, net = (
-        _WithRoutes(told) if routes else told
-        for told in (_Exported(own, model.strangers) for own in (halved, net))
-    )
+    # A copy in float32 to compare with, and the one to write. An open recorder or intervention is no part of a copy.
+    with routing_lock(model.net):
+        net = copy.deepcopy(model.net)
+    net = net.cpu().float().eval().requires_grad_(False)
+    reference = _exported(net, model.strangers, routes)
+    written = reference
+    if dtype == "fp16":
+        written = _exported(copy.deepcopy(net).half(), model.strangers, routes)
+
+    if pictures is None:
+        pictures = torch.zeros(0, 3, model.image_size, model.image_size)
     tolerance = TOLERANCE[dtype]
-    inputs: list[Tensor] = []  # behind the image
-    if isinstance(net, _WithRoutes):
-        inputs = [
-            torch.zeros(
-                len(net.layers),
-                max(layer.router.num_experts for layer in net.layers),
-                dtype=torch.bool,
-            )
-        ]
-    generator = torch.Generator().manual_seed(0)
-    given = (
-        torch.zeros(0, 3, model.image_size, model.image_size)
-        if pictures is None
-        else pictures.cpu().float()
-    )
+    has_distance = model.strangers is not None
     try:
-        data = _to_bytes(_with_backend(written, "dense"), inputs, exported_facts(model), opset)
+        _set_backend(written, "dense")
+        data = _to_bytes(written, exported_facts(model), opset)
         run = load_exported(data)
-        _with_backend(net, "loop")
-        for _ in range(_DRAWS):
-            noise = torch.randn(_NOISE, 3, model.image_size, model.image_size, generator=generator)
-            # One image alone, then several together: the file is for any batch size.
-            parts = [noise[:1], noise[1:], *(given.split(32) if len(given) else ())]
-            logits, told = (
-                torch.cat([_columns(each(part, *inputs), model) for part in parts])
-                for each in (torch.no_grad()(net.__call__), run)
-            )  # [n, C], or [n, C + 1] with the distance
-            delta = float((told - logits)[:_NOISE].abs().max())
-            if delta <= tolerance:  # NaN isn't
-                break
+        _set_backend(reference, "loop")
+        comparison = _compare(reference, run, pictures.cpu().float(), has_distance, tolerance)
     except Exception as error:  # exporters and runtimes fail in many ways; the cause stays attached
         raise UserError(
             f"{type(model.net).__name__} can't be exported ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}): try another opset."
         ) from error
-    if not delta <= tolerance:
+    if not comparison.max_delta <= tolerance:  # NaN isn't
         raise UserError(
-            f"The exported file differs from the model by {delta:.2g} in a logit, more than {tolerance:g}, and was not "
-            "kept: try another opset."
+            f"The exported file differs from the model by {comparison.max_delta:.2g} in a logit, more than "
+            f"{tolerance:g}, and was not kept: try another opset."
         )
+
     path = Path(path)
     write_bytes_atomic(path, data)
-    classes = len(model.class_names)
-    agreement = float(
-        (told[:, :classes].argmax(-1) == logits[:, :classes].argmax(-1)).double().mean()
+    return ExportReport(
+        path=path,
+        size_bytes=len(data),
+        pictures=comparison.images,
+        max_logit_delta=comparison.max_delta,
+        top1_agreement=comparison.agreement,
     )
-    return ExportReport(path, len(data), len(logits), delta, agreement)
 
 
-def _refuse_layers(net: nn.Module, routes: bool) -> None:
+@dataclass(frozen=True)
+class _Comparison:
+    """A file's outputs beside those of the model that it came from."""
+
+    images: int
+    max_delta: float  # largest difference of a logit, or of a distance, on the noise
+    agreement: float  # share of all images with the same most likely class
+
+
+@torch.no_grad()
+def _compare(
+    reference: nn.Module, run: Runner, pictures: Tensor, has_distance: bool, tolerance: float
+) -> _Comparison:
+    """Compare on images of seeded noise, drawn anew if they differ by more than `tolerance`, and on `pictures`."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_DRAWS):
+        noise = torch.randn(_NOISE, *pictures.shape[1:], generator=generator)
+        # One image alone, then several together: the file is for any batch size.
+        batches = [noise[:1], noise[1:]]
+        if len(pictures):
+            batches += pictures.split(32)
+
+        # [n, C], or [n, C + 1] with the distance
+        expected = torch.cat([_columns(reference(batch), has_distance) for batch in batches])
+        actual = torch.cat([_columns(run(batch), has_distance) for batch in batches])
+        delta = float((actual - expected)[:_NOISE].abs().max())
+        if delta <= tolerance:
+            break
+
+    classes = expected.shape[1] - int(has_distance)
+    same = actual[:, :classes].argmax(-1) == expected[:, :classes].argmax(-1)
+    return _Comparison(len(expected), delta, float(same.double().mean()))
+
+
+def _columns(outputs: Any, has_distance: bool) -> Tensor:
+    """The logits [B, C] of some outputs, with the distance behind them [B, C + 1] if there is one."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits, *others = outputs
+    return torch.cat([logits, others[0].unsqueeze(1)], 1) if has_distance else logits
+
+
+def _check_exportable(net: nn.Module, opset: int, routes: bool) -> None:
+    """Raise a UserError for what no file can hold."""
+    if opset not in _OPSETS:
+        raise UserError(f"opset={opset} can't be written: choose {_OPSETS[0]} to {_OPSETS[-1]}.")
+    if sum(4 * tensor.numel() for tensor in net.state_dict().values()) > _MAX_ONNX_BYTES:
+        raise UserError("The model is larger than the 2 GB that one ONNX file can hold.")
     for layer in moe_layers(net):
         if routes and layer.router.kind != "token_choice":
             raise UserError(
                 "Routes are exported where patches choose experts: leave them out for this model."
             )
         options = getattr(layer.router, "options", None)
-        if (
-            options is not None
-            and options.eval_capacity_factor is not None
-            and options.capacity_group == "batch"
-        ):
+        if options is None or options.eval_capacity_factor is None:
+            continue
+        if options.capacity_group == "batch":
             raise UserError(
                 "With capacity_group='batch' a prediction depends on which images share its batch, so an exported "
                 "file would give no definite answer: set capacity_group='image', or leave eval_capacity_factor out."
@@ -175,7 +197,8 @@ def _refuse_layers(net: nn.Module, routes: bool) -> None:
 def exported_facts(model: SavedModel) -> dict[str, Any]:
     """What travels in the file, JSON-ready: the classes, the preparation of an image, and the MoE's shape."""
     # As `square_pixels` does for training and predict; timm's configuration tells what others did with its weights.
-    side, crop, interpolation = model.image_size, 1.0, "bicubic"
+    side = model.image_size
+    interpolation = "bicubic"
     resized = {
         "crop": f"resize the short side to {side} px ({interpolation}, antialiased); cut out the central {side} x "
         f"{side} px",
@@ -183,24 +206,26 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
         "the colour mean",
         "squash": f"resize to {side} x {side} px ({interpolation}, antialiased)",
     }
+    distance = None
+    if model.strangers is not None:
+        distance = (
+            "The second output, [batch]: how far an image lies from the nearest class; above 1 lie "
+            f"{REFUSED:.0%} of the validation images, and images of other things."
+        )
+    pretrained_cfg = cast(dict[str, Any], getattr(model.net, "pretrained_cfg", {}))
     return {
         "class_names": model.class_names,
         "image_size": side,
         "mean": list(model.mean),
         "std": list(model.std),
         "interpolation": interpolation,
-        "crop_pct": crop,
+        "crop_pct": 1.0,
         "fit": model.fit,
         "preprocessing": "Upright RGB of 8 bits: 16-bit grey divided by 257, what is transparent on white; "
         f"{resized[model.fit]}; divide by 255; subtract mean and divide by std, one "
         f"number per channel; float32 [batch, 3, {side}, {side}].",
-        "distance": None
-        if model.strangers is None
-        else "The second output, [batch]: how far an image lies from the nearest class; above 1 lie "
-        f"{REFUSED:.0%} of the validation images, and images of other things.",
-        "architecture": cast(dict[str, Any], getattr(model.net, "pretrained_cfg", {})).get(
-            "architecture"
-        ),
+        "distance": distance,
+        "architecture": pretrained_cfg.get("architecture"),
         "moe_config": getattr(model.net, "moe_config", None),
     }
 
@@ -210,7 +235,9 @@ class _Exported(nn.Module):
 
     def __init__(self, net: nn.Module, strangers: MahalanobisOOD | None) -> None:
         super().__init__()
-        self.net, self.strangers, self.dtype = net, strangers, next(net.parameters()).dtype
+        self.net = net
+        self.strangers = strangers
+        self.dtype = next(net.parameters()).dtype
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         image = image.to(self.dtype)
@@ -225,80 +252,93 @@ class _WithRoutes(nn.Module):
 
     def __init__(self, net: _Exported) -> None:
         super().__init__()
-        self.net, self.layers = net, moe_layers(net)
-        named = {str(layer.layer_index): layer for layer in self.layers}
-        self.outputs = [
-            f"{what}.{number}" for number in named for what in ("experts", "weights", "probs")
-        ]
+        self.net = net
+        self.layers = moe_layers(net)
+        self.first_patch = int(getattr(net.net, "num_prefix_tokens", 0))
+        most_experts = max(layer.router.num_experts for layer in self.layers)
+        self.nobody = torch.zeros(len(self.layers), most_experts, dtype=torch.bool)  # [M, E]
 
-    def forward(self, image: Tensor, away: Tensor) -> tuple[Tensor, ...]:
-        first = int(getattr(self.net.net, "num_prefix_tokens", 0))
-        for layer, gone in zip(self.layers, away, strict=True):
-            layer.intervention = partial(_without, layer.router, gone[: layer.router.num_experts])
+    def output_names(self) -> list[str]:
+        """Those of the routes."""
+        kinds = ("experts", "weights", "probs")
+        return [f"{kind}.{layer.layer_index}" for layer in self.layers for kind in kinds]
+
+    def forward(self, image: Tensor, away: Tensor | None = None) -> tuple[Tensor, ...]:
+        away = self.nobody if away is None else away  # [M, E]
+        for layer, ablated in zip(self.layers, away, strict=True):
+            ablated = ablated[: layer.router.num_experts]
+            layer.intervention = partial(_without, layer.router, ablated)
         try:
             with record_routing(self.net) as routings:
-                found = self.net(image)
+                answer = self.net(image)
         finally:
             for layer in self.layers:
                 layer.intervention = None
-        told = [(one.expert_index, one.combine_weight * one.kept, one.probs) for one in routings]
-        answer = (found,) if isinstance(found, Tensor) else found
-        return (*answer, *(values[:, first:] for layer in told for values in layer))
+
+        outputs = [answer] if isinstance(answer, Tensor) else [*answer]
+        for routing in routings:
+            weight = routing.combine_weight * routing.kept
+            for of_tokens in (routing.expert_index, weight, routing.probs):
+                outputs.append(of_tokens[:, self.first_patch :])
+        return tuple(outputs)
 
 
-def _without(router: Any, away: Tensor, routing: Routing) -> Routing:
-    """A decision of tokens without some experts, away bool [E]: the next best take their places, at their own gates."""
-    index = (
-        routing.noisy_logits.masked_fill(away, -torch.inf).topk(routing.top_k).indices
-    )  # [B, N, K]
-    gate_logits = router.gate_logits(routing)
-    top_logits = gate_logits.gather(-1, index).masked_fill(away[index], -torch.inf)
-    left = ~away[index]  # fewer than K may be
-    gates = router.gates(gate_logits, top_logits).masked_fill(~left, 0.0)
+def _exported(net: nn.Module, strangers: MahalanobisOOD | None, routes: bool) -> nn.Module:
+    exported = _Exported(net, strangers)
+    return _WithRoutes(exported) if routes else exported
+
+
+def _without(router: Any, ablated: Tensor, routing: Routing) -> Routing:
+    """A decision without the ablated experts, bool [E]: the next best take their place, at their own gates."""
+    scores = routing.noisy_logits.masked_fill(ablated, -torch.inf)  # [B, N, E]
+    index = scores.topk(routing.top_k).indices  # [B, N, K]
+    kept = ~ablated[index]  # fewer than K experts may be left
+
+    gate_logits = router.gate_logits(routing)  # [B, N, E]
+    top_logits = gate_logits.gather(-1, index).masked_fill(~kept, -torch.inf)  # [B, N, K]
+    gates = router.gates(gate_logits, top_logits).masked_fill(~kept, 0.0)
     if hasattr(router, "keep"):  # a rule knows no capacity
-        left = left & router.keep(index, gate_logits, top_logits)
-    return replace(routing, expert_index=index, combine_weight=gates, kept=left)
+        kept = kept & router.keep(index, gate_logits, top_logits)
+    return replace(routing, expert_index=index, combine_weight=gates, kept=kept)
 
 
-def _columns(found: Any, model: SavedModel) -> Tensor:
-    """The logits [B, C] of an answer, with the distance behind them [B, C + 1] if the model tells one."""
-    if isinstance(found, Tensor):
-        return found
-    return found[0] if model.strangers is None else torch.cat([found[0], found[1][:, None]], 1)
-
-
-def _with_backend(net: nn.Module, backend: Backend) -> nn.Module:
+def _set_backend(net: nn.Module, backend: Backend) -> None:
     for layer in moe_layers(net):
         layer.experts.backend = backend
-    return net
 
 
-def _to_bytes(net: nn.Module, inputs: list[Tensor], facts: dict[str, Any], opset: int) -> bytes:
+def _to_bytes(net: nn.Module, facts: dict[str, Any], opset: int) -> bytes:
+    """An exported network as an ONNX file."""
     side = int(facts["image_size"])
+    # Two images: a batch of 1 would be taken for a constant.
+    inputs = {"image": torch.zeros(2, 3, side, side)}
+    outputs = ["logits"] if facts["distance"] is None else ["logits", "distance"]
+    if isinstance(net, _WithRoutes):
+        inputs["away"] = net.nobody
+        outputs += net.output_names()
+    other_shapes = (len(inputs) - 1) * (None,)
+
     with _quiet(), torch.no_grad():
         program = torch.export.export(
             net,
-            (
-                torch.zeros(2, 3, side, side),
-                *inputs,
-            ),  # two images: a batch of 1 would be taken for a constant
-            dynamic_shapes=({0: Dim("batch", min=1)}, *(None for _ in inputs)),
+            tuple(inputs.values()),
+            dynamic_shapes=({0: Dim("batch", min=1)}, *other_shapes),
             strict=False,
             # Soft MoE's reshapes hold for every batch, but torch can't prove it.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        for module in program.graph_module.modules():
-            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-                node.meta.pop("stack_trace", None)  # it holds paths of this machine
-        told = ["logits"] if facts["distance"] is None else ["logits", "distance"]
+        _remove_stack_traces(program)
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
-            input_names=["image", "away"][: 1 + len(inputs)],
-            output_names=[*told, *(net.outputs if isinstance(net, _WithRoutes) else ())],
-            dynamic_shapes=({0: "batch"}, *(None for _ in inputs)),
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=({0: "batch"}, *other_shapes),
             opset_version=opset,
-            custom_translation_table=_translations(),
+            custom_translation_table={
+                torch.ops.aten.sort.stable: _stable_sort,
+                torch.ops.aten._cdist_forward.default: _euclidean_distance,
+            },
             verbose=False,
         )
         assert onnx_program is not None  # None is for the older exporter
@@ -307,26 +347,38 @@ def _to_bytes(net: nn.Module, inputs: list[Tensor], facts: dict[str, Any], opset
         return cast(bytes, onnx_program.model_proto.SerializeToString())
 
 
-def _translations() -> dict[Any, Callable[..., Any]]:
-    """Operations of our routers that torch's exporter has no ONNX for."""
+def _remove_stack_traces(program: torch.export.ExportedProgram) -> None:
+    """They hold paths of this machine."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+
+
+# ---- operations of our routers that torch's exporter has no ONNX for; their arguments are torch's
+
+
+def _stable_sort(
+    self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> Any:
+    # ONNX's TopK is defined to be stable: of equal values the lower index comes first.
     op = require_extra("onnxscript").opset18
+    end = None if dim == -1 else dim + 1
+    size = op.Shape(self, start=dim, end=end)
+    return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
-    def stable_sort(
-        self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False
-    ) -> Any:
-        # ONNX's TopK is defined to be stable: of equal values the lower index comes first.
-        size = op.Shape(self, start=dim, end=dim + 1 if dim != -1 else None)
-        return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
-    def distance(x1: Any, x2: Any, p: float, compute_mode: int | None) -> Any:
-        assert p == 2
-        apart = op.Sub(op.Unsqueeze(x1, [-2]), op.Unsqueeze(x2, [-3]))
-        return op.Sqrt(op.ReduceSum(op.Mul(apart, apart), [-1], keepdims=0))
+def _euclidean_distance(x1: Any, x2: Any, p: float, compute_mode: int | None) -> Any:
+    assert p == 2
+    op = require_extra("onnxscript").opset18
+    rows = op.Unsqueeze(x1, [-2])
+    columns = op.Unsqueeze(x2, [-3])
+    difference = op.Sub(rows, columns)
+    squares = op.Mul(difference, difference)
+    return op.Sqrt(op.ReduceSum(squares, [-1], keepdims=0))
 
-    return {
-        torch.ops.aten.sort.stable: stable_sort,
-        torch.ops.aten._cdist_forward.default: distance,
-    }
+
+# ---- running a file
 
 
 def load_exported(source: bytes | str | Path) -> Runner:
@@ -341,17 +393,16 @@ def load_exported(source: bytes | str | Path) -> Runner:
     options.log_severity_level = 3  # errors only
     data = source if isinstance(source, bytes) else str(source)
     session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return partial(_run, session)
 
-    def run(*inputs: Tensor) -> Any:
-        asked = session.get_inputs()
-        nobody = [torch.zeros(one.shape).bool() for one in asked[len(inputs) :]]
-        feeds = {
-            one.name: given.numpy() for one, given in zip(asked, [*inputs, *nobody], strict=True)
-        }
-        found = [torch.from_numpy(each) for each in session.run(None, feeds)]
-        return found[0] if len(found) == 1 else tuple(found)
 
-    return run
+def _run(session: Any, image: Tensor, away: Tensor | None = None) -> Any:
+    arrays = {"image": image.numpy()}
+    for entry in session.get_inputs()[1:]:
+        nobody = torch.zeros(entry.shape, dtype=torch.bool)
+        arrays[entry.name] = (nobody if away is None else away).numpy()
+    outputs = [torch.from_numpy(array) for array in session.run(None, arrays)]
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 @contextmanager

@@ -14,7 +14,9 @@ Axes: T moments, I images, P patches (row-major, prefix tokens left out), E expe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -51,25 +53,26 @@ class Moment:
 @torch.no_grad()
 def moment_of(net: nn.Module, images: Tensor) -> Moment:
     """Route images [I, 3, H, W] through a model in evaluation mode; every module's mode is left as it was."""
+    probabilities = []  # [batch, C] for each batch
+    weights = defaultdict(list)  # [batch, P, E] for each layer and batch
     with evaluating(net):
-        passes = [forward_routing(net, batch) for batch in images.split(_BATCH)]
-    weights = {}
-    first = passes[0][1]
-    for place, routing in enumerate(first):
-        of_patches = [
-            each[place].expert_weights()[:, routing.num_prefix_tokens :] for _, each in passes
-        ]
-        weights[int(routing.layer or 0)] = _half(torch.cat(of_patches))
-    probabilities = torch.cat([logits.float().softmax(-1) for logits, _ in passes])
+        for batch in images.split(_BATCH):
+            logits, routings = forward_routing(net, batch)
+            probabilities.append(logits.float().softmax(-1))
+            for routing in routings:
+                of_patches = routing.expert_weights()[:, routing.num_prefix_tokens :]
+                weights[int(routing.layer or 0)].append(of_patches)
+
+    patches = of_patches.shape[1]
     return Moment(
-        _half(probabilities),
-        weights,
-        first[0].grid or (1, weights[int(first[0].layer or 0)].shape[1]),
+        probabilities=_to_half(probabilities),
+        weights={layer: _to_half(batches) for layer, batches in weights.items()},
+        grid=routings[0].grid or (1, patches),
     )
 
 
-def _half(values: Tensor) -> Half:
-    return values.half().cpu().numpy()
+def _to_half(batches: list[Tensor]) -> Half:
+    return torch.cat(batches).half().cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +84,12 @@ class RoutingHistory:
     total_steps: int  # optimizer steps of the whole training
     pretrained: bool = False  # whether the training began with pretrained layers
     steps: tuple[int, ...] = ()  # [T] optimizer steps done at each moment
-    grid: tuple[int, int] = (
-        0,
-        0,
-    )  # rows and columns of patches; (0, 0) as long as there is no moment
-    probabilities: Half = field(
-        default_factory=lambda: np.zeros((0, 0, 0), np.float16), repr=False
-    )  # [T, I, C]
-    weights: Mapping[int, Half] = field(
-        default_factory=dict, repr=False
-    )  # [T, I, P, E] by block number
+    # rows and columns of patches; (0, 0) as long as there is no moment
+    grid: tuple[int, int] = (0, 0)
+    # [T, I, C]
+    probabilities: Half = field(default_factory=lambda: np.zeros((0, 0, 0), np.float16), repr=False)
+    # [T, I, P, E] by block number
+    weights: Mapping[int, Half] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         """Number of moments."""
@@ -108,36 +107,36 @@ class RoutingHistory:
 
     def plus(self, step: int, moment: Moment) -> RoutingHistory:
         """With one more moment, after `step` optimizer steps."""
+        weights = {}
+        for layer, now in moment.weights.items():
+            before = self.weights.get(layer, ())
+            weights[layer] = np.stack([*before, now])
         return replace(
             self,
             steps=(*self.steps, step),
             grid=moment.grid,
             probabilities=np.stack([*self.probabilities, moment.probabilities]),
-            weights={
-                layer: np.stack([*self.weights.get(layer, ()), own])
-                for layer, own in moment.weights.items()
-            },
+            weights=weights,
         )
 
     def until(self, step: int) -> RoutingHistory:
         """Without the moments after `step`."""
-        kept = sum(each <= step for each in self.steps)
+        moments = bisect_right(self.steps, step)
         return replace(
             self,
-            steps=self.steps[:kept],
-            probabilities=self.probabilities[:kept],
-            weights={layer: own[:kept] for layer, own in self.weights.items()},
+            steps=self.steps[:moments],
+            probabilities=self.probabilities[:moments],
+            weights={layer: weights[:moments] for layer, weights in self.weights.items()},
         )
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
         tensors = {"probabilities": np.ascontiguousarray(self.probabilities)}
-        tensors |= {
-            f"L{layer}.weights": np.ascontiguousarray(own) for layer, own in self.weights.items()
-        }
-        words: dict[str, Any] = {"schema": SCHEMA, **{name: getattr(self, name) for name in _WORDS}}
+        for layer, weights in self.weights.items():
+            tensors[f"L{layer}.weights"] = np.ascontiguousarray(weights)
+        header = {"schema": SCHEMA} | {name: getattr(self, name) for name in _HEADER_FIELDS}
         # One entry: safetensors writes several in any order, and equal histories shall be equal files.
-        write_bytes_atomic(path, save(tensors, {_KEY: json_text(words)}))
+        write_bytes_atomic(path, save(tensors, {_KEY: json_text(header)}))
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingHistory:
@@ -149,38 +148,38 @@ class RoutingHistory:
             raise UserError(f"There is no {path}: record one with moevision fit.") from error
         if _KEY not in metadata:
             raise UserError(f"{path} is no routing history: give one that moevision fit wrote.")
-        words = parse_json(metadata[_KEY].encode(), _KEY)
-        schema = words.get("schema") if isinstance(words, dict) else None
+        header = parse_json(metadata[_KEY].encode(), _KEY)
+        schema = header.get("schema") if isinstance(header, dict) else None
         if schema != SCHEMA:
             raise UserError(
                 f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: record it again."
             )
         try:
-            return cls._of(load_file(path), words)
+            return cls._from_file(load_file(path), header)
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"The routing history {path} is damaged ({error}): record it again."
             ) from error
 
     @classmethod
-    def _of(cls, tensors: Mapping[str, Any], words: Mapping[str, Any]) -> RoutingHistory:
-        rows, columns = words["grid"]
-        moments, images = len(words["steps"]), len(words["image_names"])
+    def _from_file(cls, tensors: Mapping[str, Half], header: Mapping[str, Any]) -> RoutingHistory:
+        rows, columns = header["grid"]
         history = cls(
-            image_names=tuple(map(escape_controls, words["image_names"])),
-            class_names=tuple(map(escape_controls, words["class_names"])),
-            total_steps=int(words["total_steps"]),
-            pretrained=bool(words.get("pretrained")),
-            steps=tuple(map(int, words["steps"])),
+            image_names=tuple(map(escape_controls, header["image_names"])),
+            class_names=tuple(map(escape_controls, header["class_names"])),
+            total_steps=int(header["total_steps"]),
+            pretrained=bool(header.get("pretrained")),
+            steps=tuple(map(int, header["steps"])),
             grid=(int(rows), int(columns)),
             probabilities=tensors["probabilities"],
-            weights={int(layer): tensors[f"L{layer}.weights"] for layer in words["layers"]},
+            weights={int(layer): tensors[f"L{layer}.weights"] for layer in header["layers"]},
         )
-        wanted = (moments, images, len(history.class_names))
-        if history.probabilities.shape != wanted or any(
-            own.ndim != 4 or own.shape[:3] != (moments, images, rows * columns)
-            for own in history.weights.values()
-        ):
+
+        size = (len(history.steps), len(history.image_names))  # T, I
+        right = history.probabilities.shape == (*size, len(history.class_names))
+        for weights in history.weights.values():
+            right &= weights.ndim == 4 and weights.shape[:3] == (*size, rows * columns)
+        if not right:
             raise ValueError("its arrays don't fit its header")
         if list(history.steps) != sorted(set(history.steps)):
             raise ValueError("its moments are in no order")
@@ -188,7 +187,7 @@ class RoutingHistory:
 
 
 _KEY: Final = "history"
-_WORDS: Final = (
+_HEADER_FIELDS: Final = (
     "steps",
     "total_steps",
     "pretrained",
@@ -201,5 +200,5 @@ _WORDS: Final = (
 
 def planned_moments(total_steps: int, moments: int) -> list[int]:
     """Steps from 0 to the last one, close together at first, where routing changes most: total · (i / (n - 1))²."""
-    steps: Sequence[int] = [round(total_steps * (i / (moments - 1)) ** 2) for i in range(moments)]
-    return sorted(set(steps))
+    fractions = [number / (moments - 1) for number in range(moments)]
+    return sorted({round(total_steps * fraction**2) for fraction in fractions})

@@ -53,16 +53,12 @@ from moevision.words import shell_word
 
 ImageSize = int | tuple[int, int]
 Colour = tuple[float, float, float]
-FOLDER, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
-MAX_SIDE_PX: Final = (
-    4096  # of a model's input: one image takes 50 MB of pixels and 200 MB in float32
-)
+FOLDER = "local-dir:"
+HUB = ("hf-hub:", "hf_hub:")
+MAX_SIDE_PX: Final = 4096  # of a model's input: one image takes 200 MB in float32
 MAX_COLOUR: Final = 1e4  # of a channel's mean and deviation, in units of the brightest pixel
-_CROP_MODES: dict[Fit, str] = {
-    "crop": "center",
-    "pad": "border",
-    "squash": "squash",
-}  # in timm's words
+# `fit` in timm's words.
+_CROP_MODES: dict[Fit, str] = {"crop": "center", "pad": "border", "squash": "squash"}
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,8 @@ class SavedModel:
     image_size: int  # side of the square input in pixels
     mean: Colour  # per channel, of pixels in [0, 1]
     std: Colour  # per channel, of pixels in [0, 1]
-    temperature: float | None = (
-        None  # what logits are divided by for calibrated probabilities; None: not calibrated
-    )
+    # what logits are divided by for calibrated probabilities; None: not calibrated
+    temperature: float | None = None
     # how far images may lie from the classes that the model knows; None: not measured
     strangers: MahalanobisOOD | None = None
     fit: Fit = "crop"  # how an image that isn't square becomes so
@@ -97,10 +92,11 @@ def load_model(address: str) -> SavedModel:
         UserError: if there is no model, or its files are damaged or foreign.
     """
     with explain_load_errors(address):
-        net = open_model(address_of(address)).eval()
-        saved = replace(describe(net), temperature=getattr(net, "temperature", None))
-        if (file := getattr(net, "strangers_file", None)) is not None:
-            saved = replace(saved, strangers=read_ood(file, net))
+        timm_address = address_of(address)
+        net, folder = _open(timm_address)
+        saved = describe(net.eval())
+        if folder is not None:
+            saved = _with_measurements(saved, folder)
     if getattr(saved.net, "in_chans", 3) != 3:
         raise UserError(
             f"The model {address!r} can't be used: it takes images with other channels than red, green, blue."
@@ -111,7 +107,7 @@ def load_model(address: str) -> SavedModel:
 
 def check_numbers(net: nn.Module, address: str) -> None:
     """Refuse weights with which every answer is NaN; `address` is what to call the model in the error."""
-    for name, value in net.state_dict().items():  # statistics and biases of a choice too
+    for name, value in net.state_dict().items():  # buffers too: statistics, biases of routers
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(
                 f"The model {address!r} can't be used: its weight {name} holds NaN or infinity."
@@ -124,19 +120,22 @@ def check_numbers(net: nn.Module, address: str) -> None:
 
 def describe(net: nn.Module) -> SavedModel:
     """A model with the class names, size and colour statistics that it carries; a UserError if those can't be used."""
-    known = getattr(net, "pretrained_cfg", None) or {}
-    name = str(known.get("architecture") or type(net).__name__)
+    pretrained_cfg = getattr(net, "pretrained_cfg", None) or {}
+    name = str(pretrained_cfg.get("architecture") or type(net).__name__)
     with explain_load_errors(name):
-        return _described(net, name, known)
+        data_config = timm.data.resolve_model_data_config(net)
+        class_names = _class_names(pretrained_cfg, getattr(net, "num_classes", 0))
+        image_size = _image_size(net, data_config)
+        mean, std = colours(data_config["mean"], data_config["std"], name)
+        fits = {crop_mode: fit for fit, crop_mode in _CROP_MODES.items()}
+        fit = fits.get(data_config["crop_mode"], "crop")
+        return SavedModel(net, class_names, image_size, mean, std, fit=fit)
 
 
-def _described(net: nn.Module, name: str, known: dict[str, Any]) -> SavedModel:
-    config = timm.data.resolve_model_data_config(net)
-    words = _class_names(known, getattr(net, "num_classes", 0))
+def _image_size(net: nn.Module, data_config: dict[str, Any]) -> int:
     # The size that a ViT was built for or changed to; timm's configuration still has that of its first weights.
-    height, width = (
-        getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"]
-    )[-2:]
+    built_for = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    height, width = (built_for or data_config["input_size"])[-2:]
     if height != width:
         raise UserError(
             f"The model takes images of {height} x {width} px: only square ones are supported."
@@ -145,8 +144,7 @@ def _described(net: nn.Module, name: str, known: dict[str, Any]) -> SavedModel:
         raise UserError(
             f"The model takes images of {width} px: a side is a whole number from 1 to {MAX_SIDE_PX}."
         )
-    fit = {mode: fit for fit, mode in _CROP_MODES.items()}.get(config["crop_mode"], "crop")
-    return SavedModel(net, words, width, *colours(config["mean"], config["std"], name), fit=fit)
+    return width
 
 
 def colours(mean: Any, std: Any, model: str) -> tuple[Colour, Colour]:
@@ -154,16 +152,21 @@ def colours(mean: Any, std: Any, model: str) -> tuple[Colour, Colour]:
 
     The limits leave room for pixels in any unit, and keep what is computed with them finite in float32.
     """
-    for statistic, values, least in (("mean", mean, -MAX_COLOUR), ("std", std, 1 / MAX_COLOUR)):
-        numbers = values if isinstance(values, list | tuple) else ()
-        right = [isinstance(each, int | float) and least <= each <= MAX_COLOUR for each in numbers]
-        if len(right) != 3 or not all(right):
-            raise UserError(
-                f"The model {model!r} can't be used: its {statistic} is {str(values)[:80]} and must be three numbers "
-                f"from {least:g} to {MAX_COLOUR:g}, for red, green and blue."
-            )
-    (r, g, b), (deviation_r, deviation_g, deviation_b) = map(float, mean), map(float, std)
-    return (r, g, b), (deviation_r, deviation_g, deviation_b)
+    return (
+        _colour("mean", mean, -MAX_COLOUR, model),
+        _colour("std", std, 1 / MAX_COLOUR, model),
+    )
+
+
+def _colour(statistic: str, values: Any, minimum: float, model: str) -> Colour:
+    match values:
+        case [int() | float() as r, int() | float() as g, int() | float() as b]:
+            if all(minimum <= value <= MAX_COLOUR for value in (r, g, b)):
+                return float(r), float(g), float(b)
+    raise UserError(
+        f"The model {model!r} can't be used: its {statistic} is {str(values)[:80]} and must be three numbers "
+        f"from {minimum:g} to {MAX_COLOUR:g}, for red, green and blue."
+    )
 
 
 def _class_names(config: dict[str, Any], classes: int) -> list[str]:
@@ -172,12 +175,16 @@ def _class_names(config: dict[str, Any], classes: int) -> list[str]:
     timm's `label_names` are a list, or a dict from index to name where some indices have none; they may be codes such
     as WordNet ids, for which `label_descriptions` has the words.
     """
-    names: Sequence[str] | dict[Any, str] = config.get("label_names") or []
-    words: dict[str, str] = config.get("label_descriptions") or {}
-    if not isinstance(names, dict):
-        names = dict(enumerate(names)) if len(names) == classes else {}
-    by_index = {int(index): words.get(name, name) for index, name in names.items()}
-    return [escape_controls(by_index.get(index, f"class {index}")) for index in range(classes)]
+    labels: Sequence[str] | dict[Any, str] = config.get("label_names") or []
+    descriptions: dict[str, str] = config.get("label_descriptions") or {}
+    if not isinstance(labels, dict):
+        labels = dict(enumerate(labels)) if len(labels) == classes else {}
+
+    names = [f"class {index}" for index in range(classes)]
+    for index, label in labels.items():
+        if 0 <= int(index) < classes:
+            names[int(index)] = descriptions.get(label, label)
+    return [escape_controls(name) for name in names]
 
 
 def model_folder(path: Path) -> Path | None:
@@ -209,12 +216,6 @@ def save_model(model: SavedModel, folder: Path) -> None:
             "timm.create_model."
         )
 
-    def contiguous(
-        _net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]
-    ) -> None:
-        # Safetensors refuses weights in another order, such as those of a `channels_last` convolution.
-        state.update({name: tensor.contiguous() for name, tensor in state.items()})
-
     data_config = {
         "input_size": (3, model.image_size, model.image_size),
         "mean": model.mean,
@@ -223,13 +224,12 @@ def save_model(model: SavedModel, folder: Path) -> None:
         "crop_pct": 1.0,
         "crop_mode": _CROP_MODES[model.fit],
     }
-    names = {"label_names": model.class_names}
     try:
-        with model.net.register_state_dict_post_hook(contiguous):
+        with model.net.register_state_dict_post_hook(_make_contiguous):
             timm.models.save_for_hf(
                 model.net,
                 str(folder),
-                model_config=names,
+                model_config={"label_names": model.class_names},
                 data_config=data_config,
                 safe_serialization=True,
             )
@@ -239,9 +239,10 @@ def save_model(model: SavedModel, folder: Path) -> None:
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(folder)) from error
     sync_file(folder / WEIGHTS)  # nobody else does; the folder is flushed with config.json
+
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     # timm gives the number of classes a second time, among the arguments. timm takes both; transformers hands both to
     # timm.create_model, which is a TypeError.
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
     if model.temperature is not None:
         config["calibration"] = {"temperature": model.temperature}
@@ -251,6 +252,14 @@ def save_model(model: SavedModel, folder: Path) -> None:
         save_file(model.strangers.state_dict(), folder / STRANGERS)
         config["strangers"] = True
     write_text_atomic(folder / CONFIG, json.dumps(config, indent=2))
+
+
+def _make_contiguous(
+    _net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]
+) -> None:
+    """A hook: safetensors refuses weights in another order, such as those of a `channels_last` convolution."""
+    for name, tensor in state.items():
+        state[name] = tensor.contiguous()
 
 
 def from_clusters(net: nn.Module) -> bool:
@@ -307,7 +316,8 @@ def address_of(source: str) -> str:
     if is_timm_name(source):
         return source
     if path.exists() or source.startswith(FOLDER):
-        if (saved := path / "checkpoints" / "last.ckpt").is_file():
+        saved = path / "checkpoints" / "last.ckpt"
+        if saved.is_file():
             resume = f"moevision fit --resume {shell_word(str(path))}"
             raise UserError(
                 f"{path} isn't finished: go on with `{resume}`. Until then `predict` takes {saved}."
@@ -333,21 +343,21 @@ def is_timm_name(address: str) -> bool:
 def architecture_of(file: str | Path) -> str:
     """The timm name of the architecture that a file of weights belongs to, as its own metadata say (`architecture`)."""
     try:
-        named = read_metadata(file).get("architecture", "")
+        name = read_metadata(file).get("architecture", "")
     except FileNotFoundError as error:
         raise UserError(f"There is no file {file}.") from error
-    if not timm.is_model(named):
+    if not timm.is_model(name):
         raise UserError(
             f"{file} doesn't say its architecture: give --model.arch.base, such as deit_tiny_patch16_224."
         )
-    return named
+    return name
 
 
 def unknown_name(name: str) -> str:
     """A sentence that says there is no such model, and which ones are near."""
     bare = name.split(".")[0]
-    known = timm.list_models("*vit*") + timm.list_models("*deit*")
-    near = difflib.get_close_matches(bare, known, n=4, cutoff=0.5)
+    names = timm.list_models("*vit*") + timm.list_models("*deit*")
+    near = difflib.get_close_matches(bare, names, n=4, cutoff=0.5)
     hint = f" Did you mean {', '.join(near)}?" if near else " See `timm.list_models('*vit*')`."
     return f"There is no model {name!r}.{hint}"
 
@@ -365,23 +375,23 @@ def _create_from_file(
             f"{address} has weights of its own: give {file} with the timm name of their architecture."
         )
     classifier = getattr(timm.get_pretrained_cfg(address), "classifier", None) or "head"
-    stored = read_header(file)
-    head = stored.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
-    classes = 0 if head is None else head.shape[0]
-    overlay = {"file": str(file), "num_classes": classes}
+    if not isinstance(classifier, str):
+        classifier = classifier[0]
+    entries = read_header(file)
+    head = entries.get(f"{classifier}.weight")
+    file_classes = 0 if head is None else head.shape[0]
+    options = {**options, "num_classes": file_classes}
+    overlay = {"file": str(file), "num_classes": file_classes}
     try:
         model: nn.Module = timm.create_model(
-            address,
-            pretrained=True,
-            pretrained_cfg_overlay=overlay,
-            **{**options, "num_classes": classes},
+            address, pretrained=True, pretrained_cfg_overlay=overlay, **options
         )
     except Exception as error:  # files and shapes are wrong in every type; the cause stays attached
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{file} does not hold the weights of {address} ({type(error).__name__}: {reason})."
         ) from error
-    check_types(file, model, stored)
+    check_types(file, model, entries)
     return reshape(model, num_classes, None)
 
 
@@ -409,7 +419,8 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
     The final norm and the classifier then read another block's output than they were trained on, so the cut model has
     to be trained on. Stochastic depth grows to its full rate at the new last block.
     """
-    state, name = cast(Any, vit), type(vit).__name__
+    state = cast(Any, vit)
+    name = type(vit).__name__
     blocks = getattr(vit, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         raise UserError(f"{name} has no list of transformer blocks: leave depth out.")
@@ -423,11 +434,13 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
         raise UserError(
             f"{name} has experts, and only a dense model can be cut to its first blocks: leave depth out."
         )
+
+    # From 0 at the first block to the rate at the last one, as timm spaces it.
+    growth = (len(blocks) - 1) / max(1, depth - 1)
     for module in blocks.modules():
-        if isinstance(
-            module, DropPath
-        ):  # from 0 at the first block to the rate at the last one, as timm spaces it
-            module.drop_prob *= (len(blocks) - 1) / max(1, depth - 1)
+        if isinstance(module, DropPath):
+            module.drop_prob *= growth
+
     state.blocks = blocks[:depth]
     if isinstance(getattr(vit, "feature_info", None), list):
         state.feature_info = state.feature_info[:depth]
@@ -441,52 +454,72 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     The address is `local-dir:FOLDER`, `hf-hub:USER/NAME[@REVISION]`, or a timm name; without `weights` the architecture
     alone is built. An option that is None is left to the model.
     """
+    net, _ = _open(address, weights=weights, **options)
+    return net
+
+
+def _open(address: str, *, weights: bool = True, **options: Any) -> tuple[nn.Module, Path | None]:
+    """As `open_model`, with the folder on this computer that the model came from; None for a timm name."""
+    folder = _local_folder(address, weights=weights)
+    if folder is None:
+        if weights:
+            file = str(fetch_weights(address))
+            options["pretrained_cfg_overlay"] = {"file": file, "custom_load": False}
+        return timm.create_model(address, pretrained=weights, **options), None
+
+    net = _open_folder(folder, weights=weights, **options)
     if address.startswith(HUB):
-        repository = address.split(":", 1)[1]
-        file = cast(Path, config_file(address))
-        told = read_config(file)  # before gigabytes are fetched for nothing
-        for wanted in (WEIGHTS, *([STRANGERS] if told.get("strangers") else [])) if weights else ():
-            _fetch(
-                repository.partition("@")[0], wanted, file.parent.name
-            )  # the cache names a folder after its commit
-        model = open_model(f"{FOLDER}{file.parent}", weights=weights, **options)
         # The path in this computer's cache means nothing to a reader of the model's facts.
-        cast(dict[str, Any], model.pretrained_cfg).update(
-            source="hf-hub", hf_hub_id=repository, file=None
-        )
-        return model
-    config: dict[str, Any] = {}
+        repository = address.split(":", 1)[1]
+        cast(Any, net).pretrained_cfg.update(source="hf-hub", hf_hub_id=repository, file=None)
+    return net, folder
+
+
+def _local_folder(address: str, *, weights: bool) -> Path | None:
+    """The folder of `local-dir:FOLDER`, or of a hub's repository in its cache, fetched if need be; None for a name."""
     if address.startswith(FOLDER):
-        folder = Path(address.removeprefix(FOLDER))
-        config = check_model_folder(folder, weights=weights)
-        created: Any = timm.create_model(
-            address, pretrained=False, pretrained_cfg_overlay=NO_SOURCE, **options
-        )
-        if weights:
-            file = weights_of(folder)
-            fill(created, unpack(file) if file.name == PACKED else load_file(file))
-    else:
-        if weights:
-            options["pretrained_cfg_overlay"] = {
-                "file": str(fetch_weights(address)),
-                "custom_load": False,
-            }
-        created = timm.create_model(address, pretrained=weights, **options)
-    if weights and "calibration" in config:
+        return Path(address.removeprefix(FOLDER))
+    if not address.startswith(HUB):
+        return None
+    config = cast(Path, config_file(address))
+    content = read_config(config)  # before gigabytes are fetched for nothing
+    if weights:
+        name = address.split(":", 1)[1].partition("@")[0]
+        commit = config.parent.name  # the cache names a folder after its commit
+        _fetch(name, WEIGHTS, commit)
+        if content.get("strangers"):
+            _fetch(name, STRANGERS, commit)
+    return config.parent
+
+
+def _open_folder(folder: Path, *, weights: bool = True, **options: Any) -> nn.Module:
+    config = check_model_folder(folder, weights=weights)
+    net: nn.Module = timm.create_model(
+        f"{FOLDER}{folder}", pretrained=False, pretrained_cfg_overlay=NO_SOURCE, **options
+    )
+    if weights:
+        file = weights_of(folder)
+        fill(net, unpack(file) if file.name == PACKED else load_file(file))
+    # Without weights too: a training that goes on has them elsewhere.
+    if config.get("router_start") == "cluster":
+        cast(Any, net).router_start = "cluster"
+    return net
+
+
+def _with_measurements(saved: SavedModel, folder: Path) -> SavedModel:
+    """A model with what `fit` measured for it, from the files in its folder: its temperature, and its distances."""
+    config = read_config(folder / CONFIG)
+    if "calibration" in config:
         match config["calibration"]:
             case {"temperature": int() | float() as temperature} if 1e-3 <= temperature <= 1e3:
-                created.temperature = float(temperature)  # for `load_model`
+                saved = replace(saved, temperature=float(temperature))
             case _:
                 raise UserError(
                     "calibration.temperature in its config.json is no number from 0.001 to 1000: mend it."
                 )
-    if weights and config.get("strangers"):
-        created.strangers_file = Path(address.removeprefix(FOLDER)) / STRANGERS  # for `load_model`
-    if (
-        config.get("router_start") == "cluster"
-    ):  # without weights too: a training that goes on has them elsewhere
-        created.router_start = "cluster"
-    return cast(nn.Module, created)
+    if config.get("strangers"):
+        saved = replace(saved, strangers=read_ood(folder / STRANGERS, saved.net))
+    return saved
 
 
 def unpack(file: Path) -> dict[str, Tensor]:
@@ -497,19 +530,24 @@ def unpack(file: Path) -> dict[str, Tensor]:
     Where its header names another bundled model, what isn't stored is that model's (`parts_of`).
     What is multiplied out is kept in memory alone: a cache could go stale, or have no place to be written to.
     """
-    stored = {name: value for part in parts_of(file) for name, value in load_file(part).items()}
-    for name in [name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)]:
-        scale = stored.pop(name + SCALE).float()[..., None]  # [..., out, G, 1]
-        stored[name] = (stored[name].float().unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(
-            -2
-        )
-    return stored
+    tensors: dict[str, Tensor] = {}
+    for part in parts_of(file):
+        tensors |= load_file(part)
+    for scale_name in [name for name in tensors if name.endswith(SCALE)]:
+        scale = tensors.pop(scale_name).float().unsqueeze(-1)  # [..., out, G, 1]
+        name = scale_name.removesuffix(SCALE)
+        groups = scale.shape[-2]
+        values = tensors[name].float().unflatten(-1, (groups, -1))  # [..., out, G, in / G]
+        tensors[name] = (values * scale).flatten(-2)
+    return tensors
 
 
 def best_device() -> torch.device:
     """The accelerator if there is one, else the CPU, and in the place of Apple's GPU: effects are taken in float64."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None or found.type == "mps" else found
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type == "mps":
+        return torch.device("cpu")
+    return accelerator
 
 
 # ---- weights that are published under a timm name, and the Hugging Face hub
@@ -525,22 +563,9 @@ _SAFE_NAMES = {
     "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
 }
 # Licences, as the hub abbreviates them, that let anybody use the weights for anything, with attribution at most.
-FREE_LICENCES = frozenset(
-    [
-        *(
-            "apache-2.0",
-            "mit",
-            "bsd",
-            "bsd-2-clause",
-            "bsd-3-clause",
-            "isc",
-            "zlib",
-            "unlicense",
-            "cc0-1.0",
-        ),
-        *("cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0"),
-    ]
-)
+_SOFTWARE = ("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib")
+_CREATIVE_COMMONS = ("cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0")
+FREE_LICENCES = frozenset((*_SOFTWARE, "unlicense", *_CREATIVE_COMMONS))
 NOT_STATED = "not stated"
 _HIDDEN = "The hub has no {} in this revision, or hides it from you: check the name, or log in by `hf auth login`."
 
@@ -570,21 +595,21 @@ class HubFacts:
 
 def published(name: str) -> Published:
     """What timm records about the weights of a name."""
-    known = timm.get_pretrained_cfg(name)
-    if known is None or not known.has_weights:
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
         raise UserError(
             f"There are no pretrained weights for {name}: choose one of timm.list_pretrained()."
         )
-    asked = str(known.hf_hub_filename or "")
-    file = asked if asked.endswith(".safetensors") else _SAFE_NAMES.get(asked)
-    if not known.hf_hub_id or file is None:
+    file = str(config.hf_hub_filename or "")
+    if not file.endswith(".safetensors"):
+        file = _SAFE_NAMES.get(file, "")
+    if not config.hf_hub_id or not file:
         raise UserError(
             f"The weights of {name} are not published as safetensors, and pickles are never read."
         )
-    repository, _, revision = str(known.hf_hub_id).partition("@")
-    return Published(
-        name, repository, revision or None, file, str(known.license or NOT_STATED).lower()
-    )
+    repository, _, revision = str(config.hf_hub_id).partition("@")
+    licence = str(config.license or NOT_STATED).lower()
+    return Published(name, repository, revision or None, file, licence)
 
 
 def cached(weights: Published) -> Path | None:
@@ -595,10 +620,10 @@ def cached(weights: Published) -> Path | None:
 def _in_cache(repository: str, file: str, revision: str | None) -> Path | None:
     from huggingface_hub import constants, try_to_load_from_cache
 
-    found = try_to_load_from_cache(
+    path = try_to_load_from_cache(
         repository, file, cache_dir=constants.HF_HUB_CACHE, revision=revision
     )
-    return Path(found) if isinstance(found, str) else None
+    return Path(path) if isinstance(path, str) else None
 
 
 def ask_hub(weights: Published) -> HubFacts:
@@ -619,16 +644,18 @@ def ask_hub(weights: Published) -> HubFacts:
         )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(_HIDDEN.format(weights.repository)) from error
-    except (
-        Exception
-    ) as error:  # each version of the hub's client has its own; the cause stays attached
-        offline = isinstance(error, OfflineModeIsEnabled)
-        reason = "HF_HUB_OFFLINE is set" if offline else f"no answer: {type(error).__name__}"
+    except Exception as error:  # each version of the hub's client has its own
+        reason = f"no answer: {type(error).__name__}"
+        if isinstance(error, OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE is set"
         raise HubUnreachableError(f"The hub can't be reached ({reason}).") from error
+
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
-    stated = None if info.card_data is None else info.card_data.get("license")
-    tags = (tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:"))
-    return HubFacts(str(stated or next(tags, "")).lower(), sizes.get(weights.file))
+    licences = [tag for tag in info.tags or [] if tag.startswith("license:")]
+    if info.card_data is not None and info.card_data.get("license"):
+        licences.insert(0, str(info.card_data.get("license")))
+    licence = licences[0].removeprefix("license:").lower() if licences else ""
+    return HubFacts(licence, sizes.get(weights.file))
 
 
 def fetch_weights(name: str) -> Path:
@@ -663,7 +690,8 @@ def _fetch(repository: str, file: str, revision: str | None) -> Path:
     )
 
     if not _may_ask.get():
-        if (path := _in_cache(repository, file, revision)) is not None:
+        path = _in_cache(repository, file, revision)
+        if path is not None:
             return path
         raise UserError(
             f"{file} of {repository} is not in the hub's cache on this computer, and nothing is fetched for a "

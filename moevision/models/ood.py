@@ -26,9 +26,8 @@ Floats = npt.NDArray[np.float64]
 FILE: Final = "strangers.safetensors"
 REFUSED: Final = 0.05
 """Share of the validation images beyond the threshold."""
-IMAGES: Final = (
-    1_000  # of training (10 of a class, if that is more) and of validation that `fit` measures
-)
+# Of training (10 of a class, if that is more) and of validation that `fit` measures.
+IMAGES: Final = 1_000
 MIN_VALIDATION: Final = 20  # a twentieth of fewer images is none
 
 
@@ -43,15 +42,20 @@ class MahalanobisOOD(nn.Module):
         self, mean: npt.ArrayLike, whitening: npt.ArrayLike, centers: npt.ArrayLike
     ) -> None:
         super().__init__()
-        for name, values in (("mean", mean), ("whitening", whitening), ("centers", centers)):
-            self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32).clone())
+        self.register_buffer("mean", _float32(mean))
+        self.register_buffer("whitening", _float32(whitening))
+        self.register_buffer("centers", _float32(centers))
 
     def forward(self, features: Tensor) -> Tensor:
         """Distances, float32 [B], of pooled features [B, D]; above 1 an image is a stranger."""
-        white = (features.to(self.mean) - self.mean) @ self.whitening.T
-        return torch.cdist(white, self.centers, compute_mode="donot_use_mm_for_euclid_dist").amin(
-            -1
-        )
+        white = (features.to(self.mean) - self.mean) @ self.whitening.T  # [B, D]
+        exact = "donot_use_mm_for_euclid_dist"
+        distances = torch.cdist(white, self.centers, compute_mode=exact)  # [B, C]
+        return distances.amin(-1)
+
+
+def _float32(values: npt.ArrayLike) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float32).clone()
 
 
 def fit_ood(
@@ -66,33 +70,39 @@ def fit_ood(
     from scipy.spatial.distance import cdist
     from sklearn.covariance import LedoitWolf
 
-    if len(validation) < MIN_VALIDATION or not (
-        np.isfinite(features).all() and np.isfinite(validation).all()
-    ):
+    if len(validation) < MIN_VALIDATION:
         return None
-    classes, place = np.unique(labels, return_inverse=True)
-    means = np.stack(
-        [features[place == number].mean(0) for number in range(len(classes))]
-    )  # [C, D]
-    covariance = (
-        LedoitWolf(assume_centered=True).fit(features - means[place]).covariance_
-    )  # [D, D], within classes
+    if not (np.isfinite(features).all() and np.isfinite(validation).all()):
+        return None
+
+    # The means of the classes, and the covariance within classes.
+    classes, class_index = np.unique(labels, return_inverse=True)
+    of_classes = [features[class_index == number] for number in range(len(classes))]
+    class_means = np.stack([of_class.mean(0) for of_class in of_classes])  # [C, D]
+    within = features - class_means[class_index]  # [n, D]
+    covariance = LedoitWolf(assume_centered=True).fit(within).covariance_  # [D, D]
+
+    # In the whitened space it is the identity, so that the distance is Euclid's.
     try:
         whitening = np.linalg.inv(np.linalg.cholesky(covariance))
     except np.linalg.LinAlgError:  # no two images of a class differ
         return None
     mean = features.mean(0)
-    centers, white = ((each - mean) @ whitening.T for each in (means, validation))
-    threshold = np.quantile(cdist(white, centers).min(1), 1 - REFUSED)
-    return (
-        MahalanobisOOD(mean, whitening / threshold, centers / threshold) if threshold > 0 else None
-    )
+    centers = (class_means - mean) @ whitening.T  # [C, D]
+    white = (validation - mean) @ whitening.T  # [m, D]
+
+    nearest = cdist(white, centers).min(1)  # [m]
+    threshold = np.quantile(nearest, 1 - REFUSED)
+    if not threshold > 0:
+        return None
+    return MahalanobisOOD(mean, whitening / threshold, centers / threshold)
 
 
 def answers(net: nn.Module, strangers: MahalanobisOOD, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [B, C] of prepared images [B, 3, S, S], and how far each is from the nearest class, [B]."""
     features = pooled(net, images)
-    return cast(Tensor, cast(Any, net).get_classifier()(features)), strangers(features)
+    classifier = cast(Any, net).get_classifier()
+    return classifier(features), strangers(features)
 
 
 def pooled(net: nn.Module, images: Tensor) -> Tensor:
@@ -112,19 +122,25 @@ def linear_head(net: nn.Module) -> nn.Linear | None:
 def read_ood(file: Path, net: nn.Module) -> MahalanobisOOD:
     """The numbers that `save_model` wrote beside the weights of `net`, checked against it before memory is taken."""
     head = linear_head(net)
-    width, classes = (0, 0) if head is None else (head.in_features, head.out_features)
-    try:
-        shapes = {
-            name: entry.shape for name, entry in read_header(file).items() if entry.dtype == "F32"
-        }
-    except FileNotFoundError:
-        shapes = {}
-    rows = (shapes.get("centers") or (0,))[0]
-    right = {"mean": (width,), "whitening": (width, width), "centers": (rows, width)}
-    stored = load_file(file) if shapes == right and 0 < rows <= classes else {}
+    stored = {} if head is None else _load_if_fits(file, head)
     if not stored or not all(bool(torch.isfinite(values).all()) for values in stored.values()):
         raise UserError(
             f"{file} doesn't hold the distances of this model: put back the file that came with it, or remove "
             '"strangers" from config.json.'
         )
     return MahalanobisOOD(**stored)
+
+
+def _load_if_fits(file: Path, head: nn.Linear) -> dict[str, Tensor]:
+    """The tensors of a file whose header says the right shapes; empty if it doesn't, or there is none."""
+    try:
+        header = read_header(file)
+    except FileNotFoundError:
+        return {}
+    shapes = {name: entry.shape for name, entry in header.items() if entry.dtype == "F32"}
+    width = head.in_features
+    rows = (shapes.get("centers") or (0,))[0]
+    right = {"mean": (width,), "whitening": (width, width), "centers": (rows, width)}
+    if shapes != right or not 0 < rows <= head.out_features:
+        return {}
+    return load_file(file)

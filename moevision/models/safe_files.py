@@ -28,13 +28,14 @@ from moevision.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 # Weights in eight bits (`moevision.models.io.unpack`). timm takes any file that ends in .safetensors, and these whole
 # numbers for weights: hence the name.
-PACKED, SCALE, REST = "model.int8", ".scale", "rest"
-MAX_JSON_BYTES: Final = (
-    16 * 2**20
-)  # the names and descriptions of ImageNet-21k's 21 841 classes take 3 MB
+PACKED = "model.int8"
+SCALE = ".scale"
+REST = "rest"
+MAX_JSON_BYTES: Final = 16 * 2**20  # the names of ImageNet-21k's 21 841 classes take 3 MB
 MAX_YAML_BYTES: Final = 2**20
 MAX_LAYERS: Final = 512
 # What a model may need beside the numbers in its file: buffers that aren't saved, such as masks. 64 MB in fp32.
@@ -63,7 +64,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Without ever waiting, as for a pipe: the kind is asked of what was opened."""
+    """Open without blocking, which a pipe would do; what was opened must then be a regular file."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
@@ -146,11 +147,10 @@ def _header_of(path: str | Path) -> tuple[dict[str, TensorEntry], dict[str, str]
     _open_regular(Path(path)).close()
     try:
         with safe_open(path, framework="np") as stored:
-            slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (it is no mapping)
-            entries = {
-                name: TensorEntry(each.get_dtype(), tuple(each.get_shape()))
-                for name, each in slices.items()
-            }
+            entries = {}
+            for name in stored.keys():  # noqa: SIM118 (it is no mapping)
+                tensor = stored.get_slice(name)
+                entries[name] = TensorEntry(tensor.get_dtype(), tuple(tensor.get_shape()))
             return entries, stored.metadata() or {}
     except (SafetensorError, ValueError, OSError) as error:
         reason = str(error)[:120]
@@ -165,27 +165,34 @@ def _header_of(path: str | Path) -> tuple[dict[str, TensorEntry], dict[str, str]
 def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     """The content of a saved model's config.json; this and (if wanted) the weights are checked."""
     config = read_config(folder / CONFIG)
-    if weights:
-        file = weights_of(folder)
-        try:
-            parts = parts_of(file) if file.name == PACKED else [file]
-            entries = {name: entry for part in parts for name, entry in read_header(part).items()}
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} has no {WEIGHTS}: only safetensors are read, never pickles."
-            ) from error
-        if not entries:
-            raise UserError(f"{file} holds no weights: give the whole model again.")
-        if file.name == PACKED:
-            entries = _unpacked(file, entries)
-        check_types(file, check_fit(folder, entries), entries)
+    if not weights:
+        return config
+
+    file = weights_of(folder)
+    packed = file.name == PACKED
+    entries: dict[str, TensorEntry] = {}
+    try:
+        for part in parts_of(file) if packed else [file]:
+            entries |= read_header(part)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} has no {WEIGHTS}: only safetensors are read, never pickles."
+        ) from error
+    if not entries:
+        raise UserError(f"{file} holds no weights: give the whole model again.")
+
+    if packed:
+        entries = _unpacked_entries(file, entries)
+    net = check_fit(folder, entries)
+    check_types(file, net, entries)
     return config
 
 
 def weights_of(folder: Path) -> Path:
     """The file with the weights of a saved model: `model.int8` where that is the only one."""
+    weights = folder / WEIGHTS
     packed = folder / PACKED
-    return packed if packed.is_file() and not (folder / WEIGHTS).exists() else folder / WEIGHTS
+    return packed if packed.is_file() and not weights.exists() else weights
 
 
 def parts_of(file: Path) -> list[Path]:
@@ -193,31 +200,35 @@ def parts_of(file: Path) -> list[Path]:
 
     A header that says `rest: NAME` holds only what the model doesn't share with the bundled model NAME beside it.
     """
-    rest = read_metadata(file).get(REST, "")
-    return (
-        [file.parents[2] / rest / "trained" / PACKED, file]
-        if re.fullmatch(r"\w+", rest)
-        else [file]
-    )
+    base = read_metadata(file).get(REST, "")
+    if not re.fullmatch(r"\w+", base):
+        return [file]
+    return [file.parents[2] / base / "trained" / PACKED, file]
 
 
-def _unpacked(file: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+def _unpacked_entries(file: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """What a packed file unfolds to: int8 with scales for parts of a row is float32, of as many elements."""
-    found = dict(entries)
-    for name in [name.removesuffix(SCALE) for name in entries if name.endswith(SCALE)]:
-        values, scale = found.get(name, TensorEntry("", ())), found.pop(name + SCALE)
-        (*rows, width), (*scaled, parts) = values.shape or (0,), scale.shape or (0,)
-        if (
-            (values.dtype, scale.dtype) != ("I8", "BF16")
-            or rows != scaled
-            or not parts
-            or width % parts
-        ):
+    unpacked = dict(entries)
+    for scale_name, scale in entries.items():
+        if not scale_name.endswith(SCALE):
+            continue
+        del unpacked[scale_name]
+        name = scale_name.removesuffix(SCALE)
+        values = entries.get(name)
+        if values is None or not _scale_fits(values, scale):
             raise UserError(
                 f"{file} can't be loaded: {name[:80]!r} and its scale don't fit. It is damaged."
             )
-        found[name] = TensorEntry("F32", values.shape)
-    return found
+        unpacked[name] = TensorEntry("F32", values.shape)
+    return unpacked
+
+
+def _scale_fits(values: TensorEntry, scale: TensorEntry) -> bool:
+    """Whether int8 values [..., out, in] have bfloat16 scales [..., out, parts] for equal parts of their rows."""
+    if (values.dtype, scale.dtype) != ("I8", "BF16") or not values.shape or not scale.shape:
+        return False
+    parts = scale.shape[-1]
+    return values.shape[:-1] == scale.shape[:-1] and parts > 0 and values.shape[-1] % parts == 0
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -225,24 +236,22 @@ def read_config(file: Path) -> dict[str, Any]:
     config = read_json(file)
     try:
         # Older files of timm have all fields in one object, newer ones may have more around them, which timm ignores.
-        pretrained, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
+        pretrained = config.get("pretrained_cfg", config)
+        arguments = config.get("model_args", {})
         if "state_dict" in (*config, *pretrained):
             raise ValueError("weights stand in it (state_dict)")
-        for name in (
-            config["architecture"],
-            arguments.get("base") or "vit",
-        ):  # `hf-hub:...` would fetch a model
+
+        # A name such as `hf-hub:...` would fetch a model.
+        for name in (config["architecture"], arguments.get("base") or "vit"):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name[:80]!r} is no architecture's name")
         check_arguments(arguments)
-        told = config.get("num_classes", pretrained.get("num_classes", 1000))
-        if (
-            arguments.get("num_classes", told) != told
-        ):  # timm would quietly leave the classifier untrained
+
+        # timm would quietly leave the classifier untrained, or build one that isn't filled.
+        classes = config.get("num_classes", pretrained.get("num_classes", 1000))
+        if arguments.get("num_classes", classes) != classes:
             raise ValueError("it gives two numbers of classes")
-        if (
-            not isinstance(told, int) or told < 0
-        ):  # timm would build another number, and leave out what doesn't fit
+        if not isinstance(classes, int) or classes < 0:
             raise ValueError("num_classes is no number of classes")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -257,8 +266,9 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         if _NOT_THE_MODELS.fullmatch(name):
             raise ValueError(f"model_args may not hold {name[:40]!r}")
         if _COUNTS_LAYERS.search(name) and name != "moe_layers":
-            counts = value if isinstance(value, list) else [value]
-            if sum(count for count in counts if isinstance(count, int | float)) > MAX_LAYERS:
+            values = value if isinstance(value, list) else [value]
+            counts = [count for count in values if isinstance(count, int | float)]
+            if sum(counts) > MAX_LAYERS:
                 raise ValueError(f"model_args.{name} has more than {MAX_LAYERS} layers")
 
 
@@ -269,7 +279,8 @@ def check_types(file: Path, net: nn.Module, entries: Mapping[str, TensorEntry]) 
     """
     floating = {name: tensor.is_floating_point() for name, tensor in net.state_dict().items()}
     for name, entry in entries.items():
-        if "F" not in entry.dtype and floating.get(name, name.endswith((".weight", ".bias"))):
+        is_weight = floating.get(name, name.endswith((".weight", ".bias")))
+        if is_weight and "F" not in entry.dtype:
             raise UserError(
                 f"{file} can't be loaded: {name[:80]!r} holds whole numbers ({entry.dtype}), and the model has weights "
                 "there: save them in fp32, bf16 or fp16."
@@ -321,11 +332,8 @@ def fill(net: nn.Module, weights: dict[str, Tensor]) -> None:
     # The function that brings weights of another size and of earlier versions into today's form, by timm's own naming.
     into_form = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     built = cast(Any, net)
-    config = {
-        **built.pretrained_cfg,
-        **NO_SOURCE,
-        "state_dict": timm.models.clean_state_dict(weights),
-    }
+    config = built.pretrained_cfg | NO_SOURCE
+    config["state_dict"] = timm.models.clean_state_dict(weights)
     timm.models.load_pretrained(
         net,
         config,

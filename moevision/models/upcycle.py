@@ -3,10 +3,8 @@
 - every expert starts as a copy of the MLP that it replaces: Komatsuzaki et al. 2022, arXiv:2212.05055, §2. With gates
   that sum to 1 the mixture of equal experts is that MLP, so they are normalised here wherever the router can (for one
   expert per token by a straight-through gate of value 1).
-- experts of a part of the MLP's width: each group of G experts holds one dense MLP (virtual groups, He et al. 2024,
-  arXiv:2410.07524), and a token whose k is a multiple of G gets whole groups at first (`convert_to_moe`).
-- copies that differ: noise on them, or a share of each expert's hidden units drawn anew with the statistics of the
-  units that they replace (Drop-Upcycling, Nakamura et al. 2025, arXiv:2502.19261, §3).
+- copies that differ: a share of each expert's hidden units is drawn anew with the statistics of the units that they
+  replace (Drop-Upcycling, Nakamura et al. 2025, arXiv:2502.19261, §3).
 - routers that start from clusters of what they will see: `start_routers` (cluster-aware upcycling, arXiv:2604.13508;
   its experts from each cluster's SVD and its distillation loss are left out).
 
@@ -16,11 +14,9 @@ Axes: D width, H hidden width of one expert, E experts, B images, C classes, T r
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +49,6 @@ def upcycle(
     num_classes: int | None = None,
     image_size: ImageSize | None = None,
     depth: int | None = None,
-    noise: float = 0.0,
     reinit: float = 0.0,
     seed: int | None = 0,
     router_noise: str | None = None,
@@ -61,10 +56,9 @@ def upcycle(
 ) -> nn.Module:
     """Turn a trained dense ViT into a Mixture of Experts that starts from its weights.
 
-    With a dropless token-choice router (the default), and noise and reinit left at 0, the result computes in
-    evaluation what the dense model computes, with experts of 1/G of its width if top_k is a multiple of G;
-    `initial_output_difference` measures how far another choice is from that. A token costs top_k
-    experts, plus the router.
+    With a dropless token-choice router (the default), and reinit left at 0, the result computes in evaluation what the
+    dense model computes; `initial_output_difference` measures how far another choice is from that. A token costs top_k
+    whole MLPs, plus the router.
 
     Args:
         source: a timm name, a saved model's folder, any timm address, or a model (which is copied, not changed).
@@ -77,13 +71,11 @@ def upcycle(
         num_classes: C; another number than the source's replaces the classifier.
         image_size: side(s) of the input in pixels; another size resamples the position embedding.
         depth: take so many of the source's first blocks; all if None. The cut model must be trained on.
-        noise: Gaussian noise on the copies' weight matrices, relative to the matrix's standard deviation; breaks the
-            symmetry of equal experts.
         reinit: share of each expert's hidden units that are drawn anew.
-        seed: of routers, a new classifier, noise and reinit; None draws from torch's global generator.
-        router_noise: the router option `noise` (`learned`, `fixed`, `jitter`, `none`), whose name is taken here.
+        seed: of routers, a new classifier and reinit; None draws from torch's global generator.
+        router_noise: the router option `noise` (`learned`, `fixed`, `jitter`, `none`).
         **moe_options: further arguments of `convert_to_moe`, such as capacity_factor. `normalize_gates` is True where
-            a router can. `expert_hidden`, 1/G of the MLP's hidden width, shares an MLP out among G experts in a row.
+            a router can.
 
     Returns:
         The converted model, which saves and loads under the registered name `vit_moe`.
@@ -91,48 +83,61 @@ def upcycle(
     Raises:
         UserError: if the source can't be found, loaded or upcycled, or an option doesn't fit.
     """
-    for name, value, highest in (("noise", noise, math.inf), ("reinit", reinit, 1.0)):
-        if not 0 <= value <= highest or value == math.inf:
+    if not 0 <= reinit <= 1:
+        raise UserError(f"reinit is {reinit}: it must be at least 0 and at most 1.")
+
+    # The dense model, on the CPU: there seeds mean the same on every machine.
+    device = torch.device("cpu")
+    if isinstance(source, nn.Module):
+        if weights is not None:
             raise UserError(
-                f"{name} is {value}: it must be at least 0"
-                + (" and at most 1." if highest == 1 else ".")
+                "A model brings its own weights: give a timm name together with a file of weights."
             )
-    device = torch.device("cpu")  # where seeds mean the same on every machine
-    if not isinstance(source, nn.Module):
+        device = next(source.parameters()).device
+        dense = _copied(source, num_classes, image_size, depth, seed)
+    else:
         dense = load_dense(
             source, weights, num_classes=num_classes, image_size=image_size, depth=depth, seed=seed
         )
-    elif weights is not None:
-        raise UserError(
-            "A model brings its own weights: give a timm name together with a file of weights."
-        )
-    else:
-        device = next(source.parameters()).device
-        with _seeded(seed):
-            dense = copy.deepcopy(source)
-            dense = dense if device.type == "meta" else dense.cpu()
-            dense = reshape(
-                dense if depth is None else first_blocks(dense, depth), num_classes, image_size
-            )
+
+    # Which blocks.
     check_upcyclable(dense, "last2" if layers is None else layers)
-    if layers is None and not (layers := read_layer_indices(dense, "last2")):
-        raise UserError(
-            "The classifier reads the patches of none of the last two blocks: name layers."
-        )
+    if layers is None:
+        layers = read_layer_indices(dense, "last2")
+        if not layers:
+            raise UserError(
+                "The classifier reads the patches of none of the last two blocks: name layers."
+            )
+
+    # Experts and routers. Gates that sum to 1 leave the output as it was.
+    routers = [router] if isinstance(router, str) else router
+    can_normalize = any("normalize_gates" in router_kind(name).options for name in routers)
+    defaults = {"normalize_gates": True if can_normalize else None, "noise": router_noise}
+    options = defaults | moe_options
     with _seeded(seed, stream=1):
-        kinds = [router_kind(name) for name in ([router] if isinstance(router, str) else router)]
-        can_normalize = any("normalize_gates" in kind.options for kind in kinds)
-        options = {
-            "normalize_gates": True if can_normalize else None,
-            "noise": router_noise,
-            **moe_options,
-        }
         model = convert_to_moe(
             dense, layers, num_experts, top_k, router, copy_weights=True, **options
         )
         for layer in moe_layers(model):
-            _diversify(layer, noise, reinit)
+            _redraw_units(layer, reinit)
     return model.to(device)
+
+
+def _copied(
+    source: nn.Module,
+    num_classes: int | None,
+    image_size: ImageSize | None,
+    depth: int | None,
+    seed: int | None,
+) -> nn.Module:
+    """A copy of a model, on the CPU unless it has no memory, of another shape if asked for."""
+    with _seeded(seed):
+        dense = copy.deepcopy(source)
+        if not next(source.parameters()).is_meta:
+            dense = dense.cpu()
+        if depth is not None:
+            dense = first_blocks(dense, depth)
+        return reshape(dense, num_classes, image_size)
 
 
 @dataclass(frozen=True)
@@ -150,17 +155,21 @@ def initial_output_difference(
     dense: nn.Module, moe: nn.Module, images: Tensor
 ) -> InitialOutputDifference:
     """Compare the outputs of two models in eval mode on images [B, 3, H, W]; both are left in the mode they were in."""
-    logits = []
-    for model in (dense, moe):
-        with evaluating(model):
-            logits.append(model(images.to(next(model.parameters()).device)).float().cpu())
-    before, after = logits
+    before = _logits(dense, images)
+    after = _logits(moe, images)
     return InitialOutputDifference(
         images=len(images),
         max_logit=float((after - before).abs().max()),
         logit_scale=float(before.std()),
         agreement=float((after.argmax(-1) == before.argmax(-1)).float().mean()),
     )
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    with evaluating(model):
+        logits: Tensor = model(images.to(device))
+    return logits.float().cpu()
 
 
 step0_gap = initial_output_difference  # its name until 0.2
@@ -188,21 +197,18 @@ def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
             f"{name} has experts already: train it on with `moevision fit FOLDER --pretrained`."
         )
     blocks = getattr(vit, "blocks", None)
-    if (
-        not isinstance(blocks, nn.Sequential | nn.ModuleList)
-        or not len(blocks)
-        or not hasattr(vit, "patch_embed")
-    ):
+    has_blocks = isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) > 0
+    if not has_blocks or not hasattr(vit, "patch_embed"):
         raise UserError(
             f"{name} has no list of transformer blocks behind a patch_embed: upcycling needs a ViT, DeiT or EVA-style "
             "model."
         )
-    indices = moe_layer_indices(layers, len(blocks))
+    indices = moe_layer_indices(layers, len(cast(Any, blocks)))
     if not indices:
         raise UserError(f"No block of {name} was chosen: name at least one in layers.")
     for index in indices:
         plain_mlp(vit, index)
-    mlps = [getattr(block, "mlp", None) for block in blocks]
+    mlps = [getattr(block, "mlp", None) for block in cast(Any, blocks)]
     widths = {cast(Any, mlp).fc1.in_features for mlp in mlps if isinstance(mlp, Mlp)}
     if len(widths) > 1:
         raise UserError(
@@ -211,34 +217,32 @@ def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def _diversify(layer: MoEMlp, noise: float, reinit: float) -> None:
-    fc1, fc2 = layer.experts.fc1, layer.experts.fc2
-    spread = [(weight, weight[0].std()) for weight in (fc1.weight, fc2.weight)]
-    units = round(reinit * fc1.out_features)
-    for expert in range(fc1.num_experts if units else 0):
+def _redraw_units(layer: MoEMlp, share: float) -> None:
+    """Draw this share of each expert's hidden units anew, with the mean and spread of the units that they replace."""
+    fc1 = layer.experts.fc1
+    fc2 = layer.experts.fc2
+    count = round(share * fc1.out_features)
+    if not count:
+        return
+    for expert in range(fc1.num_experts):
         # One set of units for all their weights, as the paper has it (its code draws a set for every matrix).
-        chosen = torch.randperm(fc1.out_features)[:units]
-        for part in (
-            fc1.weight[expert],
-            fc2.weight[expert].mT,
-            *([] if fc1.bias is None else [fc1.bias[expert]]),
-        ):
-            old = part[chosen]
-            part[chosen] = torch.randn_like(old) * old.std(correction=0) + old.mean()
-    if noise:
-        for weight, std in spread:
-            weight.add_(torch.randn_like(weight) * noise * std)
+        units = torch.randperm(fc1.out_features)[:count]
+        parts = [fc1.weight[expert], fc2.weight[expert].mT]  # [H, D] each
+        if fc1.bias is not None:
+            parts.append(fc1.bias[expert])  # [H]
+        for part in parts:
+            old = part[units]
+            part[units] = torch.randn_like(old) * old.std(correction=0) + old.mean()
 
 
 # ---- routers from clusters
 
-_UNITS: dict[RouteBy, int] = {
-    "token": 20_000,
-    "image": 2_000,
-}  # enough for E centres, more only costs time
+# Enough for E centres, more only costs time.
+_UNITS: dict[RouteBy, int] = {"token": 20_000, "image": 2_000}
 START_IMAGES = 2_000  # whose tokens are clustered, at most
-_OF_IMAGE = 40  # tokens that are taken of one image, so that there are many images among them
-_RESTARTS, _STEPS = 8, 50
+_TOKENS_OF_IMAGE = 40  # so that there are many images among them
+_RESTARTS = 8
+_KMEANS_STEPS = 50
 
 
 @torch.no_grad()
@@ -249,12 +253,11 @@ def start_routers(
 
     Each router's rows become the centroids of a spherical k-means of the first tokens that its layer receives (of mean
     tokens where it routes images), so that at first a token goes to the cluster that it belongs to
-    (`TopKRouter.start_rows`). Experts that have equal rows, as those that hold one MLP together, get one centroid. Of
-    several clusterings the one with the most even clusters is taken. Noise weights and selection biases stay. Of the
-    batches [B, 3, H, W] the first 2 000 images are enough.
+    (`TopKRouter.start_rows`). Of several clusterings the one with the most even clusters is taken. Noise weights and
+    selection biases stay. Of the batches [B, 3, H, W] the first 2 000 images are enough.
 
     Returns:
-        Block index -> share of the units that fell into each cluster, by expert or group of experts with equal rows.
+        Block index -> share of the units that fell into each expert's cluster.
 
     Raises:
         UserError: if the model has no MoE layer, a router has no row for each expert, or there are too few images.
@@ -270,83 +273,88 @@ def start_routers(
                 f"The router {layer.router_name!r} can't start from clusters: its tokens don't choose by a learned row "
                 "for each expert. Leave the cluster start out, or choose another router."
             )
+
     generator = torch.Generator().manual_seed(seed)
+    collectors = [RouterInput(layer, generator) for layer in layers]
+    _run_until_full(model, collectors, batches)
+
     shares = {}
-    for place, (layer, units) in enumerate(
-        zip(layers, _router_inputs(model, layers, batches, generator), strict=True)
-    ):
-        router = cast(TopKRouter, layer.router)
-        group = _groups(router)  # [E]
-        clusters = int(group.max()) + 1
-        if len(units) < clusters:
-            what = "images" if routed_unit(layer.router) == "image" else "tokens"
+    for number, collector in enumerate(collectors):
+        layer = collector.layer
+        units = collector.features()
+        if len(units) < layer.router.num_experts:
+            unit = "images" if routed_unit(layer.router) == "image" else "tokens"
             raise UserError(
-                f"{len(units)} {what} make no {clusters} clusters, one for each expert: give more images."
+                f"{len(units)} {unit} make no {layer.router.num_experts} clusters, one for each expert: give more "
+                "images."
             )
-        found = [spherical_kmeans(units, clusters, generator) for _ in range(_RESTARTS)]
-        centroids, sizes = min(
-            found, key=lambda each: int(each[1].max())
-        )  # whose largest cluster is smallest
-        router.start_rows(centroids[group], units)
-        shares[place if layer.layer_index is None else layer.layer_index] = (
-            sizes / sizes.sum()
-        ).tolist()
-    cast(
-        Any, model
-    ).router_start = "cluster"  # saved with the model: no training can be credited with it
+        centroids, sizes = _most_even_clusters(units, layer.router.num_experts, generator)
+        cast(TopKRouter, layer.router).start_rows(centroids, units)
+        index = number if layer.layer_index is None else layer.layer_index
+        shares[index] = (sizes / sizes.sum()).tolist()
+
+    # Saved with the model: no training can be credited with what such a router separates.
+    cast(Any, model).router_start = "cluster"
     return shares
 
 
-def _router_inputs(
-    model: nn.Module,
-    layers: Sequence[MoEMlp],
-    batches: Iterable[Tensor],
-    generator: torch.Generator,
-) -> list[Tensor]:
-    """[T, D] float64 per layer, on the CPU: what its router scores, up to `_UNITS` of the first images."""
-    found: list[list[Tensor]] = [[] for _ in layers]
-    wanted = [_UNITS[routed_unit(layer.router)] for layer in layers]
+class RouterInput:
+    """What the router of a layer scores for the first images of a model: a hook that collects up to `_UNITS` of it."""
 
-    def keep(place: int, layer: MoEMlp, arguments: tuple[Tensor, ...]) -> None:
-        tokens = arguments[0]
-        if routed_unit(layer.router) == "image":
-            found[place].append(mean_token(tokens)[:, 0].double().cpu())
-        else:
-            taken = torch.rand(tokens.shape[:2], generator=generator).argsort(1)[
-                :, :_OF_IMAGE
-            ]  # [B, taken]
-            chosen = (
-                tokens.double()
-                .cpu()
-                .gather(1, taken.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-            )
-            found[place].append(chosen.flatten(0, 1))
+    def __init__(self, layer: MoEMlp, generator: torch.Generator) -> None:
+        self.layer = layer
+        self.generator = generator  # draws the tokens of an image
+        self.limit = _UNITS[routed_unit(layer.router)]
+        self.batches: list[Tensor] = []  # [T, D] float64 on the CPU each
 
+    @property
+    def full(self) -> bool:
+        """Whether there are enough."""
+        return sum(map(len, self.batches)) >= self.limit
+
+    def collect(self, _layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """A forward pre-hook of the layer."""
+        tokens = arguments[0]  # [B, N, D]
+        if routed_unit(self.layer.router) == "image":
+            mean = mean_token(tokens).squeeze(1)  # [B, D]
+            self.batches.append(mean.double().cpu())
+            return
+
+        images, count, width = tokens.shape
+        order = torch.rand(images, count, generator=self.generator).argsort(1)  # [B, N]
+        chosen = order[:, :_TOKENS_OF_IMAGE].unsqueeze(-1).expand(-1, -1, width)
+        units = tokens.double().cpu().gather(1, chosen)
+        self.batches.append(units.flatten(0, 1))
+
+    def features(self) -> Tensor:
+        """[T, features] float64: what is multiplied with the router's rows."""
+        units = torch.cat(self.batches)[: self.limit]
+        router = copy.deepcopy(self.layer.router).cpu().double()
+        return cast(Tensor, router.features(units))
+
+
+def _run_until_full(
+    model: nn.Module, collectors: Sequence[RouterInput], batches: Iterable[Tensor]
+) -> None:
+    """Show batches to a model until all its collectors have enough."""
     # Locked, so that no other thread's images pass the hooks.
     with routing_lock(model), evaluating(model), ExitStack() as hooks:
-        for place, layer in enumerate(layers):
-            hooks.enter_context(layer.register_forward_pre_hook(partial(keep, place)))
+        for collector in collectors:
+            hooks.enter_context(collector.layer.register_forward_pre_hook(collector.collect))
         for images in batches:
             model(images)
-            if all(
-                sum(map(len, units)) >= number for units, number in zip(found, wanted, strict=True)
-            ):
+            if all(collector.full for collector in collectors):
                 break
-    if not found[0]:
+    if not collectors[0].batches:
         raise UserError("There is no image to cluster: give at least one batch.")
-    return [
-        copy.deepcopy(layer.router).cpu().double().features(torch.cat(units)[:number])
-        for layer, units, number in zip(layers, found, wanted, strict=True)
-    ]
 
 
-def _groups(router: TopKRouter) -> Tensor:
-    """[E] int64: which experts share a row, numbered as they come; rows that are all equal (zeros) are E rows."""
-    rows = router.rows.cpu()
-    first = (
-        (rows[:, None] == rows).all(-1).byte().argmax(1)
-    )  # [E] the first expert with the same row
-    return first.unique(return_inverse=True)[1] if first.any() else torch.arange(len(rows))
+def _most_even_clusters(
+    x: Tensor, clusters: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Of several clusterings the one whose largest cluster is smallest: as `spherical_kmeans`."""
+    clusterings = [spherical_kmeans(x, clusters, generator) for _ in range(_RESTARTS)]
+    return min(clusterings, key=lambda clustering: int(clustering[1].max()))
 
 
 def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -355,9 +363,11 @@ def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tu
 
     x = F.normalize(x, dim=-1)
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    found = KMeans(clusters, n_init=1, max_iter=_STEPS, random_state=seed).fit(x.numpy())
-    centroids = F.normalize(torch.from_numpy(found.cluster_centers_), dim=-1)
-    return centroids, torch.bincount((x @ centroids.T).argmax(-1), minlength=clusters)
+    kmeans = KMeans(clusters, n_init=1, max_iter=_KMEANS_STEPS, random_state=seed)
+    kmeans.fit(x.numpy())
+    centroids = F.normalize(torch.from_numpy(kmeans.cluster_centers_), dim=-1)
+    nearest = (x @ centroids.T).argmax(-1)  # [T]
+    return centroids, torch.bincount(nearest, minlength=clusters)
 
 
 @contextmanager

@@ -63,19 +63,15 @@ def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     87.4 % with LayerNorm over channels (one seed, 1 000 test images, `configs/quickstart.yaml`).
     """
     steps = _halvings("conv", patch_size)
-    channels = (
-        *(max(16, embed_dim // 2 ** (steps - 1 - step)) for step in range(steps)),
-        embed_dim,
-    )
+    channels = [max(16, embed_dim // 2**step) for step in reversed(range(steps))]
 
     def backbone(in_chans: int, **factory: Any) -> nn.Module:
-        kernels, strides = (*[3] * steps, 1), (*[2] * steps, 1)
         return ConvStem(
             in_chans,
-            steps + 1,
-            channels,
-            kernel_size=kernels,
-            stride=strides,
+            depth=steps + 1,
+            channels=(*channels, embed_dim),
+            kernel_size=(*steps * [3], 1),
+            stride=(*steps * [2], 1),
             act_layer=nn.GELU,
             **factory,
         )
@@ -108,17 +104,20 @@ def _stages(
             f"stem={stem!r} needs patches of at least 4 px and a width divisible by 4: "
             f"they are {patch_size} and {embed_dim}."
         )
-    widths, stride = [embed_dim // part for part in parts], patch_size // 2**pools
+    widths = [embed_dim // part for part in parts]
+    first_stride = patch_size // 2**pools
 
     def backbone(in_chans: int, **factory: Any) -> nn.Module:
         stages = []
-        for stage, (before, width) in enumerate(zip((in_chans, *widths), widths, strict=False)):
-            layers = [_conv(before, width, stride if stage == 0 else 1, **factory)]
+        channels = in_chans
+        for stage, width in enumerate(widths):
+            layers = [_conv(channels, width, first_stride if stage == 0 else 1, **factory)]
             if stage == 1 or (stage == 2 and (pool_first or pools == 3)):
                 layers.append(Residual(width, **factory))
             if stage < pools:
                 layers.insert(1 if pool_first else len(layers), nn.MaxPool2d(2))
             stages.append(nn.Sequential(*layers))
+            channels = width
         return Stages(*stages)
 
     return partial(_embed, backbone)
@@ -155,8 +154,8 @@ STEMS: dict[str, Callable[[int, int], Callable[..., HybridEmbed]]] = {
 """Stems by name, beside timm's `patch`."""
 
 
-def _conv(before: int, width: int, stride: int = 1, **factory: Any) -> nn.Module:
-    return ConvNormAct(before, width, 3, stride=stride, act_layer=nn.GELU, **factory)
+def _conv(in_chans: int, width: int, stride: int = 1, **factory: Any) -> nn.Module:
+    return ConvNormAct(in_chans, width, 3, stride=stride, act_layer=nn.GELU, **factory)
 
 
 def _halvings(stem: str, patch_size: int) -> int:
@@ -175,14 +174,17 @@ def _embed(
     patch_size: int,
     embed_dim: int,
     bias: bool,
-    **kwargs: Any,
+    **options: Any,
 ) -> HybridEmbed:
-    # patch_size and bias are how timm calls an embed_layer: the backbone knows the first, and its convolutions decide
-    # on theirs.
-    factory = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
-    backbone = make_backbone(in_chans, **factory)
+    # timm calls any embed_layer with patch_size and bias: the backbone knows the first, its convolutions their own.
+    factory = {name: options[name] for name in ("device", "dtype") if name in options}
     return HybridEmbed(
-        backbone, patch_size=1, in_chans=in_chans, embed_dim=embed_dim, proj=False, **kwargs
+        make_backbone(in_chans, **factory),
+        patch_size=1,
+        in_chans=in_chans,
+        embed_dim=embed_dim,
+        proj=False,
+        **options,
     )
 
 
@@ -213,15 +215,14 @@ class VisionTransformerMoE(VisionTransformer):
         **kwargs: Any,
     ) -> None:
         check_patches(img_size, patch_size)
-        if stem not in ("patch", *STEMS):
-            raise UserError(
-                f"There is no stem {stem!r}: choose {', '.join(map(repr, ('patch', *STEMS)))}."
-            )
         if stem in STEMS:
             kwargs["embed_layer"] = STEMS[stem](embed_dim, patch_size)
-        moe = {name: kwargs.pop(name) for name in MOE_ARGUMENTS if name in kwargs}
+        elif stem != "patch":
+            names = ", ".join(map(repr, ("patch", *STEMS)))
+            raise UserError(f"There is no stem {stem!r}: choose {names}.")
+        moe_arguments = _pop_moe_arguments(kwargs)
         super().__init__(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, **kwargs)
-        convert_to_moe(self, moe_layers, **moe)
+        convert_to_moe(self, moe_layers, **moe_arguments)
         if twin is not None:
             make_dense(self, twin)
 
@@ -243,6 +244,10 @@ class VisionTransformerMoE(VisionTransformer):
                 "timm.layers.set_reentrant_ckpt(False) first."
             )
         super().set_grad_checkpointing(enable)
+
+
+def _pop_moe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: arguments.pop(name) for name in MOE_ARGUMENTS if name in arguments}
 
 
 def check_patches(
@@ -321,25 +326,28 @@ def _cfg(size: int, stem: str = "patch") -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{
-            f"{name}.untrained": _cfg(size, given.get("stem", "patch"))
-            for name, (size, given) in _MODELS.items()
-        },
-        "vit_moe.untrained": _cfg(224),
-    }
-)
+_CFGS = {
+    f"{name}.untrained": _cfg(size, arguments.get("stem", "patch"))
+    for name, (size, arguments) in _MODELS.items()
+}
+default_cfgs = generate_default_cfgs({**_CFGS, "vit_moe.untrained": _cfg(224)})
 
 
 def _register(name: str) -> None:
+    """Give a row of `_MODELS` a function of its name, as timm's registry wants it."""
+    size, arguments = _MODELS[name]
+    if size != 224:
+        arguments = {"img_size": size, **arguments}
+
     def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-        size, given = _MODELS[name]
-        arguments = {**({"img_size": size} if size != 224 else {}), **given, **kwargs}
-        model: VisionTransformerMoE = _build(VisionTransformerMoE, name, pretrained, arguments)
+        model: VisionTransformerMoE = _build(
+            VisionTransformerMoE, name, pretrained, arguments | kwargs
+        )
         return model
 
-    create.__name__, create.__qualname__, create.__module__ = name, name, __name__
+    create.__name__ = name
+    create.__qualname__ = name
+    create.__module__ = __name__
     globals()[name] = register_model(create)
 
 
@@ -361,20 +369,16 @@ def vit_moe(
             raise UserError(
                 f"timm has no architecture {base!r} to convert: see `timm.list_models('*vit*')`."
             )
-        kwargs["pretrained_cfg"] = {
-            **base_cfg.to_dict(),
-            **NO_SOURCE,
-            "tag": None,
-            "architecture": "vit_moe",
-        }
+        no_weights = {**NO_SOURCE, "tag": None, "architecture": "vit_moe"}
+        kwargs["pretrained_cfg"] = base_cfg.to_dict() | no_weights
     model: nn.Module = _build(_convert_base, "vit_moe", pretrained, {**kwargs, "base": base})
     return model
 
 
 def _convert_base(base: str, twin: Match | None = None, **kwargs: Any) -> nn.Module:
-    moe = {name: kwargs.pop(name) for name in MOE_ARGUMENTS if name in kwargs}
+    moe_arguments = _pop_moe_arguments(kwargs)
     moe_layers = kwargs.pop("moe_layers", "every2")
-    vit = convert_to_moe(timm.create_model(base, **kwargs), moe_layers, **moe)
+    vit = convert_to_moe(timm.create_model(base, **kwargs), moe_layers, **moe_arguments)
     if twin is not None:
         make_dense(vit, twin)
     return vit
@@ -423,20 +427,22 @@ def checkpoint_blocks(net: nn.Module, blocks: bool | Sequence[int]) -> None:
 
     All or none of its `blocks`, or those of these indices.
     """
-    known: Any = cast(Any, net).blocks
-    chosen = set[int]() if isinstance(blocks, bool) else {*blocks}
-    if missing := sorted(chosen - {*range(len(known))}):
+    vit = cast(Any, net)
+    chosen = set[int]() if isinstance(blocks, bool) else set(blocks)
+    missing = chosen - set(range(len(vit.blocks)))
+    if missing:
         raise UserError(
-            f"--model.grad_checkpointing names block {missing[0]}, and the model has blocks 0 to {len(known) - 1}."
+            f"--model.grad_checkpointing names block {min(missing)}, and the model has blocks 0 to "
+            f"{len(vit.blocks) - 1}."
         )
-    cast(Any, net).set_grad_checkpointing(blocks is True)
-    for index, block in enumerate(known):
+    vit.set_grad_checkpointing(blocks is True)
+    for index, block in enumerate(vit.blocks):
         vars(block).pop("forward", None)
         if index in chosen:
-            block.forward = partial(_again, block.forward)
+            block.forward = partial(_checkpointed, block.forward)
 
 
-def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -14,40 +14,53 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from moevision.config import Fit, MoEConfig, OptimizerConfig
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
-from moevision.train.processes import broadcast_from_rank0, is_rank0
+from moevision.models.config import build_model
+from moevision.models.io import (
+    SavedModel,
+    check_numbers,
+    colours,
+    explain_load_errors,
+    from_cache_only,
+    load_model,
+)
+from moevision.models.safe_files import check_arguments
+from moevision.train.processes import broadcast_from_rank0
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-PRETRAINED_CONFIG = (
-    "start"  # a folder beside them, with the config.json of the model that training started from
-)
+# A folder beside them, with the config.json of the model that training started from.
+PRETRAINED_CONFIG = "start"
+MARK = "moevision"  # the key of a checkpoint under which this package keeps its own part
 _PREFERRED = {LAST: 2, PREVIOUS: 1}
 
 
 def plain(value: Any) -> Any:
     """`value` with NumPy numbers and arrays, paths and enumerations as plain data, at any depth; the rest as it is."""
+    return tree_map(_plain_leaf, value)
 
-    def each(leaf: Any) -> Any:
-        if isinstance(leaf, np.generic | np.ndarray):
-            return leaf.tolist()
-        if isinstance(leaf, Enum):
-            return each(leaf.value)
-        return str(leaf) if isinstance(leaf, PurePath) else leaf
 
-    return tree_map(each, value)
+def _plain_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Enum):
+        leaf = leaf.value
+    if isinstance(leaf, np.generic | np.ndarray):
+        return leaf.tolist()
+    return str(leaf) if isinstance(leaf, PurePath) else leaf
 
 
 @contextmanager
@@ -57,14 +70,11 @@ def explain_damaged_files(path: Path | str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # zip, pickle, key and OS errors alike; torch's own words advise to trust the file
-        reason = (
-            str(error)
-            if type(error) is ValueError
-            else getattr(error, "strerror", None) or type(error).__name__
-        )
+    # Zip, pickle, key and OS errors alike; torch's own words advise to trust the file.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        if type(error) is ValueError:
+            reason = str(error)
         raise UserError(
             f"The checkpoint {path} can't be read ({reason}): it is damaged, or no checkpoint of moevision. Use "
             "another one of the run, such as last.ckpt or best.ckpt."
@@ -72,24 +82,22 @@ def explain_damaged_files(path: Path | str) -> Iterator[None]:
 
 
 def load_archive(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
-    """What torch.save wrote, as data; with `mmap` tensors stay on the disk until they are used."""
+    """Load what torch.save wrote, as data only; with `mmap` tensors stay on the disk until they are used."""
     if not path.is_file():  # a pipe would be waited for
         raise ValueError("it is no regular file")
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(
-        each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size
-        for each in entries
-    ):
-        raise ValueError("its parts are compressed")
-    if sum(each.file_size for each in entries) > path.stat().st_size:
+        parts = archive.infolist()
+    for part in parts:
+        if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
+            raise ValueError("its parts are compressed")
+    if sum(part.file_size for part in parts) > path.stat().st_size:
         raise ValueError("its parts overlap")
     return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 @dataclass(frozen=True)
 class Verified:
-    """A checkpoint that was looked at: its optimizer steps (-1: unknown), and why it can't be used (None: it can)."""
+    """A checkpoint by `verify`: its optimizer steps (-1: unknown), and why it can't be used (None: it can)."""
 
     path: Path
     step: int
@@ -100,13 +108,12 @@ def verify(path: Path) -> Verified:
     """Compare a checkpoint with its own checksums."""
     try:
         step = int(load_archive(path, mmap=True)["global_step"])
-        with zipfile.ZipFile(path) as parts:
-            broken = parts.testzip()
-        return Verified(path, step, None if broken is None else f"is damaged in {broken}")
-    except (
-        Exception
-    ) as error:  # zip, pickle, key and OS errors alike: whatever it is, nothing can go on from it
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    # Zip, pickle, key and OS errors alike: whatever it is, nothing can go on from it.
+    except Exception as error:
         return Verified(path, -1, f"is no whole checkpoint ({type(error).__name__})")
+    return Verified(path, step, None if damaged is None else f"is damaged in {damaged}")
 
 
 def newest_valid(folder: Path) -> tuple[Verified | None, list[Verified]]:
@@ -114,12 +121,11 @@ def newest_valid(folder: Path) -> tuple[Verified | None, list[Verified]]:
 
     Between files of the same step `last.ckpt` wins, and then `previous.ckpt`.
     """
-    seen = [verify(path) for path in sorted(folder.glob("*.ckpt"))]
-    sound = [each for each in seen if each.fault is None]
-    newest = max(
-        sound, key=lambda each: (each.step, _PREFERRED.get(each.path.name, 0)), default=None
-    )
-    return newest, [each for each in seen if each.fault is not None]
+    checkpoints = [verify(path) for path in sorted(folder.glob("*.ckpt"))]
+    valid = [checkpoint for checkpoint in checkpoints if checkpoint.fault is None]
+    damaged = [checkpoint for checkpoint in checkpoints if checkpoint.fault is not None]
+    valid.sort(key=lambda checkpoint: (checkpoint.step, _PREFERRED.get(checkpoint.path.name, 0)))
+    return (valid[-1] if valid else None), damaged
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -131,12 +137,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; an OSError if the disk refuses it, and what was there before is then still there."""
-        path, memory = Path(path), io.BytesIO()
+        """Write a checkpoint. An OSError if the disk refuses it; the file that was there before then stays."""
+        path = Path(path)
+        memory = io.BytesIO()
         torch.save(checkpoint, memory)
-        write_bytes_atomic(
-            path, memory.getvalue(), before=path.with_name(PREVIOUS) if path.name == LAST else None
-        )
+        previous = path.with_name(PREVIOUS) if path.name == LAST else None
+        write_bytes_atomic(path, memory.getvalue(), before=previous)
 
     def load_checkpoint(
         self,
@@ -151,8 +157,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Every process of a training must call it; the first one compares the checksums.
         """
         path = Path(path)
-        fault = "is missing" if not path.exists() else verify(path).fault if is_rank0() else None
-        fault = broadcast_from_rank0(lambda: fault)
+        fault = broadcast_from_rank0(lambda: verify(path).fault if path.exists() else "is missing")
         if fault is not None:
             raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
         with explain_damaged_files(path):
@@ -171,3 +176,59 @@ def check_checkpoint(name: str) -> dict[str, Any]:
             f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/."
         )
     return cast(dict[str, Any], checkpoint)
+
+
+# ---- the model that a training has so far
+
+
+def load_trained(address: str) -> SavedModel:
+    """Load a model as `load_model` does, or the weights of a checkpoint of a run (with a moving average: those)."""
+    path = Path(address)
+    if path.suffix != ".ckpt":
+        return load_model(address)
+    check_checkpoint(address)
+    checkpoint = SafeCheckpointIO().load_checkpoint(path)
+    with explain_load_errors(address), from_cache_only():
+        return _model_of(checkpoint, path)
+
+
+def _model_of(checkpoint: Mapping[str, Any], path: Path) -> SavedModel:
+    options, data = checkpoint["hyper_parameters"], checkpoint[MARK]["data"]
+    num_classes, image_size = options["num_classes"], options["image_size"]
+    class_names, fit = data["class_names"], data.get("fit", "crop")
+    if len(class_names) != num_classes or not all(isinstance(name, str) for name in class_names):
+        raise ValueError("its classes have no names")
+    if fit not in get_args(Fit):
+        raise ValueError("it doesn't say how images become square")
+    mean, std = data["mean_std"]
+    mean, std = colours(mean, std, str(path))
+
+    state = checkpoint["state_dict"].items()
+    weights = {name.removeprefix("net."): x for name, x in state if name.startswith("net.")}
+    arch = MoEConfig.from_checkpoint(options["arch"])
+    OptimizerConfig(**options["optim"])  # a damaged record is refused as a whole
+    build = partial(
+        build_model,
+        arch,
+        num_classes,
+        image_size,
+        load_pretrained=False,
+        pretrained_config_dir=path.parent / PRETRAINED_CONFIG,
+    )
+    # Options that describe a larger model than the weights are get no memory for it.
+    arguments = {name: value for name, value in asdict(arch).items() if value is not None}
+    arguments.pop("pretrained", None)
+    check_arguments({**arguments, "num_classes": num_classes, "img_size": image_size})
+    with torch.device("meta"):
+        outline = build()
+    if _numel(outline.parameters()) > _numel(weights.values()):
+        raise ValueError("it describes more weights than it holds")
+
+    net = build()
+    net.load_state_dict(weights)
+    check_numbers(net, str(path))
+    return SavedModel(net.eval(), class_names, image_size, mean, std, fit=fit)
+
+
+def _numel(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)

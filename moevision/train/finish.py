@@ -1,7 +1,15 @@
-"""A training, and what a finished one leaves in its run folder.
+"""A training, which of its weights are tested, and what a finished one leaves in its run folder.
 
-The checkpoint that `final_weights` names is tested and its model exported; predictions, plots, provenance, model card
-and summary are written, with the comparison with the dense twin.
+The chosen checkpoint is tested and its model exported; predictions, plots, provenance, model card and summary are
+written, with the comparison with the dense twin.
+
+One rule for every model says which weights are tested. A schedule that came to its end is tested with its last weights,
+unless those of the best validation epoch are better by more than a standard error of the paired difference on the
+validation images. The highest of several noisy values is higher than it should be, and while the learning rate is high
+the weights are worse: benchmarks/checkpoint_choice has what each rule costs. A training that ended before its schedule
+is tested with the weights of the best epoch.
+
+Axes: n images of a split, C classes, D width of a feature.
 """
 
 from __future__ import annotations
@@ -9,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import chain
@@ -20,6 +28,8 @@ import lightning as L
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.stats import sem
+from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from moevision.config import Settings
@@ -30,17 +40,24 @@ from moevision.files import csv_text, file_sha256, write_json_atomic, write_text
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 from moevision.models.ood import IMAGES, MahalanobisOOD, fit_ood, linear_head
-from moevision.stats import paired_difference
-from moevision.train.checkpoint import PRETRAINED_CONFIG, check_checkpoint
-from moevision.train.final_weights import choose_weights
+from moevision.stats import PairedDifference, paired_difference, paired_macro_difference
+from moevision.train.checkpoint import BEST, LAST, PRETRAINED_CONFIG, check_checkpoint, verify
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import RecordRouting, StopEarly, Stopwatch, WeightEMA, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
-from moevision.train.processes import callback_of, gather_objects, parallel_strategy, print_rank0
+from moevision.train.processes import (
+    broadcast_from_rank0,
+    callback_of,
+    gather_objects,
+    is_trial,
+    parallel_strategy,
+    print_rank0,
+)
 from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
 from moevision.train.report import (
     BALANCED,
+    LOSS,
     PROBE,
     ClassScores,
     ComparedModel,
@@ -50,19 +67,22 @@ from moevision.train.report import (
     choose,
     gather_facts,
     model_card,
+    read_summary,
     write_summary,
 )
 from moevision.train.resume import RunStart, Session
 from moevision.train.start import features_of, read_probe, weights_file
 from moevision.train.task import ClassificationTask
-from moevision.words import percent
+from moevision.words import percent, points
+
+_MEASURES = {"val/top1": "accuracy", BALANCED: "balanced accuracy", LOSS: "loss"}
 
 BadImages = Sequence[tuple[str, str, str]]  # path, reason, split
 
 
 @dataclass
 class Training:
-    """A training and what it is made of; `start` is None afresh, in a folder of its own, `started` in UTC."""
+    """The objects of a training; `start` is None afresh, in a folder of its own, `started` in UTC."""
 
     settings: Settings
     session: Session
@@ -77,17 +97,17 @@ class Training:
 
     @property
     def fresh(self) -> bool:
-        """Whether training begins, and doesn't go on from a checkpoint."""
+        """Whether training starts afresh, not from a checkpoint."""
         return self.start is None or self.start.checkpoint is None
 
     @property
     def trial(self) -> bool:
         """Whether this only tests that everything runs."""
-        return bool(cast(Any, self.trainer).fast_dev_run)
+        return is_trial(self.trainer)
 
     @property
     def kept(self) -> Path:
-        """Where what the pretrained weights are of is kept for the run's checkpoints."""
+        """The folder of the pretrained model's config.json, beside the run's checkpoints."""
         return self.run_dir / "checkpoints" / PRETRAINED_CONFIG
 
     @property
@@ -102,7 +122,7 @@ class Training:
 
     @property
     def divided(self) -> Any:
-        """The strategy by which processes share the model, so that it may not fit a device; None: they don't."""
+        """The strategy that shards the model over processes, so that it may not fit one device; None without."""
         return parallel_strategy(self.trainer)
 
 
@@ -119,18 +139,20 @@ class RunResult:
     def headline(self) -> str:
         """The result in one line."""
         test = self.summary.test
-        loads = [layer.max_over_mean for layer in self.summary.layers]
-        balance = f", busiest expert at {max(loads):.2f} x the mean load" if loads else ""
-        choice = "" if self.summary.choice is None else f"\n{self.summary.choice.sentence}"
         low, high = map(percent, test.interval)
-        scores = f"{percent(test.accuracy)} of {test.total:,} test images right (95 % interval {low} to {high})"
+        text = f"{percent(test.accuracy)} of {test.total:,} test images right (95 % interval {low} to {high})"
         if self.summary.unbalanced:
-            scores = f"balanced accuracy {percent(test.balanced_accuracy)}; {scores}"
-        return f"{scores}{balance}{choice}"
+            text = f"balanced accuracy {percent(test.balanced_accuracy)}; {text}"
+        if self.summary.layers:
+            load = max(layer.max_over_mean for layer in self.summary.layers)
+            text += f", busiest expert at {load:.2f} x the mean load"
+        if self.summary.choice is not None:
+            text += f"\n{self.summary.choice.sentence}"
+        return text
 
 
 class Effort(NamedTuple):
-    """What a training took, without the test after it; `steps` were applied, `refused` weren't."""
+    """Time and steps of a training, without the test after it; `steps` were applied, `refused` weren't."""
 
     duration_s: float
     cpu_s: float | None
@@ -141,7 +163,7 @@ class Effort(NamedTuple):
 
 
 class TestedImages(NamedTuple):
-    """What the tested weights say of the n test images, in their order."""
+    """Predictions of the tested weights for the n test images, in their order."""
 
     samples: list[str]  # stable ids
     labels: npt.NDArray[np.int64]  # [n]
@@ -163,9 +185,8 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     effort = _effort(training)
 
     # All processes test
-    monitor = cast(str, training.settings.checkpoint.monitor)
-    checkpoint, weights = choose_weights(trainer, task, data, run_dir / "checkpoints", monitor)
-    trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    weights = choose_weights(training)
+    trainer.test(task, data, ckpt_path=weights.checkpoint, weights_only=True, verbose=False)
     tested = _gather_tested_images(task, data)
     bad_images = list(dict.fromkeys(chain.from_iterable(gather_objects(data.bad_images))))
     if training.divided is not None:
@@ -174,19 +195,17 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         return None
 
     # The first one writes
-    _export_model(training, checkpoint)
+    _export_model(training, weights.checkpoint)
     _write_predictions(run_dir, tested, data.class_names)
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     plot_confusion(tested.labels, tested.predictions, data.class_names, run_dir / "confusion.png")
     _write_provenance(training, command)
-    scores = _test_scores(training, tested, checkpoint, weights)
+    scores = _test_scores(training, tested, weights)
     _write_class_table(run_dir, scores.per_class)
     summary = _summarize(training, effort, scores, bad_images)
-    by_image = (
-        dict(zip(tested.samples, each.tolist(), strict=True))
-        for each in (tested.correct, tested.labels)
-    )
-    result = _with_choice(RunResult(summary, run_dir, *by_image))
+    correct = dict(zip(tested.samples, tested.correct.tolist(), strict=True))
+    labels = dict(zip(tested.samples, tested.labels.tolist(), strict=True))
+    result = _add_recommendation(RunResult(summary, run_dir, correct, labels))
     _write_summary(result.summary, run_dir)
     return result
 
@@ -195,28 +214,36 @@ def _effort(training: Training) -> Effort:
     trainer, stopwatch = training.trainer, training.stopwatch
     guarded = (callback_of(trainer, StabilityGuard) or StabilityGuard()).record
     steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    stop = callback_of(trainer, StopEarly)
+    early_stopping = callback_of(trainer, StopEarly)
+    notes = [] if early_stopping is None else early_stopping.sentences(trainer)
     return Effort(
         duration_s=stopwatch.run_s,
         cpu_s=stopwatch.cpu_s,
         epochs=round(trainer.global_step / steps_per_epoch, 1),
         steps=trainer.global_step - guarded.not_applied,
         refused=guarded.not_applied,
-        notes=[*([] if stop is None else stop.sentences(trainer)), *guarded.sentences()],
+        notes=[*notes, *guarded.sentences()],
     )
 
 
 def _gather_tested_images(task: ClassificationTask, data: ImageDataModule) -> TestedImages:
-    """The answers of all processes, after a test."""
-    names = ("index", "label", "prediction", "probability")
-    of_process = [
-        row
-        for batch in task.test_outputs
-        for row in zip(*(batch[name].tolist() for name in names), strict=True)
-    ]
-    rows = sorted(chain.from_iterable(gather_objects(of_process)))
-    indices, *columns = map(np.array, zip(*rows, strict=True))
-    return TestedImages([data.sample_id("test", index) for index in indices.tolist()], *columns)
+    """The predictions of all processes, after a test."""
+    columns = _gather_columns(task.test_outputs)
+    return TestedImages(
+        samples=[data.sample_id("test", index) for index in columns["index"].tolist()],
+        labels=columns["label"],
+        predictions=columns["prediction"],
+        confidence=columns["probability"].astype(np.float64),
+    )
+
+
+def _gather_columns(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, npt.NDArray[Any]]:
+    """The outputs of all processes by name, [n] each, in the order of the images' `index`."""
+    arrays = [{name: x.cpu().numpy() for name, x in batch.items()} for batch in batches]
+    gathered = list(chain.from_iterable(gather_objects(arrays)))
+    columns = {name: np.concatenate([batch[name] for batch in gathered]) for name in gathered[0]}
+    order = np.argsort(columns["index"])
+    return {name: column[order] for name, column in columns.items()}
 
 
 def _export_model(training: Training, checkpoint: Path) -> None:
@@ -228,7 +255,7 @@ def _export_model(training: Training, checkpoint: Path) -> None:
         mean=data.mean,
         std=data.std,
         temperature=None if task.calibration is None else task.calibration.temperature,
-        strangers=_strangers(training),
+        strangers=_fit_ood(training),
         fit=data.fit,
     )
     save_model(model, training.run_dir / "model")
@@ -238,16 +265,12 @@ def _export_model(training: Training, checkpoint: Path) -> None:
 
 
 def _write_predictions(run_dir: Path, tested: TestedImages, classes: Sequence[str]) -> None:
-    rows = [
-        (
-            escape_csv_cell(sample),
-            escape_csv_cell(classes[label]),
-            escape_csv_cell(classes[prediction]),
-            f"{confidence:.4f}",
-            int(label == prediction),
-        )
-        for sample, label, prediction, confidence in zip(*tested, strict=True)
-    ]
+    names = [escape_csv_cell(name) for name in classes]
+    rows = []
+    for sample, label, prediction, confidence in zip(*tested, strict=True):
+        is_correct = int(label == prediction)
+        image = escape_csv_cell(sample)
+        rows.append((image, names[label], names[prediction], f"{confidence:.4f}", is_correct))
     header = ("image", "label", "prediction", "probability", "correct")
     write_text_atomic(run_dir / "predictions_test.csv", csv_text(header, rows))
 
@@ -277,14 +300,14 @@ def _seed(training: Training) -> int | None:
     return None if seed is False else seed
 
 
-def _test_scores(
-    training: Training, tested: TestedImages, checkpoint: Path, weights: str
-) -> TestScores:
+def _test_scores(training: Training, tested: TestedImages, weights: FinalWeights) -> TestScores:
     task, data, metrics = training.task, training.data, training.trainer.callback_metrics
     train_counts = data.class_counts["train"]
     majority = max(train_counts, key=lambda name: train_counts[name])
-    has_average = callback_of(training.trainer, WeightEMA) is not None
-    return TestScores(
+    description = weights.description
+    if callback_of(training.trainer, WeightEMA) is not None:
+        description = f"the moving average (EMA) of {description}"
+    scores = TestScores(
         correct=int(tested.correct.sum()),
         total=len(tested.samples),
         majority_class=majority,
@@ -292,13 +315,18 @@ def _test_scores(
         loss=float(metrics["test/loss"]),
         balanced_accuracy=float(metrics["test/balanced_acc"]),
         ece=float(metrics["test/ece"]),
-        temperature=None if task.calibration is None else task.calibration.temperature,
-        calibrated_on=0 if task.calibration is None else task.calibration.images,
-        calibrated_ece=None if task.calibration is None else _calibration_error(tested),
         top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
         per_class=_class_scores(task, tested, data.class_names),
-        weights=f"the moving average (EMA) of {weights}" if has_average else weights,
-        checkpoint=checkpoint.name,
+        weights=description,
+        checkpoint=weights.checkpoint.name,
+    )
+    if task.calibration is None:
+        return scores
+    return replace(
+        scores,
+        temperature=task.calibration.temperature,
+        calibrated_on=task.calibration.images,
+        calibrated_ece=_calibration_error(tested),
     )
 
 
@@ -317,17 +345,14 @@ def _class_scores(
     for label, name in enumerate(classes):
         is_class = tested.labels == label
         measures: dict[str, Any] = {
-            key: values[label] for key, values in task.test_by_class.items()
+            measure: values[label] for measure, values in task.test_by_class.items()
         }
         if not is_class.any():
             measures = dict.fromkeys(measures)
         if is_class.all():  # no image of another class to tell it from
             measures["auroc"] = None
-        scores.append(
-            ClassScores(
-                name, int((tested.correct & is_class).sum()), int(is_class.sum()), **measures
-            )
-        )
+        recognised = int((tested.correct & is_class).sum())
+        scores.append(ClassScores(name, recognised, int(is_class.sum()), **measures))
     return scores
 
 
@@ -335,14 +360,10 @@ def _write_class_table(run_dir: Path, scores: Sequence[ClassScores]) -> None:
     def cell(share: float | None) -> str:
         return "" if share is None else f"{share:.4f}"
 
-    rows = [
-        (
-            escape_csv_cell(each.name),
-            each.images,
-            *map(cell, (each.precision, each.recall, each.f1, each.auroc)),
-        )
-        for each in scores
-    ]
+    rows = []
+    for score in scores:
+        shares = (score.precision, score.recall, score.f1, score.auroc)
+        rows.append((escape_csv_cell(score.name), score.images, *map(cell, shares)))
     header = ("class", "images", "precision", "recall", "f1", "auroc")
     write_text_atomic(run_dir / "classes_test.csv", csv_text(header, rows))
 
@@ -355,11 +376,10 @@ def _summarize(
     device = device_name(trainer)
     if trainer.world_size > 1:
         device += f", {trainer.world_size} processes"
-    chosen_by = (
-        ["best.ckpt is the epoch with the best balanced accuracy on val."]
-        if monitor == BALANCED
-        else []
-    )
+    notes = [*data.warnings]
+    if monitor == BALANCED:
+        notes.append("best.ckpt is the epoch with the best balanced accuracy on val.")
+    notes += [*effort.notes, *data_wait_advice(stopwatch.data_wait, data)]
     return RunSummary(
         name=run_dir.name,
         model=describe_model(task),
@@ -387,58 +407,63 @@ def _summarize(
         monitor=monitor,
         ms_per_image=_ms_per_image(training),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
-        notes=[
-            *data.warnings,
-            *chosen_by,
-            *effort.notes,
-            *data_wait_advice(stopwatch.data_wait, data),
-        ],
+        notes=notes,
     )
 
 
-def _strangers(training: Training) -> MahalanobisOOD | None:
-    """What the model takes for a stranger: classes by training images, the threshold by validation images."""
+def _fit_ood(training: Training) -> MahalanobisOOD | None:
+    """The detector of images unlike the training's: classes by training images, the threshold by validation images."""
     net, data = training.task.net, training.data
     if training.divided or linear_head(net) is None:  # a divided model may not fit one device
         return None
-    most = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
-    count = sum(min(most[split], len(data.contents.datasets[split])) for split in most)
+    limits = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
+    datasets = data.contents.datasets
+    count = sum(min(limit, len(datasets[split])) for split, limit in limits.items())
     print_rank0(
         f"measuring on {count:,} images what is unlike them, for the distance that predict tells"
     )
-    found = features_of(net, data, most, training.trainer.strategy.root_device)
-    (features, labels, *_), validation = found["train"], found["val"][0]
-    return fit_ood(features, labels, validation)
+    features = features_of(net, data, limits, training.trainer.strategy.root_device)
+    train, val = features["train"], features["val"]
+    return fit_ood(train.features, train.labels, val.features)
 
 
-def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
+def _add_recommendation(result: RunResult, twin: RunResult | None = None) -> RunResult:
     """The run beside the linear probe of the weights that it started from, and beside its dense twin."""
     probe = read_probe(result.run_dir)
-    tested = [each.correct for each in (result, twin) if each is not None]
-    tested += [] if probe is None else [probe.test_correct]
-    common = [sample for sample in result.correct if all(sample in each for each in tested)]
-    if (probe is None and twin is None) or not common:
+    if probe is None and twin is None:
+        return result
+    samples = [sample for sample in result.correct if twin is None or sample in twin.correct]
+    if probe is not None:
+        samples = [sample for sample in samples if sample in probe.test_correct]
+    if not samples:
         return result
 
-    def entry(name: str, run: RunResult) -> ComparedModel:
-        made = run.summary
-        correct = np.array([run.correct[sample] for sample in common])
-        return ComparedModel(name, correct, made.ms_per_image, made.mbytes or 0.0, made.duration_s)
-
-    dense = "dense fine-tune" if probe is not None else "dense twin"
-    rows = [] if twin is None else [entry(dense, twin)]
-    rows.append(entry("Mixture of Experts" if result.summary.layers else dense, result))
+    dense = "dense twin" if probe is None else "dense fine-tune"
+    models = [_compared(dense, twin, samples)] if twin is not None else []
+    name = "Mixture of Experts" if result.summary.layers else dense
+    models.append(_compared(name, result, samples))
     if probe is not None:
-        correct = np.array([probe.test_correct[sample] for sample in common])
+        correct = np.array([probe.test_correct[sample] for sample in samples])
         # The model that training began with, which is the one of the first row; else its time isn't known.
-        speed = (
-            rows[0].ms_per_image if twin or probe.of_experts or not result.summary.layers else None
-        )
-        rows.insert(0, ComparedModel(PROBE, correct, speed, probe.mbytes, probe.seconds))
-    labels = np.array([result.labels[sample] for sample in common])
-    given = probe is not None and probe.of_experts
-    choice = choose(rows, labels, unbalanced=result.summary.unbalanced, experts_given=given)
+        is_timed = twin is not None or probe.of_experts or not result.summary.layers
+        ms_per_image = models[0].ms_per_image if is_timed else None
+        models.insert(0, ComparedModel(PROBE, correct, ms_per_image, probe.mbytes, probe.seconds))
+
+    choice = choose(
+        models,
+        labels=np.array([result.labels[sample] for sample in samples]),
+        unbalanced=result.summary.unbalanced,
+        experts_given=probe is not None and probe.of_experts,
+    )
     return replace(result, summary=replace(result.summary, choice=choice))
+
+
+def _compared(name: str, run: RunResult, samples: Sequence[str]) -> ComparedModel:
+    summary = run.summary
+    correct = np.array([run.correct[sample] for sample in samples])
+    return ComparedModel(
+        name, correct, summary.ms_per_image, summary.mbytes or 0.0, summary.duration_s
+    )
 
 
 @torch.no_grad()
@@ -446,12 +471,12 @@ def _ms_per_image(training: Training) -> float | None:
     """Milliseconds of one image at a time: the median of at most 20 passes in two seconds, after one that warms up."""
     if training.divided:  # it may not fit one device
         return None
-    side, device = training.data.image_size, training.trainer.strategy.root_device
+    device = training.trainer.strategy.root_device
     net = training.task.net.to(device).eval()
-    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    image = image.to(
-        device, next(net.parameters()).dtype
-    )  # of a training in bf16-true or 64-true, its own
+    dtype = next(net.parameters()).dtype  # not float32 under bf16-true or 64-true
+    side = training.data.image_size
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, side, side, generator=generator).to(device, dtype)
     times: list[float] = []
     while len(times) < 4 or (len(times) < 21 and sum(times) < 2):
         began = time.perf_counter()
@@ -461,23 +486,24 @@ def _ms_per_image(training: Training) -> float | None:
 
 
 def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResult:
-    """Write the paired comparison with the dense twin into the run's summary; the result with it.
+    """Add the paired comparison with the dense twin to the run's summary; returns the result with it.
 
     `match` is what the two have in common, e.g. "active FLOPs".
     """
-    common = [sample for sample in result.correct if sample in twin.correct]
-    both = (np.array([run.correct[sample] for sample in common]) for run in (result, twin))
-    other = twin.summary
+    samples = [sample for sample in result.correct if sample in twin.correct]
+    correct = np.array([result.correct[sample] for sample in samples])
+    twin_correct = np.array([twin.correct[sample] for sample in samples])
     comparison = TwinComparison(
-        paired_difference(*both),
-        match,
-        other.test.correct,
-        other.cost,
-        other.duration_s,
-        other.images_per_s,
-        other.test.weights,
+        difference=paired_difference(correct, twin_correct),
+        match=match,
+        correct=twin.summary.test.correct,
+        cost=twin.summary.cost,
+        duration_s=twin.summary.duration_s,
+        images_per_s=twin.summary.images_per_s,
+        weights=twin.summary.test.weights,
     )
-    result = _with_choice(replace(result, summary=replace(result.summary, twin=comparison)), twin)
+    result = replace(result, summary=replace(result.summary, twin=comparison))
+    result = _add_recommendation(result, twin)
     _write_summary(result.summary, result.run_dir)
     return result
 
@@ -489,3 +515,113 @@ def _write_summary(summary: RunSummary, run_dir: Path) -> None:
     text = json.dumps(asdict(summary), default=list)
     # JSON has neither NaN nor infinity: null.
     write_json_atomic(run_dir / "summary.json", json.loads(text, parse_constant=lambda name: None))
+
+
+# ---- which weights are tested
+
+
+class FinalWeights(NamedTuple):
+    """The checkpoint that a training is tested with, and which weights these are, for the summary."""
+
+    checkpoint: Path
+    description: str
+
+
+class Validated(NamedTuple):
+    """Of the n validation images, in order, whether the weights classify them correctly, their loss and class."""
+
+    correct: npt.NDArray[np.bool_]
+    loss: npt.NDArray[np.float64]
+    labels: npt.NDArray[np.int64]
+
+
+def choose_weights(training: Training) -> FinalWeights:
+    """The checkpoint to test a training with, which has just ended; every process must call it.
+
+    Where best.ckpt is of another step than last.ckpt, both classify the validation images once more.
+    """
+    folder = training.run_dir / "checkpoints"
+    best, last = folder / BEST, folder / LAST
+    default: FinalWeights = broadcast_from_rank0(lambda: final_checkpoint(folder))
+    if default.checkpoint != best or not schedule_ended(training.trainer):
+        return default
+    if broadcast_from_rank0(lambda: verify(last)).fault is not None:
+        return default
+
+    monitor = cast(str, training.settings.checkpoint.monitor)
+    best_step = int(check_checkpoint(str(best))["global_step"])
+    last_step = int(check_checkpoint(str(last))["global_step"])
+    if best_step == last_step:
+        return FinalWeights(
+            last, f"the weights of the last epoch, which are the best by {monitor} too"
+        )
+    print_rank0(
+        f"The last weights, or the best epoch's (step {best_step:,})? Both classify the validation images."
+    )
+    best_images, last_images = _validate(training, best), _validate(training, last)
+    gain, error = gain_of(best_images, last_images, monitor)
+
+    difference, spread = f"{points(gain)} points", f"{100 * error:.1f}"
+    if monitor == LOSS:
+        difference, spread = f"{-gain:+.3f}", f"{error:.3f}"
+    measured = (
+        f"on {len(last_images.labels):,} validation images the {_MEASURES[monitor]} of the best epoch, step "
+        f"{best_step:,} of {last_step:,}, differs by {difference} from that of the last (standard error {spread})"
+    )
+    if gain > error:
+        return FinalWeights(best, f"the weights of the best validation epoch: {measured}")
+    return FinalWeights(last, f"the weights of the last epoch: {measured}")
+
+
+def gain_of(best: Validated, last: Validated, monitor: str) -> tuple[float, float]:
+    """How much better the first is by `monitor` on the same images, and the standard error of that."""
+    if monitor == LOSS:
+        decrease = last.loss - best.loss  # [n]
+        error = float(sem(decrease)) if len(decrease) > 1 else math.inf
+        return float(decrease.mean()), error
+    pair: PairedDifference = paired_difference(best.correct, last.correct)
+    if monitor == BALANCED:
+        pair = paired_macro_difference(best.correct, last.correct, best.labels)
+    return pair.difference, pair.standard_error
+
+
+def schedule_ended(trainer: L.Trainer) -> bool:
+    """Whether a training did all its epochs or steps, so that the learning rate came down to its end."""
+    return trainer.current_epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
+
+
+def _validate(training: Training, checkpoint: Path) -> Validated:
+    """Classify the validation images with the weights of a checkpoint."""
+    task, data, trainer = training.task, training.data, training.trainer
+    # metrics.csv has the validations of the training, and none of these.
+    loggers, trainer.loggers = trainer.loggers, []
+    try:
+        trainer.validate(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    finally:
+        trainer.loggers = loggers
+    columns = _gather_columns(task.val_outputs)
+    return Validated(columns["correct"], columns["loss"].astype(np.float64), columns["label"])
+
+
+def final_checkpoint(folder: Path) -> FinalWeights:
+    """The checkpoint to test without measuring anything: the best epoch's.
+
+    The last step if there is no best.ckpt, or it got damaged.
+    """
+    best, last = folder / BEST, folder / LAST
+    if not best.exists():  # a training that ends within its first epoch
+        return FinalWeights(last, "the weights of the last step, because there is no best.ckpt")
+    fault = verify(best).fault
+    if fault is None:
+        return FinalWeights(best, "the weights of the best validation epoch")
+    print_rank0(f"warning: {best} {fault}: {LAST} is tested instead.")
+    return FinalWeights(last, "the weights of the last epoch, because best.ckpt was damaged")
+
+
+def checkpoint_of_run(run_dir: Path) -> Path:
+    """The checkpoint that a run was tested with, by its summary; of a run that has none, that of its best epoch."""
+    summary, folder = run_dir / "summary.json", run_dir / "checkpoints"
+    name = read_summary(summary).test.checkpoint if summary.is_file() else None
+    if name == LAST and (folder / LAST).is_file():
+        return folder / LAST
+    return final_checkpoint(folder).checkpoint

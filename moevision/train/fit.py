@@ -10,6 +10,7 @@ A configuration is data, not a program. Of the classes that `trainer` may name o
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import secrets
@@ -23,7 +24,7 @@ from datetime import UTC, datetime
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -38,11 +39,11 @@ from moevision.config import (
     CLASSES,
     EmaConfig,
     GuardConfig,
-    ParallelConfig,
     ParsedArgs,
     Settings,
-    checked,
-    settings,
+    flatten,
+    parse_config,
+    to_settings,
 )
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF
@@ -53,19 +54,24 @@ from moevision.limits import keep_freed_memory
 from moevision.models.config import build_model, dense_start, save_pretrained_config
 from moevision.models.io import from_cache_only
 from moevision.models.upcycle import START_IMAGES, start_routers
-from moevision.train.checkpoint import PRETRAINED_CONFIG, SafeCheckpointIO, check_checkpoint
-from moevision.train.final_weights import checkpoint_of_run
-from moevision.train.finish import RunResult, Training, finish, write_comparison
+from moevision.train.checkpoint import MARK, PRETRAINED_CONFIG, SafeCheckpointIO, check_checkpoint
+from moevision.train.finish import (
+    RunResult,
+    Training,
+    checkpoint_of_run,
+    finish,
+    write_comparison,
+)
 from moevision.train.guard import StabilityGuard, TrainingDiverged
 from moevision.train.health import (
     Calibrate,
     RecordRouting,
     RouterHealth,
-    RunLogger,
     StopEarly,
     Stopwatch,
     WeightEMA,
 )
+from moevision.train.lightning_internals import RunLogger, leave_epochs_uncounted
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
     Interrupted,
@@ -87,6 +93,7 @@ from moevision.train.recipe import (
     memory_advice,
     new_run_folder,
     read_config,
+    read_request,
     refuse_among_images,
     resolve_settings,
     run_name,
@@ -94,13 +101,11 @@ from moevision.train.recipe import (
 )
 from moevision.train.report import LOSS, is_unbalanced
 from moevision.train.resume import (
-    MARK,
     EpochEnd,
     ResumePoint,
     RunStart,
     Session,
     begin,
-    devices_asked,
     find_run_start,
     first_command,
     note_session,
@@ -132,41 +137,62 @@ _CHATTER = (
 )
 
 
-def fit(given: ParsedArgs) -> None:
+def fit(args: ParsedArgs) -> None:
     """`moevision fit`."""
-    session = Session(given.command)
+    session = Session(args.command)
     with _in_sentences(session):
-        if not given.prints:
-            start_one_each(devices_asked(given))
-        options, start = begin(session, given)
-        if given.prints:
-            print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")
+        request = read_request("fit", args)
+        if not request.prints:
+            start_one_each(request.trainer)
+        settings, start = begin(session, request)
+        if request.prints:
+            print(_yaml(settings), end="")
             return
-        training = train(settings(options), session, start)
-        run_dir = training.run_dir
+
+        training = train(settings, session, start)
         if training.trial:  # logged nothing and saved nothing
             if is_rank0() and start is None:  # else the folder may be an earlier run's
-                session.unused = run_dir
+                session.unused = training.run_dir
             return
-        command = (
-            first_command(run_dir) or session.command
-        )  # what repeats the run; --resume doesn't
+
+        # What repeats the run; --resume doesn't.
+        command = first_command(training.run_dir) or session.command
         result = finish(training, command)
-        if training.settings.with_twin:
-            result = _train_twin(training, options, command, result)
+        if settings.with_twin:
+            result = _train_twin(training, settings, command, result)
         if result is not None:
-            print_rank0(
-                f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md"
-            )
-            if result.summary.layers:
-                run = shell_word(str(run_dir))
-                print_rank0(
-                    f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}"
-                )
-                if not training.settings.with_twin and result.summary.choice is None:
-                    print_rank0(
-                        "Whether they pay on these images: --with-twin also trains a dense model of the same cost."
-                    )
+            _print_what_to_do_next(training, result)
+
+
+def _print_what_to_do_next(training: Training, result: RunResult) -> None:
+    run_dir = training.run_dir
+    print_rank0(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
+    if not result.summary.layers:
+        return
+    run = shell_word(str(run_dir))
+    print_rank0(f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}")
+    if not training.settings.with_twin and result.summary.choice is None:
+        print_rank0(
+            "Whether they pay on these images: --with-twin also trains a dense model of the same cost."
+        )
+
+
+class Prepared(NamedTuple):
+    """What training and evaluation begin with: model and data by their options, and the Trainer's named classes."""
+
+    task: ClassificationTask
+    data: ImageDataModule
+    trainer_parts: dict[str, Any]
+    callbacks: list[L.Callback]
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Seed every generator, and check the options of model, data and Trainer."""
+    _seed(settings)
+    task = _task(settings)
+    data = ImageDataModule(**vars(settings.data))
+    parts = instantiated(settings.trainer)
+    return Prepared(task, data, parts, _as_list(parts.pop("callbacks", None)))
 
 
 def train(
@@ -179,81 +205,41 @@ def train(
 
     `start` is where it begins (None: afresh, in a folder of its own), `callbacks` are others behind the one that saves.
     """
-    started, stopwatch = datetime.now(UTC), Stopwatch()
+    started = datetime.now(UTC)
+    stopwatch = Stopwatch()
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # of an earlier training: the twin's run
-    _seed(settings, session)
-    task, data, named = (
-        _task(settings),
-        ImageDataModule(**vars(settings.data)),
-        instantiated(settings.trainer),
-    )
-    early = settings.early_stopping
+    settings = copy.deepcopy(settings)  # what is drawn and chosen below is the run's
+    prepared = prepare(settings)
     run_dir = _new_folder(settings, session) if start is None else start.run_dir
+
     with _no_trace_of_a_failure(run_dir, session, stopwatch, new=start is None):
-        # Trainer
         point = ResumePoint(run_dir / "checkpoints", settings.checkpoint, session.interruption)
-        best = ModelCheckpoint(
-            dirpath=run_dir / "checkpoints",
-            filename="best",
-            monitor="val/top1",  # `_choose_monitor` knows the classes
-            mode="min" if settings.checkpoint.monitor == LOSS else "max",
-            enable_version_counter=False,
+        best = _best_checkpoint(settings, run_dir)
+        others = [point, *callbacks, *prepared.callbacks, stopwatch]
+        trainer = _trainer(
+            settings,
+            run_dir,
+            prepared.trainer_parts | _strategy_of(settings),
+            [*others, *_callbacks_of(settings, run_dir, best), EpochEnd(point)],
         )
-        ours = [
-            point,
-            *callbacks,
-            *_as_list(named.pop("callbacks", None)),
-            stopwatch,
-            LearningRateMonitor("step"),
-            best,
-            *([StopEarly(early, settings.checkpoint.monitor)] if early.patience else []),
-            Calibrate(),
-            ExampleScores(),
-            *watching(ema=settings.ema, guard=settings.guard),
-            *(
-                [RecordRouting(settings.record_routing, run_dir)]
-                if settings.record_routing.images
-                else []
-            ),
-            EpochEnd(point),
-        ]
-        strategy = _strategy_of(settings.parallel, settings.trainer.get("strategy") or "auto")
-        trainer = _trainer(settings, run_dir, {**named, **strategy}, ours)
         if session.run_dir is None:  # the twin's turn comes when the run itself goes on
             session.run_dir = run_dir
         training = Training(
-            settings, session, start, run_dir, task, data, trainer, stopwatch, started
+            settings=settings,
+            session=session,
+            start=start,
+            run_dir=run_dir,
+            task=prepared.task,
+            data=prepared.data,
+            trainer=trainer,
+            stopwatch=stopwatch,
+            started=started,
         )
-
-        # Data
-        if training.fresh and settings.router_start == "cluster" and task.arch.pretrained is None:
-            raise UserError(
-                "--router_start cluster begins with clusters of what pretrained layers compute: say --pretrained too, "
-                "or leave it out."
-            )
-        check_trainer(trainer)
-        if (
-            training.fresh and data.order_seed is None
-        ):  # config.yaml keeps it for a run that goes on
-            seed = settings.seed_everything
-            settings.data.order_seed = data.order_seed = None if seed is False else seed
-        data.run_dir = run_dir
-        _read_data(data, trainer, session, "fit", moved=not training.fresh)
-        keep_images_per_step(start, data, trainer)
-        if training.fresh and not training.trial:
-            check_window(data, trainer)
-
-        # Model
+        _read_training_data(training)
         _build(training)
-        for line in session.lines if training.fresh else ():
-            print_rank0(line)
-        session.lines.clear()  # the twin says nothing of its start, which is the run's
-        if trainer.is_global_zero:
-            print(data.describe(), flush=True)
+        _describe_data(training)
         _choose_monitor(training, best)
-
-        # Start and plan
         if trainer.is_global_zero:
             _start_and_plan(training)
         if not training.trial:
@@ -261,6 +247,58 @@ def train(
             _keep_config(training)
         _train(training, point)
     return training
+
+
+def _best_checkpoint(settings: Settings, run_dir: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        dirpath=run_dir / "checkpoints",
+        filename="best",
+        monitor="val/top1",  # `_choose_monitor` knows the classes
+        mode="min" if settings.checkpoint.monitor == LOSS else "max",
+        enable_version_counter=False,
+    )
+
+
+def _callbacks_of(settings: Settings, run_dir: Path, best: ModelCheckpoint) -> list[L.Callback]:
+    """The callbacks between the one that saves and the one that ends an epoch, in their order."""
+    callbacks: list[L.Callback] = [LearningRateMonitor("step"), best]
+    if settings.early_stopping.patience:
+        callbacks.append(StopEarly(settings.early_stopping, settings.checkpoint.monitor))
+    callbacks += [Calibrate(), ExampleScores()]
+    callbacks += watching(ema=settings.ema, guard=settings.guard)
+    if settings.record_routing.images:
+        callbacks.append(RecordRouting(settings.record_routing, run_dir))
+    return callbacks
+
+
+def _read_training_data(training: Training) -> None:
+    """Read the images, and check that they and the Trainer's options make a training."""
+    settings, data, trainer = training.settings, training.data, training.trainer
+    if training.fresh and settings.router_start == "cluster" and not training.task.arch.pretrained:
+        raise UserError(
+            "--router_start cluster begins with clusters of what pretrained layers compute: say --pretrained too, "
+            "or leave it out."
+        )
+    check_trainer(trainer)
+    if training.fresh and data.order_seed is None and settings.seed_everything is not False:
+        # config.yaml keeps it for a run that goes on.
+        settings.data.order_seed = data.order_seed = settings.seed_everything
+    data.run_dir = training.run_dir
+    _read_data(data, trainer, "fit", moved=not training.fresh)
+    keep_images_per_step(training.start, data, trainer)
+    if training.fresh and not training.trial:
+        check_window(data, trainer)
+
+
+def _describe_data(training: Training) -> None:
+    """Print what the training starts from, and its data."""
+    session = training.session
+    if training.fresh:
+        for line in session.lines:
+            print_rank0(line)
+    session.lines.clear()  # the twin says nothing of its start, which is the run's
+    if training.trainer.is_global_zero:
+        print(training.data.describe(), flush=True)
 
 
 @contextmanager
@@ -276,7 +314,7 @@ def _no_trace_of_a_failure(
         raise
 
 
-def _seed(settings: Settings, session: Session) -> None:
+def _seed(settings: Settings) -> None:
     """Seed every generator; `true` draws a seed and keeps it."""
     if settings.seed_everything is True:
         settings.seed_everything = broadcast_from_rank0(lambda: secrets.randbelow(2**31))
@@ -312,20 +350,20 @@ def watching(ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
     return [*average, *guards, RouterHealth()]
 
 
-def instantiated(trainer: Mapping[str, Any]) -> dict[str, Any]:
+def instantiated(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What arguments of the Trainer that may name a class stand for, such as a logger by the name of its class."""
-    asked = {name: trainer[name] for name in CLASSES if trainer.get(name) is not None}
-    if not asked:
+    named = {name: arguments[name] for name in CLASSES if arguments.get(name) is not None}
+    if not named:
         return {}
+
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(ALLOWED))
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(
-        L.Trainer, skip=set(signature(L.Trainer).parameters) - set(CLASSES), instantiate=False
-    )
+    others = set(signature(L.Trainer).parameters) - set(CLASSES)
+    parser.add_class_arguments(L.Trainer, skip=others, instantiate=False)
     try:
-        parsed = parser.parse_object(asked)
+        parsed = parser.parse_object(named)
         function = next(_functions(parsed), None)
-        made = {} if function else vars(parser.instantiate(parsed))
+        instances = {} if function else vars(parser.instantiate(parsed))
     except (ArgumentError, ValueError, TypeError) as error:
         if foreign := re.search(r"Importing '([^']+)' is not allowed", str(error)):
             raise UserError(
@@ -340,32 +378,36 @@ def instantiated(trainer: Mapping[str, Any]) -> dict[str, Any]:
             f"{function.__module__}.{function.__name__} is not called: configurations name no functions; use them from "
             "Python."
         )
-    return {name: made[name] for name in asked}
+    return {name: instances[name] for name in named}
 
 
 def _functions(value: Any) -> Iterator[Any]:
     """The functions at any depth of parsed arguments: jsonargparse imports what a `Callable` is named by."""
-    if isinstance(value, Namespace | dict):
-        value = list(vars(value).values() if isinstance(value, Namespace) else value.values())
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, list | tuple | set):
-        for each in value:
-            yield from _functions(each)
+        for part in value:
+            yield from _functions(part)
     elif callable(value):
         yield value
 
 
-def _strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
-    """The Trainer's arguments; a UserError if --trainer.strategy, `asked`, says something else."""
+def _strategy_of(settings: Settings) -> dict[str, Any]:
+    """The Trainer's arguments for --parallel; a UserError if --trainer.strategy says something else."""
+    config = settings.parallel
     if config.layout is None:
         return {}
-    if asked not in ("auto", config.layout):
+    strategy = settings.trainer.get("strategy") or "auto"
+    if strategy not in ("auto", config.layout):
         raise UserError(
-            f"--parallel {config.layout} and --trainer.strategy {asked} are two ways to say it: use one."
+            f"--parallel {config.layout} and --trainer.strategy {strategy} are two ways to say it: use one."
         )
     replicated = config.layout == "ddp"
     if replicated and config.expert == 1:
         return {"strategy": "ddp"}
-    from moevision.train.parallel.strategy import MoEParallelStrategy
+    from moevision.train.parallel import MoEParallelStrategy
 
     divided = MoEParallelStrategy(config.expert, replicated=replicated, offload=config.offload)
     # FSDP2 keeps what it gathers first, and writes to it later: it may not have been made in inference mode.
@@ -373,35 +415,34 @@ def _strategy_of(config: ParallelConfig, asked: Any) -> dict[str, Any]:
 
 
 def _trainer(
-    settings: Settings, run_dir: Path, named: Mapping[str, Any], callbacks: list[L.Callback]
+    settings: Settings, run_dir: Path, parts: Mapping[str, Any], callbacks: list[L.Callback]
 ) -> L.Trainer:
-    """A Trainer that logs to and saves in the run folder."""
-    asked = {**settings.trainer, **named}
-    if asked.get("logger") is False:
+    """A Trainer that logs to and saves in the run folder; `parts` are instances of what its options name."""
+    arguments = {**settings.trainer, **parts}
+    if arguments.get("logger") is False:
         raise UserError(
             "metrics.csv is always written, the report is made of it: leave --trainer.logger false out."
         )
-    others = [each for each in _as_list(asked.get("logger")) if isinstance(each, Logger)]
-    asked |= {
-        "default_root_dir": str(run_dir),
-        "use_distributed_sampler": False,  # ImageDataModule shards by itself, and resumes where it stopped
-        # The first one: Lightning takes the run folder from it.
-        "logger": [RunLogger(run_dir), *others],
-        "plugins": [*_as_list(asked.get("plugins")), SafeCheckpointIO()],
-        "callbacks": callbacks,
-    }
-    trainer = _made(asked)
-    if trainer.max_epochs in (None, -1) and (bar := trainer.progress_bar_callback) is not None:
-        cast(
-            Any, bar
-        )._get_train_description = "Epoch {:<4}".format  # of steps alone it would say "Epoch 0/-2"
+    loggers = [item for item in _as_list(arguments.get("logger")) if isinstance(item, Logger)]
+    trainer = _make_trainer(
+        arguments
+        | {
+            "default_root_dir": str(run_dir),
+            "use_distributed_sampler": False,  # ImageDataModule shards by itself, and resumes where it stopped
+            # The first one: Lightning takes the run folder from it.
+            "logger": [RunLogger(run_dir), *loggers],
+            "plugins": [*_as_list(arguments.get("plugins")), SafeCheckpointIO()],
+            "callbacks": callbacks,
+        }
+    )
+    leave_epochs_uncounted(trainer)
     _check_processes(trainer)
-    if (divided := parallel_strategy(trainer)) is not None:
+    divided = parallel_strategy(trainer)
+    if divided is not None:
         divided.check(trainer)
     # On CUDA TF32 where all is float32. What autocast leaves in float32, such as routers, needs its digits.
     torch.set_float32_matmul_precision("high" if trainer.precision == "32-true" else "highest")
-    device = trainer.strategy.root_device
-    if device.type == "mps":
+    if trainer.strategy.root_device.type == "mps":
         raise UserError(
             "Apple's GPU can't be used: it has no float64, which the statistics of routing need. "
             "Use --trainer.accelerator cpu."
@@ -409,33 +450,29 @@ def _trainer(
     return trainer
 
 
-def _made(asked: dict[str, Any]) -> L.Trainer:
-    if asked.get("accelerator", "auto") == "auto" and torch.backends.mps.is_available():
-        asked["accelerator"] = "cpu"  # `auto` would take Apple's GPU
+def _make_trainer(arguments: dict[str, Any]) -> L.Trainer:
+    if arguments.get("accelerator", "auto") == "auto" and torch.backends.mps.is_available():
+        arguments["accelerator"] = "cpu"  # `auto` would take Apple's GPU
     try:
-        return L.Trainer(**asked)
-    except (
-        MisconfigurationException,
-        ValueError,
-        TypeError,
-        ImportError,
-    ) as error:  # an accelerator that isn't there
+        return L.Trainer(**arguments)
+    # The last: an accelerator that isn't there.
+    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
         raise UserError(f"The Trainer does not take these options: {error}") from error
 
 
-def start_one_each(options: Mapping[str, Any]) -> None:
-    """Run this command in a process for each device that its options ask for, unless torchrun, SLURM or this has.
+def start_one_each(arguments: Mapping[str, Any]) -> None:
+    """Run this command in a process for each device that the Trainer's arguments ask for.
 
-    Ends with these processes. A UserError for devices that aren't there, and for several machines.
+    Not where torchrun, SLURM or this function has started them. Ends with these processes. A UserError for devices that
+    aren't there, and for several machines.
     """
-    asked = {
-        name: options.get(f"trainer.{name}") for name in ("accelerator", "devices", "num_nodes")
-    }
-    asked = {name: value for name, value in asked.items() if value is not None}
-    alone = asked.get("devices", 1) in (1, "1") and asked.get("num_nodes", 1) == 1
+    devices = {name: arguments[name] for name in ("accelerator", "devices", "num_nodes")}
+    alone = devices["devices"] in (1, "1") and devices["num_nodes"] == 1
     if alone or several_processes():
         return
-    trainer = _made({**asked, "strategy": "ddp", "logger": False, "enable_progress_bar": False})
+    trainer = _make_trainer(
+        {**devices, "strategy": "ddp", "logger": False, "enable_progress_bar": False}
+    )
     if trainer.num_nodes > 1:
         raise UserError("On several machines let torchrun or SLURM's srun start all the processes.")
     if trainer.num_devices > 1:
@@ -455,21 +492,15 @@ def _check_processes(trainer: L.Trainer) -> None:
         )
 
 
-def _read_data(
-    data: ImageDataModule, trainer: L.Trainer, session: Session, verb: str, *, moved: bool
-) -> None:
+def _read_data(data: ImageDataModule, trainer: L.Trainer, verb: str, *, moved: bool) -> None:
     """Read the data, the first process first; `moved`: they are a run's, and may have been moved since."""
     data.processes = trainer.num_devices
     try:
         with rank0_first():
             data.setup(verb)
     except UserError as error:
-        there = (
-            data.path in DATASET_NAMES
-            or data.path.startswith(HF)
-            or Path(data.path).expanduser().exists()
-        )
-        if there or not moved:
+        is_named = data.path in DATASET_NAMES or data.path.startswith(HF)
+        if is_named or not moved or Path(data.path).expanduser().exists():
             raise
         raise UserError(
             f"{str(error).rstrip('.')}; --data.path says where the run's images are now."
@@ -478,43 +509,49 @@ def _read_data(
 
 def keep_images_per_step(start: RunStart | None, data: ImageDataModule, trainer: L.Trainer) -> None:
     """On another number of processes: sum the gradients of as many batches as make a step of as many images."""
-    known = {} if start is None else start.fingerprint
-    images, at_once = known.get("images_per_step", 0), data.batch_size * trainer.world_size
-    parts = images // at_once
-    if parts and not images % at_once and parts != trainer.accumulate_grad_batches:
-        if trainer.accumulate_grad_batches == 1 and trainer.limit_train_batches == 1.0:
-            # An epoch had whole steps only: it doesn't get a part of one at its end.
-            batches = sum(data.class_counts["train"].values()) // at_once
-            trainer.limit_train_batches = max(parts, batches // parts * parts)
-        trainer.accumulate_grad_batches = parts
-        print_rank0(
-            f"note: a step sums the gradients of {parts} batches of a process: it has {images} images, as before."
-        )
+    images = 0
+    if start is not None:
+        images = start.fingerprint.get("images_per_step", 0)
+    batch_size = data.batch_size * trainer.world_size
+    window, remainder = divmod(images, batch_size)
+    if window == 0 or remainder or window == trainer.accumulate_grad_batches:
+        return
+
+    if trainer.accumulate_grad_batches == 1 and trainer.limit_train_batches == 1.0:
+        # An epoch had whole steps only: it doesn't get a part of one at its end.
+        batches = sum(data.class_counts["train"].values()) // batch_size
+        trainer.limit_train_batches = max(window, batches // window * window)
+    trainer.accumulate_grad_batches = window
+    print_rank0(
+        f"note: a step sums the gradients of {window} batches of a process: it has {images} images, as before."
+    )
 
 
 def _build(training: Training) -> None:
     """Make the model, and refuse what would fail in the training, or after it with the twin."""
-    settings, task, fresh, kept = training.settings, training.task, training.fresh, training.kept
+    settings, task, trainer = training.settings, training.task, training.trainer
     sizes = training.data.num_classes, training.data.image_size
     with torch.device("meta"):
-        task.build(*sizes, load_pretrained=False, kept=kept)
+        task.build(*sizes, load_pretrained=False, kept=training.kept)
     if settings.check_memory:  # before memory is taken for it
-        check_memory(task, training.trainer, goes_on=not fresh)
-    task.build(
-        *sizes, load_pretrained=fresh, kept=kept
-    )  # what goes on from a checkpoint needs no pretrained weights
-    if fresh and training.trainer.is_global_zero:
-        save_pretrained_config(task.arch, kept)
+        check_memory(task, trainer, goes_on=not training.fresh)
+    # What goes on from a checkpoint needs no pretrained weights.
+    task.build(*sizes, load_pretrained=training.fresh, kept=training.kept)
+    if training.fresh and trainer.is_global_zero:
+        save_pretrained_config(task.arch, training.kept)
     if training.clusters:  # said in the saved model, also by a run that goes on from a checkpoint
         cast(Any, task.net).router_start = "cluster"
+
     if settings.with_twin:
+        twin = replace(task.arch, twin="active_flops")
         with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
-            twin = replace(task.arch, twin="active_flops")
-            net = build_model(twin, *sizes, load_pretrained=False, kept=kept)
+            net = build_model(
+                twin, *sizes, load_pretrained=False, pretrained_config_dir=training.kept
+            )
             freeze_parameters(net, task.optim.freeze)
     if training.divided is not None:
         records = isinstance(settings.record_routing.images, str)
-        training.divided.check_fit(training.trainer, task, training.data, records=records)
+        training.divided.check_fit(trainer, task, training.data, records=records)
 
 
 def _choose_monitor(training: Training, best: ModelCheckpoint) -> None:
@@ -542,21 +579,19 @@ def _start_and_plan(training: Training) -> None:
 
     The other processes get these weights when the training begins.
     """
-    task, data, trainer, stopwatch = (
-        training.task,
-        training.data,
-        training.trainer,
-        training.stopwatch,
-    )
-    began_s = stopwatch.run_s
+    task, data, trainer = training.task, training.data, training.trainer
+    began_s = training.stopwatch.run_s
     if training.fresh and task.arch.pretrained is not None and not training.trial:
         _start_with_probe(training)
         if training.clusters:
             _start_from_clusters(training)
-    before_s = stopwatch.run_s - began_s
+    before_s = training.stopwatch.run_s - began_s
+
     with _memory_advice(training):
-        steps_s = None if training.divided else expected_seconds(task, data, trainer)
-        training.expected_s = None if steps_s is None else before_s + steps_s
+        steps_s = None
+        if training.divided is None:
+            steps_s = expected_seconds(task, data, trainer)
+            training.expected_s = before_s + steps_s
         print(describe_plan(task, data, trainer, steps_s, before_s))
         if training.divided is not None:
             print(training.divided.plan(trainer.world_size, task.net))
@@ -566,39 +601,40 @@ def _start_and_plan(training: Training) -> None:
 def _start_with_probe(training: Training) -> None:
     """Head first: the classifier begins as a linear probe of the frozen features, which is reported too."""
     session, task, data = training.session, training.task, training.data
-    known = session.probe
-    if known is None:
+    probe = session.probe
+    if probe is None:
         net = task.net
         if moe_layers(net):
             # Its weights as they came: noise on copies, capacities and some routers make other features of them.
             with torch.random.fork_rng(devices=[]):  # a new classifier is drawn, too
                 net = dense_start(task.arch, data.num_classes, data.image_size) or net
         autocast = training.trainer.strategy.precision_plugin.forward_context
-        known = fit_probe(net, data, training.device_before, autocast)
+        probe = fit_probe(net, data, training.device_before, autocast)
     else:  # the run's, which has its time: without it the twin would look the sooner trained
-        training.stopwatch.add(known.seconds, known.cpu_s)
-    if known is None:
+        training.stopwatch.add(probe.seconds, probe.cpu_s)
+    if probe is None:
         return
-    session.probe = known
-    if known.beats_the_head:
-        start_with(task.net, known)
-    known.write(training.run_dir)
-    print(known.sentence(), flush=True)
+    session.probe = probe
+    if probe.beats_the_head:
+        start_with(task.net, probe)
+    probe.write(training.run_dir)
+    print(probe.sentence(), flush=True)
 
 
 def _start_from_clusters(training: Training) -> None:
     """Set the routers from what training images give them."""
-    data, device = training.data, training.device_before
-    order = torch.randperm(
-        len(data.contents.datasets["train"]), generator=torch.Generator().manual_seed(data.seed)
-    )
+    data = training.data
+    device = training.device_before
+    generator = torch.Generator().manual_seed(data.seed)
+    order = torch.randperm(len(data.contents.datasets["train"]), generator=generator)
+    loader = data.plain_loader("train", order[:START_IMAGES].tolist())
+    images = (batch["image"].to(device) for batch in loader)
     net = training.task.net.to(device)
     with training.trainer.strategy.precision_plugin.forward_context():
-        loader = data.plain_loader("train", order[:START_IMAGES].tolist())
-        shares = start_routers(net, (batch["image"].to(device) for batch in loader), seed=data.seed)
-    largest = ", ".join(f"{max(each) * len(each):.2f}" for each in shares.values())
+        shares = start_routers(net, images, seed=data.seed)
+    ratios = ", ".join(f"{max(share) * len(share):.2f}" for share in shares.values())
     print(
-        f"routers start from clusters of their input; largest over mean cluster {largest}",
+        f"routers start from clusters of their input; largest over mean cluster {ratios}",
         flush=True,
     )
 
@@ -610,15 +646,16 @@ def _memory_advice(training: Training) -> AbstractContextManager[None]:
 
 def _compare_with_start(training: Training, point: ResumePoint) -> None:
     """Warn about what prevents a bit-identical result, and record this start in sessions.json."""
-    start, session = training.start or RunStart(training.run_dir), training.session
+    session = training.session
+    start = training.start or RunStart(training.run_dir)
     point.fingerprint = fingerprint(training.trainer, training.task, training.data)
-    other = differences(start.fingerprint, point.fingerprint)
-    if other:
+    changes = differences(start.fingerprint, point.fingerprint)
+    if changes:
         print_rank0(
-            f"warning: the result can't be bit-identical to an uninterrupted run: {'; '.join(other)}."
+            f"warning: the result can't be bit-identical to an uninterrupted run: {'; '.join(changes)}."
         )
     if training.trainer.is_global_zero:
-        note_session(start, session.command, [*session.notes, *other])
+        note_session(start, session.command, [*session.notes, *changes])
 
 
 def _keep_config(training: Training) -> None:
@@ -630,7 +667,7 @@ def _keep_config(training: Training) -> None:
         if not training.session.notes:
             return
         name = f"config-{len(list(run_dir.glob('config*.yaml'))) + 1}.yaml"
-    write_text_atomic(run_dir / name, yaml.safe_dump(asdict(training.settings), sort_keys=False))
+    write_text_atomic(run_dir / name, _yaml(training.settings))
 
 
 def _train(training: Training, point: ResumePoint) -> None:
@@ -650,140 +687,185 @@ def _train(training: Training, point: ResumePoint) -> None:
 
 
 def _train_twin(
-    training: Training, options: Mapping[str, Any], command: Sequence[str], result: RunResult | None
+    training: Training, settings: Settings, command: Sequence[str], result: RunResult | None
 ) -> RunResult | None:
     """Train the dense twin of a finished training by the same recipe, and compare both."""
-    session, run_dir = training.session, training.run_dir
-
-    def new() -> RunStart:
-        """Where the twin's training begins, in a folder that is made for it."""
-        folder = run_dir / "twin"
-        known = folder.is_dir()
-        session.claim(folder)
-        start = find_run_start(folder, fresh_if_none=True) if known else RunStart(folder)
-        if (
-            start.checkpoint is None and training.start is not None
-        ):  # its steps have the images of the run's
-            start = replace(start, fingerprint=training.start.fingerprint)
-        if (run_dir / "splits.csv").is_file():
-            shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
-        print("\nNow the dense twin, by the same recipe.", flush=True)
-        return start
-
-    start: RunStart = broadcast_from_rank0(new)
-    seed = training.settings.seed_everything  # the one that was drawn, where `true` asked for it
-    changes: dict[str, Any] = {
-        "model.arch.twin": "active_flops",
-        "with_twin": False,
-        "seed_everything": seed,
-    }
-    again = [
+    # The seed is the one that was drawn, where `true` asked for it.
+    seed = training.settings.seed_everything
+    settings = copy.deepcopy(settings)
+    settings.model.arch.twin = "active_flops"
+    settings.with_twin = False
+    settings.seed_everything = seed
+    options = [
         "--model.arch.twin",
         "active_flops",
         "--without-twin",
         f"--seed_everything={str(seed).lower()}",
     ]
     if training.divided is not None and training.divided.expert > 1:  # the twin has no experts
-        changes["parallel.expert"] = 1
-        again.append("--parallel.expert=1")
-    twin = train(settings({**options, **changes}), session, start)
-    other = finish(twin, [*command, *again])
-    if result is None or other is None:
+        settings.parallel = replace(settings.parallel, expert=1)
+        options.append("--parallel.expert=1")
+
+    start: RunStart = broadcast_from_rank0(partial(_start_of_twin, training))
+    twin = train(settings, training.session, start)
+    twin_result = finish(twin, [*command, *options])
+    if result is None or twin_result is None:
         return None
+
     match = "active FLOPs"
     if training.task.arch.pretrained is not None:
         # Experts that start as copies may cost more together than the dense model that they are copies of, the twin.
-        same = result.summary.cost.flops_per_image == other.summary.cost.flops_per_image
-        match = f"pretrained weights{' and active FLOPs' if same else ', but fewer FLOPs'}"
-    return write_comparison(result, other, match)
+        flops, twin_flops = (run.summary.cost.flops_per_image for run in (result, twin_result))
+        match = "pretrained weights, but fewer FLOPs"
+        if flops == twin_flops:
+            match = "pretrained weights and active FLOPs"
+    return write_comparison(result, twin_result, match)
 
 
-def evaluate(verb: str, given: ParsedArgs) -> None:
+def _start_of_twin(training: Training) -> RunStart:
+    """Where the twin's training begins, in a folder that is made for it; for the first process."""
+    run_dir = training.run_dir
+    folder = run_dir / "twin"
+    is_new = not folder.is_dir()
+    training.session.claim(folder)
+    start = RunStart(folder) if is_new else find_run_start(folder, fresh_if_none=True)
+    if start.checkpoint is None and training.start is not None:
+        # Its steps have the images of the run's.
+        start = replace(start, fingerprint=training.start.fingerprint)
+    _copy_split(run_dir, folder)
+    print("\nNow the dense twin, by the same recipe.", flush=True)
+    return start
+
+
+def _copy_split(origin: Path, run_dir: Path) -> None:
+    """Use the images of another run as it did."""
+    if (origin / "splits.csv").is_file():
+        shutil.copy(origin / "splits.csv", run_dir / "splits.csv")
+
+
+# ---- validate and test
+
+
+class Evaluated(NamedTuple):
+    """A checkpoint to evaluate, and what it says of its model."""
+
+    path: str
+    model_options: dict[str, Any]
+    num_classes: int | None  # as trained
+    image_size: int | None  # as trained
+    class_names: list[str] | None  # 0.1 wrote none
+
+    @property
+    def run_dir(self) -> Path:
+        """The run that it is of."""
+        return run_of_checkpoint(self.path)
+
+
+def evaluate(verb: str, args: ParsedArgs) -> None:
     """`moevision validate` and `moevision test`: read the data, and build the model for the weights of a checkpoint."""
-    session = Session(given.command)
+    session = Session(args.command)
     with _in_sentences(session):
-        if given.options.get("resume") is not None:
-            raise UserError(
-                f"--resume resumes a training: use it with fit; {verb} takes a run folder."
-            )
-        run = Path(given.folder or "")
-        is_run = (
-            given.folder is not None and (run / "checkpoints").is_dir()
-        )  # and no folder of images
-        if is_run and not given.options.get("ckpt_path"):
-            tested = str(checkpoint_of_run(run))
-            given = given._replace(folder=None, options={**given.options, "ckpt_path": tested})
-        options = resolve_settings(verb, given, decide=broadcast_from_rank0)
-        if given.prints:
-            print(yaml.safe_dump(asdict(settings(options)), sort_keys=False), end="")
+        request = read_request(verb, _with_checkpoint(verb, args))
+        settings = resolve_settings(request)
+        if request.prints:
+            print(_yaml(settings), end="")
             return
-        start_one_each(options)
-        checkpoint = options.get("ckpt_path")
-        if not checkpoint:
-            raise UserError(
-                f"Say which run to {verb}: moevision {verb} runs/NAME, or a file by --ckpt_path."
-            )
-        saved, origin = check_checkpoint(checkpoint), run_of_checkpoint(checkpoint)
-        model = checked({"model": saved["hyper_parameters"]}, checkpoint)
-        known_sizes = model.pop("model.num_classes", None), model.pop("model.image_size", None)
-        asked = settings({**options, **model, **given.options})
-        _seed(asked, session)
-        task, data, named = (
-            _task(asked),
-            ImageDataModule(**vars(asked.data)),
-            instantiated(asked.trainer),
-        )
-        run_dir = _new_folder(asked, session, f"-{verb}")
+        start_one_each(settings.trainer)
+
+        checkpoint = _read_checkpoint(verb, settings.ckpt_path)
+        options = {**flatten(asdict(settings)), **checkpoint.model_options, **request.command_line}
+        settings = to_settings(options)
+        task, data, parts, callbacks = prepare(settings)
+        run_dir = _new_folder(settings, session, f"-{verb}")
         with _no_trace_of_a_failure(run_dir, session, Stopwatch(), new=True):
-            trainer = _trainer(asked, run_dir, named, _as_list(named.pop("callbacks", None)))
+            trainer = _trainer(settings, run_dir, parts, callbacks)
             split = "val" if verb == "validate" else "test"
-            config = newest_config(origin)
-            if config.is_file() and not data.is_of(
-                origin, read_config(config).get("data.path", data.path)
-            ):
-                data.only_for = split
-            elif (origin / "splits.csv").is_file():
-                shutil.copy(origin / "splits.csv", run_dir / "splits.csv")
-            data.run_dir = run_dir
-            _read_data(data, trainer, session, verb, moved=True)
-            if (
-                names := saved.get(MARK, {}).get("data", {}).get("class_names")
-            ) is not None:  # 0.1 wrote none
-                data.number_classes(names)
-            classes, side = (
-                known or own
-                for known, own in zip(known_sizes, (data.num_classes, data.image_size), strict=True)
-            )
-            with from_cache_only():
-                task.build(
-                    classes,
-                    side,
-                    load_pretrained=False,
-                    kept=origin / "checkpoints" / PRETRAINED_CONFIG,
-                )
+            _choose_images(data, checkpoint, run_dir, split)
+            _read_data(data, trainer, verb, moved=True)
+            _build_for_checkpoint(task, data, checkpoint)
             if trainer.is_global_zero:
                 print(data.describe(), flush=True)
-                write_text_atomic(
-                    run_dir / "config.yaml", yaml.safe_dump(asdict(asked), sort_keys=False)
-                )
-            found = getattr(trainer, verb)(
-                task, data, ckpt_path=checkpoint, weights_only=True, verbose=False
-            )
-            if not found:
+                write_text_atomic(run_dir / "config.yaml", _yaml(settings))
+
+            run = getattr(trainer, verb)
+            scores = run(task, data, ckpt_path=checkpoint.path, weights_only=True, verbose=False)
+            if not scores:
                 raise UserError(
                     f"--trainer.limit_{split}_batches 0 leaves nothing to {verb}: say 1.0 for all of it."
                 )
             if trainer.is_global_zero:
-                print(f"\n{percent(found[0][f'{split}/top1'])} of the {split} images right")
-                print("\n".join(f"{name:22}{value:8.4f}" for name, value in found[0].items()))
+                print(f"\n{percent(scores[0][f'{split}/top1'])} of the {split} images right")
+                for name, value in scores[0].items():
+                    print(f"{name:22}{value:8.4f}")
                 print_rank0(f"Everything is in {run_dir}")
+
+
+def _with_checkpoint(verb: str, args: ParsedArgs) -> ParsedArgs:
+    """Let a run folder stand for the checkpoint that it was tested with."""
+    if args.options.get("resume") is not None:
+        raise UserError(f"--resume resumes a training: use it with fit; {verb} takes a run folder.")
+    if args.folder is None or args.options.get("ckpt_path"):
+        return args
+    if not Path(args.folder, "checkpoints").is_dir():  # a folder of images
+        return args
+    checkpoint = str(checkpoint_of_run(Path(args.folder)))
+    return args._replace(folder=None, options={**args.options, "ckpt_path": checkpoint})
+
+
+def _read_checkpoint(verb: str, path: str | None) -> Evaluated:
+    if not path:
+        raise UserError(
+            f"Say which run to {verb}: moevision {verb} runs/NAME, or a file by --ckpt_path."
+        )
+    content = check_checkpoint(path)
+    options = parse_config({"model": content["hyper_parameters"]}, path)
+    return Evaluated(
+        path=path,
+        num_classes=options.pop("model.num_classes", None),
+        image_size=options.pop("model.image_size", None),
+        model_options=options,
+        class_names=content.get(MARK, {}).get("data", {}).get("class_names"),
+    )
+
+
+def _choose_images(data: ImageDataModule, checkpoint: Evaluated, run_dir: Path, split: str) -> None:
+    """Take the run's own split of its images; of others, all of them."""
+    origin = checkpoint.run_dir
+    config = newest_config(origin)
+    if config.is_file() and not data.is_of(origin, read_config(config).get("data.path", data.path)):
+        data.only_for = split
+    else:
+        _copy_split(origin, run_dir)
+    data.run_dir = run_dir
+
+
+def _build_for_checkpoint(
+    task: ClassificationTask, data: ImageDataModule, checkpoint: Evaluated
+) -> None:
+    """Make the model that a checkpoint has weights for, and number the classes as it does."""
+    if checkpoint.class_names is not None:
+        data.number_classes(checkpoint.class_names)
+    with from_cache_only():
+        task.build(
+            checkpoint.num_classes or data.num_classes,
+            checkpoint.image_size or data.image_size,
+            load_pretrained=False,
+            kept=checkpoint.run_dir / "checkpoints" / PRETRAINED_CONFIG,
+        )
 
 
 validate, test = partial(evaluate, "validate"), partial(evaluate, "test")
 
 
 def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _yaml(settings: Settings) -> str:
+    text: str = yaml.safe_dump(asdict(settings), sort_keys=False)
+    return text
 
 
 @contextmanager
@@ -808,16 +890,17 @@ def _in_sentences(session: Session) -> Iterator[None]:
         if error.strerror is None:
             raise
         command = session.resume_command or "the same command"
-        what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        raise UserError(f"{what}: mend that, then go on with {command}.") from error
+        cause = error.strerror
+        if error.filename:
+            cause += f": {error.filename}"
+        raise UserError(f"{cause}: mend that, then go on with {command}.") from error
     except RuntimeError as error:
-        # The second: gloo's words for a connection that has gone.
-        if not several_processes() or not (
-            isinstance(error, dist.DistError) or "by peer" in str(error)
-        ):
+        # The second: gloo's message for a connection that has gone.
+        process_gone = isinstance(error, dist.DistError) or "by peer" in str(error)
+        if not several_processes() or not process_gone:
             raise
         if not is_rank0():
-            raise SystemExit(USER_ERROR) from None  # one voice
+            raise SystemExit(USER_ERROR) from None  # only rank 0 prints
         command = session.resume_command
         how = f" To go on:\n{command}" if command else " Nothing was saved yet: start anew."
         raise UserError(

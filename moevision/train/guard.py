@@ -12,7 +12,7 @@ window (SkipStepOptimizer), which neither numbers that aren't finite nor suspici
 flat curve, whose deviation is tiny, from false alarms.
 """
 
-# ruff: noqa: D102 (Lightning's hooks)
+# ruff: noqa: D102 (Lightning's hooks, whose `task` is the `ClassificationTask`)
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import lightning as L
 import numpy as np
@@ -39,6 +40,7 @@ from moevision.layers.experts import local
 from moevision.train.health import WeightEMA, is_logged
 from moevision.train.processes import (
     callback_of,
+    data_of,
     gather_objects,
     print_rank0,
     random_state,
@@ -55,13 +57,11 @@ _BUDGET = 1000  # steps over which returns are counted
 _WINDOW = 128  # good losses that a spike is judged by
 _MIN_RISE, _MIN_RELATIVE_RISE = 0.1, 0.25  # nats, share
 _COLUMNS = ("step", "epoch", "kind", "source", "samples")
-_MAX_EVENTS, _MAX_SAMPLES, _MAX_NAMED, _MAX_SAID = (
-    1000,
-    256,
-    3,
-    10,
-)  # kept, of an event, in sentences, on the terminal
-_SAID = {
+_MAX_EVENTS = 1000  # in guard.csv
+_MAX_SAMPLES = 256  # images of an event
+_MAX_NAMED = 3  # sources in summary.md
+_MAX_PRINTED = 10  # events on the terminal
+_WARNINGS = {
     "skip": "warning: step {step}: update left out, since a number is not finite (first seen in: {source})",
     "rollback": "warning: step {step}: back to an earlier state of this training, because of: {source}",
 }
@@ -87,135 +87,111 @@ class StabilityGuard(L.Callback):
         self._applied = 0
         self._recent: deque[int] = deque(maxlen=_RECENT)  # 1 for a refused update
         self._returns: list[int] = []  # steps
-        self._before: tuple[dict[str, Any], list[Tensor]] | None = (
-            None  # randomness and buffers before the window
-        )
+        self._window_start: WindowStart | None = None
         self._indices: list[Tensor] = []  # images of the window
-        self._loss: float | None = None  # of the window, if it was decided and applied
+        self._loss: float | None = None  # of the window, if its numbers are finite
         self._bad_state: str | None = None
 
     # -- Lightning's hooks, in the order in which they come
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
         if stage != "fit":
             return
-        task = cast(ClassificationTask, pl_module)
         task.update_gate = lambda norm: self._refuses(trainer, task, norm)
         self.snapshots.clear()
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        task = cast(ClassificationTask, pl_module)
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         if (source := find_nonfinite(trainer, task)) is not None:
             raise UserError(
                 f"The training would begin with numbers that are not finite ({source})."
             )
-        self._keep(trainer, task)
+        self._take_snapshot(trainer, task)
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            net = cast(ClassificationTask, pl_module).net
-            self._before = (random_state(), [buffer.clone() for buffer in net.buffers()])
+            self._window_start = WindowStart(task.net)
             self._indices = []
         self._indices.append(batch["index"])
 
     def _refuses(self, trainer: L.Trainer, task: ClassificationTask, norm: Tensor) -> bool:
         """Decide about the update of this window, after its last backward pass and before clipping."""
-        losses = [
-            micro_batch["loss"].to(norm.device, torch.float32) for micro_batch in task.evidence
-        ]
-        norm_value, *values = torch.stack([norm.detach().float(), *losses]).tolist()
-        finite_loss = all(map(isfinite, values))
-        loss = sum(values) / len(values) if finite_loss else 0.0
-        finite = finite_loss and isfinite(norm_value)
-        bad_losses, bad, total = sum_numbers([not finite_loss, not finite, loss], task.device)
-        self._recent.append(int(bad > 0))
-        if not bad:
-            self._loss = total / trainer.world_size
+        numbers = WindowNumbers.of(trainer, task, norm)
+        self._recent.append(int(not numbers.are_finite))
+        if numbers.are_finite:
+            self._loss = numbers.mean_loss
             return False
-        # Where it was first seen, in the order of computation; None if only the norm was too large for its format.
-        seen = (
-            name
-            for part in task.evidence
-            for name, value in part.items()
-            if not bool(value.isfinite().all())
-        )
-        if (source := next(seen, None)) is None:
-            grads = _nonfinite(
-                (name, p.grad) for name, p in task.net.named_parameters() if p.grad is not None
-            )
-            source = _in_words("gradient", grads) if grads else None
-        randomness, buffers = cast(tuple[dict[str, Any], list[Tensor]], self._before)
-        restore_random_state(randomness)
-        with torch.no_grad():
-            for buffer, before in zip(task.net.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-        task.aux_loss.start_window()
-        task.window_counts = []
-        self._bad_state = find_nonfinite(trainer, task)
+
+        source = find_nonfinite_source(task)
+        cast(WindowStart, self._window_start).restore(task)
         self.record.not_applied += 1
+        self._bad_state = find_nonfinite(trainer, task)
+        if self._bad_state is not None:
+            return True  # `on_train_batch_end` returns to a snapshot
+
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if (
-            self._bad_state is None
-            and not bad_losses
-            and scaler is not None
-            and scaler.get_scale() > 1
-        ):
+        seeks_scale = scaler is not None and scaler.get_scale() > 1
+        if seeks_scale and numbers.losses_are_finite:
             self._recent[-1] = 0  # an overflow, by which fp16 looks for its loss scale: no fault
-        elif self._bad_state is None:
-            note(self.record, trainer, "skip", source, torch.cat(self._indices).tolist())
+        else:
+            note_event(self.record, trainer, "skip", source, torch.cat(self._indices).tolist())
         return True
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        task = cast(ClassificationTask, pl_module)
-        loss, self._loss = self._loss, None
-        cause, self._bad_state = self._bad_state, None
-        if loss is not None and task.update_applied:
-            self._applied += 1
-            threshold = self._losses.threshold
-            if self._losses.add(loss):
-                mean = np.mean(self._losses.good)
-                cause = (
-                    f"loss spike: {loss:.3g} against a mean of {mean:.3g} (limit {threshold:.3g})"
-                )
-            elif self._losses.suspicious == 0 and self._applied % self.config.snapshot_every == 0:
-                cause = find_nonfinite(trainer, task)
-                if cause is None:
-                    self._keep(trainer, task)
-        elif cause is None and sum(self._recent) > self.config.max_skips:
-            often = self.record.sources.most_common(1)[0][0]
-            cause = f"{sum(self._recent)} of the last {len(self._recent)} updates refused, mostly for: {often}"
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+        cause = self._cause_to_return(trainer, task)
+        self._loss, self._bad_state = None, None
         if cause is not None:
             self._roll_back(trainer, task, cause)
         if is_logged(trainer, trainer.global_step):
-            counts = {
-                "guard/skipped": self.record.skipped,
-                "guard/rollbacks": self.record.rollbacks,
-            }
-            task.log_dict({name: float(count) for name, count in counts.items()})
+            task.log("guard/skipped", float(self.record.skipped))
+            task.log("guard/rollbacks", float(self.record.rollbacks))
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._check(trainer, pl_module)
+    def _cause_to_return(self, trainer: L.Trainer, task: ClassificationTask) -> str | None:
+        """Why training must return to a snapshot; None: it needn't. Takes a snapshot where one is due."""
+        if self._loss is not None and task.update_applied:
+            self._applied += 1
+            return self._judge_applied(trainer, task, self._loss)
+        if self._bad_state is not None:
+            return self._bad_state
+        refused = sum(self._recent)
+        if refused <= self.config.max_skips:
+            return None
+        source = self.record.sources.most_common(1)[0][0]
+        return f"{refused} of the last {len(self._recent)} updates refused, mostly for: {source}"
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._check(trainer, pl_module)
+    def _judge_applied(
+        self, trainer: L.Trainer, task: ClassificationTask, loss: float
+    ) -> str | None:
+        limit = self._losses.threshold
+        if self._losses.add(loss):
+            mean = np.mean(self._losses.good)
+            return f"loss spike: {loss:.3g} against a mean of {mean:.3g} (limit {limit:.3g})"
+        if self._losses.suspicious or self._applied % self.config.snapshot_every:
+            return None
+        cause = find_nonfinite(trainer, task)
+        if cause is None:
+            self._take_snapshot(trainer, task)
+        return cause
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if self._check(trainer, pl_module):  # `state_dict` holds the live tensors
-            checkpoint["optimizer_states"] = [
-                optimizer.state_dict() for optimizer in trainer.optimizers
-            ]
-            checkpoint["lr_schedulers"] = [
-                config.scheduler.state_dict() for config in trainer.lr_scheduler_configs
-            ]
-            checkpoint["callbacks"][self.state_key] = self.state_dict()
+    def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
+        self._check(trainer, task)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
+        self._check(trainer, task)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+        if not self._check(trainer, task):
+            return
+        # Training has returned to a snapshot; `state_dict` holds the live tensors.
+        optimizers, schedules = trainer.optimizers, trainer.lr_scheduler_configs
+        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
+        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in schedules]
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
         if stage == "fit":
-            cast(ClassificationTask, pl_module).update_gate = None
+            task.update_gate = None
             self.snapshots.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,55 +213,105 @@ class StabilityGuard(L.Callback):
 
     # -- the way back
 
-    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        task, average = cast(ClassificationTask, pl_module), callback_of(trainer, WeightEMA)
-        swapped = (
-            average is not None and average.swapped
-        )  # a validation was interrupted: nothing was trained in it
-        alone = (
-            trainer.state.status is TrainerStatus.INTERRUPTED
-        )  # the other processes won't answer
-        if trainer.state.fn is not TrainerFn.FITTING or not self.snapshots or swapped or alone:
+    def _check(self, trainer: L.Trainer, task: Any) -> bool:
+        average = callback_of(trainer, WeightEMA)
+        # A validation was interrupted: nothing was trained in it.
+        is_swapped = average is not None and average.swapped
+        # The other processes won't answer.
+        is_alone = trainer.state.status is TrainerStatus.INTERRUPTED
+        is_fit = trainer.state.fn is TrainerFn.FITTING
+        if not is_fit or not self.snapshots or is_swapped or is_alone:
             return False
         cause = find_nonfinite(trainer, task)
         if cause is not None:
             self._roll_back(trainer, task, cause)
         return cause is not None
 
-    def _keep(self, trainer: L.Trainer, task: ClassificationTask) -> None:
-        self.snapshots.append(
-            TrainingSnapshot(trainer, task, (self._applied, self._losses.state_dict()))
-        )
+    def _take_snapshot(self, trainer: L.Trainer, task: ClassificationTask) -> None:
+        extra = (self._applied, self._losses.state_dict())
+        self.snapshots.append(TrainingSnapshot(trainer, task, extra))
 
     def _roll_back(self, trainer: L.Trainer, task: ClassificationTask, cause: str) -> None:
         """Return to the newest snapshot, or to an older one if that did not help; over the budget, give up."""
         if self.snapshots[-1].restored and len(self.snapshots) > 1:
             self.snapshots.pop()
-        self.snapshots[-1].restore(trainer, task)
-        applied, losses = self.snapshots[-1].extra
+        snapshot = self.snapshots[-1]
+        snapshot.restore(trainer, task)
+
+        applied, losses = snapshot.extra
         self.record.lost += self._applied - applied
         self._applied = applied
         self._losses.load_state_dict(losses)
         self._recent.clear()
-        self._returns = [step for step in self._returns if step > trainer.global_step - _BUDGET]
-        self._returns.append(trainer.global_step)
-        note(self.record, trainer, "rollback", cause)
-        if len(self._returns) <= self.config.max_rollbacks:
-            return
+        note_event(self.record, trainer, "rollback", cause)
+
+        step = trainer.global_step
+        self._returns = [earlier for earlier in self._returns if earlier > step - _BUDGET]
+        self._returns.append(step)
+        if len(self._returns) > self.config.max_rollbacks:
+            self._give_up(trainer, cause)
+
+    def _give_up(self, trainer: L.Trainer, cause: str) -> NoReturn:
+        """Save the last good state, write the diagnosis, and end the training."""
         folder = Path(trainer.default_root_dir)
         checkpoint = folder / "checkpoints" / "diverged.ckpt"
         trainer.save_checkpoint(checkpoint)
         if trainer.is_global_zero:
-            names = {"step": trainer.global_step, "checkpoint": checkpoint, "record": self.record}
-            write_text_atomic(folder / DIAGNOSIS, template("divergence.md.jinja").render(**names))
+            diagnosis = template("divergence.md.jinja").render(
+                step=trainer.global_step, checkpoint=checkpoint, record=self.record
+            )
+            write_text_atomic(folder / DIAGNOSIS, diagnosis)
         raise TrainingDiverged(
             f"The training diverged ({cause}) and returning to an earlier state did not help: read "
             f"{folder / DIAGNOSIS}, which says what to try; {checkpoint} holds the last good state."
         )
 
 
+class WindowNumbers(NamedTuple):
+    """The losses and the gradient norm of one accumulation window, over all processes."""
+
+    losses_are_finite: bool
+    are_finite: bool
+    mean_loss: float
+
+    @classmethod
+    def of(cls, trainer: L.Trainer, task: ClassificationTask, norm: Tensor) -> WindowNumbers:
+        """Read them, in one exchange; every process must call it."""
+        losses = [micro_batch["loss"].float() for micro_batch in task.evidence]
+        loss = torch.stack(losses).to(norm.device)
+        values = torch.cat([norm.detach().float().reshape(1), loss]).tolist()
+
+        losses_are_finite = all(map(isfinite, values[1:]))
+        are_finite = losses_are_finite and isfinite(values[0])
+        mean_loss = sum(values[1:]) / len(losses) if losses_are_finite else 0.0
+        bad_losses, bad, total = sum_numbers(
+            [not losses_are_finite, not are_finite, mean_loss], task.device
+        )
+        return cls(
+            losses_are_finite=not bad_losses,
+            are_finite=not bad,
+            mean_loss=total / trainer.world_size,
+        )
+
+
+class WindowStart:
+    """Random generators and buffers before an accumulation window, which a refused update restores."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        self.random = random_state()
+        self.buffers = [buffer.clone() for buffer in net.buffers()]
+
+    @torch.no_grad()
+    def restore(self, task: ClassificationTask) -> None:
+        """Undo what the forward passes of the window did."""
+        restore_random_state(self.random)
+        for buffer, saved in zip(task.net.buffers(), self.buffers, strict=True):
+            buffer.copy_(saved)
+        task.balance.start_window()
+
+
 class LossHistory:
-    """Judges one loss after the other, by the numbers of `GuardConfig`; 0 `sigmas` find nothing suspicious."""
+    """Finds loss spikes, by the numbers of `GuardConfig`; with 0 `sigmas` no loss is suspicious."""
 
     def __init__(self, sigmas: float, patience: int, warmup: int) -> None:
         self.sigmas, self.patience, self.warmup = sigmas, patience, warmup
@@ -297,10 +323,8 @@ class LossHistory:
         """Losses above it are suspicious; infinite during the warm-up."""
         if not self.sigmas or len(self.good) < self.warmup:
             return float("inf")
-        mean = float(np.mean(self.good))
-        return mean + max(
-            self.sigmas * float(np.std(self.good)), _MIN_RELATIVE_RISE * mean, _MIN_RISE
-        )
+        mean, deviation = float(np.mean(self.good)), float(np.std(self.good))
+        return mean + max(self.sigmas * deviation, _MIN_RELATIVE_RISE * mean, _MIN_RISE)
 
     def add(self, loss: float) -> bool:
         """Take the finite loss of an applied update; whether it makes a lasting spike."""
@@ -327,67 +351,71 @@ class TrainingSnapshot:
     """
 
     def __init__(self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None) -> None:
-        self.restored, self.extra = 0, extra
-        self._tensors = _copied(_own_tensors(trainer, task))
-        self._states = [_copied(each.state_dict()) for each in _stateful(trainer)]
-        average, scores = callback_of(trainer, WeightEMA), _scores_of(trainer)
-        self._averaged = None if average is None else average.updates
+        self.restored = 0  # how often
+        self.extra = extra
+        self._tensors = _copy_to_cpu(_trained_tensors(trainer, task))
+        self._states = [_copy_to_cpu(part.state_dict()) for part in _stateful_parts(trainer)]
         self._random = random_state()
-        self._scores = None if scores is None else scores.rows.copy()
+        average = callback_of(trainer, WeightEMA)
+        self._ema_updates = 0 if average is None else average.updates
+        scores = _score_sums(trainer)
+        self._score_rows = None if scores is None else scores.rows.copy()
 
     @torch.no_grad()
     def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
         """Restore the training and drop its gradients; may be called repeatedly."""
-        for tensor, saved in zip(_own_tensors(trainer, task), self._tensors, strict=True):
+        for tensor, saved in zip(_trained_tensors(trainer, task), self._tensors, strict=True):
             tensor.copy_(saved)
-        for each, state in zip(_stateful(trainer), self._states, strict=True):
-            each.load_state_dict(_copied(state))
+        for part, state in zip(_stateful_parts(trainer), self._states, strict=True):
+            part.load_state_dict(_copy_to_cpu(state))
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        average, scores = callback_of(trainer, WeightEMA), _scores_of(trainer)
-        if average is not None and self._averaged is not None:
-            average.updates = self._averaged
         restore_random_state(self._random)
+        average = callback_of(trainer, WeightEMA)
+        if average is not None:
+            average.updates = self._ema_updates
+        scores = _score_sums(trainer)
         if scores is not None:
-            scores.rows[:] = self._scores
+            scores.rows[:] = self._score_rows
         self.restored += 1
 
 
-def _stateful(trainer: L.Trainer) -> list[Any]:
-    schedules = (config.scheduler for config in trainer.lr_scheduler_configs)
+def _stateful_parts(trainer: L.Trainer) -> list[Any]:
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     return [*trainer.optimizers, *schedules, trainer.precision_plugin]
 
 
 def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.nn.Module]:
-    """The network in training, and its moving average if there is one, by what stands before their tensors' names."""
+    """The network in training, and its moving average if there is one, by the prefix of their tensors' names."""
+    networks = {"": task.net}
     average = callback_of(trainer, WeightEMA)
-    return (
-        {"": task.net}
-        if average is None or average.network is None
-        else {"": task.net, "ema.": average.network}
-    )
+    if average is not None and average.network is not None:
+        networks["ema."] = average.network
+    return networks
 
 
-def _own_tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
-    networks = _networks(trainer, task).values()
-    return [
-        local(tensor.detach()) for net in networks for tensor in (*net.parameters(), *net.buffers())
-    ]
+def _trained_tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
+    """This process's parts of all weights and buffers."""
+    tensors: list[Tensor] = []
+    for net in _networks(trainer, task).values():
+        tensors += [*net.parameters(), *net.buffers()]
+    return [local(tensor.detach()) for tensor in tensors]
 
 
-def _scores_of(trainer: L.Trainer) -> ScoreSums | None:
-    kept = callback_of(trainer, ExampleScores)
-    return None if kept is None else kept.sums
+def _score_sums(trainer: L.Trainer) -> ScoreSums | None:
+    callback = callback_of(trainer, ExampleScores)
+    return None if callback is None else callback.sums
 
 
-def _copied(state: Any) -> Any:
+def _copy_to_cpu(state: Any) -> Any:
     """A copy of a nest of dictionaries, lists and tensors that shares nothing with it; tensors in main memory."""
-    return tree_map(
-        lambda leaf: (
-            leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else deepcopy(leaf)
-        ),
-        state,
-    )
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().to("cpu", copy=True)
+        return deepcopy(leaf)
+
+    return tree_map(copy, state)
 
 
 class Event(NamedTuple):
@@ -419,25 +447,31 @@ class GuardRecord:
             self.events.append(event)
 
     def sentences(self) -> list[str]:
-        """What summary.md says about it; nothing if nothing happened."""
-        found = []
+        """The sentences for summary.md; none if nothing happened."""
+        sentences = []
         if self.skipped:
-            found.append(
-                f"{_times(self.skipped, 'update')} left out because a number was not finite."
-            )
+            updates = _count_of(self.skipped, "update")
+            sentences.append(f"{updates} left out because a number was not finite.")
         if self.rollbacks:
-            returns = _times(self.rollbacks, "return")
-            found.append(
+            returns = _count_of(self.rollbacks, "return")
+            sentences.append(
                 f"{returns} to an earlier state of this training, which took back {self.lost:,} updates."
             )
-        if found:
-            often = ", ".join(
-                f"{source} ({count})" for source, count in self.sources.most_common(_MAX_NAMED)
+        if sentences:
+            most_common = self.sources.most_common(_MAX_NAMED)
+            sources = ", ".join(f"{source} ({count})" for source, count in most_common)
+            sentences.append(
+                f"Where it came from: {sources}. {GUARD_CSV} has every case with its images."
             )
-            found.append(
-                f"Where it came from: {often}. {GUARD_CSV} has every case with its images."
-            )
-        return found
+        return sentences
+
+    def write(self, folder: Path) -> None:
+        """Write guard.csv whole: a resumed run writes it again from what the checkpoint remembers."""
+        rows = [
+            (e.step, e.epoch, e.kind, e.source, escape_csv_cell(" ".join(e.samples)))
+            for e in self.events
+        ]
+        write_text_atomic(folder / GUARD_CSV, csv_text(_COLUMNS, rows))
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only, so that a checkpoint loads under `weights_only=True`."""
@@ -449,92 +483,107 @@ class GuardRecord:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> GuardRecord:
-        """What `state_dict` gave; an earlier version counted more."""
-        known = {each.name: state[each.name] for each in fields(cls)}
-        events = [
-            Event(step, epoch, kind, source, tuple(ids))
-            for step, epoch, kind, source, ids in state["events"]
+        """Read what `state_dict` returned; earlier versions had more fields."""
+        values = {item.name: state[item.name] for item in fields(cls)}
+        values["sources"] = Counter(state["sources"])
+        values["events"] = [
+            Event(step, epoch, kind, source, tuple(samples))
+            for step, epoch, kind, source, samples in state["events"]
         ]
-        return cls(**{**known, "events": events, "sources": Counter(state["sources"])})
+        return cls(**values)
 
 
-def _times(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' if count != 1 else ''}"
+def _count_of(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
 
 
-def note(
+def note_event(
     record: GuardRecord,
     trainer: L.Trainer,
     kind: str,
     source: str | None,
-    images: Sequence[int] = (),
+    indices: Sequence[int] = (),
 ) -> None:
     """Count an event on every process, with the training images of all their windows; write guard.csv, tell the user.
 
     `source` is where it came from, as far as this process knows.
     """
-    data = cast(Any, trainer).datamodule
-    own = [
-        data.sample_id("train", index) if hasattr(data, "sample_id") else str(index)
-        for index in images
-    ]
-    found = gather_objects((source, own))
-    # The process with the fault itself knows the loss that was bad; the others see at most its gradients.
-    sources = sorted(
-        filter(None, (source for source, _ in found)), key=lambda name: name.startswith("gradient")
-    )
-    source = sources[0] if sources else "gradient norm (too large for its number format)"
-    step = trainer.global_step + (
-        kind == "skip"
-    )  # from 1; Lightning hasn't counted a refused step yet
-    names = tuple(name for _, names in found for name in names)
-    record.add(Event(step, trainer.current_epoch, kind, source, names[:_MAX_SAMPLES]))
+    data = data_of(trainer)
+    names = list(map(str, indices))
+    if hasattr(data, "sample_id"):
+        names = [data.sample_id("train", index) for index in indices]
+    sources, samples = zip(*gather_objects((source, names)), strict=True)  # of all processes
+    source = _first_source(sources)
+
+    is_skip = kind == "skip"
+    step = trainer.global_step + is_skip  # from 1; Lightning hasn't counted a refused step yet
+    named = tuple(chain.from_iterable(samples))[:_MAX_SAMPLES]
+    record.add(Event(step, trainer.current_epoch, kind, source, named))
     if trainer.is_global_zero:
-        rows = (
-            (e.step, e.epoch, e.kind, e.source, escape_csv_cell(" ".join(e.samples)))
-            for e in record.events
-        )
-        # Whole: a resumed run writes it again from what the checkpoint remembers.
-        write_text_atomic(Path(trainer.default_root_dir) / GUARD_CSV, csv_text(_COLUMNS, rows))
-        if sum(record.sources.values()) <= _MAX_SAID:
-            print_rank0(_SAID[kind].format(step=step, source=source))
+        record.write(Path(trainer.default_root_dir))
+        if record.sources.total() <= _MAX_PRINTED:
+            print_rank0(_WARNINGS[kind].format(step=step, source=source))
+
+
+def _first_source(sources: Iterable[str | None]) -> str:
+    """The process with the fault itself knows the loss that was bad; the others see at most its gradients."""
+    named = [source for source in sources if source]
+    if not named:
+        return "gradient norm (too large for its number format)"
+    return min(named, key=lambda source: source.startswith("gradient"))
 
 
 # -- where a number isn't finite
 
 
+def find_nonfinite_source(task: ClassificationTask) -> str | None:
+    """Where it was first seen in this window, in the order of computation.
+
+    None if only the norm was too large for its format.
+    """
+    for micro_batch in task.evidence:
+        for name, value in micro_batch.items():
+            if not value.isfinite().all():
+                return name
+    gradients = [(name, p.grad) for name, p in task.net.named_parameters() if p.grad is not None]
+    return _describe("gradient", _nonfinite(gradients))
+
+
 def find_nonfinite(trainer: L.Trainer, task: ClassificationTask) -> str | None:
-    """Which lasting numbers (weights, saved buffers, average) aren't finite on any process; None if all are."""
-    buffers = {name for name, _ in task.net.named_buffers()}
+    """Name the weights, saved buffers or averages that aren't finite on any process; None if all are."""
+    buffers = dict(task.net.named_buffers())
     bad: list[tuple[str, Tensor]] = []
-    kind = ""
+    kind = ""  # of the first
     for prefix, net in _networks(trainer, task).items():
-        bad += _nonfinite(net.state_dict().items())
-        if bad and not kind:
-            kind = prefix + ("buffer" if bad[0][0] in buffers else "weight")
+        bad_here = _nonfinite(net.state_dict().items())
+        if bad_here and not bad:
+            kind = prefix + ("buffer" if bad_here[0][0] in buffers else "weight")
+        bad += bad_here
     if sum_numbers([bool(bad)], task.device) == [0]:
         return None
-    return next(filter(None, gather_objects(_in_words(kind, bad) if bad else None)), None)
+    descriptions: list[str | None] = gather_objects(_describe(kind, bad))
+    return next(filter(None, descriptions))
 
 
 def _nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Those with a number that isn't finite in this process's part."""
-    return [
-        (name, tensor)
-        for name, tensor in named
-        if not bool(local(tensor.detach()).isfinite().all())
-    ]
+    """The tensors with a number that isn't finite in this process's part."""
+    return [(name, x) for name, x in named if not local(x.detach()).isfinite().all()]
 
 
-def _in_words(kind: str, bad: Sequence[tuple[str, Tensor]]) -> str:
-    """For example `gradient of blocks.1.mlp.experts.fc1.weight (expert 3) and 2 more`."""
+def _describe(kind: str, bad: Sequence[tuple[str, Tensor]]) -> str | None:
+    """For example `gradient of blocks.1.mlp.experts.fc1.weight (expert 3) and 2 more`; None for no tensors."""
+    if not bad:
+        return None
     name, tensor = bad[0]
-    said = f"{kind} of {name}"
+    text = f"{kind} of {name}"
     if ".experts." in name:
-        first = int((~local(tensor.detach()).isfinite()).flatten(1).any(1).nonzero()[0])
+        is_bad = ~local(tensor.detach()).isfinite()  # [E, ...] of this process
+        expert = int(is_bad.flatten(1).any(1).nonzero()[0])
         if hasattr(tensor, "device_mesh"):
             from moevision.train.parallel.parts import first_index
 
-            first += first_index(tensor)[0]
-        said += f" (expert {first})"
-    return said + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
+            expert += first_index(tensor)[0]
+        text += f" (expert {expert})"
+    if len(bad) > 1:
+        text += f" and {len(bad) - 1} more"
+    return text

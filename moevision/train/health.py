@@ -1,4 +1,4 @@
-"""What the command line hangs onto Lightning's Trainer: metrics.csv, times, router health, averages, how routing forms.
+"""The callbacks of a training: times, early stopping, router health, moving average, calibration, how routing forms.
 
 Times differ from run to run, so they stand in summary.md and never in metrics.csv, which a resumed run repeats exactly.
 
@@ -7,11 +7,10 @@ balance, E/K - 1 for all tokens on K of E experts. `update_norm` is ‖Δw‖ of
 learn, `update_ratio` is ‖Δw‖ / ‖w‖; both jump before the loss does.
 """
 
-# ruff: noqa: D102 (Lightning's hooks)
+# ruff: noqa: D102 (Lightning's hooks, whose `task` is the `ClassificationTask`)
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import time
@@ -22,12 +21,8 @@ from typing import Any, Final, cast
 
 import lightning as L
 import numpy as np
-import numpy.typing as npt
 import torch
-from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -44,16 +39,17 @@ from moevision.data.collection import interleave_by_class
 from moevision.data.images import is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, escape_controls
-from moevision.files import write_text_atomic
 from moevision.layers import MoEMlp, moe_layers
+from moevision.losses import sum_over_ranks
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.vit_moe import set_fused_attention
 from moevision.stats import fit_temperature
 from moevision.train.processes import (
+    data_of,
     gather_objects,
+    is_trial,
     parallel_strategy,
     print_rank0,
-    sums_over_processes,
 )
 from moevision.train.task import ClassificationTask
 
@@ -61,46 +57,6 @@ MAX_DATA_WAIT: Final = 0.03  # of the training time: above it waiting for data i
 _SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
 _PATIENCE = 100  # updates that are summed before a layer is judged
 _STARVED = 0.1  # of the mean load: an expert below it hardly learns
-
-
-class RunLogger(CSVLogger):
-    """Lightning's CSVLogger in a run folder, without deleting what is there."""
-
-    def __init__(self, run_dir: Path) -> None:
-        super().__init__(run_dir, name="", version="")
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> MetricsFile:
-        """The file behind it, as Lightning asks for it; on the first process only."""
-        if self._experiment is None:
-            self._experiment = MetricsFile(self.log_dir)
-        return cast(MetricsFile, self._experiment)
-
-
-class MetricsFile(ExperimentWriter):
-    """metrics.csv, to which a run that goes on adds its rows."""
-
-    def _check_log_dir_exists(self) -> None:
-        """Know the columns that are there; Lightning's own would delete the file."""
-        self.metrics_keys = next(csv.reader(self._lines()), [])
-
-    def _lines(self) -> list[str]:
-        path = Path(self.metrics_file_path)
-        return path.read_bytes().decode().splitlines(keepends=True) if path.is_file() else []
-
-    def cut(self, rows: int) -> None:
-        """Drop all rows after the first `rows`."""
-        if len(lines := self._lines()) > rows + 1:
-            write_text_atomic(self.metrics_file_path, "".join(lines[: rows + 1]))
-
-    def save(self) -> None:
-        super(ExperimentWriter, self).save()  # without hparams.yaml
-
-    def count(self) -> int:
-        """Write what is left to write; the number of rows."""
-        self.save()
-        return max(0, len(self._lines()) - 1)
 
 
 def cpu_s() -> float:
@@ -116,8 +72,11 @@ class Stopwatch(L.Callback):
         self.train_s = 0.0
         self.images = 0  # over all processes
         self.data_wait_s = 0.0  # of `train_s`: this process waited for a batch
-        self._started, self._waited, self._advised = 0.0, 0.0, False
-        self._run_started, self._cpu_started = time.monotonic(), cpu_s()
+        self._started = 0.0  # this step, on the clock
+        self._waited = 0.0  # for batches up to then, by the loader's count
+        self._advised = False
+        self._run_started = time.monotonic()
+        self._cpu_started = cpu_s()
 
     @property
     def data_wait(self) -> float | None:
@@ -135,7 +94,7 @@ class Stopwatch(L.Callback):
         return cpu_s() - self._cpu_started
 
     def add(self, run_s: float, cpu_s: float) -> None:
-        """Count what was done before: by an earlier session, or by another run for this one."""
+        """Add the time of an earlier session, or of another run that did part of this one's work."""
         self._run_started -= run_s
         self._cpu_started -= cpu_s
 
@@ -146,83 +105,79 @@ class Stopwatch(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.train_s, self.images = state_dict["train_s"], state_dict["images"]
-        self.data_wait_s = (
-            state_dict.get("data_wait_s") or 0.0
-        )  # version 0.1 had neither this nor the next
+        self.train_s = state_dict["train_s"]
+        self.images = state_dict["images"]
+        # Version 0.1 had neither of these.
+        self.data_wait_s = state_dict.get("data_wait_s") or 0.0
         self.add(state_dict["run_s"], state_dict.get("cpu_s") or 0.0)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         """Where a run goes on within an epoch, no epoch starts."""
         self._start(trainer)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:
-        self._started, self._waited = (
-            time.monotonic(),
-            getattr(trainer.train_dataloader, "wait_s", 0.0),
-        )
+        self._started = time.monotonic()
+        self._waited = getattr(trainer.train_dataloader, "wait_s", 0.0)
 
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        task: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
     ) -> None:
         self.images += len(batch["label"]) * trainer.world_size
-        began, waited = self._started, self._waited
+        earlier, waited_earlier = self._started, self._waited
         self._start(trainer)
-        self.train_s += self._started - began
-        self.data_wait_s += self._waited - waited
+        self.train_s += self._started - earlier
+        self.data_wait_s += self._waited - waited_earlier
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         self._start(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         if not self._advised and self.train_s >= _SETTLED_S and trainer.is_global_zero:
             self._advised = True
-            for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
+            for sentence in data_wait_advice(self.data_wait, data_of(trainer)):
                 print_rank0(sentence)
 
 
 class StopEarly(EarlyStopping):
-    """Lightning's EarlyStopping, which also stays stopped when a finished training is gone on with."""
+    """Lightning's EarlyStopping, which also stays stopped when a finished training is resumed."""
 
-    def __init__(self, config: EarlyStoppingConfig, of_checkpoint: str | None = None) -> None:
-        """`of_checkpoint` is --checkpoint.monitor, which goes where early stopping has no monitor of its own."""
-        monitor, patience = (
-            config.monitor or of_checkpoint or "val/top1",
-            cast(int, config.patience),
+    def __init__(self, config: EarlyStoppingConfig, checkpoint_monitor: str | None = None) -> None:
+        """`checkpoint_monitor` is --checkpoint.monitor, used where early stopping has no monitor of its own."""
+        monitor = config.monitor or checkpoint_monitor or "val/top1"
+        super().__init__(
+            monitor,
+            patience=cast(int, config.patience),
+            mode="min" if monitor == "val/loss" else "max",
+            check_finite=False,  # that is the guard's business
+            strict=False,
         )
-        mode = "min" if monitor == "val/loss" else "max"
-        # not finite is not better, and the guard's business
-        super().__init__(monitor, patience=patience, mode=mode, check_finite=False, strict=False)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         """Train no further epoch if the checkpoint was saved after the decision to stop."""
         if self.wait_count >= self.patience:
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.is_global_zero:
             for sentence in self.sentences(trainer):
                 print_rank0(sentence)
 
     def sentences(self, trainer: L.Trainer) -> list[str]:
-        """What summary.md says, if training ended before its last step."""
+        """The sentence for summary.md, if training ended before its last step."""
         steps, planned = trainer.global_step, trainer.estimated_stepping_batches
         if self.wait_count < self.patience or steps >= planned:
             return []
-        in_steps = trainer.max_steps > 0
-        done = (
-            f"{steps} of {planned} steps"
-            if in_steps
-            else f"{trainer.current_epoch} of {trainer.max_epochs} epochs"
-        )
+        done = f"{trainer.current_epoch} of {trainer.max_epochs} epochs"
+        if trainer.max_steps > 0:
+            done = f"{steps} of {planned} steps"
         return [
             f"Stopped early after {done}: {self.monitor} was no better than {float(self.best_score):.4f} in "
             f"{self.wait_count} validations. The learning rate had not come down to its end."
@@ -230,14 +185,13 @@ class StopEarly(EarlyStopping):
 
 
 def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
-    """A sentence that says what to change, if training waited for data for too large a share of its time."""
+    """Advice if training waited for data for too large a share of its time."""
     if share is None or share <= MAX_DATA_WAIT:
         return []
     remedies = [f"raise --data.num_workers (now {data.num_workers})"]
     if not data.contents.fits_memory:
-        remedies.insert(
-            0, f"keep the decoded images in memory (--data.cache_mb above {data.cache_mb})"
-        )
+        cache = f"keep the decoded images in memory (--data.cache_mb above {data.cache_mb})"
+        remedies.insert(0, cache)
     if data.augment in ("randaugment", "trivialaugment"):
         remedies.append("choose --data.augment light")
     return [
@@ -255,73 +209,76 @@ class RouterHealth(L.Callback):
     """Logs `train/update_norm`, `train/update_ratio`, `moe/<layer>/max_violation`; warns of collapse once per layer."""
 
     def __init__(self) -> None:
-        self._before: list[Tensor] = []
-        self._loads: list[Tensor] = []
+        self._weights_before: list[Tensor] = []  # a logged update
+        self._loads: list[Tensor] = []  # [E] of each layer over the last updates
         self._updates = 0
-        self._warned: set[int | None] = set()
+        self._warned: set[int | None] = set()  # blocks
 
     def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+        self, trainer: L.Trainer, task: Any, optimizer: torch.optim.Optimizer
     ) -> None:
         if is_logged(trainer, trainer.global_step + 1):
-            self._before = [parameter.detach().clone() for parameter in _learning(pl_module)]
+            self._weights_before = [x.detach().clone() for x in _learning_parameters(task)]
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        task = cast(ClassificationTask, pl_module)
-        before, self._before = self._before, []
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+        before, self._weights_before = self._weights_before, []
         if not task.update_applied:
             return
         if before:
             self._log_update(task, before)
-        counts = [count.detach() for count in task.window_counts]
-        self._loads = (
-            [sum_ + count for sum_, count in zip(self._loads, counts, strict=True)]
-            if self._loads
-            else counts
-        )
+        counts = [count.detach() for count in task.balance.counts]
         if is_logged(trainer, trainer.global_step):
-            for layer, count in zip(moe_layers(task.net), sums_over_processes(counts), strict=True):
-                load = count.double()
-                task.log(
-                    f"moe/{layer.layer_index}/max_violation", (load.max() / load.mean() - 1).float()
-                )
+            self._log_violation(task, counts)
+
+        if self._loads:
+            counts = [load + count for load, count in zip(self._loads, counts, strict=True)]
+        self._loads = counts
         self._updates += 1
         if self._updates % _PATIENCE == 0:
-            for layer, count in zip(
-                moe_layers(task.net), sums_over_processes(self._loads), strict=True
-            ):
-                self._judge(task, layer, count.double())
+            for layer, load in zip(moe_layers(task.net), sum_over_ranks(self._loads), strict=True):
+                self._judge(task, layer, load.double())
             self._loads = []
 
     @torch.no_grad()
     def _log_update(self, task: ClassificationTask, before: list[Tensor]) -> None:
-        after = _learning(task)
-        norm = task.tensors.total_norm
-        update = norm([now.detach() - then for now, then in zip(after, before, strict=True)])
-        task.log("train/update_norm", update)
-        task.log("train/update_ratio", update / norm(before))
+        after = _learning_parameters(task)
+        changes = [new.detach() - old for new, old in zip(after, before, strict=True)]
+        total_norm = task.tensors.total_norm
+        update_norm = total_norm(changes)
+        task.log("train/update_norm", update_norm)
+        task.log("train/update_ratio", update_norm / total_norm(before))
+
+    def _log_violation(self, task: ClassificationTask, counts: list[Tensor]) -> None:
+        for layer, count in zip(moe_layers(task.net), sum_over_ranks(counts), strict=True):
+            load = count.double()  # [E]
+            violation = load.max() / load.mean() - 1
+            task.log(f"moe/{layer.layer_index}/max_violation", violation.float())
 
     def _judge(self, task: ClassificationTask, layer: MoEMlp, load: Tensor) -> None:
+        """Warn once of a layer with experts that get hardly any of the load [E], if options can change that."""
+        block = layer.layer_index
         starved = (load < _STARVED * load.mean()).nonzero().flatten().tolist()
-        losses, block = sorted(layer.router.losses - {"z"}), layer.layer_index
-        biased = getattr(layer.router, "bias_rate", None) is not None
-        frozen = not any(parameter.requires_grad for parameter in layer.parameters())
-        if not starved or frozen or block in self._warned or not (biased or losses):
+        is_frozen = not any(parameter.requires_grad for parameter in layer.parameters())
+        if not starved or is_frozen or block in self._warned:
+            return
+        losses = sorted(layer.router.losses - {"z"})
+        if getattr(layer.router, "bias_rate", None) is not None:
+            advice = "Give the bias a larger --model.arch.bias_rate."
+        elif losses:
+            options = " or ".join(f"--model.aux.{name}" for name in losses)
+            advice = f"Give {options} more weight, lower --model.optim.lr, or use --model.arch.router bias_balanced."
+        else:
             return
         self._warned.add(block)
-        advice = "Give the bias a larger --model.arch.bias_rate."
-        if not biased:
-            names = " or ".join(f"--model.aux.{name}" for name in losses)
-            advice = f"Give {names} more weight, lower --model.optim.lr, or use --model.arch.router bias_balanced."
         if task.trainer.is_global_zero:
+            experts = ", ".join(map(str, starved))
             print_rank0(
-                f"warning: experts collapse in block {block}: {len(starved)} of {len(load)} experts "
-                f"({', '.join(map(str, starved))}) got less than a tenth of the mean load in the last {_PATIENCE} "
-                f"updates, so they hardly learn. {advice}"
+                f"warning: experts collapse in block {block}: {len(starved)} of {len(load)} experts ({experts}) got "
+                f"less than a tenth of the mean load in the last {_PATIENCE} updates, so they hardly learn. {advice}"
             )
 
 
-def _learning(module: L.LightningModule) -> list[Tensor]:
+def _learning_parameters(module: L.LightningModule) -> list[Tensor]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
@@ -352,61 +309,58 @@ class WeightEMA(L.Callback):
         """The averaged network (the weights in training, while `swapped`); None before the training."""
         return None if self._average is None else self._average.module
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
         if self._average is None:
-            self._begin(trainer, pl_module)
-        cast(nn.Module, self.network).to(pl_module.device)
+            self._begin(trainer, task)
+        cast(nn.Module, self.network).to(task.device)
 
-    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        net, divided = cast(ClassificationTask, pl_module).net, parallel_strategy(trainer)
+    def _begin(self, trainer: L.Trainer, task: Any) -> None:
+        net = task.net
+        sharded = parallel_strategy(trainer)
+        if sharded is not None:
+            net = sharded.copy_of(
+                net
+            )  # of this process's part: a module that FSDP2 has sharded has no copies
         self._average = ModelEmaV3(
-            net
-            if divided is None
-            else divided.copy_of(net),  # of the own part; FSDP2 has no copies
+            net,
             decay=cast(float, self.config.decay),
             use_warmup=self.config.warmup,
             warmup_power=0.75,
-            foreach=divided is None,  # torch's functions on lists of tensors want one mesh
+            foreach=sharded is None,  # torch's functions on lists of tensors want one mesh
         )
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        task = cast(ClassificationTask, pl_module)
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
         if task.update_applied:
             self.updates += 1
             cast(ModelEmaV3, self._average).update(task.net, self.updates)
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
         if self._average is not None and trainer.state.fn is TrainerFn.FITTING:
-            self._swap(pl_module)
+            self._swap(task)
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         if self.swapped:
-            self._swap(pl_module)
+            self._swap(task)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
         """Put the weights back if a validation was interrupted, before anything saves them."""
         if self.swapped:
-            self._swap(pl_module)
+            self._swap(task)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        cast(ClassificationTask, pl_module).net.load_state_dict(
-            cast(nn.Module, self.network).state_dict()
-        )
+    def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
+        task.net.load_state_dict(cast(nn.Module, self.network).state_dict())
         self._average = None  # another fit begins with what the model then holds
 
     @torch.no_grad()
-    def _swap(self, pl_module: L.LightningModule) -> None:
-        ours, theirs = cast(nn.Module, self.network), cast(ClassificationTask, pl_module).net
-        for one, other in zip(
-            (*ours.parameters(), *ours.buffers()),
-            (*theirs.parameters(), *theirs.buffers()),
-            strict=True,
-        ):
-            kept = one.clone()
-            one.copy_(other)
-            other.copy_(kept)
+    def _swap(self, task: Any) -> None:
+        average = cast(nn.Module, self.network)
+        net = task.net
+        ours = [*average.parameters(), *average.buffers()]
+        theirs = [*net.parameters(), *net.buffers()]
+        for ema, weight in zip(ours, theirs, strict=True):
+            copy = ema.clone()
+            ema.copy_(weight)
+            weight.copy_(copy)
         self.swapped = not self.swapped
 
     def state_dict(self) -> dict[str, Any]:
@@ -415,53 +369,50 @@ class WeightEMA(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = int(state_dict["updates"])
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         if self._average is None:
             return
-        other = {
-            f"net.{name}": value
-            for name, value in cast(nn.Module, self.network).state_dict().items()
-        }
+        network = cast(nn.Module, self.network).state_dict()
         current = checkpoint["state_dict"]
-        average = {**current, **other}
-        checkpoint["state_dict"], checkpoint["current_model_state"] = (
-            (current, average) if self.swapped else (average, current)
-        )
+        average = {**current, **{f"net.{name}": value for name, value in network.items()}}
+        if self.swapped:
+            current, average = average, current
+        checkpoint["state_dict"] = average
+        checkpoint["current_model_state"] = current
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         # The model has just loaded the average.
         if trainer.state.fn is not TrainerFn.FITTING:
             return
-        self._begin(trainer, pl_module)
-        pl_module.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
+        self._begin(trainer, task)
+        task.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
 
 
 class Calibrate(L.Callback):
     """Fits the temperature on the validation images when a trained model is tested."""
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        task, loader = cast(Any, pl_module), cast(Any, trainer).datamodule.val_dataloader()
+    def on_test_start(self, trainer: L.Trainer, task: Any) -> None:
         set_fused_attention(task.net, True)  # as in validation
+        loader = data_of(trainer).val_dataloader()
         limit = trainer.limit_val_batches
-        batches = min(
-            len(loader), limit if isinstance(limit, int) else math.ceil(limit * len(loader))
-        )
-        own: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
-        for batch in islice(loader, batches):
+        if isinstance(limit, float):  # a share of them
+            limit = math.ceil(limit * len(loader))
+        limit = min(limit, len(loader))  # islice takes no number beyond the machine's
+
+        plugin = trainer.precision_plugin
+        outputs = []
+        for batch in islice(loader, limit):
             batch = {name: value.to(task.device) for name, value in batch.items()}
-            batch = trainer.precision_plugin.convert_input(batch)
-            with trainer.precision_plugin.forward_context():
-                logits = task(batch["image"]).float()
-            own.append((logits.cpu().numpy(), batch["label"].cpu().numpy()))
-        known = list(chain.from_iterable(gather_objects(own)))
-        if known:
-            task.calibration = fit_temperature(
-                *(np.concatenate(part) for part in zip(*known, strict=True))
-            )
+            batch = plugin.convert_input(batch)
+            with plugin.forward_context():
+                logits = task(batch["image"]).float()  # [B, C]
+            outputs.append((logits.cpu().numpy(), batch["label"].cpu().numpy()))
+
+        outputs = list(chain.from_iterable(gather_objects(outputs)))  # of all processes
+        if outputs:
+            all_logits = np.concatenate([logits for logits, _ in outputs])
+            all_labels = np.concatenate([labels for _, labels in outputs])
+            task.calibration = fit_temperature(all_logits, all_labels)
 
 
 # ---- how routing forms: `fit --record_routing`; its file is described in `models.history`
@@ -471,58 +422,57 @@ _COST = 0.01  # of the training's work: the most that moments take whose number 
 
 
 class RecordRouting(L.Callback):
-    """Records with the weights in training (not their moving average), in evaluation mode; at last the saved model.
+    """Records routing by the weights in training (not their average), in evaluation mode; at last by the saved model.
 
     A resumed run drops what was recorded after the checkpoint that it goes on from. Of several processes the first one
     records; a model without MoE layers has nothing to record, nor has one that several processes share.
     """
 
     def __init__(self, config: RecordRoutingConfig, run_dir: Path) -> None:
-        self.config, self.file = config, run_dir / FILE
+        self.config = config
+        self.file = run_dir / FILE
         self._images: Tensor | None = None
         self._history = RoutingHistory((), (), 0)
         self._planned: list[int] = []
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._begin(trainer, cast(ClassificationTask, pl_module)):
-            self._record_if_due(trainer, pl_module)
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        if self._begin(trainer, task):
+            self._record_if_due(trainer, task)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
         if self._images is not None:
-            self._record_if_due(trainer, pl_module)
+            self._record_if_due(trainer, task)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
         if self._images is not None:
-            self._record(trainer, pl_module)
+            self._record(trainer, task)
 
     @property
     def _last(self) -> int:
         return self._history.steps[-1] if len(self._history) else -1
 
     def _begin(self, trainer: L.Trainer, task: ClassificationTask) -> bool:
-        data, asked = cast(Any, trainer).datamodule, self.config.images
         total = trainer.estimated_stepping_batches  # asks all processes
-        alone = trainer.is_global_zero and parallel_strategy(trainer) is None
-        if (
-            not moe_layers(task.net)
-            or not alone
-            or bool(cast(Any, trainer).fast_dev_run)
-            or total == float("inf")
-        ):
+        is_alone = trainer.is_global_zero and parallel_strategy(trainer) is None
+        has_end = total != float("inf")
+        if not moe_layers(task.net) or not is_alone or is_trial(trainer) or not has_end:
             return False
-        if isinstance(asked, str):
-            names, pixels = _read(Path(asked), data.image_size, data.framing)
+
+        data, source = data_of(trainer), self.config.images
+        if isinstance(source, str):
+            names, pixels = _read_folder(Path(source), data.image_size, data.framing)
         else:
-            names, pixels = _of_test(data, cast(int, asked))
+            names, pixels = _read_test_images(data, cast(int, source))
         if not names:
             return False
         self._images = normalize(pixels, data.mean, data.std)
-        batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-        self._planned = planned_moments(
-            int(total), self.config.moments or moments_for(int(total), batch, len(names))
-        )
+
+        steps = int(total)
+        batch_size = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        moments = self.config.moments or moments_for(steps, batch_size, len(names))
+        self._planned = planned_moments(steps, moments)
         self._history = RoutingHistory(
-            names, tuple(data.class_names), int(total), task.arch.pretrained is not None
+            names, tuple(data.class_names), steps, task.arch.pretrained is not None
         )
         if trainer.global_step and self.file.is_file():
             earlier = RoutingHistory.load(self.file).until(trainer.global_step)
@@ -530,27 +480,29 @@ class RecordRouting(L.Callback):
                 self._history = earlier
         return True
 
-    def _record_if_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _record_if_due(self, trainer: L.Trainer, task: Any) -> None:
         if any(self._last < planned <= trainer.global_step for planned in self._planned):
-            self._record(trainer, pl_module)
+            self._record(trainer, task)
 
-    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _record(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.global_step > self._last:
             with trainer.precision_plugin.forward_context():
-                self._add(cast(ClassificationTask, pl_module), trainer.global_step)
+                self._add(task, trainer.global_step)
 
     def _add(self, task: ClassificationTask, step: int) -> None:
-        some = next(task.net.parameters())
+        like = next(task.net.parameters())
+        images = cast(Tensor, self._images).to(like.device, like.dtype)
         set_fused_attention(task.net, True)
         # A compiled block would be compiled again for this batch.
-        with torch.compiler.set_stance("force_eager") if task.compile_blocks else nullcontext():
-            moment = moment_of(task.net, cast(Tensor, self._images).to(some.device, some.dtype))
+        stance = torch.compiler.set_stance("force_eager") if task.compile_blocks else nullcontext()
+        with stance:
+            moment = moment_of(task.net, images)
         task.choose_attention()
         self._history = self._history.plus(step, moment)
         self._history.save(self.file)
 
     def finish(self, trainer: L.Trainer, task: ClassificationTask, step: int) -> None:
-        """Close with the model that is saved, which is of that step, in the place of all that came after it.
+        """Record the model that is saved, which is of that step, and drop what was recorded after it.
 
         The first process is alone here, and a training that ended in an earlier command can't be begun by it.
         """
@@ -564,31 +516,39 @@ def moments_for(steps: int, batch_size: int, images: int) -> int:
 
     Forward and backward of a training image take about three times what its forward pass takes.
     """
-    return max(2, min(MOMENTS, int(_COST * 3 * steps * batch_size / images)))
+    affordable = int(_COST * 3 * steps * batch_size / images)
+    return max(2, min(MOMENTS, affordable))
 
 
-def _of_test(data: ImageDataModule, count: int) -> tuple[tuple[str, ...], Tensor]:
-    """Names and pixels, as `_read` has them, of the first test images, classes in turn: those the explorer shows."""
+def _read_test_images(data: ImageDataModule, count: int) -> tuple[tuple[str, ...], Tensor]:
+    """Names and pixels, as `_read_folder` has them, of the first test images, classes in turn: the explorer's."""
     dataset = data.contents.datasets["test"]
-    rows = interleave_by_class([sample.label for sample in dataset.samples])[:count]
-    found = {
-        row: own
-        for row, own in zip(rows, dataset.pixels(rows), strict=True)
-        if not isinstance(own, str)
-    }
-    names = tuple(escape_controls(dataset.samples[row].sample_id) for row in found)
-    return names, torch.from_numpy(np.stack([*found.values()])) if found else torch.empty(0)
+    labels = [sample.label for sample in dataset.samples]
+    rows = interleave_by_class(labels)[:count]
+    names = []
+    images = []
+    for row, image in zip(rows, dataset.pixels(rows), strict=True):
+        if isinstance(image, str):  # the reason why it can't be read
+            continue
+        names.append(escape_controls(dataset.samples[row].sample_id))
+        images.append(image)
+    if not images:
+        return (), torch.empty(0)
+    return tuple(names), torch.from_numpy(np.stack(images))
 
 
-def _read(folder: Path, image_size: int, framing: Framing) -> tuple[tuple[str, ...], Tensor]:
+def _read_folder(folder: Path, image_size: int, framing: Framing) -> tuple[tuple[str, ...], Tensor]:
     """Names [I] and pixels [I, 3, S, S] uint8 of the images below a folder, as evaluation sees them."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and is_image_path(path))
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file() and is_image_path(path)]
     if not files or len(files) > MAX_RECORDED:
         raise UserError(
             f"--record_routing.images {folder} holds {len(files)} images: give a folder with 1 to {MAX_RECORDED}."
         )
-    pixels = np.stack(
-        [square_pixels(safe_open(file, image_size), image_size, framing) for file in files]
-    )
+    images = []
+    for file in files:
+        image = safe_open(file, image_size)
+        images.append(square_pixels(image, image_size, framing))
     names = tuple(escape_controls(file.relative_to(folder).as_posix()) for file in files)
-    return names, torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack(images))  # [I, S, S, 3]
+    return names, pixels.permute(0, 3, 1, 2)

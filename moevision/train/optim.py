@@ -11,7 +11,7 @@ experts [E, out, in] are E maps, where timm's own `Muon` (1.0.31) takes them for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
@@ -51,21 +51,23 @@ def build_optimizer(
 
     `total_steps` are those of the whole training; a single one is the first of two, since the last step's rate is next
     to nothing. `bfloat16`: whether the training multiplies in it; Muon then does, too. `kinds`: other classes in the
-    place of `WHOLE.optimizers`.
+    place of `LOCAL.optimizers`.
     """
-    warmup, total_steps = config.warmup_fraction, max(2, total_steps)
-    if warmup * total_steps in (1, total_steps):
-        warmup *= (
-            1 - 1e-9
-        )  # a phase of no steps: OneCycleLR (torch 2.13) would divide by its length
     groups = parameter_groups(net, config)
     options: dict[str, Any] = {"bfloat16": bfloat16} if config.name == "muon" else {}
-    kind = (kinds or LOCAL.optimizers)[config.name]
-    optimizer = kind(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused, **options)
-    highest = [float(group["lr"]) for group in optimizer.param_groups]
+    optimizer_class = (kinds or LOCAL.optimizers)[config.name]
+    optimizer = optimizer_class(
+        groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused, **options
+    )
+
+    total_steps = max(2, total_steps)
+    warmup = config.warmup_fraction
+    if warmup * total_steps in (1, total_steps):
+        # OneCycleLR (torch 2.13) would divide by the length of a phase of no steps.
+        warmup *= 1 - 1e-9
     schedule = OneCycleLR(
         optimizer,
-        max_lr=highest,
+        max_lr=[float(group["lr"]) for group in optimizer.param_groups],
         total_steps=total_steps,
         pct_start=float(warmup),
         cycle_momentum=False,
@@ -95,60 +97,73 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
         )
     if config.name != "muon":
         return groups
-    # Each group cut in two: what AdamW moves, and the matrices that Muon moves.
+    return _split_matrices(groups, net)
+
+
+def _split_matrices(groups: list[dict[str, Any]], net: nn.Module) -> list[dict[str, Any]]:
+    """Each group cut in two: what AdamW moves, and the matrices that Muon moves."""
     names = matrices_of(net)
     matrices = {id(parameter) for name, parameter in net.named_parameters() if name in names}
-    apart = [
-        {
-            **group,
-            "params": [p for p in group["params"] if (id(p) in matrices) is chosen],
-            "matrices": chosen,
-        }
-        for group in groups
-        for chosen in (False, True)
-    ]
-    return [group for group in apart if group["params"]]
+    halves = []
+    for group in groups:
+        for is_muon in (False, True):
+            parameters = [p for p in group["params"] if (id(p) in matrices) == is_muon]
+            if parameters:
+                halves.append({**group, "params": parameters, "matrices": is_muon})
+    return halves
 
 
 def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.Module:
-    """Switch off the gradients of what keeps its weights (see `OptimizerConfig.freeze`), in place."""
+    """Freeze parameters by `OptimizerConfig.freeze`, in place."""
     if freeze is None:
         return net
-    model, named = cast(Any, net), list(net.named_parameters())
     if isinstance(freeze, int):
-        depth = len(model.blocks)
-        if not 0 <= freeze <= depth:
-            raise UserError(
-                f"freeze={freeze} does not fit {depth} blocks: give 0 (the embedding only) to {depth}."
-            )
-        # timm's layers: 0 is the embedding, 1 to depth are the blocks, the last of them with the norm behind it.
-        layer_of = group_parameters(net, model.group_matcher(coarse=False), reverse=True)
-        learning = {id(parameter) for name, parameter in named if layer_of[name] > freeze}
+        learning = _behind_layer(net, freeze)
+    elif freeze in get_args(FreezeAllBut):
+        learning = (
+            _heads_and_experts(net) if freeze == "all_but_experts" else _parameters(_heads(net))
+        )
     else:
-        if freeze not in get_args(FreezeAllBut):
-            raise UserError(
-                f"There is no freeze={freeze!r}: a number, {' or '.join(get_args(FreezeAllBut))}."
-            )
-        modules: list[nn.Module] = _heads(net)
-        if freeze == "all_but_experts":
-            if not (layers := moe_layers(net)):
-                raise UserError(
-                    "freeze=all_but_experts needs a model with experts, which a dense one or a twin has not."
-                )
-            modules += layers
-        learning = {id(parameter) for module in modules for parameter in module.parameters()}
-    for _, parameter in named:
-        if id(parameter) not in learning:
+        raise UserError(
+            f"There is no freeze={freeze!r}: a number, {' or '.join(get_args(FreezeAllBut))}."
+        )
+    for parameter in net.parameters():
+        if parameter not in learning:
             parameter.requires_grad_(False)
     hold_frozen_statistics(net)
     return net
 
 
+def _behind_layer(net: nn.Module, frozen: int) -> set[nn.Parameter]:
+    """The parameters behind so many frozen layers."""
+    model = cast(Any, net)
+    depth = len(model.blocks)
+    if not 0 <= frozen <= depth:
+        raise UserError(
+            f"freeze={frozen} does not fit {depth} blocks: give 0 (the embedding only) to {depth}."
+        )
+    # timm's layers: 0 is the embedding, 1 to depth are the blocks, the last of them with the norm behind it.
+    layer_of = group_parameters(net, model.group_matcher(coarse=False), reverse=True)
+    return {parameter for name, parameter in net.named_parameters() if layer_of[name] > frozen}
+
+
+def _heads_and_experts(net: nn.Module) -> set[nn.Parameter]:
+    layers = moe_layers(net)
+    if not layers:
+        raise UserError(
+            "freeze=all_but_experts needs a model with experts, which a dense one or a twin has not."
+        )
+    return _parameters([*_heads(net), *layers])
+
+
+def _parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+    return {parameter for module in modules for parameter in module.parameters()}
+
+
 def _heads(net: nn.Module) -> list[nn.Module]:
     classifier = cast(Any, net).get_classifier()
-    return (
-        list(classifier) if isinstance(classifier, tuple) else [classifier]
-    )  # two in a distilled DeiT
+    # A distilled DeiT has two.
+    return list(classifier) if isinstance(classifier, tuple) else [classifier]
 
 
 def hold_frozen_statistics(net: nn.Module) -> None:
@@ -210,9 +225,8 @@ class Muon(AdamW):
             state = self.state[weight]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
-                state["step"] = torch.zeros(
-                    ()
-                )  # torch's AdamW looks for one in every state that it loads
+                # torch's AdamW looks for one in every state that it loads.
+                state["step"] = torch.zeros(())
             state["step"] += 1
             average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
             update = weight.grad.lerp(average, momentum)
@@ -243,13 +257,13 @@ def orthogonal(matrices: Tensor, bfloat16: bool = False) -> Tensor:
     if not matrices.numel():  # a process that holds no part of these experts
         return matrices
     # bfloat16 suffices where it is multiplied fast: GPUs before Ampere and a CPU with AVX2 are faster in float32.
-    fast = bfloat16 or (
-        matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    dtype = torch.bfloat16 if fast else torch.promote_types(matrices.dtype, torch.float32)
-    return zeropower_via_newtonschulz(matrices, len(_ITERATIONS), _ITERATIONS, dtype=dtype).to(
-        matrices.dtype
-    )
+    if matrices.is_cuda:
+        bfloat16 |= torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.promote_types(matrices.dtype, torch.float32)
+    if bfloat16:
+        dtype = torch.bfloat16
+    maps = zeropower_via_newtonschulz(matrices, len(_ITERATIONS), _ITERATIONS, dtype=dtype)
+    return maps.to(matrices.dtype)
 
 
 def matrices_of(net: nn.Module) -> set[str]:
@@ -258,21 +272,23 @@ def matrices_of(net: nn.Module) -> set[str]:
     Left to AdamW are the classifier, the first convolution (it reads colours), routers (a row is an expert), and
     everything that is no linear map: embeddings, norms and biases.
     """
-    first = [module for module in net.modules() if isinstance(module, nn.Conv2d)][:1]
-    spared = [*_heads(net), *first, *(layer.router for layer in moe_layers(net))]
-    apart = {id(module) for parent in spared for module in parent.modules()}
-    return {
-        f"{name}.weight"
-        for name, module in net.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d | PackedLinear) and id(module) not in apart
-    }
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    routers = [layer.router for layer in moe_layers(net)]
+    spared: set[nn.Module] = set()
+    for module in (*_heads(net), *convolutions[:1], *routers):
+        spared.update(module.modules())
+    names = set()
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | PackedLinear) and module not in spared:
+            names.add(f"{name}.weight")
+    return names
 
 
 class TensorOperations(NamedTuple):
-    """What a training does to lists of weights or gradients; another one where they are divided over processes."""
+    """Operations on lists of weights or gradients: `LOCAL`, or `parallel.parts.SHARDED` for divided ones."""
 
     total_norm: Callable[[list[Tensor]], Tensor]  # 2-norm over all of them, a scalar
-    # scales the gradients, whose norm is given, in place, so that it is at most a limit
+    # Scales gradients in place so that their norm, the last argument, becomes at most a limit.
     clip: Callable[[list[nn.Parameter], float, Tensor], Any]
     optimizers: Mapping[OptimizerName, type[AdamW]]
 

@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on: code, command, data, machine and libraries, as plain JSON.
+"""Provenance: code, command, data, machine and libraries that the numbers of a run depend on, as plain JSON.
 
 Written into every run folder as `provenance.json`, and as a fingerprint into every checkpoint: a resumed run is
 bit-identical to an uninterrupted one if the fingerprint is the same, and `differences` says what is not, before
@@ -106,24 +106,25 @@ def git_state(folder: Path, *others: Path) -> dict[str, Any] | None:
 
     if not git("ls-files", "--", "."):
         return None
-    commit, status = (
-        git("rev-parse", "HEAD"),
-        git("status", "--porcelain", "--", ".", *map(str, others)),
-    )
-    return {"git_commit": commit, "dirty": bool(status)} if commit and status is not None else None
+    commit = git("rev-parse", "HEAD")
+    status = git("status", "--porcelain", "--", ".", *map(str, others))
+    if not commit or status is None:
+        return None
+    return {"git_commit": commit, "dirty": bool(status)}
 
 
 def _output_of(command: list[str]) -> str | None:
-    """What a command prints; None where it is missing or fails."""
+    """The output of a command; None where it is missing or fails."""
     # A hook or a parent git process may point variables of git's at another repository; looking must not write.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"
     try:
-        done = subprocess.run(
-            command, env={**environment, "GIT_OPTIONAL_LOCKS": "0"}, capture_output=True
-        )
+        process = subprocess.run(command, env=environment, capture_output=True)
     except OSError:
         return None
-    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
+    if process.returncode:
+        return None
+    return process.stdout.decode(errors="replace").strip()
 
 
 def cpu_model() -> str:
@@ -131,15 +132,13 @@ def cpu_model() -> str:
     if platform.system() == "Darwin":
         return _output_of(["sysctl", "-n", "machdep.cpu.brand_string"]) or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    lines = (
-        cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        if cpuinfo.is_file()
-        else []
-    )
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (
-        (names or [""])[0] or platform.processor() or platform.machine() or "unknown"
-    )  # Arm kernels name none
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, name = line.partition(":")
+            if key.strip() == "model name" and name.strip():
+                return name.strip()
+    # Kernels for Arm name none.
+    return platform.processor() or platform.machine() or "unknown"
 
 
 def gpu_names() -> list[str]:
@@ -148,21 +147,19 @@ def gpu_names() -> list[str]:
 
 
 def device_name(trainer: L.Trainer) -> str:
-    """The device as people know it."""
+    """The device's name for people."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return (
-        f"{device.type} ({torch.get_num_threads()} threads)"
-        if device.type == "cpu"
-        else device.type
-    )
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return device.type
 
 
 def fingerprint(
     trainer: L.Trainer, task: Any, data: ImageDataModule
 ) -> dict[str, str | int | bool]:
-    """What this process would compute with, as primitives.
+    """The hardware, software, options and data that numbers depend on, as primitives.
 
     Of the images the hashes tell the list with splits and labels, and the sizes in bytes: another one of the same size
     isn't noticed.
@@ -191,17 +188,15 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     What `then` doesn't know, as the sizes in old checkpoints, isn't compared.
     """
-    changed = {
-        name: (then[name], value)
-        for name, value in now.items()
-        if name in then and then[name] != value
-    }
-    found = []
-    if changed.pop("data", None):  # of data and sizes only a hash is known
-        found.append("the list of images is another one")
-        changed.pop("sizes", None)  # follows from it
-    if changed.pop("sizes", None):
-        found.append("image files have other sizes than then, so other contents")
-    return [
-        f"{_WORDS.get(name, name)} was {old}, now {new}" for name, (old, new) in changed.items()
-    ] + found
+    changed = [name for name in now if name in then and then[name] != now[name]]
+    hashed = ("data", "sizes")
+    phrases = [
+        f"{_WORDS.get(name, name)} was {then[name]}, now {now[name]}"
+        for name in changed
+        if name not in hashed
+    ]
+    if "data" in changed:
+        phrases.append("the list of images is another one")
+    elif "sizes" in changed:  # else it follows from the list
+        phrases.append("image files have other sizes than then, so other contents")
+    return phrases

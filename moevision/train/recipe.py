@@ -16,16 +16,18 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from moevision.config import ParsedArgs, checked
+from moevision.config import Options, ParsedArgs, Settings, parse_config, to_settings
 from moevision.data import ImageDataModule
 from moevision.data.named import DATASET_NAMES, HF, NAMED
 from moevision.data.open import contains_path, count_images, kind_of, open_collection
@@ -40,7 +42,13 @@ from moevision.models.io import architecture_of, first_blocks
 from moevision.models.safe_files import read_yaml
 from moevision.train.health import WeightEMA
 from moevision.train.optim import matrices_of
-from moevision.train.processes import callback_of, has_gpu, print_rank0, trains_on
+from moevision.train.processes import (
+    broadcast_from_rank0,
+    callback_of,
+    has_gpu,
+    print_rank0,
+    trains_on,
+)
 from moevision.train.provenance import device_name
 from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretrained_options
 from moevision.train.task import ClassificationTask
@@ -50,18 +58,15 @@ PACKAGE = Path(__file__).resolve().parent.parent
 SCRATCH_MINIMUM = 200_000  # images below which `fit` starts from pretrained weights
 _PRETRAINED = "model.arch.pretrained"
 # Who gives one of these has chosen a model.
-_MODEL = tuple(
-    f"model.arch.{name}"
-    for name in (
-        "name",
-        "base",
-        "stem",
-        "patch_size",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "mlp_ratio",
-    )
+_MODEL = (
+    "model.arch.name",
+    "model.arch.base",
+    "model.arch.stem",
+    "model.arch.patch_size",
+    "model.arch.embed_dim",
+    "model.arch.depth",
+    "model.arch.num_heads",
+    "model.arch.mlp_ratio",
 )
 
 
@@ -85,9 +90,13 @@ def refuse_among_images(run_dir: Path, data: str) -> None:
 
 def run_name(data: str) -> str:
     """What a run is called after its data: that of the folder or table, without signs that a terminal can't show."""
-    path = Path(data.removeprefix(HF).replace(":", "-") if data.startswith(HF) else data).resolve()
+    if data.startswith(HF):
+        data = data.removeprefix(HF).replace(":", "-")
+    path = Path(data).resolve()
     name = path.stem if path.suffix.lower() == ".csv" else path.name
-    return name if escape_controls(name) == name else escape_controls(name).replace("\\", "_")
+    if escape_controls(name) == name:
+        return name
+    return escape_controls(name).replace("\\", "_")
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -104,8 +113,7 @@ def find_config(name: str) -> Path:
     configs = shipped_configs()
     if name in configs:
         return configs[name]
-    near = difflib.get_close_matches(name, configs, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(name, configs, 1))
     raise UserError(
         f"There is no config {name!r}.{hint} Give a YAML file or one of: {', '.join(configs)}."
     )
@@ -114,125 +122,217 @@ def find_config(name: str) -> Path:
 def default_precision() -> str:
     """bf16-mixed where the hardware multiplies bfloat16 (it halves a step's time), else 32-true, on a GPU 16-mixed."""
     if has_gpu():
-        return (
-            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-        )
-    return (
-        "bf16-mixed"
-        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        else "32-true"
-    )
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if has_bf16 else "16-mixed"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if has_bf16 else "32-true"
 
 
-def resolve_settings(
-    verb: str,
-    given: ParsedArgs,
-    *,
-    recorded: bool = False,
-    decide: Callable[[Callable[[], Any]], Any] = lambda decision: decision(),
-    say: Callable[[str], None] = print_rank0,
-) -> dict[str, Any]:
-    """What a command line asks for, by dotted names, with what is chosen for the images where it says nothing.
+# ---- from a command line to settings
 
-    `FOLDER`, or a dataset's name, gets a recipe unless `--config` is given; a name of a shipped configuration is that
-    configuration. A checkpoint is evaluated by the config.yaml of its run, unless another `--config` is given. A run
-    that is `recorded` has a config already: nothing needs to be said, and no recipe is chosen.
 
-    `decide` calls a function in the first process of a training alone, and gives its result to all of them; `say` takes
-    the line that says what the training starts from.
-    """
-    path, typed = given.folder, dict(given.options)
-    if typed.get("model.arch.twin") and typed.get("with_twin"):
+@dataclass(frozen=True)
+class Request:
+    """What `fit`, `validate` or `test` is asked for: the options by their sources, each read once."""
+
+    verb: str
+    prints: bool  # whether the settings are to be printed, and nothing else is to be done
+    images: str | None  # what stands right after the verb
+    has_config: bool  # whether --config is given
+    pretrained: str | None  # --pretrained; None: it wasn't given
+    resume: str | None  # --resume: a run folder, or `auto`
+    config: dict[str, Any]  # the options of the files of --config
+    command_line: dict[str, Any]  # the others that are typed
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is typed or stands in a configuration."""
+        return {**self.config, **self.command_line}
+
+    @property
+    def run_dir(self) -> Path:
+        """The run that goes on; with `auto` the folder of this command, before anything is added because it exists."""
+        if self.resume not in (None, AUTO):
+            return Path(self.resume)
+        name = self.options.get("name") or run_name(self.options.get("data.path", "synthetic_pets"))
+        return Path(self.options.get("runs_root", "runs"), name)
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """Arguments of the Trainer, also those of the run that goes on: accelerator, devices and machines."""
+        recorded: dict[str, Any] = {}
+        config = self.run_dir / "config.yaml"
+        if self.resume is not None and config.is_file():
+            recorded = read_config(config)
+        return to_settings({**recorded, **self.options}).trainer
+
+
+def read_request(verb: str, args: ParsedArgs) -> Request:
+    """Read the configurations that a command line names, and refuse options that don't belong together."""
+    if args.options.get("model.arch.twin") and args.options.get("with_twin"):
         raise UserError(
             "--dense trains the dense model itself: leave --with-twin out, which trains both."
         )
-    asked = (typed.pop(_PRETRAINED) or NONE) if _PRETRAINED in typed else None
-    files = [find_config(name) for name in given.configs]
-    named = path is not None and path in shipped_configs() and not Path(path).exists()
-    if named and not files:
-        if asked in (None, NONE) or path not in NAMED:
-            files, path = [find_config(cast(str, path))], None
-        else:  # recipes from scratch don't suit pretrained weights, their data do
-            typed.setdefault("data.download", True)
-    configured: dict[str, Any] = {}
-    for file in files:
-        configured |= read_config(file)
-    _refuse_without_effect(path, configured, typed)
-    checkpoint = None if verb == "fit" else typed.get("ckpt_path")
-    if checkpoint and not files and Path(os.path.abspath(checkpoint)).parent.name == "checkpoints":
-        run_dir = run_of_checkpoint(checkpoint)
-        if (run_dir / "config.yaml").is_file():
-            # One process evaluates, unless more are asked for: this may be another machine than that of the training.
-            configured = {
-                **read_config(newest_config(run_dir)),
-                "trainer.devices": 1,
-                "trainer.num_nodes": 1,
-            }
-    if path is None and not files and not configured and "data.path" not in typed and not recorded:
-        if checkpoint:
-            raise UserError(
-                f"There is no config.yaml in {run_of_checkpoint(checkpoint)}: correct --ckpt_path."
-            )
-        other = "--ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on"
-        if verb == "fit":
-            other = f"--config with one of {', '.join(shipped_configs())}"
-        raise UserError(
-            f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name, or "
-            f"{other}."
-        )
-    recipe: dict[str, Any] = {}
-    with trains_on(typed.get("trainer.accelerator", configured.get("trainer.accelerator"))):
-        if verb == "fit" and path is not None and not files and not recorded:
-            recipe = decide(lambda: choose_recipe(path, asked, typed, say))
-        elif asked is not None and not (
-            recorded and asked in (AUTO, NONE)
-        ):  # a run that goes on has chosen
-            typed |= decide(lambda: weights_alone(asked, typed, say))
-        if not recorded and (recipe | configured | typed).get("trainer.precision") is None:
-            typed["trainer.precision"] = default_precision()
-    if path is not None:
-        typed["data.path"] = path
-    for each in (configured, typed):
-        if (
-            not recorded and each.get("trainer.max_steps", -1) > 0
-        ):  # all of them, whatever the epochs of the others
-            each.setdefault("trainer.max_epochs", None)
-    found = {**recipe, **configured, **typed}
-    if verb == "fit" and found.get("ckpt_path") is not None:
-        folder = shell_word(str(Path(found["ckpt_path"]).parent.parent))
+    command_line = {**args.options}
+    resume = command_line.pop("resume", None)
+    pretrained = None
+    if _PRETRAINED in command_line:
+        pretrained = command_line.pop(_PRETRAINED) or NONE
+
+    # The name of a shipped configuration in the place of a folder is `--config NAME`.
+    images = args.folder
+    names = args.configs
+    if images is not None and not names and _is_recipe(images):
+        if images in NAMED and pretrained not in (None, NONE):
+            # Recipes from scratch don't suit pretrained weights, their data do.
+            command_line.setdefault("data.download", True)
+        else:
+            names = [images]
+            images = None
+    config: dict[str, Any] = {}
+    for name in names:
+        config |= read_config(find_config(name))
+
+    _refuse_without_effect(images, command_line, config)
+    checkpoint = {**config, **command_line}.get("ckpt_path")
+    if verb == "fit" and checkpoint is not None:
+        folder = shell_word(str(Path(checkpoint).parent.parent))
         raise UserError(f"To resume a training, give its folder: moevision fit --resume {folder}.")
-    return found
+    if images is not None:
+        command_line["data.path"] = images
+    return Request(
+        verb=verb,
+        prints=args.prints,
+        images=images,
+        has_config=bool(names),
+        pretrained=pretrained,
+        resume=resume,
+        config=config,
+        command_line=command_line,
+    )
 
 
-def _refuse_without_effect(
-    path: str | None, configured: Mapping[str, Any], typed: Mapping[str, Any]
-) -> None:
+def _is_recipe(name: str) -> bool:
+    """Whether it names a shipped configuration, and no folder of images."""
+    return name in shipped_configs() and not Path(name).exists()
+
+
+def resolve_settings(request: Request, say: Callable[[str], None] = print_rank0) -> Settings:
+    """The settings of a request, with what is chosen for the images where it says nothing.
+
+    A folder, or a dataset's name, gets a recipe unless `--config` is given. A checkpoint is evaluated by its run's
+    config.yaml, unless another `--config` is given.
+
+    Every process must call it: what depends on the machine is chosen by the first one. `say` takes the line that says
+    what the training starts from.
+    """
+    is_fit = request.verb == "fit"
+    config, command_line = request.config, request.command_line
+    run: dict[str, Any] = {}
+    if not is_fit and not request.has_config:
+        run = _options_of_run(command_line.get("ckpt_path"))
+    if not request.has_config and not run and "data.path" not in command_line:
+        raise UserError(_what_to_name(request))
+
+    recipe: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    with trains_on({**run, **request.options}.get("trainer.accelerator")):
+        if is_fit and request.images is not None and not request.has_config:
+            recipe = broadcast_from_rank0(
+                partial(choose_recipe, request.images, request.pretrained, command_line, say)
+            )
+        elif request.pretrained is not None:
+            weights = broadcast_from_rank0(
+                partial(weights_alone, request.pretrained, command_line, say)
+            )
+        # Each layer wins over those before it.
+        config, command_line = _ended_by_steps(config), _ended_by_steps(command_line)
+        options = {**recipe, **run, **config, **command_line, **weights}
+        if options.get("trainer.precision") is None:
+            options["trainer.precision"] = default_precision()
+    return to_settings(options)
+
+
+def resumed_settings(request: Request) -> tuple[Settings, Settings]:
+    """The settings of a run that goes on: as recorded, and with what the request changes of them.
+
+    The run has chosen its start and its recipe.
+    """
+    recorded = read_config(recorded_config(request.run_dir))
+    weights: dict[str, Any] = {}
+    if request.pretrained not in (None, AUTO, NONE):
+        weights = weights_alone(request.pretrained, request.command_line)
+    return to_settings(recorded), to_settings({**recorded, **request.options, **weights})
+
+
+def recorded_config(run_dir: Path) -> Path:
+    """The config that a run began with."""
+    config = run_dir / "config.yaml"
+    if not config.is_file():
+        hint = f": give its folder, {run_dir.parent.parent}" if run_dir.suffix == ".ckpt" else ""
+        raise UserError(f"{run_dir} is no run folder, it has no config.yaml{hint}.")
+    return config
+
+
+def _options_of_run(checkpoint: str | None) -> dict[str, Any]:
+    """The config.yaml of the run that a checkpoint is of."""
+    if not checkpoint or Path(os.path.abspath(checkpoint)).parent.name != "checkpoints":
+        return {}
+    run_dir = run_of_checkpoint(checkpoint)
+    if not (run_dir / "config.yaml").is_file():
+        return {}
+    # One process evaluates, unless more are asked for: this may be another machine than that of the training.
+    one_process = {"trainer.devices": 1, "trainer.num_nodes": 1}
+    return {**read_config(newest_config(run_dir)), **one_process}
+
+
+def _ended_by_steps(options: dict[str, Any]) -> dict[str, Any]:
+    """Let the steps that a layer gives end the training, whatever the epochs of other layers."""
+    if options.get("trainer.max_steps", -1) > 0:
+        return {"trainer.max_epochs": None, **options}
+    return options
+
+
+def _what_to_name(request: Request) -> str:
+    """A sentence for a request that names no images."""
+    if request.verb == "fit":
+        other = f"--config with one of {', '.join(shipped_configs())}"
+    elif checkpoint := request.command_line.get("ckpt_path"):
+        return f"There is no config.yaml in {run_of_checkpoint(checkpoint)}: correct --ckpt_path."
+    else:
+        other = "--ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on"
+    return (
+        f"Say what to {request.verb} on, right after the verb: a folder with one subfolder per class, a dataset's "
+        f"name, or {other}."
+    )
+
+
+def _refuse_without_effect(folder: str | None, command_line: Options, config: Options) -> None:
     """Refuse what was typed of the images and would change nothing."""
-    named = typed.get("data.path")
-    if path is not None and named not in (None, path):
-        raise UserError(f"{path} and --data.path {named} both name images: use one of them.")
-    columns = [
-        name for name in ("data.image_column", "data.label_column") if typed.get(name) is not None
-    ]
-    images = path or named or configured.get("data.path")  # None: a run's, which goes on
-    if not columns or images is None:
+    path = command_line.get("data.path")
+    if folder is not None and path not in (None, folder):
+        raise UserError(f"{folder} and --data.path {path} both name images: use one of them.")
+
+    columns = ("data.image_column", "data.label_column")
+    column = next((name for name in columns if command_line.get(name) is not None), None)
+    images = folder or path or config.get("data.path")  # None: a run's, which goes on
+    if column is None or images is None:
         return
-    if images in DATASET_NAMES or (
-        kind_of(images) == "folder" and Path(images).expanduser().is_dir()
-    ):
+    is_folder = kind_of(images) == "folder" and Path(images).expanduser().is_dir()
+    if images in DATASET_NAMES or is_folder:
         raise UserError(
-            f"--{columns[0]} names a column of a table, and there is none in {images}: leave it out."
+            f"--{column} names a column of a table, and there is none in {images}: leave it out."
         )
 
 
 def read_config(file: Path) -> dict[str, Any]:
     """The options that a configuration gives, by their dotted names."""
-    found = checked(read_yaml(file), str(file))
-    if found.pop("resume", None) is not None:
+    options = parse_config(read_yaml(file), str(file))
+    if options.pop("resume", None) is not None:
         raise UserError(
             "resume belongs on the command line, not into a config: moevision fit --resume RUN."
         )
-    return found
+    return options
 
 
 def run_of_checkpoint(checkpoint: str) -> Path:
@@ -241,99 +341,133 @@ def run_of_checkpoint(checkpoint: str) -> Path:
 
 
 def weights_alone(
-    asked: str, given: Mapping[str, Any], say: Callable[[str], None] = print_rank0
+    pretrained: str, options: Options, say: Callable[[str], None] = print_rank0
 ) -> dict[str, Any]:
-    """`--pretrained` as options; the name and base of a configuration, which it takes the place of, are left out."""
-    if asked == AUTO:
+    """`--pretrained` as options; the name and base of a configuration, which it takes the place of, are left out.
+
+    `options` are those of the command line, which keep their values.
+    """
+    if pretrained == AUTO:
         weights, line = choose_start(AUTO)
         say(line)
-        asked = NONE if weights is None else weights.source
-    if asked == NONE:
+        pretrained = NONE if weights is None else weights.source
+    if pretrained == NONE:
         return {_PRETRAINED: None}
-    of_weights: dict[str, Any] = {"model.arch.name": None, "model.arch.base": None}
-    if (
-        asked.endswith(".safetensors")
-        and Path(asked).is_file()
-        and given.get("model.arch.base") is None
-    ):
-        of_weights["model.arch.base"] = architecture_of(asked)
-    return {
-        _PRETRAINED: asked,
-        **{name: value for name, value in of_weights.items() if given.get(name) is None},
-    }
+
+    base = None
+    is_file = pretrained.endswith(".safetensors") and Path(pretrained).is_file()
+    if is_file and options.get("model.arch.base") is None:
+        base = architecture_of(pretrained)
+    of_weights = {_PRETRAINED: pretrained, "model.arch.name": None, "model.arch.base": base}
+    return {name: value for name, value in of_weights.items() if options.get(name) is None}
 
 
 def choose_recipe(
     path: str,
-    asked: str | None = None,
-    given: Mapping[str, Any] = {},
+    pretrained: str | None = None,
+    options: Mapping[str, Any] = {},
     say: Callable[[str], None] = print_rank0,
 ) -> dict[str, Any]:
     """Options for a folder of images or a dataset's name, from their number, free memory and device.
 
-    `asked` is `--pretrained` (None: pretrained weights if there are few images and no model is named); `given` win.
+    `pretrained` is `--pretrained` (None: pretrained weights if there are few images and no model is named), `options`
+    are those of the command line, which may ask for another choice.
     """
-    named, images = path in NAMED, count_images(path)
-    few = (
-        0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"
-    )  # drawn ones are learnt from scratch
-    named_model = next((option for option in _MODEL if given.get(option) is not None), None)
-    if asked is None and few and named_model is not None:
-        say(
-            from_scratch(
-                f"--{named_model} shapes the model, so that no pretrained weights are looked for"
-            ).line
-        )
-    if asked is None and (not few or named_model is not None):
-        asked = NONE
-    if path != "synthetic_pets" and asked != NONE and not given.get("data.download"):
-        # Before weights are asked for or fetched: images that aren't there, or can't be read, need none.
-        columns = given.get("data.image_column"), given.get("data.label_column")
-        root = given.get("data.root") or "data"
-        open_collection(
-            path, root=root, download=False, image_size=0, seed=0, sizes={}, columns=columns
-        )
-    weights, line = choose_start(asked, images, given.get("model.arch.base"))
+    images = count_images(path)
+    named_model = next((name for name in _MODEL if options.get(name) is not None), None)
+    if pretrained is None:
+        pretrained = _default_start(path, images, named_model, say)
+    if pretrained != NONE and path != "synthetic_pets":
+        _refuse_unreadable(path, options)
+
+    weights, line = choose_start(pretrained, images, options.get("model.arch.base"))
     if line:
         say(line)
-    if weights is not None and given.get("model.arch.depth") is not None:
-        first_blocks(weights.net, given["model.arch.depth"])  # before experts are placed
-    devices = given.get("trainer.devices", 1)
+    loading = _loading_options(path, options)
+    if weights is None:
+        return loading | _options_from_scratch(images, named_model, options)
+
+    depth = options.get("model.arch.depth")
+    if depth is not None:
+        first_blocks(weights.net, depth)  # before experts are placed
+    recipe = loading | pretrained_options(weights, images)
+    if options.get("model.arch.router") is not None:  # not every router can
+        recipe.pop("router_start", None)
+    return recipe
+
+
+def _default_start(
+    path: str, images: int, named_model: str | None, say: Callable[[str], None]
+) -> str | None:
+    """None, which lets `choose_start` look for weights, for few images and no model by name; else `none`."""
+    few = 0 < images < SCRATCH_MINIMUM
+    if not few or path == "synthetic_pets":  # drawn ones are learnt from scratch
+        return NONE
+    if named_model is None:
+        return None
+    reason = f"--{named_model} shapes the model, so that no pretrained weights are looked for"
+    say(from_scratch(reason).line)
+    return NONE
+
+
+def _refuse_unreadable(path: str, options: Options) -> None:
+    """Refuse images that aren't there, or can't be read, before weights are asked for or fetched."""
+    if options.get("data.download"):
+        return
+    open_collection(
+        path,
+        root=options.get("data.root") or "data",
+        download=False,
+        image_size=0,
+        seed=0,
+        sizes={},
+        columns=(options.get("data.image_column"), options.get("data.label_column")),
+    )
+
+
+def _loading_options(path: str, options: Options) -> dict[str, Any]:
+    """How images are cropped, cached and prepared on this machine."""
+    devices = options.get("trainer.devices", 1)
     if not isinstance(devices, int) or devices < 1:  # auto, -1, a list: at most all
         devices = torch.cuda.device_count()
-    options: dict[str, Any] = {
-        "data.crop": "auto" if named else "random_resized",
-        "data.cache_mb": (memory_available_bytes() or 2**32)
-        // 4
-        // 2**20,  # a quarter of the free memory
-        "data.num_workers": min(8, (usable_cores() - 1) // devices) if has_gpu() else 0,
+    workers = 0
+    if has_gpu():
+        workers = min(8, (usable_cores() - 1) // devices)
+    free_bytes = memory_available_bytes() or 2**32
+    return {
+        "data.crop": "auto" if path in NAMED else "random_resized",
+        "data.cache_mb": free_bytes // 4 // 2**20,  # a quarter of the free memory
+        "data.num_workers": workers,
     }
-    if weights is not None:
-        options |= pretrained_options(weights, images)
-        if given.get("model.arch.router") is not None:  # not every router can
-            options.pop("router_start", None)
-        return options
-    # From scratch: a hybrid that learns on a CPU, with Muon; for a model that the user names, AdamW. With a size of
-    # images that the user names, the model's patches stay as they are.
-    if named_model not in _MODEL[:2]:  # a name, a base
-        options |= {"model.arch.name": "vit_moe_hybrid_patch8_32", "model.optim.name": "muon"}
-    elif given.get("data.image_size") is None:
-        options["model.arch.patch_size"] = 8
-    optimizer = given.get("model.optim.name") or options.get("model.optim.name", "adamw")
-    return options | {
+
+
+def _options_from_scratch(images: int, named_model: str | None, options: Options) -> dict[str, Any]:
+    """A hybrid that learns on a CPU, with Muon; for a model that the user names, AdamW."""
+    recipe: dict[str, Any] = {}
+    if named_model not in ("model.arch.name", "model.arch.base"):
+        recipe = {"model.arch.name": "vit_moe_hybrid_patch8_32", "model.optim.name": "muon"}
+    elif options.get("data.image_size") is None:
+        # With a size of images that the user names, the model's patches stay as they are.
+        recipe = {"model.arch.patch_size": 8}
+
+    optimizer = options.get("model.optim.name") or recipe.get("model.optim.name", "adamw")
+    largest_batch = 256 if has_gpu() else 64
+    epochs = round(200_000 / max(1, images))  # 200 000 images seen, in limits
+    return recipe | {
         "model.optim.lr": 6e-3 if optimizer == "muon" else 1e-3,
         "data.image_size": 64,  # 64 tokens, where the patches are of 8 px
-        "data.batch_size": min(256 if has_gpu() else 64, max(8, images // 20)),
-        "trainer.max_epochs": min(
-            100, max(10, round(200_000 / max(1, images)))
-        ),  # 200 000 images seen, in limits
+        "data.batch_size": min(largest_batch, max(8, images // 20)),
+        "trainer.max_epochs": min(100, max(10, epochs)),
     }
 
 
 def batches_of_epoch(data: ImageDataModule, trainer: L.Trainer) -> int:
     """Batches that a process trains on in an epoch."""
-    batches, limit = data.train_batches(trainer.world_size), trainer.limit_train_batches
-    return min(batches, limit if isinstance(limit, int) else int(limit * batches))
+    batches = data.train_batches(trainer.world_size)
+    limit = trainer.limit_train_batches
+    if not isinstance(limit, int):  # a share
+        limit = int(limit * batches)
+    return min(batches, limit)
 
 
 def check_window(data: ImageDataModule, trainer: L.Trainer) -> None:
@@ -341,7 +475,8 @@ def check_window(data: ImageDataModule, trainer: L.Trainer) -> None:
 
     Lightning would still divide the gradient by `accumulate_grad_batches`.
     """
-    window, batches = trainer.accumulate_grad_batches, max(1, batches_of_epoch(data, trainer))
+    window = trainer.accumulate_grad_batches
+    batches = max(1, batches_of_epoch(data, trainer))
     if window > batches:
         raise UserError(
             f"--trainer.accumulate_grad_batches is {window} and an epoch has {batches} batches: use at most {batches}."
@@ -350,18 +485,22 @@ def check_window(data: ImageDataModule, trainer: L.Trainer) -> None:
 
 def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str]:
     """Batches of the whole training, for each process, and what they are in words."""
-    at_once, window = data.batch_size * trainer.world_size, trainer.accumulate_grad_batches
-    batches, epoch = data.train_batches(trainer.world_size), batches_of_epoch(data, trainer)
-    epochs, steps = max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
-    per_epoch = max(1, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
-    whole_epochs, more = divmod(steps, per_epoch)
-    if steps and (not epochs or whole_epochs < epochs):
-        return (
-            whole_epochs * epoch + more * window,
-            f"{steps:,} steps of {at_once * window:,} images",
-        )
-    images = sum(data.class_counts["train"].values()) if epoch == batches else epoch * at_once
-    return epochs * epoch, f"{epochs} epoch{'s' * (epochs != 1)} of {images:,} images"
+    window = trainer.accumulate_grad_batches
+    batch_size = data.batch_size * trainer.world_size
+    batches = batches_of_epoch(data, trainer)
+    epochs = max(0, trainer.max_epochs or 0)
+    steps = max(0, trainer.max_steps)
+
+    steps_per_epoch = max(1, math.ceil(batches / window))  # the last step takes what is left
+    whole_epochs, further_steps = divmod(steps, steps_per_epoch)
+    if steps and (epochs == 0 or whole_epochs < epochs):
+        planned = whole_epochs * batches + further_steps * window
+        return planned, f"{steps:,} steps of {batch_size * window:,} images"
+
+    images = batches * batch_size
+    if batches == data.train_batches(trainer.world_size):
+        images = sum(data.class_counts["train"].values())
+    return epochs * batches, f"{epochs} epoch{'s' * (epochs != 1)} of {images:,} images"
 
 
 def describe_plan(
@@ -376,31 +515,47 @@ def describe_plan(
     `before_s` is what the linear probe and the routers' start took, which the run's time counts.
     """
     total, active = parameter_counts(task.net)
+    batch = f"batch {data.batch_size}"
+    if trainer.accumulate_grad_batches > 1:
+        batch += f" x {trainer.accumulate_grad_batches}"
+    if trainer.world_size > 1:
+        batch += f" x {trainer.world_size} processes"
     lines = [
         f"model: {describe_model(task)}, {total / 1e6:.2f} M parameters of which {active / 1e6:.2f} M are active",
-        f"device: {device_name(trainer)}, precision {trainer.precision}, batch {data.batch_size}"
-        + (f" x {trainer.accumulate_grad_batches}" if trainer.accumulate_grad_batches > 1 else "")
-        + (f" x {trainer.world_size} processes" if trainer.world_size > 1 else ""),
+        f"device: {device_name(trainer)}, precision {trainer.precision}, {batch}",
     ]
-    if (memory := describe_memory(task, trainer)) is not None:
+
+    memory = describe_memory(task, trainer)
+    if memory is not None:
         lines.append(memory)
-    batches, words = planned_batches(data, trainer)
-    time_it_takes = "how long they take isn't known before"
-    if expected_s:
-        images = batches * data.batch_size * trainer.world_size
-        minutes = f"about {expected_s / 60:.0f} min" if expected_s >= 60 else "less than a minute"
-        time_it_takes = (
-            f"{minutes} at {images / expected_s:.0f} images/s (by a few timed "
-            "steps on noise, plus a tenth for loading and validation)"
-            + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
-        )
-    lines.append(f"plan: {words}, {time_it_takes}")
-    if (block := block_to_pool(task.net)) is not None:
+
+    batches, length = planned_batches(data, trainer)
+    images = batches * data.batch_size * trainer.world_size
+    lines.append(f"plan: {length}, {_describe_time(images, expected_s, before_s)}")
+
+    block = block_to_pool(task.net)
+    if block is not None:
         lines.append(
             f"note: the classifier reads the class token alone, so the routes of patches in block {block}, the last, "
             "change no answer; with --model.arch.global_pool avg they do."
         )
     return "\n".join(lines)
+
+
+def _describe_time(images: int, expected_s: float | None, before_s: float) -> str:
+    """How long a training on so many images takes, in words."""
+    if not expected_s:
+        return "how long they take isn't known before"
+    minutes = "less than a minute"
+    if expected_s >= 60:
+        minutes = f"about {expected_s / 60:.0f} min"
+    text = (
+        f"{minutes} at {images / expected_s:.0f} images/s (by a few timed steps on noise, plus a tenth for loading and "
+        "validation)"
+    )
+    if before_s >= 1:
+        text += f"; the probe and the routers' start took {before_s:.0f} s"
+    return text
 
 
 @contextmanager
@@ -414,8 +569,8 @@ def memory_advice(batch_size: int, accumulated: int, *, goes_on: bool = False) -
     try:
         yield
     except RuntimeError as error:
-        text = str(error).lower()  # CUDA has a class for it; MPS and CPU only say so
-        if "out of memory" not in text and "can't allocate memory" not in text:
+        message = str(error).lower()  # CUDA has a class for it; MPS and CPU only say so
+        if "out of memory" not in message and "can't allocate memory" not in message:
             raise
         advice = (
             f"use --data.batch_size {batch_size // 2} --trainer.accumulate_grad_batches {2 * accumulated}, which "
@@ -435,23 +590,27 @@ def describe_model(task: ClassificationTask) -> str:
 
 def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
     """How long the training is expected to take, with a tenth for validation and loading."""
-    return planned_batches(data, trainer)[0] * seconds_per_batch(task, data, trainer) * 1.1
+    batches, _ = planned_batches(data, trainer)
+    return batches * seconds_per_batch(task, data, trainer) * 1.1
 
 
 def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
     """Forward and backward of one batch of noise, on a copy of the model: the fastest of up to eight in ten seconds."""
     device = trainer.strategy.root_device
+    on_gpu = device.type == "cuda"
     net = copy.deepcopy(task.net).to(device).train()
-    image = torch.randn(data.batch_size, 3, data.image_size, data.image_size, device=device)
+    side = data.image_size
+    image = torch.randn(data.batch_size, 3, side, side, device=device)
     label = torch.zeros(data.batch_size, dtype=torch.long, device=device)
+
     times: list[float] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
         while len(times) < 3 or (len(times) < 8 and sum(times) < 10):
             start = time.perf_counter()
             with trainer.precision_plugin.forward_context():
                 loss = F.cross_entropy(net(image).float(), label)
             loss.backward()
-            if device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
     return min(times[1:])  # the first one compiles kernels
@@ -467,55 +626,63 @@ def describe_memory(task: ClassificationTask, trainer: L.Trainer) -> str | None:
     capacity, _ = _memory(trainer)
     if capacity is None or trainer.precision not in _PRECISIONS:
         return None
-    size, where = (
-        sum(_kept(state_bytes(task, trainer), trainer)),
-        "main memory" if _offloads(trainer) else "memory",
-    )
+    size = sum(_bytes_of_process(state_bytes(task, trainer), trainer))
+    where = "main memory" if _offloads(trainer) else "memory"
     return f"{where}: weights, gradients and moments {size / 1e9:.2f} of {capacity / 1e9:.1f} GB, without activations"
 
 
 def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool = False) -> None:
     """Raise a UserError for a training whose weights, gradients and moments alone are larger than the memory."""
-    (capacity, where), whole = _memory(trainer), state_bytes(task, trainer)
-    dense, experts = _kept(whole, trainer)
+    capacity, where = _memory(trainer)
+    model_bytes = state_bytes(task, trainer)
+    dense, experts = _bytes_of_process(model_bytes, trainer)
     if capacity is None or trainer.precision not in _PRECISIONS or dense + experts <= capacity:
         return
-    ways = [
-        "a device with more memory"
-        if goes_on
-        else "fewer experts (--model.arch.num_experts) or a smaller model"
-    ]
+
+    remedies = ["fewer experts (--model.arch.num_experts) or a smaller model"]
+    if goes_on:
+        remedies = ["a device with more memory"]
     if trainer.strategy.root_device.type == "cuda" and not _offloads(trainer):
-        ways.append(f"--parallel fsdp on {math.ceil(sum(whole) / capacity)} GPUs or more")
-        if dense < whole[0]:  # it is divided already
-            ways.append("--parallel.offload true")
+        gpus = math.ceil(sum(model_bytes) / capacity)
+        remedies.append(f"--parallel fsdp on {gpus} GPUs or more")
+        if dense < model_bytes[0]:  # it is divided already
+            remedies.append("--parallel.offload true")
     raise UserError(
         f"Weights, gradients and moments of this model take {(dense + experts) / 1e9:.1f} GB, and {where} has "
-        f"{capacity / 1e9:.1f} GB: use {' or '.join(ways)}; --force tries it all the same."
+        f"{capacity / 1e9:.1f} GB: use {' or '.join(remedies)}; --force tries it all the same."
     )
 
 
 def state_bytes(task: ClassificationTask, trainer: L.Trainer) -> tuple[int, int]:
     """Bytes of fp32 weights, their moving average, gradients and moments: of all but the experts, and of these."""
-    of_experts = {id(p) for layer in moe_layers(task.net) for p in layer.experts.parameters()}
-    matrices = (
-        matrices_of(task.net) if task.optim.name == "muon" else set[str]()
-    )  # one moment; AdamW keeps two
-    weights, size = 1 if callback_of(trainer, WeightEMA) is None else 2, {False: 0, True: 0}
-    for name, p in task.net.named_parameters():
-        learning = (2 if name in matrices else 3) if p.requires_grad else 0
-        size[id(p) in of_experts] += 4 * p.numel() * (weights + learning)
-    return size[False], size[True]
+    expert_ids = {id(p) for layer in moe_layers(task.net) for p in layer.experts.parameters()}
+    muon_matrices = matrices_of(task.net) if task.optim.name == "muon" else set[str]()
+    weight_copies = 1 if callback_of(trainer, WeightEMA) is None else 2
+
+    dense = experts = 0
+    for name, parameter in task.net.named_parameters():
+        copies = weight_copies
+        if parameter.requires_grad:
+            copies += (
+                2 if name in muon_matrices else 3
+            )  # the gradient and Muon's moment, or AdamW's two
+        size = 4 * copies * parameter.numel()
+        if id(parameter) in expert_ids:
+            experts += size
+        else:
+            dense += size
+    return dense, experts
 
 
-def _kept(whole: tuple[int, int], trainer: L.Trainer) -> tuple[float, float]:
+def _bytes_of_process(model_bytes: tuple[int, int], trainer: L.Trainer) -> tuple[float, float]:
     """What one process keeps: FSDP2 divides all of it, expert parallelism the experts, every other strategy copies."""
+    dense, experts = model_bytes
     strategy = trainer.strategy
-    sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not getattr(
-        strategy, "replicated", False
-    )
-    processes = trainer.world_size if sharded else 1
-    return whole[0] / processes, whole[1] / max(processes, getattr(strategy, "expert", 1))
+    shards = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    processes = 1
+    if shards and not getattr(strategy, "replicated", False):
+        processes = trainer.world_size
+    return dense / processes, experts / max(processes, getattr(strategy, "expert", 1))
 
 
 def _offloads(trainer: L.Trainer) -> bool:
@@ -527,6 +694,6 @@ def _memory(trainer: L.Trainer) -> tuple[int | None, str]:
     device = trainer.strategy.root_device
     if device.type == "cuda" and not _offloads(trainer):
         return torch.cuda.mem_get_info(device)[1], device_name(trainer)
-    machine = usable_memory_bytes()
     where = "each process's part of the main memory" if _offloads(trainer) else device_name(trainer)
+    machine = usable_memory_bytes()
     return machine and machine // trainer.num_devices, where

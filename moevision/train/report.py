@@ -1,4 +1,4 @@
-"""What is known about a finished run, and the templates that say it: summary.md, and the model card.
+"""The facts of a finished run, and the templates that write them: summary.md, and the model card.
 
 The card is README.md beside the model, with the header that huggingface.co reads (Mitchell et al. 2019,
 arXiv:1810.03993). It says what was not measured, since a reader can't see what was left out. Nothing in it tells where
@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -41,11 +41,11 @@ from moevision.stats import (
 )
 from moevision.words import duration, flops, percent, points, shell_word
 
-BALANCED = (
-    "val/balanced_acc"  # macro recall, what goes before accuracy where classes are unbalanced
-)
+# Macro recall, which replaces accuracy where classes are unbalanced.
+BALANCED = "val/balanced_acc"
 LOSS = "val/loss"
 PROBE = "linear probe"
+_IN_TABLE = ("moe_layers", "num_experts", "top_k", "router", "backend")  # of the model card
 
 
 class ClassScores(NamedTuple):
@@ -75,27 +75,19 @@ class TestScores:
 
     correct: int
     total: int
-    majority_class: (
-        str  # the class with the most training images; `majority_correct` test images are of it
-    )
-    majority_correct: int
+    majority_class: str  # the class with the most training images
+    majority_correct: int  # test images of it
     loss: float
     balanced_accuracy: float
     ece: float  # expected calibration error, without the temperature
-    top5: float | None = (
-        None  # share with the right class among the five likeliest; None with five classes or fewer
-    )
+    # Share with the right class among the five likeliest; None with five classes or fewer.
+    top5: float | None = None
     per_class: Sequence[ClassScores] = ()
-    temperature: float | None = (
-        None  # of the calibrated confidence, that of `predict`; None: not calibrated
-    )
+    temperature: float | None = None  # of the confidence of `predict`; None: not calibrated
     calibrated_on: int = 0  # validation images that the temperature was fitted on
-    calibrated_ece: float | None = (
-        None  # `ece` with the temperature; None too where a probability isn't finite
-    )
-    weights: str = (
-        "the weights of the best validation epoch"  # which weights were tested and exported
-    )
+    # `ece` with the temperature; None too where a probability isn't finite.
+    calibrated_ece: float | None = None
+    weights: str = "the weights of the best validation epoch"  # that were tested and exported
     checkpoint: str | None = None  # the file that holds them; None in earlier versions' summaries
 
     @property
@@ -110,9 +102,8 @@ class TestScores:
 
     def weakest(self, count: int) -> list[ClassScores]:
         """The classes of which the smallest share was recognised, as in `per_class`."""
-        return sorted(
-            (row for row in self.per_class if row.images), key=lambda row: row.recall or 0
-        )[:count]
+        tested = [row for row in self.per_class if row.images]
+        return sorted(tested, key=lambda row: row.recall or 0)[:count]
 
 
 @dataclass(frozen=True)
@@ -128,9 +119,8 @@ class TwinComparison:
     cost: ModelCost
     duration_s: float
     images_per_s: float
-    weights: str | None = (
-        None  # of the twin, as `TestScores` has them; None in earlier versions' summaries
-    )
+    # Of the twin, as `TestScores` has them; None in earlier versions' summaries.
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,9 +166,8 @@ class Recommendation:
         simplest = self.contenders[0]
         if simplest.name == PROBE and not simplest.behind.difference:
             return simplest
-        return next(
-            each for each in self.contenders if each.name != PROBE and not self.is_worse(each)
-        )
+        models = [contender for contender in self.contenders if contender.name != PROBE]
+        return next(model for model in models if not self.is_worse(model))
 
     def is_worse(self, contender: Contender) -> bool:
         """Whether it is shown to be worse than the best."""
@@ -186,29 +175,30 @@ class Recommendation:
 
     @property
     def sentence(self) -> str:
-        """The advice, and why."""
-        best, chosen = (
-            min(self.contenders, key=lambda each: each.behind.difference),
-            self.recommended,
-        )
+        """The advice and its reason."""
+        best = min(self.contenders, key=lambda contender: contender.behind.difference)
+        chosen = self.recommended
         measure = "balanced accuracy" if self.unbalanced else "accuracy"
-
-        def less(each: Contender) -> str:
-            gap = each.behind
-            return f"{points(-gap.difference)} points, 95 % interval {points(-gap.high)} to {points(-gap.low)}"
-
-        dense_trained = any(each.name.startswith("dense") for each in self.contenders)
+        has_dense = any(contender.name.startswith("dense") for contender in self.contenders)
         model = "dense" if chosen.name.startswith("dense") else f"the {chosen.name}"
         if chosen.behind.difference:
-            gap = f"isn't shown to be lower than that of the {best.name} ({less(chosen)})"
+            gap = f"isn't shown to be lower than that of the {best.name} ({_gap(chosen)})"
             advice = f"Use {model}: its {measure} {gap}, and it is simpler."
-        elif dense_trained or chosen.name == PROBE:
+        elif has_dense or chosen.name == PROBE:
             advice = f"Use {model}: nothing here has a higher {measure}."
         else:
-            advice = f"The {PROBE} has a lower {measure} than the {chosen.name} ({less(self.contenders[0])})."
-        if not dense_trained and not self.experts_given:
+            gap = _gap(self.contenders[0])
+            advice = f"The {PROBE} has a lower {measure} than the {chosen.name} ({gap})."
+        if not has_dense and not self.experts_given:
             advice += " The dense model wasn't trained; in our measurements it does as well: add --with-twin."
         return f"{advice} One seed; another one moves all of them."
+
+
+def _gap(contender: Contender) -> str:
+    """How much worse than the best it is."""
+    behind = contender.behind
+    low, high = points(-behind.high), points(-behind.low)
+    return f"{points(-behind.difference)} points, 95 % interval {low} to {high}"
 
 
 @dataclass(frozen=True)
@@ -216,9 +206,7 @@ class RunSummary:
     """Everything that summary.md says about one finished run."""
 
     name: str
-    model: (
-        str  # name and essential arguments, e.g. "vit_moe_micro_patch4_32 (8 experts, 2 per token)"
-    )
+    model: str  # for example "vit_moe_micro_patch4_32 (8 experts, 2 per token)"
     data: str
     image_size: int
     split_note: str  # which images were train, validation and test, and where they come from
@@ -234,30 +222,24 @@ class RunSummary:
     precision: str
     seed: int | None  # None: drawn anew each time, and not known
     refused: int = 0
-    cpu_s: float | None = (
-        None  # CPU seconds over all threads of this process; None if a part of it wasn't counted
-    )
-    data_wait: float | None = (
-        None  # share of the training time spent waiting for data; None where not measured
-    )
+    # CPU seconds over all threads of this process; None if a part of it wasn't counted.
+    cpu_s: float | None = None
+    # Share of the training time spent waiting for data; None where not measured.
+    data_wait: float | None = None
     gpu_peak_bytes: int | None = None  # most memory of tensors on the GPU; None on a CPU
     layers: Sequence[LayerLoad] = ()
-    bad_images: Sequence[
-        tuple[str, str, str]
-    ] = ()  # (path, reason, split) of files that could not be read
-    notes: Sequence[
-        str
-    ] = ()  # whatever was skipped, stopped early or otherwise not as asked, a sentence each
+    # (path, reason, split) of files that could not be read.
+    bad_images: Sequence[tuple[str, str, str]] = ()
+    # Whatever was skipped, stopped early or otherwise not as configured, a sentence each.
+    notes: Sequence[str] = ()
     twin: TwinComparison | None = None
     choice: Recommendation | None = None  # beside a linear probe, the dense fine-tune, or both
     ms_per_image: float | None = None  # one image at a time, on the device of the training
     mbytes: float | None = None  # of the weights as a file
-    expected_s: float | None = (
-        None  # how long the training was expected to take; None where nothing was said
-    )
-    monitor: str | None = (
-        None  # what best.ckpt was the best epoch by; None in earlier versions' summaries: val/top1
-    )
+    # The time that was predicted for the training; None where none was.
+    expected_s: float | None = None
+    # What best.ckpt was the best epoch by; None in earlier versions' summaries: val/top1.
+    monitor: str | None = None
 
     @property
     def unbalanced(self) -> bool:
@@ -297,60 +279,64 @@ def choose(
 ) -> Recommendation:
     """Compare models, the simplest first, with the best of them on the same test images of the classes `labels` [n]."""
 
-    def balanced(correct: npt.NDArray[np.bool_]) -> float:
+    def balanced_accuracy(correct: npt.NDArray[np.bool_]) -> float:
         return float(np.mean([correct[labels == label].mean() for label in np.unique(labels)]))
 
-    best = max((model.correct for model in models), key=balanced if unbalanced else np.mean)
-    contenders = [
-        Contender(
+    measure = balanced_accuracy if unbalanced else np.mean
+    best = max((model.correct for model in models), key=measure)
+    contenders = []
+    for model in models:
+        behind = paired_difference(best, model.correct)
+        if unbalanced:
+            behind = paired_macro_difference(best, model.correct, labels)
+        contender = Contender(
             model.name,
-            int(model.correct.sum()),
-            len(model.correct),
-            balanced(model.correct),
-            paired_macro_difference(best, model.correct, labels)
-            if unbalanced
-            else paired_difference(best, model.correct),
-            *model[2:],
+            correct=int(model.correct.sum()),
+            total=len(model.correct),
+            balanced_accuracy=balanced_accuracy(model.correct),
+            behind=behind,
+            ms_per_image=model.ms_per_image,
+            mbytes=model.mbytes,
+            train_s=model.train_s,
         )
-        for model in models
-    ]
+        contenders.append(contender)
     return Recommendation(contenders, unbalanced, experts_given)
 
 
 def read_summary(file: Path) -> RunSummary:
     """Read the summary.json of a run folder; a UserError if it isn't there, or another version wrote it."""
-
-    def made(kind: Any, given: dict[str, Any], finite: str = "") -> Any:
-        """One of the dataclasses; JSON has no NaN, which stands as null."""
-        if finite and given[finite] is None:
-            given = {**given, finite: math.nan}
-        for name, inner in (
-            ("difference", PairedDifference),
-            ("behind", PairedDifference),
-            ("cost", ModelCost),
-        ):
-            if name in given:
-                given = {**given, name: inner(**given[name])}
-        return kind(**given)
-
     try:
-        given: dict[str, Any] = read_json(file)
-        given.pop("next_commands", None)  # of version 0.1
-        given["test"] = made(TestScores, given["test"], "loss")
-        rows = [ClassScores(*row) for row in given["test"].per_class]
-        given["test"] = replace(given["test"], per_class=rows)
-        given["layers"] = [made(LayerLoad, layer, "entropy_bits") for layer in given["layers"]]
-        if given.get("twin") is not None:
-            given["twin"] = made(TwinComparison, given["twin"])
-        if (choice := given.get("choice")) is not None:
-            contenders = [made(Contender, each) for each in choice["contenders"]]
-            given["choice"] = Recommendation(**choice | {"contenders": contenders})
-        return cast(RunSummary, made(RunSummary, given))
+        summary: dict[str, Any] = read_json(file)
+        summary.pop("next_commands", None)  # of version 0.1
+        summary["cost"] = ModelCost(**summary["cost"])
+        summary["layers"] = [
+            LayerLoad(**_with_nan(layer, "entropy_bits")) for layer in summary["layers"]
+        ]
+        test = _with_nan(summary["test"], "loss")
+        test["per_class"] = [ClassScores(*row) for row in test["per_class"]]
+        summary["test"] = TestScores(**test)
+        if summary.get("twin") is not None:
+            twin = summary["twin"]
+            twin["difference"] = PairedDifference(**twin["difference"])
+            twin["cost"] = ModelCost(**twin["cost"])
+            summary["twin"] = TwinComparison(**twin)
+        if summary.get("choice") is not None:
+            choice = summary["choice"]
+            for contender in choice["contenders"]:
+                contender["behind"] = PairedDifference(**contender["behind"])
+            choice["contenders"] = [Contender(**row) for row in choice["contenders"]]
+            summary["choice"] = Recommendation(**choice)
+        return RunSummary(**summary)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{file} can't be read as the summary of a run ({type(error).__name__}: {error}): "
             "give a run folder that this version of moevision has finished."
         ) from error
+
+
+def _with_nan(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Values with NaN for null at `name`: JSON has no NaN."""
+    return values | {name: math.nan} if values[name] is None else dict(values)
 
 
 def write_summary(summary: RunSummary, out: Path) -> None:
@@ -384,8 +370,6 @@ def template(name: str) -> Template:
         "points": points,
         "flops": flops,
         "duration": duration,
-    }
-    environment.filters |= {
         "number": "{:,.0f}".format,
         "shown": escape_controls,
         "json": json.dumps,
@@ -413,26 +397,31 @@ class WeightsOrigin(NamedTuple):
 
 def gather_facts(run: Path, summary: RunSummary) -> dict[str, Any]:
     """Gather what is known about the model of a finished run; `card.md.jinja` describes it by its names."""
-    saved, known = load_model(str(run)), read_json(run / "provenance.json")
-    words = [escape_controls(without_path(word)) for word in known["command"]]
+    model = load_model(str(run))
+    provenance = read_json(run / "provenance.json")
     versions = {
-        "moevision": known["moevision"],
-        **known["libraries"],
-        "Python": known["python"]["version"],
+        "moevision": provenance["moevision"],
+        **provenance["libraries"],
+        "Python": provenance["python"]["version"],
     }
-    architecture, blocks, options = _architecture(saved.net)
+    blocks = _moe_blocks(model.net)
     return {
-        "architecture": architecture,
+        "architecture": _architecture(model.net),
         "blocks": blocks,
-        "depth": len(cast(Any, saved.net).blocks) if blocks else 0,
-        "options": options,
-        "class_names": saved.class_names,
-        "image_size": saved.image_size,
+        "depth": len(cast(Any, model.net).blocks) if blocks else 0,
+        "options": _other_options(model.net) if blocks else {},
+        "class_names": model.class_names,
+        "image_size": model.image_size,
         "summary": summary,
-        "command": " ".join(word if "…" in word else shell_word(word) for word in words),
-        "start": _start(run),
+        "command": " ".join(map(_command_word, provenance["command"])),
+        "start": _weights_origin(run),
         "versions": {name: str(version) for name, version in versions.items() if version},
     }
+
+
+def _command_word(word: str) -> str:
+    word = escape_controls(without_path(word))
+    return word if "…" in word else shell_word(word)
 
 
 def without_path(word: str) -> str:
@@ -444,52 +433,52 @@ def without_path(word: str) -> str:
     return f"{option}{equals}…/{last}"
 
 
-def _architecture(net: nn.Module) -> tuple[str, list[dict[str, Any]], dict[str, str]]:
-    """The timm name with the base in brackets, the MoE layers, and their options that stand in neither."""
-    base = dict(getattr(net, "_model_args", {})).get("base")
+def _architecture(net: nn.Module) -> str:
+    """The timm name, with the base in brackets."""
     config = getattr(net, "pretrained_cfg", None) or {}
-    name = str(config.get("architecture") or type(net).__name__) + (
-        f" ({base} with experts)" if base else ""
-    )
-    layers, chosen = moe_layers(net), dict(getattr(net, "moe_config", {}))
-    if not layers:
-        return name, [], {}
-    routers = chosen.get("router", "unknown")
-    routers = [routers] * len(layers) if isinstance(routers, str) else routers
-    blocks = [
-        {
-            "block": each.layer_index,
-            "router": kind,
-            "experts": each.router.num_experts,
-            "per_token": each.router.top_k,
+    name = str(config.get("architecture") or type(net).__name__)
+    base = dict(getattr(net, "_model_args", {})).get("base")
+    return f"{name} ({base} with experts)" if base else name
+
+
+def _moe_blocks(net: nn.Module) -> list[dict[str, Any]]:
+    """The rows of the card's table of MoE layers."""
+    layers = moe_layers(net)
+    routers = dict(getattr(net, "moe_config", {})).get("router", "unknown")
+    if isinstance(routers, str):
+        routers = [routers] * len(layers)
+    blocks = []
+    for layer, router in zip(layers, routers, strict=True):
+        row = {
+            "block": layer.layer_index,
+            "router": router,
+            "experts": layer.router.num_experts,
+            "per_token": layer.router.top_k,
         }
-        for each, kind in zip(layers, routers, strict=True)
-    ]
+        blocks.append(row)
+    return blocks
+
+
+def _other_options(net: nn.Module) -> dict[str, str]:
+    """The options of the MoE layers that aren't in the table."""
     options = {}
-    for option, value in chosen.items():
-        if value is not None and option not in (
-            "moe_layers",
-            "num_experts",
-            "top_k",
-            "router",
-            "backend",
-        ):
+    for option, value in dict(getattr(net, "moe_config", {})).items():
+        if value is not None and option not in _IN_TABLE:
             values = value if isinstance(value, list) else [value]
-            options[option] = ", ".join("–" if each is None else str(each) for each in values)
-    return name, blocks, options
+            options[option] = ", ".join("–" if item is None else str(item) for item in values)
+    return options
 
 
-def _start(run: Path) -> WeightsOrigin:
-    """What config.yaml says about pretrained weights, and what timm knows of those."""
-    source = str(read_yaml(run / "config.yaml")["model"]["arch"]["pretrained"] or "")
+def _weights_origin(run: Path) -> WeightsOrigin:
+    """The pretrained weights by config.yaml, with timm's facts about them."""
+    config = read_yaml(run / "config.yaml")
+    source = str(config["model"]["arch"]["pretrained"] or "")
     if source.startswith("hf-hub:"):
         return WeightsOrigin(source, source.removeprefix("hf-hub:").split("@")[0])
     if not source or Path(source).exists() or not timm.is_model(source):
         return WeightsOrigin(without_path(source))
-    config = cast(Any, timm.get_pretrained_cfg(source)).to_dict()
-    return WeightsOrigin(
-        source, str(config.get("hf_hub_id") or ""), str(config.get("license") or "")
-    )
+    weights = cast(Any, timm.get_pretrained_cfg(source))
+    return WeightsOrigin(source, weights.hf_hub_id or "", weights.license or "")
 
 
 def model_card(facts: dict[str, Any]) -> str:
@@ -529,6 +518,5 @@ def model_card(facts: dict[str, Any]) -> str:
 
 def without_example(sentence: str) -> str:
     """A sentence about the data without the file name that it gives as an example, which may be private."""
-    return re.sub(
-        r" \(for example .*\)", "", escape_controls(sentence)
-    )  # to the last bracket: names have brackets too
+    # To the last bracket: names have brackets too.
+    return re.sub(r" \(for example .*\)", "", escape_controls(sentence))

@@ -7,11 +7,12 @@ to one image: no scores are kept (`ImageDataModule.keeps_scores`).
 Axes: B images, C classes, E experts, H = sum of E over the MoE layers.
 """
 
-# ruff: noqa: D102 (Lightning's hooks)
+# ruff: noqa: D102 (Lightning's hooks, whose `task` is the `ClassificationTask`)
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +25,8 @@ from torch import Tensor
 from moevision.data import ImageDataModule
 from moevision.data.scores import FILE, MEASURES, Scores, ScoreSums, keys_of
 from moevision.layers import Routing, moe_layers
-from moevision.train.processes import gather_objects, print_rank0
-from moevision.train.task import Batch, ClassificationTask
+from moevision.train.processes import data_of, gather_objects, is_trial, print_rank0
+from moevision.train.task import Batch
 
 
 class ExampleScores(L.Callback):
@@ -37,23 +38,20 @@ class ExampleScores(L.Callback):
 
     def __init__(self) -> None:
         self.sums: ScoreSums | None = None
-        self._saved: Mapping[str, Any] | None = (
-            None  # by the checkpoint that is gone on from; {}: nothing
-        )
-        self._window: list[
-            tuple[Tensor, Tensor]
-        ] = []  # [B] and [B, 5 or 5 + H] of each micro-batch
+        # By the checkpoint that is resumed; {}: it has no scores.
+        self._saved: Mapping[str, Any] | None = None
+        # Indices [B] and measures [B, 5 or 5 + H] of each micro-batch.
+        self._window: list[tuple[Tensor, Tensor]] = []
         self._routed_from = float("inf")  # the step at which counting of experts begins
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn is TrainerFn.FITTING:
             self._saved = checkpoint["callbacks"].get(self.state_key, {})
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data, task = cast(Any, trainer).datamodule, cast(ClassificationTask, pl_module)
-        saved, self._saved, self.sums = self._saved, None, None
+    def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
+        data = data_of(trainer)
+        saved, self._saved = self._saved, None
+        self.sums = None
         if not data.keeps_scores:
             if data.mixes and data.scores is None:
                 print_rank0(
@@ -61,30 +59,32 @@ class ExampleScores(L.Callback):
                 )
             return
         images = range(len(data.contents.datasets["train"]))
+        keys = keys_of(data.sample_id("train", image) for image in images)
         layers = moe_layers(task.net)
         experts = {cast(int, layer.layer_index): layer.router.num_experts for layer in layers}
-        sums = ScoreSums(keys_of(data.sample_id("train", image) for image in images), experts)
-        if saved is not None and not (saved and sums.load_state_dict(saved)):
+        sums = ScoreSums(keys, experts)
+        is_resumed = saved is not None
+        if is_resumed and not (saved and sums.load_state_dict(saved)):
             print_rank0(
                 "note: no scores of the training images: the checkpoint has none, and those of the rest mislead."
             )
             return
         self.sums = sums
-        task.observer = lambda batch, logits, routings: self._observe(
-            trainer, batch, logits, routings
-        )
+        task.observer = partial(self._observe, trainer)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
         if stage == "fit":
-            cast(ClassificationTask, pl_module).observer = None
+            task.observer = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         # Experts hardly change in the last third; a training without an end has none.
         steps = trainer.estimated_stepping_batches if self.sums is not None else float("inf")
-        self._routed_from = steps - steps // 3 if isfinite(steps) else steps
+        self._routed_from = steps
+        if isfinite(steps):
+            self._routed_from = steps - steps // 3
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window = []
@@ -93,33 +93,28 @@ class ExampleScores(L.Callback):
     def _observe(
         self, trainer: L.Trainer, batch: Batch, logits: Tensor, routings: Sequence[Routing]
     ) -> None:
-        found = [visit_measures(logits, batch["label"])]
+        measures = [visit_measures(logits, batch["label"])]
         if trainer.global_step >= self._routed_from:
-            found += map(visit_shares, routings)
-        self._window.append((batch["index"], torch.cat(found, 1)))
+            measures += [visit_shares(routing) for routing in routings]
+        self._window.append((batch["index"], torch.cat(measures, 1)))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self.sums is None or not cast(ClassificationTask, pl_module).update_applied:
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+        if self.sums is None or not task.update_applied:
             return
         for visits in self._window:
-            found = gather_objects(
-                [part.cpu() for part in visits]
-            )  # of all processes, in order of rank
-            own, values = (torch.cat(part) for part in zip(*found, strict=True))
-            measures, shares = values[:, : len(MEASURES)], values[:, len(MEASURES) :]
-            self.sums.add(
-                own.numpy(), measures.numpy(), shares.numpy() if shares.shape[1] else None
-            )
+            processes = gather_objects([part.cpu() for part in visits])
+            indices = torch.cat([index for index, _ in processes])
+            values = torch.cat([values for _, values in processes])
+            measures, shares = values.tensor_split([len(MEASURES)], dim=1)
+            has_shares = shares.shape[1] > 0
+            self.sums.add(indices.numpy(), measures.numpy(), shares.numpy() if has_shares else None)
         self._window = []
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
         """Write the table, after the guard's last check."""
-        if (
-            self.sums is not None
-            and trainer.is_global_zero
-            and not bool(cast(Any, trainer).fast_dev_run)
-        ):
-            self.table(cast(Any, trainer).datamodule).write(Path(trainer.default_root_dir) / FILE)
+        if self.sums is not None and trainer.is_global_zero and not is_trial(trainer):
+            table = self.table(data_of(trainer))
+            table.write(Path(trainer.default_root_dir) / FILE)
 
     def table(self, data: ImageDataModule) -> Scores:
         """The scores so far."""
@@ -128,26 +123,31 @@ class ExampleScores(L.Callback):
         return cast(ScoreSums, self.sums).table([sample.sample_id for sample in samples], labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows, which a return of the guard changes in place while a checkpoint is being made."""
+        """The rows; a rollback of the guard changes them in place while a checkpoint is being made."""
         return {} if self.sums is None else self.sums.state_dict()
 
 
 def visit_measures(logits: Tensor, label: Tensor) -> Tensor:
-    """[B, 5] float32: what one visit with logits [B, C] says of each image and its label [B], as `MEASURES` has it."""
-    z, own = logits.float(), label.unsqueeze(1)  # [B, C], [B, 1]
-    log_p = z.log_softmax(1)
-    margin = z.gather(1, own) - z.scatter(1, own, -torch.inf).amax(1, keepdim=True)
-    loss = -log_p.gather(1, own)
-    error = log_p.exp().scatter_add(1, own, -torch.ones_like(loss))  # p - onehot(y)
-    correct = (z.argmax(1, keepdim=True) == own).float()
-    return torch.cat([margin, error.norm(dim=1, keepdim=True), loss, (-loss).exp(), correct], 1)
+    """[B, 5] float32: `MEASURES` of one visit, of each image with logits [B, C] and its label [B]."""
+    logits, label = logits.float(), label.unsqueeze(1)  # [B, C], [B, 1]
+    own_logit = logits.gather(1, label)
+    best_other = logits.scatter(1, label, -torch.inf).amax(1, keepdim=True)
+    margin = own_logit - best_other
+
+    log_p = logits.log_softmax(1)
+    loss = -log_p.gather(1, label)
+    error = log_p.exp().scatter_add(1, label, -torch.ones_like(loss))  # p - onehot(y)
+    error_norm = error.norm(dim=1, keepdim=True)
+    correct = (logits.argmax(1, keepdim=True) == label).float()
+    return torch.cat([margin, error_norm, loss, (-loss).exp(), correct], 1)
 
 
 def visit_shares(routing: Routing) -> Tensor:
     """[B, E] float32: share of each image's choices that each expert computes; with slots, of its tokens' weights."""
-    # All slots are always computed; what differs between images is how much of each their tokens take.
-    found = routing.expert_weights().sum(1) if routing.kind == "soft" else routing.image_counts()
-    found = found.float()
-    return found / found.sum(1, keepdim=True).clamp_min(
-        torch.finfo(torch.float32).tiny
-    )  # 0 where all were dropped
+    amounts = routing.image_counts()
+    if routing.kind == "soft":
+        # All slots are always computed; images differ in how much of each their tokens take.
+        amounts = routing.expert_weights().sum(1)
+    amounts = amounts.float()
+    total = amounts.sum(1, keepdim=True)
+    return amounts / total.clamp_min(torch.finfo(torch.float32).tiny)  # 0 where all were dropped

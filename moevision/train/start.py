@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,9 +61,8 @@ from moevision.train.processes import has_gpu, print_rank0
 from moevision.words import percent
 
 AUTO, NONE = "auto", "none"
-_LARGE_GPU_BYTES = (
-    11 * 2**30
-)  # of a card that trains a ViT-B at 224 px: torch sees 11.75 GiB of one of 12
+# Of a card that trains a ViT-B at 224 px: torch sees 11.75 GiB of one of 12.
+_LARGE_GPU_BYTES = 11 * 2**30
 _PATIENT_S = 3600.0  # a training on a CPU that is expected to take longer gets the smaller model
 # What a CPU's thread computes per second in training, in float32, with room for AVX2: forward passes of a ViT-S at
 # 112 px reached 75e9 with AVX-512, decoding included.
@@ -93,38 +92,29 @@ class StartWeights:
 
 
 class ChosenStart(NamedTuple):
-    """What a training starts from (None: from scratch), and a line that says what was chosen and why."""
+    """The weights that a training starts from (None: from scratch), and a line that says which and why."""
 
     weights: StartWeights | None
     line: str = ""
 
 
-def choose_start(asked: str | None, images: int = 0, base: str | None = None) -> ChosenStart:
+def choose_start(source: str | None, images: int = 0, base: str | None = None) -> ChosenStart:
     """The weights to start from, fetched if need be.
 
-    `asked` is `--pretrained` (None: not given), 0 `images` weren't counted, `base` is the architecture of a file.
+    `source` is `--pretrained` (None: not given), 0 `images` weren't counted, `base` is the architecture of a file.
     """
-    if asked == NONE:
+    if source == NONE:
         return ChosenStart(None)
-    if asked is not None and asked != AUTO:
-        return _named(asked, base)
-
-    def chosen(weights: Published, origin: str) -> ChosenStart:
-        net = _without_memory(weights.name)
-        few = f"{images:,} images are few to learn from scratch, and " if images else ""
-        where = "a GPU" if has_gpu() else f"a CPU (threads: {torch.get_num_threads()})"
-        return ChosenStart(
-            StartWeights(weights.name, None, net),
-            f"start: {weights.name} ({_size(net)}, licence {weights.licence}), {origin}: {few}it suits {where}. "
-            f"Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}.",
-        )
+    if source not in (None, AUTO):
+        return _start_from(source, base)
 
     candidates = [published(name) for name in fitting(images)]
-    for weights in candidates:
-        if weights.licence in FREE_LICENCES and cached(weights) is not None:
-            return chosen(weights, "from the hub's cache on this computer")
+    weights = _first_cached(candidates)
+    if weights is not None:
+        return _chosen(weights, images, "from the hub's cache on this computer")
+
     weights = candidates[0]
-    if asked is None and not _on_terminal():
+    if source is None and not _on_terminal():
         return from_scratch(
             f"{weights.name} is not in the hub's cache, and without a terminal nothing is downloaded unless you say "
             f"--pretrained {AUTO}"
@@ -132,70 +122,100 @@ def choose_start(asked: str | None, images: int = 0, base: str | None = None) ->
     try:
         facts = ask_hub(weights)
     except UserError as error:
-        offline = isinstance(error, HubUnreachableError)
-        more = (
-            ", and no pretrained weights are in its cache; --pretrained FILE works"
-            if offline
-            else ""
-        )
-        return from_scratch(str(error).rstrip(".") + more)
+        reason = str(error).rstrip(".")
+        if isinstance(error, HubUnreachableError):
+            reason += ", and no pretrained weights are in its cache; --pretrained FILE works"
+        return from_scratch(reason)
     for licence in (weights.licence, facts.licence):
         if licence and licence not in FREE_LICENCES:
             return from_scratch(
                 f"the licence of {weights.name}, {licence}, is not one that allows everything, so it is taken only if "
                 f"you name it: --pretrained {weights.name}"
             )
-    if asked is None:
-        size = "" if facts.size_bytes is None else f"{facts.size_bytes / 1e6:.0f} MB, "
-        question = (
-            f"{images:,} images are few to learn from scratch. Start from {weights.name} ({size}licence "
-            f"{weights.licence}), downloaded once from huggingface.co?\n"
-            "[Y]es, [n]o: from scratch, or another timm name, file or folder: "
-        )
-        print(question, end="", file=sys.stderr, flush=True)
-        try:
-            answer = input().strip()
-        except EOFError:  # the terminal has gone
-            answer = NONE
-        if answer.lower() in ("n", "no", NONE):
-            return ChosenStart(None, "start: from scratch, as you wish.")
-        if answer.lower() not in ("", "y", "yes"):
-            return _named(answer)
+
+    answer = "yes" if source == AUTO else confirm_download(weights, facts, images)
+    if answer.lower() in ("n", "no", NONE):
+        return ChosenStart(None, "start: from scratch, as you wish.")
+    if answer.lower() not in ("", "y", "yes"):
+        return _start_from(answer)
     _download(weights, facts)
-    return chosen(weights, "downloaded")
+    return _chosen(weights, images, "downloaded")
+
+
+def _first_cached(candidates: Sequence[Published]) -> Published | None:
+    """The first of them under a free licence that is in the hub's cache."""
+    for weights in candidates:
+        if weights.licence in FREE_LICENCES and cached(weights) is not None:
+            return weights
+    return None
+
+
+def confirm_download(weights: Published, facts: HubFacts, images: int) -> str:
+    """The answer of the user: empty or yes, no, or other weights."""
+    size = "" if facts.size_bytes is None else f"{facts.size_bytes / 1e6:.0f} MB, "
+    question = (
+        f"{images:,} images are few to learn from scratch. Start from {weights.name} ({size}licence "
+        f"{weights.licence}), downloaded once from huggingface.co?\n"
+        "[Y]es, [n]o: from scratch, or another timm name, file or folder: "
+    )
+    print(question, end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip()
+    except EOFError:  # the terminal has gone
+        return NONE
+
+
+def _chosen(weights: Published, images: int, origin: str) -> ChosenStart:
+    net = _without_memory(weights.name)
+    few = f"{images:,} images are few to learn from scratch, and " if images else ""
+    device = "a GPU" if has_gpu() else f"a CPU (threads: {torch.get_num_threads()})"
+    return ChosenStart(
+        StartWeights(weights.name, None, net),
+        f"start: {weights.name} ({_size(net)}, licence {weights.licence}), {origin}: {few}it suits {device}. "
+        f"Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}.",
+    )
 
 
 def from_scratch(reason: str) -> ChosenStart:
-    """Few images start from scratch for a reason; and what is lost by it."""
+    """Start few images from scratch; the line says why, and what is lost by it."""
     return ChosenStart(None, f"start: from scratch ({reason}). {LOST}")
 
 
-def _named(source: str, base: str | None = None) -> ChosenStart:
+def _start_from(source: str, base: str | None = None) -> ChosenStart:
+    """Start from the weights that the user names."""
     if source.endswith(".safetensors"):
-        file = Path(source)
-        name = base or architecture_of(file)
-        net, metadata = _without_memory(name), read_metadata(file) if file.is_file() else {}
-        licence = metadata.get("license", NOT_STATED)
-        what, more = (
-            f"{file} as {name}",
-            f", from {metadata['source']}" if "source" in metadata else "",
-        )
-    else:
-        name, net, licence, what, more = None, _without_memory(source), NOT_STATED, source, ""
-        if not moe_layers(net):
-            check_upcyclable(net, "last2")  # before anything is downloaded
-        if is_timm_name(address := address_of(source)):
-            weights = published(address)
-            licence = weights.licence
-            if cached(weights) is None:
-                facts = ask_hub(weights)
-                licence = facts.licence or licence
-                _download(weights, facts)
-    if licence not in (NOT_STATED, *FREE_LICENCES):
-        more = ", which restricts what you may do" + more
-    return ChosenStart(
-        StartWeights(source, name, net), f"start: {what} ({_size(net)}, licence {licence}{more})."
-    )
+        return _start_from_file(source, base)
+    net = _without_memory(source)
+    if not moe_layers(net):
+        check_upcyclable(net, "last2")  # before anything is downloaded
+    licence = NOT_STATED
+    address = address_of(source)
+    if is_timm_name(address):
+        weights = published(address)
+        licence = weights.licence
+        if cached(weights) is None:
+            facts = ask_hub(weights)
+            licence = facts.licence or licence
+            _download(weights, facts)
+    line = f"start: {source} ({_size(net)}, {_licence(licence)})."
+    return ChosenStart(StartWeights(source, None, net), line)
+
+
+def _start_from_file(source: str, base: str | None) -> ChosenStart:
+    file = Path(source)
+    name = base or architecture_of(file)
+    net = _without_memory(name)
+    metadata = read_metadata(file) if file.is_file() else {}
+    licence = _licence(metadata.get("license", NOT_STATED))
+    origin = f", from {metadata['source']}" if "source" in metadata else ""
+    line = f"start: {file} as {name} ({_size(net)}, {licence}{origin})."
+    return ChosenStart(StartWeights(source, name, net), line)
+
+
+def _licence(licence: str) -> str:
+    if licence in (NOT_STATED, *FREE_LICENCES):
+        return f"licence {licence}"
+    return f"licence {licence}, which restricts what you may do"
 
 
 def _without_memory(source: str) -> nn.Module:
@@ -212,7 +232,7 @@ def _on_terminal() -> bool:
 
 
 def _download(weights: Published, facts: HubFacts) -> None:
-    """Fetch with the hub's progress bar, which shows on a terminal."""
+    """Download, with the hub's progress bar on a terminal."""
     size = "" if facts.size_bytes is None else f", {facts.size_bytes / 1e6:.1f} MB"
     print_rank0(
         f"downloading {weights.name} from {weights.repository}{size}, licence {facts.licence or weights.licence}"
@@ -222,8 +242,9 @@ def _download(weights: Published, facts: HubFacts) -> None:
 
 def weights_file(source: str) -> Path | None:
     """The file that pretrained weights were read from, for its hash; None for one that isn't known or has gone."""
+    path: Path | None
     if source.endswith(".safetensors"):
-        path: Path | None = Path(source)
+        path = Path(source)
     elif is_timm_name(source):
         path = cached(published(source))
     else:
@@ -238,24 +259,19 @@ def weights_file(source: str) -> Path | None:
 def fitting(images: int) -> list[str]:
     """The weights that suit this device and so many images, the best first."""
     if has_gpu():
-        large = (
-            torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-            >= _LARGE_GPU_BYTES
-        )
-        return [BASE, SMALL, TINY] if large else [SMALL, TINY]
+        device = torch.cuda.get_device_properties(torch.cuda.current_device())
+        is_large = device.total_memory >= _LARGE_GPU_BYTES
+        return [BASE, SMALL, TINY] if is_large else [SMALL, TINY]
     # Backward costs twice a forward pass.
-    flops = epochs_for(images) * images * 3 * _SMALL_FLOPS
-    return (
-        [SMALL, TINY]
-        if flops <= _PATIENT_S * torch.get_num_threads() * _CPU_FLOPS_PER_S
-        else [TINY]
-    )
+    flops = 3 * _SMALL_FLOPS * epochs_for(images) * images
+    seconds = flops / (torch.get_num_threads() * _CPU_FLOPS_PER_S)
+    return [SMALL, TINY] if seconds <= _PATIENT_S else [TINY]
 
 
 def epochs_for(images: int) -> int:
     """Epochs of a pretrained start: 8 000 images seen on a CPU, 40 000 on a GPU, within limits."""
-    fewest, seen, most = (5, 40_000, 30) if has_gpu() else (3, 8_000, 20)
-    return min(most, max(fewest, round(seen / max(1, images))))
+    fewest, most, images_seen = (5, 30, 40_000) if has_gpu() else (3, 20, 8_000)
+    return min(most, max(fewest, round(images_seen / max(1, images))))
 
 
 def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
@@ -280,26 +296,26 @@ def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
     if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
         options |= {"data.mean": list(saved.mean), "data.std": list(saved.std)}
     if not moe_layers(net):
+        pools = reads_class_token_only(net) and not hasattr(net, "dist_token")
         options |= {
             "model.arch.num_experts": 4,
             "model.arch.top_k": 1,
             "model.arch.router": "vmoe_top_k",
+            "router_start": "cluster",
+            "model.arch.moe_layers": "last2" if pools else read_layer_indices(net, "last2"),
         }
-        options["router_start"] = "cluster"
-        pools = reads_class_token_only(net) and not hasattr(net, "dist_token")
-        options["model.arch.moe_layers"] = "last2" if pools else read_layer_indices(net, "last2")
         if pools:
             options["model.arch.global_pool"] = "avg"
     return options
 
 
-def image_side(net: nn.Module, own: int) -> int:
-    """Side of the images in pixels: whole patches, near 112 on a CPU and 224 on a GPU, at most the model's."""
-    wanted = 224 if has_gpu() else 112
-    if own <= wanted or moe_layers(net):
-        return own
+def image_side(net: nn.Module, side: int) -> int:
+    """Side of the images in pixels: whole patches, near 112 on a CPU and 224 on a GPU, at most the model's `side`."""
+    suitable = 224 if has_gpu() else 112
+    if side <= suitable or moe_layers(net):
+        return side
     patch = int(cast(Any, net).patch_embed.patch_size[0])
-    return max(1, round(wanted / patch)) * patch
+    return max(1, round(suitable / patch)) * patch
 
 
 # ---- the linear probe
@@ -326,40 +342,33 @@ class Probe:
     seconds: float  # features and regression together; `cpu_s` are CPU seconds of the same
     mbytes: float  # of the model that it is the classifier of, in float32
     cpu_s: float = 0.0
-    of_experts: bool = (
-        False  # whether the weights came with experts, so that no dense model has these features
-    )
-    # weights [C, D] and biases [C]; None if it was read from a file
+    # Whether the weights came with experts, so that no dense model has these features.
+    of_experts: bool = False
+    # Weights [C, D] and biases [C]; None if it was read from a file.
     head: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def beats_the_head(self) -> bool:
-        """Whether it is the better classifier to start with; one that was trained for these classes may be better."""
+        """Whether it is better than the model's own classifier, which may have been trained for these classes."""
         return self.val_correct > self.head_val_correct
 
     def sentence(self) -> str:
-        """What it found, for the terminal."""
-        total = len(self.test_correct)
-        val, test = (
-            self.val_correct / max(1, self.val_images),
-            sum(self.test_correct.values()) / max(1, total),
-        )
-        start = (
-            "the classifier starts with it"
-            if self.beats_the_head
-            else "the weights' own classifier is kept"
-        )
+        """The result, for the terminal."""
+        tested = len(self.test_correct)
+        val = self.val_correct / max(1, self.val_images)
+        test = sum(self.test_correct.values()) / max(1, tested)
+        start = "the weights' own classifier is kept"
+        if self.beats_the_head:
+            start = "the classifier starts with it"
         return (
-            f"linear probe: {percent(val)} of {self.val_images:,} validation and {percent(test)} of {total:,} test "
+            f"linear probe: {percent(val)} of {self.val_images:,} validation and {percent(test)} of {tested:,} test "
             f"images by logistic regression on the frozen features, in {self.seconds:.0f} s; {start}"
         )
 
     def write(self, run_dir: Path) -> None:
-        """Leave everything but the head in a run folder."""
-        write_json_atomic(
-            run_dir / PROBE_FILE,
-            {name: value for name, value in vars(self).items() if name != "head"},
-        )
+        """Write everything but the head into a run folder."""
+        values = {name: value for name, value in vars(self).items() if name != "head"}
+        write_json_atomic(run_dir / PROBE_FILE, values)
 
 
 def read_probe(run_dir: Path) -> Probe | None:
@@ -382,34 +391,30 @@ def fit_probe(
     head = linear_head(net)
     if head is None:
         return None
-    began, began_cpu_s = time.monotonic(), cpu_s()
-    images = [
-        min(count, len(data.contents.datasets[split])) for split, count in _MOST_IMAGES.items()
+    began_s = time.monotonic()
+    began_cpu_s = cpu_s()
+    train_images, val_images, test_images = [
+        min(limit, len(data.contents.datasets[split])) for split, limit in _MOST_IMAGES.items()
     ]
     print_rank0(
-        "linear probe: logistic regression on the frozen features of {:,} training, {:,} validation and {:,} test "
-        "images".format(*images)
+        f"linear probe: logistic regression on the frozen features of {train_images:,} training, {val_images:,} "
+        f"validation and {test_images:,} test images"
     )
-    found = features_of(net, data, _MOST_IMAGES, device, context)
-    (x, y, _), (val_x, val_y, _), (test_x, test_y, test_index) = (
-        found["train"],
-        found["val"],
-        found["test"],
-    )
-    weight, bias = _best_regression(x, y, val_x, val_y, data.num_classes)
-    own_weight = head.weight.detach().double().cpu().numpy()
-    own_bias = 0 if head.bias is None else head.bias.detach().double().cpu().numpy()
-    correct = _classify(test_x, weight, bias) == test_y
+    features = features_of(net, data, _MOST_IMAGES, device, context)
+    train, val, test = features["train"], features["val"], features["test"]
+    weight, bias = _best_regression(train, val, data.num_classes)
+
+    head_weight = head.weight.detach().double().cpu().numpy()
+    head_bias = 0 if head.bias is None else head.bias.detach().double().cpu().numpy()
+    is_correct = _classify(test.features, weight, bias) == test.labels
+    samples = [data.sample_id("test", index) for index in test.indices.tolist()]
     return Probe(
-        train_images=len(y),
-        val_correct=int((_classify(val_x, weight, bias) == val_y).sum()),
-        val_images=len(val_y),
-        head_val_correct=int((_classify(val_x, own_weight, own_bias) == val_y).sum()),
-        test_correct={
-            data.sample_id("test", int(index)): bool(right)
-            for index, right in zip(test_index, correct, strict=True)
-        },
-        seconds=time.monotonic() - began,
+        train_images=len(train.labels),
+        val_correct=_count_correct(val, weight, bias),
+        val_images=len(val.labels),
+        head_val_correct=_count_correct(val, head_weight, head_bias),
+        test_correct=dict(zip(samples, is_correct.tolist(), strict=True)),
+        seconds=time.monotonic() - began_s,
         mbytes=4 * sum(parameter.numel() for parameter in net.parameters()) / 1e6,
         cpu_s=cpu_s() - began_cpu_s,
         of_experts=bool(moe_layers(net)),
@@ -417,94 +422,128 @@ def fit_probe(
     )
 
 
+class Features(NamedTuple):
+    """Pooled features [n, D] of images of a split, their labels [n] and their indices [n] in it."""
+
+    features: _Floats
+    labels: _Integers
+    indices: _Integers
+
+
 @torch.no_grad()
 def features_of(
     net: nn.Module,
     data: ImageDataModule,
-    most: Mapping[str, int],
+    limits: Mapping[str, int],
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> dict[str, list[npt.NDArray[Any]]]:
-    """Pooled features [n, D], labels [n] and indices [n] of images of each split, without augmentation.
+) -> dict[str, Features]:
+    """Features of images of each split, without augmentation.
 
-    At most `most` of a split, of every class the same share; of training images at least five of each class, if it has
-    them and that many fit: a distance or a classifier that never saw a rare class is wrong about all of its images.
+    At most so many of a split as its limit, of every class the same share; of training images at least five of each
+    class, if it has them and that many fit: a distance or a classifier that never saw a rare class is wrong about all
+    of its images.
     """
-    net, dtype, console = net.to(device), next(net.parameters()).dtype, Console(stderr=True)
-    found: dict[str, list[npt.NDArray[Any]]] = {}
-    with evaluating(net):
-        for split, count in most.items():
-            labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
-            order = np.random.default_rng(data.seed).permutation(len(labels))
-            order = order[
-                np.argsort(labels[order], kind="stable")
-            ]  # class by class, each in random order
-            places = _evenly(len(order), count)
-            least = min(5, count // data.num_classes) if split == "train" else 0
-            if np.bincount(labels[order[places]], minlength=data.num_classes).min() < least:
-                first = (
-                    np.arange(len(order)) - np.searchsorted(labels[order], labels[order]) < least
-                )  # of their class
-                own, others = np.flatnonzero(first), np.flatnonzero(~first)
-                places = np.concatenate([own, others[_evenly(len(others), count - len(own))]])
-            parts: list[tuple[Tensor, Tensor, Tensor]] = []
-            loader = data.plain_loader(split, sorted(order[places].tolist()))
-            batches = track(
-                loader,
-                f"{split} images",
-                -(-len(places) // data.batch_size),
-                console=console,
-                transient=True,
-                disable=not console.is_terminal,
-            )
-            for batch in batches:
+    net = net.to(device)
+    dtype = next(net.parameters()).dtype
+    console = Console(stderr=True)
+    features = {}
+    for split, limit in limits.items():
+        rows = _choose_rows(data, split, limit)
+        progress = track(
+            data.plain_loader(split, rows),
+            f"{split} images",
+            total=-(-len(rows) // data.batch_size),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        batches: list[tuple[Tensor, Tensor, Tensor]] = []
+        with evaluating(net):
+            for batch in progress:
                 with context():
-                    features = pooled(net, batch["image"].to(device, dtype)).double().cpu()
-                parts.append((features, batch["label"].cpu(), batch["index"].cpu()))
-            found[split] = [torch.cat(part).numpy() for part in zip(*parts, strict=True)]
-    return found
+                    x = pooled(net, batch["image"].to(device, dtype)).double().cpu()  # [B, D]
+                batches.append((x, batch["label"].cpu(), batch["index"].cpu()))
+        columns = [torch.cat(column).numpy() for column in zip(*batches, strict=True)]
+        features[split] = Features(*columns)
+    return features
 
 
-def _evenly(rows: int, count: int) -> _Integers:
+def _choose_rows(data: ImageDataModule, split: str, limit: int) -> list[int]:
+    """Rows of at most so many images of a split, of every class the same share, as `features_of` says."""
+    samples = data.contents.datasets[split].samples
+    labels = np.array([sample.label for sample in samples])
+    # Class by class, each in random order.
+    order = np.random.default_rng(data.seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    labels = labels[order]
+
+    positions = _evenly_spaced(len(order), limit)
+    counts = np.bincount(labels[positions], minlength=data.num_classes)
+    least = min(5, limit // data.num_classes) if split == "train" else 0
+    if counts.min() < least:
+        # The first of each class, and of all others evenly.
+        class_begin = np.searchsorted(labels, labels)
+        is_first = np.arange(len(labels)) - class_begin < least
+        first = np.flatnonzero(is_first)
+        others = np.flatnonzero(~is_first)
+        others = others[_evenly_spaced(len(others), limit - len(first))]
+        positions = np.concatenate([first, others])
+    return sorted(order[positions].tolist())
+
+
+def _evenly_spaced(rows: int, count: int) -> _Integers:
     return np.linspace(0, rows - 1, min(count, rows)).round().astype(int)
 
 
 @torch.no_grad()
 def start_with(net: nn.Module, probe: Probe) -> None:
     """Give the classifier the probe's weights, in place."""
-    head, (weight, bias) = (
-        cast(nn.Linear, linear_head(net)),
-        cast(tuple[Tensor, Tensor], probe.head),
-    )
+    head = cast(nn.Linear, linear_head(net))
+    weight, bias = cast(tuple[Tensor, Tensor], probe.head)
     head.weight.copy_(weight)
     if head.bias is not None:
         head.bias.copy_(bias)
 
 
-def _best_regression(
-    x: _Floats, y: _Integers, val_x: _Floats, val_y: _Integers, classes: int
-) -> tuple[_Floats, _Floats]:
+def _best_regression(train: Features, val: Features, classes: int) -> tuple[_Floats, _Floats]:
     """Weights [C, D] and biases [C] for raw features; the penalty is the best on validation, the strongest at a tie."""
+    best: tuple[_Floats, _Floats] | None = None
+    most_correct = -1
+    for strength in _STRENGTHS:
+        weight, bias = _fit_regression(train, strength, classes)
+        correct = _count_correct(val, weight, bias)
+        if correct > most_correct:
+            best, most_correct = (weight, bias), correct
+    assert best is not None
+    return best
+
+
+def _fit_regression(train: Features, strength: float, classes: int) -> tuple[_Floats, _Floats]:
+    """Logistic regression on standardized features, as weights [C, D] and biases [C] for raw ones."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    mean, spread = x.mean(0), x.std(0) + 1e-6
-    found: list[tuple[int, _Floats, _Floats]] = []
-    for strength in _STRENGTHS:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # near its optimum is near enough
-            model = LogisticRegression(C=strength, max_iter=300).fit((x - mean) / spread, y)
-        weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, _ABSENT)
-        present, coefficients, intercept = model.classes_, model.coef_, model.intercept_
-        if len(present) == 2:  # one row, for the second class against the first
-            coefficients, intercept = (
-                np.concatenate([-x / 2, x / 2]) for x in (coefficients, intercept)
-            )
-        weight[present] = coefficients / spread
-        bias[present] = intercept - weight[present] @ mean
-        found.append((int((_classify(val_x, weight, bias) == val_y).sum()), weight, bias))
-    _, weight, bias = max(found, key=lambda each: each[0])
+    mean, spread = train.features.mean(0), train.features.std(0) + 1e-6  # [D]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # near its optimum is near enough
+        model = LogisticRegression(C=strength, max_iter=300)
+        model.fit((train.features - mean) / spread, train.labels)
+    coefficients, intercept = model.coef_, model.intercept_
+    present = model.classes_
+    if len(present) == 2:  # sklearn has one row, for the second class against the first
+        coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
+        intercept = np.concatenate([-intercept / 2, intercept / 2])
+
+    weight = np.zeros((classes, train.features.shape[1]))
+    bias = np.full(classes, _ABSENT)
+    weight[present] = coefficients / spread
+    bias[present] = intercept - weight[present] @ mean
     return weight, bias
+
+
+def _count_correct(images: Features, weight: _Floats, bias: _Floats | float) -> int:
+    return int((_classify(images.features, weight, bias) == images.labels).sum())
 
 
 def _classify(x: _Floats, weight: _Floats, bias: _Floats | float) -> _Integers:

@@ -33,8 +33,8 @@ from torchmetrics.classification import (
 
 from moevision.config import AuxLossWeights, Model, MoEConfig, OptimizerConfig
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, UserError, check_ranges
-from moevision.layers import LayerLoad, Routing, forward_routing, moe_layers, update_router_bias
-from moevision.losses import AuxLoss, RoutingStatistics
+from moevision.layers import LayerLoad, Routing, forward_routing, moe_layers
+from moevision.losses import Balance, RoutingStatistics
 from moevision.models.config import build_model
 from moevision.models.vit_moe import (
     checkpoint_blocks,
@@ -44,13 +44,13 @@ from moevision.models.vit_moe import (
 )
 from moevision.train.checkpoint import plain
 from moevision.train.optim import LOCAL, build_optimizer, freeze_parameters, hold_frozen_statistics
-from moevision.train.processes import mean_over_processes, print_rank0, sums_over_processes
+from moevision.train.processes import mean_over_processes, print_rank0
 
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]
-"""Whether the update of this step is refused, by the norm of its gradients; asked once per optimizer step."""
+"""Whether the update of this step is refused, by the norm of its gradients; called once per optimizer step."""
 Observer = Callable[[Batch, Tensor, Sequence[Routing]], None]
-"""Is told of every training batch: the batch, its logits [B, C] and what each MoE layer decided, detached."""
+"""Called with every training batch: the batch, its logits [B, C] and what each MoE layer decided, detached."""
 
 
 def check_trainer(trainer: L.Trainer) -> None:
@@ -80,6 +80,7 @@ class ClassificationTask(L.LightningModule):
     """
 
     net: nn.Module
+    balance: Balance
 
     def __init__(
         self,
@@ -94,25 +95,33 @@ class ClassificationTask(L.LightningModule):
     ) -> None:
         super().__init__()
         # Typed as what the command line accepts, so that a mistyped key is refused; a checkpoint hands back dicts.
-        self.arch = arch if isinstance(arch, MoEConfig) else MoEConfig(**arch)
+        self.arch = arch if isinstance(arch, MoEConfig) else MoEConfig.from_checkpoint(arch)
         self.optim = optim if isinstance(optim, OptimizerConfig) else OptimizerConfig(**optim)
         self.aux_weights = aux if isinstance(aux, AuxLossWeights) else AuxLossWeights(**aux)
         self.label_smoothing = label_smoothing
-        self.compile_blocks, self.grad_checkpointing = compile, grad_checkpointing
+        self.compile_blocks = compile
+        self.grad_checkpointing = grad_checkpointing
         check_ranges(self, [(*SHARE, ("label_smoothing",))], "--model.")
-        parts = self.arch, self.optim, self.aux_weights
-        given = Model(*parts, label_smoothing, compile, grad_checkpointing, num_classes, image_size)
-        self.save_hyperparameters(asdict(given), logger=False)
-        self.aux_loss = AuxLoss(self.aux_weights)
-        self.tensors = LOCAL  # `parallel.strategy` has another one, for parts
-        self.window_counts: list[Tensor] = []
+        hyperparameters = Model(
+            arch=self.arch,
+            optim=self.optim,
+            aux=self.aux_weights,
+            label_smoothing=label_smoothing,
+            compile=compile,
+            grad_checkpointing=grad_checkpointing,
+            num_classes=num_classes,
+            image_size=image_size,
+        )
+        self.save_hyperparameters(asdict(hyperparameters), logger=False)
+        self.tensors = LOCAL  # `parallel` has another one, for divided tensors
         # What the micro-batches of this optimizer step computed, by name: the stability guard judges by it.
         self.evidence: list[dict[str, Tensor]] = []
         self.update_gate: UpdateGate | None = None
         self.observer: Observer | None = None
-        self.update_refused = self.update_applied = False
+        self.update_refused = False
+        self.update_applied = False
         self.class_weight: Tensor | None = None
-        self._processes_before: int | None = None  # of the run that goes on
+        self._resumed_world_size: int | None = None  # of the checkpoint that is resumed
         self.val_outputs: list[dict[str, Tensor]] = []  # of the last validation
         self.test_outputs: list[dict[str, Tensor]] = []
         self.test_loads: list[LayerLoad] = []
@@ -132,33 +141,36 @@ class ClassificationTask(L.LightningModule):
         """Make the network and its metrics; arguments as those of `build_model`."""
         self.hparams.update(num_classes=num_classes, image_size=image_size)
         net = build_model(
-            self.arch, num_classes, image_size, load_pretrained=load_pretrained, kept=kept
+            self.arch,
+            num_classes,
+            image_size,
+            load_pretrained=load_pretrained,
+            pretrained_config_dir=kept,
         )
         self.net = freeze_parameters(net, self.optim.freeze)
         checkpoint_blocks(self.net, self.grad_checkpointing)
-        self.aux_loss.check(self.net, num_classes)
-        experts = {
-            cast(int, layer.layer_index): layer.router.num_experts for layer in moe_layers(self.net)
-        }
-        self.routing_statistics = (
-            RoutingStatistics([*experts], [*experts.values()]) if experts else None
-        )
+        self.balance = Balance(self.net, self.aux_weights, num_classes)
+
+        layers = moe_layers(self.net)
+        self.routing_statistics: RoutingStatistics | None = None
+        if layers:
+            self.routing_statistics = RoutingStatistics(
+                [cast(int, layer.layer_index) for layer in layers],
+                [layer.router.num_experts for layer in layers],
+            )
         self.val_metrics = _metrics(num_classes, "val/")
         self.test_metrics = _metrics(num_classes, "test/")
-        kinds = {
-            "precision": MulticlassPrecision,
-            "f1": MulticlassF1Score,
-            "auroc": MulticlassAUROC,
-        }
         self.class_metrics = MetricCollection(
-            {name: kind(num_classes, average="none") for name, kind in kinds.items()}
+            {
+                "precision": MulticlassPrecision(num_classes, average="none"),
+                "f1": MulticlassF1Score(num_classes, average="none"),
+                "auroc": MulticlassAUROC(num_classes, average="none"),
+            }
         )
         # By default a MeanMetric leaves NaN out, and a loss that isn't finite would pass as a good one. Under "disable"
         # torchmetrics 1.9 ignores weights, such as the size of a batch: `_evaluate` hands over the loss of every image.
-        self.val_loss, self.test_loss = (
-            MeanMetric(nan_strategy="disable"),
-            MeanMetric(nan_strategy="disable"),
-        )
+        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.test_loss = MeanMetric(nan_strategy="disable")
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -169,11 +181,11 @@ class ClassificationTask(L.LightningModule):
                 )
             self.build(data.num_classes, data.image_size, load_pretrained=stage == "fit")
         elif data is not None:
-            known = self.hparams["num_classes"], self.hparams["image_size"]
-            if (data.num_classes, data.image_size) != known:
+            num_classes, side = self.hparams["num_classes"], self.hparams["image_size"]
+            if (data.num_classes, data.image_size) != (num_classes, side):
                 raise UserError(
-                    f"The model is of {known[0]} classes and images of {known[1]} px, the data has {data.num_classes} "
-                    f"and {data.image_size} px: use the data that it was trained on, with --data.image_size {known[1]}."
+                    f"The model is of {num_classes} classes and images of {side} px, the data has {data.num_classes} "
+                    f"and {data.image_size} px: use the data that it was trained on, with --data.image_size {side}."
                 )
         if data is not None:
             self.class_weight = data.class_weight_tensor()
@@ -183,44 +195,46 @@ class ClassificationTask(L.LightningModule):
 
     def on_train_start(self) -> None:
         self.choose_attention()
-        planned = self.trainer.estimated_stepping_batches
-        before, now = self._processes_before, self.trainer.world_size
-        cause = "the training images (or, from Python, the epochs) are others than then. Put them back as they were"
+        planned: Any = self.trainer.estimated_stepping_batches
+        for config in self.trainer.lr_scheduler_configs:
+            self._check_schedule(getattr(config.scheduler, "total_steps", planned), planned)
+
+    def _check_schedule(self, steps: int, planned: float) -> None:
+        """Compare the length of the schedule, which a checkpoint restores, with that of this training."""
+        if planned <= steps <= max(2, planned):
+            return
+        cause = (
+            "the training images (or, from Python, the epochs) are others than then. "
+            "Put them back as they were"
+        )
+        before, now = self._resumed_world_size, self.trainer.world_size
         if before not in (None, now):
             cause = (
                 f"it began with {before} processes and goes on with {now}. Go on with a number of processes that "
                 "divides the one before"
             )
-        for config in self.trainer.lr_scheduler_configs:
-            known = getattr(config.scheduler, "total_steps", planned)
-            lengths = f"checkpoint's learning rate ends after {known:,} steps and this training has {planned:,}"
-            if known < planned:
-                raise UserError(
-                    f"The {lengths}: {cause}, or start a new run from its weights with --pretrained runs/NAME/model."
-                )
-            if known > max(2, planned):
-                print_rank0(
-                    f"warning: the {lengths}, so that it does not come down to its end: {cause}."
-                )
+        lengths = f"checkpoint's learning rate ends after {steps:,} steps and this training has {planned:,}"
+        if steps < planned:
+            raise UserError(
+                f"The {lengths}: {cause}, or start a new run from its weights with --pretrained runs/NAME/model."
+            )
+        print_rank0(f"warning: the {lengths}, so that it does not come down to its end: {cause}.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._processes_before = checkpoint.get("ImageDataModule", {}).get("world_size")
+        self._resumed_world_size = checkpoint.get("ImageDataModule", {}).get("world_size")
 
     def choose_attention(self) -> None:
         """Attention as it trains fastest; again after each evaluation, which uses the fused kernel."""
-        tokens, dtype = (
-            num_patches(self.net),
-            torch.bfloat16 if self._in_bfloat16 else torch.float32,
-        )
-        set_fused_attention(
-            self.net, tokens is None or not trains_unfused(self.device, dtype, tokens)
-        )
+        tokens = num_patches(self.net)
+        dtype = torch.bfloat16 if self._in_bfloat16 else torch.float32
+        is_unfused = tokens is not None and trains_unfused(self.device, dtype, tokens)
+        set_fused_attention(self.net, not is_unfused)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for part in checkpoint.keys() - {"state_dict"}:  # a state has metadata as an attribute
-            checkpoint[part] = plain(
-                checkpoint[part]
-            )  # NumPy's numbers, given in Python, would make it unreadable
+        # A state dict stays one: it has metadata as an attribute.
+        for part in checkpoint.keys() - {"state_dict"}:
+            # NumPy's numbers, given in Python, would make the checkpoint unreadable.
+            checkpoint[part] = plain(checkpoint[part])
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -236,37 +250,43 @@ class ClassificationTask(L.LightningModule):
         """Cross-entropy (soft targets under Mixup/CutMix) plus weighted losses of the routers."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.start_window()
-        logits, routings = forward_routing(self.net, batch["image"])
-        counts = [routing.requested_counts() for routing in routings]  # [E] for each layer
-        earlier = self.window_counts or [torch.zeros_like(count) for count in counts]
-        self.window_counts = [before + count for before, count in zip(earlier, counts, strict=True)]
+        labels = batch["label"]  # [B]
+        target = batch.get("target", labels)  # [B], or soft [B, C]
+        logits, routings = forward_routing(self.net, batch["image"])  # [B, C]
         if self.observer is not None:
             self.observer(batch, logits.detach(), [routing.detach() for routing in routings])
-        target = batch.get("target", batch["label"])  # [B] or soft [B, C]
+
         cross_entropy = self._cross_entropy(logits, target)
         shares = target if target.ndim == 2 else F.one_hot(target, logits.shape[-1])  # [B, C]
-        aux, values = self.aux_loss(
-            routings, shares
-        )  # a scalar, or None without losses of routers; each loss by name
-        loss = cross_entropy if aux is None else cross_entropy + aux
-        self.evidence.append(
-            {f"router of block {routing.layer}": routing.logits.detach() for routing in routings}
-            | {f"{name} loss": value for name, value in values.items()}
-            | {"cross-entropy": cross_entropy.detach(), "loss": loss.detach()}
-        )
-        size = len(batch["label"])
-        top1 = (
-            (logits.argmax(-1) == batch["label"]).float().mean()
-        )  # of labels [B], also under Mixup
-        means = mean_over_processes(
-            {"train/loss": loss, "train/cross_entropy": cross_entropy, "train/top1": top1}
-        )
+        loss = cross_entropy + self.balance.loss(routings, shares)
+        self._note_evidence(routings, cross_entropy, loss)
+        self._log_training(logits, labels, cross_entropy, loss)
+        return loss
+
+    def _note_evidence(
+        self, routings: Sequence[Routing], cross_entropy: Tensor, loss: Tensor
+    ) -> None:
+        """Keep the numbers of a micro-batch in the order in which they were computed."""
+        evidence = {f"router of block {r.layer}": r.logits.detach() for r in routings}
+        evidence |= {f"{name} loss": value for name, value in self.balance.values.items()}
+        evidence |= {"cross-entropy": cross_entropy.detach(), "loss": loss.detach()}
+        self.evidence.append(evidence)
+
+    def _log_training(
+        self, logits: Tensor, labels: Tensor, cross_entropy: Tensor, loss: Tensor
+    ) -> None:
+        is_correct = logits.argmax(-1) == labels  # [B], of labels also under Mixup
+        scalars = {
+            "train/loss": loss,
+            "train/cross_entropy": cross_entropy,
+            "train/top1": is_correct.float().mean(),
+        }
+        means = mean_over_processes(scalars)
+        size = len(labels)
         self.log("train/loss", means.pop("train/loss"), prog_bar=True, batch_size=size)
         self.log_dict(means, batch_size=size)
-        self.log_dict(
-            {f"train/{name}_loss": value for name, value in values.items()}, batch_size=size
-        )
-        return loss
+        for name, value in self.balance.values.items():
+            self.log(f"train/{name}_loss", value, batch_size=size)
 
     @property
     def _in_bfloat16(self) -> bool:
@@ -274,20 +294,20 @@ class ClassificationTask(L.LightningModule):
 
     def start_window(self) -> None:
         """Forget what earlier micro-batches computed: the next one is the first of an optimizer step."""
-        self.aux_loss.start_window()
-        self.window_counts, self.evidence = [], []
-        self.update_refused = self.update_applied = False
+        self.balance.start_window()
+        self.evidence = []
+        self.update_refused = False
+        self.update_applied = False
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Apply the update; if it was not refused, move the routers' biases by what it asked of every expert."""
+        """Apply the update; if it was not refused, update the routers' biases by the load of the step."""
         scaler: torch.amp.GradScaler | None = getattr(self.trainer.precision_plugin, "scaler", None)
-        scale = None if scaler is None else scaler.get_scale()
+        scale = 0.0 if scaler is None else scaler.get_scale()
         super().optimizer_step(*args, **kwargs)
-        # Where fp16 gradients overflow, the scaler leaves the update out.
-        overflowed = scaler is not None and scale is not None and scaler.get_scale() < scale
+        # Where fp16 gradients overflow, the scaler leaves the update out and lowers its scale.
+        overflowed = scaler is not None and scaler.get_scale() < scale
         self.update_applied = not (self.update_refused or overflowed)
-        if self.update_applied and any(layer.router.needs_load for layer in moe_layers(self.net)):
-            update_router_bias(self.net, sums_over_processes(self.window_counts))
+        self.balance.step(self.update_applied)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         if self.update_applied:
@@ -300,10 +320,10 @@ class ClassificationTask(L.LightningModule):
         # Over the number of images, not over the sum of their weights (torch's mean): that differs from one micro-batch
         # or process to the next, and a step would depend on how its images are divided.
         weight = self.class_weight.to(logits.device, torch.float32)
-        each = F.cross_entropy(
+        losses = F.cross_entropy(
             logits.float(), target, weight, label_smoothing=self.label_smoothing, reduction="none"
-        )
-        return each.mean()
+        )  # [B]
+        return losses.mean()
 
     def on_validation_epoch_start(self) -> None:
         self.val_outputs = []
@@ -328,24 +348,28 @@ class ClassificationTask(L.LightningModule):
         logits, _ = self._evaluate(batch, self.test_metrics, self.test_loss)
         self.class_metrics.update(logits.float().softmax(-1), batch["label"])
         temperature = 1.0 if self.calibration is None else self.calibration.temperature
-        probability, prediction = (logits.float() / temperature).softmax(-1).max(-1)  # [B], [B]
-        rows = {**batch, "prediction": prediction, "probability": probability}
-        kept = ("index", "label", "prediction", "probability")
-        self.test_outputs.append({name: rows[name].cpu() for name in kept})
+        probabilities = (logits.float() / temperature).softmax(-1)  # [B, C]
+        probability, prediction = probabilities.max(-1)  # [B] each
+        output = {
+            "index": batch["index"],
+            "label": batch["label"],
+            "prediction": prediction,
+            "probability": probability,
+        }
+        self.test_outputs.append({name: value.cpu() for name, value in output.items()})
 
     def on_test_epoch_end(self) -> None:
         self.test_loads = self._log_epoch("test", self.test_metrics, self.test_loss)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No (positive|negative) samples in targets")
-            self.test_by_class = {
-                name: found.tolist() for name, found in self.class_metrics.compute().items()
-            }
+            by_class = self.class_metrics.compute()
+        self.test_by_class = {name: values.tolist() for name, values in by_class.items()}
         self.class_metrics.reset()
 
     def _evaluate(
         self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric
     ) -> tuple[Tensor, Tensor]:
-        """Logits [B, C] and the cross-entropy [B] of a batch, of which the metrics take note."""
+        """Logits [B, C] and cross-entropy [B] of a batch; updates the metrics."""
         set_fused_attention(self.net, True)
         logits, routings = forward_routing(self.net, batch["image"])
         metrics.update(logits.float().softmax(-1), batch["label"])
@@ -368,13 +392,13 @@ class ClassificationTask(L.LightningModule):
         loads = self.routing_statistics.layer_loads()
         self.routing_statistics.reset()
         for load in loads:
-            found = {
+            measures = {
                 "load_max": load.max_over_mean,
                 "load_cv2": load.cv_squared,
                 "entropy": load.entropy_bits,
+                "dead": float(load.dead),
             }
-            found["dead"] = float(load.dead)
-            self.log_dict({f"moe/{load.layer}/{name}": value for name, value in found.items()})
+            self.log_dict({f"moe/{load.layer}/{name}": value for name, value in measures.items()})
         return loads
 
     def configure_gradient_clipping(
@@ -387,33 +411,24 @@ class ClassificationTask(L.LightningModule):
 
         Lightning's own clipping refuses fused optimizers, for the sake of loss scaling, which they don't meet here.
         """
-        gradients = [
-            p.grad
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        norm = self.tensors.total_norm(gradients)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = self.tensors.total_norm([p.grad for p in parameters if p.grad is not None])
         self.log("train/grad_norm", norm)
         if self.update_gate is not None and self.update_gate(norm):
             self.update_refused = True
-            optimizer.zero_grad(
-                set_to_none=True
-            )  # zeros would still decay weights and move moments
+            # Zeros instead of None would still decay weights and move moments.
+            optimizer.zero_grad(set_to_none=True)
         elif gradient_clip_val:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self.tensors.clip(parameters, gradient_clip_val, norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer (fused, except under fp16 loss scaling) and a one-cycle schedule over all optimizer steps."""
-        # With a loss scaler the fused step unscales by itself, and clipping would see scaled gradients.
-        fused = self.trainer.precision != "16-mixed"
-        steps = int(self.trainer.estimated_stepping_batches)
         optimizer, schedule = build_optimizer(
             self.net,
             self.optim,
-            total_steps=steps,
-            fused=fused,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            # With a loss scaler the fused step unscales by itself, and clipping would see scaled gradients.
+            fused=self.trainer.precision != "16-mixed",
             bfloat16=self._in_bfloat16,
             kinds=self.tensors.optimizers,
         )
@@ -429,10 +444,11 @@ class MacroRecall(MulticlassAccuracy):
 
     def compute(self) -> Tensor:
         """A scalar in [0, 1]."""
-        right, _, _, wrong = self._final_state()  # [C] each: true positives, ..., false negatives
-        images = right + wrong
-        share = (images > 0) / (images > 0).sum()  # [C]
-        return (right / images.clamp_min(1) * share).sum()
+        true_positives, _, _, false_negatives = self._final_state()  # [C] each
+        images = true_positives + false_negatives
+        recall = true_positives / images.clamp_min(1)
+        has_images = images > 0
+        return (recall * (has_images / has_images.sum())).sum()
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 from moevision.analysis import collect_routing, open_pictures
@@ -13,7 +12,7 @@ from moevision.analysis.describe import class_expert_map
 from moevision.analysis.effects import class_effect, effect, run_compared, run_under
 from moevision.analysis.information import choice_counts, class_information, part_information
 from moevision.analysis.intervention import Intervention
-from moevision.analysis.readings import Rule, fresh_copy, measure_baselines
+from moevision.analysis.readings import RoutingRule, fresh_copy, measure_baselines
 from moevision.analysis.report import (
     ReportSettings,
     Results,
@@ -29,6 +28,8 @@ from moevision.data import SyntheticPets
 from moevision.demo.atlas import build_atlas
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
+from tests.analysis.models import saved as saved_net
+from tests.analysis.models import small_net
 
 PETS = SyntheticPets(48, 32, 0, "test")
 # One of each kind: other tests go through the steps with noisy_top_k and vmoe_top_k, hash and position are like random.
@@ -45,18 +46,13 @@ STEPPED = (
 
 
 def saved(router, **options) -> SavedModel:
-    torch.manual_seed(0)
-    net = timm.create_model("test_vit_moe", num_classes=8, router=router, **options)
+    net = small_net(router, **options)
     with torch.no_grad():
         net.pos_embed.normal_()
         net.head.weight.normal_()
         for layer in moe_layers(net):
-            for parameter in layer.router.parameters():
-                parameter.normal_()
             layer.experts.fc2.weight.normal_(std=0.3)
-    return SavedModel(
-        net.eval(), list(SyntheticPets.classes), 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    )
+    return saved_net(net)
 
 
 @pytest.mark.parametrize("router", STEPPED)
@@ -68,7 +64,7 @@ def test_every_step_takes_every_router(router) -> None:
         for name, found in baselines.items():
             own = [each for each in found if each.layer in (None, layer.layer)]
             assert len(own) == 1, name
-            takes = choice_counts(own[0].expert_index, own[0].num_experts, own[0].takes)
+            takes = choice_counts(own[0].expert_index, own[0].num_experts, own[0].amounts)
             if layer.kind != "soft":  # as many experts per patch as the layer
                 assert (takes > 0).sum(-1).mean() == pytest.approx(
                     layer.experts_per_patch, rel=0.05
@@ -137,17 +133,17 @@ def test_the_rule_of_expert_choice() -> None:
     scores = np.array([[[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
     p = 1 / (1 + np.exp(-np.array([2.0, 1.0, 1.0])))
     entropy = float(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)).mean())
-    rule = Rule("expert_choice", 2, 1, entropy)
+    rule = RoutingRule("expert_choice", 2, 1, entropy)
     assert rule.scale(scores) == pytest.approx(1, rel=1e-6)
     chosen = rule.apply(scores, 1.0)
-    np.testing.assert_allclose(chosen.takes[0], [[p[0], 0], [0, p[1]], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(chosen.amounts[0], [[p[0], 0], [0, p[1]], [0, 0]], rtol=1e-6)
 
 
 def test_the_rule_of_soft_moe() -> None:
     """Taking is a softmax over experts, by hand from ln 3."""
     scores = np.log(np.array([[[3.0, 1.0], [1.0, 1.0]]]))
-    chosen = Rule("soft", 2, 0, 1.0).apply(scores, 1.0)
-    np.testing.assert_allclose(chosen.takes, [[[0.75, 0.25], [0.5, 0.5]]], rtol=1e-6)
+    chosen = RoutingRule("soft", 2, 0, 1.0).apply(scores, 1.0)
+    np.testing.assert_allclose(chosen.amounts, [[[0.75, 0.25], [0.5, 0.5]]], rtol=1e-6)
 
 
 def weights_without_pattern(rng, images):
@@ -256,14 +252,14 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
     }
     if name == "tokens":
         assert numbers["top_k"] == [2, 1]
-        assert "Hollow: dropped by capacity" in said["load"]
+        assert "dropped by capacity" in said["load"]
         assert "dropped" in said["overlay"]
     else:
         assert numbers["routing"] == ["soft", "expert_choice"]
         assert numbers["top_k"] is None
         assert not any("dropped" in words or "apacity" in words for words in said.values())
         assert "share of weight" in said["load"]
-        assert "no expert took it" in said["overlay"]
+        assert "no expert took" in said["overlay"]
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,6 @@ def test_a_folder_that_came_split_without_test_reports_its_val(draw, tmp_path):
     pictures = open_pictures(tmp_path / "pets", 32)
     assert len(pictures) == 6
     same_as_module(pictures, ImageDataModule(str(tmp_path / "pets"), image_size=32))
-    with pytest.raises(UserError, match="test"):
-        open_pictures(tmp_path / "pets", 32, split="testing")
 
 
 def test_all_pictures_of_a_folder(drawn_pets):
@@ -143,7 +141,7 @@ def test_a_copy_of_a_runs_images_is_split_as_the_run_was(tmp_path):
         names_of(open_pictures(other, 16))
     )  # other images, with a cut of their own
     pets.rename(tmp_path / "away")
-    with pytest.warns(DataWarning, match="is taken for a copy of them: it is split as the run was"):
+    with pytest.warns(DataWarning, match="a copy of them"):
         assert tested(copy) == held_out
     (copy / "cat/7.png").unlink()
     assert tested(copy) == set(names_of(open_pictures(copy, 16)))
@@ -218,8 +216,6 @@ def test_a_limit_is_balanced_seeded_and_nested():
     assert len(set(names_of(other)) & set(names_of(fixed))) < 5
     assert str(len(whole)) in pictures.name
     assert open_pictures(whole, 16, limit=5000) is whole
-    with pytest.raises(UserError, match="at least 1"):
-        open_pictures("synthetic_pets", 16, limit=0)
 
 
 def test_a_class_that_runs_out_leaves_its_turns_to_others():
@@ -278,25 +274,6 @@ def test_images_of_a_torch_dataset_are_seen_as_files_are():
     assert (open_pictures(Hidden([0]), 8, class_names=["a"]).image(0) == 255).all()
 
 
-def test_things_that_are_no_pictures():
-    class Tensors(Tagged):
-        def __getitem__(self, index):
-            return torch.zeros(3, 8, 8), 0
-
-    class Endless(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(())
-
-    with pytest.raises(UserError, match="leave out its transform"):
-        open_pictures(Tensors([0]), 8, class_names=["a"]).image(0)
-    with pytest.raises(UserError, match="torch dataset with a length"):
-        open_pictures(Endless(), 8)
-    with pytest.raises(UserError, match="label 3 and there are 2 class"):
-        open_pictures(Tagged([0, 3], classes=["a", "b"]), 8).label(1)
-    with pytest.raises(UserError, match="there is no folder"):
-        open_pictures("no_such_folder_of_pictures", 8)
-
-
 def test_notes_of_the_folder_are_warnings(draw, tmp_path):
     draw(tmp_path)
     (tmp_path / "cat" / "notes.txt").touch()
@@ -334,15 +311,6 @@ def test_the_patch_is_in_the_middle_of_its_crop(context):
         middle = crop[2 * context : 2 * context + 2, 5 * context : 5 * context + 5]
         row, column = divmod(patch, 4)
         assert np.array_equal(middle, image[2 * row : 2 * row + 2, 5 * column : 5 * column + 5])
-
-
-def test_crops_that_can_not_be():
-    image = numbered_grid()
-    for patch, context in ((12, 1), (-1, 1), (0, -1)):
-        with pytest.raises(UserError, match="no patch"):
-            patch_crop(image, (3, 4), patch, context)
-    with pytest.raises(UserError, match="does not tile"):
-        patch_crop(image, (4, 4), 0)
 
 
 @pytest.mark.deep

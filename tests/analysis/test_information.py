@@ -22,7 +22,6 @@ from moevision.analysis.information import (
     score_interval,
     second_order_bias,
 )
-from moevision.errors import UserError
 
 
 def one_hot(choices, size):
@@ -254,11 +253,3 @@ def test_200_permutations_of_2000_images_take_under_two_seconds() -> None:
             if fastest < 2:
                 break
         assert fastest < 2
-
-
-def test_too_few_images_are_refused() -> None:
-    maps = one_hot(np.zeros((2, 4), int), 2)
-    with pytest.raises(UserError, match="two images"):
-        class_information(maps, np.array([0, -1]))
-    with pytest.raises(UserError, match="part masks"):
-        part_information(maps, np.full((2, 4), -1))

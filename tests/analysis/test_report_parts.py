@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from moevision.analysis.images import Remembered, aligned_pictures
+from moevision.analysis.images import aligned_pictures, cached
 from moevision.analysis.information import as_json
 from moevision.analysis.report import number, shown_pictures
-from moevision.errors import UserError
+from tests.analysis.pictures import MadePictures
 
 
 @pytest.mark.parametrize(
@@ -49,51 +49,38 @@ def test_shown_pictures_are_of_different_classes(make_trace):
     )
 
 
-class Ten:
-    """Ten images that count how often they are read."""
+@pytest.fixture
+def reads():
+    """Images that were read, in order."""
+    return []
 
-    class_names, name, part_names = ("cat", "dog"), "ten", ()
 
-    def __init__(self):
-        self.reads = 0
+@pytest.fixture
+def ten(reads):
+    """Ten images, each a list of reads."""
 
-    def __len__(self):
-        return 10
-
-    def image(self, index):
-        self.reads += 1
+    def image(index):
+        reads.append(index)
         return np.full((8, 8, 3), index, np.uint8)
 
-    def label(self, index):
-        return index % 2
-
-    def picture_name(self, index):
-        return f"picture {index}"
-
-    def part_mask(self, index):
-        return None
+    return MadePictures(10, image, ("cat", "dog"))
 
 
-def test_pictures_follow_the_trace(make_trace):
+def test_pictures_follow_the_trace(ten, make_trace):
     trace = make_trace(np.zeros((10, 4, 1)), labels=np.arange(10) % 2, num_experts=2, grid=(2, 2))
-    pictures = Ten()
-    assert aligned_pictures(pictures, trace) is pictures
-    some = aligned_pictures(pictures, trace.select([7, 2]))
+    assert aligned_pictures(ten, trace) is ten
+    some = aligned_pictures(ten, trace.select([7, 2]))
     assert [int(some.image(index)[0, 0, 0]) for index in range(len(some))] == [7, 2]
     assert [some.label(index) for index in range(2)] == [1, 0]
-    pictures.picture_name = lambda index: f"other {index}"
-    with pytest.raises(UserError, match="is not among ten"):
-        aligned_pictures(pictures, trace)
 
 
-def test_pictures_are_read_once():
-    pictures = Ten()
-    kept = Remembered(pictures)
+def test_pictures_are_read_once(ten, reads):
+    pictures = cached(ten)
     for _ in range(3):
-        assert [int(kept.image(index)[0, 0, 0]) for index in range(10)] == list(range(10))
-    assert pictures.reads == 10
-    some = Remembered(pictures, max_bytes=8 * 8 * 3 + 5)  # the first fits, the second doesn't
+        assert [int(pictures.image(index)[0, 0, 0]) for index in range(10)] == list(range(10))
+    assert reads == list(range(10))
+    some = cached(ten, max_bytes=8 * 8 * 3 + 5)  # the first fits, the second doesn't
     for _ in range(3):
         assert (int(some.image(0)[0, 0, 0]), int(some.image(1)[0, 0, 0])) == (0, 1)
-    assert pictures.reads == 10 + 1 + 3
+    assert reads[10:] == [0, 1, 1, 1]
     assert (len(some), some.label(3), some.picture_name(3)) == (10, 1, "picture 3")

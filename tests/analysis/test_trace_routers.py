@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 from moevision import forward_routing
@@ -22,10 +21,9 @@ from moevision.analysis.describe import (
 from moevision.analysis.information import choice_counts
 from moevision.data import SyntheticPets
 from moevision.data.transforms import normalize
-from moevision.layers import ROUTERS, moe_layers
-from moevision.models.io import SavedModel
+from moevision.layers import ROUTERS
+from tests.analysis.models import MEAN, STD, saved, small_net
 
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PETS = SyntheticPets(16, 32, 0, "test")
 
 # One image of 3 patches, 2 experts. Expert choice: both take patch 0, expert 1 takes patch 2, nobody takes patch 1.
@@ -51,16 +49,6 @@ MIXED = replace(
 )
 
 
-def saved(router, **options) -> SavedModel:
-    torch.manual_seed(0)
-    net = timm.create_model("test_vit_moe", num_classes=8, router=router, **options)
-    with torch.no_grad():
-        for layer in moe_layers(net):
-            for parameter in layer.router.parameters():
-                parameter.normal_()
-    return SavedModel(net.eval(), list(SyntheticPets.classes), 32, MEAN, STD)
-
-
 def test_expert_choice_counts_what_was_taken() -> None:
     assert TAKEN.counts().tolist() == [[1, 2]]
     np.testing.assert_allclose(TAKEN.image_takes(), [[0.3, 1.3]], rtol=1e-6)
@@ -68,7 +56,7 @@ def test_expert_choice_counts_what_was_taken() -> None:
     assert TAKEN.experts_per_patch == 1.0
     assert [len(gallery.random) for gallery in layer_gallery(TAKEN)] == [1, 2]
     fractions = np.array([[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]])
-    table = part_expert_table(TAKEN.expert_index, fractions, 2, TAKEN.wanted)
+    table = part_expert_table(TAKEN.expert_index, fractions, 2, TAKEN.requested_share)
     np.testing.assert_allclose(table, [[1, 1.5], [0, 0.5]])
 
 
@@ -100,7 +88,7 @@ def test_shares_of_weights_below_one() -> None:
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
     """Every router, with a class token; saved and loaded again."""
-    model = saved(router, class_token=True, global_pool="token")
+    model = saved(small_net(router, class_token=True, global_pool="token"))
     pictures = open_pictures(PETS, 32)
     trace = collect_routing(
         model, pictures, progress=False, path=tmp_path / "trace.safetensors", batch_size=5
@@ -113,7 +101,7 @@ def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
         _, routings = forward_routing(model.net, pixels)
     for layer, routing in zip(again.layers, routings, strict=True):
         weights = routing.expert_weights()[:, 1:]
-        reads = choice_counts(layer.expert_index, 4, layer.reads).sum(0)  # [P, E]
+        reads = choice_counts(layer.expert_index, 4, layer.dispatch_share).sum(0)  # [P, E]
         assert layer.kind == routing.kind
         if layer.kind == "token_choice":
             np.testing.assert_array_equal(

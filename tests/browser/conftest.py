@@ -17,6 +17,7 @@ from tests.demo.conftest import (
     make,
     photos_home,
     pixels,
+    recorded,
     routers_home,
     scored_run,
     server,
@@ -26,6 +27,9 @@ from tests.needs import chromium
 
 SERVER_CALL = re.compile(r"/api/\w+$")
 WIDE = {"width": 1440, "height": 900}
+PHONE = {"width": 390, "height": 844}
+MOBILE = {"viewport": PHONE, "has_touch": True, "is_mobile": True}
+FIRST = {"kind": "example", "id": "pets/test/0"}
 
 
 @pytest.fixture(scope="module")
@@ -125,20 +129,36 @@ def new_visit(browser):
 
 
 @pytest.fixture
-def visit(new_visit, server):
-    """Opens visits and holds each of them to the same manners: no complaint, no request to anywhere else."""
+def visits_at(new_visit):
+    """`visits_at(address)` opens visits there, held to the same manners: no complaint, no request to anywhere else."""
     visits = []
 
-    def begin(query="", **options):
-        visits.append(new_visit(**options))
-        visits[-1].open(server.url + query)
-        return visits[-1]
+    def at(address, before=lambda visit: None):
+        def begin(query="", **options):
+            one = new_visit(**options)
+            before(one)
+            visits.append((one, address))
+            one.open(address + query)
+            return one
 
-    yield begin
-    for one in visits:
+        return begin
+
+    yield at
+    for one, address in visits:
         assert one.complaints == []
-        assert one.strangers(server.url) == []
+        assert one.strangers(address) == []
         assert one.requests
+
+
+@pytest.fixture
+def visit(visits_at, server):
+    return visits_at(server.url)
+
+
+@pytest.fixture
+def photos(visits_at, server):
+    """Opens the model with photos and a recorded training."""
+    return visits_at(server.doors["photos"])
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +176,12 @@ def axe(page, part=None):
     from axe_playwright_python.sync_playwright import Axe
 
     return Axe().run(page, part).response["violations"]
+
+
+def serious(page, part=None):
+    """What axe-core finds on the page, or in a part of it, that keeps people out."""
+    found = [one for one in axe(page, part) if one["impact"] in ("serious", "critical")]
+    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
 
 
 def answered(page):

@@ -8,13 +8,13 @@ from PIL import Image
 from moevision.demo.html import app_page, flow_html, read_css
 from moevision.demo.models import bundled_folders, open_entries
 from moevision.demo.service import Explorer
-from tests.browser.conftest import SERVER_CALL, axe
+from tests.browser.conftest import FIRST, MOBILE, SERVER_CALL, axe
 from tests.browser.test_hand import result
+from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 ROOT = Path(__file__).parents[2]
-FIRST = {"kind": "example", "id": "pets/test/0"}
 WORDS, CONTROLS = 70, 12
 CONTROL = ":is(button, select, input, summary, a[href]):not(:disabled)"
 # What is seen without scrolling; a screen reader's words are no text to be read.
@@ -35,7 +35,6 @@ FRAMES = """async () => {
   });
   return times.slice(1).map((time, place) => time - times[place]);
 }"""
-PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 LANDED = "[data-part=air][hidden]"
 
 
@@ -63,7 +62,7 @@ def counts(page):
 def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer, look):
     page = newcomer.page
     text = page.evaluate(READ)
-    assert text.startswith("Four small networks share this cat.")
+    assert says(text, "Four small networks", "this cat.")
     words = [word for word in text.split() if any(map(str.isalnum, word))]
     assert 30 < len(words) <= WORDS, text
     controls = page.evaluate(f"() => ({SEEN})('.mv {CONTROL}').map((one) => one.textContent)")
@@ -98,7 +97,7 @@ def bundled():
 
 
 @pytest.mark.parametrize("model", [folder.name for folder in bundled_folders()])
-@pytest.mark.parametrize("size", [{}, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize("size", [{}, MOBILE], ids=["wide", "phone"])
 def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled, model, size):
     page = new_visit(door=False, reduced_motion="reduce", **size).page
     page.route(
@@ -114,7 +113,7 @@ def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled,
 
 
 def test_a_phone_shows_the_photo_first(visit, look):
-    page = visit(door=False, **PHONE).page
+    page = visit(door=False, **MOBILE).page
     assert page.locator("[data-part=photo]").bounding_box()["y"] <= 300
     assert page.locator("[data-part=photo]").bounding_box()["width"] >= 350
     assert look.no_sideways_scroll(page)
@@ -280,7 +279,7 @@ def test_what_goes_wrong_is_seen_with_the_door_closed(new_visit, server, tmp_pat
     (tmp_path / "broken.png").write_bytes(b"no image")
     page.set_input_files("[data-box=file]", tmp_path / "broken.png")
     page.wait_for_selector("[role=alert]:visible")
-    assert "can't read that file as an image" in page.text_content("[role=alert]")
+    assert says(page.text_content("[role=alert]"), "can't read")
     page.route(SERVER_CALL, lambda route: route.abort())
     page.click(".mv-flow-pick [data-action=example] >> nth=1")
     page.wait_for_selector("[data-action=retry]:visible")

@@ -4,9 +4,10 @@ import statistics
 
 import pytest
 
+from tests.browser.conftest import FIRST
+
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
-FIRST = {"kind": "example", "id": "pets/test/0"}
 FIELDS = {"layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
 
 FORCE = ".mv-box-hand [data-kind=force]"

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.browser.conftest import SERVER_CALL, axe
 from tests.demo.serving import asked_for
+from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
@@ -88,7 +89,7 @@ def test_a_server_that_fails_to_tell_the_route_is_told_of(new_visit, server, fil
     page.route(SERVER_CALL, fail)
     page.set_input_files("[data-box=file]", files[:1])
     page.wait_for_selector("[data-part=route] [role=alert]:has-text('stumbled over this')")
-    assert "It knows cat, dog" in page.text_content("[data-part=route]")
+    assert says(page.text_content("[data-part=route]"), "knows cat, dog")
 
 
 def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):

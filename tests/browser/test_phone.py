@@ -11,11 +11,10 @@ from moevision.demo.galleries import Galleries
 from moevision.demo.html import app_page
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
-from tests.browser.conftest import axe
+from tests.browser.conftest import MOBILE, axe
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
-PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 SCREENS = 2
 MOST_BYTES = 280_000
 SPEED, WITHIN_S = 50_000, 6.0  # bytes per second
@@ -32,7 +31,7 @@ def box(page, selector):
 
 
 def test_the_page_is_short_and_a_patch_is_told_of_below_the_stage(visit, look):
-    page = visit(door=False, reduced_motion="reduce", **PHONE).page
+    page = visit(door=False, reduced_motion="reduce", **MOBILE).page
     assert page.evaluate("document.documentElement.scrollHeight") <= SCREENS * 844
     page.tap("[data-action=door]")
     assert look.no_sideways_scroll(page)
@@ -54,7 +53,7 @@ def test_the_page_is_short_and_a_patch_is_told_of_below_the_stage(visit, look):
 
 @pytest.mark.parametrize("width", [360, 390, 412])
 def test_the_share_menu_stays_on_the_screen(visit, look, width):
-    page = visit(**{**PHONE, "viewport": {"width": width, "height": 844}}).page
+    page = visit(**{**MOBILE, "viewport": {"width": width, "height": 844}}).page
     page.tap(".mv-menu summary")
     menu = page.locator(".mv-menu-list").bounding_box()
     assert menu["x"] >= 0
@@ -93,7 +92,7 @@ def opening():
 def test_the_stage_stands_early_on_a_slow_network(new_visit, opening):
     address, size = opening
     assert size <= MOST_BYTES
-    one = new_visit(door=False, **PHONE)
+    one = new_visit(door=False, **MOBILE)
     network = one.context.new_cdp_session(one.page)
     network.send("Network.enable")
     limits = {

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from moevision.data import SyntheticPets
+from tests.browser.conftest import FIRST
+from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
-FIRST = {"kind": "example", "id": "pets/test/0"}
 FORMATS = Path(__file__).parents[1] / "fixtures" / "formats"
 OLD_LINKS = {}
 for _file in sorted(FORMATS.glob("*/links.json")):
@@ -252,7 +253,7 @@ def test_a_link_reproduces_an_intervention(visit, ask, look):
     change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "zero", "seed": 0}
     layer = ask("route", picture=FIRST, intervention=change)["layers"][1]
     assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
-    assert "get nothing in its place" in page.text_content("[role=note]")
+    assert says(page.text_content("[role=note]"), "get nothing")
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_a_link_with_a_change_opens_on_the_image_and_measures_then(
     held.wait()
     layer = ask("route", picture=FIRST, away=[[3, 1]])["layers"][1]
     assert look.numbers(one.page) == [str(choices[0]) for choices in layer["experts"]]
-    assert "Measuring it beside as much at random" in one.page.text_content(".mv-results")
+    assert says(one.page.text_content(".mv-results"), "Measuring it", "at random")
     assert one.page.locator(".mv-flow-box").count() == 4
     held.release()
     one.page.wait_for_selector(".mv-results:has-text('As much at random:')")
@@ -329,8 +330,8 @@ def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):
     seen = one.page.get_attribute(".mv-picture", "src")
     with Image.open(io.BytesIO(base64.b64decode(seen.partition(",")[2]))) as picture:
         assert picture.size == (32, 32)
-    assert one.page.get_attribute(".mv-picture", "alt").endswith("as the model sees it")
-    assert "doesn't look like the images it learned from" in one.page.text_content("[role=note]")
+    assert says(one.page.get_attribute(".mv-picture", "alt"), "the model sees")
+    assert says(one.page.text_content("[role=note]"), "doesn't look like")
 
 
 @pytest.mark.parametrize("way", ["paste", "drop"])
@@ -370,7 +371,7 @@ def test_a_file_that_is_no_picture_gets_a_sentence(visit, tmp_path):
     one = visit()
     one.page.set_input_files("[data-box=file]", file)
     one.page.wait_for_selector("[role=alert]")
-    assert "can't read that file as an image" in one.page.text_content("[role=alert]")
+    assert says(one.page.text_content("[role=alert]"), "can't read")
     assert "route" not in one.asked
 
 

@@ -19,13 +19,10 @@ def size_of(source):
 
 
 @pytest.fixture
-def photos(new_visit, server):
-    one = new_visit()
-    one.open(server.doors["photos"])
+def photos(photos):
+    one = photos()
     one.page.wait_for_selector(SHARP)
-    yield one
-    assert one.complaints == []
-    assert one.strangers(server.doors["photos"]) == []
+    return one
 
 
 def test_an_example_lies_sharp_under_the_patches(photos):

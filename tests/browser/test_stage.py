@@ -3,10 +3,11 @@
 import pytest
 
 from moevision.analysis.plots import EXPERT_COLOURS
+from tests.browser.conftest import FIRST
+from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
-FIRST = {"kind": "example", "id": "pets/test/0"}
 STRENGTH = 0.65  # of the overlay when nobody has moved its slider
 
 
@@ -45,7 +46,7 @@ def test_overlay_shows_expert_and_weight_of_every_patch_in_every_layer(quiet, la
             )  # browsers keep 8 bits
         pressed = page.locator(".mv-layer[aria-pressed=true]").get_attribute("data-index")
         assert pressed == str(index)
-    assert "aren't comparable across layers" in page.text_content(".mv-box-strip")
+    assert says(page.text_content(".mv-box-strip"), "aren't comparable")
 
 
 def test_the_picture_is_large_and_crisp(quiet):
@@ -92,7 +93,7 @@ def test_plus_and_minus_change_the_layer(quiet, layers, look):
     page = quiet.page
     page.click(".mv-cell[data-patch='10']")
     page.keyboard.press("-")
-    assert look.said(page).startswith("Layer L1, row 3, column 3: expert")
+    assert says(look.said(page), "Layer L1", "row 3, column 3", "expert")
     assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
     page.keyboard.press("-")  # there is none before the first
     page.keyboard.press("+")
@@ -105,9 +106,7 @@ def test_a_patch_is_told_with_how_sure_the_router_was(quiet, layers):
     facts = page.locator(".mv-facts b").all_text_contents()
     assert float(facts[0]) == pytest.approx(layer["margin"][6], abs=0.0051)
     assert float(facts[1]) == pytest.approx(layer["entropy"][6], abs=0.0051)
-    assert "carries context from the whole image" in " ".join(
-        page.text_content(".mv-box-where").split()
-    )
+    assert says(" ".join(page.text_content(".mv-box-where").split()), "whole image")
 
 
 def test_hover_outlines_a_patch_and_shows_its_path(quiet, layers):

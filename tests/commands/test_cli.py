@@ -26,29 +26,14 @@ from moevision.train.recipe import memory_advice
 from moevision.train.resume import is_free
 from moevision.train.task import ClassificationTask
 from moevision.words import loading, shell_word
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def refused(outcome, *words):
-    """The call said one line, on stderr, with these words in it, and started nothing."""
-    assert outcome.code == 2
-    (error,) = (outcome.out + outcome.err).splitlines()
-    assert error.startswith("moevision: ")
-    for word in words:
-        assert word in error
-    assert not list(Path("runs").glob("*")), "a failed start leaves no run folder"
+from tests.shared import assert_names, refused, succeeded
 
 
 def test_help_lists_every_verb(cli):
-    outcome = cli("--help")
-    assert outcome.code == 0
+    outcome = succeeded(cli("--help"))
     for name, (summary, _) in VERBS.items():
         assert f"{name:10} {summary}" in outcome.out
-    assert "moevision fit --config quickstart" in outcome.out
+    assert "fit --config quickstart" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 80
 
 
@@ -83,19 +68,17 @@ def test_fit_help_is_one_screen_with_examples_first(cli, monkeypatch):
     out = cli("fit", "--help").out
     assert len(out.splitlines()) <= 52
     assert max(map(len, out.splitlines())) <= 120
-    assert out.index("moevision fit path/to/images") < out.index("--pretrained TEXT")
+    assert out.index("fit path/to/images") < out.index("--pretrained TEXT")
     assert 12 <= len(re.findall(r"^  --", out, re.MULTILINE)) <= 18
-    assert "E, experts in each MoE layer" in out
+    assert config.options()["model.arch.num_experts"].help in out
     assert "--model.arch.capacity_factor" not in out
-    assert "--help-all shows the other options" in out
+    assert "--help-all" in out
 
 
 def test_help_all_shows_at_most_90_options(cli):
     out = cli("fit", "--help-all").out
     assert 60 < len(re.findall(r"^  --", out, re.MULTILINE)) <= 90
-    assert "in training an expert computes at most this times its fair share" in " ".join(
-        out.split()
-    )
+    assert_names(out, config.options()["model.arch.capacity_factor"].help)
     assert cli("fit", "--help_all").out == out
 
 
@@ -198,7 +181,7 @@ def test_a_run_of_before_keeps_its_settings_though_a_key_of_them_has_left():
         "fault": None,
     }
     written["trainer"] = {"use_distributed_sampler": False, "default_root_dir": None}
-    assert config.checked(written, "runs/pets/config.yaml") == {"guard.snapshots": 3}
+    assert config.parse_config(written, "runs/pets/config.yaml") == {"guard.snapshots": 3}
 
 
 def test_settings_survive_their_file():
@@ -208,11 +191,12 @@ def test_settings_survive_their_file():
         "data.class_weights": {"a.b": 2.0},
         "trainer.max_epochs": 3,
     }
-    made = config.settings(
+    made = config.to_settings(
         {**given, "trainer.limit_val_batches": 2, "model.arch.router": ["switch", "soft"]}
     )
     assert (
-        config.settings(config.checked(yaml.safe_load(yaml.safe_dump(asdict(made))), "x")) == made
+        config.to_settings(config.parse_config(yaml.safe_load(yaml.safe_dump(asdict(made))), "x"))
+        == made
     )
 
 
@@ -223,7 +207,8 @@ def test_ctrl_c_ends_any_verb_with_one_line(cli, monkeypatch):
     monkeypatch.setattr("moevision.commands.predict.run", stopped)
     outcome = cli("predict", "model", "image.jpg")
     assert (outcome.code, outcome.out) == (130, "")
-    assert outcome.err.split("\n") == ["", "moevision: predict was stopped by Ctrl-C.", ""]
+    assert outcome.err.count("\n") == 2
+    assert_names(outcome.err, "predict", "Ctrl-C")
 
 
 def test_a_warning_about_the_images_has_one_line(cli, monkeypatch):
@@ -288,9 +273,7 @@ def test_an_output_that_can_not_be_written_is_a_sentence(verbs, verb, buffered):
     with open("/dev/full", "w") as full:
         code, said = call(*verbs[verb], buffered=buffered, stdout=full)
     assert code == 2
-    assert said.splitlines()[-1] == (
-        "moevision: the output can't be written (No space left on device): make room for it, or send it elsewhere."
-    )
+    assert_names(said.splitlines()[-1], "moevision: ", "No space left", "make room")
     assert "Traceback" not in said
 
 
@@ -314,9 +297,7 @@ def test_a_diverged_training_has_an_exit_code_of_its_own(cli, drawn_pets, tiny, 
     outcome = cli("fit", drawn_pets, *tiny, "--guard.max_rollbacks=0")
     assert outcome.code == 3
     assert "Traceback" not in outcome.err
-    assert outcome.err.splitlines()[-1].startswith(
-        "moevision: The training diverged (weight of head.weight)"
-    )
+    assert_names(outcome.err.splitlines()[-1], "moevision: ", "diverged", "head.weight")
     assert Path("runs/pets/divergence.md").is_file()
     assert Path("runs/pets/checkpoints/diverged.ckpt").is_file()
 
@@ -351,119 +332,10 @@ def test_no_argument_prints_the_usage_and_fails(cli):
     assert "usage: moevision VERB" in outcome.out
 
 
-def test_unknown_verb(cli):
-    refused(cli("learn"), "'learn'", "fit, validate, test, predict, info")
-    refused(cli("anlyze"), "Did you mean analyze?")
-
-
 def test_traceback_on_demand(cli):
     outcome = cli("fit", "nowhere", "--traceback")
     assert outcome.code == 2
     assert "Traceback" in outcome.err
-
-
-MISTAKES = {
-    "model name": (
-        ["--model.arch.name=vit_moe_mirco_patch4_32"],
-        ["vit_moe_micro_patch4_32", "Did you mean"],
-    ),
-    "more choices than experts": (
-        ["--model.arch.num_experts=1"],
-        ["top_k=2", "num_experts=1", "choose top_k"],
-    ),
-    "patch size": (["--model.arch.patch_size=7"], ["7 px do not tile", "multiple of 7"]),
-    "heads": (["--model.arch.embed_dim=33"], ["test_vit_moe", "divisible by num_heads"]),
-    "router": (["--model.arch.router=topk"], ["'topk'", "noisy_top_k"]),
-    "unknown option": (
-        ["--data.batch_sise=8"],
-        ["data.batch_sise", "data.batch_size", "moevision fit --help"],
-    ),
-    "unknown option of the model": (
-        ["--model.arch.nmae=x"],
-        ["model.arch.nmae", "model.arch.name"],
-    ),
-    "no number": (["--data.batch_size=many"], ["--data.batch_size is 'many'", "must be int"]),
-    "no number in the model": (
-        ["--model.arch.depth=deep"],
-        ["--model.arch.depth is 'deep'", "int or null"],
-    ),
-    "choice": (["--data.augment=strong"], ["--data.augment is 'strong'", "'trivialaugment'"]),
-    "out of range": (["--data.batch_size=0"], ["--data.batch_size is 0", "at least 1"]),
-    "accelerator": (["--trainer.accelerator=quantum"], ["quantum", "cpu"]),
-    "no end": (["--trainer.max_epochs=-1"], ["--trainer.max_epochs or --trainer.max_steps"]),
-    "nothing to train on": (["--trainer.limit_train_batches=0"], ["limit_train_batches 0"]),
-    "second folder": (["more"], ["'more'", "right after the verb"]),
-    "pretrained": (["--pretrained=deit_tny_patch16_224"], ["deit_tiny_patch16_224"]),
-    "run folder": (["--runs_root=pets.txt"], ["pets.txt", "mend that"]),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_options(cli, tiny, drawn_pets, mistake):
-    Path("pets.txt").touch()
-    options, words = MISTAKES[mistake]
-    refused(cli("fit", drawn_pets, *tiny, *options), *words)
-
-
-def test_nothing_to_train_on(cli):
-    refused(cli("fit"), "one subfolder per class", "quickstart")
-
-
-def test_wrong_path_names_the_one_that_was_meant(cli, drawn_pets):
-    refused(cli("fit", drawn_pets.with_name("pet")), "did you mean", str(drawn_pets))
-
-
-def test_dataset_that_is_not_there(cli):
-    refused(cli("fit", "pets"), "--data.download true")
-    Path("pets").mkdir()
-    refused(cli("fit", "pets"), "--data.download true", "for your own folder write ./pets")
-
-
-def test_class_folder_missing_in_val(cli, tiny, drawn_pets):
-    shutil.copytree(drawn_pets, "split/train")
-    shutil.copytree(drawn_pets / "cat", "split/val/cat")
-    refused(
-        cli("fit", "split", *tiny), "split/val has no images of the class 'dog'", "add some there"
-    )
-
-
-def test_images_of_one_class_only(cli, tiny, drawn_pets):
-    shutil.copytree(drawn_pets / "cat", "one/cat")
-    refused(
-        cli("fit", "one", *tiny), "only one class folder, 'cat'", "expected one subfolder per class"
-    )
-
-
-def test_too_many_bad_images(cli, tiny, drawn_pets):
-    shutil.copytree(drawn_pets, "pictures")
-    for file in sorted(Path("pictures/cat").iterdir())[:10]:
-        file.write_bytes(b"")
-    refused(cli("fit", "pictures", *tiny), "--data.max_bad_fraction", "mend or remove them")
-
-
-def test_config_that_does_not_exist(cli):
-    refused(cli("fit", "--config", "cifar"), "'cifar'", "Did you mean cifar10?")
-    refused(cli("fit", "--config=mine.yaml"), "'mine.yaml'", "quickstart")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("data:\n  batch_sise: 8\n", ["data.batch_sise", "data.batch_size"]),
-        ("model:\n  arch:\n    depht: 2\n", ["model.arch.depht", "model.arch.depth"]),
-        ("modle:\n  label_smoothing: 0.1\n", ["modle.label_smoothing", "model.label_smoothing"]),
-        (
-            "data:\n  batch_size: many\n",
-            ["mine.yaml", "--data.batch_size is 'many'", "must be int"],
-        ),
-        ("resume: auto\n", ["resume belongs on the command line"]),
-        ("- data\n", ["mine.yaml is no configuration"]),
-        ("data: [\n", ["mine.yaml", "line 2"]),
-    ],
-)
-def test_mistake_in_a_config(cli, drawn_pets, text, words):
-    Path("mine.yaml").write_text(text)
-    refused(cli("fit", drawn_pets, "--config", "mine.yaml"), *words)
 
 
 @pytest.mark.deep
@@ -488,17 +360,12 @@ def test_checkpoints_that_can_not_be_used(cli, tiny_run):
     )
 
 
-def test_evaluation_without_a_checkpoint(cli, tiny_run):
-    for verb in ("test", "validate"):
-        refused(cli(verb, "--config", tiny_run / "config.yaml", "--runs_root=runs"), "--ckpt_path")
-
-
 def test_a_run_folder_is_tested_by_the_weights_that_fit_tested(cli, tiny_run):
     said = cli("test", tiny_run).out
     name = json.loads((tiny_run / "summary.json").read_text())["test"]["checkpoint"]
     assert said == cli("test", "--ckpt_path", tiny_run / "checkpoints" / name).out
     assert re.search(
-        r"^\d+\.\d % of the test images right\n.*^test/top1 +[01]\.\d{4}$", said, re.M | re.S
+        r"^\d+\.\d % .* test images right\n.*^test/top1 +[01]\.\d{4}$", said, re.M | re.S
     )
     assert "DataLoader" not in said
 
@@ -508,8 +375,7 @@ def test_resuming_beyond_the_schedule(cli, tiny_run):
     (unfinished / "summary.json").unlink()
     outcome = cli("fit", "--resume", unfinished, "--trainer.max_epochs=9")
     assert outcome.code == 2
-    assert "--trainer.max_epochs is 2 in this run and can't become 9" in outcome.err
-    assert "--pretrained" in outcome.err
+    assert_names(outcome.err, "--trainer.max_epochs is 2", "become 9", "--pretrained")
     assert (unfinished / "metrics.csv").read_bytes() == (tiny_run / "metrics.csv").read_bytes()
 
 
@@ -531,13 +397,9 @@ def test_a_trial_run_leaves_nothing(cli, tiny, drawn_pets):
     "text", ["CUDA out of memory. Tried to allocate 2 GiB", "can't allocate memory: 9 bytes"]
 )
 def test_full_memory_gets_half_the_batch_and_twice_the_accumulation(text):
-    with (
-        pytest.raises(
-            ValueError, match=r"--data.batch_size 32 --trainer.accumulate_grad_batches 4"
-        ),
-        memory_advice(64, 2),
-    ):
+    with pytest.raises(UserError) as caught, memory_advice(64, 2):
         raise RuntimeError(text)
+    assert_names(str(caught.value), "--data.batch_size 32", "--trainer.accumulate_grad_batches 4")
 
 
 @pytest.mark.parametrize(("batch", "goes_on"), [(64, True), (1, False)])

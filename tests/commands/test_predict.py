@@ -13,22 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from moevision.analysis.collect import network_input
-from moevision.commands.predict import images_at, predict_batch
+from moevision.commands.predict import NO_NUMBER, images_at, predict_batch
 from moevision.errors import UserError
 from moevision.models.io import load_model
 from moevision.models.ood import FILE, pooled
+from tests.shared import assert_names, refused, succeeded
 
 
 def table(text):
     return list(csv.DictReader(text.splitlines()))
-
-
-def refused(outcome, *words):
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith("moevision: ")
-    assert outcome.err.count("\n") == 1
-    for word in words:
-        assert word in outcome.err
 
 
 def test_csv(cli, tiny_run, drawn_pets):
@@ -57,8 +50,7 @@ def test_a_column_tells_how_far_a_stranger_is(cli, distant_model, tiny_run, draw
         files.append(tmp_path / f"noise{number}.png")
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(files[-1])
     (tmp_path / "bad.png").write_bytes(b"x")
-    outcome = cli("predict", distant_model, *files, tmp_path / "bad.png")
-    assert outcome.code == 0
+    outcome = succeeded(cli("predict", distant_model, *files, tmp_path / "bad.png"))
     *rows, bad = table(outcome.out)
     assert (bad["distance"], bool(bad["error"])) == ("", True)
     model, stored = load_model(str(tiny_run)), load_file(distant_model / FILE)
@@ -73,7 +65,7 @@ def test_a_column_tells_how_far_a_stranger_is(cli, distant_model, tiny_run, draw
     ]
     assert [float(row["distance"]) for row in rows] == pytest.approx(expected, rel=1e-3)
     strangers = sum(far > 1 for far in expected)
-    assert f"{strangers} of 6 images are unlike the training images" in outcome.err
+    assert_names(outcome.err, f"{strangers} of 6", "unlike the training")
     assert strangers >= 2, "noise is far from drawn pets"
     plain = table(cli("predict", tiny_run, *files).out)
     assert [row["class"] for row in rows] == [row["class"] for row in plain]
@@ -129,15 +121,14 @@ def test_an_unreadable_file_gets_a_row_that_says_why(cli, tiny_run, drawn_pets, 
     cut.write_bytes(good.read_bytes()[:300])
     empty = tmp_path / "empty.jpg"
     empty.touch()
-    outcome = cli("predict", tiny_run, cut, good, empty)
-    assert outcome.code == 0
+    outcome = succeeded(cli("predict", tiny_run, cut, good, empty))
     first, middle, last = table(outcome.out)
     assert (first["class"], first["probability"], first["top5"]) == ("", "", "")
     assert first["error"]
     assert "empty" in last["error"]
     assert middle["class"]
     assert not middle["error"]
-    assert "2 of 3 files could not be read" in outcome.err
+    assert_names(outcome.err, "2 of 3", "be read")
     assert json.loads(cli("predict", tiny_run, cut, "--format=json").out)[0]["class"] is None
 
 
@@ -152,10 +143,8 @@ def test_a_folder_that_can_not_be_read_is_told(cli, tiny_run, tmp_path, drawn_pe
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    outcome = cli("predict", tiny_run, tmp_path / "all")
-    assert outcome.code == 0, outcome.err
-    assert "1 folders in" in outcome.err
-    assert "can't be read, and were left out" in outcome.err
+    outcome = succeeded(cli("predict", tiny_run, tmp_path / "all"))
+    assert_names(outcome.err, "1 folders in", "be read", "left out")
 
 
 def test_nothing_but_unreadable_files(cli, tiny_run, tmp_path):
@@ -243,32 +232,6 @@ def test_out_is_tried_before_images_are_classified(
     assert list(tmp_path.iterdir()) == [image]
 
 
-def test_paths_and_numbers_that_can_not_be(cli, tiny_run, drawn_pets, tmp_path):
-    refused(
-        cli("predict", tiny_run, tmp_path / "missing.png"),
-        "There is no file or folder",
-        "missing.png",
-    )
-    refused(cli("predict", tiny_run, tmp_path), "holds no image")
-    assert (
-        "'0' is no number of at least 1"
-        in cli("predict", tiny_run, drawn_pets, "--batch_size=0").err
-    )
-
-
-def test_no_model(cli, drawn_pets, tmp_path):
-    refused(
-        cli("predict", "runs/nowhere/model", drawn_pets),
-        "runs/nowhere/model",
-        "give a folder such as",
-    )
-    refused(
-        cli("predict", tmp_path, drawn_pets),
-        "is no saved model",
-        "config.json and model.safetensors",
-    )
-
-
 def test_a_run_that_is_not_finished(cli, tiny_run, drawn_pets, tmp_path):
     run = Path(shutil.copytree(tiny_run, tmp_path / "my run"))
     shutil.rmtree(run / "model")
@@ -291,9 +254,7 @@ def test_photos_of_other_formats_are_told(cli, tiny_run, drawn_pets, tmp_path):
     (folder / "cat" / ".DS_Store").touch()
     outcome = cli("predict", tiny_run, folder)
     assert len(table(outcome.out)) == count
-    assert outcome.err.startswith(
-        f"warning: files in {folder} of formats that aren't read were left out: 1 x .heic;"
-    )
+    assert_names(outcome.err, f"warning: files in {folder}", "left out: 1 x .heic;")
     alone = tmp_path / "alone"
     alone.mkdir()
     (folder / "cat" / "IMG_1.HEIC").rename(alone / "IMG_1.HEIC")
@@ -347,12 +308,13 @@ def test_a_model_that_answers_with_no_number_says_so_in_both_formats(cli, saved_
     )  # the largest float32 is 3.4e38; a weight that is no number is refused
     save_file(weights, saved_model / "model.safetensors")
     for form in ("csv", "json"):
-        outcome = cli("predict", saved_model, *files, "--format", form, "--unsure", "0.5")
-        assert outcome.code == 0
-        assert "2 of 2 images have no answer" in outcome.err
-        assert "could not be read" not in outcome.err
+        outcome = succeeded(
+            cli("predict", saved_model, *files, "--format", form, "--unsure", "0.5")
+        )
+        assert_names(outcome.err, "2 of 2", "no answer")
+        assert "files" not in outcome.err
         for row in json.loads(outcome.out) if form == "json" else table(outcome.out):
-            assert "the model's answer is no number" in row["error"]
+            assert row["error"] == NO_NUMBER
             assert {row[key] or None for key in ("class", "probability", "distance")} == {None}
             assert not row["top5"]
 
@@ -391,9 +353,10 @@ def test_probabilities_are_calibrated_by_the_stored_temperature(cli, saved_model
         cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json").out
     )
     changed_config(saved_model, lambda config: config.pop("calibration"))
-    outcome = cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json")
-    assert outcome.code == 0
-    assert "Probabilities are not calibrated" in outcome.err
+    outcome = succeeded(
+        cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json")
+    )
+    assert_names(outcome.err, "not calibrated", "without a temperature")
     (plain,) = json.loads(outcome.out)
     assert (plain["calibrated"], said["calibrated"]) == (False, True)
     powers = {entry["class"]: entry["probability"] ** (1 / temperature) for entry in plain["top5"]}
@@ -415,8 +378,7 @@ def test_unsure_answers(cli, tiny_run, drawn_pets):
     sure = json.loads(cli("predict", tiny_run, drawn_pets, "--format=json").out)
     threshold = sorted(row["probability"] for row in sure)[len(sure) // 2]
     options = ("--unsure", f"{threshold:.6f}")
-    outcome = cli("predict", tiny_run, drawn_pets, "--format=json", *options)
-    assert outcome.code == 0
+    outcome = succeeded(cli("predict", tiny_run, drawn_pets, "--format=json", *options))
     rows = json.loads(outcome.out)
     doubted = [row for row in rows if row["unsure"]]
     assert 0 < len(doubted) < len(rows)
@@ -427,11 +389,6 @@ def test_unsure_answers(cli, tiny_run, drawn_pets):
         assert (row["probability"], row["top5"]) == (before["probability"], before["top5"])
     by_csv = table(cli("predict", tiny_run, drawn_pets, *options).out)
     assert [row["class"] for row in by_csv] == [row["class"] for row in rows]
-    for value in ("0", "1.5"):
-        assert (
-            "is no probability above 0"
-            in cli("predict", tiny_run, drawn_pets, "--unsure", value).err
-        )
 
 
 def test_an_unreadable_file_is_not_unsure(cli, tiny_run, tmp_path):

@@ -1,11 +1,17 @@
-"""Small generated image folders."""
+"""Small generated image folders, and what tests of data ask of sentences."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from moevision.data import ImageDataModule
+from moevision.data.collection import Collection
+from moevision.data.open import open_collection
+from moevision.errors import UserError
 
 Folder = Callable[..., Path]
 
@@ -27,3 +33,34 @@ def image_folder(tmp_path: Path) -> Folder:
         return root
 
     return make
+
+
+def opened(path: Path | str, **options) -> Collection:
+    return open_collection(str(path), **({"image_size": 16, "sizes": {}} | options))
+
+
+def ready(path: Path | str, stage: str | None = None, run_dir=None, **options) -> ImageDataModule:
+    """A data module of images of 16 px in batches of 8, set up."""
+    data = ImageDataModule(str(path), **({"image_size": 16, "batch_size": 8} | options))
+    data.run_dir = run_dir
+    data.setup(stage)
+    return data
+
+
+def listed(root: Path, rows: list[str], head: str = "path,label") -> Path:
+    """A manifest in the folder."""
+    (root / "list.csv").write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    return root / "list.csv"
+
+
+def names(sentence: str, *fragments: str) -> None:
+    """Assert that a sentence names all of this."""
+    assert [fragment for fragment in fragments if fragment not in sentence] == [], sentence
+
+
+@contextmanager
+def refusal(*fragments: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Expect an error that names all of this: the option or file, the value, the way on."""
+    with pytest.raises(kind) as error:
+        yield
+    names(str(error.value), *fragments)

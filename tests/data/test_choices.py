@@ -8,7 +8,7 @@ from moevision.data import ImageDataModule
 from moevision.data.collection import Sample
 from moevision.data.scores import apply_lists
 from moevision.data.splits import Splits
-from moevision.errors import UserError
+from tests.data.conftest import names
 
 CLASSES = ["cat", "=dog"]
 TRAIN = [
@@ -21,7 +21,7 @@ HELD = {"val": [Sample("cat/v.png", 0)], "test": [Sample("=dog/t.png", 1)]}
 NOTES = dict.fromkeys(("train", "val", "test"), "cut")
 
 
-def chosen(tmp_path: Path, *, keep: str | None = None, relabel: str | None = None) -> Splits:
+def apply(tmp_path: Path, *, keep: str | None = None, relabel: str | None = None) -> Splits:
     files = {}
     for name, text in (("keep", keep), ("relabel", relabel)):
         if text is not None:
@@ -33,66 +33,20 @@ def chosen(tmp_path: Path, *, keep: str | None = None, relabel: str | None = Non
 
 def test_the_training_images_are_those_of_the_list_under_their_new_labels(tmp_path):
     """Names stand in the files as in splits.csv: shown, with a ' in front of what a spreadsheet would compute."""
-    found = chosen(
+    found = apply(
         tmp_path,
         keep="image,keep,reason\ncat/a.png,yes,x\n\"'=dog/c,d\\x1b.png\",yes,\n'=dog/e.png,yes,\ncat/b.png,no,\n",
         relabel="image,new_label\n'=dog/e.png,cat\ncat/a.png,\n\"'=dog/c,d\\x1b.png\",'=dog\n",
     )
     assert found.samples == {"train": [TRAIN[0], TRAIN[2], Sample("=dog/e.png", 0)], **HELD}
     assert found.unused == [Sample("cat/copy.png", 0), TRAIN[1]]
-    assert (
-        found.notes["train"] == "cut, 1 with another label by relabel.csv, 1 left out by keep.csv"
-    )
+    names(found.notes["train"], "1 with another", "relabel.csv", "1 left out", "keep.csv")
     assert found.notes["val"] == "cut"
 
 
 def test_a_plain_list_of_names_is_what_is_kept(tmp_path):
-    found = chosen(tmp_path, keep="\ufeffimage\n'=dog/e.png\ncat/b.png\n")
+    found = apply(tmp_path, keep="\ufeffimage\n'=dog/e.png\ncat/b.png\n")
     assert found.samples["train"] == [TRAIN[1], TRAIN[3]]
-
-
-@pytest.mark.parametrize(
-    ("files", "words"),
-    [
-        (
-            {"keep": "image\ncat/a.png\ncat/x.png\n"},
-            ["--data.keep", "1 images", "'cat/x.png'", "no such image"],
-        ),
-        ({"keep": "image\ncat/a.png\ncat/v.png\n"}, ["'cat/v.png' (it is in val)", "--data.seed"]),
-        ({"keep": "image\ncat/a.png\ncat/copy.png\n"}, ["it is in no split"]),
-        ({"relabel": "image,new_label\n'=dog/t.png,cat\n"}, ["--data.relabel", "it is in test"]),
-        ({"keep": "image\ncat/a.png\n"}, ["class '=dog' without a training image"]),
-        (
-            {"relabel": "image,new_label\ncat/a.png,'=dog\ncat/b.png,'=dog\n"},
-            ["class 'cat' without"],
-        ),
-        (
-            {"keep": "image,keep\ncat/a.png,maybe\n"},
-            ["line 2: keep is 'maybe' and must be yes or no"],
-        ),
-        ({"keep": "image\ncat/a.png\ncat/a.png\n"}, ["lists 'cat/a.png' twice"]),
-        ({"keep": "image,decision\ncat/a.png,drop\n"}, ["--by decisions"]),
-        ({"keep": "path\ncat/a.png\n"}, ["no column image"]),
-        ({"keep": ""}, ["no column image"]),
-        ({"keep": "image\n"}, ["class 'cat' without a training image"]),
-        ({"keep": 'image\n"cat/a.png\n'}, ["can't be used"]),
-        ({"relabel": "image,keep\ncat/a.png,yes\n"}, ["no column new_label"]),
-        (
-            {"relabel": "image,new_label\ncat/a.png,cow\n"},
-            ["line 2: the data have no class 'cow' (cat, '=dog)"],
-        ),
-        ({"relabel": "image,new_label\ncat/a.png,\n"}, ["gives no image a new label"]),
-    ],
-)
-def test_a_list_that_can_not_be_used_says_why(tmp_path, files, words):
-    with pytest.raises(UserError) as error:
-        chosen(tmp_path, **files)
-    assert [word for word in words if word not in str(error.value)] == []
-
-
-def test_a_list_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"--data.keep: .*none.csv can't be read"):
-        apply_lists(Splits({"train": TRAIN}, dict(NOTES)), CLASSES, tmp_path / "none.csv", None)
 
 
 @pytest.mark.parametrize("drawn", [False, True])

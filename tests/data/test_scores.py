@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from moevision.data.scores import SCORES, Scores, ScoreSums, keys_of
-from moevision.errors import UserError
 
 NAMES = ["cat/a.png", "cat/b.png", "dog/c.png"]
 LABELS = ["cat", "cat", "dog"]
@@ -155,16 +154,3 @@ def test_the_file_by_hand(tmp_path: Path, experts: dict[int, int]):
     table = Scores.read(tmp_path / "scores.csv")
     assert (table.images, table.experts.keys()) == (["'=cmd.png", "b, c.png"], experts.keys())
     assert np.isnan(table.scores["aum"]).tolist() == [False, True]
-
-
-def test_other_files_are_refused_in_words(tmp_path: Path):
-    with pytest.raises(UserError, match=r"--data\.scores"):
-        Scores.read(tmp_path / "scores.csv")
-    for text in (
-        "",
-        "image,label\n",
-        "image,label,visits,aum,el2n,loss_mean,loss_last,p_mean,p_std,forgetting,correct\na,b,1\n",
-    ):
-        (tmp_path / "scores.csv").write_text(text)
-        with pytest.raises(UserError, match="no table of scores"):
-            Scores.read(tmp_path / "scores.csv")

@@ -18,7 +18,6 @@ from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 from moevision.data.synthetic import SyntheticPets
-from moevision.errors import UserError
 
 CHANCE = 1 / 8
 PART = {name: value for value, name in enumerate(SyntheticPets.parts)}
@@ -106,19 +105,6 @@ def test_classes_are_balanced() -> None:
     counts = Counter(pets.label(i) for i in range(803))
     assert sorted(counts) == list(range(8))
     assert max(counts.values()) - min(counts.values()) == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"size": 0}, "at least 1"),
-        ({"image_size": 8}, "at least 16"),
-        ({"split": "valid"}, "train, val, test"),
-    ],
-)
-def test_wrong_arguments_say_what_is_allowed(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        SyntheticPets(**{"size": 8, **arguments})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 96])

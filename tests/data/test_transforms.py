@@ -164,13 +164,14 @@ def test_light_pad_is_torchvision_s_pad_crop_and_flip():
 def test_light_resized_is_torchvision_s_resized_crop_and_flip():
     pictures = [noise(24 + n, 60 - n, n) for n in range(40)]
     u = uniform(4 * TRIES, 7, 3, *KEY).reshape(-1, TRIES, 4)
-    boxes = resized_crop_boxes(u, np.array([p.shape[1:] for p in pictures]), (0.25, 1.0))
+    boxes = resized_crop_boxes(u, np.array([p.shape[1:] for p in pictures]), (0.4, 1.0))
     bicubic = v2.InterpolationMode.BICUBIC
     rows = [
         functional.resized_crop(p, *box, [16, 16], interpolation=bicubic, antialias=True)
         for p, box in zip(pictures, boxes.tolist(), strict=True)
     ]
-    found = transform(crop="random_resized")([p.numpy() for p in pictures], 7, EPOCHS, INDICES)
+    chain = transform(crop="random_resized", min_crop_scale=0.4)
+    found = chain([p.numpy() for p in pictures], 7, EPOCHS, INDICES)
     assert torch.equal(found, flipped(rows, 7))
 
 
@@ -218,36 +219,6 @@ def test_streams_are_apart():
     assert len(set(streams)) == len(streams)
 
 
-def test_pad_crop_is_a_shift_by_at_most_an_eighth_filled_with_the_mean_colour():
-    fill = torch.tensor([128, 64, 191], dtype=torch.uint8)  # 255 x MEAN, rounded
-    pixels = noise()
-    padded = fill.view(3, 1, 1).repeat(1, 20, 20)
-    padded[:, 2:18, 2:18] = pixels  # 16 / 8 = 2 pixels on each side
-    windows = {
-        padded[:, top : top + 16, left : left + 16].numpy().tobytes(): (top, left)
-        for top in range(5)
-        for left in range(5)
-    }
-    seen = {
-        windows[one(transform(hflip=False), pixels, 0, 0, index).numpy().tobytes()]
-        for index in range(300)
-    }
-    assert seen == set(windows.values())  # each of the 25 shifts, and nothing else
-
-
-def test_hflip_mirrors_about_half():
-    pixels, chain = noise(), transform(crop="random_resized", min_crop_scale=1.0)
-    mirrored = [
-        # the whole square is cropped in most draws; those are the image or its mirror image
-        (torch.equal(result, pixels.flip(2)), torch.equal(result, pixels))
-        for result in (one(chain, pixels, 0, 0, index) for index in range(400))
-    ]
-    flips, stays = (sum(column) for column in zip(*mirrored, strict=True))
-    assert flips + stays > 50
-    # binomial: outside of 5 standard deviations once in a million
-    assert abs(flips - stays) < 5 * (flips + stays) ** 0.5
-
-
 def test_two_epochs_in_a_row_show_both_sides():
     """The alternating flip of arXiv:2404.00498: from a random start, never the same side twice."""
     pixels, chain = noise(), transform(crop="random_resized", min_crop_scale=1.0)
@@ -264,38 +235,9 @@ def test_two_epochs_in_a_row_show_both_sides():
     assert {side for own in seen for side in own} == {False, True}
 
 
-def test_min_crop_scale_bounds_the_area():
-    # An image whose red channel is the column and green the row, so a crop tells its own extent.
-    side = 200
-    ramp = torch.arange(side, dtype=torch.uint8)
-    pixels = torch.stack(
-        [ramp.expand(side, side), ramp.view(-1, 1).expand(side, side), torch.zeros(side, side)]
-    )
-    pixels = pixels.to(torch.uint8)
-    for scale in (0.1, 0.6):
-        chain = transform(32, crop="random_resized", min_crop_scale=scale)
-        areas = []
-        for index in range(200):
-            out = one(chain, pixels, 0, 0, index).float()
-            # pixel centres of a crop of width w span w - w/32
-            width = (out[0].max() - out[0].min()) / (1 - 1 / 32)
-            height = (out[1].max() - out[1].min()) / (1 - 1 / 32)
-            areas.append(float(width * height) / side**2)
-        assert scale - 0.05 < min(areas) < scale + 0.1
-        assert max(areas) > 0.85
-
-
 def test_augment_none_changes_nothing():
     pixels = noise()
     assert torch.equal(one(transform(augment="none"), pixels, 0, 0, 0), pixels)
-
-
-def test_random_erasing_fills_with_the_mean_colour():
-    pixels = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    out = one(transform(augment="none", random_erasing=1.0), pixels, 0, 0, 0)
-    erased = out[0] > 0
-    assert 0 < erased.sum() < 256
-    assert out[:, erased].unique(dim=1).flatten().tolist() == [128, 64, 191]
 
 
 def test_square_pixels_is_the_centre_at_full_size():

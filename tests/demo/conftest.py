@@ -126,6 +126,11 @@ def photos_home(tmp_path_factory):
     return home
 
 
+@pytest.fixture(scope="session")
+def recorded(photos_home):
+    return RoutingHistory.load(photos_home / "snaps" / "history.safetensors")
+
+
 HOSTILE = "cat/<img src=x onerror=alert(1)>'&quot;.png"
 
 

@@ -1,6 +1,7 @@
 """Which models and images the explorer offers: bundled ones with their cards, and someone's own run."""
 
 import json
+import re
 import shutil
 import warnings
 import zipfile
@@ -30,6 +31,7 @@ from moevision.errors import DataWarning, UserError
 from moevision.models.history import RoutingHistory
 from moevision.models.io import load_model
 from moevision.models.ood import FILE as STRANGERS
+from tests.shared import says
 
 
 def megabytes(files):
@@ -110,29 +112,21 @@ def test_bundled_models_answer_in_the_words_of_today():
     for file in [file for folder in bundled_folders() for file in folder.glob("atlas*.json")]:
         for layer in load_atlas(file)["layers"]:
             experts, training, function = layer["answers"]
-            assert experts["sentence"].startswith("Classes go to different experts: ")
-            assert training["sentence"].startswith("Training the router added to that: ")
-            assert function["sentence"].startswith(
-                ("The experts do different things: ", "The layer contributes nothing")
-            )
-            assert (
-                "without the layer" in function["sentence"] or "without it" in function["sentence"]
-            )
-            assert "in effect" in layer["load_words"]
+            assert says(experts["sentence"], "different experts: ")
+            assert says(training["sentence"], "Training the router")
+            assert re.match("The (experts do|layer contributes)", function["sentence"])
+            assert re.search("without (the layer|it)", function["sentence"])
+            assert says(layer["load_words"], "in effect")
 
 
 def test_accuracy_in_words():
     card = Card("x", "X", accuracy={"moe": 0.9876, "dense": 0.5, "unbalanced": 1.0})
-    assert card.accuracy_text("trained") == "98.8 % of test images right (dense twin: 50.0 %)"
-    assert (
-        card.accuracy_text("unbalanced")
-        == "100.0 % of test images right, trained without the balance loss"
-    )
+    assert says(card.accuracy_text("trained"), "98.8 %", "dense twin: 50.0 %")
+    assert says(card.accuracy_text("unbalanced"), "100.0 %", "without the balance")
     assert "random" in card.accuracy_text("untrained")
-    assert Card("x", "X", accuracy={"moe": 0.6}, test_images=1020).accuracy_text("trained") == (
-        "60.0 % of 1,020 test images right"
-    )
-    assert Card("x", "X").accuracy_text("trained") == "accuracy not known"
+    card = Card("x", "X", accuracy={"moe": 0.6}, test_images=1020)
+    assert says(card.accuracy_text("trained"), "60.0 %", "1,020 test images")
+    assert says(Card("x", "X").accuracy_text("trained"), "not known")
 
 
 CARD = '{"id": "x", "title": "X", "recognized": %s}'
@@ -153,7 +147,7 @@ CARD = '{"id": "x", "title": "X", "recognized": %s}'
 )
 def test_a_damaged_card(tmp_path, text):
     (tmp_path / "card.json").write_text(text)
-    with pytest.raises(UserError, match="is no model card"):
+    with pytest.raises(UserError, match="no model card"):
         read_card(tmp_path / "card.json")
 
 
@@ -261,7 +255,7 @@ def test_a_run_whose_pictures_are_gone(tiny_run, tmp_path):
         line.split(": ", 1)[1] for line in config.splitlines() if line.strip().startswith("path: ")
     )
     (run / "config.yaml").write_text(config.replace(folder, str(tmp_path / "gone")))
-    with pytest.warns(DataWarning, match="no images of the model's own"):
+    with pytest.warns(DataWarning, match="no images"):
         entry = open_entries(str(run))[0]
     assert not entry.examples.has_pictures
     assert entry.examples.on_first_screen()  # gradio's photos

@@ -16,6 +16,7 @@ from moevision.demo.gate import FairExecutor, Serving
 from moevision.demo.server import ExplorerApp
 from moevision.demo.wire import RequestError, open_data_uri
 from tests.demo import hostile
+from tests.shared import says
 
 SECONDS = 30  # on a busy machine
 
@@ -178,14 +179,13 @@ def test_what_an_image_may_have(explorer):
         return explorer.answer("route", {"picture": {"kind": "upload", "data": data}})
 
     assert "prediction" in answer(hostile.uri(hostile.png_bomb(4000, 4000)))
-    assert answer(hostile.uri(hostile.png_bomb(4001, 4000))) == {
-        "error": "This image can't be used: its size of 4001 x 4000 pixels exceeds the limit of 16,000,000; shrink it.",
-        "code": "bad_image",
-    }
+    refused = answer(hostile.uri(hostile.png_bomb(4001, 4000)))
+    assert refused["code"] == "bad_image"
+    assert says(refused["error"], "4001 x 4000", "16,000,000", "shrink it")
     photo = jpeg(5472, 3648)  # 20 megapixels
     assert "prediction" in answer(photo)
     assert open_data_uri(photo, 672).size == (2736, 1824)
-    assert "exceeds the limit of 50,000,000" in answer(jpeg(7100, 7100))["error"]
+    assert says(answer(jpeg(7100, 7100))["error"], "50,000,000")
 
 
 def ask_from(address, url, path, body):

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -25,8 +24,9 @@ from moevision.demo.models import open_entries
 from moevision.demo.view import route_image
 from moevision.demo.wire import MAX_BYTES
 from tests.demo import hostile
-from tests.demo.serving import running
+from tests.demo.serving import free_port, running
 from tests.scopes import ablate
+from tests.shared import says
 
 ROOT = Path(__file__).parents[2]
 LION = (200, 150, 90)
@@ -160,7 +160,7 @@ def noted(image):
     open(sys.argv[1], "a").write(f"{image.size}\\n")
     return load(image)
 
-gradio_app.KEPT_S = (1, 1)
+gradio_app.DELETE_CACHE_S = (1, 1)
 app = gradio_app.blocks()
 _, url, _ = app.launch(prevent_thread_lock=True, quiet=True)
 ImageFile.ImageFile.load = noted
@@ -202,7 +202,7 @@ def test_what_is_too_large_is_never_decoded(launched, decoded):
     data = hostile.large_png(13_300)
     assert len(data) < 700_000
     for image in ({"path": launched.upload(data), **META}, {"url": hostile.uri(data)}):
-        assert "13300 x 13300 pixels exceeds the limit of 16,000,000" in launched.ask(image)
+        assert says(launched.ask(image), "13300 x 13300", "16,000,000")
     assert decoded() == set()
     assert launched.ask({"path": launched.upload(hostile.picture_bytes("PNG")), **META}) in (
         "cat",
@@ -229,7 +229,7 @@ def test_only_uploaded_files_are_opened(launched, tmp_path, decoded):
     for path in paths + hostile.ADDRESSES:
         for more in ({}, {"is_stream": True}, {"url": path}, {"url": f"/gradio_api/file={path}"}):
             said = launched.ask({"path": path, **more})
-            assert said.startswith("This image can't be used: "), (path, more, said)
+            assert says(said, "can't be used"), (path, more)
     for more in (META, {**META, "is_stream": True}):
         assert launched.ask({"path": str(mine), **more}) not in (
             "cat",
@@ -247,10 +247,7 @@ def test_odd_images_are_sentences(launched):
         data = base64.b64decode(encoded) if ";base64," in text else encoded.encode()
         for image in ({"url": text}, {"path": launched.upload(data, "odd.svg"), **META}):
             said = launched.ask(image)
-            assert said in ("cat", "dog") or said.startswith("This image can't be used: "), (
-                text[:80],
-                said,
-            )
+            assert said in ("cat", "dog") or says(said, "can't be used"), text[:80]
 
 
 @pytest.mark.deep
@@ -263,16 +260,8 @@ def test_uploads_are_deleted_and_examples_are_not(tmp_path):
         end = time.monotonic() + 60
         while path.exists() and time.monotonic() < end:
             time.sleep(0.2)
-        assert asking.ask({"path": str(path)}) == (
-            "This image can't be used: its file is not, or no longer, among the uploaded ones; choose it again."
-        )
+        assert says(asking.ask({"path": str(path)}), "no longer", "choose it again")
         assert len(list(path.parents[1].rglob("*.webp"))) == kept
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def peak_mb(process):
@@ -293,7 +282,7 @@ def test_app_py_has_a_typed_endpoint():
         env={**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"},
     )
     try:
-        assert any("Running on local URL" in line for line in process.stdout)
+        assert any("local URL" in line for line in process.stdout)
         client = Client(f"http://127.0.0.1:{port}", verbose=False)
         ((name, endpoint),) = client.view_api(return_format="dict", print_info=False)[
             "named_endpoints"

@@ -25,7 +25,8 @@ from moevision.demo import gate
 from moevision.demo.gate import AUTH, Serving, is_loopback
 from moevision.errors import UserError
 from moevision.models.io import save_model
-from tests.demo.serving import running
+from tests.demo.serving import free_port, running
+from tests.shared import says
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,25 +50,6 @@ def test_loopback(host, expected):
     assert is_loopback(host) is expected
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--host", "0.0.0.0"],
-        ["--host", "::"],
-        ["--share"],
-        ["--host", "192.168.1.7"],
-        ["--host", "myhost"],
-    ],
-)
-def test_others_are_kept_out_without_a_password(arguments, cli):
-    outcome = cli("demo", *arguments)
-    assert outcome.code == 2
-    assert "--auth USER," in outcome.err
-    assert "MOEVISION_AUTH=USER:PASSWORD" in outcome.err
-    assert "--public" in outcome.err
-    assert outcome.err.count("\n") == 1
-
-
 def test_others_may_come_in_when_that_is_said():
     Serving(host="0.0.0.0", public=True).check()
     Serving(host="0.0.0.0", auth=("class", "secret")).check()
@@ -75,32 +57,6 @@ def test_others_may_come_in_when_that_is_said():
     Serving().check()
     with pytest.raises(UserError):
         Serving(host="0.0.0.0").check()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--auth", "nobody"], "no terminal: set MOEVISION_AUTH=USER:PASSWORD"),
-        (["--auth", ":x"], "--auth needs a user and a password"),
-        (["--auth", "x:"], "--auth needs a user and a password"),
-        (["--auth", ""], "--auth"),
-        (["--port", "0"], "--port is 0"),
-        (["--root-path", "/moe/"], "without a slash at its end"),
-        (["--allow-host", "https://lab.example.org"], "a host name without a port"),
-        (["--allow-host", "lab.example.org:80"], "a host name without a port"),
-        (["--allow-embed", "lab.example.org"], "https://lab.example.org"),
-        (["--allow-embed", "https://x; script-src *"], "a website's origin"),
-        (["--allow-embed", "https://lab.example.org/page"], "a website's origin"),
-        (["--port", "99999"], "--port is 99999"),
-        (["--host", "192.0.2.1", "--public"], "--host 192.0.2.1 is no address of this computer"),
-        (["no/such/model"], "no/such/model"),
-        (["--no-such-option"], "--no-such-option"),
-    ],
-)
-def test_mistakes_in_one_sentence(arguments, words, cli):
-    outcome = cli("demo", *arguments)
-    assert outcome.code == 2
-    assert words in outcome.err
 
 
 def test_a_password_need_not_stand_on_the_command_line(monkeypatch, capsys):
@@ -122,23 +78,15 @@ def test_a_password_need_not_stand_on_the_command_line(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     assert launch.login("class:secret") == ("class", "secret")
     note = capsys.readouterr().err
-    assert "--auth class asks for it" in note
+    assert says(note, "--auth class")
     assert "secret" not in note
 
 
 def test_a_password_that_is_asked_for_is_not_empty(monkeypatch):
     monkeypatch.setattr(launch.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(launch.getpass, "getpass", lambda prompt: "")
-    with pytest.raises(UserError, match="--auth needs a user and a password"):
+    with pytest.raises(UserError, match="--auth needs"):
         launch.login("class")
-
-
-@pytest.mark.parametrize("variable", ["class", ":x", "x:", ""])
-def test_a_variable_without_a_password_is_refused(variable, monkeypatch, cli):
-    monkeypatch.setenv(AUTH, variable)
-    outcome = cli("demo", "--host", "0.0.0.0")
-    assert outcome.code == 2
-    assert "MOEVISION_AUTH needs a user and a password" in outcome.err
 
 
 def test_an_answer_is_sent_at_once():
@@ -162,7 +110,7 @@ def test_a_name_with_one_address_that_can_be_used_will_do(monkeypatch):
     with Serving(host="localhost").listen() as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
     monkeypatch.setattr(gate.socket, "getaddrinfo", lambda *_, **__: found[:1])
-    with pytest.raises(UserError, match="no address of this computer"):
+    with pytest.raises(UserError, match="no address"):
         Serving(host="localhost").listen()
 
 
@@ -192,20 +140,19 @@ def test_a_name_with_one_address_that_can_be_used_will_do(monkeypatch):
     ],
 )
 def test_names_that_the_page_goes_by(serving, name, expected):
-    assert serving.known(name) is expected
+    assert serving.accepts_host(name) is expected
 
 
 def test_who_may_show_the_page_in_a_frame(monkeypatch):
-    assert Serving().frames() == "'self' http://localhost:* http://127.0.0.1:*"  # a notebook
+    notebook = ["'self'", "http://localhost:*", "http://127.0.0.1:*"]
+    assert Serving().frames().split() == notebook
     assert Serving(host="0.0.0.0").frames() == Serving(share=True).frames() == "'self'"
-    assert (
-        Serving(share=True, allow_embed=("https://lab.example", "*")).frames()
-        == "'self' https://lab.example *"
-    )
+    sites = ("https://lab.example", "*")
+    assert Serving(share=True, allow_embed=sites).frames().split() == ["'self'", *sites]
     monkeypatch.setenv("SPACE_ID", "me/moevision")
     space = Serving(host="0.0.0.0", public=True)
-    assert space.frames() == "'self' https://huggingface.co https://*.hf.space"
-    assert space.known("me-moevision.hf.space")
+    assert space.frames().split() == ["'self'", "https://huggingface.co", "https://*.hf.space"]
+    assert space.accepts_host("me-moevision.hf.space")
 
 
 def test_the_help_teaches(cli):
@@ -273,8 +220,7 @@ def test_a_model_of_ones_own_from_start_to_stop(mine):
         assert "give another --port" in taken.stderr.splitlines()[-1]
         assert server.stop() == 0
     said = "\n".join(server.lines)
-    assert "Stop it with Ctrl-C." in said
-    assert "Only this computer can see it" in said
+    assert says(said, "Ctrl-C", "Only this computer")
     assert said.endswith("Stopped.")
     assert "Traceback" not in said
     boot = json.loads(re.search(r"^const BOOT = (.*);$", page, re.MULTILINE)[1])
@@ -335,9 +281,7 @@ def test_a_space_serves_a_class_below_a_path(mine, space):
             assert page.text == http.get("/").text
             assert re.search(r"^const BOOT = ", page.text, re.MULTILINE)
             policy = page.headers["content-security-policy"]
-            assert policy.endswith(
-                "frame-ancestors 'self' https://huggingface.co https://*.hf.space"
-            )
+            assert policy.split()[-2:] == ["https://huggingface.co", "https://*.hf.space"]
             assert "x-frame-options" not in page.headers
             assert http.post("/moe/api/boot", json={}).json()["models"][0]["title"] == "mine"
             assert http.get("/moebius").status_code == 404
@@ -346,12 +290,6 @@ def test_a_space_serves_a_class_below_a_path(mine, space):
     assert "and log in" in said
     assert "secret" not in said
     assert "▀" in said
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 SERVE = """
@@ -435,7 +373,7 @@ def test_the_announcement_for_others():
     assert "secret" not in text
     FakeServer.share_url = "https://x.gradio.live"
     shared = launch.announcement(FakeServer, Serving(share=True, public=True))
-    assert "https://x.gradio.live: anyone" in shared
+    assert says(shared, "https://x.gradio.live", "anyone")
 
 
 def test_the_qr_code_can_be_scanned():

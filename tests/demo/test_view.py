@@ -17,6 +17,7 @@ from moevision.demo.facts import LayerFacts, describe, model_input
 from moevision.demo.view import LayerView, Settings
 from moevision.errors import UserError
 from moevision.models.io import SavedModel, save_model
+from tests.shared import says
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,9 @@ def test_a_layer_that_the_classifier_does_not_read_is_called_so():
         "test_vit_moe", class_token=True, global_pool="token", num_classes=2
     ).eval()
     saved = SavedModel(net, ["a", "b"], 32, (0.5,) * 3, (0.5,) * 3)
-    words = [router["words"] for router in describe(saved).to_json()["routers"]]
-    assert words == ["top-2 of 4 experts", "top-2 of 4 experts, not read by the classifier"]
+    first, last = [router["words"] for router in describe(saved).to_json()["routers"]]
+    assert "not read" not in first
+    assert says(last, "top-2", "not read")
 
 
 def test_margin_and_entropy_by_hand():
@@ -211,7 +213,7 @@ def test_an_open_image_is_seen_as_its_file_is(tmp_path):
         assert np.array_equal(
             model_input(Image.open(tmp_path / name), 32), model_input(tmp_path / name, 32)
         ), name
-    with pytest.raises(UserError, match="pixel format F has no agreed range"):
+    with pytest.raises(UserError, match="pixel format F"):
         model_input(Image.new("F", (32, 32)), 32)
 
 

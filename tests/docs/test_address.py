@@ -13,6 +13,7 @@ import yaml
 
 import moevision
 from tests.docs.test_docs import FRONT, NOTES, ROOT
+from tests.shared import says
 
 MODULE = runpy.run_path(str(ROOT / "docs" / "address.py"))
 Address, address, fill = MODULE["Address"], MODULE["address"], MODULE["fill"]
@@ -46,10 +47,8 @@ def test_it_is_filled_in_everywhere_and_can_be_taken_back(copy: Path) -> None:
     urls = tomllib.loads((copy / "pyproject.toml").read_text())["project"]["urls"]
     assert urls["Repository"] == "https://github.com/owner/moe"
     assert urls["Issues"] == "https://github.com/owner/moe/issues"
-    assert (
-        "git clone https://github.com/owner/moe && cd moe\npython3 -m venv"
-        in (copy / "docs/index.md").read_text()
-    )
+    index = (copy / "docs/index.md").read_text()
+    assert says(index, "https://github.com/owner/moe && cd", "cd moe\npython3")
     assert (
         yaml.safe_load((copy / "CITATION.cff").read_text())["repository-code"]
         == "https://github.com/owner/moe"

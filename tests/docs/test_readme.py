@@ -1,5 +1,6 @@
 """What the README shows works: its Python runs, its commands exist, its config names are shipped."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,5 +33,7 @@ def test_there_is_something_to_test() -> None:
 
 def test_it_has_the_commands_of_a_newcomer_and_of_a_developer() -> None:
     text = Path(README).read_text()
-    assert "```sh\npip install . && moevision fit --config quickstart\n```" in text
-    assert '```sh\npip install ".[test]" && pytest\n```' in text
+    blocks = re.findall(r"^```sh\n(.*?)\n```", text, re.M | re.S)
+    commands = {command.strip() for block in blocks for command in block.split("&&")}
+    assert {"pip install .", "moevision fit --config quickstart"} <= commands
+    assert {'pip install ".[test]"', "pytest"} <= commands

@@ -233,13 +233,6 @@ def test_the_rest_of_the_model_trains(router: str) -> None:
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-@pytest.mark.parametrize("router", HANDMADE)
-@pytest.mark.parametrize("top_k", [0, 5])
-def test_a_token_has_as_many_experts_as_there_are_at_most(router: str, top_k: int) -> None:
-    with pytest.raises(UserError, match=f"top_k={top_k} does not fit num_experts=4"):
-        layer_of(router, top_k=top_k)
-
-
 def test_hash_is_the_rank_of_a_fibonacci_hash_of_32_bits() -> None:
     """Knuth, The Art of Computer Programming 3, 6.4: positions times 2³² / φ, modulo 2³², in order of size."""
     golden = np.arange(16, dtype=np.uint32) * np.uint32(2654435769)  # wraps

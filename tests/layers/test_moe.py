@@ -360,18 +360,6 @@ def test_dropout_inside_experts_drops_hidden_values_with_their_gradients() -> No
     )
 
 
-def test_arguments_that_experts_cannot_honour() -> None:
-    with pytest.raises(UserError, match="norm_layer"):
-        MoEMlp(16, 16, norm_layer=nn.LayerNorm)
-    with pytest.raises(UserError, match="auto, loop, grouped, dense"):
-        MoEMlp(16, 16, backend="fast")
-    odd = make(width=15, hidden=7, backend="grouped")
-    with pytest.raises(UserError, match="steps of 16 bytes"):
-        odd(torch.randn(1, 3, 15))
-    with pytest.raises(UserError, match="use backend='loop'"):
-        make(torch.float64, backend="grouped")(torch.randn(1, 3, 16, dtype=torch.float64))
-
-
 def test_odd_widths_work_without_naming_a_backend() -> None:
     layer = make(width=15, hidden=7)
     x = torch.randn(2, 9, 15)

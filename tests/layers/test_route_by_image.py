@@ -15,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moevision.errors import UserError
 from moevision.layers import (
     ROUTERS,
     MoEMlp,
-    RouterOptions,
     Routing,
     forward_routing,
     record_routing,
@@ -417,23 +415,3 @@ def test_recorded_routing_is_detached_and_copied_as_any() -> None:
     assert not routings[0].detach().combine_weight.requires_grad
     assert routings[0].detach().route_by == "image"
     torch.testing.assert_close(copy.deepcopy(layer).eval()(images()), layer.eval()(images()))
-
-
-@pytest.mark.parametrize("router", [name for name in ROUTERS if name not in BY_IMAGE])
-def test_others_refuse_in_a_sentence(router: str) -> None:
-    with pytest.raises(
-        UserError, match=f"The router '{router}' has no use for route_by: leave it out.$"
-    ):
-        MoEMlp(WIDTH, HIDDEN, num_experts=EXPERTS, router=router, route_by="image")
-
-
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"There is no route_by 'patch': choose one of token, image\.$"
-    ):
-        RouterOptions(route_by="patch")  # type: ignore[arg-type]
-    for name in ("capacity_factor", "eval_capacity_factor"):
-        with pytest.raises(
-            UserError, match="a capacity per image drops nothing: set capacity_group='batch'"
-        ):
-            RouterOptions(route_by="image", **{name: 1.25})

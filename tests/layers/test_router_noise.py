@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from moevision.errors import UserError
 from moevision.layers import MoEMlp
 from tests.layers.linear_experts import run, times_e_plus_1
 
@@ -43,25 +40,3 @@ def test_jitter_multiplies_the_routers_input_only() -> None:
     multiple = (out / x).detach()
     torch.testing.assert_close(multiple, multiple[..., :1].expand_as(multiple))
     assert torch.equal(run(layer.eval(), x)[1].noisy_logits, x)
-
-
-@pytest.mark.parametrize(
-    ("router", "options"),
-    [
-        ("soft", {"capacity_factor": 1.0}),
-        ("soft", {"noise": "fixed"}),
-        ("expert_choice", {"batch_priority": True, "capacity_factor": 1.0}),
-        ("expert_choice", {"noise": "jitter"}),
-        ("hash", {"normalize_gates": True}),
-        ("random", {"noise": "none"}),
-        ("vmoe_top_k", {"bias_rate": 1e-3}),
-        ("switch", {"slots_per_expert": 1}),
-        ("cosine", {"noise": "learned"}),
-        ("vmoe_top_k", {"noise": "loud"}),
-        ("vmoe_top_k", {"capacity_factor": 0.0}),
-        ("vmoe_top_k", {"capacity_factor": 1.0, "capacity_group": "class"}),
-    ],
-)
-def test_an_option_without_a_use_is_refused(router: str, options: dict[str, Any]) -> None:
-    with pytest.raises(UserError):
-        MoEMlp(8, 8, num_experts=EXPERTS, router=router, **options)

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
-from moevision import UserError
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import architecture_of
 
@@ -26,16 +24,6 @@ def test_what_the_file_says_counts(tmp_path: Path) -> None:
     assert (
         architecture_of(write(tmp_path, "test_vit", {"architecture": "test_vit3"})) == "test_vit3"
     )
-
-
-@pytest.mark.parametrize("metadata", [None, {"architecture": "nothing of timm's"}])
-def test_a_file_that_does_not_say_is_refused(
-    tmp_path: Path, metadata: dict[str, str] | None
-) -> None:
-    with pytest.raises(UserError, match=r"--model\.arch\.base"):
-        architecture_of(write(tmp_path, "test_vit", metadata))
-    with pytest.raises(UserError, match="There is no file"):
-        architecture_of(tmp_path / "none.safetensors")
 
 
 def test_a_model_starts_from_such_a_file(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moevision import UserError, VisionTransformerMoE, convert_to_moe, dense_twin, forward_routing
+from moevision import UserError, convert_to_moe, dense_twin, forward_routing
 from moevision.data.transforms import normalize
 from moevision.layers import ROUTERS, moe_layers
 from moevision.models.io import SavedModel, load_model, save_model
@@ -178,16 +177,6 @@ def test_a_dense_model_under_a_name_of_ours_is_converted(
     assert convert_to_moe(net, "every2", **options) is net
     back = equal_after_a_round_trip(trained(net), tmp_path)
     assert back.net.pretrained_cfg["architecture"] == name
-    with pytest.raises(UserError, match="has experts already: convert all layers in one call"):
-        convert_to_moe(net, [0])
-
-
-def test_a_twin_whose_other_widths_no_name_builds_is_left_as_it_was() -> None:
-    twin = dense_twin(timm.create_model("test_vit_moe"), "total_params")
-    before = [block.mlp for block in twin.blocks]
-    with pytest.raises(UserError, match="convert all of those blocks"):
-        convert_to_moe(twin, [3])
-    assert [block.mlp for block in twin.blocks] == before
 
 
 def test_a_twin_that_is_given_no_experts_stays_a_twin(tmp_path: Path) -> None:
@@ -198,32 +187,18 @@ def test_a_twin_that_is_given_no_experts_stays_a_twin(tmp_path: Path) -> None:
     assert torch.equal(load_model(str(tmp_path)).net(images()), net(images()))
 
 
-def test_a_conversion_that_fails_changes_nothing() -> None:
-    vit = timm.create_model("test_vit")
-    before = [block.mlp for block in vit.blocks]
-    with pytest.raises(UserError, match="top_k=2 does not fit num_experts=1"):
-        convert_to_moe(vit, "all", num_experts=[8] * (len(before) - 1) + [1], top_k=2)
-    assert [block.mlp for block in vit.blocks] == before
-
-
-def test_a_model_without_a_name_is_not_saved(tmp_path: Path) -> None:
-    net = VisionTransformerMoE(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
-    )
-    with pytest.raises(UserError, match="VisionTransformerMoE can't be saved: it has no timm name"):
-        save_model(as_saved(net), tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
-@pytest.mark.parametrize(
-    "what", ["patch_embed.backbone.0.bn.running_mean", "blocks.3.mlp.router.bias"]
-)
-def test_statistics_that_are_no_numbers_are_refused(what: str, tmp_path: Path) -> None:
-    net = timm.create_model("test_vit_moe", num_classes=5, router="bias_balanced")
-    net.state_dict()[what][0] = torch.nan
-    save_model(as_saved(net), tmp_path)
-    with pytest.raises(UserError, match=f"its weight {re.escape(what)} holds NaN"):
-        load_model(str(tmp_path))
+@pytest.mark.parametrize("source", ["dense", "twin"])
+def test_a_conversion_that_fails_changes_nothing(source: str) -> None:
+    """The last layer can't be made; a twin of whose other widths no name builds one is refused."""
+    net = timm.create_model("test_vit")
+    options = {"layers": "all", "num_experts": [8] * (len(net.blocks) - 1) + [1], "top_k": 2}
+    if source == "twin":
+        net = dense_twin(timm.create_model("test_vit_moe"), "total_params")
+        options = {"layers": [3]}
+    before = [block.mlp for block in net.blocks]
+    with pytest.raises(UserError, match=r"num_experts=1|another width"):
+        convert_to_moe(net, **options)
+    assert [block.mlp for block in net.blocks] == before
 
 
 @pytest.mark.parametrize("arguments", OWN_NAMES.values(), ids=OWN_NAMES)
@@ -405,31 +380,15 @@ class Payload:
         return Path.touch, (Path("a pickle was run"),)
 
 
-def test_foreign_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of another program, of other sizes, or with a pickle instead of weights: refused in words, and never run."""
+def test_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_model(as_saved(timm.create_model("test_vit_moe", num_classes=5)), tmp_path / "model")
-    config, weights = tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors"
-    kept = config.read_text()
-    for change in (
-        {"embed_dim": 64},
-        {"num_experts": 5},
-        {"router": "soft"},
-        {"router": "of another version"},
-    ):
-        given = json.loads(kept)
-        config.write_text(json.dumps({**given, "model_args": {**given["model_args"], **change}}))
-        with pytest.raises(UserError, match="can't be loaded"):
-            load_model("model")
-    config.write_text('{"model_type": "vit", "architectures": ["ViTForImageClassification"]}')
-    with pytest.raises(UserError, match="not saved by timm or moevision"):
-        load_model("model")
-    config.write_text(kept)
+    weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(pickle.dumps(Payload()))
     with pytest.raises(UserError, match="can't be loaded"):
         load_model("model")
     weights.rename(tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"has no model\.safetensors: only safetensors are read"):
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
         load_model("model")
     assert not Path("a pickle was run").exists()
 

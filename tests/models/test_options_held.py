@@ -79,7 +79,6 @@ CASES = [
     Case("global_pool", "token", lambda net: net.global_pool),
     Case("num_shared_experts", 1, lambda net: layer(net).num_shared_experts),
     Case("expert_drop", 0.4, lambda net: layer(net).experts.drop.p),
-    Case("upcycle_noise", 0.1, lambda net: copies_differ(net) and 0.1),
     Case("upcycle_reinit", 0.5, lambda net: copies_differ(net) and 0.5),
     of_router("noise", "fixed"),
     of_router("route_by", "image"),
@@ -117,11 +116,11 @@ EXPERTS = {
     "expert_drop",
 }
 REFUSED = {
-    "scratch": {"upcycle_noise", "upcycle_reinit", "global_pool"},  # this one has no class token
-    "dense": SIZES,
+    "scratch": {"upcycle_reinit", "global_pool"},  # this one has no class token
+    "dense": SIZES | {"expert_hidden"},  # copies are as wide as their MLP
     "moe": SIZES
     | EXPERTS
-    | {"depth", "global_pool", "upcycle_noise", "upcycle_reinit"}
+    | {"depth", "global_pool", "upcycle_reinit"}
     | {field.name for field in fields(RouterOptions)},
 }
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from moevision import Routing, UserError, convert_to_moe, upcycle
+from moevision import Routing, convert_to_moe, upcycle
 from moevision.analysis import collect_routing
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
@@ -22,21 +22,14 @@ from moevision.models.convert import (
     routes_read,
 )
 from moevision.models.io import describe, load_model, save_model
+from tests.shared import SMALL_VIT
 
-SMALL = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 4,
-    "num_heads": 2,
-    "num_classes": 3,
-}
 VIT = "vit_tiny_patch16_224"
 
 
 def vit(name: str = VIT, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL, **options}).eval()
+    return timm.create_model(name, **{**SMALL_VIT, **options}).eval()
 
 
 def image(side: int = 32) -> Tensor:
@@ -106,9 +99,7 @@ def test_by_default_no_layer_is_unread() -> None:
     assert [layer.layer_index for layer in moe_layers(upcycle(net, num_experts=4))] == [1, 3]
     named = upcycle(net, layers="last2", num_experts=4)
     assert [layer.layer_index for layer in moe_layers(named)] == [3, 5]
-    with pytest.warns(
-        UserWarning, match="the routes of patches in block 5 change no answer: pool over patches"
-    ):
+    with pytest.warns(UserWarning, match="block 5"):
         collect_routing(named, SyntheticPets(4, 32, 0, "test"), progress=False)
 
 
@@ -183,8 +174,3 @@ def test_pooling_keeps_the_trained_norm_and_saves(tmp_path: Path) -> None:
     ):
         save_model(describe(model), tmp_path / name)
         assert torch.equal(load_model(str(tmp_path / name)).net(image()), model(image()))
-
-
-def test_what_cannot_pool_says_so() -> None:
-    with pytest.raises(UserError, match="can't pool over patches"):
-        pool_patches(vit("deit_tiny_distilled_patch16_224"))

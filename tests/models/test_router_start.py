@@ -5,7 +5,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from moevision import UserError, convert_to_moe, forward_routing
+from moevision import convert_to_moe, forward_routing
 from moevision.layers import CosineRouter, moe_layers
 from moevision.models.convert import routes_read
 from moevision.models.upcycle import (
@@ -14,15 +14,8 @@ from moevision.models.upcycle import (
     start_routers,
     upcycle,
 )
+from tests.shared import SMALL_VIT
 
-SMALL = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 4,
-    "num_heads": 2,
-    "num_classes": 3,
-}
 EXPERTS, IMAGES, TOKENS = 4, 24, 17
 ROUTERS = ["noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "cosine"]
 
@@ -36,7 +29,7 @@ def images():
 @pytest.fixture(scope="module")
 def dense():
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+    return timm.create_model("vit_tiny_patch16_224", **SMALL_VIT).eval()
 
 
 def planted(seed):
@@ -140,31 +133,18 @@ def test_no_more_batches_are_read_than_needed(dense, monkeypatch):
     assert read == [6, 6, 6]
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "soft", "hash"])
-def test_routers_without_rows_refuse(dense, router):
-    net = upcycle(dense, num_experts=EXPERTS, router=router)
-    with pytest.raises(UserError, match=f"The router '{router}' can't start from clusters"):
-        start_routers(net, [images()])
-
-
-def test_too_little_to_cluster_is_refused(dense):
-    net = upcycle(dense, num_experts=EXPERTS, route_by="image")
-    with pytest.raises(
-        UserError, match="3 images make no 4 clusters, one for each expert: give more images"
-    ):
-        start_routers(net, [images()[:3]])
-    with pytest.raises(UserError, match="There is no image to cluster"):
-        start_routers(net, [])
-    with pytest.raises(UserError, match="has no MoE layer"):
-        start_routers(dense, [images()])
-
-
 def test_a_layer_in_training_mode_is_clustered_without_its_noise(dense):
     net = convert_to_moe(
-        timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k"
+        timm.create_model("vit_tiny_patch16_224", **SMALL_VIT),
+        "every2",
+        EXPERTS,
+        router="vmoe_top_k",
     )
     twin = convert_to_moe(
-        timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k"
+        timm.create_model("vit_tiny_patch16_224", **SMALL_VIT),
+        "every2",
+        EXPERTS,
+        router="vmoe_top_k",
     )
     twin.load_state_dict(net.state_dict())
     assert start_routers(net.train(), [images()]) == start_routers(twin.eval(), [images()])
@@ -173,7 +153,10 @@ def test_a_layer_in_training_mode_is_clustered_without_its_noise(dense):
 def test_each_part_stays_in_its_own_mode():
     """A block that is held in evaluation, as a frozen one is, was in training afterwards."""
     net = convert_to_moe(
-        timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k"
+        timm.create_model("vit_tiny_patch16_224", **SMALL_VIT),
+        "every2",
+        EXPERTS,
+        router="vmoe_top_k",
     )
     net.train().blocks[0].eval()
     modes = [module.training for module in net.modules()]

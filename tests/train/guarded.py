@@ -20,8 +20,8 @@ from moevision.models.config import MoEConfig
 from moevision.train.guard import GuardConfig, GuardRecord, StabilityGuard
 from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig, OptimizerName
+from moevision.train.parallel import MoEParallelStrategy
 from moevision.train.parallel.parts import to_full_tensor
-from moevision.train.parallel.strategy import MoEParallelStrategy
 from moevision.train.processes import callback_of
 from moevision.train.task import ClassificationTask
 from tests.train.faults import FaultInjector

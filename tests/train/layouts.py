@@ -13,7 +13,6 @@ import datetime
 import hashlib
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -53,6 +52,7 @@ from moevision.train.parallel.parts import (
     to_full_tensor,
     total_norm,
 )
+from tests.train.quiet import free_port
 
 IMAGES, CLASSES, CLIP = 16, 5, 0.5
 DDP, FSDP, EP2, EP4, REPLICATED = 0, 1, 2, 4, 8
@@ -518,12 +518,6 @@ def last_of(rank: int, port: int, folder: Path) -> None:
     carry_on(folder, "one.ckpt", "replicated.ckpt", Layout.of("cpu", EP2, replicated=True))
     carry_on(folder, "replicated.ckpt", None, Layout.of("cpu", EP4))
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
 
 
 def main(folder: Path) -> None:

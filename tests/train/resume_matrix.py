@@ -24,7 +24,8 @@ from moevision.data import ImageDataModule
 from moevision.models.config import MoEConfig
 from moevision.train.checkpoint import SafeCheckpointIO, newest_valid
 from moevision.train.guard import StabilityGuard
-from moevision.train.health import RunLogger, Stopwatch, WeightEMA
+from moevision.train.health import Stopwatch, WeightEMA
+from moevision.train.lightning_internals import RunLogger
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import Interrupted, Interruption
 from moevision.train.resume import MARK, CheckpointConfig, EpochEnd, ResumePoint

@@ -1,6 +1,5 @@
 """The temperature, against a data set whose temperature is known, and the error that is left."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from scipy.special import logsumexp, softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from moevision.files import read_csv
 from moevision.stats import fit_temperature
 
 
@@ -66,8 +66,8 @@ def test_what_can_not_be_fitted():
 
 def test_the_error_that_a_run_reports(tiny_run: Path):
     """arXiv:1706.04599, eq. 3, from the predictions beside it, whose probabilities have four digits."""
-    with (tiny_run / "predictions_test.csv").open(newline="") as file:
-        rows = [(float(row["probability"]), int(row["correct"])) for row in csv.DictReader(file)]
+    predictions = read_csv(tiny_run / "predictions_test.csv")
+    rows = [(float(row["probability"]), int(row["correct"])) for row in predictions]
     confidence, correct = np.array(rows).T
     gaps = np.bincount((confidence * 15).astype(int).clip(max=14), confidence - correct)
     reported = json.loads((tiny_run / "summary.json").read_text())["test"]["calibrated_ece"]

@@ -6,7 +6,6 @@ TrivialAugment and a moving average are on, and the two processes draw different
 must come back.
 """
 
-import csv
 import json
 import os
 import shutil
@@ -23,7 +22,9 @@ import torch
 
 import moevision
 from moevision.data import ImageDataModule
+from moevision.files import read_csv
 from tests.forks import Forked
+from tests.train.quiet import missing
 
 pytestmark = pytest.mark.deep
 
@@ -243,8 +244,7 @@ def test_one_run_folder_and_one_voice(work: Path, whole: tuple[Path, str]) -> No
 
 def test_every_test_picture_is_predicted_once(whole: tuple[Path, str]) -> None:
     """33 images over two processes, in the order of one; the summary counts what predictions_test.csv says."""
-    with (whole[0] / "predictions_test.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(whole[0] / "predictions_test.csv")
     data = ImageDataModule("synthetic_pets", image_size=32, train_size=8, val_size=8, test_size=33)
     data.setup("test")
     assert [row["image"] for row in rows] == [data.sample_id("test", index) for index in range(33)]
@@ -286,10 +286,10 @@ def test_interrupted_and_resumed_is_uninterrupted(
         found, said = interrupt(work, name, rows=rows, number=number, everybody=everybody)
     assert found == code, said[-3000:]
     if code > 0:
-        assert said.splitlines()[-1] == f"moevision fit --resume runs/{name}"
+        assert said.splitlines()[-1].endswith(f"fit --resume runs/{name}")
         assert said.count("Stopped by") == 1
     again = fit(work, "--resume", f"runs/{name}")
-    assert again.count(f"Going on with runs/{name} from ") == 1
+    assert again.count(f"with runs/{name} from ") == 1
     assert "bit-identical" not in again
     assert differing(work / "runs" / name, whole[0]) == []
 
@@ -308,7 +308,7 @@ def test_torchrun_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str])
         launcher=TORCHRUN,
         code=1,
     )
-    assert "2 processes were started and the Trainer expects 1" in said
+    assert not missing(said, "2 processes", "Trainer expects 1", "--trainer.devices")
     assert not (work / "runs" / "one").exists()
 
 
@@ -319,15 +319,12 @@ def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path
     A step of two processes is 16 images, which are two batches of one; 18 steps in all.
     """
     said = fit(work, "--resume", "runs/fewer", "--trainer.devices=1")
-    assert "the number of processes (--trainer.devices) was 2, now 1" in said
-    assert (
-        "a step sums the gradients of 2 batches of a process: it has 16 images, as before" in said
-    )
+    assert not missing(said, "(--trainer.devices) was 2, now 1", "2 batches", "16 images")
     summary = json.loads((work / "runs" / "fewer" / "summary.json").read_text())
     assert (summary["steps"], summary["batch_size"]) == (18, 16)
     interrupt(work, "more", "--trainer.devices=1", rows=10, number=signal.SIGTERM, everybody=False)
     said = fit(work, "--resume", "runs/more", "--trainer.devices=2")
-    assert "the number of processes (--trainer.devices) was 1, now 2" in said
+    assert "(--trainer.devices) was 1, now 2" in said
     assert said.index("can't be bit-identical") < said.index("test images right")
 
 
@@ -360,4 +357,4 @@ def test_another_process_that_dies_is_said_in_one_sentence(
     assert said.splitlines()[-1] == f"moevision: {says}"
     assert f"run folder: runs/{name}\n" in said
     if not first:
-        assert f"see above if it said why. To go on:\nmoevision fit --resume runs/{name}\n" in said
+        assert f":\nmoevision fit --resume runs/{name}\n" in said

@@ -8,6 +8,7 @@ import pytest
 from moevision.data import ImageDataModule
 from moevision.train import health
 from moevision.train.health import Stopwatch, data_wait_advice
+from tests.train.quiet import missing
 
 pytestmark = pytest.mark.deep
 
@@ -76,16 +77,12 @@ def test_no_advice_where_none_is_needed(share: float | None) -> None:
 
 def test_advice_names_what_helps() -> None:
     (sentence,) = data_wait_advice(0.0312, pets(num_workers=1))
-    assert (
-        sentence
-        == "Training waited for data during 3 % of its time: raise --data.num_workers (now 1)."
-    )
+    assert not missing(sentence, "3 %", "--data.num_workers (now 1)")
+    assert " or " not in sentence
     (sentence,) = data_wait_advice(0.4, pets(cache_mb=0, augment="randaugment"))
-    assert (
-        "during 40 % of its time: keep the decoded images in memory (--data.cache_mb above 0)"
-        in sentence
-    )
-    assert "or raise --data.num_workers (now 0), or choose --data.augment light." in sentence
+    remedies = ("--data.cache_mb above 0", "--data.num_workers (now 0)", "--data.augment light")
+    assert not missing(sentence, "40 %", *remedies)
+    assert sorted(remedies, key=sentence.index) == list(remedies)
 
 
 def test_advice_is_given_once_and_early(clock: Hand, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,12 +91,12 @@ def test_advice_is_given_once_and_early(clock: Hand, capsys: pytest.CaptureFixtu
     for batches, told in ((5, 0), (5, 1), (5, 0)):  # 20 s, 40 s and 60 s of training
         train(watch, clock, batches, wait_s=1.0, step_s=3.0)
         watch.on_train_epoch_end(trainer, cast(Any, None))
-        assert capsys.readouterr().err.count("Training waited for data during 25 %") == told
+        assert capsys.readouterr().err.count("during 25 %") == told
 
 
 def test_a_run_reports_it(tiny_run: Any) -> None:
     summary = (tiny_run / "summary.md").read_text()
     assert "| waiting for data | " in summary
-    assert "of the training steps' time |" in summary
+    assert "steps' time |" in summary
     header = (tiny_run / "metrics.csv").read_text().splitlines()[0]
     assert "wait" not in header, "a resumed run repeats metrics.csv byte by byte, and no clock does"

@@ -4,7 +4,6 @@ Every test runs on the CPU, so that it is known to work, and where there is CUDA
 """
 
 import copy
-import csv
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moevision.data import ImageDataModule
+from moevision.files import read_csv
 from moevision.layers import ROUTERS, forward_routing
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
@@ -270,8 +270,7 @@ def test_fit_trains_there_and_its_model_answers_here(
         if device == "cpu"
         else (summary["gpu_peak_bytes"] > 2**20)
     )
-    with open("runs/there/predictions_test.csv", newline="") as file:
-        said = [row["prediction"] for row in csv.DictReader(file)]
+    said = [row["prediction"] for row in read_csv(Path("runs/there/predictions_test.csv"))]
     data = ImageDataModule("synthetic_pets", image_size=32, train_size=32, val_size=8, test_size=8)
     data.setup("test")
     model, batch = load_model("runs/there"), next(iter(data.test_dataloader()))

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from PIL import Image
 import moevision
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
-from moevision.config import options, parse_args, settings
+from moevision.config import flatten, options, parse_args, to_settings
 from moevision.data.open import contains_path
 from moevision.errors import UserError
+from moevision.files import read_csv
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
@@ -31,20 +33,17 @@ from moevision.train.recipe import (
     default_precision,
     find_config,
     read_config,
+    read_request,
     resolve_settings,
 )
 from moevision.train.resume import lock_run_folder
 from moevision.train.start import epochs_for
+from tests.shared import assert_names, refused, succeeded
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def rows(path):
-    with path.open(newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
 
 
 def same_metrics(run, other):
@@ -55,19 +54,10 @@ def same_metrics(run, other):
 def test_the_output_says_what_happens(tiny_run):
     text = (tiny_run.parent.parent / "output.txt").read_text()
     assert re.search(r"^cat +12 +2 +6$", text, re.MULTILINE), text
-    assert "with 4 experts, 2 per token by noisy_top_k, in blocks 1, 3" in text
-    assert re.search(r"^device: .*, precision 32-true, batch 8$", text, re.MULTILINE)
-    assert re.search(
-        r"^plan: 2 epochs of 25 images, less than a minute at [\d,]+ images/s \(by a",
-        text,
-        re.MULTILINE,
-    )
-    assert (
-        "start: from scratch (--model.arch.name shapes the model, so that no pretrained weights are looked for)"
-        in text
-    )
+    assert_names(text, "4 experts, 2 per", "noisy_top_k", "blocks 1, 3", "32-true, batch 8")
+    assert_names(text, "plan: 2 epochs", "of 25 images", "images/s (by a")
+    assert_names(text, "start: from scratch (--model.arch.name", "dog/broken.png")
     assert "litlogger" not in text
-    assert "warning: 1 of the images can't be used, the first (train) is dog/broken.png" in text
 
 
 def test_every_file_of_the_run_folder(tiny_run):
@@ -98,7 +88,7 @@ def test_every_file_of_the_run_folder(tiny_run):
 
 
 def test_metrics_have_rows_of_training_and_validation(tiny_run):
-    logged = rows(tiny_run / "metrics.csv")
+    logged = read_csv(tiny_run / "metrics.csv")
     assert (
         len([row for row in logged if row["train/loss"]]) == 6
     )  # 25 images, one of them broken: 3 steps an epoch
@@ -113,30 +103,32 @@ def test_metrics_have_rows_of_training_and_validation(tiny_run):
 
 
 def test_predictions_agree_with_the_summary(tiny_run):
-    predictions = rows(tiny_run / "predictions_test.csv")
+    predictions = read_csv(tiny_run / "predictions_test.csv")
     right = sum(row["label"] == row["prediction"] for row in predictions)
     assert [row["correct"] for row in predictions] == [
         str(int(r["label"] == r["prediction"])) for r in predictions
     ]
     assert [row["image"] for row in predictions] == [
-        row["path"] for row in rows(tiny_run / "splits.csv") if row["split"] == "test"
+        row["path"] for row in read_csv(tiny_run / "splits.csv") if row["split"] == "test"
     ]
     summary = (tiny_run / "summary.md").read_text()
-    assert f"of the test images recognised** ({right} of {len(predictions)};" in summary
-    tested = next(row for row in reversed(rows(tiny_run / "metrics.csv")) if row["test/top1"])
+    assert f"recognised** ({right} of {len(predictions)};" in summary
+    tested = next(row for row in reversed(read_csv(tiny_run / "metrics.csv")) if row["test/top1"])
     assert float(tested["test/top1"]) == pytest.approx(right / len(predictions))
 
 
 def test_summary_has_loads_twin_and_next_commands(tiny_run):
     summary = (tiny_run / "summary.md").read_text()
     assert "images per step | 2; 6; 8 |" in summary  # whole epochs have no decimal
-    tested = next(row for row in reversed(rows(tiny_run / "metrics.csv")) if row["test/top1"])
+    tested = next(row for row in reversed(read_csv(tiny_run / "metrics.csv")) if row["test/top1"])
     for layer in (1, 3):
         assert f"| block {layer} | 4 | {float(tested[f'moe/{layer}/load_max']):.2f} |" in summary
-    ours = {row["image"]: int(row["correct"]) for row in rows(tiny_run / "predictions_test.csv")}
+    ours = {
+        row["image"]: int(row["correct"]) for row in read_csv(tiny_run / "predictions_test.csv")
+    }
     twin = {
         row["image"]: int(row["correct"])
-        for row in rows(tiny_run / "twin" / "predictions_test.csv")
+        for row in read_csv(tiny_run / "twin" / "predictions_test.csv")
     }
     assert ours.keys() == twin.keys()
     points = 100 * (sum(ours.values()) - sum(twin.values())) / len(ours)
@@ -154,7 +146,7 @@ def test_summary_has_loads_twin_and_next_commands(tiny_run):
         f"moevision test --ckpt_path {tiny_run}/checkpoints/{checkpoint}",
     ):
         assert command in summary
-    assert "train: 25 images, cut from all images at random by class, seed 0." in summary
+    assert_names(summary, "train: 25 images", "by class, seed 0.")
 
 
 def test_the_hash_of_the_model_is_recorded(tiny_run):
@@ -166,10 +158,10 @@ def test_the_hash_of_the_model_is_recorded(tiny_run):
 
 
 def test_the_bad_image_is_listed(tiny_run):
-    assert [(row["path"], row["split"]) for row in rows(tiny_run / "bad_images.csv")] == [
+    assert [(row["path"], row["split"]) for row in read_csv(tiny_run / "bad_images.csv")] == [
         ("dog/broken.png", "train")
     ]
-    assert "- 1 file could not be read" in (tiny_run / "summary.md").read_text()
+    assert_names((tiny_run / "summary.md").read_text(), "- 1 file", "be read")
 
 
 def test_provenance(tiny_run):
@@ -190,7 +182,7 @@ def test_the_model_opens_with_timm_and_predicts_what_the_run_predicted(tiny_run)
     net = timm.create_model(f"local-dir:{tiny_run / 'model'}", pretrained=True).eval()
     mean, std = (np.array(config["pretrained_cfg"][name]) for name in ("mean", "std"))
     pets = tiny_run.parent.parent / "pets"
-    for row in rows(tiny_run / "predictions_test.csv"):
+    for row in read_csv(tiny_run / "predictions_test.csv"):
         pixels = np.asarray(Image.open(pets / row["image"]), dtype=np.float64) / 255
         image = torch.tensor((pixels - mean) / std, dtype=torch.float32).permute(2, 0, 1)[None]
         with torch.no_grad():
@@ -202,10 +194,9 @@ def test_the_model_opens_with_timm_and_predicts_what_the_run_predicted(tiny_run)
 
 
 def test_predict_says_the_same(cli, tiny_run):
-    known = {row["image"]: row for row in rows(tiny_run / "predictions_test.csv")}
+    known = {row["image"]: row for row in read_csv(tiny_run / "predictions_test.csv")}
     pets = tiny_run.parent.parent / "pets"
-    outcome = cli("predict", tiny_run, *(pets / name for name in known))
-    assert outcome.code == 0
+    outcome = succeeded(cli("predict", tiny_run, *(pets / name for name in known)))
     for row, expected in zip(csv.DictReader(outcome.out.splitlines()), known.values(), strict=True):
         assert row["class"] == expected["prediction"]
         assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=2e-4)
@@ -214,7 +205,7 @@ def test_predict_says_the_same(cli, tiny_run):
 def test_scores_by_class_are_scikit_learns(cli, tiny_run):
     from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
-    known = {row["image"]: row for row in rows(tiny_run / "predictions_test.csv")}
+    known = {row["image"]: row for row in read_csv(tiny_run / "predictions_test.csv")}
     pets = tiny_run.parent.parent / "pets"
     said = json.loads(
         cli("predict", tiny_run, *(pets / name for name in known), "--format=json").out
@@ -228,7 +219,7 @@ def test_scores_by_class_are_scikit_learns(cli, tiny_run):
     auroc = roc_auc_score([label == "dog" for label in labels], of_dog)
     summary = (tiny_run / "summary.md").read_text()
     for row, name, *shares, images in zip(
-        rows(tiny_run / "classes_test.csv"), names, *expected, strict=True
+        read_csv(tiny_run / "classes_test.csv"), names, *expected, strict=True
     ):
         assert (row["class"], int(row["images"])) == (name, images)
         found = [float(row[column]) for column in ("precision", "recall", "f1", "auroc")]
@@ -241,8 +232,7 @@ def test_scores_by_class_are_scikit_learns(cli, tiny_run):
 
 def test_the_config_runs_again_to_the_same_numbers(cli, tiny_run):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
-    outcome = cli("fit", "--config", tiny_run / "config.yaml", "--without-twin")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", "--config", tiny_run / "config.yaml", "--without-twin"))
     again = tiny_run.with_name("pets-2")
     assert same_metrics(tiny_run, again)
     assert (again / "predictions_test.csv").read_text() == (
@@ -256,15 +246,20 @@ def test_the_config_runs_again_to_the_same_numbers(cli, tiny_run):
 
 def test_evaluating_the_checkpoint_again(cli, tiny_run):
     """The run's own config.yaml says all the rest, given or not: 32 px is not the default."""
-    logged, config = rows(tiny_run / "metrics.csv"), tiny_run / "config.yaml"
+    logged, config = read_csv(tiny_run / "metrics.csv"), tiny_run / "config.yaml"
     for verb, split, given in (("test", "test", ()), ("validate", "val", ("--config", config))):
-        outcome = cli(
-            verb, *given, "--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt"
+        outcome = succeeded(
+            cli(
+                verb,
+                *given,
+                "--runs_root=again",
+                "--ckpt_path",
+                tiny_run / "checkpoints" / "best.ckpt",
+            )
         )
-        assert outcome.code == 0, outcome.err
         assert f"2 classes from {tiny_run.parents[1] / 'pets'}\n" in outcome.out
         folder = Path("again") / f"pets-{verb}"
-        (found,) = [row for row in rows(folder / "metrics.csv") if row[f"{split}/top1"]]
+        (found,) = [row for row in read_csv(folder / "metrics.csv") if row[f"{split}/top1"]]
         scores = [float(row[f"{split}/top1"]) for row in logged if row[f"{split}/top1"]]
         assert float(found[f"{split}/top1"]) == max(scores), (
             "best.ckpt is the epoch of the best validation"
@@ -282,46 +277,43 @@ def test_evaluation_takes_the_test_images_of_the_run(cli, tiny_run, tmp_path, mo
         "--data.max_bad_fraction=0.2",
     )
     other = Path(shutil.copytree(tiny_run.parents[1] / "pets", "other photos"))
-    lost = next(row["path"] for row in rows(tiny_run / "splits.csv") if row["split"] == "train")
+    lost = next(row["path"] for row in read_csv(tiny_run / "splits.csv") if row["split"] == "train")
     for vanished in (0, 1):
-        outcome = cli("test", other, *given)
-        assert outcome.code == 0, outcome.err
-        assert (
-            "test: 12 images, cut from all images at random by class (as listed in splits.csv)."
-            in outcome.out
-        )
+        outcome = succeeded(cli("test", other, *given))
+        assert_names(outcome.out, "test: 12 images", "listed in splits.csv).")
         assert outcome.out.count("1 images listed in") == vanished
         (other / lost).unlink(missing_ok=True)
     for picture in [*other.rglob("*.png")]:
         picture.rename(picture.with_stem(f"another {picture.stem}"))
     for verb, split in (("test", "test"), ("validate", "val")):
-        outcome = cli(verb, other, *given)
-        assert outcome.code == 0, outcome.err
-        assert f"{split}: 40 images, all of these data, which are not the run's.\n" in outcome.out
+        outcome = succeeded(cli(verb, other, *given))
+        assert_names(outcome.out, f"{split}: 40 images", "not the run's.")
 
 
 def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path):
     """What is typed comes after the run's own and so wins; another --config takes its place."""
     checkpoint = str(tiny_run / "checkpoints" / "best.ckpt")
     given = ["--ckpt_path", checkpoint, "--data.batch_size=4"]
-    own = read_config(tiny_run / "config.yaml") | {"trainer.devices": 1, "trainer.num_nodes": 1}
+    one_process = {"trainer.devices": 1, "trainer.num_nodes": 1}
+    own = with_defaults(read_config(tiny_run / "config.yaml") | one_process)
     typed = {"ckpt_path": checkpoint, "data.batch_size": 4}
-    assert asked("test", *given) == own | typed
-    assert asked("test", drawn_pets, *given) == own | typed | {"data.path": str(drawn_pets)}
-    quickstart = read_config(find_config("quickstart")) | {"trainer.precision": default_precision()}
-    assert asked("validate", "--config=quickstart", *given) == quickstart | typed
-    assert asked("test", "quickstart", *given) == quickstart | typed
+    assert resolved("test", *given) == own | typed
+    assert resolved("test", drawn_pets, *given) == own | typed | {"data.path": str(drawn_pets)}
+    quickstart = quickstart_options()
+    assert resolved("validate", "--config=quickstart", *given) == quickstart | typed
+    assert resolved("test", "quickstart", *given) == quickstart | typed
     monkeypatch.chdir(tmp_path)
     Path("quickstart").mkdir()  # a folder of images that has the name of a recipe
-    assert asked("test", "quickstart", *given) == own | typed | {"data.path": "quickstart"}
-    beside = asked("test", "pics", "--ckpt_path", f"{tiny_run}/model/best.ckpt")
-    assert beside.keys() == {"ckpt_path", "data.path", "trainer.precision"}
+    assert resolved("test", "quickstart", *given) == own | typed | {"data.path": "quickstart"}
+    beside = {"data.path": "pics", "ckpt_path": f"{tiny_run}/model/best.ckpt"}
+    beside["trainer.precision"] = default_precision()
+    assert resolved("test", "pics", "--ckpt_path", beside["ckpt_path"]) == with_defaults(beside)
     monkeypatch.chdir(tiny_run / "checkpoints")
-    assert asked("test", "--ckpt_path=best.ckpt") == own | {"ckpt_path": "best.ckpt"}
-    with pytest.raises(UserError, match=r"--ckpt_path runs/NAME/checkpoints/best.ckpt"):
-        asked("test")
-    with pytest.raises(UserError, match=r"There is no config.yaml in .*typo: correct --ckpt_path"):
-        asked("test", "--ckpt_path", "typo/checkpoints/best.ckpt")
+    assert resolved("test", "--ckpt_path=best.ckpt") == own | {"ckpt_path": "best.ckpt"}
+    with pytest.raises(UserError, match=r"--ckpt_path runs/NAME/"):
+        resolved("test")
+    with pytest.raises(UserError, match=r"config.yaml in .*typo: correct --ckpt_path"):
+        resolved("test", "--ckpt_path", "typo/checkpoints/best.ckpt")
 
 
 def test_a_run_of_many_processes_is_evaluated_by_one(cli, tiny_run):
@@ -330,8 +322,7 @@ def test_a_run_of_many_processes_is_evaluated_by_one(cli, tiny_run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["trainer"] |= {"devices": 2, "num_nodes": 2, "strategy": "ddp"}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    outcome = cli("test", "--ckpt_path", run / "checkpoints" / "best.ckpt", "--runs_root=again")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("test", "--ckpt_path", run / "checkpoints" / "best.ckpt", "--runs_root=again"))
 
 
 def unfinished_copy(run: Path) -> Path:
@@ -346,15 +337,12 @@ def test_the_split_of_the_run_is_used_again(cli, tiny_run):
     pets = Path(shutil.copytree(tiny_run.parent.parent / "pets", "pets"))
     shutil.copy(pets / "cat" / "0000.png", pets / "cat" / "new.png")
     run = unfinished_copy(tiny_run)
-    outcome = cli("fit", "--resume", run, "--data.path=./pets", "--without-twin")
-    assert outcome.code == 0, outcome.err
-    assert re.search(
-        r"warning: 1 images came after .*splits.csv was written and are left out", outcome.out
-    )
+    outcome = succeeded(cli("fit", "--resume", run, "--data.path=./pets", "--without-twin"))
+    assert_names(outcome.out, "warning: 1 images", "splits.csv was written", "left out")
     assert "came after" not in outcome.err  # said once
-    assert "changed: --data.path was" in outcome.err
-    listed = [tuple(row.values()) for row in rows(run / "splits.csv")]
-    assert listed == [tuple(row.values()) for row in rows(tiny_run / "splits.csv")]
+    assert_names(outcome.err, "changed: --data.path")
+    listed = [tuple(row.values()) for row in read_csv(run / "splits.csv")]
+    assert listed == [tuple(row.values()) for row in read_csv(tiny_run / "splits.csv")]
     assert same_metrics(run, tiny_run)
 
 
@@ -365,16 +353,17 @@ def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn
         timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True
     )
     options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true")
-    first = cli(
-        "fit",
-        drawn_pets,
-        "--pretrained",
-        "dense",
-        *options,
-        "--name=up",
-        "--trainer.enable_progress_bar=false",
+    succeeded(
+        cli(
+            "fit",
+            drawn_pets,
+            "--pretrained",
+            "dense",
+            *options,
+            "--name=up",
+            "--trainer.enable_progress_bar=false",
+        )
     )
-    assert first.code == 0, first.err
     shutil.rmtree("dense")
     Path("runs/up/summary.json").unlink()
     best = "runs/up/checkpoints/best.ckpt"
@@ -383,8 +372,7 @@ def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn
         ["test", "--ckpt_path", best],
         ["predict", best, drawn_pets],
     ):
-        again = cli(*arguments)
-        assert again.code == 0, again.err
+        succeeded(cli(*arguments))
 
 
 def test_the_model_is_the_one_of_config_yaml(cli, drawn_pets):
@@ -410,15 +398,14 @@ def test_the_model_is_the_one_of_config_yaml(cli, drawn_pets):
         "--trainer.max_epochs=1",
         "--name=up",
     )
-    refused = cli(*fit, "--model.arch.patch_size=8", "--model.arch.stem=conv")
-    assert refused.code == 2
-    assert (
-        "give --model.arch.stem null (it is conv), --model.arch.patch_size null (it is 8), or train"
-        in refused.err
+    refused(
+        cli(*fit, "--model.arch.patch_size=8", "--model.arch.stem=conv"),
+        "--model.arch.stem null",
+        "is conv",
+        "--model.arch.patch_size null",
     )
     assert not Path("runs/up").exists()
-    outcome = cli(*fit, "--trainer.precision=32-true", "--trainer.enable_progress_bar=false")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli(*fit, "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"))
     recorded = yaml.safe_load(Path("runs/up/config.yaml").read_text())["model"]["arch"]
     assert recorded["name"] is recorded["base"] is None
     again, trained = build_model(MoEConfig(**recorded), 2, 32), load_model("runs/up").net
@@ -440,45 +427,55 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
         "--trainer.precision=32-true",
         "--with-twin",
     )
-    outcome = cli(
-        "fit",
-        drawn_pets,
-        "--pretrained",
-        "dense",
-        *options,
-        "--name=up",
-        "--trainer.enable_progress_bar=false",
+    outcome = succeeded(
+        cli(
+            "fit",
+            drawn_pets,
+            "--pretrained",
+            "dense",
+            *options,
+            "--name=up",
+            "--trainer.enable_progress_bar=false",
+        )
     )
-    assert outcome.code == 0, outcome.err
     assert "from scratch" not in outcome.out + outcome.err
     arguments = json.loads(Path("runs/up/model/config.json").read_text())["model_args"]
     assert (arguments["base"], arguments["expert_hidden"]) == (
         "test_vit",
         192,
     )  # 3 x width: test_vit's own MLP
-    assert (
-        "It has the same pretrained weights and active FLOPs"
-        in Path("runs/up/summary.md").read_text()
+    assert_names(Path("runs/up/summary.md").read_text(), "same pretrained weights", "active FLOPs")
+    refused(
+        cli("fit", drawn_pets, "--pretrained", "runs/up/model", *options, "--name=moe"),
+        "--with-twin or --dense",
+        "leave it out",
     )
-    twice = cli("fit", drawn_pets, "--pretrained", "runs/up/model", *options, "--name=moe")
-    assert twice.code == 2
-    assert "for --with-twin or --dense: leave it out" in twice.err
     assert not Path("runs/moe").exists()
 
 
-def asked(verb, *arguments):
-    """What a command line asks for and gets chosen."""
-    return resolve_settings(verb, parse_args(verb, list(map(str, arguments))))
+def resolved(verb, *arguments):
+    """What a command line asks for and gets chosen, by dotted names."""
+    settings = resolve_settings(read_request(verb, parse_args(verb, list(map(str, arguments)))))
+    return flatten(asdict(settings))
+
+
+def with_defaults(options):
+    return flatten(asdict(to_settings(options)))
+
+
+def quickstart_options():
+    precision = {"trainer.precision": default_precision()}
+    return with_defaults(read_config(find_config("quickstart")) | precision)
 
 
 @pytest.mark.parametrize("where", ["beside", "afresh"])
 def test_a_run_folder_among_the_images_is_refused(cli, tiny, drawn_pets, monkeypatch, where):
     monkeypatch.chdir(shutil.copytree(drawn_pets, "photos"))
-    outcome = cli("fit", ".", *tiny, *(["--resume=auto"] if where == "afresh" else []))
-    assert outcome.code == 2
-    assert (
-        "runs/photos would become part of the images in .: start elsewhere, or give another --runs_root"
-        in outcome.err
+    refused(
+        cli("fit", ".", *tiny, *(["--resume=auto"] if where == "afresh" else [])),
+        "runs/photos",
+        "start elsewhere",
+        "another --runs_root",
     )
     assert not Path("runs").exists()
 
@@ -501,9 +498,9 @@ def test_images_below_a_run_are_not_always_read(draw):
 def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
     """They may be 88 MB; on a terminal somebody would be asked whether to fetch them."""
     monkeypatch.setattr(recipe, "choose_start", lambda *_: pytest.fail("looked for weights"))
-    with pytest.raises(UserError, match="there is no folder nofolder"):
+    with pytest.raises(UserError, match="no folder nofolder"):
         choose_recipe("nofolder", "auto")
-    with pytest.raises(UserError, match="only one class folder"):
+    with pytest.raises(UserError, match="one class folder"):
         choose_recipe(str(draw(Path("photos"), classes=("cat",))))
 
 
@@ -512,8 +509,7 @@ def test_a_limit_beyond_every_number_of_batches_is_none(
 ):
     monkeypatch.chdir(tmp_path)
     limits = [f"--trainer.limit_{split}_batches=1e30" for split in ("train", "val", "test")]
-    outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", *limits)
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", *limits))
     assert json.loads(Path("runs/pets/summary.json").read_text())["steps"] == 3
 
 
@@ -521,18 +517,12 @@ def test_a_limit_beyond_every_number_of_batches_is_none(
     "option", ["limit_train_batches=0.01", "limit_val_batches=0.01", "val_check_interval=500"]
 )
 def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option):
-    outcome = cli("fit", drawn_pets, *tiny, f"--trainer.{option}")
-    assert outcome.code == 2
-    assert outcome.err.splitlines()[-1].startswith(
-        "moevision: The Trainer does not take these options: "
+    refused(
+        cli("fit", drawn_pets, *tiny, f"--trainer.{option}"),
+        "moevision: The Trainer",
+        "these options",
     )
     assert not list(Path("runs").glob("*"))
-
-
-def test_no_expert_for_a_token_is_refused(cli, tiny, drawn_pets):
-    outcome = cli("fit", drawn_pets, *tiny, "--model.arch.top_k=0")
-    assert outcome.code == 2
-    assert "top_k is 0: it must be at least 1" in outcome.err
 
 
 def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
@@ -586,13 +576,13 @@ def test_who_names_the_cpu_gets_what_suits_a_cpu(monkeypatch):
     monkeypatch.setattr(recipe, "count_images", lambda _: 10_000)
     monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    alone = asked("fit", "pictures", "--pretrained=none")
+    alone = resolved("fit", "pictures", "--pretrained=none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(recipe, "default_precision", lambda: alone["trainer.precision"])
-    assert asked("fit", "pictures", "--pretrained=none", "--trainer.accelerator=cpu") == alone | {
-        "trainer.accelerator": "cpu"
-    }
-    assert asked("fit", "pictures", "--pretrained=none")["data.batch_size"] == 256
+    assert resolved(
+        "fit", "pictures", "--pretrained=none", "--trainer.accelerator=cpu"
+    ) == alone | {"trainer.accelerator": "cpu"}
+    assert resolved("fit", "pictures", "--pretrained=none")["data.batch_size"] == 256
 
 
 @pytest.mark.parametrize(
@@ -629,8 +619,7 @@ def test_a_trial_leaves_no_folder_and_counts_its_own_memory(cli, tiny, drawn_pet
     monkeypatch.setattr(shutil, "rmtree", removed)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("peak"))
-    outcome = cli("fit", drawn_pets, *tiny, "--trainer.fast_dev_run=1")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, "--trainer.fast_dev_run=1"))
     assert calls == ["peak", None]
     assert cli("fit", drawn_pets, *tiny, "--model.arch.top_k=9").code == 2
     assert calls == ["peak", None] * 2
@@ -649,10 +638,9 @@ def test_recipe_of_a_named_dataset_knows_its_size(monkeypatch):
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_a_training_in_another_type_is_tested_too(cli, tiny, drawn_pets, precision):
     """Calibration, the test and the timing of one image take images of that type."""
-    outcome = cli(
-        "fit", drawn_pets, *tiny, "--trainer.max_epochs=1", f"--trainer.precision={precision}"
+    succeeded(
+        cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", f"--trainer.precision={precision}")
     )
-    assert outcome.code == 0, outcome.err
     (run,) = Path("runs").iterdir()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["precision"] == precision
@@ -664,10 +652,9 @@ def test_seeds_that_are_drawn(cli, tiny, drawn_pets):
     """`true` draws a seed and keeps it, so that the run can be made again; `false` sets none."""
     seeds = []
     for asked in ("true", "true", "false"):
-        outcome = cli(
-            "fit", drawn_pets, *tiny, "--trainer.max_epochs=1", "--seed_everything", asked
+        succeeded(
+            cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", "--seed_everything", asked)
         )
-        assert outcome.code == 0, outcome.err
     for run in sorted(Path("runs").iterdir()):
         seeds.append(json.loads((run / "summary.json").read_text())["seed"])
     assert seeds[0] != seeds[1]
@@ -681,17 +668,18 @@ def test_a_run_without_validation_is_validated_by_one_more_option(cli, tiny, dra
         ).code
         == 0
     )
-    outcome = cli("validate", "runs/pets")
-    assert outcome.code == 2
-    assert "limit_val_batches 0 leaves nothing to validate: say 1.0" in outcome.err
-    outcome = cli("validate", "runs/pets", "--trainer.limit_val_batches=1.0")
-    assert outcome.code == 0, outcome.err
-    assert "of the val images right" in outcome.out
+    outcome = refused(
+        cli("validate", "runs/pets"),
+        "--trainer.limit_val_batches 0",
+        "nothing to validate",
+        "say 1.0",
+    )
+    outcome = succeeded(cli("validate", "runs/pets", "--trainer.limit_val_batches=1.0"))
+    assert "val images right" in outcome.out
 
 
 def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
-    outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1"))
     (run,) = Path("runs").iterdir()
     assert (
         "images per step | 0.3; 1; 8 |" in (run / "summary.md").read_text()
@@ -699,16 +687,15 @@ def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
     (command,) = re.findall(
         r"^    moevision (test .*)$", (run / "summary.md").read_text(), re.MULTILINE
     )
-    again = cli(*shlex.split(command))
-    assert again.code == 0, again.err
+    succeeded(cli(*shlex.split(command)))
 
 
 def test_steps_that_are_asked_for_are_not_cut_by_epochs_that_nobody_gave(drawn_pets, tmp_path):
     """Neither by the recipe's, the default or those of a configuration below; both that one source gives limit."""
 
     def end(*arguments):
-        found = asked("fit", *arguments)
-        return tuple(settings(found).trainer[name] for name in ("max_epochs", "max_steps"))
+        options = resolved("fit", *arguments)
+        return options["trainer.max_epochs"], options["trainer.max_steps"]
 
     steps = "--trainer.max_steps=5000"
     assert end(drawn_pets, "--pretrained=none", steps) == (None, 5000)
@@ -723,33 +710,33 @@ def test_steps_that_are_asked_for_are_not_cut_by_epochs_that_nobody_gave(drawn_p
 def test_of_steps_alone_the_progress_bar_counts_epochs_and_no_last_one(cli, tiny, drawn_pets):
     """Lightning's own says "Epoch 0/-2"."""
     options = [each for each in tiny if "max_epochs" not in each and "progress_bar" not in each]
-    outcome = cli("fit", drawn_pets, *options, "--trainer.max_steps=1")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("fit", drawn_pets, *options, "--trainer.max_steps=1"))
     assert re.search(r"Epoch 0 +\S", outcome.out)
     assert "Epoch 0/" not in outcome.out
 
 
 def test_a_config_replaces_the_recipe(drawn_pets):
-    quickstart = read_config(find_config("quickstart")) | {"trainer.precision": default_precision()}
+    quickstart = quickstart_options()
     # The weights bring their own architecture: that of the configuration is left out, and what is typed is not.
     weights = {"model.arch.pretrained": "x", "model.arch.name": None, "model.arch.base": None}
-    found = asked("fit", drawn_pets, "--config=quickstart", "--pretrained=x")
+    found = resolved("fit", drawn_pets, "--config=quickstart", "--pretrained=x")
     assert found == quickstart | weights | {"data.path": str(drawn_pets)}
-    typed = asked("fit", "--config=quickstart", "--pretrained=x", "--model.arch.name=vit_moe")
+    typed = resolved("fit", "--config=quickstart", "--pretrained=x", "--model.arch.name=vit_moe")
     assert typed == quickstart | weights | {"model.arch.name": "vit_moe"}
-    assert asked("fit", "quickstart") == quickstart
+    assert resolved("fit", "quickstart") == quickstart
 
 
 def test_a_run_measures_how_far_strangers_lie(cli, draw, tiny, tmp_path):
     """A twentieth of the run's validation images is refused, and most noise; the test images are not looked at."""
-    outcome = cli(
-        "fit",
-        draw(tmp_path / "pets", per_class=80),
-        *tiny,
-        "--data.val_fraction=0.25",
-        "--name=far",
+    succeeded(
+        cli(
+            "fit",
+            draw(tmp_path / "pets", per_class=80),
+            *tiny,
+            "--data.val_fraction=0.25",
+            "--name=far",
+        )
     )
-    assert outcome.code == 0, outcome.err
     model = load_model("runs/far")
     val = open_pictures(tmp_path / "pets", 32, split="val", run_dir="runs/far")
     assert len(val) == 40

@@ -24,7 +24,8 @@ from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer, _open
 from moevision.demo.view import route_image
 from moevision.models.io import SavedModel, load_model, save_model
-from moevision.train.resume import load_trained
+from moevision.train.checkpoint import load_trained
+from tests.shared import succeeded
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,7 @@ def test_every_use_of_a_model_prepares_images_as_its_training_did(
     cli, wide, fit, tiny, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    outcome = cli("fit", wide, *tiny, "--data.fit", fit, "--name=wide")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", wide, *tiny, "--data.fit", fit, "--name=wide"))
     model = load_model("runs/wide")
     assert model.framing == Framing(fit, model.mean)
     assert load_trained("runs/wide/checkpoints/best.ckpt").framing == model.framing

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from moevision.train.health import MetricsFile
+from moevision.train.lightning_internals import MetricsFile
 from moevision.train.processes import Interrupted, Interruption, stop_signals
 
 pytestmark = [pytest.mark.deep, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
@@ -47,7 +47,7 @@ def test_in_training_it_is_noted_and_the_second_one_does_not_wait(capsys):
         interruption.training = True
         send("SIGTERM")
         assert interruption.requested == signal.SIGTERM
-        assert "SIGTERM: saving when this step is done" in capsys.readouterr().err
+        assert "SIGTERM: saving" in capsys.readouterr().err
         with pytest.raises(Interrupted) as stopped:
             send("SIGINT")
         assert stopped.value.code == 130

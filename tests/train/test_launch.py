@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from moevision.train import fit as training
+from tests.train.quiet import missing
 
 
 @pytest.mark.parametrize(
@@ -97,13 +98,11 @@ def test_two_devices_beside_apples_gpu_are_two_processes_on_the_cpu(monkeypatch:
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     monkeypatch.setattr("platform.processor", lambda: "arm")
     monkeypatch.setattr(training, "start_processes", started.append)
-    training.start_one_each({"trainer.devices": 2})
+    training.start_one_each({"accelerator": "auto", "devices": 2, "num_nodes": 1})
     assert started == [2]
 
 
 def test_several_machines_are_begun_by_others(cli: Any, tiny: Any, drawn_pets: Path) -> None:
     outcome = cli("fit", drawn_pets, *tiny, "--trainer.accelerator=cpu", "--trainer.num_nodes=2")
     assert outcome.code == 2
-    assert outcome.err.splitlines()[-1] == (
-        "moevision: On several machines let torchrun or SLURM's srun start all the processes."
-    )
+    assert not missing(outcome.err.splitlines()[-1], "several machines", "torchrun", "srun")

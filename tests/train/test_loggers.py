@@ -1,9 +1,10 @@
 """What a logger beside metrics.csv gets."""
 
-import csv
 from pathlib import Path
 
 import pytest
+
+from moevision.files import read_csv
 
 
 @pytest.mark.needs("tensorboard")
@@ -25,8 +26,7 @@ def test_a_run_with_tensorboard_keeps_its_own_files(cli, tiny, drawn_pets, tmp_p
     found.Reload()
     tags = set(found.Tags()["scalars"])
     assert {"val/top1", "train/loss", "moe/1/load_max", "moe/3/entropy"} <= tags
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["val/top1"]]
+    rows = [row for row in read_csv(run / "metrics.csv") if row["val/top1"]]
     assert len(rows) == len(found.Scalars("val/top1")) == 2
     load = [float(row["moe/1/load_max"]) for row in rows]
     # the test adds a value of its own at the end

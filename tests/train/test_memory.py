@@ -12,7 +12,7 @@ from moevision.models.config import MoEConfig
 from moevision.train import recipe as memory
 from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.optim import OptimizerConfig, build_optimizer
-from moevision.train.parallel.strategy import MoEParallelStrategy
+from moevision.train.parallel import MoEParallelStrategy
 from moevision.train.task import ClassificationTask
 
 
@@ -77,12 +77,9 @@ def test_fit_refuses_what_its_states_alone_exceed(monkeypatch):
     with pytest.raises(UserError, match="--force"):  # each has half of the memory
         memory.check_memory(task, trainer_of(devices=2, strategy="ddp"))
     monkeypatch.setattr(memory, "usable_memory_bytes", lambda: needs - 1)
-    with pytest.raises(
-        UserError,
-        match=r"use fewer experts \(--model.arch.num_experts\) or a smaller model; --force",
-    ):
+    with pytest.raises(UserError, match=r"--model.arch.num_experts.* smaller model; --force"):
         memory.check_memory(task, trainer)
-    with pytest.raises(UserError, match=r"use a device with more memory; --force"):
+    with pytest.raises(UserError, match="more memory; --force"):
         memory.check_memory(task, trainer, goes_on=True)
 
 
@@ -95,15 +92,13 @@ def test_a_gpu_gets_shards_as_a_way_on(monkeypatch):
     capacity = -(-needs // 3)
     alone = trainer_of()
     monkeypatch.setattr(SingleDeviceStrategy, "root_device", torch.device("cuda", 0))
-    with pytest.raises(
-        UserError, match=r"Card has .* or --parallel fsdp on 3 GPUs or more; --force"
-    ):
+    with pytest.raises(UserError, match=r"--parallel fsdp on 3 GPUs .*--force"):
         memory.check_memory(task, alone)
     capacity = -(-needs // 5)
     monkeypatch.setattr(MoEParallelStrategy, "root_device", torch.device("cuda", 0))
     monkeypatch.setattr(L.Trainer, "world_size", 2)
     sharded = trainer_of(devices=2, strategy=MoEParallelStrategy())
-    with pytest.raises(UserError, match=r"on 5 GPUs or more or --parallel.offload true; --force"):
+    with pytest.raises(UserError, match=r"5 GPUs .*--parallel.offload true.*--force"):
         memory.check_memory(task, sharded)
     monkeypatch.setattr(
         memory, "usable_memory_bytes", lambda: needs
@@ -121,4 +116,7 @@ def test_what_a_process_keeps(monkeypatch):
         MoEParallelStrategy(4): (250, 2000),
     }
     for strategy, expected in kept.items():
-        assert memory._kept((1000, 8000), trainer_of(devices=4, strategy=strategy)) == expected
+        assert (
+            memory._bytes_of_process((1000, 8000), trainer_of(devices=4, strategy=strategy))
+            == expected
+        )

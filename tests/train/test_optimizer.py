@@ -167,24 +167,6 @@ def test_what_is_frozen_is_not_optimized(layer_decay: float | None) -> None:
     assert set(rates(net, OptimizerConfig(layer_decay=layer_decay))) == learning(net)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (OptimizerConfig(freeze=5), "freeze=5 does not fit 4 blocks"),
-        (OptimizerConfig(freeze=-1), "freeze=-1 does not fit"),
-        (OptimizerConfig(freeze="most"), "all_but_experts or all_but_head"),  # type: ignore[arg-type]
-    ],
-)
-def test_what_does_not_fit_is_said(config: OptimizerConfig, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        parameter_groups(freeze_parameters(tiny(), config.freeze), config)
-
-
-def test_experts_can_only_be_trained_where_there_are_some() -> None:
-    with pytest.raises(UserError, match="needs a model with experts"):
-        freeze_parameters(tiny(twin="active_flops"), "all_but_experts")
-
-
 def test_everything_frozen_is_no_training() -> None:
     net = tiny().requires_grad_(False)
     for layer_decay in (None, DECAY):

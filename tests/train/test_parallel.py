@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from moevision.errors import UserError
-from moevision.layers import Backend, MoEMlp, moe_layers
+from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.checkpoint import newest_valid
-from moevision.train.parallel.layout import check_divides, check_network
 from moevision.train.parallel.parts import filled, outline, total_norm
 from tests.forks import Forked
 from tests.train import layouts
@@ -135,35 +133,6 @@ def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> No
     assert len(states) == 5
     assert len(set(states)) == len(set(exports)) == 1
     assert newest_valid(compared / "checkpoints")[1] == []
-
-
-@pytest.mark.parametrize(
-    ("expert", "experts", "backend", "says"),
-    [
-        (3, 8, "loop", "does not divide the 8 experts of block 1: use a divisor of 8"),
-        (2, 8, "dense", "The dense backend computes every expert on every token"),
-        (2, 0, "loop", "this one has none"),
-    ],
-)
-def test_networks_that_can_not_be_divided(
-    expert: int, experts: int, backend: Backend, says: str
-) -> None:
-    arch = MoEConfig(
-        "test_vit_moe", num_experts=experts or 8, twin=None if experts else "active_flops"
-    )
-    net = build_model(arch, 4, 32)
-    for layer in net.modules():
-        if isinstance(layer, MoEMlp):
-            layer.experts.backend = backend
-    check_network(net, 1)
-    with pytest.raises(UserError, match=says):
-        check_network(net, expert)
-
-
-def test_processes_that_can_not_be_divided() -> None:
-    check_divides(2, 4)
-    with pytest.raises(UserError, match="does not divide the 4 processes"):
-        check_divides(3, 4)
 
 
 def test_norm_without_processes() -> None:

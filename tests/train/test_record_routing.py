@@ -1,6 +1,5 @@
 """How routing formed: which moments are recorded, that they are the model's own, that a resumed run has the same."""
 
-import csv
 import shutil
 from pathlib import Path
 
@@ -15,11 +14,12 @@ from moevision.demo.galleries import Galleries
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from moevision.errors import UserError
+from moevision.files import read_csv
 from moevision.layers import forward_routing
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.io import load_model
 from moevision.train.checkpoint import verify
-from moevision.train.final_weights import checkpoint_of_run
+from moevision.train.finish import checkpoint_of_run
 from moevision.train.health import RecordRoutingConfig, moments_for
 
 # Two epochs of three or four batches of 8.
@@ -107,8 +107,7 @@ def plain(cli, tiny, drawn_pets, tmp_path_factory) -> Path:
 def test_twelve_test_images_are_recorded_unless_one_says_otherwise(plain):
     """Classes in turn, in the order of splits.csv: what the explorer shows first."""
     history = RoutingHistory.load(plain / FILE)
-    with (plain / "splits.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    rows = [row for row in read_csv(plain / "splits.csv") if row["split"] == "test"]
     cats, dogs = ([row["path"] for row in rows if row["class"] == kind] for kind in ("cat", "dog"))
     in_turn = [name for pair in zip(cats, dogs, strict=False) for name in pair]
     assert list(history.image_names) == in_turn[:12]
@@ -171,7 +170,7 @@ def test_what_cannot_be_recorded(cli, tiny, drawn_pets, tmp_path, monkeypatch, f
         (folder / "cat.png").write_bytes(b"no image")
     outcome = cli("fit", drawn_pets, *tiny, f"--record_routing.images={folder}")
     assert outcome.code == 2
-    assert ("cannot use the image" if fault == "broken" else "holds 0 images") in outcome.err
+    assert ("use the image" if fault == "broken" else "holds 0 images") in outcome.err
     assert not Path("runs/pets").exists()
 
 

@@ -36,6 +36,7 @@ from moevision.train.report import (
     read_summary,
     write_summary,
 )
+from tests.train.quiet import missing
 
 Row = dict[str, float | int]
 
@@ -267,15 +268,14 @@ def test_summary_says_how_long_training_waited_for_data(
     row = "| waiting for data | {} |"
     assert row.format("not measured") in _lines(summary, tmp_path)
     text = _lines(replace(summary, data_wait=0.0123), tmp_path)
-    assert row.format("1.2 % of the training steps' time") in text
+    assert any("| 1.2 % of" in line for line in text)
 
 
 def test_summary_states_result_interval_and_baseline(summary: RunSummary, tmp_path: Path) -> None:
     text = "\n".join(_lines(summary, tmp_path))
     low, high = accuracy_interval(150, 200)
     assert f"(150 of 200; 95 % interval {100 * low:.1f} % to {100 * high:.1f} %)" in text
-    assert "**75.0 % of the test images recognised**" in text
-    assert "“cat”, the most frequent class in training, gets 60.0 %" in text
+    assert not missing(text, "**75.0 % of", "“cat”, the most", "gets 60.0 %")
     assert summary.split_note in text
     assert "800 train, 200 test; 2 classes" in text
     assert "1 h 2 min" in text
@@ -294,17 +294,16 @@ def test_summary_sets_loads_beside_their_chance_floor(summary: RunSummary, tmp_p
 
 
 def test_summary_of_a_twin_never_ranks_on_one_seed(summary: RunSummary, tmp_path: Path) -> None:
-    assert not any(
-        line.startswith("## Beside its dense twin") for line in _lines(summary, tmp_path)
-    )
+    assert missing("\n".join(_lines(summary, tmp_path)), "its dense twin")
     pair = PairedDifference(-0.013, -0.034, 0.008, 200, 6, 9, 0.61)
     twin = TwinComparison(
         pair, "active FLOPs", 153, ModelCost(2_650_000, 2_650_000, 344_000_000), 600, 180
     )
     text = "\n".join(_lines(replace(summary, twin=twin), tmp_path))
-    assert "**−1.3 percentage points**, 95 % interval −3.4 to +0.8" in text
-    assert "only this model right: 6, only the twin right: 9" in text
-    assert "One seed: no ranking." in text
+    assert not missing(
+        text, "**−1.3 percentage points**", "interval −3.4 to +0.8", "right: 6", "right: 9"
+    )
+    assert not missing(text, "its dense twin", "One seed:", "no ranking")
     assert "| test accuracy | 75.0 % | 76.5 % |" in text
     assert not {"better", "worse", "beats", "wins", "outperforms"} & set(text.lower().split())
 
@@ -312,11 +311,9 @@ def test_summary_of_a_twin_never_ranks_on_one_seed(summary: RunSummary, tmp_path
 def test_summary_lists_what_was_left_out(summary: RunSummary, tmp_path: Path) -> None:
     assert "- Bad images: none." in _lines(summary, tmp_path)
     bad = [(f"a/{i}.jpg", "truncated", "train") for i in range(12)]
-    lines = _lines(
-        replace(summary, bad_images=bad, notes=["Stopped early after epoch 3."]), tmp_path
-    )
-    assert "- Stopped early after epoch 3." in lines
-    assert any(line.startswith("- 12 files could not be read") for line in lines)
+    lines = _lines(replace(summary, bad_images=bad, notes=["a note"]), tmp_path)
+    assert "- a note" in lines
+    assert any(line.startswith("- 12 files could") for line in lines)
     assert sum("truncated" in line for line in lines) == 10
 
 
@@ -330,9 +327,7 @@ def test_summary_names_only_files_that_exist(summary: RunSummary, tmp_path: Path
 def test_next_commands_are_this_runs_own(summary: RunSummary, tmp_path: Path) -> None:
     run = tmp_path / "my run"
     lines = _lines(summary, run)
-    assert (
-        f"    moevision predict '{run}/model' IMAGE_OR_FOLDER" in lines
-    )  # quoted: the path has a space
+    assert any(f" predict '{run}/model' " in line for line in lines)  # quoted: the path has a space
 
 
 def test_many_classes_show_the_weakest_and_names_cannot_break_tables(
@@ -371,9 +366,7 @@ def test_the_simplest_that_is_not_shown_to_be_worse_is_recommended() -> None:
     entries = [entry(name, right) for name, right in zip(NAMES, (near, near, best), strict=True)]
     close = choose(entries, LABELS, unbalanced=False)
     assert close.recommended.name == "dense fine-tune"
-    assert close.sentence.startswith(
-        "Use dense: its accuracy isn't shown to be lower than that of the Mixture of Experts (−5.0 points, "
-    )
+    assert not missing(close.sentence, "Use dense: its", "lower", "of Experts (−5.0 points, ")
     assert [each.behind for each in close.contenders] == [
         paired_difference(entries[2].correct, each.correct) for each in entries
     ]
@@ -382,18 +375,11 @@ def test_the_simplest_that_is_not_shown_to_be_worse_is_recommended() -> None:
     )
     assert far.recommended.name == "Mixture of Experts"  # a probe is as dear to predict with
     probe_is_best = choose([entry(NAMES[0], best), *entries[:0:-1]], LABELS, unbalanced=False)
-    assert probe_is_best.sentence.startswith(
-        "Use the linear probe: nothing here has a higher accuracy."
-    )
+    assert not missing(probe_is_best.sentence, "Use the linear", "higher accuracy")
     shown = choose([entry(NAMES[1], worse), entry(NAMES[2], best)], LABELS, unbalanced=False)
-    assert shown.sentence == (
-        "Use the Mixture of Experts: nothing here has a higher accuracy. One seed; another one moves all of them."
-    )
+    assert not missing(shown.sentence, "Mixture of Experts: ", "higher accuracy", "One seed;")
     equal = choose([entry(NAMES[1], near), entry(NAMES[2], near[::-1])], LABELS, unbalanced=False)
-    assert (
-        equal.sentence
-        == "Use dense: nothing here has a higher accuracy. One seed; another one moves all of them."
-    )
+    assert not missing(equal.sentence, "Use dense: ", "higher accuracy", "One seed;")
     best_is_dense = choose(
         [entry(NAMES[1], best), entry(NAMES[2], worse)], LABELS, unbalanced=False
     )
@@ -404,15 +390,13 @@ def test_the_simplest_that_is_not_shown_to_be_worse_is_recommended() -> None:
 def test_without_a_dense_model_experts_are_not_recommended(errors: int) -> None:
     """Beside a linear probe alone: whether experts pay is what only a dense fine-tune can say."""
     models = [entry(NAMES[0], [0] * errors + [1] * (100 - errors)), entry(NAMES[2], [1] * 100)]
-    advice = "The dense model wasn't trained; in our measurements it does as well: add --with-twin."
     said = choose(models, LABELS, unbalanced=False).sentence
-    assert advice in said
-    assert "Use the Mixture of Experts" not in said
-    lower = f"The linear probe has a lower accuracy than the Mixture of Experts (−{errors}.0 points, 95 % interval "
-    assert said.startswith(lower)
+    assert not missing(said, "dense model wasn't trained", "add --with-twin")
+    assert "Use" not in said
+    assert not missing(said, "The linear probe", "lower accuracy", f"(−{errors}.0 points")
     given = choose(models, LABELS, unbalanced=False, experts_given=True).sentence
     assert "with-twin" not in given  # which fit refuses where training began with experts
-    assert "Use the Mixture of Experts" not in given
+    assert "Use" not in given
 
 
 def test_where_classes_are_unbalanced_their_mean_decides() -> None:
@@ -460,19 +444,21 @@ def test_the_table_of_models_in_the_summary(tmp_path: Path, summary: RunSummary)
             "| Mixture of Experts",
         ]
         assert table[2].endswith("| 12.3 | 10 | 1 min 0 s |")
-        assert table[3].endswith("| best | not measured | 10 | 1 min 0 s |")
+        assert [cell.strip() for cell in table[3].split("|")[-5:-1]] == [
+            "best",
+            "not measured",
+            "10",
+            "1 min 0 s",
+        ]
         (tmp_path / "summary.json").write_text(json.dumps(asdict(chosen), default=list))
         assert read_summary(tmp_path / "summary.json").choice == chosen.choice
     advice = "`--dense --model.optim.freeze all_but_head --trainer.max_epochs 1`"
-    assert f"to get it as a model, add\n{advice} to the command." in text
+    assert f"add\n{advice} to the command." in text
     given = replace(summary, choice=choose(entries, LABELS, unbalanced=False, experts_given=True))
     beside_no_dense = "\n".join(
         _lines(given, tmp_path)
     )  # which fit refuses where training began with experts
-    assert (
-        "add\n`--model.optim.freeze all_but_head --trainer.max_epochs 1` to the command.\n"
-        in beside_no_dense
-    )
+    assert advice.replace("--dense ", "") in beside_no_dense
     assert "--dense" not in beside_no_dense
     twin = TwinComparison(
         PairedDifference(0, 0, 0, 200, 6, 9, 1), "active FLOPs", 153, ModelCost(1, 1, 1), 600, 180
@@ -480,7 +466,4 @@ def test_the_table_of_models_in_the_summary(tmp_path: Path, summary: RunSummary)
     beside_twin = "\n".join(
         _lines(replace(chosen, twin=twin), tmp_path)
     )  # fit refuses --dense beside --with-twin
-    assert (
-        f"to get it as a model, give\n{advice} in place of `--with-twin` in the command."
-        in beside_twin
-    )
+    assert f"give\n{advice} in place of `--with-twin`" in beside_twin

@@ -1,7 +1,6 @@
 """Two processes train like one: parameters, balance losses and router biases, over ranks and micro-batches."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,10 @@ from torch import Tensor
 
 from tests.forks import Forked
 from tests.train import two_processes
+from tests.train.quiet import free_port
 from tests.train.two_processes import CASES, IMAGES, STEPS, evaluated_loss, train
 
 pytestmark = pytest.mark.deep
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def train(
 
     with (
         patch.object(dist, "all_reduce", noted_reduce),
-        patch("moevision.train.task.update_router_bias", noted_update),
+        patch("moevision.losses.update_router_bias", noted_update),
     ):
         trainer.fit(task, loader, loader)
     assert trainer.global_step == STEPS

@@ -204,7 +204,6 @@ export interface BootModel extends Model {
   accuracy_texts: Record<string, string>;
   has_dense: boolean;
   has_pictures: boolean;
-  has_parts: boolean;
   card: Record<string, any>;
   history: Recorded | null;
   shown: string;

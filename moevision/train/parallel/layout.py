@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,15 +27,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
-from torch.distributed.fsdp import fully_shard as shard_whole
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from moevision.errors import UserError
-from moevision.layers import moe_layers
+from moevision.layers import MoEMlp, moe_layers
 from moevision.layers.cpu import padded_counts, sum_rows, take_rows
-from moevision.layers.moe import Dispatched, LocalDispatcher
-from moevision.layers.routing import Routing
+from moevision.layers.moe import LocalDispatcher
+from moevision.layers.routing import Dispatched, Routing
 from moevision.train.parallel.parts import local_shard
 
 
@@ -115,9 +119,8 @@ def share_buffers(net: nn.Module) -> None:
     buffers = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     dist.broadcast(flat, src=0)
-    for buffer, part in zip(
-        buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True
-    ):
+    parts = flat.split([buffer.numel() for buffer in buffers])
+    for buffer, part in zip(buffers, parts, strict=True):
         buffer.copy_(part.view_as(buffer))
 
 
@@ -131,40 +134,28 @@ def shard(
     and gradients, and so the optimizer's moments, stay in main memory (FSDP2's offload): a block's weights go to the
     device while it computes. Collectives of parts are then gloo's.
     """
-    whole = _evenly(layout.world.size(-1))
     logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_not_in_two_steps)
-    policy = MixedPrecisionPolicy(
+    cast_experts = MixedPrecisionPolicy(
         gathered, torch.float32 if gathered else None, cast_forward_inputs=False
     )
-    kept = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
-    fully_shard = functools.partial(shard_whole, offload_policy=kept)
+    offload_policy = OffloadPolicy()
+    if offload:
+        offload_policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    shard_over = functools.partial(_shard_over, offload_policy=offload_policy)
+
+    # Only `forward` makes FSDP2 gather, so that experts are a unit of their own; the block shards the rest.
     for layer in moe_layers(net):
-        # Only `forward` makes FSDP2 gather, so that experts are a unit of their own; the block shards the rest.
         if layout.experts is not None:
-            ep = layout.experts["ep"]
-            for linear in layer.experts.children():
-                for name, weight in list(linear.named_parameters(recurse=False)):
-                    divided = distribute_tensor(weight.detach(), ep, [Shard(0)])  # [E, ...]
-                    setattr(linear, name, nn.Parameter(divided, requires_grad=weight.requires_grad))
-            before = layer.dispatcher
-            layer.dispatcher = AllToAllDispatcher(
-                ep.get_group(), before.row_multiple, before.max_padding
-            )
-            same = layout.experts[("efsdp", "one") if layout.replicated else ("efsdp",)]
-            fully_shard(
-                layer.experts,
-                mesh=same,
-                mp_policy=policy,
-                shard_placement_fn=_evenly(same.size(-1)),
-            )
+            _divide_experts(layer, layout.experts["ep"])
+            same_experts = layout.experts[("efsdp", "one") if layout.replicated else ("efsdp",)]
+            shard_over(same_experts, layer.experts, mp_policy=cast_experts)
         elif gathered is not None and layer.experts.backend != "dense":  # which bypasses it
-            fully_shard(
-                layer.experts, mesh=layout.world, mp_policy=policy, shard_placement_fn=whole
-            )
+            shard_over(layout.world, layer.experts, mp_policy=cast_experts)
     for block in cast(Any, net).blocks:
-        fully_shard(block, mesh=layout.world, shard_placement_fn=whole)
+        shard_over(layout.world, block)
     # True: after a forward pass without a backward pass the state must be that of the shards, too.
-    fully_shard(net, mesh=layout.world, reshard_after_forward=True, shard_placement_fn=whole)
+    shard_over(layout.world, net, reshard_after_forward=True)
+
     for module in net.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -172,30 +163,36 @@ def shard(
     return net
 
 
-def _not_in_two_steps(record: logging.LogRecord) -> bool:
-    """Leaves out DTensor's warning of a gathering in two steps: over efsdp and over ep, which is meant."""
-    return not str(record.msg).startswith("While redistributing from")
+def _divide_experts(layer: MoEMlp, mesh: DeviceMesh) -> None:
+    """Leave a layer the weights of this process's experts, and let its tokens travel to all of them."""
+    for linear in layer.experts.children():
+        for name, weight in list(linear.named_parameters(recurse=False)):
+            divided = distribute_tensor(weight.detach(), mesh, [Shard(0)])  # [E, ...]
+            setattr(linear, name, nn.Parameter(divided, requires_grad=weight.requires_grad))
+    dispatcher = layer.dispatcher
+    layer.dispatcher = AllToAllDispatcher(
+        mesh.get_group(), dispatcher.row_multiple, dispatcher.max_padding
+    )
 
 
-def _evenly(processes: int) -> Callable[[nn.Parameter], Shard]:
-    """Says along which dimension to cut a parameter: the first that the number of processes divides, else the first.
+def _shard_over(mesh: DeviceMesh, module: nn.Module, **options: Any) -> None:
+    """`fully_shard`, with each parameter cut along the first dimension that the number of processes divides.
 
     FSDP2 pads the first one: 8 experts over 64 processes would lie on 8 of them, and be gathered as if they were 64.
     """
+    processes = mesh.size(-1)
 
     def cut(parameter: nn.Parameter) -> Shard:
-        return Shard(
-            next(
-                (
-                    dim
-                    for dim, size in enumerate(local_shard(parameter).shape)
-                    if size % processes == 0
-                ),
-                0,
-            )
-        )
+        sizes = local_shard(parameter).shape
+        divisible = [dim for dim, size in enumerate(sizes) if size % processes == 0]
+        return Shard(divisible[0] if divisible else 0)
 
-    return cut
+    fully_shard(module, mesh=mesh, shard_placement_fn=cut, **options)
+
+
+def _not_in_two_steps(record: logging.LogRecord) -> bool:
+    """Leaves out DTensor's warning of a gathering in two steps: over efsdp and over ep, which is meant."""
+    return not str(record.msg).startswith("While redistributing from")
 
 
 # ---- how tokens reach their experts
@@ -206,8 +203,8 @@ class ExpertParallelDispatch(Dispatched):
     """Rows [R', D] on their way to the processes of their experts, in order of arrival: by process, then by expert."""
 
     home: Dispatched  # the rows of this process before they were sent
-    place: Tensor  # [R'] int64, row at which the experts see each row that arrives
-    arrival: Tensor  # [R' + padding] int64, its inverse; row 0 where there is padding
+    row_of_arrival: Tensor  # [R'] int64, row at which the experts see each row that arrives
+    arrival_of_row: Tensor  # [R' + padding] int64, its inverse; row 0 where there is padding
     sent: list[int]  # rows that went to each process
     received: list[int]  # rows that came from each process
 
@@ -226,7 +223,8 @@ class AllToAllDispatcher(LocalDispatcher):
         self, group: dist.ProcessGroup, row_multiple: int | None, max_padding: float | None
     ) -> None:
         super().__init__(row_multiple, max_padding)
-        self.group, self.size = group, dist.get_world_size(group)
+        self.group = group
+        self.size = dist.get_world_size(group)
         self._home = LocalDispatcher(row_multiple=1, max_padding=1.0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AllToAllDispatcher:
@@ -236,49 +234,62 @@ class AllToAllDispatcher(LocalDispatcher):
     def dispatch(self, x: Tensor, routing: Routing) -> ExpertParallelDispatch:
         """Begin to send the tokens x [T, D] of this process to their experts."""
         home = self._home.dispatch(x, routing)
-        to_each = home.counts.view(
-            self.size, -1
-        ).contiguous()  # [W, E'] by process, then by its experts
-        from_each = torch.empty_like(to_each)
+        # How many rows go to each expert of each process, and how many come from each.
+        to_each = home.counts.view(self.size, -1).contiguous()  # [W, E']
+        from_each = torch.empty_like(to_each)  # [W, E']
         dist.all_to_all_single(from_each, to_each, group=self.group)
         sent, received = torch.stack([to_each.sum(1), from_each.sum(1)]).tolist()
         rows = self._travel(home.rows, sent, received)
-        counts = from_each.sum(0)
-        total = sum(received)
+
+        counts = from_each.sum(0)  # [E']
         padded = padded_counts(counts, x, self.row_multiple, self.max_padding)
-        # From (process, expert) as rows arrive to (expert, process) as experts want them.
-        lengths = from_each.flatten()
-        first = (padded.cumsum(0) - padded) + (
-            from_each.cumsum(0) - from_each
-        )  # [W, E'] where each group is put
-        shift = first.flatten() - (lengths.cumsum(0) - lengths)
-        number = torch.arange(total, device=x.device)
-        place = number + shift.repeat_interleave(lengths, output_size=total)
-        length = total if padded is counts else int(padded.sum())
-        arrival = number.new_zeros(length).index_copy_(0, place, number)
+        row_of_arrival = _row_of_arrival(from_each, padded, sum(received))
+        length = int(padded.sum()) if padded is not counts else sum(received)
+        arrivals = torch.arange(sum(received), device=x.device)
+        arrival_of_row = arrivals.new_zeros(length).index_copy_(0, row_of_arrival, arrivals)
         return ExpertParallelDispatch(
-            rows, padded, home=home, place=place, arrival=arrival, sent=sent, received=received
+            rows,
+            padded,
+            home=home,
+            row_of_arrival=row_of_arrival,
+            arrival_of_row=arrival_of_row,
+            sent=sent,
+            received=received,
         )
 
     def receive(self, sent: Dispatched) -> tuple[Tensor, Tensor]:
         """Wait for the rows of this process's experts: [R' + padding, D] sorted by expert, and counts [E']."""
         assert isinstance(sent, ExpertParallelDispatch)
-        return take_rows(_arrived(sent.rows), sent.arrival, sent.place.unsqueeze(1)), sent.counts
+        rows = take_rows(_arrived(sent.rows), sent.arrival_of_row, sent.row_of_arrival.unsqueeze(1))
+        return rows, sent.counts
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
         """Send the experts' rows back; weighted sum [T, D] of those that return."""
         assert isinstance(dispatched, ExpertParallelDispatch)
-        place, arrival = dispatched.place, dispatched.arrival
-        if len(place) == len(arrival):
-            ordered = take_rows(rows, place, arrival.unsqueeze(1))
+        to_arrival, to_row = dispatched.row_of_arrival, dispatched.arrival_of_row
+        if len(to_arrival) == len(to_row):
+            ordered = take_rows(rows, to_arrival, to_row.unsqueeze(1))
         else:  # rows of padding must get no gradient
-            ones = rows.new_ones(len(place), 1)
-            ordered = sum_rows(rows, ones, arrival, place.unsqueeze(1))
+            ones = rows.new_ones(len(to_arrival), 1)
+            ordered = sum_rows(rows, ones, to_row, to_arrival.unsqueeze(1))
         returned = _arrived(self._travel(ordered, dispatched.received, dispatched.sent))
         return self._home.combine(returned, dispatched.home, routing)
 
     def _travel(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         return functional.all_to_all_single_autograd(rows.contiguous(), received, sent, self.group)
+
+
+def _row_of_arrival(from_each: Tensor, padded: Tensor, total: int) -> Tensor:
+    """Where each of the arriving rows [R'] goes: they come by (process, expert), and experts want (expert, process).
+
+    `from_each` [W, E'] are the lengths of the groups, `padded` [E'] the rows of each expert with its padding.
+    """
+    expert_begin = padded.cumsum(0) - padded  # [E']
+    begin = expert_begin + from_each.cumsum(0) - from_each  # [W, E']
+    lengths = from_each.flatten()
+    shift = begin.flatten() - (lengths.cumsum(0) - lengths)
+    arrivals = torch.arange(total, device=padded.device)
+    return arrivals + shift.repeat_interleave(lengths, output_size=total)
 
 
 def _arrived(rows: Tensor) -> Tensor:

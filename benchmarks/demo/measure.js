@@ -1,0 +1,15 @@
+// Clicks in the page, so that no time of the remote control is measured, and waits until `changed` is another and painted.
+async ([selector, changed]) => {
+  const watch = () => document.querySelector(changed).outerHTML;
+  const before = watch();
+  const painted = () => new Promise((resolve) => requestAnimationFrame(() => {
+    const channel = new MessageChannel();
+    channel.port1.onmessage = resolve;
+    channel.port2.postMessage(null);
+  }));
+  await painted();
+  const start = performance.now();
+  document.querySelector(selector).click();
+  do { await painted(); } while (watch() === before && performance.now() - start < 20000);
+  return performance.now() - start;
+}

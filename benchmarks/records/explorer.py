@@ -1,0 +1,202 @@
+"""What pages say of the explorer, its bundled models, and what their experts tell."""
+
+from __future__ import annotations
+
+import re
+from statistics import median
+from typing import Any, cast
+
+from benchmarks.demo.flips import flipped
+
+Json = dict[str, Any]
+STEPS = {
+    "forward": "the model alone, one image",
+    "first_page": "first page, after the server is up",
+    "layer_change": "another layer",
+    "patch_click": "click on a patch",
+    "new_picture": "another image, until the overlay is there",
+    "expert_away": "an expert taken away",
+    "away_cpu": "the same, its server's CPU",
+    "own_picture": "one's own image",
+}
+CROWDS = {
+    "png_49_megapixels": "PNG of 49 megapixels in 381 KB",
+    "png_16_megapixels": "PNG of 16 megapixels in 124 KB",
+    "jpeg_400": "JPEG of 400 x 400, 97 KB",
+}
+MODELS = {"pets": "drawn pets", "cifar10": "CIFAR-10 photos", "cats_vs_dogs": "cats and dogs"}
+
+
+def waiting(record: Json) -> list[Json]:
+    """Median and 95 % of every step, by model, with the goal of the median."""
+    rows = []
+    for name, words in STEPS.items():
+        models = [record["models"][model][name] for model in ("cats_vs_dogs", "pets")]
+        cells = [f"{own['median_ms']:.0f} ({own['p95_ms']:.0f}) ms" for own in models]
+        limits = dict.fromkeys(own["limit_ms"] for own in models)
+        goals = ", ".join("" if limit is None else f"{limit:.0f}" for limit in limits)
+        rows.append({"what": words, "cells": " | ".join([*cells, goals and f"{goals} ms"])})
+    return rows
+
+
+def crowds(*records: Json) -> list[Json]:
+    """What the visitor beside each crowd met, and the most memory, in each record."""
+    rows = []
+    for name, words in CROWDS.items():
+        cells = []
+        for record in records:
+            attack = record["attacks"][name]
+            visitor, longest = attack["visitor"], attack["visitor"]["max_ms"]
+            counts = " / ".join(str(visitor.get(key, 0)) for key in ("ok", "busy", "unanswered"))
+            cells.append(counts + ("" if longest is None else f", at most {longest / 1e3:.1f} s"))
+            cells.append(f"{attack['server_rss']['most_mb']:,.0f} MB")
+        rows.append({"what": words, "cells": " | ".join(cells)})
+    return rows
+
+
+def installed(record: Json) -> Json:
+    """Photos right and asked for, of the installed wheel."""
+    cat, dog = record["classes"]["cat"], record["classes"]["dog"]
+    balanced = (cat["correct"] / cat["total"] + dog["correct"] / dog["total"]) / 2
+    return {
+        **record,
+        "cat": cat,
+        "dog": dog,
+        "total": cat["total"] + dog["total"],
+        "balanced": balanced,
+    }
+
+
+def packings(record: Json) -> list[Json]:
+    """A packed model's bytes and answers beside bfloat16's."""
+    rows = [
+        {
+            "name": "bfloat16",
+            **record["bfloat16"],
+            "cells": f"{record['bfloat16']['right']} | | | |",
+        }
+    ]
+    for arm in record["packed"]:
+        first, pair = (
+            ", ".join(f"{layer[key]:.1%}" for layer in arm["layers"])
+            for key in ("same_first", "same_set")
+        )
+        rows.append({**arm, "cells": f"{arm['right']} | {arm['same_class']} | {first} | {pair} |"})
+    return rows
+
+
+def live(record: Json) -> list[Json]:
+    """Seconds to the first answer of each model in the browser, of processors and by the clock, and to the next one."""
+    rows = []
+    for model, name in MODELS.items():
+        own = record["models"][model]
+        rows.append({**own, "name": name, "cold": median(own["cold_s"])})
+    return rows
+
+
+def of_flips(record: Json) -> Json:
+    """Of answers that are right, how many change without some expert, and how many with as much away at random."""
+    right = [label == answer for label, answer in zip(record["labels"], record["all"], strict=True)]
+    sure = [own and p >= 0.7 for own, p in zip(right, record["sure"], strict=True)]
+    values = {"images": len(right), "right": sum(right), "sure": sum(sure)}
+    for kind in ("without", "at_random"):
+        changed = flipped(record, kind)
+        values |= {kind: changed[right].mean(), f"sure_{kind}": changed[sure].mean()}
+    return values
+
+
+def opening(record: Json, card: Json) -> Json:
+    """The image of README and of the site's start: what it is without the expert, and with as much away at random.
+
+    A class with more than half of the probability is the answer.
+    """
+    case = record["case"]
+    assert case == card["matters"], "the explorer leads to another case than the record's"
+    before, after = case["before"]["class"], case["after"]["class"]
+    stays = min(record["at_random"]) > 0.5
+    return {
+        "expert": case["away"][0][1],
+        "before": before,
+        "after": after,
+        "stays": f"stays a {before}" if stays else "may change too",
+        "still": f"still {before}" if stays else "not always",
+    }
+
+
+def bundled(record: Json) -> Json:
+    """Of how many photos the opening's is the strongest, and what as much at random leaves of it."""
+    draws = record["at_random"]
+    keep = sum(each > 0.5 for each in draws)
+    before = record["case"]["before"]["class"]
+    return {**record, "draws": len(draws), "keep": keep, "least": min(draws), "before": before}
+
+
+def photos(record: Json) -> Json:
+    """What the browser complained of over all views."""
+    complaints = sum(record[kind]["complaints"] for kind in ("bundled", "unseen"))
+    return {**record["bundled"], "complaints": complaints}
+
+
+# ---- what experts tell: the sentences of the bundled atlas
+
+
+def _found(expression: str, text: str) -> re.Match[str]:
+    """Where a sentence has this expression."""
+    found = re.search(expression, text)
+    assert found, text
+    return found
+
+
+def specialization(record: Json) -> list[Json]:
+    """What every layer's first choices tell about the class, beside its controls."""
+    interval = r"([\d.]+) bits \(95 % CI ([\d.]+ to [\d.]+)\)"
+    rows = []
+    for layer in record["layers"]:
+        (first, _, every, *_), (fresh, clusters, trainings, *_) = (
+            answer["numbers"] for answer in layer["answers"][:2]
+        )
+        of_first = _found(
+            r"^\w+: " + interval.replace(" bits", " bits above shuffled labels"), first
+        )
+        of_all = _found(rf"^All choices: .*?, {interval}", every)
+        rows.append(
+            {
+                "name": layer["name"],
+                **{"first": of_first[1], "of_first": of_first[2]},
+                **{"all": of_all[1], "of_all": of_all[2]},
+                "untrained": _found(r": ([\d.]+ to [\d.]+) bits \(router", fresh)[1],
+                "clusters": _found(r": ([\d.]+ to [\d.]+) bits \(router", clusters)[1],
+                "beyond": _found(r"by training: (.*) bits", trainings)[1],
+            }
+        )
+    return rows
+
+
+def answers(record: Json) -> Json:
+    """What the last MoE layer answers to the three questions, of first choices."""
+    experts, training, function = record["layers"][-1]["answers"]
+    assert (experts["answer"], function["answer"]) == ("yes", "yes")
+    detail = function["detail"]
+    points = _found(
+        r"^exchanging .* any other costs ([\d.]+) points .* CI ([\d.]+ to [\d.]+);", detail
+    )
+    alike = _found(r"moved choices, [\d.]+ %, ([−\d.]+), any two other experts ([−\d.]+)", detail)
+    same = _found(r"same patches ([\d.]+) of log-loss more than their other choice", detail)
+    clusters = _found(r"clusters of the same input tell ([\d.]+) bits", training["sentence"])
+    return {
+        "n_images": record["n_images"],
+        "training": training["answer"],
+        "bits": _found(r"^L2: ([\d.]+) bits", experts["numbers"][0])[1],
+        "clusters": clusters[1],
+        **{"points": points[1], "interval": points[2]},
+        **{"favourite": alike[1], "others": alike[2]},
+        "beyond": same[1],
+    }
+
+
+def most_above(record: Json) -> Json:
+    """The part of images that exceeds an expert's share of everything most: both shares."""
+    cards = [card for layer in record["layers"] for card in layer["experts"]]
+    parts = [part for card in cards for part in card["parts"]]
+    part = cast(Json, max(parts, key=lambda part: part["above"]))
+    return {**part, "overall": part["share"] - part["above"]}

@@ -1,0 +1,193 @@
+"""What a user did wrong with traces, interventions, recordings or statistics, and what the sentence must name."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from torch import nn
+
+from moevision.analysis import (
+    Intervention,
+    RecordedLayer,
+    Recording,
+    RoutingTrace,
+    collect_routing,
+    intervene,
+    measure_baselines,
+    open_pictures,
+    recording_of,
+    three_questions,
+)
+from moevision.analysis.describe import class_expert_map, patches_on_path, top_patches
+from moevision.analysis.images import PictureSet
+from moevision.analysis.information import class_information, part_information
+from moevision.data import SyntheticPets
+from moevision.errors import UserError
+from moevision.models.io import SavedModel
+from tests.analysis.models import saved, small_net
+
+
+class Ours(NamedTuple):
+    """A model with experts 0 to 3 in blocks 1 and 3, eight images and their routing; an empty folder."""
+
+    model: SavedModel
+    pictures: PictureSet
+    trace: RoutingTrace
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Ours:
+    model, pictures = saved(small_net()), open_pictures(SyntheticPets(8, 32, 0, "test"), 32)
+    trace = collect_routing(model, pictures, progress=False)
+    return Ours(model, pictures, trace, tmp_path_factory.mktemp("ours"))
+
+
+def scope(kind: str, net: nn.Module | None = None, **numbers: object) -> object:
+    return intervene(net or small_net(), Intervention(kind, **numbers)).__enter__()
+
+
+def recording(experts: int = 1, patches: int = 4, **layer: object) -> Recording:
+    """Eight images of two classes, all patches of which go to one expert of two."""
+    choices = np.full((8, 4, 1), experts)
+    recorded = RecordedLayer("L1", choices, 2, **layer)
+    return Recording(np.arange(8) % 2, [recorded], ["cat", "dog"])
+
+
+PARTS = np.full((8, 4), -1)
+MISTAKES: dict[str, tuple[Callable[[Ours], object], tuple[str, ...]]] = {
+    # traces
+    "no such block": (lambda o: o.trace.layer(2), ("Block 2", "1, 3")),
+    "no such file": (lambda o: RoutingTrace.load(o.folder / "no"), ("no file", "no:", "path")),
+    "labels missing": (
+        lambda o: replace(o.trace, labels=o.trace.labels[:3]),
+        ("8 images", "again"),
+    ),
+    "another grid": (lambda o: replace(o.trace, grid=(2, 4)), ("8 patches", "again")),
+    "no layer": (lambda o: replace(o.trace, layers=()), ("collect it again",)),
+    "other names": (lambda o: replace(o.trace, picture_names=("a",)), ("1 images", "again")),
+    # collecting
+    "a dense model": (
+        lambda o: collect_routing(small_net(moe_layers=[]), o.pictures),
+        ("no MoE", "convert_to_moe"),
+    ),
+    "no ViT": (
+        lambda o: collect_routing(nn.Linear(3, 3), o.pictures),
+        ("Linear", "square images", "image_size"),
+    ),
+    "no batch": (
+        lambda o: collect_routing(o.model, o.pictures, batch_size=0),
+        ("batch_size is 0", "at least 1"),
+    ),
+    "other sizes": (
+        lambda o: collect_routing(replace(o.model, image_size=64), o.pictures),
+        ("(32, 32, 3)", "64 x 64", "resize it"),
+    ),
+    # interventions
+    "no such kind": (lambda o: Intervention("remove"), ("'remove'", "ablate, force")),
+    "ablate without an expert": (
+        lambda o: Intervention("ablate", layer=1),
+        ("'ablate'", "needs expert"),
+    ),
+    "force without a layer": (
+        lambda o: Intervention("force", expert=1),
+        ("'force'", "needs layer"),
+    ),
+    "a negative expert": (
+        lambda o: Intervention("ablate", layer=1, expert=-1),
+        ("expert=-1", "whole number"),
+    ),
+    "a true expert": (
+        lambda o: Intervention("ablate", layer=1, expert=True),
+        ("expert=True", "whole number"),
+    ),
+    "no such fill": (
+        lambda o: Intervention("ablate", layer=1, expert=1, fill="mean"),
+        ("'mean'", "next_best or zero"),
+    ),
+    "no capacity": (
+        lambda o: Intervention("capacity", factor=0.0),
+        ("factor=0.0", "positive number"),
+    ),
+    "not a number": (
+        lambda o: Intervention("capacity", factor=float("nan")),
+        ("factor=nan", "positive number"),
+    ),
+    "a dense block": (lambda o: scope("ablate", layer=2, expert=0), ("Block 2", "1, 3")),
+    "no such expert": (lambda o: scope("ablate", layer=1, expert=6), ("L1", "expert 6", "0 to 3")),
+    "no such other": (lambda o: scope("swap", layer=1, expert=0, other=4), ("expert 4", "0 to 3")),
+    "too large a k": (lambda o: scope("top_k", top_k=7), ("k=7", "4 experts", "1 and 4")),
+    "no k": (lambda o: scope("top_k", top_k=0), ("k=0", "1 and 4")),
+    "no MoE layer": (lambda o: scope("random", nn.Linear(2, 2)), ("Linear", "not a dense")),
+    "no first choice": (
+        lambda o: scope("force", small_net("soft"), layer=1, expert=0),
+        ("'force'", "L1", "all slots"),
+    ),
+    "one layer can't": (
+        lambda o: scope("top_k", small_net(["soft", "noisy_top_k"]), top_k=1),
+        ("no meaning", "L1", "choose another"),
+    ),
+    # recordings and baselines
+    "an expert too many": (lambda o: recording(experts=2), ("L1", "[8, 4, 1]", "0 to 1")),
+    "inputs of others": (
+        lambda o: recording(inputs=np.zeros((8, 3, 2))),
+        ("L1", "[images, 4, width]"),
+    ),
+    "an empty recording": (
+        lambda o: Recording(np.arange(8), [], ["cat"]),
+        ("without a layer", "choices"),
+    ),
+    "another recipe": (
+        lambda o: three_questions(
+            recording(), seeds=[replace(recording(), layers=2 * [*recording().layers])]
+        ),
+        ("same recipe", "other MoE layers"),
+    ),
+    "another set before": (
+        lambda o: recording_of(o.model, o.pictures, o.trace, before=o.trace.select(slice(0, 4))),
+        ("before training", "same images"),
+    ),
+    "baselines of one image": (
+        lambda o: measure_baselines(o.model, o.pictures, o.trace.select([0])),
+        ("two images", "give more"),
+    ),
+    "baselines of others": (
+        lambda o: measure_baselines(
+            o.model, open_pictures(SyntheticPets(8, 32, 1, "test"), 32, limit=4), o.trace
+        ),
+        ("other images",),
+    ),
+    "baselines of another model": (
+        lambda o: measure_baselines(saved(small_net(moe_layers=[1])), o.pictures, o.trace),
+        ("other MoE layers", "collect it again"),
+    ),
+    # statistics
+    "one labelled image": (
+        lambda o: class_information(np.zeros((2, 4, 2)), np.array([0, -1])),
+        ("two images", "known class"),
+    ),
+    "no part": (
+        lambda o: part_information(np.zeros((8, 4, 2)), PARTS),
+        ("part masks", "synthetic_pets"),
+    ),
+    "a map of one image": (
+        lambda o: class_expert_map(o.trace.select([0]), 1),
+        ("two images", "give more"),
+    ),
+    "a gallery of nobody": (
+        lambda o: top_patches(o.trace.layers[0], 4),
+        ("expert 4", "experts 0 to 3"),
+    ),
+    "half a path": (lambda o: patches_on_path(o.trace, (0,)), ("2 experts", "(0,)")),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_with_the_way_on(ours: Ours, mistake: str) -> None:
+    call, fragments = MISTAKES[mistake]
+    with pytest.raises(UserError) as caught:
+        call(ours)
+    assert [part for part in fragments if part not in str(caught.value)] == [], caught.value
