@@ -305,8 +305,8 @@ def test_scores_of_half_a_training_are_none(
 
 def test_many_images_are_scored_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many are 200,000, or here 20."""
-    assert module._MANY_SCORED == 200_000
-    monkeypatch.setattr(module, "_MANY_SCORED", 20)
+    assert module._MAX_SCORED == 200_000
+    monkeypatch.setattr(module, "_MAX_SCORED", 20)
     few, many = ({"train_size": size} for size in (19, 20))
     for options, keeps in (
         (few, True),
