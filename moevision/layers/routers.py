@@ -204,11 +204,12 @@ class TopKRouter(Router):
         probs = softmax_over_experts(logits)  # [B, N, E]
         top_logits, expert_index = best(noisy_logits, self.top_k)  # [B, N, K]
 
-        # Without gradients, noise and normalisation the gates are the chosen `probs`: one call instead of a dozen.
-        if noise_std is not None or torch.is_grad_enabled() or self.normalizes(self.top_k):
-            gates = self.gates(noisy_logits, top_logits)
-        else:
+        # Without gradients, noise and normalisation these gates are the chosen `probs`: one call instead of a dozen.
+        plain = type(self).gates is TopKRouter.gates and not self.normalizes(self.top_k)
+        if plain and noise_std is None and not torch.is_grad_enabled():
             gates = probs.gather(-1, expert_index)
+        else:
+            gates = self.gates(noisy_logits, top_logits)
 
         return Routing(
             logits=logits,
