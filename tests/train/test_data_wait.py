@@ -8,7 +8,7 @@ import pytest
 from moevision.data import ImageDataModule
 from moevision.train import health
 from moevision.train.health import Stopwatch, data_wait_advice
-from tests.train.quiet import missing
+from tests.shared import missing
 
 pytestmark = pytest.mark.deep
 

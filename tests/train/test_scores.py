@@ -27,8 +27,9 @@ from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.optim import OptimizerConfig
 from moevision.train.scores import ExampleScores, visit_measures
 from moevision.train.task import ClassificationTask
+from tests.shared import missing
 from tests.train.faults import FaultInjector
-from tests.train.quiet import missing, quiet_trainer
+from tests.train.quiet import quiet_trainer
 
 IMAGES, BATCH = 24, 8
 
@@ -324,7 +325,7 @@ def test_many_images_are_scored_if_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_two_processes_have_the_scores_of_all(tmp_path: Path) -> None:
     """25 images over two processes, 4 x 3 each an epoch: one is left out, another one each epoch."""
     from tests.forks import Forked
-    from tests.train.quiet import free_port
+    from tests.shared import free_port
 
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     process = Forked([__file__, str(tmp_path)], tmp_path, {**os.environ, **shared})
