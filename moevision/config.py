@@ -1060,15 +1060,24 @@ def _wrong_value(name: str, value: Any) -> str:
     return f"--{name} is {str(value)!r}: it must be {_type_in_words(options()[name].kind)}."
 
 
+_TYPES_IN_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
+
+
 def _type_in_words(kind: Any) -> str:
-    """A type as people write its values: int, 'a', 'b' or null."""
+    """A type as people write its values: a whole number, 'a', 'b' or null."""
     if get_origin(kind) is Literal:
-        return ", ".join(map(repr, get_args(kind)))
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
+    if get_origin(kind) in (list, tuple):
+        return f"a list, each {_type_in_words(get_args(kind)[0])}"
     if _is_union(kind):
         return " or ".join(map(_type_in_words, get_args(kind)))
-    if kind is type(None):
-        return "null"
-    return kind.__name__ if isinstance(kind, type) else str(kind)
+    return _TYPES_IN_WORDS.get(kind) or str(kind)
 
 
 def _is_union(kind: Any) -> bool:

@@ -1,13 +1,14 @@
-"""What a model weighs and what one image costs: its parameters and its active FLOPs.
+"""The size of a model and the cost of one image: its parameters and its active FLOPs.
 
-Parameters are counted; so are FLOPs, by torch's counter with the formulas that it lacks. A multiply-add is two FLOPs,
-as in torch. Matrix products, convolutions and attention count; elementwise work, sorting, copies and the colour
-router's distances in three dimensions don't.
+FLOPs are counted by torch's counter, to which this module adds the formulas that it lacks. A multiply-add is two FLOPs,
+as in torch. Matrix products, convolutions and attention are counted; elementwise operations, sorting, copies and the
+colour router's distances in three dimensions aren't.
 
-Active is what one image asks for (K experts per token), without rows that a dispatcher adds; the routers' FLOPs are
-apart.
+Active are the FLOPs of the choices of one image (K experts per token), without the rows of padding that a dispatcher
+adds. The routers' FLOPs are counted separately.
 
-Axes: B images, N tokens, D width, H hidden width of an expert, O output width, E experts or groups, P slots, R rows.
+Axes: B images, N tokens, D width, H hidden width of an expert, O output width, E experts or groups, P slots of an
+expert, R rows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from moevision.layers.routing import evaluating
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Size and cost of one model; active is what one token passes through, FLOPs are those without the routers."""
+    """Size and cost of one model; one token uses the active parameters, `flops_per_image` is without the routers."""
 
     total_parameters: int
     active_parameters: int
@@ -45,55 +46,58 @@ def measure_cost(
 ) -> ModelCost:
     """Count the parameters of a model, MoE or dense, and the FLOPs of one image, on the model's own device.
 
-    The backend `dense` computes all experts, as exported files do: `flops_per_image` is then no longer what is active.
-    The others compute the chosen ones and agree.
+    With the backend `dense`, which exported files use, `flops_per_image` is the work of all experts. The other backends
+    compute the chosen experts only, and all give the same number: the active FLOPs.
     """
     if isinstance(image_size, int):
         image_size = image_size, image_size
     parameter = next(model.parameters())
     image = torch.zeros(1, 3, *image_size, device=parameter.device, dtype=parameter.dtype)
-    # With gradients: without, torch's counter fails where a module is given a view of a parameter (SigLIP's head).
-    with torch.enable_grad(), _eval_with(model, backend), flop_counter() as counter:
+    # Without gradients torch's counter fails where a view of a parameter is passed to a module (SigLIP's head).
+    with torch.enable_grad(), _eval_with_backend(model, backend), flop_counter() as counter:
         _, layers = count_layers(model, counter, lambda: model(image))
 
     router_flops = sum(layer.router for layer in layers)
     flops = counter.get_total_flops() - router_flops
     if backend != "dense":
-        for layer in layers:  # without rows that a dispatcher adds
+        for layer in layers:
+            # Rows that the choices ask for count, whatever padding adds and capacity drops.
             flops -= (layer.rows - layer.requested_rows) * layer.per_row
+
     total, active = parameter_counts(model)
     return ModelCost(total, active, flops, router_flops)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Total and active parameters; of each MoE layer's experts K / E are active, of everything else all.
+    """Total and active parameters: K / E of the routed experts of each MoE layer are active, and everything else.
 
-    Under expert choice K / E holds on average. Under Soft MoE all experts are active: each computes few rows, but every
-    token has a part of them all.
+    Under expert choice K / E holds on average. Under Soft MoE all experts are active: each computes few rows, but these
+    are mixtures of all tokens.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
+    inactive = 0
     for layer in moe_layers(model):
         router = layer.router
         if router.kind != "soft":
-            experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-            idle += experts // router.num_experts * (router.num_experts - router.top_k)
-    return total, total - idle
+            expert_parameters = sum(parameter.numel() for parameter in layer.experts.parameters())
+            per_expert = expert_parameters // router.num_experts
+            inactive += per_expert * (router.num_experts - router.top_k)
+    return total, total - inactive
 
 
 @contextmanager
-def _eval_with(model: nn.Module, backend: Backend) -> Iterator[None]:
-    """Eval mode with one backend; `loop` computes the chosen experts only."""
+def _eval_with_backend(model: nn.Module, backend: Backend) -> Iterator[None]:
+    """A scope in which the model is in eval mode and all its MoE layers use `backend`."""
     experts = [module.experts for module in model.modules() if isinstance(module, MoEMlp)]
-    backends = [module.backend for module in experts]
-    for expert in experts:
-        expert.backend = backend
+    previous_backends = [module.backend for module in experts]
+    for layer_experts in experts:
+        layer_experts.backend = backend
     try:
         with evaluating(model):
             yield
     finally:
-        for expert, backend in zip(experts, backends, strict=True):
-            expert.backend = backend
+        for layer_experts, previous in zip(experts, previous_backends, strict=True):
+            layer_experts.backend = previous
 
 
 # ---- FLOPs of each MoE layer
@@ -101,12 +105,12 @@ def _eval_with(model: nn.Module, backend: Backend) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LayerCount:
-    """FLOPs of one MoE layer's forward pass: of its router, and of its routed experts."""
+    """FLOPs of one MoE layer's forward pass, and the routing that it had."""
 
     layer: MoEMlp
     routing: Routing
-    router: int
-    experts: int
+    router: int  # FLOPs of the router
+    experts: int  # FLOPs of the routed experts
 
     @property
     def per_row(self) -> int:
@@ -116,7 +120,10 @@ class LayerCount:
 
     @property
     def rows(self) -> int:
-        """R, the rows that went through an expert; a RuntimeError if an operation of the experts has no formula."""
+        """R, the number of rows that went through an expert, computed from the FLOPs of the experts.
+
+        A RuntimeError is raised if that isn't a whole number or too small: some operation was then not counted.
+        """
         rows, remainder = divmod(self.experts, self.per_row)
         if remainder or rows < self.routing.counts().sum():
             raise RuntimeError(
@@ -127,21 +134,26 @@ class LayerCount:
 
     @property
     def requested_rows(self) -> int:
-        """Rows that the routing asks for before any capacity: what is called active."""
+        """Rows that the routing asks for, before any capacity drops some; these are the active ones."""
         return int(self.routing.requested_counts().sum())
 
 
 def count_layers(
     model: nn.Module, counter: FlopCounterMode, forward: Callable[[], Any]
 ) -> tuple[Any, list[LayerCount]]:
-    """Run one forward pass under an open `flop_counter()`: what it returned, and its MoE layers in order of depth."""
-    # FLOPs between start and end of a layer, its router and its shared experts.
+    """Run `forward` once inside an open `flop_counter()`.
+
+    Returns:
+        What `forward` returned, and the counts of the model's MoE layers in order of depth.
+    """
+    # FLOPs of each MoE layer, router and shared MLP: the counter's total after it minus that before it. A layer without
+    # shared experts has None in their place.
     flops: dict[nn.Module | None, int] = {None: 0}
 
-    def start(module: nn.Module, _: tuple[Any, ...]) -> None:
+    def before(module: nn.Module, _: tuple[Any, ...]) -> None:
         flops[module] = -counter.get_total_flops()
 
-    def end(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
+    def after(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
         flops[module] += counter.get_total_flops()
 
     layers = moe_layers(model)
@@ -149,8 +161,8 @@ def count_layers(
         for layer in layers:
             for module in (layer, layer.router, layer.shared):
                 if module is not None:
-                    hooks.enter_context(module.register_forward_pre_hook(start))
-                    hooks.enter_context(module.register_forward_hook(end))
+                    hooks.enter_context(module.register_forward_pre_hook(before))
+                    hooks.enter_context(module.register_forward_hook(after))
         output = forward()
 
     counts = []
@@ -158,7 +170,7 @@ def count_layers(
     for layer, routing in zip(layers, routings, strict=True):
         experts = flops[layer] - flops[layer.router] - flops[layer.shared]
         if isinstance(routing, SoftRouting):
-            # Slots are filled with weighted means of tokens, and tokens with those of slots: 4 · B · N · E · P · D.
+            # Without the two mixing products: tokens to slots, 2 · B · N · E · P · D, and back, 2 · B · N · E · P · O.
             fc1, fc2 = layer.experts.fc1, layer.experts.fc2
             experts -= 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
         counts.append(LayerCount(layer, routing, flops[layer.router], experts))
@@ -167,16 +179,17 @@ def count_layers(
 
 # ---- torch's counter, and the formulas that it lacks
 #
-# Torch 2.13 has none for `grouped_mm` (forward and both gradients) and the fused attention of CPUs (forward and
-# backward). CUDA's fused attentions (flash, memory-efficient, cuDNN) it knows.
+# Torch 2.13 has no formula for `grouped_mm` (forward and both gradients) and for the fused attention of CPUs (forward
+# and backward). It has those of CUDA's fused attentions (flash, memory-efficient, cuDNN).
 
 _aten = torch.ops.aten
 
 
 def grouped_mm_flops(a_shape: torch.Size, b_shape: torch.Size, *_: Any, **__: Any) -> int:
-    """FLOPs of `torch.nn.functional.grouped_mm`; every row belongs to one group, so no number depends on the offsets.
+    """FLOPs of `torch.nn.functional.grouped_mm`; they don't depend on the offsets, since every row is in one group.
 
-    Rows by weights and the weights' gradient alike take 2 · R · K · N; two batches, of E groups, E times as many.
+    Rows [R, D] times weights [E, D, H] take 2 · R · D · H; so does the weights' gradient, [D, R] times [R, H]. Two
+    three-dimensional operands are an ordinary batched product.
     """
     if len(a_shape) == len(b_shape) == 3:
         return int(bmm_flop(a_shape, b_shape))
@@ -186,8 +199,9 @@ def grouped_mm_flops(a_shape: torch.Size, b_shape: torch.Size, *_: Any, **__: An
 def flop_counter() -> FlopCounterMode:
     """Torch's counter with all formulas that a moevision model needs on a CPU or on CUDA.
 
-    Code that Inductor compiled hides its products from any counter: count the uncompiled model.
+    It doesn't see matrix products inside code that Inductor compiled: count the uncompiled model.
     """
+    # Arguments begin with q, k, v; of the backward pass with the output's gradient before them.
     attention = _aten._scaled_dot_product_flash_attention_for_cpu
     backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {

@@ -1,7 +1,7 @@
-"""The exception, and the warning, that a user of the package is meant to read.
+"""Exception and warning for the users of the package, checks of options, and escaping of untrusted names.
 
-Their sentences name files and folders, whose names may hold anything: both show them harmless from the start, for the
-command line as for a notebook.
+Messages contain names of files and folders, which may contain control characters: `UserError` and `DataWarning` escape
+their message when they are created, so that it can be printed anywhere.
 """
 
 import json
@@ -15,7 +15,7 @@ DIVERGED = 3  # after a training that the stability guard has given up
 
 
 class UserError(ValueError):
-    """Something the user can mend; the message is one sentence that says what to do.
+    """A problem that the user can fix; the message is one sentence that says how.
 
     The command line prints the message without a traceback and exits with `exit_code`.
     """
@@ -27,30 +27,34 @@ class UserError(ValueError):
 
 
 class DataWarning(UserWarning):
-    """Something about the images that the user should know; the command line prints it with the data's description."""
+    """A remark about the images; the command line prints it with the description of the data."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(escape_controls_of_lines(sentence))
 
 
-# A range in words, whether a number is in it, and the options that must be. NaN is in no range.
+# A range: its description in words, and whether a number lies in it (NaN never does).
 Range = tuple[str, Callable[[float], bool]]
+# Ranges, each with the names of the options that must lie in it.
 Ranges = Sequence[tuple[str, Callable[[float], bool], Sequence[str]]]
 ABOVE_0: Range = ("above 0", lambda x: 0 < x < math.inf)
 AT_LEAST_0: Range = ("at least 0", lambda x: 0 <= x < math.inf)
 AT_LEAST_1: Range = ("at least 1", lambda x: 1 <= x < math.inf)
 SHARE: Range = ("at least 0 and less than 1", lambda x: 0 <= x < 1)
-SEED: Range = ("at least 0 and less than 2**32", lambda x: 0 <= x < 2**32)  # NumPy's, the narrowest
+SEED: Range = (
+    "at least 0 and less than 2**32",
+    lambda x: 0 <= x < 2**32,
+)  # NumPy's range; others are wider
 
 
 def check_ranges(options: object, ranges: Ranges, prefix: str = "") -> None:
-    """Refuse numbers that no training can use: a UserError for the first one that is out of its range.
+    """Raise a UserError for the first attribute of `options` that is out of its range.
 
-    `options` has them as attributes, each a number, a list of numbers, or None; `prefix` stands in front of an option's
-    name as it is typed, such as `--data.`.
+    The value of an attribute is a number, a list of numbers, or None (unchecked). `prefix` precedes its name on the
+    command line, such as `--data.`.
     """
-    for description, is_valid, names in ranges:
-        for name in names:
+    for description, is_valid, option_names in ranges:
+        for name in option_names:
             values = getattr(options, name)
             if not isinstance(values, list):
                 values = [values]
@@ -60,62 +64,69 @@ def check_ranges(options: object, ranges: Ranges, prefix: str = "") -> None:
 
 
 def refuse_equal_seeds(runs: Iterable[tuple[str, int | None]]) -> None:
-    """Refuse two runs (name and seed; None or false: unknown) of one seed, which tell less of luck than they seem."""
-    names: dict[int, str] = {}
+    """Raise a UserError if two runs, given as (name, seed), have the same seed.
+
+    Such runs aren't independent, so that they show too little of the variation by chance. A seed of None is unknown,
+    and one of False was drawn at random: both are skipped.
+    """
+    run_of_seed: dict[int, str] = {}
     for name, seed in runs:
-        if seed is None or isinstance(seed, bool):  # false: drawn anew each time
+        if seed is None or isinstance(seed, bool):
             continue
-        if seed in names:
+        if seed in run_of_seed:
             raise UserError(
-                f"{name} has the seed of {names[seed]}, {seed}, so that both began alike: leave one out, or train it "
-                "with another --seed_everything."
+                f"{name} has the seed of {run_of_seed[seed]}, {seed}, so that both began alike: leave one out, or "
+                "train it with another --seed_everything."
             )
-        names[seed] = name
+        run_of_seed[seed] = name
 
 
-# ---- names from outside
+# ---- escaping of untrusted names
 #
-# A name of a file, folder or class may hold anything: bytes that are no UTF-8 (Python keeps each as a lone surrogate),
-# escape sequences that steer a terminal, signs that turn the order of the text (Unicode Annex 9), line breaks, a
-# spreadsheet's formula (OWASP, "CSV Injection"). The program works with the exact name of a file; a person and a CSV
-# get the shown one, and JSON the exact one in its own escapes. Class names are shown from the moment they are read.
+# The name of a file, folder or class may contain anything: bytes that aren't UTF-8 (Python decodes each to a lone
+# surrogate), terminal escape sequences, characters that reverse the order of the text (Unicode Annex 9), line breaks, a
+# spreadsheet formula (OWASP, "CSV Injection"). To open a file its exact name is used; messages and CSV files have the
+# escaped name, and JSON the exact one in JSON's escapes. Class names are escaped when they are read.
 
 # C0, DEL and C1 controls; Arabic letter mark; zero-width space; marks, embeddings, overrides and isolates of direction;
-# line and paragraph separator; word joiner and other invisible signs; lone surrogates; byte order mark. The zero-width
-# joiners U+200C and U+200D stay: Persian, Indic scripts and emoji are spelled with them.
-_UNSHOWN = re.compile(
+# line and paragraph separator; word joiner and other invisible characters; lone surrogates; byte order mark. The
+# zero-width joiners U+200C and U+200D stay: Persian, Indic scripts and emoji are spelled with them.
+_UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
 )
-# The same without JSON's own line breaks: json.dumps has escaped all of C0 inside its strings.
-_UNSHOWN_IN_JSON = re.compile(_UNSHOWN.pattern.replace("\x00-\x1f", ""))
-_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+# The same without C0 controls: json.dumps has escaped those in strings, and the others are the layout's line breaks.
+_UNSAFE_IN_JSON = re.compile(_UNSAFE.pattern.replace("\x00-\x1f", ""))
+_FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
 
 def escape_controls(text: str) -> str:
-    r"""The text with every sign that steers its display as an escape: ESC becomes `\x1b`, U+202E becomes `\u202e`.
+    r"""Escape every character that controls the display: ESC becomes `\x1b`, U+202E becomes `\u202e`.
 
-    Showing twice changes nothing.
+    A second call changes nothing.
     """
-    return _UNSHOWN.sub(lambda sign: sign[0].encode("unicode_escape").decode("ascii"), text)
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def escape_controls_of_lines(text: str) -> str:
-    """Text of several lines, each of them shown."""
+    """The same for each line of a text, whose line breaks stay."""
     return "\n".join(map(escape_controls, text.split("\n")))
 
 
 def escape_csv_cell(name: str) -> str:
-    """The name as a cell of a CSV file: shown, and no formula to a spreadsheet. Doing it twice changes nothing."""
+    """Escape a name for a CSV file: no controls, and no formula for a spreadsheet. A second call changes nothing."""
     cell = escape_controls(name)
-    return f"'{cell}" if cell.startswith(_FORMULA) else cell
+    return f"'{cell}" if cell.startswith(_FORMULA_STARTS) else cell
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """JSON that reads back exactly and steers no terminal; `options` are those of `json.dumps`. NaN is a ValueError."""
+    """JSON text without control characters that reads back exactly; NaN is a ValueError.
+
+    `options` are those of `json.dumps`.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
-    return _UNSHOWN_IN_JSON.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
+    return _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def name_bytes(name: str) -> bytes:
-    """The name for hashing: UTF-8, also of lone surrogates, so that no name and no locale makes it fail."""
+    """The name as bytes for hashing: UTF-8 that can encode lone surrogates too, so that no name fails."""
     return name.encode("utf-8", "surrogatepass")

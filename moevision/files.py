@@ -1,7 +1,7 @@
-"""Write a file whole or not at all, so that a crash never leaves half a report where a whole one stood.
+"""Writes files atomically, so that a crash never replaces a complete file by an incomplete one.
 
-The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed over the target.
-Then the folder is flushed: until then the disk may forget the new name.
+The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed to the target. Then the
+folder is flushed too, since a power failure before may undo the renaming.
 """
 
 import csv
@@ -19,10 +19,10 @@ from moevision.errors import UserError, json_text
 def write_bytes_atomic(
     path: str | Path, data: bytes | Iterable[bytes], before: Path | None = None
 ) -> None:
-    """Replace `path` by a file with these bytes, at once or part by part; missing parent folders are made.
+    """Replace `path` by a file with these bytes, given as a whole or in parts; missing parent folders are made.
 
-    When it returns, the file is on the disk under its name. An older one is then called `before`, if that is given; an
-    OSError (a full disk, a folder that can't be written) leaves it untouched.
+    When it returns, the file is on the disk under its name. With `before`, an existing file is renamed to that instead
+    of being overwritten. An OSError (a full disk, a folder that can't be written) leaves the existing file untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,11 @@ def write_bytes_atomic(
 
 
 def newest_config(run_dir: Path) -> Path:
-    """The settings that a run was last gone on with: config.yaml, or the newest config-N.yaml, which changes leave."""
+    """The config of a run's latest start: the last config-N.yaml, which a resume with changed options writes.
+
+    Without such a file it is config.yaml.
+    """
+    # By length first, so that config-10 comes after config-9.
     changed = sorted(run_dir.glob("config-*.yaml"), key=lambda file: (len(file.name), file.name))
     return changed[-1] if changed else run_dir / "config.yaml"
 
@@ -54,7 +58,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where the system can (neither on Windows nor on FUSE)."""
+    """Flush a folder's entries to the disk, where the system supports it (neither Windows nor FUSE does)."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -64,53 +68,54 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary_for(path: Path) -> Path:
-    """The name under which `path` is written, in its folder; it says which process writes."""
-    # Not tempfile: its files are readable by their owner only, and the mode would survive the rename.
+    """The temporary name under which `path` is written first: in its folder, with this process's id."""
+    # The module tempfile makes files that only their owner can read, and renaming would keep that mode.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete files that killed processes left unfinished in a folder; nobody else may be writing there now."""
+    """Delete unfinished temporary files of killed processes; no other process may be writing in the folder."""
     for path in folder.glob(".*.tmp"):
         path.unlink()
 
 
 def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
-    r"""Replace `path` by this text in UTF-8; a file name that isn't valid Unicode is shown with `\udcXX`.
+    r"""Replace `path` by this text in UTF-8, given as a whole or in parts (for large texts).
 
-    Text that is large comes in parts, and is written part by part.
+    Lone surrogates, as in file names that aren't valid Unicode, are written as `\udcXX`.
     """
     parts = [text] if isinstance(text, str) else text
     write_bytes_atomic(path, (part.encode("utf-8", errors="backslashreplace") for part in parts))
 
 
 def refuse_foreign(path: Path, mark: bytes, option: str = "--out") -> None:
-    """Keep a file that somebody else made from being replaced.
+    """Raise a UserError if `path` exists and wasn't written by the caller.
 
-    `mark` stands in the first 4 KiB of every file that the caller writes, `option` names another place.
+    Every file that the caller writes contains `mark` in its first 4 KiB; an empty file may be replaced too. `option`
+    is the option by which the user can name another path.
     """
     if not os.path.exists(path):
         return
-    ours = False
+    is_replaceable = False
     if path.is_file():  # reading from a pipe would wait
         with suppress(OSError), path.open("rb") as file:
             beginning = file.read(4096)
-            ours = mark in beginning or not beginning
-    if not ours:
+            is_replaceable = mark in beginning or not beginning
+    if not is_replaceable:
         raise UserError(
             f"{path} is there already and holds something else: give {option} another place."
         )
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """Replace `path` by `obj` as indented JSON, in which names from outside are escaped and read back exactly."""
+    """Replace `path` by `obj` as indented JSON; control characters are escaped, so that names are read back exactly."""
     write_text_atomic(path, json_text(obj, indent=2) + "\n")
 
 
 def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
-    """The rows of a CSV file in UTF-8, each by the names in its first line; what a row lacks is empty.
+    """The rows of a CSV file in UTF-8 as dicts by the column names of the first line; missing cells are empty.
 
-    A ValueError if one of `columns` isn't there.
+    Raises a ValueError if the file lacks one of `columns`.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
         rows = csv.DictReader(file, restval="", strict=True)
@@ -120,7 +125,7 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A CSV file: its first line, and rows of as many cells; the caller shows names from outside (`csv_name`)."""
+    """The text of a CSV file: column names and rows; the caller has to escape the names (`escape_csv_cell`)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

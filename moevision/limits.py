@@ -1,8 +1,8 @@
-"""What this process may use of the machine: cores, and memory within the limit of its control group.
+"""What this process may use of the machine: cores, and memory within the limit of its control group (cgroup v2).
 
-A container or a job of SLURM sees the memory of the whole machine and is killed where it takes more than was granted.
+A container or a job of SLURM sees the memory of the whole machine, and is killed if it takes more than was granted.
 
-Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (memory.max; a limit of any ancestor holds), proc(5).
+Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (memory.max; the limits of all ancestors hold too), proc(5).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SWITCH = "MOEVISION_KEEP_MEMORY"
-"""Environment variable; 0 leaves the C library's allocator as it is."""
-ROOT = Path("/")
+"""Environment variable; with the value 0 `keep_freed_memory` does nothing."""
+ROOT = Path("/")  # of the file system
 
 
 def usable_cores() -> int:
@@ -26,7 +26,7 @@ def usable_cores() -> int:
 
 
 def total_memory_bytes() -> int | None:
-    """Physical memory of the machine; None where the system has no plain way to ask (Windows)."""
+    """Physical memory of the machine; None if `os.sysconf` doesn't know it (Windows)."""
     names = getattr(os, "sysconf_names", {})
     if "SC_PAGE_SIZE" not in names or "SC_PHYS_PAGES" not in names:
         return None
@@ -34,86 +34,93 @@ def total_memory_bytes() -> int | None:
 
 
 def usable_memory_bytes(root: Path = ROOT) -> int | None:
-    """Physical memory, or what the control group grants of it; None where the system doesn't say."""
-    sizes = (total_memory_bytes(), *(limit for limit, _ in _memory_limits(root)))
-    return min((size for size in sizes if size is not None), default=None)
+    """Physical memory, or the smallest limit of the control groups; None if neither is known."""
+    sizes = [limit for limit, _ in _memory_limits(root)]
+    total = total_memory_bytes()
+    if total is not None:
+        sizes.append(total)
+    return min(sizes, default=None)
 
 
 def memory_available_bytes(root: Path = ROOT) -> int | None:
-    """Memory that new programs can have without swapping, within the control group's limit."""
-    free = [max(0, limit - used) for limit, used in _memory_limits(root)]
-    for line in _text(root / "proc/meminfo").splitlines():
+    """Memory that can be allocated without swapping, within the limits of the control groups; None if unknown."""
+    free_bytes = [max(0, limit - used) for limit, used in _memory_limits(root)]
+    for line in _read_text(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
-            free.append(int(line.split()[1]) * 1024)
-    return min(free, default=None)
+            free_bytes.append(int(line.split()[1]) * 1024)  # the file has KiB
+    return min(free_bytes, default=None)
 
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of this process's control group and its ancestors, as far as they have a limit."""
-    for folder in _groups(root):
-        limit = _text(folder / "memory.max").strip()
+    """(limit, used) in bytes of those that have a limit, among this process's control group and its ancestors."""
+    for folder in _cgroup_folders(root):
+        limit = _read_text(folder / "memory.max").strip()
         if limit and limit != "max":
-            # Files that it holds in memory and hasn't read lately the kernel gives up when asked.
-            rows = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
-            used = int(_text(folder / "memory.current") or 0) - int(rows.get("inactive_file", 0))
+            # The inactive page cache (inactive_file) doesn't count as used: the kernel frees it when memory is needed.
+            stat = dict(line.split() for line in _read_text(folder / "memory.stat").splitlines())
+            current = int(_read_text(folder / "memory.current") or 0)
+            used = current - int(stat.get("inactive_file", 0))
             yield int(limit), max(0, used)
 
 
-def _groups(root: Path) -> Iterator[Path]:
+def _cgroup_folders(root: Path) -> Iterator[Path]:
     """The folders of this process's control group and its ancestors."""
-    groups = _text(root / "proc/self/cgroup").splitlines()
-    paths = [line.removeprefix("0::") for line in groups if line.startswith("0::")]
+    lines = _read_text(root / "proc/self/cgroup").splitlines()
+    paths = [line.removeprefix("0::") for line in lines if line.startswith("0::")]  # cgroup v2
     if not paths:
         return
-    # Inside a container the path may be one of the host's, which isn't mounted: then the top is the group.
-    top = root / "sys/fs/cgroup"
-    group = top / paths[0].strip("/")
+
+    # In a container the path may be the host's and not be mounted: then the mount point is the container's group.
+    mount = root / "sys/fs/cgroup"
+    group = mount / paths[0].strip("/")
     for folder in (group, *group.parents):
-        if folder.is_relative_to(top) and folder.is_dir():
+        if folder.is_relative_to(mount) and folder.is_dir():
             yield folder
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
+    """The text of a file, empty if it can't be read."""
     try:
         return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # another system, or a kernel without it: the question has no answer here
+    except OSError:  # no Linux, or a kernel without this file
         return ""
 
 
-# ---- memory that a step frees
+# ---- memory that a training step frees
 #
-# glibc gives large blocks back as soon as they are free, and trims the heap behind smaller ones. The next step takes
-# the same memory again, and the system hands it out page by page, each zeroed first: a ViT's training step on a CPU can
-# spend more time on that than on its matrix products (benchmarks/performance has figures).
+# glibc returns large blocks to the system as soon as they are freed, and so the free end of the heap. The next step
+# needs the same memory again, and the system hands it out page by page, each zeroed first: a ViT's training step on a
+# CPU can spend more time on that than on its matrix products (benchmarks/performance has figures).
 
-# Of <malloc.h>, unchanged since glibc 2.0.
+# Parameters of mallopt in <malloc.h>, unchanged since glibc 2.0.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_SETTINGS = (
-    (_M_MMAP_MAX, 0),
-    (_M_TRIM_THRESHOLD, -1),
-)  # -1 is never; 2**31 - 1 would still trim 2 GiB
-_kept = False
+_MALLOPT_SETTINGS = (
+    (_M_MMAP_MAX, 0),  # no block is mapped from the system on its own
+    (_M_TRIM_THRESHOLD, -1),  # the heap is never trimmed; 2**31 - 1 would still trim 2 GiB
+)
+_keeps_memory = False
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory for the rest of this process; whether that was done.
+    """Let glibc keep freed memory for the rest of this process; returns whether it does.
 
-    For programs that do the same thing over and over, such as a training. Not without glibc (musl, macOS, Windows), nor
-    where `MOEVISION_KEEP_MEMORY=0` asks for the library's own behaviour.
+    For programs whose steps need the same memory again and again, such as a training. It does nothing without glibc
+    (musl, macOS, Windows) and with `MOEVISION_KEEP_MEMORY=0`.
     """
-    global _kept
+    global _keeps_memory
     if os.environ.get(SWITCH) == "0" or not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    # No block is mapped from the system on its own, and the heap is never trimmed. Both calls answer 1 on success.
-    _kept = all(
-        library.mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in _SETTINGS
+    # mallopt returns 1 on success.
+    _keeps_memory = all(
+        library.mallopt(ctypes.c_int(parameter), ctypes.c_int(value)) == 1
+        for parameter, value in _MALLOPT_SETTINGS
     )
-    return _kept
+    return _keeps_memory
 
 
 def is_kept() -> bool:
-    """Whether `keep_freed_memory` was called in this process and could do it."""
-    return _kept
+    """Whether `keep_freed_memory` was called in this process and succeeded."""
+    return _keeps_memory

@@ -1,14 +1,14 @@
-"""Losses of routers, pure functions of a `Routing`; their weighted sum, for any training loop; loads as a metric.
+"""Auxiliary losses of routers (pure functions of a `Routing`), their weighted sum for any training loop, and a metric.
 
 - importance and load: Shazeer et al. 2017, arXiv:1701.06538, §4 and appendix A; V-MoE's variants of both
   (arXiv:2106.05974, appendix A) under `rule="vmoe"`.
 - load balancing: GShard, arXiv:2006.16668, algorithm 1; Switch Transformer, arXiv:2101.03961, eq. 4-6.
 - router z-loss: ST-MoE, arXiv:2202.08906, eq. 5.
-- label: supervision, which experts belong to which class (benchmarks/cats_and_dogs).
+- label: cross-entropy of the router against the class, with experts assigned to classes (benchmarks/cats_and_dogs).
 
-Every loss is a function of sums over tokens. That is what makes its value exact for a batch that arrives in pieces,
-from several processes or several micro-batches: `AuxLoss` adds up the sums and only then applies the function. Its
-gradient is exact over processes; over micro-batches `AuxLoss` says what is approximate.
+Every loss is a function of sums over tokens. Its value is therefore exact for a batch that is split over processes or
+micro-batches: `AuxLoss` adds up the sums and only then applies the function. The gradient is exact over processes, and
+approximate over micro-batches in the way that `AuxLoss` describes.
 
 Axes: B images, N tokens, C classes, E experts, K choices, L MoE layers.
 """
@@ -76,9 +76,9 @@ def z_loss(routing: Routing) -> Tensor:
 def label_loss(routing: Routing, target: Tensor) -> Tensor:
     """Cross-entropy of the router's clean scores against the class of the image, mean over tokens.
 
-    Experts belong to classes in order, E / C each; the logit of a class is the logsumexp of its experts'. A router by
-    token is told the class of the image for each token. With `route_by="image"` all tokens share one decision, so that
-    the mean is one over images.
+    Each class has E / C consecutive experts; the logit of a class is the logsumexp of their logits. Where tokens are
+    routed one by one, the target of a token is the class of its image. With `route_by="image"` all tokens of an image
+    share one decision, so that the mean over tokens is the mean over images.
 
     Args:
         routing: one layer's decision.
@@ -93,45 +93,53 @@ def label_loss(routing: Routing, target: Tensor) -> Tensor:
 def cv_squared(x: Tensor) -> Tensor:
     """Squared coefficient of variation var / mean² of x [E], population variance.
 
-    Through the variance, never the standard deviation: its square root has no finite gradient at perfect balance.
+    Computed from the variance, not from the standard deviation, whose gradient is infinite at perfect balance.
     """
     mean = x.mean()
     return (x - mean).square().mean() / mean.square()
 
 
 def _importance(routing: Routing, rule: Rule) -> Tensor:
-    weights = routing.expert_weights() if rule == "shazeer" else routing.probs
+    """[E] sum of the gates or probabilities over all tokens."""
+    weights = routing.expert_weights() if rule == "shazeer" else routing.probs  # [B, N, E]
     return weights.flatten(0, -2).sum(0)
 
 
 def _load(routing: Routing, rule: Rule) -> Tensor:
+    """[E] sum over all tokens of the probability that an expert is chosen when its noise is drawn again."""
     if routing.noise_std is None:
         raise UserError(
             "The load loss needs router noise: use a router with noise, in training mode."
         )
     if routing.top_k == routing.num_experts:
         return torch.ones_like(routing.logits[0, 0])  # perfectly balanced: CV² = 0
+
     k = routing.top_k
-    best = routing.noisy_logits.topk(k + 1, dim=-1).values  # [B, N, K + 1]
-    kth, next_best = best[..., k - 1 : k], best[..., k:]
+    top_logits = routing.noisy_logits.topk(k + 1, dim=-1).values  # [B, N, K + 1]
+    kth = top_logits[..., k - 1 : k]  # [B, N, 1]
+    next_best = top_logits[..., k:]  # [B, N, 1]
     threshold = kth
     if rule == "shazeer":
         # The K-th best of the other scores: a chosen expert would be replaced by the next best.
         is_chosen = torch.zeros_like(routing.logits, dtype=torch.bool)
         is_chosen = is_chosen.scatter(-1, routing.expert_index, True)  # [B, N, E]
-        threshold = torch.where(is_chosen, next_best, kth)
-    # Learned noise can shrink to nothing; below 1e-6 the probability is a step and its gradient 0 · ∞.
+        threshold = torch.where(is_chosen, next_best, kth)  # [B, N, E]
+
+    # P(logit + std · z > threshold) for standard normal z. Learned noise can shrink to zero: below 1e-6 the probability
+    # is a step function, and its gradient 0 · ∞.
     std = routing.noise_std.clamp_min(1e-6)
     probability: Tensor = torch.special.ndtr((routing.logits - threshold) / std)  # [B, N, E]
     return probability.flatten(0, -2).sum(0)
 
 
 def _load_balancing_sums(routing: Routing, rule: Rule) -> Tensor:
+    """[2, E] numbers of choices, and sums of probabilities."""
     counts = routing.requested_counts().to(routing.probs.dtype)
     return torch.stack([counts, routing.probs.flatten(0, -2).sum(0)])
 
 
 def _load_balancing_value(sums: Tensor) -> Tensor:
+    """E · Σ_i f_i P_i from the sums [2, E]."""
     choices, probs = sums.unbind()  # [E] each
     choice_shares = choices / choices.sum()
     mean_probs = probs / probs.sum()
@@ -139,11 +147,13 @@ def _load_balancing_value(sums: Tensor) -> Tensor:
 
 
 def _z_sums(routing: Routing, rule: Rule) -> Tensor:
-    squares = routing.logits.logsumexp(-1).square()
+    """[2] sum of logsumexp², and number of tokens."""
+    squares = routing.logits.logsumexp(-1).square()  # [B, N]
     return torch.stack([squares.sum(), squares.new_tensor(squares.numel())])
 
 
 def _label_sums(routing: Routing, target: Tensor) -> Tensor:
+    """[2] sum of the cross-entropy, and number of tokens."""
     num_classes = target.shape[-1]
     _check_experts_of_classes(routing.num_experts, num_classes)
     logits = routing.logits.unflatten(-1, (num_classes, -1)).logsumexp(-1)  # [B, N, C]
@@ -160,13 +170,14 @@ def _check_experts_of_classes(num_experts: int, num_classes: int) -> None:
 
 
 def _mean(sums: Tensor) -> Tensor:
+    """The mean from [2], a sum and a count."""
     return sums[0] / sums[1]
 
 
 class _Loss(NamedTuple):
-    # Of a routing and the rule (`label`: the target), additive over tokens.
+    # (routing, rule), or (routing, target) for `label` -> sums, additive over tokens
     sums: Callable[..., Tensor]
-    value: Callable[[Tensor], Tensor]
+    value: Callable[[Tensor], Tensor]  # sums -> the loss, a scalar
 
 
 _LOSSES = {
@@ -179,18 +190,20 @@ _LOSSES = {
 
 
 class AuxLoss:
-    """Mean over MoE layers of Σ_j w_j · loss j, over everything that one optimizer step sees.
+    """Mean over MoE layers of the weighted sum of losses, over all images of one optimizer step.
 
-    A weight that was left out is each layer's router's own once `check` has seen the model, and 0 without.
+    A weight that is None in `weights` defaults to that of each layer's router, which `check` reads from the model;
+    without a call of `check` it is 0.
 
-    The statistic of a micro-batch is the detached sum over the earlier micro-batches of its accumulation window plus
-    its own. With `torch.distributed` it is summed over ranks by an all-reduce whose backward also sums, which makes
-    DDP's mean over ranks the gradient of the whole batch: one all-reduce in each direction for all losses and layers.
+    An accumulation window is the micro-batches of one optimizer step. The losses of a micro-batch are computed from the
+    sums of its own tokens plus the detached sums of the earlier micro-batches of the window. With `torch.distributed`
+    these sums are added over ranks by an all-reduce whose backward also sums, so that DDP's mean over ranks is the
+    gradient of the whole batch: one all-reduce in each direction for all losses and layers.
 
-    The m-th micro-batch has about 1/m of a part in that statistic, so its own part's gradient counts m times: divided
-    by the number K of micro-batches (as Lightning does), the gradients then add up to the whole batch's, where they
-    would fade to (1 + 1/2 + ... + 1/K) / K of it. That is exact where micro-batches have the same statistic; else the
-    direction is approximate, because earlier ones can't know what later ones will add (benchmarks/accumulation).
+    The m-th of M micro-batches contributes about 1 / m of these sums, so the gradient of its own sums is multiplied by
+    m. When the loop divides by M (as Lightning does), the gradients then add up to that of the whole batch; without the
+    factor they would shrink to (1 + 1/2 + ... + 1/M) / M of it. This is exact where all micro-batches have the same
+    sums. Else the direction is approximate, as a micro-batch doesn't know the later ones (benchmarks/accumulation).
     """
 
     def __init__(self, weights: AuxLossWeights) -> None:
@@ -199,11 +212,11 @@ class AuxLoss:
         self.weights: dict[str, float] = {
             name: float(weight) for name, weight in settings.items() if weight is not None
         }
-        self._layer_weights: list[dict[str, float]] = []
+        self._layer_weights: list[dict[str, float]] = []  # of each MoE layer; empty before `check`
         self.start_window()
 
     def check(self, model: nn.Module, num_classes: int | None = None) -> None:
-        """Take the weights that were left out from the routers of `model`; C is that of the label loss's targets.
+        """Take weights that are None from the routers of `model`; `num_classes` is C of the label loss's targets.
 
         Raises:
             UserError: if a router can't supply a loss that has a weight.
@@ -211,21 +224,22 @@ class AuxLoss:
         self._layer_weights = [self._weights_of(layer, num_classes) for layer in moe_layers(model)]
 
     def _weights_of(self, layer: MoEMlp, num_classes: int | None) -> dict[str, float]:
+        """Weights, by name, of the losses of one layer that have a weight other than 0."""
         router = layer.router
         weights = {**router.default_losses, **self.weights}
         weights = {name: weight for name, weight in weights.items() if weight}
 
         supported = set(router.losses)
         if "z" in supported:
-            supported.add("label")  # both are functions of scores that are learned
+            supported.add("label")  # both need learned logits
         missing = weights.keys() - supported
         if missing:
-            able = "it needs none"
+            has = "it needs none"
             if router.losses:
-                able = f"it has {', '.join(sorted(router.losses))}"
+                has = f"it has {', '.join(sorted(router.losses))}"
             raise UserError(
                 f"The router of block {layer.layer_index} can't supply the {', '.join(sorted(missing))} loss "
-                f"({able}): set its weight to 0, leave it out, or choose a router with noise, such as vmoe_top_k."
+                f"({has}): set its weight to 0, leave it out, or choose a router with noise, such as vmoe_top_k."
             )
         if "label" in weights:
             if num_classes is None:
@@ -237,6 +251,7 @@ class AuxLoss:
 
     def start_window(self) -> None:
         """Forget earlier micro-batches; call it once per optimizer step."""
+        # (loss, index of the layer) -> detached sums so far
         self._window: dict[tuple[str, int], Tensor] = {}
         self._micro_batches = 0
 
@@ -245,12 +260,13 @@ class AuxLoss:
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The weighted sum (None without MoE layers or weights), and each loss's detached mean over its layers.
 
-        The label loss needs `target`, as `label_loss` has it.
+        The label loss needs `target` [B, C], as in `label_loss`.
         """
         self._micro_batches += 1
         layer_weights = self._layer_weights or [self.weights] * len(routings)
-        terms: list[tuple[str, float]] = []  # name and weight
-        sums = []
+
+        terms: list[tuple[str, float]] = []  # name and weight of each loss of each layer
+        sums = []  # of each term
         for index, (routing, weights) in enumerate(zip(routings, layer_weights, strict=True)):
             for name, weight in weights.items():
                 if weight:
@@ -260,7 +276,7 @@ class AuxLoss:
             return None, {}
 
         weighted = []
-        values: defaultdict[str, list[Tensor]] = defaultdict(list)  # of each layer
+        values: defaultdict[str, list[Tensor]] = defaultdict(list)  # name -> loss of each layer
         for (name, weight), total in zip(terms, sum_over_ranks(sums), strict=True):
             value = _LOSSES[name].value(total)
             weighted.append(weight * value)
@@ -272,12 +288,13 @@ class AuxLoss:
     def _window_sums(
         self, name: str, layer: int, routing: Routing, target: Tensor | None
     ) -> Tensor:
-        """The additive sums of one loss of one layer, over the window so far in this process."""
+        """The sums of one loss of one layer, over the window so far in this process."""
         sums = _LOSSES[name].sums(routing, target if name == "label" else self.rule)
         earlier = self._window.get((name, layer))
         if earlier is not None:
-            # The value of the sum, and m times the gradient of this micro-batch's part.
-            sums = earlier + sums + (self._micro_batches - 1) * (sums - sums.detach())
+            # The last term is 0 and only adds gradient: in all m times that of this micro-batch's own sums.
+            extra_gradient = (self._micro_batches - 1) * (sums - sums.detach())
+            sums = earlier + sums + extra_gradient
         self._window[name, layer] = sums.detach()
         return sums
 
@@ -285,13 +302,13 @@ class AuxLoss:
 class Balance:
     """Balance losses and router biases for any loop: `loss` before every backward pass, `step` after the optimizer's.
 
-    Over several processes (`torch.distributed`) and micro-batches the statistics are those of the whole step, as
-    `AuxLoss` says; call both on every process. `counts` [E] of each layer are the choices of this process's window,
-    until the next one begins; `values` are the losses of the last micro-batch by name, for a log.
+    With several processes (`torch.distributed`) or micro-batches the losses are those of the whole optimizer step, as
+    `AuxLoss` describes; call both methods on every process. `counts` is, for each MoE layer, [E] choices of each expert
+    in this process since the step began; `values` are the losses of the last micro-batch by name, for a log.
 
     Args:
         model: any module with MoE layers; also wrapped in `DistributedDataParallel`.
-        weights: the weight of each loss; those that are left out are the routers' own.
+        weights: the weight of each loss; a weight of None is the router's own default.
         num_classes: C of the targets, for the label loss.
 
     Raises:
@@ -334,24 +351,26 @@ class Balance:
 
         Args:
             routings: what the MoE layers decided, by `forward_routing` or `record_routing`.
-            target: [B, C] for the label loss, as `label_loss` has it.
+            target: [B, C] for the label loss, as in `label_loss`.
         """
         if self._step_is_done:
             self.start_window()
+
         counts = [routing.requested_counts() for routing in routings]  # [E] of each layer
         if self.counts:
             counts = [earlier + new for earlier, new in zip(self.counts, counts, strict=True)]
         self.counts = counts
+
         total, self.values = self._losses(routings, target)
         if total is None:
             return torch.zeros((), device=counts[0].device if counts else None)
         return total
 
     def step(self, applied: bool = True) -> None:
-        """Update router biases by the step's load; the next `loss` begins another step.
+        """Update router biases from the load of this step; the next call of `loss` begins another step.
 
         Args:
-            applied: False where the update was left out, as a loss scaler does: then no router moves.
+            applied: False if the optimizer's update was skipped, as by a loss scaler: then no bias is updated.
         """
         self._step_is_done = True
         if applied and self._needs_load and self.counts:
@@ -359,11 +378,12 @@ class Balance:
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each of these tensors, of one dtype, summed over ranks: one all-reduce, and one in backward."""
+    """Each of the tensors, all of one dtype, summed over ranks: one all-reduce in forward, and one in backward."""
     if not tensors or not dist.is_available() or not dist.is_initialized():
         return list(tensors)
     if dist.get_world_size() == 1:
         return list(tensors)
+
     flat = torch.cat([x.flatten() for x in tensors])
     total: Tensor = _AllReduce.apply(flat)  # type: ignore[no-untyped-call]
     sizes = [x.numel() for x in tensors]
@@ -387,26 +407,27 @@ class _AllReduce(torch.autograd.Function):
 
 
 class RoutingStatistics(Metric):
-    """Load, entropy and drops of every MoE layer, from hard counts over all tokens (prefix tokens too).
+    """Load, entropy and drops of every MoE layer, from counts of assignments over all tokens (prefix tokens too).
 
-    `layers` are block indices in order of depth, `num_experts` is E of each.
+    `layers` are the block indices of the L MoE layers in order of depth, `num_experts` is E of each.
     """
 
     full_state_update = False
-    counts: Tensor
-    count_squares: Tensor
-    requested: Tensor
-    entropy_bits: Tensor
-    tokens: Tensor
-    images: Tensor
-    unrouted: Tensor
+    counts: Tensor  # [L, E] tokens that an expert computed
+    count_squares: Tensor  # [L, E] sum over images of the squared number of such tokens
+    requested: Tensor  # [L, E] tokens assigned to an expert by the router, before any drops
+    entropy_bits: Tensor  # [L] sum over tokens of the entropy of the router's probabilities
+    tokens: Tensor  # [L]
+    images: Tensor  # [L]
+    unrouted: Tensor  # [L] tokens that no expert computed
 
     def __init__(self, layers: Sequence[int], num_experts: Sequence[int]) -> None:
         super().__init__()
         self.layers = list(layers)
         self.num_experts = list(num_experts)
-        # A layer with fewer experts than others has zeros behind.
-        depth, most_experts = len(self.layers), max(self.num_experts, default=0)
+        # The rows of layers with fewer experts than `most_experts` end in zeros.
+        depth = len(self.layers)
+        most_experts = max(self.num_experts, default=0)
         for name in ("counts", "count_squares", "requested"):
             self._add_sums(name, torch.zeros((depth, most_experts), dtype=torch.int64))
         for name in ("tokens", "images", "unrouted"):
@@ -427,6 +448,7 @@ class RoutingStatistics(Metric):
             probs = routing.probs.detach()  # [B, N, E]
             entropy_nats = torch.special.entr(probs).sum()
             self.entropy_bits[row] += entropy_nats.double() / math.log(2)
+
             images, tokens, _ = probs.shape
             self.images[row] += images
             self.tokens[row] += images * tokens
@@ -439,7 +461,7 @@ class RoutingStatistics(Metric):
 
     def layer_loads(self) -> list[LayerLoad]:
         """Load statistics of each MoE layer, over all ranks."""
-        # torchmetrics squeezes a state of one element, such as the tokens of the only layer.
+        # torchmetrics squeezes a state of one element, such as `tokens` with a single layer.
         sums = {name: value.reshape(len(self.layers), -1) for name, value in self.compute().items()}
         loads = []
         for row, layer in enumerate(self.layers):

@@ -1,7 +1,7 @@
-"""How sure a result is: intervals of accuracies and of differences, what a test could detect, calibrated confidence.
+"""Uncertainty of results: intervals of accuracies and of differences, detectable differences, calibrated confidence.
 
-Over test images, Wilson's and Tango's intervals and McNemar's exact test say how far a result depends on which images
-were drawn, and nothing about the luck of a training. Over seeds: Student's t of one difference per seed.
+Two sources of chance are kept apart. The sample of test images: Wilson's and Tango's intervals and McNemar's exact
+test. The randomness of a training: Student's t of one difference per training seed.
 
 Sources
     Wilson, JASA 22 (1927) 209-212: the score interval of one proportion.
@@ -34,7 +34,7 @@ from scipy.stats import t as student
 
 LEVEL, POWER = 0.05, 0.8
 _Z = float(norm.ppf(1 - LEVEL / 2))
-_EDGE = 1 - 1e-12  # of differences: at -1 and 1 the score is infinite
+_EDGE = 1 - 1e-12  # largest absolute difference that is tried: at -1 and 1 the score is infinite
 
 
 # ---- over test images
@@ -61,7 +61,7 @@ class PairedDifference:
 
     @property
     def standard_error(self) -> float:
-        """Of the difference: half the 95 % interval ÷ 1.96."""
+        """Standard error of the difference: half the width of the 95 % interval ÷ 1.96."""
         return (self.high - self.low) / 2 / _Z
 
 
@@ -87,14 +87,17 @@ def paired_difference(
 
 
 def _tango_bound(only_a: int, only_b: int, n: int, z: float) -> float:
-    """The difference whose score is z. The score falls as the difference grows; -1 or 1 where it nowhere is z."""
+    """The difference whose score is z, by root finding: the score falls as the difference grows.
 
-    def excess(difference: float) -> float:
+    If no difference has that score, the bound is -1 for a positive z and 1 for a negative one.
+    """
+
+    def score_minus_z(difference: float) -> float:
         return paired_score(only_a, only_b, n, difference) - z
 
-    if excess(-_EDGE) * excess(_EDGE) > 0:
+    if score_minus_z(-_EDGE) * score_minus_z(_EDGE) > 0:
         return math.copysign(1.0, -z)
-    return float(brentq(excess, -_EDGE, _EDGE, xtol=1e-14))
+    return float(brentq(score_minus_z, -_EDGE, _EDGE, xtol=1e-14))
 
 
 def paired_macro_difference(
@@ -104,24 +107,26 @@ def paired_macro_difference(
 ) -> PairedDifference:
     """Compare the balanced accuracy of two models on the same images: the mean over classes of paired differences.
 
+    The arguments are those of `paired_difference`, and the class `labels` [n].
+
     The 95 % interval is Price and Bonett's (Computational Statistics & Data Analysis 45, 2004, 449-456) for a mean of
     proportions, here of paired differences as in Agresti and Min (Statistics in Medicine 24, 2005, 729-740): two images
-    are added, shared by the classes, so that a class with one image, or whose images all agree, isn't certain. The
-    p-value is McNemar's, of the plain accuracies. Arguments as above, with the class `labels` [n].
+    are added, an equal fraction of them to each class, so that the variance isn't 0 for a class with one image, or in
+    which all images agree. The p-value is McNemar's, of the plain accuracies.
     """
-    differences = correct_a.astype(float) - correct_b
+    differences = correct_a.astype(float) - correct_b  # [n] -1, 0 or 1
     classes = np.unique(labels)
-    added = 2 / len(classes)  # images per class
+    added_images = 2 / len(classes)  # to each class; half of them right in one model only
 
     means, centres, variances = [], [], []
     for label in classes:
         of_class = differences[labels == label]
-        n = len(of_class) + added
+        adjusted_n = len(of_class) + added_images
         total = of_class.sum()
-        squares = np.square(of_class).sum() + added / 2
+        adjusted_squares = np.square(of_class).sum() + added_images / 2
         means.append(of_class.mean())
-        centres.append(total / n)
-        variances.append((squares - total**2 / n) / n**2)
+        centres.append(total / adjusted_n)
+        variances.append((adjusted_squares - total**2 / adjusted_n) / adjusted_n**2)
 
     centre = float(np.mean(centres))
     half = _Z * math.sqrt(sum(variances)) / len(classes)
@@ -162,33 +167,35 @@ def paired_score(only_a: int, only_b: int, n: int, difference: float) -> float:
 
     surplus = only_a - only_b - n * d
     variance = n * (2 * q + d * (1 - d))
-    if variance <= 0:  # d = 0 without a discordant image: the sign is all there is
+    if variance <= 0:  # d = 0 without a discordant image, for instance: only the sign is known
         return math.copysign(math.inf, surplus) if surplus else 0.0
     return surplus / math.sqrt(variance)
 
 
 def detectable_on(images: int, discordant: int) -> float:
-    """Difference of two accuracies on the same images that McNemar's exact test finds at 5 % with 80 % power.
+    """Smallest difference of two accuracies on the same images that McNemar's exact test finds at 5 % with 80 % power.
 
-    `discordant` are those that one model alone classified correctly; their share is taken to stay, and a difference
-    above it needs as many as itself. A share in [0, 1]; NaN where so many images can't tell any difference apart.
+    `discordant` is the number of images that exactly one model classified correctly. Their share is assumed to be the
+    same whatever the difference, but it is at least the difference. The result is a share in [0, 1]; NaN if no
+    difference can be found with so few images.
     """
 
-    def excess(difference: float) -> float:
-        """Chance that a is found better, if it alone is right on (share + difference) / 2 of the images, less 80 %."""
+    def power_minus_target(difference: float) -> float:
+        """Power minus 80 %, if a alone is right on a share (share + difference) / 2 of the images."""
         share = max(discordant / images, difference)
         low, high = binom.interval(1 - 1e-9, images, share)
-        discordants = np.arange(int(low), int(high) + 1)
-        # The most images with only b right that are still significant.
-        most_b = binom.ppf(LEVEL / 2, discordants, 0.5)
-        most_b -= binom.cdf(most_b, discordants, 0.5) > LEVEL / 2
-        chance_of_a = min(1.0, (1 + difference / share) / 2)
-        power = binom.sf(discordants - most_b - 1, discordants, chance_of_a)
-        return float(binom.pmf(discordants, images, share) @ power) - POWER
+        discordant_counts = np.arange(int(low), int(high) + 1)
 
-    if excess(1.0) < 0:
+        # For each number of discordant images: the most with only b right with which the test is still significant.
+        most_only_b = binom.ppf(LEVEL / 2, discordant_counts, 0.5)
+        most_only_b -= binom.cdf(most_only_b, discordant_counts, 0.5) > LEVEL / 2
+        chance_of_a = min(1.0, (1 + difference / share) / 2)
+        power = binom.sf(discordant_counts - most_only_b - 1, discordant_counts, chance_of_a)
+        return float(binom.pmf(discordant_counts, images, share) @ power) - POWER
+
+    if power_minus_target(1.0) < 0:
         return math.nan
-    return float(brentq(excess, 1e-9, 1.0))
+    return float(brentq(power_minus_target, 1e-9, 1.0))
 
 
 # ---- over seeds
@@ -196,9 +203,9 @@ def detectable_on(images: int, discordant: int) -> float:
 
 @dataclass(frozen=True)
 class Gap:
-    """A mean difference over seeds, in points, with its 95 % t interval.
+    """A mean difference over training seeds, in percentage points, with its 95 % t interval.
 
-    The interval is NaN without a spread, which one seed has not, nor have equal differences; so are the properties.
+    With one seed, or equal differences for all seeds, there is no spread: interval and properties are then NaN.
     """
 
     mean: float
@@ -208,7 +215,7 @@ class Gap:
 
     @classmethod
     def of(cls, differences: Sequence[float]) -> Gap:
-        """Of one difference for each seed; NaN for none."""
+        """From one difference for each seed; all NaN without any."""
         n = len(differences)
         if n == 0:
             return cls(math.nan, math.nan, math.nan, 0)
@@ -231,7 +238,7 @@ class Gap:
 
     @property
     def detectable(self) -> float:
-        """Points that as many seeds with this spread tell from 0 with 80 % power."""
+        """Smallest mean difference, in points, that as many seeds with this spread find with 80 % power."""
         if math.isnan(self.error):
             return math.nan
         return detectable(self.seeds) * math.sqrt(self.seeds) * self.error
@@ -244,10 +251,10 @@ def detectable(seeds: int, level: float = LEVEL) -> float:
     """
     critical = student.ppf(1 - level / 2, seeds - 1)
 
-    def excess(difference: float) -> float:
+    def power_minus_target(difference: float) -> float:
         return float(nct.sf(critical, seeds - 1, difference * math.sqrt(seeds))) - POWER
 
-    return float(brentq(excess, 1e-6, 100.0))
+    return float(brentq(power_minus_target, 1e-6, 100.0))
 
 
 # ---- confidence
@@ -272,14 +279,14 @@ def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Calib
 
     right = logits[np.arange(n), labels]  # [n]
     mean_wrong = (logits.sum(1) - right) / (classes - 1)  # [n] over the other classes
-    target = (n + 1) / (n + 2)
+    target = (n + 1) / (n + 2)  # Platt's smoothed probability of the true class
     expected = target * right + (1 - target) * mean_wrong  # [n]
 
     def loss(log_temperature: float) -> float:
         temperature = np.exp(log_temperature)
         return float(np.mean(logsumexp(logits / temperature, axis=1) - expected / temperature))
 
-    # Convex in 1 / T, so there is one minimum.
+    # The loss is convex in 1 / T, so it has one minimum.
     bounds = np.log(0.05), np.log(20.0)
     minimum = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
     return Calibration(float(np.exp(minimum.x)), n)

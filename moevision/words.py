@@ -1,4 +1,4 @@
-"""Numbers as people read them, in the same spelling on every page; and what a terminal says while one waits."""
+"""Formats numbers and times for people, wraps text for the terminal, quotes for the shell, and shows a status line."""
 
 import os
 import shlex
@@ -11,13 +11,13 @@ from contextlib import contextmanager
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """With a true minus sign, and none in front of 0."""
+    """A decimal number with a typographic minus sign, and no sign in front of 0."""
     text = f"{value:.{digits}f}"
     return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """0.965 -> `96.5 %`."""
+    """A share in percent: 0.965 -> `96.5 %`."""
     return f"{signed(100 * share, digits)} %"
 
 
@@ -45,28 +45,28 @@ def duration(seconds: float) -> str:
 
 
 def columns() -> int:
-    """How wide help may be: the terminal, at most 116."""
+    """Width of help texts in characters: the terminal's, at most 116."""
     return min(116, shutil.get_terminal_size((116, 24)).columns)
 
 
 def fitted(text: str) -> str:
-    """Each line wrapped to these."""
+    """The text with each line wrapped to `columns()`."""
     width = columns()
     lines = [textwrap.fill(line, width, break_on_hyphens=False) for line in text.splitlines()]
     return "\n".join(lines)
 
 
 def shell_word(text: str) -> str:
-    """A path or option as one word of a command that a reader may copy into this system's shell.
+    """A path or option quoted as one word of a command, which the user may copy into this system's shell.
 
-    Windows' know no single quotes, in which POSIX' rules put every backslash.
+    `shlex.quote` puts words with a backslash into single quotes, which the shells of Windows don't understand.
     """
     return shlex.quote(text) if os.name == "posix" else subprocess.list2cmdline([text])
 
 
 @contextmanager
 def loading(message: str = "loading PyTorch") -> Iterator[None]:
-    """Say on a terminal what is going on, such as the import of torch, which takes seconds."""
+    """Show a message on a terminal during slow work, such as the import of torch, which takes seconds."""
     if not sys.stderr.isatty():
         yield
         return

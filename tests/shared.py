@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -71,10 +72,22 @@ def run_cli(*arguments: str | Path, render: bool = False) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def free_port() -> int:
+    """A port on which nothing listens yet."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def missing(text: str, *fragments: str) -> list[str]:
+    """The fragments that a text doesn't have: names, values, the way on. Its other words may change."""
+    return [fragment for fragment in fragments if fragment not in text]
+
+
 def says(text: str, *fragments: str) -> bool:
     """Whether a sentence names all of these; the failure shows the sentence and what it lacks."""
-    missing = [fragment for fragment in fragments if fragment not in text]
-    assert not missing, f"{text!r} doesn't name {missing}"
+    lacks = missing(text, *fragments)
+    assert not lacks, f"{text!r} doesn't name {lacks}"
     return True
 
 
@@ -95,8 +108,7 @@ def refused(outcome: Outcome, *fragments: str) -> Outcome:
 
 def assert_names(text: str, *fragments: str) -> None:
     """A text names these, wherever its lines break."""
-    words = " ".join(text.split())
-    assert [fragment for fragment in fragments if fragment not in words] == [], text
+    assert missing(" ".join(text.split()), *fragments) == [], text
 
 
 def _leave_empty(figure: object, out: Path) -> None:

@@ -97,7 +97,7 @@ def test_it_says_when_it_could_not(refused: str, monkeypatch: pytest.MonkeyPatch
             assert refused == "call"
             return 0
 
-    monkeypatch.setattr(limits, "_kept", False)
+    monkeypatch.setattr(limits, "_keeps_memory", False)
     monkeypatch.setattr(limits.ctypes, "CDLL", Library)
     monkeypatch.setattr(limits.sys, "platform", "win32" if refused == "platform" else "linux")
     monkeypatch.setenv(SWITCH, "0" if refused == "switch" else "1")

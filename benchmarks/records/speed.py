@@ -233,3 +233,20 @@ def roofline(record: Json) -> list[Json]:
     for part, text in texts.items():
         rows.append({"part": part, "fp32": text.format_map(fp32), "bf16": text.format_map(bf16)})
     return rows
+
+
+def folders(record: Json) -> list[Json]:
+    """Of each folder of the package its tokens, and tokens a line of code, `before` and `now`."""
+    rows = []
+    for name, before in record["dense"]["counts"]["folders"].items():
+        now = record["plain"]["counts"]["folders"][name]
+        rows.append(
+            {
+                "folder": name,
+                "before": before["tokens"],
+                "now": now["tokens"],
+                "before_line": before["tokens"] / before["code_lines"],
+                "now_line": now["tokens"] / now["code_lines"],
+            }
+        )
+    return rows

@@ -1,6 +1,6 @@
-"""`collect_routing`: run a model over images and keep what its MoE layers decided about every patch.
+"""`collect_routing`: run a model over images and record what its MoE layers decided about every patch.
 
-Also what MoE layers receive: images as the network takes them, and the tokens before each layer.
+Also the inputs of networks (`network_input`) and of their MoE layers (`layer_inputs`).
 
 Axes: B images of a batch, I images, S image size in pixels, N tokens (prefix tokens first), P patches, K choices,
 E experts, C classes, D width.
@@ -39,6 +39,7 @@ from moevision.layers.routing import evaluating
 from moevision.models.convert import layers_that_miss_classifier
 from moevision.models.io import SavedModel, best_device, describe, load_model
 
+# Beginning of a warning; the report suppresses the warning by this text.
 UNREAD = "The classifier reads the class token alone, so the routes of patches"
 
 
@@ -56,24 +57,24 @@ def collect_routing(
     run_dir: str | Path | None = None,
     name: str | None = None,
 ) -> RoutingTrace:
-    """Run a model over images and keep what each MoE layer decided about each patch.
+    """Run a model over images and record what each MoE layer decided about each patch.
 
-    Runs in eval mode on the best device, as `moevision predict` does, and under whatever intervention is in force.
-    Images that can't be read are left out and counted in a `DataWarning`. One layer whose routes no classifier reads
-    is warned of once, too.
+    Runs in eval mode on the best device, as `moevision predict` does. Interventions that are active apply. Images that
+    can't be read are left out and counted in a `DataWarning`. Layers whose patch routes don't reach the classifier are
+    named in a warning.
 
     Args:
         model: a run folder, its model/ folder or a timm address; a `SavedModel`; or any timm ViT with MoE layers. The
             normalisation of a bare ViT is read from its timm configuration, and its outputs are taken to be the data's
             classes, in order, if there are as many.
-        data: as in `open_pictures`: a dataset's name, a folder, a torch dataset of (PIL image, label), or a
+        data: as `open_pictures` takes them: a dataset's name, a folder, a torch dataset of (PIL image, label), or a
             `PictureSet`.
         batch_size: images per forward pass.
         limit: take at most so many images, balanced by class.
         path: a file to save the trace to.
         progress: show a progress bar where there are more than a few batches.
         split: which part of the data: test, val, train or all.
-        seed: of the split, of drawn images and of `limit`.
+        seed: random seed of the split, of generated images and of the choice that `limit` makes.
         root: folder in which named datasets live.
         run_dir: a run's folder, whose splits.csv says which images were held out; by default the model's own,
             where `data` are the images that it was trained on.
@@ -92,7 +93,7 @@ def collect_routing(
         raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
     saved = as_saved_model(model)
     if run_dir is None and isinstance(model, str | Path) and isinstance(data, str | Path):
-        # Of its own images those that it was not trained on.
+        # On the data of its own run a model is evaluated on the images that the run held out.
         run_images = find_images(str(model), str(data))
         if run_images is not None:
             run_dir = run_images.run
@@ -109,7 +110,7 @@ def collect_routing(
     )
     provenance = _provenance(saved.net)
     provenance["settings"] = {"limit": limit, "seed": seed, "batch_size": batch_size}
-    about: dict[str, Any] = {
+    trace_metadata: dict[str, Any] = {
         "class_names": pictures.class_names,
         "model": name or model_title(model),
         "data": pictures.name,
@@ -122,35 +123,41 @@ def collect_routing(
     with evaluating(net):
         _warn_of_unread_layers(net)
         for batch in reader.batches(progress):
-            rows, layout = _rows(net, batch)
-            about |= layout
-            batches.append(rows)
+            batch_arrays, layer_metadata = _arrays_of_batch(net, batch)
+            trace_metadata |= layer_metadata
+            batches.append(batch_arrays)
     reader.report()
 
-    arrays = {name: np.concatenate([rows[name] for rows in batches]) for name in batches[0]}
+    arrays = {
+        name: np.concatenate([batch_arrays[name] for batch_arrays in batches])
+        for name in batches[0]
+    }
     provenance["unreadable"] = len(reader.bad)
     num_outputs = arrays["probabilities"].shape[1]
-    about["prediction_names"] = _output_names(num_outputs, saved.class_names, pictures.class_names)
-    about["picture_names"] = reader.names
-    trace = RoutingTrace.from_arrays(arrays, metadata_of(about))
+    trace_metadata["prediction_names"] = _output_names(
+        num_outputs, saved.class_names, pictures.class_names
+    )
+    trace_metadata["picture_names"] = reader.names
+    trace = RoutingTrace.from_arrays(arrays, metadata_of(trace_metadata))
     if path is not None:
         trace.save(path)
     return trace
 
 
 def _warn_of_unread_layers(net: nn.Module) -> None:
+    """Warn of the MoE layers whose patch routes don't reach the classifier, which is measured by gradients."""
     with routing_lock(net), torch.inference_mode(False):
         unread = layers_that_miss_classifier(net)
     if unread:
         warnings.warn(
             f"{UNREAD} in block {', '.join(map(str, unread))} change no answer: pool over patches "
             "(global_pool='avg'), or leave that block dense (moevision.models.read_layer_indices).",
-            stacklevel=1,  # one place, so that Python says it once
+            stacklevel=1,  # always the same line, so that Python shows the warning once
         )
 
 
 def _output_names(count: int, *candidates: Sequence[str]) -> tuple[str, ...]:
-    """Names of the model's outputs: the first candidates that are as many, or numbers."""
+    """Names of the model's outputs: the first candidate with `count` names, or else "class 0", "class 1", ..."""
     for names in candidates:
         if len(names) == count:
             return tuple(names)
@@ -158,7 +165,7 @@ def _output_names(count: int, *candidates: Sequence[str]) -> tuple[str, ...]:
 
 
 def _provenance(net: nn.Module) -> dict[str, Any]:
-    """When, where and with which versions a trace is made, and of which weights."""
+    """Time, device, library versions and a checksum of the weights, for the metadata of a trace."""
     versions = {
         "moevision": __version__,
         "torch": torch.__version__,
@@ -176,8 +183,8 @@ def _provenance(net: nn.Module) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _rows(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any]]:
-    """One batch's rows of all arrays, and where they come from: layers and grid."""
+def _arrays_of_batch(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The arrays of a trace for the images of one batch, and its metadata about layers and patch grid."""
     dtype = next(net.parameters()).dtype
     output, routings = forward_routing(net, batch.images.to(best_device(), dtype))
     if not routings:
@@ -195,21 +202,23 @@ def _rows(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any
         predictions = torch.full_like(batch.labels, -1)
     else:
         probabilities = output.float().softmax(-1)  # [B, C]
-        predictions = probabilities.argmax(-1)
+        predictions = probabilities.argmax(-1)  # [B]
+
     tensors = {
         "labels": batch.labels,
         "predictions": predictions,
         "probabilities": probabilities,
     }
-    layers = []
+    blocks = []
     for position, routing in enumerate(routings):
-        layer = position if routing.layer is None else routing.layer
-        layers.append(layer)
+        block = position if routing.layer is None else routing.layer
+        blocks.append(block)
         for key, tensor in _layer_tensors(routing).items():
-            tensors[f"L{layer}.{key}"] = tensor
-    rows = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    return rows, {
-        "layers": layers,
+            tensors[f"L{block}.{key}"] = tensor
+
+    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    return arrays, {
+        "layers": blocks,
         "kinds": [routing.kind for routing in routings],
         "route_by": [routing.route_by for routing in routings],
         "grid": grids.pop(),
@@ -217,22 +226,22 @@ def _rows(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any
 
 
 def _layer_tensors(routing: Routing) -> dict[str, Tensor]:
-    """One layer's decision about a batch's patches, as `LayerTrace` holds it."""
+    """One layer's decision about the patches of a batch, under the names of `LayerTrace`'s arrays."""
     patches = slice(routing.num_prefix_tokens, None)
     probs = routing.probs[:, patches].float()  # [B, P, E]
-    # Beside a single expert, which has the whole probability, stands a 0.
-    best = nn.functional.pad(probs, (0, 1)).topk(2, dim=-1).values  # [B, P, 2]
+    # Padded by a zero, so that a layer with one expert has a second-best probability too.
+    top_two = nn.functional.pad(probs, (0, 1)).topk(2, dim=-1).values  # [B, P, 2]
     tensors = {
         "expert_index": routing.expert_index[:, patches].to(torch.int16),
         "kept": routing.kept[:, patches],
         "combine_weight": routing.combine_weight[:, patches].float(),
         "probs": probs.half(),
-        "margin": best[..., 0] - best[..., 1],
+        "margin": top_two[..., 0] - top_two[..., 1],
         "entropy_bits": torch.special.entr(probs).sum(-1) / math.log(2),
     }
     if isinstance(routing, SoftRouting):
         read_weight = routing.dispatch_weight.sum(-1)  # [B, N, E, slots] -> [B, N, E]
-        read_weight = read_weight.gather(-1, routing.expert_index)
+        read_weight = read_weight.gather(-1, routing.expert_index)  # [B, N, K]
         tensors["read_weight"] = read_weight[:, patches].float()
     return tensors
 
@@ -245,7 +254,10 @@ class Batch(NamedTuple):
 
 
 class PictureReader:
-    """Reads images in batches: `names` of those read so far, and `bad`, name and reason of those that can't be read."""
+    """Reads images in batches.
+
+    `names` lists the images read so far; `bad` lists name and reason of those that can't be read.
+    """
 
     def __init__(self, pictures: PictureSet, model: SavedModel, batch_size: int) -> None:
         self.pictures = pictures
@@ -291,14 +303,16 @@ class PictureReader:
     def report(self) -> None:
         """Warn of images that couldn't be read; a UserError if there is no other."""
         total = len(self.pictures)
-        first = ""
+        example = ""
         if self.bad:
             name, reason = self.bad[0]
-            first = f", the first is {name}: {reason}"
+            example = f", the first is {name}: {reason}"
         if not self.names:
-            raise UserError(f"None of the {total} images can be read: fix or replace them{first}.")
+            raise UserError(
+                f"None of the {total} images can be read: fix or replace them{example}."
+            )
         if self.bad:
-            text = f"{len(self.bad)} of {total} images can't be used and are left out of the trace{first}"
+            text = f"{len(self.bad)} of {total} images can't be used and are left out of the trace{example}"
             warnings.warn(text, DataWarning, stacklevel=3)
 
 
@@ -314,8 +328,10 @@ def as_saved_model(model: SavedModel | nn.Module | str | Path) -> SavedModel:
             "image_size, mean and std."
         )
     saved = describe(model)
-    numbered = saved.class_names == [f"class {index}" for index in range(len(saved.class_names))]
-    return replace(saved, class_names=[]) if numbered else saved
+    has_placeholder_names = saved.class_names == [
+        f"class {index}" for index in range(len(saved.class_names))
+    ]
+    return replace(saved, class_names=[]) if has_placeholder_names else saved
 
 
 def model_title(model: SavedModel | nn.Module | str | Path) -> str:
@@ -341,7 +357,7 @@ def weights_sha256(net: nn.Module) -> str:
 
 
 def network_input(model: SavedModel, images: Pixels) -> Tensor:
-    """Images uint8 [B, S, S, 3] as the network takes them: normalised, [B, 3, S, S], on its device."""
+    """Images uint8 [B, S, S, 3] as input of the network: normalised, [B, 3, S, S], in its dtype and on its device."""
     channels_first = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
     pixels = normalize(channels_first, model.mean, model.std)
     weight = next(model.net.parameters())
@@ -350,30 +366,30 @@ def network_input(model: SavedModel, images: Pixels) -> Tensor:
 
 @torch.no_grad()
 def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
-    """What each MoE layer of a net in eval mode receives of every patch: block index -> [B, P, D]; no prefix tokens."""
-    received: dict[int, Tensor] = {}
-    prefix = int(getattr(net, "num_prefix_tokens", 0))
+    """Input of each MoE layer of a net in eval mode: block index -> [B, P, D], without prefix tokens."""
+    inputs: dict[int, Tensor] = {}
+    num_prefix_tokens = int(getattr(net, "num_prefix_tokens", 0))
 
-    def keep(block: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        received[block] = arguments[0][:, prefix:]
+    def record_input(block: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[block] = arguments[0][:, num_prefix_tokens:]
 
-    # Locked, so that no other thread's images pass the hooks.
+    # Locked, so that the hooks see no other thread's images.
     with routing_lock(net), ExitStack() as hooks:
         for layer in moe_layers(net):
             if layer.layer_index is not None:
-                hook = partial(keep, layer.layer_index)
+                hook = partial(record_input, layer.layer_index)
                 hooks.enter_context(layer.register_forward_pre_hook(hook))
         net(pixels)
-    return received
+    return inputs
 
 
 @dataclass(frozen=True, repr=False)
 class Table:
-    """Cells as they shall be read; a notebook shows the table where it is the last line of a cell.
+    """A small table for printing, and for a notebook, which shows it where it is the last line of a cell.
 
     Attributes:
         head: names of the columns.
-        rows: as many cells each; the first names the row.
+        rows: one cell for each column; the first cell is the row's name.
 
     >>> Table(["expert", "share"], [["E0", "9 %"], ["E1", "16 %"]])
     expert  share
@@ -385,15 +401,15 @@ class Table:
     rows: Sequence[Sequence[object]]
 
     def __repr__(self) -> str:
-        """Columns of text: the first to the left, the others to the right."""
+        """Columns of text: the first is left-aligned, the others are right-aligned."""
         lines = [[str(cell) for cell in row] for row in (self.head, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = []
-        for first, *others in lines:
-            cells = [first.ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-            text.append("  ".join(cells))
-        return "\n".join(text)
+        text_lines = []
+        for row_name, *values in lines:
+            cells = [row_name.ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(values, widths[1:], strict=True)]
+            text_lines.append("  ".join(cells))
+        return "\n".join(text_lines)
 
     def _repr_html_(self) -> str:
         rows = [_html_row("th", self.head), *(_html_row("td", row) for row in self.rows)]

@@ -1,15 +1,16 @@
-"""What an intervention does to a prediction, beside what the same change does where it shouldn't matter.
+"""What an intervention on the routing does to a prediction, compared with a random change of the same size.
 
-Beside the change of one image's logit (`effect`) stand
-- the control: as many assignments of tokens to experts, drawn at random in the same layers from all experts, are taken
-  away with the same fill, once per draw (assignments of patches and of prefix tokens are matched separately; where
-  images are routed as a whole, whole experts of an image, and with K = 1 there is none beside an ablation);
-- the mean over images of a class (`class_effect`).
+`effect` measures one image, `class_effect` the images of a class. Both also measure a control: the intervention takes a
+number of assignments (token to expert) from their experts, and the control takes away equally many, drawn at random
+from all experts of the same layers, with the same fill. Assignments of patches and of prefix tokens are matched
+separately. Where an image is routed as a whole, the control removes whole experts of that image; if such an image has
+only one expert (K = 1), a random ablation is the ablation itself, so an ablation has no control.
 
-An effect is measured inside the interventions that are open already (another k, say): before and after both have them.
-Every JSON and sentence names the kind of intervention and, for an ablation, its fill.
+Interventions that are already active, such as another k, stay active in the forward passes before and after.
+Every JSON object and sentence names the kind of intervention and, for an ablation, its fill.
 
-Axes: B images of a batch, R rows, I images, N tokens (prefix tokens first), K choices, E experts, C classes.
+Axes: B images of a batch, R rows of a batch of controls, I images of a class, N tokens (prefix tokens first), K
+choices, E experts, C classes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel
 
 MovedCounts = dict[MoEMlp, Tensor]
-"""In order of depth, [B, 2] int64: assignments of prefix tokens, and of patches."""
+"""Layer, in order of depth -> [B, 2] int64: how many assignments of prefix tokens, and of patches, are taken away."""
 
 
 @torch.inference_mode()
@@ -60,30 +61,32 @@ def effect(
 ) -> Effect:
     """Measure what an intervention changes for one image, uint8 [S, S, 3] as the model, in eval mode, sees it.
 
-    `target` is the class whose logit is followed, as index or name; the predicted one (before) if None. The control is
-    drawn `num_controls` times, at least 2, by `seed`. A UserError for a layer, expert or class that the model hasn't.
+    `target` is the class, as index or name, whose logit is measured; if None, the class that the model predicts without
+    the intervention. The control is drawn `num_controls` times, at least 2, from `seed`. A UserError for a layer, an
+    expert or a class that the model doesn't have.
     """
     if num_controls < 2:
         raise UserError(f"num_controls={num_controls} gives no spread: take at least 2 draws.")
     net = model.net
-    x = network_input(model, np.stack([image]))
+    x = network_input(model, np.stack([image]))  # [1, 3, S, S]
     with routing_lock(net):
         before = net(x)[0].double()  # [C]
         after, moved, has_control = run_under(net, x, intervention)
         kinds: set[RoutingKind] = {layer.router.kind for layer in moved}
-        logits = None
+        control_logits = None
         if has_control:
             keys = [(seed, draw) for draw in range(num_controls)]
-            logits = run_compared(net, x, intervention, moved, keys)  # [draws, C]
+            control_logits = run_compared(net, x, intervention, moved, keys)  # [draws, C]
 
     index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
-    moved_prefix, moved_patches = _over_layers(moved)[0].tolist()
-    # Where layers differ in who chooses, words for tokens are right in a wider sense.
+    moved_prefix, moved_patches = _sum_over_layers(moved)[0].tolist()  # [2]
+    # Where layers are of several kinds, the sentences speak of tokens that choose experts.
     routing = kinds.pop() if len(kinds) == 1 else "token_choice"
+
     control = None
-    if logits is not None:
-        delta_logits = logits - before
-        delta_ps = logits.softmax(-1) - before.softmax(-1)
+    if control_logits is not None:
+        delta_logits = control_logits - before  # [draws, C]
+        delta_ps = control_logits.softmax(-1) - before.softmax(-1)  # [draws, C]
         control = Control(
             what=control_in_words(intervention, moved_patches, routing),
             delta_logits=tuple(delta_logits[:, index].tolist()),
@@ -116,33 +119,36 @@ def class_effect(
     """Measure what an intervention changes on average over images of one class, for a model in eval mode.
 
     `target` is an index or name of the model's classes. At most `limit` of its `pictures` are drawn at random (None:
-    all), `batch_size` go through the model at once; `seed` is of that draw and of the control. A UserError for a layer,
-    expert or class that the model hasn't, and where no image of the class can be read.
+    all), and `batch_size` go through the model at once; `seed` seeds that draw and the control. A UserError for a
+    layer, an expert or a class that the model doesn't have, and if no image of the class can be read.
     """
     net = model.net
     index = _class_index(model.class_names, target)
     name = model.class_names[index]
     images = _images_of_class(pictures, name, limit, seed)
+
     delta_logits: list[float] = []
     delta_ps: list[float] = []
     control_delta_logits: list[float] = []
     moved_patches: list[int] = []
     for start in range(0, len(images), batch_size):
-        pixels = _readable(pictures, images[start : start + batch_size])
+        pixels = _read_images(pictures, images[start : start + batch_size])
         if not pixels:
             continue
-        x = network_input(model, np.stack(list(pixels.values())))
+        x = network_input(model, np.stack(list(pixels.values())))  # [B, 3, S, S]
+
         with routing_lock(net):
             before = net(x).double()  # [B, C]
             after, moved, has_control = run_under(net, x, intervention)
             if has_control:
                 keys = [(seed, image) for image in pixels]
-                control = run_compared(net, x, intervention, moved, keys)
-                control_delta_logits += (control - before)[:, index].tolist()
+                control_logits = run_compared(net, x, intervention, moved, keys)  # [B, C]
+                control_delta_logits += (control_logits - before)[:, index].tolist()
+
         delta_p = after.softmax(-1) - before.softmax(-1)
         delta_logits += (after - before)[:, index].tolist()
         delta_ps += delta_p[:, index].tolist()
-        moved_patches += _over_layers(moved)[:, 1].tolist()
+        moved_patches += _sum_over_layers(moved)[:, 1].tolist()
 
     if not delta_logits:
         raise UserError(
@@ -173,17 +179,17 @@ def _images_of_class(pictures: PictureSet, name: str, limit: int | None, seed: i
     return sorted(drawn)
 
 
-def _readable(pictures: PictureSet, indices: Sequence[int]) -> dict[int, Pixels]:
-    """Images by index, without those that can't be read."""
+def _read_images(pictures: PictureSet, indices: Sequence[int]) -> dict[int, Pixels]:
+    """Index -> pixels of the images at these indices, without those that can't be read."""
     pixels = {}
     for index in indices:
-        with suppress(BadImageError):  # the result says how many
+        with suppress(BadImageError):  # counted in `ClassEffect.unreadable`
             pixels[index] = pictures.image(index)
     return pixels
 
 
-def _over_layers(moved: MovedCounts) -> Tensor:
-    """[B, 2] sums over the layers."""
+def _sum_over_layers(moved: MovedCounts) -> Tensor:
+    """[B, 2] counts of prefix tokens and of patches, summed over the layers."""
     return torch.stack(list(moved.values())).sum(0)
 
 
@@ -204,30 +210,36 @@ def remove_random_experts(
     num_prefix_tokens: int,
     fill: Fill,
 ) -> Decision:
-    """Take assignments away at random, from any expert; each image of the batch by its own draw.
+    """Take assignments away at random, from any expert; each image of the batch has its own draw.
 
-    `numbers` [B][2] says how many of prefix tokens, and of patches; `keys` [B] are the seeds of the draws. Where images
-    are routed as a whole, as many experts of an image are taken, each for all of its tokens.
+    `numbers` [B][2] are how many assignments of prefix tokens, and of patches, an image loses; `keys` [B] seed the
+    draws. Where an image is routed as a whole, whole experts are removed for all of its tokens, so many that about the
+    same number of assignments goes.
     """
     routing = decision.settle()
-    kept = routing.kept.cpu().numpy()  # [B, N, K]
-    index = routing.expert_index.cpu().numpy()  # [B, N, K]
+    is_kept = routing.kept.cpu().numpy()  # [B, N, K]
+    expert_index = routing.expert_index.cpu().numpy()  # [B, N, K]
     removed = np.zeros(decision.removed.shape, dtype=bool)  # [B, N, E]
+
     for image, (counts, key) in enumerate(zip(numbers, keys, strict=True)):
         rng = np.random.default_rng(tuple(key))
         if routing.route_by == "image":
-            experts = index[image, 0][kept[image, 0]]
-            tokens = removed.shape[1]
-            count = min(round(sum(counts) / tokens), len(experts))
+            # [K or fewer], the same for every token
+            experts = expert_index[image, 0][is_kept[image, 0]]
+            num_tokens = removed.shape[1]
+            count = min(round(sum(counts) / num_tokens), len(experts))
             removed[image][:, rng.choice(experts, count, replace=False)] = True
             continue
-        token, choice = kept[image].nonzero()  # every kept assignment of the image
-        expert = index[image, token, choice]
-        is_prefix = token < num_prefix_tokens
-        for count, part in zip(counts, (is_prefix, ~is_prefix), strict=True):
-            candidates = np.flatnonzero(part)
+
+        # Every kept assignment of the image: its token and its expert, [assignments] each.
+        tokens, choices = is_kept[image].nonzero()
+        experts = expert_index[image, tokens, choices]
+        is_prefix = tokens < num_prefix_tokens
+        for count, is_candidate in zip(counts, (is_prefix, ~is_prefix), strict=True):
+            candidates = np.flatnonzero(is_candidate)
             drawn = rng.choice(candidates, min(count, len(candidates)), replace=False)
-            removed[image, token[drawn], expert[drawn]] = True
+            removed[image, tokens[drawn], experts[drawn]] = True
+
     mask = torch.from_numpy(removed).to(decision.removed.device)
     if fill == "zero":
         return replace(decision, silenced=decision.silenced | mask)
@@ -237,20 +249,21 @@ def remove_random_experts(
 def run_under(
     net: nn.Module, x: Tensor, intervention: Intervention
 ) -> tuple[Tensor, MovedCounts, bool]:
-    """Logits [B, C] under the intervention, the assignments that it takes from their experts, whether it has a control.
+    """Logits [B, C] under the intervention, how many assignments it takes from their experts, whether it has a control.
 
-    An ablation has none where a layer gives an image one expert: as many random choices are the ablation. What it takes
-    are the expert's own choices, not those that a capacity of the model then drops elsewhere: the control has such
-    consequences too.
+    An ablation has no control where a layer gives each image a single expert, because a random draw from it would be
+    the ablation itself. For an ablation only the assignments to the expert itself are counted. Others that are dropped
+    as a consequence, by a capacity of the model, aren't: the control has such consequences too.
     """
-    prefix = int(getattr(net, "num_prefix_tokens", 0))
+    num_prefix_tokens = int(getattr(net, "num_prefix_tokens", 0))
     ablates = intervention.kind == "ablate"
     edits = {
-        layer: _CountedEdit(edit, ablates, prefix)
+        layer: _CountedEdit(edit, ablates, num_prefix_tokens)
         for layer, edit in intervention.edits(net).items()
     }
     with apply_edits(net, edits):
         logits = net(x).double()
+
     moved = {layer: edit.moved for layer, edit in edits.items()}
     one_expert = any(edit.one_expert for edit in edits.values())
     return logits, moved, not (ablates and one_expert)
@@ -258,21 +271,24 @@ def run_under(
 
 @dataclass
 class _CountedEdit:
-    """An edit of a layer that counts which assignments it takes from their experts."""
+    """An edit of a layer that also counts how many assignments it takes from their experts."""
 
     edit: Edit
     ablates: bool
     num_prefix_tokens: int
-    moved: Tensor = field(init=False)  # [B, 2]
+    moved: Tensor = field(init=False)  # [B, 2] assignments of prefix tokens, and of patches
     one_expert: bool = False  # whether the layer gives an image one expert
 
     def __call__(self, decision: Decision) -> Decision:
         after: Decision = self.edit(decision)
         routing = decision.settle()
-        gone = after.removed | after.silenced if self.ablates else ~computed_pairs(after.settle())
-        lost = (computed_pairs(routing) & gone).sum(-1)  # [B, N, E] -> [B, N]
-        by_part = lost.tensor_split([self.num_prefix_tokens], dim=1)
-        self.moved = torch.stack([part.sum(1) for part in by_part], -1)
+        # [B, N, E]: where an expert is no longer used
+        is_gone = (
+            after.removed | after.silenced if self.ablates else ~computed_pairs(after.settle())
+        )
+        moved_by_token = (computed_pairs(routing) & is_gone).sum(-1)  # [B, N]
+        prefix_and_patches = moved_by_token.tensor_split([self.num_prefix_tokens], dim=1)
+        self.moved = torch.stack([part.sum(1) for part in prefix_and_patches], -1)
         self.one_expert = routing.route_by == "image" and routing.expert_index.shape[-1] == 1
         return after
 
@@ -284,36 +300,39 @@ def run_compared(
     moved: MovedCounts,
     keys: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """Logits [R, C] of one batch in which every row has its own draw of the control.
+    """Logits [R, C] under the control, in one batch of which every row has its own draw.
 
-    x is [R, 3, S, S], or [1, 3, S, S] for R times the same image; `moved` is what the intervention takes from experts
-    by image of x, `keys` the seed of each draw of its control.
+    x is [R, 3, S, S], or [1, 3, S, S] for R draws of the same image. `moved` counts the assignments that the
+    intervention takes from experts for each image of x; `keys` [R] seed the draws.
     """
     edits: dict[MoEMlp, Edit] = {}
-    for number, (layer, counts) in enumerate(moved.items()):
+    for layer_number, (layer, counts) in enumerate(moved.items()):
         edits[layer] = partial(
             remove_random_experts,
             numbers=counts.expand(len(keys), 2).tolist(),
-            keys=[(*key, number) for key in keys],
+            keys=[(*key, layer_number) for key in keys],  # each layer draws independently
             num_prefix_tokens=int(getattr(net, "num_prefix_tokens", 0)),
             fill=control_fill(intervention),
         )
+
     if len(x) > 1:
         with apply_edits(net, edits):
             logits: Tensor = net(x).double()
         return logits
-    rows = torch.zeros(len(keys), dtype=torch.int64)
+
+    image_of_row = torch.zeros(len(keys), dtype=torch.int64)  # [R], all the only image
+    first_layer = next(iter(moved))
     with per_image_capacity(net), apply_edits(net, edits):
-        return run_repeated(net, x, rows, next(iter(moved))).double()
+        return run_repeated(net, x, image_of_row, first_layer).double()
 
 
 @dataclass(frozen=True)
 class Control:
-    """The same number of assignments taken away at random: what, with its fill, and the target's changes by draw."""
+    """The effect on one image of taking the same number of assignments away at random, in several draws."""
 
-    what: str
-    delta_logits: tuple[float, ...]
-    delta_ps: tuple[float, ...]
+    what: str  # the random change and its fill, in words
+    delta_logits: tuple[float, ...]  # [draws] change of the target's logit
+    delta_ps: tuple[float, ...]  # [draws] change of the target's probability
 
     @property
     def mean(self) -> float:
@@ -339,16 +358,16 @@ class Control:
 
 @dataclass(frozen=True)
 class ClassEffect:
-    """The effect on images of one class, each measured on the logit of that class."""
+    """The effect on I images of one class, each measured on the logit of that class."""
 
-    class_name: str  # the class
-    intervention: Intervention  # what was changed
+    class_name: str
+    intervention: Intervention
     delta_logits: tuple[float, ...]  # [I] change of the logit, by image
     delta_ps: tuple[float, ...]  # [I] change of the probability
     # [I] the same with the control, one draw for each image; None where there is no control
     control_delta_logits: tuple[float, ...] | None
     moved: float  # mean number of patch assignments that the intervention takes from their experts
-    unreadable: int = 0  # images of the class that could not be read, and are not among I
+    unreadable: int = 0  # images of the class that could not be read, not counted in I
 
     def to_json(self) -> Json:
         """Means over images and their standard deviations (null for one image, and without a control)."""
@@ -375,16 +394,16 @@ def _sd(values: Sequence[float]) -> float | None:
 class Effect:
     """The effect on one image."""
 
-    intervention: Intervention  # what was changed
+    intervention: Intervention
     class_names: tuple[str, ...]  # [C]
     target: int  # index of the class that the changes below are about
     before_logits: tuple[float, ...]  # [C]
     after_logits: tuple[float, ...]  # [C]
     moved: int  # patch assignments that the intervention takes from their experts, in the layers that it acts on
-    moved_prefix: int  # the same of class and register tokens
-    # the same number taken away at random; None where as many random choices are the change itself
+    moved_prefix: int  # the same for the assignments of class and register tokens
+    # effect of taking the same number away at random; None where that would be the intervention itself (`run_under`)
     control: Control | None
-    routing: RoutingKind = "token_choice"  # who chooses in the layers that it acts on
+    routing: RoutingKind = "token_choice"  # how the layers that it acts on route
 
     @property
     def before(self) -> tuple[float, ...]:
@@ -408,17 +427,17 @@ class Effect:
 
     @property
     def sentence(self) -> str:
-        """All of it in one sentence that names the kind of intervention."""
+        """The effect and its control in one sentence that names the kind of intervention."""
         before = self.before[self.target]
         after = self.after[self.target]
-        old = f"{before:.2f}"
-        new = f"{after:.2f}"
-        moves = f"stays at {old}"
-        if old != new:
-            moves = f"{'falls' if after < before else 'rises'} from {old} to {new}"
+        before_text = f"{before:.2f}"
+        after_text = f"{after:.2f}"
+        outcome = f"stays at {before_text}"
+        if before_text != after_text:
+            outcome = f"{'falls' if after < before else 'rises'} from {before_text} to {after_text}"
         change = effect_in_words(self.intervention, self.moved, self.routing)
         name = self.class_names[self.target]
-        sentence = f"For this image: {change} {name} {moves} (logit {_signed(self.delta_logit)})"
+        sentence = f"For this image: {change} {name} {outcome} (logit {_signed(self.delta_logit)})"
 
         control = self.control
         if not self.moved and not self.moved_prefix:
@@ -476,8 +495,8 @@ def effect_in_words(
         case "random" if routing == "soft":
             return f"with the slots of {layer} dealt out to its experts at random (seed {intervention.seed})"
         case "random":
-            what = "patches for the experts of" if routing == "expert_choice" else "routing in"
-            return f"with random {what} {layer} (seed {intervention.seed}, {assignments} moved)"
+            subject = "patches for the experts of" if routing == "expert_choice" else "routing in"
+            return f"with random {subject} {layer} (seed {intervention.seed}, {assignments} moved)"
         case "top_k":
             return f"with k = {intervention.top_k} in {layer} ({assignments} dropped)"
         case "capacity":
@@ -508,7 +527,7 @@ def _count(number: int, singular: str, plural: str = "") -> str:
 def control_in_words(
     intervention: Intervention, moved: int, routing: RoutingKind = "token_choice"
 ) -> str:
-    """What the control does, with its fill."""
+    """The random change of the control and its fill, in words; `moved` patch assignments are taken away."""
     assignments = f"{_count(moved, 'random patch assignment')} of {_layer_in_words(intervention)}"
     if control_fill(intervention) == "zero":
         return f"setting {assignments} to zero"
@@ -520,6 +539,6 @@ def control_in_words(
 
 
 def control_fill(intervention: Intervention) -> Fill:
-    """The control takes away as the intervention does: what is dropped is dropped there, what is moved is moved."""
+    """The fill of the control: zero for interventions that drop assignments, else that of the intervention."""
     drops = intervention.kind in ("top_k", "capacity")
     return "zero" if drops else intervention.fill

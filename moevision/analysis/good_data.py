@@ -1,15 +1,15 @@
 """`moevision data score`: what is known about the images of a run, as a table and as a page of ranked lists.
 
-images.csv   a row for each image of every split: scores, what the model says, its file, its doubles
-page.html    ranked lists, a map, tables of classes and experts; its images are in thumbs/, nothing is fetched elsewhere
+images.csv   a row for each image of every split: scores, the model's prediction, measures of its pixels, duplicates
+page.html    ranked lists, a map, tables of classes and experts; its images are in thumbs/, and nothing is downloaded
 
-One pass opens each image once: its pixels are measured (`image_measures`), and the run's own model says what it sees.
-Then near-duplicates are looked for (`nearest_by_hash`, `nearest_by_features`). Numbers lie in arrays with a row per
-image, the splits one after the other; nothing else is kept of an image.
+Each image is opened once: its pixels are measured (`image_measures`), and the run's own model classifies it. Then
+near-duplicates are searched for (`nearest_by_hash`, `nearest_by_features`). The results are arrays with a row for each
+image, one split after the other; pixels are not kept.
 
-The page ranks and judges nothing: how many of the first are bad depends on the data. What a person decides there is
-saved by the browser as decisions.csv, which `moevision data prune --by decisions` and `fit --data.relabel` read. The
-explorer shows the lists that need the scores alone (`SCORE_LISTS`).
+The page only ranks images. Which of them are bad, a person decides there; the browser saves these decisions as
+decisions.csv, which `moevision data prune --by decisions` and `fit --data.relabel` read. The explorer shows the lists
+that need the scores alone (`SCORE_LISTS`).
 
 Axes: n images of all splits, m of the training set (the first m of n), D features, C classes, H height, W width.
 """
@@ -59,25 +59,27 @@ from moevision.words import shell_word
 
 TABLE, PAGE, THUMBS = "images.csv", "page.html", "thumbs"
 THUMB: Final = 112  # px, the longer side of an image on the page
-_MAP_COLUMNS, _MAP_ROWS = 24, 16  # cells of the map: mean p, spread
-_MAX_SPREAD = 0.5  # the largest standard deviation of numbers in [0, 1]
-_WEAK_ACCURACY = 0.6  # of a model below it the lists are about the model more than about the images
-_MIN_VISITS = 3
+# The map: columns are bins of the mean probability of the label, rows are bins of its standard deviation.
+_MAP_COLUMNS, _MAP_ROWS = 24, 16
+_MAX_SPREAD = 0.5  # the largest possible standard deviation of numbers in [0, 1]
+# Below this accuracy the lists rank mistakes of the model rather than of the images.
+_WEAK_ACCURACY = 0.6
+_MIN_VISITS = 3  # of an image during the training, for scores that need several
 _TABLE_ROWS = 1000  # of a table of the page, at most
-_GROUP_IMAGES = 5  # of a class or an expert
+_GROUP_IMAGES = 5  # images shown for each class or expert
 _MAX_GROUPS = 64  # classes or experts that are shown with images
-_LITTLE_WORK = 0.5  # of an even share
-_GREY = 0.01  # mean difference of channels, 0 to 1: below it an image has no colour that one sees
-_MAX_GREY_SHARE = 0.5  # grey images stand out where at most this share is grey
+_LITTLE_WORK = 0.5  # work of an expert, relative to an even share, that the page calls little
+_GREY = 0.01  # mean difference of channels, 0 to 1, below which an image has no visible colour
+_MAX_GREY_SHARE = 0.5  # grey images are listed only if at most this share of the images is grey
 
 
 def score_run(
     run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, command: str = ""
 ) -> Json:
-    """Find out everything about the images of a run, and write the table and the page to `out`.
+    """Examine the images of a run, and write the table and the page to `out`.
 
-    The page shows `show` images per list; `quick`: only the scores, no image is opened but those that are shown.
-    Returns what the page was made of.
+    The page shows `show` images per list. With `quick` only the scores are used, and only images that the page shows
+    are opened. Returns the values from which the page was rendered.
     """
     refuse_foreign(out / TABLE, b"split,image,label,")
     refuse_foreign(out / PAGE, b'content="moevision ')
@@ -86,8 +88,8 @@ def score_run(
     images = images_of(run_dir)
     model = None if quick else load_model(str(run_dir))
 
-    hidden = quick or len(images) < 1000
-    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+    is_hidden = quick or len(images) < 1000  # it takes a few seconds
+    with Progress(console=Console(stderr=True), transient=True, disable=is_hidden) as bar:
         task = bar.add_task("looking at images", total=len(images))
         facts = examine(images, scores, model, partial(bar.advance, task))
 
@@ -111,7 +113,7 @@ def score_run(
     return page
 
 
-# ---- what the pixels of one image say
+# ---- measures of the pixels of one image
 
 SIDE: Final = 224
 MEASURES: Final = np.dtype(
@@ -126,19 +128,19 @@ MEASURES: Final = np.dtype(
         ("read", np.bool_),
     ]
 )
-"""What is measured of one image, 33 bytes; `read` is false where it can't be decoded."""
+"""Measures of one image, 33 bytes; `read` says whether it could be decoded, `has_hash` whether `hash` is meaningful."""
 _GRID: Final = 32
-# Grey levels: standard deviation of the 32 x 32 luma below which signs of frequencies are noise.
+# Standard deviation of the 32 x 32 luma, in grey levels, below which the bits of a perceptual hash are only noise.
 _MIN_CONTRAST: Final = 2.0
 
 
 def image_measures(image: Image.Image) -> Array:
     """Measure an RGB image, perhaps decoded at a reduced size by `safe_open`; a 0-d array of `MEASURES`.
 
-    All but the size is measured at a short side of at most `SIDE`, so that photos of different cameras compare;
-    nothing is enlarged. `sharpness` is the variance of the Laplacian of the luma, in grey levels² (Pech-Pacheco et al.,
-    ICPR 2000, LAPV); low: blurred or without detail. `brightness` is the mean luma, 0 to 1; `colour` the mean of the
-    largest less the smallest channel, 0 to 1; 0: grey.
+    All but width and height is measured after shrinking the image to a short side of at most `SIDE`, so that photos of
+    different cameras are comparable. `sharpness` is the variance of the Laplacian of the luma, in grey levels²
+    (Pech-Pacheco et al., ICPR 2000, LAPV), which is low for an image that is blurred or has no detail. `brightness` is
+    the mean luma, 0 to 1. `colour` is the mean over pixels of the largest less the smallest channel, 0 (grey) to 1.
     """
     (width, height), _ = full_size(image)
     scale = SIDE / min(image.size)
@@ -146,6 +148,7 @@ def image_measures(image: Image.Image) -> Array:
         columns = max(1, round(image.width * scale))
         rows = max(1, round(image.height * scale))
         image = image.resize((columns, rows), Image.Resampling.BILINEAR)
+
     luma = image.convert("L")
     rgb = np.asarray(image)  # [H, W, 3]
 
@@ -161,7 +164,7 @@ def image_measures(image: Image.Image) -> Array:
 
 
 def laplacian_variance(luma: Floats) -> float:
-    """Variance of the four-neighbour Laplacian of [H, W] inside the edge; 0 of less than 3 x 3 pixels."""
+    """Variance of the four-neighbour Laplacian of [H, W] without the border; 0 for less than 3 x 3 pixels."""
     if min(luma.shape) < 3:
         return 0.0
     inside = laplace(luma)[1:-1, 1:-1]
@@ -169,46 +172,48 @@ def laplacian_variance(luma: Floats) -> float:
 
 
 def perceptual_hash(luma: Image.Image) -> tuple[np.uint64, bool]:
-    """The hash of a grey image, and whether there was contrast enough for one.
+    """The hash of a grey image, and whether the image has enough contrast for one.
 
-    64 bits, signs of the lowest 8 x 8 frequencies (DCT-II of 32 x 32 luma) against their median, as pHash does (Zauner,
-    "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010): alike for a copy in another size or
-    compression, and not for a mirrored or strongly cropped one.
+    Each of 64 bits says whether one of the lowest 8 x 8 frequencies (DCT-II of the 32 x 32 luma) is above their median,
+    as in pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010). Hashes are similar
+    for copies in another size or compression, but not for mirrored or strongly cropped ones.
     """
     grid = np.asarray(luma.resize((_GRID, _GRID), Image.Resampling.BILINEAR), np.float64)
-    frequencies = dctn(grid)[:8, :8].ravel()[1:]  # without the mean
-    signs = frequencies > np.median(frequencies)
-    bits = np.packbits(np.append(False, signs))
+    frequencies = dctn(grid)[:8, :8].ravel()[1:]  # [63], without the mean of the image
+    is_high = frequencies > np.median(frequencies)
+    bits = np.packbits(np.append(False, is_high))  # 8 bytes; the bit of the mean is always 0
     has_contrast = bool(grid.std() >= _MIN_CONTRAST)
     return bits.view(">u8")[0].astype(np.uint64), has_contrast
 
 
-# ---- near-duplicates: for each image the most alike other one, and the most alike one of another split
+# ---- near-duplicates: for each image the most similar other one, and the most similar one of another split
 #
-# Two ways to be alike, because each misses what the other finds: a perceptual hash, and the features of a model,
-# whitened, so that they tell images apart instead of classes. Both searches are bounded for a million images, and may
-# miss pairs:
+# Similarity is measured in two ways, because each misses pairs that the other finds: by a perceptual hash, and by the
+# features of a model, whitened so that they distinguish images rather than classes. So that a million images take
+# bounded time, both searches are approximate and may miss pairs:
 # - hashes are sorted under `ORDERS` permutations of their bits, and compared with their `WINDOW` next neighbours
-#   (Charikar, STOC 2002, §3): every image that shares its hash with another is found, and pairs that differ in four
-#   bits nearly always. Where more than `SURE_BITS` differ, the features must agree: among many images some are as near
-#   by chance, and their number grows as that of all pairs does. (50,000 images take 0.3 s; comparing all pairs, 6 s);
-# - features are compared within cells of at most `CELL` images, the nearest of k centroids (as SemDeDup does,
-#   arXiv:2303.09540): pairs at a border between cells are missed. Up to `CELL` images there is one cell.
+#   (Charikar, STOC 2002, §3). Every image that shares its hash with another is found, and pairs that differ in four
+#   bits nearly always. Where more than `SURE_BITS` bits differ, the features must also be similar: otherwise there are
+#   chance matches, whose number grows with the number of all pairs. (50,000 images take 0.3 s; all pairs, 6 s.)
+# - features are compared only within cells of at most `CELL` images with the same nearest centroid (as in SemDeDup,
+#   arXiv:2303.09540), so that pairs across the border of two cells are missed. Up to `CELL` images there is one cell.
 
-ORDERS, WINDOW, MOST_BITS, SURE_BITS = 16, 16, 10, 4
-AGREE: Final = 0.7  # cosine; among 60 000 images of CIFAR-10, pairs of 7 to 10 bits below it are no copies, by eye
+ORDERS, WINDOW = 16, 16
+# How many of 64 bits may differ: in any pair, and in a pair whose features are not compared.
+MOST_BITS, SURE_BITS = 10, 4
+AGREE: Final = 0.7  # least cosine; of 60 000 CIFAR-10 images, pairs of 7 to 10 bits below it are no copies, by eye
 CELL: Final = 16_384
-WIDTH: Final = 64  # features that are kept of an image: 128 bytes
-_COMPARED = 1024  # at once
+WIDTH: Final = 64  # dimensions of the features kept for an image: 128 bytes
+_COMPARED_ROWS = 1024  # rows of a cell's matrix of cosines that are computed at once
 _KMEANS_ITERATIONS = 5
 
 
 @dataclass
 class Nearest:
-    """The most alike other image of each [n], -1: there is none, and its distance, infinite without."""
+    """For each of n images the most similar other image, and the distance to it."""
 
-    other: Ints
-    distance: Floats
+    other: Ints  # [n] index of the other image; -1: none
+    distance: Floats  # [n]; infinite: none
 
     @classmethod
     def none(cls, n: int) -> Nearest:
@@ -216,15 +221,19 @@ class Nearest:
         return cls(np.full(n, -1, np.int64), np.full(n, np.inf, np.float32))
 
     def update(self, image: Ints, other: Ints, distance: Floats) -> None:
-        """Take pairs that are nearer than the present ones; an image may be among them several times."""
-        # The nearest last: where an image is assigned to several times, the last one stays.
+        """Consider candidate pairs, [pairs] each: keep those nearer than the known ones.
+
+        An image may occur in several pairs.
+        """
+        # By falling distance: where NumPy assigns to an image several times, the last value stays, the nearest.
         order = np.lexsort((other, distance))[::-1]
-        order = order[distance[order] < self.distance[image[order]]]
+        is_nearer = distance[order] < self.distance[image[order]]
+        order = order[is_nearer]
         self.other[image[order]] = other[order]
         self.distance[image[order]] = distance[order]
 
     def update_by_cosine(self, cosine: Floats, images: Ints, others: Ints) -> None:
-        """Take the best of each row of cosines [images, others]; -inf: no pair."""
+        """Consider the largest of each row of cosines [images, others]; -inf stands for a pair that doesn't count."""
         best = cosine.max(1)
         has_pair = np.isfinite(best)
         other = others[cosine.argmax(1)]
@@ -232,10 +241,10 @@ class Nearest:
 
 
 class Neighbours(NamedTuple):
-    """The most alike image of each, and the most alike one of another split."""
+    """For each image the most similar other image, and the most similar one of another split."""
 
     overall: Nearest
-    across: Nearest
+    across: Nearest  # of another split
 
     @classmethod
     def none(cls, n: int) -> Neighbours:
@@ -246,101 +255,112 @@ class Neighbours(NamedTuple):
 def nearest_by_hash(
     hashes: Ints, usable: Flags, split: Ints, white: Floats | None = None
 ) -> Neighbours:
-    """The nearest images by the bits in which hashes differ, at most `MOST_BITS`.
+    """The nearest images by the number of bits in which their hashes differ, at most `MOST_BITS`.
 
-    Of hashes, whether they are usable, and splits, [n] each; where more than `SURE_BITS` differ `whitened` features [n,
-    D] must agree (None: they aren't compared).
+    `hashes`, `usable` (whether to compare an image) and `split` (its number) are [n]. Pairs in which more than
+    `SURE_BITS` bits differ must also have similar `whitened` features, `white` [n, D]; None: any pair counts.
     """
     neighbours = Neighbours.none(len(hashes))
     rows = np.flatnonzero(usable)
     if len(rows) < 2:
         return neighbours
-    as_bytes = hashes[rows].astype(">u8").view(np.uint8)
+    as_bytes = hashes[rows].astype(">u8").view(np.uint8)  # [8 · rows], big-endian
     bits = np.unpackbits(as_bytes.reshape(-1, 8), axis=1)  # [rows, 64]
 
     generator = np.random.default_rng(0)
     for _ in range(ORDERS):
         shuffled = np.ascontiguousarray(bits[:, generator.permutation(64)])
-        key = np.packbits(shuffled, axis=1).view(">u8")[:, 0]
+        key = np.packbits(shuffled, axis=1).view(">u8")[:, 0]  # [rows]
         order = rows[np.argsort(key, kind="stable")]
+
         for step in range(1, WINDOW + 1):
-            left, right, distance = _similar_hashes(order[:-step], order[step:], hashes, white)
-            image = np.concatenate([left, right])
-            other = np.concatenate([right, left])
+            a, b, distance = _similar_hashes(order[:-step], order[step:], hashes, white)
+            # Each pair in both directions.
+            image = np.concatenate([a, b])
+            other = np.concatenate([b, a])
             distance = np.tile(distance, 2)
             neighbours.overall.update(image, other, distance)
+
             across = split[image] != split[other]
             neighbours.across.update(image[across], other[across], distance[across])
     return neighbours
 
 
 def _similar_hashes(
-    left: Ints, right: Ints, hashes: Ints, white: Floats | None
+    a: Ints, b: Ints, hashes: Ints, white: Floats | None
 ) -> tuple[Ints, Ints, Floats]:
-    """The pairs of left and right that are near enough, and the number of bits in which they differ."""
-    bits = np.bitwise_count(hashes[left] ^ hashes[right])
-    near = bits <= MOST_BITS
+    """Those pairs of images a[i] and b[i] that are near enough, and the number of bits in which they differ."""
+    num_bits = np.bitwise_count(hashes[a] ^ hashes[b])  # [pairs]
+    is_near = num_bits <= MOST_BITS
     if white is not None:
-        unsure = np.flatnonzero(near & (bits > SURE_BITS))
-        cosine = np.einsum("pd,pd->p", white[left[unsure]], white[right[unsure]])
-        near[unsure] = cosine >= AGREE
-    return left[near], right[near], bits[near].astype(np.float32)
+        unsure = np.flatnonzero(is_near & (num_bits > SURE_BITS))
+        cosine = np.einsum("pd,pd->p", white[a[unsure]], white[b[unsure]])
+        is_near[unsure] = cosine >= AGREE
+    return a[is_near], b[is_near], num_bits[is_near].astype(np.float32)
 
 
 def nearest_by_features(white: Floats, usable: Flags, split: Ints) -> Neighbours:
-    """By one less the cosine of vectors of unit length [n, D], as of `whitened`; `nearest_by_hash` says the rest."""
+    """The nearest images by 1 - cosine of unit vectors [n, D], such as `whitened` features.
+
+    `usable` and `split` are those of `nearest_by_hash`.
+    """
     neighbours = Neighbours.none(len(white))
     rows = np.flatnonzero(usable)
     if len(rows) < 2:
         return neighbours
+
     for members in _cells(white[rows]):
         cell = rows[members]
-        for start in range(0, len(cell), _COMPARED):
-            block = cell[start : start + _COMPARED]
+        for start in range(0, len(cell), _COMPARED_ROWS):
+            block = cell[start : start + _COMPARED_ROWS]
             cosine = white[block] @ white[cell].T  # [block, cell]
             row = np.arange(len(block))
-            cosine[row, start + row] = -np.inf  # an image is no pair with itself
+            cosine[row, start + row] = -np.inf  # an image isn't its own neighbour
             neighbours.overall.update_by_cosine(cosine, block, cell)
+
             cosine[split[block, None] == split[cell]] = -np.inf
             neighbours.across.update_by_cosine(cosine, block, cell)
     return neighbours
 
 
 def nearest_by_experts(shares: Sequence[Floats], labels: Ints) -> Nearest:
-    """The image of the same class that the experts computed most alike, by one less the Bhattacharyya coefficient.
+    """For each image the one of the same class that was most similarly routed, by 1 - Bhattacharyya coefficient.
 
-    Of the shares of each layer [m, E], NaN: unknown. The coefficient is the mean over layers of Σ_e √(p_e q_e), 1 for
-    equal shares.
+    `shares` are, for each layer, [m, E] the experts' shares in an image (NaN: unknown). The coefficient of images with
+    shares p and q is the mean over layers of Σ_e √(p_e q_e), 1 for equal shares.
     """
-    roots = np.sqrt(np.concatenate(shares, axis=1), dtype=np.float32)
-    roots /= np.sqrt(np.float32(len(shares)))  # so that rows have unit length
-    recorded = np.isfinite(roots).all(1)
+    # The coefficient is the dot product of square roots, which have unit length once divided by √(layers).
+    roots = np.sqrt(np.concatenate(shares, axis=1), dtype=np.float32)  # [m, layers · E]
+    roots /= np.sqrt(np.float32(len(shares)))
+    is_recorded = np.isfinite(roots).all(1)  # [m]
 
     nearest = Nearest.none(len(labels))
-    for label in np.unique(labels[recorded]):
-        rows = np.flatnonzero(recorded & (labels == label))
-        one_split = np.zeros(len(rows), np.int64)
-        in_class = nearest_by_features(roots[rows], one_split == 0, one_split).overall
+    for label in np.unique(labels[is_recorded]):
+        rows = np.flatnonzero(is_recorded & (labels == label))
+        all_usable = np.ones(len(rows), np.bool_)
+        same_split = np.zeros(len(rows), np.int64)
+        in_class = nearest_by_features(roots[rows], all_usable, same_split).overall
         has_pair = in_class.other >= 0
+        # `in_class.other` counts within the class.
         nearest.other[rows[has_pair]] = rows[in_class.other[has_pair]]
         nearest.distance[rows] = in_class.distance
     return nearest
 
 
 def whitened(features: Floats, usable: Flags) -> Floats:
-    """Features [n, D] whose covariance is the identity, each of unit length; directions without spread stay out.
+    """Features [n, D] transformed to identity covariance, then scaled to unit length for each image.
 
-    Images that aren't `usable` [n] take no part, and are 0.
+    Directions without variance are left out. Images that aren't `usable` [n] don't count, and their result is 0.
     """
     centred = features.astype(np.float32)
     if usable.any():
         centred -= centred[usable].mean(0)
     centred[~usable] = 0
 
-    covariance = centred.T @ centred / max(1, usable.sum())
-    variance, axes = np.linalg.eigh(covariance)
-    varied = variance > 1e-5 * variance.max()  # features are kept as float16
-    scaled_axes = axes[:, varied] / np.sqrt(variance[varied] + 1e-12)
+    covariance = centred.T @ centred / max(1, usable.sum())  # [D, D]
+    variance, axes = np.linalg.eigh(covariance)  # [D], [D, D]
+    has_variance = variance > 1e-5 * variance.max()  # beyond the rounding of features in float16
+    scaled_axes = axes[:, has_variance] / np.sqrt(variance[has_variance] + 1e-12)
 
     white: Floats = centred @ scaled_axes.astype(np.float32)
     length = np.linalg.norm(white, axis=1, keepdims=True)
@@ -349,28 +369,34 @@ def whitened(features: Floats, usable: Flags) -> Floats:
 
 
 def _cells(white: Floats) -> list[Ints]:
-    """Indices of at most `CELL` images each, by their nearest centroid (k-means of a sample)."""
+    """A partition of n images into cells of at most `CELL`, by their nearest centroid: arrays of indices.
+
+    The centroids are those of k-means on a sample.
+    """
     n = len(white)
     if n <= CELL:
         return [np.arange(n)]
     from sklearn.cluster import KMeans  # slow to import, and not needed for fewer images
 
     drawn = np.random.default_rng(0).choice(n, min(n, 2 * CELL), replace=False)
-    clusters = 2 * -(-n // CELL)
-    kmeans = KMeans(clusters, init="random", n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=0)
+    num_clusters = 2 * math.ceil(n / CELL)
+    kmeans = KMeans(
+        num_clusters, init="random", n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=0
+    )
     cluster = kmeans.fit(white[np.sort(drawn)]).predict(white)
 
+    # Images sorted by cluster, split where the next cluster begins; large clusters are cut into several cells.
     order = np.argsort(cluster, kind="stable")
-    ends = np.flatnonzero(np.diff(cluster[order])) + 1
+    starts = np.flatnonzero(np.diff(cluster[order])) + 1
     cells: list[Ints] = []
-    for members in np.split(order, ends):
+    for members in np.split(order, starts):
         cells += np.split(members, range(CELL, len(members), CELL))
     return cells
 
 
 @cache
 def projection(width: int) -> Floats:
-    """[D, at most `WIDTH`] orthonormal directions onto which features are projected, the same for every image."""
+    """[D, at most `WIDTH`] random orthonormal directions for projecting features of D = `width`; always the same."""
     gaussian = np.random.default_rng(0).standard_normal((width, min(width, WIDTH)))
     directions, _ = np.linalg.qr(gaussian)
     return directions.astype(np.float32)
@@ -378,57 +404,60 @@ def projection(width: int) -> Floats:
 
 # ---- how little an image fits its class
 
-_SOLVED = 4096
+_DOUBT_BATCH = 4096  # images whose probabilities are computed at once
 
 
 def class_doubt(x: Floats, labels: Ints) -> Floats:
-    """[n] -ln p(label | x) under Gaussian classes of one covariance (Fisher 1936; Hastie et al., ESL, §4.3).
+    """[n] -ln p(label | x) by linear discriminant analysis (Fisher 1936; Hastie et al., ESL, §4.3).
 
-    Of the experts that computed an image (their shares) it asks: are these the experts of its class? The same question
-    about the pooled features of a dense model is the control. 0 where x [n, H] leaves no doubt; NaN where x has NaN,
-    and everywhere if there is one class only.
+    With x [n, H] the experts' shares in each image, it measures how little these fit the image's class; with x the
+    pooled features of a dense model it is the control for that. 0: x fits the label without doubt. NaN where x has NaN,
+    and everywhere if there is only one class.
     """
     doubt = np.full(len(x), np.nan, np.float32)
     rows = np.flatnonzero(~np.isnan(x).any(1))
-    classes, number = np.unique(labels[rows], return_inverse=True)
+    classes, class_index = np.unique(labels[rows], return_inverse=True)  # [C], [rows]
     if len(classes) < 2:
         return doubt
-    counts = np.bincount(number)  # [C]
+
+    counts = np.bincount(class_index)  # [C]
     means = np.zeros((len(classes), x.shape[1]))  # [C, H]
-    np.add.at(means, number, x[rows])
+    np.add.at(means, class_index, x[rows])
     means /= counts[:, None]
 
-    within = x[rows] - means[number]
-    scatter = within.T @ within / len(rows)
-    # Shares of a layer add up to 1: one direction has no spread, and the ridge keeps it out of the answer.
-    ridge = 1e-3 * np.trace(scatter) / len(scatter) + 1e-12
-    scatter += np.eye(len(scatter)) * ridge
-    weight = np.linalg.solve(scatter, means.T)  # [H, C]
-    bias = np.log(counts / len(rows)) - 0.5 * (means * weight.T).sum(1)
+    deviations = x[rows] - means[class_index]  # [rows, H]
+    covariance = deviations.T @ deviations / len(rows)  # [H, H], shared by all classes
+    # The shares of a layer sum to 1, so the covariance is singular: a ridge makes it invertible.
+    ridge = 1e-3 * np.trace(covariance) / len(covariance) + 1e-12
+    covariance += np.eye(len(covariance)) * ridge
 
-    for start in range(0, len(rows), _SOLVED):
-        block = rows[start : start + _SOLVED]
-        label = number[start : start + _SOLVED]
+    # The discriminant of class c is x · Σ⁻¹ μ_c - ½ μ_c · Σ⁻¹ μ_c + ln of its prior.
+    weight = np.linalg.solve(covariance, means.T)  # [H, C]
+    bias = np.log(counts / len(rows)) - 0.5 * (means * weight.T).sum(1)  # [C]
+
+    for start in range(0, len(rows), _DOUBT_BATCH):
+        block = rows[start : start + _DOUBT_BATCH]
+        block_classes = class_index[start : start + _DOUBT_BATCH]
         log_p = log_softmax(x[block] @ weight + bias, axis=1)  # [block, C]
-        doubt[block] = -log_p[np.arange(len(block)), label]
+        doubt[block] = -log_p[np.arange(len(block)), block_classes]
     return doubt
 
 
-# ---- everything about the images of a run
+# ---- examining the images of a run
 
-_BATCH = 64
+_BATCH = 64  # images that are opened and classified at once
 
 
 @dataclass
 class RunImages:
     """The images of a run in the order of its splits, train first."""
 
-    collection: Collection  # where they are opened
-    class_names: list[str]  # in words; labels index them
-    # split -> its images; `all` of them [n], with `labels` [n] and the number of their split `split_of` [n]
-    samples: dict[str, list[Sample]]
+    collection: Collection  # opens them
+    class_names: list[str]  # readable names; a label is an index into them
+    samples: dict[str, list[Sample]]  # split -> its images
 
     def __post_init__(self) -> None:
+        """Set `splits` (names, train first) and, for all n images, `all`, `split_of` (index of the split), `labels`."""
         self.splits = [split for split in SPLITS if split in self.samples]
         self.all = [sample for split in self.splits for sample in self.samples[split]]
         sizes = [len(self.samples[split]) for split in self.splits]
@@ -447,8 +476,8 @@ class RunImages:
 
 
 def images_of(run_dir: Path) -> RunImages:
-    """The images of a run, in the split that it recorded; none is decoded."""
-    from moevision.data import ImageDataModule  # Lightning comes along
+    """The images of a run, in the splits that it recorded; none is decoded."""
+    from moevision.data import ImageDataModule  # imports Lightning, which is slow
 
     parameters = signature(ImageDataModule).parameters
     settings = {name: value for name, value in data_settings(run_dir).items() if name in parameters}
@@ -467,49 +496,54 @@ def images_of(run_dir: Path) -> RunImages:
 
 @dataclass
 class ImageFacts:
-    """What is known of n images, of which the first m have scores; NaN in them: no visit, or no row of the image."""
+    """What is known of n images, of which the first m are the training set.
+
+    Scores are NaN for an image that the training never visited, or that scores.csv lacks.
+    """
 
     scores: dict[str, Floats]  # name -> [m]
-    experts: dict[int, Floats]  # block -> [m, E]
-    visits: Ints  # [m]
-    unlike_class: Floats  # [m] how little the experts that computed the image are those of its class (`class_doubt`)
-    by_experts: Nearest  # [m] the image of the same class that the experts computed most alike
+    experts: dict[int, Floats]  # index of the block -> [m, E] shares of its experts in each image
+    visits: Ints  # [m] how often the training looked at the image
+    unlike_class: Floats  # [m] how little the experts' shares fit the image's class (`class_doubt`)
+    by_experts: Nearest  # [m] the most similarly routed image of the same class
     measures: Array  # [n] of `MEASURES`
-    prediction: Ints  # [n] class that the model names; -1: it wasn't run
-    certainty: Floats  # [n] its probability
-    margin: (
-        Floats  # [n] its probability of the label less the largest other one; NaN: it wasn't run
-    )
+    # Of the model; "not run" also stands for an image that can't be read.
+    prediction: Ints  # [n] the most probable class; -1: not run
+    certainty: Floats  # [n] its probability; NaN: not run
+    margin: Floats  # [n] probability of the label less the largest other one; NaN: not run
     by_hash: Neighbours
     by_features: Neighbours
-    # float16 [n, at most 64] what is in front of the classifier, projected; None: the model wasn't run
+    # float16 [n, at most `WIDTH`] projected input of the classifier; None: not run
     features: Floats | None = None
-    white: Floats | None = None  # [n, D] the features, whitened
+    white: Floats | None = None  # [n, D] the features, `whitened`
     problems: dict[int, str] = field(default_factory=dict)  # index -> why it can't be read
 
     @classmethod
     def of_scores(cls, images: RunImages, scores: Scores) -> ImageFacts:
-        """The scores of the training images, and what follows from them."""
-        row_of = {escape_csv_cell(name): row for row, name in enumerate(scores.images)}
+        """The scores of the training images and what is computed from them alone; the rest is empty."""
+        row_by_name = {escape_csv_cell(name): row for row, name in enumerate(scores.images)}
         names = [escape_csv_cell(sample.sample_id) for sample in images.samples["train"]]
-        row = np.array([row_of.get(name, -1) for name in names], np.int64)  # [m]
-        if (row < 0).all():
+        # [m] the row of each training image in `scores`; -1: it has none
+        rows = np.array([row_by_name.get(name, -1) for name in names], np.int64)
+        if (rows < 0).all():
             raise UserError(
                 "scores.csv is of other images than the run's training set: it was replaced, or its data were."
             )
-        n, m = len(images), len(row)
+        n, m = len(images), len(rows)
         labels = images.labels[:m]
+
         unlike_class = np.full(m, np.nan, np.float32)
         by_experts = Nearest.none(m)
-        experts = {block: _rows_or_nan(shares, row) for block, shares in scores.experts.items()}
+        experts = {block: _rows_or_nan(shares, rows) for block, shares in scores.experts.items()}
         if experts:
             shares = list(experts.values())
             unlike_class = class_doubt(np.concatenate(shares, axis=1), labels)
             by_experts = nearest_by_experts(shares, labels)
+
         return cls(
-            scores={name: _rows_or_nan(scores.scores[name], row) for name in SCORES},
+            scores={name: _rows_or_nan(scores.scores[name], rows) for name in SCORES},
             experts=experts,
-            visits=np.where(row < 0, 0, scores.visits[row]),
+            visits=np.where(rows < 0, 0, scores.visits[rows]),
             unlike_class=unlike_class,
             by_experts=by_experts,
             measures=np.zeros(n, MEASURES),
@@ -521,22 +555,23 @@ class ImageFacts:
         )
 
     def most_alike(self, across: bool) -> Nearest:
-        """The most alike image of each, or the one of another split: by hash if one is near, else by features.
+        """The most similar image of each (`across`: of another split): by hash if there is one, else by features.
 
-        The distance orders pairs, all by hash first: bits that differ, or 100 and one less the cosine.
+        Distances sort pairs by hash before pairs by features: the number of bits that differ, or 100 + 1 - cosine.
         """
-        by_hash, by_features = self.by_hash[across], self.by_features[across]
-        near = by_hash.other >= 0
-        other = np.where(near, by_hash.other, by_features.other)
-        distance = np.where(near, by_hash.distance, 100 + by_features.distance)
+        by_hash = self.by_hash.across if across else self.by_hash.overall
+        by_features = self.by_features.across if across else self.by_features.overall
+        has_hash_pair = by_hash.other >= 0
+        other = np.where(has_hash_pair, by_hash.other, by_features.other)
+        distance = np.where(has_hash_pair, by_hash.distance, 100 + by_features.distance)
         return Nearest(other, distance)
 
 
-def _rows_or_nan(values: Array, row: Ints) -> Floats:
-    """Those rows of the values, in float32; NaN where the row is -1."""
-    rows = values[row].astype(np.float32)
-    rows[row < 0] = np.nan
-    return rows
+def _rows_or_nan(values: Array, rows: Ints) -> Floats:
+    """`values[rows]` in float32; NaN where the index of a row is -1."""
+    selected = values[rows].astype(np.float32)
+    selected[rows < 0] = np.nan
+    return selected
 
 
 def examine(
@@ -545,10 +580,9 @@ def examine(
     model: SavedModel | None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> ImageFacts:
-    """Find out everything about the images of a run, with the scores of its training images.
+    """Collect everything that is known about the images of a run, from the scores of its training and from the images.
 
-    A model of None leaves the pass over the images out. `advance` is called with how many images were looked at since
-    its last call.
+    With a model of None the images aren't opened. `advance` is called after each batch with its number of images.
     """
     facts = ImageFacts.of_scores(images, scores)
     if model is not None:
@@ -560,7 +594,7 @@ def examine(
 def measure_images(
     images: RunImages, model: SavedModel, facts: ImageFacts, advance: Callable[[int], object]
 ) -> None:
-    """Open each image once: fill in what its pixels say, what the model says, or why it can't be read."""
+    """Open each image once, and fill in its measures and the model's prediction, or why it can't be read."""
     net = model.net.to(best_device())
     open_image = partial(_open_image, images.collection, model)
     threads = ThreadPoolExecutor(min(16, usable_cores()))
@@ -581,7 +615,7 @@ def measure_images(
 def _open_image(
     collection: Collection, model: SavedModel, sample: Sample
 ) -> tuple[Array, Pixels] | BadImageError:
-    """The measures of an image, and its pixels as the model sees it."""
+    """The measures of an image, and its pixels prepared for the model, uint8 [S, S, 3]; or the error."""
     side = model.image_size
     try:
         image = collection.open(sample, max(SIDE, side))
@@ -593,11 +627,14 @@ def _open_image(
 def predict(
     model: SavedModel, pixels: Mapping[int, Pixels], labels: Ints, facts: ImageFacts
 ) -> None:
-    """Fill in what the model says of some images, index -> uint8 [S, S, 3]; the labels are those of all."""
+    """Fill in the model's predictions and features for a batch of images.
+
+    `pixels` are index -> uint8 [S, S, 3] of B of the n images, `labels` [n] the classes of all.
+    """
     net = cast(Any, model.net)
-    rows = list(pixels)
-    x = network_input(model, np.stack(list(pixels.values())))
-    tokens = net.forward_features(x)
+    rows = list(pixels)  # [B]
+    x = network_input(model, np.stack(list(pixels.values())))  # [B, 3, S, S]
+    tokens = net.forward_features(x)  # [B, N, D]
     logits = net.forward_head(tokens).float()  # [B, C]
     p = logits.softmax(-1).cpu().numpy()
     facts.prediction[rows] = p.argmax(1)
@@ -609,25 +646,25 @@ def predict(
     directions = projection(features.shape[1])
     if facts.features is None:
         facts.features = np.zeros((len(labels), directions.shape[1]), np.float16)
-    facts.features[rows] = np.clip(features @ directions, -6e4, 6e4)
+    facts.features[rows] = np.clip(features @ directions, -6e4, 6e4)  # within float16
 
 
 def find_neighbours(images: RunImages, facts: ImageFacts) -> None:
-    """Fill in the most alike images by hashes and by features."""
-    read = facts.measures["read"]
+    """Fill in the most similar images by hashes and by features."""
+    is_read = facts.measures["read"]
     if facts.features is not None:
-        facts.white = whitened(facts.features, read)
-        facts.by_features = nearest_by_features(facts.white, read, images.split_of)
-    hashed = read & facts.measures["has_hash"]
-    facts.by_hash = nearest_by_hash(facts.measures["hash"], hashed, images.split_of, facts.white)
+        facts.white = whitened(facts.features, is_read)
+        facts.by_features = nearest_by_features(facts.white, is_read, images.split_of)
+    is_hashed = is_read & facts.measures["has_hash"]
+    facts.by_hash = nearest_by_hash(facts.measures["hash"], is_hashed, images.split_of, facts.white)
 
 
 def _margins(probabilities: Floats, labels: Ints) -> Floats:
-    """Of [B, C]: p of the label less the largest other p, the order of cleanlab's normalized margin."""
+    """[B] p of the label less the largest other p, from [B, C]; ranks images as cleanlab's normalized margin does."""
     rows = np.arange(len(labels))
     of_label = probabilities[rows, labels]
     others = probabilities.copy()
-    others[rows, labels] = 0  # no p is less, and with one class there is no other
+    others[rows, labels] = 0  # the smallest value, so that the label's isn't the maximum
     margins: Floats = of_label - others.max(1)
     return margins
 
@@ -639,21 +676,24 @@ def _margins(probabilities: Floats, labels: Ints) -> Floats:
 class ScoreList:
     """A list of training images by one score."""
 
-    key: str  # its name in addresses
-    name: str  # in two words
-    title: str  # what it is called
-    about: str  # what it is ranked by, and what it does not show
-    score: str  # the score, one of `data.scores.SCORES`
-    form: str  # the format of a score, in words
-    highest: bool = False  # whether the highest comes first; else the lowest
+    key: str  # its name in URLs
+    name: str  # short name, two words
+    title: str
+    about: str  # by what it is ranked, and what it doesn't show
+    score: str  # name of the score, one of `data.scores.SCORES`
+    form: str  # format string for a score
+    highest: bool = False  # whether the highest score comes first; else the lowest
 
     def first(self, scores: Mapping[str, Floats], count: int, among: Flags | None = None) -> Ints:
-        """At most `count` rows of `scores`, score -> [m], in order; images without the score are in no list."""
+        """The first `count` images of the list: rows of `scores`, score -> [m]; images without the score are left out.
+
+        `among` [m] restricts the list to some images.
+        """
         values = scores[self.score]
         return lowest_rows(-values if self.highest else values, count, among)
 
     def value(self, scores: Mapping[str, Floats], row: int) -> str:
-        """What is said of one image."""
+        """The score of one image as text."""
         return self.form.format(scores[self.score][row]).replace("-", "\N{MINUS SIGN}")
 
 
@@ -698,16 +738,16 @@ SCORE_LISTS: Final = {ranking.key: ranking for ranking in _SCORE_LISTS}
 
 
 def lowest_rows(values: Array, count: int, among: Flags | None = None) -> Ints:
-    """Rows of the lowest finite values [m], lowest first; of equal ones the first."""
+    """Rows of the `count` lowest finite values of [m], lowest first; `among` [m] restricts them to some rows."""
     finite = np.isfinite(values)
     rows = np.flatnonzero(finite if among is None else finite & among)
-    if len(rows) > count:  # of a million values only so many need be sorted
+    if len(rows) > count:  # select before sorting, for a million values
         rows = rows[np.argpartition(values[rows], count - 1)[:count]]
     return rows[np.lexsort((rows, values[rows]))]
 
 
 def image_id(split: str, name: str) -> str:
-    """By what the explorer knows an image of a run; `name` is its sample id, or that as a file of the run has it."""
+    """The explorer's id of an image of a run; `name` is its sample id, as it is or escaped as in the run's files."""
     return f"{split}/{escape_csv_cell(name)}"
 
 
@@ -715,10 +755,10 @@ def image_id(split: str, name: str) -> str:
 
 
 def table_lines(images: RunImages, facts: ImageFacts) -> Iterator[str]:
-    """images.csv, line by line."""
+    """The lines of images.csv."""
     columns = _image_columns(images, facts) | _neighbour_columns(images, facts)
     yield csv_text([*columns], [])
-    # Images outside of the training have no scores.
+    # Columns of scores are shorter: only training images, which come first, have them.
     for row in zip_longest(*columns.values(), fillvalue=""):
         yield csv_text(row, [])
 
@@ -754,10 +794,10 @@ def _image_columns(images: RunImages, facts: ImageFacts) -> Columns:
 def _neighbour_columns(images: RunImages, facts: ImageFacts) -> Columns:
     by_hash, across = facts.by_hash
     by_features = facts.by_features.overall
-    leak = facts.most_alike(across=True).other
-    cosine = np.full(len(images), np.nan)
+    leak = facts.most_alike(across=True).other  # a duplicate in another split
+    leak_cosine = np.full(len(images), np.nan)
     if facts.white is not None:
-        cosine = np.where(leak >= 0, np.vecdot(facts.white, facts.white[leak]), np.nan)
+        leak_cosine = np.where(leak >= 0, np.vecdot(facts.white, facts.white[leak]), np.nan)
     return {
         "hash_twin": _sample_names(images, by_hash.other),
         "hash_bits": _numbers(by_hash.distance, ".0f"),
@@ -765,7 +805,7 @@ def _neighbour_columns(images: RunImages, facts: ImageFacts) -> Columns:
         "feature_cosine": _numbers(1 - by_features.distance),
         "leak": _sample_names(images, leak),
         "leak_bits": _numbers(across.distance, ".0f"),
-        "leak_cosine": _numbers(cosine),
+        "leak_cosine": _numbers(leak_cosine),
         "expert_twin": _sample_names(images, facts.by_experts.other),
         "expert_coefficient": _numbers(1 - facts.by_experts.distance),
     }
@@ -788,30 +828,30 @@ def _sample_names(images: RunImages, indices: Ints) -> Iterator[str]:
         yield escape_csv_cell(images.all[index].sample_id) if index >= 0 else ""
 
 
-# ---- what the page says
+# ---- the content of the page
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One ranked list; the page's template has the words of those that the explorer doesn't show."""
+    """One ranked list of the page; where title and description are empty, the page's template has them."""
 
-    key: str  # its anchor
-    rows: Ints  # [r] the first images, best first
-    values: Sequence[str]  # [r] what is said of each
-    twins: Ints | None = None  # [r] the image that is shown beside each, if it is about pairs
-    title: str = ""  # what it is called
-    about: str = ""  # what it is ranked by
+    key: str  # its anchor in the page
+    rows: Ints  # [r] indices of the first images, in order
+    values: Sequence[str]  # [r] text beside each image
+    twins: Ints | None = None  # [r] in a list of pairs, the image that is shown beside each
+    title: str = ""
+    about: str = ""  # by what it is ranked
 
     @classmethod
     def lowest(
         cls, key: str, values: Array, count: int, form: str, among: Flags | None = None
     ) -> Ranked:
-        """The images with the lowest values, each with its value in such a format."""
+        """The images with the lowest values, each with its value formatted by `form`."""
         rows = lowest_rows(values, count, among)
         return cls(key, rows, [form.format(value) for value in values[rows]])
 
     def to_json(self, images: RunImages, facts: ImageFacts) -> Json:
-        """The list with all that is shown of its images."""
+        """The list with everything that the page shows of its images."""
         entries = []
         for rank, row in enumerate(self.rows):
             entry = image_entry(images, facts, int(row))
@@ -824,7 +864,7 @@ class Ranked:
 
 
 def page_facts(images: RunImages, facts: ImageFacts, show: int) -> Json:
-    """Everything on the page but the thumbnails: plain numbers and words."""
+    """The content of the page, except for the thumbnails, as JSON primitives."""
     m = len(facts.visits)
     lists = [ranked for ranked in ranked_lists(facts, images.split_of, show) if len(ranked.rows)]
     p_mean, p_std = facts.scores["p_mean"], facts.scores["p_std"]
@@ -869,12 +909,12 @@ def image_entry(images: RunImages, facts: ImageFacts, index: int) -> Json:
 
 
 def ranked_lists(facts: ImageFacts, split: Ints, show: int) -> list[Ranked]:
-    """The lists in the order of the page; those of what wasn't measured are empty."""
+    """The lists in the order of the page; those that need a measure or score that is missing are empty."""
     measures = facts.measures
-    read = measures["read"]
-    grey = read & (measures["colour"] < _GREY)
-    if grey.sum() > _MAX_GREY_SHARE * read.sum():
-        grey[:] = False
+    is_read = measures["read"]
+    is_grey = is_read & (measures["colour"] < _GREY)
+    if is_grey.sum() > _MAX_GREY_SHARE * is_read.sum():
+        is_grey[:] = False
     unreadable = np.array(sorted(facts.problems)[:show], np.int64)
     return [
         _by_score("doubtful", facts, show),
@@ -886,11 +926,12 @@ def ranked_lists(facts: ImageFacts, split: Ints, show: int) -> list[Ranked]:
         _copies("leaks", facts, show, across=True, among=split > 0),
         _copies("doubles", facts, show, across=False),
         _computed_alike(facts, show),
-        Ranked.lowest("blurred", measures["sharpness"], show, "variance {:.3g}", read),
-        Ranked.lowest("dark", measures["brightness"], show, "brightness {:.2f}", read),
+        Ranked.lowest("blurred", measures["sharpness"], show, "variance {:.3g}", is_read),
+        Ranked.lowest("dark", measures["brightness"], show, "brightness {:.2f}", is_read),
         _odd_sizes(measures, show),
-        Ranked.lowest("grey", measures["colour"], show, "colour {:.3f}", grey),
-        Ranked("unreadable", unreadable, [""] * len(unreadable)),  # the frame says why
+        Ranked.lowest("grey", measures["colour"], show, "colour {:.3f}", is_grey),
+        # The frame of the thumbnail shows the reason.
+        Ranked("unreadable", unreadable, [""] * len(unreadable)),
     ]
 
 
@@ -934,7 +975,7 @@ def _computed_alike(facts: ImageFacts, show: int) -> Ranked:
 
 
 def _first_of_pairs(nearest: Nearest, count: int, among: Flags | None = None) -> Ints:
-    """Rows of the nearest pairs; the second image of a pair is left out, as it would say the same again."""
+    """One row for each of the nearest pairs: where both images of a pair point to each other, only the first."""
     rows = lowest_rows(nearest.distance, 2 * count, among)
     pairs = np.sort(np.stack([rows, nearest.other[rows]], axis=1), axis=1)  # [rows, 2]
     _, first = np.unique(pairs, axis=0, return_index=True)
@@ -943,33 +984,37 @@ def _first_of_pairs(nearest: Nearest, count: int, among: Flags | None = None) ->
 
 def _odd_sizes(measures: Array, show: int) -> Ranked:
     """Images whose number of pixels or shape is farthest from the median, as a ratio."""
-    read = measures["read"]
+    is_read = measures["read"]
     oddness = np.zeros(len(measures), np.float32)
-    if read.any():
-        width = np.log(measures["width"][read].astype(np.float64))
-        height = np.log(measures["height"][read].astype(np.float64))
-        area, shape = width + height, width - height
-        area_gap = np.abs(area - np.median(area))
-        shape_gap = np.abs(shape - np.median(shape))
-        oddness[read] = np.maximum(area_gap, shape_gap)
+    if is_read.any():
+        log_width = np.log(measures["width"][is_read].astype(np.float64))
+        log_height = np.log(measures["height"][is_read].astype(np.float64))
+        log_area = log_width + log_height
+        log_shape = log_width - log_height
+        area_gap = np.abs(log_area - np.median(log_area))
+        shape_gap = np.abs(log_shape - np.median(log_shape))
+        oddness[is_read] = np.maximum(area_gap, shape_gap)
     rows = lowest_rows(-oddness, show, oddness > 0.01)  # a pixel more or less is not odd
     sizes = measures[rows]
     return Ranked("odd", rows, [f"{size['width']} × {size['height']} px" for size in sizes])
 
 
 def map_cells(p_mean: Floats, p_std: Floats, labels: Ints) -> list[list[int]]:
-    """[class, column, row, images] of every cell of the map that has some; columns by mean p, rows by its spread."""
-    scored = np.isfinite(p_mean) & np.isfinite(p_std)
-    column = _bins(p_mean[scored], _MAP_COLUMNS)
-    row = _bins(p_std[scored] / _MAX_SPREAD, _MAP_ROWS)
-    cells = np.stack([labels[scored], column, row], axis=1)
+    """[class, column, row, number of images] of every cell of the map with images of a class.
+
+    Columns are bins of the mean probability of the label, rows bins of its standard deviation; all arrays are [m].
+    """
+    has_scores = np.isfinite(p_mean) & np.isfinite(p_std)
+    column = _bins(p_mean[has_scores], _MAP_COLUMNS)
+    row = _bins(p_std[has_scores] / _MAX_SPREAD, _MAP_ROWS)
+    cells = np.stack([labels[has_scores], column, row], axis=1)
     cells, counts = np.unique(cells, axis=0, return_counts=True)
     rows: list[list[int]] = np.column_stack([cells, counts]).tolist()
     return rows
 
 
 def _bins(values: Floats, count: int) -> Ints:
-    """The bin of each of some numbers in [0, 1]; 1 is in the last one."""
+    """The index of the bin of each value in [0, 1], of `count` equal bins; 1 is in the last one."""
     bins = (values * count).astype(np.int64)
     return np.minimum(bins, count - 1)
 
@@ -997,43 +1042,52 @@ def class_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
 
     rows: list[Json] = []
     for label, name in enumerate(names):
-        guess, times = mistakes.get(label, (None, 0))
+        mistaken_for, times = mistakes.get(label, (None, 0))
         row: Json = {
             "name": name,
             "images": counts[label],
-            "taken_for": "" if guess is None else names[guess],
+            "taken_for": "" if mistaken_for is None else names[mistaken_for],
             "times": times,
         }
         for score, by_class in means.items():
             row[score] = None if math.isnan(by_class[label]) else by_class[label]
         rows.append(row)
+
+    # Classes without a score come last: no probability is as large as 2.
     order = lowest_rows(np.nan_to_num(means["p_mean"], nan=2.0), _TABLE_ROWS)
     return [rows[label] for label in order]
 
 
 def _most_common_mistakes(labels: Ints, predictions: Ints) -> dict[int, tuple[int, int]]:
-    """Label -> the other class that its images are taken for most often, and how often."""
-    wrong = (predictions >= 0) & (predictions != labels)
-    pairs = Counter(zip(labels[wrong].tolist(), predictions[wrong].tolist(), strict=True))
+    """Label -> the wrong class that is predicted most often for its images, and how often."""
+    is_wrong = (predictions >= 0) & (predictions != labels)
+    pairs = Counter(zip(labels[is_wrong].tolist(), predictions[is_wrong].tolist(), strict=True))
+    by_frequency = sorted(
+        (times, prediction, label) for (label, prediction), times in pairs.items()
+    )
     mistakes = {}
-    # In rising order, so that the most frequent one stays.
-    for times, guess, label in sorted((times, *pair[::-1]) for pair, times in pairs.items()):
-        mistakes[label] = (guess, times)
+    # The rarest come first, so that the most frequent one stays.
+    for times, prediction, label in by_frequency:
+        mistakes[label] = (prediction, times)
     return mistakes
 
 
 def expert_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
-    """A row for each expert: its share, how hard its images are beside those of the layer, and its main class."""
+    """A row for each expert: its share of the layer's work, its main class, and scores of the images it computes.
+
+    Scores are means over images, weighted by the expert's share in each.
+    """
     labels = images.labels[: len(facts.visits)]
     rows: list[Json] = []
     for block, shares in facts.experts.items():
-        recorded = np.isfinite(shares[:, 0]) & np.isfinite(facts.scores["p_mean"])
-        if not recorded.any():
+        is_recorded = np.isfinite(shares[:, 0]) & np.isfinite(facts.scores["p_mean"])  # [m]
+        if not is_recorded.any():
             continue
-        work = shares[recorded].astype(np.float64)  # [r, E]
-        for expert, weight in enumerate(work.T):
-            total = max(weight.sum(), 1e-12)
-            by_class = np.bincount(labels[recorded], weight, minlength=len(images.class_names))
+
+        work = shares[is_recorded].astype(np.float64)  # [r, E]
+        for expert, weights in enumerate(work.T):  # [r]
+            total = max(weights.sum(), 1e-12)
+            by_class = np.bincount(labels[is_recorded], weights, minlength=len(images.class_names))
             main_class = int(by_class.argmax())
             row: Json = {
                 "name": f"L{block}.E{expert}",
@@ -1043,13 +1097,13 @@ def expert_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
                 "of_class": float(by_class[main_class] / total),
             }
             for score in ("p_mean", "aum", "correct"):
-                row[score] = float(weight @ facts.scores[score][recorded] / total)
+                row[score] = float(weights @ facts.scores[score][is_recorded] / total)
             rows.append(row)
     return rows[:_TABLE_ROWS]
 
 
 def class_lists(images: RunImages, facts: ImageFacts) -> list[Ranked]:
-    """For each class, the least certain first, the images whose label the others speak against most."""
+    """For each class, the least certain first, its images with the most doubtful labels."""
     labels = images.labels[: len(facts.visits)]
     mean_p = _mean_by_class(labels, facts.scores["p_mean"], len(images.class_names))
     ranking = SCORE_LISTS["doubtful"]
@@ -1063,21 +1117,22 @@ def class_lists(images: RunImages, facts: ImageFacts) -> list[Ranked]:
 
 
 def expert_lists(facts: ImageFacts) -> list[Ranked]:
-    """For each expert, those with the least work first, the images of which it computed the largest part."""
+    """For each expert, the one with the least work first, the images in which it has the largest share."""
     lists: list[tuple[float, Ranked]] = []
     for block, shares in facts.experts.items():
-        recorded = np.isfinite(shares[:, 0])
-        if not recorded.any():
+        is_recorded = np.isfinite(shares[:, 0])  # [m]
+        if not is_recorded.any():
             continue
-        work = shares[recorded].mean(0) * shares.shape[1]  # [E]; 1: an even share
-        for expert, times in enumerate(work.tolist()):
-            title = f"L{block}.E{expert}: {times:.2f} of an even share"
-            if times < _LITTLE_WORK:
+
+        relative_work = shares[is_recorded].mean(0) * shares.shape[1]  # [E]; 1: an even share
+        for expert, work in enumerate(relative_work.tolist()):
+            title = f"L{block}.E{expert}: {work:.2f} of an even share"
+            if work < _LITTLE_WORK:
                 title += ", little work"
-            share = shares[:, expert]
+            share = shares[:, expert]  # [m]
             rows = lowest_rows(-share, _GROUP_IMAGES, share > 0)
             values = [f"{part:.0%} of the image" for part in share[rows]]
-            lists.append((times, Ranked("", rows, values, title=title)))
+            lists.append((work, Ranked("", rows, values, title=title)))
     lists.sort(key=lambda pair: pair[0])
     return [ranked for _, ranked in lists[:_MAX_GROUPS]]
 
@@ -1086,19 +1141,19 @@ def expert_lists(facts: ImageFacts) -> list[Ranked]:
 
 
 class Thumbnails:
-    """Small copies of images as files beside the page, which a browser loads as one scrolls."""
+    """Small copies of images, as files beside the page that a browser loads when they become visible."""
 
     def __init__(self, images: RunImages, folder: Path) -> None:
         self.images = images
         self.folder = folder
 
     def __call__(self, index: int) -> Json:
-        """`src`, or `problem` if it can't be read."""
+        """Write the thumbnail of an image: its path `src`, or the `problem` if the image can't be read."""
         try:
             image = self.images.collection.open(self.images.all[index], THUMB)
         except BadImageError as error:
             return {"src": None, "problem": escape_controls(error.reason)}
-        suffix = "jpeg" if max(image.size) > THUMB else "png"  # a small one as it is
+        suffix = "jpeg" if max(image.size) > THUMB else "png"  # a small image is kept without loss
         name = f"{index}.{suffix}"
         image.thumbnail((THUMB, THUMB))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -1107,7 +1162,7 @@ class Thumbnails:
 
 
 def doubts(facts: ImageFacts, labels: Ints) -> list[str]:
-    """Why the lists may be noise: a model that is often wrong, or scores of few looks at each image."""
+    """Warnings for lists that may be noise: the model is often wrong, or the training visited each image few times."""
     sentences = []
     predicted = facts.prediction >= 0
     correct: Array = facts.scores["correct"]
@@ -1130,8 +1185,8 @@ def doubts(facts: ImageFacts, labels: Ints) -> list[str]:
 
 
 def render(facts: Mapping[str, Any], thumbnail: Callable[[int], Json]) -> str:
-    """The page, in which only its own script runs."""
-    from moevision.analysis.report import render_page  # figures come along
+    """The page as HTML, whose security policy allows only its own script."""
+    from moevision.analysis.report import render_page  # imports the plotting library, which is slow
 
     file = files("moevision.analysis").joinpath("templates/good_data.js")
     script = "\n" + file.read_text(encoding="utf-8")
@@ -1139,7 +1194,7 @@ def render(facts: Mapping[str, Any], thumbnail: Callable[[int], Json]) -> str:
     data = json_text({name: facts[name] for name in ("class_ids", "map", "map_size")})
     return render_page(
         "good_data.html.jinja",
-        {"thumbnail": cache(thumbnail)},  # an image may stand in several lists
+        {"thumbnail": cache(thumbnail)},  # an image may be in several lists
         **facts,
         script=Markup(script),
         script_sha256=Markup(base64.b64encode(digest).decode("ascii")),

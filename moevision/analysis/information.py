@@ -1,16 +1,19 @@
 """Statistics over images: mutual information between experts and what a patch shows, and intervals of means.
 
-What this module owns: functions of arrays alone. It knows no model, no recording and no sentence; `readings` applies it
-to what is recorded of a layer, and `questions` turns readings into answers.
+This module has functions of arrays only, no models and no texts. `readings` applies them to recordings of layers, and
+`questions` turns readings into answers.
 
-Patches of one image are not independent: shuffling patches calls routing that merely differs from image to image
-"specialised by class". Here everything is permuted over whole images:
+Patches of one image are not independent: a test that permutes patches takes routing that merely differs from image to
+image for "specialised by class". Here whole images are permuted:
 
-- class: labels are permuted over images; each image keeps its routing map. Exact, since images are exchangeable.
-- part: an image's routing map is paired with the part map of another image. What position explains is then in the null.
+- class: labels are permuted over images; each image keeps its routing map. The test is exact, since under the null
+  hypothesis images are exchangeable.
+- part: an image's routing map is paired with the part map of another image. What the position of a patch explains is
+  thus part of the null.
 
-The estimate is the excess: the plug-in minus the mean of the null. Counts may be weights: plug-in information depends
-on shares only, every null moves whole images, and bias and interval come from the spread over images.
+The estimate is the excess: the plug-in estimate minus the mean of its null distribution (the null). Counts may be
+weights, since plug-in information depends on shares only, every null moves whole images, and bias and interval come
+from the spread over images.
 
 **The interval.** For small effects plug-in mutual information is a quadratic form |x|² of Gaussian deviations x whose
 mean has length √θ: its mean is θ + b and its variance v0 + κ θ, with b and v0 those of the null (θ = 0); the delta
@@ -28,7 +31,7 @@ Min, Statistics in Medicine 24 (2005) 729-740 (interval of a difference of paire
 image changes); Zou and Donner, Statistics in Medicine 27 (2008) 1693-1702 (interval of a difference of two estimates).
 
 Axes: I images, P patches (row-major), K choices, E experts, V values of what the experts are asked about,
-R permutations of the same images.
+R permutations of the same images (R' in one chunk of them).
 """
 
 from __future__ import annotations
@@ -51,9 +54,9 @@ Flags = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
 Json = dict[str, Any]
 
-_CHUNK_CELLS = 1 << 22  # of a block of permuted labels or tables: 16 MiB of float32
+_CHUNK_CELLS = 1 << 22  # numbers per chunk of permuted labels or tables: 16 MiB of float32
 LEVEL = 0.95  # of all intervals
-_BIAS_PERMUTATIONS = 32  # the mean bias varies far less than the plug-in
+_BIAS_PERMUTATIONS = 32  # few are enough: the bias varies far less than the plug-in
 
 
 def class_information(
@@ -67,29 +70,31 @@ def class_information(
     labelled = labels >= 0
     # Classes are numbered anew, so that those without an image cost nothing.
     _, classes = np.unique(labels[labelled], return_inverse=True)
-    images_of_class = np.bincount(classes)  # [V]
+    images_of_class = np.bincount(classes)  # [V] numbers of images
     num_classes = len(images_of_class)
-    counts = _checked(np.asarray(patch_counts)[labelled]).sum(1)  # [I, E]
+    image_counts = _checked(np.asarray(patch_counts)[labelled]).sum(1)  # [I, E]
 
-    # The null of the plug-in, and of the first permutations its bias.
-    null: list[Floats] = []
+    # The null: the plug-in for every permutation, and its bias for the first ones.
+    null_bits: list[Floats] = []
     null_bias: list[float] = []
-    cells = num_classes * max(counts.shape)
-    for permuted in permuted_labels(classes, num_permutations, cells, seed):
-        tables = sums_by_class(permuted, counts, num_classes)  # [R', V, E]
-        null.append(mutual_information_bits(tables))
-        missing = _BIAS_PERMUTATIONS - len(null_bias)
-        if missing > 0:
-            null_bias.extend(_bias_of_labels(permuted[:missing], counts, images_of_class))
+    cells = num_classes * max(image_counts.shape)
+    for permuted_classes in permuted_labels(classes, num_permutations, cells, seed):
+        tables = sums_by_class(permuted_classes, image_counts, num_classes)  # [R', V, E]
+        null_bits.append(mutual_information_bits(tables))
+        num_missing = _BIAS_PERMUTATIONS - len(null_bias)
+        if num_missing > 0:
+            null_bias.extend(
+                _bias_of_labels(permuted_classes[:num_missing], image_counts, images_of_class)
+            )
 
-    (table,) = sums_by_class(classes[None], counts, num_classes)  # [V, E]
+    (table,) = sums_by_class(classes[None], image_counts, num_classes)  # [V, E]
     plug_in = float(mutual_information_bits(table))
-    above_mean = pointwise_bits(table)[classes] - plug_in  # [I, E]
-    bias = _bias_of_labels(classes[None], counts, images_of_class)
+    bits_above_mean = pointwise_bits(table)[classes] - plug_in  # [I, E]
+    bias = _bias_of_labels(classes[None], image_counts, images_of_class)
     return excess_estimate(
         plug_in,
-        np.concatenate(null),
-        (counts * above_mean).sum(1) / counts.sum(),
+        np.concatenate(null_bits),
+        (image_counts * bits_above_mean).sum(1) / image_counts.sum(),
         bias_surplus=float(np.mean(null_bias) - bias[0]),
         num_means=num_classes,
     )
@@ -118,7 +123,7 @@ def part_information(
 
     Patches with a negative part are left out.
     """
-    maps = _checked(np.asarray(patch_counts))
+    routing_maps = _checked(np.asarray(patch_counts))
     parts = np.asarray(parts)
     values = np.unique(parts[parts >= 0])
     if not len(values):
@@ -127,26 +132,31 @@ def part_information(
 
     # The null: each routing map with the part map of another image.
     rng = np.random.default_rng(seed)
-    null = []
+    null_bits = []
     for _ in range(num_permutations):
-        order = rng.permutation(len(maps))
-        null.append(mutual_information_bits(_part_table(is_part[order], maps)))
+        order = rng.permutation(len(routing_maps))
+        null_bits.append(mutual_information_bits(_part_table(is_part[order], routing_maps)))
 
-    # The null's own mean is a statistic of the images: maps and parts averaged apart, position by position.
-    table = _part_table(is_part, maps)
-    mean_map = maps.mean(0)  # [P, E]
+    # The mean of the null is a statistic of the images too: the table of mean routing map and mean part map, where both
+    # are averaged over images at each position.
+    table = _part_table(is_part, routing_maps)
+    mean_map = routing_maps.mean(0)  # [P, E]
     mean_part = is_part.mean(0)  # [P, V]
-    bits = pointwise_bits(table)  # [V, E]
-    bits_apart = pointwise_bits(np.einsum("pv,pe->ve", mean_part, mean_map))  # [V, E]
+    pointwise = pointwise_bits(table)  # [V, E]
+    null_pointwise_bits = pointwise_bits(np.einsum("pv,pe->ve", mean_part, mean_map))  # [V, E]
 
-    # Influence of each image, [I].
-    together = np.einsum("ipv,ve,ipe->i", is_part, bits, maps, optimize=True)
-    separately = np.einsum("ipv,ve,pe->i", is_part, bits_apart, mean_map, optimize=True)
-    separately += np.einsum("pv,ve,ipe->i", mean_part, bits_apart, maps, optimize=True)
+    # Influence of each image on the plug-in minus the mean of the null, [I].
+    table_influence = np.einsum("ipv,ve,ipe->i", is_part, pointwise, routing_maps, optimize=True)
+    null_influence = np.einsum(
+        "ipv,ve,pe->i", is_part, null_pointwise_bits, mean_map, optimize=True
+    )
+    null_influence += np.einsum(
+        "pv,ve,ipe->i", mean_part, null_pointwise_bits, routing_maps, optimize=True
+    )
     return excess_estimate(
         float(mutual_information_bits(table)),
-        np.array(null),
-        (together - separately) / table.sum(),
+        np.array(null_bits),
+        (table_influence - null_influence) / table.sum(),
         keeps_effect=True,
     )
 
@@ -157,7 +167,7 @@ def _part_table(is_part: Floats, maps: Floats) -> Floats:
 
 
 def _checked(patch_counts: Array) -> Floats:
-    """The routing maps as float32 [I, P, E]: sums of whole numbers stay exact up to 2 ** 24 choices per cell."""
+    """The counts as float32 [I, P, E], which sums integers exactly up to 2 ** 24; a UserError for too few images."""
     if patch_counts.ndim != 3 or len(patch_counts) < 2:
         raise UserError(
             "Statistics over images need at least two images with a known class: give more images."
@@ -166,39 +176,42 @@ def _checked(patch_counts: Array) -> Floats:
 
 
 def halves_by_class(labels: Ints, seed: int) -> Flags:
-    """[I] a random half of the images of every class, and of those without one (negative labels)."""
+    """[I] whether an image is in the half that has a random half of every class, and of the unlabelled (negative)."""
     rng = np.random.default_rng(seed)
-    half = np.zeros(len(labels), bool)
-    first = 0
+    in_half = np.zeros(len(labels), bool)
+    offset = 0
     for label in np.unique(labels):
         images = rng.permutation(np.flatnonzero(labels == label))
-        half[images[first::2]] = True
-        # Classes of odd size take turns in giving one more.
-        first = (first + len(images)) % 2
-    return half
+        in_half[images[offset::2]] = True
+        # Of classes of odd size, alternately the larger and the smaller part is taken.
+        offset = (offset + len(images)) % 2
+    return in_half
 
 
 def permuted_labels(labels: Ints, count: int, cells: int, seed: int) -> Iterator[Ints]:
-    """Labels [I] in `count` random orders, in chunks [R', I]; `cells` is what one of them takes in memory."""
+    """`count` random orders of labels [I], in chunks [R', I].
+
+    `cells` is how many numbers the caller needs for one order; it determines R'.
+    """
     rng = np.random.default_rng(seed)
-    size = max(1, _CHUNK_CELLS // cells)
-    for start in range(0, count, size):
-        rows = min(size, count - start)
+    chunk_size = max(1, _CHUNK_CELLS // cells)
+    for start in range(0, count, chunk_size):
+        rows = min(chunk_size, count - start)
         yield rng.permuted(np.tile(labels, (rows, 1)), axis=1)
 
 
 def choice_counts(expert_index: Ints, num_experts: int, amount: Array | None = None) -> Floats:
     """[I, P, E] float32: how many of the choices [I, P, K] of each patch fall on each expert.
 
-    A choice counts its amount [I, P, K]: whether it was kept, or a weight; 1 if None.
+    A choice counts as its `amount` [I, P, K]: whether it was kept, or a weight. None: 1 each.
     """
     expert_index = np.asarray(expert_index)
     counts = np.zeros((*expert_index.shape[:2], num_experts), np.float32)
     for rank in range(expert_index.shape[2]):
-        hits = expert_index[:, :, rank, None] == np.arange(num_experts)  # [I, P, E]
+        amounts = expert_index[:, :, rank, None] == np.arange(num_experts)  # [I, P, E]
         if amount is not None:
-            hits = hits * np.asarray(amount[:, :, rank, None], np.float32)
-        counts += hits
+            amounts = amounts * np.asarray(amount[:, :, rank, None], np.float32)
+        counts += amounts
     return counts
 
 
@@ -223,19 +236,23 @@ def entropy_bits(counts: Floats | Ints) -> float:
     return float(_ratio(_n_log2_n(total) - _n_log2_n(counts).sum(), total))
 
 
-def second_order_bias(sums: Floats, squares: Floats, images: Ints) -> Floats:
+def second_order_bias(sums: Floats, squares: Floats, images_of_class: Ints) -> Floats:
     """Bias of the plug-in, in bits, by the second-order delta method over images; [R].
 
-    From [R, V, E] sums of choices, and of those of each image squared, and the images [V] of each class. It is
-    ``sum(variance / count) / (2 N ln 2)`` over the cells, minus the same over the sums of each expert. In sparse tables
-    it is itself biased, so only differences between labellings of the same images are used.
+    It is ``sum(variance / count) / (2 N ln 2)`` over the cells, minus the same over the sums of each expert. In sparse
+    tables it is itself biased, so only differences between labellings of the same images are used.
+
+    Args:
+        sums: [R, V, E] sums, over the images of each class, of an image's choices.
+        squares: [R, V, E] sums of the squares of the same.
+        images_of_class: [V] number of images of each class.
     """
     sums = np.asarray(sums, np.float64)
-    count = images[:, None]  # [V, 1]
-    deviations = np.maximum(squares - np.square(sums) / count, 0)
-    variance = deviations * (count / np.maximum(1, count - 1))
+    num_images = images_of_class[:, None]  # [V, 1]
+    deviations = np.maximum(squares - np.square(sums) / num_images, 0)
+    variance = deviations * (num_images / np.maximum(1, num_images - 1))
 
-    cell_terms = _ratio(variance, sums).sum((1, 2))
+    cell_terms = _ratio(variance, sums).sum((1, 2))  # [R]
     expert_variance = variance.sum(1)  # [R, E]
     expert_terms = _ratio(expert_variance, sums.sum(1)).sum(1)
     total = sums[0].sum()
@@ -248,13 +265,14 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
 
 
 def _n_log2_n(n: Floats) -> Floats:
+    """The terms n log2 n, which are 0 where n is 0."""
     return n * np.log2(np.where(n > 0, n, 1.0))
 
 
 def pointwise_bits(tables: Floats) -> Floats:
     """Pointwise mutual information [..., V, E] of the cells of tables [..., V, E]; 0 in empty cells.
 
-    It is the derivative of the plug-in by a cell's count, but for the factor 1 / N and the constant -MI.
+    The derivative of the plug-in by a cell's count is (this - MI) / N, where MI is the plug-in and N the total.
     """
     tables = np.asarray(tables, dtype=np.float64)
     rows = tables.sum(-1, keepdims=True)
@@ -265,7 +283,7 @@ def pointwise_bits(tables: Floats) -> Floats:
 
 
 def as_json(value: Any) -> Any:
-    """`Numbers` by their fields, NumPy scalars and arrays as JSON primitives; NaN and infinity become null."""
+    """Nested values as JSON primitives: `Numbers` by their fields, NumPy arrays as lists, NaN and infinity as None."""
     if hasattr(value, "to_json"):
         return value.to_json()
     if hasattr(value, "_asdict"):
@@ -310,20 +328,25 @@ def excess_estimate(
 ) -> Estimate:
     """The excess of a plug-in (bits) over its null [R], with its interval.
 
-    `influence` [I] is what each image adds to the plug-in to first order, in bits; it is centred here. Where the null
-    `keeps_effect`, a part of it, it has a first-order variance of its own, and the interval is a normal one. The null's
-    mean overstates the bias of the plug-in by `bias_surplus` bits. `num_means`, how many means (classes) the images
-    were compared with, is for the degrees of freedom.
+    Args:
+        plug_in: the plug-in estimate.
+        null: [R] the plug-in under the null.
+        influence: [I] first-order contribution of each image to the plug-in, in bits; it is centred here.
+        keeps_effect: the null still has a part of the effect. It then has a first-order variance of its own, and the
+            interval is symmetric: excess ± margin.
+        bias_surplus: bits by which the null's mean is larger than the bias of the plug-in.
+        num_means: number of means (of classes) that deviations of images are taken from; it lowers the degrees of
+            freedom.
     """
     null_mean = float(null.mean())
     null_variance = float(null.var(ddof=1))
     excess = plug_in - null_mean
 
     images = len(influence)
-    freedom = max(1, images - num_means)
-    z = students_quantile(freedom)
+    degrees_of_freedom = max(1, images - num_means)
+    z = students_quantile(degrees_of_freedom)
     squares = float(np.square(influence - influence.mean()).sum())
-    delta_variance = squares * images / freedom
+    delta_variance = squares * images / degrees_of_freedom
 
     if keeps_effect:
         margin = z * math.sqrt(max(null_variance, delta_variance))
@@ -333,27 +356,27 @@ def excess_estimate(
         kappa = delta_variance / plug_in if plug_in > 0 else 0.0
         low, _ = score_interval(excess + min(0.0, bias_surplus), null_variance, kappa, z)
         _, high = score_interval(excess + max(0.0, bias_surplus), null_variance, kappa, z)
-        # Of a negative excess the lower end may lie above it.
+        # If the excess is negative, the interval may lie above it.
         low = min(low, excess)
 
-    # A difference below the rounding of the sums is no evidence.
+    # Null values that are smaller by rounding errors only count as equal.
     as_large = int((null >= plug_in - 1e-9).sum())
     p_value = (1 + as_large) / (1 + len(null))
     return Estimate(excess, low, high, null_mean, p_value)
 
 
-def students_quantile(freedom: int) -> float:
-    """Student's quantile of a two-sided interval; where no degree of freedom is left, that of one."""
-    # Traces and images, which import this module, are opened without SciPy.
+def students_quantile(degrees_of_freedom: int) -> float:
+    """Quantile of Student's t for a two-sided interval, with at least one degree of freedom."""
+    # Imported here, so that traces and images, which import this module, open without SciPy.
     from scipy.special import stdtrit
 
-    return float(stdtrit(max(1, freedom), (1 + LEVEL) / 2))
+    return float(stdtrit(max(1, degrees_of_freedom), (1 + LEVEL) / 2))
 
 
 def score_interval(excess: float, variance: float, kappa: float, z: float) -> tuple[float, float]:
     """All θ with (excess - θ)² <= z² (variance + κ θ), the roots of a quadratic equation.
 
-    Where the estimate is so far below 0 that no θ fits, both ends are the θ that fits best.
+    If no θ satisfies this, since the excess is far below 0, both ends are the θ that comes nearest.
     """
     z2 = z * z
     centre = excess + z2 * kappa / 2
@@ -373,19 +396,19 @@ class Interval(NamedTuple):
     high: float
 
     def significantly_above(self, other: Interval) -> bool:
-        """Whether the interval of the difference lies above 0.
+        """Whether the interval of the difference of two means lies above 0.
 
-        It is put together from both intervals as if the two were independent. They rest on the same images, which makes
-        this a little strict (MOVER: Zou and Donner).
+        The interval is combined from both intervals as if the means were independent (MOVER: Zou and Donner). They are
+        of the same images, which makes this a little too strict.
         """
         margin = math.hypot(self.value - self.low, other.high - other.value)
         return self.value - other.value > margin
 
 
 def ratio_interval(part: Floats, whole: Floats | None = None) -> Interval:
-    """Sum of part [I] over sum of whole [I], which is 1 of each image if None; with its interval over images.
+    """Sum of part [I] divided by sum of whole [I] (1 for each image if None), with its interval over images.
 
-    The ratio is linearised, the quantile Student's.
+    By linearisation of the ratio and Student's quantile.
     """
     if whole is None:
         whole = np.ones(len(part))
@@ -400,12 +423,12 @@ def ratio_interval(part: Floats, whole: Floats | None = None) -> Interval:
 
 
 def paired_interval(loss: Floats) -> Interval:
-    """Mean of losses [I] between -1 and 1 (Agresti and Min's interval): no image that changes is no proof of none."""
+    """Mean of losses [I] between -1 and 1, with Agresti and Min's interval: it has a width even if all losses are 0."""
     images = len(loss)
     total = float(loss.sum())
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
-    # As if one image more were won, and one lost.
+    # Two images are added, of which half an image is won, half an image lost, and one doesn't change.
     centre = total / (images + 2)
     squares = float(np.square(loss).sum()) + 1
     variance = max(0.0, squares - total * centre)

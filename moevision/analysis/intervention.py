@@ -1,4 +1,4 @@
-"""Interventions: what if an expert were away, forced, swapped, the router random, k another, the capacity limited?
+"""Interventions: ablate, force or swap experts, route at random, change k, or limit the capacity.
 
     with intervene(model, Intervention("ablate", layer=3, expert=2)):
         logits, routings = forward_routing(model, images)
@@ -6,12 +6,12 @@
 What holds for all of them:
 
 - They act on every token of the layer, the class and register tokens too.
-- Scopes nest. `force`, `swap` and `random` act on what the scopes around them left, in order of entry. Ablated
-  experts, k and the capacity are conditions of the layer that hold for whatever is entered inside or outside: an
-  ablated expert is never brought back, the capacity is applied last; of two k or two capacities the inner one counts.
-- A `Routing` recorded inside tells what was computed (`expert_index`, `combine_weight`, `kept`); its logits and
-  probabilities stay what the router said.
-- A model with a capacity of its own applies it to what the edits have left, as it would to any other choice.
+- Scopes nest. `force`, `swap` and `random` act in order of entry, each on the result of the scopes around it. Ablated
+  experts, k and the capacity hold for the layer whatever the order: an ablated expert is never brought back, and the
+  capacity is applied last; of two k or two capacities the inner one counts.
+- A `Routing` recorded inside has what was computed (`expert_index`, `combine_weight`, `kept`); its logits and
+  probabilities are the router's own.
+- If the model has a capacity itself, it is applied to the edited choices.
 - Nothing depends on batch-mates (unless the model's own capacity is shared by the batch), and leaving the scope
   restores the layer, also after an exception.
 - A scope holds `routing_lock(model)`: another thread that records or intervenes on the same model waits. A plain
@@ -19,13 +19,13 @@ What holds for all of them:
 - They work under `torch.compile` without compiling again (another k changes shapes, and so compiles once more), and
   are meant for inference: activation checkpointing may run a layer again in a thread that sees no intervention.
 
-What they mean depends on who chooses, so the second half of the file holds a layer's `Decision` in the form of its kind
-of router; an intervention is an edit of it, and edits compose. Every edit is a pure function of one image's own tokens.
+What they mean depends on the kind of router, so the second half of the file has a `Decision` for each kind, which edits
+change before it becomes a `Routing`. Edits compose, and each is a pure function of one image's own tokens.
 
 - Token choice (`Ranking`): each token has a list of all E experts, the K chosen first, the others by the score that the
   router chooses by.
 - Expert choice (`TokenLists`): each expert has a list of all tokens of the image, best first, and takes the first C.
-- Soft MoE (`SlotWeights`): each expert reads slots, weighted means of all tokens.
+- Soft MoE (`SlotWeights`): each expert computes slots, weighted means of all tokens.
 
 Axes: B images, N tokens of an image (prefix tokens first), E experts, K choices of a token, C tokens that an expert
 takes, P slots of an expert.
@@ -63,6 +63,7 @@ from moevision.layers.routing import routed_unit
 
 Kind = Literal["ablate", "force", "swap", "random", "top_k", "capacity"]
 Fill = Literal["next_best", "zero"]
+# The fields of an `Intervention` that belong to each kind.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "ablate": ("layer", "expert", "fill"),
     "force": ("layer", "expert"),
@@ -72,6 +73,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "capacity": ("layer", "factor"),
 }
 _NO_FIRST_CHOICE = "so no token has a first choice to be changed"
+# Why a kind of intervention has no meaning for a kind of router.
 _REFUSALS: Final[dict[tuple[RoutingKind, Kind], str]] = {
     ("expert_choice", "force"): f"its experts choose their tokens, {_NO_FIRST_CHOICE}",
     ("soft", "force"): f"every token takes from all slots, {_NO_FIRST_CHOICE}",
@@ -84,34 +86,40 @@ _REFUSALS: Final[dict[tuple[RoutingKind, Kind], str]] = {
 
 @dataclass(frozen=True)
 class Intervention:
-    """One change of the routing, as data: for JSON, for sentences, and for `intervene`.
+    """One change of the routing, as plain data: for JSON, for texts, and for `intervene`.
 
-    - `ablate` takes an expert away. With the fill `next_best` its tokens go to the best expert that they haven't chosen
-      yet, by the router's own gate rule: a softmax over the chosen is taken anew, a softmax over all experts keeps its
-      denominator (the choice comes after it), so that tokens which didn't use the expert are computed bit for bit as
-      before. With `zero` the expert's part is left out of the sum and the other gates stay. Expert choice: the expert
-      takes no token. Its tokens keep the other experts that took them, with the same weights (`next_best` sums those to
-      1 again if the router does), and no other expert takes its place: `zero` and `next_best` differ only there. Soft
-      MoE: no token takes from the expert's slots; with `next_best` a token's softmax is taken over the other slots,
-      with `zero` it stays as it is. The slots of the others read what they did.
-    - `force` sends every token of a layer first to one expert. Weights stay with the rank: the forced expert gets the
-      gate of the token's own first choice, which becomes the second and gets the second's gate, and so on; the token's
-      last choice falls out (with k = 1 its only one). A token that had the expert among its choices keeps the same
-      experts, in the new order. Expert choice and Soft MoE: refused, since there a token has no choice.
-    - `swap` gives the tokens (Soft MoE: the slots) of an expert to another one, with the same weights, and the other
-      way round.
-    - `random` sends every token to K different experts drawn at random, with the gates of its own choices by rank. The
-      draw depends on seed, block index and token position (not on that where images are routed as a whole): every image
-      is sent the same way, so that its result is the same alone and in any batch. Use several seeds to average over
-      maps. Expert choice: every expert takes as many tokens as before, at positions drawn at random, with the weights
-      of its own choices by rank. Soft MoE: the slots read and give what they did, and are dealt out at random.
-    - `top_k` routes as the same weights would in a model built with this k (off the distribution that it was trained
-      on). Expert choice: every expert then takes ceil(N · k / E) tokens. Soft MoE: refused.
+    "Weights stay with the rank" below means: the gate of a token's r-th choice is that of its r-th choice before,
+    whatever expert is there now.
+
+    - `ablate` takes an expert away.
+
+      Token choice, fill `next_best`: its tokens go to the best expert that they haven't chosen yet. The gates follow
+      the router's own rule: a softmax over the chosen experts is computed anew; a softmax over all experts keeps its
+      denominator, since it comes before the choice. Tokens that didn't use the expert are computed bit for bit as
+      before. Fill `zero`: the expert's output is left out of the sum, and the other gates stay.
+
+      Expert choice: the expert takes no token, and no other expert takes its place. The weights of the other experts
+      that took its tokens stay; only with `next_best`, and if the router normalises, they are made to sum to 1 again.
+
+      Soft MoE: the weights of the expert's slots in every token's output become 0. With `next_best` the softmax is
+      taken over the other slots, with `zero` the other weights stay. The contents of the other slots don't change.
+    - `force` makes one expert the first choice of every token of a layer. Weights stay with the rank: the forced expert
+      gets the gate of the token's first choice, which becomes the second and gets the second's gate, and so on; the
+      last choice is dropped (with k = 1 the only one). If a token had chosen the expert anyway, only the order of its
+      experts changes. Expert choice and Soft MoE: refused, since there tokens don't choose.
+    - `swap` exchanges the tokens (Soft MoE: the slots) of two experts, with their weights.
+    - `random` sends every token to K different experts drawn at random; weights stay with the rank. The draw depends on
+      seed, block index and token position (if whole images are routed, not on the position). It is the same for every
+      image, so that a result is the same alone and in any batch; average over several seeds. Expert choice: every
+      expert takes as many tokens as before, at random positions; weights stay with the rank. Soft MoE: slots keep their
+      contents and weights, and are distributed to the experts at random.
+    - `top_k` routes as the same parameters would in a model built with this k, which they weren't trained for. Expert
+      choice: every expert then takes ceil(N · k / E) tokens. Soft MoE: refused.
     - `capacity` lets an expert compute at most ceil(factor · N · K / E) choices of one image; N counts prefix tokens
-      too. First choices stay before second ones, and among those the tokens that are surest of it (V-MoE's batch
-      priority routing); the others are dropped (kept = False, nothing added) and go nowhere else. This takes the place
-      of a capacity that the model has itself. Expert choice: every expert takes that many of its best tokens, more than
-      by itself for a factor above 1. Soft MoE: refused.
+      too. First choices come before second ones, and among equal ranks those with the largest gates (V-MoE's batch
+      priority routing); the others are dropped (kept = False, nothing is added to the token). It replaces a capacity
+      that the model has itself. Expert choice: every expert takes that many of its best tokens, which for a factor
+      above 1 is more than without the intervention. Soft MoE: refused.
 
     Raises:
         UserError: if a value that the kind needs is missing or impossible.
@@ -122,10 +130,10 @@ class Intervention:
     layer: int | None = None
     expert: int | None = None  # that is ablated or forced, or the first of two that are swapped
     other: int | None = None  # the second of two that are swapped
-    fill: Fill = "next_best"  # what an ablated expert's tokens get: their `next_best` expert, or `zero` in its place
-    seed: int = 0  # of `random`, not negative
-    top_k: int | None = None  # k of `top_k`
-    factor: float | None = None  # of `capacity`
+    fill: Fill = "next_best"  # what replaces an ablated expert's output
+    seed: int = 0  # for `random`, not negative
+    top_k: int | None = None  # k, for `top_k`
+    factor: float | None = None  # for `capacity`; 1 is perfect balance
 
     def __post_init__(self) -> None:
         if self.kind not in _FIELDS:
@@ -155,11 +163,11 @@ class Intervention:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The kind and what belongs to it."""
+        """The kind and those fields that belong to it."""
         return {"kind": self.kind, **{name: getattr(self, name) for name in _FIELDS[self.kind]}}
 
     def edits(self, model: nn.Module) -> dict[MoEMlp, Edit]:
-        """The edit of each MoE layer that it acts on.
+        """An edit for each MoE layer that the intervention acts on.
 
         Raises:
             UserError: if the model has no such layer or expert, k doesn't fit, or it has no meaning for the router.
@@ -216,7 +224,7 @@ def refusal(kind: Kind, router: Any) -> str | None:
 
 
 def numbered_layers(model: nn.Module) -> dict[int, MoEMlp]:
-    """The MoE layers by block index; by position among them where they aren't in a converted model."""
+    """The MoE layers by block index; if the model wasn't converted by this package, numbered from 0."""
     layers = moe_layers(model)
     if not layers:
         raise UserError(
@@ -231,7 +239,7 @@ def numbered_layers(model: nn.Module) -> dict[int, MoEMlp]:
 
 @contextmanager
 def intervene(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
-    """Change the routing of `model`, any module with MoE layers, inside the scope: by interventions in their order.
+    """Inside the scope, apply the interventions in their order to the routing of `model`, any module with MoE layers.
 
     Raises:
         UserError: if the model has no such layer or expert, k doesn't fit, or it has no meaning for the router.
@@ -249,22 +257,23 @@ def intervene(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
 
 @contextmanager
 def apply_edits(model: nn.Module, edits: Mapping[MoEMlp, Edit]) -> Iterator[None]:
-    """Apply an edit of one's own to the decisions (`Decision`) of some MoE layers of `model` inside the scope."""
+    """Inside the scope, apply the edits to the `Decision` of the given MoE layers, after those of outer scopes."""
     with routing_lock(model):
-        outer = {layer: layer.intervention for layer in edits}
+        before = {layer: layer.intervention for layer in edits}
         try:
             for layer, edit in edits.items():
-                enclosing = cast(_Edits | None, outer[layer])
-                earlier = () if enclosing is None else enclosing.edits
-                layer.intervention = _Edits(layer.router, (*earlier, edit), threading.get_ident())
+                outer = cast(_Edits | None, before[layer])
+                outer_edits = () if outer is None else outer.edits
+                all_edits = (*outer_edits, edit)
+                layer.intervention = _Edits(layer.router, all_edits, threading.get_ident())
             yield
         finally:
-            for layer, intervention in outer.items():
+            for layer, intervention in before.items():
                 layer.intervention = intervention
 
 
 def per_image_capacity(model: nn.Module) -> AbstractContextManager[None]:
-    """A scope in which rows don't share a capacity that the model shares over its batch: they are one image's."""
+    """A scope in which a capacity that the model shares over its batch is applied to each image of the batch alone."""
     edits: dict[MoEMlp, Edit] = {}
     for layer in moe_layers(model):
         capacity = Capacity.of_router(layer.router)
@@ -274,17 +283,21 @@ def per_image_capacity(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def run_repeated(model: nn.Module, x: Tensor, rows: Tensor, first: MoEMlp) -> Tensor:
-    """Logits [R, C] of the images `rows` [R] of x; up to the block that holds `first` each image is computed once."""
+    """Logits [R, classes] of x[rows], `rows` [R], for repeated images whose routing differs from the layer `first` on.
+
+    Blocks before that of `first` compute each image of x once; its input is repeated by `rows`.
+    """
     blocks = getattr(model, "blocks", None)
     thread = threading.get_ident()
     rows = rows.to(x.device)
-    # Such a router looks at the images again, further down.
+
+    # A router that reads the input images needs as many of them as there are rows, also in later blocks.
     sees_image = any(layer.router.sees_image for layer in moe_layers(model))
     if blocks is None or first.layer_index is None or sees_image:
         return cast(Tensor, model(x[rows]))
 
     def repeat(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # A plain forward pass in another thread waits for no lock.
+        # Another thread's plain forward pass doesn't wait for the lock and must stay as it is.
         if threading.get_ident() != thread:
             return inputs
         return (inputs[0][rows], *inputs[1:])
@@ -295,11 +308,11 @@ def run_repeated(model: nn.Module, x: Tensor, rows: Tensor, first: MoEMlp) -> Te
 
 @dataclass(frozen=True)
 class _Edits:
-    """What a layer calls while a scope is open."""
+    """The edits of all open scopes on one layer; the layer calls it with its `Routing`."""
 
     router: Any
-    edits: tuple[Edit, ...]
-    thread: int
+    edits: tuple[Edit, ...]  # from the outermost scope to the innermost
+    thread: int  # the thread that entered the scope; others get the routing unchanged
 
     def __call__(self, routing: Routing) -> Routing:
         if threading.get_ident() != self.thread:
@@ -312,34 +325,35 @@ class _Edits:
 
 @dataclass(frozen=True)
 class Decision(ABC):
-    """What an MoE layer is about to decide."""
+    """A layer's routing in a form that edits can change; `settle` makes a `Routing` of it."""
 
-    router: Any  # whose rule gives the weights
+    router: Any  # its gate rule computes the weights
     routing: Routing  # the router's own decision; its scores and probabilities stay as they are
-    # [B, N, E] bool, experts that are taken away from a token; what takes their place depends on the kind
+    # [B, N, E] bool, experts that a token can't use, as if they didn't exist: another expert may take the place, and
+    # weights are normalised without them
     removed: Tensor
-    # [B, N, E] bool, experts that don't compute a token; nothing takes the place, other weights stay
+    # [B, N, E] bool, experts whose output for a token is replaced by 0: the place stays empty, other weights stay
     silenced: Tensor
 
     @classmethod
     @abstractmethod
     def of(cls, router: Any, routing: Any) -> Self:
-        """The decision that, settled at once, is `routing` bit for bit."""
+        """The decision from which `settle`, without an edit, makes `routing` again bit for bit."""
 
     @abstractmethod
     def settle(self) -> Routing:
-        """What the layer will compute."""
+        """The routing that the layer will compute, after all edits."""
 
     @abstractmethod
     def exchange(self, a: int, b: int) -> Self:
-        """Give to expert b what is expert a's, with its weights, and the other way round."""
+        """Exchange the tokens or slots of experts a and b, with their weights."""
 
     @abstractmethod
     def shuffle(self, key: Sequence[int]) -> Self:
         """Replace the router's choice by one drawn at random, the same for every image; weights stay with the rank."""
 
     def remove(self, expert: int) -> Self:
-        """Take an expert away."""
+        """Make an expert unavailable to all tokens."""
         return replace(self, removed=self.removed | self._mask(expert))
 
     def silence(self, expert: int) -> Self:
@@ -347,16 +361,16 @@ class Decision(ABC):
         return replace(self, silenced=self.silenced | self._mask(expert))
 
     def _mask(self, expert: int) -> Tensor:
-        """[E] bool."""
+        """[E] bool: True at `expert`."""
         return torch.arange(self.routing.num_experts, device=self.routing.logits.device) == expert
 
 
 Edit = Callable[[Any], Any]
-"""Of a decision, to one of the same kind."""
+"""A function from a `Decision` to one of the same class."""
 
 
 def computed_pairs(routing: Routing) -> Tensor:
-    """[B, N, E] bool: which expert computes which token; of Soft MoE: from which expert a token takes anything."""
+    """[B, N, E] bool: which expert computes which token; for Soft MoE, whose slots contribute to which token."""
     return _no_pair(routing).scatter(-1, routing.expert_index, routing.kept)
 
 
@@ -373,15 +387,15 @@ def draw_orders(key: Sequence[int], rows: int, length: int, device: torch.device
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many choices an expert computes at most, see `moevision.layers.within_capacity`."""
+    """The number of choices that an expert computes at most, see `moevision.layers.within_capacity`."""
 
-    factor: float  # over the load of perfect balance
+    factor: float  # limit divided by the load of perfect balance
     priority: bool = True  # V-MoE's batch priority: tokens with larger first gates come first
-    whole_batch: bool = False  # the limit is one of the whole batch instead of one image
+    whole_batch: bool = False  # one limit for the whole batch instead of one for each image
 
     @classmethod
     def of_router(cls, router: Any) -> Capacity | None:
-        """What a router itself applies in its present mode; None for no limit."""
+        """The capacity of the router itself, in training or evaluation mode; None for no limit."""
         options = getattr(router, "options", None)
         if options is None:
             return None
@@ -393,39 +407,39 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Ranking(Decision):
-    """What a layer in which tokens choose their experts is about to decide.
+    """The decision of a layer in which tokens choose their experts: a ranking of all experts for each token.
 
-    An expert that is `removed` for a token is replaced by its next-best one.
+    An expert that is `removed` for a token is replaced by the next one in its ranking.
     """
 
     order: Tensor  # [B, N, E] int64, all experts of a token, best first, no expert twice
-    # [B, N, E] what stands at each rank and makes its gate (`router.gate_logits`, which needn't be what the router
-    # chooses by). It is the expert's own, unless an edit put another expert at that rank: weights then stay with the
-    # rank
+    # [B, N, E] by rank, the scores that gates are computed of (`router.gate_logits`, which needn't be those that the
+    # router chooses by). Edits change `order` only, so that weights stay with the rank
     scores: Tensor
     top_k: int  # K
     capacity: Capacity | None = None  # applied last, to whatever the edits have left
 
     @classmethod
     def of(cls, router: Any, routing: Routing) -> Self:
-        """The list whose head is `routing`."""
-        nobody = _no_pair(routing)
-        chosen = nobody.scatter(-1, routing.expert_index, True)
-        # The router's own order of the chosen is kept: among equal scores topk and sort may disagree.
+        """The ranking whose first K experts are those of `routing`."""
+        all_false = _no_pair(routing)
+        chosen = all_false.scatter(-1, routing.expert_index, True)
+        # The chosen experts keep the router's order, since topk and argsort may order equal scores differently.
         other_scores = routing.noisy_logits.masked_fill(chosen, -math.inf)
         others = other_scores.argsort(dim=-1, descending=True, stable=True)
-        others = others[..., : routing.num_experts - routing.top_k]
-        order = torch.cat([routing.expert_index, others], -1)
+        others = others[..., : routing.num_experts - routing.top_k]  # [B, N, E - K]
+        order = torch.cat([routing.expert_index, others], -1)  # [B, N, E]
 
-        # What the router's capacity dropped is no property of the choice: it is found again after the edits.
+        # With a capacity, `settle` computes anew which choices are dropped. Without one, those of `routing` stay
+        # dropped.
         capacity = Capacity.of_router(router)
-        dropped = nobody
+        dropped = all_false
         if capacity is None:
-            dropped = nobody.scatter(-1, routing.expert_index, ~routing.kept)
+            dropped = all_false.scatter(-1, routing.expert_index, ~routing.kept)
         return cls(
             router=router,
             routing=routing,
-            removed=nobody,
+            removed=all_false,
             silenced=dropped,
             order=order,
             scores=router.gate_logits(routing).gather(-1, order),
@@ -434,22 +448,23 @@ class Ranking(Decision):
         )
 
     def settle(self) -> Routing:
-        """The decision: the first K experts that aren't removed, as far as the capacity allows.
+        """The first K experts of each token that aren't removed, as far as the capacity allows.
 
-        A token left with fewer than K experts has choices with kept = False and weight 0.
+        If fewer than K are left, the other choices have kept = False and weight 0.
         """
-        # The first K ranks whose expert isn't removed.
+        # The first K ranks whose expert isn't removed: a stable sort of 0 (available) and 1 (removed).
         removed = self.removed.gather(-1, self.order)  # [B, N, E] by rank
         ranks = removed.to(torch.uint8).argsort(dim=-1, stable=True)[..., : self.top_k]  # [B, N, K]
-        index = self.order.gather(-1, ranks)
-        exists = ~removed.gather(-1, ranks)
+        index = self.order.gather(-1, ranks)  # [B, N, K]
+        is_available = ~removed.gather(-1, ranks)  # [B, N, K]
 
-        top_scores = self.scores.gather(-1, ranks).masked_fill(~exists, -math.inf)
-        gate_logits = self.router.gate_logits(self.routing)
-        weight = self.router.gates(gate_logits, top_scores).masked_fill(~exists, 0.0)
-        kept = exists & ~self.silenced.gather(-1, index)
+        top_scores = self.scores.gather(-1, ranks).masked_fill(~is_available, -math.inf)
+        gate_logits = self.router.gate_logits(self.routing)  # [B, N, E]
+        weight = self.router.gates(gate_logits, top_scores).masked_fill(~is_available, 0.0)
+        kept = is_available & ~self.silenced.gather(-1, index)
         if self.capacity is not None:
-            priority = self.router.priority(gate_logits, top_scores).masked_fill(~exists, 0.0)
+            priority = self.router.priority(gate_logits, top_scores)
+            priority = priority.masked_fill(~is_available, 0.0)
             kept = within_capacity(
                 index,
                 priority,
@@ -464,59 +479,59 @@ class Ranking(Decision):
 
     def put_first(self, expert: int) -> Self:
         """Put an expert first for every token; the others follow in their old order, weights stay with the rank."""
-        # 0 for the expert, which a stable sort puts first.
-        others = (self.order != expert).to(torch.uint8)  # [B, N, E]
-        return replace(self, order=self.order.gather(-1, others.argsort(dim=-1, stable=True)))
+        # A stable sort of 0 (the expert) and 1 (the others).
+        is_other = (self.order != expert).to(torch.uint8)  # [B, N, E] by rank
+        ranks = is_other.argsort(dim=-1, stable=True)
+        return replace(self, order=self.order.gather(-1, ranks))
 
     def choose(self, experts: Tensor, prefix: int) -> Self:
-        """Send every patch to these experts [B, P, K]; weights stay with the rank, prefix tokens where they are.
+        """Send patches to `experts` [B, patches, K]; the first `prefix` tokens keep theirs. Weights stay with the rank.
 
-        With P = 1 all tokens of an image go to the same experts, the prefix tokens too. A choice ~e, which is negative,
-        is one of expert e that adds nothing; where all of an image's are such, those of its prefix tokens add nothing.
+        `experts` [B, 1, K] is for all tokens of an image, the prefix tokens too. A negative entry ~e stands for expert
+        e with its output replaced by 0. If all entries of an image are negative, so are those of its prefix tokens.
         """
         tokens = self.order.shape[1]
         if experts.shape[1] == 1:
             experts = experts.expand(-1, tokens, -1)
         else:
-            prefix_experts = self.order[:, :prefix, : self.top_k]
-            without_layer = (experts < 0).flatten(1).all(1)  # [B]
-            prefix_experts = torch.where(
-                without_layer[:, None, None], ~prefix_experts, prefix_experts
-            )
+            prefix_experts = self.order[:, :prefix, : self.top_k]  # [B, prefix, K]
+            all_silent = (experts < 0).flatten(1).all(1)  # [B]
+            prefix_experts = torch.where(all_silent[:, None, None], ~prefix_experts, prefix_experts)
             experts = torch.cat([prefix_experts, experts], 1)
-        adds_nothing = experts < 0  # [B, N, K]
-        chosen = torch.where(adds_nothing, ~experts, experts)
-        silenced = _no_pair(self.routing).scatter(-1, chosen, adds_nothing)
 
-        # Behind them the other experts, in their old order.
+        is_silent = experts < 0  # [B, N, K]
+        chosen = torch.where(is_silent, ~experts, experts)
+        silenced = _no_pair(self.routing).scatter(-1, chosen, is_silent)  # [B, N, E]
+
+        # After the chosen experts the others follow in their old order: a stable sort of 0 (chosen) and 1.
         is_other = torch.ones_like(self.order).scatter(-1, chosen, 0)  # [B, N, E] by expert
-        chosen_first = is_other.gather(-1, self.order).argsort(dim=-1, stable=True)
-        others = self.order.gather(-1, chosen_first)[..., chosen.shape[-1] :]
-        order = torch.cat([chosen, others], -1)
+        ranks = is_other.gather(-1, self.order).argsort(dim=-1, stable=True)
+        others = self.order.gather(-1, ranks)[..., chosen.shape[-1] :]  # [B, N, E - K]
+        order = torch.cat([chosen, others], -1)  # [B, N, E]
         return replace(self, order=order, silenced=self.silenced | silenced)
 
     def exchange(self, a: int, b: int) -> Self:
-        """Give expert a's tokens to expert b, with the weight that they gave a, and the other way round."""
+        """Exchange the tokens of experts a and b; weights stay with the rank."""
         order = self.order
         return replace(self, order=order.masked_fill(order == a, b).masked_fill(order == b, a))
 
     def shuffle(self, key: Sequence[int]) -> Self:
-        """Send the token at each position to experts drawn at random, K different ones; weights stay with the rank.
+        """Send the token at each position to K different experts drawn at random; weights stay with the rank.
 
-        The draw depends on the key and the position only (where images are routed as a whole, on the key): every image
-        is sent the same way, alone or in any batch.
+        The draw depends on the key and the position only (if whole images are routed, on the key), so that it is the
+        same for every image, alone or in any batch.
         """
         _, tokens, num_experts = self.order.shape
         rows = 1 if self.routing.route_by == "image" else tokens
-        order = draw_orders(key, rows, num_experts, self.order.device)
+        order = draw_orders(key, rows, num_experts, self.order.device)  # [N or 1, E]
         return replace(self, order=order.expand_as(self.order))
 
     def at_capacity(self, factor: float) -> Self:
-        """A limit per image with batch priority, in place of any other."""
+        """Replace the capacity by one per image, with batch priority."""
         return replace(self, capacity=Capacity(factor))
 
     def limit_per_image(self) -> Self:
-        """Every image limited by itself, whatever the router shares a capacity over."""
+        """Apply the router's capacity, if it has one, to each image alone."""
         if self.capacity is None:
             return self
         return replace(self, capacity=replace(self.capacity, whole_batch=False))
@@ -524,93 +539,95 @@ class Ranking(Decision):
 
 @dataclass(frozen=True)
 class TokenLists(Decision):
-    """What a layer in which experts choose their tokens is about to decide."""
+    """The decision of a layer in which experts choose tokens: a ranking of an image's tokens for each expert."""
 
     order: Tensor  # [B, E, N] int64, all tokens of the image for each expert, best first
-    scores: Tensor  # [B, E, N] the affinity that stands at each rank and becomes the weight
+    scores: Tensor  # [B, E, N] by rank, the affinity that becomes the token's weight
     top_k: int  # K, experts per token on average
     factor: float = 1.0  # C is ceil(factor · N · K / E)
 
     @classmethod
     def of(cls, router: Any, routing: ExpertChoiceRouting) -> Self:
-        """The lists whose heads are `routing`."""
+        """The rankings whose first C tokens are those of `routing`."""
         affinity = routing.noisy_logits.softmax(-1).mT  # [B, E, N]
         order = affinity.argsort(dim=-1, descending=True, stable=True)
-        nobody = _no_pair(routing)
         scores = affinity.gather(-1, order)
-        return cls(router, routing, nobody, nobody, order=order, scores=scores, top_k=router.top_k)
+        no_pair = _no_pair(routing)
+        return cls(
+            router, routing, no_pair, no_pair, order=order, scores=scores, top_k=router.top_k
+        )
 
     def settle(self) -> Routing:
-        """Each expert takes the first C of its list; weights are the router's own rule."""
+        """Each expert takes the first C tokens of its ranking; weights follow the router's own rule."""
         tokens = self.order.shape[-1]
         capacity = capacity_of(self.factor, tokens, self.top_k, self.routing.num_experts)
         index = self.order[..., :capacity]  # [B, E, C]
-        removed = self.removed.mT.gather(-1, index)
-        silenced = self.silenced.mT.gather(-1, index)
+        removed = self.removed.mT.gather(-1, index)  # [B, E, C]
+        silenced = self.silenced.mT.gather(-1, index)  # [B, E, C]
 
-        weight = self.scores[..., :capacity].masked_fill(removed, 0.0)
+        weight = self.scores[..., :capacity].masked_fill(removed, 0.0)  # [B, E, C]
         if self.router.options.normalize_gates:
             weight = shares_of_token(weight, index, tokens)
         weight = weight.masked_fill(silenced, 0.0)
 
-        nothing = torch.zeros_like(self.scores)  # [B, E, N]
-        computed = nothing.bool().scatter(-1, index, ~(removed | silenced))
-        view = token_view(nothing.scatter(-1, index, weight).mT, computed.mT)
+        zeros = torch.zeros_like(self.scores)  # [B, E, N]
+        computed = zeros.bool().scatter(-1, index, ~(removed | silenced))
+        view = token_view(zeros.scatter(-1, index, weight).mT, computed.mT)
         routing = cast(ExpertChoiceRouting, self.routing)
         return replace(routing, token_index=index, token_weight=weight, **view)
 
     def exchange(self, a: int, b: int) -> Self:
-        """Let each of two experts take the other's tokens, with the other's weights."""
+        """Let experts a and b take each other's tokens, with each other's weights."""
         order = _exchanged(self.order, a, b, 1)
         return replace(self, order=order, scores=_exchanged(self.scores, a, b, 1))
 
     def shuffle(self, key: Sequence[int]) -> Self:
         """Let every expert take the tokens at positions drawn at random; weights stay with the rank."""
         _, num_experts, tokens = self.order.shape
-        order = draw_orders(key, num_experts, tokens, self.order.device)
+        order = draw_orders(key, num_experts, tokens, self.order.device)  # [E, N]
         return replace(self, order=order.expand_as(self.order))
 
     def at_capacity(self, factor: float) -> Self:
-        """`factor` times as many tokens per expert."""
+        """Let each expert take `factor` times as many tokens."""
         return replace(self, factor=factor)
 
 
 @dataclass(frozen=True)
 class SlotWeights(Decision):
-    """What a Soft MoE layer is about to decide."""
+    """The decision of a Soft MoE layer."""
 
-    dispatch: Tensor  # [B, N, E, P] what each slot reads
-    combine: Tensor  # [B, N, E, P] what each token takes of each slot
+    dispatch: Tensor  # [B, N, E, P] weight of each token in each slot
+    combine: Tensor  # [B, N, E, P] weight of each slot in each token's output
 
     @classmethod
     def of(cls, router: Any, routing: SoftRouting) -> Self:
-        """The weights as they are."""
-        nobody = _no_pair(routing)
-        return cls(router, routing, nobody, nobody, routing.dispatch_weight, routing.slot_weight)
+        """The weights of `routing`."""
+        no_pair = _no_pair(routing)
+        return cls(router, routing, no_pair, no_pair, routing.dispatch_weight, routing.slot_weight)
 
     def settle(self) -> Routing:
-        """The weights without what is taken away."""
-        left = self.combine.masked_fill(self.removed.unsqueeze(-1), 0.0)
-        total = left.flatten(2).sum(-1)  # [B, N]
-        # A token that lost nothing keeps its weights to the bit: their sum is only about 1.
-        rescaled = self.removed.any(-1) & (total > 0)
-        divisor = torch.where(rescaled, total, 1.0)[..., None, None]
-        combine = (left / divisor).masked_fill(self.silenced.unsqueeze(-1), 0.0)
+        """Weights without the slots of removed experts are normalised again; those of silenced experts become 0."""
+        combine = self.combine.masked_fill(self.removed.unsqueeze(-1), 0.0)  # [B, N, E, P]
+        total = combine.flatten(2).sum(-1)  # [B, N]
+        # Only tokens with a removed expert: dividing by a sum of about 1 would change the last bits of the others.
+        is_rescaled = self.removed.any(-1) & (total > 0)
+        divisor = torch.where(is_rescaled, total, 1.0)[..., None, None]  # [B, N, 1, 1]
+        combine = (combine / divisor).masked_fill(self.silenced.unsqueeze(-1), 0.0)
 
         view = token_view(combine.sum(-1), ~(self.removed | self.silenced))
         routing = cast(SoftRouting, self.routing)
         return replace(routing, dispatch_weight=self.dispatch, slot_weight=combine, **view)
 
     def exchange(self, a: int, b: int) -> Self:
-        """Let each of two experts compute the other's slots."""
+        """Let experts a and b compute each other's slots."""
         dispatch = _exchanged(self.dispatch, a, b, 2)
         return replace(self, dispatch=dispatch, combine=_exchanged(self.combine, a, b, 2))
 
     def shuffle(self, key: Sequence[int]) -> Self:
-        """Deal all E · P slots out to the experts at random, P to each; what a slot reads and gives stays the same."""
+        """Distribute all E · P slots to the experts at random, P to each; the weights of a slot stay the same."""
         dispatch = self.dispatch.flatten(2)  # [B, N, E · P]
         combine = self.combine.flatten(2)
-        (order,) = draw_orders(key, 1, dispatch.shape[-1], dispatch.device)
+        (order,) = draw_orders(key, 1, dispatch.shape[-1], dispatch.device)  # [E · P]
         return replace(
             self,
             dispatch=dispatch[..., order].view_as(self.dispatch),
@@ -626,7 +643,7 @@ _DECISIONS: Final[dict[str, type[Decision]]] = {
 
 
 def _exchanged(x: Tensor, a: int, b: int, dim: int) -> Tensor:
-    """The same with two entries of an axis exchanged."""
+    """Exchange the entries a and b along the axis `dim` of x."""
     order = torch.arange(x.shape[dim], device=x.device)
     order[a] = b
     order[b] = a

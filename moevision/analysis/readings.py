@@ -1,18 +1,20 @@
-"""What is recorded of a model's routing, and what its experts tell about classes and parts, beside its controls.
+"""Recordings of routing, and readings: how much experts, and control routers, tell about classes and parts.
 
-What this module owns: recordings, baselines, and readings as numbers. It asks `information` for every statistic, and
-leaves to `questions` what changed routes cost and every sentence about the numbers.
+This module has recordings, baselines, and readings as numbers. Statistics come from `information`; `questions` measures
+what changed routes cost, and puts the numbers into sentences.
 
-A model that isn't ours takes part through a `Recording`: chosen experts and labels, and whatever else is known.
-`recording_of` makes one of a model of this package.
+- recording: chosen experts and labels of a set of images, and optionally more. `recording_of` makes one from a model of
+  this package; a model from elsewhere can be analysed by filling in a `Recording`.
+- baseline, control: a router that has learned nothing from labels, measured on the same images for comparison.
+- reading: how well the class or part can be told from the experts. It is of one patch, or of the whole image (the
+  histogram of its experts, read by a probe on held-out images); of the first choice or of all choices; of all patches
+  or, where parts are known, of the object or the background only.
 
-A reading is of a patch or of the image (the histogram of its experts, by a probe on held-out images), of the first
-choice or of all choices, of all patches or, where parts are known, of object and background apart. Patches of one image
-are not independent, so every interval and every shuffling is over images.
+Patches of one image are not independent, so every interval and every permutation test is over images.
 
-Axes: I images, P patches (1 where images are routed as a whole), K choices best first, E experts, C classes, V values
-that are predicted, D width, p patches whose inputs are known, T tokens, R images that are run again, N patches whose
-value is known.
+Axes: I images, P patches (1 where images are routed as a whole), K choices best first, E experts, C classes, V distinct
+classes or parts that are predicted, D width, p patches whose inputs are recorded, T tokens, R images that are run
+again, N patches whose class or part is known.
 """
 
 from __future__ import annotations
@@ -66,17 +68,17 @@ if TYPE_CHECKING:
     from sklearn.cluster import KMeans
 
 Run = Callable[[int, Ints, Ints], Array]
-"""(index of the layer, images [R], their experts [R, P, K]) -> logits [R, C] with those routes; gates stay by rank.
+"""(index of the layer, images [R], their experts [R, P, K]) -> logits [R, C] with those routes.
 
-A choice ~e, which is negative, is one of expert e that adds nothing to the layer's output; an image all of whose
-choices are such is left with the residual alone.
+The gate weight stays with the rank of a choice. A negative entry ~e stands for expert e whose output is left out; an
+image with negative entries alone gets nothing from the layer, only the residual connection.
 """
 
-_INPUT_TOKENS = 20_000  # whose inputs are kept of each layer
-_BATCH = 32
+_RECORDED_INPUTS = 20_000  # patches, over all images, whose inputs are recorded for each layer
+_BATCH = 32  # images per forward pass
 
 ChoiceSet = Literal["first", "all"]
-"""Which choices of a patch count: its first, or all."""
+"""Which choices of a patch are counted: its first, or all."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,20 @@ class RecordedLayer:
         name: as pages show it, such as "L3".
         choices: [I, P, K] the experts of each patch, best first; P is 1 where images are routed as a whole.
         num_experts: E.
-        amounts: [I, P, K] what a choice counts: whether it was kept, or what the patch takes; 1 if None.
-        tokens_choose: False for expert choice and Soft MoE, which have no first choice and no route to be forced.
+        amounts: [I, P, K] the weight with which each choice is counted: 0 or 1 for dropped or kept, or the share of the
+            expert in what the patch takes. None: every choice counts 1.
+        tokens_choose: False for expert choice and Soft MoE, which have no first choice, and whose routes can't be
+            forced.
         by_image: all patches of an image share one choice.
-        inputs: [I, p, D] what the router receives of some patches; None: no probe, no clusters.
-        positions: [p] which patches those are; None: all in order.
-        before: choices of the same router before training; one entry for each start that is known.
-        untrained: choices of the same model with freshly drawn weights, in place of `before` where that isn't known.
-        clusters: choices by clusters of the layer's input; made from `inputs` if None and those are of all patches.
-        cluster_start: the router was started from clusters of its input.
-        read: whether any logit reads these patches: with a class-token head it doesn't read those of the last block.
+        inputs: [I, p, D] input of the router at some patches. None: no probe is fitted, and no clusters.
+        positions: [p] which patches `inputs` has; None: all, in order.
+        before: choices of the same router before training, one entry for each known initialisation.
+        untrained: choices of the same model with freshly drawn weights, used if `before` is empty.
+        clusters: choices by clusters of the layer's input. If None they are made from `inputs`, which must then have
+            all patches.
+        cluster_start: the router was initialised from clusters of its input.
+        read: whether any logit depends on the layer's output for patches. A class-token head doesn't read that of the
+            last block.
     """
 
     name: str
@@ -120,24 +126,24 @@ class RecordedLayer:
 
     @property
     def primary(self) -> ChoiceSet:
-        """The choices that answers are about."""
+        """The choices that the three answers are about: the first, or all where there is no first."""
         return "first" if self.tokens_choose else "all"
 
     def counts(self, which: ChoiceSet) -> Floats:
-        """[I, P, E] of the first choices, or of all."""
+        """[I, P, E] how much each patch chose each expert, by its first choice or by all."""
         return patch_counts(self.choices, self.amounts, self.num_experts, which)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The routing of any model on labelled images: what `three_questions` asks.
+    """The routing of any model on labelled images: the input of `three_questions`.
 
     Attributes:
         labels: [I] classes; negative: unknown.
         layers: the MoE layers, in order of depth.
         class_names: [C].
-        parts: [I, P] the part that each patch shows; negative: unknown. None: not asked.
-        objects: [I, P] whether a patch shows the object (background otherwise); None: not told apart.
+        parts: [I, P] the part that each patch shows; negative: unknown. None: there is no reading of parts.
+        objects: [I, P] whether a patch shows the object (background otherwise); None: there are no separate readings.
         run: runs the model again with forced routes, for the swap test; None: not measured.
 
     Raises:
@@ -187,22 +193,22 @@ def recording_of(
     swap: bool = True,
     seed: int = 0,
 ) -> Recording:
-    """The recording of a model of ours.
+    """The recording of a model of this package.
 
     Args:
         model: the model, in eval mode.
         pictures: the images, in the order of the trace.
         trace: their routing.
-        baselines: from `measure_baselines`: `untrained` stands for the router before training, `kmeans_input` for the
-            clusters.
-        before: routing of the same images by the model before it was trained, in place of `untrained`.
+        baselines: from `measure_baselines`: `untrained` becomes `RecordedLayer.untrained`, `kmeans_input` becomes
+            `RecordedLayer.clusters`.
+        before: routing of the same images by the model before it was trained; it replaces `untrained`.
         parts: [I, P] the part that each patch shows.
-        part_names: names of the parts; `background` is told apart from the object.
-        swap: whether the swap test can be made.
-        seed: of the patches whose inputs are kept.
+        part_names: names of the parts. One named `background` gives `Recording.objects`: all other parts.
+        swap: whether to include `Recording.run`, by which the swap test runs the model again.
+        seed: random seed of the choice of patches whose inputs are recorded.
 
     Raises:
-        UserError: `before` has other layers or is about other images.
+        UserError: `before` has other layers or other images than `trace`.
     """
     if before is not None and (
         before.picture_names != trace.picture_names or len(before.layers) != len(trace.layers)
@@ -210,16 +216,17 @@ def recording_of(
         raise UserError(
             "The model before training must have the same MoE layers, and be traced on the same images."
         )
-    layers = _with_inputs(model, pictures, trace, seed)
+
+    layers = _layers_with_inputs(model, pictures, trace, seed)
     for index, classifier_reads in enumerate(routes_read(model.net)):
         block = trace.layers[index].layer
-        untrained = _of_block(baselines, "untrained", block)
-        old = [] if before is None else [Assignments.of(before.layers[index], 0)]
+        untrained = _assignments_of_block(baselines, "untrained", block)
+        at_start = [] if before is None else [Assignments.of(before.layers[index], 0)]
         layers[index] = replace(
             layers[index],
-            before=old,
-            untrained=() if old else untrained,
-            clusters=_of_block(baselines, "kmeans_input", block) or None,
+            before=at_start,
+            untrained=() if at_start else untrained,
+            clusters=_assignments_of_block(baselines, "kmeans_input", block) or None,
             cluster_start=from_clusters(model.net),
             read=classifier_reads,
         )
@@ -228,20 +235,20 @@ def recording_of(
     if parts is not None and "background" in part_names:
         objects = np.asarray(parts) != list(part_names).index("background")
 
-    refused = [refusal("swap", layer.router) for layer in moe_layers(model.net)]
+    refusals = [refusal("swap", layer.router) for layer in moe_layers(model.net)]
     run = None
-    if swap and trace.accuracy is not None and not any(refused):
+    if swap and trace.accuracy is not None and not any(refusals):
         run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
     return Recording(np.asarray(trace.labels), layers, trace.class_names, parts, objects, run)
 
 
-def _with_inputs(
+def _layers_with_inputs(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seed: int
 ) -> list[RecordedLayer]:
-    """Each layer's choices with its input at the same random patches of every image."""
+    """Each layer's choices, with its input at some patches: random ones, the same in every image and layer."""
     rng = np.random.default_rng(seed)
     num_patches = math.prod(trace.grid)
-    num_inputs = min(num_patches, max(1, _INPUT_TOKENS // max(1, len(trace))))
+    num_inputs = min(num_patches, max(1, _RECORDED_INPUTS // max(1, len(trace))))
     positions = np.sort(rng.permutation(num_patches)[:num_inputs])
 
     batches: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
@@ -260,7 +267,7 @@ def _with_inputs(
 
 
 def choices_of(layer: LayerTrace) -> RecordedLayer:
-    """The choices of a traced layer alone."""
+    """A traced layer as a `RecordedLayer` with its choices only, without inputs and controls."""
     by_image = layer.route_by == "image"
     patches = slice(None, 1) if by_image else slice(None)
     return RecordedLayer(
@@ -284,42 +291,43 @@ def run_forced(
 ) -> Floats:
     """Logits [R, C] of images [R] whose patches go to these experts [R, P, K] in one layer; see `Run`.
 
-    Prefix tokens keep their experts. The blocks before the layer compute an image once for all rows of a batch that
-    are the same image.
+    Prefix tokens keep their experts. An image that occurs several times in a batch passes the blocks before the layer
+    once.
     """
     layer = numbered_layers(model.net)[blocks[index]]
     prefix = int(getattr(model.net, "num_prefix_tokens", 0))
     logits = []
     for start in range(0, len(images), _BATCH):
         batch = slice(start, start + _BATCH)
-        unique, rows = np.unique(images[batch], return_inverse=True)
-        pixels = network_input(model, read_images(pictures, unique))
-        routes = torch.from_numpy(experts[batch].astype(np.int64))
+        distinct_images, distinct_index = np.unique(images[batch], return_inverse=True)
+        pixels = network_input(model, read_images(pictures, distinct_images))
+
+        routes = torch.from_numpy(experts[batch].astype(np.int64))  # [B, P, K]
         edit = methodcaller("choose", routes.to(pixels.device), prefix)
         with per_image_capacity(model.net), apply_edits(model.net, {layer: edit}):
-            output = run_repeated(model.net, pixels, torch.from_numpy(rows), first=layer)
+            output = run_repeated(model.net, pixels, torch.from_numpy(distinct_index), first=layer)
         logits.append(output.float().cpu().numpy())
     return np.concatenate(logits)
 
 
-# ---- baselines: the choices of routers that have learned nothing, of the images that a trained one has routed
+# ---- baselines: choices of routers that have learned nothing, on the images of a trained router's trace
 #
-# "Above chance" is a low bar: a router that was never trained sorts patches by colour, and colour differs between
-# classes. What a router tells is therefore compared with what these tell:
-# - `untrained`: the same architecture freshly initialised, seen by the same images. Noisy top-k routers start at zero
-#   (arXiv:1701.06538, appendix A), where ties would send every patch to the same experts; they get random weights here;
-# - `kmeans_input`: E clusters of what the trained layer receives: what routing by similarity alone would tell. Where
-#   images are routed as a whole, it is their mean patch.
-# A baseline chooses as the layer does (`RoutingRule`), since information depends on how many experts a patch has and on
-# how evenly it takes from them, and differs from it in its scores only. Where there is a softmax the scores are first
-# scaled so that it is as undecided as the layer is on average. Clusters are fitted on one half of the images and
-# measured on the other; the nearer a cluster, the larger its score.
+# A router that was never trained sorts patches by colour already, and colour differs between classes: "above chance"
+# says little. A trained router is therefore compared with two baselines:
+# - `untrained`: the same architecture, freshly initialised, on the same images. Noisy top-k routers start at zero
+#   (arXiv:1701.06538, appendix A), where ties would send every patch to the same experts; here they get random weights.
+# - `kmeans_input`: E k-means clusters of the trained layer's input, which is routing by similarity alone. Where images
+#   are routed as a whole, the input is the mean of an image's patches.
+# Information depends on how many experts a patch has, and on how evenly it takes from them. A baseline therefore
+# chooses by the layer's own rule (`RoutingRule`) and has other scores only. The score of a cluster is its nearness.
+# Before a softmax, scores are scaled to the layer's mean entropy. Clusters are fitted on one half of the images and
+# measured on the other.
 
-_FIT_TOKENS = 20_000  # of a clustering: enough for E centres; more only costs time
-_FIT_BATCH = 64
-_LARGEST_SCALE = 1e6  # of the search for a scale
-_SEARCH_STEPS = 60
-_SEARCH_PATCHES = 4096
+_FIT_PATCHES = 20_000  # that a clustering is fitted on: enough for E centres; more only cost time
+_FIT_BATCH = 64  # images per forward pass
+_LARGEST_SCALE = 1e6  # upper end of the search for a scale; the lower end is its reciprocal
+_SEARCH_STEPS = 60  # of that search
+_SEARCH_PATCHES = 4096  # patches whose mean entropy is compared in that search
 
 
 def measure_baselines(
@@ -330,12 +338,12 @@ def measure_baselines(
     Args:
         model: the trained model.
         pictures: the images of `trace`; others are ignored.
-        trace: its routing.
-        seeds: how many of each: untrained models, clusterings.
-        seed: of the two halves.
+        trace: the routing of the trained model.
+        seeds: the number of untrained models, and of clusterings of each layer.
+        seed: random seed of the division into two halves.
 
     Raises:
-        UserError: if the trace is about one image, other images or another model.
+        UserError: if the trace has one image only, other images than `pictures`, or other layers than the model.
     """
     if len(trace) < 2:
         raise UserError(
@@ -346,22 +354,23 @@ def measure_baselines(
         raise UserError(
             "This trace has other MoE layers than the model: collect it again with this model."
         )
-    # Image i is row i of the trace.
+    # Now image i of the pictures is image i of the trace.
     pictures = cached(aligned_pictures(pictures, trace))
 
     untrained = []
     for weight_seed in range(seeds):
-        fresh = replace(model, net=fresh_copy(model.net, weight_seed))
-        fresh_trace = collect_routing(fresh, pictures, progress=False)
+        fresh_model = replace(model, net=fresh_copy(model.net, weight_seed))
+        fresh_trace = collect_routing(fresh_model, pictures, progress=False)
         untrained += [Assignments.of(layer, weight_seed) for layer in fresh_trace.layers]
     clusters = _measure_clusters(model, pictures, trace, seeds, seed)
     return {"untrained": untrained, "kmeans_input": clusters}
 
 
 def fresh_copy(net: nn.Module, seed: int) -> nn.Module:
-    """The same architecture with newly drawn weights, as an untrained model starts, but with random routers.
+    """The same architecture with newly drawn weights, in eval mode; routers that start at zero get random weights.
 
-    Nothing of the trained weights is left (the rule `colour` keeps its colours); the CPU's generator is put back.
+    None of the trained weights remain (the router `colour`, a fixed rule, keeps its colours). The state of the CPU's
+    random generator is restored.
     """
     fresh = copy.deepcopy(net)
     with torch.random.fork_rng(devices=[]):
@@ -376,7 +385,7 @@ def fresh_copy(net: nn.Module, seed: int) -> nn.Module:
         for layer in moe_layers(fresh):
             weight = getattr(layer.router, "weight", None)
             if weight is not None and not weight.detach().any():
-                # LeCun, as V-MoE's router starts.
+                # LeCun initialisation, as in V-MoE's router.
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     return fresh.eval()
 
@@ -384,76 +393,78 @@ def fresh_copy(net: nn.Module, seed: int) -> nn.Module:
 def _measure_clusters(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seeds: int, seed: int
 ) -> list[Assignments]:
-    """K-means of each layer's input, fitted on half of the images, applied to the others."""
+    """Choices by k-means clusters of each layer's input, fitted on half of the images and applied to the other half."""
     in_measured_half = halves_by_class(np.asarray(trace.labels), seed)
-    fitted = np.flatnonzero(~in_measured_half)
-    measured = np.flatnonzero(in_measured_half)
+    fit_images = np.flatnonzero(~in_measured_half)
+    measured_images = np.flatnonzero(in_measured_half)
 
-    tokens = _sampled_tokens(model, pictures, trace, fitted, seed)
+    tokens_of_block = _sampled_tokens(model, pictures, trace, fit_images, seed)
     clusterings = [
-        Clustering.fit(tokens[layer.layer], RoutingRule.of(layer), cluster_seed, layer.layer)
+        Clustering.fit(
+            tokens_of_block[layer.layer], RoutingRule.of(layer), cluster_seed, layer.layer
+        )
         for layer in trace.layers
         for cluster_seed in range(seeds)
     ]
-    for inputs in router_inputs(model, pictures, trace, measured, _FIT_BATCH):
+    for inputs in router_inputs(model, pictures, trace, measured_images, _FIT_BATCH):
         for clustering in clusterings:
             clustering.route(inputs[cast(int, clustering.layer)])
-    return [clustering.assignments(measured) for clustering in clusterings]
+    return [clustering.assignments(measured_images) for clustering in clusterings]
 
 
 def _sampled_tokens(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, images: Ints, seed: int
 ) -> dict[int, Floats]:
-    """What each layer receives of random patches of some images: block -> [T, D]."""
+    """Input of each layer at random patches of some images: block -> [T, D]."""
     rng = np.random.default_rng(seed)
-    per_image = max(1, _FIT_TOKENS // max(1, len(images)))
-    sample: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
+    per_image = max(1, _FIT_PATCHES // max(1, len(images)))
+    sampled_batches: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
     for inputs in router_inputs(model, pictures, trace, images, _FIT_BATCH):
         for block, tokens in inputs.items():
-            order = rng.random(tokens.shape[:2]).argsort(1)  # [B, P]
-            patches = order[:, :per_image, None]
+            random_order = rng.random(tokens.shape[:2]).argsort(1)  # [B, P]
+            patches = random_order[:, :per_image, None]
             sampled = np.take_along_axis(tokens, patches, 1)  # [B, p, D]
-            sample[block].append(sampled.reshape(-1, tokens.shape[-1]))
-    return {block: np.concatenate(batches) for block, batches in sample.items()}
+            sampled_batches[block].append(sampled.reshape(-1, tokens.shape[-1]))
+    return {block: np.concatenate(batches) for block, batches in sampled_batches.items()}
 
 
 @dataclass
 class Clustering:
-    """K-means clusters of a layer's input as a router: the nearer a cluster, the larger its score."""
+    """A router by k-means clusters of a layer's input, one cluster per expert: the nearer, the larger its score."""
 
-    layer: int | None  # its block; None where there is one layer
+    layer: int | None  # block index; None if not given
     seed: int
     rule: RoutingRule
-    means: KMeans
-    scale: float  # of the scores
-    batches: list[Routes] = field(default_factory=list)  # what was routed so far
+    kmeans: KMeans
+    scale: float  # factor of the scores, see `RoutingRule.scale`
+    batches: list[Routes] = field(default_factory=list)  # routes of the images so far
 
     @classmethod
     def fit(
         cls, tokens: Floats, rule: RoutingRule, seed: int, layer: int | None = None
     ) -> Clustering:
-        """As many clusters of tokens [T, D] as experts."""
-        means = fit_clusters(tokens, rule.num_experts, seed)
-        return cls(layer, seed, rule, means, rule.scale(nearness(means, tokens)))
+        """Fit one cluster per expert to tokens [T, D]."""
+        kmeans = fit_clusters(tokens, rule.num_experts, seed)
+        return cls(layer, seed, rule, kmeans, rule.scale(nearness(kmeans, tokens)))
 
     def route(self, tokens: Floats) -> None:
-        """Choose experts for the patches [B, P, D] of further images."""
-        self.batches.append(self.rule.apply(nearness(self.means, tokens), self.scale))
+        """Choose experts for the patches [B, P, D] of further images, and add the routes to `batches`."""
+        self.batches.append(self.rule.apply(nearness(self.kmeans, tokens), self.scale))
 
     def assignments(self, images: Ints) -> Assignments:
-        """The choices for all `images` that were routed."""
+        """The choices in all `batches`; `images` [I'] are the indices of their images in the trace."""
         index = np.concatenate([routes.expert_index for routes in self.batches])
         amounts = None
         if self.rule.kind != "token_choice":
-            # Every patch names all experts: they are stored once.
+            # Every patch has all experts as its choices, so one row is stored and broadcast.
             index = np.broadcast_to(index[:1, :1].copy(), index.shape)
             amounts = np.concatenate([cast(Floats, routes.amounts) for routes in self.batches])
         return Assignments(self.layer, self.seed, index, images, self.rule.num_experts, amounts)
 
 
-def nearness(means: KMeans, tokens: Floats) -> Floats:
-    """[..., E] how near tokens [..., D] are to each cluster."""
-    distance = means.transform(tokens.reshape(-1, tokens.shape[-1]))
+def nearness(kmeans: KMeans, tokens: Floats) -> Floats:
+    """[..., E] negative squared distance of tokens [..., D] to the centre of each cluster."""
+    distance = kmeans.transform(tokens.reshape(-1, tokens.shape[-1]))
     return cast(Floats, -np.square(distance).reshape(*tokens.shape[:-1], -1))
 
 
@@ -471,7 +482,7 @@ def router_inputs(
     indices: Sequence[int] | Ints,
     batch_size: int,
 ) -> Iterator[dict[int, Floats]]:
-    """Per batch what each MoE layer routes by: block -> [B, P, D]; everywhere their mean where images are routed."""
+    """Router inputs of each MoE layer, by batch: block -> [B, P, D]; where images are routed, P times their mean."""
     for start in range(0, len(indices), batch_size):
         images = read_images(pictures, indices[start : start + batch_size])
         received = {}
@@ -483,7 +494,7 @@ def router_inputs(
 
 
 class Routes(NamedTuple):
-    """Experts [I, P, K] int16, and what each choice counts [I, P, K]; None for 1."""
+    """Chosen experts [I, P, K] int16, and the weight with which each choice is counted [I, P, K]; None: 1 each."""
 
     expert_index: Ints
     amounts: Floats | None = None
@@ -491,12 +502,13 @@ class Routes(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutingRule:
-    """How a layer chooses experts by scores."""
+    """The rule by which a layer turns scores into choices of experts."""
 
-    kind: RoutingKind  # who chooses
+    kind: RoutingKind  # whether tokens choose experts, experts choose tokens, or neither (Soft MoE)
     num_experts: int  # E
-    top_k: int  # K of token choice, C of expert choice, 0 for Soft MoE
-    entropy_bits: float = 0.0  # mean entropy of the layer's router; token choice needs none
+    # token choice: experts of a patch; expert choice: patches of an image that one expert takes; Soft MoE: 0
+    top_k: int
+    entropy_bits: float = 0.0  # mean entropy of the router; not used by token choice
 
     @classmethod
     def of(cls, layer: LayerTrace) -> RoutingRule:
@@ -508,22 +520,23 @@ class RoutingRule:
         return cls(layer.kind, layer.num_experts, capacity, entropy)
 
     def scale(self, scores: Floats) -> float:
-        """What to multiply scores [..., E] by, so that their softmax has the layer's mean entropy.
+        """Factor for scores [..., E] with which their softmax has the mean entropy of the layer's router.
 
-        Found by bisection of its logarithm, after the scores were divided by their standard deviation.
+        It is found by bisection on a logarithmic axis, on scores that were divided by their standard deviation.
         """
         if self.kind == "token_choice":
             return 1.0
         scores = np.asarray(scores, dtype=np.float64).reshape(-1, self.num_experts)
         scores = scores[:: math.ceil(len(scores) / _SEARCH_PATCHES)]
         spread = max(float(scores.std(-1).mean()), 1e-12)
-        unit = scores / spread
+        unit_scores = scores / spread
 
+        # The larger the factor, the smaller the entropy.
         low = 1 / _LARGEST_SCALE
         high = _LARGEST_SCALE
         for _ in range(_SEARCH_STEPS):
             middle = math.sqrt(low * high)
-            entropy = entr(softmax(middle * unit, -1)).sum(-1).mean() / np.log(2)
+            entropy = entr(softmax(middle * unit_scores, -1)).sum(-1).mean() / np.log(2)
             if entropy < self.entropy_bits:
                 high = middle
             else:
@@ -531,13 +544,13 @@ class RoutingRule:
         return low / spread
 
     def apply(self, scores: Array, scale: float) -> Routes:
-        """What scores [I, P, E] choose, the larger the better, multiplied by the `scale`."""
+        """The routes for scores [I, P, E] (larger is better), which are multiplied by `scale` before a softmax."""
         if self.kind == "token_choice":
             best_first = np.argsort(scores, axis=-1)[..., ::-1]
             return Routes(best_first[..., : self.top_k].astype(np.int16))
 
         experts = np.arange(self.num_experts, dtype=np.int16)
-        all_experts = np.broadcast_to(experts, scores.shape)
+        all_experts = np.broadcast_to(experts, scores.shape)  # [I, P, E]
         log_affinity = log_softmax(scale * np.asarray(scores, dtype=np.float64), -1)
         weights = np.exp(log_affinity).astype(np.float32)
         if self.kind == "soft":
@@ -545,21 +558,21 @@ class RoutingRule:
 
         # Expert choice: each expert takes its best patches of the image.
         order = np.argsort(-log_affinity, axis=1, kind="stable")
-        rank = np.argsort(order, axis=1)
+        rank = np.argsort(order, axis=1)  # [I, P, E] of a patch in its image, for each expert
         is_taken = rank < self.top_k
         return Routes(all_experts, weights * is_taken)
 
 
 @dataclass(frozen=True)
 class Assignments:
-    """The experts that one baseline gives to patches."""
+    """The experts that one baseline chooses for the patches of I' images."""
 
-    layer: int | None  # block of the layer that it is compared with; None: it is the same for all
-    seed: int  # of what is random in it
+    layer: int | None  # block of the layer that it is compared with; None: of every layer
+    seed: int  # random seed of its weights or clusters
     expert_index: Ints  # [I', P, K] int16, best first
-    images: Ints  # [I'] rows of the trace that it was measured on
+    images: Ints  # [I'] indices of its images in the trace
     num_experts: int  # E
-    amounts: Array | None = None  # [I', P, K] what each choice counts; 1 if None
+    amounts: Array | None = None  # [I', P, K] weight of each choice in counts; None: 1
 
     @classmethod
     def of(cls, layer: LayerTrace, seed: int) -> Assignments:
@@ -570,59 +583,64 @@ class Assignments:
         )
 
 
-def _of_block(
+def _assignments_of_block(
     baselines: Mapping[str, Sequence[Assignments]] | None, name: str, block: int
 ) -> list[Assignments]:
-    """The assignments of one baseline to the layer of one block."""
+    """The assignments of one baseline that are compared with the layer in a block."""
     assignments = (baselines or {}).get(name, ())
     return [assigned for assigned in assignments if assigned.layer in (None, block)]
 
 
-# ---- what is read off it
+# ---- readings: what the experts tell about classes and parts
 
-_CONTROL_PERMUTATIONS = 50  # a control's null is only subtracted
-_PROBE_TOKENS = 6_000  # that a linear probe is fitted on
-_PROBE_CLASSES = 100  # more take minutes to fit
-_CLUSTER_TOKENS = 20_000  # that clusters are fitted on
-_PRIOR = 1e-3  # share of the prior in a probe's prediction: an excluded class costs 10 bits
+_CONTROL_PERMUTATIONS = 50  # few, since controls need no p-value
+_PROBE_PATCHES = 6_000  # patches that a linear probe is fitted on
+_PROBE_CLASSES = 100  # most classes that a linear probe is fitted to; more take minutes
+_CLUSTER_PATCHES = 20_000  # patches that clusters are fitted on
+# Probability of the prior that is mixed into a probe's predictions: a class that it excludes costs 10 bits, not
+# infinitely many.
+_PRIOR_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
 class Reading(Numbers):
-    """What experts tell, read in one way."""
+    """One measurement of what experts tell about the class or the part."""
 
-    of: str  # `class` or `part`
-    unit: str  # `patch`: the choice of one; `image`: the histogram of all its patches, by a probe on held-out images
-    choices: ChoiceSet  # `first` or `all`
-    where: str  # `everywhere`, `object` or `background`
-    # share guessed right from the expert, the guess of each expert coming from the other half of the images
+    of: str  # what they tell about: `class` or `part`
+    # what it is told from: `patch`, the choice of one patch; `image`, the histogram of the choices of all its patches
+    unit: str
+    choices: ChoiceSet  # which choices are counted: `first` or `all`
+    where: str  # which patches are counted: `everywhere`, `object` or `background`
+    # share of correct guesses. Patch: each expert guesses its most frequent class in the other half of the images.
+    # Image: a probe guesses that was fitted on the other half.
     guess: Interval
-    chance: float  # share of the most frequent class (part)
-    bits: Interval  # above shuffled images; of the image: above the class frequencies, on held-out images
-    p_value: float | None = None  # of the shuffling; None where held-out images were used instead
+    chance: float  # share of the most frequent class (part), which is always guessing that
+    # information. Patch: above the mean of permuted images. Image: that of the probe above the class frequencies.
+    bits: Interval
+    p_value: float | None = None  # of the permutation test; None for the image, which has none
 
 
 @dataclass(frozen=True)
 class Load(Numbers):
-    """How evenly a layer uses its experts; a class x expert table never stands without it."""
+    """How evenly a layer uses its experts; shown beside every class x expert table."""
 
     share: Floats  # [E] of all choices
     class_share: Floats  # [C, E] share of each class's choices; NaN for a class without images
 
     @classmethod
     def of(cls, counts: Floats, labels: Ints, num_classes: int) -> Load:
-        """The load of counts [I, P, E] on images of these classes [I]."""
-        by_image = counts.sum(1, dtype=np.float64)  # [I, E]
+        """The load by counts [I, P, E], for images of the classes `labels` [I]."""
+        image_counts = counts.sum(1, dtype=np.float64)  # [I, E]
         one_hot = (labels[:, None] == np.arange(num_classes)).astype(np.float64)  # [I, C]
-        table = one_hot.T @ by_image  # [C, E]
-        total = max(by_image.sum(), 1e-12)
+        class_counts = one_hot.T @ image_counts  # [C, E]
+        total = max(image_counts.sum(), 1e-12)
         with np.errstate(invalid="ignore"):
-            class_share = table / table.sum(1, keepdims=True)
-        return cls(by_image.sum(0) / total, class_share)
+            class_share = class_counts / class_counts.sum(1, keepdims=True)
+        return cls(image_counts.sum(0) / total, class_share)
 
     @property
     def max_over_mean(self) -> float:
-        """Busiest expert over the mean."""
+        """Load of the busiest expert, divided by the mean load."""
         return float(self.share.max() * len(self.share))
 
     @property
@@ -646,35 +664,38 @@ class Load(Numbers):
 
 @dataclass(frozen=True)
 class Controls:
-    """What the controls of a layer tell, beside the router on the same images."""
+    """The readings of a layer's controls, and the readings of its router on the same images."""
 
-    # name of a control -> what each of its seeds tells, of a patch and of the image
+    # name of a control -> for each of its seeds a reading of patches, then one of images
     readings: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
-    # name of a control -> the same of the router, on the images of that control
+    # name of a control -> the router's readings of patches and of images, on the images of that control
     same: Mapping[str, tuple[Reading, Reading]] = field(default_factory=dict)
-    # bits by which the router exceeds the best of them; None where there is none
+    # bits of the router's patches minus those of the best control; None without controls
     gain: float | None = None
-    exceeded: bool = True  # whether it exceeds each of them (interval of the difference above 0)
+    # whether the router exceeds every control: the interval of each difference lies above 0
+    exceeded: bool = True
 
 
 @dataclass(frozen=True)
 class LayerReadings:
-    """Everything that was read off one layer of one training."""
+    """All readings of one layer of one training."""
 
     layer: RecordedLayer
     load: Load  # how evenly its experts are used
-    reason: str | None = None  # why nothing else was read; None where it was
-    readings: Sequence[Reading] = ()  # that of the answers first
-    probe: Reading | None = None  # of the linear probe's balanced groups; None without inputs
-    controls: Controls = Controls()  # those of the layer
-    # what a probe tells, or without one what so many experts could tell at most
+    reason: str | None = None  # why there are no readings; None if there are
+    readings: Sequence[Reading] = ()  # the first is the one that the answers are about
+    # a linear probe of the router's input, which deals patches to E balanced groups, read as experts are; None without
+    # inputs, or with too many classes
+    probe: Reading | None = None
+    controls: Controls = Controls()
+    # the largest information to be expected: that of the probe, or else the bound by the numbers of classes and experts
     most_bits: float = math.nan
 
 
 def measure_layer(
     recording: Recording, index: int, *, permutations: int, cluster_seeds: int, seed: int
 ) -> LayerReadings:
-    """Read one layer of one training; the arguments are those of `three_questions`."""
+    """All readings of one layer of one training; for the arguments see `three_questions`."""
     layer = recording.layers[index]
     labels = np.asarray(recording.labels)
     load = Load.of(layer.counts("all"), labels, len(recording.class_names))
@@ -682,7 +703,7 @@ def measure_layer(
     if len(np.unique(labelled)) < 2:
         return LayerReadings(layer, load, "fewer than two classes have images")
 
-    # The router itself, what the answers are about first.
+    # Readings of the router; those that the answers are about come first.
     selections = _selections(recording, layer, labels, seed)
     primary = selections[0]
     readings = []
@@ -693,13 +714,13 @@ def measure_layer(
     if parts is not None and layer.num_patches > 1 and len(np.unique(parts[parts >= 0])) > 1:
         readings.append(primary.read_parts(parts, permutations, seed))
 
-    # What it is compared with.
+    # Readings of what the router is compared with.
     probe = _probe_reading(layer, primary, seed)
     clusters = layer.clusters
     if clusters is None:
         clusters = cluster_choices(layer, cluster_seeds, seed)
     controls = {"before": layer.before, "untrained": layer.untrained, "clusters": clusters}
-    compared = _compare(primary, controls, permutations, seed)
+    compared = _compare_with_controls(primary, controls, permutations, seed)
 
     if probe is not None and probe.bits.value > 0:
         most_bits = probe.bits.value
@@ -710,7 +731,7 @@ def measure_layer(
 
 
 def _probe_reading(layer: RecordedLayer, router: _Selection, seed: int) -> Reading | None:
-    """What the linear probe's balanced groups tell; None where it can't be fitted."""
+    """The reading of the linear probe's groups (`probe_groups`) in the place of experts; None if it can't be fitted."""
     labels = router.labels
     if layer.inputs is None or len(np.unique(labels)) > _PROBE_CLASSES:
         return None
@@ -721,16 +742,16 @@ def _probe_reading(layer: RecordedLayer, router: _Selection, seed: int) -> Readi
 
 @dataclass(frozen=True)
 class _Selection:
-    """Which choices of which images are read."""
+    """Choices, of some images and patches, that a reading is made from."""
 
-    counts: Floats  # [I', P, E]
+    counts: Floats  # [I', P, E] see `RecordedLayer.counts`; 0 at patches that aren't read
     labels: Ints  # [I']
-    halves: Flags  # [I'] which half of the images an image is in
+    halves: Flags  # [I'] which half of the images an image is in, for fitting on one and testing on the other
     choices: ChoiceSet = "first"
     where: str = "everywhere"
 
     def on_images(self, images: Ints, seed: int) -> _Selection:
-        """The same of some images, which are divided into halves anew."""
+        """The selection restricted to some images, which are divided into halves anew."""
         labels = self.labels[images]
         return replace(
             self,
@@ -740,7 +761,7 @@ class _Selection:
         )
 
     def read_patches(self, permutations: int, seed: int) -> Reading:
-        """What the choice of one patch tells about the class."""
+        """The reading of single patches about the class."""
         target = np.broadcast_to(self.labels[:, None], self.counts.shape[:2])
         estimate = class_information(
             self.counts, self.labels, num_permutations=permutations, seed=seed
@@ -748,7 +769,7 @@ class _Selection:
         return self._of_patches("class", target, estimate)
 
     def read_parts(self, parts: Ints, permutations: int, seed: int) -> Reading:
-        """What the choice of one patch tells about the part [I', P] that it shows."""
+        """The reading of single patches about the part [I', P] that they show."""
         estimate = part_information(self.counts, parts, num_permutations=permutations, seed=seed)
         return self._of_patches("part", parts, estimate)
 
@@ -758,9 +779,9 @@ class _Selection:
         return Reading(of, "patch", self.choices, self.where, guess, chance, bits, estimate.p_value)
 
     def read_images(self) -> Reading:
-        """What a probe reads off the histogram of the image, on held-out images."""
+        """The reading of whole images about the class, by a probe of the histogram of their experts."""
         labelled = self.labels >= 0
-        sums = self.counts[labelled].sum(1)  # [I'', E]
+        sums = self.counts[labelled].sum(1)  # [I'', E] of the labelled images
         histogram = sums / np.maximum(sums.sum(1, keepdims=True), 1e-12)
         guess, chance, bits = probe_histogram(
             histogram, self.labels[labelled], self.halves[labelled]
@@ -771,10 +792,10 @@ class _Selection:
 def _selections(
     recording: Recording, layer: RecordedLayer, labels: Ints, seed: int
 ) -> list[_Selection]:
-    """Everything that is read of a layer, what the answers are about first."""
+    """Every combination of choices and patches that is read of a layer; the one of the answers comes first."""
     halves = halves_by_class(labels, seed)
     counts = {layer.primary: layer.counts(layer.primary), "all": layer.counts("all")}
-    if layer.counts("first").sum() == counts["all"].sum():
+    if layer.counts("first").sum() == counts["all"].sum():  # first choices are all choices
         counts = {layer.primary: counts[layer.primary]}
 
     masks = {"everywhere": np.ones(layer.choices.shape[:2], bool)}  # [I, P]
@@ -784,24 +805,24 @@ def _selections(
 
     selections = []
     for where, mask in masks.items():
-        for choices, choice_count in counts.items():
-            masked = choice_count * mask[..., None]
+        for choices, patch_count in counts.items():
+            masked = patch_count * mask[..., None]
             selections.append(_Selection(masked, labels, halves, choices, where))
     return selections
 
 
-def _compare(
+def _compare_with_controls(
     router: _Selection,
     controls: Mapping[str, Sequence[Assignments]],
     permutations: int,
     seed: int,
 ) -> Controls:
-    """The controls, and by how much the router exceeds the best of them."""
+    """The readings of all controls, and by how much the router's patches exceed the best of them."""
     readings: dict[str, list[Reading]] = {}
-    same: dict[str, tuple[Reading, Reading]] = {}
+    router_readings: dict[str, tuple[Reading, Reading]] = {}
     gains = []
     exceeded = True
-    measured_on: Ints | None = None
+    current_images: Ints | None = None
     for name, assignments in controls.items():
         for control in assignments:
             images = np.asarray(control.images)
@@ -809,12 +830,12 @@ def _compare(
             if (router.labels[images] >= 0).sum() < 2:
                 continue
             # Controls of the same images follow each other, so the router is read once on them.
-            if measured_on is None or not np.array_equal(images, measured_on):
-                measured_on = images
+            if current_images is None or not np.array_equal(images, current_images):
+                current_images = images
                 on_images = router.on_images(images, seed)
                 router_patch = on_images.read_patches(permutations, seed)
                 router_image = on_images.read_images()
-            same[name] = (router_patch, router_image)
+            router_readings[name] = (router_patch, router_image)
 
             counts = patch_counts(
                 control.expert_index, control.amounts, control.num_experts, router.choices
@@ -824,13 +845,13 @@ def _compare(
             readings.setdefault(name, []).extend([reading, selection.read_images()])
             exceeded &= router_patch.bits.significantly_above(reading.bits)
             gains.append(router_patch.bits.value - reading.bits.value)
-    return Controls(readings, same, min(gains, default=None), exceeded)
+    return Controls(readings, router_readings, min(gains, default=None), exceeded)
 
 
 def patch_counts(
     choices: Ints, amounts: Array | None, num_experts: int, which: ChoiceSet
 ) -> Floats:
-    """[I, P, E] of all choices [I, P, K], or of the first alone (which counts 1 where it counts at all)."""
+    """[I, P, E] sum of the amounts of all choices [I, P, K]; or of the first alone, as 1 if its amount isn't 0."""
     choices = np.asarray(choices)
     if amounts is None:
         amounts = np.ones(choices.shape, np.float32)
@@ -842,95 +863,107 @@ def patch_counts(
 
 
 def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Interval, float]:
-    """How often the class (part) is right that an expert's choices mostly are of, in the other half of the images.
+    """How often the class (part) of a patch is guessed correctly from its expert.
 
-    From counts [I, P, E], the class or part of each patch [I, P] (negative: left out) and which half an image is in.
-    Beside the share guessed right, with an interval over images, is that of always guessing the most frequent value.
+    An expert's guess is the most frequent class among the patches that chose it in the other half of the images.
+
+    Args:
+        counts: [I, P, E] how much each patch chose each expert.
+        target: [I, P] class or part of each patch; negative: left out.
+        halves: [I] which half an image is in.
+
+    Returns:
+        The share of correct guesses, with an interval over images; and the share by always guessing the most frequent
+        class.
     """
-    image, patch = (target >= 0).nonzero()  # [N]
-    values, ranks = np.unique(target[image, patch], return_inverse=True)
-    chosen = counts[image, patch].astype(np.float64)  # [N, E]
+    image_index, patch_index = (target >= 0).nonzero()  # [N]
+    # Classes are renumbered: `ranks` [N] are indices into the V `values` that occur.
+    values, ranks = np.unique(target[image_index, patch_index], return_inverse=True)
+    chosen = counts[image_index, patch_index].astype(np.float64)  # [N, E]
     correct = np.zeros(len(chosen))
-    for fit, test in _folds(halves[image]):
-        table = np.zeros((len(values), chosen.shape[1]))  # [V, E]
-        np.add.at(table, ranks[fit], chosen[fit])
-        # An expert without a choice guesses the most frequent value.
-        most_frequent = table.sum(1).argmax()
-        has_choices = table.sum(0) > 0
-        best = np.where(has_choices, table.argmax(0), most_frequent)  # [E]
-        hits = ranks[test, None] == best
-        correct[test] = (chosen[test] * hits).sum(1)
+    for in_fit, in_test in _folds(halves[image_index]):
+        value_counts = np.zeros((len(values), chosen.shape[1]))  # [V, E]
+        np.add.at(value_counts, ranks[in_fit], chosen[in_fit])
 
-    images = len(counts)
-    total = chosen.sum(1)
-    correct_by_image = np.bincount(image, correct, images).astype(np.float64)
-    total_by_image = np.bincount(image, total, images).astype(np.float64)
+        # An expert that no patch chose guesses the most frequent class.
+        most_frequent = value_counts.sum(1).argmax()
+        has_choices = value_counts.sum(0) > 0
+        guessed_rank = np.where(has_choices, value_counts.argmax(0), most_frequent)  # [E]
+        is_correct = ranks[in_test, None] == guessed_rank  # [N', E]
+        correct[in_test] = (chosen[in_test] * is_correct).sum(1)
+
+    num_images = len(counts)
+    total_amount = chosen.sum(1)
+    correct_by_image = np.bincount(image_index, correct, num_images).astype(np.float64)
+    total_by_image = np.bincount(image_index, total_amount, num_images).astype(np.float64)
     guess = ratio_interval(correct_by_image, total_by_image)
-    frequency = np.bincount(ranks, total)  # [V]
+    frequency = np.bincount(ranks, total_amount)  # [V]
     return guess, float(frequency.max() / max(frequency.sum(), 1e-12))
 
 
 def probe_histogram(
     histogram: Floats, labels: Ints, halves: Flags
 ) -> tuple[Interval, float, Interval]:
-    """What logistic regression tells from the histograms [I, E] of held-out images.
+    """How well logistic regression predicts the class [I] from histograms of experts [I, E], on held-out images.
 
-    It is the share guessed right, that of the most frequent class, and the bits about the class: the mean of log2 of
-    the predicted over the prior probability of the true class.
+    Returns:
+        The share of correct predictions; the share of the most frequent class; and the bits about the class, which are
+        the mean log2 of the true class's predicted probability over its prior probability.
     """
     values, ranks = np.unique(labels, return_inverse=True)
     num_values = len(values)
     correct = np.zeros(len(labels))
     bits = np.zeros(len(labels))
-    for fit, test in _folds(halves):
-        if not (fit.any() and test.any()):
+    for in_fit, in_test in _folds(halves):
+        if not (in_fit.any() and in_test.any()):
             continue
-        frequency = np.bincount(ranks[fit], minlength=num_values)
-        prior = (frequency + 1) / (fit.sum() + num_values)  # [V]
-        probs = _predict(histogram[fit], ranks[fit], histogram[test], num_values)
-        probs = (1 - _PRIOR) * probs + _PRIOR * prior
-        truth = ranks[test]
-        correct[test] = probs.argmax(1) == truth
-        bits[test] = np.log2(probs / prior)[np.arange(len(truth)), truth]
+
+        frequency = np.bincount(ranks[in_fit], minlength=num_values)  # [V]
+        prior = (frequency + 1) / (in_fit.sum() + num_values)  # [V]
+        probs = _predict(histogram[in_fit], ranks[in_fit], histogram[in_test], num_values)
+        probs = (1 - _PRIOR_SHARE) * probs + _PRIOR_SHARE * prior  # [I', V]
+
+        true_rank = ranks[in_test]
+        correct[in_test] = probs.argmax(1) == true_rank
+        bits[in_test] = np.log2(probs / prior)[np.arange(len(true_rank)), true_rank]
     chance = float(np.bincount(ranks).max() / len(ranks))
     return ratio_interval(correct), chance, ratio_interval(bits)
 
 
 def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, seed: int) -> Floats:
-    """[I, p, E] one-hot: patches dealt to as many balanced groups as experts, by a linear probe of their input.
+    """Divide patches into groups of equal size, one per expert, by a linear probe of their input: [I, p, E] one-hot.
 
     The probe is fitted to the target [I, p] (negative: not fitted) on one half of the images and applied to the other.
-    Its patches are put in the order of the class that it predicts (and of its certainty in each) and cut into groups of
-    equal size.
+    The patches are sorted by the predicted class, within a class by the probability of it, and cut into equal groups.
     """
     images, patches, width = inputs.shape
     rng = np.random.default_rng(seed)
     values = np.unique(target[target >= 0])
     groups = np.zeros((images, patches), np.int64)
-    for fit, test in _folds(halves):
-        tokens = inputs[fit].reshape(-1, width)
-        labels = target[fit].ravel()
-        sample = rng.permutation(np.flatnonzero(labels >= 0))[:_PROBE_TOKENS]
+    for in_fit, in_test in _folds(halves):
+        tokens = inputs[in_fit].reshape(-1, width)
+        labels = target[in_fit].ravel()
+        sample = rng.permutation(np.flatnonzero(labels >= 0))[:_PROBE_PATCHES]
         ranks = np.searchsorted(values, labels[sample])
-        queries = inputs[test].reshape(-1, width)
+        queries = inputs[in_test].reshape(-1, width)
         probs = _predict(tokens[sample], ranks, queries, len(values))  # [T, V]
 
         # Patches in order of their predicted class, and of its certainty within the class.
         order = np.lexsort((probs.max(1), probs.argmax(1)))
-        group = np.empty(len(order), np.int64)
-        group[order] = np.arange(len(order)) * num_groups // max(1, len(order))
-        groups[test] = group.reshape(-1, patches)
+        group_of_token = np.empty(len(order), np.int64)
+        group_of_token[order] = np.arange(len(order)) * num_groups // max(1, len(order))
+        groups[in_test] = group_of_token.reshape(-1, patches)
     return cast(Floats, (groups[..., None] == np.arange(num_groups)).astype(np.float32))
 
 
 def _folds(halves: Flags) -> Iterator[tuple[Flags, Flags]]:
-    """Each half once to be fitted on and once to be tested on."""
+    """(mask to fit on, mask to test on), for either half as the one to test on."""
     yield ~halves, halves
     yield halves, ~halves
 
 
 def _predict(features: Floats, ranks: Ints, queries: Floats, num_values: int) -> Floats:
-    """[N, V] probabilities of queries [N, D] by logistic regression on standardised features."""
+    """Probabilities [N, V] of queries [N, D] by logistic regression on features, both standardised by the features."""
     from sklearn.linear_model import LogisticRegression  # slow to import
 
     probs = np.zeros((len(queries), num_values))
@@ -938,6 +971,7 @@ def _predict(features: Floats, ranks: Ints, queries: Floats, num_values: int) ->
     if len(present) < 2:
         probs[:, present] = 1
         return probs
+
     mean = features.mean(0)
     spread = features.std(0) + 1e-6
     probe = LogisticRegression(max_iter=200, tol=1e-3).fit((features - mean) / spread, ranks)
@@ -946,18 +980,20 @@ def _predict(features: Floats, ranks: Ints, queries: Floats, num_values: int) ->
 
 
 def cluster_choices(layer: RecordedLayer, seeds: int, seed: int = 0) -> list[Assignments]:
-    """Choices by k-means clusters of the layer's input, as many as experts.
+    """Choices by k-means clusters of the layer's input, one cluster per expert, for each seed.
 
-    There are none where not all patches' inputs are known, or fewer than experts. The clusters see no label, so they
-    are fitted to the same patches that they deal out.
+    Empty unless the inputs of all patches are recorded, and tokens choose, and there are at least as many patches as
+    experts. The clusters see no label, so they are fitted to the same patches that they are then applied to.
     """
     if layer.inputs is None or layer.positions is not None or not layer.tokens_choose:
         return []
+
     inputs = layer.inputs.astype(np.float32)
     tokens = inputs.reshape(-1, inputs.shape[-1])
     if len(tokens) < layer.num_experts:
         return []
-    sample = np.random.default_rng(seed).permutation(len(tokens))[:_CLUSTER_TOKENS]
+
+    sample = np.random.default_rng(seed).permutation(len(tokens))[:_CLUSTER_PATCHES]
     rule = RoutingRule("token_choice", layer.num_experts, layer.choices.shape[2])
     images = np.arange(len(inputs))
     assignments = []

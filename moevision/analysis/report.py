@@ -1,13 +1,13 @@
 """`moevision analyze`: run a model over held-out images, measure what its experts do, and write one report.
 
-report.html         one page with everything in it; written last, so where it stands everything else does
-report.json         every number of it
+report.html         one page with everything in it; written last, so if it exists, all other files do
+report.json         all numbers of the page
 trace.safetensors   the routing (`RoutingTrace.load`)
-figures/*.png       its figures, drawn one after the other
+figures/*.png       the figures of the page
 
-The stages are ordinary calls of this package, in the order in which a notebook would make them; the report adds no
-statistic of its own. The page is `templates/report.html.jinja` filled with `report.json` and the figures: it computes
-nothing, so it can't say another number than the file does.
+The stages are calls of public functions, in the order in which a notebook would make them; the report computes no
+statistics of its own. The page is `templates/report.html.jinja` filled with `report.json` and the figures. The template
+computes nothing, so the page can't disagree with the file.
 
 Axes: I images, P patches, K choices, E experts, C classes, L MoE layers.
 """
@@ -79,16 +79,18 @@ from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.words import shell_word
 
-SCHEMA = "moevision.report/1"  # of report.json; a change that an older reader would misread raises the number
+# Of report.json; the number rises with a change that older readers would misread.
+SCHEMA = "moevision.report/1"
 HTML, NUMBERS, TRACE, FIGURES = "report.html", "report.json", "trace.safetensors", "figures"
 LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
 HERE: Final = Path(__file__).parent
 # Figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels.
 _CSS_PER_PIXEL = 0.6
-_OVERLAYS = 3
-_MISTAKES = 3
-_LEAST, _MOST = 3, 40  # images of a class
-_CONSEQUENCE: dict[RoutingKind, str] = {
+_NUM_OVERLAYS = 3  # images whose routes are drawn
+_MAX_MISTAKES = 3  # pairs (true class, predicted class) that are examined
+_MIN_PER_CLASS, _MAX_PER_CLASS = 3, 40  # images of each class on which ablations are measured
+# What an ablated expert's patches get instead, by the kind of routing.
+_ABLATION_EFFECT: dict[RoutingKind, str] = {
     "token_choice": "an expert's patches go to their next-best expert",
     "expert_choice": "where experts choose, an expert's patches lose it and no other takes its place",
     "soft": "in Soft MoE an expert's weight is shared out among the others",
@@ -108,8 +110,8 @@ class ReportSettings:
     # the model before it was trained, as an address; the same architecture with fresh weights if None
     before: str | None = None
     permutations: int = 1000  # shuffles behind each chance level
-    seed: int = 0  # of everything that is drawn at random
-    quick: bool = False  # fewer untrained models, and experts taken away on fewer images
+    seed: int = 0  # random seed of images, patches, halves and permutations
+    quick: bool = False  # fewer untrained models, and ablations on fewer images
     command: str = ""  # what was typed, for the record
     progress: bool = True  # show a progress bar
 
@@ -119,16 +121,16 @@ class ReportSettings:
 
 
 Live = Callable[[SavedModel, Pixels, str, str | None], str]
-"""A live view of an image, of this name and label, as HTML."""
+"""(model, image, name of the image, class name) -> a live view of the image as HTML."""
 
 
 class Effort(NamedTuple):
     """How thoroughly a report measures."""
 
-    untrained: int  # models with fresh weights, as controls
-    untrained_of_others: int  # the same of each other training
-    draws: int  # of the swap test
-    effects_s: float  # for taking experts away
+    untrained: int  # number of untrained models, and of clusterings, as controls
+    untrained_of_others: int  # the same for each other training
+    draws: int  # random draws of the swap test
+    effects_s: float  # seconds for ablating experts one at a time
 
 
 _QUICK = Effort(untrained=2, untrained_of_others=1, draws=1, effects_s=30)
@@ -137,17 +139,17 @@ _FULL = Effort(untrained=5, untrained_of_others=3, draws=2, effects_s=180)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a report is made from."""
+    """The opened models and images that a report is made from."""
 
     model: SavedModel
     title: str  # of the model
     pictures: PictureSet
-    others: list[tuple[str, SavedModel]]  # title and model of other trainings
-    before: SavedModel | None  # the model before it was trained; one with fresh weights if None
+    others: list[tuple[str, SavedModel]]  # title and model of other trainings of the same recipe
+    before: SavedModel | None  # the model before it was trained, if given
 
 
 def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
-    """Analyze a model and write the report; what `report.json` holds is returned.
+    """Analyze a model and write the report; return the contents of `report.json`.
 
     `live` makes the live views of the page; None leaves them out.
     """
@@ -195,7 +197,7 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
 
 
 def load_inputs(settings: ReportSettings) -> Inputs:
-    """Open all models and the images; a UserError if something is missing or two trainings are one."""
+    """Open all models and the images; a UserError if something is missing, or two trainings have the same seed."""
     addresses = (settings.model, *settings.seeds)
     refuse_equal_seeds((address, _training_seed(address)) for address in addresses)
     model = load_model(settings.model)
@@ -221,23 +223,24 @@ def load_inputs(settings: ReportSettings) -> Inputs:
 
 
 def _title(address: str) -> str:
+    """A model's title from its address, without control characters."""
     return escape_controls(model_title(address))
 
 
 def _training_seed(address: str) -> int | None:
-    """The seed of a model's training, as its config.yaml has it; None where there is none."""
+    """The random seed of a model's training, from its config.yaml; None if that can't be read or has none."""
     run = run_folder(address)
     if run is None:
         return None
     try:
         seed = read_yaml(run / "config.yaml").get("seed_everything")
-    except (OSError, ValueError, AttributeError):  # as a model without a run
+    except (OSError, ValueError, AttributeError):  # treated as a model without a run
         return None
     return seed if isinstance(seed, int) else None
 
 
 def settings_numbers(settings: ReportSettings, inputs: Inputs) -> Json:
-    """What was asked for; no path beyond what the command itself contains."""
+    """The settings for report.json; no path but what the command itself contains."""
     return {
         "limit": settings.limit,
         "permutations": settings.permutations,
@@ -249,7 +252,7 @@ def settings_numbers(settings: ReportSettings, inputs: Inputs) -> Json:
 
 
 def provenance_of(settings: ReportSettings, trace: RoutingTrace, stages: Stages) -> Json:
-    """What a reader needs to repeat the report; no path, user or host beyond what the command itself contains."""
+    """What a reader needs to repeat the report; no path, user or host but what the command itself contains."""
     return {
         "moevision": __version__,
         "command": settings.command,
@@ -265,7 +268,7 @@ def provenance_of(settings: ReportSettings, trace: RoutingTrace, stages: Stages)
 
 
 class Stages:
-    """The progress bar, and the time that each stage took."""
+    """The progress bar of a report, and the seconds that each stage took."""
 
     def __init__(self, total: int, show: bool) -> None:
         self.started = datetime.now(UTC)
@@ -280,7 +283,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """The scope of one stage."""
+        """The scope of one stage: shown in the progress bar, and timed."""
         self.bar.update(self.task, description=f"{name} ({len(self.seconds) + 1} of {self.total})")
         start = time.perf_counter()
         yield
@@ -290,17 +293,17 @@ class Stages:
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured."""
+    """All measurements of a report."""
 
     questions: Sequence[LayerAnswers]  # the three answers about each layer
     # block index -> class x expert map; empty with fewer than two labelled classes
     maps: dict[int, ClassExpertMap]
     # [I, P, parts] share of each patch that belongs to each part; None where images have none
     parts: Floats | None
-    effects: Json  # from `measure_effects`
+    effects: Json  # effects of ablating experts, from `measure_effects`
 
     def to_json(self, trace: RoutingTrace) -> Json:
-        """Every number, and the answers that follow from them; `summary_lines` is all three in one."""
+        """All numbers, and the answers in sentences: of each layer, and of the model (`summary_lines`)."""
         answers = summary_lines(self.questions)
         layers = []
         for layer, questions in zip(trace.layers, self.questions, strict=True):
@@ -323,7 +326,8 @@ class Results:
                 "layers": layers,
             },
             "questions": self.questions,
-            "specialization": [],  # with `stability` what earlier versions measured, and their readers look for
+            # Not measured any more; kept empty for programs that read reports of earlier versions.
+            "specialization": [],
             "stability": [],
             "maps": list(self.maps.values()),
             "effects": self.effects,
@@ -338,7 +342,7 @@ def measure(
     settings: ReportSettings,
     stages: Stages,
 ) -> Results:
-    """Run the stages on the images and the routing of a model; `pictures` are those of the trace, in its order."""
+    """Run all measuring stages; `pictures` are the images of the trace, in its order."""
     effort = _QUICK if settings.quick else _FULL
     model = inputs.model
     seed = settings.seed
@@ -355,7 +359,7 @@ def measure(
     with stages.stage("asking three questions"):
         others = []
         for (_, other), other_trace in zip(inputs.others, other_traces, strict=True):
-            controls = measure_baselines(  # of its own
+            controls = measure_baselines(
                 other, pictures, other_trace, seeds=effort.untrained_of_others
             )
             others.append(
@@ -363,9 +367,11 @@ def measure(
                     other, pictures, other_trace, baselines=controls, swap=False, seed=seed
                 )
             )
+
         before = None
         if inputs.before is not None:
             before = collect_routing(inputs.before, pictures, progress=False, name="before")
+
         recording = recording_of(
             model,
             pictures,
@@ -401,15 +407,20 @@ def measure(
 def measure_effects(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, *, budget_s: float, seed: int = 0
 ) -> Json:
-    """Take every expert away, one at a time, and follow the true class of images of each class, for about `budget_s`.
+    """Ablate every expert, one at a time, and measure the change of the true class's logit and probability.
 
-    How many images of a class are used follows from the time that a first call takes. `rows` are of each layer, expert
-    and class, `experts` are means over the classes, with the class that changes most; where it takes too long or no
-    class of the model has images, both are empty, and `why` says why.
+    The number of images per class is chosen so that all ablations take about `budget_s` seconds, from the time of a
+    first one.
+
+    Returns:
+        `rows`: one for each layer, expert and class; `experts`: for each layer and expert means over the classes, and
+        the class that changes most; `pictures_per_class`; `what`: what happens to the patches of an ablated expert.
+        Where it would take too long, or no class of the model has enough images, rows and experts are empty, and `why`
+        has the reason.
     """
     kinds = dict.fromkeys(layer.kind for layer in trace.layers)
     effects: Json = {
-        "what": "; ".join(_CONSEQUENCE[kind] for kind in kinds),
+        "what": "; ".join(_ABLATION_EFFECT[kind] for kind in kinds),
         "why": None,
         "pictures_per_class": 0,
         "rows": [],
@@ -418,48 +429,51 @@ def measure_effects(
     classes = [
         name
         for label, name in enumerate(trace.class_names)
-        if name in model.class_names and (trace.labels == label).sum() >= _LEAST
+        if name in model.class_names and (trace.labels == label).sum() >= _MIN_PER_CLASS
     ]
     if not classes:
-        effects["why"] = f"no class of the model has {_LEAST} images here"
+        effects["why"] = f"no class of the model has {_MIN_PER_CLASS} images here"
         return effects
 
+    # Time one ablation to find the number of images per class.
     calls = len(classes) * sum(layer.num_experts for layer in trace.layers)
-    first = Intervention("ablate", layer=trace.layers[0].layer, expert=0)
+    first_ablation = Intervention("ablate", layer=trace.layers[0].layer, expert=0)
     start = time.perf_counter()
-    class_effect(model, pictures, classes[0], first, limit=_LEAST, seed=seed)
-    seconds = (time.perf_counter() - start) / _LEAST  # of an image
-    per_class = min(_MOST, int(budget_s / (seconds * calls)))
-    if per_class < _LEAST:
-        minutes = seconds * calls * _LEAST / 60
+    class_effect(model, pictures, classes[0], first_ablation, limit=_MIN_PER_CLASS, seed=seed)
+    seconds_per_image = (time.perf_counter() - start) / _MIN_PER_CLASS
+    per_class = min(_MAX_PER_CLASS, int(budget_s / (seconds_per_image * calls)))
+    if per_class < _MIN_PER_CLASS:
+        minutes = seconds_per_image * calls * _MIN_PER_CLASS / 60
         effects["why"] = (
-            f"even {_LEAST} images of each class would take about {minutes:.0f} minutes"
+            f"even {_MIN_PER_CLASS} images of each class would take about {minutes:.0f} minutes"
         )
         return effects
 
     for layer in trace.layers:
-        load = layer.counts().sum(0)
+        expert_counts = layer.counts().sum(0)
         for expert in range(layer.num_experts):
             ablation = Intervention("ablate", layer=layer.layer, expert=expert)
             key = {"layer": layer.layer, "expert": expert}
-            rows = []
+            class_rows = []
             for name in classes:
                 effect = class_effect(model, pictures, name, ablation, limit=per_class, seed=seed)
-                rows.append(key | effect.to_json())
+                class_rows.append(key | effect.to_json())
             name = f"L{layer.layer}·E{expert}"
-            share = float(load[expert] / max(load.sum(), 1e-12))
-            effects["rows"] += rows
-            effects["experts"].append(key | {"name": name, "share": share} | _over_classes(rows))
+            share = float(expert_counts[expert] / max(expert_counts.sum(), 1e-12))
+            effects["rows"] += class_rows
+            effects["experts"].append(
+                key | {"name": name, "share": share} | _summary_of_classes(class_rows)
+            )
     effects["pictures_per_class"] = per_class
     return effects
 
 
-def _over_classes(rows: Sequence[Json]) -> Json:
-    """Means of the rows of all classes, and the class that changes most."""
+def _summary_of_classes(rows: Sequence[Json]) -> Json:
+    """Means of one expert's rows over all classes, and the class whose logit changes most."""
     numbers: Json = {}
     for name in ("delta_logit", "control_delta_logit", "delta_p"):
         values = [row[name] for row in rows]
-        # An expert without a control has none in any class.
+        # The control is None in all classes if an expert has none.
         numbers[name] = None if None in values else fmean(values)
     strongest = max(rows, key=lambda row: abs(row["delta_logit"]))
     numbers["strongest_class"] = strongest["class"]
@@ -469,7 +483,7 @@ def _over_classes(rows: Sequence[Json]) -> Json:
 
 
 def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:
-    """What the model is; numbers of experts are lists where layers differ."""
+    """Facts about the model; those of layers are lists if layers differ."""
     layers = trace.layers
     top_k = [layer.top_k if layer.kind == "token_choice" else None for layer in layers]
     return {
@@ -478,22 +492,22 @@ def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:
         "image_size": image_size,
         "grid": list(trace.grid),
         "moe_blocks": [layer.layer for layer in layers],
-        "num_experts": _one_or_all([layer.num_experts for layer in layers]),
-        "top_k": _one_or_all(top_k),
-        "experts_per_patch": _one_or_all([round(layer.experts_per_patch, 2) for layer in layers]),
-        "routing": _one_or_all([layer.kind for layer in layers]),
-        "route_by": _one_or_all([layer.route_by for layer in layers]),
+        "num_experts": _common_value([layer.num_experts for layer in layers]),
+        "top_k": _common_value(top_k),
+        "experts_per_patch": _common_value([round(layer.experts_per_patch, 2) for layer in layers]),
+        "routing": _common_value([layer.kind for layer in layers]),
+        "route_by": _common_value([layer.route_by for layer in layers]),
         "class_names": list(trace.prediction_names or trace.class_names),
     }
 
 
-def _one_or_all(values: list[Any]) -> Any:
-    """The value that all layers have, or else those of all."""
+def _common_value(values: list[Any]) -> Any:
+    """The value if all layers have the same, or else the list of all values."""
     return values[0] if len(set(values)) == 1 else values
 
 
 def data_numbers(trace: RoutingTrace) -> Json:
-    """What the images are, and how many of each class are classified correctly."""
+    """Facts about the images, and how many of each class are classified correctly."""
     classes = []
     for index, name in enumerate(trace.class_names):
         predictions = trace.predictions[trace.labels == index]
@@ -515,24 +529,26 @@ def data_numbers(trace: RoutingTrace) -> Json:
 
 
 def layer_numbers(layer: LayerTrace) -> Json:
-    """Load and certainty of one layer, over the patches (class and register tokens are not traced).
+    """Load and certainty of one layer over all patches (class and register tokens are not traced).
 
-    Experts of Soft MoE all compute as many slots, so their load is equal by construction and `counts` is what patches
-    take from each; nothing is dropped where tokens don't choose.
+    All experts of Soft MoE compute the same number of slots, so that their load is equal by construction; `counts` is
+    then what patches take from each. Only where tokens choose can choices be dropped.
     """
     index = np.asarray(layer.expert_index)  # [I, P, K]
     images, patches = index.shape[:2]
     image_counts = layer.counts()  # [I, E]
-    counts = image_counts.sum(0)
-    chooses = layer.kind == "token_choice"
+    counts = image_counts.sum(0)  # [E]
+
+    tokens_choose = layer.kind == "token_choice"
     computed = np.ones_like(counts) if layer.kind == "soft" else counts
     requested = counts
-    if chooses:
+    if tokens_choose:
         requested = np.bincount(index.ravel(), minlength=layer.num_experts)
+
     load = LayerLoad.from_sums(
         layer.layer,
         torch.from_numpy(computed),
-        torch.from_numpy(requested if chooses else computed),
+        torch.from_numpy(requested if tokens_choose else computed),
         entropy_bits=torch.tensor(float(np.asarray(layer.entropy_bits, dtype=np.float64).sum())),
         tokens=torch.tensor(images * patches),
         unrouted=torch.tensor(int((~np.asarray(layer.kept).any(-1)).sum())),
@@ -544,16 +560,16 @@ def layer_numbers(layer: LayerTrace) -> Json:
         "name": layer.name,
         "kind": layer.kind,
         "num_experts": layer.num_experts,
-        "top_k": layer.top_k if chooses else None,
+        "top_k": layer.top_k if tokens_choose else None,
         "experts_per_patch": layer.experts_per_patch,
         "counts": counts.tolist(),
         "requested": requested.tolist(),
         "share": (counts / max(counts.sum(), 1e-12)).tolist(),
         "slowest": load.max_over_mean,
         "cv_squared": load.cv_squared,
-        "cv_squared_floor": load.cv_squared_floor if chooses else None,
+        "cv_squared_floor": load.cv_squared_floor if tokens_choose else None,
         "dead": load.dead,
-        "dropped": load.dropped if chooses else None,
+        "dropped": load.dropped if tokens_choose else None,
         "unrouted": load.unrouted,
         "entropy_bits": load.entropy_bits,
         "entropy_bits_most": math.log2(layer.num_experts),
@@ -562,11 +578,13 @@ def layer_numbers(layer: LayerTrace) -> Json:
 
 
 def wrong_routes(trace: RoutingTrace, least: int = 3) -> list[Json]:
-    """Of images that are called another class most often: whose routes theirs are more like, by layer.
+    """For the most frequent mistakes: whether the routes of the misclassified images resemble their true class.
 
-    Routes of a group of images are the shares of its patches that each expert has first. Their distance is half the sum
-    of the absolute differences: 0 for equal shares, 1 for no expert in common. Pairs with fewer than `least` images in
-    one of the three groups are left out.
+    A mistake is a pair (true class, predicted class) with three groups of images: the misclassified ones, and the
+    correctly classified ones of either class. The routes of a group are the shares of its patches whose first choice is
+    each expert, in each layer. `to_label` and `to_other` are the distances of the misclassified images' routes from
+    those of the true and of the predicted class: half the sum of absolute differences, 0 for equal shares, 1 for no
+    expert in common. Pairs with fewer than `least` images in a group are left out.
     """
     if trace.prediction_names != trace.class_names:
         return []
@@ -576,20 +594,20 @@ def wrong_routes(trace: RoutingTrace, least: int = 3) -> list[Json]:
     pairs = Counter(zip(labels[wrong].tolist(), predictions[wrong].tolist(), strict=True))
 
     mistakes: list[Json] = []
-    for (label, other), count in pairs.most_common():
-        if len(mistakes) == _MISTAKES:
+    for (label, predicted), count in pairs.most_common():
+        if len(mistakes) == _MAX_MISTAKES:
             break
-        mistaken = np.flatnonzero((labels == label) & (predictions == other))
-        right = np.flatnonzero((labels == label) & (predictions == label))
-        right_other = np.flatnonzero((labels == other) & (predictions == other))
-        if label < 0 or min(len(mistaken), len(right), len(right_other)) < least:
+        wrong_images = np.flatnonzero((labels == label) & (predictions == predicted))
+        correct_images = np.flatnonzero((labels == label) & (predictions == label))
+        correct_other = np.flatnonzero((labels == predicted) & (predictions == predicted))
+        if label < 0 or min(len(wrong_images), len(correct_images), len(correct_other)) < least:
             continue
         layers = []
         for layer in trace.layers:
             if layer.kind == "token_choice":
-                routes = _first_shares(layer, mistaken)
-                to_label = np.abs(routes - _first_shares(layer, right)).sum() / 2
-                to_other = np.abs(routes - _first_shares(layer, right_other)).sum() / 2
+                routes = _first_shares(layer, wrong_images)
+                to_label = np.abs(routes - _first_shares(layer, correct_images)).sum() / 2
+                to_other = np.abs(routes - _first_shares(layer, correct_other)).sum() / 2
                 layers.append(
                     {
                         "name": layer.name,
@@ -600,9 +618,9 @@ def wrong_routes(trace: RoutingTrace, least: int = 3) -> list[Json]:
         mistakes.append(
             {
                 "label": trace.class_names[label],
-                "called": trace.class_names[other],
+                "called": trace.class_names[predicted],
                 "images": count,
-                "index": mistaken.tolist(),
+                "index": wrong_images.tolist(),
                 "layers": layers,
             }
         )
@@ -610,7 +628,7 @@ def wrong_routes(trace: RoutingTrace, least: int = 3) -> list[Json]:
 
 
 def _first_shares(layer: LayerTrace, images: Ints) -> Floats:
-    """[E] share of the patches of some images that each expert has first."""
+    """[E] share of the patches of some images whose first choice is each expert."""
     first = np.asarray(layer.expert_index)[images, :, 0]
     shares: Floats = np.bincount(first.ravel(), minlength=layer.num_experts) / first.size
     return shares
@@ -624,9 +642,9 @@ def live_views(
     seed: int,
     live: Live,
 ) -> list[tuple[str, str]]:
-    """An image drawn at random, and one of the most frequent mistake, each beside what it is."""
+    """(title, HTML) of live views: of an image drawn at random, and of one of the most frequent mistake."""
     if any(layer.kind != "token_choice" for layer in trace.layers):
-        return []  # the view's boxes are of networks that patches choose
+        return []  # the view can only show routers by which patches choose experts
     titles = [(shown_pictures(trace, seed, 1)[0], "An image drawn at random")]
     if wrong:
         mistake = wrong[0]
@@ -644,7 +662,7 @@ def live_views(
 
 
 class Drawn(NamedTuple):
-    """A figure: the kind that its caption is of, its file's name, what it shows, and itself."""
+    """A figure with its kind (which selects the caption in the template), its file name and its title."""
 
     kind: str
     file: str
@@ -659,9 +677,9 @@ def draw_figures(
     layers: Sequence[Json],
     seed: int = 0,
 ) -> Iterator[Drawn]:
-    """All figures of what was measured, in the order of the report.
+    """All figures of a report, in its order.
 
-    `layers` are the `layer_numbers` of each layer; `seed` is that of images and patches that are drawn at random.
+    `layers` are the `layer_numbers` of each layer; `seed` is the random seed of the images and patches that are shown.
     """
     for number, image in enumerate(shown_pictures(trace, seed), start=1):
         overlay = plots.plot_overlay(pictures.image(image), trace, image)
@@ -684,13 +702,13 @@ def draw_figures(
     rows = results.effects["rows"]
     if rows:
         classes = list(dict.fromkeys(row["class"] for row in rows))
-        changes: list[Floats] = []  # of each layer [E, C]
-        controls: list[Floats] = []
+        changes: list[Floats] = []  # [E, C] for each layer
+        controls: list[Floats] = []  # the same shapes
         for layer in trace.layers:
-            of_layer = [row for row in rows if row["layer"] == layer.layer]
+            layer_rows = [row for row in rows if row["layer"] == layer.layer]
             shape = (layer.num_experts, len(classes))
-            changes.append(_column(of_layer, "delta_logit").reshape(shape))
-            controls.append(_column(of_layer, "control_delta_logit").reshape(shape))
+            changes.append(_column(layer_rows, "delta_logit").reshape(shape))
+            controls.append(_column(layer_rows, "control_delta_logit").reshape(shape))
         effects = plots.plot_effects(
             changes, controls, names, classes, what=results.effects["what"]
         )
@@ -698,22 +716,23 @@ def draw_figures(
 
 
 def _column(rows: Sequence[Json], name: str) -> Floats:
-    """Numbers of all rows, NaN where there is none."""
+    """The numbers named `name` of all rows; None becomes NaN."""
     return np.array([row[name] for row in rows], np.float64)
 
 
-def shown_pictures(trace: RoutingTrace, seed: int, count: int = _OVERLAYS) -> list[int]:
-    """Images drawn at random, of different classes as long as those suffice: not chosen to look good."""
+def shown_pictures(trace: RoutingTrace, seed: int, count: int = _NUM_OVERLAYS) -> list[int]:
+    """Indices of images drawn at random, of different classes as long as there are any, not chosen to look good."""
     order = np.random.default_rng(seed).permutation(len(trace))
-    _, first = np.unique(trace.labels[order], return_index=True)
-    others = np.setdiff1d(np.arange(len(order)), first)
-    images: list[int] = order[np.concatenate([np.sort(first), others])].tolist()
+    _, first_of_class = np.unique(trace.labels[order], return_index=True)
+    others = np.setdiff1d(np.arange(len(order)), first_of_class)
+    images: list[int] = order[np.concatenate([np.sort(first_of_class), others])].tolist()
     return images[:count]
 
 
 def _draw_layer(
     trace: RoutingTrace, pictures: PictureSet, results: Results, layer: LayerTrace, seed: int
 ) -> Iterator[tuple[str, str, Figure]]:
+    """(kind, title, figure) of the figures of one layer."""
     if layer.layer in results.maps:
         classes = results.maps[layer.layer]
         figure = plots.plot_class_experts(
@@ -746,9 +765,9 @@ def render(
     """The page, from `report.json`, its figures (file name -> PNG) and live views (title, HTML): nothing is fetched."""
 
     def image(entry: Mapping[str, Any]) -> Json:
-        """A PNG as the page holds it: size on screen, and the address with the image inside."""
+        """A PNG for the page: its size in CSS pixels, and a data URI."""
         png = pictures[entry["file"]]
-        # 8 bytes of signature, then the chunk IHDR
+        # Width and height are at the start of the chunk IHDR, the first one after the signature.
         width, height = struct.unpack(">II", png[16:24])
         return {
             "width": round(width * _CSS_PER_PIXEL),
@@ -762,14 +781,14 @@ def render(
 
 
 def render_page(template: str, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
-    """A template filled with values, with every sign that steers a display as an escape."""
+    """A template filled with values; control characters are escaped."""
     pages = environment()
     pages.filters |= filters
     return escape_controls_of_lines(pages.get_template(template).render(values))
 
 
 def environment() -> jinja2.Environment:
-    """Templates with autoescape: an unknown name is an error, and names from outside are shown harmless."""
+    """The jinja environment: values are escaped for HTML, and an undefined name is an error."""
     folders = [HERE / "templates", HERE.parent / "demo" / "assets"]
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders),
@@ -783,20 +802,20 @@ def environment() -> jinja2.Environment:
 
 
 def number(value: float | int | None, form: str = ",") -> Markup:
-    """A number rounded by a format such as `.2f`, with a true minus sign; an en dash where there is none.
+    """A number as HTML, rounded by a format such as `.2f`, with a minus sign U+2212; an en dash for None.
 
-    It carries its exact value, as `report.json` has it, in HTML's own element for that: `<data value="0.0123">`.
+    The exact value, as in `report.json`, is the attribute of an HTML element: `<data value="0.0123">`.
     """
     if value is None:
         return Markup('<span class="soft">–</span>')
     text = format(value, form).replace("-", "−").replace("%", " %")
     if set(text) <= set("−+0. %"):
-        text = text.replace("−", "").replace("+", "")  # −0.00 would look like a direction
+        text = text.replace("−", "").replace("+", "")  # a rounded 0 has no sign
     return Markup('<data value="{}">{}</data>').format(json.dumps(value), text)
 
 
 def claim_folder(out: str | Path) -> Path:
-    """The folder of a new report: a new or empty one, or that of a former report, whose files are replaced."""
+    """Make or check the folder for a report: new, empty, or with a former report, whose files will be replaced."""
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -806,25 +825,25 @@ def claim_folder(out: str | Path) -> Path:
         raise UserError(
             f"{folder} can't be written to ({error.strerror}): give --out another place."
         ) from error
-    ours = (HTML, NUMBERS, TRACE, FIGURES)  # of an earlier, perhaps interrupted run
-    foreign = sorted(
+    report_names = (HTML, NUMBERS, TRACE, FIGURES)  # of an earlier, perhaps interrupted run
+    other_files = sorted(
         entry.name
         for entry in folder.iterdir()
-        if entry.name not in ours and entry.suffix != ".tmp"
+        if entry.name not in report_names and entry.suffix != ".tmp"
     )
-    if foreign and former_report(folder) is None:
+    if other_files and former_report(folder) is None:
         raise UserError(
-            f"{folder} holds other files ({foreign[0]}, ...) and no former report: give --out a new folder."
+            f"{folder} holds other files ({other_files[0]}, ...) and no former report: give --out a new folder."
         )
     return folder
 
 
 def former_report(folder: Path) -> dict[str, Any] | None:
-    """The numbers of the report that lies in a folder; None where none does."""
+    """The contents of report.json in a folder; None if there is no report."""
     try:
         numbers = read_json(folder / NUMBERS)
     except (OSError, ValueError):
-        return None  # absent, or not ours: both mean that there is no report to replace
+        return None  # absent, or not the JSON of a report
     if not isinstance(numbers, dict):
         return None
     is_report = str(numbers.get("schema", "")).startswith("moevision.report/")
@@ -834,7 +853,7 @@ def former_report(folder: Path) -> dict[str, Any] | None:
 def write_report(
     folder: Path, numbers: Mapping[str, Any], page: str, pictures: Mapping[str, bytes]
 ) -> None:
-    """Write everything but the trace; figures (file name -> PNG) of a former report that this one doesn't have go."""
+    """Write figures (file name -> PNG), numbers and page, and delete figures that only a former report had."""
     former = former_report(folder) or {}
     try:
         for name, png in pictures.items():

@@ -1,18 +1,18 @@
-"""`RoutingTrace`: what every MoE layer of a model decided about every patch of a set of images, and the file of it.
+"""`RoutingTrace`: the decision of every MoE layer about every patch of a set of images, and the file that stores it.
 
-Two questions can be asked of a patch and an expert. Where tokens choose they are one: the choice counts 1.
+Two numbers describe a patch and an expert. For token choice they are equal: 1 for each choice that was kept.
 
-- `dispatch_share`: how much of the patch does the expert compute? Expert choice: 1 where it took the patch. Soft MoE:
-  the dispatch weight, summed over the expert's slots. Within an image these add up to the same for every expert, so
-  they can say where and what an expert reads, and nothing about the class of the image.
-- `combine_share`: how much of the patch's output comes from the expert? Expert choice and Soft MoE: its weight there.
-  That differs between images, so questions about classes are asked of it.
+- `dispatch_share`: how much of the patch the expert reads. Expert choice: 1 where the expert took the patch. Soft MoE:
+  the dispatch weight, summed over the expert's slots. In every image the sum over patches is the same for all experts,
+  so it tells where and what an expert reads, but nothing about the class of the image.
+- `combine_share`: how much of the patch's output comes from the expert. Expert choice and Soft MoE: the combine weight.
+  Its sum differs between images, so the analysis of classes uses it.
 
 Axes: I images, P patches (row-major in a grid of rows x columns; class and register tokens are left out), K choices
-best first (all E experts where tokens don't choose), E experts, C classes. An expert is named by block and index, both
-counted from 0: "L4·E3".
+of a patch, best first (all E experts for expert choice and Soft MoE), E experts, C classes. An expert is named by block
+and index, both counted from 0: "L4·E3".
 
-The file is one safetensors file, which appears under its name when it is whole.
+The file is one safetensors file. It is written under a temporary name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moevision.layers.routing import RouteBy
 from moevision.models.safe_files import parse_json, read_metadata
 
 LAYER_ARRAYS = ("expert_index", "kept", "combine_weight", "probs", "margin", "entropy_bits")
-_CHUNK = 64  # images that are counted at once
+_CHUNK = 64  # images that `LayerTrace._sum_by_expert` processes at a time
 
 
 @dataclass(frozen=True)
@@ -42,27 +42,29 @@ class LayerTrace:
     """One MoE layer's decisions about all patches."""
 
     layer: int  # index of the transformer block, counted from 0
-    # [I, P, K] int16, the chosen experts, best first (requested: before any capacity). Expert choice: those that took
-    # the patch come first. Soft MoE: the largest weight first.
+    # [I, P, K] int16, the requested experts (before any capacity), best first. Expert choice: experts that took the
+    # patch come first. Soft MoE: in order of combine weight, the largest first.
     expert_index: Ints
     # [I, P, K] bool, whether the expert computes the patch: False where its capacity dropped the choice; expert choice:
     # where it did not take the patch
     kept: Flags
-    combine_weight: Floats  # [I, P, K] float32, the gate weight of each choice; a dropped one keeps its number here
-    # [I, P, E] float16, the router's clean affinities (softmax of its scores). Rounding changes one by at most one part
-    # in 2048 (and those below 6.1e-5 by at most 3e-8); `margin` and `entropy_bits` are not affected.
+    combine_weight: (
+        Floats  # [I, P, K] float32, the gate weight of each choice, dropped ones included
+    )
+    # [I, P, E] float16, the router's probabilities without noise (softmax of its scores). Rounding to float16 changes
+    # one by at most one part in 2048 (below 6.1e-5 by at most 3e-8). `margin` and `entropy_bits` are not affected.
     probs: Floats
     margin: Floats  # [I, P] float32, the best minus the second-best router probability; 1 with a single expert
     entropy_bits: Floats  # [I, P] float32, entropy of the router's probabilities, 0 to log2 E bits
     kind: RoutingKind = "token_choice"  # who chooses: tokens, experts, or (Soft MoE) nobody
     # [I, P, K] float32, Soft MoE only: how much of the patch the slots of each expert read
     read_weight: Floats | None = None
-    # what is routed: each `token`, or the `image`, all of whose patches then have the same row
+    # what is routed: each `token`, or each `image`; then all patches of an image have the same values
     route_by: RouteBy = "token"
 
     @property
     def name(self) -> str:
-        """The layer as it is shown, such as "L4"."""
+        """The layer's name in results, such as "L4"."""
         return f"L{self.layer}"
 
     @property
@@ -82,35 +84,35 @@ class LayerTrace:
 
     @property
     def dispatch_share(self) -> Array:
-        """[I, P, K] how much of the patch each of `expert_index` reads, see above."""
+        """[I, P, K] how much of the patch each expert of `expert_index` reads, see the module's text."""
         return self.kept if self.read_weight is None else self.read_weight * self.kept
 
     @property
     def combine_share(self) -> Array:
-        """[I, P, K] how much the patch takes from each of `expert_index`, see above."""
+        """[I, P, K] how much of the patch's output comes from each expert, see the module's text."""
         return self.kept if self.kind == "token_choice" else self.combine_weight * self.kept
 
     @property
     def requested_share(self) -> Array | None:
-        """[I, P, K] the `dispatch_share` before any capacity; None: each of `expert_index` counts 1."""
+        """[I, P, K] the `dispatch_share` before any capacity; None means 1 for each expert of `expert_index`."""
         return None if self.kind == "token_choice" else self.dispatch_share
 
-    # Names of version 0.1, for one version.
+    # Old names, of version 0.1; the next version removes them.
     reads = dispatch_share
     takes = combine_share
     wanted = requested_share
 
     def arrays(self) -> dict[str, Array]:
-        """Its arrays by name."""
+        """The layer's arrays by name."""
         arrays: dict[str, Array] = {name: getattr(self, name) for name in LAYER_ARRAYS}
         if self.read_weight is not None:
             arrays["read_weight"] = self.read_weight
         return arrays
 
     def first_choice(self) -> Ints:
-        """[I, P]: the expert that each patch wants most, kept or not.
+        """[I, P]: the best expert of each patch, even if its capacity dropped the choice.
 
-        Expert choice: of those that took the patch the one with the largest weight; -1 where none did.
+        Expert choice: among the experts that took the patch, that of largest weight; -1 where none did.
         """
         first = self.expert_index[:, :, 0]
         if self.kind != "expert_choice":
@@ -118,43 +120,51 @@ class LayerTrace:
         return np.where(self.kept[:, :, 0], first, np.int16(-1))
 
     def select(self, images: slice | Ints) -> LayerTrace:
-        """The same of some images."""
+        """The same layer with some of the images only."""
         arrays: dict[str, Any] = {name: array[images] for name, array in self.arrays().items()}
         return replace(self, **arrays)
 
     def counts(self) -> Array:
         """[I, E]: the load, int64: how many choices of each image every expert computes.
 
-        Soft MoE, where every expert computes as many slots: float64, the sum of the weights that patches take.
+        Soft MoE: float64, the sum of the `combine_share`, since all experts compute the same number of slots.
         """
-        return self._sums("combine_share" if self.kind == "soft" else "dispatch_share")
+        return self._sum_by_expert("combine_share" if self.kind == "soft" else "dispatch_share")
 
     def image_takes(self) -> Array:
-        """[I, E]: what each image takes from every expert; what questions about classes are asked of."""
-        return self._sums("combine_share")
+        """[I, E]: `combine_share` summed over the patches of each image; the analysis of classes uses it."""
+        return self._sum_by_expert("combine_share")
 
-    def _sums(self, share: str) -> Array:
-        """[I, E] a share [I, P, K] by image and expert; int64 where it says whether a choice counts."""
-        no_image = getattr(self.select(slice(0)), share)
-        dtype = np.int64 if no_image.dtype == bool else np.float64
+    def _sum_by_expert(self, share: str) -> Array:
+        """[I, E]: one of the properties [I, P, K] above, named `share`, summed over patches by image and expert.
+
+        int64 where it is boolean, else float64.
+        """
+        # The dtype of the property, computed for no image at all.
+        empty = getattr(self.select(slice(0)), share)
+        dtype = np.int64 if empty.dtype == bool else np.float64
         sums = np.zeros((len(self.expert_index), self.num_experts), dtype)
-        # A few images at a time, so that it takes no second trace's memory.
+
+        # A few images at a time: intermediate arrays of all of them would need as much memory as the trace.
         for start in range(0, len(sums), _CHUNK):
             images = slice(start, start + _CHUNK)
-            part = self.select(images)
-            into = sums[images]
-            first_cells = np.arange(len(into)) * self.num_experts
-            cells = first_cells[:, None, None] + part.expert_index  # [I', P, K]
-            weights = getattr(part, share)
-            by_cell = np.bincount(cells.ravel(), weights.ravel(), into.size)
-            into[:] = by_cell.reshape(into.shape)
+            chunk = self.select(images)
+            chunk_sums = sums[images]  # [I', E], a view into `sums`
+
+            # Cell i · E + e holds the sum of image i and expert e.
+            first_cell_of_image = np.arange(len(chunk_sums)) * self.num_experts
+            cells = first_cell_of_image[:, None, None] + chunk.expert_index  # [I', P, K]
+            weights = getattr(chunk, share)  # [I', P, K]
+            flat_sums = np.bincount(cells.ravel(), weights.ravel(), chunk_sums.size)
+            chunk_sums[:] = flat_sums.reshape(chunk_sums.shape)
         return sums
 
 
 SCHEMA = "moevision.trace/1"
-"""Version of the file; a change that an older reader would misread raises the number."""
+"""Version of the file format; the number is raised with a change that older versions would misread."""
 
 IMAGE_ARRAYS = ("labels", "predictions", "probabilities")
+# Attributes of the trace, and of its layers under the name of a list of them, that are stored as JSON metadata.
 _METADATA = (
     "picture_names",
     "class_names",
@@ -177,10 +187,10 @@ class RoutingTrace:
         predictions: [I] int64, indices into `prediction_names`; -1 for a model without a head.
         probabilities: [I, C] float32, softmax of the model's output.
         picture_names: [I] stable names: paths relative to the data, never absolute ones.
-        class_names: names of the labels. Where the model knows all classes of the data they are the model's.
+        class_names: names of the labels; the model's own class names if it knows all classes of the data.
         grid: (rows, columns) of the patches.
-        model: what the model is.
-        data: what the images are.
+        model: description of the model.
+        data: description of the images.
         provenance: JSON primitives: versions, date, hash of the weights, how many images could not be read ...
         prediction_names: [C] names of the model's outputs; `class_names` if left out.
     """
@@ -198,7 +208,7 @@ class RoutingTrace:
     prediction_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Arrays that don't belong together are refused here, not somewhere in a statistic."""
+        """Raise a UserError if the arrays have different numbers of images or patches."""
         if self.prediction_names is None:
             object.__setattr__(self, "prediction_names", self.class_names)
         images = len(self)
@@ -216,9 +226,9 @@ class RoutingTrace:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the labelled images that are classified correctly; None where labels and outputs differ in name.
+        """Share of the labelled images that are classified correctly.
 
-        None also stands where no image has a label.
+        None if no image is labelled, or if the classes of labels and of predictions have different names.
         """
         labelled = self.labels >= 0
         if self.prediction_names != self.class_names or not labelled.any():
@@ -238,7 +248,7 @@ class RoutingTrace:
         if not isinstance(images, slice):
             images = list(images)
         indices = np.arange(len(self))[images]
-        # A slice keeps the arrays as views.
+        # A slice is used as it is, since it gives views of the arrays instead of copies.
         rows = images if isinstance(images, slice) else indices
         arrays: dict[str, Any] = {name: getattr(self, name)[rows] for name in IMAGE_ARRAYS}
         return replace(
@@ -256,11 +266,11 @@ class RoutingTrace:
         return arrays
 
     def metadata(self) -> dict[str, str]:
-        """What the file says beside the arrays."""
-        about = {name: getattr(self, name) for name in _METADATA}
+        """The file's metadata: everything except the arrays."""
+        values = {name: getattr(self, name) for name in _METADATA}
         for name, attribute in _LAYER_METADATA.items():
-            about[name] = [getattr(layer, attribute) for layer in self.layers]
-        return metadata_of(about)
+            values[name] = [getattr(layer, attribute) for layer in self.layers]
+        return metadata_of(values)
 
     def save(self, path: str | Path) -> None:
         """Write the trace to one safetensors file, whole or not at all; a UserError if it can't be written."""
@@ -294,40 +304,41 @@ class RoutingTrace:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> RoutingTrace:
-        """Put a trace together from `arrays()` and `metadata()`."""
+        """Make a trace from what `arrays()` and `metadata()` returned."""
         fields: dict[str, Any] = {
             name: parse_json(value.encode(), name)
             for name, value in metadata.items()
             if name != "schema"
         }
-        indices = fields.pop("layers")
+
+        indices = fields.pop("layers")  # of the blocks
         kinds = fields.pop("kinds", ["token_choice"] * len(indices))
-        units = fields.pop("route_by", ["token"] * len(indices))
+        routed_units = fields.pop("route_by", ["token"] * len(indices))
         layers = []
-        for index, kind, unit in zip(indices, kinds, units, strict=True):
+        for index, kind, routed_unit in zip(indices, kinds, routed_units, strict=True):
             layer_arrays = {name: arrays[f"L{index}.{name}"] for name in LAYER_ARRAYS}
             if kind == "soft":
                 layer_arrays["read_weight"] = arrays[f"L{index}.read_weight"]
-            layers.append(LayerTrace(index, kind=kind, route_by=unit, **layer_arrays))
+            layers.append(LayerTrace(index, kind=kind, route_by=routed_unit, **layer_arrays))
 
         fields |= {name: arrays[name] for name in IMAGE_ARRAYS}
         fields["picture_names"] = tuple(fields["picture_names"])
         fields["grid"] = tuple(fields["grid"])
-        # An older trace has folder names as they are.
+        # Older traces store class names without escaped control characters.
         for name in fields.keys() & {"class_names", "prediction_names"}:
             fields[name] = tuple(map(escape_controls, fields[name]))
         return cls(layers=tuple(layers), **fields)
 
 
 def metadata_of(about: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a trace's file: its schema, and in JSON what `RoutingTrace` says beside the arrays.
+    """The metadata of a trace's file: its schema, and the attributes of `RoutingTrace` without its arrays as JSON.
 
-    `kinds` is written only where tokens don't choose in some layer, `route_by` only where some layer routes images:
-    other traces stay as earlier versions wrote them.
+    `kinds` is written only if some layer isn't token choice, `route_by` only if some layer routes images. Other files
+    have the same metadata as in earlier versions.
     """
-    usual = {"kinds": {"token_choice"}, "route_by": {"token"}}
+    defaults = {"kinds": {"token_choice"}, "route_by": {"token"}}
     metadata = {"schema": SCHEMA}
     for name, value in about.items():
-        if name not in usual or set(value) != usual[name]:
+        if name not in defaults or set(value) != defaults[name]:
             metadata[name] = json.dumps(value)
     return metadata

@@ -1,8 +1,9 @@
 """`moevision compare RUN RUN…`: two trainings, or several seeds of two recipes, on the same test images.
 
-Two runs are compared image by image (McNemar's exact test, Tango's interval): that covers the choice of test images,
-and not the luck of a training. Several seeds are compared seed by seed (Student's t of the differences): that covers
-the luck of training, and not the choice of test images, which all runs share. Accuracies are shares in [0, 1].
+Two runs are compared image by image (McNemar's exact test, Tango's interval): their interval covers the choice of test
+images, but not the variation between training seeds. Several seeds are compared seed by seed (Student's t of the
+differences): that interval covers the variation between seeds, but not the choice of test images, which all runs share.
+Accuracies are shares in [0, 1].
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ from moevision.words import duration, flops, percent, points
 
 PREDICTIONS: Final = "predictions_test.csv"
 _SCHEMA: Final = "moevision.compare/1"
-# Besides what may change while a run goes on: what a seed changes, and what is only watched.
-_NO_RECIPE = ("seed_everything", "data.order_seed", "record_routing", "check_memory", *WRITTEN)
-# These may change too while a run goes on, and yet make another recipe; max_time ended an earlier version's.
-_RECIPE = ("guard", "data.path", "trainer.max_time", "trainer.callbacks")
-_LISTED = 6  # options that differ
-_TRAINERS = {
+# A recipe is the options that decide how a model is trained, except for the seed. An option that may change when a run
+# is resumed (`is_free`) isn't part of a recipe. These prefixes of option names are the exceptions.
+# Not part of a recipe although not free: the seeds, and options that only observe the training.
+_OUTSIDE_RECIPE = ("seed_everything", "data.order_seed", "record_routing", "check_memory", *WRITTEN)
+# Part of a recipe although free. Earlier versions ended a training at trainer.max_time, so that it decided the result.
+_INSIDE_RECIPE = ("guard", "data.path", "trainer.max_time", "trainer.callbacks")
+_MAX_LISTED_OPTIONS = 6  # in a sentence on options that differ
+_TRAINER_DEFAULTS = {  # argument of Lightning's Trainer -> its default value
     name: parameter.default
     for name, parameter in signature(L.Trainer).parameters.items()
     if name in MORE
@@ -82,43 +85,49 @@ def run(args: Namespace) -> None:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run: its options flat, and of each of its n test images, sorted, name, class and success."""
+    """A finished run with its predictions for n test images, which are sorted by name."""
 
     folder: Path
     summary: RunSummary
-    options: Mapping[str, Any]
-    images: tuple[str, ...]
-    labels: tuple[str, ...]
-    correct: npt.NDArray[np.bool_]
+    options: Mapping[str, Any]  # dotted option name -> value
+    images: tuple[str, ...]  # [n] names
+    labels: tuple[str, ...]  # [n] names of the true classes
+    correct: npt.NDArray[np.bool_]  # [n] whether the predicted class is the true one
 
     @property
     def name(self) -> str:
-        """Of the folder; the dense twin's with that of its run."""
+        """Name of the run's folder; for a dense twin, `RUN/twin`."""
         folder = self.folder.resolve()
         return f"{folder.parent.name}/{folder.name}" if folder.name == "twin" else folder.name
 
     @cached_property
     def recipe(self) -> dict[str, str]:
-        """What makes the training, but for its seed: options as text, without nulls and the Trainer's own defaults."""
-        recipe = {"images per step": str(self.summary.batch_size)}
+        """Every option that decides the training, except for its seed, as text.
+
+        Options that are null or have the Trainer's default value are left out.
+        """
+        values = {"images per step": str(self.summary.batch_size)}
         for name, value in self.options.items():
-            if value is None or _TRAINERS.get(name.removeprefix("trainer.")) == value:
+            if value is None or _TRAINER_DEFAULTS.get(name.removeprefix("trainer.")) == value:
                 continue
-            if not name.startswith(_RECIPE) and (is_free(name) or name.startswith(_NO_RECIPE)):
+            is_outside = is_free(name) or name.startswith(_OUTSIDE_RECIPE)
+            if is_outside and not name.startswith(_INSIDE_RECIPE):
                 continue
+
             if name == "data.path" and value != SYNTHETIC:
                 value = Path(str(value)).expanduser().resolve()
-            recipe[name] = str(value)
-        return recipe
+            values[name] = str(value)
+        return values
 
 
 def read_run(address: str) -> FinishedRun:
-    """Read a run folder; a UserError if it isn't finished."""
+    """Read a run by the path of its folder, or of the model in it; a UserError if the run isn't finished."""
     folder = run_of(address)
     if not is_finished(folder, with_twin=False):
         raise UserError(
             f"{folder} is not finished: go on with `{resume_command(folder)}`, then compare."
         )
+
     file = folder / PREDICTIONS
     try:
         rows = sorted((row["image"], row["label"], row["correct"]) for row in read_csv(file))
@@ -127,6 +136,7 @@ def read_run(address: str) -> FinishedRun:
         raise UserError(
             f"{file} can't be read ({error}): restore it, or train the run again."
         ) from error
+
     return FinishedRun(
         folder=folder,
         summary=read_summary(folder / "summary.json"),
@@ -138,22 +148,25 @@ def read_run(address: str) -> FinishedRun:
 
 
 def differing(a: FinishedRun, b: FinishedRun) -> dict[str, tuple[str, str]]:
-    """Options of the recipe that differ, with the value of either; `null` where it isn't set."""
+    """Options in which two recipes differ: name -> (value of a, value of b), `null` where it isn't set."""
     options = {}
     for name in sorted(a.recipe.keys() | b.recipe.keys()):
-        values = a.recipe.get(name, "null"), b.recipe.get(name, "null")
-        if values[0] != values[1]:
-            options[name] = values
+        value_a = a.recipe.get(name, "null")
+        value_b = b.recipe.get(name, "null")
+        if value_a != value_b:
+            options[name] = (value_a, value_b)
     return options
 
 
 def check_test_images(runs: Sequence[FinishedRun]) -> None:
-    """Refuse runs that were not tested on the same images, and a run beside itself."""
+    """Refuse fewer than two runs, a run that is given twice, and runs that were tested on different images."""
     if len(runs) < 2:
         raise UserError("One run is nothing to compare: give two, or several seeds of two recipes.")
+
     for index, run in enumerate(runs):
         if any(run.folder.samefile(other.folder) for other in runs[:index]):
             raise UserError(f"{run.folder} is given twice: leave one out.")
+
     for run in runs[1:]:
         difference = _difference_of_images(runs[0], run)
         if difference:
@@ -163,45 +176,52 @@ def check_test_images(runs: Sequence[FinishedRun]) -> None:
 
 
 def _difference_of_images(a: FinishedRun, b: FinishedRun) -> str:
-    """How the test images of two runs differ; empty where they don't."""
+    """A description of how the test images of two runs differ; empty if they are the same."""
     images = {*a.images, *b.images}
-    apart = {*a.images} ^ {*b.images}
-    if apart:
-        return f"{len(apart):,} of {len(images):,} are in one of them only, such as {min(apart)!r}."
+    in_one_only = {*a.images} ^ {*b.images}
+    if in_one_only:
+        return f"{len(in_one_only):,} of {len(images):,} are in one of them only, such as {min(in_one_only)!r}."
     if a.labels != b.labels:
         return "they have the same names and other labels."
 
-    drawn = [run.options.get("data.path") == SYNTHETIC for run in (a, b)]
+    # Synthetic images have the same names whatever the seed that they are drawn from.
+    a_is_synthetic = a.options.get("data.path") == SYNTHETIC
+    b_is_synthetic = b.options.get("data.path") == SYNTHETIC
     same_seed = a.options.get("data.seed") == b.options.get("data.seed")
-    if drawn[0] != drawn[1] or (drawn[0] and not same_seed):
+    if a_is_synthetic != b_is_synthetic or (a_is_synthetic and not same_seed):
         return "drawn images depend on --data.seed, which must be the same."
     return ""
 
 
 def paired_runs(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
-    """Two runs as they are; more, by their recipe, those with a seed that both recipes have, in its order."""
+    """The runs of side A and of side B; the i-th of both have the same seed where there are more than two runs.
+
+    Two runs are a side each, whatever their recipe and seed. More are divided by their recipe, of which there must be
+    two; seeds that only one recipe has are left out.
+    """
     if len(runs) == 2:
         return [runs[0]], [runs[1]]
 
-    recipes: list[list[FinishedRun]] = []
+    groups: list[list[FinishedRun]] = []  # runs of one recipe each
     for run in runs:
-        for recipe in recipes:
-            if recipe[0].recipe == run.recipe:
-                recipe.append(run)
+        for group in groups:
+            if group[0].recipe == run.recipe:
+                group.append(run)
                 break
         else:
-            recipes.append([run])
-    if len(recipes) != 2:
-        raise UserError(_not_two_recipes(recipes))
+            groups.append([run])
+    if len(groups) != 2:
+        raise UserError(_not_two_recipes(groups))
 
     by_seed = []
-    for recipe in recipes:
-        refuse_equal_seeds((run.name, run.summary.seed) for run in recipe)
-        by_seed.append({run.summary.seed: run for run in recipe if run.summary.seed is not None})
+    for group in groups:
+        refuse_equal_seeds((run.name, run.summary.seed) for run in group)
+        by_seed.append({run.summary.seed: run for run in group if run.summary.seed is not None})
     a, b = by_seed
+
     common = sorted(a.keys() & b.keys())
     if len(common) < 2:
-        seeds = [f"seed{'s' * (len(recipe) > 1)} {_seeds(recipe)}" for recipe in recipes]
+        seeds = [f"seed{'s' * (len(group) > 1)} {_seeds(group)}" for group in groups]
         raise UserError(
             f"The recipes have {len(common)} seed{'s' * (len(common) != 1)} in common and need two: "
             f"{' and '.join(seeds)}. Train the missing ones (--seed_everything N), or compare two runs."
@@ -209,14 +229,14 @@ def paired_runs(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[Fi
     return [a[seed] for seed in common], [b[seed] for seed in common]
 
 
-def _not_two_recipes(recipes: Sequence[Sequence[FinishedRun]]) -> str:
-    """A sentence on runs that are of one recipe, or of more than two."""
-    number = "one recipe" if len(recipes) == 1 else f"{len(recipes)} recipes"
-    names = "; ".join(", ".join(run.name for run in recipe) for recipe in recipes)
-    options = {name for recipe in recipes for name in differing(recipes[0][0], recipe[0])}
+def _not_two_recipes(groups: Sequence[Sequence[FinishedRun]]) -> str:
+    """The error message for groups of runs, one for each recipe, that are one group or more than two."""
+    number = "one recipe" if len(groups) == 1 else f"{len(groups)} recipes"
+    names = "; ".join(", ".join(run.name for run in group) for group in groups)
+    options = {name for group in groups for name in differing(groups[0][0], group[0])}
     differ = ""
     if options:
-        differ = f" They differ in {', '.join(sorted(options)[:_LISTED])}."
+        differ = f" They differ in {', '.join(sorted(options)[:_MAX_LISTED_OPTIONS])}."
     return (
         f"These runs are of {number}, by everything in config.yaml but the seed ({names}).{differ} Give two runs, or "
         "several seeds of two recipes."
@@ -232,25 +252,27 @@ def _seeds(runs: Sequence[FinishedRun]) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A minus B; differences are shares, NaN where one isn't known.
+    """Accuracy of side A minus that of side B, as a share in [-1, 1]; NaN where a number can't be computed.
 
-    `low` and `high` are 95 % of the difference: over seeds, or of two runs over images.
+    The uncertainty is that over seeds; where each side is a single run, that over test images.
     """
 
     a: Sequence[FinishedRun]
     b: Sequence[FinishedRun]
-    unbalanced: bool  # whether balanced accuracy is compared, because classes differ in size or the runs chose by it
-    by_seed: Sequence[PairedDifference]  # of each pair on the test images; `difference` is the mean
-    difference: float
-    low: float
+    # whether balanced accuracy is compared: classes differ in size, or the runs selected their weights by it
+    unbalanced: bool
+    by_seed: Sequence[PairedDifference]  # of each pair of runs, on the test images
+    difference: float  # mean over the pairs
+    low: float  # ends of the 95 % interval
     high: float
     p_value: float  # of the t-test over seeds, or of McNemar's test
-    differ: bool  # at 5 %: by the p-value; of two runs' balanced accuracies by the interval
-    detectable: float  # the difference that would have been found with 80 % power
+    # whether the difference is significant at 5 %: by the interval for balanced accuracies of two runs, else by p_value
+    differ: bool
+    detectable: float  # smallest difference that this design finds with 80 % power
 
     @property
     def measure(self) -> str:
-        """What is compared."""
+        """Name of the accuracy that is compared."""
         return "balanced accuracy" if self.unbalanced else "accuracy"
 
     @property
@@ -262,15 +284,17 @@ class Comparison:
 
     @property
     def simpler(self) -> str | None:
-        """The side without experts; None where both have some, or neither."""
+        """The side without experts, "A" or "B"; None if both sides have experts, or neither has."""
         has_experts = bool(self.a[0].summary.layers), bool(self.b[0].summary.layers)
         return {(False, True): "A", (True, False): "B"}.get(has_experts)
 
 
 def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
-    """Compare one run with one, or pairs of runs of the same seeds."""
+    """Compare a single run with another, or pairs of runs of the same seeds."""
     unbalanced = any(run.summary.unbalanced for run in [*a, *b])
+    # [n] int; every run has the same test images.
     _, labels = np.unique(np.array(a[0].labels), return_inverse=True)
+
     by_seed = []
     for run_a, run_b in zip(a, b, strict=True):
         if unbalanced:
@@ -294,6 +318,7 @@ def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
 
 
 def _certainty_over_seeds(pairs: Sequence[PairedDifference]) -> dict[str, Any]:
+    """Fields of `Comparison` from Student's t; `Gap` computes in percentage points."""
     gap = Gap.of([100 * pair.difference for pair in pairs])
     return {
         "low": gap.low / 100,
@@ -305,7 +330,9 @@ def _certainty_over_seeds(pairs: Sequence[PairedDifference]) -> dict[str, Any]:
 
 
 def _certainty_over_images(pair: PairedDifference, *, balanced: bool) -> dict[str, Any]:
+    """Fields of `Comparison` from the test images of two runs."""
     if balanced:
+        # Half the interval is z(1 - level / 2) standard errors, and z(1 - level / 2) + z(power) of them are detected.
         z_ratio = norm.ppf(POWER) / norm.ppf(1 - LEVEL / 2)
         detectable = (1 + z_ratio) * (pair.high - pair.low) / 2
     else:
@@ -320,13 +347,14 @@ def _certainty_over_images(pair: PairedDifference, *, balanced: bool) -> dict[st
 
 
 def comparison_text(comparison: Comparison) -> list[list[str]]:
-    """Sentences on what was found, how sure it is and what the interval doesn't cover; and notes on the rest."""
+    """Two lists: sentences on the result and its uncertainty, and notes on options and machines that differ."""
     summaries = [run.summary for run in [*comparison.a, *comparison.b]]
     text = template("compare.txt.jinja").render(
         comparison=comparison,
         options=differing(comparison.a[0], comparison.b[0]),
         machines=sorted({f"{summary.device}, {summary.precision}" for summary in summaries}),
     )
+    # The template separates the two by a line `---`.
     return [part.splitlines() for part in text.split("---\n")]
 
 
@@ -337,34 +365,37 @@ def _print(comparison: Comparison, left_out: Sequence[str]) -> None:
     console = Console()
     if console.width < 110 and not console.is_terminal:
         console = Console(width=110)  # a file has room for all columns
-    say = partial(console.print, markup=False, highlight=False)
-    seeds = len(comparison.a)
+    print_line = partial(console.print, markup=False, highlight=False)
+    num_seeds = len(comparison.a)
 
     table = Table("", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
-    others = f" and {seeds - 1} more" if seeds > 1 else ""
+    others = f" and {num_seeds - 1} more" if num_seeds > 1 else ""
     for letter, side in (("A", comparison.a), ("B", comparison.b)):
         table.add_column(escape_controls(f"{letter}: {side[0].name}{others}"), justify="right")
     for row in _rows(comparison):
         table.add_row(*row)
     console.print(table, markup=False)
 
-    if seeds > 1:
+    if num_seeds > 1:
         for a, b, pair in zip(comparison.a, comparison.b, comparison.by_seed, strict=True):
-            say(
+            print_line(
                 f"seed {a.summary.seed}: {escape_controls(a.name)} − {escape_controls(b.name)} = "
                 f"{points(pair.difference)} ({points(pair.low)} to {points(pair.high)}, over images)"
             )
+
     sentences, notes = comparison_text(comparison)
     for sentence in sentences:
-        say(sentence)
+        print_line(sentence)
     console.print()
+
     if left_out:
         notes.append(f"Left out, without a partner of the same seed: {', '.join(left_out)}.")
     for note in notes:
-        say(f"note: {escape_controls(note)}")
+        print_line(f"note: {escape_controls(note)}")
 
 
-_ROWS: dict[str, Callable[[float], str]] = {
+# Rows of the table below the accuracy: name -> how a number becomes text.
+_ROW_FORMATS: dict[str, Callable[[float], str]] = {
     "balanced accuracy": percent,
     "FLOPs of one image": flops,
     "parameters": flops,
@@ -378,8 +409,8 @@ _ROWS: dict[str, Callable[[float], str]] = {
 }
 
 
-def _values(run: RunSummary) -> dict[str, float | None]:
-    """The numbers of `_ROWS`; None where one isn't known."""
+def _row_values(run: RunSummary) -> dict[str, float | None]:
+    """The numbers of a run by the names of `_ROW_FORMATS`; None where the run didn't record one."""
     return {
         "balanced accuracy": run.test.balanced_accuracy,
         "FLOPs of one image": run.cost.flops_per_image + run.cost.router_flops_per_image,
@@ -395,30 +426,32 @@ def _values(run: RunSummary) -> dict[str, float | None]:
 
 
 def _rows(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
-    """Accuracy and cost of both sides, with their names; of several seeds the mean. What neither knows is left out."""
+    """Rows of the table: name, text of A, text of B, each a mean over seeds; rows that both lack are left out."""
     a, b = comparison.a, comparison.b
     yield "test accuracy", _accuracy(a), _accuracy(b)
     yield "seeds" if len(a) > 1 else "seed", _seeds(a), _seeds(b)
-    for name, to_text in _ROWS.items():
+
+    for name, to_text in _ROW_FORMATS.items():
         if name == "balanced accuracy" and not comparison.unbalanced:
             continue
-        means = _mean(a, name, to_text), _mean(b, name, to_text)
-        if any(means):
-            yield name, *means
+        text_a = _mean_text(a, name, to_text)
+        text_b = _mean_text(b, name, to_text)
+        if text_a or text_b:
+            yield name, text_a, text_b
 
 
-def _mean(side: Sequence[FinishedRun], name: str, to_text: Callable[[float], str]) -> str:
-    """The mean over the runs that know it; empty where none does."""
+def _mean_text(side: Sequence[FinishedRun], name: str, to_text: Callable[[float], str]) -> str:
+    """The mean over the runs that recorded this number; empty if none did."""
     values = []
     for run in side:
-        value = _values(run.summary)[name]
+        value = _row_values(run.summary)[name]
         if value is not None:
             values.append(value)
     return to_text(fmean(values)) if values else ""
 
 
 def _accuracy(side: Sequence[FinishedRun]) -> str:
-    """With its 95 % interval over images, or ± its standard deviation over seeds."""
+    """Accuracy of one run with its 95 % interval over images, or the mean of several ± their standard deviation."""
     accuracies = [run.summary.test.accuracy for run in side]
     if len(side) > 1:
         return f"{percent(fmean(accuracies))} ± {100 * stdev(accuracies):.1f}"
@@ -427,7 +460,7 @@ def _accuracy(side: Sequence[FinishedRun]) -> str:
 
 
 def facts(comparison: Comparison) -> dict[str, Any]:
-    """Everything as JSON primitives; differences are shares, null where there is none."""
+    """The whole comparison as JSON primitives; differences are shares, null where they are NaN."""
     sentences, notes = comparison_text(comparison)
     pairs = zip(comparison.a, comparison.b, comparison.by_seed, strict=True)
     return {

@@ -31,29 +31,27 @@ from moevision.train.processes import print_rank0
 from moevision.words import loading
 
 UNSURE = "unsure"
+# Of probabilities that are NaN or infinite.
 NO_NUMBER = "the model's answer is no number: its weights are too large, or damaged"
-JSON_HEAD = b'[\n  {\n    "path": '  # of a file that --format json wrote
-NPY_HEAD = b"('feature', '<f4', ("
+# By these bytes near the start a file is recognized as an earlier output, which may be overwritten.
+JSON_HEAD = b'[\n  {\n    "path": '  # of --format json
+NPY_HEAD = b"('feature', '<f4', ("  # of --features
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one image; a `distance` above 1 is out of distribution (`moevision.models.ood`).
-
-    `classes` are the most likely ones, best first, at most five, with their `probabilities`. Where there is no answer
-    `error` says why, and the other fields are empty. `feature` is what the classifier reads, float32 [D], where it was
-    asked for.
-    """
+    """A model's prediction for one image; without one only `path` and `error`, the reason, are set."""
 
     path: str
-    classes: tuple[str, ...] = ()
-    probabilities: tuple[float, ...] = ()
+    classes: tuple[str, ...] = ()  # names of the most probable classes, best first, at most five
+    probabilities: tuple[float, ...] = ()  # of these classes
     error: str = ""
+    # above 1: out of distribution (`moevision.models.ood`); None: not measured
     distance: float | None = None
-    feature: npt.NDArray[np.float32] | None = None
+    feature: npt.NDArray[np.float32] | None = None  # [D] input of the classifier, if requested
 
     def is_unsure(self, threshold: float | None) -> bool:
-        """Whether the likeliest class of a readable image stays below the threshold."""
+        """Whether there is a prediction, and its highest probability is below the threshold (None: never)."""
         if threshold is None or not self.classes:
             return False
         return self.probabilities[0] < threshold
@@ -62,18 +60,18 @@ class Prediction:
 def run(args: Namespace) -> None:
     """Classify, and print or write one row per image.
 
-    A file that can't be read gets a row that says why; the others are classified all the same.
+    A file that can't be read gets a row with the reason; the others are still classified.
     """
     with loading("loading the model"):
         model = load_trained(args.model)
-    features = args.features is not None
-    if features and linear_head(model.net) is None:
+    with_features = args.features is not None
+    if with_features and linear_head(model.net) is None:
         raise UserError(
             f"{args.model} has no linear classifier, and so no features before it: leave --features out."
         )
     files = list(images_at(args.paths))
     is_json = args.format == "json"
-    # Before hours of classifying.
+    # Now, so that an error doesn't come after hours of classifying.
     _prepare_output(args.out, JSON_HEAD if is_json else to_csv([]).encode(), "--out")
     _prepare_output(args.features, NPY_HEAD, "--features")
 
@@ -87,7 +85,7 @@ def run(args: Namespace) -> None:
         print(text, end="")
     else:
         write_text_atomic(args.out, text)
-    if features:
+    if with_features:
         write_bytes_atomic(Path(args.features), to_npy(predictions))
     if not calibrated:
         print(
@@ -98,7 +96,7 @@ def run(args: Namespace) -> None:
 
 
 def _prepare_output(path: str | None, head: bytes, option: str) -> None:
-    """Refuse a file that somebody else made, and make the folder."""
+    """Refuse to overwrite a file that isn't an earlier output (by its `head`), and make its folder."""
     if path is not None:
         refuse_foreign(Path(path), head, option)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -114,25 +112,25 @@ def _predict(model: SavedModel, files: Sequence[Path], args: Namespace) -> list[
         disable=len(starts) < 4,
         transient=True,
     )
-    features = args.features is not None
+    with_features = args.features is not None
     predictions = []
     for start in progress:
         batch = files[start : start + args.batch_size]
-        predictions += predict_batch(model, batch, args.precision, features=features)
+        predictions += predict_batch(model, batch, args.precision, features=with_features)
     return predictions
 
 
 def _print_problems(predictions: Sequence[Prediction], unsure: float | None) -> None:
-    """Say on standard error how many answers are missing, or not to be taken as they are."""
+    """Print to standard error how many predictions are missing or unreliable; `unsure` is the threshold."""
     errors = [prediction.error for prediction in predictions if prediction.error]
-    no_number = errors.count(NO_NUMBER)
+    no_number_count = errors.count(NO_NUMBER)
     unsure_count = sum(prediction.is_unsure(unsure) for prediction in predictions)
     distant_count = sum((prediction.distance or 0) > 1 for prediction in predictions)
     problems = {
         f"images are unsure: no class reaches {unsure or 0:g}": unsure_count,
         "images are unlike the training images: their distance is above 1": distant_count,
-        "images have no answer: the model's is no number": no_number,
-        "files could not be read; their rows say why": len(errors) - no_number,
+        "images have no answer: the model's is no number": no_number_count,
+        "files could not be read; their rows say why": len(errors) - no_number_count,
     }
     for problem, count in problems.items():
         if count:
@@ -143,9 +141,9 @@ def _print_problems(predictions: Sequence[Prediction], unsure: float | None) -> 
 
 
 def images_at(paths: Sequence[str]) -> Iterator[Path]:
-    """The files themselves, and every image below the folders, but for hidden subfolders (`.git`, `@eaDir`).
+    """The given files, and every image below the given folders, except in hidden subfolders (`.git`, `@eaDir`).
 
-    Links are followed; each folder is entered once.
+    Symbolic links are followed, and each folder is read only once.
     """
     for path in map(Path, paths):
         if path.is_dir():
@@ -157,18 +155,19 @@ def images_at(paths: Sequence[str]) -> Iterator[Path]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    links: Counter[str] = Counter()
+    """Images below a folder, sorted; prints warnings for what can't be read, a UserError if there is no image."""
+    events: Counter[str] = Counter()  # counted by `walk`, such as unreadable folders
     images, others = [], []
-    for file in walk(folder, links):
+    for file in walk(folder, events):
         if is_image_path(file.name):
             images.append(Path(file.path))
         else:
             others.append(file.name)
     remarks = unread_formats(folder, others)
 
-    if links["unreadable"]:
+    if events["unreadable"]:
         print_rank0(
-            f"warning: {links['unreadable']} folders in {folder} can't be read, and were left out: permit it."
+            f"warning: {events['unreadable']} folders in {folder} can't be read, and were left out: permit it."
         )
     if not images:
         raise UserError("; ".join([f"{folder} holds no image", *remarks]))
@@ -178,10 +177,10 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 class Outputs(NamedTuple):
-    """What a model gives for B images; k is the number of classes, at most five, best first."""
+    """A model's outputs for B images: their k most probable classes, best first, at most five."""
 
     probabilities: Tensor  # [B, k]
-    classes: Tensor  # [B, k]
+    classes: Tensor  # [B, k] indices
     distances: list[float] | None = None  # [B]
     features: npt.NDArray[np.float32] | None = None  # [B, D]
 
@@ -207,7 +206,8 @@ def predict_batch(
         pixels[index] = torch.from_numpy(square).permute(2, 0, 1)
 
     if pixels:
-        images = normalize(torch.stack(list(pixels.values())), model.mean, model.std)
+        stacked = torch.stack(list(pixels.values()))  # [B, 3, S, S]
+        images = normalize(stacked, model.mean, model.std)
         outputs = _run_model(model, images, precision, features=features)
         for row, index in enumerate(pixels):
             predictions[index] = _prediction(model, str(files[index]), outputs, row)
@@ -215,11 +215,11 @@ def predict_batch(
 
 
 def _run_model(model: SavedModel, images: Tensor, precision: str, *, features: bool) -> Outputs:
-    """Probabilities of images [B, 3, S, S], and where they are known or asked for distances and features."""
+    """Outputs for images [B, 3, S, S]; distances if the model can measure them, features if requested."""
     device = best_device()
     net = model.net.to(device)
     images = images.to(device)
-    distances = read = None
+    distances = pooled_features = None
     autocast = torch.autocast(
         torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"
     )
@@ -227,20 +227,21 @@ def _run_model(model: SavedModel, images: Tensor, precision: str, *, features: b
         if model.strangers is None and not features:
             logits = net(images)  # [B, C]
         else:
-            read = pooled(net, images)  # [B, D]
-            logits = cast(Any, net).get_classifier()(read)  # [B, C]
+            pooled_features = pooled(net, images)  # [B, D]
+            classifier = cast(Any, net).get_classifier()
+            logits = classifier(pooled_features)  # [B, C]
             if model.strangers is not None:
-                distances = model.strangers(read).tolist()
+                distances = model.strangers(pooled_features).tolist()
 
     probabilities = (logits.float() / (model.temperature or 1.0)).softmax(-1).cpu()
     best = probabilities.topk(min(5, len(model.class_names)))
-    if not features or read is None:
+    if not features or pooled_features is None:
         return Outputs(best.values, best.indices, distances)
-    return Outputs(best.values, best.indices, distances, read.float().cpu().numpy())
+    return Outputs(best.values, best.indices, distances, pooled_features.float().cpu().numpy())
 
 
 def _prediction(model: SavedModel, path: str, outputs: Outputs, row: int) -> Prediction:
-    """What the model says about the image of one row."""
+    """The prediction for the image in one row of the outputs."""
     probabilities = tuple(outputs.probabilities[row].tolist())
     distance = outputs.distances[row] if outputs.distances is not None else None
     if not all(map(math.isfinite, (*probabilities, distance or 0.0))):
@@ -257,7 +258,7 @@ def _prediction(model: SavedModel, path: str, outputs: Outputs, row: int) -> Pre
 def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> str:
     """Rows `path, class, probability, top5, error, distance`; top5 is `class=probability` joined by semicolons.
 
-    Below the threshold the class is `unsure`; top5 has the likeliest ones all the same.
+    Below the threshold `unsure` the class is "unsure"; top5 is not affected.
     """
     rows = []
     for prediction in predictions:
@@ -265,6 +266,7 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
         top5 = [f"{name}={share}" for name, share in zip(prediction.classes, shares, strict=True)]
         best = UNSURE if prediction.is_unsure(unsure) else "".join(prediction.classes[:1])
         distance = "" if prediction.distance is None else f"{prediction.distance:.4f}"
+
         rows.append(
             (
                 escape_csv_cell(prediction.path),
@@ -297,7 +299,8 @@ def to_json(
 ) -> str:
     """A list of `{path, class, probability, calibrated, unsure, top5: [{class, probability}], error, distance}`.
 
-    Below the threshold `unsure` is true and the class `"unsure"`; a class may bear that name too, so ask `unsure`.
+    Below the threshold the field `unsure` is true and the class is `"unsure"`; a real class may have that name too, so
+    test the field.
     """
     rows = []
     for prediction in predictions:
@@ -305,6 +308,7 @@ def to_json(
         top5 = [{"class": name, "probability": probability} for name, probability in pairs]
         best = top5[0] if top5 else {"class": None, "probability": None}
         is_unsure = prediction.is_unsure(unsure)
+
         rows.append(
             {
                 "path": prediction.path,

@@ -1,4 +1,4 @@
-"""`moevision upcycle`: a Mixture of Experts made from a dense model without training, and what that costs."""
+"""`moevision upcycle`: makes a Mixture of Experts from a dense model without training, and measures its cost."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from moevision.models.upcycle import (
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.words import loading, shell_word
 
-# Drawn images for the comparison of outputs; one pass even of a large ViT takes seconds.
+# Images of SyntheticPets on which outputs are compared; a forward pass of them takes seconds even with a large ViT.
 GAP_IMAGES = 32
-SAME = 1e-5  # max |Δ logit| below which two models compute the same in float32
+SAME = 1e-5  # max |Δ logit| up to which two models count as equal in float32
 
 
 def write_model(saved: SavedModel, out: Path, record: dict[str, Any]) -> None:
-    """Write the model with its `upcycle.json` beside `out`, which isn't there or is empty; the whole gets that name."""
+    """Write the model and its `upcycle.json` to a temporary folder, then rename it to `out`, absent or empty so far."""
     temporary = temporary_for(out)
     try:
         save_model(saved, temporary)
         write_json_atomic(temporary / "upcycle.json", record)
         if out.is_dir():
-            out.rmdir()  # Windows renames over no folder
+            out.rmdir()  # Windows can't rename onto an existing folder
         os.replace(temporary, out)
         sync_folder(out.parent)
     finally:
@@ -58,7 +58,7 @@ def write_model(saved: SavedModel, out: Path, record: dict[str, Any]) -> None:
 def run(args: Namespace) -> None:
     """Convert, measure, and write the new model with `upcycle.json`."""
     out = Path(args.out)
-    _check(args, out)
+    _check_arguments(args, out)
     dense = _read_dense(args)
     moe = _convert(dense, args)
     saved = describe(moe.eval())
@@ -75,11 +75,12 @@ def run(args: Namespace) -> None:
     _print_next(console, saved, out)
 
 
-def _check(args: Namespace, out: Path) -> None:
-    """Refuse what can't be done, before anything is read."""
+def _check_arguments(args: Namespace, out: Path) -> None:
+    """Raise a UserError for arguments that can't work, before the model is read."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} is there already: give --out another name.")
-    if (args.router_start == "cluster") != (args.data is not None):
+    clusters = args.router_start == "cluster"
+    if clusters != (args.data is not None):
         raise UserError(
             "--router-start cluster and --data belong together: the images whose tokens are clustered."
         )
@@ -120,7 +121,8 @@ def _convert(dense: Any, args: Namespace) -> Any:
 
 
 def _start_from_clusters(saved: SavedModel, args: Namespace) -> dict[str, Any]:
-    """Set the routers from clusters of what the images of --data give them; the sizes of the clusters."""
+    """Initialise the routers with clusters of their inputs on the images of --data; the entry of the record."""
+    root = {} if args.root is None else {"root": args.root}
     pictures = open_pictures(
         args.data,
         saved.image_size,
@@ -128,7 +130,7 @@ def _start_from_clusters(saved: SavedModel, args: Namespace) -> dict[str, Any]:
         framing=saved.framing,
         limit=START_IMAGES,
         seed=args.seed,
-        **({} if args.root is None else {"root": args.root}),
+        **root,
     )
     reader = PictureReader(pictures, saved, batch_size=64)
     with loading("clustering the routers' input"):
@@ -139,25 +141,25 @@ def _start_from_clusters(saved: SavedModel, args: Namespace) -> dict[str, Any]:
 
 
 def _print_next(console: Console, saved: SavedModel, out: Path) -> None:
-    """Print what changes no answer of the new model, and the command that trains it."""
-    unread = layers_that_miss_classifier(saved.net)
-    if unread:
+    """Name the block whose patches are routed without effect on the output, if any, and the command for training."""
+    without_effect = layers_that_miss_classifier(saved.net)
+    if without_effect:
         console.print(
-            f"the classifier reads the class token alone, so the routes of patches in block {unread[-1]} change no "
-            "answer: leave --layers out, or fine-tune with --model.arch.global_pool avg",
+            f"the classifier reads the class token alone, so the routes of patches in block {without_effect[-1]} "
+            "change no answer: leave --layers out, or fine-tune with --model.arch.global_pool avg",
             soft_wrap=True,
         )
     command = f"moevision fit FOLDER --pretrained {shell_word(str(out))} --data.image_size {saved.image_size}"
-    # Others than what `fit` takes by itself.
+    # `fit` normalises with ImageNet's statistics by default.
     if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
         command += f" --data.mean '{list(saved.mean)}' --data.std '{list(saved.std)}'"
     console.print(f"\nnext: {escape_controls(command)}", markup=False, soft_wrap=True)
 
 
 def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
-    """Cost before and after, and the gap between the outputs on drawn pets.
+    """Cost before and after, and the difference of the outputs on SyntheticPets.
 
-    Not on noise: its patches are all alike, and routers that mix or drop tokens hardly change them.
+    Noise would hide differences: its patches are all alike, so that routers which mix or drop tokens change little.
     """
     side = saved.image_size
     pets = SyntheticPets(GAP_IMAGES, side, 0, "test")
@@ -175,7 +177,8 @@ def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
 
 
 def _print_upcycling(console: Console, record: dict[str, Any]) -> None:
-    config, gap = record["moe_config"], record["step0_gap"]
+    config = record["moe_config"]
+    gap = record["step0_gap"]
     say = partial(console.print, markup=False, soft_wrap=True)
     say(
         f"{escape_controls(record['source'])}: {record['classes']} classes, {record['image_size']} px; "
@@ -184,6 +187,7 @@ def _print_upcycling(console: Console, record: dict[str, Any]) -> None:
     )
     if "router_start" in record:
         start = record["router_start"]
+        # The shares of a layer have the mean 1 / len(shares).
         ratios = ", ".join(
             f"{max(shares) * len(shares):.2f}" for shares in start["shares"].values()
         )

@@ -1,8 +1,9 @@
-"""What a dataset is to the rest: labelled images that are opened one by one.
+"""The interface of a dataset: labelled images that are opened one by one.
 
-A `Collection` lists its samples per split that it came with; it decides nothing about training, validation and test
-(``splits.py``) and nothing about pixels (``transforms.py``). A sample is named by its path relative to the collection's
-root, which stays the same across runs and machines. ``open.py`` finds the collection that a path names.
+A `Collection` lists its samples by the splits in which the dataset is published. Which images are used for training,
+validation and test is decided in ``splits.py``, how pixels are prepared in ``transforms.py``. A sample is named by its
+path relative to the collection's root, which stays the same across runs and machines. ``open.py`` finds the collection
+for a path or a dataset's name.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-_PROBED_BYTES = 64 * 1024  # from here on a probe is cheaper than the digest
+# Size of a file from which on reading a part is faster than the digest of all.
+_MIN_PROBED_BYTES = 64 * 1024
 
 
 class Sample(NamedTuple):
@@ -57,15 +59,15 @@ SplitSamples = dict[
 class Collection(ABC):
     """Labelled images."""
 
-    class_names: list[str]  # class names in words; a label is an index into them
-    # samples per split the data came with ("train", "val", "test"), or all under "all"
+    class_names: list[str]  # readable names; a label is an index into them
+    # by the split in which the dataset has them, "train", "val" or "test"; all under "all" if it has no splits
     samples: SplitSamples
     notes: list[str] = field(
         default_factory=list
     )  # sentences about what was left out while reading
-    # the column whose equal values are kept together, where the data say so themselves
+    # name of the column whose equal values must be in the same split, where the dataset itself declares one
     group_column: str | None = None
-    # other columns of a table, name -> sample id -> value
+    # other columns, where the dataset is a table: name -> sample id -> value
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @abstractmethod
@@ -77,29 +79,29 @@ class Collection(ABC):
 
     @abstractmethod
     def stored(self, sample: Sample) -> bytes:
-        """The stored bytes, of pixels theirs; raises OSError or BadImageError if they can't be read."""
+        """Bytes of the file, or of the pixels if there is no file; OSError or BadImageError if they can't be read."""
 
     def size_bytes(self, sample: Sample) -> int:
-        """Number of stored bytes, 0 if there are none; samples of different size differ."""
+        """Number of stored bytes, 0 if there are none; samples with different numbers can't be duplicates."""
         return len(self.stored(sample))
 
     def probe(self, sample: Sample) -> bytes:
-        """What is equal for equal images, and cheaper than the digest."""
+        """Bytes that are equal for duplicates and faster to read than the digest; empty if there are none."""
         return b""
 
     def digest(self, sample: Sample) -> bytes:
-        """SHA-256 of the stored bytes; an unreadable image is unlike any other (opening it will say why)."""
+        """SHA-256 of the stored bytes; for an unreadable image that of its name, which no other sample has."""
         try:
             return hashlib.sha256(self.stored(sample)).digest()
         except (OSError, BadImageError):
             return hashlib.sha256(name_bytes(sample.sample_id)).digest()
 
     def identity(self, sample: Sample) -> Hashable:
-        """What two samples share only if one file is behind both, which links can bring about."""
+        """A value that is equal for two samples only if they are the same file, for instance through a link."""
         return sample.sample_id
 
     def column(self, name: str) -> Mapping[str, str] | None:
-        """Values by sample id of a column, if the data are a table that has it."""
+        """Sample id -> value in a column; None if the dataset has no such column."""
         return self.columns.get(name)
 
 
@@ -121,20 +123,23 @@ class FileCollection(Collection):
             return 0
 
     def stored(self, sample: Sample) -> bytes:
-        """The file."""
+        """The bytes of the file."""
         return read_image(self.root / sample.sample_id)
 
     def probe(self, sample: Sample) -> bytes:
-        """1 KiB from the middle of 64 KiB or more (headers are alike), read to spare the digest of large images."""
+        """1 KiB from the middle of a file of 64 KiB or more, which tells most large images apart without a digest.
+
+        From the middle, because headers are often equal.
+        """
         size = self.size_bytes(sample)
-        if size >= _PROBED_BYTES:
+        if size >= _MIN_PROBED_BYTES:
             with suppress(OSError), (self.root / sample.sample_id).open("rb") as handle:
                 handle.seek(size // 2)
                 return handle.read(1024)
-        return b""  # also of what can't be read: the digest knows what to do
+        return b""  # also for a file that can't be read: `digest` handles it
 
     def identity(self, sample: Sample) -> Hashable:
-        """Device and number of the file."""
+        """Device and inode of the file."""
         return file_identity(self.root / sample.sample_id)
 
 
@@ -159,13 +164,13 @@ class ArrayCollection(Collection):
 
 @dataclass
 class DrawnCollection(Collection):
-    """`SyntheticPets`, drawn when opened; sample ids are ``split/number``."""
+    """Synthetic images (`SyntheticPets`), drawn when opened; sample ids are ``split/number``."""
 
     pets: dict[str, SyntheticPets] = field(default_factory=dict)
 
     @classmethod
     def of(cls, image_size: int, seed: int, sizes: Mapping[str, int]) -> DrawnCollection:
-        """``sizes[split]`` images per split."""
+        """A collection with ``sizes[split]`` images per split."""
         pets = {}
         samples = {}
         for split, size in sizes.items():
@@ -180,7 +185,7 @@ class DrawnCollection(Collection):
         return self.draw(sample)
 
     def draw(self, sample: Sample, side: int | None = None) -> Image.Image:
-        """The scene of an image in ``side`` pixels; None: as the set has it."""
+        """Draw an image with sides of ``side`` pixels; None: the collection's own image size."""
         split, number = sample.sample_id.rsplit("/", 1)
         pets = self.pets[split]
         if side is not None:
@@ -188,12 +193,12 @@ class DrawnCollection(Collection):
         return Image.fromarray(pets.image(int(number)))
 
     def stored(self, sample: Sample) -> bytes:
-        """Nothing: every image is drawn from a random seed of its own."""
+        """Empty: nothing is stored, and no duplicates need be found, as every image has a random seed of its own."""
         return b""
 
 
 def file_identity(path: str | Path) -> Hashable:
-    """What tells whether two paths lead to one file or folder; the path itself where the system doesn't say."""
+    """A value that is equal for paths to the same file or folder; the path itself if the system provides no inode."""
     try:
         status = os.stat(path)
     except OSError:
@@ -205,7 +210,7 @@ def file_identity(path: str | Path) -> Hashable:
 
 @contextmanager
 def explain_access_errors(path: str | Path) -> Iterator[None]:
-    """Say in a sentence what the system doesn't let us read, where nothing can be left out."""
+    """Turn an OSError in this scope into a UserError, where a file or folder is required."""
     try:
         yield
     except OSError as error:
@@ -213,20 +218,21 @@ def explain_access_errors(path: str | Path) -> Iterator[None]:
 
 
 def access_error(path: str | Path, error: OSError) -> UserError:
-    """What the system doesn't let us read, in a sentence."""
+    """The UserError for a file or folder that the system doesn't allow to be read."""
     return UserError(
         f"{error.filename or path} can't be read ({error.strerror or error}): permit this user to read it, or give "
         "another path"
     )
 
 
-# ---- classes and splits, which are checked alike wherever they come from
+# ---- checks of classes and splits, the same for every source of data
 
 
 def readable_class_names(class_folders: list[str]) -> list[str]:
-    """Class names in words: WordNet ids become their first lemma (n01440764 -> tench), others are shown names.
+    """Names to show for class folders: WordNet ids become their first lemma (n01440764 -> tench).
 
-    Two ids with one lemma (ImageNet has two "crane"s) keep their id in brackets.
+    Ids with the same lemma (ImageNet has two "crane"s) are added in brackets. Other names have control characters
+    escaped.
     """
     if not all(re.fullmatch(r"n\d{8}", name) for name in class_folders):
         return list(map(escape_controls, class_folders))
@@ -246,11 +252,12 @@ def readable_class_names(class_folders: list[str]) -> list[str]:
 
 
 def check_distinct(names: Iterable[str]) -> None:
-    """Names must differ, also when they are written into a file."""
-    name_of: dict[str, str] = {}
+    """Refuse names that are equal as written into a CSV file, by a UserError."""
+    original_names: dict[str, str] = {}  # by the written form
     for name in names:
-        written = unicodedata.normalize("NFC", escape_csv_cell(name))  # a Mac writes accents apart
-        other = name_of.setdefault(written, name)
+        # macOS stores accents as separate characters, which NFC joins.
+        written = unicodedata.normalize("NFC", escape_csv_cell(name))
+        other = original_names.setdefault(written, name)
         if other is not name:
             raise UserError(
                 f"{other!r} and {name!r} look the same when they are written down: rename one of them"
@@ -258,21 +265,21 @@ def check_distinct(names: Iterable[str]) -> None:
 
 
 def differ_in_case(names: Iterable[str]) -> list[str]:
-    """A sentence on the class names that only upper and lower case tells apart, if there are any."""
+    """A note on class names that differ only in upper and lower case; an empty list if there are none."""
     ordered = sorted(names)
     counts = Counter(map(str.casefold, ordered))
-    alike = [name for name in ordered if counts[name.casefold()] > 1]
-    if not alike:
+    ambiguous = [name for name in ordered if counts[name.casefold()] > 1]
+    if not ambiguous:
         return []
     return [
-        f"{quoted_names(alike)} differ only in upper and lower case: put them together if they are one class"
+        f"{quoted_names(ambiguous)} differ only in upper and lower case: put them together if they are one class"
     ]
 
 
 def check_same_classes(
     train: Path | str, train_classes: Iterable[str], other: Path | str, other_classes: Iterable[str]
 ) -> None:
-    """Each split must hold every class, else its score would mean something else than the training's."""
+    """Refuse splits with different classes, whose accuracies couldn't be compared with those on the training set."""
     expected = set(train_classes)
     actual = set(other_classes)
     if missing := sorted(expected - actual):
@@ -288,10 +295,11 @@ def check_same_classes(
 def check_splits(
     samples: Mapping[str, Sequence[Sample]], class_names: Sequence[str], where: str
 ) -> None:
-    """Two classes at least; a dataset that came split has a train set, and every class in every split."""
-    classes: dict[str, set[str]] = {}
-    for split, members in samples.items():
-        classes[split] = {class_names[sample.label] for sample in members}
+    """Refuse fewer than two classes, splits without a train split, and splits that lack a class."""
+    classes: dict[str, set[str]] = {}  # split -> names of its classes
+    for split, split_samples in samples.items():
+        classes[split] = {class_names[sample.label] for sample in split_samples}
+
     if "all" not in classes and "train" not in classes:
         raise UserError(
             f"{where} has no train split, only {', '.join(classes)}: add one, or give them as one split."
@@ -308,12 +316,12 @@ def check_splits(
 
 
 def interleave_by_class(labels: Sequence[int]) -> list[int]:
-    """Indices of images of these classes, such that classes take turns."""
-    of_class: dict[int, list[int]] = {}
+    """Indices of images in an order in which the classes alternate; `labels` are the images' classes."""
+    indices_by_class: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
-        of_class.setdefault(label, []).append(index)
-    turns = chain.from_iterable(zip_longest(*of_class.values()))
-    return [index for index in turns if index is not None]
+        indices_by_class.setdefault(label, []).append(index)
+    interleaved = chain.from_iterable(zip_longest(*indices_by_class.values()))
+    return [index for index in interleaved if index is not None]
 
 
 def quoted_names(names: Sequence[str]) -> str:

@@ -1,9 +1,11 @@
 """A folder of images: one subfolder per class, with or without train / val / test above them.
 
-Any other layout raises a `UserError` that says what to change. Symbolic links are followed, since many datasets consist
-of links to a store. Each folder is entered once, so circular links end, and a link to a folder that contains it is
-ignored. Within a class a link to a file that the class has already is left out; ``splits.py`` handles what is in
-several classes or splits. Hard links count as separate, byte-identical files, as after a copy to another disk.
+Any other layout raises a `UserError` that says what to change.
+
+Symbolic links are followed, since many datasets consist of links to files stored elsewhere. Each folder is entered only
+once, so circular links do no harm, and a link to a folder that contains the link is ignored. Within a class, a link to
+a file that is already in the class is left out; ``splits.py`` handles files that are in several classes or splits. Hard
+links count as separate, byte-identical files, which is what they become in a copy on another disk.
 """
 
 from __future__ import annotations
@@ -31,54 +33,67 @@ from moevision.data.collection import (
 from moevision.data.images import is_image_path
 from moevision.errors import UserError
 
+# The end of an error message: the layouts that can be read.
 _LAYOUT = "expected one subfolder per class (cat/1.jpg, dog/7.jpg, ...), or train/ and val/ or test/ of such"
 
 
 def read_folder(root: Path) -> FileCollection:
-    """Read a folder-per-class dataset, with or without train / val / test (an unsplit folder has the key "all")."""
+    """Read a folder-per-class dataset, with or without train / val / test.
+
+    The collection's splits are those folders; one without them has the single split "all".
+    """
     if not root.is_dir():
-        raise UserError(_missing_folder(root))
+        raise UserError(_missing_folder_message(root))
+
+    # Image files by split and class.
     notes: list[str] = []
-    links: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()  # as in `walk`
     splits = split_folders(root)
-    files = {
-        split: _class_files(folder, root, notes, links)
+    files_by_split = {
+        split: _image_files_by_class(folder, root, notes, skipped)
         for split, folder in (splits or {"all": root}).items()
     }
     train_folder = splits.get("train", root)
-    classes = files["train" if splits else "all"]
+    train_files = files_by_split["train" if splits else "all"]  # or all files, without splits
+
+    # Every split must have the classes of train.
     if splits:
         notes += _folders_beside_train(root, splits)
-        if "test" in files and not files["test"]:
+        if "test" in files_by_split and not files_by_split["test"]:
             notes.append(f"{splits['test']} has no class folders, so it can't be used for testing")
-            del files["test"]
-    _check_classes(train_folder, classes, notes)
+            del files_by_split["test"]
+    _check_classes(train_folder, train_files, notes)
     for split, folder in splits.items():
-        if split in files:
-            filled = [name for name, class_files in files[split].items() if class_files]
-            check_same_classes(train_folder, classes, folder, filled)
+        if split in files_by_split:
+            nonempty = [name for name, class_files in files_by_split[split].items() if class_files]
+            check_same_classes(train_folder, train_files, folder, nonempty)
 
-    class_folders = sorted(classes)
+    # Labels are indices into the sorted class folders.
+    class_folders = sorted(train_files)
     notes += differ_in_case(class_folders)
     if not splits:
         notes += _classes_like_splits(root, class_folders)
-    samples = {split: _labelled(class_files, class_folders) for split, class_files in files.items()}
+    samples = {
+        split: _labelled_samples(class_files, class_folders)
+        for split, class_files in files_by_split.items()
+    }
     check_distinct(class_folders)
     check_distinct(sample.sample_id for sample in chain.from_iterable(samples.values()))
-    if links["repeated"]:
+
+    if skipped["repeated"]:
         notes.append(
-            f"{links['repeated']} links in {root} were left out: they lead to a folder that holds them, or to what "
+            f"{skipped['repeated']} links in {root} were left out: they lead to a folder that holds them, or to what "
             "their class has already"
         )
-    if links["unreadable"]:
+    if skipped["unreadable"]:
         notes.append(
-            f"{links['unreadable']} folders in {root} can't be read, and their images were left out: permit it"
+            f"{skipped['unreadable']} folders in {root} can't be read, and their images were left out: permit it"
         )
     return FileCollection(readable_class_names(class_folders), samples, notes, root=root)
 
 
-def _labelled(class_files: dict[str, list[str]], class_folders: list[str]) -> list[Sample]:
-    """The files of all classes; a label is the class folder's place in the list."""
+def _labelled_samples(class_files: dict[str, list[str]], class_folders: list[str]) -> list[Sample]:
+    """The files of all classes as samples; a label is the index of the class folder in `class_folders`."""
     samples = []
     for label, name in enumerate(class_folders):
         samples += [Sample(file, label) for file in class_files[name]]
@@ -86,11 +101,11 @@ def _labelled(class_files: dict[str, list[str]], class_folders: list[str]) -> li
 
 
 def _folders_beside_train(root: Path, splits: dict[str, Path]) -> list[str]:
-    """A sentence on folders of images beside those of the splits, if there are any."""
+    """A note on folders of images beside the split folders; an empty list if there are none."""
     others = [
         folder.name
         for folder in subfolders(root)
-        if folder not in splits.values() and _holds_images(folder)
+        if folder not in splits.values() and _contains_images(folder)
     ]
     if not others:
         return []
@@ -101,32 +116,39 @@ def _folders_beside_train(root: Path, splits: dict[str, Path]) -> list[str]:
 
 
 def _classes_like_splits(root: Path, class_folders: list[str]) -> list[str]:
-    """A sentence on classes such as training_set and test_set, which are alike without the split's name."""
+    """A note on classes that may be splits, such as training_set and test_set; an empty list if there are none.
+
+    Their names are the same once the split's name is replaced by `*`.
+    """
+    # Reverse order puts "training" before "train", so that the longer name matches.
     split_name = re.compile("|".join(sorted(SPLIT_NAMES, reverse=True)))
     patterns = {name: split_name.sub("*", name.lower(), count=1) for name in class_folders}
     counts = Counter(patterns.values())
-    alike = [name for name, pattern in patterns.items() if "*" in pattern and counts[pattern] > 1]
-    if not alike:
+    similar = [name for name, pattern in patterns.items() if "*" in pattern and counts[pattern] > 1]
+    if not similar:
         return []
     return [
-        f"{root} has the folders {quoted_names(alike)}, which were taken for classes: if they are splits, call them "
+        f"{root} has the folders {quoted_names(similar)}, which were taken for classes: if they are splits, call them "
         "train, val or test"
     ]
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Subfolders in order, without hidden and system ones (__MACOSX, @eaDir) and links to a folder that holds them."""
+    """Subfolders in order of name.
+
+    Left out are hidden and system folders (__MACOSX, @eaDir), and links to a folder that contains the link.
+    """
     return sorted(
         entry
         for entry in folder.iterdir()
-        if entry.is_dir() and entry.name[0] not in "._@" and not _leads_up(entry)
+        if entry.is_dir() and entry.name[0] not in "._@" and not _links_to_ancestor(entry)
     )
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The train / val / test folders of a dataset that came split; empty if it did not.
+    """The train / val / test folders of a dataset; empty if it isn't split.
 
-    A folder "train" that holds images and no folders is a class of that name (trains exist).
+    A folder "train" with images but without subfolders is no split but a class, of railway trains.
     """
     folders: dict[str, Path] = {}
     for folder in subfolders(root):
@@ -142,50 +164,58 @@ def split_folders(root: Path) -> dict[str, Path]:
     return {split: folders[split] for split in SPLITS if split in folders}
 
 
-def walk(folder: Path, links: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:
-    """Every file below a folder, with each subfolder entered once, whatever links lead to it.
+def walk(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:
+    """Every file below a folder; each subfolder is entered once, however many links lead to it.
 
-    What is reached without a link comes first, so that a link never takes the place of a real path. Hidden subfolders
-    are left out, and so are folders above `folder`: a link to one of them goes in a circle. `links` counts the links
-    that lead nowhere new, `repeated`, and the folders that are `unreadable`.
+    Folders that are reached without a link come first, so that a file has its real path rather than one through a link.
+    Hidden subfolders are left out, and so are links to the ancestors of `folder`, which would be circular.
+
+    `skipped` is filled with two counts: `repeated` links, to folders that were entered before, and `unreadable`
+    folders.
     """
-    links = Counter() if links is None else links
-    entered = {file_identity(above) for above in folder.resolve().parents}
-    waiting = [str(folder)]  # the folder itself, then links to others
-    while waiting:
-        below = [waiting.pop(0)]
-        if file_identity(below[0]) in entered:
-            links["repeated"] += 1
-        while below:
-            directory = below.pop()
+    skipped = Counter() if skipped is None else skipped
+    visited = {file_identity(ancestor) for ancestor in folder.resolve().parents}
+    starts = [str(folder)]  # the folder itself, then links to other folders
+    while starts:
+        stack = [starts.pop(0)]
+        if file_identity(stack[0]) in visited:
+            skipped["repeated"] += 1
+
+        # All folders below this start that are reached without a further link.
+        while stack:
+            directory = stack.pop()
             identity = file_identity(directory)
-            if identity in entered:
+            if identity in visited:
                 continue
-            entered.add(identity)
+            visited.add(identity)
+
             try:
                 entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
             except OSError:
-                links["unreadable"] += 1
+                skipped["unreadable"] += 1
                 continue
+
             for entry in entries:
                 if not _is_folder(entry):
                     yield entry
                 elif entry.name[0] in ".@":
                     continue
                 elif entry.is_symlink():
-                    waiting.append(entry.path)
+                    starts.append(entry.path)
                 else:
-                    below.append(entry.path)
+                    stack.append(entry.path)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link that leads to itself
         return False
 
 
-def _leads_up(entry: Path) -> bool:
+def _links_to_ancestor(entry: Path) -> bool:
+    """Whether an entry is a link to a folder that contains the link."""
     return (
         entry.is_symlink()
         and entry.is_dir()
@@ -193,58 +223,65 @@ def _leads_up(entry: Path) -> bool:
     )
 
 
-def _holds_images(folder: Path) -> bool:
+def _contains_images(folder: Path) -> bool:
     return any(is_image_path(entry.name) for entry in walk(folder))
 
 
-def _class_files(
-    folder: Path, root: Path, notes: list[str], links: Counter[str]
+def _image_files_by_class(
+    folder: Path, root: Path, notes: list[str], skipped: Counter[str]
 ) -> dict[str, list[str]]:
-    """Image files of every class folder, searched to any depth, as sorted paths relative to ``root``.
+    """Image files at any depth below each class folder of `folder`, as sorted paths relative to ``root``.
 
-    ``links`` counts those that led to nothing new, and folders that can't be read.
+    What is left out is added to `notes`, and to the counts `skipped` (see `walk`).
     """
-    classes: dict[str, list[str]] = {}
+    files_by_class: dict[str, list[str]] = {}
     other_files: list[str] = []
     prefix = "" if root == Path() else os.path.join(root, "")
-    loose = 0
+
+    # Entries of the folder itself that belong to no class.
+    num_loose = 0
     for entry in sorted(folder.iterdir()):
-        links["repeated"] += _leads_up(entry)
-        loose += is_image_path(entry) and entry.is_file()
+        skipped["repeated"] += _links_to_ancestor(entry)
+        num_loose += is_image_path(entry) and entry.is_file()
         if entry.is_symlink() and not entry.exists() and not entry.suffix:
             notes.append(f"{entry} is a link to a folder that isn't there, and was left out")
-        elif _is_left_out(entry):
+        elif _is_underscored_class(entry):
             notes.append(f"{entry} begins with _ and was left out: rename it to use it as a class")
+
     for class_folder in subfolders(folder):
         images = []
-        for file in walk(class_folder, links):
+        for file in walk(class_folder, skipped):
             if is_image_path(file.name):
                 images.append(file)
             else:
                 other_files.append(file.name)
-        paths = _distinct_files(images)
-        links["repeated"] += len(images) - len(paths)
-        relative = [path.removeprefix(prefix).replace(os.sep, "/") for path in paths]
-        classes[class_folder.name] = sorted(relative)
+        paths = _without_duplicate_links(images)
+        skipped["repeated"] += len(images) - len(paths)
+        relative_paths = [path.removeprefix(prefix).replace(os.sep, "/") for path in paths]
+        files_by_class[class_folder.name] = sorted(relative_paths)
+
     notes += unread_formats(folder, other_files)
-    if classes and loose:
-        notes.append(f"{loose} images directly in {folder} belong to no class and were left out")
-    return classes
+    if files_by_class and num_loose:
+        notes.append(
+            f"{num_loose} images directly in {folder} belong to no class and were left out"
+        )
+    return files_by_class
 
 
-def _is_left_out(entry: Path) -> bool:
+def _is_underscored_class(entry: Path) -> bool:
+    """Whether an entry is a folder of images that `subfolders` leaves out for the `_` before its name."""
     if entry.name[0] != "_" or entry.name == "__MACOSX":
         return False
-    return entry.is_dir() and _holds_images(entry)
+    return entry.is_dir() and _contains_images(entry)
 
 
-def _distinct_files(images: list[os.DirEntry[str]]) -> list[str]:
-    """The paths, without links to a file that is among the others or behind an earlier link."""
-    linked = sorted(entry.path for entry in images if entry.is_symlink())
+def _without_duplicate_links(images: list[os.DirEntry[str]]) -> list[str]:
+    """Paths of the images, without a link whose target is in the list itself or is the target of an earlier link."""
+    links = sorted(entry.path for entry in images if entry.is_symlink())
     paths = [entry.path for entry in images if not entry.is_symlink()]
-    if linked:
+    if links:
         identities = set(map(file_identity, paths))
-        for path in linked:
+        for path in links:
             if file_identity(path) not in identities:
                 identities.add(file_identity(path))
                 paths.append(path)
@@ -252,57 +289,64 @@ def _distinct_files(images: list[os.DirEntry[str]]) -> list[str]:
 
 
 def unread_formats(folder: Path, names: Iterable[str]) -> list[str]:
-    """A sentence on the files of formats that aren't read, such as a phone's; none if all of them are hidden."""
-    suffixes = Counter(Path(name).suffix.lower() or name for name in names if name[0] != ".")
-    if not suffixes:
+    """A note that counts, by suffix, the files that can't be read (such as HEIC from phones), without hidden ones."""
+    count_of_suffix = Counter(Path(name).suffix.lower() or name for name in names if name[0] != ".")
+    if not count_of_suffix:
         return []
-    counts = ", ".join(f"{count} x {suffix}" for suffix, count in suffixes.most_common(5))
+    counts = ", ".join(f"{count} x {suffix}" for suffix, count in count_of_suffix.most_common(5))
     return [
         f"files in {folder} of formats that aren't read were left out: {counts}; convert photos to JPEG or PNG"
     ]
 
 
-def _check_classes(folder: Path, classes: dict[str, list[str]], notes: list[str]) -> None:
-    """At least two class folders, none of them empty; else ``notes`` say what was left out."""
-    why = "".join(f"; {note}" for note in notes)
-    if not any(classes.values()):
-        loose = sum(is_image_path(entry) for entry in folder.iterdir())
-        inside = f"holds {loose} images but no class folders" if loose else "holds no images"
-        raise UserError(f"{folder} {inside}: {_LAYOUT}{why}")
-    if SPLIT_NAMES.keys() >= set(map(str.lower, classes)):
-        raise UserError(
-            f"{folder} has the folders {quoted_names([*classes])} and no classes: make a folder per class inside each, "
-            "train among them (train/cat/1.jpg, test/cat/7.jpg), or give one that has them"
+def _check_classes(folder: Path, files_by_class: dict[str, list[str]], notes: list[str]) -> None:
+    """Raise a UserError unless there are at least two class folders and none is empty; it includes the `notes`."""
+    notes_suffix = "".join(f"; {note}" for note in notes)
+    if not any(files_by_class.values()):
+        num_loose = sum(is_image_path(entry) for entry in folder.iterdir())
+        contents = (
+            f"holds {num_loose} images but no class folders" if num_loose else "holds no images"
         )
-    if len(classes) == 1:
-        only = folder / next(iter(classes))
-        inner = [entry.name for entry in subfolders(only)]
+        raise UserError(f"{folder} {contents}: {_LAYOUT}{notes_suffix}")
+
+    # All folders are named as splits, for example test and val without train.
+    if SPLIT_NAMES.keys() >= set(map(str.lower, files_by_class)):
+        raise UserError(
+            f"{folder} has the folders {quoted_names([*files_by_class])} and no classes: make a folder per class "
+            "inside each, train among them (train/cat/1.jpg, test/cat/7.jpg), or give one that has them"
+        )
+
+    if len(files_by_class) == 1:
+        only_class = folder / next(iter(files_by_class))
+        inner_folders = [entry.name for entry in subfolders(only_class)]
         hint = _LAYOUT
-        if len(inner) > 1:
-            hint = f"did you mean {only} (it holds {quoted_names(inner)})?"
+        if len(inner_folders) > 1:
+            hint = f"did you mean {only_class} (it holds {quoted_names(inner_folders)})?"
         raise UserError(
-            f"{folder} has only one class folder, {only.name!r}, and a classifier needs two: {hint}"
+            f"{folder} has only one class folder, {only_class.name!r}, and a classifier needs two: {hint}"
         )
-    empty = [name for name, files in classes.items() if not files]
+
+    empty = [name for name, files in files_by_class.items() if not files]
     if empty:
         raise UserError(
-            f"no images in the class folder {quoted_names(empty)} of {folder}: fill or remove it{why}"
+            f"no images in the class folder {quoted_names(empty)} of {folder}: fill or remove it{notes_suffix}"
         )
 
 
-def _missing_folder(root: Path) -> str:
-    """What to say when ``root`` is no folder: what is there instead, and which names look alike."""
+def _missing_folder_message(root: Path) -> str:
+    """The error message for a `root` that is no folder: what is there instead, or a folder with a similar name."""
     if root.suffix.lower() in (".yaml", ".yml") and root.is_file():
         return f"{root} is a configuration: give it by --config {root}"
     if root.is_file():
         return f"{root} is a file: unpack it and give the folder, {_LAYOUT}"
     parent = root.absolute().parent
+    # The nearest ancestor that exists.
     while not parent.is_dir():
         parent = parent.parent
     folders = [entry.name for entry in subfolders(parent)]
-    alike = difflib.get_close_matches(root.name, folders, n=1)
-    if alike:
-        hint = f"did you mean {parent / alike[0]}?"
+    similar = difflib.get_close_matches(root.name, folders, n=1)
+    if similar:
+        hint = f"did you mean {parent / similar[0]}?"
     elif folders:
         hint = f"{parent} has the folders {quoted_names(folders)}"
     else:

@@ -1,10 +1,10 @@
-"""What a run reads: `ImageDataModule`, any folder of images, table or named dataset as Lightning batches.
+"""`ImageDataModule`: any folder of images, table or named dataset as Lightning batches.
 
 For a given seed it yields the same images in the same order with the same pixels, whatever the number of workers
-and wherever the run was resumed. No image is on two sides of a split, nothing is selected on the set that is
-reported, and a damaged file stops no run.
+and wherever the run was resumed. No image is in two splits, nothing is selected by test results, and a damaged file
+stops no run.
 
-Axis legend: B batch, C classes, S = ``image_size``.
+Axes: C classes.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ from moevision.errors import (
 )
 from moevision.files import csv_text, write_text_atomic
 
-ClassCounts = dict[str, dict[str, int]]
-_MANY_SCORED = 200_000  # from here on scores are kept only if asked for: they take memory
-_MANY_DECODED = 2000  # decoding more than this takes long enough for a progress bar
-_MAX_RATIO = 3  # between the largest and the smallest class, before it is worth a warning
-_MAX_ROWS = 20
+ClassCounts = dict[str, dict[str, int]]  # split -> class name -> images
+_MAX_SCORED = 200_000  # training images; from here on scores are kept only if asked for, since they take memory
+_MAX_WITHOUT_PROGRESS = 2000  # images; decoding more takes long enough for a progress bar
+_MAX_CLASS_RATIO = 3  # largest class over smallest, in images; above it there is a warning
+_MAX_ROWS = 20  # of the table of classes
 _MAX_WORKERS = 256  # processes: no machine has use for more, and small ones end in swapping
-_NUM_PROBES = 32
-_SMALL_SIDE = 96  # px; up to here objects fill the frame and are shifted (pad) rather than cropped
+_NUM_PROBES = 32  # images that are read to estimate sizes
+_SMALL_SIDE = 96  # px; in images up to this size objects fill the frame, so they are shifted ("pad") and not cropped
 _RANGES = (
     (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
     (*AT_LEAST_0, ("cache_mb", "mixup", "cutmix")),
@@ -111,7 +111,7 @@ class ImageDataModule(Data, LightningDataModule):
     """
 
     __hash__ = object.__hash__
-    __eq__ = object.__eq__  # one's images are read already, another's not
+    __eq__ = object.__eq__  # not by fields: of two equal modules only one may have read its images
 
     def __post_init__(self) -> None:
         LightningDataModule.__init__(self)
@@ -119,15 +119,16 @@ class ImageDataModule(Data, LightningDataModule):
         self.keep_file = None if self.keep is None else Path(self.keep).expanduser()
         self.relabel_file = None if self.relabel is None else Path(self.relabel).expanduser()
         self.run_dir: Path | None = None
-        # the split that all images are for, where they aren't the run's
+        # The split that all images go to if they are only evaluated, by a run that was trained on other data.
         self.only_for: str | None = None
         self.crop_mode: CropMode = "pad"
         self._contents: Contents | None = None
         self._class_weights: Tensor | None = None
         self.sampler: PositionSampler | None = None
-        self._start = (0, 0)  # epoch and position in it
-        self.processes = 1  # of this training on this machine
-        # whether processes wait for one another at every batch of an evaluation
+        # Where the next training loader begins: epoch, and how many of its images this process has read already.
+        self._start = (0, 0)
+        self.processes = 1  # number of processes of this training on this machine
+        # Whether processes wait for one another at every batch of an evaluation, so that none may be skipped.
         self.in_step = False
         check_ranges(self, _RANGES, "--data.")
         if self.scores and self.mixes:
@@ -149,7 +150,7 @@ class ImageDataModule(Data, LightningDataModule):
         )
 
     def is_of(self, run_dir: Path, path: str) -> bool:
-        """Whether these are images of the run that was trained on those at `path`, or copies of some of them."""
+        """Whether these images are, or copy a part of, the data at `path` that the run in `run_dir` was trained on."""
         table = run_dir / "splits.csv"
         if self.path == path:
             return True
@@ -157,12 +158,12 @@ class ImageDataModule(Data, LightningDataModule):
             return False
         data_of_run = replace(self, path=path)
 
-        def original() -> Collection | None:
+        def collection_of_run() -> Collection | None:  # None if it is no longer there
             if not Path(path).expanduser().exists():
                 return None
             return data_of_run._open_collection(download=False)
 
-        return is_copy(table, self._open_collection(download=False), original, part=True)
+        return is_copy(table, self._open_collection(download=False), collection_of_run, part=True)
 
     def prepare_data(self) -> None:
         """Fetch the dataset if asked to; Lightning calls this in one process only."""
@@ -187,7 +188,7 @@ class ImageDataModule(Data, LightningDataModule):
         splits, class_names = self._split(collection)
         counts = count_classes(splits.samples, class_names)
         self._class_weights = class_weight_tensor(self.class_weights, counts["train"])
-        imbalance = balance_warnings(
+        balance_notes = balance_warnings(
             counts["train"], self._class_weights is not None, self.balanced_sampling
         )
         self.crop_mode = (
@@ -196,7 +197,8 @@ class ImageDataModule(Data, LightningDataModule):
         bad_images_file = None
         if self.run_dir is not None and is_main_process():
             bad_images_file = self.run_dir / "bad_images.csv"
-        notes = [*collection.notes, *splits.warnings, *imbalance]
+
+        notes = [*collection.notes, *splits.warnings, *balance_notes]
         return Contents(
             datasets=self._datasets(collection, splits.samples),
             class_names=class_names,
@@ -212,12 +214,14 @@ class ImageDataModule(Data, LightningDataModule):
         if self.only_for is not None:
             return evaluation_split(self.only_for, collection), collection.class_names
         has_lists = self.keep_file is not None or self.relabel_file is not None
+
+        # The splits of drawn images follow from the settings and need no file, unless some are left out or relabelled.
         table = None
-        # Drawn images need no record, unless some are left out or relabelled.
         if self.run_dir is not None and (has_lists or not isinstance(collection, DrawnCollection)):
             table = self.run_dir / "splits.csv"
-        if table is not None and table.exists():  # it holds the choices already
-            return read_splits(table, collection)
+        if table is not None and table.exists():
+            return read_splits(table, collection)  # with --data.keep and --data.relabel applied
+
         settings = SplitSettings(
             self.val_fraction, self.test_fraction, self.seed, self.group_by, self.check_duplicates
         )
@@ -235,19 +239,19 @@ class ImageDataModule(Data, LightningDataModule):
             split: ImageDataset(
                 split,
                 collection,
-                members,
+                split_samples,
                 image_size=self.image_size,
                 framing=self.framing,
                 square=split != "train" or train_is_square,
                 seed=self._order_seed,
                 transform=transform if split == "train" else None,
             )
-            for split, members in samples.items()
+            for split, split_samples in samples.items()
         }
 
     def _limit_workers(self, contents: Contents) -> None:
-        """Leave out data workers for whose batches the shared memory has no room."""
-        # float32 pixels and a soft target; and a page or two for each small tensor
+        """Reduce the number of data workers to those whose batches fit into shared memory."""
+        # float32 pixels and a soft label for each image, and 16 KiB for the small tensors of a batch
         image_bytes = 4 * (3 * self.image_size**2 + len(contents.class_names))
         batch_bytes = self.batch_size * image_bytes + 2**14
         workers = fitting_workers(self.num_workers, batch_bytes, self.processes)
@@ -276,7 +280,7 @@ class ImageDataModule(Data, LightningDataModule):
         return self.contents.class_names
 
     def number_classes(self, names: list[str]) -> None:
-        """Let labels index a model's class names; raises UserError for other classes."""
+        """Renumber the labels so that they index `names`, a model's class names; raises UserError for other classes."""
         check_same_classes("the model", names, self.path, self.class_names)
         new_labels = [names.index(name) for name in self.class_names]
         for dataset in self.contents.datasets.values():
@@ -302,7 +306,7 @@ class ImageDataModule(Data, LightningDataModule):
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences about what was left out while reading, or should be known before training."""
+        """Sentences about images that were left out, and about what to know before training."""
         return self.contents.warnings
 
     @property
@@ -321,7 +325,7 @@ class ImageDataModule(Data, LightningDataModule):
         if self.mixes:
             return False
         if self.scores is None:
-            return len(self.contents.datasets["train"]) < _MANY_SCORED
+            return len(self.contents.datasets["train"]) < _MAX_SCORED
         return self.scores
 
     def sample_id(self, split: str, index: int) -> str:
@@ -333,7 +337,7 @@ class ImageDataModule(Data, LightningDataModule):
         return self.contents.sha256_with(lambda dataset, sample: sample.label)
 
     def file_sizes_sha256(self) -> str:
-        """SHA-256 over the sorted (split, relative path, stored bytes) of all images, in hexadecimal."""
+        """SHA-256 over the sorted (split, relative path, file size in bytes) of all images, in hexadecimal."""
         return self.contents.sha256_with(
             lambda dataset, sample: dataset.collection.size_bytes(sample)
         )
@@ -343,7 +347,7 @@ class ImageDataModule(Data, LightningDataModule):
         return self._class_weights
 
     def describe(self) -> str:
-        """What the data are, in lines: splits, images per class, pixels, warnings."""
+        """Several lines of text about the data: splits, images per class, pixels, warnings."""
         contents = self.contents
         storage = "kept in memory" if contents.fits_memory else "decoded as needed"
         lines = [
@@ -377,19 +381,20 @@ class ImageDataModule(Data, LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": _leave_signals_to_the_main_process,
-            # own generator: otherwise every new iterator would draw from, and so move, the global one
+            # Its own generator: otherwise every new iterator would draw from the global one and change its state.
             "generator": torch.Generator().manual_seed(self._order_seed),
             "on_bad": self.contents.unreadable.add,
         }
 
     def train_dataloader(self) -> ImageLoader:
-        """Shuffled, augmented batches, from the position that a checkpoint recorded."""
+        """Shuffled, augmented batches, from the position of the checkpoint if the run was resumed."""
         rank, world_size = self._rank_and_world()
         connector = getattr(self.trainer, "_accelerator_connector", None)
         if world_size > 1 and getattr(connector, "use_distributed_sampler", False):
             raise UserError(
                 "Give Trainer use_distributed_sampler=False: the images are shared out already."
             )
+
         dataset = self.contents.datasets["train"]
         labels = [sample.label for sample in dataset.samples] if self.balanced_sampling else None
         self.sampler = PositionSampler(
@@ -400,7 +405,8 @@ class ImageDataModule(Data, LightningDataModule):
             balanced_labels=labels,
         )
         self.sampler.seek(*self._start)
-        self._start = (0, 0)  # used up: another fit with this module begins at the beginning
+        self._start = (0, 0)  # another fit with this module begins at the first image
+
         mixer = BatchMixer(self.mixup, self.cutmix, self.num_classes) if self.mixes else None
         return ImageLoader(
             dataset,
@@ -411,8 +417,9 @@ class ImageDataModule(Data, LightningDataModule):
         )
 
     def train_batches(self, world_size: int | None = None) -> int:
-        """Batches of a training epoch, for each of so many processes; None: of those of the trainer."""
+        """Batches of a training epoch on each of `world_size` processes (None: as many as the trainer has)."""
         _, trainer_world_size = self._rank_and_world()
+        # Images of one process.
         num_images = len(self.contents.datasets["train"]) // (world_size or trainer_world_size)
         # The last batch is dropped unless it is the only one.
         return max(num_images // self.batch_size, int(num_images > 0))
@@ -435,7 +442,7 @@ class ImageDataModule(Data, LightningDataModule):
         return self._eval_dataloader("test")
 
     def plain_loader(self, split: str, indices: Sequence[int] | None = None) -> ImageLoader:
-        """Batches of a split (or of some of its images) in order, prepared as for evaluation, on this process alone."""
+        """Batches of a split, or of its images `indices`, without shuffling and augmentation; all on this process."""
         dataset = self.contents.datasets[split]
         if split == "train":
             dataset = replace(dataset, square=True, transform=None)
@@ -446,7 +453,7 @@ class ImageDataModule(Data, LightningDataModule):
         return ImageLoader(dataset, batch_sampler=batches, **options)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands: {epoch, batch} of the next batch, and what gives these numbers a meaning."""
+        """The next training batch as {epoch, batch}, with {batch_size, world_size}, which it is counted in."""
         sampler = self.sampler
         epoch, start = self._start if sampler is None else (sampler.epoch, sampler.start)
         batch = start // self.batch_size
@@ -464,7 +471,7 @@ class ImageDataModule(Data, LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's position; another batch size or process count gets a warning."""
+        """Let training go on at the position `state_dict`; warns if batch size or number of processes changed."""
         _, world_size = self._rank_and_world()
         for name, value in {"batch_size": self.batch_size, "world_size": world_size}.items():
             if state_dict[name] != value and getattr(self.trainer, "training", True):
@@ -472,13 +479,16 @@ class ImageDataModule(Data, LightningDataModule):
                     f"the run began with {name} {state_dict[name]} and goes on with {value}: the order of "
                     "the images can't be repeated exactly"
                 )
-        # Images that all processes together have read of the epoch.
+        # Images of the epoch that all processes together have read; each has its share of them.
         num_read = state_dict["batch"] * state_dict["batch_size"] * state_dict["world_size"]
         self._start = (int(state_dict["epoch"]), int(num_read // world_size))
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    """A terminal or a cluster signals every process: workers go on until the main process, which may save, ends."""
+    """Let workers ignore signals that a terminal or a cluster sends to every process.
+
+    They must go on until the main process, which may save a checkpoint first, ends.
+    """
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -486,15 +496,15 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 
 @dataclass
 class Contents:
-    """What was read of a dataset."""
+    """The split dataset that `ImageDataModule.setup` has read."""
 
     datasets: dict[str, ImageDataset]  # split -> dataset
     class_names: list[str]  # class names in words; labels index them
     counts: ClassCounts  # split -> class name -> number of images
     sentences: list[str]  # one sentence per split, how many images it has and where they come from
     warnings: list[str]  # sentences about what the user should know
-    unreadable: UnreadableImages  # the images that can't be used
-    cache_mb: int  # decoded images are kept if all fit into so many MiB
+    unreadable: UnreadableImages  # images that turned out to be damaged
+    cache_mb: int  # MiB; decoded images are kept in memory if those of all splits fit
 
     @cached_property
     def fits_memory(self) -> bool:
@@ -502,13 +512,13 @@ class Contents:
         return estimate_bytes(self.datasets.values()) <= self.cache_mb * 2**20
 
     def fill_caches(self, splits: Sequence[str]) -> None:
-        """Decode these splits into memory if everything fits, with a progress bar if that takes long."""
+        """Decode the images of `splits` into memory if all splits fit, with a progress bar if there are many."""
         datasets = [self.datasets[split] for split in splits if split in self.datasets]
         datasets = [dataset for dataset in datasets if dataset.cache is None]
         if not datasets or not self.fits_memory:
             return
         count = sum(map(len, datasets))
-        is_quick = count <= _MANY_DECODED
+        is_quick = count <= _MAX_WITHOUT_PROGRESS
         with Progress(disable=is_quick or not is_main_process(), transient=True) as progress:
             task = progress.add_task("decoding images", total=count)
             for dataset in datasets:
@@ -517,17 +527,17 @@ class Contents:
                     [BadImage(dataset.split, index, reason) for index, reason in bad.items()]
                 )
 
-    def sha256_with(self, number: Callable[[ImageDataset, Sample], int]) -> str:
-        """SHA-256 over the sorted (split, relative path, number) of all images, in hexadecimal."""
+    def sha256_with(self, value_of: Callable[[ImageDataset, Sample], int]) -> str:
+        """SHA-256 over the sorted (split, relative path, `value_of`) of all images, in hexadecimal."""
         lines = []
         for split, dataset in self.datasets.items():
             for sample in dataset.samples:
-                lines.append(f"{split}\t{sample.sample_id}\t{number(dataset, sample)}\n")
+                lines.append(f"{split}\t{sample.sample_id}\t{value_of(dataset, sample)}\n")
         return hashlib.sha256(name_bytes("".join(sorted(lines)))).hexdigest()
 
 
 class UnreadableImages:
-    """Counts the bad images of a run once each, and stops it when they pass a share of a split."""
+    """Collects the damaged images of a run, and stops it when they are more than a share of a split."""
 
     def __init__(
         self,
@@ -535,14 +545,14 @@ class UnreadableImages:
         max_fraction: float,
         table: Path | None = None,
     ) -> None:
-        """Start empty; ``table`` is the file to write them to (columns path, reason, split)."""
+        """``table`` is the CSV file that they are written to (columns path, reason, split), if any."""
         self.samples = samples
         self.max_fraction = max_fraction
         self.table = table
-        self._reasons: dict[tuple[str, int], str] = {}
+        self._reasons: dict[tuple[str, int], str] = {}  # (split, index) -> reason
 
     def entries(self) -> list[tuple[str, str, str]]:
-        """(path, reason, split) of every bad image, in the order they were met."""
+        """(path, reason, split) of every bad image, in the order in which they were found."""
         return [
             (self.samples[split][index].sample_id, reason, split)
             for (split, index), reason in self._reasons.items()
@@ -574,21 +584,24 @@ class UnreadableImages:
 def count_classes(samples: SplitSamples, class_names: Sequence[str]) -> ClassCounts:
     """Images per split and class name."""
     counts = {}
-    for split, members in samples.items():
-        of_label = Counter(sample.label for sample in members)
-        counts[split] = {name: of_label[label] for label, name in enumerate(class_names)}
+    for split, split_samples in samples.items():
+        label_counts = Counter(sample.label for sample in split_samples)
+        counts[split] = {name: label_counts[label] for label, name in enumerate(class_names)}
     return counts
 
 
 def balance_warnings(
     train: Mapping[str, int], weighted: bool, balanced_sampling: bool
 ) -> list[str]:
-    """Warnings: classes of very different size that nothing compensates, or that two options compensate."""
+    """Warn if class sizes differ a lot and no option compensates that, or if two options do.
+
+    `train` are the training images per class; `weighted` says whether the loss has class weights.
+    """
     if weighted and balanced_sampling:
         return ["class_weights and balanced_sampling both favour rare classes: use one of them"]
     largest = max(train, key=train.__getitem__)
     smallest = min(train, key=train.__getitem__)
-    if weighted or balanced_sampling or train[largest] <= _MAX_RATIO * train[smallest]:
+    if weighted or balanced_sampling or train[largest] <= _MAX_CLASS_RATIO * train[smallest]:
         return []
     return [
         f"class {largest!r} has {train[largest]} training images and {smallest!r} only {train[smallest]}: "
@@ -597,17 +610,18 @@ def balance_warnings(
 
 
 def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int]) -> Tensor | None:
-    """Weights of the loss per class, float32 [C], by the training images per class in the order of the labels.
+    """Weights of the loss per class, float32 [C]; `train` are the training images n_c per class, sorted by label.
 
-    "auto" weighs class c by 1 / n_c, a dictionary by what it says, and by 1 where it leaves a name out. Only ratios
-    count: the weights are divided by their mean over the N training images. "auto" then is N / (C n_c).
+    "auto" weighs class c by 1 / n_c; a dictionary has the weights of some classes, the others get 1. Only ratios count:
+    weights are divided by their mean over the N training images, so that "auto" is N / (C n_c).
     """
     if weights == "none":
         return None
-    counts = torch.tensor(list(train.values()))
+    counts = torch.tensor(list(train.values()))  # [C]
     if not isinstance(weights, dict):
         return _with_mean_1(1 / counts, counts)
-    # YAML reads the class 7 as a number
+
+    # YAML reads a class called 7 as a number.
     by_name = {escape_controls(str(name)): float(weight) for name, weight in weights.items()}
     for name, weight in by_name.items():
         if name not in train:
@@ -622,12 +636,12 @@ def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int
 
 
 def _with_mean_1(weights: Tensor, counts: Tensor) -> Tensor:
-    """Weights [C] whose mean over the images, `counts` [C] of each class, is 1."""
+    """Scale weights [C] so that their mean over all images is 1; each class has `counts` [C] images."""
     return weights * counts.sum() / (weights * counts).sum()
 
 
 def count_table(counts: ClassCounts) -> list[str]:
-    """Lines of a table with a row per class and a column per split; many classes are summed up."""
+    """Lines of a table with a row per class and a column per split; of many classes only the extremes and the sum."""
     columns = [list(split.values()) for split in counts.values()]
     class_names = list(next(iter(counts.values())))
     rows = dict(zip(class_names, zip(*columns, strict=True), strict=True))
@@ -652,13 +666,13 @@ def choose_crop(collection: Collection, samples: Sequence[Sample]) -> CropMode:
     for sample in samples[:: max(1, len(samples) // _NUM_PROBES)]:
         try:
             short_sides.append(min(collection.open(sample).size))
-        except BadImageError:  # counted when it is decoded in its turn
+        except BadImageError:  # it is reported when it is decoded for a batch
             continue
     return "random_resized" if short_sides and median(short_sides) > _SMALL_SIDE else "pad"
 
 
 def estimate_bytes(datasets: Iterable[ImageDataset]) -> float:
-    """Bytes of all prepared images; exact for square ones, else scaled up from a few."""
+    """Bytes of all prepared images: exact if they are square, else by the mean of a few of them."""
     total = 0.0
     for dataset in datasets:
         image_bytes = 3.0 * dataset.image_size**2

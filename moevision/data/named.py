@@ -1,8 +1,8 @@
-"""Datasets known by name: the drawn pets, torchvision's datasets, ImageNet-1k; with their terms of use.
+"""Datasets that a name selects: SyntheticPets (drawn by this package), torchvision's, ImageNet-1k; with terms of use.
 
-torchvision fetches and indexes; the images themselves are opened by `safe_open` like any others, so that one damaged
-file doesn't stop a run. Where a dataset comes without a validation set (or with a "val" that the field reports as its
-test), ``splits.py`` cuts one from the training images.
+torchvision downloads and indexes them; the images themselves are opened by `safe_open` like any others, so that one
+damaged file doesn't stop a run. If a dataset has no validation set, or papers report its "val" as test results
+(ImageNet), ``splits.py`` takes one from the training images.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from moevision.errors import UserError, escape_controls
 from moevision.words import shell_word
 
 SYNTHETIC = "synthetic_pets"
-HF = "hf:"
-UNKNOWN = "unknown: check before you publish"
+HF = "hf:"  # prefix of `--data` for datasets on huggingface.co
+UNKNOWN = "unknown: check before you publish"  # terms of use of the user's own images
+# Numbers of SyntheticPets images
 DRAWN_SIZES = {"train": 16_000, "val": 1_000, "test": 2_000}
 _IMAGENET_ARCHIVES = (
     "ILSVRC2012_img_train.tar",
@@ -39,14 +40,14 @@ _IMAGENET_ARCHIVES = (
 
 
 def read_named(name: str, root: str, *, download: bool = False) -> Collection:
-    """One of torchvision's datasets, or ImageNet-1k, in the folder ``root``."""
+    """Read the dataset `name` of `NAMED` in the folder ``root``; if it is missing there and `download`, fetch it."""
     folder = Path(root).expanduser()
     dataset = NAMED[name]
     if name == "imagenet":
         return _imagenet(folder, download)
     try:
         return dataset.read(folder, False)
-    # something in a folder isn't there
+    # a file or a subfolder of the dataset is missing
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise UserError(
             f"the dataset {name} is in {folder} in part only ({error}), as after an interrupted unpacking: delete "
@@ -55,13 +56,14 @@ def read_named(name: str, root: str, *, download: bool = False) -> Collection:
     except OSError:
         with explain_access_errors(folder):
             raise
-    except RuntimeError as error:  # torchvision: not found or corrupted
+    except RuntimeError as error:  # torchvision raises it if the dataset isn't there, or corrupted
         if not download:
             hint = f"; for your own folder write ./{name}" if Path(name).is_dir() else ""
             raise UserError(
                 f"the dataset {name} is not in {folder}: fetch it by {fetching(name, root)}, or say where it is by "
                 f"--root, for fit, validate and test by --data.root{hint}"
             ) from error
+
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return dataset.read(folder, True)
@@ -74,7 +76,7 @@ def read_named(name: str, root: str, *, download: bool = False) -> Collection:
 
 
 def fetching(name: str, root: str | Path = "data") -> str:
-    """The command that fetches a dataset, whichever verb or program asks for it: only `fit` fetches."""
+    """The command that downloads a dataset, for messages of all commands: only `fit` downloads."""
     where = "" if str(root) == "data" else f" --data.root {shell_word(str(root))}"
     return f"`moevision fit {name} --data.download true{where}`"
 
@@ -86,50 +88,53 @@ def _cifar10(root: Path, download: bool) -> Collection:
     samples = {}
     arrays = {}
     for split in ("train", "test"):
-        part = datasets.CIFAR10(root, train=split == "train", download=download)
-        arrays[split] = np.asarray(part.data, dtype=np.uint8)
+        dataset = datasets.CIFAR10(root, train=split == "train", download=download)
+        arrays[split] = np.asarray(dataset.data, dtype=np.uint8)  # [n, 32, 32, 3]
         samples[split] = [
-            Sample(f"{split}/{number:05d}", int(label)) for number, label in enumerate(part.targets)
+            Sample(f"{split}/{number:05d}", int(label))
+            for number, label in enumerate(dataset.targets)
         ]
-    return ArrayCollection(_in_words(part.classes), samples, arrays=arrays)
+    return ArrayCollection(_without_underscores(dataset.classes), samples, arrays=arrays)
 
 
-def _in_words(class_names: list[str]) -> list[str]:
+def _without_underscores(class_names: list[str]) -> list[str]:
     return [name.replace("_", " ") for name in class_names]
 
 
 def _imagenette(root: Path, download: bool) -> Collection:
-    # the smallest release that is larger than most training sizes; photos have a short side of 320 px
-    part = datasets.Imagenette(root, split="train", size="320px", download=download)
-    folder = Path(part._image_root).parent
+    # The release whose photos have a short side of 320 px: that is enough for most training sizes.
+    dataset = datasets.Imagenette(root, split="train", size="320px", download=download)
+    folder = Path(dataset._image_root).parent
     collection = read_folder(folder)
-    num_classes = len(part._WNID_TO_CLASS)
-    is_split = {"train", "val"} <= collection.samples.keys()
-    if not is_split or len(collection.class_names) != num_classes:
+    num_classes = len(dataset._WNID_TO_CLASS)
+    has_splits = {"train", "val"} <= collection.samples.keys()
+    if not has_splits or len(collection.class_names) != num_classes:
         raise ValueError(f"train and val of {folder.name} must have {num_classes} classes each")
     return collection
 
 
 def _pets(binary: bool, root: Path, download: bool) -> Collection:
+    """Oxford-IIIT Pet with its 37 breeds as classes, or with two (`binary`): cat and dog."""
     target = "binary-category" if binary else "category"
     samples = {}
     for split, name in (("train", "trainval"), ("test", "test")):
-        part = datasets.OxfordIIITPet(root, split=name, target_types=target, download=download)
-        labels = part._bin_labels if binary else part._labels
+        dataset = datasets.OxfordIIITPet(root, split=name, target_types=target, download=download)
+        labels = dataset._bin_labels if binary else dataset._labels
         samples[split] = [
             Sample(Path(path).relative_to(root).as_posix(), int(label))
-            for path, label in zip(part._images, labels, strict=True)
+            for path, label in zip(dataset._images, labels, strict=True)
         ]
-    class_names = part.bin_classes if binary else part.classes
-    return FileCollection(_in_words(class_names), samples, root=root)
+    class_names = dataset.bin_classes if binary else dataset.classes
+    return FileCollection(_without_underscores(class_names), samples, root=root)
 
 
 def _imagenet(root: Path, download: bool) -> Collection:
-    """ImageNet-1k in ``root`` or ``root/imagenet``; archives lying there are unpacked by torchvision."""
+    """ImageNet-1k in ``root`` or ``root/imagenet``; with `download`, torchvision unpacks archives that lie there."""
     folders = [folder for folder in (root, root / "imagenet") if folder.is_dir()]
     for folder in folders:
         if all((folder / split).is_dir() for split in ("train", "val")):
             return read_folder(folder)
+
     for folder in folders:
         if download and all((folder / name).is_file() for name in _IMAGENET_ARCHIVES):
             for split in ("train", "val"):
@@ -144,24 +149,24 @@ def _imagenet(root: Path, download: bool) -> Collection:
 
 @dataclass(frozen=True)
 class DataTerms:
-    """What is certain about one dataset."""
+    """Name, terms of use and address of a dataset, as far as they are certain."""
 
-    title: str  # its name in words
+    title: str  # its name as people write it
     terms: str  # licence or terms of use, with the page that states them
-    hub_id: str  # its address on huggingface.co/datasets; empty if it has none that is its makers' or widely used
+    hub_id: str  # id on huggingface.co/datasets, if its makers or many others use one; else empty
 
 
 @dataclass(frozen=True)
 class Named(DataTerms):
-    """A dataset known by name."""
+    """A row of the table `NAMED`."""
 
-    images: int
-    read: Callable[[Path, bool], Collection]
-    unpacked: str = ""  # torchvision's folder
+    images: int  # in all splits
+    read: Callable[[Path, bool], Collection]  # arguments: root folder, whether to download
+    unpacked: str = ""  # the folder below root that torchvision unpacks it into
 
 
-# Terms of use, as far as they are certain: a published model's card says them. Where a dataset's makers state nothing,
-# or this table knows nothing, the card says "unknown": a guess would be worse. Each sentence follows the page it names.
+# Terms of use for the model card. Each sentence follows the page that it names. If the makers of a dataset state none,
+# the card says "unknown": a guess would be worse.
 _CIFAR = "unknown: https://www.cs.toronto.edu/~kriz/cifar.html states no licence and asks to cite Krizhevsky 2009"
 _OXFORD = "CC BY-SA 4.0 (https://www.robots.ox.ac.uk/~vgg/data/pets/)"
 _IMAGENET = "for non-commercial research and education only (terms of access on https://image-net.org/download)"
@@ -203,7 +208,7 @@ DATASET_NAMES = tuple(NAMED)
 
 
 def terms_of(path: str) -> DataTerms:
-    """What is certain about the data that `--data` names; of a path its last part, the rest may be private."""
+    """The terms of the data that `--data` names; of a path only the last part is told, the rest may be private."""
     if path.startswith(HF):
         name = escape_controls(path.removeprefix(HF).partition(":")[0])
         return DataTerms(name, f"unknown: see https://huggingface.co/datasets/{name}", name)

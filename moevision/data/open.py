@@ -1,4 +1,4 @@
-"""From what the user names to a collection: the one place that decides what kind of thing a path is."""
+"""Open the dataset that the user named: the only module that decides whether a path is a folder, a table or a name."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from moevision.data.tables import Columns, count_rows, read_dataset, read_table
 from moevision.errors import UserError
 
 DataKind = Literal["drawn", "named", "csv", "dataset", "folder"]
-UNKNOWN_COUNT = 10_000  # images that a dataset is taken to have before it is fetched
+UNKNOWN_COUNT = 10_000  # images that a dataset is assumed to have while it isn't downloaded
 
 
 def kind_of(path: str) -> DataKind:
-    """What a path names, by names alone: a known dataset, a CSV, or one of Hugging Face.
+    """What kind of dataset a path names, without reading the data: a dataset of ours, a CSV, or one of Hugging Face.
 
-    Everything else is a folder of images, also what isn't there: `read_folder` says what is wrong with it.
+    Everything else counts as a folder of images, even if it doesn't exist: `read_folder` then raises the error.
     """
     if path in DATASET_NAMES:
         return "drawn" if path == SYNTHETIC else "named"
@@ -37,6 +37,7 @@ def kind_of(path: str) -> DataKind:
     if location.suffix.lower() == ".csv" and os.path.isfile(location):
         return "csv"
     try:
+        # Files that Hugging Face's `save_to_disk` writes.
         if any((location / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return "dataset"
     except OSError as error:
@@ -54,40 +55,48 @@ def open_collection(
     sizes: Mapping[str, int] = DRAWN_SIZES,
     columns: Columns = (None, None),
 ) -> Collection:
-    """Find the dataset that ``path`` names.
+    """Open the dataset that ``path`` names.
 
-    That is one of `DATASET_NAMES`, a folder (write ``./pets`` for a folder that bears such a name) of images, a CSV
-    manifest, or a Hugging Face dataset (``hf:NAME[:CONFIG]``, or a folder that it was saved to). ``image_size``,
-    ``seed`` and ``sizes`` (per split) are of the drawn images, ``root`` and ``download`` of named ones; ``columns`` are
-    those of a table with image and label, which None finds.
+    ``path`` is one of `DATASET_NAMES`, a folder of images (write ``./pets`` if its name is one of those), a CSV
+    manifest, or a Hugging Face dataset (``hf:NAME[:CONFIG]``, or a folder that it was saved to).
+
+    ``image_size``, ``seed`` and ``sizes`` (images per split) apply to the drawn dataset only, ``root`` to named ones,
+    and ``download`` to these and Hugging Face's. ``columns`` names the image and the label column of a table; None
+    finds them.
     """
     kind = kind_of(path)
     location = Path(path).expanduser()
+
     if kind == "drawn":
         return DrawnCollection.of(image_size, seed, sizes)
     if kind == "named":
         return read_named(path, root, download=download)
     if kind == "dataset":
         return read_dataset(path, columns, download=download)
+
     try:
         with explain_access_errors(location):
             if kind == "csv":
                 return read_table(location, columns)
             return read_folder(location)
     except UserError as error:
+        # The error gets a hint at what may have been meant.
         if kind == "folder" and [*location.glob("*.tar"), *location.glob("*/*.tar")]:
             raise UserError(
                 f"{error}; tars in the WebDataset format are read as {HF}{path}"
             ) from error
         if os.path.exists(location) or isinstance(error.__cause__, OSError):
             raise
-        alike = difflib.get_close_matches(path, DATASET_NAMES, n=1)
-        hint = f"did you mean {alike[0]!r}?" if alike else ", ".join(DATASET_NAMES)
+        similar = difflib.get_close_matches(path, DATASET_NAMES, n=1)
+        hint = f"did you mean {similar[0]!r}?" if similar else ", ".join(DATASET_NAMES)
         raise UserError(f"{error}; or a dataset's name: {hint}") from None
 
 
 def count_images(path: str | Path) -> int:
-    """Images of a dataset, without reading one: of a folder files by their suffix, 0 of what isn't there."""
+    """Number of images of a dataset, without opening any; 0 if the path doesn't exist.
+
+    In a folder, files with the suffix of an image are counted.
+    """
     path = str(path)
     kind = kind_of(path)
     location = Path(path).expanduser()
@@ -100,17 +109,18 @@ def count_images(path: str | Path) -> int:
             return UNKNOWN_COUNT
     if kind == "csv":
         with location.open("rb") as file:
-            return max(0, sum(1 for _ in file) - 1)
+            return max(0, sum(1 for _ in file) - 1)  # lines without the header
     return sum(is_image_path(entry.name) for entry in walk(location))
 
 
 def contains_path(path: str, location: Path) -> bool:
-    """Whether images at `location`, which needn't exist, belong to the folder of images at `path`."""
+    """Whether images in the folder `location`, which needn't exist, would be read with the folder of images `path`."""
     root = Path(path).expanduser().resolve()
     if kind_of(path) != "folder" or not root.is_dir():
         return False
     for folder in split_folders(root).values() or [root]:
         if location.resolve().is_relative_to(folder):
-            below = location.resolve().relative_to(folder).parts
-            return bool(below) and below[0][0] not in "._@"
+            parts = location.resolve().relative_to(folder).parts
+            # A class folder whose name begins with one of these isn't read, see `subfolders`.
+            return bool(parts) and parts[0][0] not in "._@"
     return False

@@ -1,8 +1,9 @@
-"""Scores of the training images, the lists made of them, and what these lists do to a training.
+"""Scores of the training images, lists of images to keep or relabel, and how a split is changed by such lists.
 
-**Scores** (`scores.csv`): means over visits, of which one is one image in one applied update, in the training's own
-forward pass (augmented, with dropout and router noise); p = softmax(logits) [C], y its label. Images are not visited
-equally often: a replacement of a bad file, balanced sampling and the tail that several processes drop.
+**Scores** (`scores.csv`): means over an image's visits. A visit is one image in one optimizer step that was applied;
+its outputs are those of the training's own forward pass (augmented, with dropout and router noise). p = softmax(logits)
+[C], y is the image's label. The number of visits differs between images: a bad file is replaced by another image,
+sampling may be balanced, and several processes drop the last images of an epoch.
 
 - `aum`: mean of logit_y - max_{c≠y} logit_c, the area under the margin (arXiv:2001.10528, §3);
 - `el2n`: mean of ‖p - onehot(y)‖₂ (arXiv:2107.07075, §2; there over trainings at one epoch);
@@ -10,23 +11,25 @@ equally often: a replacement of a bad file, balanced sampling and the tail that 
 - `p_mean`, `p_std`: mean and standard deviation of p_y, confidence and variability (arXiv:2009.10795, §2);
 - `forgetting`: correct at one visit and wrong at the next one (arXiv:1812.05159, algorithm 1), per visit;
 - `correct`: share of the visits at which argmax p = y;
-- `L<block>.E<expert>`: share of the image's choices that this expert computed, mean over the visits of the last third
-  of the training.
+- `L<block>.E<expert>`: share of the image's token choices that this expert computed, mean over the visits in the last
+  third of the training.
 
-**Lists** (`moevision data prune`): with n scored images and the share s, round(s n) are kept; methods differ in what
-they give up first, ties are broken at random, no class loses its last image, and an image without a visit is kept:
+**Lists** (`moevision data prune`): of n images with scores and a share s to keep, round(s n) are kept. Ties are broken
+at random, every class keeps at least one image, and images without a visit are kept. The methods differ in which images
+they drop first:
 
-- `aum` and `loss`: what speaks against its label (small-loss rule: arXiv:1804.06872);
-- `el2n` and `forgetting`: what is easy; an image that was never correct counts as forgotten most;
-- `ccs`: the share β with the lowest AUM; then it draws equally from strata of equal width in AUM, and all of a
-  stratum that has too few (arXiv:2210.15809, algorithm 1; 50 strata as there);
-- `random` draws, the baseline: below a kept share of about 30 % scores lost to it (arXiv:2302.06960);
-- `decisions`: what a person dropped on the page of `moevision data score`.
+- `aum` and `loss`: images whose label seems wrong (small-loss rule: arXiv:1804.06872);
+- `el2n` and `forgetting`: easy images; one that was never classified correctly counts as the most forgotten;
+- `ccs`: the share β with the lowest AUM; the rest is divided into 50 strata of equal width in AUM, and the same number
+  of images is drawn from each, or all of a stratum that has fewer (arXiv:2210.15809, algorithm 1);
+- `random`: images drawn at random, the baseline: below a kept share of about 30 % it beat the scores
+  (arXiv:2302.06960);
+- `decisions`: the images that a person dropped on the page of `moevision data score`.
 
-**What lists do** (`--data.keep`, `--data.relabel`): CSV files with a row per image, named as in `splits.csv`: `keep` is
-`yes` or `no` (without this column a file lists what is kept), `new_label` the class that the image is trained with
-(empty: its own). Only training images may be named, and they are chosen after the split is drawn. The result stands in
-`splits.csv` (what is left out as `unused`), by which a run goes on.
+**Using lists** (`--data.keep`, `--data.relabel`): CSV files with one row per image, named as in `splits.csv`. `keep` is
+`yes` or `no` (without this column all listed images are kept); `new_label` is the class that the image is trained with
+(empty: its own). Only training images may be listed, and the lists are applied after the split is drawn. The result is
+written to `splits.csv`, where dropped images are `unused`; a resumed run reads the split from there.
 
 Axes: n training images, B visits, C classes, E experts, H = sum of the experts over all MoE layers.
 """
@@ -34,6 +37,7 @@ Axes: n training images, B visits, C classes, E experts, H = sum of the experts 
 from __future__ import annotations
 
 import csv
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,7 +61,7 @@ Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 FILE = "scores.csv"
-# what is measured at a visit, in this order
+# The columns that are measured at each visit, in this order.
 MEASURES = ("margin", "el2n", "loss", "p", "correct")
 SCORES = (
     "aum",
@@ -76,31 +80,32 @@ YES, NO = "yes", "no"
 LIST_HEAD = f"image,label,{KEEP},{NEW_LABEL},reason"
 _SCORES_HEAD = ("image", "label", "visits", *SCORES)
 _STRATA = 50
-_STARVED = 0.5  # of its former share: below that a class or an expert is warned about
-_MAX_ROWS = 20
+_STARVATION_RATIO = 0.5  # new / former share below which a class or an expert is warned about
+_MAX_ROWS = 20  # of a printed table
 
 
 def row_type(experts: Mapping[int, int]) -> np.dtype[Any]:
-    """What is kept of one image; `experts` has the number of experts by block."""
+    """The dtype of one image's running sums and means; `experts` is block -> number of experts."""
     means = ("margin", "el2n", "loss", "loss_last", "p", "p_squares")
     counts = ("visits", "correct", "was_correct", "forgotten", "routed")
     fields: list[Any] = [(name, np.float32) for name in means]
     fields += [(name, np.int32) for name in counts]
-    # In half precision a running mean near 1 takes up decreases only: 0.95 became 0.88 in 1,000 visits.
+    # Not float16: it rounded away small increases of a running mean near 1: 0.95 became 0.88 in 1,000 visits.
     fields.append(("shares", np.float32, (sum(experts.values()),)))
     return np.dtype(fields)
 
 
 def keys_of(ids: Iterable[str]) -> Ints:
-    """[n] 64-bit hashes of stable sample ids; in a checkpoint they stand for the names, which may be long."""
+    """[n] 64-bit hashes of stable sample ids, which identify images in a checkpoint; ids may be long."""
     digests = b"".join(blake2b(name_bytes(name), digest_size=8).digest() for name in ids)
     return np.frombuffer(digests, np.int64)
 
 
 class ScoreSums:
-    """The `rows` [n] (`row_type`) of all training images, by their `keys_of` [n]; nothing else changes.
+    """Running sums and means over visits: `rows` [n] of dtype `row_type`, one per training image.
 
-    `experts` has the number of experts by block, in order of depth; it is empty for a dense model.
+    `keys` [n] are the images' `keys_of`. `experts` is block -> number of experts, in order of depth; it is empty for a
+    dense model. Visits change `rows` alone.
     """
 
     def __init__(self, keys: Ints, experts: Mapping[int, int]) -> None:
@@ -109,33 +114,35 @@ class ScoreSums:
         self.rows = np.zeros(len(keys), row_type(experts))
 
     def add(self, index: Ints, measures: Floats, shares: Floats | None = None) -> None:
-        """Take visits of images (rows [B]) in their order; an image may be among them several times.
+        """Add visits in their order; `index` [B] is each one's row, and may hold an image several times.
 
         Measures are [B, 5] (`MEASURES`), the experts' shares [B, H]; None before the last third of the training.
         """
-        waiting = np.arange(len(index))
-        while len(waiting):
-            # The first visit of each image; nearly always all of them.
-            _, first = np.unique(index[waiting], return_index=True)
-            visits = waiting[first]
-            self._add_once(
-                index[visits], measures[visits], None if shares is None else shares[visits]
-            )
-            waiting = np.delete(waiting, first)
+        remaining = np.arange(len(index))  # visits that aren't added yet
+        while len(remaining):
+            # One visit of each image at a time, the first of the remaining ones; nearly always these are all.
+            _, first = np.unique(index[remaining], return_index=True)
+            visits = remaining[first]
+            visit_shares = None if shares is None else shares[visits]
+            self._add_distinct(index[visits], measures[visits], visit_shares)
+            remaining = np.delete(remaining, first)
 
-    def _add_once(self, index: Ints, measures: Floats, shares: Floats | None) -> None:
-        """Take visits of different images."""
-        rows = self.rows[index]  # a copy
+    def _add_distinct(self, index: Ints, measures: Floats, shares: Floats | None) -> None:
+        """Add visits of distinct images."""
+        rows = self.rows[index]  # a copy, [B]
         margin, el2n, loss, p, correct = measures.T
         rows["visits"] += 1
         rows["margin"] += margin
         rows["el2n"] += el2n
         rows["loss"] += loss
         rows["loss_last"] = loss
-        # Welford's running mean and squares: the difference of two sums would lose a small spread.
+
+        # Welford's running mean and sum of squared deviations: a difference of two sums would lose a small spread.
         change = p - rows["p"]
         rows["p"] += change / rows["visits"]
         rows["p_squares"] += change * (p - rows["p"])
+
+        # Forgotten: correct at the visit before, and wrong now.
         rows["forgotten"] += (rows["was_correct"] > correct).astype(np.int32)
         rows["was_correct"] = correct
         rows["correct"] += rows["was_correct"]
@@ -145,19 +152,19 @@ class ScoreSums:
         self.rows[index] = rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors that share memory with the rows, for a checkpoint."""
-        data = torch.from_numpy(self.rows.view(np.uint8).reshape(len(self.rows), -1))
+        """The state for a checkpoint; its tensor of rows shares memory with `rows`."""
+        data = torch.from_numpy(self.rows.view(np.uint8).reshape(len(self.rows), -1))  # [n, bytes]
         return {"keys": torch.from_numpy(self.keys.copy()), "rows": data, "layout": self._layout()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
-        """Take what a checkpoint has of these images, wherever they stand in it; False if its rows are others."""
+        """Load the rows of these images, in whatever order a checkpoint has them; False if it has other columns."""
         if state["layout"] != self._layout():
             return False
-        saved = np.ascontiguousarray(state["rows"].numpy()).view(self.rows.dtype)[:, 0]
-        _, here, there = np.intersect1d(
+        saved_rows = np.ascontiguousarray(state["rows"].numpy()).view(self.rows.dtype)[:, 0]
+        _, own_index, saved_index = np.intersect1d(
             self.keys, state["keys"].numpy(), assume_unique=True, return_indices=True
         )
-        self.rows[here] = saved[there]
+        self.rows[own_index] = saved_rows[saved_index]
         return True
 
     def _layout(self) -> str:
@@ -178,28 +185,30 @@ class ScoreSums:
                 "forgetting": rows["forgotten"] / visits,
                 "correct": rows["correct"] / visits,
             }
+
         is_routed = rows["routed"] > 0
-        shares = np.where(is_routed[:, None], rows["shares"], np.float32(np.nan))
+        shares = np.where(is_routed[:, None], rows["shares"], np.float32(np.nan))  # [n, H]
         ends = np.cumsum([*self.experts.values()], dtype=int)
-        by_block = np.split(shares, ends, axis=1)  # and nothing behind the last end
+        # [n, E] each, and an empty one after the last end
+        shares_by_block = np.split(shares, ends, axis=1)
         return Scores(
             images=list(images),
             labels=list(labels),
             visits=visits.astype(np.int64),
             scores={name: values.astype(np.float32) for name, values in scores.items()},
-            experts=dict(zip(self.experts, by_block, strict=False)),
+            experts=dict(zip(self.experts, shares_by_block, strict=False)),
         )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The table: what training found about each of its n images, in the order of the split."""
+    """The table of scores: one row for each of n training images, in the order of the split."""
 
-    images: list[str]  # stable sample ids; read from a file, as `escape_csv_cell` writes them
-    labels: list[str]  # the class of each in words
+    images: list[str]  # stable sample ids; if read from a file, escaped by `escape_csv_cell`
+    labels: list[str]  # class names
     visits: Ints  # [n], how often each was in an applied update
     scores: dict[str, Floats]  # name (`SCORES`) -> [n]; NaN without visits
-    # block -> [n, E], share of the image's choices that each expert computed; NaN where there is none
+    # block -> [n, E], share of the image's token choices that each expert computed; NaN if none was counted
     experts: dict[int, Floats]
 
     def write(self, path: Path) -> None:
@@ -212,9 +221,9 @@ class Scores:
         write_text_atomic(path, csv_text(head, self._rows(numbers)))
 
     def _rows(self, numbers: Floats) -> Iterator[list[Any]]:
-        """The cells of each image; a number that isn't there is empty."""
+        """The cells of each image; NaN is written as an empty cell."""
         for row, image in enumerate(self.images):
-            cells = [f"{x:.5g}" if x == x else "" for x in numbers[row].tolist()]
+            cells = ["" if math.isnan(x) else f"{x:.5g}" for x in numbers[row].tolist()]
             label = escape_csv_cell(self.labels[row])
             yield [escape_csv_cell(image), label, int(self.visits[row]), *cells]
 
@@ -243,6 +252,8 @@ class Scores:
             ) from error
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is no table of scores ({error}): fit writes it.") from error
+
+        # All columns but the two names: visits [n, 1], scores [n, 8], the experts' shares [n, H].
         values = np.frombuffer(numbers, np.float32).reshape(len(images), len(head) - 2)
         visits, scores, shares = np.split(values, [1, 1 + len(SCORES)], axis=1)
         expert_names = head[len(_SCORES_HEAD) :]  # L<block>.E<expert>
@@ -261,18 +272,18 @@ class Scores:
 
 @dataclass
 class KeepMask:
-    """What becomes of each of n images."""
+    """Which of n images are kept, why, and under which labels."""
 
     keep: Mask  # [n]
-    reason: Ints  # [n], which of `reasons` it is
-    reasons: list[str]  # words, with `{value}` and `{rank}` where they stand in them
+    reason: Ints  # [n], each one's index into `reasons`
+    reasons: list[str]  # templates with the placeholders `{value}` and `{rank}`
     value: Floats  # [n], the score that decided
-    rank: Ints  # [n], 1 for the first to keep; 0 without an order
-    # row -> class, for those that a person gave another one
+    rank: Ints  # [n], 1 for the image to keep first; 0 for those without a rank
+    # row -> class, for images that a person relabelled
     new_label: dict[int, str] = field(default_factory=dict)
 
     def keep_also(self, rows: Ints, reason: str) -> None:
-        """Keep these images too, for one more reason."""
+        """Keep these images too, and add the reason."""
         self.keep[rows] = True
         self.reason[rows] = len(self.reasons)
         self.reasons.append(reason)
@@ -280,8 +291,8 @@ class KeepMask:
     def write(self, path: Path, scores: Scores, *, relabelled: bool) -> None:
         """Write the list: image, label, keep, new_label, reason.
 
-        `relabelled`: the run had other labels than its data; then every row says the label, so that the list is the one
-        of `--data.relabel` too.
+        `relabelled` says that the run was trained with `--data.relabel`. Then `new_label` is filled in every row, so
+        that the list can be passed to `--data.relabel` too.
         """
         rows = (self._cells(row, scores, relabelled) for row in range(len(scores.images)))
         text = csv_text(LIST_HEAD.split(","), rows)
@@ -307,18 +318,18 @@ def prune(
 ) -> KeepMask:
     """Choose a share of the scored images to keep by a score (one of `METHODS`, but `decisions`).
 
-    `hardest` is β of `ccs`, the seed that of what is drawn, and of ties.
+    `hardest` is β of `ccs`; `seed` decides what is drawn, and the order of ties.
     """
     n = len(scores.images)
-    (scored,) = np.nonzero(scores.visits)
+    scored = np.flatnonzero(scores.visits)  # rows of images with scores
     if not len(scored):
         raise UserError("The scores are of no image: the training has made no step.")
     count = max(1, round(share * len(scored)))
 
     priority = _priority(scores, by)
-    draw = np.random.default_rng(seed).permutation(len(scored))
-    # The last key decides first; equal values stand in the order of the draw.
-    order = scored[np.lexsort((draw, -priority[scored]))]
+    tie_breaker = np.random.default_rng(seed).permutation(len(scored))
+    # Rows by falling priority: `lexsort` sorts by its last key first.
+    order = scored[np.lexsort((tie_breaker, -priority[scored]))]
 
     value = scores.scores["loss_mean"] if by == "loss" else priority
     mask = KeepMask(
@@ -336,17 +347,18 @@ def prune(
         method = "drawn" if by == "random" else f"{by} {{value}}"
         mask.reasons = [f"{method}: rank {{rank}} of {len(scored):,}"]
 
-    (never,) = np.nonzero(scores.visits == 0)
-    mask.keep_also(never, "never visited, so it has no score")
+    mask.keep_also(np.flatnonzero(scores.visits == 0), "never visited, so it has no score")
+
+    # The image of the highest priority of each class of which none is kept.
     _, labels = np.unique(scores.labels, return_inverse=True)  # [n]
-    classes, first = np.unique(labels[order], return_index=True)
-    emptied = ~np.isin(classes, labels[mask.keep])
-    mask.keep_also(order[first[emptied]], "the last of its class")
+    classes, best_of_class = np.unique(labels[order], return_index=True)  # positions in `order`
+    is_emptied = ~np.isin(classes, labels[mask.keep])
+    mask.keep_also(order[best_of_class[is_emptied]], "the last of its class")
     return mask
 
 
 def _priority(scores: Scores, by: str) -> Floats:
-    """The number [n] by which images are kept, the highest first."""
+    """The value [n] of each image by which they are kept, the highest first."""
     if by == "random":
         return np.zeros(len(scores.images), np.float32)
     if by == "loss":
@@ -358,7 +370,7 @@ def _priority(scores: Scores, by: str) -> Floats:
 
 
 def _from_strata(mask: KeepMask, order: Ints, count: int, hardest: float, seed: int) -> Ints:
-    """CCS: the images to keep, of those in `order`, by falling AUM; the reasons go into `mask`."""
+    """CCS: the rows to keep of those in `order`, which is by falling AUM; sets the reasons of `mask`."""
     num_hardest = int(hardest * len(order))
     candidates = order[: len(order) - num_hardest]
     if len(candidates) < count:
@@ -369,31 +381,31 @@ def _from_strata(mask: KeepMask, order: Ints, count: int, hardest: float, seed: 
     aum = mask.value[candidates]
     low, high = float(aum.min()), float(aum.max())
     width = (high - low) / _STRATA or 1.0
-    stratum = np.minimum((aum - low) / width, _STRATA - 1).astype(np.int64)
-    sizes = np.bincount(stratum, minlength=_STRATA)
+    stratum_of = np.minimum((aum - low) / width, _STRATA - 1).astype(np.int64)  # [candidates]
+    sizes = np.bincount(stratum_of, minlength=_STRATA)
 
-    # The smallest first: what it can't give, the others do.
+    # The smallest stratum first: if it has fewer images than its quota, the quotas of the others grow.
     rng = np.random.default_rng(seed)
-    smallest_first = [number for number in np.argsort(sizes, kind="stable") if sizes[number]]
+    smallest_first = [stratum for stratum in np.argsort(sizes, kind="stable") if sizes[stratum]]
     num_drawn = np.zeros(_STRATA, np.int64)
     chosen: list[Ints] = []
-    for done, number in enumerate(smallest_first):
-        strata_left = len(smallest_first) - done
+    for num_done, stratum in enumerate(smallest_first):
+        strata_left = len(smallest_first) - num_done
         quota = (count - num_drawn.sum()) // strata_left
-        members = rng.permutation(candidates[stratum == number])
+        members = rng.permutation(candidates[stratum_of == stratum])
         chosen.append(members[:quota])
-        num_drawn[number] = len(chosen[-1])
+        num_drawn[stratum] = len(chosen[-1])
 
     mask.reasons = [f"aum {{value}}: among the {hardest:.0%} with the lowest"]
-    for number in range(_STRATA):
-        drawn = f"{num_drawn[number]} of {sizes[number]} drawn"
-        mask.reasons.append(f"aum {{value}}: stratum {number + 1} of {_STRATA}, {drawn}")
-    mask.reason[candidates] = 1 + stratum
+    for stratum in range(_STRATA):
+        drawn = f"{num_drawn[stratum]} of {sizes[stratum]} drawn"
+        mask.reasons.append(f"aum {{value}}: stratum {stratum + 1} of {_STRATA}, {drawn}")
+    mask.reason[candidates] = 1 + stratum_of
     return np.concatenate(chosen)
 
 
 def choose_kept_images(scores: Scores, path: Path) -> KeepMask:
-    """Choose by the decisions of a person, a CSV with the columns image, decision, new_label."""
+    """Keep, relabel or drop images by a person's decisions: a CSV with the columns image, decision, new_label."""
     classes = {escape_csv_cell(label) for label in scores.labels}
     index_of = {escape_csv_cell(image): index for index, image in enumerate(scores.images)}
     rows = read_list(path, DECISION, "--decisions")
@@ -429,19 +441,19 @@ def choose_kept_images(scores: Scores, path: Path) -> KeepMask:
 
 
 class Share(NamedTuple):
-    """A class or an expert: its name, and its share of the images or choices before and after."""
+    """A class or an expert: its name, and its share of the images or token choices before and after pruning."""
 
     name: str
     before: float
     after: float
 
     def ratio(self) -> float:
-        """How much of it is left; 1 of nothing."""
+        """The share after divided by the share before; 1 if there was nothing before."""
         return self.after / self.before if self.before else 1.0
 
 
 def class_shares(scores: Scores, mask: KeepMask) -> list[Share]:
-    """Share of the images of each class, under the labels before and after."""
+    """Each class's share of the images, before and after images are dropped and relabelled."""
     new_labels = [mask.new_label.get(row, label) for row, label in enumerate(scores.labels)]
     before = Counter(scores.labels)
     after = Counter(compress(new_labels, mask.keep.tolist()))
@@ -452,7 +464,7 @@ def class_shares(scores: Scores, mask: KeepMask) -> list[Share]:
 
 
 def expert_shares(scores: Scores, keep: Mask) -> list[Share]:
-    """Share of the choices of its layer that each expert computes; none without routing."""
+    """Each expert's share of the token choices of its layer, before and after; empty if no routing was counted."""
     result = []
     for block, shares in scores.experts.items():
         is_routed = ~np.isnan(shares[:, 0])
@@ -467,16 +479,16 @@ def expert_shares(scores: Scores, keep: Mask) -> list[Share]:
 
 
 def starvation_warnings(shares: Sequence[Share], what: str) -> list[str]:
-    """A sentence for each whose share has fallen by more than half."""
+    """A sentence for each share that has fallen by more than half; `what` is class or expert."""
     return [
         f"{what} {share.name} starves: its share falls from {share.before:.1%} to {share.after:.1%}"
         for share in shares
-        if share.after < _STARVED * share.before
+        if share.after < _STARVATION_RATIO * share.before
     ]
 
 
 def shares_table(shares: Sequence[Share], what: str) -> list[str]:
-    """Lines of a table; of many only those that lose most."""
+    """Lines of a table headed by `what`, of the shares that fall most if there are more than `_MAX_ROWS`."""
     rows = list(shares)
     if len(rows) > _MAX_ROWS:
         rows = sorted(rows, key=Share.ratio)[:_MAX_ROWS]
@@ -489,26 +501,26 @@ def shares_table(shares: Sequence[Share], what: str) -> list[str]:
     return lines
 
 
-# ---- what lists do to a split
+# ---- lists are applied to a split
 
 
 @dataclass(frozen=True)
 class ListRow:
-    """What a list says of one image."""
+    """The row of a list for one image."""
 
     cells: Mapping[str, str]  # by column
-    file: str  # the option and the file that it names
+    file: str  # the option and its file, for error messages
     line: int
 
     def mistake(self, problem: str) -> UserError:
-        """The error to raise where the row says nothing that can be used."""
+        """The error to raise for an invalid row."""
         return UserError(f"{self.file} can't be used: line {self.line}: {problem}.")
 
 
 def read_list(path: Path, column: str, option: str) -> dict[str, ListRow]:
-    """The rows of a CSV with a row per image, by the image's name as `escape_csv_cell` writes it.
+    """The rows of a CSV with one row per image, by the image's name as `escape_csv_cell` writes it.
 
-    `column` is which it must have, besides `image` (`keep` may be absent); `option` asked for it.
+    It must have the columns `image` and `column`, of which `keep` alone is optional. `option` named the file.
     """
     file = f"{option}: {path}"
     try:
@@ -529,7 +541,7 @@ def read_list(path: Path, column: str, option: str) -> dict[str, ListRow]:
 def apply_lists(
     splits: Splits, class_names: Sequence[str], keep: Path | None, relabel: Path | None
 ) -> Splits:
-    """The split with the training images that the files choose under the labels that they give, as it was otherwise."""
+    """The split with the labels of the file `relabel` and without the training images that the file `keep` drops."""
     if relabel is not None:
         splits = _relabel(splits, class_names, relabel)
     if keep is not None:
@@ -538,7 +550,7 @@ def apply_lists(
 
 
 def _relabel(splits: Splits, class_names: Sequence[str], path: Path) -> Splits:
-    """The split with the labels of `--data.relabel`."""
+    """The split with its training images under the labels of `--data.relabel`."""
     label_of = {escape_csv_cell(name): label for label, name in enumerate(class_names)}
     rows = _rows_of_training_images(path, NEW_LABEL, "--data.relabel", splits)
     names = [escape_csv_cell(row.cells[NEW_LABEL]) if row is not None else "" for row in rows]
@@ -558,20 +570,21 @@ def _relabel(splits: Splits, class_names: Sequence[str], path: Path) -> Splits:
 
 
 def _keep(splits: Splits, class_names: Sequence[str], path: Path) -> Splits:
-    """The split with the training images that `--data.keep` keeps."""
+    """The split with only the training images that `--data.keep` keeps."""
     rows = _rows_of_training_images(path, KEEP, "--data.keep", splits)
-    train, unused = [], []
+    train, dropped = [], []
     for sample, row in zip(splits.samples["train"], rows, strict=True):
-        if row is not None and _says_keep(row):
+        if row is not None and _read_keep(row):
             train.append(sample)
         else:
-            unused.append(sample)
-    splits = replace(splits, unused=[*splits.unused, *unused])
-    note = f"{len(unused):,} left out by {path.name}"
+            dropped.append(sample)
+    splits = replace(splits, unused=[*splits.unused, *dropped])
+    note = f"{len(dropped):,} left out by {path.name}"
     return _with_train(splits, train, note, class_names, path)
 
 
-def _says_keep(row: ListRow) -> bool:
+def _read_keep(row: ListRow) -> bool:
+    """Whether the row keeps its image; a UserError if that can't be read from it."""
     if DECISION in row.cells:
         raise row.mistake(
             "it has a column 'decision': `moevision data prune RUN --by decisions --decisions FILE` makes a list of "
@@ -586,6 +599,7 @@ def _says_keep(row: ListRow) -> bool:
 def _with_train(
     splits: Splits, train: list[Sample], note: str, class_names: Sequence[str], path: Path
 ) -> Splits:
+    """The split with other training images; a UserError if a class loses all of its own."""
     before = {sample.label for sample in splits.samples["train"]}
     after = {sample.label for sample in train}
     if lost := sorted(before - after):
@@ -599,21 +613,22 @@ def _with_train(
 def _rows_of_training_images(
     path: Path, column: str, option: str, splits: Splits
 ) -> list[ListRow | None]:
-    """What the file says of each training image; None where it says nothing."""
+    """The file's row of each training image; None if it lists none. Other images are a UserError."""
     rows = read_list(path, column, option)
     names = [escape_csv_cell(sample.sample_id) for sample in splits.samples["train"]]
-    trained = set(names)
-    others = [name for name in rows if name not in trained]
-    if others:
+    train_names = set(names)
+    foreign = [name for name in rows if name not in train_names]
+    if foreign:
         raise UserError(
-            f"{option}: {path} lists {len(others):,} images that are not among the training images, the first is "
-            f"{others[0]!r} ({_where_it_is(others[0], splits)}): give a list of these data in this split (--data.seed "
+            f"{option}: {path} lists {len(foreign):,} images that are not among the training images, the first is "
+            f"{foreign[0]!r} ({_split_of(foreign[0], splits)}): give a list of these data in this split (--data.seed "
             "and the fractions decide it)."
         )
     return [rows.get(name) for name in names]
 
 
-def _where_it_is(name: str, splits: Splits) -> str:
+def _split_of(name: str, splits: Splits) -> str:
+    """In which split an image is, in words for an error message."""
     for split, samples in {**splits.samples, "no split": splits.unused}.items():
         if any(escape_csv_cell(sample.sample_id) == name for sample in samples):
             return f"it is in {split}"

@@ -1,10 +1,12 @@
 """Which images are for training, validation and test: a seeded, stratified split without leaks.
 
-Nothing is ever selected on the set that is reported. A "val" that comes without a "test" is therefore the test set, and
-validation images are cut from the training ones. Images that belong together stay on one side: byte-identical copies,
-links to one file, and files of one group. A copy of a training image in the test set rewards memorisation, and so does
-a second photo of the same patient, video or scene. 3.3 % of CIFAR-10's test images have a near-duplicate in its
-training set (arXiv:1902.00423); only exact copies are found here.
+No model or option is ever selected on the set that is reported. If a dataset has "val" and no "test", its "val" becomes
+the test set, and validation images are cut from its training images.
+
+Images that belong together stay in one split: byte-identical copies, links to one file, and files of one group. A copy
+of a training image in the test set rewards memorisation, and so does a second photo of the same patient, video or
+scene. 3.3 % of CIFAR-10's test images have a near-duplicate in its training set (arXiv:1902.00423); only exact copies
+are found here.
 
 ``splits.csv`` holds the split of a run: written into its folder, and read from there when the run goes on.
 """
@@ -26,23 +28,23 @@ from moevision.errors import UserError, escape_csv_cell, name_bytes
 from moevision.files import csv_text, read_csv, write_text_atomic
 
 _COLUMNS = ("split", "class", "path")
-_UNUSED = "unused"  # a split that is none: an image is listed, and not used
+_UNUSED = "unused"  # in the column "split" of images that are listed but in no split
 
 
 @dataclass
 class Splits:
-    """Samples per split, with where they come from."""
+    """Samples per split, with sentences about their origin."""
 
     samples: SplitSamples  # split -> samples
     notes: dict[str, str]  # split -> half a sentence about its origin
     warnings: list[str] = field(default_factory=list)  # whole sentences
     # samples in no split, because another split holds a copy of them
     unused: list[Sample] = field(default_factory=list)
-    # what was kept on one side, as a sentence, or how to ask for it; empty where data came with splits
+    # a sentence about the groups that were kept in one split, or about how to name groups; empty where neither applies
     together: str = ""
 
     def sentences(self) -> list[str]:
-        """One sentence per split, with its count, and what was kept together."""
+        """One sentence per split with images, with their number, and the sentence `together`."""
         sentences = [
             f"{split}: {len(samples):,} images, {self.notes[split]}."
             for split, samples in self.samples.items()
@@ -61,7 +63,7 @@ _GROUPING_HINT = (
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """How to cut what a collection doesn't come with."""
+    """How to cut the splits that a collection doesn't have."""
 
     val_fraction: float = 0.1  # share of the images for validation, in (0, 1)
     test_fraction: float = 0.1  # share for the test, in (0, 1) where the collection came unsplit
@@ -82,16 +84,17 @@ class SplitSettings:
 
 
 def make_splits(collection: Collection, settings: SplitSettings) -> Splits:
-    """Split a collection, keeping what it came with."""
-    parts = _normalized(collection.samples)
+    """Split a collection; splits that it already has are kept, except for leaks."""
+    parts = _lone_train_as_all(collection.samples)
     samples = [sample for part in parts.values() for sample in part]
-    named, kind = _named_groups(collection, samples, settings.group_by)
-    groups, warnings = _with_copies(collection, samples, named, settings.check_duplicates)
+    named_groups, grouping = _named_groups(collection, samples, settings.group_by)
+    groups, warnings = _with_copies(collection, samples, named_groups, settings.check_duplicates)
     together = ""
-    if kind:
-        together = f"Kept in one split: {kind}, {len(set(named.values())):,} groups."
+    if grouping:
+        together = f"Kept in one split: {grouping}, {len(set(named_groups.values())):,} groups."
 
     if "all" in parts:
+        # An unsplit collection: cut all three splits.
         if not settings.test_fraction:
             raise UserError(
                 "test_fraction 0 leaves nothing to test on: set --data.test_fraction above 0, or add test/"
@@ -101,16 +104,18 @@ def make_splits(collection: Collection, settings: SplitSettings) -> Splits:
         together = together or _GROUPING_HINT
         unused: list[Sample] = []
     else:
+        # A collection with a train set and val, test or both: remove leaks, and cut a val set if there is none.
         if "test" not in parts:
             parts["test"] = parts.pop("val")
-        before = parts
-        parts, unused = _without_leaks(before, groups, warnings)
-        _check_classes_left(before, parts, collection.class_names)
+        unfiltered = parts
+        parts, unused = _without_leaks(unfiltered, groups, warnings)
+        _check_classes_left(unfiltered, parts, collection.class_names)
         if "val" not in parts:
             fractions = {"val": settings.val_fraction}
             parts |= stratified_cut(
                 parts["train"], groups, fractions, settings.seed, collection.class_names
             )
+
     notes = split_origins(collection.samples, f", seed {settings.seed}")
     return Splits({split: parts[split] for split in SPLITS}, notes, warnings, unused, together)
 
@@ -120,7 +125,7 @@ def _check_classes_left(
     after: SplitSamples,
     class_names: Sequence[str],
 ) -> None:
-    """No split may have lost a class to the others."""
+    """Raise a UserError if a split has lost all images of a class, since other splits have them too."""
     for split, samples in after.items():
         lost = {sample.label for sample in before[split]} - {sample.label for sample in samples}
         if lost:
@@ -131,31 +136,31 @@ def _check_classes_left(
 
 
 def evaluation_split(split: str, collection: Collection) -> Splits:
-    """Images that are only evaluated: the set that the collection has for `split`, else for the other; else all."""
+    """Splits of data that are only evaluated: one named `split`, from the first of `preferred` that exists."""
     preferred = (split, "test", "val", "all", "train")
     part = next(name for name in preferred if name in collection.samples)
     samples = {"train": [], split: collection.samples[part]}
     return Splits(samples, {split: f"{part} of these data, which are not the run's"})
 
 
-def _normalized(samples: SplitSamples) -> SplitSamples:
-    """A copy in which a train set without any companion counts as unsplit."""
+def _lone_train_as_all(samples: SplitSamples) -> SplitSamples:
+    """A copy; a dataset with a train set and no other set counts as unsplit, `all`."""
     if set(samples) == {"train"}:
         return {"all": samples["train"]}
     return dict(samples)
 
 
-def split_origins(samples: SplitSamples, drawn: str = "") -> dict[str, str]:
-    """Where each split comes from, in words; ``drawn`` says how random cuts were drawn."""
-    came_with = set(_normalized(samples))
-    cut = f"at random by class{drawn}"
+def split_origins(samples: SplitSamples, seed_text: str = "") -> dict[str, str]:
+    """Half a sentence about the origin of each split; `seed_text` is appended to those about random cuts."""
+    came_with = set(_lone_train_as_all(samples))
+    how_cut = f"at random by class{seed_text}"
     if came_with == {"all"}:
-        return dict.fromkeys(SPLITS, f"cut from all images {cut}")
+        return dict.fromkeys(SPLITS, f"cut from all images {how_cut}")
     notes = dict.fromkeys(SPLITS, "as the dataset gives them")
     if came_with == {"train", "val"}:
         notes["test"] = "the dataset's val set, which is reported and never selected on"
     if came_with != set(SPLITS):
-        notes["val"] = f"cut from the dataset's train set {cut}"
+        notes["val"] = f"cut from the dataset's train set {how_cut}"
         notes["train"] = "the rest of the dataset's train set"
     return notes
 
@@ -167,40 +172,51 @@ def stratified_cut(
     seed: int,
     class_names: Sequence[str],
 ) -> SplitSamples:
-    """Cut parts (part -> share) off a list, each with its share of every class; the rest is "train".
+    """Divide samples into parts, each with its fraction of every class; what remains is the part "train".
 
-    Groups (of a sample id; absent ids are groups of their own) are taken in the order of a hash of (seed, group), so a
-    few added files move few others. Where every image is its own group a part gets exactly ``max(1, round(fraction *
-    n))`` of a class's n images. Each part is in the order of ``samples``.
+    Whole groups go to a part, in the order of a hash of (seed, group), so that a few added files move few others. Where
+    every image is its own group a part gets exactly ``max(1, round(fraction * n))`` of a class's n images. Each part is
+    in the order of ``samples``.
+
+    Args:
+        samples: what is divided.
+        groups: sample id -> group; a sample whose id is absent is a group of its own.
+        fractions: part -> its fraction.
+        seed: random seed of the order of groups.
+        class_names: by label, for messages.
     """
     groups_of_samples = [groups.get(sample.sample_id, sample.sample_id) for sample in samples]
     sizes: dict[str, Counter[int]] = defaultdict(Counter)  # group -> label -> images
     for sample, group in zip(samples, groups_of_samples, strict=True):
         sizes[group][sample.label] += 1
-    by_label: dict[int, list[str]] = defaultdict(list)
+
+    # label -> groups with images of it, in pseudo-random order
+    groups_of_label: dict[int, list[str]] = defaultdict(list)
     hashes = {group: hashlib.sha256(name_bytes(f"{seed}:{group}")).digest() for group in sizes}
     for group in sorted(sizes, key=hashes.__getitem__):
         for label in sizes[group]:
-            by_label[label].append(group)
+            groups_of_label[label].append(group)
 
-    part_of: dict[str, str] = {}  # by group
-    filled: dict[str, Counter[int]] = {part: Counter() for part in fractions}
-    for label in sorted(by_label):
-        total = sum(sizes[group][label] for group in by_label[label])
+    # Class by class, assign groups to parts. A group that was assigned for one class keeps its part.
+    part_of_group: dict[str, str] = {}
+    images_in_part: dict[str, Counter[int]] = {part: Counter() for part in fractions}  # by label
+    for label in sorted(groups_of_label):
+        total = sum(sizes[group][label] for group in groups_of_label[label])
         for part, fraction in fractions.items():
-            needed = max(1, round(fraction * total)) - filled[part][label]
-            free = [group for group in by_label[label] if group not in part_of]
+            needed = max(1, round(fraction * total)) - images_in_part[part][label]
+            free = [group for group in groups_of_label[label] if group not in part_of_group]
             counts = {group: sizes[group][label] for group in free}
             for group in _nearest_groups(counts, needed):
-                part_of[group] = part
-                filled[part] += sizes[group]
+                part_of_group[group] = part
+                images_in_part[part] += sizes[group]
 
     parts: SplitSamples = {part: [] for part in ("train", *fractions)}
     for sample, group in zip(samples, groups_of_samples, strict=True):
-        parts[part_of.get(group, "train")].append(sample)
+        parts[part_of_group.get(group, "train")].append(sample)
+
     for part, members in parts.items():
         present = {sample.label for sample in members}
-        for label, label_groups in by_label.items():
+        for label, label_groups in groups_of_label.items():
             if label not in present:
                 raise UserError(
                     f"class {class_names[label]!r} can't be in each of {', '.join(parts)}: {len(label_groups)} "
@@ -210,58 +226,68 @@ def stratified_cut(
 
 
 def _nearest_groups(counts: Mapping[str, int], needed: int) -> list[str]:
-    """Groups (with their images of a class) that come nearest to ``needed``, in order; one is left for train."""
+    """The first groups that have together about ``needed`` images of a class; at least one group is left for train.
+
+    `counts` has the images of that class in each group.
+    """
     chosen: list[str] = []
     for group, count in counts.items():
         if needed <= 0 or len(chosen) >= len(counts) - 1:
             break
-        if count <= 2 * needed:  # overshooting is better than stopping here
+        # With this group the sum is at least as near to `needed` as without it.
+        if count <= 2 * needed:
             chosen.append(group)
             needed -= count
+
+    # All groups were too large: the smallest is better than none.
     if not chosen and needed > 0 and len(counts) > 1:
         chosen = [min(counts, key=counts.__getitem__)]
     return chosen
 
 
 def _named_groups(
-    collection: Collection, samples: Sequence[Sample], by: str | None
+    collection: Collection, samples: Sequence[Sample], group_by: str | None
 ) -> tuple[dict[str, str], str]:
-    """Groups by a column, the parent folder or a regular expression, and what these are in words, empty for none.
+    """Sample id -> group, by a column, the parent folder or a regular expression; and a phrase that names the grouping.
 
-    Keys begin with //, so that they can't be sample ids.
+    Both are empty without grouping. Group names begin with //, so that none equals a sample id.
     """
-    by = by or collection.group_column
-    if by is None:
+    group_by = group_by or collection.group_column
+    if group_by is None:
         return {}, ""
-    ids = [sample.sample_id for sample in samples]
-    column = collection.column(by)
+    sample_ids = [sample.sample_id for sample in samples]
+    column = collection.column(group_by)
     if column is not None:
-        groups = {name: f"//{column[name]}" for name in ids if column.get(name)}
-        return groups, f"images with the same {by!r}"
-    if by == "parent":
-        groups = {name: f"//{name.rpartition('/')[0]}" for name in ids}
+        groups = {
+            sample_id: f"//{column[sample_id]}" for sample_id in sample_ids if column.get(sample_id)
+        }
+        return groups, f"images with the same {group_by!r}"
+    if group_by == "parent":
+        groups = {sample_id: f"//{sample_id.rpartition('/')[0]}" for sample_id in sample_ids}
         return groups, "images of one folder (--data.group_by parent)"
-    pattern = _group_pattern(by)
+    pattern = _group_pattern(group_by)
     groups = {}
-    for name in ids:
-        match = pattern.search(name)
+    for sample_id in sample_ids:
+        match = pattern.search(sample_id)
         if match is None:
             raise UserError(
-                f"--data.group_by {by!r} does not match {name!r}: let it match every path"
+                f"--data.group_by {group_by!r} does not match {sample_id!r}: let it match every path"
             )
-        groups[name] = f"//{match.group(1)}"
-    return groups, f"images whose path agrees in {by} (--data.group_by)"
+        groups[sample_id] = f"//{match.group(1)}"
+    return groups, f"images whose path agrees in {group_by} (--data.group_by)"
 
 
-def _group_pattern(by: str) -> re.Pattern[str]:
+def _group_pattern(group_by: str) -> re.Pattern[str]:
     try:
-        pattern = re.compile(by)
+        pattern = re.compile(group_by)
     except re.error as error:
-        raise UserError(f"--data.group_by {by!r} is not a regular expression: {error}") from error
+        raise UserError(
+            f"--data.group_by {group_by!r} is not a regular expression: {error}"
+        ) from error
     if pattern.groups != 1:
         raise UserError(
-            f"--data.group_by {by!r} is no column of these data, and as a regular expression it must have exactly one "
-            f"(group), not {pattern.groups}"
+            f"--data.group_by {group_by!r} is no column of these data, and as a regular expression it must have "
+            f"exactly one (group), not {pattern.groups}"
         )
     return pattern
 
@@ -269,17 +295,20 @@ def _group_pattern(by: str) -> re.Pattern[str]:
 def _with_copies(
     collection: Collection,
     samples: Sequence[Sample],
-    named: Mapping[str, str],
+    named_groups: Mapping[str, str],
     check_duplicates: bool,
 ) -> tuple[dict[str, str], list[str]]:
-    """Group of every sample id that isn't a group of its own, and warnings about contradictory copies."""
-    copies = _agreeing_in(samples, [collection.identity])
+    """Sample id -> group, groups that share copies of an image merged; and warnings about copies of several classes.
+
+    A sample that is absent has no copy and no named group.
+    """
+    copy_sets = _sets_agreeing_in(samples, [collection.identity])  # links to one file
     if check_duplicates:
-        copies = byte_identical(collection, samples)
-    group_of = dict(named)
-    merged_into: dict[str, str] = {}
+        copy_sets = byte_identical(collection, samples)
+    group_of = dict(named_groups)
+    merged_into: dict[str, str] = {}  # group -> the group that it was merged into
     contradictions = []
-    for members in copies:
+    for members in copy_sets:
         if len({sample.label for sample in members}) > 1:
             contradictions.append(members[0].sample_id)
         groups = [group_of.setdefault(sample.sample_id, sample.sample_id) for sample in members]
@@ -288,6 +317,7 @@ def _with_copies(
             first_root = _root(groups[0], merged_into)
             if root != first_root:
                 merged_into[root] = first_root
+
     warnings = []
     if contradictions:
         warnings.append(
@@ -299,23 +329,28 @@ def _with_copies(
 
 
 def _root(group: str, merged_into: Mapping[str, str]) -> str:
-    """The group that a group has become a part of, at the end of the chain."""
+    """The group that a group belongs to after all merges."""
     while group in merged_into:
         group = merged_into[group]
     return group
 
 
 def byte_identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sample]]:
-    """Sets of two or more byte-identical samples; only samples of equal size are read, large ones twice."""
-    # empty files are equal, and no images
-    filled = [sample for sample in samples if collection.size_bytes(sample) > 0]
-    return _agreeing_in(filled, (collection.size_bytes, collection.probe, collection.digest))
+    """Sets of two or more byte-identical samples.
+
+    Only samples of equal size are read, and of large ones first a small piece (`Collection.probe`).
+    """
+    # Empty files are all equal, but they are no images.
+    non_empty = [sample for sample in samples if collection.size_bytes(sample) > 0]
+    return _sets_agreeing_in(
+        non_empty, (collection.size_bytes, collection.probe, collection.digest)
+    )
 
 
-def _agreeing_in(
+def _sets_agreeing_in(
     samples: Iterable[Sample], keys: Sequence[Callable[[Sample], Hashable]]
 ) -> list[list[Sample]]:
-    """Sets of two or more samples that agree in every key; the next key is asked only of those that agree so far."""
+    """Sets of two or more samples with equal keys; a key is computed only for samples with equal previous keys."""
     sets = [list(samples)]
     for key in keys:
         finer: list[list[Sample]] = []
@@ -331,33 +366,33 @@ def _agreeing_in(
 def _without_leaks(
     parts: SplitSamples, groups: Mapping[str, str], warnings: list[str]
 ) -> tuple[SplitSamples, list[Sample]]:
-    """Drop from train what val or test hold too, and from val what test holds; return the dropped as well."""
-    clean: SplitSamples = {}
+    """Drop from train the groups that val or test have, and from val those that test has: (kept, dropped) samples."""
+    kept: SplitSamples = {}
     unused: list[Sample] = []
-    split_of: dict[str, str] = {}  # by group
+    split_of_group: dict[str, str] = {}
     for split in ("test", "val", "train"):
         if split not in parts:
             continue
-        clean[split] = []
+        kept[split] = []
         leaks: list[Sample] = []
         for sample in parts[split]:
-            is_leak = groups.get(sample.sample_id) in split_of
-            (leaks if is_leak else clean[split]).append(sample)
+            is_leak = groups.get(sample.sample_id) in split_of_group
+            (leaks if is_leak else kept[split]).append(sample)
         unused += leaks
         if leaks:
-            others = sorted({split_of[groups[sample.sample_id]] for sample in leaks})
+            others = sorted({split_of_group[groups[sample.sample_id]] for sample in leaks})
             warnings.append(
                 f"{len(leaks)} {split} images are not used: byte-identical copies, links to them, or files of their "
                 f"group, are in {' and '.join(others)} (for example {leaks[0].sample_id})"
             )
-        for sample in clean[split]:
+        for sample in kept[split]:
             if sample.sample_id in groups:
-                split_of[groups[sample.sample_id]] = split
-    return clean, unused
+                split_of_group[groups[sample.sample_id]] = split
+    return kept, unused
 
 
 def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None:
-    """Write ``splits.csv`` (columns split, class, path) whole or not at all; names as `escape_csv_cell` has them."""
+    """Write ``splits.csv`` (columns split, class, path) atomically; names are escaped by `escape_csv_cell`."""
     rows = []
     for split, samples in {**splits.samples, _UNUSED: splits.unused}.items():
         for sample in samples:
@@ -367,22 +402,24 @@ def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None
 
 
 def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
-    """The splits that `write_splits` wrote, of the images as they are now, and the class names of the file.
+    """Read the splits that `write_splits` wrote, and the class names that occur in the file.
 
-    Labels are renumbered to those.
+    Images that no longer exist are left out. Labels are indices into the returned class names.
 
     Raises:
-        UserError: if the file isn't such a list, a class of it has vanished, or a held-out image has another one.
+        UserError: if the file isn't such a list, a split has no image of a class left, or a held-out image is now of
+            another class.
     """
     rows = _read_rows(path)
     current = _by_written_name(collection)
-    moved = _moved_row(rows, current, collection)
-    if moved is not None:
+    relabelled = _relabelled_row(rows, current, collection)
+    if relabelled is not None:
         raise UserError(
-            f"{path} lists {moved['path']} as {moved['class']!r}, and now it is {moved['now']!r}: the data have other "
-            "labels or another order than when it was written. Restore them, or use another run folder to draw a new "
-            "split"
+            f"{path} lists {relabelled['path']} as {relabelled['class']!r}, and now it is "
+            f"{relabelled['now']!r}: the data have other labels or another order than when it was written. Restore "
+            "them, or use another run folder to draw a new split"
         )
+
     listed_classes = {row["class"] for row in rows}
     class_names = [
         name for name in collection.class_names if escape_csv_cell(name) in listed_classes
@@ -400,6 +437,7 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
         elif row["class"] in label_of:
             part = samples.get(row["split"], unused)
             part.append(Sample(sample.sample_id, label_of[row["class"]]))
+
     for split, members in samples.items():
         present = {escape_csv_cell(class_names[sample.label]) for sample in members}
         lost = sorted(listed_classes - present)
@@ -427,13 +465,15 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a ``splits.csv``, with escaped names; a UserError if the file is something else."""
     rows: list[dict[str, str]] = []
     with suppress(UnicodeDecodeError, csv.Error):
         rows = read_csv(path)
     columns = set(rows[0]) if rows else set()
     if columns != set(_COLUMNS) or any(row["split"] not in (*SPLITS, _UNUSED) for row in rows):
         raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
-    # By the written names: a sample id may hold what no CSV file can. Older files hold names as they are.
+    # Names are compared as written, since a sample id may have characters that CSV can't hold. Older files have
+    # unescaped names.
     return [{name: escape_csv_cell(row[name]) for name in _COLUMNS} for row in rows]
 
 
@@ -444,22 +484,31 @@ def is_copy(
     *,
     part: bool = False,
 ) -> bool:
-    """Whether a collection has all images of ``splits.csv``, as large as in the original where that is still there.
+    """Whether a collection is a copy of the data that ``splits.csv`` lists.
 
-    Held-out images must have the listed class too. The original is opened only if all this is so. `part`: whether it
-    has some, half of them as large, so that a split of its own would test with images of the training.
+    A copy has all listed images, and each has the file size of the original where that still exists. Held-out images
+    must also have the listed class.
+
+    Args:
+        path: the ``splits.csv``.
+        collection: the possible copy.
+        original: opens the original, None if it no longer exists; called only if all other conditions hold.
+        part: accept a partial copy: at least one listed image, and at least half of those that can be compared have
+            equal file sizes. A new split of such a collection would test with images of the training.
     """
     rows = _read_rows(path)
     samples = _by_written_name(collection)
     shared = [row["path"] for row in rows if row["path"] in samples]
     if not shared:
         return False
-    is_whole = len(shared) == len(rows) and _moved_row(rows, samples, collection) is None
+    is_whole = len(shared) == len(rows) and _relabelled_row(rows, samples, collection) is None
     if not (part or is_whole):
         return False
+
     original_collection = original()
     if original_collection is None:
         return True
+
     original_samples = _by_written_name(original_collection)
     compared, equal = 0, 0
     for name in shared:
@@ -470,13 +519,13 @@ def is_copy(
     return equal >= compared * (0.5 if part else 1)
 
 
-def _moved_row(
+def _relabelled_row(
     rows: Sequence[Mapping[str, str]], samples: Mapping[str, Sample], collection: Collection
 ) -> dict[str, str] | None:
-    """The first row of a held-out image that is of another class `now`; None where there is none.
+    """The first row of a held-out image whose class has changed, with the new class as `now`; None if there is none.
 
-    Rows of tables are numbered, and their names say little. Classes of training images may have been corrected
-    (`--data.relabel`).
+    This detects other data under the same names, such as the row numbers of a table. Training images are not checked:
+    their classes may have been corrected (`--data.relabel`).
     """
     for row in rows:
         sample = samples.get(row["path"])
@@ -489,5 +538,6 @@ def _moved_row(
 
 
 def _by_written_name(collection: Collection) -> dict[str, Sample]:
+    """Escaped sample id, as in ``splits.csv`` -> sample, of all splits."""
     samples = chain.from_iterable(collection.samples.values())
     return {escape_csv_cell(sample.sample_id): sample for sample in samples}

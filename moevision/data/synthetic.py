@@ -1,21 +1,21 @@
 """SyntheticPets: eight animal faces drawn by code, the data set that needs no download and no network.
 
-The classes differ in the form and the place of ears, eyes, nose, muzzle and mouth, and in nothing else. Coats, eye and
-nose colours, pose, background, occlusion and light come from one distribution for all classes, so neither colour nor
-raw pixels give the class away. Every image has a ground-truth part mask, which lets a study ask whether an expert has
-specialised on ears or on eyes. From the faces to the data set:
+The classes differ only in the shape and the position of ears, eyes, nose, muzzle and mouth. Coats, eye and nose
+colours, pose, background, occlusion and light are sampled from the same distribution for all classes, so that neither
+colours nor raw pixels predict the class. Every image has a ground-truth part mask, which lets a study ask whether an
+expert has specialised on ears or on eyes. From the faces to the data set:
 
-- A `Shape` is one filled polygon of a face. It carries a **slot**, the place of its colour in the palette of one image
-  (never a colour: the palette is drawn from the same distribution for all animals), a **part**, its meaning in the
-  mask, and a **group**, which moves as one when an image varies the pose (an ear tilts, the eyes come closer).
+- A `Shape` is one filled polygon of a face. It has a **slot**, the row of its colour in the image's palette (not a
+  colour: every image samples a new palette), a **part**, its value in the part mask, and a **group**, the shapes that
+  move together when an image varies the pose (an ear tilts, the eyes come closer).
 - A `Scene` is everything about an image that does not depend on its size in pixels: polygons, palette, light. Its
-  polygons are painted into a map of region ids at three times the final size. The image is that map seen through the
-  palette, averaged down (anti-aliased), and lit; the part mask is the middle pixel of every 3 x 3 block of that map. So
-  the mask fits the image by construction.
-- `SyntheticPets` draws image i from a generator of its own.
+  polygons are painted into a **region map** at three times the final size; a region id encodes slot and part. To get
+  the image, each region id is replaced by its palette colour, every 3 x 3 block is averaged (anti-aliasing), and light
+  is applied. The part mask takes the middle pixel of every 3 x 3 block, so it always agrees with the image.
+- `SyntheticPets` samples image i with a random generator that is seeded for this image alone.
 
-Axis legend: S image size in pixels, V vertices of all shapes of one face. Face coordinates: the head is about 1 in
-radius around (0, 0); x points right, y points down. Frame coordinates run from 0 to 1, x right, y down.
+Axes: S image size in pixels, V vertices of all shapes of one face, G groups. Face coordinates: the head has a radius
+of about 1 around (0, 0); x points right, y points down. Frame coordinates run from 0 to 1, x right, y down.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from moevision.errors import UserError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
 Points = Floats  # [n, 2]
+Affine = Floats  # [2, 3], a 2 x 2 matrix and an offset
 Polygon = tuple[int, Points]  # region id, vertices [n, 2] in frame coordinates
 FloatImage = NDArray[Any]  # float32 [S, S] or [S, S, 3]
 ByteImage = NDArray[np.uint8]
@@ -62,7 +63,7 @@ PARTS = (
 
 
 class Slot(IntEnum):
-    """Places in the palette of one image."""
+    """Rows of an image's palette."""
 
     SCENERY = 0
     CLUTTER = 1  # 1 .. 8: one colour for each background object
@@ -82,7 +83,7 @@ class Slot(IntEnum):
     WHISKER = 24
 
 
-# Shapes that move as one.
+# Groups of shapes that move together.
 _Group = IntEnum("_Group", "BODY HEAD LEFT_EAR RIGHT_EAR EYES MUZZLE", start=0)
 
 
@@ -103,13 +104,13 @@ class Face:
     vertices: Points  # all vertices in face coordinates, [V, 2]
     groups: Ints  # the group of each vertex, [V]
     regions: list[int]  # region id of each shape
-    starts: Ints  # first vertex of each shape but the first
-    center: Points  # middle of the head with its ears, whiskers left out, [2]
-    half_size: float  # half the longer side of the box around the same
+    starts: Ints  # index of the first vertex of each shape, without the first shape's 0
+    center: Floats  # [2], center of the bounding box of the head: with ears, without whiskers and shoulders
+    half_size: float  # half the longer side of this bounding box
 
 
 def region_id(slot: int, part: str) -> int:
-    """The pixel value that stands for a slot and a part together: `slot * len(PARTS) + part`, at most 255."""
+    """The value of a region map's pixel, which encodes slot and part: `slot * len(PARTS) + part`, at most 255."""
     return slot * len(PARTS) + PARTS.index(part)
 
 
@@ -119,19 +120,19 @@ def region_id(slot: int, part: str) -> int:
 @cache
 def _tables() -> dict[str, Any]:
     text = Path(__file__).with_name("pets.yaml").read_text(encoding="utf-8")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, where it is there: 3 ms
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser, if available, takes 3 ms
     return dict(yaml.load(text, loader))
 
 
 @cache
 def _colours(name: str) -> Floats:
-    """RGB [..., 3]."""
+    """An entry of the table `colours`: RGB [..., 3]."""
     return np.array(_tables()["colours"][name], np.float64)
 
 
 @cache
 def _motion(name: str) -> Floats:
-    """A column of the table of motion, [groups, ...]."""
+    """A column of the table `motion`, [G, ...]."""
     table = _tables()["motion"]
     return np.array([table[group.name][name] for group in _Group], np.float64)
 
@@ -145,9 +146,10 @@ def _directions(angle: Floats) -> Points:
 
 
 def _rotation(angle: Floats) -> Floats:
-    """Matrices [..., 2, 2] that turn by these angles [...]."""
+    """Rotation matrices [..., 2, 2] for angles [...]."""
     cos = np.cos(angle)
     sin = np.sin(angle)
+    # [2, 2, ...] -> [..., 2, 2]
     return np.moveaxis(np.array([[cos, -sin], [sin, cos]]), (0, 1), (-2, -1))
 
 
@@ -158,32 +160,35 @@ def ellipse(x: float, y: float, radius_x: float, radius_y: float) -> Points:
 
 
 def stroke(x0: float, y0: float, x1: float, y1: float, width: float) -> Points:
-    """A straight line of some width as a quadrilateral."""
+    """The line from (x0, y0) to (x1, y1) with a width, as a quadrilateral."""
     start = np.array([x0, y0])
     end = np.array([x1, y1])
-    dx, dy = x1 - x0, y1 - y0
-    side = np.array([-dy, dx]) * (width / 2 / np.hypot(dx, dy))
-    return np.stack([start - side, end - side, end + side, start + side])
+    dx = x1 - x0
+    dy = y1 - y0
+    length = np.hypot(dx, dy)
+    half_width = np.array([-dy, dx]) * (width / 2 / length)  # [2], perpendicular to the line
+    return np.stack([start - half_width, end - half_width, end + half_width, start + half_width])
 
 
 def smooth(*points: Pair) -> Points:
     """A closed Catmull-Rom curve through the points, 4 vertices from each to the next."""
     current = np.asarray(points, dtype=np.float64)[:, None, :]  # [n, 1, 2]
-    before = np.roll(current, 1, axis=0)
-    after = np.roll(current, -1, axis=0)
-    beyond = np.roll(current, -2, axis=0)
+    previous = np.roll(current, 1, axis=0)
+    following = np.roll(current, -1, axis=0)
+    second_following = np.roll(current, -2, axis=0)
+
     t = (np.arange(4) / 4)[None, :, None]  # [1, 4, 1]
-    curve = 0.5 * (
+    curve = 0.5 * (  # [n, 4, 2]
         2 * current
-        + (after - before) * t
-        + (2 * before - 5 * current + 4 * after - beyond) * t**2
-        + (3 * current - before - 3 * after + beyond) * t**3
+        + (following - previous) * t
+        + (2 * previous - 5 * current + 4 * following - second_following) * t**2
+        + (3 * current - previous - 3 * following + second_following) * t**3
     )
     return curve.reshape(-1, 2)
 
 
 def symmetric(*right_half: Pair) -> Points:
-    """A smooth outline from its right half, top to bottom; points with x = 0 are not doubled."""
+    """A smooth outline from its right half, top to bottom; points on the axis (x = 0) are not repeated."""
     left_half = [(-x, y) for x, y in reversed(right_half) if x > 0]
     return smooth(*right_half, *left_half)
 
@@ -194,12 +199,13 @@ def mirrored(points: Points) -> Points:
 
 
 def grown(points: Points, margin: float) -> Points:
-    """The shape enlarged about its middle by a margin on every side."""
+    """The shape [n, 2] scaled about the center of its bounding box, which grows by a margin on every side."""
     low = points.min(axis=0)
     high = points.max(axis=0)
-    middle = (low + high) / 2
+    center = (low + high) / 2
     half_size = (high - low) / 2
-    return np.asarray(middle + (points - middle) * (1 + margin / half_size))
+    scale = 1 + margin / half_size
+    return np.asarray(center + (points - center) * scale)
 
 
 _CURVES: dict[str, Callable[..., Points]] = {
@@ -212,12 +218,12 @@ _CURVES: dict[str, Callable[..., Points]] = {
 
 
 def outline(spec: Mapping[str, Any]) -> Points:
-    """The vertices of an outline of `pets.yaml`."""
-    ((curve, numbers),) = spec.items()
-    return _CURVES[curve](*numbers)
+    """The vertices [n, 2] of an outline in `pets.yaml`, which is `{curve: arguments}`."""
+    ((curve, arguments),) = spec.items()
+    return _CURVES[curve](*arguments)
 
 
-# ---- what a face is made of, as `pets.yaml` names it
+# ---- elements of a face, under the names that `pets.yaml` gives them
 
 
 def _shape(slot: str, part: str, group: str, outline: Points) -> Iterator[Shape]:
@@ -232,7 +238,7 @@ def _pair(slot: str, part: str, group: str, outline: Points) -> Iterator[Shape]:
 def _rimmed(
     slot: str, part: str, group: str, outline: Points, margin: float = 0.045
 ) -> Iterator[Shape]:
-    """A shape over its own slightly larger dark rim, which sets equal colours apart as a shadow would."""
+    """A shape on top of a slightly larger dark copy, whose rim separates it from shapes of the same colour."""
     yield from _shape("RIM", part, group, grown(outline, margin))
     yield from _shape(slot, part, group, outline)
 
@@ -253,15 +259,16 @@ def _eyes(x: float, y: float, iris: Points, pupil: Points) -> Iterator[Shape]:
     yield from _pair("RIM", "eye", "EYES", grown(iris, 0.04) + center)
     yield from _pair("IRIS", "eye", "EYES", iris + center)
     yield from _pair("PUPIL", "eye", "EYES", pupil + center)
-    # The light comes from one side: the glints are no mirror images.
+
+    # The light comes from one side: both glints are shifted to the right, so they are not mirrored.
     yield from _shape("GLINT", "eye", "EYES", ellipse(x + 0.04, glint_y, 0.055, 0.055))
     yield from _shape("GLINT", "eye", "EYES", ellipse(-x + 0.04, glint_y, 0.055, 0.055))
 
 
 def _mouth(y: float, drop: float, width: float) -> Iterator[Shape]:
-    lips = y + drop
-    yield from _shape("DARK", "mouth", "MUZZLE", stroke(0, y, 0, lips, 0.055))
-    yield from _pair("DARK", "mouth", "MUZZLE", stroke(0, lips, width, lips - 0.09, 0.055))
+    lips_y = y + drop
+    yield from _shape("DARK", "mouth", "MUZZLE", stroke(0, y, 0, lips_y, 0.055))
+    yield from _pair("DARK", "mouth", "MUZZLE", stroke(0, lips_y, width, lips_y - 0.09, 0.055))
 
 
 def _whiskers(x: float, y: float, length: float) -> Iterator[Shape]:
@@ -297,15 +304,17 @@ def face(label: int) -> Face:
     """The face of one class, on the shoulders that all classes share."""
     head = list(_shapes(CLASSES[label]))
     shapes = [*_shapes("shoulders"), *head]
-    lengths = [len(shape.points) for shape in shapes]
-    solid = np.concatenate([shape.points for shape in head if shape.part != "whisker"])
+    num_vertices = [len(shape.points) for shape in shapes]
+
+    without_whiskers = [shape.points for shape in head if shape.part != "whisker"]
+    head_points = np.concatenate(without_whiskers)  # [n, 2]
     return Face(
         vertices=np.concatenate([shape.points for shape in shapes]),
-        groups=np.repeat([shape.group for shape in shapes], lengths),
+        groups=np.repeat([shape.group for shape in shapes], num_vertices),
         regions=[region_id(shape.slot, shape.part) for shape in shapes],
-        starts=np.cumsum(lengths)[:-1],
-        center=(solid.min(axis=0) + solid.max(axis=0)) / 2,
-        half_size=float(np.ptp(solid, axis=0).max() / 2),
+        starts=np.cumsum(num_vertices)[:-1],
+        center=(head_points.min(axis=0) + head_points.max(axis=0)) / 2,
+        half_size=float(np.ptp(head_points, axis=0).max() / 2),
     )
 
 
@@ -324,32 +333,33 @@ _FACE_REGIONS = [
 
 @dataclass(frozen=True)
 class Scene:
-    """An image before it has pixels."""
+    """The description of an image, independent of its size in pixels."""
 
     # (region id, vertices [n, 2] in frame coordinates) in painting order
     polygons: list[Polygon]
     palette: Floats  # RGB 0-255 of every slot, [slots, 3]
     scenery: FloatImage  # coarse grid of background colours, float32 [4, 4, 3]
-    to_face: Points  # map [2, 3] from frame coordinates to face coordinates, for shading
+    to_face: Affine  # from frame coordinates to face coordinates, for shading
     # (direction, frequency, phase, strength) of the stripes of coat and background, [2, 4]
     ripples: Floats
-    light: tuple[float, float]  # (direction, strength) of the light's slope across the frame
+    light: Pair  # (direction, strength) of the linear change of brightness across the frame
     gain: Floats  # brightness of each colour channel, [3]
     grain: float  # standard deviation of the pixel noise, in units of 0-255
 
 
 def sample_scene(label: int, rng: Generator) -> Scene:
-    """Draws pose, colours, clutter, occlusion and light for one animal."""
+    """Samples pose, colours, clutter, occlusion and light for one animal."""
     template = face(label)
     to_frame = _pose(template, rng)
     vertices = _apply(to_frame, _vary(template, rng))  # [V, 2]
     animal = zip(template.regions, np.split(vertices, template.starts), strict=True)
 
-    inverse = np.linalg.inv(to_frame[:, :2])
-    to_face = np.hstack([inverse, -inverse @ to_frame[:, 2:]])
+    inverse = np.linalg.inv(to_frame[:, :2])  # [2, 2]
+    to_face = np.hstack([inverse, -inverse @ to_frame[:, 2:]])  # [2, 3]
 
-    base = _duller(rng.uniform(20, 235, 3))
-    scenery = base + rng.uniform(-60, 60, (4, 4, 3)) * rng.uniform(0.1, 1.0)
+    base_colour = _duller(rng.uniform(20, 235, 3))
+    variation = rng.uniform(-60, 60, (4, 4, 3)) * rng.uniform(0.1, 1.0)
+    scenery = base_colour + variation
     return Scene(
         polygons=[*_clutter(rng), *animal, *_occluders(to_frame, template, rng)],
         palette=_palette(rng),
@@ -363,41 +373,43 @@ def sample_scene(label: int, rng: Generator) -> Scene:
 
 
 def _duller(colours: Floats) -> Floats:
-    """RGB [..., 3] nearer to grey: rooms and gardens are duller than paint."""
+    """RGB [..., 3] with 40 % less saturation, as the colours of rooms and gardens have it."""
     grey = colours.mean(axis=-1, keepdims=True)
     return np.asarray(colours + 0.4 * (grey - colours))
 
 
-def _apply(affine: Points, points: Points) -> Points:
-    """Points [n, 2] moved by an affine map [2, 3]."""
+def _apply(affine: Affine, points: Points) -> Points:
+    """Points [n, 2] moved by an affine map."""
     return points @ affine[:, :2].T + affine[:, 2]
 
 
-def _pose(template: Face, rng: Generator) -> Points:
-    """Map [2, 3] from face to frame: turn within 24 degrees, shear, aspect, scale and position."""
+def _pose(template: Face, rng: Generator) -> Affine:
+    """Map from face to frame coordinates: rotation within 24 degrees, shear, aspect, scale and position."""
     turn, shear, aspect = rng.uniform((-0.42, -0.12, 0.93), (0.42, 0.12, 1.08))
-    extent = rng.uniform(0.66, 0.95)
+    extent = rng.uniform(0.66, 0.95)  # the head's longer side as a share of the frame's
     scale = extent / 2 / template.half_size
-    slack = (1.0 - extent) / 2 + 0.04  # the head may leave the frame by 4 % of it
-    position = 0.5 + rng.uniform(-slack, slack, 2)
+    slack = (1.0 - extent) / 2 + 0.04  # the head may stick out by 4 % of the frame's side
+    position = 0.5 + rng.uniform(-slack, slack, 2)  # of the head's center, [2]
 
-    shape = np.array([[aspect, shear], [0.0, 1.0 / aspect]])
-    matrix = scale * _rotation(turn) @ shape
-    offset = position - matrix @ template.center
+    shear_and_aspect = np.array([[aspect, shear], [0.0, 1.0 / aspect]])
+    matrix = scale * _rotation(turn) @ shear_and_aspect  # [2, 2]
+    offset = position - matrix @ template.center  # [2]
     return np.hstack([matrix, offset[:, None]])
 
 
 def _vary(template: Face, rng: Generator) -> Points:
     """Vertices [V, 2] in face coordinates after each group's own tilt, stretch and shift."""
     num_groups = len(_Group)
-    tilt = rng.uniform(-1, 1, num_groups) * _motion("tilt")
+    tilt = rng.uniform(-1, 1, num_groups) * _motion("tilt")  # [G]
+    # [G, 2]
     stretch = 1 + rng.uniform(-1, 1, (num_groups, 2)) * _motion("stretch")[:, None]
-    look = rng.uniform(-1, 1, 2) * (1.0, 0.5)
-    shift = _motion("follow")[:, None] * look  # [groups, 2]
-    pivot = _motion("pivot")  # [groups, 2]
+    gaze = rng.uniform(-1, 1, 2) * (1.0, 0.5)  # [2], where the head turns to, less far up and down
+    shift = _motion("follow")[:, None] * gaze  # [G, 2]
+    pivot = _motion("pivot")  # [G, 2]
 
-    matrix = _rotation(tilt) * stretch[:, None]  # [groups, 2, 2]
-    offset = pivot + shift - np.einsum("gij,gj->gi", matrix, pivot)
+    # Stretch x and y, then rotate, both about the pivot, then shift.
+    matrix = _rotation(tilt) * stretch[:, None]  # [G, 2, 2]
+    offset = pivot + shift - np.einsum("gij,gj->gi", matrix, pivot)  # [G, 2]
 
     moved = np.einsum("vij,vj->vi", matrix[template.groups], template.vertices)
     return np.asarray(moved + offset[template.groups])
@@ -411,8 +423,8 @@ def _clutter(rng: Generator) -> list[Polygon]:
     return _objects(Slot.CLUTTER, "background", outlines)
 
 
-def _occluders(to_frame: Points, template: Face, rng: Generator) -> list[Polygon]:
-    """Up to two objects in front, near the head's edge, so that some parts hide but never all."""
+def _occluders(to_frame: Affine, template: Face, rng: Generator) -> list[Polygon]:
+    """Up to two objects in front, near the head's edge, so that they hide some parts but never all."""
     count = int(rng.integers(0, 3))
     angle = rng.uniform(0, 2 * np.pi, count)
     distance = rng.uniform(0.5, 1.0, count) * template.half_size
@@ -423,41 +435,44 @@ def _occluders(to_frame: Points, template: Face, rng: Generator) -> list[Polygon
 
 
 def _objects(first_slot: Slot, part: str, outlines: Sequence[Points]) -> list[Polygon]:
-    """Objects of one part, each with a slot of its own."""
+    """Polygons of one part, in consecutive slots from `first_slot`."""
     return [(region_id(first_slot + i, part), outline) for i, outline in enumerate(outlines)]
 
 
 def _blobs(centers: Points, radii: Floats, rng: Generator) -> list[Points]:
-    """Irregular, stretched 10-gons, from thin bars to round stones, around centers [n, 2]."""
+    """Irregular, stretched 10-gons, from thin bars to round stones, around centers [n, 2] with radii [n]."""
     n = len(centers)
     corners = np.linspace(0, 2 * np.pi, 10, endpoint=False)
     angle = corners + rng.uniform(0, 0.5, (n, 10))
     radius = radii[:, None] * rng.uniform(0.8, 1.2, (n, 10))
     stretch = rng.uniform(0.25, 1.0, (n, 1))
     turn = rng.uniform(0, np.pi, (n, 1))
-    cos = np.cos(turn)
-    sin = np.sin(turn)
 
+    # Along and across the long axis, then rotated: [n, 10] each.
     along = radius * np.cos(angle)
     across = radius * np.sin(angle) * stretch
+    cos = np.cos(turn)
+    sin = np.sin(turn)
     x = centers[:, :1] + along * cos - across * sin
     y = centers[:, 1:] + along * sin + across * cos
     return list(np.stack([x, y], axis=2))
 
 
 def _palette(rng: Generator) -> Floats:
-    """RGB of every slot, [slots, 3]; no argument says which animal it is for."""
+    """RGB of every slot, [slots, 3], sampled alike for every animal."""
     palette = rng.uniform(15, 240, (Slot.WHISKER + 1, 3))
+    # Background and occluders stand before the body.
     palette[: Slot.BODY] = _duller(palette[: Slot.BODY])
 
+    # Some coats have a second colour, in the shade, the light parts or both.
     coats = _colours("coats")
-    fur, second = coats[rng.integers(0, len(coats), 2)] + rng.normal(0, 9, (2, 3))
+    fur, second_fur = coats[rng.integers(0, len(coats), 2)] + rng.normal(0, 9, (2, 3))
     light = fur + (_colours("cream") - fur) * rng.uniform(0.25, 0.8)
     shade = fur
     if rng.random() >= 0.6:
-        shade = second
+        shade = second_fur
     if rng.random() >= 0.75:
-        light = 0.5 * (second + light)
+        light = 0.5 * (second_fur + light)
     palette[Slot.FUR] = fur
     palette[Slot.BODY] = fur * 0.88
     palette[Slot.SHADE] = shade * 0.68
@@ -469,6 +484,7 @@ def _palette(rng: Generator) -> Floats:
     noses = _colours("noses")
     palette[Slot.IRIS] = irises[rng.integers(len(irises))]
     palette[Slot.NOSE] = noses[rng.integers(len(noses))]
+
     for slot, colour in _tables()["fixed"].items():
         palette[Slot[slot]] = colour
     return np.clip(palette + rng.normal(0, 4, palette.shape), 0, 255)
@@ -488,49 +504,53 @@ def region_map(scene: Scene, image_size: int) -> Image.Image:
 
 
 def _render(scene: Scene, image_size: int, rng: Generator) -> ByteImage:
-    """Colours and lights the scene: uint8 [S, S, 3]. The generator gives the pixel noise only."""
+    """Colours and lights the scene: uint8 [S, S, 3]. The generator is used for the pixel noise only."""
     regions = region_map(scene, image_size)
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
     x = axis[None, :]  # [1, S]
     y = axis[:, None]  # [S, 1]
 
-    open_scenery = _coverage(regions, [region_id(Slot.SCENERY, "background")])
-    striped = open_scenery * (1.0 + _stripes(3 * x, 3 * y, scene.ripples[1]))
-    backdrop = striped[:, :, None] * _scenery(scene.scenery, image_size)
+    # The backdrop, where nothing covers it.
+    uncovered = _coverage(regions, [region_id(Slot.SCENERY, "background")])  # [S, S]
+    striped = uncovered * (1.0 + _stripes(3 * x, 3 * y, scene.ripples[1]))
+    backdrop = striped[:, :, None] * _scenery(scene.scenery, image_size)  # [S, S, 3]
 
+    # The brightness of each pixel, as a factor [S, S].
     coat = _coverage(regions, _FACE_REGIONS)
-    shade = 1.0 + coat * _coat_shade(scene, x, y)
+    brightness = 1.0 + coat * _coat_shade(scene, x, y)
     direction, strength = scene.light
-    shade *= 1.0 + strength * _project(direction, x - 0.5, y - 0.5)
+    brightness *= 1.0 + strength * _project(direction, x - 0.5, y - 0.5)
 
     pixels = _coloured(regions, scene.palette) + backdrop
-    pixels *= shade[:, :, None] * scene.gain.astype(np.float32)
+    pixels *= brightness[:, :, None] * scene.gain.astype(np.float32)
     pixels += rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(scene.grain)
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
 def _coat_shade(scene: Scene, x: FloatImage, y: FloatImage) -> FloatImage:
     """How much lighter or darker the coat is at each pixel: float32 [S, S]."""
-    (ax, ay, a0), (bx, by, b0) = scene.to_face.astype(np.float32)
-    face_x = ax * x + ay * y + a0
-    face_y = bx * x + by * y + b0
-    # A head is round: it darkens towards its edge, as under a lamp beside the camera.
+    (xx, xy, x0), (yx, yy, y0) = scene.to_face.astype(np.float32)
+    face_x = xx * x + xy * y + x0  # [S, S]
+    face_y = yx * x + yy * y + y0
+
+    # A round head darkens towards its edge, as if lit from the camera.
     roundness = 0.1 - 0.2 * np.minimum(face_x**2 + face_y**2, 1.6)
     return np.asarray(roundness + _stripes(face_x, face_y, scene.ripples[0]))
 
 
 def _coverage(regions: Image.Image, region_ids: Sequence[int]) -> FloatImage:
     """Share of each pixel that these regions cover: float32 [S, S] in 0-1."""
-    table = np.zeros(256, np.uint8)
-    table[region_ids] = 255
-    covered = regions.point(table.tolist())
+    lookup = np.zeros(256, np.uint8)
+    lookup[region_ids] = 255
+    covered = regions.point(lookup.tolist())
     return np.asarray(covered.reduce(OVERSAMPLING), np.float32) / np.float32(255)
 
 
 def _coloured(regions: Image.Image, palette: Floats) -> FloatImage:
-    """The region map through the palette, averaged down: float32 [S, S, 3]; the scenery is left black."""
+    """Palette colours of the region map, averaged down: float32 [S, S, 3]; black where the backdrop is added later."""
+    # One row per region id: the slot's colour, whatever the part.
     colours = np.repeat(palette, len(PARTS), axis=0).astype(np.uint8)
-    colours[: len(PARTS)] = 0
+    colours[: len(PARTS)] = 0  # Slot.SCENERY
     regions = regions.copy()
     regions.putpalette(colours.tobytes())
     return np.asarray(regions.convert("RGB").reduce(OVERSAMPLING), np.float32)
@@ -543,12 +563,12 @@ def _scenery(grid: FloatImage, image_size: int) -> FloatImage:
 
 
 def _project(direction: float, x: FloatImage, y: FloatImage) -> FloatImage:
-    """How far the points (x, y) lie along a direction."""
+    """Length of the points (x, y) along a direction, an angle."""
     return np.asarray(np.cos(direction) * x + np.sin(direction) * y)
 
 
 def _stripes(x: FloatImage, y: FloatImage, ripple: Floats) -> FloatImage:
-    """Wavy stripes around 0; a strength below 0 means none, so that many coats and walls are plain."""
+    """Wavy stripes around 0, float32 [S, S]; a sampled strength of 0 or less means none, so that many are plain."""
     direction, frequency, phase, strength = ripple.tolist()
     if strength <= 0:
         return np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
@@ -557,27 +577,27 @@ def _stripes(x: FloatImage, y: FloatImage, ripple: Floats) -> FloatImage:
     return np.asarray(strength * wave, np.float32)
 
 
-# Part of every image's key. Raise it when the drawing changes: then no image of the old set comes back
-# slightly altered, and results are not compared across versions by mistake.
+# Part of the key that seeds every image. Raise it when the drawing changes: then all images are new ones, instead of
+# slightly altered old ones, and results of two versions are not compared by mistake.
 _DRAWING_VERSION = 1
 
 
 class SyntheticPets(Dataset[tuple[Image.Image, int]]):
     """Drawn animal faces with labels and part masks.
 
-    An image depends on nothing but (seed, split, index): not on the order of access, the size of the set or
-    the process, and the same index shows the same scene at every image size. Image i has label i mod 8, so
-    classes are balanced to within one image.
+    An image depends on (seed, split, index) alone, not on the order of access, the size of the set or the process.
+    The same index shows the same scene at every image size. Image i has label i mod 8, so that class sizes differ by
+    one image at most.
     """
 
-    classes = CLASSES  # names of the labels
-    parts = PARTS  # names of the values of a part mask
+    classes = CLASSES  # name of each label
+    parts = PARTS  # name of each value of a part mask
     splits = ("train", "val", "test")
 
     def __init__(
         self, size: int, image_size: int = 64, seed: int = 0, split: str = "train"
     ) -> None:
-        """Describes the set; images are drawn when asked for.
+        """Stores the arguments; each image is drawn on access.
 
         Args:
             size: Number of images, at least 1.
@@ -615,14 +635,15 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
         return self._checked(index) % len(self.classes)
 
     def part_mask(self, index: int) -> ByteImage:
-        """The part seen at the middle of each pixel, uint8 [S, S], an index into `parts`."""
+        """The part at the middle of each pixel, uint8 [S, S], an index into `parts`."""
         scene, _ = self._scene(index)
         regions = np.asarray(region_map(scene, self.image_size), np.uint8)  # [3 S, 3 S]
         middle = OVERSAMPLING // 2
-        return regions[middle::OVERSAMPLING, middle::OVERSAMPLING] % np.uint8(len(PARTS))
+        middle_regions = regions[middle::OVERSAMPLING, middle::OVERSAMPLING]  # [S, S]
+        return middle_regions % np.uint8(len(PARTS))
 
     def _scene(self, index: int) -> tuple[Scene, Generator]:
-        """The scene, and its generator in the state from which the pixel noise is drawn."""
+        """The scene, and its generator, which then yields the pixel noise."""
         index = self._checked(index)
         key = f"SyntheticPets {_DRAWING_VERSION} {self.seed} {self.split} {index}"
         digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
@@ -630,7 +651,7 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
         return sample_scene(self.label(index), rng), rng
 
     def _checked(self, index: int) -> int:
-        """The index counted from the start; `IndexError` outside of the set, which also ends iteration."""
+        """The index as a non-negative number; `IndexError` outside of the set, which also ends iteration."""
         if not -self.size <= index < self.size:
             raise IndexError(f"index {index} is outside of a set of {self.size} images")
         return int(index) % self.size

@@ -1,13 +1,13 @@
 """Datasets that come as a table, one row per image: a CSV manifest, or a Hugging Face dataset.
 
-- A **manifest** is a CSV file with the columns ``path`` and ``label``, and ``split`` and ``group`` if wanted. Relative
+- A **manifest** is a CSV file with the columns ``path`` and ``label``, and optionally ``split`` and ``group``. Relative
   paths start at the CSV's folder; errors name the line. Links are followed and files are opened by `safe_open`, as in a
   folder; only files of this computer are read.
 - A **Hugging Face dataset** is a folder that ``save_to_disk`` wrote (Arrow), or ``hf:NAME[:CONFIG]``, which is taken
-  from the cache, or fetched where the caller allows it; ``hf:FOLDER`` reads a folder of WebDataset tars. Its images
+  from the cache, or downloaded if the caller allows it; ``hf:FOLDER`` reads a folder of WebDataset tars. Its images
   are decoded by `safe_open` from the stored bytes; `datasets` is imported here only. Sample ids are ``split/row``.
 
-One image has one label: a table that gives several is refused, since nothing here learns more than one.
+Every image must have exactly one label: tables with several are refused, since multi-label training isn't supported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.named import HF, fetching
 from moevision.errors import UserError, escape_controls
 
-# Names of a table's columns with the image (a manifest: its path) and its label; None finds them.
+# Names of the columns with the image (in a manifest: its path) and the label; None: found automatically.
 Columns = tuple[str | None, str | None]
 _LABELS = ("label", "labels", "class", "category", "fine_label", "cls")
 _ONE_LABEL = (
@@ -57,23 +57,24 @@ _ONE_LABEL = (
 class ManifestRow:
     """One row of a manifest."""
 
-    line: int  # where it is in the file
+    line: int  # line number in the file
     sample_id: str
-    path: str  # as it is written
+    path: str  # as written in the file
     label: str  # name of the class
-    split: str  # train, val or test; empty where the file gives no splits
+    split: str  # train, val or test; empty if the file gives no splits
     cells: dict[str, str]  # by column
 
 
 def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
-    """Read a CSV manifest: UTF-8, with a header; `columns` are those with path and label, where they aren't called so.
+    """Read a CSV manifest: UTF-8, with a header.
 
-    A `UserError` names the line, if a row has no path, no label or several, an unknown split, or no such file.
+    `columns` are the names of the columns with path and label (None: ``path`` and ``label``). A row without a path,
+    with no label or several, an unknown split or a missing file is a `UserError`, which names the line.
     """
     path_column = columns[0] or "path"
     label_column = columns[1] or "label"
-    rows: dict[str, ManifestRow] = {}  # by sample id
-    repeated = 0
+    rows: dict[str, ManifestRow] = {}  # the first row of each sample id
+    num_repeated = 0
     for line, cells in _csv_rows(file, path_column, label_column):
         split = cells.get("split", "").lower()
         row = ManifestRow(
@@ -84,24 +85,25 @@ def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
             split=SPLIT_NAMES.get(split, split),
             cells=cells,
         )
-        same_image = rows.setdefault(row.sample_id, row)
-        first_row = next(iter(rows.values()))
-        problem = _row_problem(row, same_image, bool(first_row.split), file.parent)
+        first_of_image = rows.setdefault(row.sample_id, row)
+        first_of_file = next(iter(rows.values()))
+        problem = _row_problem(row, first_of_image, bool(first_of_file.split), file.parent)
         if problem:
             raise UserError(f"{file}, line {line}: {problem}.")
-        repeated += same_image is not row
+        num_repeated += first_of_image is not row
+
     if not rows:
         raise UserError(f"{file} lists no image: add a row for each, with its path and label.")
-    columns_left = first_row.cells.keys() - {path_column, label_column, "split"}
-    collection = _manifest_collection(file, rows, sorted(columns_left))
-    if repeated:
-        note = f"{repeated} rows of {file} were left out: they repeat an earlier one"
+    other_columns = first_of_file.cells.keys() - {path_column, label_column, "split"}
+    collection = _manifest_collection(file, rows, sorted(other_columns))
+    if num_repeated:
+        note = f"{num_repeated} rows of {file} were left out: they repeat an earlier one"
         collection.notes.insert(0, note)
     return collection
 
 
-def _row_problem(row: ManifestRow, same_image: ManifestRow, has_splits: bool, folder: Path) -> str:
-    """What is wrong with a row, empty if nothing is; `same_image` is the first row of its image."""
+def _row_problem(row: ManifestRow, first: ManifestRow, has_splits: bool, folder: Path) -> str:
+    """What is wrong with a row, or an empty string; `first` is the first row with the same image."""
     file = folder / row.sample_id
     if not row.path or "://" in row.path or "\0" in row.path:
         return f"{row.path!r} is no path of a file on this computer: name one or remove the row"
@@ -111,18 +113,17 @@ def _row_problem(row: ManifestRow, same_image: ManifestRow, has_splits: bool, fo
         return f"{row.label!r} names several labels; {_ONE_LABEL}"
     if row.split not in ("", *SPLITS):
         return f"there is no split {row.split!r}: choose train, val or test, or leave it empty everywhere"
-    if row.label != same_image.label:
+    if row.label != first.label:
         return (
-            f"{row.sample_id!r} is {row.label!r} here and {same_image.label!r} on line {same_image.line}; "
+            f"{row.sample_id!r} is {row.label!r} here and {first.label!r} on line {first.line}; "
             f"{_ONE_LABEL}"
         )
-    if row.split != same_image.split:
-        return (
-            f"{row.sample_id!r} is in another split on line {same_image.line}: remove one of them"
-        )
+    if row.split != first.split:
+        return f"{row.sample_id!r} is in another split on line {first.line}: remove one of them"
     if bool(row.split) != has_splits:
         return "some rows name a split and others don't: name it in all of them or in none"
-    if not os.path.isfile(file):  # unlike Path.is_file no error where the path is too long
+    # Unlike Path.is_file, this raises no error if the path is too long.
+    if not os.path.isfile(file):
         return f"there is no file {file}: correct the path or remove the row"
     return ""
 
@@ -130,7 +131,7 @@ def _row_problem(row: ManifestRow, same_image: ManifestRow, has_splits: bool, fo
 def _manifest_collection(
     file: Path, rows: dict[str, ManifestRow], columns: list[str]
 ) -> FileCollection:
-    """The images of a manifest, with the values of its other columns."""
+    """The images of a manifest, and the values of its other `columns`."""
     class_names = sorted({row.label for row in rows.values()})
     check_distinct(class_names)
     check_distinct(rows)
@@ -163,16 +164,18 @@ def _manifest_collection(
     )
 
 
-def _csv_rows(file: Path, path: str, label: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells by column of every row that isn't empty; spaces around cells don't count."""
-    # Not pandas: it moves the columns of a row that is too long, and can't hold names that are no UTF-8.
-    # As Python reads file names: bytes that are no UTF-8 become lone surrogates. -sig: Excel writes a byte order mark.
+def _csv_rows(
+    file: Path, path_column: str, label_column: str
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number, and cells by column, of every row that isn't empty; spaces around cells are removed."""
+    # Not pandas: it shifts the columns of a row with too many cells, and can't hold names that aren't valid UTF-8.
+    # surrogateescape: Python reads file names in this way, too. utf-8-sig: Excel writes a byte order mark.
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as handle:
         reader = csv.reader(handle)
         try:
             head = [cell.strip() for cell in next(reader, [])]
             head = ["split" if cell.lower() == "split" else cell for cell in head]
-            if not {path, label} <= set(head) or len(set(head)) < len(head):
+            if not {path_column, label_column} <= set(head) or len(set(head)) < len(head):
                 raise UserError(
                     f"{file} has the columns {', '.join(map(repr, head)) or 'none'}: its first line must name path and "
                     "label once each (and split, group, if there are any), with commas between them; "
@@ -194,7 +197,7 @@ def _csv_rows(file: Path, path: str, label: str) -> Iterator[tuple[int, dict[str
 
 
 def _sample_id(folder: Path, cell: str) -> str:
-    """The path relative to the CSV's folder, with forward slashes; absolute where it leads elsewhere."""
+    """The path relative to the CSV's folder, with forward slashes; absolute paths outside of it stay absolute."""
     path = os.path.normpath(cell)
     if os.path.isabs(path) and Path(path).is_relative_to(folder.absolute()):
         path = os.path.relpath(path, folder.absolute())
@@ -206,21 +209,22 @@ def _sample_id(folder: Path, cell: str) -> str:
 
 @dataclass
 class ArrowCollection(Collection):
-    """Rows of Hugging Face datasets; sample ids are ``split/row``; images aren't decoded there: {"bytes", "path"}."""
+    """Images of Hugging Face datasets; sample ids are ``split/row``."""
 
+    # Split -> dataset, whose images are not decoded: each is a dict with "bytes" and "path".
     tables: dict[str, Any] = field(default_factory=dict)
     image_column: str = "image"
 
     @cached_property
-    def _pixels(self) -> dict[str, Any]:
-        """The images alone: reading a row decodes all of its columns."""
+    def _image_tables(self) -> dict[str, Any]:
+        """The tables with the column of images alone, since reading a row decodes all of its columns."""
         return {
             split: table.select_columns([self.image_column]) for split, table in self.tables.items()
         }
 
     def _bytes_or_path(self, sample: Sample) -> bytes | str:
         split, row = sample.sample_id.rsplit("/", 1)
-        image = self._pixels[split][int(row)][self.image_column] or {}
+        image = self._image_tables[split][int(row)][self.image_column] or {}
         return image.get("bytes") or str(image.get("path") or "")
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
@@ -228,7 +232,7 @@ class ArrowCollection(Collection):
         source = self._bytes_or_path(sample)
         if isinstance(source, bytes):
             return safe_open(io.BytesIO(source), short_side)
-        if not os.path.isabs(source):  # empty, an address, or a member of an archive
+        if not os.path.isabs(source):  # an empty path, a URL, or a member of an archive
             raise BadImageError(
                 sample.sample_id, f"the dataset has no image there, only the path {source!r}"
             )
@@ -236,25 +240,25 @@ class ArrowCollection(Collection):
 
     @cached_property
     def _sizes(self) -> dict[str, list[int]]:
-        """Bytes per row of each split; read in batches, since a row by itself takes 0.1 ms."""
+        """Split -> size of each row's image in bytes; read in batches, since single rows take 0.1 ms each."""
         sizes: dict[str, list[int]] = {split: [] for split in self.tables}
-        for split, table in self._pixels.items():
+        for split, table in self._image_tables.items():
             for batch in table.with_format("arrow").iter(batch_size=1000):
                 sizes[split] += map(_size_of_image, batch[self.image_column])
         return sizes
 
     def size_bytes(self, sample: Sample) -> int:
-        """Number of stored bytes, or of the file that the row names; 0 where there is none."""
+        """Number of stored bytes, or size of the file that the row names; 0 if there is neither."""
         split, row = sample.sample_id.rsplit("/", 1)
         return self._sizes[split][int(row)]
 
     def stored(self, sample: Sample) -> bytes:
-        """The stored bytes, or the file that the row names."""
+        """The stored bytes, or the content of the file that the row names."""
         source = self._bytes_or_path(sample)
         return source if isinstance(source, bytes) else read_image(source)
 
     def column(self, name: str) -> Mapping[str, str] | None:
-        """The values of a column by sample id; none and NaN are empty, as in a CSV."""
+        """The values of a column by sample id; None and NaN become empty strings, as in a CSV."""
         values: dict[str, str] = {}
         for split, table in self.tables.items():
             if name not in table.column_names or name == self.image_column:
@@ -266,7 +270,7 @@ class ArrowCollection(Collection):
 
 
 def _size_of_image(image: Any) -> int:
-    """Bytes of an Arrow value {bytes, path}, or of the file that it names."""
+    """Size in bytes of an Arrow value {bytes, path}, or of the file that it names."""
     stored = image["bytes"]
     path = str(image["path"])
     if stored.is_valid:
@@ -279,7 +283,8 @@ def read_dataset(
 ) -> ArrowCollection:
     """Read a Hugging Face dataset: a folder that ``save_to_disk`` wrote, or ``hf:NAME[:CONFIG]``.
 
-    `columns` are those with image and label, where they can't be found out; `download` fetches what isn't in the cache.
+    `columns` are the names of the columns with image and label (None: found by type or name). With `download` a dataset
+    that isn't in the cache is downloaded.
     """
     tables, notes = _by_split(_load(path, download), path)
     features = next(iter(tables.values())).features
@@ -320,7 +325,7 @@ def read_dataset(
 
 
 def count_rows(path: str) -> int:
-    """Images of a Hugging Face dataset that is on this computer; raises UserError as `read_dataset`."""
+    """Number of images of a Hugging Face dataset on this computer; raises the UserErrors of `read_dataset`."""
     tables, _ = _by_split(_load(path, download=False), path)
     return sum(map(len, tables.values()))
 
@@ -336,40 +341,42 @@ def _datasets() -> Any:
 
 
 def _load(path: str, download: bool) -> Any:
-    """A dataset, or a dict of datasets by split; kept to this computer unless it may fetch."""
+    """A dataset, or a dict of datasets by split; nothing is downloaded unless `download` allows it."""
     datasets = _datasets()
-    name, config = path.removeprefix(HF), ""
-    if not os.path.exists(name):  # hf:C:\tars has a colon too
+    name = path.removeprefix(HF)
+    config = ""
+    if not os.path.exists(name):  # an existing path may have a colon too: hf:C:\tars
         name, _, config = name.partition(":")
-    offline = datasets.config.HF_HUB_OFFLINE  # what the environment forbids stays forbidden
-    datasets.config.HF_HUB_OFFLINE = offline or not download
+
+    # If the environment forbids downloads, `download` doesn't change that.
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = was_offline or not download
     try:
         if path.startswith(HF):
             if not download and os.path.isdir(name):
                 _refuse_addresses(Path(name), path)
             return datasets.load_dataset(name, config or None)
-        # A format that was saved with it would give rows of another kind, or fewer columns.
+        # Reset the format that was saved with the dataset: it may hide columns or change the type of the values.
         return datasets.load_from_disk(str(Path(path).expanduser())).with_format(None)
     except UserError:
         raise
-    # damaged files fail in every type, and so do names, networks and configurations
-    except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except Exception as error:  # damaged files, wrong names and networks raise errors of many types
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if not path.startswith(HF):
             raise UserError(
-                f"{path} can't be read as a saved dataset ({why}): save it anew."
+                f"{path} can't be read as a saved dataset ({reason}): save it anew."
             ) from error
         hint = "check the name" if download else f"fetch it by {fetching(path)}"
         raise UserError(
-            f"The dataset {name} can't be loaded from the Hugging Face hub's cache ({why}): {hint}; a configuration "
+            f"The dataset {name} can't be loaded from the Hugging Face hub's cache ({reason}): {hint}; a configuration "
             f"goes behind the name, {HF}{name}:CONFIG."
         ) from error
     finally:
-        datasets.config.HF_HUB_OFFLINE = offline
+        datasets.config.HF_HUB_OFFLINE = was_offline
 
 
 def _refuse_addresses(folder: Path, path: str) -> None:
-    """Raise a UserError if a folder says that its images are elsewhere, as the `configs` of a dataset's card may."""
+    """Raise a UserError if a dataset folder's `configs`, in its card or settings, name files at remote addresses."""
     from huggingface_hub import DatasetCard
 
     card = folder / "README.md"
@@ -387,15 +394,18 @@ def _refuse_addresses(folder: Path, path: str) -> None:
 
 
 def _by_split(loaded: Any, path: str) -> tuple[dict[str, Any], list[str]]:
-    """Dataset by train, val and test, or all under "all"; and what was left out."""
+    """Split (train, val, test) -> dataset, or {"all": dataset} for a single one; and notes on splits left out."""
     if not isinstance(loaded, dict):
         return {"all": loaded}, []
     if len(loaded) == 1:
         return {"all": next(iter(loaded.values()))}, []
+
+    # Our name of each split -> the dataset's name; None stands for names that mean no split here.
     names = {SPLIT_NAMES.get(name.lower()): name for name in loaded}
     others = [repr(name) for name in loaded if name.lower() not in SPLIT_NAMES]
-    named_twice = len(loaded) - len(others) > len(names.keys() - {None})
-    if named_twice or "train" not in names:
+    num_known = len(loaded) - len(others)
+    has_duplicates = num_known > len(names.keys() - {None})  # such as "val" and "validation"
+    if has_duplicates or "train" not in names:
         raise UserError(
             f"{path} has the splits {', '.join(map(repr, loaded))}: it must have train, and validation or test once "
             "each at most. Save it so with datasets, or save one split."
@@ -407,18 +417,19 @@ def _by_split(loaded: Any, path: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _find_columns(features: Mapping[str, Any], columns: Columns, path: str) -> tuple[str, str]:
-    """The columns with image and label: as named, or the only ones of their kind."""
+    """The names of the columns with image and label: those in `columns`, or the only ones of the right type."""
     datasets = _datasets()
-    images, labels, lists = [], [], []
+    images, labels, label_lists = [], [], []
     for name, feature in features.items():
         if isinstance(feature, datasets.Image):
             images.append(name)
         if isinstance(feature, datasets.ClassLabel):
             labels.append(name)
         if isinstance(getattr(feature, "feature", None), datasets.ClassLabel):
-            lists.append(name)
+            label_lists.append(name)
     usual = [name for name in _LABELS if name in features]
-    labels = labels or usual[:1] or lists  # of lists one is refused below
+    # A column of lists is refused below, with a message that says why.
+    labels = labels or usual[:1] or label_lists
 
     image = _choose_column("image", columns[0], images, features, path)
     label = _choose_column("label", columns[1], labels, features, path)
@@ -442,7 +453,7 @@ def _find_columns(features: Mapping[str, Any], columns: Columns, path: str) -> t
 def _choose_column(
     kind: str, name: str | None, candidates: list[str], features: Mapping[str, Any], path: str
 ) -> str:
-    """The column that was named, else the only candidate."""
+    """The column called `name`, or the only candidate if no name is given."""
     if name is not None and name in features:
         return name
     if name is None and len(candidates) == 1:
@@ -457,17 +468,20 @@ def _choose_column(
 def _classes(
     feature: Any, values: Mapping[str, Sequence[Any]], where: str
 ) -> tuple[list[str], dict[Any, int]]:
-    """Class names, and the label of every value; none for None, "" and for -1, which stands for a hidden label."""
-    used = set(chain.from_iterable(values.values())) - {None, ""}
+    """Class names, and value of the column -> label.
+
+    None, "" and, in a column of `ClassLabel`, -1 have no label: datasets have -1 where the label is kept secret.
+    """
+    distinct = set(chain.from_iterable(values.values())) - {None, ""}
     names: list[str] | None = getattr(feature, "names", None)
     if names is not None:
-        ordered = sorted(value for value in used if 0 <= value < len(names))
-        class_names = [names[value] for value in ordered]
+        class_values = sorted(value for value in distinct if 0 <= value < len(names))
+        class_names = [names[value] for value in class_values]
     else:
-        ordered = sorted(used)
-        class_names = list(map(str, ordered))
+        class_values = sorted(distinct)
+        class_names = list(map(str, class_values))
         for name in class_names:
             if "|" in name:
                 raise UserError(f"{name!r} in {where} names several labels; {_ONE_LABEL}.")
     check_distinct(class_names)
-    return class_names, {value: label for label, value in enumerate(ordered)}
+    return class_names, {value: label for label, value in enumerate(class_values)}

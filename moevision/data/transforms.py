@@ -1,20 +1,21 @@
 """From an image to the pixels of a batch: fixed preparation, random augmentation, normalisation, Mixup and CutMix.
 
-Preparation is deterministic and its result may be cached. Augmentation draws the numbers of each image from a hash of
-``(seed, stream, epoch, index)``, so an image gets the same crop whatever the number of worker processes, the batch it
-travels in, or the point from which a run was resumed. The numbers of a batch are drawn at once; its pixels are copied
-crop by crop, which took less than half the time of gathering them by index arrays (2.7 against 6.4 us an image of
-32 px, 5 against 22 at 64 px). The policies are torchvision's (``transforms.v2``) and work on one image after the other.
-torchvision's own crops, flips and erasing draw once per call, so a whole batch handed to them would be cropped in one
-place; here every image has numbers of its own, of the same distributions.
+Preparation is deterministic and its result may be cached. Augmentation takes the random numbers of each image from a
+hash of ``(seed, stream, epoch, index)``, where a stream is one purpose such as cropping. An image therefore gets the
+same crop whatever the number of worker processes, its batch, or the point from which a run was resumed. The random
+numbers of a batch are drawn at once; its pixels are copied crop by crop, which took less than half the time of
+gathering them by index arrays (2.7 against 6.4 us for an image of 32 px, 5 against 22 at 64 px). The policies are
+torchvision's (``transforms.v2``) and work on one image after the other. torchvision's own crops, flips and erasing draw
+once per call, so they would crop a whole batch at the same place; here every image has its own random numbers, from the
+same distributions.
 
 Sources: RandAugment arXiv:1909.13719, TrivialAugment arXiv:2103.10158, random erasing arXiv:1708.04896 (algorithm 1),
 random resized crop arXiv:1409.4842 (section 6), Mixup arXiv:1710.09412, CutMix arXiv:1905.04899; numbers by key:
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, with the finaliser of SplitMix64 (Steele, Lea and
 Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, fig. 16) as mixing function.
 
-Axis legend: B images, H height, W width, S = ``image_size``, C classes, T tries, n numbers per key; u uniform numbers
-in [0, 1). Pixels are uint8 unless said so.
+Axis legend: B images, H height, W width, S = ``image_size``, C classes, T tries; ``u`` are uniform random numbers in
+[0, 1). Pixels are uint8 unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ _Key = int | Ints
 # Short side, in units of `image_size`, at which photos are kept for random resized crops: large enough that crops are
 # not enlarged much, small enough that tens of thousands of photos fit into memory.
 BASE_SCALE = 1.15
-TRIES = 10  # rectangles that are drawn for an image; the first that fits is used
+TRIES = 10  # T: rectangles that are drawn for an image, of which the first that fits is used
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop
 ERASED_SHARE = (0.02, 0.33)  # area of an erased rectangle, as a share of the image's
 ERASED_RATIO = (0.3, 3.3)  # height / width of an erased rectangle
-# Streams of random numbers that must never coincide for equal (seed, epoch, index).
+# Streams: part of the hashed key, so that each purpose has other random numbers for equal (seed, epoch, index).
 _POLICY, _MIX, _CROP, _FLIP, _ERASE, _RECTANGLE = range(1, 7)
 
 
@@ -62,15 +63,17 @@ def base_side(image_size: int) -> int:
 
 
 def square_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels:
-    """The image as evaluation sees it, uint8 [S, S, 3]: its central square, or the whole padded or squashed, resized.
+    """The image as in evaluation, uint8 [S, S, 3], resized with antialiased bicubic interpolation.
 
-    Bicubic, antialiased. `crop` equals resizing the short side and then cropping the centre, but an image of
-    10 x 10 000 pixels never becomes a huge one in between. An image that is S x S already is returned as it is.
-    The three are the `crop_mode`s of timm's transforms: center, border, squash. `safe_open` may have decoded the image
+    `framing.fit` says how it becomes square: its central square (`crop`), the whole image between borders of the mean
+    colour (`pad`), or the whole image distorted (`squash`), which are timm's `crop_mode`s center, border and squash.
+    `crop` equals resizing the short side and then cropping the centre, but an image of 10 x 10 000 pixels never becomes
+    a huge one in between. An image that is S x S already is returned unchanged. `safe_open` may have decoded the image
     at a reduced size.
     """
     (width, height), _ = full_size(image)
     square = (image_size, image_size)
+
     if framing.fit == "crop" or width == height:
         side = min(width, height)
         box = _centered((side, side), (width, height))
@@ -78,35 +81,40 @@ def square_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) 
             return np.array(image.crop(box))
         return np.array(_resized(image, box, square))
 
-    whole = (0, 0, width, height)
+    whole_image = (0, 0, width, height)
     if framing.fit == "squash":
-        return np.array(_resized(image, whole, square))
+        return np.array(_resized(image, whole_image, square))
+
     longest = max(width, height)
     inner_width = max(1, round(image_size * width / longest))
     inner_height = max(1, round(image_size * height / longest))
-    inner = _resized(image, whole, (inner_width, inner_height))
+    inner = _resized(image, whole_image, (inner_width, inner_height))
+
     padded = Image.new("RGB", square, tuple(round(255 * channel) for channel in framing.mean))
     padded.paste(inner, _centered(inner.size, square))
     return np.array(padded)
 
 
 def base_pixels(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels:
-    """The image as random resized crops are cut from it, uint8 [H, W, 3]: short side at most 1.15 S, never enlarged.
+    """The image from which random resized crops are cut, uint8 [H, W, 3]: short side at most 1.15 S, never enlarged.
 
-    A long side beyond four times the short one is cut off around the centre (a strip would fill the memory). What is to
-    be padded or squashed is so before it is cropped, to a square of 1.15 S.
+    A long side of more than four times the short one is cropped to that around the centre, because a long strip would
+    fill the memory. With a `framing` that pads or squashes, this is done first, and crops are cut from a square of
+    1.15 S.
     """
     if framing.fit != "crop":
         return square_pixels(image, base_side(image_size), framing)
+
     (full_width, full_height), _ = full_size(image)
     short_side = min(full_width, full_height)
     width = min(full_width, 4 * short_side)
     height = min(full_height, 4 * short_side)
     box = _centered((width, height), (full_width, full_height))
+
     scale = base_side(image_size) / short_side
     if scale < 1.0:
-        scaled = max(1, round(width * scale)), max(1, round(height * scale))
-        image = _resized(image, box, scaled)
+        scaled_size = max(1, round(width * scale)), max(1, round(height * scale))
+        image = _resized(image, box, scaled_size)
     elif (width, height) != image.size:
         image = image.crop(box)
     return np.array(image)
@@ -120,7 +128,7 @@ def _centered(inner: Size, outer: Size) -> Box:
 
 
 def _resized(image: Image.Image, box: Box, size: Size) -> Image.Image:
-    """The box, given in pixels of the full image, as an image of ``size``."""
+    """The part of an image inside a box, resized to ``size``; the box is in pixels of the image at its full size."""
     _, reduction = full_size(image)
     left, top, right, bottom = (edge / reduction for edge in box)
     return image.resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
@@ -128,14 +136,14 @@ def _resized(image: Image.Image, box: Box, size: Size) -> Image.Image:
 
 @dataclass(frozen=True)
 class BatchKeys:
-    """What the random numbers of a batch follow from: the seed of the run, the epoch and index of each image."""
+    """The keys of a batch's random numbers: the seed of the run, and the epoch and index of each image."""
 
     seed: int
     epoch: Ints  # [B]
     index: Ints  # [B]
 
     def uniform(self, count: int, stream: int) -> Uniform:
-        """float64 [B, count] in [0, 1), of one of the streams."""
+        """float64 [B, count] random numbers in [0, 1), from one of the streams."""
         return uniform(count, self.seed, stream, self.epoch, self.index)
 
     def rectangles(self, stream: int) -> Uniform:
@@ -144,21 +152,24 @@ class BatchKeys:
 
 
 class TrainTransform:
-    """Random crop, flip, policy and erasing of a batch; every decision on an image follows from its key."""
+    """Random crop, flip, policy and erasing of a batch; all random decisions on an image depend on its key alone."""
 
     def __init__(self, data: Data, crop: CropMode) -> None:
-        """Choose the steps by `data`; images come in S x S for the crop "pad", in any size for "random_resized".
+        """Choose the steps by `data`; images must be S x S, except for the crop "random_resized", which takes any size.
 
-        `augment` "none" leaves out crop, flip and policy, and the mean colour fills what lies outside the image.
+        With `data.augment` "none" there is no crop, flip or policy. Pixels that a step takes from outside of the image
+        have the mean colour.
         """
-        plain = data.augment == "none"
+        is_plain = data.augment == "none"
         self.image_size = data.image_size
         self.min_crop_scale = data.min_crop_scale
         self.random_erasing = data.random_erasing
-        self.crop: CropMode | None = None if plain else crop
-        self.hflip = data.hflip and not plain
+        self.crop: CropMode | None = None if is_plain else crop
+        self.hflip = data.hflip and not is_plain
+
         mean = [round(255 * channel) for channel in data.mean]
         self.fill = np.array(mean, np.uint8)[:, None, None]  # [3, 1, 1]
+
         self.policy: v2.Transform | None = None
         bilinear = v2.InterpolationMode.BILINEAR
         if data.augment == "randaugment":
@@ -169,16 +180,17 @@ class TrainTransform:
     def __call__(
         self, images: Sequence[Pixels], seed: int, epochs: Sequence[int], indices: Sequence[int]
     ) -> Tensor:
-        """Augment B images, uint8 [3, H, W] each, by the seed of the run and the epoch and index of each.
+        """Augment B images, uint8 [3, H, W] each, by the seed of the run and the epoch and index of each image.
 
-        They are not written to. The result is uint8 [B, 3, S, S]; row b is a function of image, seed, epoch and index b
-        alone.
+        The result is uint8 [B, 3, S, S]. Row b depends only on the seed and on image, epoch and index b. The images
+        themselves are not changed.
         """
         keys = BatchKeys(seed, np.asarray(epochs, np.int64), np.asarray(indices, np.int64))
         pixels = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
-        rows = list(pixels)
+        rows = list(pixels)  # views: writing an image into a row writes it into `pixels`
         if self.hflip:
             rows = self._flip(rows, keys)
+
         if self.crop == "pad":
             pixels[:] = self.fill
             self._pad_crop(images, rows, keys)
@@ -187,6 +199,7 @@ class TrainTransform:
         else:
             for row, image in zip(rows, images, strict=True):
                 row[:] = image
+
         if self.policy is not None:
             self._apply_policy(self.policy, pixels, keys)
         if self.random_erasing > 0:
@@ -194,43 +207,53 @@ class TrainTransform:
         return torch.from_numpy(pixels)
 
     def _flip(self, rows: list[Pixels], keys: BatchKeys) -> list[Pixels]:
-        """The rows, half of them as mirrored views: what is written into such a view is mirrored in the row.
+        """Views of the rows [3, S, S] of the result, some of them mirrored: an image written there is flipped.
 
-        An image is mirrored in every other epoch (arXiv:2404.00498, section 3.6).
+        Each image is flipped in every other epoch (arXiv:2404.00498, section 3.6), from epoch 0 or 1 on, at random.
         """
-        first = uniform(1, keys.seed, _FLIP, 0, keys.index)[:, 0] < 0.5  # [B]
-        mirrored = first ^ (keys.epoch % 2 == 1)
-        return [row[:, :, ::-1] if flip else row for row, flip in zip(rows, mirrored, strict=True)]
+        in_even_epochs = uniform(1, keys.seed, _FLIP, 0, keys.index)[:, 0] < 0.5  # [B]
+        is_odd_epoch = keys.epoch % 2 == 1  # [B]
+        is_flipped = in_even_epochs ^ is_odd_epoch
+        return [
+            row[:, :, ::-1] if flip else row for row, flip in zip(rows, is_flipped, strict=True)
+        ]
 
     def _pad_crop(self, images: Sequence[Pixels], rows: list[Pixels], keys: BatchKeys) -> None:
-        """Write each image, shifted by up to S / 8, into its row; what lies outside of the image stays as it is."""
+        """Write each image, moved by up to S / 8, into its row; the rest of the row keeps the colour that it has."""
         size = self.image_size
         padding = max(1, size // 8)
         shifts = pad_shifts(keys.uniform(2, _CROP), padding)  # [B, 2]
-        # For every possible shift: the part of a row that the image covers, and that part of the image.
-        covered = {}
+
+        # Along one axis, for a crop that starts at `shift` of the image: the overlap as a slice of the row, and as a
+        # slice of the image.
+        overlaps = {}
         for shift in range(-padding, padding + 1):
-            before, after = max(0, -shift), max(0, shift)
-            covered[shift] = slice(before, size - after), slice(after, size - before)
+            row_start = max(0, -shift)
+            image_start = max(0, shift)
+            row_slice = slice(row_start, size - image_start)
+            image_slice = slice(image_start, size - row_start)
+            overlaps[shift] = (row_slice, image_slice)
+
         for row, image, (down, right) in zip(rows, images, shifts.tolist(), strict=True):
-            row_y, image_y = covered[down]
-            row_x, image_x = covered[right]
+            row_y, image_y = overlaps[down]
+            row_x, image_x = overlaps[right]
             row[:, row_y, row_x] = image[:, image_y, image_x]
 
     def _resized_crop(self, images: Sequence[Pixels], rows: list[Pixels], keys: BatchKeys) -> None:
         """Write a random crop of each image, resized to S x S, into its row."""
-        sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
-        u = keys.rectangles(_CROP)
+        sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)  # [B, 2]
+        u = keys.rectangles(_CROP)  # [B, T, 4]
         boxes = resized_crop_boxes(u, sizes, (self.min_crop_scale, 1.0))  # [B, 4]
+
         size = (self.image_size, self.image_size)
         for row, image, box in zip(rows, images, boxes.tolist(), strict=True):
             crop = torch.from_numpy(_cut(image, box))[None]
-            # with the channels last torch's uint8 kernel takes half the time (cached photos are so)
+            # torch's uint8 kernel takes half the time with channels last, the layout of cached photos.
             crop = crop.contiguous(memory_format=torch.channels_last)  # [1, 3, h, w]
             row[:] = interpolate(crop, size, mode="bicubic", antialias=True)[0].numpy()
 
     def _apply_policy(self, policy: v2.Transform, pixels: Pixels, keys: BatchKeys) -> None:
-        """Change each image by the policy, as a PIL image: two to four times as fast as a tensor."""
+        """Apply the policy to each image, as a PIL image, which is two to four times as fast as a tensor."""
         seeds = hash_u64_array(keys.seed, _POLICY, keys.epoch, keys.index)  # [B]
         for row, seed in zip(pixels, seeds.tolist(), strict=True):
             image = Image.fromarray(np.ascontiguousarray(row.transpose(1, 2, 0)))
@@ -240,12 +263,12 @@ class TrainTransform:
 
     def _erase(self, pixels: Pixels, keys: BatchKeys) -> None:
         """Fill a random rectangle of a random share of the images with the mean colour."""
-        is_erased = keys.uniform(1, _ERASE)[:, 0] < self.random_erasing
-        (erased,) = np.nonzero(is_erased)
+        is_erased = keys.uniform(1, _ERASE)[:, 0] < self.random_erasing  # [B]
+        (erased,) = np.nonzero(is_erased)  # rows of the batch
         erased_keys = BatchKeys(keys.seed, keys.epoch[erased], keys.index[erased])
         boxes = erasing_boxes(erased_keys.rectangles(_RECTANGLE), self.image_size)
-        for number, box in zip(erased.tolist(), boxes.tolist(), strict=True):
-            _cut(pixels[number], box)[:] = self.fill
+        for row, box in zip(erased.tolist(), boxes.tolist(), strict=True):
+            _cut(pixels[row], box)[:] = self.fill
 
 
 def _cut(image: Pixels, box: list[int]) -> Pixels:
@@ -255,17 +278,17 @@ def _cut(image: Pixels, box: list[int]) -> Pixels:
 
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Scale uint8 pixels [B, 3, H, W] to [0, 1], subtract the mean and divide by the deviation; float32."""
+    """float32: uint8 pixels [B, 3, H, W] scaled to [0, 1], less the mean, divided by the standard deviation."""
     center = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1).mul_(255)  # [1, 3, 1, 1]
     inverse = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1).mul_(255).reciprocal_()
     return pixels.float().sub_(center).mul_(inverse)
 
 
 class BatchMixer:
-    """Mixup and/or CutMix of a whole batch, with soft targets; decided by (seed, epoch, first index)."""
+    """Mixup and/or CutMix of a whole batch, with soft targets; its random numbers depend on seed, epoch and index."""
 
     def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
-        """Choose the mixers by the alphas of their Beta distributions; 0 turns one off."""
+        """`mixup` and `cutmix` are the alphas of their Beta distributions; 0 turns one off."""
         self.mixers: list[v2.Transform] = []
         if mixup > 0:
             self.mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
@@ -275,7 +298,10 @@ class BatchMixer:
     def __call__(
         self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int
     ) -> tuple[Tensor, Tensor]:
-        """Every image float32 [B, 3, H, W] mixed with its neighbour, and soft targets [B, C], whose rows sum to 1."""
+        """Mix each image, float32 [B, 3, H, W], with its neighbour; soft targets [B, C], whose rows sum to 1.
+
+        `index` is that of the first image of the batch.
+        """
         with seeded_torch(hash_u64(seed, _MIX, epoch, index)):
             choice = 0
             if len(self.mixers) > 1:
@@ -284,19 +310,20 @@ class BatchMixer:
         return mixed, target
 
 
-# Where random crops and erased rectangles lie: those of a whole batch at once. The distributions are those of
+# Positions of random crops and of erased rectangles, computed for a whole batch at once. The distributions are those of
 # torchvision's v2.RandomCrop, v2.RandomResizedCrop and v2.RandomErasing.
 
 
 def pad_shifts(u: Uniform, padding: int) -> Boxes:
-    """[B, 2], down and right in -padding ... padding, from u [B, 2]: moves over images with such a border."""
+    """[B, 2] offsets down and right, uniform in -padding ... padding, of crops from padded images; u is [B, 2]."""
     return np.floor(u * (2 * padding + 1)).astype(np.int64) - padding
 
 
 def resized_crop_boxes(u: Uniform, sizes: Ints, scale: Bounds) -> Boxes:
-    """Crops of random area and shape of images of these sizes [B, 2]; the central one where no try fits.
+    """[B, 4] crops of random area and shape; the largest central one where no try fits.
 
-    u is [B, T, 4]: area, shape, top, left of each try; `scale` the smallest and largest share of an image's area.
+    `sizes` [B, 2] are heights and widths of the images; u is [B, T, 4]: area, shape, top, left of each try; `scale` the
+    smallest and largest share of an image's area.
     """
     width, height = _sides(u, sizes, scale, CROP_RATIO)
     sides = np.stack([height, width], axis=2)  # [B, T, 2]
@@ -306,11 +333,11 @@ def resized_crop_boxes(u: Uniform, sizes: Ints, scale: Bounds) -> Boxes:
 
 
 def erasing_boxes(u: Uniform, size: int) -> Boxes:
-    """Rectangles to erase in images of ``size`` x ``size``; of height 0, nothing, where no try fits.
+    """[B, 4] rectangles to erase in images of ``size`` x ``size``; empty ones (height 0) where no try fits.
 
     ``u`` is [B, T, 4]: area, shape, top, left of each try.
     """
-    sizes = np.full((len(u), 2), size)
+    sizes = np.full((len(u), 2), size)  # [B, 2]
     height, width = _sides(u, sizes, ERASED_SHARE, ERASED_RATIO)
     sides = np.stack([height, width], axis=2)  # [B, T, 2]
     fits = np.all(sides < size, axis=2)  # [B, T]
@@ -319,32 +346,39 @@ def erasing_boxes(u: Uniform, size: int) -> Boxes:
 
 
 def _sides(u: Uniform, sizes: Ints, scale: Bounds, ratio: Bounds) -> tuple[Boxes, Boxes]:
-    """Two sides, [B, T] each, with a uniform product and a log-uniform quotient (first / second)."""
+    """Two sides of random rectangles, [B, T] each; their quotient, first / second, lies within `ratio`.
+
+    The area is uniform between the shares `scale` of the image's, the quotient is log-uniform. `sizes` is [B, 2], u is
+    [B, T, 4], of which the first two are used.
+    """
     area = sizes.prod(axis=1, keepdims=True)  # [B, 1]
     smallest, largest = scale
-    product = area * (smallest + (largest - smallest) * u[..., 0])
+    product = area * (smallest + (largest - smallest) * u[..., 0])  # [B, T]
     low, high = np.log(ratio)
-    quotient = np.exp(low + (high - low) * u[..., 1])
-    # to the nearest even number, like Python's round, which torchvision uses
+    quotient = np.exp(low + (high - low) * u[..., 1])  # [B, T]
+    # np.rint rounds halves to even numbers like Python's round, which torchvision uses.
     first = np.rint(np.sqrt(product * quotient))
     second = np.rint(np.sqrt(product / quotient))
     return first.astype(np.int64), second.astype(np.int64)
 
 
 def _first_that_fits(u: Uniform, fits: NDArray[np.bool_], sides: Boxes, sizes: Ints) -> Boxes:
-    """The first try of each image whose sides [B, T, 2] fit, at a uniform position; the first where none does."""
+    """[B, 4] the first try of each image that fits, at a uniform position; try 0 where none fits.
+
+    u is [B, T, 4], `fits` [B, T], `sides` [B, T, 2] height and width of each try, `sizes` [B, 2] those of the images.
+    """
     rows = np.arange(len(u))
     tries = fits.argmax(axis=1)  # [B]
     chosen_sides = sides[rows, tries]  # [B, 2]
-    position = u[rows, tries, 2:]  # [B, 2]
-    corner = np.floor(position * (sizes - chosen_sides + 1)).astype(np.int64)
+    relative_position = u[rows, tries, 2:]  # [B, 2], from 0 (top, left) to 1
+    corner = np.floor(relative_position * (sizes - chosen_sides + 1)).astype(np.int64)
     return np.concatenate([corner, chosen_sides], axis=1)
 
 
 def _central(sizes: Ints) -> Boxes:
-    """The largest central crops whose width / height lies within `CROP_RATIO`."""
+    """[B, 4] the largest central crops whose width / height lies within `CROP_RATIO`; `sizes` is [B, 2]."""
     min_ratio, max_ratio = CROP_RATIO
-    height, width = sizes.T
+    height, width = sizes.T  # [B] each
     crop_height = np.minimum(height, np.rint(width / min_ratio)).astype(np.int64)
     crop_width = np.minimum(width, np.rint(height * max_ratio)).astype(np.int64)
     top = (height - crop_height) // 2
@@ -352,8 +386,8 @@ def _central(sizes: Ints) -> Boxes:
     return np.stack([top, left, crop_height, crop_width], axis=1)
 
 
-# Random numbers by key: a pure function of integers, independent of what was drawn before, elsewhere or in another
-# process. (With a sequential generator an image's numbers would depend on how many images came before it.)
+# Random numbers by key: pure functions of integers, independent of earlier draws and of other processes. (From a
+# sequential generator an image's numbers would depend on how many images came before it.)
 
 _MASK = (1 << 64) - 1
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -367,15 +401,16 @@ def hash_u64(*values: int) -> int:
 
 
 def hash_u64_array(*values: _Key) -> NDArray[np.uint64]:
-    """`hash_u64` of every element of integers and integer arrays, broadcast against each other; uint64.
+    """`hash_u64` elementwise over integers and integer arrays, which are broadcast against each other; uint64.
 
-    SplitMix64's finaliser, chained over the values; Python's ``hash`` is not promised to be stable.
+    SplitMix64's finaliser, chained over the values. Python's ``hash`` is not guaranteed to be stable.
     """
     state = np.zeros((), np.uint64)
     for value in values:
-        # a negative number counts modulo 2**64
-        term = np.uint64(value & _MASK) if isinstance(value, int) else value.astype(np.uint64)
-        state = np.atleast_1d(state + term)  # arrays wrap around silently, NumPy's scalars warn
+        # Negative numbers become their value modulo 2**64.
+        unsigned = np.uint64(value & _MASK) if isinstance(value, int) else value.astype(np.uint64)
+        # On overflow arrays wrap around silently, while NumPy's scalars warn.
+        state = np.atleast_1d(state + unsigned)
         state += _GAMMA
         state ^= state >> np.uint64(30)
         state *= _FIRST_FACTOR
@@ -386,8 +421,11 @@ def hash_u64_array(*values: _Key) -> NDArray[np.uint64]:
 
 
 def uniform(count: int, *key: _Key) -> Uniform:
-    """float64 [B, count], uniform in [0, 1), for each key of integers or arrays [B]: upper 53 bits of ``hash_u64``."""
-    columns = [part if isinstance(part, int) else part[:, None] for part in key]  # [B, 1]
+    """float64 [B, count], uniform in [0, 1): ``count`` numbers for each key; its parts are integers or arrays [B].
+
+    The upper 53 bits of ``hash_u64``, as many as float64 represents exactly.
+    """
+    columns = [part if isinstance(part, int) else part[:, None] for part in key]  # int, or [B, 1]
     bits = hash_u64_array(*columns, np.arange(count)[None, :])  # [B, count]
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

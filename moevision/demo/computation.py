@@ -1,10 +1,11 @@
-"""How a layer computed each patch, in numbers: scores, what every chosen expert gave, their sum, the residual stream.
+"""The numbers of an MoE layer's computation per patch: scores, outputs of the experts, their sum, the residual stream.
 
-`capture_activations` is a scope around a forward pass. It keeps what the layers compute anyway (the experts' rows, the
-output, the residual stream before and after), so that the numbers cost norms and no second pass.
+`capture_activations` is a context manager for a forward pass. Its hooks store what the layers compute anyway (the
+experts' rows, the output, the residual stream before and after), so that no second pass is needed.
 
-Axes: N tokens of one image (prefix tokens first), P patches, D width, E experts, K choices (E where experts choose
-patches or mix them), R rows, C patches of an expert, S slots of an expert, V shown channels.
+Shapes: N tokens of one image (prefix tokens first), P patches, D width, E experts, K choices of a patch (K = E for
+expert choice and Soft MoE), R rows of all experts, C tokens taken by an expert (expert choice), S slots of an expert
+(Soft MoE), V shown channels.
 """
 
 from __future__ import annotations
@@ -30,83 +31,87 @@ from moevision.layers import (
     routing_lock,
 )
 
-MAX_CHANNELS = 8  # of a vector: as many as can be drawn and read
-# A hooked module's output, and the activation that is this module's input.
+MAX_CHANNELS = 8  # of a vector; more can't be drawn legibly
+# Of some hooked modules the input is stored too: field for the output -> field for the input.
 INPUT_OF = {"output": "tokens", "normed": "before"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Channels:
-    """A few numbers of each vector as they are, by which a reader can do the layer's sums.
+    """A few channels of each vector, with which a reader can recompute the layer's sums.
 
-    They are those channels that the layer changes most in this image. A patch gets from the layer
-    `Σ weight · outputs + shared = total`; the stream goes on with `before + scale · total = after`.
+    They are the channels that the layer changes most in this image. The layer's output for a patch is
+    `Σ weight · outputs + shared = total`, and the residual stream becomes `before + scale · total = after`. `scale`,
+    `before` and `after` are None unless the layer reads a norm in a residual branch.
     """
 
     of: int  # D
     hidden: int  # width of an expert's hidden layer
-    index: list[int]  # [V] which of the D channels, in order
-    scale: Floats | None  # [V] the block's layer scale, 1 without one; None as `before`
-    read: Floats  # [P, V] what the router and the experts read
-    outputs: Floats  # [P, K, V] what each chosen expert gave, before its weight
-    shared: Floats | None = None  # [P, V] what the shared experts gave; None without
-    total: Floats  # [P, V] the layer's output
-    before: Floats | None = None  # [P, V] the residual stream into the block's MLP branch, if any
-    after: Floats | None = None  # [P, V] the stream behind the block; None as `before`
+    index: list[int]  # [V] indices of the shown channels, increasing
+    scale: Floats | None  # [V] the block's layer scale; 1 if it has none
+    read: Floats  # [P, V] input of the router and the experts
+    outputs: Floats  # [P, K, V] unweighted output of each chosen expert
+    shared: Floats | None = None  # [P, V] output of the shared experts; None without them
+    total: Floats  # [P, V] output of the layer
+    before: Floats | None = None  # [P, V] residual stream that enters the block's MLP branch
+    after: Floats | None = None  # [P, V] residual stream after the block
 
     def to_json(self) -> Json:
-        """The fields; each array as `encode_float32` writes it."""
+        """The fields by name, arrays encoded by `encode_float32`."""
         return _encode_arrays(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Computation:
-    """The numbers of one layer for the patches of one image; norms are Euclidean, of vectors of width D."""
+    """The numbers of one layer for the patches of one image; norms are Euclidean, over the width D.
 
-    scores: Floats  # [P, E] the router's clean logits
-    noise: Floats | None  # [P, E] what was added to them, as in training; None without
-    bias: Floats | None  # [E] what is added to an affinity for the choice alone; None without
-    # [P, K] norm of what each chosen expert gave, before its weight; of Soft MoE, of the weighted mean of the
-    # expert's slots; 0 where the expert didn't take the patch
+    `before` and `after` are None unless the layer reads a norm in a residual branch.
+    """
+
+    scores: Floats  # [P, E] the router's logits without noise
+    noise: Floats | None  # [P, E] training noise that was added to them; None without noise
+    bias: Floats | None  # [E] added to affinities for the choice, not for the weights; None without
+    # [P, K] norm of the unweighted output of each chosen expert. Soft MoE: of the weighted mean of the expert's slots.
+    # Expert choice: 0 where the expert didn't take the patch.
     outputs: Floats
-    shared: Floats | None = None  # [P] norm of what the shared experts gave; None without
-    total: Floats  # [P] norm of the weighted sum, shared experts included: the layer's output
-    # [P] norm of the residual stream that the block's MLP branch reads; None if the layer doesn't stand behind a norm
-    # in a residual branch
-    before: Floats | None = None
-    after: Floats | None = None  # [P] norm of the stream behind the block; None as `before`
-    channels: Channels  # some numbers of these vectors
+    shared: Floats | None = None  # [P] norm of the output of the shared experts; None without them
+    total: Floats  # [P] norm of the layer's output, shared experts included
+    before: Floats | None = (
+        None  # [P] norm of the residual stream that enters the block's MLP branch
+    )
+    after: Floats | None = None  # [P] norm of the residual stream after the block
+    channels: Channels  # the same vectors by channel, for a few channels
 
     def to_json(self) -> Json:
-        """Each array by name as `encode_float32` writes it, or None; `channels` as an object of its own."""
+        """The fields by name, arrays encoded by `encode_float32`; `channels` is a nested object."""
         return {**_encode_arrays(self), "channels": self.channels.to_json()}
 
 
 @dataclass
 class LayerActivations:
-    """What one MoE layer computed while the scope was open, each [1, N, D] but for `rows` [R, D]."""
+    """Activations of one MoE layer, stored by hooks; None where the model has no such module or didn't run."""
 
     layer: MoEMlp
-    block: nn.Module | None = None
-    tokens: Tensor | None = None
-    output: Tensor | None = None
-    rows: Tensor | None = None
-    shared: Tensor | None = None
-    normed: Tensor | None = None
-    before: Tensor | None = None
-    after: Tensor | None = None
-    thread: int = field(default_factory=threading.get_ident)
+    block: nn.Module | None = None  # that contains the layer
+    tokens: Tensor | None = None  # [1, N, D] input of the layer
+    output: Tensor | None = None  # [1, N, D] of the layer
+    rows: Tensor | None = None  # [R, D] output of the experts, sorted by expert
+    shared: Tensor | None = None  # [N, D] output of the shared experts
+    normed: Tensor | None = None  # [1, N, D] output of the block's second norm
+    before: Tensor | None = None  # [1, N, D] its input, the residual stream
+    after: Tensor | None = None  # [1, N, D] output of the block
+    thread: int = field(default_factory=threading.get_ident)  # the only one whose passes are stored
 
     def register_hooks(self, hooks: ExitStack) -> None:
-        """Store what the modules compute in the fields of these names, until `hooks` is closed."""
-        modules = {
+        """Hook the modules, so that each pass stores their activations in the fields; closing `hooks` ends it."""
+        module_of_field = {
             "output": self.layer,
             "rows": self.layer.experts,
             "shared": self.layer.shared,
             "normed": getattr(self.block, "norm2", None),
             "after": self.block,
         }
-        for name, module in modules.items():
+        for name, module in module_of_field.items():
             if isinstance(module, nn.Module):
                 hook = partial(self._store, name)
                 hooks.enter_context(module.register_forward_hook(hook))
@@ -120,25 +125,25 @@ class LayerActivations:
 
     @property
     def in_residual_branch(self) -> bool:
-        """Whether the layer stands behind a norm in a residual branch: the norm's output is its very input."""
+        """Whether the layer is in a residual branch, right after a norm: its input is the norm's output tensor."""
         return self.normed is self.tokens
 
     @torch.inference_mode()
     def computation(self, routing: Routing, *, noisy: bool = False) -> Computation:
-        """The numbers of the image's patches under the decision that was recorded with them.
+        """The numbers of the image's patches; `routing` must come from the same forward pass.
 
-        `noisy` is whether the router drew noise for it; it must be back in evaluation.
+        `noisy` says whether the router drew noise in that pass. By now it must be in evaluation mode again.
         """
-        first = routing.num_prefix_tokens
+        first_patch = routing.num_prefix_tokens
         router = self.layer.router
         vectors = self._patch_vectors(routing)
 
         clean_logits = routing.logits  # [1, N, E]
         noise = None
         if noisy:
-            # Jitter shakes the patch itself: the clean logits are those of the router without it.
+            # Jitter changes the router's input, and with it `routing.logits`: route again without noise.
             clean_logits = router(self.tokens).logits
-            noise = to_numpy((routing.noisy_logits - clean_logits)[0, first:])
+            noise = to_numpy((routing.noisy_logits - clean_logits)[0, first_patch:])
 
         bias = getattr(router, "bias", None)
         norms: dict[str, Any] = {
@@ -146,27 +151,28 @@ class LayerActivations:
             for name, vector in vectors.items()
         }
         return Computation(
-            scores=to_numpy(clean_logits[0, first:]),
+            scores=to_numpy(clean_logits[0, first_patch:]),
             noise=noise,
             bias=to_numpy(bias) if isinstance(bias, Tensor) else None,
             **norms,
-            channels=self._channel_table(vectors, first),
+            channels=self._largest_channels(vectors, first_patch),
         )
 
     def _patch_vectors(self, routing: Routing) -> dict[str, Tensor]:
-        """The vectors of the patches that there are by name, [P, D]; `outputs` is [P, K, D]."""
-        vectors = {"shared": self.shared, "total": self.output}
+        """The available vectors of the patches by field of `Computation`: [P, D], but `outputs` [P, K, D]."""
+        activations = {"shared": self.shared, "total": self.output}
         if self.in_residual_branch:
-            vectors |= {"before": self.before, "after": self.after}
-        first = routing.num_prefix_tokens
-        patches = {"outputs": self._expert_outputs(routing)[first:]}
-        for name, vector in vectors.items():
-            if vector is not None:
-                patches[name] = vector.flatten(0, -2)[first:]
-        return patches
+            activations |= {"before": self.before, "after": self.after}
 
-    def _channel_table(self, vectors: dict[str, Tensor], first: int) -> Channels:
-        """The channels that the layer changes most, of each of the vectors."""
+        first_patch = routing.num_prefix_tokens
+        vectors = {"outputs": self._expert_outputs(routing)[first_patch:]}
+        for name, activation in activations.items():
+            if activation is not None:
+                vectors[name] = activation.flatten(0, -2)[first_patch:]  # [N, D] -> [P, D]
+        return vectors
+
+    def _largest_channels(self, vectors: dict[str, Tensor], first_patch: int) -> Channels:
+        """Those channels of `vectors` (`_patch_vectors`) that the layer changes most, by mean absolute change."""
         change = vectors["total"]
         if self.in_residual_branch:
             change = vectors["after"] - vectors["before"]
@@ -180,77 +186,80 @@ class LayerActivations:
             scale = to_numpy(gamma[index])
 
         assert self.tokens is not None
-        tokens = self.tokens.flatten(0, -2)[first:]  # [P, D]; one image
-        table: dict[str, Any] = {
+        patches = self.tokens.flatten(0, -2)[first_patch:]  # [P, D]; one image
+        channels: dict[str, Any] = {
             name: to_numpy(vector[..., index]) for name, vector in vectors.items()
         }
         return Channels(
-            of=tokens.shape[-1],
+            of=patches.shape[-1],
             hidden=self.layer.experts.fc1.out_features,
             index=index.tolist(),
             scale=scale,
-            read=to_numpy(tokens[:, index]),
-            **table,
+            read=to_numpy(patches[:, index]),
+            **channels,
         )
 
     def _expert_outputs(self, routing: Routing) -> Tensor:
-        """[N, K, D] the experts' outputs, in the order of `routing.expert_index`."""
+        """[N, K, D] unweighted output of each chosen expert, in the order of `routing.expert_index`."""
         assert self.tokens is not None
         tokens = self.tokens.flatten(0, -2)  # [N, D]; one image
         experts = self.layer.experts
         inputs = tokens.to(experts.compute_dtype(tokens))
-        sent = self.layer.dispatcher.dispatch(inputs, routing)
-        rows = self.rows
-        if rows is None:  # the dense backend computes none
-            rows = experts(sent.rows, sent.counts)
+        dispatched = self.layer.dispatcher.dispatch(inputs, routing)
+        rows = self.rows  # [R, D]
+        if rows is None:  # the dense backend doesn't call this module
+            rows = experts(dispatched.rows, dispatched.counts)
 
         if isinstance(routing, SoftRouting):
-            outputs = _slot_means(rows, routing)
+            by_expert = _slot_means(rows, routing)  # [N, E, D]
         elif isinstance(routing, ExpertChoiceRouting):
-            outputs = _scatter_to_tokens(rows, routing)
+            by_expert = _scatter_to_tokens(rows, routing)  # [N, E, D]
         else:
-            assert sent.position is not None  # [N, K] of token choice
-            return rows[sent.position]
+            # Token choice: `position` [N, K] says in which row each choice was computed.
+            assert dispatched.position is not None
+            return rows[dispatched.position]
+
+        # From order of expert to order of choice.
         index = routing.expert_index[0].unsqueeze(-1)  # [N, K, 1]
-        return outputs.gather(1, index.expand(-1, -1, outputs.shape[-1]))
+        return by_expert.gather(1, index.expand(-1, -1, by_expert.shape[-1]))
 
 
 @contextmanager
 def capture_activations(net: nn.Module) -> Iterator[list[LayerActivations]]:
-    """Keep what the MoE layers of `net` compute about one image; in this thread, and until the scope closes.
+    """Within the context, store the activations of the MoE layers of `net` for one image that this thread runs.
 
-    It gives one `LayerActivations` per MoE layer, in order of depth, which fills while the model runs.
+    It yields one `LayerActivations` per MoE layer, in order of depth; they are filled while the model runs.
     """
-    blocks = {child: module for module in net.modules() for child in module.children()}
-    layers = [LayerActivations(layer, blocks.get(layer)) for layer in moe_layers(net)]
+    parent_of = {child: module for module in net.modules() for child in module.children()}
+    activations = [LayerActivations(layer, parent_of.get(layer)) for layer in moe_layers(net)]
     with routing_lock(net), ExitStack() as hooks:
-        for layer in layers:
-            layer.register_hooks(hooks)
-        yield layers
+        for of_layer in activations:
+            of_layer.register_hooks(hooks)
+        yield activations
 
 
 def _slot_means(rows: Tensor, routing: SoftRouting) -> Tensor:
-    """[N, E, D] for each token the weighted mean of each expert's slots."""
+    """[N, E, D] for each token the weighted mean of each expert's slots; rows are [E · S, D]."""
     weight = routing.slot_weight[0].to(rows.dtype)  # [N, E, S]
     slots = rows.view(routing.num_experts, -1, rows.shape[-1])  # [E, S, D]
-    smallest = torch.finfo(rows.dtype).tiny
+    smallest = torch.finfo(rows.dtype).tiny  # against 0 / 0
     weight_sum = weight.sum(-1, keepdim=True).clamp_min(smallest)  # [N, E, 1]
     return torch.einsum("nes,esd->ned", weight, slots) / weight_sum
 
 
 def _scatter_to_tokens(rows: Tensor, routing: ExpertChoiceRouting) -> Tensor:
-    """[N, E, D] what each expert gave each token, 0 where the expert didn't take it."""
+    """[N, E, D] output of each expert for each token, 0 where the expert didn't take it; rows are [E · C, D]."""
     _, num_tokens, num_experts = routing.logits.shape
     width = rows.shape[-1]
-    by_expert = rows.new_zeros(num_experts, num_tokens, width)
+    by_expert = rows.new_zeros(num_experts, num_tokens, width)  # [E, N, D]
     token_index = routing.token_index[0]  # [E, C]
-    index = token_index.unsqueeze(-1).expand(-1, -1, width)
+    index = token_index.unsqueeze(-1).expand(-1, -1, width)  # [E, C, D]
     by_expert.scatter_(1, index, rows.view(*token_index.shape, width))
     return by_expert.transpose(0, 1)
 
 
 def _encode_arrays(numbers: Channels | Computation) -> Json:
-    """The fields by name, arrays written by `encode_float32`."""
+    """The fields by name, arrays encoded by `encode_float32`."""
     fields = dict(vars(numbers))
     for name, value in fields.items():
         if isinstance(value, np.ndarray):

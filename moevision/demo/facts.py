@@ -1,7 +1,9 @@
-"""What a view says about its model, its layers and its image, and the one way an image enters a model.
+"""The model, layers and image of a view as data for the page; and how all views turn an image into the model's input.
 
-Layers of one model may differ in router, number of experts and k, so `LayerFacts` describes one layer.
-`noise_of_training` is what training sees of an image: the router's noise in a model otherwise as in evaluation.
+- `ModelFacts`, `LayerFacts`, `PictureFacts`: layers of one model may differ in router, number of experts and k, so
+  there are `LayerFacts` for each.
+- `model_input`, `route_batch`: from an image file to logits and routing.
+- `noise_of_training`: adds the routers' training noise to a model that is otherwise in eval mode.
 
 Axes: I images, S the model's image size, C classes, P patches, L MoE layers, E experts, K experts per patch.
 """
@@ -36,7 +38,7 @@ from moevision.layers.routing import Kind, RouteBy
 from moevision.models.convert import routes_read
 from moevision.models.io import SavedModel
 
-# How a gate that nobody learned decides.
+# Phrases for routers that are fixed rules and learn nothing, by router name.
 RULES: Final = {
     "hash": "by a hash of the position",
     "random": "at random",
@@ -49,27 +51,28 @@ CHANGES: Final[tuple[Change, ...]] = ("ablate", "force", "random", "top_k", "cap
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What there is to know about one MoE layer before an image is routed."""
+    """Properties of one MoE layer that don't depend on the image."""
 
     layer: int  # index of the transformer block
     router: str  # its name in `moevision.layers.ROUTERS`
     kind: Kind
-    learned: bool  # False for gates by a rule
+    learned: bool  # False for routers that are fixed rules
     num_experts: int  # E
-    # K: experts that a patch chooses, or has on average where experts choose; for Soft MoE what the slots cost, in
+    # K. Token choice: experts of a patch; expert choice: experts of a patch on average; Soft MoE: cost of the slots, in
     # experts per patch
     top_k: int
     num_shared_experts: int = 0  # experts that compute every patch besides the routed ones
     capacity: float | None = None  # capacity factor in evaluation; None if nothing is dropped there
     train_capacity: float | None = None  # the same in training
-    slots: int | None = None  # S of Soft MoE
-    # False: what it computes for patches isn't read, and routes change no answer
+    slots: int | None = None  # slots of one expert in Soft MoE; None for other routers
+    # False: its output for patches doesn't reach the classifier, so that routes change no answer
     read_by_classifier: bool = True
-    # change -> why it has no meaning here, to end a sentence
+    # intervention that has no meaning for this router -> the reason, as the end of a sentence
     refused: dict[str, str] = field(default_factory=dict)
     route_by: RouteBy = "token"  # `image`: all patches of an image share one choice
-    steps: dict[str, str] = field(default_factory=dict)  # what the router does, `layers.words`
-    expert_parameters: int = 0  # of one routed expert
+    # what the router does, as sentences by step, from `layers.words`
+    steps: dict[str, str] = field(default_factory=dict)
+    expert_parameters: int = 0  # number of parameters of one routed expert
     noise: str = "none"  # what the router adds in training: `learned`, `fixed`, `jitter` or `none`
 
     @property
@@ -80,7 +83,7 @@ class LayerFacts:
     @property
     def summary(self) -> str:
         """How it routes, as in "top-2 of 8 experts, capacity factor 0.8, plus 1 shared expert for every patch"."""
-        parts = [self._choice()]
+        parts = [self._choice_text()]
         if self.capacity is not None:
             parts.append(f"capacity factor {self.capacity:g}")
         if self.num_shared_experts:
@@ -91,7 +94,8 @@ class LayerFacts:
             parts.append("not read by the classifier")
         return ", ".join(parts)
 
-    def _choice(self) -> str:
+    def _choice_text(self) -> str:
+        """As in "top-2 of 8 experts"."""
         experts = plural(self.num_experts, "expert")
         if self.kind == "soft":
             return f"{experts} with {plural(self.slots or 0, 'slot')} each, which read all patches"
@@ -106,7 +110,7 @@ class LayerFacts:
 
     @property
     def k_text(self) -> str:
-        """What k is, as in "top-2"."""
+        """What k means, as in "top-2"."""
         if self.kind == "token_choice":
             return f"top-{self.top_k}"
         return f"{plural(self.top_k, 'expert')} per patch on average"
@@ -119,7 +123,7 @@ class LayerFacts:
 def _layer_facts(
     layer: MoEMlp, routing: Routing, name: str | None, read_by_classifier: bool
 ) -> LayerFacts:
-    """What there is to know about a MoE layer, from the layer and what it decided about an image."""
+    """The facts of a MoE layer, from the layer and its routing of any image."""
     router: Any = layer.router
     refusals = {kind: refusal(kind, router) for kind in CHANGES}
     slots = routing.slot_weight.shape[-1] if isinstance(routing, SoftRouting) else None
@@ -150,7 +154,7 @@ def _capacity_factor(router: Any, name: str) -> float | None:
 
 
 def common(values: Iterable[int]) -> int | None:
-    """The value that all layers share; None where they differ."""
+    """The value if all are equal; None if they differ."""
     distinct = set(values)
     return distinct.pop() if len(distinct) == 1 else None
 
@@ -169,9 +173,9 @@ MAX_ASPECT: Final = 20
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a view says about the model that made it; see `describe`.
+    """Properties of a model for its views; made by `describe`.
 
-    `routers` has one entry per MoE layer, in order of depth; `parameters` is all that the model has.
+    `routers` has one entry per MoE layer, in order of depth; `parameters` is the number of all its parameters.
     """
 
     id: str
@@ -191,7 +195,7 @@ class ModelFacts:
         return tuple(router.layer for router in self.routers)
 
     def router(self, layer: int) -> LayerFacts:
-        """What there is to know about the MoE layer in block `layer`."""
+        """The facts of the MoE layer in block `layer`."""
         return self.routers[self.layers.index(layer)]
 
     @property
@@ -206,7 +210,7 @@ class ModelFacts:
 
     @property
     def max_top_k(self) -> int:
-        """The largest k that a person may ask for; 0 if k has no meaning in any layer."""
+        """The largest k that can be set in all layers in which k has a meaning; 0 if there are none."""
         routers = [router for router in self.routers if "top_k" not in router.refused]
         return min((router.num_experts for router in routers), default=0)
 
@@ -229,14 +233,14 @@ class PictureFacts:
     """The image as the model saw it."""
 
     pixels: Pixels = field(repr=False)  # uint8 [S, S, 3]
-    id: str = ""  # how the explorer asks for it again; empty for an image that a visitor brought
-    name: str = "image"  # in words
-    label: str | None = None  # its class in words, if known
-    unlike: str | None = None  # what to say if it is unlike the images that the model learned from
-    credit: str | None = None  # whose image it is and under which licence, where that must be said
+    id: str = ""  # by which the explorer requests it again; empty for an uploaded image
+    name: str = "image"  # for display
+    label: str | None = None  # name of its class, if known
+    unlike: str | None = None  # a warning, if it is unlike the images that the model was trained on
+    credit: str | None = None  # author and licence, where these must be shown
 
     def to_json(self) -> Json:
-        """The fields as JSON, the pixels as a WebP without loss."""
+        """The fields as JSON; the pixels become `src`, the data URI of a lossless WebP."""
         fields = {**vars(self), "id": self.id or None, "src": data_uri(self.pixels)}
         del fields["pixels"]
         return fields
@@ -245,7 +249,7 @@ class PictureFacts:
 def describe(
     model: SavedModel, *, id: str = "model", title: str = "model", **texts: str
 ) -> ModelFacts:
-    """What a view says about a model, read off the network; a UserError without MoE layer or grid of patches."""
+    """The facts of a model, from the network; a UserError if it has no MoE layer or no whole grid of patches."""
     layers = moe_layers(model.net)
     if not layers:
         raise UserError(
@@ -255,16 +259,16 @@ def describe(
     grid = routings[0].grid
     if grid is None or any(routing.layer is None for routing in routings):
         raise UserError("This model's patches are not a whole grid: patch dropping must be off.")
-    names = getattr(model.net, "moe_config", {}).get("router")
-    if not isinstance(names, list):
-        names = [names] * len(layers)
-    rows = zip(layers, routings, names, routes_read(model.net), strict=True)
+    router_names = getattr(model.net, "moe_config", {}).get("router")
+    if not isinstance(router_names, list):
+        router_names = [router_names] * len(layers)
+    arguments_by_layer = zip(layers, routings, router_names, routes_read(model.net), strict=True)
     return ModelFacts(
         id=id,
         title=title,
         image_size=model.image_size,
         grid=grid,
-        routers=tuple(_layer_facts(*row) for row in rows),
+        routers=tuple(_layer_facts(*arguments) for arguments in arguments_by_layer),
         class_names=tuple(model.class_names),
         parameters=sum(weight.numel() for weight in model.net.parameters()),
         **texts,
@@ -272,7 +276,7 @@ def describe(
 
 
 def title_of(address: str | Path) -> str:
-    """What a model is called after where it lies: its run's folder."""
+    """Title of a model by its path: the name of its run folder."""
     path = Path(address)
     if path.name == "model" and path.parent.name:
         path = path.parent
@@ -290,14 +294,14 @@ def model_input(
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"An image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}.")
         if image.shape[:2] == (image_size, image_size):  # prepared already
-            return image.copy()  # the caller's may be read-only, which torch warns of
+            return image.copy()  # since torch warns of read-only arrays
         image = Image.fromarray(image)
     elif not isinstance(image, Image.Image):
         image = safe_open(image, image_size)
     image = upright_rgb(image)
     size, _ = full_size(image)
-    short, long = sorted(size)
-    too_narrow = short < MIN_SIDE or long > MAX_ASPECT * short
+    short_side, long_side = sorted(size)
+    too_narrow = short_side < MIN_SIDE or long_side > MAX_ASPECT * short_side
     if too_narrow and size != (image_size, image_size):
         width, height = size
         raise BadImageError(
@@ -309,11 +313,11 @@ def model_input(
 
 
 SHARP_PX: Final = 672
-"""Most pixels on a side of what lies under the patches: enough for a stage of 560 px on a sharper screen."""
+"""Largest side of the image that is shown under the patches: 560 CSS pixels on a screen of 1.2 times that density."""
 
 
 def sharp_square(image: Image.Image, image_size: int, framing: Framing = CROP) -> Pixels | None:
-    """The part of an image that a model sees, uint8 [Q, Q, 3], with S < Q <= `SHARP_PX`; None if it has no more px."""
+    """The part of an image that a model sees, uint8 [Q, Q, 3], S < Q <= `SHARP_PX`; None if Q would be S or less."""
     size, _ = full_size(image)
     side = max(size) if framing.fit == "pad" else min(size)
     side = min(side, SHARP_PX)
@@ -331,8 +335,8 @@ def softmax(logits: Tensor) -> Floats:
     return to_numpy(logits.float().softmax(-1))
 
 
-_GENERATOR: Final = threading.RLock()
-"""Held while torch's one generator has a seed of ours: models have locks of their own."""
+_GENERATOR_LOCK: Final = threading.RLock()
+"""Held while torch's global random generator has a temporary seed; the locks of models don't protect it."""
 
 
 def noise_of(router: Any) -> str:
@@ -342,15 +346,15 @@ def noise_of(router: Any) -> str:
 
 @contextmanager
 def noise_of_training(net: nn.Module, seed: int | None) -> Iterator[None]:
-    """Let the routers of `net` that have noise draw it inside the scope; other threads wait for their turn on it.
+    """Inside the scope, let the routers of `net` that have training noise add it; other threads wait for the model.
 
-    Everything else stays as in evaluation, the capacity too. The draw depends on the seed (None: no noise) and on the
-    number of tokens alone; the process's own generator is left as it was.
+    Everything else, the capacity too, stays as in evaluation. The noise depends on the seed (None: no noise) and on the
+    number of tokens only. The state of the global random generator is restored.
     """
     if seed is None:
         yield
         return
-    with routing_lock(net), _GENERATOR:
+    with routing_lock(net), _GENERATOR_LOCK:
         routers: list[Any] = [layer.router for layer in moe_layers(net)]
         routers = [router for router in routers if noise_of(router) != "none"]
         states = [(router.training, router.options) for router in routers]
@@ -359,7 +363,8 @@ def noise_of_training(net: nn.Module, seed: int | None) -> Iterator[None]:
             torch.manual_seed(seed)
             try:
                 for router in routers:
-                    # Not `replace`: without a limit in evaluation the options' check would refuse those of a limit.
+                    # Not `dataclasses.replace`, which would check the options: where evaluation has no capacity, it
+                    # would refuse those that only a capacity can use.
                     router.options = copy.copy(router.options)
                     router.options.capacity_factor = router.options.eval_capacity_factor
                     router.training = True

@@ -1,6 +1,7 @@
-"""Who may come in, and when: how the page is served, whose turn it is, how long a connection may keep silent.
+"""Access to the explorer: settings and host names, the order of requests, limits on connections and their time.
 
-Without turns a burst of visitors would fill the memory with waiting images, and one of them shut the others out.
+Without a limited and fair queue a burst of requests would fill the memory with waiting images, and one visitor could
+block the others.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from moevision.errors import UserError
 
 T = TypeVar("T")
 AUTH: Final = "MOEVISION_AUTH"
-"""Environment variable, USER:PASSWORD, for a service: unlike an argument, others on the computer can't read it."""
-WAITING = 64  # requests, beside those that run
-MAX_ADDRESSES = 4096  # whose turns are remembered
+"""Environment variable with USER:PASSWORD: unlike an argument, other users of the computer can't read it."""
+WAITING = 64  # requests that may wait, in addition to those that run
+MAX_ADDRESSES = 4096  # addresses whose last turn is remembered
 MAX_CONNECTIONS = 512  # a browser keeps up to 6
-ADDRESS_SHARE = 4  # an address has at most a fourth of connections, requests and bodies
-PORTS: Final = {"http": 80, "https": 443}  # which browsers leave out
-HEADER_S = 10.0
-# Of an answer, a visitor takes at least so many bytes in such a time.
+# An address may have at most 1 / 4 of all connections, requests and bytes of bodies.
+ADDRESS_SHARE = 4
+PORTS: Final = {"http": 80, "https": 443}  # default ports, which browsers leave out
+HEADER_S = 10.0  # for the headers of a request to arrive
+# While a visitor receives an answer, at least `READ_BYTES` in every `READING_S`.
 READING_S = 30.0
 READ_BYTES = 16_384
 
@@ -49,7 +51,7 @@ class Serving:
     browser: bool = False
     allow_host: Sequence[str] = ()  # `*` stands for any characters
     allow_embed: Sequence[str] = ()
-    root_path: str = ""  # the proxy may take it off or leave it
+    root_path: str = ""  # of the page behind a proxy, which may remove it from paths or leave it
 
     @property
     def bare_host(self) -> str:
@@ -63,11 +65,11 @@ class Serving:
 
     @property
     def proxied(self) -> bool:
-        """Whether `X-Forwarded-For` tells visitors apart: a proxy that sets it is known to be there."""
+        """Whether the page is known to be behind a proxy, which says in `X-Forwarded-For` who a visitor is."""
         return self.share or bool(self.allow_host) or _on_space()
 
     def check(self) -> None:
-        """Refuse to open the page to others by accident, and names that are not written as ones: a UserError."""
+        """Refuse, by a UserError, to open the page to others by accident, and malformed names, sites and paths."""
         for name in self.allow_host:
             if not re.fullmatch(r"[\w.*-]+", name, re.ASCII):
                 raise UserError(
@@ -90,12 +92,12 @@ class Serving:
             )
 
     def listen(self) -> socket.socket:
-        """A socket at the first of the host's addresses that is one of this computer, at a free port.
+        """A listening socket: the first address of `host` on which this computer can listen, and its first free port.
 
         A UserError if there is no such address, or the port is taken.
         """
         ports = range(7860, 7960) if self.port is None else (self.port,)
-        error: OSError = OSError("it has none")
+        error: OSError = OSError("it has none")  # the last failure, for the message
         try:
             # A computer without IPv6 may list ::1 for its own name all the same.
             addresses = socket.getaddrinfo(self.bare_host or None, 0, type=socket.SOCK_STREAM)
@@ -106,7 +108,7 @@ class Serving:
                     except OSError as refused:
                         error = refused
                         continue
-                    # Connections inherit it; without it an answer's end waits 40 ms for the browser.
+                    # Inherited by connections. Without it the end of an answer waits 40 ms for an acknowledgement.
                     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     return listener
         except socket.gaierror as unresolved:
@@ -121,18 +123,18 @@ class Serving:
         ) from error
 
     def accepts_host(self, name: str) -> bool:
-        """Whether the page goes by this host name.
+        """Whether requests to this host name are answered.
 
-        A website that has its own name point to this computer (DNS rebinding) is refused; an IP address in the place of
-        a name can't come from one. A Space is for everyone, and which names Hugging Face uses inside is its own affair.
+        Unknown names are refused, because a website could let its own name point to this computer (DNS rebinding); an
+        IP address isn't such a name. On a Space all names are accepted: it is public, and Hugging Face may use any.
         """
-        computer = socket.gethostname().lower()
-        if _on_space() or name in ("localhost", self.host.lower(), computer, f"{computer}.local"):
+        hostname = socket.gethostname().lower()
+        if _on_space() or name in ("localhost", self.host.lower(), hostname, f"{hostname}.local"):
             return True
         return _ip(name) is not None or self.is_proxy_host(name)
 
     def is_proxy_host(self, name: str) -> bool:
-        """Whether this is a name of `allow_host`, or the Space's, at which a proxy shows the page."""
+        """Whether this is a name under which a proxy serves the page: one of `allow_host`, or the Space's."""
         if name == "localhost" or _ip(name) is not None:
             return False
         patterns = list(self.allow_host)
@@ -141,7 +143,10 @@ class Serving:
         return any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns)
 
     def frames(self) -> str:
-        """Who may show the page in a frame: itself, a notebook here, Hugging Face for a Space, who was named."""
+        """The sites that may show the page in a frame, for the header `frame-ancestors`.
+
+        The page itself, notebooks on this computer, Hugging Face for a Space, and `allow_embed`.
+        """
         sites = ["'self'"]
         if self.local:
             sites += ["http://localhost:*", "http://127.0.0.1:*"]
@@ -151,15 +156,15 @@ class Serving:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to listen at can be reached from this computer only."""
+    """Whether a host to listen on can only be reached from this computer."""
     address = _ip(host.strip("[]"))
     return host == "localhost" or (address is not None and address.is_loopback)
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The IP address that a host is written as, without its zone; None of a name.
+    """The IP address, without its zone, if the host is one; None if it is a name.
 
-    IPv4 inside IPv6, as a socket of both kinds shows it, is the IPv4 address.
+    An IPv4 address mapped into IPv6, as sockets for both give it, becomes the IPv4 address.
     """
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
@@ -169,7 +174,7 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def parse_host_port(authority: str, scheme: str = "http") -> tuple[str, int] | None:
-    """Host and port of what `Host` says, or an origin behind its `scheme`, in lower case; None of anything else."""
+    """Host and port of a lower-case `Host` header, or of an origin after its `scheme`; None if malformed."""
     parts = re.fullmatch(r"(\[[^\[\]\s]+\]|[^\[\]\s:/?#@\\]+)(?::(\d{0,5}))?", authority)
     if parts is None or scheme not in PORTS:
         return None
@@ -180,7 +185,7 @@ def parse_host_port(authority: str, scheme: str = "http") -> tuple[str, int] | N
 
 
 def host_in_url(host: str) -> str:
-    """A host as URLs have it: an IPv6 address in brackets."""
+    """A host as written in a URL: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -189,11 +194,11 @@ def _on_space() -> bool:
 
 
 def client_address(client: tuple[str, int] | None, proxied: bool, forwarded: bool) -> str:
-    """What counts as one address: an IPv4 address, the first half of an IPv6 one (its whole network), or a word.
+    """The address for which a visitor is counted: an IPv4 address, the /64 network of an IPv6 one, or a word.
 
-    In `client` uvicorn has put the last untrusted address of `X-Forwarded-For` if the connection comes from this
-    computer, or from a proxy named in `FORWARDED_ALLOW_IPS`. A request that has this header (`forwarded`) where no
-    proxy is (`proxied`) made it up: all of them count as from one address.
+    If the connection comes from this computer, or from a proxy named in `FORWARDED_ALLOW_IPS`, uvicorn has set `client`
+    to the last untrusted address of `X-Forwarded-For`. Where no proxy is expected (`proxied` is false), a request with
+    this header (`forwarded`) has forged it: all such requests count as one address.
     """
     if forwarded and not proxied:
         return "forwarded"
@@ -207,11 +212,13 @@ def client_address(client: tuple[str, int] | None, proxied: bool, forwarded: boo
 
 
 class FairExecutor:
-    """Runs functions in its own few threads; addresses take turns.
+    """Runs functions in its own few threads, and gives the addresses of visitors turns.
 
-    A free thread goes to the oldest request of the address that had its turn longest ago, or never: an address with one
-    request waits for one that runs, however many another address has sent. An address alone may have all places. If
-    all are taken, the address with most of them loses its newest one to an address with fewer.
+    A free thread takes the oldest request of the address whose last turn is longest ago, or that never had one. However
+    many requests another address has sent, an address with a single one therefore waits for the running ones at most.
+
+    At most `waiting` requests wait. A single address may fill the queue; when it is full, a request of an address with
+    fewer waiting requests displaces the newest one of the address with most.
     """
 
     def __init__(self, workers: int, waiting: int = WAITING) -> None:
@@ -225,9 +232,9 @@ class FairExecutor:
         self._closed = False
 
     async def run(self, address: str, function: Callable[..., T], *args: Any) -> T:
-        """What `function` returns, when it is the turn of this address.
+        """The result of `function`, called in a thread when it is the turn of this request.
 
-        A RequestError with code "busy" if too many are waiting, or the place was given to another address.
+        A RequestError with code "busy" if the queue is full, or this request was displaced by that of another address.
         """
         self._make_room(address)
         loop = asyncio.get_running_loop()
@@ -240,40 +247,44 @@ class FairExecutor:
                 raise _busy("The explorer is being stopped.")
             return await loop.run_in_executor(self._pool, function, *args)
         finally:
+            # `_give_turns` resolves the future. One that was cancelled (the visitor left) or has an exception (it was
+            # displaced) was never counted as running.
             had_its_turn = turn.done() and not turn.cancelled() and turn.exception() is None
             if had_its_turn:
                 self._running -= 1
                 self._give_turns()
 
     def close(self) -> None:
-        """Let nobody in any more and wait for those inside."""
+        """Refuse new requests and wait for those that run."""
         self._closed = True
         self._pool.shutdown(wait=True)
 
     def _make_room(self, address: str) -> None:
-        """If all places are taken, take one from the address with most of them, or refuse this address."""
+        """If the queue is full, displace a request of the address with most of them, or refuse this address."""
         num_waiting = sum(map(len, self._queues.values()))
         if self._running + num_waiting < self.workers + self.waiting:
             return
-        longest = max(self._queues.values(), key=len, default=deque())
-        if len(longest) <= len(self._queues.get(address, ())) + 1:
+        longest_queue = max(self._queues.values(), key=len, default=deque())
+        length_with_this = len(self._queues.get(address, ())) + 1
+        if len(longest_queue) <= length_with_this:
             raise _busy()
-        newest = longest.pop()
+        newest = longest_queue.pop()
         if not newest.done():
             newest.set_exception(_busy())
 
     def _give_turns(self) -> None:
-        """Let the next requests begin while threads are free."""
+        """Start the next requests while threads are free."""
         while self._queues and self._running < self.workers:
             address = min(self._queues, key=lambda address: self._last_turn.get(address, 0))
             turn = self._queues[address].popleft()
             if not self._queues[address]:
                 del self._queues[address]
-            if turn.done():  # nobody waits for it any more
+            if turn.done():  # cancelled, or displaced
                 continue
+
             self._running += 1
             self._num_turns += 1
-            self._last_turn.pop(address, None)
+            self._last_turn.pop(address, None)  # so that the address moves to the end
             self._last_turn[address] = self._num_turns
             if len(self._last_turn) > MAX_ADDRESSES:
                 del self._last_turn[next(iter(self._last_turn))]
@@ -287,26 +298,27 @@ def _busy(
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection with time limits for headers and for reading an answer, and a limit on connections.
+    """uvicorn's connection with time limits for receiving headers and sending an answer, and a limit on connections.
 
-    uvicorn 0.54 waits for the rest of a header forever, and for a visitor who takes nothing of an answer; its
-    `limit_concurrency` lets one client with unfinished headers shut out everyone else.
+    uvicorn 0.54 waits forever for the rest of a header, and for a visitor who doesn't read an answer; its
+    `limit_concurrency` lets one client with unfinished headers block everyone else.
 
-    One timer runs while it is the visitor's turn: `HEADER_S` from the end of an answer (or the start) until a whole
-    request has arrived, or `READING_S` after `READING_S` while an answer waits to be read. None runs while we compute.
+    A connection has at most one timer, and none while an answer is being computed:
+    - `HEADER_S`, from the start of the connection or the end of an answer, until the headers of a request have arrived;
+    - `READING_S`, again and again while bytes of an answer wait to be read, of which some must be read each time.
     """
 
-    address = ""
+    address = ""  # of the visitor, as `client_address` has it
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, or turn it away."""
+        """Accept a connection, or refuse it if there are too many."""
         super().connection_made(transport)
         host = self.client[0] if self.client else ""
         self.address = client_address(self.client, proxied=False, forwarded=False)
         addresses = [getattr(connection, "address", "") for connection in self.connections]
         too_many = addresses.count(self.address) * ADDRESS_SHARE > MAX_CONNECTIONS
-        if is_loopback(host):  # a proxy on this computer is everyone
+        if is_loopback(host):  # may be a proxy, with the connections of all visitors
             too_many = False
         if too_many or len(self.connections) > MAX_CONNECTIONS:
             transport.write(
@@ -317,40 +329,41 @@ class Connection(H11Protocol):
             self._start_timer()
 
     def handle_events(self) -> None:
-        """Uvicorn has parsed what arrived: stop the timer if a request has begun.
+        """Called when uvicorn has parsed received bytes: stop the timer if a request has begun.
 
-        That of an answer which is not read goes on.
+        The timer of an earlier answer that isn't fully read goes on.
         """
         super().handle_events()
         if self._answering and not self.flow.write_paused:
             self._stop_timer()
 
     def pause_writing(self) -> None:
-        """The socket takes no more of an answer: expect that it is read."""
+        """Called when the write buffer is full: start the timer for reading."""
         super().pause_writing()
         self._start_timer()
 
     def resume_writing(self) -> None:
-        """The socket takes bytes again: expect the next request, or nothing while this one is being answered."""
+        """Called when the write buffer has room again: start the timer that is due now, if any."""
         super().resume_writing()
         self._start_timer()
 
     def on_response_complete(self) -> None:
-        """The answer is written: expect that the rest of it is read, then the next request."""
+        """Called when an answer is written: start the timer for reading the rest of it, or for the next request."""
         self._start_timer()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is over: stop the timer."""
+        """Called when the connection is closed: stop the timer."""
         super().connection_lost(exc)
         self._stop_timer()
 
     @property
     def _answering(self) -> bool:
+        """Whether a request has begun whose answer isn't complete."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _start_timer(self) -> None:
-        """Give the visitor time for what comes next: to read, or to ask."""
+        """Restart the timer: for reading an answer, for the next request, or none while an answer is computed."""
         self._stop_timer()
         unread = self.transport.get_write_buffer_size()
         if self.flow.write_paused or (unread and not self._answering):
@@ -359,7 +372,7 @@ class Connection(H11Protocol):
             self._timer = self.loop.call_later(HEADER_S, self.transport.abort)
 
     def _check_progress(self, unread: int) -> None:
-        """End the connection of a visitor who has taken hardly anything of the bytes that were `unread` before."""
+        """Close the connection if fewer than `READ_BYTES` were read since there were `unread` bytes; else go on."""
         still_unread = self.transport.get_write_buffer_size()
         if still_unread and unread - still_unread < READ_BYTES:
             self.transport.abort()

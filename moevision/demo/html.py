@@ -1,8 +1,9 @@
-"""The page's own files, put together: the explorer's document, exported pages, a notebook's frame.
+"""Build HTML pages from the files in `assets/`: the explorer, pages to save, and iframes for notebooks.
 
 There is no build step. `assets/` holds CSS and ES modules, which editors, `tsc` and node read as they are. A page is
-one file whose policy lets no other script run: so `script_of` puts the modules one after another, each behind those
-that it imports, and leaves `import`, `export` and JSDoc out (tests/demo/test_html.py: no two of them declare one name).
+one file whose Content-Security-Policy allows only its inline script. So `script_of` concatenates the modules, each
+after those that it imports, and removes `import`, `export` and JSDoc. All modules then share one scope, and
+tests/demo/test_html.py tests that no two of them declare the same name.
 """
 
 from __future__ import annotations
@@ -23,42 +24,44 @@ from moevision.errors import json_text
 
 CORE_STYLES: Final = ("explorer_base.css", "explorer_stage.css")
 APP_STYLES: Final = ("explorer.css", "explorer_flow.css", "explorer_tabs.css")
-# The page around `.mv` has its background (--bg in explorer_base.css), so that a wide screen shows no seam.
+# The same background as that of `.mv` (--bg in explorer_base.css), which is narrower than a wide screen.
 _PAGE_STYLE: Final = (
     "body{margin:0;background:#fbfbf9}@media(prefers-color-scheme:dark){body{background:#131417}}\n"
 )
-_MAIN: Final = '<main class="mv" data-mv></main>'
+_EMPTY_MAIN: Final = '<main class="mv" data-mv></main>'
 VIEW_SCHEMA: Final = "moevision.view/2"
 OFFLINE: Final = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )
-"""A second lock: even a bug could not make a page of one file load something from elsewhere."""
+"""Content-Security-Policy of a saved page: it loads nothing from elsewhere, even if the script has a bug."""
 
 _IMPORT: Final = re.compile(r'^import \{[^}]*\} from "\.[\w./]*/([\w-]+\.js)";\n', re.M)
 _EXPORT: Final = re.compile(r"^export (?=(?:async )?(?:function|class|const) )", re.M)
 DOCS: Final = re.compile(r"^ */\*\*(?:(?!\*/).)*\*/\n", re.M | re.S)
-"""JSDoc above a declaration: for readers and tsc; the page goes without."""
-_MARGIN: Final = re.compile(r"^ *//.*\n|^ +", re.M)
+"""JSDoc above a declaration: for readers and tsc, removed from the page."""
+_COMMENT_OR_INDENT: Final = re.compile(r"^ *//.*\n|^ +", re.M)
 
 
 def links() -> dict[str, str | None]:
-    """Where lesson and code are, as `[project.urls]` has it (null where it names none), and how to cite."""
+    """Links to the lesson and the code from `[project.urls]` (None if it has none), and a BibTeX entry to cite."""
     urls = dict(url.split(", ", 1) for url in metadata("moevision").get_all("Project-URL") or ())
     code = urls.get("Repository")
+
     lesson = urls.get("Documentation")
     if lesson_file():
         lesson = "lesson.html"
     elif lesson:
         lesson = f"{lesson.rstrip('/')}/lesson.html"
-    title = "moevision: sparse vision transformers whose routing can be seen"  # CITATION.cff
-    cite = f"@software{{moevision,\n  title = {{{title}}},\n  version = {{{__version__}}},"
+
+    title = "moevision: sparse vision transformers whose routing can be seen"  # as in CITATION.cff
+    citation = f"@software{{moevision,\n  title = {{{title}}},\n  version = {{{__version__}}},"
     if code:
-        cite += f"\n  url = {{{code}}},"
-    return {"lesson": lesson, "code": code, "cite": cite + "\n}"}
+        citation += f"\n  url = {{{code}}},"
+    return {"lesson": lesson, "code": code, "cite": citation + "\n}"}
 
 
 class Document(NamedTuple):
-    """A page of one file, and the `script-src` of its policy, which lets its own script run and no other."""
+    """The text of a page, and the `script-src` of its Content-Security-Policy, which allows its own script only."""
 
     text: str
     policy: str
@@ -71,14 +74,14 @@ def app_page(
     read: Callable[[str], str] | None = None,
     style: str = "",
 ) -> Document:
-    """The explorer: what stands there until the script runs, then the script with all that the first screen shows.
+    """The explorer's page: a placeholder until the script runs, and the script with the data of the first screen.
 
-    `boot` is what the request of that name answers, `views` are those of the images that the page opens with; `read`
-    is as for `script_of`, and `style` is added.
+    `boot` is the answer to the request "boot", and `views` are the views of the images shown first. `read` is that of
+    `script_of`; `style` is CSS to add.
     """
-    start = "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS);"
-    script = script_of("app.js", start, read=read, BOOT=boot, VIEWS=views)
-    body = f'<main class="mv" data-mv>{_waiting(boot, views)}</main>'
+    start_call = "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS);"
+    script = script_of("app.js", start_call, read=read, BOOT=boot, VIEWS=views)
+    body = f'<main class="mv" data-mv>{_placeholder(boot, views)}</main>'
     css = read_css((*CORE_STYLES, *APP_STYLES)) + style
     text = document("See inside a Mixture of Experts", css, body, script, policy="")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -86,8 +89,9 @@ def app_page(
 
 
 def login_page(query: str, wrong: bool) -> str:
-    """The form that asks for user and password; the address's query comes back with the page behind it."""
+    """The form that asks for user and password; `wrong` shows an error, and `query` is kept for the page after it."""
     alert = '<p role="alert">Incorrect credentials.</p>' if wrong else ""
+    # Label, name, type and autocomplete.
     field = '<p><label>{0}<br><input name="{1}" type="{2}" autocomplete="{3}" required></label></p>'
     body = (
         f'<main class="mv"><h1>moevision explorer</h1>{alert}<form method="post" action="login?{html.escape(query)}">'
@@ -98,8 +102,8 @@ def login_page(query: str, wrong: bool) -> str:
     return document("moevision explorer", read_css(CORE_STYLES), body, "", policy="")
 
 
-def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str:
-    """The first screen before its script: the images in a few pixels, where they will stand."""
+def _placeholder(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str:
+    """The first screen until the script runs: small thumbnails in the positions of the images."""
     examples = [example for model in boot["models"] for example in model["examples"]]
     thumbs = {example["id"]: example["thumb"] for example in examples}
     sources = [thumbs.get(view["picture"]["id"], "") for view in views]
@@ -111,16 +115,16 @@ def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str
 
 
 def lesson_file() -> Path | None:
-    """The lesson: inside the package in a wheel, in a checkout beside it; None without."""
-    home = Path(str(files("moevision")))
-    for folder in (home, home.parent / "docs"):
+    """The file of the lesson: inside the package in a wheel, in docs/ in a checkout; None if there is none."""
+    package = Path(str(files("moevision")))
+    for folder in (package, package.parent / "docs"):
         if (folder / "lesson.html").is_file():
             return folder / "lesson.html"
     return None
 
 
 def lesson_page() -> str | None:
-    """The lesson with a link back here; None without."""
+    """The lesson with a link back to the explorer; None if there is no lesson."""
     file = lesson_file()
     if file is None:
         return None
@@ -132,38 +136,42 @@ def view_html(
 ) -> str:
     """One view, JSON of the schema `moevision.view/2`, as HTML that needs neither server nor network.
 
-    A `full_page` is a document to save, anything else a frame to show in a notebook. The frame keeps the page's style
-    and script to itself, and is sandboxed: the script can't reach the notebook. With the image's `history`, as the
-    request of that name answers it, the page has the moments of the training too.
+    With `full_page` it is a document to save, else an iframe to show in a notebook. The iframe isolates style and
+    script, and is sandboxed, so that the script can't reach the notebook. With the image's `history`, the answer to the
+    request "history", the page also shows how its routing changed during training.
     """
     if view.get("schema") != VIEW_SCHEMA:
         raise ValueError(f"expected a view of schema {VIEW_SCHEMA}, got {view.get('schema')!r}")
     picture = view["picture"]
     title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
-    start = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
-    script = script_of("core.js", start, VIEW=view, HISTORY=history)
-    page = document(title, read_css(CORE_STYLES), _MAIN, script)
-    return page if full_page else _framed(page, 1420)
+    start_call = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
+    script = script_of("core.js", start_call, VIEW=view, HISTORY=history)
+    page = document(title, read_css(CORE_STYLES), _EMPTY_MAIN, script)
+    return page if full_page else _iframe(page, 1420)
 
 
 def flow_html(view: Mapping[str, Any]) -> str:
-    """The opening of the explorer for one view, as a frame: its patches fly to their experts. Needs no server."""
-    start = "startFlow(document.querySelector('[data-mv]'), VIEW);"
-    script = script_of("flow_static.js", start, VIEW=view)
+    """The explorer's opening animation for one view, as an iframe: patches fly to their experts. It needs no server."""
+    start_call = "startFlow(document.querySelector('[data-mv]'), VIEW);"
+    script = script_of("flow_static.js", start_call, VIEW=view)
     style = read_css((*CORE_STYLES, "explorer_flow.css"))
     experts = max(layer["num_experts"] for layer in view["layers"])
-    across = min(4, experts)
-    rows = -(-experts // across) * 4 / across  # of boxes: the fewer side by side, the higher
-    return _framed(document("Routing", style, _MAIN, script), 700, rows)
+
+    # One box per expert, at most four side by side. With fewer columns boxes are wider and therefore higher.
+    columns = min(4, experts)
+    rows = -(-experts // columns) * 4 / columns  # in heights of a box in four columns
+    return _iframe(document("Routing", style, _EMPTY_MAIN, script), 700, rows)
 
 
-def _framed(page: str, height: int, rows: float = 0) -> str:
-    """A document as a frame of so many px: from inside the sandbox it can't tell its height to the page around it.
+def _iframe(page: str, height: int, rows: float = 0) -> str:
+    """A document as an iframe of `height` px: a sandboxed document can't tell its height to the page around it.
 
-    Below 816 px, as on a phone, photo and `rows` of boxes stand below one another, each box a third of the width high.
+    With `rows` of boxes, the frame is higher on a narrow screen such as a phone's, where the photo is above the boxes.
     """
     css_height = f"{height}px"
     if rows:
+        # From 816 px on, the second term of min() is 0 or less, so `height` is used. Below, that term is very large, so
+        # the first one is used: photo (100vw), texts (330px) and boxes (34vw each).
         css_height = f"max({height}px,min(100vw + 330px + {rows:g} * 34vw,(816px - 100vw) * 999))"
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
@@ -172,11 +180,12 @@ def _framed(page: str, height: int, rows: float = 0) -> str:
 
 
 def document(title: str, style: str, body: str, script: str, *, policy: str = OFFLINE) -> str:
-    """A page in one file, which may load nothing; `title` and `body` are HTML, and `script` runs when they are there.
+    """A page in one file; `title` and `body` are HTML, and `script` runs after them.
 
-    `policy` is its Content-Security-Policy, empty where a server sends one.
+    `policy` is its Content-Security-Policy, by default one that loads nothing. It is empty for a page that a server
+    sends with a policy of its own; such a page has a description and an icon instead.
     """
-    meta = _about(title)
+    meta = _page_metadata(title)
     if policy:
         meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     return (
@@ -187,10 +196,10 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
     )
 
 
-def _about(title: str) -> str:
-    """What a browser's tab, a search engine and a shared link show of a served page."""
+def _page_metadata(title: str) -> str:
+    """Icon and description of a served page, for browser tabs, search engines and previews of shared links."""
     description = "Eight small networks share one photo: see which of them computes each patch, and take them away."
-    colours = ("0072B2", "E69F00", "CC79A7", "009E73")  # of experts: assets/palette.js
+    colours = ("0072B2", "E69F00", "CC79A7", "009E73")  # of the first experts in assets/palette.js
     squares = ""
     for index, colour in enumerate(colours):
         row, column = divmod(index, 2)
@@ -204,22 +213,22 @@ def _about(title: str) -> str:
 
 
 def script_of(
-    entry: str, last: str, *, read: Callable[[str], str] | None = None, **constants: Any
+    entry: str, start_call: str, *, read: Callable[[str], str] | None = None, **constants: Any
 ) -> str:
-    """The module `entry` and all that it imports in one function, which ends with the call `last`.
+    """The module `entry` and all that it imports, as one function that is called at once and ends with `start_call`.
 
-    It begins with `constants` as JSON. `read` gives the text of a module; None: of the one in `assets/`.
+    The function begins with `constants` as JSON. `read` returns the text of a module by its name; None reads `assets/`.
     """
     lines = [f"const {name} = {_inline_json(value)};" for name, value in constants.items()]
-    texts = (DOCS.sub("", (read or read_asset)(name)) for name in modules(entry, read))
-    joined = "\n".join(_EXPORT.sub("", _IMPORT.sub("", text)) for text in texts)
+    sources = (DOCS.sub("", (read or read_asset)(name)) for name in modules(entry, read))
+    joined = "\n".join(_EXPORT.sub("", _IMPORT.sub("", source)) for source in sources)
     # `</script` in a text would end the page's script element; `<\/` means the same inside JavaScript.
-    joined = _MARGIN.sub("", joined).replace("</script", "<\\/script")
-    return "\n".join(["(() => {", '"use strict";', *lines, joined, last, "})();"])
+    joined = _COMMENT_OR_INDENT.sub("", joined).replace("</script", "<\\/script")
+    return "\n".join(["(() => {", '"use strict";', *lines, joined, start_call, "})();"])
 
 
 def modules(entry: str, read: Callable[[str], str] | None = None) -> tuple[str, ...]:
-    """The files that a module of the page consists of: each behind those that it imports, `entry` last."""
+    """Names of the module `entry` and of all that it imports; each comes after those that it imports, `entry` last."""
     order: list[str] = []
 
     def visit(name: str) -> None:
@@ -233,20 +242,20 @@ def modules(entry: str, read: Callable[[str], str] | None = None) -> tuple[str, 
 
 
 def _inline_json(value: Any) -> str:
-    """JSON that may stand inside a script element, whatever texts it holds."""
+    """JSON that is safe inside a script element: `<`, `>` and `&` are written as escapes."""
     text = json_text(value, separators=(",", ":"))
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
 def read_css(names: tuple[str, ...]) -> str:
-    """Style sheets of `assets/`, one behind the other, without comments."""
+    """Style sheets of `assets/`, concatenated, without comments."""
     return without_comments("\n".join(map(read_asset, names)))
 
 
 def without_comments(css: str) -> str:
-    """A style sheet for the page."""
+    """A style sheet without its comments `/* ... */`."""
     return "".join(part.split("*/", 1)[-1] for part in css.split("/*"))
 
 

@@ -1,8 +1,8 @@
-"""Reading a visitor's request: every field is checked for type, range and length before it reaches a model.
+"""Functions that read fields of a request to the explorer, checking type, range and length before a model sees them.
 
-A request is whatever JSON a browser, or someone with curl, sends. A field that isn't right ends in `RequestError`,
-whose message says what would be right; unknown fields are refused too, since a misspelt one would silently do nothing.
-The options of nearly every field depend on the model that another field names.
+A request is untrusted JSON, from a browser or from curl. An invalid field raises `RequestError`, whose message says
+which values are valid. Unknown fields are refused too, since a misspelt one would silently have no effect. The valid
+values of most fields depend on the model that the request names; `facts` describes that model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moevision.demo.wire import RequestError
 
 Request = Mapping[str, Any]
 MAX_NAME = 200
-# Of an image: the path of a file, of which Linux allows 4096 bytes, behind its kind.
+# Characters of an image's id: its kind and a file path, which Linux limits to 4096 bytes.
 MAX_ID = 4200
 MIN_CAPACITY = 0.05
 MAX_CAPACITY = 16.0
@@ -25,7 +25,7 @@ SEEDS = range(2**31)
 
 
 def fields(request: Any, allowed: Sequence[str]) -> Request:
-    """The request as a mapping that has no other keys than the allowed ones."""
+    """Check that `request` is a JSON object without other keys than the allowed ones, and return it."""
     if not isinstance(request, dict):
         raise RequestError("A request is one JSON object.")
     for key in request:
@@ -37,22 +37,22 @@ def fields(request: Any, allowed: Sequence[str]) -> Request:
 
 
 def text(
-    request: Request, name: str, default: str | None = None, *, longest: int = MAX_NAME
+    request: Request, name: str, default: str | None = None, *, max_length: int = MAX_NAME
 ) -> str:
-    """A short string."""
+    """Read a field that is a string of 1 to `max_length` characters."""
     value = _value(request, name, default)
-    if not isinstance(value, str) or not 0 < len(value) <= longest:
-        raise RequestError(f"The field {name!r} must be a text of 1 to {longest} characters.")
+    if not isinstance(value, str) or not 0 < len(value) <= max_length:
+        raise RequestError(f"The field {name!r} must be a text of 1 to {max_length} characters.")
     return value
 
 
 def image_id(request: Request, name: str) -> str:
-    """The id of an image, which may have a long path in it."""
-    return text(request, name, longest=MAX_ID)
+    """Read a field that is an image's id, which may contain a long path."""
+    return text(request, name, max_length=MAX_ID)
 
 
 def choice(request: Request, name: str, options: Sequence[str], default: str | None = None) -> str:
-    """One of several words."""
+    """Read a field that is one of the strings in `options`."""
     value = text(request, name, default)
     if value not in options:
         raise RequestError(f"The field {name!r} must be one of {', '.join(options)}.")
@@ -62,7 +62,7 @@ def choice(request: Request, name: str, options: Sequence[str], default: str | N
 def whole_number(
     request: Request, name: str, options: Sequence[int], default: int | None = None
 ) -> int:
-    """One of several whole numbers; true, false and 2.0 are no whole numbers."""
+    """Read a field that is one of the integers in `options`; true, false and 2.0 are refused."""
     value = _value(request, name, default)
     if type(value) is int and value in options:
         return value
@@ -74,28 +74,28 @@ def whole_number(
 
 
 def _value(request: Request, name: str, default: Any) -> Any:
-    """A field, or the default where it is missing or null."""
+    """The value of a field, or the default if it is missing or null."""
     value = request.get(name)
     return default if value is None else value
 
 
 def settings(request: Request, facts: ModelFacts) -> Settings:
-    """The fields `top_k`, `capacity`, `intervention`, `noise` and `away`, each of which may be null."""
-    change = request.get("intervention")
+    """Read the fields `top_k`, `capacity`, `intervention`, `noise` and `away`, each of which may be null."""
+    value = request.get("intervention")
     return Settings(
         top_k=_top_k(request, facts),
         capacity=_capacity(request),
-        intervention=None if change is None else intervention(change, facts),
+        intervention=None if value is None else intervention(value, facts),
         noise=_noise_seed(request, facts),
         ablated_experts=ablated_experts(request.get("away") or [], facts),
     )
 
 
 def _top_k(request: Request, facts: ModelFacts) -> int | None:
-    """The k of the request; None where it is null, or as trained."""
+    """The K of the request; None if it is null or what the model was trained with."""
     if request.get("top_k") is None:
         return None
-    if not facts.max_top_k:
+    if not facts.max_top_k:  # 0: no layer of this model has a K that could be changed
         raise RequestError(
             f"The field 'top_k' must be null here: {facts.routers[0].refused['top_k']}."
         )
@@ -104,11 +104,12 @@ def _top_k(request: Request, facts: ModelFacts) -> int | None:
 
 
 def _capacity(request: Request) -> float | None:
+    """The capacity factor of the request, or None."""
     capacity = request.get("capacity")
     if capacity is None:
         return None
     is_number = type(capacity) in (int, float)
-    if not is_number or not MIN_CAPACITY <= capacity <= MAX_CAPACITY:  # NaN lies in no range
+    if not is_number or not MIN_CAPACITY <= capacity <= MAX_CAPACITY:  # NaN is refused too
         raise RequestError(
             f"The field 'capacity' must be a number from {MIN_CAPACITY} to {MAX_CAPACITY:g}, or null."
         )
@@ -116,6 +117,7 @@ def _capacity(request: Request) -> float | None:
 
 
 def _noise_seed(request: Request, facts: ModelFacts) -> int | None:
+    """The seed of the routers' training noise; None for evaluation without noise."""
     if request.get("noise") is None:
         return None
     seed = whole_number(request, "noise", SEEDS)
@@ -127,12 +129,12 @@ def _noise_seed(request: Request, facts: ModelFacts) -> int | None:
 
 
 def ablated_experts(value: Any, facts: ModelFacts) -> tuple[Intervention, ...]:
-    """Experts that are taken away, from pairs of layer and expert."""
-    num_experts = sum(router.num_experts for router in facts.routers)
-    is_list = isinstance(value, list) and len(value) <= num_experts
-    if not is_list or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+    """The value of the field `away`, a list of [layer, expert], as one ablation per expert."""
+    total_experts = sum(router.num_experts for router in facts.routers)
+    is_short_list = isinstance(value, list) and len(value) <= total_experts
+    if not is_short_list or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise RequestError(
-            f"The field 'away' must be a list of at most {num_experts} pairs [layer, expert]."
+            f"The field 'away' must be a list of at most {total_experts} pairs [layer, expert]."
         )
     return tuple(
         intervention({"kind": "ablate", "layer": layer, "expert": expert}, facts)
@@ -141,13 +143,14 @@ def ablated_experts(value: Any, facts: ModelFacts) -> tuple[Intervention, ...]:
 
 
 def intervention(value: Any, facts: ModelFacts) -> Intervention:
-    """One intervention that fits the model."""
+    """Read the object `value` as one intervention, and check it against the layers and experts of the model."""
     request = fields(value, ("kind", "layer", "expert", "other", "fill", "seed"))
     kind = choice(request, "kind", KINDS)
     fill = choice(request, "fill", FILLS, "next_best")
 
-    layer = None  # a random change without a layer is one of all layers
-    num_experts = 0
+    # Only a random intervention may leave out the layer: it then applies to all layers.
+    layer = None
+    num_experts = 0  # of `layer`
     if kind != "random" or request.get("layer") is not None:
         layer = whole_number(request, "layer", facts.layers)
         num_experts = facts.router(layer).num_experts
@@ -183,7 +186,7 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
 
 
 def path(request: Request, facts: ModelFacts) -> tuple[int, ...]:
-    """One expert for each MoE layer, in order of depth."""
+    """Read the field `path`: the index of one expert for each MoE layer, in order of depth."""
     value: Any = request.get("path")
     if not isinstance(value, list) or not _is_path(value, facts):
         ranges = [f"0 to {router.num_experts - 1} in {router.name}" for router in facts.routers]
@@ -194,6 +197,7 @@ def path(request: Request, facts: ModelFacts) -> tuple[int, ...]:
 
 
 def _is_path(experts: list[Any], facts: ModelFacts) -> bool:
+    """Whether there is one valid expert index per MoE layer."""
     if len(experts) != len(facts.routers):
         return False
     pairs = zip(experts, facts.routers, strict=True)

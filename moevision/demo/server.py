@@ -3,8 +3,8 @@
     /           the page, or the form that asks for the password
     /api/NAME   a question of the page or of a program: a JSON object in, one out (`Explorer.handlers`)
 
-`ExplorerApp.__call__` meets every request first: which host it names, whose it is, and how many requests of its
-address are in flight.
+Every request passes `ExplorerApp.__call__` first, which checks its host name, its origin, its login, and how many
+requests from its address are in flight.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ from moevision.limits import usable_cores
 if TYPE_CHECKING:
     from moevision.demo.service import Explorer
 
-MAX_BODY = MAX_CHARACTERS + 16_384
-MAX_LOGIN = 4096
-MAX_PARTS = 4096  # of a request; of millions, parsing alone would hold everybody up
-MAX_BODIES = 16 * MAX_BODY  # of all requests that are being read or answered
+MAX_BODY = MAX_CHARACTERS + 16_384  # bytes
+MAX_LOGIN = 4096  # bytes
+MAX_PARTS = 4096  # values in the JSON of a request: parsing millions would delay all visitors
+MAX_BODIES = 16 * MAX_BODY  # bytes of all requests that are being read or answered
 READ_S = 60.0  # for a request to arrive
-DRAIN_S = 5.0  # for the rest of a request that is refused
-WRONG_LOGIN_S = 1.0
+DRAIN_S = 5.0  # for the rest of a refused request to arrive
+WRONG_LOGIN_S = 1.0  # delay of the answer to a wrong login
 HEADERS: Final = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -76,67 +76,65 @@ POLICY: Final = (
 
 @dataclass
 class RequestBody:
-    """The body of one request: at most `max_bytes` within `READ_S`, and at most its share of what all bodies hold.
+    """Receives the body of one request, and enforces the limits on its size, its time and the memory of all bodies."""
 
-    `body_bytes` counts the bytes of all bodies by address.
-    """
-
-    messages: Receive
+    receive_message: Receive  # of the server
+    # address -> bytes of all its bodies that are in memory; shared between requests
     body_bytes: Counter[str]
     address: str
     max_bytes: int
-    num_bytes: int = 0
+    num_bytes: int = 0  # received so far
 
     def __post_init__(self) -> None:
         self.deadline: float | None = asyncio.get_running_loop().time() + READ_S
 
     async def receive(self) -> Message:
-        """The next message of the request; an HTTPException if it comes too late or there are too many bytes."""
+        """The next ASGI message of the request; an HTTPException if it comes too late or there are too many bytes."""
         try:
             async with asyncio.timeout_at(self.deadline):
-                message = await self.messages()
+                message = await self.receive_message()
         except TimeoutError as error:
             raise HTTPException(408, "The request took too long to arrive.") from error
         if not message.get("more_body", False):
-            self.deadline = None  # it has arrived; what comes is that the visitor leaves
+            self.deadline = None  # the request is complete; the next message will be the disconnect
 
         size = len(message.get("body", b""))
         self.num_bytes += size
         self.body_bytes[self.address] += size
         if self.num_bytes > self.max_bytes:
             raise _too_large(self.max_bytes)
-        of_address = self.body_bytes[self.address] * ADDRESS_SHARE
-        if max(of_address, self.body_bytes.total()) > MAX_BODIES:
+        address_exceeds = self.body_bytes[self.address] > MAX_BODIES / ADDRESS_SHARE
+        if address_exceeds or self.body_bytes.total() > MAX_BODIES:
             raise HTTPException(503, "Many people are sending images: try again in a few seconds.")
         return message
 
     async def drain(self) -> None:
-        """Take what still arrives: a visitor who is sending when the connection is closed may lose the answer."""
+        """Read and discard the rest: a visitor who is still sending when the connection closes may miss the answer."""
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
-                while (await self.messages()).get("more_body", False):
+                while (await self.receive_message()).get("more_body", False):
                     pass
 
 
 class ExplorerApp:
-    """The explorer as an ASGI app, for those whom `serving` admits."""
+    """The explorer as an ASGI app, which answers the visitors that `serving` admits."""
 
     def __init__(self, explorer: Explorer, serving: Serving) -> None:
         self.explorer = explorer
         self.serving = serving
-        self.tunnel = ""  # its host name
+        self.tunnel = ""  # host name of the public address, while there is a tunnel
         self._page = app_page(explorer.start_boot(), explorer.start_views())
         self._cookie = f"moevision-{secrets.token_hex(4)}"
         self._session_token = secrets.token_urlsafe(16)
         self._decoding = FairExecutor(1)  # a visitor's image takes up to 0.4 GB
         self._answering = FairExecutor(cpu_workers())
-        self._logins = FairExecutor(1)  # wrong ones wait for each other
+        self._logins = FairExecutor(1)  # one, so that wrong logins wait for each other
         self._requests_in_flight = Counter[str]()  # by address
         self._body_bytes = Counter[str]()  # by address
         self._app = Starlette(
             routes=[
-                Route("/", self._show),
-                Route("/lesson.html", self._lesson),
+                Route("/", self._app_page),
+                Route("/lesson.html", self._lesson_page),
                 Route("/login", self._log_in, methods=["POST"]),
                 Route("/api/{name}", self._answer, methods=["POST"]),
             ],
@@ -146,10 +144,11 @@ class ExplorerApp:
         self._app.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; count it for its address, and its body while that arrives."""
+        """Answer one request; meanwhile count it, and the bytes of its body, for its address."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
         scope = self._normalize(scope)
         address = scope["client"][0]
         max_bytes = MAX_LOGIN if scope["path"] == "/login" else MAX_BODY
@@ -164,22 +163,22 @@ class ExplorerApp:
             await body.drain()
             await _refuse(None, refused)(scope, body.receive, send)
         finally:
-            # `-=` forgets an address that has nothing left.
+            # `-=` of a Counter removes an address whose count becomes 0.
             self._requests_in_flight -= Counter({address: 1})
             self._body_bytes -= Counter({address: body.num_bytes})
 
     def _normalize(self, scope: Scope) -> Scope:
-        """The request with the path below the root, and as client the address that counts."""
+        """The scope with the path below `root_path`, and with the visitor's address (`client_address`) as client."""
         root = self.serving.root_path
         path = scope["path"]
-        if root and f"{path}/".startswith(f"{root}/"):  # a proxy that leaves it on
+        if root and f"{path}/".startswith(f"{root}/"):  # the proxy didn't remove it
             path = path.removeprefix(root) or "/"
         forwarded = "x-forwarded-for" in Headers(scope=scope)
         address = client_address(scope["client"], self.serving.proxied, forwarded)
         return {**scope, "path": path, "raw_path": path.encode(), "client": (address, 0)}
 
     def _check(self, request: Request, max_bytes: int) -> None:
-        """Refuse a request by its head alone: an HTTPException."""
+        """Refuse a request, by an HTTPException, where its path and headers are enough to decide it."""
         headers = request.headers
         path = request.scope["path"]
         if not self._accepts_host(headers.get("host", "")):
@@ -202,33 +201,37 @@ class ExplorerApp:
             raise HTTPException(401, "This explorer asks for a login first: open its page.")
 
     def _accepts_host(self, authority: str) -> bool:
+        """Whether the explorer goes by the host name in `authority` (HOST or HOST:PORT)."""
         host_port = parse_host_port(authority.lower())
         if host_port is None:
             return False
-        return host_port[0] == self.tunnel or self.serving.accepts_host(host_port[0])
+        host, _ = host_port
+        return host == self.tunnel or self.serving.accepts_host(host)
 
     def _is_same_origin(self, headers: Headers) -> bool:
-        """Whether the page itself asks, or a program; not a script of another website, nor of another port.
+        """Whether a request is from the page itself or from a program, not from a page of another site or port.
 
-        As Go's `http.CrossOriginProtection`: the browser says it in `Sec-Fetch-Site`; if it doesn't, which is so on
-        http but for localhost, `Origin` must be where the request went.
+        As in Go's `http.CrossOriginProtection`, `Sec-Fetch-Site` decides. Browsers leave it out over http, except to
+        localhost; then `Origin` must be the host and port to which the request was sent.
         """
         site = headers.get("sec-fetch-site")
         origin = headers.get("origin")
         if site is not None or origin is None:
             return site in (None, "none", "same-origin")
+
         scheme, _, authority = origin.lower().partition("://")
         source = parse_host_port(authority, scheme)
         if source is None:
             return False
 
         hosts = [headers["host"]]
-        if self.serving.proxied:  # no script can send this to another website
+        if self.serving.proxied:  # a script of another site can't set this header
             hosts.append(headers.get("x-forwarded-host", "").partition(",")[0].strip())
         targets = [parse_host_port(host.lower(), scheme) for host in hosts]
         if source in targets:
             return True
-        # A proxy may have put a name of its own in the place of Host's.
+
+        # A proxy may have replaced the name in `Host`: if that is none of the known proxy names, the origin may be one.
         if any(target is not None and self._is_proxy_host(target[0]) for target in targets):
             return False
         return self._is_proxy_host(source[0]) and source[1] == PORTS[scheme]
@@ -242,33 +245,33 @@ class ExplorerApp:
         cookie = request.cookies.get(self._cookie, "")
         return secrets.compare_digest(cookie.encode(), self._session_token.encode())
 
-    async def _show(self, request: Request) -> Response:
+    async def _app_page(self, request: Request) -> Response:
         if not self._is_logged_in(request):
-            return self._form(request)
+            return self._login_page(request)
         policy = f"{self._page.policy}; {POLICY}{self.serving.frames()}"
         return HTMLResponse(
             self._page.text,
             headers={"content-security-policy": policy, "cache-control": "no-cache"},
         )
 
-    async def _lesson(self, request: Request) -> Response:
+    async def _lesson_page(self, request: Request) -> Response:
         if not self._is_logged_in(request):
-            return self._form(request)
+            return self._login_page(request)
         page = lesson_page()
         if page is None:
             raise HTTPException(404)
         policy = f"{OFFLINE}; frame-ancestors {self.serving.frames()}"
         return HTMLResponse(page, headers={"content-security-policy": policy})
 
-    def _form(self, request: Request, wrong: bool = False) -> Response:
+    def _login_page(self, request: Request, is_wrong: bool = False) -> Response:
         headers = {
             "content-security-policy": POLICY + self.serving.frames(),
             "cache-control": "no-store",
-            # Without a referrer a browser doesn't say that the form comes from here.
+            # Under "no-referrer" the browser would send the form with `Origin: null`.
             "referrer-policy": "same-origin",
         }
-        status = 401 if wrong else 200
-        return HTMLResponse(login_page(request.url.query, wrong), status, headers)
+        status = 401 if is_wrong else 200
+        return HTMLResponse(login_page(request.url.query, is_wrong), status, headers)
 
     async def _log_in(self, request: Request) -> Response:
         if self.serving.auth is None:
@@ -278,15 +281,15 @@ class ExplorerApp:
             password = str(form.get("password", ""))
         address = request.scope["client"][0]
         try:
-            right = await self._logins.run(address, self._is_right, user, password)
+            is_right = await self._logins.run(address, self._is_right, user, password)
         except RequestError as busy:
             raise HTTPException(429, str(busy)) from busy
-        if not right:
-            return self._form(request, wrong=True)
+        if not is_right:
+            return self._login_page(request, is_wrong=True)
 
         refresh = f"0; url=./?{request.url.query}"
         answer = HTMLResponse("You are logged in.", headers={"refresh": refresh})
-        # Without `secure` no browser keeps a login in another website's frame.
+        # In a frame of another website browsers only keep cookies with SameSite=None, which requires Secure, and https.
         secure = request.url.scheme == "https"
         answer.set_cookie(
             self._cookie,
@@ -298,22 +301,22 @@ class ExplorerApp:
         return answer
 
     def _is_right(self, *login: str) -> bool:
-        """Whether these are user and password; wrong ones take a second, one after another, so that nobody guesses."""
+        """Whether `login` is user and password. A wrong one takes `WRONG_LOGIN_S`, which makes guessing slow."""
         expected = "\n".join(self.serving.auth or ())
-        right = secrets.compare_digest("\n".join(login).encode(), expected.encode())
-        if not right:
+        is_right = secrets.compare_digest("\n".join(login).encode(), expected.encode())
+        if not is_right:
             time.sleep(WRONG_LOGIN_S)
-        return right
+        return is_right
 
     async def ask(self, address: str, name: str, request: Any) -> Json:
-        """The answer to a question that comes from this address; an image is decoded before its turn to be answered."""
+        """The answer to a question from an address, when it is its turn; an image is decoded in a turn of its own."""
         from moevision.demo.service import brings_image, error_json
 
         try:
             if brings_image(request):
                 request = await self._decoding.run(address, self.explorer.opened, name, request)
             return await self._answering.run(address, self.explorer.answer, name, request)
-        except Exception as error:  # the image is none, or an executor is full
+        except Exception as error:  # such as an invalid image or a full executor
             return error_json(error, name)
 
     async def _answer(self, request: Request) -> Response:
@@ -324,16 +327,16 @@ class ExplorerApp:
         return Response(orjson.dumps(answer), media_type="application/json")
 
     def close(self) -> None:
-        """Let nobody in any more and wait for those inside."""
+        """Refuse new requests and wait for those that run."""
         for executor in (self._decoding, self._answering, self._logins):
             executor.close()
 
 
 class Server(AbstractContextManager["Server"]):
-    """A running explorer at `url`, and with `share` at `share_url` for others; leaving the scope stops it.
+    """A running explorer at `url`, and with `share` also at the public `share_url`; leaving the scope stops it.
 
-    `listener` is from `serving.listen()`, if somebody called that already. Raises a UserError if it may not be opened
-    like this, or the port is taken.
+    `listener` is the result of `serving.listen()`, if that was called already. Raises a UserError if `serving.check()`
+    refuses the settings, or the port is taken.
     """
 
     def __init__(
@@ -371,11 +374,12 @@ class Server(AbstractContextManager["Server"]):
             webbrowser.open(self.share_url or self.url)
 
     def _open_tunnel(self, host: str, port: int) -> str:
+        """Open a tunnel to this port; its public URL."""
         from gradio import networking
 
         try:
             address = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
-        # One of httpx's, of the program that gradio downloads, or a bare one.
+        # Errors of httpx and of the program that gradio downloads, and plain `Exception`.
         except Exception as error:
             self.close()
             raise UserError(
@@ -396,14 +400,15 @@ class Server(AbstractContextManager["Server"]):
 
 
 def cpu_workers() -> int:
-    """Requests that run at once: a small model is not faster on many cores, so each request gets one."""
+    """Number of requests that are computed at once: one per core, as a small model isn't faster on several."""
     return min(4, usable_cores())
 
 
 async def _json_object(request: Request) -> Json:
+    """The body of a request; an HTTPException if it isn't a JSON object or has too many values."""
     body = await request.body()
     request_json = None
-    # An image, in base64, has none of these.
+    # These characters bound the number of values; an image, in base64, has none of them.
     if sum(map(body.count, (b"[", b"{", b","))) <= MAX_PARTS:
         with suppress(ValueError, RecursionError):
             request_json = json.loads(body)
@@ -413,7 +418,7 @@ async def _json_object(request: Request) -> Json:
 
 
 async def _send_with_headers(send: Send, message: Message) -> None:
-    """Send a message of the app; the head of an answer gets those of `HEADERS` that it lacks."""
+    """Send an ASGI message; the start of a response gets those of `HEADERS` that it lacks."""
     if message["type"] == "http.response.start":
         headers = MutableHeaders(scope=message)
         for name, value in HEADERS.items():
@@ -422,12 +427,13 @@ async def _send_with_headers(send: Send, message: Message) -> None:
 
 
 def _refuse(_: Request | None, refused: Exception) -> Response:
+    """The response to a refused request: a JSON object with `error` and `code`."""
     assert isinstance(refused, HTTPException)
     status = refused.status_code
     code = {413: "too_large", 429: "busy", 503: "busy"}.get(status, "bad_request")
     messages = {404: "There is nothing here.", 405: "This method isn't used here."}
     message = messages.get(status, refused.detail)
-    # What is left of a body is not read.
+    # The connection can't be used again, as the rest of the body isn't read.
     headers = {"connection": "close"} if status in (408, 413, 503) else None
     return JSONResponse({"error": message, "code": code}, status, headers)
 

@@ -1,11 +1,12 @@
-"""What the explorer shows of one image: `route_image(model, image, settings) -> RoutingView`.
+"""The data that the explorer shows of one image: `route_image(model, image, settings) -> RoutingView`.
 
-Pure: a model and an image in, numbers out; nothing of gradio, of visitors or of files. In a notebook the last line
-of a cell shows the same interactive view as the web page. `to_json` is the schema `moevision.view/2`. `Settings` are
-what a person may change before an image is routed: top-k, capacity, one intervention.
+This module knows nothing of web pages, requests or stored files. In a notebook a `RoutingView` displays itself as the
+same interactive view as on the web page; its `to_json` has the schema `moevision.view/2`. `Settings` are what a person
+may change before an image is routed: top-k, capacity, noise, one intervention, ablated experts.
 
-Axes: P patches (row-major, prefix tokens left out), K choices, E experts, C classes, L MoE layers. Where experts choose
-patches or mix them, K = E, best first, and `kept` says which of them computed the patch.
+Shapes: P patches (row-major, prefix tokens left out), K choices of a patch, E experts, S slots of an expert (Soft MoE),
+C classes, N tokens, D width. For expert choice and Soft MoE K = E, best first, and `kept` marks the experts that
+computed the patch.
 """
 
 from __future__ import annotations
@@ -50,25 +51,24 @@ FILLS: Final = ("next_best", "zero")
 
 @dataclass(frozen=True)
 class Settings:
-    """How an image is routed, where it differs from how the model was trained."""
+    """Changes to the routing of one image; None or empty leaves the model as it is in evaluation."""
 
     top_k: int | None = None  # experts per patch
-    # An expert computes at most ceil(capacity · choices / E) of an image's choices.
+    # Capacity factor: an expert computes at most ceil(capacity · choices / E) of an image's choices.
     capacity: float | None = None
-    intervention: Intervention | None = None  # one change of the routing, of one of `KINDS`
-    # Seed of the noise that routers draw in training; None for evaluation, without noise.
-    noise: int | None = None
-    # Experts that are taken away, beside the one change of `intervention`.
+    intervention: Intervention | None = None  # of one of `KINDS`
+    noise: int | None = None  # seed of the routers' training noise; None for no noise
+    # Ablations in addition to `intervention`.
     ablated_experts: tuple[Intervention, ...] = ()
 
     @contextmanager
     def applied(self, net: nn.Module) -> Iterator[None]:
-        """Hold `net` in these settings inside the scope; if they change anything, other threads wait for their turn."""
+        """Within the context, `net` routes by these settings; if they change anything, other threads are locked out."""
         changes: list[Intervention] = []
         if self.top_k is not None:
-            changes += _where_possible(net, "top_k", top_k=self.top_k)
+            changes += _for_each_layer(net, "top_k", top_k=self.top_k)
         if self.capacity is not None:
-            changes += _where_possible(net, "capacity", factor=self.capacity)
+            changes += _for_each_layer(net, "capacity", factor=self.capacity)
         changes += self.ablated_experts
         if self.intervention is not None:
             changes.append(self.intervention)
@@ -80,102 +80,107 @@ class Settings:
             yield
 
     def off_reason(self, routers: Sequence[LayerFacts]) -> str | None:
-        """How k and capacity differ from the training, in words; None where they don't."""
+        """Sentences on how top-k and capacity differ from the training; None if they don't."""
         sentences = []
         if self.top_k is not None:
-            sentences += _other_k(self.top_k, routers)
+            sentences += _top_k_sentences(self.top_k, routers)
         if self.capacity is not None:
-            sentences += _other_capacity(self.capacity, routers)
+            sentences += _capacity_sentences(self.capacity, routers)
         return " ".join(sentences) or None
 
     def to_json(self, facts: ModelFacts) -> Json:
-        """The settings as a view of that model says them."""
+        """The settings as they appear in a view of the model `facts`."""
         reason = self.off_reason(facts.routers)
-        changed = self.intervention is not None or bool(self.ablated_experts)
+        is_intervened = self.intervention is not None or bool(self.ablated_experts)
         return {
             "top_k": facts.top_k if self.top_k is None else self.top_k,
             "capacity": self.capacity,
             "intervention": self.intervention and intervention_json(self.intervention),
             "noise": self.noise,
             "away": [[change.layer, change.expert] for change in self.ablated_experts],
-            "off_distribution": changed or reason is not None,
+            "off_distribution": is_intervened or reason is not None,
             "off_reason": reason,
         }
 
 
-def _where_possible(
+def _for_each_layer(
     net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any
 ) -> list[Intervention]:
-    """The change on those layers of `net` where it has a meaning; some must have."""
+    """The intervention on each layer of `net` whose router supports it."""
     layers = numbered_layers(net)
-    possible = [number for number, layer in layers.items() if refusal(kind, layer.router) is None]
-    # Where it is possible nowhere, the first layer says why.
-    return [Intervention(kind, layer=number, **value) for number in possible or layers]
+    supported = [number for number, layer in layers.items() if refusal(kind, layer.router) is None]
+    # If no layer supports it, all are listed: applying it then raises an error with the first layer's reason.
+    return [Intervention(kind, layer=number, **value) for number in supported or layers]
 
 
-def _other_k(k: int, routers: Sequence[LayerFacts]) -> list[str]:
-    """At most one sentence about an other k."""
+def _top_k_sentences(k: int, routers: Sequence[LayerFacts]) -> list[str]:
+    """One sentence if some router was trained with another k, else none."""
     routers = [router for router in routers if "top_k" not in router.refused]
     if all(router.top_k == k for router in routers):
         return []
-    trained_k: dict[str, list[str]] = {}  # names of the layers by their k
+
+    names_by_k: dict[str, list[str]] = {}  # trained k as text -> names of the layers
     for router in routers:
-        trained_k.setdefault(router.k_text, []).append(router.name)
-    if len(trained_k) == 1:
-        first = routers[0]
-        k_text = f"top-{k}" if first.kind == "token_choice" else str(k)
-        return [f"Trained with {first.k_text}, shown is {k_text}."]
-    texts = [f"{k_text} in {' and '.join(names)}" for k_text, names in trained_k.items()]
+        names_by_k.setdefault(router.k_text, []).append(router.name)
+    if len(names_by_k) == 1:
+        router = routers[0]
+        k_text = f"top-{k}" if router.kind == "token_choice" else str(k)
+        return [f"Trained with {router.k_text}, shown is {k_text}."]
+
+    texts = [f"{k_text} in {' and '.join(names)}" for k_text, names in names_by_k.items()]
     return [f"Shown is k = {k}; trained were {'; '.join(texts)}."]
 
 
-def _other_capacity(factor: float, routers: Sequence[LayerFacts]) -> list[str]:
-    """A sentence about layers whose patches choose, and one about those whose experts do."""
+def _capacity_sentences(factor: float, routers: Sequence[LayerFacts]) -> list[str]:
+    """A sentence on token-choice routers and one on expert-choice routers, each if it was trained otherwise."""
     routers = [router for router in routers if "capacity" not in router.refused]
-    limits = {router.train_capacity for router in routers if router.kind == "token_choice"}
-    texts = ["no limit" if limit is None else f"capacity factor {limit:g}" for limit in limits]
+    trained = {router.train_capacity for router in routers if router.kind == "token_choice"}
+    texts = ["no limit" if limit is None else f"capacity factor {limit:g}" for limit in trained]
 
     sentences = []
-    if limits == {None}:
+    if trained == {None}:
         sentences.append(f"Trained without a capacity limit, shown is capacity factor {factor:g}.")
-    elif limits - {factor}:
-        trained = " and ".join(sorted(texts))
-        sentences.append(f"Trained with {trained}, shown is {factor:g}.")
+    elif trained - {factor}:
+        trained_text = " and ".join(sorted(texts))
+        sentences.append(f"Trained with {trained_text}, shown is {factor:g}.")
     if factor != 1 and any(router.kind == "expert_choice" for router in routers):
         sentences.append(f"Experts take {factor:g} times as many patches as trained.")
     return sentences
 
 
 def intervention_json(change: Intervention) -> Json:
-    """The fields of an intervention as the explorer's requests and answers have them; `other` is of a swap."""
+    """An intervention as JSON, as in the explorer's requests and answers; only a swap has the field `other`."""
     names = ["kind", "layer", "expert", "fill", "seed"]
     if change.kind == "swap":
         names.insert(3, "other")
     return {name: getattr(change, name) for name in names}
 
 
-TOP = 10
-LENS_TOP = 2
+TOP = 10  # classes listed of a prediction
+LENS_TOP = 2  # classes listed after each block
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """Where one MoE layer sent the patches of the image."""
+    """How one MoE layer routed the patches of the image."""
 
-    facts: LayerFacts  # which layer, and how it routes; `top_k` is what is shown, which may not be as trained
+    facts: LayerFacts  # of the layer; `top_k` and `steps` are those of this view, which may differ from the training
     expert_index: npt.NDArray[np.int64]  # [P, K] experts of each patch, best first
-    combine_weight: Floats  # [P, K] weight of each of them in the output
+    combine_weight: Floats  # [P, K] their weights in the output
     # [P, K] False where a capacity dropped the choice, or the expert chose other patches
     kept: npt.NDArray[np.bool_]
-    probs: Floats  # [P, E] the router's affinities, summing to 1
-    # [E, P] what an expert reads, mean over its slots; of Soft MoE alone
+    probs: Floats  # [P, E] router probabilities, summing to 1
+    # [E, P] weight of each patch in an expert's input, mean over its slots; Soft MoE only
     reads: npt.NDArray[np.float64] | None = None
-    computation: Computation | None = None  # what was computed of it, in numbers, where captured
+    computation: Computation | None = None  # norms and channels of the activations
 
     @property
     def margin(self) -> Floats:
         """[P] best minus second-best router probability; with one expert its probability."""
-        ordered = np.sort(np.pad(self.probs, ((0, 0), (1, 0))), axis=1)
+        padded = np.pad(
+            self.probs, ((0, 0), (1, 0))
+        )  # [P, 1 + E]: a 0 in front, so that there is a second best
+        ordered = np.sort(padded, axis=1)
         return ordered[:, -1] - ordered[:, -2]
 
     @property
@@ -186,24 +191,25 @@ class LayerView:
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """[E] what each expert computes: patch choices, or slots."""
+        """[E] how many patches (Soft MoE: slots) each expert computes."""
         if self.facts.slots is not None:
             return np.full(self.facts.num_experts, self.facts.slots, np.int64)
         return np.bincount(self.expert_index[self.kept], minlength=self.facts.num_experts)
 
     @property
     def requested(self) -> npt.NDArray[np.int64]:
-        """[E] what was asked of each expert, dropped choices too."""
+        """[E] the same with choices that a capacity dropped."""
         if self.facts.kind != "token_choice":
             return self.counts
         return np.bincount(self.expert_index.ravel(), minlength=self.facts.num_experts)
 
     def to_json(self) -> Json:
-        """The numbers as JSON, real ones with four decimals; where experts choose, those that took the patch only."""
+        """The layer as JSON, floats rounded to four decimals; for expert choice, only the experts that took a patch."""
         facts = self.facts.to_json()
         del facts["refused"]  # about the model, not about this image
+
         counts = self.counts
-        slowest = counts.max() / counts.mean() if counts.any() else 0.0
+        max_over_mean = counts.max() / counts.mean() if counts.any() else 0.0
         return {
             **facts,
             "experts": self._choices(self.expert_index),
@@ -214,30 +220,30 @@ class LayerView:
             "entropy": _round(self.entropy_bits).tolist(),
             "counts": counts.tolist(),
             "requested": self.requested.tolist(),
-            "slowest": round(float(slowest), 4),
+            "slowest": round(float(max_over_mean), 4),
             "computation": self.computation and self.computation.to_json(),
             "reads": None if self.reads is None else np.round(self.reads, 5).tolist(),
         }
 
     def _choices(self, values: npt.NDArray[Any]) -> Any:
-        """Values [P, K] as lists; where experts choose, without those of experts that left the patch out."""
+        """Values [P, K] as nested lists; for expert choice, only where `kept`."""
         if self.facts.kind != "expert_choice":
             return values.tolist()
-        return [row[taken].tolist() for row, taken in zip(values, self.kept, strict=True)]
+        return [row[is_kept].tolist() for row, is_kept in zip(values, self.kept, strict=True)]
 
 
 @dataclass(frozen=True)
 class RoutingView:
-    """One image, where every patch of it went, and what the model made of it.
+    """The routing of one image in every MoE layer, and the model's prediction.
 
     Attributes:
-        model: which model.
-        picture: which image.
+        model: about the model.
+        picture: the image as the model saw it.
         layers: one entry per MoE layer, in order of depth.
-        probabilities: [C] of the MoE.
-        dense_probabilities: [C] of its dense twin; None without one.
-        settings: what was changed about the model.
-        lens: [blocks, C] probabilities by the logit lens (`demo/view.py`); None for a network without blocks.
+        probabilities: [C] predicted by the MoE.
+        dense_probabilities: [C] predicted by its dense twin; None without one.
+        settings: changes to the routing.
+        lens: [blocks, C] logit-lens probabilities after each block (see `lens`); None for a network without blocks.
     """
 
     model: ModelFacts
@@ -249,7 +255,7 @@ class RoutingView:
     lens: Floats | None = field(default=None, repr=False)
 
     def layer(self, block_index: int) -> LayerView:
-        """The MoE layer in that block."""
+        """The view of the MoE layer in that block."""
         return self.layers[self.model.layers.index(block_index)]
 
     def to_json(self) -> Json:
@@ -287,19 +293,19 @@ def route_image(
     facts: ModelFacts | None = None,
     picture: PictureFacts | None = None,
 ) -> RoutingView:
-    """Route one image and say where every patch went.
+    """Route one image, and return the routing of every patch.
 
     Args:
         model: a MoE model, or its folder or timm address.
-        image: a PIL image, uint8 [H, W, 3] RGB pixels, or an image file; made square as the model does it.
-        dense: the dense twin, whose prediction then stands beside the MoE's.
-        dense_probabilities: [C] what the dense twin said about this image, where the twin itself isn't here.
-        settings: other top-k, a capacity, or an intervention; as trained if None.
-        facts: how the view calls the model; found out from the model if None.
-        picture: how the view calls the image; its pixels are replaced by those that the model saw.
+        image: a PIL image, uint8 [H, W, 3] RGB pixels, or an image file; made square by the model's own framing.
+        dense: the dense twin; the view then has its prediction too.
+        dense_probabilities: [C] its prediction for this image, if it is already known; `dense` replaces it.
+        settings: changes to the routing; none if None.
+        facts: description of the model for the view; made from the model if None.
+        picture: description of the image for the view; its pixels are replaced by those that the model saw.
 
     Raises:
-        UserError: if the model has no MoE layer, the image can't be read, or the answer is no number.
+        UserError: if the model has no MoE layer, the image can't be read, or the logits aren't finite.
     """
     title = ""
     if not isinstance(model, SavedModel):
@@ -312,7 +318,7 @@ def route_image(
         name = Path(image).name if isinstance(image, str | Path) else "one image"
         picture = PictureFacts(pixels, name=name)
 
-    # The computation asks for the layers' clean scores too: no other thread's noise may be in them.
+    # `_layer_view` may call the routers again: until then no other thread may switch on noise in this network.
     with routing_lock(model.net):
         with (
             settings.applied(model.net),
@@ -329,6 +335,7 @@ def route_image(
             for routing, router, layer in zip(routings, facts.routers, activations, strict=True)
         ]
 
+    # The twin may have another image size.
     if dense is not None:
         dense_pixels = pixels
         if dense.image_size != len(pixels):
@@ -347,7 +354,7 @@ def route_image(
 
 
 def top_classes(names: Sequence[str], probabilities: Floats, count: int = TOP) -> list[Json]:
-    """The `count` likeliest classes, best first: `{"class", "p"}`."""
+    """The `count` most probable of the classes `names`, best first, as `{"class": name, "p": probability}`."""
     best = np.argsort(-probabilities, kind="stable")[:count]
     return [{"class": names[index], "p": round(float(probabilities[index]), 4)} for index in best]
 
@@ -355,35 +362,40 @@ def top_classes(names: Sequence[str], probabilities: Floats, count: int = TOP) -
 def _layer_view(
     routing: Routing, facts: LayerFacts, settings: Settings, activations: LayerActivations
 ) -> LayerView:
-    first = routing.num_prefix_tokens
-    top_k = routing.top_k  # also what an intervention around us has made of it
+    """The view of one layer from its routing of a batch of one image."""
+    # The K that was used. That of `routing` includes any intervention, but is E unless patches choose.
+    top_k = routing.top_k
     if routing.kind != "token_choice":
         top_k = facts.top_k
         if settings.top_k is not None and "top_k" not in facts.refused:
             top_k = settings.top_k
+
     capacity = None if "capacity" in facts.refused else settings.capacity
     noisy = settings.noise is not None and facts.noise != "none"
-    steps = activations.layer.router.explain(noisy=noisy, top_k=top_k, capacity=capacity)
+    explanation = activations.layer.router.explain(noisy=noisy, top_k=top_k, capacity=capacity)
+    first_patch = routing.num_prefix_tokens
     return LayerView(
-        facts=replace(facts, top_k=top_k, steps=steps),
-        expert_index=routing.expert_index[0, first:].cpu().numpy(),
-        combine_weight=to_numpy(routing.combine_weight[0, first:]),
-        kept=routing.kept[0, first:].cpu().numpy(),
-        probs=to_numpy(routing.probs[0, first:]),
+        facts=replace(facts, top_k=top_k, steps=explanation),
+        expert_index=routing.expert_index[0, first_patch:].cpu().numpy(),
+        combine_weight=to_numpy(routing.combine_weight[0, first_patch:]),
+        kept=routing.kept[0, first_patch:].cpu().numpy(),
+        probs=to_numpy(routing.probs[0, first_patch:]),
         reads=_reads(routing) if isinstance(routing, SoftRouting) else None,
         computation=activations.computation(routing, noisy=noisy),
     )
 
 
-# The logit lens (nostalgebraist, "interpreting GPT", 2020): final norm, pooling and head, applied to the output of each
-# block as they are. They were trained for the last one alone, so of an earlier one they are an untrained readout.
+# ---- logit lens (nostalgebraist, "interpreting GPT", 2020)
+#
+# The model's final norm, pooling and head are applied to the output of every block. They were trained on the output of
+# the last block only, so that for earlier blocks they are an untrained readout.
 
 
 @contextmanager
 def block_outputs(net: nn.Module) -> Iterator[list[Tensor]]:
-    """Keep what the blocks of `net` give, each [1, N, D] for one image; in this thread, and until the scope closes.
+    """Within the context, collect the outputs [1, N, D] of the blocks of `net` for one image that this thread runs.
 
-    The list fills in order of depth while the model runs; it stays empty where a network has no blocks.
+    The list fills in order of depth while the model runs; it stays empty if the network has no blocks.
     """
     outputs: list[Tensor] = []
     thread = threading.get_ident()
@@ -400,15 +412,15 @@ def block_outputs(net: nn.Module) -> Iterator[list[Tensor]]:
 
 @torch.inference_mode()
 def lens(net: Any, outputs: list[Tensor]) -> Tensor:
-    """Logits [L, C] of the head after each block; the last row is the model's own."""
+    """Logits [blocks, C] of the head after each block, of outputs [1, N, D]; the last row is the model's prediction."""
     return torch.cat([net.forward_head(net.norm(output)) for output in outputs])
 
 
 def _reads(routing: SoftRouting) -> npt.NDArray[np.float64]:
-    """[E, P] what experts read of the patches of a batch of one image: means over their slots."""
+    """[E, P] weight of each patch in an expert's input, mean over its slots, for a batch of one image."""
     weight = routing.dispatch_weight[0, routing.num_prefix_tokens :]  # [P, E, S]
-    mean: npt.NDArray[np.float64] = weight.double().cpu().numpy().mean(2)
-    return mean.T
+    slot_mean: npt.NDArray[np.float64] = weight.double().cpu().numpy().mean(2)  # [P, E]
+    return slot_mean.T
 
 
 def _round(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

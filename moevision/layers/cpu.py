@@ -1,9 +1,10 @@
-"""What only makes the layer fast on a CPU, or repeatable on a GPU: skip it at first reading.
+"""Operations that make the layer fast on a CPU, or reproducible on a GPU: skip this file at first reading.
 
-Nothing here changes what is computed. Custom backward passes can be differentiated once: `refuse_transforms` and
-`differentiable_once` say so. Measurements: benchmarks/performance.
+They compute the same as simple PyTorch code. Their custom backward passes don't support second derivatives, for which
+`refuse_transforms` and `differentiable_once` raise an error. Measurements: benchmarks/performance.
 
-Axes: T tokens, K choices, R rows (T·K and padding), D width, H hidden width, E experts.
+Axes: T tokens, K choices of a token, R rows (T·K and padding), D width, H hidden width, E experts; I input and O output
+width of one matrix product.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from torch import Tensor, nn
 from moevision.errors import UserError
 
 MULTIPLE = 32
-"""What sizes of large groups are rounded up to in bfloat16: 6 % of additional rows at most, on average."""
+"""In bfloat16, lengths of large groups are rounded up to a multiple of this: on average at most 6 % more rows."""
 
 SMALL_MULTIPLE = 16
-"""The same for small groups."""
+"""The multiple for small groups."""
 
 FEW = 1024
-"""Rows up to which the number of calls counts more than what each of them does: those of a few images at most."""
+"""Up to this many rows, those of a few images, the number of torch calls matters more than the work in each call."""
 
 _ALIGNMENT = 16
-"""Bytes that the start and the strides of a matrix must be multiples of for `grouped_mm`."""
+"""`grouped_mm` needs matrices whose address and strides are multiples of this many bytes."""
 
 
 # ---- the machine
@@ -41,7 +42,7 @@ _ALIGNMENT = 16
 def has_matrix_unit() -> bool:
     """Whether this CPU has a matrix unit for bfloat16 (Intel's AMX) and oneDNN may use it.
 
-    The environment variable `ONEDNN_MAX_CPU_ISA` can take it away, as it does for oneDNN.
+    oneDNN doesn't use it if the environment variable `ONEDNN_MAX_CPU_ISA` names a smaller instruction set.
     """
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     if allowed not in ("DEFAULT", "ALL") and "AMX" not in allowed:
@@ -50,8 +51,8 @@ def has_matrix_unit() -> bool:
     return capabilities is not None and bool(capabilities().get("amx_bf16", False))
 
 
-def _eager(x: Tensor) -> bool:
-    """Whether x is on a CPU and code runs as it stands: data may decide what is done."""
+def _is_eager_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU and the code isn't being compiled, so that Python may branch on values of tensors."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -59,7 +60,7 @@ def _eager(x: Tensor) -> bool:
 
 
 def refuse_transforms() -> None:
-    """Raise a UserError inside of `torch.func.grad`, `vmap` and their like, which can't see through sorted rows."""
+    """Raise a UserError inside transforms of `torch.func` such as `grad` and `vmap`: they don't support sorted rows."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise UserError(
             'torch.func and vmap need an MoE layer without data-dependent shapes: build it with backend="dense".'
@@ -67,29 +68,29 @@ def refuse_transforms() -> None:
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate the `backward` of an autograd.Function: `once_differentiable` with an error that says what to do.
+    """Decorator for the `backward` of an autograd.Function: torch's `once_differentiable` with a helpful error.
 
-    It is raised, too, where the second gradient would come from a saved tensor only, for which torch's gives 0.
+    The error is also raised if the second gradient depends on saved tensors only; torch's decorator then gives 0.
     """
 
     @wraps(backward)
-    def once(ctx: Any, *gradients: Tensor) -> Any:
+    def guarded_backward(ctx: Any, *gradients: Tensor) -> Any:
         with torch.no_grad():
             results = backward(ctx, *gradients)
         if not torch.is_grad_enabled():
             return results
 
-        inputs = [*gradients, *ctx.saved_tensors]
-        inputs = [x for x in inputs if x is not None]
+        second_order_inputs = [*gradients, *ctx.saved_tensors]
+        second_order_inputs = [x for x in second_order_inputs if x is not None]
         if not isinstance(results, tuple):
             results = (results,)
-        return tuple(None if x is None else _Refuse.apply(x, *inputs) for x in results)  # type: ignore[no-untyped-call]
+        return tuple(None if x is None else _Refuse.apply(x, *second_order_inputs) for x in results)  # type: ignore[no-untyped-call]
 
-    return once
+    return guarded_backward
 
 
 class _Refuse(torch.autograd.Function):
-    """A gradient that can be used, but not differentiated again."""
+    """Identity for a gradient; differentiating it again raises a UserError. The inputs only connect it to the graph."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *_inputs: Tensor) -> Tensor:
@@ -112,147 +113,169 @@ def send_choices(
     row_multiple: int | None = None,
     max_padding: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Copies of tokens x [T, D] sorted by their experts [T, K], equal choices as they stand, with padding.
+    """Copies of the tokens x [T, D], sorted by the experts [T, K] that they chose, with padding.
+
+    Rows of one expert are in the order of their tokens.
 
     Returns:
-        [R, D] rows; int64: [E] rows of each expert, [R] the token that each row copies (padding: token 0), [T, K] the
-        rows of each token.
+        rows [R, D]; int64: [E] the number of rows of each expert, [R] the token that each row copies (padding: token
+        0), [T, K] the row of each choice.
     """
     choices = expert.flatten()  # [T·K]
-    by_rule = row_multiple is None and max_padding is None
-    if by_rule and 0 < len(choices) <= FEW and _rows_of_a_call(x):
-        token, row, counts = _count_choices(x, expert, num_experts)
+    use_defaults = row_multiple is None and max_padding is None
+    if use_defaults and 0 < len(choices) <= FEW and _rows_worth_one_call(x):
+        token_of_row, row_of_choice, counts = _place_few_choices(x, expert, num_experts)
     else:
-        order, row, counts = sort_choices(choices, num_experts)
-        token = order // expert.shape[1]  # [T·K] the token of each choice, expert after expert
+        order, row_of_choice, counts = sort_choices(choices, num_experts)
+        token_of_row = order // expert.shape[1]  # [T·K] sorted by expert
 
-        padded = padded_counts(counts, x, row_multiple, max_padding)
-        if padded is not counts:
-            # Rows of padding copy token 0, and nothing reads what becomes of them.
-            padding = padded - counts  # [E]
+        padded_sizes = padded_counts(counts, x, row_multiple, max_padding)
+        if padded_sizes is not counts:
+            # Rows of padding copy token 0; their outputs are never read.
+            padding = padded_sizes - counts  # [E]
             padding_before = padding.cumsum(0) - padding  # [E] rows of padding before each group
-            row += padding_before.index_select(0, choices)
-            padded_token = token.new_zeros(int(padded.sum()))  # [R]
-            token = padded_token.index_copy_(0, row.index_select(0, order), token)
-            counts = padded
-    position = row.view_as(expert)
-    return take_rows(x, token, position), counts, token, position
+            row_of_choice += padding_before.index_select(0, choices)
+            padded_token = token_of_row.new_zeros(int(padded_sizes.sum()))  # [R]
+            row_of_sorted_choice = row_of_choice.index_select(0, order)  # [T·K]
+            token_of_row = padded_token.index_copy_(0, row_of_sorted_choice, token_of_row)
+            counts = padded_sizes
+
+    position = row_of_choice.view_as(expert)  # [T, K]
+    return take_rows(x, token_of_row, position), counts, token_of_row, position
 
 
-def _count_choices(x: Tensor, expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`send_choices` for few choices: positions in a group are counted, not sorted, which takes fewer calls.
+def _place_few_choices(
+    x: Tensor, expert: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of few choices, found by counting instead of sorting, which takes fewer calls.
 
     Returns:
         int64: [R] the token that each row copies, [T·K] the row of each choice, [E] rows of each expert.
     """
     choices = expert.flatten().unsqueeze(1)  # [T·K, 1]
-    chosen = choices.new_zeros(len(choices), num_experts).scatter_(1, choices, 1)
-    number = chosen.cumsum(0)  # [T·K, E] the choice's number in the group of each expert, from 1
+    one_hot = choices.new_zeros(len(choices), num_experts).scatter_(1, choices, 1)  # [T·K, E]
+    number_in_group = one_hot.cumsum(0)  # [T·K, E] choices of each expert up to this one
 
-    sizes = _padded(number[-1].tolist(), x, None, None)
+    sizes = _padded_lengths(number_in_group[-1].tolist(), x, None, None)
     starts = accumulate(sizes[:-1], initial=0)
-    before_first, counts = torch.tensor([[start - 1 for start in starts], sizes]).unbind()
+    # Both [E]. The first choice of a group has number 1 and belongs into the row `starts`.
+    row_before_group, counts = torch.tensor([[start - 1 for start in starts], sizes]).unbind()
 
-    row = (number + before_first).gather(1, choices).squeeze(1)  # [T·K]
-    token_of_choice = torch.arange(len(row)) // expert.shape[1]
-    zeros = row.new_zeros(sum(sizes))  # [R]
-    token = zeros.scatter_(0, row, token_of_choice)
-    return token, row, counts
+    row_of_choice = (number_in_group + row_before_group).gather(1, choices).squeeze(1)  # [T·K]
+    token_of_choice = torch.arange(len(row_of_choice)) // expert.shape[1]  # [T·K]
+    token_zero = row_of_choice.new_zeros(sum(sizes))  # [R]
+    token_of_row = token_zero.scatter_(0, row_of_choice, token_of_choice)
+    return token_of_row, row_of_choice, counts
 
 
 def sort_choices(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort choices by their expert [R] int64, equal ones as they stand: their order, its inverse, and counts [E]."""
-    eager = _eager(expert)
-    if eager and len(expert) <= FEW:  # few calls count here
+    """Stable sort of choices by their expert [T·K] int64.
+
+    Returns:
+        int64: [T·K] the choices in order, [T·K] the place of each choice in that order, [E] choices of each expert.
+    """
+    is_eager = _is_eager_cpu(expert)
+    if is_eager and len(expert) <= FEW:  # the fewest calls
         order = expert.argsort(stable=True)
         return order, order.argsort(), torch.bincount(expert, minlength=num_experts)
 
-    if eager and num_experts <= 256:
-        # NumPy sorts single bytes by counting them: a tenth of the time of torch's comparisons.
+    if is_eager and num_experts <= 256:
+        # NumPy's counting sort of bytes takes a tenth of the time of torch's comparison sort.
         order = torch.from_numpy(np.argsort(expert.to(torch.uint8).numpy(), kind="stable"))
     else:
         order = expert.argsort(stable=True)
-    rank = torch.arange(order.numel(), device=order.device)
-    row = torch.empty_like(order).index_copy_(0, order, rank)
+    places = torch.arange(order.numel(), device=order.device)
+    place_of_choice = torch.empty_like(order).index_copy_(0, order, places)
 
-    # scatter_add has a static result shape: no host synchronisation, and it compiles, unlike bincount.
+    # Unlike bincount, scatter_add has a static result shape, so that it compiles and needs no host synchronisation.
     zeros = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
-    return order, row, zeros.scatter_add(0, expert, torch.ones_like(expert))
+    return order, place_of_choice, zeros.scatter_add(0, expert, torch.ones_like(expert))
 
 
 def padded_counts(
     counts: Tensor, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
 ) -> Tensor:
-    """Group sizes with padding; `counts` itself where nothing is padded.
+    """Lengths [E] of the experts' groups with padding; `counts` [E] itself where nothing is padded.
 
-    In bfloat16 on a CPU groups are padded. Matrix kernels are compiled there for each shape that occurs, for 1 to 2 ms
-    and 0.6 MB each (in float32 they aren't), and counts change with every batch: sizes are rounded up to a multiple of
-    32 rows (small ones: 16; large ones: a sixteenth of a power of two). With a matrix unit launch overhead dominates:
-    all groups are made equally long, for one batched product, if that adds at most a quarter of the rows (two fifths
-    below 1 024 rows an expert). Elsewhere that padding would cost more than it saves, unless rows are few: without
-    gradients it is done where the added rows cost less than the calls that it spares (`_rows_of_a_call`).
+    By default, groups are padded on a CPU in these three cases:
 
-    Of the tokens `x` device, dtype and width count. `row_multiple` is what sizes are rounded up to on a CPU, and
-    `max_padding` rows over choices up to which groups are made equally long: 1 turns it off, None is the rule above.
+    - In bfloat16, matrix kernels are compiled for each shape, which takes 1 to 2 ms and 0.6 MB each, and lengths change
+      with every batch. So they are rounded up to a multiple of 32 rows (small groups: 16; large ones: a sixteenth of a
+      power of two).
+    - In bfloat16 with a matrix unit, the time is dominated by the launches of products. So all groups are made equally
+      long, for one batched product, if that adds at most a quarter of the rows (two fifths below 1 024 rows an expert).
+    - Without gradients and with few rows, in either dtype, all groups are made equally long if the added rows take less
+      time than the calls that this saves (`_rows_worth_one_call`).
+
+    Args:
+        counts: [E] the rows of each expert.
+        x: the tokens, for their device, dtype and width.
+        row_multiple: multiple that lengths are rounded up to on a CPU; 1 turns all padding off, None is the default
+            above.
+        max_padding: groups are made equally long if rows / choices is then at most this; 1 turns that off, None is the
+            default above.
     """
-    if not _eager(x):
+    if not _is_eager_cpu(x):
         return counts
     sizes = counts.tolist()
-    lengths = _padded(sizes, x, row_multiple, max_padding)
+    lengths = _padded_lengths(sizes, x, row_multiple, max_padding)
     return counts if lengths is sizes else counts.new_tensor(lengths)
 
 
-def _padded(
+def _padded_lengths(
     sizes: list[int], x: Tensor, row_multiple: int | None, max_padding: float | None
 ) -> list[int]:
-    """See `padded_counts`; `sizes` itself where nothing is padded."""
-    half = x.dtype == torch.bfloat16
+    """`padded_counts` for a list of lengths [E]; `sizes` itself where nothing is padded."""
+    is_bf16 = x.dtype == torch.bfloat16
     num_rows = sum(sizes)
     num_experts = len(sizes)
 
-    # Few rows without gradients: equal groups, if the added rows cost less than the calls that they spare.
-    rows_of_a_call = _rows_of_a_call(x) if row_multiple is None and max_padding is None else 0.0
-    if rows_of_a_call:
-        longest = _rounded(max(sizes), 8 if half else 1)
-        calls = num_experts - sizes.count(0)
-        if num_experts * longest - num_rows <= rows_of_a_call * calls:
+    # Few rows without gradients: equal groups, if the added rows take less time than the calls of a loop.
+    call_rows = _rows_worth_one_call(x) if row_multiple is None and max_padding is None else 0.0
+    if call_rows:
+        longest = _round_up(max(sizes), 8 if is_bf16 else 1)
+        num_calls = num_experts - sizes.count(0)
+        if num_experts * longest - num_rows <= call_rows * num_calls:
             return num_experts * [longest]
 
+    # Round up each length.
     if row_multiple is None:
-        row_multiple = _row_multiple(num_rows / num_experts) if half else 1
+        row_multiple = _default_row_multiple(num_rows / num_experts) if is_bf16 else 1
     if row_multiple == 1:
         return sizes
-    lengths = [_rounded(count, row_multiple) for count in sizes]
+    lengths = [_round_up(count, row_multiple) for count in sizes]
 
     # With a matrix unit: equal groups, if that adds few rows.
     if max_padding is None:
         max_padding = 1.0
-        if half and has_matrix_unit():
+        if is_bf16 and has_matrix_unit():
             max_padding = 1.4 if num_rows < 1024 * num_experts else 1.25
-    equal = num_experts * [max(lengths)]
-    return equal if sum(equal) <= max_padding * num_rows else lengths
+    equal_lengths = num_experts * [max(lengths)]
+    return equal_lengths if sum(equal_lengths) <= max_padding * num_rows else lengths
 
 
-def _row_multiple(rows_per_expert: float) -> int:
+def _default_row_multiple(rows_per_expert: float) -> int:
+    """The multiple that lengths are rounded up to in bfloat16."""
     return MULTIPLE if rows_per_expert >= 8 * MULTIPLE else SMALL_MULTIPLE
 
 
-def _rows_of_a_call(x: Tensor) -> float:
-    """Rows that a product computes in the time that one more call takes, where no gradient is asked for; else 0.
+def _rows_worth_one_call(x: Tensor) -> float:
+    """Number of rows that an expert computes in the time of one more call; 0 if padding for that doesn't pay.
 
-    Measured are 2.1 to 3 million multiply-adds in bfloat16, on two threads twice that; in float32 .5 to .8 on two
-    threads and too few to count on one. x is as wide as the rows, and experts are taken to be twice as wide.
+    It doesn't pay with gradients, in compiled code, on other devices, and in float32 on one thread. Measured were, in
+    the time of a call: in bfloat16 2.1 to 3 million multiply-adds on one thread and twice that on two; in float32 0.5
+    to 0.8 million on two threads. Experts are assumed to have a hidden width of twice the width of x.
     """
     threads = torch.get_num_threads()
-    half = x.dtype == torch.bfloat16
-    if not _eager(x) or torch.is_grad_enabled() or (threads == 1 and not half):
+    is_bf16 = x.dtype == torch.bfloat16
+    if not _is_eager_cpu(x) or torch.is_grad_enabled() or (threads == 1 and not is_bf16):
         return 0.0
-    multiply_adds = threads * (2.5e6 if half else 0.3e6)
+    multiply_adds = threads * (2.5e6 if is_bf16 else 0.3e6)
     return multiply_adds / (2 * x.shape[-1] ** 2)
 
 
-def _rounded(count: int, step: int) -> int:
-    """The next multiple of `step`, or for large groups of a sixteenth of the power of two below `count`."""
+def _round_up(count: int, step: int) -> int:
+    """Round up to a multiple of `step`, or of 1/16 of the largest power of two up to `count` if that is more."""
     step = max(step, (1 << count.bit_length()) // 32)
     return -(-count // step) * step
 
@@ -261,8 +284,8 @@ def _rounded(count: int, step: int) -> int:
 
 
 def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The K highest of the last dimension and their indices, best first: `topk`."""
-    if top_k == 1:  # a third to a fifth of topk's time on a CPU
+    """`topk` over the last dimension: the K highest scores and their indices, best first."""
+    if top_k == 1:  # takes a third to a fifth of the time of topk on a CPU
         highest = scores.max(dim=-1, keepdim=True)
         return highest.values, highest.indices
     top = scores.topk(top_k, dim=-1)
@@ -270,26 +293,30 @@ def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def softmax_over_experts(logits: Tensor) -> Tensor:
-    """Softmax of logits [B, N, E] over E; on a CPU across tokens, since E numbers don't fill a vector register."""
-    eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    few = eager and logits.numel() <= FEW  # one call then, not three
-    if few or logits.device.type != "cpu":
+    """Softmax of logits [B, N, E] over E.
+
+    On a CPU the tensor is transposed first, so that vector registers hold several tokens: E numbers don't fill one.
+    """
+    is_inference = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    is_small = is_inference and logits.numel() <= FEW  # there one call is faster than three
+    if is_small or logits.device.type != "cpu":
         return logits.softmax(-1)
     return logits.mT.contiguous().softmax(-2).mT
 
 
-# ---- moves of rows
+# ---- copying tokens to rows, and adding up the rows of each token
 #
-# Autograd's gradient of a gather is a scatter-add: one row after the other on a CPU, in an order that changes from run
-# to run on a GPU. Here every row is a copy of one token and every token knows its K rows, so the gradient of either
-# move is again a gather and a sum. On a CPU that is one kernel, torch's `embedding_bag`, which adds up in float32.
+# Autograd's gradient of a gather is a scatter-add: on a CPU it adds one row after the other, on a GPU in an order that
+# changes from run to run. Here every row is a copy of one token, and the K rows of every token are known. So the
+# gradient of either operation is a gather and a sum. On a CPU these are one kernel, torch's `embedding_bag`, which adds
+# up in float32.
 
 
 def take_rows(x: Tensor, token: Tensor, position: Tensor) -> Tensor:
     """Copies [R, D] of tokens x [T, D].
 
-    `token` [R] says which token each row copies, `position` [T, K] the rows of each token; rows that it doesn't name
-    (padding) get no gradient.
+    `token` [R] is the token that each row copies, `position` [T, K] the rows of each token. Padding is in no `position`
+    and gets no gradient.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return x.index_select(0, token)
@@ -300,20 +327,22 @@ def take_rows(x: Tensor, token: Tensor, position: Tensor) -> Tensor:
 def sum_rows(rows: Tensor, weight: Tensor, token: Tensor, position: Tensor) -> Tensor:
     """Weighted sum of each token's rows: rows [R, D], weight [T, K], token and position as in `take_rows` -> [T, D].
 
-    Weights are rounded to the rows' dtype first: under bf16 autocast that costs no more precision than the rounding of
-    the result does, and spares float32 copies of the rows.
+    Weights are rounded to the rows' dtype first. Under bf16 autocast that loses no more precision than rounding the
+    result does, and avoids float32 copies of the rows.
     """
     weight = weight.to(rows.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _sum(rows, position, weight)
+        return _gather_and_sum(rows, position, weight)
     total: Tensor = _SumRows.apply(rows, weight, token, position)  # type: ignore[no-untyped-call]
     return total
 
 
-def _sum(rows: Tensor, position: Tensor, weight: Tensor | None = None) -> Tensor:
-    """[T, D]: Σ_k weight[t, k] · rows[position[t, k]], in the same order every time."""
+def _gather_and_sum(rows: Tensor, position: Tensor, weight: Tensor | None = None) -> Tensor:
+    """[T, D]: Σ_k weight[t, k] · rows[position[t, k]] for rows [R, D], always added in the same order."""
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
         return F.embedding_bag(position, rows, mode="sum", per_sample_weights=weight)
+
+    # [T, K, D]
     by_token = rows.index_select(0, position.flatten()).view(*position.shape, rows.shape[1])
     if weight is not None:
         by_token = by_token * weight.unsqueeze(-1)
@@ -321,6 +350,8 @@ def _sum(rows: Tensor, position: Tensor, weight: Tensor | None = None) -> Tensor
 
 
 class _TakeRows(torch.autograd.Function):
+    """`take_rows` with a gradient that gathers."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(position)
@@ -330,41 +361,44 @@ class _TakeRows(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (position,) = ctx.saved_tensors
-        return _sum(gradient.contiguous(), position), None, None
+        return _gather_and_sum(gradient.contiguous(), position), None, None
 
 
 class _SumRows(torch.autograd.Function):
+    """`sum_rows` with gradients that gather."""
+
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, token: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight, token, position)
-        return _sum(rows, position, weight)
+        return _gather_and_sum(rows, position, weight)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         rows, weight, token, position = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        rows_of_tokens = position.flatten()  # [T·K]
+        gradient = gradient.contiguous()  # [T, D]
+        row_of_choice = position.flatten()  # [T·K]
 
-        # Padding has weight 0, whatever token it copies.
-        zeros = weight.new_zeros(rows.shape[0])
-        row_weight = zeros.index_copy_(0, rows_of_tokens, weight.flatten())  # [R]
-        # Gathered and scaled at once.
-        rows_gradient = _sum(gradient, token.unsqueeze(1), row_weight.unsqueeze(1))  # [R, D]
+        # Rows of padding keep the weight 0.
+        zero_weights = weight.new_zeros(rows.shape[0])
+        row_weight = zero_weights.index_copy_(0, row_of_choice, weight.flatten())  # [R]
+
+        # [R, D]: the gradient of a row is that of its token times its weight; this gathers and multiplies in one call.
+        rows_gradient = _gather_and_sum(gradient, token.unsqueeze(1), row_weight.unsqueeze(1))
 
         weight_gradient = None
         if ctx.needs_input_grad[1]:
-            by_row = (gradient.index_select(0, token) * rows).sum(-1)  # [R]
-            weight_gradient = by_row.index_select(0, rows_of_tokens).view_as(weight)
+            gradient_of_weight = (gradient.index_select(0, token) * rows).sum(-1)  # [R]
+            weight_gradient = gradient_of_weight.index_select(0, row_of_choice).view_as(weight)
         return rows_gradient, weight_gradient, None, None
 
 
-# ---- the experts' loop
+# ---- the experts' MLPs, each on its group of rows
 #
-# Autograd would do the same work and then copy every slice again: into zero-filled halves of a split, into a stack of
-# weight gradients, into their float32 version. Where all experts have equally many rows, their products are one batched
-# product, since small ones leave a matrix unit waiting. Where they haven't, the loop of products without a bias is
-# `grouped_mm`'s, which on a CPU is such a loop in C++.
+# A plain loop over experts has the same products, but autograd adds copies: gradients of slices are written into
+# zero-filled tensors, those of weights are stacked and then cast to float32. Where all groups are equally long, one
+# batched product replaces the loop, since small products don't keep a matrix unit busy. Where they aren't, products
+# without a bias use `grouped_mm`, which on a CPU is the same loop in C++.
 
 
 def looped_mlps(
@@ -376,84 +410,93 @@ def looped_mlps(
     weight2: Tensor,
     bias2: Tensor | None,
 ) -> Tensor:
-    """Apply expert e, `fc2(act(fc1(x)))`, to the e-th group of rows [R, D], `counts` long -> [R, out].
+    """Apply expert e, `fc2(act(fc1(x)))`, to the e-th group of rows [R, D], which has `counts[e]` rows -> [R, O].
 
-    The activation is elementwise, without parameters, state and randomness, and not in place. Weights [E, H, D] and [E,
-    out, H] are of any dtype; they are computed with in that of the rows. Gradients can be taken once, not of gradients.
+    The activation must be elementwise, without parameters, state and randomness, and not in place. Weights [E, H, D]
+    and [E, O, H], and biases [E, H] and [E, O], of any dtype are cast to that of the rows. Second derivatives aren't
+    supported.
     """
     parameters = (weight1, bias1, weight2, bias2)
     inputs = [x for x in (rows, *parameters) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         out: Tensor = _LoopedMlps.apply(rows, counts, act, *parameters)  # type: ignore[no-untyped-call]
         return out
-    hidden = act(_linear(rows, counts, weight1, bias1))
-    return _linear(hidden, counts, weight2, bias2)
+    hidden = act(_grouped_linear(rows, counts, weight1, bias1))
+    return _grouped_linear(hidden, counts, weight2, bias2)
 
 
 class _LoopedMlps(torch.autograd.Function):
+    """`looped_mlps` with a backward pass in the same groups."""
+
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, counts: Sequence[int], act: nn.Module, *parameters: Tensor | None
     ) -> Tensor:
         ctx.counts = counts
         ctx.act = act
-        ctx.dtypes = [None if x is None else x.dtype for x in parameters]
+        ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
 
-        same_dtype = [None if x is None else x.to(rows.dtype) for x in parameters]
-        weight1, bias1, weight2, bias2 = same_dtype
-        hidden = _linear(rows, counts, weight1, bias1)
-        active = act(hidden)
-        ctx.save_for_backward(rows, hidden, active, weight1, weight2)
-        return _linear(active, counts, weight2, bias2)
+        cast_parameters = [
+            None if parameter is None else parameter.to(rows.dtype) for parameter in parameters
+        ]
+        weight1, bias1, weight2, bias2 = cast_parameters
+
+        hidden = _grouped_linear(rows, counts, weight1, bias1)  # [R, H]
+        activated = act(hidden)  # [R, H]
+        ctx.save_for_backward(rows, hidden, activated, weight1, weight2)
+        return _grouped_linear(activated, counts, weight2, bias2)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, hidden, active, weight1, weight2 = ctx.saved_tensors
+        rows, hidden, activated, weight1, weight2 = ctx.saved_tensors
         counts = ctx.counts
         needs_rows, _, _, needs_weight1, needs_bias1, needs_weight2, needs_bias2 = (
             ctx.needs_input_grad
         )
         dtype1, bias_dtype1, dtype2, bias_dtype2 = ctx.dtypes
-        grads: list[Tensor | None] = [None] * 7  # of each argument of `forward`
+        # Of the arguments of `forward`: rows, counts, act, weight1, bias1, weight2, bias2.
+        grads: list[Tensor | None] = [None] * 7
 
-        out_grad = gradient.contiguous()  # [R, out]
-        # One expression: the gradient of `active` [R, H] is freed at once.
-        hidden_grad = _activation_gradient(ctx.act, hidden, _product(out_grad, counts, weight2))
+        out_grad = gradient.contiguous()  # [R, O]
+        # One expression, so that the gradient of `activated` [R, H] has no name and is freed at once.
+        hidden_grad = _activation_gradient(
+            ctx.act, hidden, _grouped_product(out_grad, counts, weight2)
+        )
         if needs_rows:
-            grads[0] = _product(hidden_grad, counts, weight1)
+            grads[0] = _grouped_product(hidden_grad, counts, weight1)
         if needs_weight1:
             grads[3] = _weight_gradient(hidden_grad, rows, counts, dtype1)
         if needs_bias1:
             grads[4] = _bias_gradient(hidden_grad, counts, bias_dtype1)
         if needs_weight2:
-            grads[5] = _weight_gradient(out_grad, active, counts, dtype2)
+            grads[5] = _weight_gradient(out_grad, activated, counts, dtype2)
         if needs_bias2:
             grads[6] = _bias_gradient(out_grad, counts, bias_dtype2)
         return tuple(grads)
 
 
-def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tensor:
-    """rows_e · weight_eᵀ + bias_e, in the dtype of the rows: [R, I] -> [R, O]."""
+def _grouped_linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tensor:
+    """rows_e · weight_eᵀ + bias_e, in the dtype of the rows: rows [R, I], weight [E, O, I], bias [E, O] -> [R, O]."""
     dtype = rows.dtype
     if bias is None:
-        return _product(rows, counts, weight.to(dtype).mT)
+        return _grouped_product(rows, counts, weight.to(dtype).mT)
 
-    # No view of a product: FSDP2 warns of outputs that are views.
+    # Products are written into `out`, since FSDP2 warns about outputs that are views.
     out = rows.new_empty(rows.shape[0], weight.shape[1])
-    if _equal(counts):
+    if _all_equal(counts):
         bias = bias.to(dtype).unsqueeze(1)  # [E, 1, O]
         weight = weight.to(dtype).mT  # [E, I, O]
-        torch.baddbmm(bias, _batched(rows, counts), weight, out=_batched(out, counts))
+        torch.baddbmm(bias, _stack_groups(rows, counts), weight, out=_stack_groups(out, counts))
         return out
 
-    if 0 not in counts:  # with few rows many experts have none, whose weights needn't be cast
+    if 0 not in counts:  # else only the weights of experts that have rows are cast, below
         bias = bias.to(dtype)
         weight = weight.to(dtype)
     groups_in = rows.split(counts)
     groups_out = out.split(counts)
-    parts = zip(groups_in, weight.mT.unbind(), bias.unbind(), groups_out, strict=True)
-    for group, expert_weight, expert_bias, group_out in parts:
+    per_expert = zip(groups_in, weight.mT.unbind(), bias.unbind(), groups_out, strict=True)
+    for group, expert_weight, expert_bias, group_out in per_expert:
         if not len(group):
             continue
         if expert_weight.dtype is not dtype:
@@ -463,18 +506,20 @@ def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tens
     return out
 
 
-def _product(rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
+def _grouped_product(rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
     """rows_e · weight_e: rows [R, I], weight [E, I, O] -> [R, O]."""
-    if not _equal(counts) and _fits_grouped_mm(rows, weight):
-        return F.grouped_mm(rows, weight, offs=_ends(counts))
+    if not _all_equal(counts) and _fits_grouped_mm(rows, weight):
+        return F.grouped_mm(rows, weight, offs=_group_ends(counts))
+
     out = rows.new_empty(rows.shape[0], weight.shape[2])
-    if _equal(counts):
-        torch.bmm(_batched(rows, counts), weight, out=_batched(out, counts))
+    if _all_equal(counts):
+        torch.bmm(_stack_groups(rows, counts), weight, out=_stack_groups(out, counts))
         return out
+
     groups_in = rows.split(counts)
     groups_out = out.split(counts)
-    parts = zip(groups_in, weight.unbind(), groups_out, strict=True)
-    for group, expert_weight, group_out in parts:
+    per_expert = zip(groups_in, weight.unbind(), groups_out, strict=True)
+    for group, expert_weight, group_out in per_expert:
         torch.mm(group, expert_weight, out=group_out)
     return out
 
@@ -482,17 +527,17 @@ def _product(rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
 def _weight_gradient(
     out_grad: Tensor, rows: Tensor, counts: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """out_grad_eᵀ · rows_e: [E, O, I]."""
-    if _equal(counts):
-        return torch.bmm(_batched(out_grad, counts).mT, _batched(rows, counts)).to(dtype)
+    """out_grad_eᵀ · rows_e: out_grad [R, O], rows [R, I] -> [E, O, I]."""
+    if _all_equal(counts):
+        return torch.bmm(_stack_groups(out_grad, counts).mT, _stack_groups(rows, counts)).to(dtype)
     if _fits_grouped_mm(out_grad, rows):
-        return F.grouped_mm(out_grad.t(), rows, offs=_ends(counts)).to(dtype)
+        return F.grouped_mm(out_grad.t(), rows, offs=_group_ends(counts)).to(dtype)
     pairs = zip(out_grad.split(counts), rows.split(counts), strict=True)
     return torch.stack([grad.t() @ group for grad, group in pairs]).to(dtype)
 
 
 def _fits_grouped_mm(*matrices: Tensor) -> bool:
-    """Whether `grouped_mm` takes them and loops in C++, on a CPU; a GPU's loop would ask the device for the counts."""
+    """Whether `grouped_mm` supports these matrices; on a GPU it isn't used: it would need counts on the device."""
     for x in matrices:
         if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return False
@@ -503,31 +548,35 @@ def _fits_grouped_mm(*matrices: Tensor) -> bool:
     return True
 
 
-def _ends(counts: Sequence[int]) -> Tensor:
+def _group_ends(counts: Sequence[int]) -> Tensor:
+    """[E] int32: the end of each group, as `grouped_mm` needs it."""
     return torch.tensor(list(accumulate(counts)), dtype=torch.int32)
 
 
 def _bias_gradient(out_grad: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Sum of each group: [E, O]."""
+    """Sum of each group: out_grad [R, O] -> [E, O]."""
     if not out_grad.is_cpu:
         return torch.stack([group.sum(0) for group in out_grad.split(counts)]).to(dtype)
-    # One bag of rows for each expert: a third of the time of one sum after the other, and added up in float32.
+    # One "bag" of rows per expert: that takes a third of the time of a loop of sums, and adds up in float32.
     rows = torch.arange(out_grad.shape[0])
     starts = torch.tensor([0, *accumulate(counts[:-1])])
     return F.embedding_bag(rows, out_grad, starts, mode="sum").to(dtype)
 
 
-def _equal(counts: Sequence[int]) -> bool:
+def _all_equal(counts: Sequence[int]) -> bool:
+    """Whether all groups are equally long."""
     return min(counts) == max(counts)
 
 
-def _batched(rows: Tensor, counts: Sequence[int]) -> Tensor:
+def _stack_groups(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """View of the rows [R, D] of equally long groups as [E, R / E, D]."""
     return rows.view(len(counts), counts[0], rows.shape[1])
 
 
 def _activation_gradient(act: nn.Module, hidden: Tensor, active_grad: Tensor) -> Tensor:
+    """The gradient of `hidden` [R, H], given that of `act(hidden)`."""
     if isinstance(act, nn.GELU):
-        # Not into the memory of `active_grad`, though nobody else reads that: it would take 1.2 to 1.4 times as long.
+        # Writing into `active_grad`, which isn't needed any more, would take 1.2 to 1.4 times as long.
         gelu_backward = torch.ops.aten.gelu_backward
         hidden_grad: Tensor = gelu_backward(active_grad, hidden, approximate=act.approximate)
         return hidden_grad

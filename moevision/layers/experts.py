@@ -6,9 +6,10 @@ Three backends compute the same thing:
   `cpu.looped_mlps` writes the gradients.
 - `grouped`: `torch.nn.functional.grouped_mm`; needs float32/float16/bfloat16 and row strides of 16 bytes.
 - `dense`: every expert on every token, the routed sum taken afterwards; E times the work, no sorting, no
-  data-dependent shape. It is the oracle in tests and the path for export.
+  data-dependent shape. It is the reference in tests and the path for export.
 
-Axes: R rows, T tokens, D width, H hidden width, E experts.
+Axes: R rows (copies of tokens, or slots), T tokens, P slots of an expert, D width, H hidden width, E experts,
+E' experts in this process.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from moevision.errors import UserError
 from moevision.layers.cpu import looped_mlps
 
 Backend = Literal["auto", "loop", "grouped", "dense"]
-# Elementwise, without parameters or randomness.
+# Elementwise, without parameters or randomness, as the hand-written gradients of `looped_mlps` need.
 _PLAIN_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 
 
 def local(x: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, unless it is sharded over processes (a DTensor)."""
+    """The part of a tensor in this process: its shard if it is a DTensor, else all of it."""
     return cast(Any, x).to_local() if hasattr(x, "to_local") else x
 
 
 class PackedLinear(nn.Module):
     """E linear maps in one weight [E, out, in] and one bias [E, out].
 
-    A bias of two dimensions is a weight to timm's `param_groups_layer_decay` (and to any rule that goes by dimensions):
-    `convert_to_moe` names it in the model's `no_weight_decay()`.
+    timm's `param_groups_layer_decay` (like any rule that goes by the number of dimensions) would apply weight decay to
+    the two-dimensional bias: therefore `convert_to_moe` adds it to the model's `no_weight_decay()`.
     """
 
     def __init__(
@@ -72,8 +73,8 @@ class PackedLinear(nn.Module):
     def local_weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
         """Weight [E', out, in] and bias [E', out] of the E' experts in this process, in `dtype` if one is given.
 
-        Every backend reads them here and nowhere else: products never see a sharded tensor. E' is E unless experts
-        are spread over processes (`moevision.train.parallel.layout`).
+        Every backend gets the parameters from here, so that a matrix product never has a sharded operand. E' is E
+        unless experts are distributed over processes (`moevision.train.parallel.layout`).
         """
         weight = local(self.weight)
         bias = None if self.bias is None else local(self.bias)
@@ -115,7 +116,7 @@ class Experts(nn.Module):
             num_experts, in_features, hidden_features, bias=bias[0], device=device, dtype=dtype
         )
         self.act = act_layer()
-        # A subclass may do anything, and an in-place one overwrites what the backward pass needs.
+        # Exact types only, since a subclass may compute anything; an in-place one overwrites what the gradient needs.
         inplace = getattr(self.act, "inplace", False)
         self._act_is_plain = type(self.act) in _PLAIN_ACTIVATIONS and not inplace
         self.drop = nn.Dropout(drop)
@@ -124,7 +125,7 @@ class Experts(nn.Module):
         )
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Apply expert e to the e-th group of rows [R, D], in `compute_dtype`: [R, out_features].
+        """Apply the e-th expert to the e-th group of rows [R, D], which are in `compute_dtype`: [R, out_features].
 
         `counts` [E'] int64 has the length of each group, one for each expert in this process; any may be zero.
         """
@@ -133,24 +134,25 @@ class Experts(nn.Module):
         return self._loop(rows, counts.tolist())
 
     def _loop(self, rows: Tensor, counts: list[int]) -> Tensor:
-        dropping = self.training and self.drop.p > 0
-        if self._act_is_plain and not dropping and not torch.compiler.is_compiling():
+        has_dropout = self.training and self.drop.p > 0
+        if self._act_is_plain and not has_dropout and not torch.compiler.is_compiling():
             w1, b1 = self.fc1.local_weights()
             w2, b2 = self.fc2.local_weights()
             return looped_mlps(rows, counts, self.act, w1, b1, w2, b2)
 
-        w1_each, b1_each = _unbind(*self.fc1.local_weights(rows.dtype))
-        w2_each, b2_each = _unbind(*self.fc2.local_weights(rows.dtype))
+        w1s, b1s = _unbind(*self.fc1.local_weights(rows.dtype))
+        w2s, b2s = _unbind(*self.fc2.local_weights(rows.dtype))
         outputs = []
         for expert, group in enumerate(rows.split(counts)):
-            hidden = self.act(F.linear(group, w1_each[expert], b1_each[expert]))
-            outputs.append(F.linear(self.drop(hidden), w2_each[expert], b2_each[expert]))
+            hidden = self.act(F.linear(group, w1s[expert], b1s[expert]))  # [rows, H]
+            outputs.append(F.linear(self.drop(hidden), w2s[expert], b2s[expert]))
         return torch.cat(outputs)
 
     def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
         w1, b1 = self.fc1.local_weights(rows.dtype)
         hidden = self.act(_grouped_linear(rows, counts, w1, b1))  # [R, H]
         hidden = self.drop(hidden)
+
         w2, b2 = self.fc2.local_weights(hidden.dtype)
         return _grouped_linear(hidden, counts, w2, b2)
 
@@ -159,29 +161,32 @@ class Experts(nn.Module):
         x = x.to(self.compute_dtype(x))
         w1, b1 = self.fc1.local_weights(x.dtype)
         w2, b2 = self.fc2.local_weights(x.dtype)
-        hidden = self.act(_add_bias(torch.einsum("td,ehd->teh", x, w1), b1, 0))  # [T, E, H]
-        hidden = self.drop(hidden)
+
+        hidden = torch.einsum("td,ehd->teh", x, w1)  # [T, E, H]
+        hidden = self.drop(self.act(_add_bias(hidden, b1, 0)))
         return _add_bias(torch.einsum("teh,eoh->teo", hidden, w2), b2, 0)
 
     def on_slots(self, slots: Tensor) -> Tensor:
-        """Every expert on its own, equally many rows: slots [E, P, D] -> [E, P, out_features] (dense Soft MoE)."""
+        """Each expert on its own P slots: [E, P, D] -> [E, P, out_features] (dense backend of Soft MoE)."""
         w1, b1 = self.fc1.local_weights(slots.dtype)
         w2, b2 = self.fc2.local_weights(slots.dtype)
-        hidden = self.act(_add_bias(torch.einsum("epd,ehd->eph", slots, w1), b1, 1))  # [E, P, H]
-        hidden = self.drop(hidden)
+
+        hidden = torch.einsum("epd,ehd->eph", slots, w1)  # [E, P, H]
+        hidden = self.drop(self.act(_add_bias(hidden, b1, 1)))
         return _add_bias(torch.einsum("eph,eoh->epo", hidden, w2), b2, 1)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype in which the experts work: autocast's if it is on, else that of their weights."""
+        """The dtype that the experts compute in: autocast's if it is on, else that of their weights."""
         device_type = x.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.fc1.weight.dtype
 
     def _use_grouped(self, rows: Tensor) -> bool:
-        fits = all(width * rows.element_size() % 16 == 0 for width in self._widths)
+        """Whether the rows are computed by `grouped_mm`; raises UserError if it was asked for and can't."""
+        is_aligned = all(width * rows.element_size() % 16 == 0 for width in self._widths)
         if self.backend == "grouped":
-            if rows.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not fits:
+            if rows.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not is_aligned:
                 raise UserError(
                     f"backend='grouped' in {rows.dtype} and widths of {self._widths} can't be computed, only float32 "
                     "and half precision in steps of 16 bytes: change hidden_features or use backend='loop'."
@@ -189,9 +194,10 @@ class Experts(nn.Module):
             return True
         if self.backend == "loop":
             return False
-        # Measured rules: bf16 grouped_mm is one fused kernel on SM90+; elsewhere it is a loop with host
-        # synchronisations. Compiled code has no data-dependent split, and grouped_mm compiles in bf16 only.
-        if rows.dtype != torch.bfloat16 or not fits:
+
+        # backend="auto", by measurements: bf16 grouped_mm is one fused kernel on SM90+; elsewhere it is a loop with
+        # host synchronisations. `_loop` splits by values of `counts`, which doesn't compile; bf16 grouped_mm does.
+        if rows.dtype != torch.bfloat16 or not is_aligned:
             return False
         if torch.compiler.is_compiling():
             return True
@@ -201,9 +207,9 @@ class Experts(nn.Module):
 def _unbind(
     weight: Tensor, bias: Tensor | None
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-    """Weights and biases, expert by expert.
+    """Split weight [E, out, in] and bias [E, out] into those of each expert, [out, in] and [out].
 
-    Unbound once: indexing `weight[e]` would write a full-size zero gradient for every expert, O(E²) work.
+    By one `unbind`: the gradient of each indexing `weight[e]` would be a zero tensor of full size, O(E²) work in all.
     """
     if bias is None:
         return weight.unbind(), len(weight) * [None]
@@ -211,16 +217,17 @@ def _unbind(
 
 
 def _grouped_linear(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows_e · weight_eᵀ + bias_e in one kernel: [R, in] -> [R, out]."""
-    ends = counts.cumsum(0).to(torch.int32)  # [E]
+    """rows_e · weight_eᵀ + bias_e for the group of each expert e, in one kernel: [R, in] -> [R, out]."""
+    ends = counts.cumsum(0).to(torch.int32)  # [E'] where each group ends
     out = F.grouped_mm(rows, weight.mT, offs=ends)
     if bias is None:
         return out
+
     # At least in float32: the gradient of a bias is a sum over all rows of its expert.
-    wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    return out + wide.repeat_interleave(counts, dim=0, output_size=rows.shape[0]).to(out.dtype)
+    bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    return out + bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0]).to(out.dtype)
 
 
 def _add_bias(out: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-    """Add biases [E, width]; `dim` is where `out` has one dimension more."""
+    """Add biases [E, width] to `out`, which has another dimension (tokens or slots) at `dim`."""
     return out if bias is None else out + bias.unsqueeze(dim)

@@ -1,11 +1,12 @@
 """The MoE layer: router -> dispatch -> experts -> combine, a drop-in for `timm.layers.Mlp`.
 
-`reference.py` computes the same, without speed and options. The dispatcher owns no parameters. It is the only object
-that knows where experts live; here all are local, and `moevision.train.parallel.layout` has the one whose experts
-are spread over processes.
+`reference.py` computes the same in simple code, slowly and without options.
 
-Axes: B images, N tokens of an image, T = B·N tokens, D width, E experts, K choices, R rows (T·K of token
-choice), `out` the width of the output.
+The dispatcher has no parameters. It alone knows in which process each expert is: with `LocalDispatcher` all are in this
+one, and `moevision.train.parallel.layout` has the dispatcher for experts that are spread over processes.
+
+Axes: B images, N tokens of an image, T = B·N tokens, D width, E experts, K choices of a token, R rows (for token choice
+T·K and padding), `out` the width of the output.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from moevision.layers.routing import Dispatched, Recordable, Routing, routed_uni
 
 
 class LocalDispatcher:
-    """Dispatch to experts in this process; how tokens become rows is the routing's own (`Routing.dispatch`).
+    """Dispatch to experts in this process, by the methods `dispatch` and `combine` of `Routing`.
 
-    A choice that the router did not keep is computed and given weight 0, so that shapes stay static.
+    A choice that the router dropped is computed all the same, with weight 0, so that shapes stay static.
 
     Args:
-        row_multiple: what group sizes are rounded up to on a CPU, see `cpu.padded_counts`; 1 turns padding off.
-        max_padding: rows over choices up to which groups are made equally long there; 1 turns that off.
+        row_multiple: on a CPU, the length of each expert's group of rows is rounded up to a multiple of this; 1 turns
+            all padding off.
+        max_padding: on a CPU, groups are made equally long if rows / choices is then at most this; 1 turns that off.
+
+    None leaves either to `cpu.padded_counts`.
     """
 
     def __init__(self, row_multiple: int | None = None, max_padding: float | None = None) -> None:
@@ -39,11 +43,11 @@ class LocalDispatcher:
         self.max_padding = max_padding
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
-        """Bring the tokens x [T, D] of a batch into rows sorted by expert."""
+        """Copy the tokens x [T, D] of a batch into rows that are sorted by expert."""
         return routing.dispatch(x, self.row_multiple, self.max_padding)
 
     def receive(self, sent: Dispatched) -> tuple[Tensor, Tensor]:
-        """Rows [R, D] for the experts of this process and the length of each group [E]: those that were sent."""
+        """Rows [R, D] for the experts of this process, and the length [E] of each expert's group: all that was sent."""
         return sent.rows, sent.counts
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
@@ -54,8 +58,8 @@ class LocalDispatcher:
 class MoEMlp(Recordable):
     """A sparse mixture of MLPs: every token is computed by K of E experts, and by the shared ones if there are any.
 
-    Tensor -> Tensor like the MLP it replaces, so that it works inside any timm block. What the router decided comes
-    back through `record_routing`.
+    Tensor -> Tensor like the MLP it replaces, so that it works inside any timm block. `record_routing` gives access
+    to the router's decisions.
 
     Args:
         in_features: D.
@@ -117,7 +121,7 @@ class MoEMlp(Recordable):
         out_features = out_features or in_features
         biases = bias if isinstance(bias, tuple) else (bias, bias)
         drop_inside, drop_after = drop if isinstance(drop, tuple) else (drop, drop)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        placement: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.router_name = router
         self.router = build_router(
@@ -126,7 +130,7 @@ class MoEMlp(Recordable):
             num_experts,
             top_k,
             options=RouterOptions(**router_options),
-            **factory,
+            **placement,
         )
 
         self.dispatcher = LocalDispatcher()
@@ -140,7 +144,7 @@ class MoEMlp(Recordable):
             bias=biases,
             drop=drop_inside if expert_drop is None else expert_drop,
             backend=backend,
-            **factory,
+            **placement,
         )
 
         self.num_shared_experts = num_shared_experts
@@ -153,20 +157,20 @@ class MoEMlp(Recordable):
                 act_layer,
                 biases,
                 drop_inside,
-                **factory,
+                **placement,
             )
 
         self.drop = nn.Dropout(drop_after)
 
     @property
     def fc2(self) -> nn.Module:
-        """The experts' output weights, as timm's `fix_init_weight` asks an MLP for them."""
+        """The experts' output layer, which timm's `fix_init_weight` expects of an MLP."""
         return self.experts.fc2
 
     def forward(self, x: Tensor) -> Tensor:
         """Σ over a token's chosen experts of gate · expert(x): x [B, ..., D] -> [B, ..., out_features].
 
-        A 2-D x is one image's tokens.
+        A 2-D x [N, D] holds the tokens of one image.
         """
         # Route: which experts compute each token, and with which weight.
         tokens = x.unsqueeze(0) if x.ndim == 2 else x.flatten(1, -2)  # [B, N, D]
@@ -179,14 +183,15 @@ class MoEMlp(Recordable):
         else:
             refuse_transforms()
 
-            # Dispatch: rows sorted by expert. Cast before they are copied, since under bf16 autocast that halves them.
+            # Dispatch: rows sorted by expert. Tokens are cast before they are copied: under bf16 autocast that
+            # halves the memory of the copies.
             dtype = self.experts.compute_dtype(tokens)
             dispatched = self.dispatcher.dispatch(tokens.to(dtype), routing)
 
-            # Shared experts: while they compute, rows travel to experts on other processes.
+            # Shared experts: meanwhile, rows are sent to the experts of other processes, if there are any.
             shared = self._shared_output(tokens)  # [T, out]
 
-            # Experts: each one on its group of rows.
+            # Experts: each computes its group of rows.
             rows, counts = self.dispatcher.receive(dispatched)  # [R, D], [E]
             rows = self.experts(rows, counts)  # [R, out]
 
@@ -230,7 +235,7 @@ class SharedExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As `PackedLinear`: truncated normal, std 0.02, and zero biases."""
+        """Initialise as `PackedLinear` does: weights from a truncated normal, std 0.02, and zero biases."""
         for linear in (self.fc1, self.fc2):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             if linear.bias is not None:
@@ -249,12 +254,12 @@ def moe_layers(model: nn.Module) -> list[MoEMlp]:
 
 @torch.no_grad()
 def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
-    """Let routers act on their load (`bias_balanced` moves its bias); call it once per applied optimizer step.
+    """Pass each router its load (`bias_balanced` then adjusts its bias); call it once per applied optimizer step.
 
     Args:
         model: any module with MoE layers.
-        counts: for each of its MoE layers in order of depth [E], the choices that fell on each expert in that step,
-            summed over micro-batches and processes; layers without a bias, or whose router is frozen, are left alone.
+        counts: for each MoE layer in order of depth, [E] how many tokens chose each expert in that step, summed over
+            micro-batches and processes. Layers without a bias, or whose router is frozen, ignore them.
 
     Raises:
         UserError: if there are not as many counts as MoE layers.
@@ -269,19 +274,22 @@ def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
 
 
 def describe_moe(layers: Sequence[MoEMlp]) -> str:
-    """What is mixed where, in words: "8 experts, 2 per token by vmoe_top_k, in blocks 1, 3"; "per image" by image."""
-    experts = _enumerate([layer.router.num_experts for layer in layers])
-    choices = _enumerate([layer.router.top_k for layer in layers])
-    unit = _enumerate([routed_unit(layer.router) for layer in layers])
-    routers = _enumerate([layer.router_name for layer in layers])
+    """A description such as "8 experts, 2 per token by vmoe_top_k, in blocks 1, 3".
+
+    "per image" replaces "per token" where images are routed as a whole.
+    """
+    experts = _join_unless_equal([layer.router.num_experts for layer in layers])
+    choices = _join_unless_equal([layer.router.top_k for layer in layers])
+    unit = _join_unless_equal([routed_unit(layer.router) for layer in layers])
+    routers = _join_unless_equal([layer.router_name for layer in layers])
     shared = max(layer.num_shared_experts for layer in layers)
     plus_shared = f" plus {shared} shared" if shared else ""
     blocks = ", ".join(str(layer.layer_index) for layer in layers)
     return f"{experts} experts, {choices} per {unit}{plus_shared} by {routers}, in blocks {blocks}"
 
 
-def _enumerate(values: Sequence[object]) -> str:
-    """One value if all layers have the same; else "8, 8 and 4"."""
+def _join_unless_equal(values: Sequence[object]) -> str:
+    """The single value if all are equal; else all of them, such as "8, 8 and 4"."""
     texts = [str(value) for value in values]
     if len(set(texts)) == 1:
         return texts[0]

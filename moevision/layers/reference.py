@@ -1,9 +1,9 @@
-"""The whole idea in plain, slow PyTorch. Read this first, then `moe.py`, which computes the same faster.
+"""The whole MoE layer in plain, slow PyTorch. Read this first, then `moe.py`, which computes the same faster.
 
-It is Shazeer's noisy top-k layer (arXiv:1701.06538), the layer's default; tests/layers/test_reference.py holds `MoEMlp`
-equal to it: output, losses and every gradient.
+It is Shazeer's noisy top-k layer (arXiv:1701.06538), whose router is the default of `MoEMlp`.
+tests/layers/test_reference.py tests that both have the same output, losses and gradients.
 
-Axes: T tokens, D width, H hidden width of an expert, E experts, K experts per token.
+Axes: T tokens, D width, H hidden width of an expert, E experts, K experts per token, R tokens of one expert.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 
 class Choice(NamedTuple):
-    """Which experts compute each token, with which weight, and what that was decided on."""
+    """Which experts compute each token, with which weight, and the scores that decided it."""
 
     expert: Tensor  # [T, K] int64, best first
-    gate: Tensor  # [T, K], sums to 1 over K (but for K = 1)
+    gate: Tensor  # [T, K], sums to 1 over K (except for K = 1)
     logits: Tensor  # [T, E] clean scores
-    noisy_logits: Tensor  # [T, E] scores that the choice was made on
-    noise_std: Tensor | None  # [T, E], None without noise
+    noisy_logits: Tensor  # [T, E] scores with noise, of which the best K are chosen
+    noise_std: Tensor | None  # [T, E], standard deviation of the noise, None without noise
 
 
 class NoisyTopKRouter(nn.Module):
@@ -40,14 +40,15 @@ class NoisyTopKRouter(nn.Module):
         noisy = logits
         std = None
         if self.training:
-            # Learned for each token and expert.
+            # The size of the noise is learned, for each token and expert.
             std = F.softplus(F.linear(x, self.noise_weight))  # [T, E]
             noisy = logits + torch.randn_like(logits) * std
 
-        best, expert = noisy.topk(self.top_k, dim=-1)  # [T, K]
-        gate = best.softmax(-1)
-        if self.top_k == 1:  # constant 1, no gradient: take the probability among all experts
-            gate = noisy.softmax(-1).gather(-1, expert)
+        best_scores, expert = noisy.topk(self.top_k, dim=-1)  # [T, K] each
+        gate = best_scores.softmax(-1)  # [T, K]
+        if self.top_k == 1:
+            # That softmax is the constant 1 and has no gradient: take the probability among all experts.
+            gate = noisy.softmax(-1).gather(-1, expert)  # [T, 1]
         return Choice(expert, gate, logits, noisy, std)
 
 
@@ -77,10 +78,10 @@ class ReferenceMoE(nn.Module):
         """Mix the experts' outputs for tokens x [..., D]; the choice is returned for the losses."""
         tokens = x.flatten(0, -2)  # [T, D]
         choice: Choice = self.router(tokens)
-        y = torch.zeros_like(tokens)
-        for number, expert in enumerate(self.experts):
-            # Which tokens chose it, and as which of their choices.
-            token, rank = torch.where(choice.expert == number)  # [R] each
+        y = torch.zeros_like(tokens)  # [T, D]
+        for index, expert in enumerate(self.experts):
+            # The tokens that chose this expert, and which of their K choices it is.
+            token, rank = torch.where(choice.expert == index)  # [R] each
             gate = choice.gate[token, rank].unsqueeze(-1)  # [R, 1]
             y = y.index_add(0, token, gate * expert(tokens[token]))
         return y.view_as(x), choice
@@ -94,9 +95,10 @@ def importance_loss(choice: Choice) -> Tensor:
 
 
 def load_loss(choice: Choice) -> Tensor:
-    """CV² of how many tokens each expert may expect (eq. 8-11); needs noise, and K < E.
+    """CV² of the number of tokens that each expert is expected to get (eq. 8-11); needs noise, and K < E.
 
-    An expert's chance: its own noise drawn again lifts it above the K-th best of the *other* experts.
+    That number sums, over tokens, the chance that the expert is chosen if its own noise alone is drawn again: that its
+    score then exceeds the K-th best score of the *other* experts.
     """
     assert choice.noise_std is not None
     noisy = choice.noisy_logits  # [T, E]
@@ -105,8 +107,8 @@ def load_loss(choice: Choice) -> Tensor:
     thresholds = []
     for expert in range(noisy.shape[-1]):
         others = torch.cat([noisy[:, :expert], noisy[:, expert + 1 :]], dim=-1)  # [T, E - 1]
-        best = others.topk(top_k, dim=-1).values  # [T, K]
-        thresholds.append(best[:, -1])
+        best_others = others.topk(top_k, dim=-1).values  # [T, K]
+        thresholds.append(best_others[:, -1])  # [T]
     threshold = torch.stack(thresholds, dim=-1)  # [T, E]
 
     chance: Tensor = torch.special.ndtr((choice.logits - threshold) / choice.noise_std)  # [T, E]

@@ -8,9 +8,9 @@ Each is exactly as its source defines it:
 - `cosine`: Chi et al. 2022 (X-MoE), arXiv:2204.09179, §3.2, with the numbers of Swin-MoE (Tutel).
 - `sigmoid`, `bias_balanced`: DeepSeek-V3, arXiv:2412.19437, §2.1.2; the bias is Wang et al. 2024, arXiv:2408.15664.
 
-A router of your own is a `Router`, which returns a `Routing` for tokens [B, N, D], and a row of `ROUTERS`.
+To add a router, write a subclass of `Router`, which returns a `Routing` for tokens [B, N, D], and a row of `ROUTERS`.
 
-Axes: B images, N tokens, D width, E experts, K choices.
+Axes: B images, N tokens of an image, T tokens, D width, E experts, K choices of a token (k where it may differ).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from moevision.layers.routing import (
 from moevision.layers.words import ANGLE, by_sigmoid, by_softmax
 
 _MAX_SCALE = 100.0  # Tutel clamps the learned logit scale at ln 100
-# arXiv:2101.03961, §2.2 has 0.01 for every layer, added up; ours is a mean over layers. 0.01 of that left max/mean
-# loads of up to 2.0 where 0.05 keeps them below 1.5 (benchmarks/routers).
+# Default weight of the loss. arXiv:2101.03961, §2.2 has 0.01 and adds the layers' losses, while ours is their mean.
+# With 0.01 of the mean max/mean loads reached 2.0, with 0.05 they stay below 1.5 (benchmarks/routers).
 _LOAD_BALANCING = 0.05
 _BIAS_RATE = 1e-3  # γ of arXiv:2412.19437, §4.2
 
@@ -67,9 +67,9 @@ class TopKRouter(Router):
     the mean: the same experts compute them, and a layer needn't know where patches begin. Noise is drawn once per
     image, and a capacity (of the batch) counts images.
 
-    K lies between 1 and E, else a UserError. `noise` is `learned` (a second linear map gives each token's), `fixed`
-    (σ = 1/E), `jitter` or `none`; the one in `options`, `RouterOptions`, wins. `default_losses` are weights of the
-    balance losses where the user gives none.
+    K lies between 1 and E, else a UserError. `noise` is `learned` (a second linear map gives the standard deviation for
+    each token and expert), `fixed` (σ = 1/E), `jitter` (of the router's input) or `none`; `options.noise` overrides it.
+    `default_losses` are weights of the balance losses, used if the user gives none.
     """
 
     explain = by_softmax
@@ -121,35 +121,39 @@ class TopKRouter(Router):
 
     @property
     def rows(self) -> nn.Parameter:
-        """[E, features]: the row of each expert, by which tokens choose it."""
+        """[E, features]: a vector per expert; its product with a token's `features` gives the expert's score."""
         return self.weight
 
     def features(self, x: Tensor) -> Tensor:
-        """[..., features]: what is multiplied with a row of each expert, of tokens x [..., D]."""
+        """[..., features]: the features of tokens x [..., D] that are multiplied with `rows`."""
         return x
 
     @torch.no_grad()
     def start_rows(self, centroids: Tensor, features: Tensor) -> None:
-        """Set the rows so that each token goes to its nearest centroid.
+        """Initialise `rows` so that each token goes to its nearest centroid.
 
-        From unit vectors [E, features] and the features [T, features] of the tokens that they are centroids of. What
-        all centroids have in common is taken off, which changes no choice, and one factor gives the logits of a token
-        the standard deviation 1 over experts, about that of random rows.
+        The mean of the centroids is subtracted, which changes no choice. The rows are scaled so that a token's logits
+        have a standard deviation over experts of 1, about that of random rows.
+
+        Args:
+            centroids: [E, features] unit vectors.
+            features: [T, features] of the tokens that were clustered.
         """
-        rows = centroids - centroids.mean(0)
-        spread = F.linear(features, rows).std(-1, correction=0).mean()
-        self.rows.copy_(rows / spread.clamp_min(1e-12))
+        rows = centroids - centroids.mean(0)  # [E, features]
+        logits = F.linear(features, rows)  # [T, E]
+        std = logits.std(-1, correction=0).mean()
+        self.rows.copy_(rows / std.clamp_min(1e-12))
 
     @property
     def losses(self) -> frozenset[str]:
-        """As for every router; the load loss needs Gaussian noise."""
+        """The losses that this router supports; the load loss needs Gaussian noise."""
         if self.noise in ("learned", "fixed"):
             return frozenset({"importance", "load", "load_balancing", "z"})
         return frozenset({"importance", "load_balancing", "z"})
 
     @property
     def default_losses(self) -> dict[str, float]:
-        """Those of the constructor that it can supply."""
+        """Those of the constructor that are in `losses`."""
         weights = self._default_losses
         return {name: weight for name, weight in weights.items() if name in self.losses}
 
@@ -157,33 +161,36 @@ class TopKRouter(Router):
         """Route tokens x [B, N, D]."""
         by_image = self.options.route_by == "image"
         with full_precision(x):
-            units = mean_token(x) if by_image else at_least_float32(x)
-            logits, noise_std = self.scores(units)
+            routed = mean_token(x) if by_image else at_least_float32(x)  # [B, 1 or N, D]
+            logits, noise_std = self.scores(routed)
             routing = self.choose(logits, noise_std)
         return routing.for_tokens(x.shape[1]) if by_image else routing
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Clean logits [B, N, E] of tokens [B, N, D], and the standard deviation of their Gaussian noise if any."""
+        """Clean logits [B, N, E] of tokens x [B, N, D], and the standard deviation of their Gaussian noise, if any.
+
+        That is [B, N, E] for learned noise, [1, 1, 1] for fixed noise.
+        """
         weight = self.weight.to(x.dtype)
-        learned = self.training and self.noise == "learned"
-        if learned and self.noise_weight is not None:
+        has_learned_noise = self.training and self.noise == "learned"
+        if has_learned_noise and self.noise_weight is not None:
             # One matrix product for both maps: x is read once.
             noise_weight = self.noise_weight.to(x.dtype)
-            both = F.linear(x, torch.cat([weight, noise_weight]))  # [B, N, 2·E]
-            logits, raw_std = both.split(self.num_experts, dim=-1)
+            outputs = F.linear(x, torch.cat([weight, noise_weight]))  # [B, N, 2·E]
+            logits, raw_std = outputs.split(self.num_experts, dim=-1)  # [B, N, E] each
             return logits, F.softplus(raw_std)
 
         logits = F.linear(self.add_jitter(x), weight)
         return logits, self.fixed_std(logits)
 
     def add_jitter(self, x: Tensor) -> Tensor:
-        """Tokens times U(0.99, 1.01), a noise of the input without clean logits: where it is on."""
+        """Tokens times U(0.99, 1.01) where jitter is on; unlike other noise it leaves no clean logits."""
         if not (self.training and self.noise == "jitter"):
             return x
         return x * torch.empty_like(x).uniform_(1 - JITTER, 1 + JITTER)
 
     def fixed_std(self, logits: Tensor) -> Tensor | None:
-        """[1, 1, 1]: σ = 1/E, the same for all logits [B, N, E], where that noise is on; else None."""
+        """[1, 1, 1]: σ = 1/E for all logits [B, N, E] if fixed noise is on; else None."""
         if not (self.training and self.noise == "fixed"):
             return None
         return logits.new_full((1, 1, 1), 1 / logits.shape[-1])
@@ -197,11 +204,12 @@ class TopKRouter(Router):
         probs = softmax_over_experts(logits)  # [B, N, E]
         top_logits, expert_index = best(noisy_logits, self.top_k)  # [B, N, K]
 
-        # Without gradients and noise the gates can be read from `probs`: one call in the place of a dozen.
-        if noise_std is not None or torch.is_grad_enabled() or self.normalizes(self.top_k):
-            gates = self.gates(noisy_logits, top_logits)
-        else:
+        # Without gradients, noise and normalisation these gates are the chosen `probs`: one call instead of a dozen.
+        plain = type(self).gates is TopKRouter.gates and not self.normalizes(self.top_k)
+        if plain and noise_std is None and not torch.is_grad_enabled():
             gates = probs.gather(-1, expert_index)
+        else:
+            gates = self.gates(noisy_logits, top_logits)
 
         return Routing(
             logits=logits,
@@ -214,7 +222,7 @@ class TopKRouter(Router):
         )
 
     def gate_logits(self, routing: Routing) -> Tensor:
-        """[B, N, E]: the scores that this router makes gates of, which needn't be those that it chooses by."""
+        """[B, N, E]: the scores that gates are computed of, which needn't be those that experts are chosen by."""
         return routing.noisy_logits
 
     def gates(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
@@ -227,27 +235,28 @@ class TopKRouter(Router):
         return softmax_gates(gate_logits, top_logits, normalize=normalize)
 
     def normalizes(self, top_k: int) -> bool:
-        """Whether the gates of `top_k` experts are made to sum to 1."""
+        """Whether the gates of a token that has `top_k` experts are normalised to sum to 1."""
         if self.options.normalize_gates is not None:
             return self.options.normalize_gates
         return self.softmax_over == "kept" and top_k > 1
 
     @torch.no_grad()
     def priority(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
-        """[B, N, k]: by what batch priority routing orders tokens; arguments as for `gates`.
+        """[B, N, k]: the priorities of tokens in batch priority routing; arguments as for `gates`.
 
-        The gates before normalisation, as in Tutel: .9 beside .09 is surer than .5 beside .01, and a normalised gate of
-        one expert is always 1.
+        The gates before normalisation, as in Tutel: with gates .9 and .09 a token should come before one with .5 and
+        .01, and for k = 1 normalised gates are all 1.
         """
         return softmax_gates(gate_logits, top_logits, normalize=False)
 
     def keep(self, expert_index: Tensor, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
-        """[B, N, K] bool: which choices the capacity of this mode keeps; all without one."""
+        """[B, N, K] bool: which choices are within the capacity for training or evaluation; all if there is none."""
         kept = torch.ones_like(expert_index, dtype=torch.bool)
         options = self.options
         factor = options.capacity_factor if self.training else options.eval_capacity_factor
         if factor is None:
             return kept
+
         return within_capacity(
             expert_index,
             self.priority(gate_logits, top_logits),
@@ -275,7 +284,7 @@ class CosineRouter(TopKRouter):
     explain = partialmethod(by_softmax, scores=ANGLE)
 
     def make_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """The projection, an embedding [E, features] and the logarithm of the scale."""
+        """The projection, an embedding [E, features], and the logarithm of the scale (`temperature`)."""
         if self.noise == "learned":
             raise UserError(
                 "The router 'cosine' has no learned noise: use noise 'fixed', 'jitter' or 'none'."
@@ -293,14 +302,14 @@ class CosineRouter(TopKRouter):
         return self.expert_embedding
 
     def features(self, x: Tensor) -> Tensor:
-        """Projected tokens of length 1."""
+        """[..., features]: projected tokens, scaled to length 1."""
         weight = self.proj.weight.to(x.dtype)
         bias = self.proj.bias.to(x.dtype)
         return F.normalize(F.linear(x, weight, bias), dim=-1)
 
     @torch.no_grad()
     def start_rows(self, centroids: Tensor, features: Tensor) -> None:
-        """As long as they were: only the direction of a row counts."""
+        """Initialise `rows` with the centroids, at the mean length of the rows: only their directions count."""
         self.rows.copy_(centroids * self.rows.to(centroids).norm(dim=-1).mean())
 
     def reset_parameters(self) -> None:
@@ -319,12 +328,12 @@ class CosineRouter(TopKRouter):
 
 
 class SigmoidRouter(TopKRouter):
-    """Affinities are sigmoids, each on its own, instead of one softmax: experts don't compete for the score.
+    """Affinities are a sigmoid of each logit instead of a softmax: an expert's score doesn't depend on other experts.
 
-    `s = sigmoid(x W)`; the K best by s + b; gates are the chosen s over their sum (s itself for k = 1). Without a bias
-    rate γ b is absent. With one, b is DeepSeek-V3's: it takes part in the choice only, has no gradient, and
-    `update_router_bias` moves it by γ after an optimizer step, up for experts with less than the mean load. There is no
-    noise; the other arguments are those of `TopKRouter`.
+    `s = sigmoid(x W)`; the K best by s + b are chosen; gates are the chosen s divided by their sum (s itself for k =
+    1). The bias b is DeepSeek-V3's, and absent without a `bias_rate` γ: it affects the choice only, has no gradient,
+    and `update_router_bias` changes it by γ after an optimizer step, upwards for experts with less than the mean load.
+    There is no noise; the other arguments are those of `TopKRouter`.
     """
 
     explain = partialmethod(by_sigmoid)
@@ -347,50 +356,50 @@ class SigmoidRouter(TopKRouter):
             self.bias = torch.zeros(num_experts, device=device, dtype=torch.float32)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """As torch, but the bias stays in float32: in bfloat16 its small steps would soon be lost."""
-        before = self.bias
+        """As in torch, but the bias never loses precision: in bfloat16 its small steps would be rounded away."""
+        old_bias = self.bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before is None or self.bias is None:
+        if old_bias is None or self.bias is None:
             return self
-        if self.bias.dtype.itemsize < before.dtype.itemsize:
-            self.bias = before.to(self.bias.device)
+        if self.bias.dtype.itemsize < old_bias.dtype.itemsize:
+            self.bias = old_bias.to(self.bias.device)
         return self
 
     def reset_parameters(self) -> None:
         """As those of `TopKRouter`, and a bias of 0."""
         super().reset_parameters()
-        bias = getattr(self, "bias", None)  # the constructor makes it later
+        bias = getattr(self, "bias", None)  # the base constructor calls this before it exists
         if bias is not None:
             bias.zero_()
 
     @property
     def needs_load(self) -> bool:
-        """For the bias."""
+        """Whether `after_step` needs the experts' load: only for the bias."""
         return self.bias is not None
 
     @torch.no_grad()
     def after_step(self, load: Tensor) -> None:
         """`b += δ - mean(δ)`, δ = γ · sign(mean load - load), unless the router is frozen (arXiv:2408.15664, alg. 1).
 
-        It is re-centred, so that the biases keep their mean of 0.
+        `load` [E] counts the choices of each expert. Subtracting mean(δ) keeps the mean of the biases at 0.
         """
         if self.bias is None or self.bias_rate is None or not self.weight.requires_grad:
             return
         load = load.to(self.bias.device, torch.float64)
-        step = self.bias_rate * torch.sign(load.mean() - load)
+        step = self.bias_rate * torch.sign(load.mean() - load)  # [E] δ
         self.bias += (step - step.mean()).to(self.bias.dtype)
 
     def choose(self, logits: Tensor, noise_std: Tensor | None) -> Routing:
-        """The K best by sigmoid and bias, with gates of the sigmoids alone."""
+        """The K best by sigmoid plus bias; gates are computed without the bias."""
         scores = logits.sigmoid()  # [B, N, E]
         if self.bias is not None:
             scores = scores + self.bias.to(scores.dtype)
 
-        # s / Σ s, also where each s is too small for a float.
-        probs = F.logsigmoid(logits).softmax(-1)
+        # Equals s / Σ s, and is finite also if every s underflows.
+        probs = F.logsigmoid(logits).softmax(-1)  # [B, N, E]
 
         _, expert_index = best(scores, self.top_k)  # [B, N, K]
-        top_logits = logits.gather(-1, expert_index)
+        top_logits = logits.gather(-1, expert_index)  # [B, N, K]
         return Routing(
             logits=logits,
             noisy_logits=scores,
@@ -416,7 +425,7 @@ class SigmoidRouter(TopKRouter):
 
 
 def softmax_gates(gate_logits: Tensor, top_logits: Tensor, *, normalize: bool) -> Tensor:
-    """Softmax of the chosen logits [B, N, k]: over all experts [B, N, E], or over the chosen ones (`normalize`)."""
+    """[B, N, k]: softmax of the chosen logits [B, N, k], over the chosen experts (`normalize`) or all [B, N, E]."""
     if normalize and top_logits.shape[-1] > 1:
         return top_logits.softmax(-1)
     probability = (top_logits - gate_logits.logsumexp(-1, keepdim=True)).exp()  # [B, N, k]
@@ -432,7 +441,7 @@ def sigmoid_gates(top_logits: Tensor, *, normalize: bool) -> Tensor:
 
 
 def straight_through(probability: Tensor) -> Tensor:
-    """The value 1 with the gradient of `probability`: what k = 1 needs to sum to 1 and still learn."""
+    """The value 1 with the gradient of `probability`: for k = 1 a normalised gate is 1, but the router must learn."""
     return probability + (1 - probability).detach()
 
 
@@ -446,11 +455,11 @@ def mean_token(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RouterKind:
-    """A router's name in the table."""
+    """A row of the table `ROUTERS`."""
 
     make: Callable[..., Any]  # constructor (dim, E, K, options, device, dtype)
-    options: tuple[str, ...] = ()  # the `RouterOptions` that it has a use for
-    top_k: int = 2  # K where the user gives none
+    options: tuple[str, ...] = ()  # the fields of `RouterOptions` that this router uses
+    top_k: int = 2  # K if the user gives none
 
 
 _IMPORTANCE_AND_LOAD = {"importance": 0.05, "load": 0.05}
@@ -485,6 +494,7 @@ _VMOE: dict[str, Any] = {
     "softmax_over": "all",
     "default_losses": _IMPORTANCE_AND_LOAD,
 }
+# The options of each kind of router.
 _SIGMOID = (
     "route_by",
     "normalize_gates",
@@ -513,7 +523,7 @@ ROUTERS: dict[str, RouterKind] = {
 
 
 def router_kind(name: str) -> RouterKind:
-    """The table's row of a name; a UserError if there is none."""
+    """The row of `ROUTERS` with this name; a UserError if there is none."""
     if name not in ROUTERS:
         raise UserError(f"There is no router {name!r}; choose one of {', '.join(ROUTERS)}.")
     return ROUTERS[name]
@@ -529,7 +539,7 @@ def build_router(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """The router of that name of `ROUTERS`; K is its own if None."""
+    """Build the router `name` of `ROUTERS`; without `top_k` it gets its default K."""
     kind = router_kind(name)
     if top_k is None:
         top_k = kind.top_k

@@ -3,13 +3,14 @@
 - expert choice (Zhou et al. 2022, arXiv:2202.09368): a slot holds one token of the image, which the expert chose.
 - Soft MoE (Puigcerver et al. 2023, arXiv:2308.00951): a slot holds a weighted mean of all tokens of the image.
 
-Both are balanced by construction and need no loss. They choose within one image, so that a prediction never depends on
-batch-mates; it does depend on all tokens of the image. Their `Routing` carries the token's view too: all E experts of a
-token, the one with the largest weight first. So everything that reads `expert_index`, `combine_weight`, `kept` or
-`expert_weights()` works unchanged.
+Both are balanced by construction and need no balance loss. Tokens compete within one image only, so a prediction never
+depends on the other images of the batch. Their `Routing` also holds the "token's view" (`token_view`), the fields of
+token choice with K = E: for each token all E experts, the one with the largest weight first. So everything that reads
+`expert_index`, `combine_weight`, `kept` or `expert_weights()` works unchanged.
 
-Axes: B images, N tokens of an image, D width, E experts, K experts per token on average, C = ceil(N · K / E) tokens
-that an expert takes of an image, P slots of an expert.
+Axes: B images, N tokens of an image, T = B · N tokens, D width, E experts, K experts per token on average,
+C = ceil(N · K / E) tokens that an expert takes of an image, P slots of an expert in an image, R rows that are computed:
+E · B · C (expert choice) or E · B · P (Soft MoE).
 """
 
 from __future__ import annotations
@@ -36,14 +37,18 @@ from moevision.layers.routing import (
 )
 from moevision.layers.words import by_experts, by_slots
 
-_EPS = 1e-6  # under the root, as in Soft MoE's released code
+_EPS = 1e-6  # added to the squared norm before the root, as in Soft MoE's released code
 
 
 def token_view(weights: Tensor, computed: Tensor) -> dict[str, Any]:
-    """The token's view of a `Routing` from weights [B, N, E] and which of them count.
+    """The token's view: fields of a `Routing` in which every token chose all E experts, sorted by weight.
 
-    Those come first even where a weight has underflowed to 0; equal weights in the order of experts.
+    Args:
+        weights: [B, N, E] weight of each expert in the output of each token.
+        computed: [B, N, E] bool, whether the expert computes the token. Such experts come first even if a weight has
+            underflowed to 0; equal weights are sorted by expert.
     """
+    # [B, N, E] experts of each token, by rank
     index = weights.masked_fill(~computed, -1.0).argsort(dim=-1, descending=True, stable=True)
     return {
         "expert_index": index,
@@ -54,15 +59,15 @@ def token_view(weights: Tensor, computed: Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ExpertChoiceRouting(Routing):
-    """Each expert takes the C tokens of every image that suit it best; a token has between 0 and E experts.
+    """Each expert takes the C tokens of every image with its highest scores; a token gets between 0 and E experts.
 
-    In the token's view (K = E) `kept` is True where an expert took the token.
+    In the token's view `kept` is True if the expert took the token.
     """
 
     kind: ClassVar[Kind] = "expert_choice"
-    # [B, E, C] int64, tokens that each expert takes, best first
+    # [B, E, C] int64, the tokens (0 to N - 1) that each expert takes of each image, best first
     token_index: Tensor = field(kw_only=True)
-    # [B, E, C] weight of each of them in the output of its token
+    # [B, E, C] weight of the expert in the output of each of these tokens
     token_weight: Tensor = field(kw_only=True)
 
     @classmethod
@@ -74,10 +79,11 @@ class ExpertChoiceRouting(Routing):
         token_index: Tensor,
         token_weight: Tensor,
     ) -> ExpertChoiceRouting:
-        """The decision by tokens and weights [B, E, C] of each expert, with its token's view; scores are [B, N, E]."""
-        by_expert = logits.new_zeros(logits.mT.shape)  # [B, E, N]
-        weights = by_expert.scatter(-1, token_index, token_weight).mT  # [B, N, E]
-        taken = by_expert.scatter(-1, token_index, 1.0).mT > 0
+        """Build the routing, with its token's view: logits [B, N, E], tokens and weights of the experts [B, E, C]."""
+        zeros = logits.new_zeros(logits.mT.shape)  # [B, E, N]
+        weights = zeros.scatter(-1, token_index, token_weight).mT  # [B, N, E]
+        taken = zeros.scatter(-1, token_index, 1.0).mT > 0  # [B, N, E]
+
         return cls(
             logits=logits,
             noisy_logits=noisy_logits,
@@ -89,22 +95,25 @@ class ExpertChoiceRouting(Routing):
         )
 
     def requested_counts(self) -> Tensor:
-        """[E] int64: as `counts()`; experts take exactly what they compute."""
+        """[E] int64: the same as `counts()`, since an expert computes every token that it takes."""
         return self.counts()
 
     def dispatch(
         self, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
     ) -> Dispatched:
-        """Rows for the experts: the tokens that each one took of x [T, D], image after image. No group is padded."""
+        """Rows [R, D] for the experts: copies of the tokens x [T, D] that each one took, sorted by expert, then image.
+
+        All experts get equally many rows, so nothing is padded.
+        """
         images, tokens, num_experts = self.logits.shape
         first_token = torch.arange(images, device=x.device).view(-1, 1, 1) * tokens  # [B, 1, 1]
-        token = _by_expert(self.token_index + first_token)  # [R]
+        token = _by_expert(self.token_index + first_token)  # [R], 0 to T - 1
         rows_per_expert = token.numel() // num_experts
         counts = torch.full((num_experts,), rows_per_expert, device=x.device)
         return Dispatched(x.index_select(0, token), counts, token)
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """Weighted sum [T, D] of each token's rows [R, D]; 0 for a token that no expert took."""
+        """Weighted sum [T, D] of the rows [R, D] that are copies of each token; 0 for a token that no expert took."""
         assert dispatched.token is not None
         images, tokens, _ = self.logits.shape
         weight = _by_expert(self.token_weight).to(rows.dtype).unsqueeze(-1)  # [R, 1]
@@ -113,7 +122,7 @@ class ExpertChoiceRouting(Routing):
 
 
 def _by_expert(x: Tensor) -> Tensor:
-    """[B, E, C] -> [E·B·C], sorted by expert."""
+    """[B, E, C] -> [R], sorted by expert, then image."""
     return x.transpose(0, 1).flatten()
 
 
@@ -154,7 +163,7 @@ class ExpertChoiceRouter(Router):
 
     @property
     def losses(self) -> frozenset[str]:
-        """It is balanced by construction."""
+        """Only the z-loss: the router is balanced by construction."""
         return frozenset({"z"})
 
     def reset_parameters(self) -> None:
@@ -170,7 +179,7 @@ class ExpertChoiceRouter(Router):
             noisy_logits = logits
             noise_std = None
             if self.training and self.noise == "fixed":
-                noise_std = logits.new_full((1, 1, 1), 1 / self.num_experts)
+                noise_std = logits.new_full((1, 1, 1), 1 / self.num_experts)  # [1, 1, 1]
                 noisy_logits = logits + torch.randn_like(logits) * noise_std
 
             # A stable sort, not topk: among equal scores (bf16 inputs, zero images) the earlier token wins everywhere.
@@ -180,7 +189,7 @@ class ExpertChoiceRouter(Router):
             order = affinity.argsort(dim=-1, descending=True, stable=True)  # [B, E, N]
             token_index = order[..., :capacity]  # [B, E, C]
 
-            token_weight = affinity.gather(-1, token_index)
+            token_weight = affinity.gather(-1, token_index)  # [B, E, C]
             if self.options.normalize_gates:
                 token_weight = shares_of_token(token_weight, token_index, tokens)
             return ExpertChoiceRouting.of(
@@ -193,35 +202,40 @@ class ExpertChoiceRouter(Router):
 
 
 def shares_of_token(weight: Tensor, token_index: Tensor, tokens: int) -> Tensor:
-    """Weights [B, E, C] over their sum for the same of N tokens; 0 where all of them are too small for a float."""
+    """Normalise weights [B, E, C] so that those of each token, one of N = `tokens`, sum to 1 over the experts.
+
+    `token_index` [B, E, C] says which token a weight is for. If a token's weights have all underflowed, they stay 0.
+    """
     images, num_experts, _ = weight.shape
-    by_token = weight.new_zeros(images, num_experts, tokens).scatter(-1, token_index, weight)
-    total = by_token.sum(1, keepdim=True)  # [B, 1, N]
+    zeros = weight.new_zeros(images, num_experts, tokens)
+    all_weights = zeros.scatter(-1, token_index, weight)  # [B, E, N]
+
+    total = all_weights.sum(1, keepdim=True)  # [B, 1, N]
     total = total.clamp_min(torch.finfo(weight.dtype).tiny)
     return weight / total.expand(-1, num_experts, -1).gather(-1, token_index)
 
 
 @dataclass(frozen=True)
 class SoftRouting(Routing):
-    """Each slot reads a weighted mean of all tokens of its image, each token a weighted mean of all slots.
+    """A slot is a weighted mean of all tokens of its image; a token's output is a weighted mean of all slots' outputs.
 
-    In the token's view (K = E, all kept) an expert's weight is the sum over its slots.
+    In the token's view every expert is kept, and its weight is the sum over its slots.
     """
 
     kind: ClassVar[Kind] = "soft"
-    # [B, N, E, P] what each slot reads; sums to 1 over the tokens
+    # [B, N, E, P] weight of each token in each slot; sums to 1 over the tokens
     dispatch_weight: Tensor = field(kw_only=True)
-    # [B, N, E, P] what each token takes; sums to 1 over all slots
+    # [B, N, E, P] weight of each slot in each token's output; sums to 1 over all E · P slots
     slot_weight: Tensor = field(kw_only=True)
 
     @classmethod
     def of(cls, slot_logits: Tensor) -> SoftRouting:
-        """The decision that slot logits [B, N, E, P] make, with its token's view.
+        """Build the routing from slot logits [B, N, E, P], with its token's view.
 
-        An expert's logit is the log of the sum over its slots, so that `probs` are the softmax of `logits`.
+        An expert's logit is the log-sum-exp over its slots, so that softmax(`logits`) is the sum of its slots' weights.
         """
-        over_slots = slot_logits.flatten(2).softmax(-1)  # [B, N, E·P]
-        slot_weight = over_slots.view_as(slot_logits)
+        slot_weight = slot_logits.flatten(2).softmax(-1)  # [B, N, E·P]
+        slot_weight = slot_weight.view_as(slot_logits)  # [B, N, E, P]
         logits = slot_logits.logsumexp(-1)  # [B, N, E]
         all_kept = torch.ones_like(logits, dtype=torch.bool)
         return cls(
@@ -235,7 +249,7 @@ class SoftRouting(Routing):
         )
 
     def image_counts(self) -> Tensor:
-        """[B, E] int64: slots that each expert computes in each image, the same everywhere."""
+        """[B, E] int64: P everywhere, since each expert computes all its slots of each image."""
         images, _, num_experts, slots = self.slot_weight.shape
         return torch.full(
             (images, num_experts), slots, dtype=torch.int64, device=self.logits.device
@@ -244,22 +258,22 @@ class SoftRouting(Routing):
     def dispatch(
         self, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
     ) -> Dispatched:
-        """Rows for the experts: their slots, means of the tokens x [T, D] of an image. No group is padded."""
+        """Rows [R, D] for the experts: their slots, weighted means of the tokens x [T, D]. Nothing is padded."""
         weight = self.dispatch_weight.to(x.dtype)  # [B, N, E, P]
         images, tokens, _, _ = weight.shape
-        x = x.view(images, tokens, x.shape[-1])
-        slots = torch.einsum("bnd,bnep->ebpd", x, weight)
+        x = x.view(images, tokens, x.shape[-1])  # [B, N, D]
+        slots = torch.einsum("bnd,bnep->ebpd", x, weight)  # [E, B, P, D]
         return Dispatched(slots.flatten(0, 2), self.counts())
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """Weighted sum [T, D] of the slots [R, D] of each token's image."""
+        """Weighted mean [T, D] of the slots' outputs [R, D], for each token over the slots of its image."""
         images, _, num_experts, slots = self.slot_weight.shape
         weight = self.slot_weight.to(rows.dtype)  # [B, N, E, P]
-        rows = rows.view(num_experts, images, slots, rows.shape[-1])
+        rows = rows.view(num_experts, images, slots, rows.shape[-1])  # [E, B, P, D]
         return torch.einsum("bnep,ebpd->bnd", weight, rows).flatten(0, 1)
 
     def mix_densely(self, x: Tensor, experts: Experts) -> Tensor:
-        """As that of `Routing`; experts see their slots and never tokens, so that nothing has to be sorted anyway."""
+        """Like `Routing.mix_densely`, but an expert computes its own slots only: they are sorted by expert already."""
         dispatched = self.dispatch(x.to(experts.compute_dtype(x)))
         slots = dispatched.rows.view(self.num_experts, -1, x.shape[-1])  # [E, B·P, D]
         rows = experts.on_slots(slots).flatten(0, 1)  # [R, out]
@@ -269,9 +283,10 @@ class SoftRouting(Routing):
 class SoftRouter(Router):
     """Slot logits are scaled cosines of tokens and learned slot directions (§2.3, "normalization", and appendix E).
 
-    `logits = scale · l2(x) · l2(Φ)`; a slot reads the tokens by a softmax over tokens, a token takes the slots by a
-    softmax over all E · P slots. K is how many rows are computed per token on average, E · P / N: what the slots cost.
-    The option `slots_per_expert` P is 1 outside a model, K · N / E in one. K lies between 1 and E, else a UserError.
+    `logits = scale · l2(x) · l2(Φ)`, Φ is `mu`. A softmax over the tokens gives their weights in a slot, a softmax over
+    all E · P slots the weights of the slots in a token's output. K = E · P / N is how many slots there are per token.
+    The option `slots_per_expert` is P; if it isn't given, a model sets it to K · N / E, and the router alone has P = 1.
+    K lies between 1 and E, else a UserError.
     """
 
     kind = "soft"
@@ -310,7 +325,7 @@ class SoftRouter(Router):
             x = at_least_float32(x)
             direction = _unit(self.mu.to(x.dtype), 0)  # [D, E, P]
             direction = direction * self.scale.to(x.dtype)
-            logits = torch.einsum("bnd,dep->bnep", _unit(x, -1), direction)
+            logits = torch.einsum("bnd,dep->bnep", _unit(x, -1), direction)  # [B, N, E, P]
             return SoftRouting.of(logits)
 
     def extra_repr(self) -> str:
@@ -319,4 +334,5 @@ class SoftRouter(Router):
 
 
 def _unit(x: Tensor, dim: int) -> Tensor:
+    """Scale x to length 1 along `dim`."""
     return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + _EPS)

@@ -1,14 +1,16 @@
-"""What a router answers (`Routing`), the scope that collects the answers, and what all routers share.
+"""A router's decision (`Routing`), the context manager that records decisions, and the base class of routers.
 
-`Routing` is one MoE layer's decision about a batch, and the only thing that losses, metrics, analysis and the demo
-read. It is written here for token choice; where experts choose tokens or mix them (`routers_soft.py`), a subclass adds
-what those need and keeps the token's view, so that a new router costs nothing downstream.
-`record_routing(model)` opens a scope in which every MoE layer of `model` appends its `Routing` to a list: a scope
-instead of hooks (they fire zero times under `torch.compile`, twice under activation checkpointing) and instead of
-returned tuples (they would break timm's Tensor -> Tensor blocks). An intervention changes the decision at the same
-place.
+`Routing` is one MoE layer's decision about a batch. Losses, metrics, analysis and the demo read nothing else. This
+module has it for token choice. For expert choice and Soft MoE, subclasses in `routers_soft.py` add what these need and
+keep the fields by token, so that code which reads a `Routing` works for every router.
 
-Axes: B images, N tokens of an image (prefix tokens first), E experts, K choices of a token.
+Within `record_routing(model)` every MoE layer of `model` appends its `Routing` to a list. Forward hooks can't do this:
+they run zero times under `torch.compile`, and twice under activation checkpointing. A layer that returned its `Routing`
+would break timm's Tensor -> Tensor blocks. An intervention (`moevision.analysis.intervention`) changes the decision in
+the same method, `Recordable.decide`.
+
+Axes: B images, N tokens of an image (prefix tokens first), T = B·N tokens, D width, E experts, K choices of a token,
+R rows.
 """
 
 from __future__ import annotations
@@ -35,18 +37,18 @@ Kind = Literal["token_choice", "expert_choice", "soft"]
 JITTER = 0.01  # Switch Transformer, table 1 and its released code
 STEPS: Final = ("scores", "shares", "kept", "weights")
 Explanation = dict[str, str]
-"""What a router does, in one or two sentences for each of `STEPS`."""
+"""For each of `STEPS`, the steps of a router's decision, one or two sentences on what the router does there."""
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows ready for the experts, and the way back."""
+    """Rows ready for the experts, and which token each of them belongs to."""
 
-    rows: Tensor  # [R, D] copies of tokens (or slots), sorted by expert; R = T·K plus padding, B·E·C or B·E·P
+    rows: Tensor  # [R, D] copies of tokens (or slots), sorted by expert (see `counts`)
     counts: Tensor  # [E] int64, rows of each expert, padding included; they sum to R
-    # [R] int64, the token that each row is a copy of (padding: token 0); None for slots, which mix tokens
+    # [R] int64, the token that each row is a copy of (padding: token 0); None for slots, which are mixtures of tokens
     token: Tensor | None = None
-    # [T, K] int64, the rows of each token, where every token has K of them (token choice); else None
+    # [T, K] int64, the row of each choice (token choice, where every token has K rows); else None
     position: Tensor | None = None
 
 
@@ -56,8 +58,8 @@ class Routing:
 
     Attributes:
         logits: [B, N, E] clean router scores, at least float32.
-        noisy_logits: [B, N, E] the scores that the choice was made on; `logits` itself where there is no noise.
-        probs: [B, N, E] each token's clean affinities, summing to 1: softmax of `logits`, for sigmoid gates s / sum(s).
+        noisy_logits: [B, N, E] the scores with noise, by which experts were chosen; `logits` itself without noise.
+        probs: [B, N, E] each token's probabilities without noise: softmax of `logits`, for sigmoid gates s / sum(s).
         noise_std: [B, N, E] (or broadcastable) standard deviation of the noise; None without noise, as in eval mode.
         expert_index: [B, N, K] int64, the chosen experts, best first.
         combine_weight: [B, N, K] the weight of each choice in the output.
@@ -65,9 +67,9 @@ class Routing:
         layer: index of the transformer block, None outside a converted model.
         grid: (rows, columns) of the patch grid; None when tokens are not the whole grid (patch dropping).
         num_prefix_tokens: class and register tokens in front of the patches; they are routed too.
-        route_by: `token`, or `image` where all tokens of an image share one decision. The token axis is there all the
-            same (`for_tokens`), so that a count in choices is N times the one in images; ratios of counts, CV² and all
-            balance losses are those over images.
+        route_by: `token`, or `image` where all tokens of an image share one decision. It is then repeated along the
+            token axis (`for_tokens`), so that counts of choices are N times those of images; ratios of counts, CV² and
+            all balance losses have the same value for both.
     """
 
     kind: ClassVar[Kind] = "token_choice"
@@ -95,12 +97,12 @@ class Routing:
         return self.expert_index.shape[-1]
 
     def expert_weights(self) -> Tensor:
-        """[B, N, E]: the weight that each token gives to each expert, zero where it is not routed."""
+        """[B, N, E]: the weight of each expert in the output of each token, zero where it doesn't compute the token."""
         weights = torch.zeros_like(self.logits)
         return weights.scatter(-1, self.expert_index, self.combine_weight * self.kept)
 
     def requested_counts(self) -> Tensor:
-        """[E] int64: how many choices fell on each expert, before any capacity."""
+        """[E] int64: how many tokens chose each expert, before any capacity."""
         return replace(self, kept=torch.ones_like(self.kept)).counts()
 
     def counts(self) -> Tensor:
@@ -109,19 +111,19 @@ class Routing:
 
     def image_counts(self) -> Tensor:
         """[B, E] int64: `counts()` of each image."""
-        chosen = self.expert_index.flatten(1)  # [B, N·K]
-        computed = self.kept.flatten(1).to(torch.int64)  # [B, N·K]
+        expert_of_choice = self.expert_index.flatten(1)  # [B, N·K]
+        is_kept = self.kept.flatten(1).to(torch.int64)  # [B, N·K]
 
-        # scatter_add has a static result shape: no host synchronisation, and it compiles, unlike bincount.
-        zeros = computed.new_zeros(len(self.kept), self.num_experts)
-        return zeros.scatter_add(1, chosen, computed)
+        # Unlike bincount, scatter_add has a static result shape, so that it compiles and needs no host synchronisation.
+        zeros = is_kept.new_zeros(len(self.kept), self.num_experts)  # [B, E]
+        return zeros.scatter_add(1, expert_of_choice, is_kept)
 
     def dispatch(
         self, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
     ) -> Dispatched:
         """Rows for the experts: each token of x [T, D] is copied once for every expert that it chose.
 
-        The other arguments are those of `LocalDispatcher`.
+        `row_multiple` and `max_padding` are explained in `LocalDispatcher`.
         """
         expert_index = self.expert_index.flatten(0, 1)  # [T, K]
         rows, counts, token, position = send_choices(
@@ -130,20 +132,20 @@ class Routing:
         return Dispatched(rows, counts, token, position)
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """Weighted sum [T, D] of each token's rows: those of `dispatch` [R, D], as the experts computed them."""
+        """Weighted sum [T, D] of each token's rows; `rows` [R, D] is the experts' output for the rows of `dispatch`."""
         assert dispatched.token is not None
         assert dispatched.position is not None
         weight = (self.combine_weight * self.kept).flatten(0, 1)  # [T, K]
         return sum_rows(rows, weight, dispatched.token, dispatched.position)
 
     def mix_densely(self, x: Tensor, experts: Experts) -> Tensor:
-        """`dispatch`, `experts` and `combine` without sorting: every expert on every token x [T, D] -> [T, out]."""
+        """The same output without sorting: every expert computes every token of x [T, D] -> [T, out]."""
         outputs = experts.on_all_tokens(x)  # [T, E, out]
         weight = self.expert_weights().flatten(0, 1)  # [T, E]
-        return (outputs * weight.unsqueeze(-1)).sum(1).to(outputs.dtype)
+        return (outputs * weight.unsqueeze(-1)).sum(1).to(outputs.dtype)  # [T, out]
 
     def for_tokens(self, tokens: int) -> Self:
-        """One decision per image [B, 1, ...] as that of each of its N tokens [B, N, ...], without a copy."""
+        """Expand a decision per image [B, 1, ...] to all its tokens [B, N, ...], without copying; N is `tokens`."""
         return replace(self._map_tensors(lambda x: x.expand(-1, tokens, -1)), route_by="image")
 
     def detach(self) -> Self:
@@ -151,6 +153,7 @@ class Routing:
         return self._map_tensors(Tensor.detach)
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same decision with `function` applied to every tensor."""
         changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -161,18 +164,19 @@ class Routing:
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """How the choices of one MoE layer fell on its experts."""
+    """How the load of one MoE layer is distributed over its experts."""
 
     layer: int  # index of the transformer block
     counts: list[int]  # choices that each expert computed
-    max_over_mean: float  # load of the slowest expert over the mean load; 1 is perfect, and what the others wait for
+    max_over_mean: float  # largest load over mean load; 1 is perfect, and parallel experts wait for the largest
     cv_squared: float  # variance over squared mean of the counts
-    # CV² that chance alone is expected to give on so many images, if over all possible images every expert were chosen
-    # equally often: Σ_e I · var(c_e) / E ÷ mean load², with c_e the counts of expert e in each of I images. Choices of
-    # one image go together; only independent ones would give (E - 1) / choices, which is said of a single image.
+    # The CV² to expect from chance on a sample of I images, if every expert were chosen equally often over all possible
+    # images: Σ_e I · var(c_e) / E ÷ mean load², with c_e the counts of expert e in each image. Choices within an image
+    # are correlated, so this differs from (E - 1) / choices, the value for independent choices. That value is used for
+    # a single image, from which no variance can be computed.
     cv_squared_floor: float
     dead: int  # experts that no token chose
-    entropy_bits: float  # mean entropy of a token's router probabilities; log2(E) is undecided
+    entropy_bits: float  # mean entropy of a token's router probabilities; at most log2(E), where all are equal
     dropped: float  # share of choices that capacity dropped
     # share of tokens that no expert computes: all choices dropped, or (expert choice) none took them
     unrouted: float = 0.0
@@ -190,38 +194,40 @@ class LayerLoad:
         count_squares: Tensor,
         images: Tensor,
     ) -> LayerLoad:
-        """Summarise sums over images: counts [E], requested [E] choices, squares of the counts [E] of each image.
+        """Summarise sums over a number of `images` and `tokens`; all arguments but `layer` are tensors.
 
-        `entropy_bits` and `unrouted` are sums over `tokens` tokens.
+        By expert [E]: `counts`, the choices computed; `requested`, the choices before any capacity; `count_squares`,
+        the squares of each image's counts. Scalars: `entropy_bits`, and `unrouted` tokens.
         """
         load = counts.double()
-        total = load.sum()
-        mean = load.mean()
+        num_choices = load.sum()
+        mean_load = load.mean()
 
         if images > 1:
-            # [E] variance of an image's counts
+            # [E] sample variance over images of an expert's count in an image
             variance = (count_squares.double() - load.square() / images) / (images - 1)
-            floor = images * variance.mean() / mean.square()
+            expected_cv_squared = images * variance.mean() / mean_load.square()
         else:
-            floor = (len(load) - 1) / total
+            expected_cv_squared = (len(load) - 1) / num_choices
 
         return cls(
             layer=layer,
             counts=counts.tolist(),
-            max_over_mean=float(load.max() / mean),
-            cv_squared=float(load.var(correction=0) / mean.square()),
-            cv_squared_floor=float(floor),
+            max_over_mean=float(load.max() / mean_load),
+            cv_squared=float(load.var(correction=0) / mean_load.square()),
+            cv_squared_floor=float(expected_cv_squared),
             dead=int((load == 0).sum()),
             entropy_bits=float(entropy_bits / tokens),
-            dropped=float(1 - total / requested.sum()),
+            dropped=float(1 - num_choices / requested.sum()),
             unrouted=float(unrouted / tokens),
         )
 
 
 class Recordable(nn.Module):
-    """A layer whose decision can be changed by an open intervention and is handed to the open recorder.
+    """A layer whose decision an intervention can change and `record_routing` can record.
 
-    Both are scopes (`moevision.analysis.intervention`, `record_routing`): they are no part of the layer's state.
+    Both are context managers that set `intervention` or `recorder` and reset it at their end; neither attribute is part
+    of the layer's state.
     """
 
     layer_index: int | None = None
@@ -229,16 +235,16 @@ class Recordable(nn.Module):
     intervention: Callable[[Routing], Routing] | None = None
 
     def decide(self, routing: Routing) -> Routing:
-        """What the layer will compute: `routing` as the open intervention changes it; the open recorder gets it too.
+        """The routing that the layer will use: `routing`, changed by the intervention if there is one, and recorded.
 
-        Both see the number of the layer in it, which the layer itself has no use for.
+        Interventions and recorders get a `routing` that has the layer's index in `layer`.
         """
         if torch.compiler.is_compiling():
             return _decide_uncompiled(self, routing)
         return _decide(self, routing)
 
     def __getstate__(self) -> dict[str, object]:
-        """A copy or a pickle never carries an open recorder or intervention along, nor what `compile` made of it."""
+        """State for copies and pickles: without recorder and intervention, and (by the base class) compiled code."""
         state: dict[str, object] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("recorder", None)
         state.pop("intervention", None)
@@ -246,11 +252,12 @@ class Recordable(nn.Module):
 
 
 def _decide(layer: Recordable, routing: Routing) -> Routing:
-    # Read once: another thread may close its scope between a check and a use.
+    # Each attribute is read once: another thread may end its `record_routing` between a check and a use.
     intervention = layer.intervention
     recorder = layer.recorder
     if intervention is None and recorder is None:
         return routing
+
     routing = replace(routing, layer=layer.layer_index)
     if intervention is not None:
         routing = intervention(routing)
@@ -259,9 +266,10 @@ def _decide(layer: Recordable, routing: Routing) -> Routing:
     return routing
 
 
-# Compiled code must not look at the scopes: it would be compiled again for every length of the recorder's list and for
-# every intervention, and with activation checkpointing the recomputation (recorder closed) would save other tensors
-# than the forward pass did. This decorator imports the compiler on first use, `torch.compiler.disable` would at import.
+# Compiled code must not read `recorder` and `intervention`. It would be compiled again for every length of the
+# recorder's list and for every intervention. Under activation checkpointing the recomputation, which has no recorder,
+# would save other tensors than the forward pass did. Unlike `torch.compiler.disable`, this decorator imports the
+# compiler not at import but on first use.
 _decide_uncompiled = _disable_dynamo(_decide)
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -269,9 +277,9 @@ _locks_guard = threading.Lock()
 
 
 def routing_lock(model: nn.Module) -> threading.RLock:
-    """The re-entrant lock under which `model` is recorded or intervened on.
+    """The re-entrant lock that is held while `model` is recorded or intervened on.
 
-    It lives outside the module, since a lock inside would break `copy.deepcopy` and pickling.
+    It isn't an attribute of the module, since that would break `copy.deepcopy` and pickling.
     """
     with _locks_guard:
         return _locks.setdefault(model, threading.RLock())
@@ -279,10 +287,10 @@ def routing_lock(model: nn.Module) -> threading.RLock:
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, and each layer's own mode back afterwards.
+    """Eval mode inside the block; afterwards each module gets back the mode that it had.
 
-    A model in training mode is locked meanwhile; one in eval mode, as a server has it, stays free for others between
-    the batches.
+    Other threads can't record the model meanwhile if it was in training mode. A model that is in eval mode already,
+    such as a server's, isn't locked.
     """
     training = [module for module in net.modules() if module.training]
     if not training:
@@ -301,8 +309,8 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Collect the routing of every MoE layer that runs inside the scope, in order of execution.
 
-    Scopes nest (an outer scope sees what inner scopes recorded) and exclude other threads on the same model. Close
-    the scope before `backward()`: activation checkpointing runs the layers again there, and must not be recorded.
+    Scopes nest (an outer scope also gets what inner scopes recorded) and exclude other threads on the same model. End
+    the scope before `backward()`: activation checkpointing runs the layers again there, which must not be recorded.
 
     Args:
         model: any module that contains MoE layers, or one MoE layer.
@@ -313,32 +321,34 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     layers = [module for module in model.modules() if isinstance(module, Recordable)]
     routings: list[Routing] = []
     with routing_lock(model):
-        outer = [layer.recorder for layer in layers]
+        outer_recorders = [layer.recorder for layer in layers]
         for layer in layers:
             layer.recorder = routings
         try:
             yield routings
         finally:
-            for layer, recorder in zip(layers, outer, strict=True):
-                layer.recorder = recorder
+            for layer, outer_recorder in zip(layers, outer_recorders, strict=True):
+                layer.recorder = outer_recorder
             routings[:] = [_with_geometry(routing, model) for routing in routings]
-            if outer and outer[0] is not None:
-                outer[0].extend(routings)
+            if outer_recorders and outer_recorders[0] is not None:
+                outer_recorders[0].extend(routings)
 
 
 def _with_geometry(routing: Routing, model: nn.Module) -> Routing:
+    """`routing` with the patch grid and the number of prefix tokens of `model`, if it is a ViT."""
     num_prefix_tokens = getattr(model, "num_prefix_tokens", None)
     grid_size = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if num_prefix_tokens is None or grid_size is None or routing.grid is not None:
         return routing
+
     rows, columns = grid_size
-    patches = routing.logits.shape[1] - num_prefix_tokens
-    grid = (rows, columns) if patches == rows * columns else None
+    num_patches = routing.logits.shape[1] - num_prefix_tokens
+    grid = (rows, columns) if num_patches == rows * columns else None
     return replace(routing, grid=grid, num_prefix_tokens=num_prefix_tokens)
 
 
 def forward_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Routing]]:
-    """Run a converted model and return its output beside what its MoE layers decided.
+    """Run a converted model and return its output and the decisions of its MoE layers.
 
     Args:
         model: a model converted by `moevision.convert_to_moe` or created under a `vit_moe*` name.
@@ -356,23 +366,24 @@ def forward_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Routing]]
 
 
 class Router(nn.Module):
-    """What an MoE layer, training, analysis and the explorer need of a router; calling it gives a `Routing`.
+    """The interface of a router for MoE layers, training, analysis and the explorer; calling it gives a `Routing`.
 
-    A router of your own sets `num_experts` and `top_k`, computes `forward`, and overrides what isn't as here. Where
-    tokens choose, interventions also need its `gate_logits`, `gates` and `priority`, as `TopKRouter` has them.
+    A router of your own sets `num_experts` and `top_k`, implements `forward`, and overrides the defaults below that
+    don't fit it. For token choice, interventions also need the methods `gate_logits`, `gates` and `priority` of
+    `TopKRouter`.
     """
 
-    kind: ClassVar[Kind] = "token_choice"  # who chooses
-    # Whether `look` gets the patch embedding and its arguments before each pass.
+    kind: ClassVar[Kind] = "token_choice"
+    # Whether the router has a method `look`, a forward pre-hook of the model's patch embedding.
     sees_image: ClassVar[bool] = False
     num_experts: int  # E
     top_k: int  # K
-    # Class and register tokens in front of the patches; a model's conversion sets it.
+    # Class and register tokens in front of the patches; set when a model is converted.
     num_prefix_tokens: int = 0
 
     @property
     def rows(self) -> nn.Parameter | None:
-        """[E, features]: the learned row of each expert, by which tokens choose it; None without such rows."""
+        """[E, features]: the learned vector of each expert that scores tokens; None without such vectors."""
         return None
 
     @property
@@ -382,7 +393,7 @@ class Router(nn.Module):
 
     @property
     def default_losses(self) -> dict[str, float]:
-        """Weights of the balance losses where the user gives none."""
+        """Weights of the balance losses that are used unless the user gives others."""
         return {}
 
     @property
@@ -391,10 +402,10 @@ class Router(nn.Module):
         return False
 
     def after_step(self, load: Tensor) -> None:
-        """What the router does after an applied optimizer step in which `load` [E] choices fell on each expert."""
+        """Called after each applied optimizer step; `load` [E] is how many tokens chose each expert in it."""
 
     def explain(self, *, noisy: bool, top_k: int, capacity: float | None) -> Explanation:
-        """What the router does with a patch in evaluation, under the noise, K and capacity factor that are shown."""
+        """Sentences for the explorer: how the router treats a patch in eval mode, with this noise, K and capacity."""
         return {
             "scores": f"The router {type(self).__name__} gives each expert a number.",
             "shares": "As shares of 1.",
@@ -408,7 +419,7 @@ class Router(nn.Module):
 
 
 def routed_unit(router: object) -> RouteBy:
-    """What a router decides about: each token, or an image as a whole."""
+    """Whether a router decides about each `token` or about each `image` as a whole."""
     options = getattr(router, "options", None)
     return getattr(options, "route_by", None) or "token"
 
@@ -422,20 +433,20 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Promote float16 and bfloat16 to float32, in which routers decide; leave float32 and float64 alone."""
+    """Convert float16 and bfloat16 to float32, the least precision for routers; other dtypes stay as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """A scope without autocast on the device of x, for a router's computation."""
+    """A context without autocast on the device of x, for a router's computation."""
     device_type = x.device.type
-    # Entered only where it changes something: torch 2.13 can't read back an exported program that holds such a scope.
+    # Only if autocast is on: torch 2.13 can't load an exported program that contains such a context.
     active = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if active else nullcontext()
 
 
 def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
-    """ceil(factor · tokens · K / E) choices."""
+    """The capacity of an expert, ceil(factor · tokens · K / E) choices."""
     # 1.1 times 10 is 11.000000000000002 in floating point: without the subtraction it would be rounded up to 12.
     return math.ceil(factor * tokens * top_k / num_experts - 1e-9)
 
@@ -451,47 +462,54 @@ def within_capacity(
     whole_batch: bool = False,
     unit: int = 1,
 ) -> Tensor:
-    """[B, N, K] bool: which choices remain if an expert computes at most `factor` times an even share of a group's.
+    """[B, N, K] bool: which choices remain if each expert has a capacity, `factor` times an even share of the choices.
 
-    Capacity and its order of filling: GShard (arXiv:2006.16668), algorithm 1; Switch (arXiv:2101.03961), eq. 3. Batch
-    priority routing: V-MoE (arXiv:2106.05974), §4.1.
+    Capacity and the order in which it is filled: GShard (arXiv:2006.16668), algorithm 1; Switch (arXiv:2101.03961),
+    eq. 3. Batch priority routing: V-MoE (arXiv:2106.05974), §4.1.
 
-    All first choices come before all second ones. Among those, earlier tokens come first; with `priority` tokens with
-    a larger first gate (of equal ones the earlier). A dropped choice goes nowhere else, and one that `kept` has dropped
-    already takes no room.
+    All first choices come before all second ones. Among first choices, and so on, earlier tokens come first; with
+    `priority`, tokens with a larger gate (of equal ones the earlier). A dropped choice isn't sent to another expert. A
+    choice that is False in `kept` uses no capacity.
 
-    A group is one image; with `whole_batch` the batch, so that a prediction depends on its batch-mates. `index`,
-    `weight` and `kept` [B, N, K] are as in `Routing`, and so many tokens as `unit` says (N where images are routed as a
-    whole) are counted as one.
+    Args:
+        index: [B, N, K] the chosen experts, `Routing.expert_index`.
+        weight: [B, N, K] their gates, whose largest per token decides with `priority`.
+        kept: [B, N, K] bool, the choices that are left.
+        num_experts: E.
+        factor: the capacity factor.
+        priority: whether tokens with larger gates come first.
+        whole_batch: whether images share the capacity, so that a prediction depends on the other images of the batch;
+            else each image has its own.
+        unit: tokens that share one decision and are counted as one; N where images are routed as a whole.
     """
-    shape = kept.shape  # not len() below: it would fix the size of an export
+    shape = kept.shape  # [B, N, K]; sizes from len() would be constants in an exported program
     if whole_batch:
         # One group: [B, N, K] -> [1, B·N, K].
         index = index.flatten(0, 1).unsqueeze(0)
         weight = weight.flatten(0, 1).unsqueeze(0)
         kept = kept.flatten(0, 1).unsqueeze(0)
-    groups, tokens, top_k = kept.shape
+    groups, tokens, top_k = kept.shape  # shapes below have G groups of N tokens
 
     # The queue of each group: first choices of all tokens, then second ones, ...
-    expert = index.mT.flatten(1)  # [B, K·N]
-    alive = kept.mT.flatten(1)  # [B, K·N]
+    expert = index.mT.flatten(1)  # [G, K·N]
+    competes = kept.mT.flatten(1)  # [G, K·N]
     if priority:
-        by_gate = weight.amax(-1).argsort(dim=1, descending=True, stable=True)  # [B, N] tokens
-        start = tokens * torch.arange(top_k, device=index.device).view(-1, 1)  # [K, 1]
-        order = (by_gate.unsqueeze(1) + start).flatten(1)  # [B, K·N]
+        token_order = weight.amax(-1).argsort(dim=1, descending=True, stable=True)  # [G, N]
+        first_of_rank = tokens * torch.arange(top_k, device=index.device).view(-1, 1)  # [K, 1]
+        order = (token_order.unsqueeze(1) + first_of_rank).flatten(1)  # [G, K·N]
         expert = expert.gather(1, order)
-        alive = alive.gather(1, order)
+        competes = competes.gather(1, order)
 
-    # How many choices of the queue each expert has got so far: this is what takes memory.
-    chosen = F.one_hot(expert, num_experts).to(torch.int32) * alive.unsqueeze(-1)
-    filled = chosen.cumsum(1, dtype=torch.int32)  # [B, K·N, E]
+    # How many choices each expert has up to this place of the queue: the largest tensors here.
+    is_chosen = F.one_hot(expert, num_experts).to(torch.int32) * competes.unsqueeze(-1)
+    count_so_far = is_chosen.cumsum(1, dtype=torch.int32)  # [G, K·N, E]
 
-    # A choice fits if its own number at its expert, counted from 1, is within the capacity.
-    number = filled.gather(-1, expert.unsqueeze(-1)).squeeze(-1)  # [B, K·N]
+    # A choice fits if its place in the queue of its expert, counted from 1, is within the capacity.
+    place = count_so_far.gather(-1, expert.unsqueeze(-1)).squeeze(-1)  # [G, K·N]
     capacity = unit * capacity_of(factor, tokens // unit, top_k, num_experts)
-    fits = alive & (number <= capacity)
+    fits = competes & (place <= capacity)
 
-    # Back from the queue to tokens.
+    # Back from the order of the queue to that of tokens.
     if priority:
         fits = torch.zeros_like(fits).scatter(1, order, fits)
     return fits.view(groups, top_k, tokens).mT.reshape(shape)

@@ -1,8 +1,11 @@
-"""From a dense timm ViT to a Mixture of Experts, which routes of it are read, and its dense twin.
+"""Conversion of a dense timm ViT to a Mixture of Experts, which of its routes the classifier reads, and its dense twin.
 
-A class-token head reads one token. What the last block computes for the patches then reaches no logit: their routes
-there get no gradient from the classes and change no answer, however they look. Two ways out: pool over the patches, or
-leave the last block dense.
+A class-token head reads one token. The last block's output for patches then reaches no logit: their routes there get no
+gradient from the classification loss and change no answer. There are two remedies: pool over the patches, or leave the
+last block dense.
+
+The names `untyped_vit` and `untyped_model` are the model itself as `Any`, for attributes that `nn.Module` doesn't
+declare.
 
 Axes: B images, N tokens (prefix tokens such as the class token first, then patches), D width, H hidden width of one
 expert, E experts, K choices of a token.
@@ -87,8 +90,9 @@ def convert_to_moe(
         backend: how the experts are computed.
         copy_weights: start every expert as a copy of the dense MLP.
         num_shared_experts: experts that every token passes besides the routed ones.
-        expert_drop: dropout inside the experts, in the place of the MLP's.
-        **router_options: see `moevision.layers.RouterOptions`; a router ignores what only another layer's can use.
+        expert_drop: dropout inside the experts; by default that of the MLP.
+        **router_options: see `moevision.layers.RouterOptions`. Where layers have different routers, each gets those
+            that it can use.
 
     Returns:
         `vit` itself. It carries a JSON-ready `moe_config`, saves under the registered name `vit_moe`, and its
@@ -103,28 +107,28 @@ def convert_to_moe(
         raise UserError(
             "A shared expert on top of copies would double the output: leave num_shared_experts out."
         )
-    state = cast(Any, vit)
-    indices = moe_layer_indices(layers, len(state.blocks))
+    untyped_vit = cast(Any, vit)
+    indices = moe_layer_indices(layers, len(untyped_vit.blocks))
     per_layer = {
         "num_experts": num_experts,
         "top_k": top_k,
         "router": router,
         "hidden_features": expert_hidden,
     }
-    for_all = {
+    shared_arguments = {
         "backend": backend,
         "num_shared_experts": num_shared_experts,
         "expert_drop": expert_drop,
     }
-    # As in timm, an option that is None was not given.
+    # As in timm, None means that an option was not given.
     options = {name: value for name, value in router_options.items() if value is not None}
 
-    # Make all layers before any is put in place: one that can't be made leaves the model as it was.
-    arguments = _arguments_per_layer(vit, indices, per_layer, options)
-    _check_twin(vit, indices)
+    # Build all layers before replacing any MLP, so that an error leaves the model unchanged.
+    arguments = _layer_arguments(vit, indices, per_layer, options)
+    _check_twin_widths(vit, indices)
     moes = []
     for index, layer_arguments in zip(indices, arguments, strict=True):
-        layer_arguments |= for_all
+        layer_arguments |= shared_arguments
         layer_arguments["hidden_features"] = _expert_hidden(
             layer_arguments, plain_mlp(vit, index).out_features, copy_weights
         )
@@ -132,34 +136,37 @@ def convert_to_moe(
     _check_patch_drop(vit, moes)
 
     for moe in moes:
-        state.blocks[moe.layer_index].mlp = moe
-        moe.router.num_prefix_tokens = int(state.num_prefix_tokens)
+        untyped_vit.blocks[moe.layer_index].mlp = moe
+        moe.router.num_prefix_tokens = int(untyped_vit.num_prefix_tokens)
         if moe.router.sees_image:
-            # A hook on this module, once per forward pass: it is outside compiled and checkpointed blocks.
-            state.patch_embed.register_forward_pre_hook(moe.router.look)
+            # The router gets the image by a hook on patch_embed, which runs once per forward pass, outside of compiled
+            # and checkpointed blocks.
+            untyped_vit.patch_embed.register_forward_pre_hook(moe.router.look)
     _exclude_biases_from_decay(vit)
 
-    # Write down what builds this model again.
+    # Record the arguments that build this model again.
     moe_config: dict[str, Any] = {"moe_layers": indices}
     for name, value in per_layer.items():
         moe_config[name] = one_or_list([layer[name] for layer in arguments], value)
     moe_config["expert_hidden"] = moe_config.pop("hidden_features")
     if not copy_weights and expert_hidden is None and not _is_twin(vit):
-        moe_config["expert_hidden"] = None  # follows from the MLP
+        moe_config["expert_hidden"] = None  # follows from the width of the MLP
     moe_config["backend"] = backend
     if num_shared_experts:
         moe_config["num_shared_experts"] = num_shared_experts
     if expert_drop is not None:
         moe_config["expert_drop"] = expert_drop
     moe_config |= options
+
     slots = [layer.get("slots_per_expert") for layer in arguments]
     if any(slots):
         moe_config["slots_per_expert"] = one_or_list(slots, None)
-    _set_address(vit, moe_config)
+    _record_model_arguments(vit, moe_config)
     return vit
 
 
 def _check_convertible(vit: nn.Module) -> None:
+    """Raise a UserError unless this is a dense timm ViT."""
     blocks = getattr(vit, "blocks", None)
     has_parts = hasattr(vit, "num_prefix_tokens") and hasattr(vit, "patch_embed")
     if not (isinstance(blocks, nn.Sequential | nn.ModuleList) and has_parts):
@@ -173,6 +180,7 @@ def _check_convertible(vit: nn.Module) -> None:
 
 
 def _check_patch_drop(vit: nn.Module, moes: Sequence[MoEMlp]) -> None:
+    """Raise a UserError for patch dropping together with routers that go by the position of patches."""
     if isinstance(getattr(vit, "patch_drop", None), nn.Identity | None):
         return
     if any(isinstance(moe.router, HashRouter | PositionRouter | ColourRouter) for moe in moes):
@@ -182,37 +190,39 @@ def _check_patch_drop(vit: nn.Module, moes: Sequence[MoEMlp]) -> None:
 
 
 def _exclude_biases_from_decay(vit: nn.Module) -> None:
-    """Name the experts' biases in `no_weight_decay()`: two dimensions are a weight to timm's optimizers."""
+    """Add the experts' biases to `no_weight_decay()`: as they have two dimensions, timm would take them for weights."""
     names: set[str] = set(getattr(vit, "no_weight_decay", set)())
     for name, module in vit.named_modules():
         if isinstance(module, PackedLinear):
             names.add(f"{name}.bias")
-    # A plain function of names: one that holds the model would be a reference cycle.
+    # A partial of the names alone: a function that refers to the model would make a reference cycle.
     cast(Any, vit).no_weight_decay = partial(set, names)
 
 
-def _arguments_per_layer(
+def _layer_arguments(
     vit: nn.Module, indices: list[int], per_layer: dict[str, Any], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """What `MoEMlp` is given in each layer: one value each of `per_layer`, and the options that its router can use."""
+    """Arguments of `MoEMlp` for each layer: its values of `per_layer`, and the options that its router can use."""
     count = len(indices)
     columns = {name: _per_layer(name, value, count) for name, value in per_layer.items()}
     slots = _per_layer("slots_per_expert", options.get("slots_per_expert"), count)
     _check_options(options, columns["router"])
 
-    state = cast(Any, vit)
+    untyped_vit = cast(Any, vit)
     layers = []
-    for number in range(count):
-        arguments = {name: values[number] for name, values in columns.items()}
+    for position in range(count):
+        arguments = {name: values[position] for name, values in columns.items()}
         kind = router_kind(arguments["router"])
         if arguments["top_k"] is None:
             arguments["top_k"] = kind.top_k
         arguments |= {name: value for name, value in options.items() if name in kind.options}
         if "slots_per_expert" in kind.options:
-            arguments["slots_per_expert"] = slots[number]
-            if not slots[number]:
-                # So many that a token costs as much as with K experts; kept when the image's size changes.
-                tokens = int(state.patch_embed.num_patches) + int(state.num_prefix_tokens)
+            arguments["slots_per_expert"] = slots[position]
+            if not slots[position]:
+                # As many slots as cost the same as K experts per token; not changed when the image size changes.
+                tokens = int(untyped_vit.patch_embed.num_patches) + int(
+                    untyped_vit.num_prefix_tokens
+                )
                 arguments["slots_per_expert"] = capacity_of(
                     1.0, tokens, arguments["top_k"], arguments["num_experts"]
                 )
@@ -232,7 +242,10 @@ def _check_options(options: dict[str, Any], routers: list[str]) -> None:
 
 
 def _expert_hidden(arguments: dict[str, Any], dense_hidden: int, copy_weights: bool) -> int:
-    """Hidden width of one expert: what costs as much as the dense MLP, unless given; a copy is as wide as that."""
+    """Hidden width of one expert: as given, or else so that a token costs what it costs in the dense MLP.
+
+    With `copy_weights` it is that of the dense MLP.
+    """
     top_k = arguments["top_k"]
     if top_k < 1:
         raise UserError(f"top_k is {top_k}: it must be at least 1 expert.")
@@ -255,6 +268,7 @@ def _expert_hidden(arguments: dict[str, Any], dense_hidden: int, copy_weights: b
 
 
 def _per_layer(name: str, value: Any, count: int) -> list[Any]:
+    """One value for each of `count` layers, from one for all or a list."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
@@ -265,14 +279,14 @@ def _per_layer(name: str, value: Any, count: int) -> list[Any]:
 
 
 def one_or_list(values: list[Any], default: Any) -> Any:
-    """What to write down: one value if all layers have the same, `default` without layers."""
+    """One value if all are equal, or else the list; `default` without values."""
     if not values:
         return default
     return values[0] if all(value == values[0] for value in values) else values
 
 
 def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
-    """The first map of a block's MLP, fc1."""
+    """The layer fc1 of a block's MLP; a UserError if that isn't a plain two-layer MLP."""
     mlp: Any = getattr(cast(Any, vit).blocks[index], "mlp", None)
     if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity):
         return mlp.fc1
@@ -286,7 +300,7 @@ def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
 
 
 def _dense_arguments(vit: nn.Module) -> dict[str, Any]:
-    """What timm wrote down of a model, without its twin and its experts."""
+    """The arguments that timm recorded for a model, without those of its twin and of its experts."""
     arguments = dict(getattr(vit, "_model_args", {}))
     for name in ("twin", *getattr(vit, "moe_config", {})):
         arguments.pop(name, None)
@@ -294,11 +308,12 @@ def _dense_arguments(vit: nn.Module) -> dict[str, Any]:
 
 
 def _is_twin(vit: nn.Module) -> bool:
+    """Whether a model is a dense twin (`dense_twin`)."""
     return "twin" in getattr(vit, "_model_args", {})
 
 
-def _check_twin(vit: nn.Module, indices: Sequence[int]) -> None:
-    """Raise a UserError where a dense twin would keep an MLP of a width that its name doesn't build."""
+def _check_twin_widths(vit: nn.Module, indices: Sequence[int]) -> None:
+    """Raise a UserError if a dense twin would keep an MLP of another width than its recorded arguments build."""
     if not indices or not _is_twin(vit):
         return
     twin = cast(Any, vit)
@@ -314,29 +329,31 @@ def _check_twin(vit: nn.Module, indices: Sequence[int]) -> None:
             )
 
 
-def _set_address(vit: nn.Module, moe_config: dict[str, Any]) -> None:
-    """`moe_config`, and timm's own record under a registered name: what rebuilds the model."""
-    state = cast(Any, vit)
+def _record_model_arguments(vit: nn.Module, moe_config: dict[str, Any]) -> None:
+    """Set `moe_config` and timm's attributes: the name and arguments with which timm builds the model again."""
+    untyped_vit = cast(Any, vit)
     arguments = _dense_arguments(vit)
-    state.moe_config = moe_config
+    untyped_vit.moe_config = moe_config
     pretrained_cfg = getattr(vit, "pretrained_cfg", None)
     if pretrained_cfg is None:
-        # Being built under a registered name, which writes down what was given; the slot count must outlive a resize.
+        # Timm is just building the model under a registered name, and records the arguments afterwards. Only the number
+        # of slots is added, so that it doesn't change with the image size.
         if "slots_per_expert" in moe_config:
-            state._model_args = {"slots_per_expert": moe_config["slots_per_expert"]}
+            untyped_vit._model_args = {"slots_per_expert": moe_config["slots_per_expert"]}
         return
     name = str(pretrained_cfg["architecture"])
     if not name.startswith(("vit_moe", "test_vit_moe")):
         arguments["base"] = name
-        state.pretrained_cfg = {**pretrained_cfg, "architecture": "vit_moe"}
-        state.default_cfg = state.pretrained_cfg
-    elif not moe_config["moe_layers"]:  # as it was, a twin for instance
+        untyped_vit.pretrained_cfg = {**pretrained_cfg, "architecture": "vit_moe"}
+        untyped_vit.default_cfg = untyped_vit.pretrained_cfg
+    elif not moe_config["moe_layers"]:  # unchanged, a twin for instance
         return
     arguments |= {name: value for name, value in moe_config.items() if value is not None}
-    state._model_args = arguments
+    untyped_vit._model_args = arguments
 
 
 def _moe_like(vit: nn.Module, index: int, arguments: dict[str, Any], copy_weights: bool) -> MoEMlp:
+    """A MoE layer in place of a block's MLP: same widths, activation, dropout, device, dtype and mode."""
     mlp = cast(Any, vit).blocks[index].mlp
     moe = MoEMlp(
         mlp.fc1.in_features,
@@ -358,6 +375,7 @@ def _moe_like(vit: nn.Module, index: int, arguments: dict[str, Any], copy_weight
 
 @torch.no_grad()
 def _copy_weights(mlp: Mlp, moe: MoEMlp) -> None:
+    """Copy the weights and biases of an MLP into every expert."""
     for dense, packed in ((mlp.fc1, moe.experts.fc1), (mlp.fc2, moe.experts.fc2)):
         packed.weight.copy_(dense.weight)  # broadcasts over the experts
         if packed.bias is not None:
@@ -366,11 +384,14 @@ def _copy_weights(mlp: Mlp, moe: MoEMlp) -> None:
 
 @torch.no_grad()
 def scale_by_depth(vit: nn.Module, mlp: Any, index: int) -> None:
-    """Timm's `fix_init` of the outputs of an MLP or MoE layer made after it ran; BEiT and EVA always have it."""
+    """Scale the output weights of a new MLP or MoE layer by depth as timm's `fix_init` does, which ran before.
+
+    Only where the model has that option on; BEiT and EVA always have it.
+    """
     if getattr(vit, "fix_init", hasattr(vit, "fix_init_weight")):
-        for part in (mlp, getattr(mlp, "shared", None)):
-            if part is not None:
-                part.fc2.weight.div_(math.sqrt(2.0 * (index + 1)))
+        for module in (mlp, getattr(mlp, "shared", None)):
+            if module is not None:
+                module.fc2.weight.div_(math.sqrt(2.0 * (index + 1)))
 
 
 # ---- which routes the classifier reads
@@ -389,24 +410,24 @@ def pool_patches(vit: nn.Module) -> nn.Module:
     """
     if not reads_class_token_only(vit):
         return vit
-    state = cast(Any, vit)
+    untyped_vit = cast(Any, vit)
     try:
-        state.reset_classifier(state.num_classes, global_pool="avg")
+        untyped_vit.reset_classifier(untyped_vit.num_classes, global_pool="avg")
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(
             f"{type(vit).__name__} can't pool over patches ({error}): leave --model.arch.global_pool out."
         ) from error
 
-    # What rebuilds the model. timm itself would move the norm behind the pooling.
-    state._model_args = {**getattr(vit, "_model_args", {}), "global_pool": "avg"}
+    # Recorded for building the model again, with the norm before the pooling, where timm would put it behind.
+    untyped_vit._model_args = {**getattr(vit, "_model_args", {}), "global_pool": "avg"}
     if hasattr(vit, "fc_norm"):
         argument = "use_fc_norm" if isinstance(vit, Eva) else "fc_norm"
-        state._model_args[argument] = False
+        untyped_vit._model_args[argument] = False
     return vit
 
 
 def read_layer_indices(vit: nn.Module, layers: str | Sequence[int]) -> list[int]:
-    """Indices of the MoE blocks of `moe_layer_indices`, of which every patch's route reaches the classifier.
+    """As `moe_layer_indices`, but only blocks of which the routes of patches reach the classifier.
 
     A named placement leaves out the last block where only the class token is read; `last2` is then the last two odd
     blocks before it. A list is taken as it is.
@@ -420,8 +441,8 @@ def read_layer_indices(vit: nn.Module, layers: str | Sequence[int]) -> list[int]
 def routes_read(model: nn.Module) -> list[bool]:
     """For each MoE layer, whether what it computes for patches reaches the classifier.
 
-    Measured, not looked up: zeros are added to the output of every MoE layer in one pass over one image of noise, and
-    the features that the classifier reads have a gradient with respect to those at some patch, or at none.
+    It is measured by a gradient, in one pass over one image of noise: zeros are added to the output of every MoE layer.
+    A layer is read if the features that the classifier reads have a gradient with respect to its zeros at any patch.
 
     Args:
         model: any converted model. Call it before the model is shared between threads.
@@ -439,7 +460,7 @@ def routes_read(model: nn.Module) -> list[bool]:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(add_zeros))
         features = _classifier_input(model, _noise_image(model)).float()  # [1, D]
-        # Against random directions: a plain sum is constant behind a LayerNorm.
+        # Projected on a random direction, since the plain sum of features behind a LayerNorm is constant.
         generator = torch.Generator().manual_seed(1)
         directions = torch.randn(features.shape, generator=generator).to(features.device)
         total = (features * directions).sum()
@@ -449,7 +470,7 @@ def routes_read(model: nn.Module) -> list[bool]:
     for layer, gradient in zip(layers, gradients, strict=True):
         first_patch = int(getattr(model, "num_prefix_tokens", 0))
         if routed_unit(layer.router) == "image":
-            # An image decides once for all its tokens: the class token's part carries that route too.
+            # All tokens of an image share one route, so it also counts if the class token is read.
             first_patch = 0
         read.append(gradient is not None and bool(gradient[:, first_patch:].any()))
     return read
@@ -463,32 +484,32 @@ def _noise_image(model: nn.Module) -> Tensor:
 
 
 def _classifier_input(model: nn.Module, images: Tensor) -> Tensor:
-    """What a classifier reads, [B, D]: not its answer, since a new one may be zero, and hide everything."""
-    state = cast(Any, model)
+    """The features [B, D] that the classifier reads. Not logits: a new classifier may be zero, with zero gradients."""
+    untyped_vit = cast(Any, model)
     if not hasattr(model, "forward_features"):
-        return cast(Tensor, state(images))
-    features = state.forward_features(images)
-    return cast(Tensor, state.forward_head(features, pre_logits=True))
+        return cast(Tensor, untyped_vit(images))
+    features = untyped_vit.forward_features(images)
+    return cast(Tensor, untyped_vit.forward_head(features, pre_logits=True))
 
 
 def layers_that_miss_classifier(model: nn.Module) -> list[int]:
-    """Block numbers of the MoE layers whose routes of patches no classifier reads."""
+    """Block indices of the MoE layers whose routes of patches the classifier doesn't read."""
     layers = zip(moe_layers(model), routes_read(model), strict=True)
     return [cast(int, layer.layer_index) for layer, is_read in layers if not is_read]
 
 
 def block_to_pool(model: nn.Module) -> int | None:
-    """Number of a last block whose patches choose experts unread, where the model could pool over patches instead.
+    """Index of the last block if its patches choose experts, the classifier doesn't read them, and pooling is possible.
 
-    By the model's structure, without a pass over an image: `layers_that_miss_classifier` measures it.
+    Determined from the model's structure; `layers_that_miss_classifier` measures it by a pass over an image.
     """
     last = next(reversed(moe_layers(model)), None)
     if last is None or last.router.rows is None or routed_unit(last.router) == "image":
         return None
     if hasattr(model, "dist_token") or not reads_class_token_only(model):
         return None  # a distilled model can't pool
-    end = len(cast(Any, model).blocks) - 1
-    return end if last.layer_index == end else None
+    last_index = len(cast(Any, model).blocks) - 1
+    return last_index if last.layer_index == last_index else None
 
 
 # ---- the dense twin
@@ -500,8 +521,9 @@ def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
     Args:
         model: a converted model.
         match: `active_flops` gives the Mlp K·H hidden units, what one token computes (is sparse better at the same
-            cost?); `total_params` gives it E·H, what is stored (what does sparsity save?). Shared experts add theirs.
-            Soft MoE computes K·H with its default slots only, and mixes them besides: `measure_cost` of both tells.
+            cost?); `total_params` gives it E·H, what is stored (what does sparsity save?). Hidden units of shared
+            experts are added. Soft MoE costs K·H only with its default number of slots, and mixing them costs extra:
+            compare both models by `measure_cost`.
 
     Returns:
         A new model, which saves under the same registered name with `twin=match`.
@@ -524,29 +546,30 @@ def make_dense(model: nn.Module, match: Match) -> None:
     layers = moe_layers(model)
     if match not in get_args(Match):
         raise UserError(f"There is no twin {match!r}: choose {' or '.join(get_args(Match))}.")
-    state = cast(Any, model)
+    untyped_model = cast(Any, model)
 
-    # No router reads the image any more.
-    routers = [layer.router for layer in layers]
-    hooks = state.patch_embed._forward_pre_hooks
-    for number, hook in list(hooks.items()):
-        if any(getattr(hook, "__self__", None) is router for router in routers):
-            del hooks[number]
+    # Remove the hooks by which routers get the image.
+    removed_routers = [layer.router for layer in layers]
+    hooks = untyped_model.patch_embed._forward_pre_hooks
+    for hook_id, hook in list(hooks.items()):
+        if any(getattr(hook, "__self__", None) is router for router in removed_routers):
+            del hooks[hook_id]
 
-    for index, block in enumerate(state.blocks):
+    for index, block in enumerate(untyped_model.blocks):
         moe = block.mlp
         if not isinstance(moe, MoEMlp):
             continue
         experts = moe.router.top_k if match == "active_flops" else moe.router.num_experts
         hidden = (experts + moe.num_shared_experts) * moe.experts.fc1.out_features
-        # With an `expert_drop` the MLP's own dropout is known by the one behind the experts.
-        drop = moe.drop.p if "expert_drop" in state.moe_config else moe.experts.drop.p
+        # With an `expert_drop`, only the dropout behind the experts still has the rate of the original MLP.
+        drop = moe.drop.p if "expert_drop" in untyped_model.moe_config else moe.experts.drop.p
         block.mlp = _mlp_like(moe, hidden, drop)
         scale_by_depth(model, block.mlp, index)
-    state.moe_config = {**state.moe_config, "twin": match}
+    untyped_model.moe_config = {**untyped_model.moe_config, "twin": match}
 
 
 def _mlp_like(moe: MoEMlp, hidden_features: int, drop: float) -> Mlp:
+    """A dense MLP in place of a MoE layer, with new weights."""
     fc1, fc2 = moe.experts.fc1, moe.experts.fc2
     mlp = Mlp(
         fc1.in_features,

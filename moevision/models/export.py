@@ -1,13 +1,15 @@
-"""A finished model as one ONNX file, checked against the model that it came from.
+"""Exports a trained model as one ONNX file and checks the file against the model.
 
-A model that knows how far an image lies from its classes (`moevision.models.ood`) tells that beside the logits.
-With `routes` the file also tells where the patches went, and takes experts away (`_WithRoutes`).
+The file holds the network in eval mode for any batch size, and what is needed to use it: class names and the
+preparation of an image. If the model was saved with an out-of-distribution detector (`SavedModel.strangers`, see
+`moevision.models.ood`), the file outputs the distance of an image from the nearest class beside the logits. With
+`routes` it also outputs the routing of the patches, and an input disables experts (`_WithRoutes`).
 
-It holds the network in eval mode for any batch size, and what is needed to use it: class names and the preparation of
-an image. Experts are computed by the `dense` backend, all E of them for every token, since ONNX has no operation for
-rows sorted by expert. Sparse in its weights, such a file is not sparse in its work.
+Experts are computed by the `dense` backend, all E of them for every token, since ONNX has no operation for rows sorted
+by expert. So the file saves no computation, although the model is sparse.
 
-Axes: B images, C classes, S side of an image in pixels; M MoE layers, P patches, E experts, K choices of a patch.
+Axes: B images, C classes, S side of an image in pixels; M MoE layers, N tokens, P patches, E experts, K choices of a
+token.
 """
 
 from __future__ import annotations
@@ -36,26 +38,27 @@ from moevision.models.ood import REFUSED, MahalanobisOOD, answers
 
 Dtype = Literal["fp32", "fp16"]
 Runner = Callable[..., Any]
-OPSET = 20  # by default; from here on GELU is one of the operators
+OPSET = 20  # the default; the first opset with GELU as an operator
 
 TOLERANCE: dict[Dtype, float] = {"fp32": 1e-4, "fp16": 5e-2}
-"""Largest difference of a logit that passes; the last digit of a logit of 32 in fp16 is 0.03."""
+"""Largest accepted difference of a logit; one unit in the last place of an fp16 logit of 32 is 0.03."""
 
-_NOISE = 4  # images of seeded noise
-_DRAWS = 3  # of them, in case rounding chooses another expert in one
-_OPSETS = range(18, 24)  # what torch 2.13 writes
-_MAX_ONNX_BYTES = 2_000_000_000  # a protobuf ends at 2 GiB
+_NOISE_IMAGES = 4
+# How often noise is sampled at most: where rounding makes a router choose another expert, the outputs differ.
+_NOISE_ATTEMPTS = 3
+_OPSETS = range(18, 24)  # those that torch 2.13 can write
+_MAX_ONNX_BYTES = 2_000_000_000  # a protobuf message is limited to 2 GiB
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how near it is to the model."""
+    """The written file, and how closely it reproduces the model."""
 
     path: Path
     size_bytes: int
-    pictures: int  # how many were compared, four of seeded noise and the given ones
-    max_logit_delta: float  # largest difference of a logit on the noise, and of a distance of 1
-    top1_agreement: float  # share of all images for which file and model name the same class
+    pictures: int  # number of compared images: four of seeded noise, and the caller's pictures
+    max_logit_delta: float  # largest difference of a logit, or of the distance, on the noise
+    top1_agreement: float  # share of all images for which file and model predict the same class
 
 
 def export_onnx(
@@ -69,17 +72,18 @@ def export_onnx(
 ) -> ExportReport:
     """Write the model as ONNX: input `image` float32 [B, 3, S, S], outputs `logits` [B, C] and `distance` [B], any B.
 
-    The distance is left out of a model that was saved without. With `dtype` fp16 weights and arithmetic are that;
-    images, logits, distance and routers stay float32. With `routes`, which only patches that choose have, there are
-    three more outputs for the MoE layer of each block, of which 3 is an example: `experts.3` int64 [B, P, K], best
-    first, their gates `weights.3` [B, P, K], and the router's affinities `probs.3` [B, P, E]. A second input then takes
-    experts away from all images: `away` bool [M, E], one row per MoE layer in order of depth, E of the layer that has
-    most. Their tokens go to the next best, as under `moevision.analysis.Intervention("ablate", …)`; a choice for which
-    no expert is left has the weight 0.
+    There is no `distance` for a model that was saved without a detector. With `dtype` fp16 weights and arithmetic are
+    half precision; images, logits, distance and routers stay float32.
 
-    What `exported_facts(model)` gives are the file's `metadata_props`, each as JSON. The file is run by onnxruntime and
-    compared with the model on four images of seeded noise and the prepared `pictures` [n, 3, S, S] before it takes its
-    name, in the place of an existing file; the model itself is not changed.
+    With `routes`, which need routers by which tokens choose experts, each MoE layer has three more outputs. In block 3
+    they are `experts.3` int64 [B, P, K], best first, their gates `weights.3` [B, P, K], and the router's affinities
+    `probs.3` [B, P, E]. A second input disables experts for all images: `away` bool [M, E], one row per MoE layer in
+    order of depth; E is the largest number of experts of any layer. Tokens of a disabled expert go to the next best,
+    as under `moevision.analysis.Intervention("ablate", …)`; a choice for which no expert is left has the weight 0.
+
+    The items of `exported_facts(model)` become the file's `metadata_props`, each as JSON. Before the file is written to
+    `path`, onnxruntime runs it, and its outputs are compared with the model's on four images of seeded noise and on
+    the prepared `pictures` [n, 3, S, S]. An existing file is replaced; the model itself is not changed.
 
     Raises:
         UserError: if the extra `export` is not installed, the model can't be exported, or the file would answer
@@ -90,31 +94,32 @@ def export_onnx(
         require_extra(name)
     _check_exportable(model.net, opset, routes)
 
-    # A copy in float32 to compare with, and the one to write. An open recorder or intervention is no part of a copy.
+    # A float32 copy as the reference, and the module to export. The lock keeps an active recorder or intervention out
+    # of the copy.
     with routing_lock(model.net):
         net = copy.deepcopy(model.net)
     net = net.cpu().float().eval().requires_grad_(False)
     reference = _exported(net, model.strangers, routes)
-    written = reference
+    exported = reference
     if dtype == "fp16":
-        written = _exported(copy.deepcopy(net).half(), model.strangers, routes)
+        exported = _exported(copy.deepcopy(net).half(), model.strangers, routes)
 
     if pictures is None:
         pictures = torch.zeros(0, 3, model.image_size, model.image_size)
     tolerance = TOLERANCE[dtype]
     has_distance = model.strangers is not None
     try:
-        _set_backend(written, "dense")
-        data = _to_bytes(written, exported_facts(model), opset)
+        _set_backend(exported, "dense")
+        data = _to_bytes(exported, exported_facts(model), opset)
         run = load_exported(data)
         _set_backend(reference, "loop")
         comparison = _compare(reference, run, pictures.cpu().float(), has_distance, tolerance)
-    except Exception as error:  # exporters and runtimes fail in many ways; the cause stays attached
+    except Exception as error:  # exporters and runtimes raise errors of many types
         raise UserError(
             f"{type(model.net).__name__} can't be exported ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}): try another opset."
         ) from error
-    if not comparison.max_delta <= tolerance:  # NaN isn't
+    if not comparison.max_delta <= tolerance:  # also true for NaN
         raise UserError(
             f"The exported file differs from the model by {comparison.max_delta:.2g} in a logit, more than "
             f"{tolerance:g}, and was not kept: try another opset."
@@ -133,48 +138,50 @@ def export_onnx(
 
 @dataclass(frozen=True)
 class _Comparison:
-    """A file's outputs beside those of the model that it came from."""
+    """How a file's outputs differ from those of the model; the fields of `ExportReport`."""
 
     images: int
-    max_delta: float  # largest difference of a logit, or of a distance, on the noise
-    agreement: float  # share of all images with the same most likely class
+    max_delta: float  # on the noise
+    agreement: float  # on all images
 
 
 @torch.no_grad()
 def _compare(
     reference: nn.Module, run: Runner, pictures: Tensor, has_distance: bool, tolerance: float
 ) -> _Comparison:
-    """Compare on images of seeded noise, drawn anew if they differ by more than `tolerance`, and on `pictures`."""
+    """Compare on seeded noise, sampled again while outputs differ by more than `tolerance`, and on `pictures`."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(_DRAWS):
-        noise = torch.randn(_NOISE, *pictures.shape[1:], generator=generator)
-        # One image alone, then several together: the file is for any batch size.
+    for _ in range(_NOISE_ATTEMPTS):
+        noise = torch.randn(_NOISE_IMAGES, *pictures.shape[1:], generator=generator)
+        # Batches of different sizes, since the file must work for any.
         batches = [noise[:1], noise[1:]]
         if len(pictures):
             batches += pictures.split(32)
 
         # [n, C], or [n, C + 1] with the distance
-        expected = torch.cat([_columns(reference(batch), has_distance) for batch in batches])
-        actual = torch.cat([_columns(run(batch), has_distance) for batch in batches])
-        delta = float((actual - expected)[:_NOISE].abs().max())
+        expected = torch.cat([_compared(reference(batch), has_distance) for batch in batches])
+        actual = torch.cat([_compared(run(batch), has_distance) for batch in batches])
+        delta = float((actual - expected)[:_NOISE_IMAGES].abs().max())
         if delta <= tolerance:
             break
 
-    classes = expected.shape[1] - int(has_distance)
-    same = actual[:, :classes].argmax(-1) == expected[:, :classes].argmax(-1)
-    return _Comparison(len(expected), delta, float(same.double().mean()))
+    num_classes = expected.shape[1] - int(has_distance)
+    is_same = actual[:, :num_classes].argmax(-1) == expected[:, :num_classes].argmax(-1)  # [n]
+    return _Comparison(len(expected), delta, float(is_same.double().mean()))
 
 
-def _columns(outputs: Any, has_distance: bool) -> Tensor:
-    """The logits [B, C] of some outputs, with the distance behind them [B, C + 1] if there is one."""
+def _compared(outputs: Any, has_distance: bool) -> Tensor:
+    """The outputs that are compared: logits [B, C], or with the distance as the last column [B, C + 1]."""
     if isinstance(outputs, Tensor):
         return outputs
-    logits, *others = outputs
-    return torch.cat([logits, others[0].unsqueeze(1)], 1) if has_distance else logits
+    if not has_distance:
+        return cast(Tensor, outputs[0])
+    logits, distance = outputs[:2]
+    return torch.cat([logits, distance.unsqueeze(1)], 1)
 
 
 def _check_exportable(net: nn.Module, opset: int, routes: bool) -> None:
-    """Raise a UserError for what no file can hold."""
+    """Raise a UserError for models and arguments that can't be exported."""
     if opset not in _OPSETS:
         raise UserError(f"opset={opset} can't be written: choose {_OPSETS[0]} to {_OPSETS[-1]}.")
     if sum(4 * tensor.numel() for tensor in net.state_dict().values()) > _MAX_ONNX_BYTES:
@@ -195,11 +202,12 @@ def _check_exportable(net: nn.Module, opset: int, routes: bool) -> None:
 
 
 def exported_facts(model: SavedModel) -> dict[str, Any]:
-    """What travels in the file, JSON-ready: the classes, the preparation of an image, and the MoE's shape."""
-    # As `square_pixels` does for training and predict; timm's configuration tells what others did with its weights.
+    """The file's metadata, JSON-ready: the classes, the preparation of an image, and the MoE's configuration."""
+    # Images are prepared as `square_pixels` does it in training and prediction. The model's timm configuration isn't
+    # used: it describes how the pretrained weights were trained.
     side = model.image_size
     interpolation = "bicubic"
-    resized = {
+    resizing = {
         "crop": f"resize the short side to {side} px ({interpolation}, antialiased); cut out the central {side} x "
         f"{side} px",
         "pad": f"resize the long side to {side} px ({interpolation}, antialiased); center it on {side} x {side} px of "
@@ -222,7 +230,7 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
         "crop_pct": 1.0,
         "fit": model.fit,
         "preprocessing": "Upright RGB of 8 bits: 16-bit grey divided by 257, what is transparent on white; "
-        f"{resized[model.fit]}; divide by 255; subtract mean and divide by std, one "
+        f"{resizing[model.fit]}; divide by 255; subtract mean and divide by std, one "
         f"number per channel; float32 [batch, 3, {side}, {side}].",
         "distance": distance,
         "architecture": pretrained_cfg.get("architecture"),
@@ -231,7 +239,10 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
 
 
 class _Exported(nn.Module):
-    """A network between images and logits in float32; a second output is the distance from the nearest class."""
+    """A network of any dtype that takes and returns float32; returns logits [B, C] and, with a detector, distances [B].
+
+    `strangers` is the detector.
+    """
 
     def __init__(self, net: nn.Module, strangers: MahalanobisOOD | None) -> None:
         super().__init__()
@@ -248,7 +259,7 @@ class _Exported(nn.Module):
 
 
 class _WithRoutes(nn.Module):
-    """A network that also tells the routes of the patches, and from which experts can be taken away."""
+    """A network that also returns the routing of the patches, with an input that disables experts."""
 
     def __init__(self, net: _Exported) -> None:
         super().__init__()
@@ -256,18 +267,20 @@ class _WithRoutes(nn.Module):
         self.layers = moe_layers(net)
         self.first_patch = int(getattr(net.net, "num_prefix_tokens", 0))
         most_experts = max(layer.router.num_experts for layer in self.layers)
-        self.nobody = torch.zeros(len(self.layers), most_experts, dtype=torch.bool)  # [M, E]
+        self.none_away = torch.zeros(len(self.layers), most_experts, dtype=torch.bool)  # [M, E]
 
     def output_names(self) -> list[str]:
-        """Those of the routes."""
+        """Names of the routing's outputs."""
         kinds = ("experts", "weights", "probs")
         return [f"{kind}.{layer.layer_index}" for layer in self.layers for kind in kinds]
 
     def forward(self, image: Tensor, away: Tensor | None = None) -> tuple[Tensor, ...]:
-        away = self.nobody if away is None else away  # [M, E]
-        for layer, ablated in zip(self.layers, away, strict=True):
-            ablated = ablated[: layer.router.num_experts]
-            layer.intervention = partial(_without, layer.router, ablated)
+        """Logits [B, C], distances [B] if there are any, and the routing; `away` [M, E] marks disabled experts."""
+        away = self.none_away if away is None else away
+        for layer, is_ablated in zip(self.layers, away, strict=True):
+            is_ablated = is_ablated[: layer.router.num_experts]
+            layer.intervention = partial(_ablate, layer.router, is_ablated)
+
         try:
             with record_routing(self.net) as routings:
                 answer = self.net(image)
@@ -277,9 +290,10 @@ class _WithRoutes(nn.Module):
 
         outputs = [answer] if isinstance(answer, Tensor) else [*answer]
         for routing in routings:
-            weight = routing.combine_weight * routing.kept
-            for of_tokens in (routing.expert_index, weight, routing.probs):
-                outputs.append(of_tokens[:, self.first_patch :])
+            weight = routing.combine_weight * routing.kept  # [B, N, K]
+            # [B, N, K] or [B, N, E] -> the same of the patches, [B, P, ...]
+            for token_values in (routing.expert_index, weight, routing.probs):
+                outputs.append(token_values[:, self.first_patch :])
         return tuple(outputs)
 
 
@@ -288,16 +302,16 @@ def _exported(net: nn.Module, strangers: MahalanobisOOD | None, routes: bool) ->
     return _WithRoutes(exported) if routes else exported
 
 
-def _without(router: Any, ablated: Tensor, routing: Routing) -> Routing:
-    """A decision without the ablated experts, bool [E]: the next best take their place, at their own gates."""
-    scores = routing.noisy_logits.masked_fill(ablated, -torch.inf)  # [B, N, E]
+def _ablate(router: Any, is_ablated: Tensor, routing: Routing) -> Routing:
+    """A routing without the ablated experts (bool [E]): the next best replace them, with gates of their own."""
+    scores = routing.noisy_logits.masked_fill(is_ablated, -torch.inf)  # [B, N, E]
     index = scores.topk(routing.top_k).indices  # [B, N, K]
-    kept = ~ablated[index]  # fewer than K experts may be left
+    kept = ~is_ablated[index]  # [B, N, K]; fewer than K experts may be left
 
     gate_logits = router.gate_logits(routing)  # [B, N, E]
     top_logits = gate_logits.gather(-1, index).masked_fill(~kept, -torch.inf)  # [B, N, K]
     gates = router.gates(gate_logits, top_logits).masked_fill(~kept, 0.0)
-    if hasattr(router, "keep"):  # a rule knows no capacity
+    if hasattr(router, "keep"):  # routers with a capacity; the rule-based ones have none
         kept = kept & router.keep(index, gate_logits, top_logits)
     return replace(routing, expert_index=index, combine_weight=gates, kept=kept)
 
@@ -308,23 +322,23 @@ def _set_backend(net: nn.Module, backend: Backend) -> None:
 
 
 def _to_bytes(net: nn.Module, facts: dict[str, Any], opset: int) -> bytes:
-    """An exported network as an ONNX file."""
+    """The ONNX file of a network that `_exported` made, with `facts` as its metadata."""
     side = int(facts["image_size"])
-    # Two images: a batch of 1 would be taken for a constant.
+    # Two images, since torch.export would take a batch size of 1 for a constant.
     inputs = {"image": torch.zeros(2, 3, side, side)}
     outputs = ["logits"] if facts["distance"] is None else ["logits", "distance"]
     if isinstance(net, _WithRoutes):
-        inputs["away"] = net.nobody
+        inputs["away"] = net.none_away
         outputs += net.output_names()
-    other_shapes = (len(inputs) - 1) * (None,)
+    static_shapes = (None,) * (len(inputs) - 1)  # of all inputs but the image
 
     with _quiet(), torch.no_grad():
         program = torch.export.export(
             net,
             tuple(inputs.values()),
-            dynamic_shapes=({0: Dim("batch", min=1)}, *other_shapes),
+            dynamic_shapes=({0: Dim("batch", min=1)}, *static_shapes),
             strict=False,
-            # Soft MoE's reshapes hold for every batch, but torch can't prove it.
+            # Soft MoE's reshapes are valid for every batch size, but torch can't prove it.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         _remove_stack_traces(program)
@@ -333,7 +347,7 @@ def _to_bytes(net: nn.Module, facts: dict[str, Any], opset: int) -> bytes:
             dynamo=True,
             input_names=list(inputs),
             output_names=outputs,
-            dynamic_shapes=({0: "batch"}, *other_shapes),
+            dynamic_shapes=({0: "batch"}, *static_shapes),
             opset_version=opset,
             custom_translation_table={
                 torch.ops.aten.sort.stable: _stable_sort,
@@ -341,27 +355,28 @@ def _to_bytes(net: nn.Module, facts: dict[str, Any], opset: int) -> bytes:
             },
             verbose=False,
         )
-        assert onnx_program is not None  # None is for the older exporter
+
+        assert onnx_program is not None  # only the exporter without dynamo returns None
         for name, value in facts.items():
             onnx_program.model.metadata_props[name] = json.dumps(value, ensure_ascii=False)
         return cast(bytes, onnx_program.model_proto.SerializeToString())
 
 
 def _remove_stack_traces(program: torch.export.ExportedProgram) -> None:
-    """They hold paths of this machine."""
+    """Remove the stack traces from the graph: they hold paths of this machine."""
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
                 node.meta.pop("stack_trace", None)
 
 
-# ---- operations of our routers that torch's exporter has no ONNX for; their arguments are torch's
+# ---- operations of our routers that torch's exporter can't translate; the functions have torch's arguments
 
 
 def _stable_sort(
     self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False
 ) -> Any:
-    # ONNX's TopK is defined to be stable: of equal values the lower index comes first.
+    """A sort as TopK of all values, which ONNX defines as stable: of equal values the lower index comes first."""
     op = require_extra("onnxscript").opset18
     end = None if dim == -1 else dim + 1
     size = op.Shape(self, start=dim, end=end)
@@ -369,10 +384,11 @@ def _stable_sort(
 
 
 def _euclidean_distance(x1: Any, x2: Any, p: float, compute_mode: int | None) -> Any:
+    """Distances [..., n, m] between the rows of x1 [..., n, D] and those of x2 [..., m, D]."""
     assert p == 2
     op = require_extra("onnxscript").opset18
-    rows = op.Unsqueeze(x1, [-2])
-    columns = op.Unsqueeze(x2, [-3])
+    rows = op.Unsqueeze(x1, [-2])  # [..., n, 1, D]
+    columns = op.Unsqueeze(x2, [-3])  # [..., 1, m, D]
     difference = op.Sub(rows, columns)
     squares = op.Mul(difference, difference)
     return op.Sqrt(op.ReduceSum(squares, [-1], keepdims=0))
@@ -384,8 +400,8 @@ def _euclidean_distance(x1: Any, x2: Any, p: float, compute_mode: int | None) ->
 def load_exported(source: bytes | str | Path) -> Runner:
     """The function that a file computes, on the CPU with torch's thread count.
 
-    It takes images [B, 3, S, S] and gives logits [B, C], or a tuple of them and the distances [B]; of a file with
-    routes it also takes who is `away` (nobody, if that is left out), and gives the routes.
+    It takes images [B, 3, S, S] and returns logits [B, C], or a tuple of them and the distances [B]. With routes it
+    also takes `away` [M, E] (default: no expert is disabled), and returns the outputs of the routing too.
     """
     runtime = require_extra("onnxruntime")
     options = runtime.SessionOptions()
@@ -398,25 +414,26 @@ def load_exported(source: bytes | str | Path) -> Runner:
 
 def _run(session: Any, image: Tensor, away: Tensor | None = None) -> Any:
     arrays = {"image": image.numpy()}
-    for entry in session.get_inputs()[1:]:
-        nobody = torch.zeros(entry.shape, dtype=torch.bool)
-        arrays[entry.name] = (nobody if away is None else away).numpy()
+    for entry in session.get_inputs()[1:]:  # `away`, if the file has routes
+        none_away = torch.zeros(entry.shape, dtype=torch.bool)
+        arrays[entry.name] = (none_away if away is None else away).numpy()
     outputs = [torch.from_numpy(array) for array in session.run(None, arrays)]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    """Hide warnings of the exporter that a user can't act on."""
     optimizer = logging.getLogger("onnxscript.optimizer")
     level = optimizer.level
-    optimizer.setLevel(logging.ERROR)  # it warns of constants that it can't fold
+    optimizer.setLevel(logging.ERROR)  # hides warnings of constants that it can't fold
     try:
         with warnings.catch_warnings():
-            # torch 2.13 asks its own pytree in a way that it has deprecated.
+            # torch 2.13 itself uses a deprecated part of its pytree.
             warnings.filterwarnings(
                 "ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning
             )
-            # Colour gates look at the image of each pass before they read what they saw.
+            # Routers by colour set the attribute `_colours` in the forward pass, before they read it.
             warnings.filterwarnings(
                 "ignore", message=r"The tensor attributes?.*\._colours ", category=UserWarning
             )

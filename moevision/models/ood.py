@@ -1,11 +1,12 @@
-"""Is an image unlike those that a model learned from? How far its pooled feature lies from the nearest class.
+"""Detection of out-of-distribution images ("strangers") by the Mahalanobis distance to the nearest class.
 
-In the space that the classifier reads, training images of a class are taken for a Gaussian around their mean, all
-classes with one covariance, as in linear discriminant analysis (Lee et al. 2018, arXiv:1807.03888). The distance is
-Mahalanobis's, in units of the distance that 5 % of the validation images exceed: beyond 1 an image is a stranger.
-`benchmarks/strangers` has the share of strangers that this recognizes, by model, beside other measures.
+The pooled features (the classifier's input) of each class are modelled as a Gaussian around the mean of its training
+images, with one covariance for all classes, as in linear discriminant analysis (Lee et al. 2018, arXiv:1807.03888).
+Distances are divided by a threshold, the distance that 5 % of the validation images exceed, so that an image whose
+distance is above 1 is a stranger. `benchmarks/strangers` compares this with other measures: the fraction of strangers
+that each detects, by model.
 
-Axes: B batch, n images, D width of the feature, C classes that had training images.
+Shapes: B batch, n training images, m validation images, D width of the feature, C classes with training images.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ from moevision.models.safe_files import read_header
 Floats = npt.NDArray[np.float64]
 FILE: Final = "strangers.safetensors"
 REFUSED: Final = 0.05
-"""Share of the validation images beyond the threshold."""
-# Of training (10 of a class, if that is more) and of validation that `fit` measures.
+"""Fraction of the validation images that lies above the threshold."""
+# Most images of a split that a training run measures for `fit_ood`; of the training split 10 per class if that is more.
 IMAGES: Final = 1_000
-MIN_VALIDATION: Final = 20  # a twentieth of fewer images is none
+MIN_VALIDATION: Final = 20  # 5 % of fewer images are less than one
 
 
 class MahalanobisOOD(nn.Module):
-    """The distance of features from the nearest class."""
+    """Mahalanobis distance of features to the nearest class mean, in units of the threshold."""
 
     mean: Tensor  # [D] of all training features
-    whitening: Tensor  # [D, D] lower triangular: `whitening @ (feature - mean)` has the same spread in all directions
-    centers: Tensor  # [C, D] where that puts the mean of each class
+    # [D, D] lower triangular; a class's `whitening @ (feature - mean)` varies equally in all directions
+    whitening: Tensor
+    centers: Tensor  # [C, D] class means after the same map
 
     def __init__(
         self, mean: npt.ArrayLike, whitening: npt.ArrayLike, centers: npt.ArrayLike
@@ -48,9 +50,10 @@ class MahalanobisOOD(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Distances, float32 [B], of pooled features [B, D]; above 1 an image is a stranger."""
-        white = (features.to(self.mean) - self.mean) @ self.whitening.T  # [B, D]
-        exact = "donot_use_mm_for_euclid_dist"
-        distances = torch.cdist(white, self.centers, compute_mode=exact)  # [B, C]
+        whitened = (features.to(self.mean) - self.mean) @ self.whitening.T  # [B, D]
+        # The faster mode, by a matrix product, is less precise.
+        mode = "donot_use_mm_for_euclid_dist"
+        distances = torch.cdist(whitened, self.centers, compute_mode=mode)  # [B, C]
         return distances.amin(-1)
 
 
@@ -61,11 +64,11 @@ def _float32(values: npt.ArrayLike) -> Tensor:
 def fit_ood(
     features: Floats, labels: npt.NDArray[Any], validation: Floats
 ) -> MahalanobisOOD | None:
-    """Fit to features [n, D] of training images with labels [n], the threshold to those of validation images [m, D].
+    """Fit the classes to training features [n, D] with labels [n], and the threshold to validation features [m, D].
 
-    The covariance is shrunk towards a multiple of the identity as Ledoit and Wolf do (2004, Journal of Multivariate
-    Analysis 88): fewer images than D would leave it singular. None where that can't be known: of fewer than 20
-    validation images, or of features that don't differ.
+    The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004, Journal of Multivariate Analysis
+    88), since that of fewer than D images is singular. None if there are fewer than 20 validation images, if a feature
+    isn't finite, or if the features don't vary.
     """
     from scipy.spatial.distance import cdist
     from sklearn.covariance import LedoitWolf
@@ -75,44 +78,47 @@ def fit_ood(
     if not (np.isfinite(features).all() and np.isfinite(validation).all()):
         return None
 
-    # The means of the classes, and the covariance within classes.
-    classes, class_index = np.unique(labels, return_inverse=True)
-    of_classes = [features[class_index == number] for number in range(len(classes))]
-    class_means = np.stack([of_class.mean(0) for of_class in of_classes])  # [C, D]
-    within = features - class_means[class_index]  # [n, D]
-    covariance = LedoitWolf(assume_centered=True).fit(within).covariance_  # [D, D]
+    # Class means, and the covariance of the features around their class's mean.
+    classes, class_index = np.unique(labels, return_inverse=True)  # class_index: [n], 0 to C - 1
+    features_by_class = [features[class_index == index] for index in range(len(classes))]
+    class_means = np.stack([of_class.mean(0) for of_class in features_by_class])  # [C, D]
+    deviations = features - class_means[class_index]  # [n, D]
+    covariance = LedoitWolf(assume_centered=True).fit(deviations).covariance_  # [D, D]
 
-    # In the whitened space it is the identity, so that the distance is Euclid's.
+    # Whitening makes this covariance the identity, and the Mahalanobis distance a Euclidean one.
     try:
-        whitening = np.linalg.inv(np.linalg.cholesky(covariance))
-    except np.linalg.LinAlgError:  # no two images of a class differ
+        whitening = np.linalg.inv(np.linalg.cholesky(covariance))  # [D, D]
+    except np.linalg.LinAlgError:  # all images of a class are alike
         return None
-    mean = features.mean(0)
+    mean = features.mean(0)  # [D]
     centers = (class_means - mean) @ whitening.T  # [C, D]
-    white = (validation - mean) @ whitening.T  # [m, D]
+    whitened = (validation - mean) @ whitening.T  # [m, D]
 
-    nearest = cdist(white, centers).min(1)  # [m]
+    nearest = cdist(whitened, centers).min(1)  # [m]
     threshold = np.quantile(nearest, 1 - REFUSED)
     if not threshold > 0:
         return None
+
+    # Smaller by the threshold, these two give distances in its units.
     return MahalanobisOOD(mean, whitening / threshold, centers / threshold)
 
 
 def answers(net: nn.Module, strangers: MahalanobisOOD, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, C] of prepared images [B, 3, S, S], and how far each is from the nearest class, [B]."""
+    """Logits [B, classes] of preprocessed images [B, 3, H, W], and each image's distance to the nearest class, [B]."""
     features = pooled(net, images)
     classifier = cast(Any, net).get_classifier()
     return classifier(features), strangers(features)
 
 
 def pooled(net: nn.Module, images: Tensor) -> Tensor:
-    """What the classifier of a timm model reads, [B, D]."""
-    state = cast(Any, net)
-    return cast(Tensor, state.forward_head(state.forward_features(images), pre_logits=True))
+    """The input [B, D] of the classifier of a timm model, for images [B, 3, H, W]."""
+    model = cast(Any, net)
+    tokens = model.forward_features(images)
+    return cast(Tensor, model.forward_head(tokens, pre_logits=True))
 
 
 def linear_head(net: nn.Module) -> nn.Linear | None:
-    """The classifier of a timm model, if it is one linear map of features that the model tells."""
+    """The classifier of a timm model if it is one linear layer, and its input can be had (`pooled`); else None."""
     if not (hasattr(net, "forward_head") and hasattr(net, "get_classifier")):
         return None
     head = cast(Any, net).get_classifier()
@@ -120,27 +126,33 @@ def linear_head(net: nn.Module) -> nn.Linear | None:
 
 
 def read_ood(file: Path, net: nn.Module) -> MahalanobisOOD:
-    """The numbers that `save_model` wrote beside the weights of `net`, checked against it before memory is taken."""
+    """Load the detector that `save_model` wrote beside the weights of `net`.
+
+    Shapes are checked against the classifier of `net` before the tensors are loaded, so that a wrong file takes no
+    memory.
+    """
     head = linear_head(net)
-    stored = {} if head is None else _load_if_fits(file, head)
-    if not stored or not all(bool(torch.isfinite(values).all()) for values in stored.values()):
+    tensors = {} if head is None else _load_if_fits(file, head)
+    if not tensors or not all(bool(torch.isfinite(values).all()) for values in tensors.values()):
         raise UserError(
             f"{file} doesn't hold the distances of this model: put back the file that came with it, or remove "
             '"strangers" from config.json.'
         )
-    return MahalanobisOOD(**stored)
+    return MahalanobisOOD(**tensors)
 
 
 def _load_if_fits(file: Path, head: nn.Linear) -> dict[str, Tensor]:
-    """The tensors of a file whose header says the right shapes; empty if it doesn't, or there is none."""
+    """The tensors of a file, if its header has the expected names, shapes and dtype; else, or without a file, empty."""
     try:
         header = read_header(file)
     except FileNotFoundError:
         return {}
     shapes = {name: entry.shape for name, entry in header.items() if entry.dtype == "F32"}
+
+    # Classes without training images have no center, so that C may be less than the classifier has outputs.
+    num_centers = (shapes.get("centers") or (0,))[0]
     width = head.in_features
-    rows = (shapes.get("centers") or (0,))[0]
-    right = {"mean": (width,), "whitening": (width, width), "centers": (rows, width)}
-    if shapes != right or not 0 < rows <= head.out_features:
+    expected = {"mean": (width,), "whitening": (width, width), "centers": (num_centers, width)}
+    if shapes != expected or not 0 < num_centers <= head.out_features:
         return {}
     return load_file(file)

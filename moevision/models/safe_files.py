@@ -1,11 +1,14 @@
-"""Open files of unknown origin: JSON, YAML and safetensors, and a saved model against its own weights.
+"""Open files of unknown origin safely: JSON, YAML, safetensors, and saved models (config.json with weights).
 
-These formats are data only: unlike a pickle, reading them runs no code. What remains is refused before memory is taken:
-a name that is no regular file (a pipe would wait for ever), more bytes than such a file can need, and a config.json
-that describes another model than its weights are. timm hands what stands under `model_args` to the model's constructor
-as it is, so a few bytes could ask for terabytes, or (under `base`) for a model from the network: the model is built on
-torch's meta device and must not be larger than what its file holds. Links are followed, as the hub's cache is made of
-them.
+These formats hold data only: unlike a pickle, reading them runs no code. The remaining dangers are checked for before
+memory is allocated:
+- a path that is no regular file (reading from a pipe could block for ever);
+- more bytes than such a file can need;
+- a config.json that doesn't describe the weights beside it. timm passes `model_args` to the model's constructor
+  unchecked, so a few bytes could ask for terabytes, or (under `base`) for a model from the network. The model is
+  therefore built on torch's meta device first, and must not be larger than its weights.
+
+Symbolic links are followed, because the hub's cache consists of them.
 """
 
 from __future__ import annotations
@@ -30,32 +33,35 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-# Weights in eight bits (`moevision.models.io.unpack`). timm takes any file that ends in .safetensors, and these whole
-# numbers for weights: hence the name.
+# A packed model: a safetensors file with weights in eight bits and their scales (`moevision.models.io.unpack`). Its
+# name doesn't end in .safetensors, because timm would load such a file and take the integers for weights.
 PACKED = "model.int8"
-SCALE = ".scale"
-REST = "rest"
+SCALE = ".scale"  # ends the name of a tensor of scales
+REST = "rest"  # key in the header of a packed file, see `parts_of`
 MAX_JSON_BYTES: Final = 16 * 2**20  # the names of ImageNet-21k's 21 841 classes take 3 MB
 MAX_YAML_BYTES: Final = 2**20
 MAX_LAYERS: Final = 512
-# What a model may need beside the numbers in its file: buffers that aren't saved, such as masks. 64 MB in fp32.
+# Elements that a model may have beyond those in its file: buffers that aren't saved, such as masks. 64 MB in fp32.
 _SPARE_ELEMENTS: Final = 16 * 2**20
-_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
-# Arguments of timm's own machinery rather than of a model: where weights come from, and wrappers around the model.
-_NOT_THE_MODELS = re.compile(
+_ARCHITECTURE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
+# Arguments of `timm.create_model` rather than of a model: sources of weights, and wrappers around the model.
+_TIMM_ARGUMENTS = re.compile(
     "pretrained.*|checkpoint_path|cache_dir|scriptable|exportable|no_jit|features_only|feature_cfg|feature_cls|"
     "out_indices|model_cls|model_cfg|kwargs_filter|pruned|device|dtype"
 )
-_COUNTS_LAYERS = re.compile("depth|layers|blocks|stages")
+_LAYER_COUNT_ARGUMENTS = re.compile("depth|layers|blocks|stages")
 
 
 # ---- bytes, JSON, YAML
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """The content of a small file, else a UserError; without one a FileNotFoundError: callers know what that means."""
+    """The content of a file of at most `max_bytes`, else a UserError; a FileNotFoundError is left to the caller."""
     with _open_regular(path) as file:
-        data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
+        # One byte more than expected shows that the file is too large. `read` allocates what it is asked for, hence the
+        # size on disk.
+        expected_bytes = min(max_bytes, os.fstat(file.fileno()).st_size)
+        data = file.read(expected_bytes + 1)
     if len(data) > max_bytes:
         raise UserError(
             f"{path} is larger than the {max_bytes:,} bytes that such a file may have: give another one."
@@ -64,7 +70,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Open without blocking, which a pipe would do; what was opened must then be a regular file."""
+    """Open a file for reading; a UserError if it isn't a regular one. Non-blocking, since opening a pipe would wait."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
@@ -81,12 +87,12 @@ def _open_regular(path: Path) -> BinaryIO:
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file; it raises as `read_bytes` and `parse_json` do."""
+    """The content of a JSON file; raises the errors of `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(Path(path), MAX_JSON_BYTES), str(path))
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """Parse JSON in UTF-8; `name` is what to call it in an error."""
+    """Parse JSON in UTF-8; `name` stands for the source in an error message."""
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -96,7 +102,7 @@ def parse_json(data: bytes, name: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and plain values of a YAML file, such as a run's config.yaml; it raises as `read_json` does."""
+    """The keys and plain values of a YAML file, such as a run's config.yaml; raises the errors of `read_json`."""
     try:
         content = parse_yaml(read_bytes(Path(path), MAX_YAML_BYTES).decode("utf-8"))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -111,7 +117,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML of plain values, without anchors: behind them a few lines can stand for billions of values."""
+    """Parse YAML of plain values, without anchors: with them a few lines can expand to billions of values."""
     if len(text) > MAX_YAML_BYTES:
         raise UserError(
             f"A configuration has at most {MAX_YAML_BYTES:,} characters, and this one has {len(text):,}."
@@ -139,12 +145,13 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The texts that the writer of a safetensors file put into its header, such as the licence; raises as above."""
+    """The metadata in the header of a safetensors file, such as the licence; raises the errors of `read_header`."""
     return _header_of(path)[1]
 
 
 def _header_of(path: str | Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    _open_regular(Path(path)).close()
+    """Entries and metadata of a safetensors file."""
+    _open_regular(Path(path)).close()  # refuses what isn't a regular file
     try:
         with safe_open(path, framework="np") as stored:
             entries = {}
@@ -163,16 +170,17 @@ def _header_of(path: str | Path) -> tuple[dict[str, TensorEntry], dict[str, str]
 
 
 def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
-    """The content of a saved model's config.json; this and (if wanted) the weights are checked."""
+    """Check a saved model's config.json and (if `weights`) its weights; the content of the config.json."""
     config = read_config(folder / CONFIG)
     if not weights:
         return config
 
     file = weights_of(folder)
-    packed = file.name == PACKED
+    is_packed = file.name == PACKED
     entries: dict[str, TensorEntry] = {}
     try:
-        for part in parts_of(file) if packed else [file]:
+        parts = parts_of(file) if is_packed else [file]
+        for part in parts:
             entries |= read_header(part)
     except FileNotFoundError as error:
         raise UserError(
@@ -181,7 +189,7 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     if not entries:
         raise UserError(f"{file} holds no weights: give the whole model again.")
 
-    if packed:
+    if is_packed:
         entries = _unpacked_entries(file, entries)
     net = check_fit(folder, entries)
     check_types(file, net, entries)
@@ -196,18 +204,20 @@ def weights_of(folder: Path) -> Path:
 
 
 def parts_of(file: Path) -> list[Path]:
-    """The packed files that make up a model, a later one in place of an earlier one's tensors.
+    """The packed files that make up a model; where two have a tensor of the same name, the later file counts.
 
-    A header that says `rest: NAME` holds only what the model doesn't share with the bundled model NAME beside it.
+    A file whose header says `rest: NAME` holds only the tensors in which the model differs from the bundled model NAME.
+    Bundled models lie side by side: NAME/trained/model.int8.
     """
-    base = read_metadata(file).get(REST, "")
-    if not re.fullmatch(r"\w+", base):
+    base_name = read_metadata(file).get(REST, "")
+    if not re.fullmatch(r"\w+", base_name):
         return [file]
-    return [file.parents[2] / base / "trained" / PACKED, file]
+    bundle = file.parents[2]
+    return [bundle / base_name / "trained" / PACKED, file]
 
 
 def _unpacked_entries(file: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """What a packed file unfolds to: int8 with scales for parts of a row is float32, of as many elements."""
+    """The tensors after unpacking: an int8 tensor with scales becomes a float32 tensor of its shape, without scales."""
     unpacked = dict(entries)
     for scale_name, scale in entries.items():
         if not scale_name.endswith(SCALE):
@@ -224,7 +234,7 @@ def _unpacked_entries(file: Path, entries: Mapping[str, TensorEntry]) -> dict[st
 
 
 def _scale_fits(values: TensorEntry, scale: TensorEntry) -> bool:
-    """Whether int8 values [..., out, in] have bfloat16 scales [..., out, parts] for equal parts of their rows."""
+    """Whether int8 values [..., out, in] go with bfloat16 scales [..., out, parts], one for each part of a row."""
     if (values.dtype, scale.dtype) != ("I8", "BF16") or not values.shape or not scale.shape:
         return False
     parts = scale.shape[-1]
@@ -232,10 +242,10 @@ def _scale_fits(values: TensorEntry, scale: TensorEntry) -> bool:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The config.json of a model in timm's format, with every field checked; it raises as `read_json` does."""
+    """The config.json of a model in timm's format, checked; raises the errors of `read_json`."""
     config = read_json(file)
     try:
-        # Older files of timm have all fields in one object, newer ones may have more around them, which timm ignores.
+        # Older files of timm are one flat object. Newer ones have `pretrained_cfg` inside it; timm ignores other keys.
         pretrained = config.get("pretrained_cfg", config)
         arguments = config.get("model_args", {})
         if "state_dict" in (*config, *pretrained):
@@ -243,11 +253,11 @@ def read_config(file: Path) -> dict[str, Any]:
 
         # A name such as `hf-hub:...` would fetch a model.
         for name in (config["architecture"], arguments.get("base") or "vit"):
-            if not _NAME.fullmatch(name):
+            if not _ARCHITECTURE_NAME.fullmatch(name):
                 raise ValueError(f"{name[:80]!r} is no architecture's name")
         check_arguments(arguments)
 
-        # timm would quietly leave the classifier untrained, or build one that isn't filled.
+        # With two numbers of classes timm would silently leave the classifier at its random initialization.
         classes = config.get("num_classes", pretrained.get("num_classes", 1000))
         if arguments.get("num_classes", classes) != classes:
             raise ValueError("it gives two numbers of classes")
@@ -261,11 +271,12 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that are not the model's own, and more layers than a model has, by a ValueError."""
+    """Refuse, by a ValueError, arguments of timm rather than of a model, and more than `MAX_LAYERS` layers."""
     for name, value in arguments.items():
-        if _NOT_THE_MODELS.fullmatch(name):
+        if _TIMM_ARGUMENTS.fullmatch(name):
             raise ValueError(f"model_args may not hold {name[:40]!r}")
-        if _COUNTS_LAYERS.search(name) and name != "moe_layers":
+        # `moe_layers` lists indices of layers, not a count.
+        if _LAYER_COUNT_ARGUMENTS.search(name) and name != "moe_layers":
             values = value if isinstance(value, list) else [value]
             counts = [count for count in values if isinstance(count, int | float)]
             if sum(counts) > MAX_LAYERS:
@@ -273,13 +284,14 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def check_types(file: Path, net: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
-    """Refuse whole numbers for weights: torch would load them without a word, also int8 ones without their scale.
+    """Refuse integers in the place of weights: torch would silently convert them, even int8 ones without their scale.
 
-    Counters, masks and tables that are whole numbers in the model (`num_batches_tracked`) may be so in the file.
+    Tensors that are integers in the model too (`num_batches_tracked`, masks, tables) may be integers in the file.
     """
-    floating = {name: tensor.is_floating_point() for name, tensor in net.state_dict().items()}
+    is_floating = {name: tensor.is_floating_point() for name, tensor in net.state_dict().items()}
     for name, entry in entries.items():
-        is_weight = floating.get(name, name.endswith((".weight", ".bias")))
+        # A name that the model doesn't have, as of an earlier version, is judged by its ending.
+        is_weight = is_floating.get(name, name.endswith((".weight", ".bias")))
         if is_weight and "F" not in entry.dtype:
             raise UserError(
                 f"{file} can't be loaded: {name[:80]!r} holds whole numbers ({entry.dtype}), and the model has weights "
@@ -288,10 +300,10 @@ def check_types(file: Path, net: nn.Module, entries: Mapping[str, TensorEntry]) 
 
 
 def check_fit(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
-    """The model, without memory; refused if the weights don't fill it, or it is larger than they are.
+    """The model on the meta device, without memory; a UserError if the weights don't fit it, or if it is larger.
 
-    It is filled with shapes alone, and in a model with the folder's own classes timm counts what is missing; with
-    another number of them it would leave random numbers there.
+    Loading tensors that have only shapes makes timm compare names and shapes with those of the model. The model has the
+    folder's own number of classes: with another one timm would skip the classifier's weights instead of checking them.
     """
     import timm
     import torch
@@ -309,35 +321,38 @@ def check_fit(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
             f"The model in {folder} can't be loaded ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
             f"its {CONFIG} or its weights are damaged, or it was not saved by timm or moevision."
         ) from error
-    described = sum(tensor.numel() for tensor in [*net.parameters(), *net.buffers()])
-    held = sum(prod(entry.shape) for entry in entries.values())
-    if described > 1.25 * held + _SPARE_ELEMENTS:
+
+    model_elements = sum(tensor.numel() for tensor in [*net.parameters(), *net.buffers()])
+    file_elements = sum(prod(entry.shape) for entry in entries.values())
+    # A model may be somewhat larger than its file, for instance by buffers that aren't saved.
+    if model_elements > 1.25 * file_elements + _SPARE_ELEMENTS:
         raise UserError(
-            f"The model in {folder} can't be loaded: {CONFIG} describes {described:,} weights and {WEIGHTS} holds "
-            f"{held:,}. One of them is damaged, or belongs to another model."
+            f"The model in {folder} can't be loaded: {CONFIG} describes {model_elements:,} weights and {WEIGHTS} "
+            f"holds {file_elements:,}. One of them is damaged, or belongs to another model."
         )
     return net
 
 
 def fill(net: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights into a model as timm does: for its image size and its number of classes, by today's names.
+    """Load weights into a model as timm does: adapted to its image size, number of classes and current tensor names.
 
-    `create_model(pretrained=True)` would do it too. But timm looks elsewhere where there are no weights, and in some
-    architectures stands a second model, such as a ResNet, that it then fetches from the hub.
+    `create_model(pretrained=True)` does this too, but may access the network: where the folder has no weights, and for
+    architectures that contain a second pretrained model, such as a ResNet.
     """
     import timm
 
     from moevision.models.vit_moe import NO_SOURCE
 
-    # The function that brings weights of another size and of earlier versions into today's form, by timm's own naming.
-    into_form = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-    built = cast(Any, net)
-    config = built.pretrained_cfg | NO_SOURCE
+    # By timm's convention a model's module may define this function, which converts weights of other sizes and of
+    # earlier versions.
+    convert_weights = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    timm_model = cast(Any, net)  # with timm's attributes, which nn.Module lacks
+    config = timm_model.pretrained_cfg | NO_SOURCE
     config["state_dict"] = timm.models.clean_state_dict(weights)
     timm.models.load_pretrained(
         net,
         config,
-        num_classes=built.num_classes,
+        num_classes=timm_model.num_classes,
         in_chans=config["input_size"][0],
-        filter_fn=into_form,
+        filter_fn=convert_weights,
     )

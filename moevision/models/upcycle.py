@@ -1,11 +1,11 @@
 """Sparse upcycling: a trained dense ViT becomes a Mixture of Experts that computes the same, and trains on from there.
 
 - every expert starts as a copy of the MLP that it replaces: Komatsuzaki et al. 2022, arXiv:2212.05055, §2. With gates
-  that sum to 1 the mixture of equal experts is that MLP, so they are normalised here wherever the router can (for one
-  expert per token by a straight-through gate of value 1).
-- copies that differ: a share of each expert's hidden units is drawn anew with the statistics of the units that they
-  replace (Drop-Upcycling, Nakamura et al. 2025, arXiv:2502.19261, §3).
-- routers that start from clusters of what they will see: `start_routers` (cluster-aware upcycling, arXiv:2604.13508;
+  that sum to 1 the mixture of equal experts is that MLP, so gates are normalised here if the router can (for one expert
+  per token by a straight-through gate of value 1).
+- copies can be made to differ (`reinit`): a share of each expert's hidden units is drawn anew with the statistics of
+  the units that they replace (Drop-Upcycling, Nakamura et al. 2025, arXiv:2502.19261, §3).
+- routers can start from clusters of their input: `start_routers` (cluster-aware upcycling, arXiv:2604.13508;
   its experts from each cluster's SVD and its distillation loss are left out).
 
 Axes: D width, H hidden width of one expert, E experts, B images, C classes, T routed units (tokens, or images).
@@ -57,7 +57,7 @@ def upcycle(
     """Turn a trained dense ViT into a Mixture of Experts that starts from its weights.
 
     With a dropless token-choice router (the default), and reinit left at 0, the result computes in evaluation what the
-    dense model computes; `initial_output_difference` measures how far another choice is from that. A token costs top_k
+    dense model computes; for other options `initial_output_difference` measures the difference. A token costs top_k
     whole MLPs, plus the router.
 
     Args:
@@ -70,7 +70,7 @@ def upcycle(
         weights: a `.safetensors` file for the architecture that `source` names.
         num_classes: C; another number than the source's replaces the classifier.
         image_size: side(s) of the input in pixels; another size resamples the position embedding.
-        depth: take so many of the source's first blocks; all if None. The cut model must be trained on.
+        depth: how many of the source's first blocks to take; all if None. A model that was cut needs further training.
         reinit: share of each expert's hidden units that are drawn anew.
         seed: of routers, a new classifier and reinit; None draws from torch's global generator.
         router_noise: the router option `noise` (`learned`, `fixed`, `jitter`, `none`).
@@ -86,7 +86,7 @@ def upcycle(
     if not 0 <= reinit <= 1:
         raise UserError(f"reinit is {reinit}: it must be at least 0 and at most 1.")
 
-    # The dense model, on the CPU: there seeds mean the same on every machine.
+    # The dense model, on the CPU, where a seed gives the same numbers on every machine.
     device = torch.device("cpu")
     if isinstance(source, nn.Module):
         if weights is not None:
@@ -94,13 +94,13 @@ def upcycle(
                 "A model brings its own weights: give a timm name together with a file of weights."
             )
         device = next(source.parameters()).device
-        dense = _copied(source, num_classes, image_size, depth, seed)
+        dense = _copy_of_source(source, num_classes, image_size, depth, seed)
     else:
         dense = load_dense(
             source, weights, num_classes=num_classes, image_size=image_size, depth=depth, seed=seed
         )
 
-    # Which blocks.
+    # The blocks whose MLPs become experts.
     check_upcyclable(dense, "last2" if layers is None else layers)
     if layers is None:
         layers = read_layer_indices(dense, "last2")
@@ -114,7 +114,7 @@ def upcycle(
     can_normalize = any("normalize_gates" in router_kind(name).options for name in routers)
     defaults = {"normalize_gates": True if can_normalize else None, "noise": router_noise}
     options = defaults | moe_options
-    with _seeded(seed, stream=1):
+    with _scoped_seed(seed, stream=1):
         model = convert_to_moe(
             dense, layers, num_experts, top_k, router, copy_weights=True, **options
         )
@@ -123,15 +123,15 @@ def upcycle(
     return model.to(device)
 
 
-def _copied(
+def _copy_of_source(
     source: nn.Module,
     num_classes: int | None,
     image_size: ImageSize | None,
     depth: int | None,
     seed: int | None,
 ) -> nn.Module:
-    """A copy of a model, on the CPU unless it has no memory, of another shape if asked for."""
-    with _seeded(seed):
+    """A copy of a model, on the CPU (or the meta device), with another depth, classifier or input size if given."""
+    with _scoped_seed(seed):
         dense = copy.deepcopy(source)
         if not next(source.parameters()).is_meta:
             dense = dense.cpu()
@@ -185,12 +185,12 @@ def load_dense(
     seed: int | None = 0,
 ) -> nn.Module:
     """The dense model that `upcycle` with the same arguments starts from, in training mode."""
-    with _seeded(seed):
+    with _scoped_seed(seed):
         return create_from(source, num_classes, image_size, weights=weights, depth=depth)
 
 
 def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
-    """Raise a UserError that says why the MLPs of these blocks can't become experts; do nothing if they can."""
+    """Raise a UserError with the reason if the MLPs of these blocks can't become experts."""
     name = type(vit).__name__
     if moe_layers(vit):
         raise UserError(
@@ -203,11 +203,13 @@ def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
             f"{name} has no list of transformer blocks behind a patch_embed: upcycling needs a ViT, DeiT or EVA-style "
             "model."
         )
+
     indices = moe_layer_indices(layers, len(cast(Any, blocks)))
     if not indices:
         raise UserError(f"No block of {name} was chosen: name at least one in layers.")
     for index in indices:
-        plain_mlp(vit, index)
+        plain_mlp(vit, index)  # raises if it isn't one
+
     mlps = [getattr(block, "mlp", None) for block in cast(Any, blocks)]
     widths = {cast(Any, mlp).fc1.in_features for mlp in mlps if isinstance(mlp, Mlp)}
     if len(widths) > 1:
@@ -217,31 +219,31 @@ def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def _redraw_units(layer: MoEMlp, share: float) -> None:
-    """Draw this share of each expert's hidden units anew, with the mean and spread of the units that they replace."""
+def _redraw_units(layer: MoEMlp, fraction: float) -> None:
+    """Redraw a fraction of each expert's hidden units from a normal distribution with their mean and std."""
     fc1 = layer.experts.fc1
     fc2 = layer.experts.fc2
-    count = round(share * fc1.out_features)
-    if not count:
+    num_redrawn = round(fraction * fc1.out_features)
+    if not num_redrawn:
         return
     for expert in range(fc1.num_experts):
-        # One set of units for all their weights, as the paper has it (its code draws a set for every matrix).
-        units = torch.randperm(fc1.out_features)[:count]
-        parts = [fc1.weight[expert], fc2.weight[expert].mT]  # [H, D] each
+        # The same units in all weights, as in the paper; its code draws other units for every matrix.
+        units = torch.randperm(fc1.out_features)[:num_redrawn]
+        unit_weights = [fc1.weight[expert], fc2.weight[expert].mT]  # [H, D] each
         if fc1.bias is not None:
-            parts.append(fc1.bias[expert])  # [H]
-        for part in parts:
-            old = part[units]
-            part[units] = torch.randn_like(old) * old.std(correction=0) + old.mean()
+            unit_weights.append(fc1.bias[expert])  # [H]
+        for weight in unit_weights:
+            current = weight[units]
+            weight[units] = torch.randn_like(current) * current.std(correction=0) + current.mean()
 
 
 # ---- routers from clusters
 
-# Enough for E centres, more only costs time.
-_UNITS: dict[RouteBy, int] = {"token": 20_000, "image": 2_000}
-START_IMAGES = 2_000  # whose tokens are clustered, at most
-_TOKENS_OF_IMAGE = 40  # so that there are many images among them
-_RESTARTS = 8
+# Most routed units that are clustered: enough for E centres, more only costs time.
+_MAX_UNITS: dict[RouteBy, int] = {"token": 20_000, "image": 2_000}
+START_IMAGES = 2_000  # most images whose tokens are clustered
+_TOKENS_OF_IMAGE = 40  # most tokens of one image, so that they come from many images
+_NUM_CLUSTERINGS = 8  # with different seeds; the one with the most even clusters is used
 _KMEANS_STEPS = 50
 
 
@@ -249,15 +251,16 @@ _KMEANS_STEPS = 50
 def start_routers(
     model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0
 ) -> dict[int, list[float]]:
-    """Let the routers of a model start from clusters of their own input, in place.
+    """Initialise the routers of a model from clusters of their own input, in place.
 
-    Each router's rows become the centroids of a spherical k-means of the first tokens that its layer receives (of mean
-    tokens where it routes images), so that at first a token goes to the cluster that it belongs to
-    (`TopKRouter.start_rows`). Of several clusterings the one with the most even clusters is taken. Noise weights and
-    selection biases stay. Of the batches [B, 3, H, W] the first 2 000 images are enough.
+    Tokens that each layer receives (mean tokens where it routes images) are clustered by spherical k-means. The
+    centroids become the router's rows, so that at first a token goes to the expert of its cluster
+    (`TopKRouter.start_rows`). Of several clusterings the one with the most even clusters is used. Noise weights and
+    selection biases are left as they are. Batches [B, 3, H, W] are read until there are enough tokens: 2 000 images
+    suffice.
 
     Returns:
-        Block index -> share of the units that fell into each expert's cluster.
+        Block index -> [E] share of the clustered units in each expert's cluster.
 
     Raises:
         UserError: if the model has no MoE layer, a router has no row for each expert, or there are too few images.
@@ -279,55 +282,55 @@ def start_routers(
     _run_until_full(model, collectors, batches)
 
     shares = {}
-    for number, collector in enumerate(collectors):
+    for position, collector in enumerate(collectors):
         layer = collector.layer
         units = collector.features()
         if len(units) < layer.router.num_experts:
-            unit = "images" if routed_unit(layer.router) == "image" else "tokens"
+            unit_name = "images" if routed_unit(layer.router) == "image" else "tokens"
             raise UserError(
-                f"{len(units)} {unit} make no {layer.router.num_experts} clusters, one for each expert: give more "
+                f"{len(units)} {unit_name} make no {layer.router.num_experts} clusters, one for each expert: give more "
                 "images."
             )
         centroids, sizes = _most_even_clusters(units, layer.router.num_experts, generator)
         cast(TopKRouter, layer.router).start_rows(centroids, units)
-        index = number if layer.layer_index is None else layer.layer_index
+        index = position if layer.layer_index is None else layer.layer_index
         shares[index] = (sizes / sizes.sum()).tolist()
 
-    # Saved with the model: no training can be credited with what such a router separates.
+    # Saved with the model, since what such a router separates is not an effect of training.
     cast(Any, model).router_start = "cluster"
     return shares
 
 
 class RouterInput:
-    """What the router of a layer scores for the first images of a model: a hook that collects up to `_UNITS` of it."""
+    """Collects the units (tokens, or mean tokens of images) that a layer's router scores, by a hook on the layer."""
 
     def __init__(self, layer: MoEMlp, generator: torch.Generator) -> None:
         self.layer = layer
-        self.generator = generator  # draws the tokens of an image
-        self.limit = _UNITS[routed_unit(layer.router)]
+        self.generator = generator  # for the choice of tokens of an image
+        self.limit = _MAX_UNITS[routed_unit(layer.router)]
         self.batches: list[Tensor] = []  # [T, D] float64 on the CPU each
 
     @property
     def full(self) -> bool:
-        """Whether there are enough."""
+        """Whether `limit` units were collected."""
         return sum(map(len, self.batches)) >= self.limit
 
     def collect(self, _layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """A forward pre-hook of the layer."""
+        """The forward pre-hook: collect the units of one batch."""
         tokens = arguments[0]  # [B, N, D]
         if routed_unit(self.layer.router) == "image":
             mean = mean_token(tokens).squeeze(1)  # [B, D]
             self.batches.append(mean.double().cpu())
             return
 
-        images, count, width = tokens.shape
-        order = torch.rand(images, count, generator=self.generator).argsort(1)  # [B, N]
-        chosen = order[:, :_TOKENS_OF_IMAGE].unsqueeze(-1).expand(-1, -1, width)
-        units = tokens.double().cpu().gather(1, chosen)
+        images, num_tokens, width = tokens.shape
+        random_order = torch.rand(images, num_tokens, generator=self.generator).argsort(1)  # [B, N]
+        token_index = random_order[:, :_TOKENS_OF_IMAGE].unsqueeze(-1).expand(-1, -1, width)
+        units = tokens.double().cpu().gather(1, token_index)  # [B, chosen, D]
         self.batches.append(units.flatten(0, 1))
 
     def features(self) -> Tensor:
-        """[T, features] float64: what is multiplied with the router's rows."""
+        """[T, features] float64: the router's features of the collected units, which it multiplies with its rows."""
         units = torch.cat(self.batches)[: self.limit]
         router = copy.deepcopy(self.layer.router).cpu().double()
         return cast(Tensor, router.features(units))
@@ -336,8 +339,8 @@ class RouterInput:
 def _run_until_full(
     model: nn.Module, collectors: Sequence[RouterInput], batches: Iterable[Tensor]
 ) -> None:
-    """Show batches to a model until all its collectors have enough."""
-    # Locked, so that no other thread's images pass the hooks.
+    """Run a model on batches until all collectors are full."""
+    # Locked, so that the hooks see no other thread's images.
     with routing_lock(model), evaluating(model), ExitStack() as hooks:
         for collector in collectors:
             hooks.enter_context(collector.layer.register_forward_pre_hook(collector.collect))
@@ -352,13 +355,13 @@ def _run_until_full(
 def _most_even_clusters(
     x: Tensor, clusters: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Of several clusterings the one whose largest cluster is smallest: as `spherical_kmeans`."""
-    clusterings = [spherical_kmeans(x, clusters, generator) for _ in range(_RESTARTS)]
+    """Run `spherical_kmeans` several times, and return the result whose largest cluster is smallest."""
+    clusterings = [spherical_kmeans(x, clusters, generator) for _ in range(_NUM_CLUSTERINGS)]
     return min(clusterings, key=lambda clustering: int(clustering[1].max()))
 
 
 def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Unit centroids [E, D] and sizes [E] int64 of clusters by cosine of x [T, D]: k-means of directions."""
+    """Cluster the directions of x [T, D] by k-means: centroids [E, D] of length 1, and cluster sizes [E] int64."""
     from sklearn.cluster import KMeans  # not at import: it takes a second
 
     x = F.normalize(x, dim=-1)
@@ -371,8 +374,11 @@ def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tu
 
 
 @contextmanager
-def _seeded(seed: int | None, stream: int = 0) -> Iterator[None]:
-    """Torch's CPU generator from `seed` (two streams for each), and afterwards as if nothing had been drawn."""
+def _scoped_seed(seed: int | None, stream: int = 0) -> Iterator[None]:
+    """Seed torch's CPU generator inside the scope, and restore its state afterwards; nothing if the seed is None.
+
+    `stream`, 0 or 1, selects one of two independent sequences of random numbers for the same seed.
+    """
     if seed is None:
         yield
         return

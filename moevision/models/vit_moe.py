@@ -40,38 +40,39 @@ MOE_ARGUMENTS = (
     *(field.name for field in fields(RouterOptions)),
 )
 
-# Where timm looks for weights, by the fields of its `pretrained_cfg`. This replaces what a config.json says there: the
-# weights of a folder lie in it.
+# The fields of timm's `pretrained_cfg` that say where its weights are, all empty: the weights of a saved model are read
+# from its own folder, whatever its config.json says here.
 NO_SOURCE: dict[str, Any] = {
     **dict.fromkeys(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")),
     "custom_load": False,
 }
 
 
-# ---- stems: what turns an image into tokens in a model that learns from scratch, convolutions in the place of patches
+# ---- stems: convolutions that turn an image into tokens, instead of timm's patch embedding, to train from scratch
 #
-# All keep the patch grid, so that a token still is one square of the image; G patches a side.
+# All keep the patch grid: G x G tokens, each for one square of the image.
 
 
 def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
-    """A constructor for timm's `embed_layer`, for width D and patches of a power of two of pixels.
+    """A constructor for timm's `embed_layer`, for width D and a patch size in pixels that is a power of two.
 
-    3x3 convolutions halve the image until one place is one patch, doubling the channels up to D, and a 1x1
-    convolution follows, with BatchNorm and GELU between them (the paper has ReLU). In eval mode BatchNorm uses its
-    running statistics, so a prediction does not depend on batch-mates; in training it does. That was measured to be
-    worth it: on SyntheticPets two epochs gave 97.5 % with BatchNorm, 93.0 % with one GroupNorm over all channels and
-    87.4 % with LayerNorm over channels (one seed, 1 000 test images, `configs/quickstart.yaml`).
+    3x3 convolutions of stride 2 halve the image down to the G x G grid and double the channels up to D; a 1x1
+    convolution follows. Between them are BatchNorm and GELU (the paper has ReLU). In eval mode BatchNorm uses its
+    running statistics, so that a prediction does not depend on the other images of its batch; in training the outputs
+    do. BatchNorm was the most accurate: on SyntheticPets two epochs gave 97.5 % with BatchNorm, 93.0 % with one
+    GroupNorm over all channels and 87.4 % with LayerNorm over channels (one seed, 1 000 test images,
+    `configs/quickstart.yaml`).
     """
     steps = _halvings("conv", patch_size)
-    channels = [max(16, embed_dim // 2**step) for step in reversed(range(steps))]
+    channels = [max(16, embed_dim // 2**step) for step in reversed(range(steps))]  # ..., D / 2, D
 
     def backbone(in_chans: int, **factory: Any) -> nn.Module:
         return ConvStem(
             in_chans,
             depth=steps + 1,
             channels=(*channels, embed_dim),
-            kernel_size=(*steps * [3], 1),
-            stride=(*steps * [2], 1),
+            kernel_size=(*[3] * steps, 1),
+            stride=(*[2] * steps, 1),
             act_layer=nn.GELU,
             **factory,
         )
@@ -82,29 +83,33 @@ def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
 def stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     """A constructor for timm's `embed_layer`: the first stages of a small ResNet, as fast CIFAR-10 recipes use them.
 
-    Widths D/4, D/2, D, max pooling between them, and two residual 3x3 convolutions in all but the first and, with
-    fewer than three poolings, the last (after ResNet-9 and airbench, arXiv:2404.00498). At patch_size 16 and more the
-    first convolution strides over what three poolings leave. BatchNorm as in `conv_stem`.
+    Three stages of the widths D/4, D/2 and D, each with a 3x3 convolution, and then max pooling by 2: in all three
+    stages, or in the first two at patch_size 4. A residual pair of 3x3 convolutions is in the second stage and, if it
+    pools, in the third (after ResNet-9 and airbench, arXiv:2404.00498). From patch_size 16 on the stride of the first
+    convolution does the rest of the reduction. BatchNorm as in `conv_stem`.
     """
     return _stages("stages", embed_dim, patch_size, (4, 2, 1), pool_first=False)
 
 
 def wide_stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
-    """`stage_stem` for accuracy before speed: widths D/2, D, D, residual convolutions after pooling in the last two."""
+    """`stage_stem`, slower and more accurate: widths D/2, D, D; the last two stages are residual, after the pooling."""
     return _stages("wide_stages", embed_dim, patch_size, (2, 1, 1), pool_first=True)
 
 
 def _stages(
-    stem: str, embed_dim: int, patch_size: int, parts: tuple[int, ...], *, pool_first: bool
+    stem: str, embed_dim: int, patch_size: int, divisors: tuple[int, ...], *, pool_first: bool
 ) -> Callable[..., HybridEmbed]:
-    """Stages of widths D / parts; with `pool_first` residual convolutions follow the pooling, in the last stage too."""
+    """Three stages of width D / divisor.
+
+    With `pool_first` the pooling is before a stage's residual convolutions, and the last stage always has these.
+    """
     pools = min(3, _halvings(stem, patch_size))
     if pools < 2 or embed_dim % 4:
         raise UserError(
             f"stem={stem!r} needs patches of at least 4 px and a width divisible by 4: "
             f"they are {patch_size} and {embed_dim}."
         )
-    widths = [embed_dim // part for part in parts]
+    widths = [embed_dim // divisor for divisor in divisors]
     first_stride = patch_size // 2**pools
 
     def backbone(in_chans: int, **factory: Any) -> nn.Module:
@@ -115,6 +120,7 @@ def _stages(
             if stage == 1 or (stage == 2 and (pool_first or pools == 3)):
                 layers.append(Residual(width, **factory))
             if stage < pools:
+                # After the convolution, or at the end.
                 layers.insert(1 if pool_first else len(layers), nn.MaxPool2d(2))
             stages.append(nn.Sequential(*layers))
             channels = width
@@ -124,7 +130,7 @@ def _stages(
 
 
 class Stages(nn.Sequential):
-    """Stages in a row, computed channels last, as the convolutions of a CPU like it."""
+    """A sequence of stages in channels-last memory format, in which convolutions are faster on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, D, G, G]."""
@@ -141,7 +147,7 @@ class Residual(nn.Module):
         self.conv2 = _conv(width, width, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, width, H, W] of the same shape."""
+        """[B, width, H, W] -> [B, width, H, W]."""
         out: Tensor = x + self.conv2(self.conv1(x))
         return out
 
@@ -159,6 +165,7 @@ def _conv(in_chans: int, width: int, stride: int = 1, **factory: Any) -> nn.Modu
 
 
 def _halvings(stem: str, patch_size: int) -> int:
+    """How often the image is halved to get one token per patch."""
     steps = patch_size.bit_length() - 1
     if steps < 1 or 2**steps != patch_size:
         raise UserError(
@@ -176,7 +183,8 @@ def _embed(
     bias: bool,
     **options: Any,
 ) -> HybridEmbed:
-    # timm calls any embed_layer with patch_size and bias: the backbone knows the first, its convolutions their own.
+    # timm passes patch_size and bias to every embed_layer. They aren't needed here: the backbone already reduces the
+    # image to one token per patch, and its convolutions have their own biases.
     factory = {name: options[name] for name in ("device", "dtype") if name in options}
     return HybridEmbed(
         make_backbone(in_chans, **factory),
@@ -194,13 +202,15 @@ def _embed(
 class VisionTransformerMoE(VisionTransformer):
     """timm's VisionTransformer with MoE layers in some blocks.
 
-    Its arguments are those of `convert_to_moe` but `copy_weights`, `layers` called `moe_layers` (an empty list gives
-    timm's ViT), timm's own, and two more. `stem` is `patch` (timm's), `conv` (arXiv:2106.14881), `stages` or
-    `wide_stages` (the hybrids', for small images from scratch). `twin` builds the dense twin instead, matched in
-    `active_flops` or `total_params`.
+    The arguments are those of timm's VisionTransformer, those of `convert_to_moe` (without `copy_weights`; `layers` is
+    called `moe_layers`, and an empty list gives timm's ViT), and two more:
+
+    - `stem`: `patch` (timm's patch embedding), `conv` (arXiv:2106.14881), `stages` or `wide_stages` (for hybrids that
+      learn small images from scratch).
+    - `twin`: build the dense model that matches this one in `active_flops` or `total_params` instead.
 
     Raises:
-        UserError: if patches don't tile the image, or K, E, router, placement or stem don't exist or fit.
+        UserError: if patches don't tile the image, or if top_k, num_experts, router, placement or stem are invalid.
     """
 
     def __init__(
@@ -231,7 +241,7 @@ class VisionTransformerMoE(VisionTransformer):
         return forward_routing(self, x)
 
     def fix_init_weight(self) -> None:
-        """Timm's depth-scaled init, of shared experts too."""
+        """Timm's depth-scaled initialisation, applied to shared experts too."""
         super().fix_init_weight()
         for index, block in enumerate(cast(Any, self.blocks)):
             scale_by_depth(self, getattr(block.mlp, "shared", None), index)
@@ -253,7 +263,10 @@ def _pop_moe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 def check_patches(
     img_size: int | tuple[int, int], patch_size: int, otherwise: str = ", or another patch_size"
 ) -> None:
-    """Raise a UserError unless whole patches tile the image (timm would silently cut off the rest)."""
+    """Raise a UserError unless whole patches tile the image (timm would silently cut off the rest).
+
+    `otherwise` ends the message: the other remedy.
+    """
     sides = img_size if isinstance(img_size, tuple | list) else (img_size, img_size)
     if any(side % patch_size for side in sides):
         nearest = max(patch_size, round(sides[0] / patch_size) * patch_size)
@@ -264,11 +277,11 @@ def check_patches(
 
 
 def _build(
-    make: Callable[..., Any], variant: str, pretrained: bool, arguments: dict[str, Any]
+    model_class: Callable[..., Any], variant: str, pretrained: bool, arguments: dict[str, Any]
 ) -> Any:
     feature_cfg = {"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"}
     return build_model_with_cfg(
-        make,
+        model_class,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
@@ -283,18 +296,19 @@ _HYBRID_SIZE = {
     "class_token": False,
     "global_pool": "avg",
     "moe_layers": "all",
-    # LayerScale (arXiv:2103.17239): what the convolutions found is there at once, and the blocks add to it.
+    # LayerScale (arXiv:2103.17239): at first the blocks change the stem's features only a little.
     "init_values": 0.1,
 }
 _CONV_STEM = {"class_token": False, "global_pool": "avg", "stem": "conv"}
-# Name -> size of the image, and what VisionTransformerMoE is given; parameters and FLOPs: docs/reference/models.md.
+# Name -> image size, and arguments of VisionTransformerMoE; parameters and FLOPs are in docs/reference/models.md.
 _MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     # For tests: 4 experts of which 2 are active.
     "test_vit_moe": (
         32, {**_CONV_STEM, "num_experts": 4, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
     ),
     "vit_moe_micro_patch4_32": (32, {**_CONV_STEM, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}),
-    # From scratch: convolutional stages, then MoE blocks of D 128 on 64 tokens; with patches of 8 px, faster, on 16.
+    # From scratch: convolutional stages, then MoE blocks of width 128 on 64 tokens; patches of 8 px give 16 tokens,
+    # which is faster.
     "vit_moe_hybrid_patch4_32": (32, {**_HYBRID_SIZE, "stem": "stages", "patch_size": 4, "depth": 4}),
     "vit_moe_hybrid_patch8_32": (32, {**_HYBRID_SIZE, "stem": "stages", "patch_size": 8, "depth": 2}),
     "vit_moe_hybrid_patch16_128": (128, {**_HYBRID_SIZE, "stem": "stages", "patch_size": 16, "depth": 4}),
@@ -307,6 +321,7 @@ _MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "vit_moe_small_patch16_224": (224, {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}),
     "vit_moe_base_patch16_224": (224, {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}),
 }  # fmt: skip
+# Stem -> name of the module that is the model's first convolution.
 _FIRST_CONV = {"conv": "patch_embed.backbone.0.conv", "stages": "patch_embed.backbone.0.0.conv"}
 _FIRST_CONV["wide_stages"] = _FIRST_CONV["stages"]
 
@@ -334,7 +349,7 @@ default_cfgs = generate_default_cfgs({**_CFGS, "vit_moe.untrained": _cfg(224)})
 
 
 def _register(name: str) -> None:
-    """Give a row of `_MODELS` a function of its name, as timm's registry wants it."""
+    """Define the function that creates a model of `_MODELS`, under the model's name, and register it in timm."""
     size, arguments = _MODELS[name]
     if size != 224:
         arguments = {"img_size": size, **arguments}
@@ -361,7 +376,7 @@ def vit_moe(
 ) -> nn.Module:
     """Any timm ViT with plain MLPs, converted: `create_model("vit_moe", base="deit_tiny_patch16_224", top_k=1)`.
 
-    The arguments are those of `VisionTransformerMoE` for experts, and of `base`.
+    The arguments are those of `base`, and those of `VisionTransformerMoE` for experts, `moe_layers` and `twin`.
     """
     if kwargs.get("pretrained_cfg") is None:
         base_cfg = timm.get_pretrained_cfg(base)
@@ -384,24 +399,27 @@ def _convert_base(base: str, twin: Match | None = None, **kwargs: Any) -> nn.Mod
     return vit
 
 
-# Attention in timm is torch's fused kernel, or products one after the other. The fused one is the faster at inference
-# everywhere, and in training on a GPU. On a CPU its backward pass falls behind in bfloat16 as long as there are few
-# tokens: forward and backward of 64 images of 65 tokens took 3.4 times as long as the plain products, of 32 images of
-# 197 tokens 1.6 times; in float32 both are alike (benchmarks/performance).
+# timm computes attention with torch's fused kernel, or unfused, as separate matrix products. The fused kernel is faster
+# at inference on every device, and in training on a GPU. On a CPU in bfloat16 its backward pass is slower for few
+# tokens: forward and backward of 64 images of 65 tokens took 3.4 times as long as unfused, of 32 images of 197 tokens
+# 1.6 times; in float32 both take the same time (benchmarks/performance).
 SHORT = 300
-"""N up to which plain products were the faster in bfloat16 with and without a matrix unit; at 577 that turns."""
+"""Most tokens N for which unfused attention is taken to train faster in bfloat16 on a CPU.
+
+On CPUs with and without a matrix unit it was faster up to this N; at 577 tokens the fused kernel was.
+"""
 
 
 def trains_unfused(device: torch.device | str, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether attention over N tokens, of this dtype and device, is trained faster without the fused kernel."""
+    """Whether attention over N tokens, on this device and in this dtype, trains faster without the fused kernel."""
     return torch.device(device).type == "cpu" and dtype == torch.bfloat16 and tokens <= SHORT
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Choose for every attention of `model` that has timm's switch; both compute the same up to rounding.
+    """Turn the fused kernel on or off in every attention of `model` that has timm's `fused_attn`, up to rounding alike.
 
-    It stays off where the model had it off before the first call: timm leaves it off where it is untested (Swin), and
-    where the environment says `TIMM_FUSED_ATTN=0`.
+    An attention that was unfused before the first call stays so: timm turns the kernel off where it is untested (Swin),
+    and under `TIMM_FUSED_ATTN=0`.
     """
     for module in model.modules():
         before = getattr(module, "fused_attn", None)
@@ -416,16 +434,16 @@ def num_patches(model: nn.Module) -> int | None:
     return count if isinstance(count, int) else None
 
 
-# ---- gradient checkpointing of chosen blocks: what a block keeps for the backward pass is computed again there
+# ---- gradient checkpointing of chosen blocks: activations are computed again in the backward pass instead of stored
 #
-# timm checkpoints all blocks or none (`set_grad_checkpointing`), and so does this for all of them. Chosen ones get a
-# `forward` of their own: names of modules and weights stay as they are.
+# For all blocks timm's `set_grad_checkpointing` is used. If only some are chosen, each gets an instance attribute
+# `forward`, which wraps its method, so that no name of a module or weight changes.
 
 
 def checkpoint_blocks(net: nn.Module, blocks: bool | Sequence[int]) -> None:
-    """Compute blocks of a timm ViT again in the backward pass, for less memory and more time (arXiv:1604.06174).
+    """Checkpoint blocks of a timm ViT: less memory, more time (arXiv:1604.06174).
 
-    All or none of its `blocks`, or those of these indices.
+    `blocks` is True for all, False for none, or a list of indices.
     """
     vit = cast(Any, net)
     chosen = set[int]() if isinstance(blocks, bool) else set(blocks)
@@ -437,7 +455,7 @@ def checkpoint_blocks(net: nn.Module, blocks: bool | Sequence[int]) -> None:
         )
     vit.set_grad_checkpointing(blocks is True)
     for index, block in enumerate(vit.blocks):
-        vars(block).pop("forward", None)
+        vars(block).pop("forward", None)  # of an earlier call
         if index in chosen:
             block.forward = partial(_checkpointed, block.forward)
 

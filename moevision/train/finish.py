@@ -1,13 +1,13 @@
-"""A training, which of its weights are tested, and what a finished one leaves in its run folder.
+"""The end of a training: which checkpoint is tested, and what a finished run leaves in its folder.
 
 The chosen checkpoint is tested and its model exported; predictions, plots, provenance, model card and summary are
 written, with the comparison with the dense twin.
 
-One rule for every model says which weights are tested. A schedule that came to its end is tested with its last weights,
-unless those of the best validation epoch are better by more than a standard error of the paired difference on the
-validation images. The highest of several noisy values is higher than it should be, and while the learning rate is high
-the weights are worse: benchmarks/checkpoint_choice has what each rule costs. A training that ended before its schedule
-is tested with the weights of the best epoch.
+One rule for every model chooses the checkpoint. If the learning-rate schedule was completed, the last weights are
+tested, unless those of the best validation epoch are better by more than one standard error of the paired difference on
+the validation images: the maximum of several noisy values is biased upwards, and weights from the time of a high
+learning rate are worse (benchmarks/checkpoint_choice has what each rule costs). If training ended before its schedule,
+the weights of the best epoch are tested.
 
 Axes: n images of a split, C classes, D width of a feature.
 """
@@ -75,14 +75,18 @@ from moevision.train.start import features_of, read_probe, weights_file
 from moevision.train.task import ClassificationTask
 from moevision.words import percent, points
 
-_MEASURES = {"val/top1": "accuracy", BALANCED: "balanced accuracy", LOSS: "loss"}
+_MONITOR_TEXTS = {"val/top1": "accuracy", BALANCED: "balanced accuracy", LOSS: "loss"}
 
 BadImages = Sequence[tuple[str, str, str]]  # path, reason, split
 
 
 @dataclass
 class Training:
-    """The objects of a training; `start` is None afresh, in a folder of its own, `started` in UTC."""
+    """The objects that the steps of one training share.
+
+    `start` is where a resumed run or a dense twin begins, None for a new run. `started` is in UTC, `expected_s` the
+    predicted duration.
+    """
 
     settings: Settings
     session: Session
@@ -96,39 +100,41 @@ class Training:
     expected_s: float | None = None
 
     @property
-    def fresh(self) -> bool:
-        """Whether training starts afresh, not from a checkpoint."""
+    def is_fresh(self) -> bool:
+        """Whether training begins at step 0, not from a checkpoint of this run."""
         return self.start is None or self.start.checkpoint is None
 
     @property
-    def trial(self) -> bool:
-        """Whether this only tests that everything runs."""
+    def is_trial(self) -> bool:
+        """Whether a few batches only test that everything runs (`fast_dev_run`)."""
         return is_trial(self.trainer)
 
     @property
-    def kept(self) -> Path:
-        """The folder of the pretrained model's config.json, beside the run's checkpoints."""
+    def pretrained_config_dir(self) -> Path:
+        """The folder that keeps the pretrained model's config.json, beside the run's checkpoints."""
         return self.run_dir / "checkpoints" / PRETRAINED_CONFIG
 
     @property
-    def clusters(self) -> bool:
-        """Whether the routers begin with clusters of their input."""
+    def starts_from_clusters(self) -> bool:
+        """Whether the routers are initialised with cluster centroids of the tokens that they route."""
         return self.settings.router_start == "cluster" and bool(moe_layers(self.task.net))
 
     @property
-    def device_before(self) -> torch.device:
-        """Where the first process computes before the training begins."""
-        return torch.device("cpu") if self.divided else self.trainer.strategy.root_device
+    def starting_device(self) -> torch.device:
+        """The device of what is computed before the first step (linear probe, clusters)."""
+        if self.sharded_strategy:
+            return torch.device("cpu")
+        return self.trainer.strategy.root_device
 
     @property
-    def divided(self) -> Any:
-        """The strategy that shards the model over processes, so that it may not fit one device; None without."""
+    def sharded_strategy(self) -> Any:
+        """The strategy that shards the model over processes; None if every process holds the whole model."""
         return parallel_strategy(self.trainer)
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run, and of each test image, by its stable id, whether it was classified correctly and its class."""
+    """A finished run. For each test image, by its stable id: whether it was classified correctly, and its label."""
 
     summary: RunSummary
     run_dir: Path
@@ -152,7 +158,10 @@ class RunResult:
 
 
 class Effort(NamedTuple):
-    """Time and steps of a training, without the test after it; `steps` were applied, `refused` weren't."""
+    """Time and optimizer steps of a training, without its test.
+
+    `steps` changed the weights; the stability guard kept `refused` others from doing so.
+    """
 
     duration_s: float
     cpu_s: float | None
@@ -163,7 +172,7 @@ class Effort(NamedTuple):
 
 
 class TestedImages(NamedTuple):
-    """Predictions of the tested weights for the n test images, in their order."""
+    """Predictions of the tested weights for the n test images, in the order of the test set."""
 
     samples: list[str]  # stable ids
     labels: npt.NDArray[np.int64]  # [n]
@@ -172,37 +181,39 @@ class TestedImages(NamedTuple):
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
-        """Whether each was classified correctly, [n]."""
+        """[n]: whether each image was classified correctly."""
         return cast(npt.NDArray[np.bool_], self.labels == self.predictions)
 
 
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     """Test the checkpoint that `choose_weights` names, export the model, and write every file of the run folder.
 
-    Several processes test together; the first one writes, and the others get None. The run began with `command`.
+    All processes share the test; rank 0 writes, and the others return None. `command` is the command line of the run.
     """
     task, data, trainer, run_dir = training.task, training.data, training.trainer, training.run_dir
     effort = _effort(training)
 
-    # All processes test
+    # All processes test.
     weights = choose_weights(training)
     trainer.test(task, data, ckpt_path=weights.checkpoint, weights_only=True, verbose=False)
     tested = _gather_tested_images(task, data)
     bad_images = list(dict.fromkeys(chain.from_iterable(gather_objects(data.bad_images))))
-    if training.divided is not None:
-        training.divided.gather()
+    if training.sharded_strategy is not None:
+        training.sharded_strategy.gather()
     if not trainer.is_global_zero:
         return None
 
-    # The first one writes
+    # Rank 0 writes.
     _export_model(training, weights.checkpoint)
     _write_predictions(run_dir, tested, data.class_names)
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     plot_confusion(tested.labels, tested.predictions, data.class_names, run_dir / "confusion.png")
     _write_provenance(training, command)
+
     scores = _test_scores(training, tested, weights)
     _write_class_table(run_dir, scores.per_class)
     summary = _summarize(training, effort, scores, bad_images)
+
     correct = dict(zip(tested.samples, tested.correct.tolist(), strict=True))
     labels = dict(zip(tested.samples, tested.labels.tolist(), strict=True))
     result = _add_recommendation(RunResult(summary, run_dir, correct, labels))
@@ -212,7 +223,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
 
 def _effort(training: Training) -> Effort:
     trainer, stopwatch = training.trainer, training.stopwatch
-    guarded = (callback_of(trainer, StabilityGuard) or StabilityGuard()).record
+    guard_record = (callback_of(trainer, StabilityGuard) or StabilityGuard()).record
     steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     early_stopping = callback_of(trainer, StopEarly)
     notes = [] if early_stopping is None else early_stopping.sentences(trainer)
@@ -220,14 +231,14 @@ def _effort(training: Training) -> Effort:
         duration_s=stopwatch.run_s,
         cpu_s=stopwatch.cpu_s,
         epochs=round(trainer.global_step / steps_per_epoch, 1),
-        steps=trainer.global_step - guarded.not_applied,
-        refused=guarded.not_applied,
-        notes=[*notes, *guarded.sentences()],
+        steps=trainer.global_step - guard_record.not_applied,
+        refused=guard_record.not_applied,
+        notes=[*notes, *guard_record.sentences()],
     )
 
 
 def _gather_tested_images(task: ClassificationTask, data: ImageDataModule) -> TestedImages:
-    """The predictions of all processes, after a test."""
+    """The test predictions of all processes."""
     columns = _gather_columns(task.test_outputs)
     return TestedImages(
         samples=[data.sample_id("test", index) for index in columns["index"].tolist()],
@@ -238,7 +249,7 @@ def _gather_tested_images(task: ClassificationTask, data: ImageDataModule) -> Te
 
 
 def _gather_columns(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, npt.NDArray[Any]]:
-    """The outputs of all processes by name, [n] each, in the order of the images' `index`."""
+    """Concatenate the batches of all processes: an array [n] per output name, sorted by the images' `index`."""
     arrays = [{name: x.cpu().numpy() for name, x in batch.items()} for batch in batches]
     gathered = list(chain.from_iterable(gather_objects(arrays)))
     columns = {name: np.concatenate([batch[name] for batch in gathered]) for name in gathered[0]}
@@ -267,6 +278,7 @@ def _export_model(training: Training, checkpoint: Path) -> None:
 def _write_predictions(run_dir: Path, tested: TestedImages, classes: Sequence[str]) -> None:
     names = [escape_csv_cell(name) for name in classes]
     rows = []
+    # The fields of TestedImages are parallel columns.
     for sample, label, prediction, confidence in zip(*tested, strict=True):
         is_correct = int(label == prediction)
         image = escape_csv_cell(sample)
@@ -283,8 +295,8 @@ def _write_provenance(training: Training, command: Sequence[str]) -> None:
         "model_sha256": file_sha256(run_dir / "model" / "model.safetensors"),
     }
     if arch.pretrained is not None:
-        origin = weights_file(arch.pretrained)
-        extra["pretrained_sha256"] = None if origin is None else file_sha256(origin)
+        weights = weights_file(arch.pretrained)
+        extra["pretrained_sha256"] = None if weights is None else file_sha256(weights)
     provenance = collect_provenance(
         command=list(command),
         seed=_seed(training),
@@ -297,7 +309,7 @@ def _write_provenance(training: Training, command: Sequence[str]) -> None:
 
 def _seed(training: Training) -> int | None:
     seed: int | None = training.settings.seed_everything
-    return None if seed is False else seed
+    return None if seed is False else seed  # False: the generators were not seeded
 
 
 def _test_scores(training: Training, tested: TestedImages, weights: FinalWeights) -> TestScores:
@@ -331,7 +343,7 @@ def _test_scores(training: Training, tested: TestedImages, weights: FinalWeights
 
 
 def _calibration_error(tested: TestedImages) -> float | None:
-    """The expected calibration error of the calibrated confidence, as test/ece has it; None if one isn't finite."""
+    """The ECE of the calibrated confidence, binned as for test/ece; None if a confidence isn't finite."""
     if not np.isfinite(tested.confidence).all():
         return None
     confidence, correct = torch.from_numpy(tested.confidence), torch.from_numpy(tested.correct)
@@ -348,8 +360,8 @@ def _class_scores(
             measure: values[label] for measure, values in task.test_by_class.items()
         }
         if not is_class.any():
-            measures = dict.fromkeys(measures)
-        if is_class.all():  # no image of another class to tell it from
+            measures = dict.fromkeys(measures)  # all None
+        if is_class.all():  # AUROC needs images of other classes
             measures["auroc"] = None
         recognised = int((tested.correct & is_class).sum())
         scores.append(ClassScores(name, recognised, int(is_class.sum()), **measures))
@@ -412,23 +424,29 @@ def _summarize(
 
 
 def _fit_ood(training: Training) -> MahalanobisOOD | None:
-    """The detector of images unlike the training's: classes by training images, the threshold by validation images."""
+    """Fit the out-of-distribution detector to training images, and its threshold to validation images.
+
+    None for a model that is sharded, since it may not fit one device, and for one without a linear head.
+    """
     net, data = training.task.net, training.data
-    if training.divided or linear_head(net) is None:  # a divided model may not fit one device
+    if training.sharded_strategy or linear_head(net) is None:
         return None
-    limits = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
+    max_images = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
     datasets = data.contents.datasets
-    count = sum(min(limit, len(datasets[split])) for split, limit in limits.items())
+    count = sum(min(most, len(datasets[split])) for split, most in max_images.items())
     print_rank0(
         f"measuring on {count:,} images what is unlike them, for the distance that predict tells"
     )
-    features = features_of(net, data, limits, training.trainer.strategy.root_device)
+    features = features_of(net, data, max_images, training.trainer.strategy.root_device)
     train, val = features["train"], features["val"]
     return fit_ood(train.features, train.labels, val.features)
 
 
 def _add_recommendation(result: RunResult, twin: RunResult | None = None) -> RunResult:
-    """The run beside the linear probe of the weights that it started from, and beside its dense twin."""
+    """Add to the summary which model to use: this one, its dense twin, or a linear probe of the pretrained weights.
+
+    They are compared on the test images that all of them classified. Without a probe and a twin nothing is added.
+    """
     probe = read_probe(result.run_dir)
     if probe is None and twin is None:
         return result
@@ -439,12 +457,13 @@ def _add_recommendation(result: RunResult, twin: RunResult | None = None) -> Run
         return result
 
     dense = "dense twin" if probe is None else "dense fine-tune"
-    models = [_compared(dense, twin, samples)] if twin is not None else []
+    models = [_compared_model(dense, twin, samples)] if twin is not None else []
     name = "Mixture of Experts" if result.summary.layers else dense
-    models.append(_compared(name, result, samples))
+    models.append(_compared_model(name, result, samples))
     if probe is not None:
         correct = np.array([probe.test_correct[sample] for sample in samples])
-        # The model that training began with, which is the one of the first row; else its time isn't known.
+        # Predicting with the probe takes as long as with the network that was probed. models[0] has its architecture,
+        # unless a dense network was probed and only the MoE model trained: then that time isn't known.
         is_timed = twin is not None or probe.of_experts or not result.summary.layers
         ms_per_image = models[0].ms_per_image if is_timed else None
         models.insert(0, ComparedModel(PROBE, correct, ms_per_image, probe.mbytes, probe.seconds))
@@ -458,7 +477,7 @@ def _add_recommendation(result: RunResult, twin: RunResult | None = None) -> Run
     return replace(result, summary=replace(result.summary, choice=choice))
 
 
-def _compared(name: str, run: RunResult, samples: Sequence[str]) -> ComparedModel:
+def _compared_model(name: str, run: RunResult, samples: Sequence[str]) -> ComparedModel:
     summary = run.summary
     correct = np.array([run.correct[sample] for sample in samples])
     return ComparedModel(
@@ -468,8 +487,8 @@ def _compared(name: str, run: RunResult, samples: Sequence[str]) -> ComparedMode
 
 @torch.no_grad()
 def _ms_per_image(training: Training) -> float | None:
-    """Milliseconds of one image at a time: the median of at most 20 passes in two seconds, after one that warms up."""
-    if training.divided:  # it may not fit one device
+    """Median milliseconds of a forward pass with one image; None for a sharded model, which may not fit one device."""
+    if training.sharded_strategy:
         return None
     device = training.trainer.strategy.root_device
     net = training.task.net.to(device).eval()
@@ -477,18 +496,20 @@ def _ms_per_image(training: Training) -> float | None:
     side = training.data.image_size
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, side, side, generator=generator).to(device, dtype)
+
+    # A warm-up pass, then at least 3 and at most 20 that count; after two seconds in all no further one begins.
     times: list[float] = []
     while len(times) < 4 or (len(times) < 21 and sum(times) < 2):
-        began = time.perf_counter()
-        net(image).cpu()  # a GPU is waited for
-        times.append(time.perf_counter() - began)
+        start_s = time.perf_counter()
+        net(image).cpu()  # the copy waits until a GPU is done
+        times.append(time.perf_counter() - start_s)
     return float(1000 * np.median(times[1:]))
 
 
 def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResult:
-    """Add the paired comparison with the dense twin to the run's summary; returns the result with it.
+    """Add the paired comparison with the dense twin to the run's summary, and return the result with it.
 
-    `match` is what the two have in common, e.g. "active FLOPs".
+    `match` is the quantity that is equal in both models, e.g. "active FLOPs".
     """
     samples = [sample for sample in result.correct if sample in twin.correct]
     correct = np.array([result.correct[sample] for sample in samples])
@@ -511,9 +532,9 @@ def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResul
 def _write_summary(summary: RunSummary, run_dir: Path) -> None:
     write_summary(summary, run_dir / "summary.md")
     write_text_atomic(run_dir / "model" / "README.md", model_card(gather_facts(run_dir, summary)))
-    # Last: a run that has it is finished (`resume.is_finished`).
+    # Written last: `resume.is_finished` takes this file for the sign that the run is complete.
     text = json.dumps(asdict(summary), default=list)
-    # JSON has neither NaN nor infinity: null.
+    # JSON has neither NaN nor infinity: they become null.
     write_json_atomic(run_dir / "summary.json", json.loads(text, parse_constant=lambda name: None))
 
 
@@ -521,24 +542,24 @@ def _write_summary(summary: RunSummary, run_dir: Path) -> None:
 
 
 class FinalWeights(NamedTuple):
-    """The checkpoint that a training is tested with, and which weights these are, for the summary."""
+    """The checkpoint that is tested, and a description of its weights for the summary."""
 
     checkpoint: Path
     description: str
 
 
 class Validated(NamedTuple):
-    """Of the n validation images, in order, whether the weights classify them correctly, their loss and class."""
+    """Results of one checkpoint on the n validation images, in the order of the validation set."""
 
-    correct: npt.NDArray[np.bool_]
-    loss: npt.NDArray[np.float64]
-    labels: npt.NDArray[np.int64]
+    correct: npt.NDArray[np.bool_]  # [n]
+    loss: npt.NDArray[np.float64]  # [n]
+    labels: npt.NDArray[np.int64]  # [n]
 
 
 def choose_weights(training: Training) -> FinalWeights:
-    """The checkpoint to test a training with, which has just ended; every process must call it.
+    """Choose the checkpoint to test, by the rule at the top of this file; every process must call it.
 
-    Where best.ckpt is of another step than last.ckpt, both classify the validation images once more.
+    If best.ckpt and last.ckpt were saved at different steps, both classify the validation images once more.
     """
     folder = training.run_dir / "checkpoints"
     best, last = folder / BEST, folder / LAST
@@ -561,20 +582,24 @@ def choose_weights(training: Training) -> FinalWeights:
     best_images, last_images = _validate(training, best), _validate(training, last)
     gain, error = gain_of(best_images, last_images, monitor)
 
-    difference, spread = f"{points(gain)} points", f"{100 * error:.1f}"
-    if monitor == LOSS:
-        difference, spread = f"{-gain:+.3f}", f"{error:.3f}"
-    measured = (
-        f"on {len(last_images.labels):,} validation images the {_MEASURES[monitor]} of the best epoch, step "
-        f"{best_step:,} of {last_step:,}, differs by {difference} from that of the last (standard error {spread})"
+    difference_text, error_text = f"{points(gain)} points", f"{100 * error:.1f}"
+    if monitor == LOSS:  # a gain is a lower loss
+        difference_text, error_text = f"{-gain:+.3f}", f"{error:.3f}"
+    comparison = (
+        f"on {len(last_images.labels):,} validation images the {_MONITOR_TEXTS[monitor]} of the best epoch, step "
+        f"{best_step:,} of {last_step:,}, differs by {difference_text} from that of the last (standard error "
+        f"{error_text})"
     )
     if gain > error:
-        return FinalWeights(best, f"the weights of the best validation epoch: {measured}")
-    return FinalWeights(last, f"the weights of the last epoch: {measured}")
+        return FinalWeights(best, f"the weights of the best validation epoch: {comparison}")
+    return FinalWeights(last, f"the weights of the last epoch: {comparison}")
 
 
 def gain_of(best: Validated, last: Validated, monitor: str) -> tuple[float, float]:
-    """How much better the first is by `monitor` on the same images, and the standard error of that."""
+    """How much better `best` is than `last` by `monitor`, paired by image, and the standard error of that.
+
+    Positive if `best` is better, for a loss too.
+    """
     if monitor == LOSS:
         decrease = last.loss - best.loss  # [n]
         error = float(sem(decrease)) if len(decrease) > 1 else math.inf
@@ -586,14 +611,14 @@ def gain_of(best: Validated, last: Validated, monitor: str) -> tuple[float, floa
 
 
 def schedule_ended(trainer: L.Trainer) -> bool:
-    """Whether a training did all its epochs or steps, so that the learning rate came down to its end."""
+    """Whether training did all its epochs or steps, so that the learning-rate schedule was completed."""
     return trainer.current_epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
 
 
 def _validate(training: Training, checkpoint: Path) -> Validated:
     """Classify the validation images with the weights of a checkpoint."""
     task, data, trainer = training.task, training.data, training.trainer
-    # metrics.csv has the validations of the training, and none of these.
+    # No loggers: metrics.csv is for validations during the training only.
     loggers, trainer.loggers = trainer.loggers, []
     try:
         trainer.validate(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
@@ -604,10 +629,7 @@ def _validate(training: Training, checkpoint: Path) -> Validated:
 
 
 def final_checkpoint(folder: Path) -> FinalWeights:
-    """The checkpoint to test without measuring anything: the best epoch's.
-
-    The last step if there is no best.ckpt, or it got damaged.
-    """
+    """The checkpoint to test if nothing is compared: best.ckpt, or last.ckpt if that one is missing or damaged."""
     best, last = folder / BEST, folder / LAST
     if not best.exists():  # a training that ends within its first epoch
         return FinalWeights(last, "the weights of the last step, because there is no best.ckpt")
@@ -619,7 +641,7 @@ def final_checkpoint(folder: Path) -> FinalWeights:
 
 
 def checkpoint_of_run(run_dir: Path) -> Path:
-    """The checkpoint that a run was tested with, by its summary; of a run that has none, that of its best epoch."""
+    """The checkpoint that a run was tested with, by summary.json; without one, `final_checkpoint`."""
     summary, folder = run_dir / "summary.json", run_dir / "checkpoints"
     name = read_summary(summary).test.checkpoint if summary.is_file() else None
     if name == LAST and (folder / LAST).is_file():

@@ -150,7 +150,7 @@ def fit(args: ParsedArgs) -> None:
             return
 
         training = train(settings, session, start)
-        if training.trial:  # logged nothing and saved nothing
+        if training.is_trial:  # logged nothing and saved nothing
             if is_rank0() and start is None:  # else the folder may be an earlier run's
                 session.unused = training.run_dir
             return
@@ -242,7 +242,7 @@ def train(
         _choose_monitor(training, best)
         if trainer.is_global_zero:
             _start_and_plan(training)
-        if not training.trial:
+        if not training.is_trial:
             _compare_with_start(training, point)
             _keep_config(training)
         _train(training, point)
@@ -274,26 +274,30 @@ def _callbacks_of(settings: Settings, run_dir: Path, best: ModelCheckpoint) -> l
 def _read_training_data(training: Training) -> None:
     """Read the images, and check that they and the Trainer's options make a training."""
     settings, data, trainer = training.settings, training.data, training.trainer
-    if training.fresh and settings.router_start == "cluster" and not training.task.arch.pretrained:
+    if (
+        training.is_fresh
+        and settings.router_start == "cluster"
+        and not training.task.arch.pretrained
+    ):
         raise UserError(
             "--router_start cluster begins with clusters of what pretrained layers compute: say --pretrained too, "
             "or leave it out."
         )
     check_trainer(trainer)
-    if training.fresh and data.order_seed is None and settings.seed_everything is not False:
+    if training.is_fresh and data.order_seed is None and settings.seed_everything is not False:
         # config.yaml keeps it for a run that goes on.
         settings.data.order_seed = data.order_seed = settings.seed_everything
     data.run_dir = training.run_dir
-    _read_data(data, trainer, "fit", moved=not training.fresh)
+    _read_data(data, trainer, "fit", moved=not training.is_fresh)
     keep_images_per_step(training.start, data, trainer)
-    if training.fresh and not training.trial:
+    if training.is_fresh and not training.is_trial:
         check_window(data, trainer)
 
 
 def _describe_data(training: Training) -> None:
     """Print what the training starts from, and its data."""
     session = training.session
-    if training.fresh:
+    if training.is_fresh:
         for line in session.lines:
             print_rank0(line)
     session.lines.clear()  # the twin says nothing of its start, which is the run's
@@ -532,26 +536,29 @@ def _build(training: Training) -> None:
     settings, task, trainer = training.settings, training.task, training.trainer
     sizes = training.data.num_classes, training.data.image_size
     with torch.device("meta"):
-        task.build(*sizes, load_pretrained=False, kept=training.kept)
+        task.build(*sizes, load_pretrained=False, kept=training.pretrained_config_dir)
     if settings.check_memory:  # before memory is taken for it
-        check_memory(task, trainer, goes_on=not training.fresh)
+        check_memory(task, trainer, goes_on=not training.is_fresh)
     # What goes on from a checkpoint needs no pretrained weights.
-    task.build(*sizes, load_pretrained=training.fresh, kept=training.kept)
-    if training.fresh and trainer.is_global_zero:
-        save_pretrained_config(task.arch, training.kept)
-    if training.clusters:  # said in the saved model, also by a run that goes on from a checkpoint
+    task.build(*sizes, load_pretrained=training.is_fresh, kept=training.pretrained_config_dir)
+    if training.is_fresh and trainer.is_global_zero:
+        save_pretrained_config(task.arch, training.pretrained_config_dir)
+    if training.starts_from_clusters:  # said in the saved model, also by a resumed run
         cast(Any, task.net).router_start = "cluster"
 
     if settings.with_twin:
         twin = replace(task.arch, twin="active_flops")
         with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
             net = build_model(
-                twin, *sizes, load_pretrained=False, pretrained_config_dir=training.kept
+                twin,
+                *sizes,
+                load_pretrained=False,
+                pretrained_config_dir=training.pretrained_config_dir,
             )
             freeze_parameters(net, task.optim.freeze)
-    if training.divided is not None:
+    if training.sharded_strategy is not None:
         records = isinstance(settings.record_routing.images, str)
-        training.divided.check_fit(trainer, task, training.data, records=records)
+        training.sharded_strategy.check_fit(trainer, task, training.data, records=records)
 
 
 def _choose_monitor(training: Training, best: ModelCheckpoint) -> None:
@@ -561,7 +568,7 @@ def _choose_monitor(training: Training, best: ModelCheckpoint) -> None:
     monitor = settings.checkpoint.monitor
     if monitor is None:
         # A run of an earlier version goes on as it began.
-        unbalanced = training.fresh and is_unbalanced(counts)
+        unbalanced = training.is_fresh and is_unbalanced(counts)
         monitor = "val/balanced_acc" if unbalanced else "val/top1"
         if unbalanced and training.trainer.is_global_zero:
             print(
@@ -581,20 +588,20 @@ def _start_and_plan(training: Training) -> None:
     """
     task, data, trainer = training.task, training.data, training.trainer
     began_s = training.stopwatch.run_s
-    if training.fresh and task.arch.pretrained is not None and not training.trial:
+    if training.is_fresh and task.arch.pretrained is not None and not training.is_trial:
         _start_with_probe(training)
-        if training.clusters:
+        if training.starts_from_clusters:
             _start_from_clusters(training)
     before_s = training.stopwatch.run_s - began_s
 
     with _memory_advice(training):
         steps_s = None
-        if training.divided is None:
+        if training.sharded_strategy is None:
             steps_s = expected_seconds(task, data, trainer)
             training.expected_s = before_s + steps_s
         print(describe_plan(task, data, trainer, steps_s, before_s))
-        if training.divided is not None:
-            print(training.divided.plan(trainer.world_size, task.net))
+        if training.sharded_strategy is not None:
+            print(training.sharded_strategy.plan(trainer.world_size, task.net))
     print(f"run folder: {escape_controls(str(training.run_dir))}\n", flush=True)
 
 
@@ -609,7 +616,7 @@ def _start_with_probe(training: Training) -> None:
             with torch.random.fork_rng(devices=[]):  # a new classifier is drawn, too
                 net = dense_start(task.arch, data.num_classes, data.image_size) or net
         autocast = training.trainer.strategy.precision_plugin.forward_context
-        probe = fit_probe(net, data, training.device_before, autocast)
+        probe = fit_probe(net, data, training.starting_device, autocast)
     else:  # the run's, which has its time: without it the twin would look the sooner trained
         training.stopwatch.add(probe.seconds, probe.cpu_s)
     if probe is None:
@@ -624,7 +631,7 @@ def _start_with_probe(training: Training) -> None:
 def _start_from_clusters(training: Training) -> None:
     """Set the routers from what training images give them."""
     data = training.data
-    device = training.device_before
+    device = training.starting_device
     generator = torch.Generator().manual_seed(data.seed)
     order = torch.randperm(len(data.contents.datasets["train"]), generator=generator)
     loader = data.plain_loader("train", order[:START_IMAGES].tolist())
@@ -641,7 +648,7 @@ def _start_from_clusters(training: Training) -> None:
 
 def _memory_advice(training: Training) -> AbstractContextManager[None]:
     accumulated = training.trainer.accumulate_grad_batches
-    return memory_advice(training.data.batch_size, accumulated, goes_on=not training.fresh)
+    return memory_advice(training.data.batch_size, accumulated, goes_on=not training.is_fresh)
 
 
 def _compare_with_start(training: Training, point: ResumePoint) -> None:
@@ -663,7 +670,7 @@ def _keep_config(training: Training) -> None:
     if not training.trainer.is_global_zero:
         return
     run_dir, name = training.run_dir, "config.yaml"
-    if not training.fresh:
+    if not training.is_fresh:
         if not training.session.notes:
             return
         name = f"config-{len(list(run_dir.glob('config*.yaml'))) + 1}.yaml"
@@ -702,7 +709,8 @@ def _train_twin(
         "--without-twin",
         f"--seed_everything={str(seed).lower()}",
     ]
-    if training.divided is not None and training.divided.expert > 1:  # the twin has no experts
+    # the twin has no experts
+    if training.sharded_strategy is not None and training.sharded_strategy.expert > 1:
         settings.parallel = replace(settings.parallel, expert=1)
         options.append("--parallel.expert=1")
 

@@ -1,18 +1,22 @@
-"""The stability guard: no update from numbers that aren't finite, and a way back when the state itself went bad.
+"""The stability guard skips updates from non-finite numbers, and rolls training back when its state went bad.
 
-- As GLaM (arXiv:2112.06905) skipped updates: a loss or gradient that isn't finite refuses the update of the whole
-  accumulation window, on every process alike and before clipping (which would spread one NaN over all gradients). It
-  leaves weights, optimizer, schedule, average and router biases, and restores buffers and random generators.
-- As PaLM (arXiv:2204.02311, §5.1) restarted before a spike and left its data out: when weights or buffers aren't
-  finite, or a loss spike lasts, training returns to the last good snapshot in memory while the data goes on; to an
-  older one if that was in vain. After a budget it stops with a diagnosis and a finite checkpoint.
+- Skip, as GLaM (arXiv:2112.06905): if a loss or gradient isn't finite, the update of the whole accumulation window is
+  refused, on all processes and before clipping (which would spread one NaN over all gradients). Weights, optimizer,
+  schedule, weight average and router biases stay as they are; buffers and random generators are restored to the
+  window's start.
+- Rollback, as PaLM (arXiv:2204.02311, §5.1): if weights or buffers aren't finite, if too many updates are refused, or
+  if a loss spike lasts, training returns to the last snapshot in memory, and goes on with the data that comes next. If
+  that snapshot was restored before, it returns to an older one. After too many rollbacks training stops with a
+  diagnosis and a finite checkpoint.
 
-A loss is suspicious above `mean + max(sigmas · std, 25 % of the mean, 0.1)` of the last 128 good ones: OLMo-core's
-window (SkipStepOptimizer), which neither numbers that aren't finite nor suspicious ones enter. The two floors keep a
-flat curve, whose deviation is tiny, from false alarms.
+A loss is suspicious above `mean + max(sigmas · std, 25 % of the mean, 0.1)` over the last 128 good losses, those that
+are finite and not suspicious themselves (as OLMo-core's SkipStepOptimizer). The two minimum rises prevent false alarms
+on a flat curve, whose deviation is tiny.
+
+"Window" alone means an accumulation window: the micro-batches of one optimizer step.
 """
 
-# ruff: noqa: D102 (Lightning's hooks, whose `task` is the `ClassificationTask`)
+# ruff: noqa: D102 (the methods are Lightning's hooks; `task` is the `ClassificationTask`)
 
 from __future__ import annotations
 
@@ -52,15 +56,15 @@ from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
 
 DIAGNOSIS, GUARD_CSV = "divergence.md", "guard.csv"
-_RECENT = 100  # updates over which refused ones are counted
-_BUDGET = 1000  # steps over which returns are counted
-_WINDOW = 128  # good losses that a spike is judged by
-_MIN_RISE, _MIN_RELATIVE_RISE = 0.1, 0.25  # nats, share
+_SKIP_PERIOD = 100  # updates over which `max_skips` counts refused ones
+_ROLLBACK_PERIOD = 1000  # steps over which `max_rollbacks` counts
+_NUM_GOOD_LOSSES = 128  # good losses whose mean and deviation give the threshold
+_MIN_RISE, _MIN_RELATIVE_RISE = 0.1, 0.25  # above the mean: in nats, and as a fraction of it
 _COLUMNS = ("step", "epoch", "kind", "source", "samples")
 _MAX_EVENTS = 1000  # in guard.csv
-_MAX_SAMPLES = 256  # images of an event
-_MAX_NAMED = 3  # sources in summary.md
-_MAX_PRINTED = 10  # events on the terminal
+_MAX_SAMPLES = 256  # images listed per event
+_MAX_SOURCES = 3  # listed in summary.md
+_MAX_PRINTED = 10  # events printed on the terminal
 _WARNINGS = {
     "skip": "warning: step {step}: update left out, since a number is not finite (first seen in: {source})",
     "rollback": "warning: step {step}: back to an earlier state of this training, because of: {source}",
@@ -68,15 +72,15 @@ _WARNINGS = {
 
 
 class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
-    """The training diverged again and again; an exit code of its own keeps a job script from starting it again."""
+    """The training diverged again and again; by its own exit code a job script knows not to start it again."""
 
     exit_code = DIVERGED
 
 
 class StabilityGuard(L.Callback):
-    """Watches the updates of a `ClassificationTask`; comes after `WeightEMA` and `ExampleScores` in the callbacks.
+    """Watches the updates of a `ClassificationTask`; must follow `WeightEMA` and `ExampleScores` in the callbacks.
 
-    `record` is what it found and did, `snapshots` are states to return to, the newest last.
+    `record` counts skips and rollbacks; `snapshots` are the states to return to, the newest last.
     """
 
     def __init__(self, config: GuardConfig = GuardConfig()) -> None:  # noqa: B008 (never changed)
@@ -84,20 +88,23 @@ class StabilityGuard(L.Callback):
         self.record = GuardRecord()
         self.snapshots: deque[TrainingSnapshot] = deque(maxlen=config.snapshots)
         self._losses = LossHistory(config.spike_sigmas, config.spike_updates, config.spike_warmup)
-        self._applied = 0
-        self._recent: deque[int] = deque(maxlen=_RECENT)  # 1 for a refused update
-        self._returns: list[int] = []  # steps
-        self._window_start: WindowStart | None = None
-        self._indices: list[Tensor] = []  # images of the window
-        self._loss: float | None = None  # of the window, if its numbers are finite
-        self._bad_state: str | None = None
+        self._num_applied = 0  # updates, minus those that rollbacks undid
+        # One entry per recent update: 1 if it was refused, else 0.
+        self._refusals: deque[int] = deque(maxlen=_SKIP_PERIOD)
+        self._rollback_steps: list[int] = []  # steps of recent rollbacks
 
-    # -- Lightning's hooks, in the order in which they come
+        # Of the current window:
+        self._window_start: WindowStart | None = None
+        self._indices: list[Tensor] = []  # dataset indices of its images, per micro-batch
+        self._loss: float | None = None  # mean loss; None if a number isn't finite
+        self._bad_state: str | None = None  # name of a non-finite weight or buffer
+
+    # -- Lightning's hooks, in the order of their calls
 
     def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
         if stage != "fit":
             return
-        task.update_gate = lambda norm: self._refuses(trainer, task, norm)
+        task.update_gate = lambda norm: self._refuse_update(trainer, task, norm)
         self.snapshots.clear()
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
@@ -115,12 +122,15 @@ class StabilityGuard(L.Callback):
             self._indices = []
         self._indices.append(batch["index"])
 
-    def _refuses(self, trainer: L.Trainer, task: ClassificationTask, norm: Tensor) -> bool:
-        """Decide about the update of this window, after its last backward pass and before clipping."""
-        numbers = WindowNumbers.of(trainer, task, norm)
-        self._recent.append(int(not numbers.are_finite))
-        if numbers.are_finite:
-            self._loss = numbers.mean_loss
+    def _refuse_update(self, trainer: L.Trainer, task: ClassificationTask, norm: Tensor) -> bool:
+        """Whether to refuse the update of this window; called after its last backward pass and before clipping.
+
+        `norm` is the norm of all gradients. If the update is refused, the window's start is restored.
+        """
+        window = WindowNumbers.of(trainer, task, norm)
+        self._refusals.append(int(not window.are_finite))
+        if window.are_finite:
+            self._loss = window.mean_loss
             return False
 
         source = find_nonfinite_source(task)
@@ -128,62 +138,69 @@ class StabilityGuard(L.Callback):
         self.record.not_applied += 1
         self._bad_state = find_nonfinite(trainer, task)
         if self._bad_state is not None:
-            return True  # `on_train_batch_end` returns to a snapshot
+            return True  # `on_train_batch_end` will roll back
 
+        # In fp16 infinite gradients are normal while the gradient scaler still lowers its scale: not counted as a skip.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        seeks_scale = scaler is not None and scaler.get_scale() > 1
-        if seeks_scale and numbers.losses_are_finite:
-            self._recent[-1] = 0  # an overflow, by which fp16 looks for its loss scale: no fault
+        can_lower_scale = scaler is not None and scaler.get_scale() > 1
+        if can_lower_scale and window.losses_are_finite:
+            self._refusals[-1] = 0
         else:
             note_event(self.record, trainer, "skip", source, torch.cat(self._indices).tolist())
         return True
 
     def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
-        cause = self._cause_to_return(trainer, task)
+        cause = self._find_rollback_cause(trainer, task)
         self._loss, self._bad_state = None, None
         if cause is not None:
             self._roll_back(trainer, task, cause)
+
         if is_logged(trainer, trainer.global_step):
             task.log("guard/skipped", float(self.record.skipped))
             task.log("guard/rollbacks", float(self.record.rollbacks))
 
-    def _cause_to_return(self, trainer: L.Trainer, task: ClassificationTask) -> str | None:
-        """Why training must return to a snapshot; None: it needn't. Takes a snapshot where one is due."""
+    def _find_rollback_cause(self, trainer: L.Trainer, task: ClassificationTask) -> str | None:
+        """Why training must roll back after this batch; None if it needn't. May take a snapshot."""
         if self._loss is not None and task.update_applied:
-            self._applied += 1
-            return self._judge_applied(trainer, task, self._loss)
+            self._num_applied += 1
+            return self._judge_applied_update(trainer, task, self._loss)
         if self._bad_state is not None:
             return self._bad_state
-        refused = sum(self._recent)
-        if refused <= self.config.max_skips:
+
+        num_refused = sum(self._refusals)
+        if num_refused <= self.config.max_skips:
             return None
         source = self.record.sources.most_common(1)[0][0]
-        return f"{refused} of the last {len(self._recent)} updates refused, mostly for: {source}"
+        return (
+            f"{num_refused} of the last {len(self._refusals)} updates refused, mostly for: {source}"
+        )
 
-    def _judge_applied(
+    def _judge_applied_update(
         self, trainer: L.Trainer, task: ClassificationTask, loss: float
     ) -> str | None:
+        """Look for a loss spike and, if a snapshot is due, for a bad state: the cause, else take the snapshot."""
         limit = self._losses.threshold
         if self._losses.add(loss):
             mean = np.mean(self._losses.good)
             return f"loss spike: {loss:.3g} against a mean of {mean:.3g} (limit {limit:.3g})"
-        if self._losses.suspicious or self._applied % self.config.snapshot_every:
-            return None
+
+        if self._losses.suspicious or self._num_applied % self.config.snapshot_every:
+            return None  # no snapshot is due
         cause = find_nonfinite(trainer, task)
         if cause is None:
             self._take_snapshot(trainer, task)
         return cause
 
     def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
-        self._check(trainer, task)
+        self._roll_back_if_bad(trainer, task)
 
     def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
-        self._check(trainer, task)
+        self._roll_back_if_bad(trainer, task)
 
     def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
-        if not self._check(trainer, task):
+        if not self._roll_back_if_bad(trainer, task):
             return
-        # Training has returned to a snapshot; `state_dict` holds the live tensors.
+        # The checkpoint is from before the rollback, but its weights are the live tensors, which were restored.
         optimizers, schedules = trainer.optimizers, trainer.lr_scheduler_configs
         checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in schedules]
@@ -195,60 +212,62 @@ class StabilityGuard(L.Callback):
             self.snapshots.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        # Primitives. Snapshots aren't saved: a resumed run takes a new one first.
+        # Python primitives only. Snapshots aren't saved: a resumed run begins by taking one.
         return {
             "record": self.record.state_dict(),
             "losses": self._losses.state_dict(),
-            "applied": self._applied,
-            "recent": list(self._recent),
-            "returns": list(self._returns),
+            "applied": self._num_applied,
+            "recent": list(self._refusals),
+            "returns": list(self._rollback_steps),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.record = GuardRecord.from_state(state_dict["record"])
         self._losses.load_state_dict(state_dict["losses"])
-        self._applied = int(state_dict["applied"])
-        self._recent = deque(state_dict["recent"], maxlen=_RECENT)
-        self._returns = list(state_dict["returns"])
+        self._num_applied = int(state_dict["applied"])
+        self._refusals = deque(state_dict["recent"], maxlen=_SKIP_PERIOD)
+        self._rollback_steps = list(state_dict["returns"])
 
-    # -- the way back
+    # -- rollback
 
-    def _check(self, trainer: L.Trainer, task: Any) -> bool:
-        average = callback_of(trainer, WeightEMA)
-        # A validation was interrupted: nothing was trained in it.
-        is_swapped = average is not None and average.swapped
-        # The other processes won't answer.
-        is_alone = trainer.state.status is TrainerStatus.INTERRUPTED
+    def _roll_back_if_bad(self, trainer: L.Trainer, task: Any) -> bool:
+        """Roll back if a weight or buffer isn't finite; whether it did. Nothing is checked where it makes no sense."""
         is_fit = trainer.state.fn is TrainerFn.FITTING
-        if not is_fit or not self.snapshots or is_swapped or is_alone:
+        # In a validation that was interrupted the network holds the average: no training has changed it.
+        average = callback_of(trainer, WeightEMA)
+        is_swapped = average is not None and average.swapped
+        # After an interruption the other processes don't take part in collective operations.
+        is_interrupted = trainer.state.status is TrainerStatus.INTERRUPTED
+        if not is_fit or not self.snapshots or is_swapped or is_interrupted:
             return False
+
         cause = find_nonfinite(trainer, task)
         if cause is not None:
             self._roll_back(trainer, task, cause)
         return cause is not None
 
     def _take_snapshot(self, trainer: L.Trainer, task: ClassificationTask) -> None:
-        extra = (self._applied, self._losses.state_dict())
-        self.snapshots.append(TrainingSnapshot(trainer, task, extra))
+        guard_state = (self._num_applied, self._losses.state_dict())
+        self.snapshots.append(TrainingSnapshot(trainer, task, guard_state))
 
     def _roll_back(self, trainer: L.Trainer, task: ClassificationTask, cause: str) -> None:
-        """Return to the newest snapshot, or to an older one if that did not help; over the budget, give up."""
+        """Return to the newest snapshot, or to an older one if it was restored before; give up after too many times."""
         if self.snapshots[-1].restored and len(self.snapshots) > 1:
             self.snapshots.pop()
         snapshot = self.snapshots[-1]
         snapshot.restore(trainer, task)
 
-        applied, losses = snapshot.extra
-        self.record.lost += self._applied - applied
-        self._applied = applied
-        self._losses.load_state_dict(losses)
-        self._recent.clear()
+        num_applied, loss_history = snapshot.extra
+        self.record.lost += self._num_applied - num_applied
+        self._num_applied = num_applied
+        self._losses.load_state_dict(loss_history)
+        self._refusals.clear()
         note_event(self.record, trainer, "rollback", cause)
 
         step = trainer.global_step
-        self._returns = [earlier for earlier in self._returns if earlier > step - _BUDGET]
-        self._returns.append(step)
-        if len(self._returns) > self.config.max_rollbacks:
+        recent = [earlier for earlier in self._rollback_steps if earlier > step - _ROLLBACK_PERIOD]
+        self._rollback_steps = [*recent, step]
+        if len(self._rollback_steps) > self.config.max_rollbacks:
             self._give_up(trainer, cause)
 
     def _give_up(self, trainer: L.Trainer, cause: str) -> NoReturn:
@@ -271,31 +290,34 @@ class WindowNumbers(NamedTuple):
     """The losses and the gradient norm of one accumulation window, over all processes."""
 
     losses_are_finite: bool
-    are_finite: bool
-    mean_loss: float
+    are_finite: bool  # losses and gradient norm
+    mean_loss: float  # meaningful if the losses are finite
 
     @classmethod
     def of(cls, trainer: L.Trainer, task: ClassificationTask, norm: Tensor) -> WindowNumbers:
-        """Read them, in one exchange; every process must call it."""
-        losses = [micro_batch["loss"].float() for micro_batch in task.evidence]
-        loss = torch.stack(losses).to(norm.device)
-        values = torch.cat([norm.detach().float().reshape(1), loss]).tolist()
+        """Read them with one copy from the device and one all-reduce; every process must call it."""
+        losses = torch.stack([micro_batch["loss"].float() for micro_batch in task.evidence])
+        norm_and_losses = torch.cat([norm.detach().float().reshape(1), losses.to(norm.device)])
+        norm_value, *loss_values = norm_and_losses.tolist()
 
-        losses_are_finite = all(map(isfinite, values[1:]))
-        are_finite = losses_are_finite and isfinite(values[0])
-        mean_loss = sum(values[1:]) / len(losses) if losses_are_finite else 0.0
-        bad_losses, bad, total = sum_numbers(
+        # On this process:
+        losses_are_finite = all(map(isfinite, loss_values))
+        are_finite = losses_are_finite and isfinite(norm_value)
+        mean_loss = sum(loss_values) / len(loss_values) if losses_are_finite else 0.0
+
+        # Over all processes: how many have bad numbers, and the sum of the mean losses.
+        num_bad_losses, num_bad, loss_sum = sum_numbers(
             [not losses_are_finite, not are_finite, mean_loss], task.device
         )
         return cls(
-            losses_are_finite=not bad_losses,
-            are_finite=not bad,
-            mean_loss=total / trainer.world_size,
+            losses_are_finite=not num_bad_losses,
+            are_finite=not num_bad,
+            mean_loss=loss_sum / trainer.world_size,
         )
 
 
 class WindowStart:
-    """Random generators and buffers before an accumulation window, which a refused update restores."""
+    """Random generators and buffers at the start of an accumulation window, restored if its update is refused."""
 
     def __init__(self, net: torch.nn.Module) -> None:
         self.random = random_state()
@@ -303,7 +325,7 @@ class WindowStart:
 
     @torch.no_grad()
     def restore(self, task: ClassificationTask) -> None:
-        """Undo what the forward passes of the window did."""
+        """Undo the side effects of the window's forward passes."""
         restore_random_state(self.random)
         for buffer, saved in zip(task.net.buffers(), self.buffers, strict=True):
             buffer.copy_(saved)
@@ -311,23 +333,23 @@ class WindowStart:
 
 
 class LossHistory:
-    """Finds loss spikes, by the numbers of `GuardConfig`; with 0 `sigmas` no loss is suspicious."""
+    """Detects loss spikes; the arguments are the `spike_*` options of `GuardConfig`. With 0 `sigmas` there are none."""
 
     def __init__(self, sigmas: float, patience: int, warmup: int) -> None:
         self.sigmas, self.patience, self.warmup = sigmas, patience, warmup
-        self.suspicious = 0  # in a row up to now
-        self.good: deque[float] = deque(maxlen=_WINDOW)
+        self.suspicious = 0  # how many of the latest losses in a row
+        self.good: deque[float] = deque(maxlen=_NUM_GOOD_LOSSES)
 
     @property
     def threshold(self) -> float:
-        """Losses above it are suspicious; infinite during the warm-up."""
+        """A loss above it is suspicious; infinite during the warm-up."""
         if not self.sigmas or len(self.good) < self.warmup:
             return float("inf")
         mean, deviation = float(np.mean(self.good)), float(np.std(self.good))
         return mean + max(self.sigmas * deviation, _MIN_RELATIVE_RISE * mean, _MIN_RISE)
 
     def add(self, loss: float) -> bool:
-        """Take the finite loss of an applied update; whether it makes a lasting spike."""
+        """Add the finite loss of an applied update; whether `patience` suspicious losses in a row make it a spike."""
         if loss > self.threshold:
             self.suspicious += 1
         else:
@@ -339,19 +361,19 @@ class LossHistory:
         return {"good": list(self.good), "suspicious": self.suspicious}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.good = deque(state["good"], maxlen=_WINDOW)
+        self.good = deque(state["good"], maxlen=_NUM_GOOD_LOSSES)
         self.suspicious = int(state["suspicious"])
 
 
 class TrainingSnapshot:
-    """Everything that an applied update moves, copied into main memory: a state to return to.
+    """A copy in main memory of everything that an update changes: a state to return to.
 
-    `state_dict()` hands out the live tensors, and `Optimizer.load_state_dict` makes the optimizer use the ones it is
-    given (torch 2.13), so everything is copied on the way in and on the way out. `extra` is kept as it is.
+    `state_dict()` returns the live tensors, and `Optimizer.load_state_dict` keeps those it is given (torch 2.13), so
+    everything is copied both when it is saved and when it is restored. `extra` is any data of the caller, not copied.
     """
 
     def __init__(self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None) -> None:
-        self.restored = 0  # how often
+        self.restored = 0  # number of calls of `restore`
         self.extra = extra
         self._tensors = _copy_to_cpu(_trained_tensors(trainer, task))
         self._states = [_copy_to_cpu(part.state_dict()) for part in _stateful_parts(trainer)]
@@ -363,7 +385,7 @@ class TrainingSnapshot:
 
     @torch.no_grad()
     def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
-        """Restore the training and drop its gradients; may be called repeatedly."""
+        """Restore the training state and drop the gradients; may be called repeatedly."""
         for tensor, saved in zip(_trained_tensors(trainer, task), self._tensors, strict=True):
             tensor.copy_(saved)
         for part, state in zip(_stateful_parts(trainer), self._states, strict=True):
@@ -371,6 +393,7 @@ class TrainingSnapshot:
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
         restore_random_state(self._random)
+
         average = callback_of(trainer, WeightEMA)
         if average is not None:
             average.updates = self._ema_updates
@@ -381,12 +404,13 @@ class TrainingSnapshot:
 
 
 def _stateful_parts(trainer: L.Trainer) -> list[Any]:
+    """Optimizers, schedules and precision plugin, all with `state_dict` and `load_state_dict`."""
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     return [*trainer.optimizers, *schedules, trainer.precision_plugin]
 
 
 def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.nn.Module]:
-    """The network in training, and its moving average if there is one, by the prefix of their tensors' names."""
+    """The trained network, and its moving average if there is one; the keys are prefixes for names of tensors."""
     networks = {"": task.net}
     average = callback_of(trainer, WeightEMA)
     if average is not None and average.network is not None:
@@ -395,7 +419,7 @@ def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.n
 
 
 def _trained_tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
-    """This process's parts of all weights and buffers."""
+    """All weights and buffers of the networks; of sharded ones the shard of this process."""
     tensors: list[Tensor] = []
     for net in _networks(trainer, task).values():
         tensors += [*net.parameters(), *net.buffers()]
@@ -408,7 +432,7 @@ def _score_sums(trainer: L.Trainer) -> ScoreSums | None:
 
 
 def _copy_to_cpu(state: Any) -> Any:
-    """A copy of a nest of dictionaries, lists and tensors that shares nothing with it; tensors in main memory."""
+    """A deep copy of nested dictionaries and lists, with the tensors in main memory."""
 
     def copy(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -419,25 +443,25 @@ def _copy_to_cpu(state: Any) -> Any:
 
 
 class Event(NamedTuple):
-    """One thing that the guard did at a step, counted from 1: `kind` is skip or rollback."""
+    """One intervention of the guard."""
 
-    step: int
+    step: int  # counted from 1
     epoch: int
-    kind: str
-    source: str
-    samples: tuple[str, ...] = ()
+    kind: str  # "skip" or "rollback"
+    source: str  # where the bad number was first seen, or the cause of the rollback
+    samples: tuple[str, ...] = ()  # ids of the window's images, of a skip
 
 
 @dataclass
 class GuardRecord:
-    """Counters and events of one training; they survive a resume and are never turned back by a rollback."""
+    """Counters and events of one training; a resumed run continues them, and a rollback doesn't undo them."""
 
     skipped: int = 0
     rollbacks: int = 0
-    not_applied: int = 0  # optimizer steps without an update, for whichever reason
-    lost: int = 0  # updates that rollbacks took back
-    events: list[Event] = field(default_factory=list)
-    sources: Counter[str] = field(default_factory=Counter)
+    not_applied: int = 0  # optimizer steps without an update; more than `skipped`, with fp16 overflows and bad states
+    lost: int = 0  # applied updates that rollbacks undid
+    events: list[Event] = field(default_factory=list)  # the first `_MAX_EVENTS`
+    sources: Counter[str] = field(default_factory=Counter)  # number of events by source
 
     def add(self, event: Event) -> None:
         self.skipped += event.kind == "skip"
@@ -458,7 +482,7 @@ class GuardRecord:
                 f"{returns} to an earlier state of this training, which took back {self.lost:,} updates."
             )
         if sentences:
-            most_common = self.sources.most_common(_MAX_NAMED)
+            most_common = self.sources.most_common(_MAX_SOURCES)
             sources = ", ".join(f"{source} ({count})" for source, count in most_common)
             sentences.append(
                 f"Where it came from: {sources}. {GUARD_CSV} has every case with its images."
@@ -466,7 +490,7 @@ class GuardRecord:
         return sentences
 
     def write(self, folder: Path) -> None:
-        """Write guard.csv whole: a resumed run writes it again from what the checkpoint remembers."""
+        """Write all of guard.csv; a resumed run rewrites it, events before the resume included."""
         rows = [
             (e.step, e.epoch, e.kind, e.source, escape_csv_cell(" ".join(e.samples)))
             for e in self.events
@@ -474,7 +498,7 @@ class GuardRecord:
         write_text_atomic(folder / GUARD_CSV, csv_text(_COLUMNS, rows))
 
     def state_dict(self) -> dict[str, Any]:
-        """Primitives only, so that a checkpoint loads under `weights_only=True`."""
+        """Python primitives only, so that a checkpoint loads under `weights_only=True`."""
         return {
             **vars(self),
             "events": [list(event) for event in self.events],
@@ -483,8 +507,8 @@ class GuardRecord:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> GuardRecord:
-        """Read what `state_dict` returned; earlier versions had more fields."""
-        values = {item.name: state[item.name] for item in fields(cls)}
+        """Build a record from `state_dict`; other keys, from earlier versions, are ignored."""
+        values = {attribute.name: state[attribute.name] for attribute in fields(cls)}
         values["sources"] = Counter(state["sources"])
         values["events"] = [
             Event(step, epoch, kind, source, tuple(samples))
@@ -504,86 +528,100 @@ def note_event(
     source: str | None,
     indices: Sequence[int] = (),
 ) -> None:
-    """Count an event on every process, with the training images of all their windows; write guard.csv, tell the user.
+    """Add an event to the record of every process, write guard.csv, and print a warning; every process must call it.
 
-    `source` is where it came from, as far as this process knows.
+    `source` and the training images `indices` are those of this process; the event has those of all processes.
     """
     data = data_of(trainer)
-    names = list(map(str, indices))
+    sample_ids = list(map(str, indices))
     if hasattr(data, "sample_id"):
-        names = [data.sample_id("train", index) for index in indices]
-    sources, samples = zip(*gather_objects((source, names)), strict=True)  # of all processes
-    source = _first_source(sources)
+        sample_ids = [data.sample_id("train", index) for index in indices]
 
+    # One entry per process.
+    sources, ids_by_process = zip(*gather_objects((source, sample_ids)), strict=True)
+    source = _most_specific_source(sources)
+    samples = tuple(chain.from_iterable(ids_by_process))[:_MAX_SAMPLES]
+
+    # Steps count from 1: at a rollback Lightning has counted the step already, at a skip not yet.
     is_skip = kind == "skip"
-    step = trainer.global_step + is_skip  # from 1; Lightning hasn't counted a refused step yet
-    named = tuple(chain.from_iterable(samples))[:_MAX_SAMPLES]
-    record.add(Event(step, trainer.current_epoch, kind, source, named))
+    step = trainer.global_step + is_skip
+    record.add(Event(step, trainer.current_epoch, kind, source, samples))
+
     if trainer.is_global_zero:
         record.write(Path(trainer.default_root_dir))
         if record.sources.total() <= _MAX_PRINTED:
             print_rank0(_WARNINGS[kind].format(step=step, source=source))
 
 
-def _first_source(sources: Iterable[str | None]) -> str:
-    """The process with the fault itself knows the loss that was bad; the others see at most its gradients."""
-    named = [source for source in sources if source]
-    if not named:
+def _most_specific_source(sources: Iterable[str | None]) -> str:
+    """Of the sources seen by the processes, the first that is no gradient; else the first.
+
+    Only the process whose loss was bad has another source than a gradient: the all-reduce spreads bad gradients.
+    """
+    seen = [source for source in sources if source]
+    if not seen:
         return "gradient norm (too large for its number format)"
-    return min(named, key=lambda source: source.startswith("gradient"))
+    return min(seen, key=lambda source: source.startswith("gradient"))  # False sorts before True
 
 
-# -- where a number isn't finite
+# -- search for non-finite numbers
 
 
 def find_nonfinite_source(task: ClassificationTask) -> str | None:
-    """Where it was first seen in this window, in the order of computation.
+    """Name of the first non-finite value of this window, in the order of computation: activations, losses, gradients.
 
-    None if only the norm was too large for its format.
+    None if all of them are finite, and only the norm of the gradients overflowed.
     """
     for micro_batch in task.evidence:
         for name, value in micro_batch.items():
             if not value.isfinite().all():
                 return name
     gradients = [(name, p.grad) for name, p in task.net.named_parameters() if p.grad is not None]
-    return _describe("gradient", _nonfinite(gradients))
+    return _describe_tensors("gradient", _select_nonfinite(gradients))
 
 
 def find_nonfinite(trainer: L.Trainer, task: ClassificationTask) -> str | None:
-    """Name the weights, saved buffers or averages that aren't finite on any process; None if all are."""
+    """Describe the weights, saved buffers or averages that aren't finite on any process; None if all are finite.
+
+    Every process must call it, and gets the same answer.
+    """
     buffers = dict(task.net.named_buffers())
-    bad: list[tuple[str, Tensor]] = []
-    kind = ""  # of the first
+    nonfinite: list[tuple[str, Tensor]] = []
+    kind = ""  # of the first of them
     for prefix, net in _networks(trainer, task).items():
-        bad_here = _nonfinite(net.state_dict().items())
-        if bad_here and not bad:
-            kind = prefix + ("buffer" if bad_here[0][0] in buffers else "weight")
-        bad += bad_here
-    if sum_numbers([bool(bad)], task.device) == [0]:
+        of_net = _select_nonfinite(net.state_dict().items())
+        if of_net and not nonfinite:
+            first_name, _ = of_net[0]
+            kind = prefix + ("buffer" if first_name in buffers else "weight")
+        nonfinite += of_net
+
+    if sum_numbers([bool(nonfinite)], task.device) == [0]:
         return None
-    descriptions: list[str | None] = gather_objects(_describe(kind, bad))
+    descriptions: list[str | None] = gather_objects(_describe_tensors(kind, nonfinite))
     return next(filter(None, descriptions))
 
 
-def _nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """The tensors with a number that isn't finite in this process's part."""
-    return [(name, x) for name, x in named if not local(x.detach()).isfinite().all()]
+def _select_nonfinite(named_tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """The tensors with a non-finite number; of sharded ones only the shard of this process is looked at."""
+    return [(name, x) for name, x in named_tensors if not local(x.detach()).isfinite().all()]
 
 
-def _describe(kind: str, bad: Sequence[tuple[str, Tensor]]) -> str | None:
+def _describe_tensors(kind: str, named_tensors: Sequence[tuple[str, Tensor]]) -> str | None:
     """For example `gradient of blocks.1.mlp.experts.fc1.weight (expert 3) and 2 more`; None for no tensors."""
-    if not bad:
+    if not named_tensors:
         return None
-    name, tensor = bad[0]
+    name, tensor = named_tensors[0]
     text = f"{kind} of {name}"
     if ".experts." in name:
-        is_bad = ~local(tensor.detach()).isfinite()  # [E, ...] of this process
-        expert = int(is_bad.flatten(1).any(1).nonzero()[0])
+        is_bad = ~local(tensor.detach()).isfinite()  # [E', ...] for the E' experts of this process
+        bad_experts = is_bad.flatten(1).any(1).nonzero()
+        expert = int(bad_experts[0])
         if hasattr(tensor, "device_mesh"):
+            # Sharded: the index counts from the first expert of this process.
             from moevision.train.parallel.parts import first_index
 
             expert += first_index(tensor)[0]
         text += f" (expert {expert})"
-    if len(bad) > 1:
-        text += f" and {len(bad) - 1} more"
+    if len(named_tensors) > 1:
+        text += f" and {len(named_tensors) - 1} more"
     return text

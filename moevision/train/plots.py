@@ -1,8 +1,9 @@
-"""curves.png (how a training went) and confusion.png (which class is taken for which) of a run, and their style.
+"""The plots of a run, curves.png (metrics over training) and confusion.png (confusion matrix), and their style.
 
-Drawn on matplotlib's Figure objects, never through pyplot, whose global state isn't safe in a thread.
-Colours: Okabe & Ito, "Color Universal Design" (2008), told apart under every common colour vision.
-Axes: S points of one curve, n test images, C classes.
+Figures are made as matplotlib `Figure` objects, never through pyplot, whose global state isn't thread-safe.
+Colours: Okabe & Ito, "Color Universal Design" (2008), which people with any common colour vision can tell apart.
+
+Shapes: S points of one curve, n test images, C classes.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ _TITLE: dict[str, Any] = {"fontsize": 10.5, "color": INK, "fontweight": "bold"}
 _LABEL: dict[str, Any] = {"fontsize": 9, "color": INK}
 _SMALL: dict[str, Any] = {"fontsize": 8, "color": INK}
 _TICKS: dict[str, Any] = {"length": 0, "labelsize": 8, "labelcolor": INK}
-_LOAD = re.compile(r"moe/(.+)/load_max")
-# Classes up to which a confusion matrix has counts and percentages in its cells, and names at its axes.
-_MAX_COUNTED = 5
-_MAX_NUMBERED = 20
-_MAX_NAMED = 60
+_LOAD_METRIC = re.compile(r"moe/(.+)/load_max")  # group 1: block index
+# Most classes for which a confusion matrix shows:
+_MAX_CLASSES_WITH_COUNTS = 5  # counts in its cells
+_MAX_CLASSES_WITH_PERCENT = 20  # percentages in its cells
+_MAX_CLASSES_WITH_NAMES = 60  # class names on its axes
 
 
 class Curve(NamedTuple):
@@ -51,10 +52,10 @@ class Curve(NamedTuple):
 def plot_curves(metrics_csv: Path, out: Path) -> None:
     """Draw training loss, validation accuracy, expert load and learning rate over the steps of one run.
 
-    A metric that was never logged leaves its panel out; nothing is written where none was.
+    The panel of a metric that was never logged is left out; without any panel no file is written.
     """
     curves = read_metrics(metrics_csv)
-    matches = {name: _LOAD.fullmatch(name) for name in curves}
+    matches = {name: _LOAD_METRIC.fullmatch(name) for name in curves}
     loads = {match[1]: curves[name] for name, match in matches.items() if match}
     rates = [curve for name, curve in curves.items() if name.startswith("lr")]
 
@@ -73,10 +74,13 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
 
 def _draw_panels(panels: Sequence[Callable[[Axes], None]], last_step: float) -> Figure:
+    # 1 to 4 panels: up to three side by side, four as 2 x 2.
     columns = len(panels) if len(panels) < 4 else 2
     rows = len(panels) // columns
+
     figure = Figure(figsize=(5.4 * columns, 3.4 * rows), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
+
     for number, draw in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, number)
         calm(axes)
@@ -89,9 +93,9 @@ def _draw_panels(panels: Sequence[Callable[[Axes], None]], last_step: float) -> 
 
 
 def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
-    """Read a sparse metrics.csv: each logged metric as (steps [S], values [S]) by rising step.
+    """Read each logged metric of a metrics.csv, whose cells are mostly empty, as a curve sorted by step.
 
-    Of the test only its own metrics: the experts' loads have one name there and in validation.
+    Expert loads logged by the test are skipped: validation logs them under the same names.
     """
     rows = read_csv(metrics_csv)
     names = [name for name in (rows[0] if rows else ()) if name not in ("step", "epoch")]
@@ -99,8 +103,8 @@ def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
     for name in names:
         points = []
         for row in rows:
-            is_load_of_test = name.startswith("moe/") and row.get("test/top1")
-            if row["step"] and row[name] and not is_load_of_test:
+            is_test_load = name.startswith("moe/") and row.get("test/top1")
+            if row["step"] and row[name] and not is_test_load:
                 points.append((float(row["step"]), float(row[name])))
         if points:
             steps, values = np.array(sorted(points), dtype=np.float64).T
@@ -111,18 +115,20 @@ def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
 def moving_average(values: npt.NDArray[np.float64], span: float) -> npt.NDArray[np.float64]:
     """Exponential moving average with weight 2 / (span + 1) on the newest value, without start-up bias.
 
-    Non-finite values are passed over: they give NaN (a gap in the line) and don't spoil what follows.
+    Non-finite values become NaN (a gap in the line) and have no influence on later averages. `values` and result: [S].
     """
-    finite = np.isfinite(values)
+    is_finite = np.isfinite(values)
     decay = 1 - 2.0 / (span + 1.0)
-    total_weight = 1 - decay ** np.arange(1, finite.sum() + 1)
+    # Sum of the weights of the first 1, 2, … values; dividing by it removes the bias towards the initial 0.
+    weight_sums = 1 - decay ** np.arange(1, is_finite.sum() + 1)
+
     smoothed = np.full(values.shape, np.nan)
-    smoothed[finite] = lfilter([1 - decay], [1, -decay], values[finite]) / total_weight
+    smoothed[is_finite] = lfilter([1 - decay], [1, -decay], values[is_finite]) / weight_sums
     return smoothed
 
 
 def calm(axes: Axes) -> None:
-    """Light grid, no box, quiet ticks."""
+    """Style axes plainly: light horizontal grid, no frame but the bottom line, no tick marks."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#bbbbbb")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
@@ -132,26 +138,26 @@ def calm(axes: Axes) -> None:
 
 
 def title(axes: Axes, text: str, note: str = "") -> None:
-    """A left-aligned title; `note` stands behind it in grey and says how to read the panel."""
+    """Set a left-aligned title; `note`, in grey below it, says how to read the panel."""
     axes.set_title(text, loc="left", **_TITLE, pad=20 if note else 8)
     if note:
         axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=8, color=SOFT, va="bottom")
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write the figure as PNG, whole or not at all."""
+    """Write the figure as PNG, atomically: never half a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
     write_bytes_atomic(out, buffer.getvalue())
 
 
 def _line(axes: Axes, curve: Curve, color: str, **style: Any) -> None:
-    """A line; a lone point (a run of one epoch) would have no line, so it gets a dot."""
-    points = curve.steps.size
-    look: dict[str, Any] = {"color": color, "linewidth": 1.8, "clip_on": False}
-    if points <= 30:
-        look |= {"marker": "o", "markersize": 5.0 if points == 1 else 3.5}
-    axes.plot(curve.steps, curve.values, **{**look, **style})
+    """Draw a curve, with dots if it has few points: a single one (a run of one epoch) has no line."""
+    num_points = curve.steps.size
+    defaults: dict[str, Any] = {"color": color, "linewidth": 1.8, "clip_on": False}
+    if num_points <= 30:
+        defaults |= {"marker": "o", "markersize": 5.0 if num_points == 1 else 3.5}
+    axes.plot(curve.steps, curve.values, **{**defaults, **style})
 
 
 def _legend(axes: Axes, columns: int = 1) -> None:
@@ -165,7 +171,7 @@ def _legend(axes: Axes, columns: int = 1) -> None:
     )
 
 
-def _dashed(axes: Axes, height: float) -> None:
+def _dashed_line(axes: Axes, height: float) -> None:
     axes.axhline(height, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
 
 
@@ -178,27 +184,28 @@ def _draw_loss(axes: Axes, train: Curve, val: Curve | None) -> None:
     if val is not None:
         _line(axes, val, ORANGE, label="validation")
         _legend(axes)
+
     note = f"bold: moving average over about {span:.0f} points" if span > 1 else "every logged step"
-    bad = int(np.sum(~np.isfinite(train.values)))
-    if bad:
-        note += f"; {bad} values weren't finite"
+    num_nonfinite = int(np.sum(~np.isfinite(train.values)))
+    if num_nonfinite:
+        note += f"; {num_nonfinite} values weren't finite"
     title(axes, "loss", note)
 
 
 def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
     _line(axes, val, GREEN)
-    values = val.values
+    values = val.values  # [S], and one of the test
     note = "validation"
     if np.isfinite(values).any():
         note += f", best {percent(np.nanmax(values))}"
     if test is not None:
         accuracy = test.values[-1]
-        _dashed(axes, accuracy)
+        _dashed_line(axes, accuracy)
         note += f"; dashed: test {percent(accuracy)}"
         values = np.append(values, test.values)
     title(axes, "top-1 accuracy", note)
 
-    # The axis ends at whole tenths around what is drawn.
+    # The axis spans the drawn values, rounded outwards to multiples of 0.1, and at least 0.1.
     finite = values[np.isfinite(values)]
     lowest, highest = 0.0, 1.0
     if finite.size:
@@ -210,10 +217,12 @@ def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
 
 def _draw_loads(axes: Axes, loads: dict[str, Curve]) -> None:
     for index, (layer, curve) in enumerate(loads.items()):
-        round_, color = divmod(index, len(OKABE_ITO))
-        style = (0, (3, 1.5)) if round_ else "-"
-        _line(axes, curve, OKABE_ITO[color], label=f"block {layer}", linestyle=style)
-    _dashed(axes, 1.0)
+        # Layers beyond the number of colours repeat the colours with dashed lines.
+        cycle, color_index = divmod(index, len(OKABE_ITO))
+        style = (0, (3, 1.5)) if cycle else "-"
+        _line(axes, curve, OKABE_ITO[color_index], label=f"block {layer}", linestyle=style)
+    _dashed_line(axes, 1.0)
+
     highest = max(float(np.nanmax(curve.values, initial=1.0)) for curve in loads.values())
     axes.set_ylim(0.95, max(1.55, 1.08 * highest))
     _legend(axes, columns=1 if len(loads) <= 4 else 2)
@@ -235,46 +244,52 @@ def plot_confusion(
     class_names: list[str],
     out: Path,
 ) -> None:
-    """Draw, per true class (row), the share of its images that got each prediction (column).
+    """Draw the confusion matrix: of each true class (row), the fraction of images predicted as each class (column).
 
-    Up to 20 classes the cells carry percentages, up to 5 also counts; up to 60 the classes are named, beyond that the
-    axes count them. `labels` and `predictions` are [n], `class_names` [C].
+    Cells have percentages up to 20 classes, and counts too up to 5. The axes have class names up to 60 classes, and
+    class indices beyond. `labels` and `predictions` are [n], `class_names` [C].
     """
     counts = confusion_matrix(labels, predictions, labels=range(len(class_names)))  # [C, C]
-    images = counts.sum(axis=1)  # [C]
+    images_per_class = counts.sum(axis=1)  # [C]
     with np.errstate(invalid="ignore"):
-        share = counts / images[:, None]  # a class without images has a row of NaN
-    side = float(np.clip(2.8 + 0.42 * len(class_names), 4.2, 10.5))
+        row_fractions = counts / images_per_class[:, None]  # [C, C]; NaN for a class without images
+
+    side = float(np.clip(2.8 + 0.42 * len(class_names), 4.2, 10.5))  # inches
     figure = Figure(figsize=(side + 0.6, side), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    cells = _draw_cells(axes, share)
-    _label_classes(axes, class_names, images)
+    cells = _draw_cells(axes, row_fractions)
+    _label_classes(axes, class_names, images_per_class)
     accuracy = percent(np.mean(np.equal(labels, predictions)))
-    title(axes, f"{images.sum():,} images, {accuracy} correct")
-    if len(class_names) <= _MAX_NUMBERED:
-        _number_cells(axes, counts, share)
+    title(axes, f"{images_per_class.sum():,} images, {accuracy} correct")
+
+    if len(class_names) <= _MAX_CLASSES_WITH_PERCENT:
+        _write_cells(axes, counts, row_fractions)
     else:
         _add_colour_bar(figure, axes, cells)
     save(figure, out)
 
 
-def _draw_cells(axes: Axes, share: npt.NDArray[np.float64]) -> AxesImage:
-    axes.set_facecolor("#d9d9d9")  # shows through where a class has no images
+def _draw_cells(axes: Axes, row_fractions: npt.NDArray[np.float64]) -> AxesImage:
+    """Colour the cells by `row_fractions` [C, C]."""
+    axes.set_facecolor("#d9d9d9")  # visible in the rows of NaN
     axes.spines[:].set_visible(False)
     axes.tick_params(**_TICKS)
     norm = Normalize(0, 1)
-    if len(share) > _MAX_NUMBERED:
-        # With many classes no single mix-up is frequent; the square root keeps a few percent visible.
+    if len(row_fractions) > _MAX_CLASSES_WITH_PERCENT:
+        # With many classes no single confusion is frequent; a square-root scale keeps a few percent visible.
         norm = PowerNorm(0.5, 0, 1)
-    masked = np.ma.masked_invalid(share)
+    masked = np.ma.masked_invalid(row_fractions)
     return axes.imshow(masked, cmap="Blues", norm=norm, interpolation="nearest")
 
 
-def _label_classes(axes: Axes, class_names: Sequence[str], images: npt.NDArray[np.integer]) -> None:
-    classes = len(class_names)
-    unit = " (% of the true class)" if _MAX_COUNTED < classes <= _MAX_NUMBERED else ""
+def _label_classes(
+    axes: Axes, class_names: Sequence[str], images_per_class: npt.NDArray[np.integer]
+) -> None:
+    num_classes = len(class_names)
+    only_percent = _MAX_CLASSES_WITH_COUNTS < num_classes <= _MAX_CLASSES_WITH_PERCENT
+    unit = " (% of the true class)" if only_percent else ""
     axes.set_xlabel(f"predicted class{unit}", **_LABEL)
-    if classes > _MAX_NAMED:
+    if num_classes > _MAX_CLASSES_WITH_NAMES:
         axes.set_ylabel("true class", **_LABEL)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(10, integer=True))
@@ -282,26 +297,33 @@ def _label_classes(axes: Axes, class_names: Sequence[str], images: npt.NDArray[n
 
     axes.set_ylabel("true class (number of images)", **_LABEL)
     names = [name if len(name) <= 22 else f"{name[:21]}…" for name in class_names]
-    # matplotlib would read a dollar sign as mathematics.
+    # Unescaped, a dollar sign starts a formula in matplotlib.
     names = [name.replace("$", r"\$") for name in names]
-    counted = [f"{name} ({count:,})" for name, count in zip(names, images, strict=True)]
-    size = 8 if classes <= 40 else 6
+    names_with_counts = [
+        f"{name} ({count:,})" for name, count in zip(names, images_per_class, strict=True)
+    ]
+    fontsize = 8 if num_classes <= 40 else 6
     axes.set_xticks(
-        range(classes), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size
+        range(num_classes),
+        names,
+        rotation=45,
+        ha="right",
+        rotation_mode="anchor",
+        fontsize=fontsize,
     )
-    axes.set_yticks(range(classes), counted, fontsize=size)
+    axes.set_yticks(range(num_classes), names_with_counts, fontsize=fontsize)
 
 
-def _number_cells(
-    axes: Axes, counts: npt.NDArray[np.integer], share: npt.NDArray[np.float64]
+def _write_cells(
+    axes: Axes, counts: npt.NDArray[np.integer], row_fractions: npt.NDArray[np.float64]
 ) -> None:
-    """Write percentages into the cells; empty ones stay empty, so that what is mixed up stands out."""
-    for row, column in np.argwhere(share > 0):  # not NaN
-        value = share[row, column]
-        text = "<1" if value < 0.005 else f"{100 * value:.0f}"
-        if len(counts) <= _MAX_COUNTED:
+    """Write percentages into the cells; cells of 0 images stay empty, so that confusions stand out."""
+    for row, column in np.argwhere(row_fractions > 0):  # False for NaN
+        fraction = row_fractions[row, column]
+        text = "<1" if fraction < 0.005 else f"{100 * fraction:.0f}"
+        if len(counts) <= _MAX_CLASSES_WITH_COUNTS:
             text = f"{counts[row, column]:,}\n{text} %"
-        color = "white" if value > 0.55 else INK
+        color = "white" if fraction > 0.55 else INK
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
 
 

@@ -1,9 +1,11 @@
-"""The processes and devices of a training: what they share, how they start, and the signals that stop one.
+"""The processes and devices of a training: what they exchange, how they start, and the signals that stop one.
 
-During training a signal is only noted; `resume.ResumePoint` saves and stops between two optimizer steps, and a second
-one doesn't wait for that. The exit code is 128 plus the signal's number: 130 Ctrl-C, 129 terminal closed, 143 SIGTERM,
-138 SIGUSR1 (Linux). Several processes are started by torchrun, by SLURM's srun, or here, by torchrun's own launcher.
-All run the same command, join before anything is decided, and take what the first process decided.
+During training the first signal is only recorded: `resume.ResumePoint` saves and stops between two optimizer steps. A
+second signal stops at once. The exit code is 128 plus the signal's number: 130 Ctrl-C, 129 terminal closed, 143
+SIGTERM, 138 SIGUSR1 (Linux).
+
+Several processes are started by torchrun, by SLURM's srun, or by `start_processes`, which uses torchrun's launcher.
+All of them run the same command and join one process group first; rank 0 then takes the decisions for all.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from moevision.train.lightning_internals import command_of_this_process
 
 _Callback = TypeVar("_Callback")
 _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH --signal=USR1@120`
-# Windows has neither.
+# Windows has neither of these signals.
 _HANGUP = getattr(signal, "SIGHUP", None)
 _KILL = getattr(signal, "SIGKILL", 9)
 
@@ -53,7 +55,7 @@ def is_rank0() -> bool:
 
 
 def mean_over_processes(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Detached scalars, each the mean over processes; all of them in one exchange."""
+    """Scalars averaged over processes and detached; all of them take one all-reduce."""
     if not several_processes():
         return {name: value.detach() for name, value in values.items()}
     sums = sum_over_ranks([value.detach().float() for value in values.values()])
@@ -61,7 +63,7 @@ def mean_over_processes(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sum_numbers(numbers: list[float], device: torch.device) -> list[float]:
-    """Sums over processes of a few numbers, in double precision."""
+    """Sum each number over processes, in double precision."""
     if not several_processes():
         return numbers
     (sums,) = sum_over_ranks([torch.tensor(numbers, dtype=torch.float64, device=device)])
@@ -78,7 +80,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def print_rank0(sentence: str) -> None:
-    """Print a sentence to stderr at once; a terminal that was closed meanwhile is no reason to stop training."""
+    """Print a sentence to stderr, on rank 0 only; errors are ignored: a closed terminal must not stop training."""
     if not is_main_process():
         return
     # EIO from a hung-up terminal; ValueError from a closed file.
@@ -87,7 +89,7 @@ def print_rank0(sentence: str) -> None:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """The signals that stop a training: Ctrl-C, SIGTERM, SLURM's warning, and a closed terminal but under nohup."""
+    """The signals that stop a training: Ctrl-C, SIGTERM, SLURM's warning, and a closed terminal except under nohup."""
     signals = [signal.Signals[name] for name in _STOP_SIGNALS if hasattr(signal, name)]
     if _HANGUP is not None and signal.getsignal(_HANGUP) is signal.SIG_IGN:
         signals.remove(_HANGUP)
@@ -95,7 +97,7 @@ def stop_signals() -> list[signal.Signals]:
 
 
 class Interrupted(SystemExit):
-    """Ends a process that a signal asked to stop; `code` is its exit code."""
+    """Raised to end a process that a signal asked to stop; `code` is its exit code."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -103,80 +105,85 @@ class Interrupted(SystemExit):
 
 
 class Interruption:
-    """Listens to the signals that ask a process to stop, as a context manager.
+    """Handles the signals that ask a process to stop, as a context manager.
 
-    While it is `training`, stopping waits for the end of a step; `requested` is the signal that asked for it, `by` what
-    else did.
+    Attributes:
+        training: while true, the first signal is only recorded, so that training can end its step and save.
+        requested: number of the last signal that asked to stop, None before any.
+        by: the option that asked to stop without a signal, such as "--trainer.max_time"; else empty.
     """
 
     def __init__(self) -> None:
         self.training = False
         self.requested: int | None = None
         self.by = ""
-        self._process = os.getpid()
-        self._earlier: dict[int, Any] = {}
+        self._process_id = os.getpid()
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        """Begin to listen."""
+        """Install the handlers."""
         self.listen()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Restore the earlier handlers."""
-        for number, handler in self._earlier.items():
+        """Restore the handlers that were there before."""
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._earlier = {}
+        self._previous_handlers = {}
 
     def listen(self) -> None:
-        """Install the handlers; again when a fit begins, at which Lightning installs its own."""
+        """Install the handlers; called again when a fit begins, since Lightning has then installed its own."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in stop_signals():
-            self._earlier.setdefault(number, signal.getsignal(number))
+            self._previous_handlers.setdefault(number, signal.getsignal(number))
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return  # a worker of the data loader, forked with our handler: the main process decides
+        if os.getpid() != self._process_id:
+            return  # a data loader's worker inherited this handler by fork: the main process decides
+
         if number == _HANGUP:
-            _leave_terminal()
+            _redirect_output_to_null()
+
         is_second = self.requested is not None
         self.requested = number
         if is_second or not self.training:
             raise Interrupted(number)
+
         name = signal.Signals(number).name
         print_rank0(
             f"\n{name}: saving when this step is done (validation is finished first); once more to stop without it."
         )
 
     def stop(self) -> None:
-        """Stop now, with SIGTERM's code if this process got no signal."""
+        """Stop now, with the exit code of the signal; that of SIGTERM if this process got none."""
         raise Interrupted(signal.SIGTERM if self.requested is None else self.requested)
 
 
-def _leave_terminal() -> None:
-    """Discard what is printed: writing to a terminal that is gone would raise in the middle of a step."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
+def _redirect_output_to_null() -> None:
+    """Discard what is printed to a closed terminal: writing there would raise an error in the middle of a step."""
+    null_device = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):  # stdout, stderr
         if os.isatty(descriptor):
-            os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+            os.dup2(null_device, descriptor)
+    os.close(null_device)
 
 
-def broadcast_from_rank0(decision: Callable[[], Any]) -> Any:
-    """The result of `decision` on rank 0, as plain data, on every process. If it fails, the others end too."""
+def broadcast_from_rank0(decide: Callable[[], Any]) -> Any:
+    """Call `decide` on rank 0 and return its result, plain data, on every process. If it fails, all processes end."""
     if not several_processes():
-        return decision()
-    message: list[Any] = [False, None]  # whether it was decided, and what
+        return decide()
+    message: list[Any] = [False, None]  # whether rank 0 succeeded, and its result
     try:
         if is_rank0():
-            message = [True, decision()]
+            message = [True, decide()]
     finally:
         dist.broadcast_object_list(message, src=0)
-    is_decided, value = message
-    if not is_decided:
+    succeeded, result = message
+    if not succeeded:
         raise SystemExit(0)
-    return value
+    return result
 
 
 @contextmanager
@@ -192,27 +199,31 @@ def rank0_first() -> Iterator[None]:
 
 
 def init_process_group() -> None:
-    """Join the other processes of this training, if torchrun, SLURM or `start_processes` started all of them.
+    """Join the other processes of this training, if torchrun, SLURM or `start_processes` started several.
 
-    No signal interrupts the wait for them: call it while SIGTERM still ends the process.
+    This waits for all of them, and a handler of ours can't interrupt it: call it while SIGTERM still has its default
+    action, which ends the process.
     """
     if not dist.is_available() or dist.is_initialized():
         return
     environment = _cluster_environment()
     if environment is None or environment.world_size() < 2:
         return
+
     address = f"tcp://{environment.main_address}:{environment.main_port}"
     if isinstance(environment, TorchElasticEnvironment):
-        address = "env://"  # torchrun may hold the store itself, and says so in the environment
-    # srun sets it for what it starts; a batch script itself is one process, whatever it asked for.
+        # torchrun may host the store itself; an environment variable says so.
+        address = "env://"
+    # Only srun sets this variable; without srun, a batch script is one process, however many tasks the job has.
     elif "SLURM_STEP_NUM_TASKS" not in os.environ:
         raise UserError(
             f"This job has {environment.world_size()} tasks, and only srun starts them: begin the command with srun."
         )
+
     rank = environment.global_rank()
     try:
         dist.init_process_group(init_method=address, rank=rank, world_size=environment.world_size())
-    except RuntimeError as error:  # a process that had started has gone
+    except RuntimeError as error:  # another process ended before all had joined
         if rank > 0:
             raise SystemExit(USER_ERROR) from None  # only rank 0 prints the error
         reason = str(error).partition("\n")[0]
@@ -227,43 +238,47 @@ def _cluster_environment() -> TorchElasticEnvironment | SLURMEnvironment | None:
         return TorchElasticEnvironment()
     try:
         return SLURMEnvironment() if SLURMEnvironment.detect() else None
-    except RuntimeError as error:  # about --ntasks
+    except RuntimeError as error:  # Lightning's, about the option --ntasks
         raise UserError(f"{error} Start the command with srun.") from error
 
 
-def start_processes(number: int) -> NoReturn:
-    """Run this command once in each of `number` processes on this machine, wait for them, and end as they did."""
+def start_processes(num_processes: int) -> NoReturn:
+    """Run this command in `num_processes` processes on this machine, wait for them, and exit with their exit code."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The processes print their errors themselves.
+    # The processes print their errors themselves, so the launcher needn't.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=number,
+        nproc_per_node=num_processes,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id="moevision",
         max_restarts=0,
         monitor_interval=0.2,
-        shutdown_timeout=600,  # a validation is finished before a process stops
-        signals_to_handle=",".join(number.name for number in stop_signals()),
+        shutdown_timeout=600,  # seconds; a process finishes its validation before it stops
+        signals_to_handle=",".join(stop_signal.name for stop_signal in stop_signals()),
     )
+
     program, *arguments = command_of_this_process()
     try:
         elastic_launch(config, program)(*arguments)
-    except SignalException as stopped:
-        raise SystemExit(128 + stopped.sigval) from None
-    except ChildFailedError as failed:
-        codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
         raise SystemExit(_exit_code(codes)) from None
     raise SystemExit(0)
 
 
 def _exit_code(codes: dict[int, int]) -> int:
-    """The exit code of a training by those of its processes by rank; says so where one was killed."""
+    """The exit code of a training, given the code of each rank; prints a message if a process was killed.
+
+    Torch gives a process that a signal ended the negative of the signal's number.
+    """
     killed = [rank for rank, code in codes.items() if code == -_KILL]
     if killed:
         advice = ""
@@ -273,20 +288,22 @@ def _exit_code(codes: dict[int, int]) -> int:
             f"moevision: Process {killed[0]} of this training was killed, by somebody or by a system that has run "
             f"out of memory.{advice}"
         )
-        return USER_ERROR  # the others were ended for it, and each has a code of its own
+        return USER_ERROR  # the launcher then ended the others, whose codes say nothing
+
     failures = [code for code in codes.values() if code > 0]
-    failures.sort(key=lambda code: code > 128)  # those that a signal ended last
+    # Failures of a process itself come before stops by a signal.
+    failures.sort(key=lambda code: code > 128)
     return failures[0] if failures else USER_ERROR
 
 
 def random_state() -> dict[str, Any]:
-    """The generators' states of this process: tensors, lists, numbers and strings only."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    """The states of this process's random generators, made of tensors, lists, numbers and strings only."""
+    version, internal_state, next_gauss = random.getstate()
+    generator, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)
     keys = np.asarray(keys).tolist()
     return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [str(kind), keys, int(position), int(has_gauss), float(cached)],
+        "python": [version, list(internal_state), next_gauss],
+        "numpy": [str(generator), keys, int(position), int(has_gauss), float(cached_gauss)],
         "torch": torch.random.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -301,53 +318,54 @@ def seed_per_rank(rank: int) -> None:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Restore every generator; those of CUDA only if there are as many devices as then."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *others = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *others))
+    """Restore every generator; those of CUDA only if the number of devices is the same as when they were saved."""
+    version, internal_state, next_gauss = state["python"]
+    random.setstate((version, tuple(internal_state), next_gauss))
+    generator, keys, *others = state["numpy"]
+    np.random.set_state((generator, np.array(keys, dtype=np.uint32), *others))
     torch.random.set_rng_state(state["torch"].cpu())
-    devices = state["cuda"]
-    if devices and torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([device.cpu() for device in devices])
+    cuda_states = state["cuda"]
+    if cuda_states and torch.cuda.is_available() and len(cuda_states) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([cuda_state.cpu() for cuda_state in cuda_states])
 
 
-# ---- the devices: what is asked before there is a Trainer
+# ---- devices, as far as they are needed before there is a Trainer; parts of a Trainer
 
 _accelerator: ContextVar[str | None] = ContextVar("accelerator", default=None)
 
 
 @contextmanager
 def trains_on(accelerator: str | None) -> Iterator[None]:
-    """Inside, `has_gpu` knows --trainer.accelerator; None: it wasn't given."""
-    before = _accelerator.set(accelerator)
+    """A scope in which `has_gpu` knows the option --trainer.accelerator; None if it wasn't given."""
+    token = _accelerator.set(accelerator)
     try:
         yield
     finally:
-        _accelerator.reset(before)
+        _accelerator.reset(token)
 
 
 def has_gpu() -> bool:
-    """Whether the training will have a GPU of CUDA or ROCm. Apple's isn't used: it has no float64."""
+    """Whether the training will run on a CUDA or ROCm GPU. Apple's GPUs aren't used: they have no float64."""
     return _accelerator.get() != "cpu" and torch.cuda.is_available()
 
 
-def callback_of(trainer: L.Trainer, kind: type[_Callback]) -> _Callback | None:
-    """The callback of this kind that a training has, if it has one."""
+def callback_of(trainer: L.Trainer, callback_type: type[_Callback]) -> _Callback | None:
+    """The first callback of this type that the trainer has; None without."""
     callbacks = cast(Any, trainer).callbacks
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+    return next((callback for callback in callbacks if isinstance(callback, callback_type)), None)
 
 
 def data_of(trainer: L.Trainer) -> Any:
-    """The `ImageDataModule` of a training; None where loaders were given."""
+    """The `ImageDataModule` of a training; None if it was started with data loaders instead."""
     return cast(Any, trainer).datamodule
 
 
 def is_trial(trainer: L.Trainer) -> bool:
-    """Whether this only tests that everything runs (--trainer.fast_dev_run)."""
+    """Whether this is only a test that everything runs (--trainer.fast_dev_run)."""
     return bool(cast(Any, trainer).fast_dev_run)
 
 
 def parallel_strategy(trainer: L.Trainer) -> Any:
     """The `MoEParallelStrategy` of this trainer; None where every process has all weights."""
+    # Only that strategy has this attribute.
     return trainer.strategy if hasattr(trainer.strategy, "replicated") else None

@@ -1,7 +1,8 @@
-"""What `fit` chooses where the user did not (model, image size, batch, epochs, precision), and the plan that it prints.
+"""Settings that `fit` chooses if the user gives none (model, image size, batch, epochs, precision), and its plan.
 
-Few images start from pretrained weights (`start`), others from scratch. Memory: whether weights, gradients and moments
-fit is known before; if activations are too large, `memory_advice` says what takes less.
+Trainings on few images start from pretrained weights (`start`), others from scratch. Whether weights, gradients and the
+optimizer's moments fit into memory is checked before a training; if activations don't fit, `memory_advice` suggests
+options that need less.
 
 Every choice is printed and can be overridden on the command line. `runs/NAME/` is the run folder; `--config NAME` finds
 the configs that are shipped with the package.
@@ -57,8 +58,8 @@ from moevision.words import shell_word
 PACKAGE = Path(__file__).resolve().parent.parent
 SCRATCH_MINIMUM = 200_000  # images below which `fit` starts from pretrained weights
 _PRETRAINED = "model.arch.pretrained"
-# Who gives one of these has chosen a model.
-_MODEL = (
+# Options that choose or shape the model: with one of them no pretrained model is chosen automatically.
+_MODEL_OPTIONS = (
     "model.arch.name",
     "model.arch.base",
     "model.arch.stem",
@@ -71,7 +72,7 @@ _MODEL = (
 
 
 def new_run_folder(name: str, root: Path = Path("runs")) -> Path:  # type: ignore[return]
-    """A folder that no earlier run has used: `runs/<name>`, else `runs/<name>-2`, ... Created empty."""
+    """Create the first folder that doesn't exist yet of `runs/<name>`, `runs/<name>-2`, `runs/<name>-3`, ..."""
     for number in count(1):
         folder = root / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
@@ -80,7 +81,7 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:  # type: ignor
 
 
 def refuse_among_images(run_dir: Path, data: str) -> None:
-    """Raise a UserError where a run folder would be read as part of the images that it is made for."""
+    """Raise a UserError if the run folder lies in the folder of images, whose files are all read as images."""
     if contains_path(data, run_dir):
         raise UserError(
             f"The run folder {run_dir} would become part of the images in {data}: start elsewhere, or give another "
@@ -89,7 +90,7 @@ def refuse_among_images(run_dir: Path, data: str) -> None:
 
 
 def run_name(data: str) -> str:
-    """What a run is called after its data: that of the folder or table, without signs that a terminal can't show."""
+    """The default name of a run, from its folder or table of images, without characters that a terminal can't show."""
     if data.startswith(HF):
         data = data.removeprefix(HF).replace(":", "-")
     path = Path(data).resolve()
@@ -107,7 +108,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The config file called `name`: a path, or the name of a shipped config; a UserError if it is neither."""
+    """The config file that `name` means: a path, or the name of a shipped config; a UserError if it is neither."""
     if Path(name).is_file():
         return Path(name)
     configs = shipped_configs()
@@ -120,7 +121,7 @@ def find_config(name: str) -> Path:
 
 
 def default_precision() -> str:
-    """bf16-mixed where the hardware multiplies bfloat16 (it halves a step's time), else 32-true, on a GPU 16-mixed."""
+    """bf16-mixed if the hardware multiplies bfloat16 (it halves a step's time); else 16-mixed on a GPU and 32-true."""
     if has_gpu():
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16-mixed" if has_bf16 else "16-mixed"
@@ -133,25 +134,25 @@ def default_precision() -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """What `fit`, `validate` or `test` is asked for: the options by their sources, each read once."""
+    """The arguments of `fit`, `validate` or `test`: options by their dotted names, separately for each source."""
 
     verb: str
-    prints: bool  # whether the settings are to be printed, and nothing else is to be done
-    images: str | None  # what stands right after the verb
+    prints: bool  # whether to print the settings and do nothing else
+    images: str | None  # the argument after the verb: a folder, a table or a dataset's name
     has_config: bool  # whether --config is given
     pretrained: str | None  # --pretrained; None: it wasn't given
     resume: str | None  # --resume: a run folder, or `auto`
-    config: dict[str, Any]  # the options of the files of --config
-    command_line: dict[str, Any]  # the others that are typed
+    config: dict[str, Any]  # the options in the files of --config
+    command_line: dict[str, Any]  # all other options of the command line
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is typed or stands in a configuration."""
+        """Options of the configs and the command line, which takes precedence."""
         return {**self.config, **self.command_line}
 
     @property
     def run_dir(self) -> Path:
-        """The run that goes on; with `auto` the folder of this command, before anything is added because it exists."""
+        """The folder of the resumed run; with `auto` the one that this command would create, without a number."""
         if self.resume not in (None, AUTO):
             return Path(self.resume)
         name = self.options.get("name") or run_name(self.options.get("data.path", "synthetic_pets"))
@@ -159,7 +160,7 @@ class Request:
 
     @property
     def trainer(self) -> dict[str, Any]:
-        """Arguments of the Trainer, also those of the run that goes on: accelerator, devices and machines."""
+        """Arguments of the Trainer (accelerator, devices, machines), including those recorded by a resumed run."""
         recorded: dict[str, Any] = {}
         config = self.run_dir / "config.yaml"
         if self.resume is not None and config.is_file():
@@ -168,7 +169,7 @@ class Request:
 
 
 def read_request(verb: str, args: ParsedArgs) -> Request:
-    """Read the configurations that a command line names, and refuse options that don't belong together."""
+    """Read the config files that a command line names, and raise a UserError for options that contradict each other."""
     if args.options.get("model.arch.twin") and args.options.get("with_twin"):
         raise UserError(
             "--dense trains the dense model itself: leave --with-twin out, which trains both."
@@ -179,21 +180,22 @@ def read_request(verb: str, args: ParsedArgs) -> Request:
     if _PRETRAINED in command_line:
         pretrained = command_line.pop(_PRETRAINED) or NONE
 
-    # The name of a shipped configuration in the place of a folder is `--config NAME`.
+    # The name of a shipped config instead of a folder means `--config NAME`.
     images = args.folder
-    names = args.configs
-    if images is not None and not names and _is_recipe(images):
+    config_names = args.configs
+    if images is not None and not config_names and _is_shipped_config(images):
         if images in NAMED and pretrained not in (None, NONE):
-            # Recipes from scratch don't suit pretrained weights, their data do.
+            # The shipped config trains from scratch. With pretrained weights only its data set is used.
             command_line.setdefault("data.download", True)
         else:
-            names = [images]
+            config_names = [images]
             images = None
+
     config: dict[str, Any] = {}
-    for name in names:
+    for name in config_names:
         config |= read_config(find_config(name))
 
-    _refuse_without_effect(images, command_line, config)
+    _check_image_options(images, command_line, config)
     checkpoint = {**config, **command_line}.get("ckpt_path")
     if verb == "fit" and checkpoint is not None:
         folder = shell_word(str(Path(checkpoint).parent.parent))
@@ -204,7 +206,7 @@ def read_request(verb: str, args: ParsedArgs) -> Request:
         verb=verb,
         prints=args.prints,
         images=images,
-        has_config=bool(names),
+        has_config=bool(config_names),
         pretrained=pretrained,
         resume=resume,
         config=config,
@@ -212,31 +214,32 @@ def read_request(verb: str, args: ParsedArgs) -> Request:
     )
 
 
-def _is_recipe(name: str) -> bool:
-    """Whether it names a shipped configuration, and no folder of images."""
+def _is_shipped_config(name: str) -> bool:
+    """Whether this is the name of a shipped config and no existing path."""
     return name in shipped_configs() and not Path(name).exists()
 
 
 def resolve_settings(request: Request, say: Callable[[str], None] = print_rank0) -> Settings:
-    """The settings of a request, with what is chosen for the images where it says nothing.
+    """The settings of a request; options that it doesn't give are chosen for its images.
 
-    A folder, or a dataset's name, gets a recipe unless `--config` is given. A checkpoint is evaluated by its run's
-    config.yaml, unless another `--config` is given.
+    Without `--config`, `fit` chooses options for a folder or a dataset's name (`choose_recipe`), and a checkpoint is
+    evaluated with the config.yaml of its run.
 
-    Every process must call it: what depends on the machine is chosen by the first one. `say` takes the line that says
-    what the training starts from.
+    Every process must call this: rank 0 makes the choices that depend on the machine. `say` prints the line that says
+    which weights the training starts from.
     """
     is_fit = request.verb == "fit"
-    config, command_line = request.config, request.command_line
-    run: dict[str, Any] = {}
+    config = request.config
+    command_line = request.command_line
+    recorded: dict[str, Any] = {}
     if not is_fit and not request.has_config:
-        run = _options_of_run(command_line.get("ckpt_path"))
-    if not request.has_config and not run and "data.path" not in command_line:
-        raise UserError(_what_to_name(request))
+        recorded = _options_of_run(command_line.get("ckpt_path"))
+    if not request.has_config and not recorded and "data.path" not in command_line:
+        raise UserError(_no_images_message(request))
 
     recipe: dict[str, Any] = {}
     weights: dict[str, Any] = {}
-    with trains_on({**run, **request.options}.get("trainer.accelerator")):
+    with trains_on({**recorded, **request.options}.get("trainer.accelerator")):
         if is_fit and request.images is not None and not request.has_config:
             recipe = broadcast_from_rank0(
                 partial(choose_recipe, request.images, request.pretrained, command_line, say)
@@ -245,18 +248,20 @@ def resolve_settings(request: Request, say: Callable[[str], None] = print_rank0)
             weights = broadcast_from_rank0(
                 partial(weights_alone, request.pretrained, command_line, say)
             )
-        # Each layer wins over those before it.
-        config, command_line = _ended_by_steps(config), _ended_by_steps(command_line)
-        options = {**recipe, **run, **config, **command_line, **weights}
+
+        # Later sources take precedence over earlier ones.
+        config = _without_epochs(config)
+        command_line = _without_epochs(command_line)
+        options = {**recipe, **recorded, **config, **command_line, **weights}
         if options.get("trainer.precision") is None:
             options["trainer.precision"] = default_precision()
     return to_settings(options)
 
 
 def resumed_settings(request: Request) -> tuple[Settings, Settings]:
-    """The settings of a run that goes on: as recorded, and with what the request changes of them.
+    """The settings of a resumed run: as recorded, and with the changes of the request.
 
-    The run has chosen its start and its recipe.
+    Nothing is chosen automatically: the recorded settings include the choices of the run's first start.
     """
     recorded = read_config(recorded_config(request.run_dir))
     weights: dict[str, Any] = {}
@@ -266,7 +271,7 @@ def resumed_settings(request: Request) -> tuple[Settings, Settings]:
 
 
 def recorded_config(run_dir: Path) -> Path:
-    """The config that a run began with."""
+    """The config of a run's first start."""
     config = run_dir / "config.yaml"
     if not config.is_file():
         hint = f": give its folder, {run_dir.parent.parent}" if run_dir.suffix == ".ckpt" else ""
@@ -275,58 +280,58 @@ def recorded_config(run_dir: Path) -> Path:
 
 
 def _options_of_run(checkpoint: str | None) -> dict[str, Any]:
-    """The config.yaml of the run that a checkpoint is of."""
+    """The options of the run that a checkpoint is from, for its evaluation; empty if it is in no run folder."""
     if not checkpoint or Path(os.path.abspath(checkpoint)).parent.name != "checkpoints":
         return {}
     run_dir = run_of_checkpoint(checkpoint)
     if not (run_dir / "config.yaml").is_file():
         return {}
-    # One process evaluates, unless more are asked for: this may be another machine than that of the training.
+    # Evaluate in one process unless the user asks for more: this machine may have fewer devices than the training's.
     one_process = {"trainer.devices": 1, "trainer.num_nodes": 1}
     return {**read_config(newest_config(run_dir)), **one_process}
 
 
-def _ended_by_steps(options: dict[str, Any]) -> dict[str, Any]:
-    """Let the steps that a layer gives end the training, whatever the epochs of other layers."""
+def _without_epochs(options: dict[str, Any]) -> dict[str, Any]:
+    """If these options give max_steps alone, clear max_epochs, so that other sources' epochs don't end the training."""
     if options.get("trainer.max_steps", -1) > 0:
         return {"trainer.max_epochs": None, **options}
     return options
 
 
-def _what_to_name(request: Request) -> str:
-    """A sentence for a request that names no images."""
+def _no_images_message(request: Request) -> str:
+    """The message for a request that names no images."""
     if request.verb == "fit":
-        other = f"--config with one of {', '.join(shipped_configs())}"
+        alternative = f"--config with one of {', '.join(shipped_configs())}"
     elif checkpoint := request.command_line.get("ckpt_path"):
         return f"There is no config.yaml in {run_of_checkpoint(checkpoint)}: correct --ckpt_path."
     else:
-        other = "--ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on"
+        alternative = "--ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on"
     return (
         f"Say what to {request.verb} on, right after the verb: a folder with one subfolder per class, a dataset's "
-        f"name, or {other}."
+        f"name, or {alternative}."
     )
 
 
-def _refuse_without_effect(folder: str | None, command_line: Options, config: Options) -> None:
-    """Refuse what was typed of the images and would change nothing."""
+def _check_image_options(folder: str | None, command_line: Options, config: Options) -> None:
+    """Raise a UserError for two names of images, and for a table's column if the images are no table."""
     path = command_line.get("data.path")
     if folder is not None and path not in (None, folder):
         raise UserError(f"{folder} and --data.path {path} both name images: use one of them.")
 
-    columns = ("data.image_column", "data.label_column")
-    column = next((name for name in columns if command_line.get(name) is not None), None)
-    images = folder or path or config.get("data.path")  # None: a run's, which goes on
-    if column is None or images is None:
+    column_options = ("data.image_column", "data.label_column")
+    given_columns = [name for name in column_options if command_line.get(name) is not None]
+    images = folder or path or config.get("data.path")  # None: those of a resumed run
+    if not given_columns or images is None:
         return
     is_folder = kind_of(images) == "folder" and Path(images).expanduser().is_dir()
     if images in DATASET_NAMES or is_folder:
         raise UserError(
-            f"--{column} names a column of a table, and there is none in {images}: leave it out."
+            f"--{given_columns[0]} names a column of a table, and there is none in {images}: leave it out."
         )
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The options that a configuration gives, by their dotted names."""
+    """The options of a config file, by their dotted names."""
     options = parse_config(read_yaml(file), str(file))
     if options.pop("resume", None) is not None:
         raise UserError(
@@ -336,16 +341,16 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def run_of_checkpoint(checkpoint: str) -> Path:
-    """The run folder of `runs/NAME/checkpoints/FILE`, from wherever that is named."""
+    """The run folder of a checkpoint `runs/NAME/checkpoints/FILE`, which may be a relative path."""
     return Path(os.path.abspath(checkpoint)).parent.parent
 
 
 def weights_alone(
     pretrained: str, options: Options, say: Callable[[str], None] = print_rank0
 ) -> dict[str, Any]:
-    """`--pretrained` as options; the name and base of a configuration, which it takes the place of, are left out.
+    """The options that `--pretrained` stands for, without a recipe.
 
-    `options` are those of the command line, which keep their values.
+    They replace the model's name and base of a config. `options` are those of the command line, which are not replaced.
     """
     if pretrained == AUTO:
         weights, line = choose_start(AUTO)
@@ -358,8 +363,8 @@ def weights_alone(
     is_file = pretrained.endswith(".safetensors") and Path(pretrained).is_file()
     if is_file and options.get("model.arch.base") is None:
         base = architecture_of(pretrained)
-    of_weights = {_PRETRAINED: pretrained, "model.arch.name": None, "model.arch.base": base}
-    return {name: value for name, value in of_weights.items() if options.get(name) is None}
+    replaced = {_PRETRAINED: pretrained, "model.arch.name": None, "model.arch.base": base}
+    return {name: value for name, value in replaced.items() if options.get(name) is None}
 
 
 def choose_recipe(
@@ -368,50 +373,54 @@ def choose_recipe(
     options: Mapping[str, Any] = {},
     say: Callable[[str], None] = print_rank0,
 ) -> dict[str, Any]:
-    """Options for a folder of images or a dataset's name, from their number, free memory and device.
+    """Options that suit the images in a folder or of a named dataset, by their number, free memory and the device.
 
-    `pretrained` is `--pretrained` (None: pretrained weights if there are few images and no model is named), `options`
-    are those of the command line, which may ask for another choice.
+    `pretrained` is `--pretrained` (None: pretrained weights if there are few images and no model is given), `options`
+    are those of the command line, on which the choices depend.
     """
     images = count_images(path)
-    named_model = next((name for name in _MODEL if options.get(name) is not None), None)
+    # The first option that chooses or shapes the model, if any is given.
+    model_option = next((name for name in _MODEL_OPTIONS if options.get(name) is not None), None)
     if pretrained is None:
-        pretrained = _default_start(path, images, named_model, say)
+        pretrained = _default_start(path, images, model_option, say)
     if pretrained != NONE and path != "synthetic_pets":
-        _refuse_unreadable(path, options)
+        _check_readable(path, options)
 
     weights, line = choose_start(pretrained, images, options.get("model.arch.base"))
     if line:
         say(line)
     loading = _loading_options(path, options)
     if weights is None:
-        return loading | _options_from_scratch(images, named_model, options)
+        return loading | _options_from_scratch(images, model_option, options)
 
     depth = options.get("model.arch.depth")
     if depth is not None:
-        first_blocks(weights.net, depth)  # before experts are placed
+        first_blocks(weights.net, depth)  # the placement of experts depends on the depth
     recipe = loading | pretrained_options(weights, images)
-    if options.get("model.arch.router") is not None:  # not every router can
+    if options.get("model.arch.router") is not None:  # it may be one that can't start from clusters
         recipe.pop("router_start", None)
     return recipe
 
 
 def _default_start(
-    path: str, images: int, named_model: str | None, say: Callable[[str], None]
+    path: str, images: int, model_option: str | None, say: Callable[[str], None]
 ) -> str | None:
-    """None, which lets `choose_start` look for weights, for few images and no model by name; else `none`."""
-    few = 0 < images < SCRATCH_MINIMUM
-    if not few or path == "synthetic_pets":  # drawn ones are learnt from scratch
+    """The value to use if `--pretrained` isn't given.
+
+    None, with which `choose_start` looks for weights, if there are few images and no model is given; otherwise `none`.
+    """
+    are_few = 0 < images < SCRATCH_MINIMUM
+    if not are_few or path == "synthetic_pets":  # these are learned from scratch, however few
         return NONE
-    if named_model is None:
+    if model_option is None:
         return None
-    reason = f"--{named_model} shapes the model, so that no pretrained weights are looked for"
+    reason = f"--{model_option} shapes the model, so that no pretrained weights are looked for"
     say(from_scratch(reason).line)
     return NONE
 
 
-def _refuse_unreadable(path: str, options: Options) -> None:
-    """Refuse images that aren't there, or can't be read, before weights are asked for or fetched."""
+def _check_readable(path: str, options: Options) -> None:
+    """Raise a UserError for missing or unreadable images, before any weights are looked for or downloaded."""
     if options.get("data.download"):
         return
     open_collection(
@@ -426,13 +435,13 @@ def _refuse_unreadable(path: str, options: Options) -> None:
 
 
 def _loading_options(path: str, options: Options) -> dict[str, Any]:
-    """How images are cropped, cached and prepared on this machine."""
+    """Options of the images' crop, cache and worker processes on this machine."""
     devices = options.get("trainer.devices", 1)
-    if not isinstance(devices, int) or devices < 1:  # auto, -1, a list: at most all
+    if not isinstance(devices, int) or devices < 1:  # auto, -1 or a list: assume all GPUs
         devices = torch.cuda.device_count()
     workers = 0
     if has_gpu():
-        workers = min(8, (usable_cores() - 1) // devices)
+        workers = min(8, (usable_cores() - 1) // devices)  # of each process
     free_bytes = memory_available_bytes() or 2**32
     return {
         "data.crop": "auto" if path in NAMED else "random_resized",
@@ -441,39 +450,45 @@ def _loading_options(path: str, options: Options) -> dict[str, Any]:
     }
 
 
-def _options_from_scratch(images: int, named_model: str | None, options: Options) -> dict[str, Any]:
-    """A hybrid that learns on a CPU, with Muon; for a model that the user names, AdamW."""
+def _options_from_scratch(
+    images: int, model_option: str | None, options: Options
+) -> dict[str, Any]:
+    """Options of a training from scratch: a hybrid model, small enough for a CPU, with Muon.
+
+    A model that the user names is trained with AdamW instead.
+    """
     recipe: dict[str, Any] = {}
-    if named_model not in ("model.arch.name", "model.arch.base"):
+    if model_option not in ("model.arch.name", "model.arch.base"):
         recipe = {"model.arch.name": "vit_moe_hybrid_patch8_32", "model.optim.name": "muon"}
     elif options.get("data.image_size") is None:
-        # With a size of images that the user names, the model's patches stay as they are.
+        # Only for the image size below: with an image size of the user's, the model keeps its own patch size.
         recipe = {"model.arch.patch_size": 8}
 
     optimizer = options.get("model.optim.name") or recipe.get("model.optim.name", "adamw")
     largest_batch = 256 if has_gpu() else 64
-    epochs = round(200_000 / max(1, images))  # 200 000 images seen, in limits
+    epochs = round(200_000 / max(1, images))  # 200 000 images in all
     return recipe | {
         "model.optim.lr": 6e-3 if optimizer == "muon" else 1e-3,
-        "data.image_size": 64,  # 64 tokens, where the patches are of 8 px
+        "data.image_size": 64,  # 64 tokens if the patch size is 8
         "data.batch_size": min(largest_batch, max(8, images // 20)),
         "trainer.max_epochs": min(100, max(10, epochs)),
     }
 
 
 def batches_of_epoch(data: ImageDataModule, trainer: L.Trainer) -> int:
-    """Batches that a process trains on in an epoch."""
+    """Number of batches that each process trains on in an epoch."""
     batches = data.train_batches(trainer.world_size)
     limit = trainer.limit_train_batches
-    if not isinstance(limit, int):  # a share
+    if not isinstance(limit, int):  # a float is a share of the batches
         limit = int(limit * batches)
     return min(batches, limit)
 
 
 def check_window(data: ImageDataModule, trainer: L.Trainer) -> None:
-    """Raise a UserError where a step would sum more batches than an epoch has: it ends with the epoch.
+    """Raise a UserError if a step would accumulate the gradients of more batches than an epoch has.
 
-    Lightning would still divide the gradient by `accumulate_grad_batches`.
+    At the end of an epoch Lightning makes the step with the batches that it has, but still divides the gradient by
+    `accumulate_grad_batches`.
     """
     window = trainer.accumulate_grad_batches
     batches = max(1, batches_of_epoch(data, trainer))
@@ -484,14 +499,15 @@ def check_window(data: ImageDataModule, trainer: L.Trainer) -> None:
 
 
 def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str]:
-    """Batches of the whole training, for each process, and what they are in words."""
+    """Batches of the whole training on each process, and a description such as `3 epochs of 800 images`."""
     window = trainer.accumulate_grad_batches
     batch_size = data.batch_size * trainer.world_size
     batches = batches_of_epoch(data, trainer)
     epochs = max(0, trainer.max_epochs or 0)
     steps = max(0, trainer.max_steps)
 
-    steps_per_epoch = max(1, math.ceil(batches / window))  # the last step takes what is left
+    # The last step of an epoch may have fewer batches.
+    steps_per_epoch = max(1, math.ceil(batches / window))
     whole_epochs, further_steps = divmod(steps, steps_per_epoch)
     if steps and (epochs == 0 or whole_epochs < epochs):
         planned = whole_epochs * batches + further_steps * window
@@ -510,9 +526,10 @@ def describe_plan(
     expected_s: float | None = None,
     before_s: float = 0.0,
 ) -> str:
-    """The lines that `fit` prints after the data's own description, with the time that is expected if that is known.
+    """The lines about model, device, memory and length that `fit` prints before the training.
 
-    `before_s` is what the linear probe and the routers' start took, which the run's time counts.
+    `expected_s` is the expected time of the training in seconds (None: unknown), `before_s` the time that the linear
+    probe and the initialisation of the routers took; the run's recorded time includes it.
     """
     total, active = parameter_counts(task.net)
     batch = f"batch {data.batch_size}"
@@ -543,7 +560,7 @@ def describe_plan(
 
 
 def _describe_time(images: int, expected_s: float | None, before_s: float) -> str:
-    """How long a training on so many images takes, in words."""
+    """The expected time of a training on this number of images, in words."""
     if not expected_s:
         return "how long they take isn't known before"
     minutes = "less than a minute"
@@ -560,16 +577,18 @@ def _describe_time(images: int, expected_s: float | None, before_s: float) -> st
 
 @contextmanager
 def memory_advice(batch_size: int, accumulated: int, *, goes_on: bool = False) -> Iterator[None]:
-    """Turn "out of memory" into advice that trains nearly alike: half the batch, twice the accumulation.
+    """Turn an "out of memory" error into a UserError with advice: half the batch size, twice the accumulated batches.
 
-    The gradient of the cross-entropy and of the z loss stays the same; that of the other balance losses is approximate
-    (`moevision.losses.AuxLoss`), and BatchNorm, as in the convolutional stem, normalises each micro-batch on its own.
-    A training that goes on keeps its batch: there blocks are computed again.
+    `accumulated` is the number of batches per step so far. The gradient of the cross-entropy and of the z loss stays
+    the same; that of the other balance losses is approximate (`moevision.losses.AuxLoss`), and BatchNorm, as in the
+    convolutional stem, normalises each micro-batch on its own. A resumed training (`goes_on`) must keep its batch size:
+    it is advised to use gradient checkpointing.
     """
     try:
         yield
     except RuntimeError as error:
-        message = str(error).lower()  # CUDA has a class for it; MPS and CPU only say so
+        # CUDA has an error class for it; for MPS and CPU only the message tells.
+        message = str(error).lower()
         if "out of memory" not in message and "can't allocate memory" not in message:
             raise
         advice = (
@@ -582,20 +601,23 @@ def memory_advice(batch_size: int, accumulated: int, *, goes_on: bool = False) -
 
 
 def describe_model(task: ClassificationTask) -> str:
-    """Name and what is mixed, in words."""
+    """The model's name and its experts, in words."""
     layers = moe_layers(task.net)
     name = task.arch.base or task.arch.pretrained or task.arch.name or DEFAULT_NAME
     return f"{name} with {describe_moe(layers)}" if layers else f"dense twin of {name}"
 
 
 def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
-    """How long the training is expected to take, with a tenth for validation and loading."""
+    """Expected time of the training, with 10 % added for validation and loading."""
     batches, _ = planned_batches(data, trainer)
     return batches * seconds_per_batch(task, data, trainer) * 1.1
 
 
 def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
-    """Forward and backward of one batch of noise, on a copy of the model: the fastest of up to eight in ten seconds."""
+    """Time of a forward and backward pass of one batch of noise, on a copy of the model.
+
+    The fastest of three passes, or of up to eight within ten seconds, without the first.
+    """
     device = trainer.strategy.root_device
     on_gpu = device.type == "cuda"
     net = copy.deepcopy(task.net).to(device).train()
@@ -613,18 +635,19 @@ def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: 
             if on_gpu:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
-    return min(times[1:])  # the first one compiles kernels
+    return min(times[1:])  # the first pass may compile kernels
 
 
 # ---- memory
 
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # under the others weights are not fp32
+# Precisions under which weights and moments are fp32.
+_FP32_WEIGHTS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 def describe_memory(task: ClassificationTask, trainer: L.Trainer) -> str | None:
-    """What weights, gradients and moments take of the memory; None: not known."""
+    """A line that says how much memory weights, gradients and moments need in each process; None: not known."""
     capacity, _ = _memory(trainer)
-    if capacity is None or trainer.precision not in _PRECISIONS:
+    if capacity is None or trainer.precision not in _FP32_WEIGHTS:
         return None
     size = sum(_bytes_of_process(state_bytes(task, trainer), trainer))
     where = "main memory" if _offloads(trainer) else "memory"
@@ -636,7 +659,7 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool 
     capacity, where = _memory(trainer)
     model_bytes = state_bytes(task, trainer)
     dense, experts = _bytes_of_process(model_bytes, trainer)
-    if capacity is None or trainer.precision not in _PRECISIONS or dense + experts <= capacity:
+    if capacity is None or trainer.precision not in _FP32_WEIGHTS or dense + experts <= capacity:
         return
 
     remedies = ["fewer experts (--model.arch.num_experts) or a smaller model"]
@@ -645,7 +668,7 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool 
     if trainer.strategy.root_device.type == "cuda" and not _offloads(trainer):
         gpus = math.ceil(sum(model_bytes) / capacity)
         remedies.append(f"--parallel fsdp on {gpus} GPUs or more")
-        if dense < model_bytes[0]:  # it is divided already
+        if dense < model_bytes[0]:  # the model is sharded already
             remedies.append("--parallel.offload true")
     raise UserError(
         f"Weights, gradients and moments of this model take {(dense + experts) / 1e9:.1f} GB, and {where} has "
@@ -654,7 +677,7 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool 
 
 
 def state_bytes(task: ClassificationTask, trainer: L.Trainer) -> tuple[int, int]:
-    """Bytes of fp32 weights, their moving average, gradients and moments: of all but the experts, and of these."""
+    """Bytes of fp32 weights, their moving average, gradients and moments, all in fp32: (all but experts, experts)."""
     expert_ids = {id(p) for layer in moe_layers(task.net) for p in layer.experts.parameters()}
     muon_matrices = matrices_of(task.net) if task.optim.name == "muon" else set[str]()
     weight_copies = 1 if callback_of(trainer, WeightEMA) is None else 2
@@ -663,9 +686,8 @@ def state_bytes(task: ClassificationTask, trainer: L.Trainer) -> tuple[int, int]
     for name, parameter in task.net.named_parameters():
         copies = weight_copies
         if parameter.requires_grad:
-            copies += (
-                2 if name in muon_matrices else 3
-            )  # the gradient and Muon's moment, or AdamW's two
+            # The gradient, and the moments: one of Muon, two of AdamW.
+            copies += 2 if name in muon_matrices else 3
         size = 4 * copies * parameter.numel()
         if id(parameter) in expert_ids:
             experts += size
@@ -675,25 +697,31 @@ def state_bytes(task: ClassificationTask, trainer: L.Trainer) -> tuple[int, int]
 
 
 def _bytes_of_process(model_bytes: tuple[int, int], trainer: L.Trainer) -> tuple[float, float]:
-    """What one process keeps: FSDP2 divides all of it, expert parallelism the experts, every other strategy copies."""
+    """The part of `model_bytes` (`state_bytes`) that one process holds.
+
+    FSDP shards everything, expert parallelism only the experts; with any other strategy each process holds everything.
+    """
     dense, experts = model_bytes
     strategy = trainer.strategy
-    shards = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
-    processes = 1
-    if shards and not getattr(strategy, "replicated", False):
-        processes = trainer.world_size
-    return dense / processes, experts / max(processes, getattr(strategy, "expert", 1))
+    is_sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    shards = 1
+    if is_sharded and not getattr(strategy, "replicated", False):
+        shards = trainer.world_size
+    return dense / shards, experts / max(shards, getattr(strategy, "expert", 1))
 
 
 def _offloads(trainer: L.Trainer) -> bool:
+    """Whether weights and moments are in main memory while the GPU doesn't need them."""
     return getattr(trainer.strategy, "offload", False)
 
 
 def _memory(trainer: L.Trainer) -> tuple[int | None, str]:
-    """Bytes and name of the memory that a process has, an equal part of a machine's; None: the system doesn't say."""
+    """Size in bytes (None: unknown) and name of the memory of one process: its GPU's, or its share of the machine's."""
     device = trainer.strategy.root_device
     if device.type == "cuda" and not _offloads(trainer):
         return torch.cuda.mem_get_info(device)[1], device_name(trainer)
     where = "each process's part of the main memory" if _offloads(trainer) else device_name(trainer)
-    machine = usable_memory_bytes()
-    return machine and machine // trainer.num_devices, where
+    main_memory = usable_memory_bytes()
+    if main_memory is None:
+        return None, where
+    return main_memory // trainer.num_devices, where

@@ -1,8 +1,8 @@
 """The facts of a finished run, and the templates that write them: summary.md, and the model card.
 
 The card is README.md beside the model, with the header that huggingface.co reads (Mitchell et al. 2019,
-arXiv:1810.03993). It says what was not measured, since a reader can't see what was left out. Nothing in it tells where
-files lie on the computer that trained the model: of a path the last part is kept.
+arXiv:1810.03993). It says what was not measured, since a reader can't see what was left out. Of paths on the computer
+that trained the model it has the last part only, since the rest may be private.
 
 All shares are fractions in [0, 1], all times seconds.
 """
@@ -41,17 +41,18 @@ from moevision.stats import (
 )
 from moevision.words import duration, flops, percent, points, shell_word
 
-# Macro recall, which replaces accuracy where classes are unbalanced.
+# Values of --checkpoint.monitor; balanced accuracy (macro recall) replaces accuracy if classes are unbalanced.
 BALANCED = "val/balanced_acc"
 LOSS = "val/loss"
 PROBE = "linear probe"
-_IN_TABLE = ("moe_layers", "num_experts", "top_k", "router", "backend")  # of the model card
+# MoE options that the model card's list leaves out: its table of layers has them, or they don't describe the model.
+_UNLISTED_OPTIONS = ("moe_layers", "num_experts", "top_k", "router", "backend")
 
 
 class ClassScores(NamedTuple):
-    """Test results of a class: `recognised` of its `images`; `auroc` is that of the class against all others.
+    """Test results of a class: `recognised` of its `images`; `auroc` is one class against all others.
 
-    What can't be known without images is None.
+    A measure that is undefined for lack of images is None.
     """
 
     name: str
@@ -63,7 +64,7 @@ class ClassScores(NamedTuple):
 
     @property
     def recall(self) -> float | None:
-        """Share recognised."""
+        """Share of the class's images that were recognised."""
         return self.recognised / self.images if self.images else None
 
 
@@ -76,16 +77,16 @@ class TestScores:
     correct: int
     total: int
     majority_class: str  # the class with the most training images
-    majority_correct: int  # test images of it
+    majority_correct: int  # test images of that class: what always predicting it would get right
     loss: float
     balanced_accuracy: float
-    ece: float  # expected calibration error, without the temperature
-    # Share with the right class among the five likeliest; None with five classes or fewer.
+    ece: float  # expected calibration error before temperature scaling
+    # Share of images whose label is among the five likeliest classes; None with five classes or fewer.
     top5: float | None = None
     per_class: Sequence[ClassScores] = ()
     temperature: float | None = None  # of the confidence of `predict`; None: not calibrated
     calibrated_on: int = 0  # validation images that the temperature was fitted on
-    # `ece` with the temperature; None too where a probability isn't finite.
+    # Expected calibration error after temperature scaling; None without it, or if a probability isn't finite.
     calibrated_ece: float | None = None
     weights: str = "the weights of the best validation epoch"  # that were tested and exported
     checkpoint: str | None = None  # the file that holds them; None in earlier versions' summaries
@@ -101,7 +102,7 @@ class TestScores:
         return accuracy_interval(self.correct, self.total)
 
     def weakest(self, count: int) -> list[ClassScores]:
-        """The classes of which the smallest share was recognised, as in `per_class`."""
+        """The `count` classes with the lowest recall, lowest first."""
         tested = [row for row in self.per_class if row.images]
         return sorted(tested, key=lambda row: row.recall or 0)[:count]
 
@@ -110,7 +111,8 @@ class TestScores:
 class TwinComparison:
     """The dense twin trained by the same recipe, tested on the same images.
 
-    `difference` is the accuracy of the MoE model (a) minus the twin's (b), `match` what both have in common.
+    `difference` is the accuracy of the MoE model (a) minus the twin's (b). `match` is the quantity that is equal in
+    both, e.g. "active FLOPs". The other fields are the twin's.
     """
 
     difference: PairedDifference
@@ -119,7 +121,7 @@ class TwinComparison:
     cost: ModelCost
     duration_s: float
     images_per_s: float
-    # Of the twin, as `TestScores` has them; None in earlier versions' summaries.
+    # Which weights were tested, as `TestScores.weights`; None in earlier versions' summaries.
     weights: str | None = None
 
 
@@ -127,8 +129,8 @@ class TwinComparison:
 class Contender:
     """One of the models that a run can end with, on the same test images as the others.
 
-    `behind` is the accuracy (where classes are unbalanced the balanced accuracy) of the best of them minus this one's,
-    `mbytes` those of its weights as a file.
+    `behind` is the best model's accuracy minus this one's, paired by image (balanced accuracy if classes are
+    unbalanced). `mbytes` is the size of the weights file, `train_s` the seconds of training.
     """
 
     name: str
@@ -148,12 +150,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Which model to use: the simplest that isn't shown to be worse than the best, as `compare` has it.
+    """Which model to use: the simplest whose accuracy isn't significantly lower than the best one's.
 
-    The simplest is the first of `contenders`. A linear probe is recommended only where nothing has a higher accuracy:
+    `contenders` are sorted from the simplest on. A linear probe is recommended only if no model has a higher accuracy:
     predicting with it costs as much as with a fine-tuned model.
 
-    `experts_given`: training began with experts, so that the probe is of them and no dense model can be trained.
+    `experts_given`: the pretrained model has experts already, so that the probe is of an MoE model and a dense one
+    can't be trained.
     """
 
     contenders: Sequence[Contender]
@@ -162,7 +165,7 @@ class Recommendation:
 
     @property
     def recommended(self) -> Contender:
-        """The simplest that isn't shown to be worse than the best; the probe only if it is the best."""
+        """The simplest model that isn't significantly worse than the best; the probe only if it is the best."""
         simplest = self.contenders[0]
         if simplest.name == PROBE and not simplest.behind.difference:
             return simplest
@@ -170,7 +173,7 @@ class Recommendation:
         return next(model for model in models if not self.is_worse(model))
 
     def is_worse(self, contender: Contender) -> bool:
-        """Whether it is shown to be worse than the best."""
+        """Whether a contender is significantly worse than the best."""
         return shown_to_differ(contender.behind, balanced=self.unbalanced)
 
     @property
@@ -182,20 +185,20 @@ class Recommendation:
         has_dense = any(contender.name.startswith("dense") for contender in self.contenders)
         model = "dense" if chosen.name.startswith("dense") else f"the {chosen.name}"
         if chosen.behind.difference:
-            gap = f"isn't shown to be lower than that of the {best.name} ({_gap(chosen)})"
+            gap = f"isn't shown to be lower than that of the {best.name} ({_gap_text(chosen)})"
             advice = f"Use {model}: its {measure} {gap}, and it is simpler."
         elif has_dense or chosen.name == PROBE:
             advice = f"Use {model}: nothing here has a higher {measure}."
         else:
-            gap = _gap(self.contenders[0])
+            gap = _gap_text(self.contenders[0])  # the probe's
             advice = f"The {PROBE} has a lower {measure} than the {chosen.name} ({gap})."
         if not has_dense and not self.experts_given:
             advice += " The dense model wasn't trained; in our measurements it does as well: add --with-twin."
         return f"{advice} One seed; another one moves all of them."
 
 
-def _gap(contender: Contender) -> str:
-    """How much worse than the best it is."""
+def _gap_text(contender: Contender) -> str:
+    """How much lower a contender's accuracy is than the best one's, in points, with its interval."""
     behind = contender.behind
     low, high = points(-behind.high), points(-behind.low)
     return f"{points(-behind.difference)} points, 95 % interval {low} to {high}"
@@ -214,15 +217,15 @@ class RunSummary:
     test: TestScores
     cost: ModelCost
     epochs: float
-    steps: int  # optimizer steps that were applied; `refused` are those that weren't
+    steps: int  # optimizer steps that changed the weights; `refused` are those that the stability guard kept from it
     batch_size: int  # images per optimizer step, over all devices and accumulation
     duration_s: float
     images_per_s: float  # training images per second, validation left out
     device: str
     precision: str
-    seed: int | None  # None: drawn anew each time, and not known
+    seed: int | None  # None: generators weren't seeded, and the run can't be repeated exactly
     refused: int = 0
-    # CPU seconds over all threads of this process; None if a part of it wasn't counted.
+    # CPU seconds over all threads of this process; None if they were measured in part only.
     cpu_s: float | None = None
     # Share of the training time spent waiting for data; None where not measured.
     data_wait: float | None = None
@@ -233,24 +236,25 @@ class RunSummary:
     # Whatever was skipped, stopped early or otherwise not as configured, a sentence each.
     notes: Sequence[str] = ()
     twin: TwinComparison | None = None
-    choice: Recommendation | None = None  # beside a linear probe, the dense fine-tune, or both
+    # Which of the model, its dense twin and a linear probe to use; None if there is only the model.
+    choice: Recommendation | None = None
     ms_per_image: float | None = None  # one image at a time, on the device of the training
     mbytes: float | None = None  # of the weights as a file
-    # The time that was predicted for the training; None where none was.
+    # Predicted seconds of the training; None if there was no prediction.
     expected_s: float | None = None
-    # What best.ckpt was the best epoch by; None in earlier versions' summaries: val/top1.
+    # The metric that chose best.ckpt; None in earlier versions' summaries, which means val/top1.
     monitor: str | None = None
 
     @property
     def unbalanced(self) -> bool:
-        """Whether balanced accuracy comes first, because classes differ in size or it was asked for."""
+        """Whether balanced accuracy is the main measure: chosen as monitor, or because class sizes differ."""
         if self.monitor in (None, LOSS):
             return is_unbalanced(self.class_counts["train"].values())
         return self.monitor == BALANCED
 
     @property
     def classes(self) -> list[str]:
-        """The classes of all splits, each once."""
+        """The class names of all splits, without repetition."""
         return list(dict.fromkeys(name for split in self.class_counts.values() for name in split))
 
 
@@ -261,10 +265,10 @@ def is_unbalanced(counts: Iterable[int]) -> bool:
 
 
 class ComparedModel(NamedTuple):
-    """One of the models to choose from; `correct` [n]: whether it classified each test image correctly."""
+    """One of the models to choose from, with its results on the n test images that all of them classified."""
 
     name: str
-    correct: npt.NDArray[np.bool_]
+    correct: npt.NDArray[np.bool_]  # [n]
     ms_per_image: float | None
     mbytes: float
     train_s: float
@@ -277,18 +281,19 @@ def choose(
     unbalanced: bool,
     experts_given: bool = False,
 ) -> Recommendation:
-    """Compare models, the simplest first, with the best of them on the same test images of the classes `labels` [n]."""
+    """Recommend one of `models`, sorted from the simplest on, by the same n test images with `labels` [n]."""
 
     def balanced_accuracy(correct: npt.NDArray[np.bool_]) -> float:
         return float(np.mean([correct[labels == label].mean() for label in np.unique(labels)]))
 
     measure = balanced_accuracy if unbalanced else np.mean
-    best = max((model.correct for model in models), key=measure)
+    best_correct = max((model.correct for model in models), key=measure)  # [n]
+
     contenders = []
     for model in models:
-        behind = paired_difference(best, model.correct)
+        behind = paired_difference(best_correct, model.correct)
         if unbalanced:
-            behind = paired_macro_difference(best, model.correct, labels)
+            behind = paired_macro_difference(best_correct, model.correct, labels)
         contender = Contender(
             model.name,
             correct=int(model.correct.sum()),
@@ -307,19 +312,22 @@ def read_summary(file: Path) -> RunSummary:
     """Read the summary.json of a run folder; a UserError if it isn't there, or another version wrote it."""
     try:
         summary: dict[str, Any] = read_json(file)
-        summary.pop("next_commands", None)  # of version 0.1
+        summary.pop("next_commands", None)  # version 0.1 wrote it
         summary["cost"] = ModelCost(**summary["cost"])
         summary["layers"] = [
             LayerLoad(**_with_nan(layer, "entropy_bits")) for layer in summary["layers"]
         ]
+
         test = _with_nan(summary["test"], "loss")
         test["per_class"] = [ClassScores(*row) for row in test["per_class"]]
         summary["test"] = TestScores(**test)
+
         if summary.get("twin") is not None:
             twin = summary["twin"]
             twin["difference"] = PairedDifference(**twin["difference"])
             twin["cost"] = ModelCost(**twin["cost"])
             summary["twin"] = TwinComparison(**twin)
+
         if summary.get("choice") is not None:
             choice = summary["choice"]
             for contender in choice["contenders"]:
@@ -335,26 +343,29 @@ def read_summary(file: Path) -> RunSummary:
 
 
 def _with_nan(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """Values with NaN for null at `name`: JSON has no NaN."""
-    return values | {name: math.nan} if values[name] is None else dict(values)
+    """A copy of `values`, with NaN at `name` if that was null there: JSON has no NaN."""
+    if values[name] is None:
+        return values | {name: math.nan}
+    return dict(values)
 
 
 def write_summary(summary: RunSummary, out: Path) -> None:
-    """Write summary.md, whole or not at all; the files it lists are those that lie beside `out` by then."""
-    run = Path(out).parent
+    """Write summary.md to `out`, atomically; it lists those files of the run that are beside it by then."""
+    run_dir = Path(out).parent
     text = template("summary.md.jinja").render(
         summary=summary,
-        present={file.name for file in run.iterdir()} if run.is_dir() else set(),
-        path=lambda name: shell_word(str(run / name)),
+        present={file.name for file in run_dir.iterdir()} if run_dir.is_dir() else set(),
+        path=lambda name: shell_word(str(run_dir / name)),
     )
     write_text_atomic(out, text)
 
 
 @cache
 def template(name: str) -> Template:
-    """A template of this package.
+    """A Jinja template of this package, by file name.
 
-    Markdown has no escaping that fits everywhere, so the templates pass names from outside through `cell` or `shown`.
+    No escaping suits all of Markdown, so the templates pass names that users chose through the filters `cell` or
+    `shown`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -388,17 +399,17 @@ def cell(text: str) -> str:
 
 
 class WeightsOrigin(NamedTuple):
-    """The weights that a training started from: name (empty: from scratch), address on the hub, licence."""
+    """The weights that a training started from: name (empty: from scratch), id on huggingface.co, licence."""
 
     name: str = ""
     hub_id: str = ""
     licence: str = ""
 
 
-def gather_facts(run: Path, summary: RunSummary) -> dict[str, Any]:
-    """Gather what is known about the model of a finished run; `card.md.jinja` describes it by its names."""
-    model = load_model(str(run))
-    provenance = read_json(run / "provenance.json")
+def gather_facts(run_dir: Path, summary: RunSummary) -> dict[str, Any]:
+    """Gather what the template `card.md.jinja` needs about the model of a finished run."""
+    model = load_model(str(run_dir))
+    provenance = read_json(run_dir / "provenance.json")
     versions = {
         "moevision": provenance["moevision"],
         **provenance["libraries"],
@@ -413,19 +424,20 @@ def gather_facts(run: Path, summary: RunSummary) -> dict[str, Any]:
         "class_names": model.class_names,
         "image_size": model.image_size,
         "summary": summary,
-        "command": " ".join(map(_command_word, provenance["command"])),
-        "start": _weights_origin(run),
+        "command": " ".join(map(_command_argument, provenance["command"])),
+        "start": _weights_origin(run_dir),
         "versions": {name: str(version) for name, version in versions.items() if version},
     }
 
 
-def _command_word(word: str) -> str:
-    word = escape_controls(without_path(word))
-    return word if "…" in word else shell_word(word)
+def _command_argument(argument: str) -> str:
+    argument = escape_controls(without_path(argument))
+    # One with a shortened path can't be run anyway, and reads better without quotes.
+    return argument if "…" in argument else shell_word(argument)
 
 
 def without_path(word: str) -> str:
-    """A word of a command with its path shortened to the last part: `--data.path=/home/me/cats` -> `…/cats`."""
+    """An argument of a command with its path shortened to the last part: `--data.path=/home/me/cats` -> `…/cats`."""
     option, equals, value = word.rpartition("=")
     if value.startswith("hf-hub:") or not re.search(r"[/\\]", value):
         return word
@@ -434,7 +446,7 @@ def without_path(word: str) -> str:
 
 
 def _architecture(net: nn.Module) -> str:
-    """The timm name, with the base in brackets."""
+    """The name of the timm model, with the dense model that it was converted from in brackets."""
     config = getattr(net, "pretrained_cfg", None) or {}
     name = str(config.get("architecture") or type(net).__name__)
     base = dict(getattr(net, "_model_args", {})).get("base")
@@ -442,7 +454,7 @@ def _architecture(net: nn.Module) -> str:
 
 
 def _moe_blocks(net: nn.Module) -> list[dict[str, Any]]:
-    """The rows of the card's table of MoE layers."""
+    """A row per MoE layer for the card's table."""
     layers = moe_layers(net)
     routers = dict(getattr(net, "moe_config", {})).get("router", "unknown")
     if isinstance(routers, str):
@@ -460,18 +472,18 @@ def _moe_blocks(net: nn.Module) -> list[dict[str, Any]]:
 
 
 def _other_options(net: nn.Module) -> dict[str, str]:
-    """The options of the MoE layers that aren't in the table."""
+    """The options of the MoE layers that the card lists below its table."""
     options = {}
     for option, value in dict(getattr(net, "moe_config", {})).items():
-        if value is not None and option not in _IN_TABLE:
+        if value is not None and option not in _UNLISTED_OPTIONS:
             values = value if isinstance(value, list) else [value]
             options[option] = ", ".join("–" if item is None else str(item) for item in values)
     return options
 
 
-def _weights_origin(run: Path) -> WeightsOrigin:
-    """The pretrained weights by config.yaml, with timm's facts about them."""
-    config = read_yaml(run / "config.yaml")
+def _weights_origin(run_dir: Path) -> WeightsOrigin:
+    """The pretrained weights that config.yaml names, with hub id and licence if timm knows them."""
+    config = read_yaml(run_dir / "config.yaml")
     source = str(config["model"]["arch"]["pretrained"] or "")
     if source.startswith("hf-hub:"):
         return WeightsOrigin(source, source.removeprefix("hf-hub:").split("@")[0])
@@ -497,7 +509,7 @@ def model_card(facts: dict[str, Any]) -> str:
         metric_value=round(summary.test.accuracy, 4),
     )
     header = ModelCardData(
-        license="unknown",  # huggingface.co's own word
+        license="unknown",  # a value that huggingface.co defines
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "moevision", *experts, "vision-transformer"],
@@ -518,5 +530,5 @@ def model_card(facts: dict[str, Any]) -> str:
 
 def without_example(sentence: str) -> str:
     """A sentence about the data without the file name that it gives as an example, which may be private."""
-    # To the last bracket: names have brackets too.
+    # `.*` is greedy and ends at the last bracket, since file names may contain brackets.
     return re.sub(r" \(for example .*\)", "", escape_controls(sentence))

@@ -1,11 +1,11 @@
-"""`moevision fit --resume RUN|auto`: saving a point to resume from, finding it, and going on in the same run folder.
+"""`moevision fit --resume RUN|auto`: saving `last.ckpt`, finding the checkpoint to resume, and going on with a run.
 
-`auto` is for job scripts that repeat one command: the folder follows from its --name, and where there is no valid
-checkpoint yet, training starts afresh.
+`auto` is for job scripts that repeat one command: its --name is the run folder, and if that has no valid checkpoint
+yet, training starts afresh.
 
-A point is saved between two optimizer steps, at the start of the next batch and before any other callback sees it: only
-there is everything of a step done, its rows in metrics.csv included, and nothing of the next one begun. Random
-generators are restored in `on_train_start`, after everything that draws from them during setup.
+A checkpoint is saved between two optimizer steps, at the start of the next batch and before other callbacks see that:
+then a step is complete, its rows in metrics.csv included, and the next one hasn't begun. Random generators are restored
+in `on_train_start`, after setup, which draws from them.
 """
 
 # ruff: noqa: D102 (Lightning's hooks, whose `task` is the `ClassificationTask`)
@@ -67,8 +67,8 @@ from moevision.words import shell_word
 
 OPTION, AUTO = "--resume", "auto"
 SESSIONS = "sessions.json"
-# May differ in a run that goes on, and is listed then. What isn't here makes another training, and is refused.
-_FREE = (
+# Options that may change when a run is resumed; the changes are listed. All others would change the training.
+_CHANGEABLE = (
     "data.num_workers",
     "data.cache_mb",
     "data.path",
@@ -100,24 +100,25 @@ _FREE = (
     "checkpoint.every_steps",
     "guard",
 )
-_SILENT = ("name", "runs_root", "resume", "ckpt_path")  # don't touch the training
-_FLOATING = (
+_UNLISTED = ("name", "runs_root", "resume", "ckpt_path")  # may change too, without being listed
+# Changeable options that may change the order of floating-point operations.
+_ROUNDING = (
     "model.compile",
     "model.grad_checkpointing",
     "model.arch.backend",
     "trainer.strategy",
     "parallel.",
 )
-# What an attempt without a checkpoint leaves and a training that begins would take for its own: split, probe, changes.
-_LEFT = ("splits.csv", "bad_images.csv", PROBE_FILE, "config-*.yaml")
-_PATIENCE_S = 10.0  # for the lock of a training that has just ended
+# Files of an attempt that ended without a checkpoint, which a training that starts afresh would read as its own.
+_STALE_FILES = ("splits.csv", "bad_images.csv", PROBE_FILE, "config-*.yaml")
+_PATIENCE_S = 10.0  # how long to wait for the lock of a training that is about to end
 
 
 class ResumePoint(L.Callback):
-    """Saves `last.ckpt` between steps, stops there when asked to, and restores what Lightning doesn't.
+    """Saves `last.ckpt` between steps, stops there on a signal, and restores state that Lightning doesn't.
 
-    It must be the first callback, and `EpochEnd` the last. `fingerprint` is what the numbers depend on; training has
-    `began` when setup can't fail any more.
+    It must be the first callback, and `EpochEnd` the last. `fingerprint` has what the results depend on, for a
+    comparison on resume. `began` is True once training has started, after everything in setup that can fail.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, interruption: Interruption) -> None:
@@ -126,27 +127,26 @@ class ResumePoint(L.Callback):
         self.interruption = interruption
         self.fingerprint: dict[str, Any] = {}
         self.began = False
-        self._saved_s = time.monotonic()  # the last save
+        self._saved_s = time.monotonic()  # time and step of the last save
         self._saved_step = -1
-        self._until_s = float("inf")  # --trainer.max_time
-        self._random_states: list[dict[str, Any]] | None = (
-            None  # of each process, by the checkpoint
-        )
+        self._deadline_s = float("inf")  # by --trainer.max_time
+        # From the checkpoint, a dictionary per process, until they are restored.
+        self._random_states: list[dict[str, Any]] | None = None
         self._is_resumed = False
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
-        """Restore the random generators; from here on signals wait for the end of a step.
+        """Restore the random generators; from here on signals take effect at the end of a step.
 
-        A training that begins drops what an attempt without a checkpoint left in metrics.csv.
+        A training that starts afresh deletes rows of metrics.csv from an attempt that ended without a checkpoint.
         """
         if not self._is_resumed:
-            for file in _metrics(trainer):
+            for file in _metrics_files(trainer):
                 file.cut(0)
         self._restore_random_generators(trainer)
-        self._take_time_limit(trainer)
+        self._replace_timer(trainer)
         self.began = True
         self._note_save(trainer)
-        self.interruption.listen()  # Lightning took SIGTERM, and SIGUSR1 on a cluster, a moment ago
+        self.interruption.listen()  # again: Lightning has just set its own handlers for SIGTERM and SIGUSR1
         self.interruption.training = True
 
     def _restore_random_generators(self, trainer: L.Trainer) -> None:
@@ -156,19 +156,19 @@ class ResumePoint(L.Callback):
         elif trainer.world_size > 1:
             seed_per_rank(trainer.global_rank)
 
-    def _take_time_limit(self, trainer: L.Trainer) -> None:
-        """Stop at --trainer.max_time instead of Lightning's timer, which would end a training as if it were done."""
+    def _replace_timer(self, trainer: L.Trainer) -> None:
+        """Take over --trainer.max_time from Lightning's timer, which would end a training as if it were complete."""
         timer = callback_of(trainer, Timer)
         if timer is not None:
             cast(Any, trainer).callbacks.remove(timer)
-            self._until_s = time.monotonic() + (timer.time_remaining() or 0)
+            self._deadline_s = time.monotonic() + (timer.time_remaining() or 0)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time to, and stop if a signal asked for it or --trainer.max_time is over."""
+        """Save if a save is due, and stop on a signal or after --trainer.max_time."""
         if batch_idx % trainer.accumulate_grad_batches:
-            return  # gradients of half a step can't be saved
+            return  # within an accumulated step: gradients aren't saved
         is_due, must_stop = self.is_due(trainer), self.must_stop(trainer)
         if (is_due or must_stop) and trainer.global_step != self._saved_step:
             with between_batches(trainer):
@@ -177,16 +177,16 @@ class ResumePoint(L.Callback):
             self.interruption.stop()
 
     def is_due(self, trainer: L.Trainer) -> bool:
-        """Whether to save, the same on every process."""
+        """Whether a save is due; all processes get the same answer."""
         is_due = time.monotonic() - self._saved_s >= 60 * self.config.every_minutes
         if self.config.every_steps is not None:
             is_due |= trainer.global_step - self._saved_step >= self.config.every_steps
         return trainer.strategy.reduce_boolean_decision(is_due, all=False)
 
     def must_stop(self, trainer: L.Trainer) -> bool:
-        """Whether to stop, the same on every process."""
-        is_late = time.monotonic() >= self._until_s and trainer.is_global_zero
-        if is_late and trainer.global_step < trainer.estimated_stepping_batches:
+        """Whether to stop; all processes get the same answer."""
+        is_overdue = time.monotonic() >= self._deadline_s and trainer.is_global_zero
+        if is_overdue and trainer.global_step < trainer.estimated_stepping_batches:
             self.interruption.by = "--trainer.max_time"
         stop = self.interruption.requested is not None or self.interruption.by != ""
         return trainer.strategy.reduce_boolean_decision(stop, all=False)
@@ -201,7 +201,7 @@ class ResumePoint(L.Callback):
         self._saved_step = trainer.global_step
 
     def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
-        """From here on signals act at once: everything is saved."""
+        """From here on signals take effect at once, since everything is saved."""
         self.interruption.training = False
         if self.interruption.requested is not None:
             self.interruption.stop()
@@ -210,11 +210,11 @@ class ResumePoint(L.Callback):
         self.interruption.training = False
 
     def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
-        """Add random generators, the rows of metrics.csv, what numbers depend on, and what `load_trained` needs."""
+        """Add random states, the number of rows in metrics.csv, the fingerprint, and what `load_trained` needs."""
         data = data_of(trainer)
         checkpoint[MARK] = {
             "random": gather_objects(random_state()),
-            "metrics_rows": next((file.count() for file in _metrics(trainer)), None),
+            "metrics_rows": next((file.count() for file in _metrics_files(trainer)), None),
             "fingerprint": self.fingerprint,
             "data": {
                 "class_names": list(data.class_names),
@@ -224,7 +224,7 @@ class ResumePoint(L.Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
-        """Cut metrics.csv where the checkpoint was made, and follow a run folder that was moved."""
+        """Cut metrics.csv to the rows that it had at the checkpoint, and adapt paths if the run folder was moved."""
         for name, state in checkpoint.get("callbacks", {}).items():
             if name.startswith("ModelCheckpoint"):
                 checkpoint["callbacks"][name] = _rewrite_checkpoint_paths(
@@ -237,19 +237,19 @@ class ResumePoint(L.Callback):
         _restore_loader_position(trainer, checkpoint)
         saved = checkpoint.get(MARK, {})
         self._random_states = saved.get("random")
-        for file in _metrics(trainer):
+        for file in _metrics_files(trainer):
             file.cut(saved.get("metrics_rows") or 0)
 
 
-def _metrics(trainer: L.Trainer) -> list[MetricsFile]:
-    """metrics.csv, which the first process writes; none in the others."""
+def _metrics_files(trainer: L.Trainer) -> list[MetricsFile]:
+    """The metrics.csv of the run on rank 0, which writes it; an empty list on other ranks."""
     if not trainer.is_global_zero:
         return []
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, RunLogger)]
 
 
 class EpochEnd(Checkpoint):
-    """Lets a `ResumePoint` save after the epoch's other callbacks; Lightning calls Checkpoint callbacks last."""
+    """Saves at the end of an epoch, after other callbacks: Lightning calls those of the class Checkpoint last."""
 
     def __init__(self, point: ResumePoint) -> None:
         self.point = point
@@ -261,43 +261,48 @@ class EpochEnd(Checkpoint):
 
 
 def _restore_loader_position(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """On another number of processes, let Lightning count those that hold the images of this epoch so far."""
+    """If batch size or number of processes changed, convert the number of batches done in this epoch.
+
+    It becomes that of new batches which hold the same number of images, for the data and for Lightning.
+    """
     data = data_of(trainer)
     state = checkpoint.get(type(data).__qualname__)
     if state is None or not isinstance(data, ImageDataModule):
         return
-    batches = {"batch_size": data.batch_size, "world_size": trainer.world_size}
-    if all(state[name] == value for name, value in batches.items()):
+    sizes = {"batch_size": data.batch_size, "world_size": trainer.world_size}
+    if all(state[name] == value for name, value in sizes.items()):
         return
+
+    # A batch number at which an optimizer step begins.
     images = state["batch"] * state["batch_size"] * state["world_size"]
     images_per_step = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     batch = images // images_per_step * trainer.accumulate_grad_batches
-    data.load_state_dict({**state, **batches, "batch": batch})
+    data.load_state_dict({**state, **sizes, "batch": batch})
     set_batches_done(checkpoint, batch)
 
 
 def _rewrite_checkpoint_paths(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """ModelCheckpoint's state with its paths below `folder`; it forgets the best score where they differ."""
+    """ModelCheckpoint's state with its paths moved to `folder`: it drops its best score if dirpath has changed."""
     old = state.get("dirpath")
     if not old or Path(old) == folder:
         return state
 
-    def moved(value: Any) -> Any:
+    def move_path(value: Any) -> Any:
         if isinstance(value, str) and value.startswith(old):
             return str(folder) + value.removeprefix(old)
         return value
 
-    def moved_entry(value: Any) -> Any:
+    def move_entry(value: Any) -> Any:
         if isinstance(value, dict):  # `best_k_models`: scores by paths
-            return {moved(path): moved(score) for path, score in value.items()}
-        return moved(value)
+            return {move_path(path): move_path(score) for path, score in value.items()}
+        return move_path(value)
 
-    return {name: moved_entry(value) for name, value in state.items()}
+    return {name: move_entry(value) for name, value in state.items()}
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """Where a training begins: its folder, and the checkpoint (None: afresh) with its steps and its fingerprint."""
+    """Where a training begins: its folder, and the checkpoint (None: afresh) with its step and fingerprint."""
 
     run_dir: Path
     checkpoint: Path | None = None
@@ -306,14 +311,17 @@ class RunStart:
 
 
 def find_run_start(run_dir: Path, *, fresh_if_none: bool) -> RunStart:
-    """The newest valid checkpoint of a run folder that this process has claimed; says which can't be used, and why."""
-    # Where training writes; twin/ has its turn.
+    """Find the newest valid checkpoint of a run folder, which this process has locked; warns of damaged ones.
+
+    Without one, training starts afresh if `fresh_if_none`; else a UserError.
+    """
+    # Temporary files of interrupted writes. Those in twin/ are removed when the twin's training begins.
     for folder in (run_dir, run_dir / "checkpoints", run_dir / "model"):
         remove_leftovers(folder)
 
-    checkpoint, refused = newest_valid(run_dir / "checkpoints")
-    for other in refused:
-        print_rank0(f"warning: {other.path} {other.fault}.")
+    checkpoint, damaged = newest_valid(run_dir / "checkpoints")
+    for entry in damaged:
+        print_rank0(f"warning: {entry.path} {entry.fault}.")
     if checkpoint is not None:
         fingerprint = load_archive(checkpoint.path, mmap=True).get(MARK, {}).get("fingerprint", {})
         print_rank0(
@@ -322,42 +330,42 @@ def find_run_start(run_dir: Path, *, fresh_if_none: bool) -> RunStart:
         return RunStart(run_dir, checkpoint.path, checkpoint.step, fingerprint)
 
     if not fresh_if_none:
-        faults = "; ".join(f"{other.path.name} {other.fault}" for other in refused)
+        faults = "; ".join(f"{entry.path.name} {entry.fault}" for entry in damaged)
         raise UserError(
             f"Nothing in {run_dir} can be resumed ({faults or 'no step was saved yet'}): start anew, or with "
             f"{OPTION} {AUTO}."
         )
     print_rank0(f"{run_dir} has no checkpoint to go on from: starting afresh.")
-    for pattern in _LEFT:
+    for pattern in _STALE_FILES:
         for path in run_dir.glob(pattern):
             path.unlink()
     return RunStart(run_dir)
 
 
 def is_finished(run_dir: Path, *, with_twin: bool) -> bool:
-    """Whether everything that the run should leave is there."""
-    summary = _json(run_dir / "summary.json")
+    """Whether the run has its summary, and in it the comparison with the dense twin if `with_twin`."""
+    summary = _read_json_or_none(run_dir / "summary.json")
     return summary is not None and not (with_twin and summary.get("twin") is None)
 
 
 def changed_options(recorded: Settings, resumed: Settings) -> list[str]:
-    """Phrases for the options in which a run that goes on differs from the recorded one, and may."""
-    before, now = flatten(asdict(recorded)), flatten(asdict(resumed))
+    """Describe the options that a resumed run changes, a phrase each; a UserError if one must not change."""
+    before, after = flatten(asdict(recorded)), flatten(asdict(resumed))
     changes = []
-    for name in sorted(before.keys() | now.keys()):
-        old, new = _option_text(before.get(name)), _option_text(now.get(name))
-        if name in _SILENT or old == new:
+    for name in sorted(before.keys() | after.keys()):
+        old, new = _option_text(before.get(name)), _option_text(after.get(name))
+        if name in _UNLISTED or old == new:
             continue
         if name == "data.path" and Path(old).resolve() == Path(new).resolve():
             continue
         if name == "seed_everything" and new == "True" and old != "False":
-            continue  # the seed that was drawn is recorded
+            continue  # "True" draws a seed; the recorded one is used again
         if not is_free(name):
             raise UserError(
                 f"--{name} is {old} in this run and can't become {new} when it goes on: leave it out, or start a new "
                 "run from its weights with --pretrained runs/NAME/model."
             )
-        rounding = ", which may round differently" if name.startswith(_FLOATING) else ""
+        rounding = ", which may round differently" if name.startswith(_ROUNDING) else ""
         changes.append(f"--{name} was {old}, now {new}{rounding}")
     return changes
 
@@ -367,8 +375,9 @@ def _option_text(value: Any) -> str:
 
 
 def is_free(option: str) -> bool:
-    """Whether an option leaves the training what it is, up to rounding and what the guard prevents."""
-    return f"{option}.".startswith(tuple(f"{free}." for free in (*_SILENT, *_FREE)))
+    """Whether an option may change on resume: results stay the same, except for rounding and the stability guard."""
+    changeable = tuple(f"{name}." for name in (*_UNLISTED, *_CHANGEABLE))
+    return f"{option}.".startswith(changeable)
 
 
 def resume_command(run_dir: Path) -> str:
@@ -377,7 +386,7 @@ def resume_command(run_dir: Path) -> str:
 
 
 def note_session(start: RunStart, command: Sequence[str], notes: Sequence[str]) -> None:
-    """Add this start to the run folder's list of them."""
+    """Append this session, one start or resume of the run, to sessions.json."""
     origin = None
     if start.checkpoint is not None:
         origin = {"checkpoint": start.checkpoint.name, "step": start.step}
@@ -388,25 +397,25 @@ def note_session(start: RunStart, command: Sequence[str], notes: Sequence[str]) 
         "notes": list(notes),
     }
     file = start.run_dir / SESSIONS
-    write_json_atomic(file, [*(_json(file) or []), session])
+    write_json_atomic(file, [*(_read_json_or_none(file) or []), session])
 
 
 def first_command(run_dir: Path) -> list[str] | None:
-    """The command line that a run began with, whatever it was gone on with; None if that isn't known."""
-    for session in reversed(_json(run_dir / SESSIONS) or []):
+    """The command line of the last session that started afresh, not those that resumed it; None if unknown."""
+    for session in reversed(_read_json_or_none(run_dir / SESSIONS) or []):
         if session["from"] is None:
             return list(session["command"])
     return None
 
 
-def _json(file: Path) -> Any:
-    """What a file holds; None where it can't be read."""
+def _read_json_or_none(file: Path) -> Any:
+    """The content of a JSON file; None if it can't be read."""
     with suppress(OSError, ValueError):
         return json.loads(file.read_text(encoding="utf-8"))
 
 
 def lock_run_folder(run_dir: Path) -> FileLock:
-    """Keep other processes from training in the same folder, until the lock is released or this process has ended."""
+    """Lock a run folder against other trainings, until the lock is released or this process has ended."""
     lock = FileLock(run_dir / ".lock", timeout=_PATIENCE_S)
     try:
         lock.acquire()
@@ -418,104 +427,100 @@ def lock_run_folder(run_dir: Path) -> FileLock:
 
 
 class Session:
-    """This process's share of a training: what stops it, where it may write, and how to go on with it.
+    """State of one call of `moevision fit` in this process: signals, locked folders, and how to resume it."""
 
-    `command` is the command line as typed, the program first; `notes` are phrases on what differs from the run that is
-    resumed, `lines` are to be told when the training can begin. `run_dir` is the run's, also while its twin trains,
-    `probe` that of the weights that both start from, and `unused` a folder that nothing was trained in.
-    """
-
-    probe: Probe | None = None
-    run_dir: Path | None = None
-    unused: Path | None = None
+    probe: Probe | None = None  # of the pretrained weights that the run and its twin start from
+    run_dir: Path | None = None  # of the run, also while its twin trains
+    unused: Path | None = None  # a folder that nothing was trained in; `close` removes it
 
     def __init__(self, command: Sequence[str]) -> None:
-        self.command = list(command)
+        self.command = list(command)  # the command line as typed, the program first
         self.interruption = Interruption()
-        self.notes: list[str] = []
-        self.lines: list[str] = []
-        self._claims: list[FileLock] = []
+        self.notes: list[str] = []  # phrases on options that differ from those of the resumed run
+        self.lines: list[str] = []  # messages to print when the training can begin
+        self._locks: list[FileLock] = []
 
     def claim(self, run_dir: Path) -> Path:
-        """Keep other trainings out of this folder, until `close`; for the first process, before it touches anything.
+        """Make the folder if needed, and lock it against other trainings until `close`.
 
-        The folder is made if need be.
+        Only rank 0 calls this, before it writes anything.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._claims.append(lock_run_folder(run_dir))
+        self._locks.append(lock_run_folder(run_dir))
         return run_dir
 
     @property
     def resume_command(self) -> str | None:
-        """What goes on with the run; None if there is no checkpoint to go on from."""
+        """The command that resumes the run; None if there is no checkpoint."""
         if self.run_dir is None or not any(self.run_dir.glob("checkpoints/*.ckpt")):
             return None
-        # The run's config.yaml stays as it is, so that a change must be said each time.
-        again = without_resume(self.command[2:]) if self.notes else []
-        return " ".join([resume_command(self.run_dir), *map(shell_word, again)])
+        # config.yaml keeps the recorded options, so that changed ones must be given each time.
+        arguments = without_resume(self.command[2:]) if self.notes else []
+        return " ".join([resume_command(self.run_dir), *map(shell_word, arguments)])
 
     def close(self) -> None:
-        """Leave the other processes, release the claimed folders, and then remove one: Windows keeps open files."""
+        """Leave the process group, release the locks, and then remove `unused`, as Windows deletes no open files."""
         if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()  # whoever still waits for this process hears that it has gone
-        while self._claims:
-            self._claims.pop().release()
+            dist.destroy_process_group()  # ranks that wait for this one get an error
+        while self._locks:
+            self._locks.pop().release()
         if self.unused is not None:
             shutil.rmtree(self.unused, ignore_errors=True)
 
 
 def without_resume(arguments: Sequence[str]) -> list[str]:
-    """A command line without --resume and what follows it."""
-    remaining = iter(arguments)
-    others = []
-    for argument in remaining:
+    """The arguments of a command without --resume and its value."""
+    iterator = iter(arguments)
+    remaining = []
+    for argument in iterator:
         if argument == OPTION:
-            next(remaining, None)
+            next(iterator, None)  # its value
         elif not argument.startswith(f"{OPTION}="):
-            others.append(argument)
-    return others
+            remaining.append(argument)
+    return remaining
 
 
 def begin(session: Session, request: Request) -> tuple[Settings, RunStart | None]:
-    """Find out what a `fit` is asked for, and where its training begins.
+    """Resolve the settings of a `fit`, and find where its training begins.
 
-    The start is None for a run with a folder of its own. A run that is finished ends the command here.
+    The start is None without --resume, since such a run gets a new folder. If the run is finished, the process exits.
     """
-    say = print_rank0 if request.prints else session.lines.append
+    report_line = print_rank0 if request.prints else session.lines.append
     if request.resume is None:
-        return resolve_settings(request, say), None
+        return resolve_settings(request, report_line), None
 
     checkpoints = request.run_dir / "checkpoints"
     if request.resume == AUTO and newest_valid(checkpoints)[0] is None:
-        settings = resolve_settings(request, say)
-    else:  # it has chosen its start, and nothing is chosen again
+        settings = resolve_settings(request, report_line)
+    else:  # recorded settings, among them the pretrained weights that were chosen then
         _, settings = resumed_settings(request)
     start: RunStart = broadcast_from_rank0(partial(_claim_run, session, request, settings))
 
     if start.checkpoint is not None:
-        settings, session.notes = _compared_settings(request)
+        settings, session.notes = _settings_and_changes(request)
         for note in session.notes:
             print_rank0(f"changed: {note}")
     return settings, start
 
 
 def _claim_run(session: Session, request: Request, settings: Settings) -> RunStart:
-    """Claim the run folder, and find the checkpoint to go on from; for the first process."""
+    """Lock the run folder, and find the checkpoint to resume from; on rank 0 only."""
     run_dir = request.run_dir
-    automatic = request.resume == AUTO
-    if automatic:
+    is_auto = request.resume == AUTO
+    if is_auto:
         refuse_among_images(run_dir, settings.data.path)
     has_config = (run_dir / "config.yaml").is_file()
     if has_config and is_finished(run_dir, with_twin=settings.with_twin):
-        _compared_settings(request)  # nothing that asks for another training passes for done
+        # Raises if the request is for another training than the finished one.
+        _settings_and_changes(request)
         print_rank0(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
         raise SystemExit(0)
-    return find_run_start(session.claim(run_dir), fresh_if_none=automatic)
+    return find_run_start(session.claim(run_dir), fresh_if_none=is_auto)
 
 
-def _compared_settings(request: Request) -> tuple[Settings, list[str]]:
-    """The settings of a run that goes on, and phrases for what the request changes of them."""
+def _settings_and_changes(request: Request) -> tuple[Settings, list[str]]:
+    """The settings of a resumed run, and a phrase for each option that the request changes."""
     recorded, resumed = resumed_settings(request)
     changes = changed_options(recorded, resumed)
-    # For `true` the seed that was drawn.
+    # If the option is `true`, this is the seed that was drawn.
     return replace(resumed, seed_everything=recorded.seed_everything), changes

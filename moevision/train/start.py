@@ -1,18 +1,25 @@
-"""Which weights a training on few images starts from, and the linear probe of them: `fit FOLDER --pretrained ...`.
+"""Chooses the weights that a training on few images starts from, and fits their linear probe: `fit --pretrained ...`.
 
-Without `--pretrained` few images start from weights that fit the device, from the hub's cache; on a terminal it asks
-before a download, elsewhere nothing is downloaded. `auto` downloads without asking; a timm name, a file or a folder are
-these weights, or an error; `none` is from scratch. Only weights under a free licence are chosen unasked.
+Values of `--pretrained`, when there are few images:
 
-The probe, logistic regression on the frozen features, says what the features alone are worth, and its weights are the
-classifier that the fine-tuning starts with: head first, then all (Kumar et al. 2022, arXiv:2202.10054). The strength of
-its penalty is chosen on the validation images; the test images are only reported.
+- not given: weights that suit the device, if they are in the hub's cache; otherwise the user is asked on a terminal
+  whether to download them, and without a terminal the training starts from scratch;
+- `auto`: the same weights, downloaded without asking;
+- a timm name, a file or a folder: these weights, or an error;
+- `none`: from scratch.
 
-Axes: n images, D width of a feature, C classes.
+Weights that the user didn't name are only taken if their licence is a free one.
+
+The probe is a logistic regression on the frozen features. It shows how accurate the features are without fine-tuning,
+and its weights initialise the classifier before fine-tuning (linear probing, then fine-tuning: Kumar et al. 2022,
+arXiv:2202.10054). Its penalty is chosen on the validation images; test images are used for the reported accuracy alone.
+
+Axes: B images of a batch, n images, D width of a feature, C classes.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -61,22 +68,23 @@ from moevision.train.processes import has_gpu, print_rank0
 from moevision.words import percent
 
 AUTO, NONE = "auto", "none"
-# Of a card that trains a ViT-B at 224 px: torch sees 11.75 GiB of one of 12.
+# Least memory of a GPU that trains a ViT-B at 224 px: a GPU of 12 GiB, of which torch sees 11.75.
 _LARGE_GPU_BYTES = 11 * 2**30
-_PATIENT_S = 3600.0  # a training on a CPU that is expected to take longer gets the smaller model
-# What a CPU's thread computes per second in training, in float32, with room for AVX2: forward passes of a ViT-S at
-# 112 px reached 75e9 with AVX-512, decoding included.
+# If a training on a CPU is expected to take longer, it gets the smaller model.
+_MAX_CPU_TRAINING_S = 3600.0
+# FLOPs per second of one CPU thread in training, in float32. Forward passes of a ViT-S at 112 px reached 75e9 with
+# AVX-512, decoding included; the lower number is for CPUs with AVX2.
 _CPU_FLOPS_PER_S = 30e9
-_SMALL_FLOPS = 2.9e9  # of a forward pass of SMALL at the size that a CPU trains at
+_SMALL_FLOPS = 2.9e9  # FLOPs of a forward pass of SMALL on one image of 112 px, the size for CPUs
 
-# folder-* in benchmarks/accuracy/runs.jsonl, three seeds and one; a test compares.
-LOST = (
+# The records folder-* in benchmarks/accuracy/runs.jsonl, with three seeds and one; a test compares the numbers.
+_SCRATCH_COMPARISON = (
     "For comparison: with 2,048 training photos of cats and dogs, pretrained weights reached 96 %, training from "
     "scratch 88 %."
 )
 
-# Weights that are chosen unasked, all under Apache-2.0. DINOv2's features need the fewest images (arXiv:2304.07193);
-# DeiT-Ti costs a fifth of a ViT-S.
+# Weights that are chosen if the user names none, all under Apache-2.0. DINOv2's features need the fewest images
+# (arXiv:2304.07193); DeiT-Ti costs a fifth of a ViT-S.
 BASE = "vit_base_patch14_dinov2.lvd142m"
 SMALL = "vit_small_patch14_dinov2.lvd142m"
 TINY = "deit_tiny_patch16_224.fb_in1k"
@@ -84,15 +92,15 @@ TINY = "deit_tiny_patch16_224.fb_in1k"
 
 @dataclass(frozen=True)
 class StartWeights:
-    """Weights to start from, on this computer; `base` is a file's architecture, the model lies on `meta`."""
+    """Pretrained weights that are on this computer, and the model that they are for."""
 
-    source: str
-    base: str | None
-    net: nn.Module
+    source: str  # a timm name, a file or a folder
+    base: str | None  # timm name of the architecture, if the source is a file
+    net: nn.Module  # the model on the `meta` device, without memory for its weights
 
 
 class ChosenStart(NamedTuple):
-    """The weights that a training starts from (None: from scratch), and a line that says which and why."""
+    """The weights that a training starts from (None: from scratch), and the line that tells the user which and why."""
 
     weights: StartWeights | None
     line: str = ""
@@ -101,7 +109,8 @@ class ChosenStart(NamedTuple):
 def choose_start(source: str | None, images: int = 0, base: str | None = None) -> ChosenStart:
     """The weights to start from, fetched if need be.
 
-    `source` is `--pretrained` (None: not given), 0 `images` weren't counted, `base` is the architecture of a file.
+    `source` is the value of `--pretrained` (None: not given), `images` the number of training images (0: unknown), and
+    `base` the architecture for a file of weights.
     """
     if source == NONE:
         return ChosenStart(None)
@@ -111,8 +120,9 @@ def choose_start(source: str | None, images: int = 0, base: str | None = None) -
     candidates = [published(name) for name in fitting(images)]
     weights = _first_cached(candidates)
     if weights is not None:
-        return _chosen(weights, images, "from the hub's cache on this computer")
+        return _start_unnamed(weights, images, "from the hub's cache on this computer")
 
+    # Download the best ones, if that is allowed.
     weights = candidates[0]
     if source is None and not _on_terminal():
         return from_scratch(
@@ -133,13 +143,14 @@ def choose_start(source: str | None, images: int = 0, base: str | None = None) -
                 f"you name it: --pretrained {weights.name}"
             )
 
+    # The answer may also name other weights.
     answer = "yes" if source == AUTO else confirm_download(weights, facts, images)
     if answer.lower() in ("n", "no", NONE):
         return ChosenStart(None, "start: from scratch, as you wish.")
     if answer.lower() not in ("", "y", "yes"):
         return _start_from(answer)
     _download(weights, facts)
-    return _chosen(weights, images, "downloaded")
+    return _start_unnamed(weights, images, "downloaded")
 
 
 def _first_cached(candidates: Sequence[Published]) -> Published | None:
@@ -151,7 +162,7 @@ def _first_cached(candidates: Sequence[Published]) -> Published | None:
 
 
 def confirm_download(weights: Published, facts: HubFacts, images: int) -> str:
-    """The answer of the user: empty or yes, no, or other weights."""
+    """Ask the user, and return the answer: empty or yes, no, or the name of other weights."""
     size = "" if facts.size_bytes is None else f"{facts.size_bytes / 1e6:.0f} MB, "
     question = (
         f"{images:,} images are few to learn from scratch. Start from {weights.name} ({size}licence "
@@ -161,12 +172,13 @@ def confirm_download(weights: Published, facts: HubFacts, images: int) -> str:
     print(question, end="", file=sys.stderr, flush=True)
     try:
         return input().strip()
-    except EOFError:  # the terminal has gone
+    except EOFError:  # the terminal was closed
         return NONE
 
 
-def _chosen(weights: Published, images: int, origin: str) -> ChosenStart:
-    net = _without_memory(weights.name)
+def _start_unnamed(weights: Published, images: int, origin: str) -> ChosenStart:
+    """Start from weights that the user didn't name."""
+    net = _create_on_meta(weights.name)
     few = f"{images:,} images are few to learn from scratch, and " if images else ""
     device = "a GPU" if has_gpu() else f"a CPU (threads: {torch.get_num_threads()})"
     return ChosenStart(
@@ -177,17 +189,17 @@ def _chosen(weights: Published, images: int, origin: str) -> ChosenStart:
 
 
 def from_scratch(reason: str) -> ChosenStart:
-    """Start few images from scratch; the line says why, and what is lost by it."""
-    return ChosenStart(None, f"start: from scratch ({reason}). {LOST}")
+    """Start few images from scratch; the line gives the reason, and what accuracy that may cost."""
+    return ChosenStart(None, f"start: from scratch ({reason}). {_SCRATCH_COMPARISON}")
 
 
 def _start_from(source: str, base: str | None = None) -> ChosenStart:
     """Start from the weights that the user names."""
     if source.endswith(".safetensors"):
         return _start_from_file(source, base)
-    net = _without_memory(source)
+    net = _create_on_meta(source)
     if not moe_layers(net):
-        check_upcyclable(net, "last2")  # before anything is downloaded
+        check_upcyclable(net, "last2")  # fails before anything is downloaded
     licence = NOT_STATED
     address = address_of(source)
     if is_timm_name(address):
@@ -197,28 +209,29 @@ def _start_from(source: str, base: str | None = None) -> ChosenStart:
             facts = ask_hub(weights)
             licence = facts.licence or licence
             _download(weights, facts)
-    line = f"start: {source} ({_size(net)}, {_licence(licence)})."
+    line = f"start: {source} ({_size(net)}, {_describe_licence(licence)})."
     return ChosenStart(StartWeights(source, None, net), line)
 
 
 def _start_from_file(source: str, base: str | None) -> ChosenStart:
     file = Path(source)
     name = base or architecture_of(file)
-    net = _without_memory(name)
+    net = _create_on_meta(name)
     metadata = read_metadata(file) if file.is_file() else {}
-    licence = _licence(metadata.get("license", NOT_STATED))
+    licence = _describe_licence(metadata.get("license", NOT_STATED))
     origin = f", from {metadata['source']}" if "source" in metadata else ""
     line = f"start: {file} as {name} ({_size(net)}, {licence}{origin})."
     return ChosenStart(StartWeights(source, name, net), line)
 
 
-def _licence(licence: str) -> str:
+def _describe_licence(licence: str) -> str:
     if licence in (NOT_STATED, *FREE_LICENCES):
         return f"licence {licence}"
     return f"licence {licence}, which restricts what you may do"
 
 
-def _without_memory(source: str) -> nn.Module:
+def _create_on_meta(source: str) -> nn.Module:
+    """The model on the `meta` device: its structure, without memory for weights."""
     with torch.device("meta"):
         return create_from(source, load_weights=False)
 
@@ -241,7 +254,7 @@ def _download(weights: Published, facts: HubFacts) -> None:
 
 
 def weights_file(source: str) -> Path | None:
-    """The file that pretrained weights were read from, for its hash; None for one that isn't known or has gone."""
+    """The file that pretrained weights were read from, for its hash; None if it is unknown or no longer exists."""
     path: Path | None
     if source.endswith(".safetensors"):
         path = Path(source)
@@ -253,32 +266,33 @@ def weights_file(source: str) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-# ---- what follows from the weights
+# ---- weights for a device, and options for weights
 
 
 def fitting(images: int) -> list[str]:
-    """The weights that suit this device and so many images, the best first."""
+    """Names of the weights that suit this device and this number of images, the best first."""
     if has_gpu():
         device = torch.cuda.get_device_properties(torch.cuda.current_device())
         is_large = device.total_memory >= _LARGE_GPU_BYTES
         return [BASE, SMALL, TINY] if is_large else [SMALL, TINY]
-    # Backward costs twice a forward pass.
+    # A backward pass costs as much as two forward passes.
     flops = 3 * _SMALL_FLOPS * epochs_for(images) * images
     seconds = flops / (torch.get_num_threads() * _CPU_FLOPS_PER_S)
-    return [SMALL, TINY] if seconds <= _PATIENT_S else [TINY]
+    return [SMALL, TINY] if seconds <= _MAX_CPU_TRAINING_S else [TINY]
 
 
 def epochs_for(images: int) -> int:
-    """Epochs of a pretrained start: 8 000 images seen on a CPU, 40 000 on a GPU, within limits."""
-    fewest, most, images_seen = (5, 30, 40_000) if has_gpu() else (3, 20, 8_000)
-    return min(most, max(fewest, round(images_seen / max(1, images))))
+    """Epochs of a training from pretrained weights: 8 000 images in all on a CPU, 40 000 on a GPU, within limits."""
+    min_epochs, max_epochs, images_in_all = (5, 30, 40_000) if has_gpu() else (3, 20, 8_000)
+    return min(max_epochs, max(min_epochs, round(images_in_all / max(1, images))))
 
 
 def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
     """Command-line options that suit pretrained weights.
 
-    Dense weights become experts in the last two odd blocks, four each, one per token: the cost of the dense model. The
-    classifier reads all patches, so that every route counts; where it can't, the last block stays dense.
+    A dense model is upcycled: the last two blocks of odd index get four experts each with top_k 1, which costs as much
+    as the dense model. The classifier is changed to average all patches, so that the routing of every patch affects
+    the output; a model that can't do that (one with a distillation token) keeps its last block dense.
     """
     net = weights.net
     saved = describe(net)
@@ -296,36 +310,40 @@ def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
     if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
         options |= {"data.mean": list(saved.mean), "data.std": list(saved.std)}
     if not moe_layers(net):
-        pools = reads_class_token_only(net) and not hasattr(net, "dist_token")
+        can_pool = reads_class_token_only(net) and not hasattr(net, "dist_token")
         options |= {
             "model.arch.num_experts": 4,
             "model.arch.top_k": 1,
             "model.arch.router": "vmoe_top_k",
             "router_start": "cluster",
-            "model.arch.moe_layers": "last2" if pools else read_layer_indices(net, "last2"),
+            "model.arch.moe_layers": "last2" if can_pool else read_layer_indices(net, "last2"),
         }
-        if pools:
+        if can_pool:
             options["model.arch.global_pool"] = "avg"
     return options
 
 
 def image_side(net: nn.Module, side: int) -> int:
-    """Side of the images in pixels: whole patches, near 112 on a CPU and 224 on a GPU, at most the model's `side`."""
-    suitable = 224 if has_gpu() else 112
-    if side <= suitable or moe_layers(net):
+    """Side of the training images in pixels, for a model whose own image size is `side`.
+
+    On a CPU about 112 and on a GPU about 224, a multiple of the patch size. Models of a smaller size, and models that
+    already have experts, keep their own.
+    """
+    target = 224 if has_gpu() else 112
+    if side <= target or moe_layers(net):
         return side
-    patch = int(cast(Any, net).patch_embed.patch_size[0])
-    return max(1, round(suitable / patch)) * patch
+    patch_size = int(cast(Any, net).patch_embed.patch_size[0])
+    return max(1, round(target / patch_size)) * patch_size
 
 
 # ---- the linear probe
 
 PROBE_FILE = "probe.json"
-# Of each split. Nearly all of the time is that of the forward passes. It is tested on all images, as the trained models
-# beside it, which `fit` compares on the images that all were tested on and `moevision compare` on all.
+# Images of each split. Forward passes take nearly all of the probe's time. It is tested on all test images, as the
+# trained models are, so that `fit` and `moevision compare` can compare them image by image.
 _MOST_IMAGES = {"train": 2_000, "val": 500, "test": sys.maxsize}
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse penalties, for features of unit variance
-_ABSENT = -20.0  # logit of a class without a training image
+_ABSENT_LOGIT = -20.0  # of a class without a training image
 _Floats = npt.NDArray[np.float64]
 _Integers = npt.NDArray[np.int64]
 
@@ -335,34 +353,36 @@ class Probe:
     """A linear classifier on frozen features."""
 
     train_images: int
-    val_correct: int  # validation images of `val_images` that it classifies correctly
+    val_correct: int  # validation images that the probe classifies correctly
     val_images: int
-    head_val_correct: int  # those that the model's own classifier, as it came, classifies correctly
-    test_correct: dict[str, bool]  # whether a test image, by its stable id, is classified correctly
-    seconds: float  # features and regression together; `cpu_s` are CPU seconds of the same
-    mbytes: float  # of the model that it is the classifier of, in float32
-    cpu_s: float = 0.0
-    # Whether the weights came with experts, so that no dense model has these features.
+    head_val_correct: int  # the same for the model's own classifier, before training
+    test_correct: dict[
+        str, bool
+    ]  # stable id of a test image -> whether the probe classifies it correctly
+    seconds: float  # wall time of features and regression
+    mbytes: float  # size of the whole model in float32
+    cpu_s: float = 0.0  # CPU time of features and regression
+    # Whether the pretrained model is already an MoE, so that these aren't the features of a dense model.
     of_experts: bool = False
-    # Weights [C, D] and biases [C]; None if it was read from a file.
+    # Weights [C, D] and biases [C]; None if the probe was read from a file.
     head: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def beats_the_head(self) -> bool:
-        """Whether it is better than the model's own classifier, which may have been trained for these classes."""
+        """Whether the probe is better than the model's own classifier, which may be trained for these classes."""
         return self.val_correct > self.head_val_correct
 
     def sentence(self) -> str:
         """The result, for the terminal."""
-        tested = len(self.test_correct)
+        test_images = len(self.test_correct)
         val = self.val_correct / max(1, self.val_images)
-        test = sum(self.test_correct.values()) / max(1, tested)
+        test = sum(self.test_correct.values()) / max(1, test_images)
         start = "the weights' own classifier is kept"
         if self.beats_the_head:
             start = "the classifier starts with it"
         return (
-            f"linear probe: {percent(val)} of {self.val_images:,} validation and {percent(test)} of {tested:,} test "
-            f"images by logistic regression on the frozen features, in {self.seconds:.0f} s; {start}"
+            f"linear probe: {percent(val)} of {self.val_images:,} validation and {percent(test)} of {test_images:,} "
+            f"test images by logistic regression on the frozen features, in {self.seconds:.0f} s; {start}"
         )
 
     def write(self, run_dir: Path) -> None:
@@ -383,16 +403,17 @@ def fit_probe(
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Probe | None:
-    """Fit a probe to the features of `net`; None for a model whose features and classifier can't be told apart.
+    """Fit a probe to the features of `net`; None for a model without a linear classifier.
 
-    Of each split it takes `_MOST_IMAGES` at most, of every class the same share. The model has the classes of the data
-    and is left as it was, but for the device; `context` is around each forward pass, such as autocast.
+    It takes at most `_MOST_IMAGES` of each split, the same share of every class. The classifier of `net` must have the
+    classes of the data. `net` is moved to the device and not changed otherwise. `context` makes the context manager of
+    each forward pass, such as autocast.
     """
     head = linear_head(net)
     if head is None:
         return None
-    began_s = time.monotonic()
-    began_cpu_s = cpu_s()
+    start_s = time.monotonic()
+    start_cpu_s = cpu_s()
     train_images, val_images, test_images = [
         min(limit, len(data.contents.datasets[split])) for split, limit in _MOST_IMAGES.items()
     ]
@@ -414,9 +435,9 @@ def fit_probe(
         val_images=len(val.labels),
         head_val_correct=_count_correct(val, head_weight, head_bias),
         test_correct=dict(zip(samples, is_correct.tolist(), strict=True)),
-        seconds=time.monotonic() - began_s,
+        seconds=time.monotonic() - start_s,
         mbytes=4 * sum(parameter.numel() for parameter in net.parameters()) / 1e6,
-        cpu_s=cpu_s() - began_cpu_s,
+        cpu_s=cpu_s() - start_cpu_s,
         of_experts=bool(moe_layers(net)),
         head=(torch.from_numpy(weight), torch.from_numpy(bias)),
     )
@@ -440,9 +461,9 @@ def features_of(
 ) -> dict[str, Features]:
     """Features of images of each split, without augmentation.
 
-    At most so many of a split as its limit, of every class the same share; of training images at least five of each
-    class, if it has them and that many fit: a distance or a classifier that never saw a rare class is wrong about all
-    of its images.
+    `limits` is split -> most images, of which every class gets the same share. Of training images each class gets at
+    least five, if it has them and the limit allows it: a distance or a classifier without training images of a rare
+    class is wrong about all of its images.
     """
     net = net.to(device)
     dtype = next(net.parameters()).dtype
@@ -453,7 +474,7 @@ def features_of(
         progress = track(
             data.plain_loader(split, rows),
             f"{split} images",
-            total=-(-len(rows) // data.batch_size),
+            total=math.ceil(len(rows) / data.batch_size),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -462,38 +483,40 @@ def features_of(
         with evaluating(net):
             for batch in progress:
                 with context():
-                    x = pooled(net, batch["image"].to(device, dtype)).double().cpu()  # [B, D]
-                batches.append((x, batch["label"].cpu(), batch["index"].cpu()))
-        columns = [torch.cat(column).numpy() for column in zip(*batches, strict=True)]
-        features[split] = Features(*columns)
+                    x = pooled(net, batch["image"].to(device, dtype))  # [B, D]
+                batches.append((x.double().cpu(), batch["label"].cpu(), batch["index"].cpu()))
+        fields = [torch.cat(field_batches).numpy() for field_batches in zip(*batches, strict=True)]
+        features[split] = Features(*fields)
     return features
 
 
 def _choose_rows(data: ImageDataModule, split: str, limit: int) -> list[int]:
-    """Rows of at most so many images of a split, of every class the same share, as `features_of` says."""
+    """Rows of at most `limit` images of a split, the same share of every class, as `features_of` describes."""
     samples = data.contents.datasets[split].samples
     labels = np.array([sample.label for sample in samples])
-    # Class by class, each in random order.
+
+    # Order the rows by class, each class shuffled: evenly spaced positions then give every class the same share.
     order = np.random.default_rng(data.seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     labels = labels[order]
 
     positions = _evenly_spaced(len(order), limit)
     counts = np.bincount(labels[positions], minlength=data.num_classes)
-    least = min(5, limit // data.num_classes) if split == "train" else 0
-    if counts.min() < least:
-        # The first of each class, and of all others evenly.
-        class_begin = np.searchsorted(labels, labels)
-        is_first = np.arange(len(labels)) - class_begin < least
-        first = np.flatnonzero(is_first)
-        others = np.flatnonzero(~is_first)
-        others = others[_evenly_spaced(len(others), limit - len(first))]
-        positions = np.concatenate([first, others])
+    required = min(5, limit // data.num_classes) if split == "train" else 0
+    if counts.min() < required:
+        # The first `required` images of each class, and the same share of all others.
+        class_start = np.searchsorted(labels, labels)  # [n], position of the class's first image
+        is_required = np.arange(len(labels)) - class_start < required
+        required_positions = np.flatnonzero(is_required)
+        others = np.flatnonzero(~is_required)
+        others = others[_evenly_spaced(len(others), limit - len(required_positions))]
+        positions = np.concatenate([required_positions, others])
     return sorted(order[positions].tolist())
 
 
-def _evenly_spaced(rows: int, count: int) -> _Integers:
-    return np.linspace(0, rows - 1, min(count, rows)).round().astype(int)
+def _evenly_spaced(length: int, count: int) -> _Integers:
+    """At most `count` evenly spaced positions in a sequence of some length."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int)
 
 
 @torch.no_grad()
@@ -507,7 +530,10 @@ def start_with(net: nn.Module, probe: Probe) -> None:
 
 
 def _best_regression(train: Features, val: Features, classes: int) -> tuple[_Floats, _Floats]:
-    """Weights [C, D] and biases [C] for raw features; the penalty is the best on validation, the strongest at a tie."""
+    """Weights [C, D] and biases [C] for raw features, with the penalty that is best on validation images.
+
+    Of equally good penalties the strongest is taken.
+    """
     best: tuple[_Floats, _Floats] | None = None
     most_correct = -1
     for strength in _STRENGTHS:
@@ -524,19 +550,25 @@ def _fit_regression(train: Features, strength: float, classes: int) -> tuple[_Fl
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    mean, spread = train.features.mean(0), train.features.std(0) + 1e-6  # [D]
+    mean = train.features.mean(0)  # [D]
+    spread = train.features.std(0) + 1e-6  # [D]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # near its optimum is near enough
+        # A result near the optimum is good enough.
+        warnings.simplefilter("ignore", ConvergenceWarning)
         model = LogisticRegression(C=strength, max_iter=300)
         model.fit((train.features - mean) / spread, train.labels)
-    coefficients, intercept = model.coef_, model.intercept_
+
+    coefficients = model.coef_  # [present classes, D]
+    intercept = model.intercept_
     present = model.classes_
-    if len(present) == 2:  # sklearn has one row, for the second class against the first
+    # For two classes sklearn has one row: the logit of the second class minus that of the first.
+    if len(present) == 2:
         coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
         intercept = np.concatenate([-intercept / 2, intercept / 2])
 
+    # Apply the standardization to the weights, which are then for raw features.
     weight = np.zeros((classes, train.features.shape[1]))
-    bias = np.full(classes, _ABSENT)
+    bias = np.full(classes, _ABSENT_LOGIT)
     weight[present] = coefficients / spread
     bias[present] = intercept - weight[present] @ mean
     return weight, bias
@@ -547,4 +579,5 @@ def _count_correct(images: Features, weight: _Floats, bias: _Floats | float) -> 
 
 
 def _classify(x: _Floats, weight: _Floats, bias: _Floats | float) -> _Integers:
+    """The most likely class [n] for features x [n, D]."""
     return cast(_Integers, (x @ weight.T + bias).argmax(1))

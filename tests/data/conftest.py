@@ -12,6 +12,7 @@ from moevision.data import ImageDataModule
 from moevision.data.collection import Collection
 from moevision.data.open import open_collection
 from moevision.errors import UserError
+from tests.shared import missing
 
 Folder = Callable[..., Path]
 
@@ -55,7 +56,7 @@ def listed(root: Path, rows: list[str], head: str = "path,label") -> Path:
 
 def names(sentence: str, *fragments: str) -> None:
     """Assert that a sentence names all of this."""
-    assert [fragment for fragment in fragments if fragment not in sentence] == [], sentence
+    assert missing(sentence, *fragments) == [], sentence
 
 
 @contextmanager

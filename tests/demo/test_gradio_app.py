@@ -24,9 +24,9 @@ from moevision.demo.models import open_entries
 from moevision.demo.view import route_image
 from moevision.demo.wire import MAX_BYTES
 from tests.demo import hostile
-from tests.demo.serving import free_port, running
+from tests.demo.serving import running
 from tests.scopes import ablate
-from tests.shared import says
+from tests.shared import free_port, says
 
 ROOT = Path(__file__).parents[2]
 LION = (200, 150, 90)

@@ -25,8 +25,8 @@ from moevision.demo import gate
 from moevision.demo.gate import AUTH, Serving, is_loopback
 from moevision.errors import UserError
 from moevision.models.io import save_model
-from tests.demo.serving import free_port, running
-from tests.shared import says
+from tests.demo.serving import running
+from tests.shared import free_port, says
 
 ROOT = Path(__file__).parents[2]
 

@@ -88,6 +88,20 @@ def test_gates_of_another_k(name: str, k: int, expected: list[float]) -> None:
     torch.testing.assert_close(gates[0, 0], torch.tensor(expected))
 
 
+def test_a_router_s_own_gates_count_with_and_without_gradients() -> None:
+    """Without noise and normalisation evaluation may take the probabilities, but not in the place of other gates."""
+
+    class EqualGates(TopKRouter):
+        def gates(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
+            return torch.full_like(top_logits, 0.5)
+
+    router = EqualGates(4, 3, 2, softmax_over="all").eval()
+    x = torch.randn(1, 5, 4)
+    with torch.no_grad():
+        assert router(x).combine_weight.eq(0.5).all()
+    assert router(x).combine_weight.eq(0.5).all()
+
+
 @pytest.mark.parametrize("name", ["noisy_top_k", "vmoe_top_k"])
 def test_top_1_is_never_renormalised_and_the_router_learns(name: str) -> None:
     """A softmax over one kept value is 1 and has no gradient; the full softmax does."""

@@ -31,7 +31,7 @@ every_path = pytest.mark.parametrize("path", ["cpu", "other devices", "compiled"
 @pytest.fixture
 def take_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Makes the functions take the path of another device, or of compiled code, on this CPU."""
-    cpu_sum = cpu._sum
+    cpu_sum = cpu._gather_and_sum
 
     def other_sum(*arguments: Tensor | None) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
@@ -41,7 +41,7 @@ def take_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def take(path: str) -> None:
         if path == "other devices":
-            monkeypatch.setattr(cpu, "_sum", other_sum)
+            monkeypatch.setattr(cpu, "_gather_and_sum", other_sum)
         elif path == "compiled":
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 

@@ -119,7 +119,7 @@ def test_the_seed_decides_and_nothing_else_changes(dense):
 def test_no_more_batches_are_read_than_needed(dense, monkeypatch):
     from moevision.models import upcycle as module
 
-    monkeypatch.setattr(module, "_UNITS", {"token": 100, "image": 10})
+    monkeypatch.setattr(module, "_MAX_UNITS", {"token": 100, "image": 10})
     read = []
 
     def batches():

@@ -52,7 +52,7 @@ from moevision.train.parallel.parts import (
     to_full_tensor,
     total_norm,
 )
-from tests.train.quiet import free_port
+from tests.shared import free_port
 
 IMAGES, CLASSES, CLIP = 16, 5, 0.5
 DDP, FSDP, EP2, EP4, REPLICATED = 0, 1, 2, 4, 8

@@ -1,7 +1,6 @@
-"""A trainer that only trains; what tests read of a run and of a text; a free port."""
+"""A trainer that only trains; what tests read of a run."""
 
 import logging
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,6 @@ def quiet_trainer(**options: Any) -> L.Trainer:
     )
 
 
-def missing(text: str, *fragments: str) -> list[str]:
-    """The fragments that a text doesn't have: names, values, the way on. Its other words may change."""
-    return [fragment for fragment in fragments if fragment not in text]
-
-
 def logged(run: Path, name: str) -> list[float]:
     """The values of a metric in a run's metrics.csv, in order."""
     return [float(row[name]) for row in read_csv(run / "metrics.csv") if row[name]]
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])

@@ -28,7 +28,7 @@ from moevision.train.report import (
     read_summary,
     without_path,
 )
-from tests.train.quiet import missing
+from tests.shared import missing
 
 Facts = dict[str, Any]
 

@@ -19,7 +19,7 @@ from moevision.train.checkpoint import (
     newest_valid,
     verify,
 )
-from tests.train.quiet import missing
+from tests.shared import missing
 
 pytestmark = pytest.mark.deep
 

@@ -24,7 +24,7 @@ import moevision
 from moevision.data import ImageDataModule
 from moevision.files import read_csv
 from tests.forks import Forked
-from tests.train.quiet import missing
+from tests.shared import missing
 
 pytestmark = pytest.mark.deep
 

@@ -8,7 +8,7 @@ import pytest
 from moevision.data import ImageDataModule
 from moevision.train import health
 from moevision.train.health import Stopwatch, data_wait_advice
-from tests.train.quiet import missing
+from tests.shared import missing
 
 pytestmark = pytest.mark.deep
 
@@ -54,14 +54,13 @@ def test_share_by_hand(clock: Hand) -> None:
     assert watch.data_wait is None, "nothing was trained yet"
     train(watch, clock, 10, wait_s=1.0, step_s=3.0)
     assert (watch.train_s, watch.data_wait_s, watch.data_wait) == (40.0, 10.0, 0.25)
+    state = watch.state_dict()  # its CPU time doesn't go on
     resumed = Stopwatch()
-    resumed.load_state_dict(watch.state_dict())
+    resumed.load_state_dict(state)
     train(resumed, clock, 10, wait_s=0.0, step_s=4.0)
     assert resumed.data_wait == 10 / 80
     assert resumed.images == 160
-    assert resumed.cpu_s > watch.state_dict()["cpu_s"] > 0, (
-        "CPU time goes on from the earlier session's"
-    )
+    assert resumed.cpu_s > state["cpu_s"] > 0, "CPU time goes on from the earlier session's"
 
 
 def pets(**options: Any) -> ImageDataModule:

@@ -10,7 +10,8 @@ import pytest
 from moevision.config import EarlyStoppingConfig
 from moevision.train.health import StopEarly, Stopwatch
 from moevision.train.resume import ResumePoint
-from tests.train.quiet import logged, missing
+from tests.shared import missing
+from tests.train.quiet import logged
 
 # A learning rate of next to nothing: no epoch is better than the first, so a patience of 2 stops after the third.
 STOPS = ("--trainer.max_epochs=6", "--model.optim.lr=1e-30", "--early_stopping.patience=2")

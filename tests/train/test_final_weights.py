@@ -18,7 +18,8 @@ from moevision.train.checkpoint import BEST, LAST, SafeCheckpointIO
 from moevision.train.finish import Validated, checkpoint_of_run, final_checkpoint, gain_of
 from moevision.train.processes import Interrupted
 from moevision.train.report import BALANCED, LOSS, read_summary
-from tests.train.quiet import logged, missing
+from tests.shared import missing
+from tests.train.quiet import logged
 
 EPOCHS = ("--trainer.max_epochs=3",)
 GOOD, BAD = (

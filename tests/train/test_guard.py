@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, note_event
+from tests.shared import missing
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
-from tests.train.quiet import missing
 
 # name: (fault, which batches are left out with it, epochs, batches per epoch and per update, compared after so many
 # applied updates, first seen in)

@@ -22,8 +22,8 @@ from moevision.train.guard import (
     TrainingSnapshot,
 )
 from moevision.train.health import WeightEMA
+from tests.shared import missing
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
-from tests.train.quiet import missing
 from tests.train.test_guard import assert_same
 
 pytestmark = pytest.mark.deep

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moevision.train import fit as training
-from tests.train.quiet import missing
+from tests.shared import missing
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from moevision.train import fit as training
 from moevision.train.checkpoint import load_trained
-from tests.train.quiet import missing
+from tests.shared import missing
 from tests.train.test_command_two_processes import (
     FIRST_KILLED,
     KILLED,

@@ -15,7 +15,7 @@ from moevision.data import ImageDataModule
 from moevision.models.upcycle import upcycle
 from moevision.train import start
 from moevision.train.start import fit_probe, linear_head, read_probe, start_with
-from tests.train.quiet import missing
+from tests.shared import missing
 
 CPU = torch.device("cpu")
 

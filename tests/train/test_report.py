@@ -36,7 +36,7 @@ from moevision.train.report import (
     read_summary,
     write_summary,
 )
-from tests.train.quiet import missing
+from tests.shared import missing
 
 Row = dict[str, float | int]
 

@@ -23,7 +23,7 @@ from moevision.train.processes import (
     seed_per_rank,
 )
 from moevision.train.resume import MARK, CheckpointConfig, ResumePoint
-from tests.train.quiet import missing
+from tests.shared import missing
 
 
 @pytest.fixture

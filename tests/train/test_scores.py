@@ -27,8 +27,9 @@ from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.optim import OptimizerConfig
 from moevision.train.scores import ExampleScores, visit_measures
 from moevision.train.task import ClassificationTask
+from tests.shared import missing
 from tests.train.faults import FaultInjector
-from tests.train.quiet import missing, quiet_trainer
+from tests.train.quiet import quiet_trainer
 
 IMAGES, BATCH = 24, 8
 
@@ -305,8 +306,8 @@ def test_scores_of_half_a_training_are_none(
 
 def test_many_images_are_scored_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many are 200,000, or here 20."""
-    assert module._MANY_SCORED == 200_000
-    monkeypatch.setattr(module, "_MANY_SCORED", 20)
+    assert module._MAX_SCORED == 200_000
+    monkeypatch.setattr(module, "_MAX_SCORED", 20)
     few, many = ({"train_size": size} for size in (19, 20))
     for options, keeps in (
         (few, True),
@@ -324,7 +325,7 @@ def test_many_images_are_scored_if_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_two_processes_have_the_scores_of_all(tmp_path: Path) -> None:
     """25 images over two processes, 4 x 3 each an epoch: one is left out, another one each epoch."""
     from tests.forks import Forked
-    from tests.train.quiet import free_port
+    from tests.shared import free_port
 
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     process = Forked([__file__, str(tmp_path)], tmp_path, {**os.environ, **shared})

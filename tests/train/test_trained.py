@@ -12,7 +12,8 @@ from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.models.io import load_model
 from moevision.train.checkpoint import load_trained
-from tests.train.quiet import logged, missing
+from tests.shared import missing
+from tests.train.quiet import logged
 
 
 @pytest.fixture(scope="module")

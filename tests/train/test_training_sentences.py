@@ -16,8 +16,8 @@ from moevision.train.guard import StabilityGuard
 from moevision.train.optim import freeze_parameters, parameter_groups
 from moevision.train.parallel.layout import check_divides, check_network
 from moevision.train.report import read_summary
+from tests.shared import missing
 from tests.train.guarded import Run, batches, tiny_task
-from tests.train.quiet import missing
 
 DENSE = "active_flops"
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.forks import Forked
+from tests.shared import free_port
 from tests.train import two_processes
-from tests.train.quiet import free_port
 from tests.train.two_processes import CASES, IMAGES, STEPS, evaluated_loss, train
 
 pytestmark = pytest.mark.deep
