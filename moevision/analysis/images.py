@@ -31,11 +31,11 @@ from moevision.data.collection import (
     Sample,
     interleave_by_class,
 )
+from moevision.data.drawn import DrawnImages
 from moevision.data.images import BadImageError, upright_rgb
 from moevision.data.named import DATASET_NAMES
 from moevision.data.open import open_collection
 from moevision.data.splits import SplitSettings, is_copy, make_splits, read_splits
-from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
 from moevision.errors import DataWarning, UserError, escape_controls, name_bytes
 from moevision.files import newest_config
@@ -95,7 +95,7 @@ def open_pictures(
     """Open images as evaluation sees them.
 
     Args:
-        data: `synthetic_pets`, another dataset's name (`cifar10`, ...), a folder with one subfolder per class (also
+        data: `emoji`, another dataset's name (`cifar10`, ...), a folder with one subfolder per class (also
             inside train/, val/, test/), a CSV manifest, a Hugging Face dataset (`hf:NAME`), a torch dataset
             of (PIL image, label), or a `PictureSet`.
         image_size: S, side of the square images in pixels.
@@ -117,9 +117,10 @@ def open_pictures(
     """
     if isinstance(data, PictureSet):
         pictures = data
-    elif isinstance(data, SyntheticPets):  # drawn again at the model's size, with its part masks
-        drawn = DrawnCollection.of(image_size, data.seed, {data.split: len(data)})
-        name = f"synthetic_pets, {data.split} set, seed {data.seed}"
+    elif isinstance(data, DrawnImages):  # drawn again at the model's size, with its part masks
+        kind = type(data)
+        drawn = DrawnCollection.of(kind, image_size, data.seed, {data.split: len(data)})
+        name = f"{kind.name}, {data.split} set, seed {data.seed}"
         pictures = CollectionPictures(drawn, drawn.samples[data.split], image_size, name)
     elif isinstance(data, str | Path):
         collection = open_collection(
@@ -177,8 +178,8 @@ class CollectionPictures:
 
     def __post_init__(self) -> None:
         self.class_names = tuple(self.names or self.collection.class_names)
-        drawn = isinstance(self.collection, DrawnCollection)
-        self.part_names: tuple[str, ...] = SyntheticPets.parts if drawn else ()
+        is_drawn = isinstance(self.collection, DrawnCollection)
+        self.part_names = self.collection.part_names if is_drawn else ()
 
     @classmethod
     def of_split(
@@ -241,8 +242,7 @@ class CollectionPictures:
         """The part at each pixel of a drawn image, uint8 [S, S]."""
         if not isinstance(self.collection, DrawnCollection):
             return None
-        split, number = self.samples[index].sample_id.rsplit("/", 1)
-        return self.collection.pets[split].part_mask(int(number))
+        return self.collection.part_mask(self.samples[index])
 
 
 class DatasetCollection(Collection):

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from moevision.data.drawn import DrawnImages
 from moevision.data.images import BadImageError, read_image, safe_open
-from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError, escape_controls, escape_csv_cell, name_bytes
 
 SPLITS = ("train", "val", "test")
@@ -164,21 +164,26 @@ class ArrayCollection(Collection):
 
 @dataclass
 class DrawnCollection(Collection):
-    """Synthetic images (`SyntheticPets`), drawn when opened; sample ids are ``split/number``."""
+    """Images drawn when opened (`DrawnImages`); sample ids are ``split/number``."""
 
-    pets: dict[str, SyntheticPets] = field(default_factory=dict)
+    drawn: dict[str, DrawnImages] = field(default_factory=dict)  # by split
 
     @classmethod
-    def of(cls, image_size: int, seed: int, sizes: Mapping[str, int]) -> DrawnCollection:
+    def of(
+        cls, kind: type[DrawnImages], image_size: int, seed: int, sizes: Mapping[str, int]
+    ) -> DrawnCollection:
         """A collection with ``sizes[split]`` images per split."""
-        pets = {}
-        samples = {}
-        for split, size in sizes.items():
-            pets[split] = SyntheticPets(size, image_size, seed, split)
-            samples[split] = [
-                Sample(f"{split}/{number:06d}", pets[split].label(number)) for number in range(size)
-            ]
-        return cls(list(SyntheticPets.classes), samples, pets=pets)
+        drawn = {split: kind(size, image_size, seed, split) for split, size in sizes.items()}
+        samples = {
+            split: [Sample(f"{split}/{n:06d}", images.label(n)) for n in range(len(images))]
+            for split, images in drawn.items()
+        }
+        return cls(list(kind.classes), samples, drawn=drawn)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the values of a part mask."""
+        return next(iter(self.drawn.values())).parts
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Draw the image."""
@@ -186,15 +191,23 @@ class DrawnCollection(Collection):
 
     def draw(self, sample: Sample, side: int | None = None) -> Image.Image:
         """Draw an image with sides of ``side`` pixels; None: the collection's own image size."""
-        split, number = sample.sample_id.rsplit("/", 1)
-        pets = self.pets[split]
+        images, number = self._find(sample)
         if side is not None:
-            pets = SyntheticPets(pets.size, side, pets.seed, split)
-        return Image.fromarray(pets.image(int(number)))
+            images = type(images)(len(images), side, images.seed, images.split)
+        return Image.fromarray(images.image(number))
+
+    def part_mask(self, sample: Sample) -> NDArray[np.uint8]:
+        """The part at each pixel, uint8 [S, S], an index into `part_names`."""
+        images, number = self._find(sample)
+        return images.part_mask(number)
 
     def stored(self, sample: Sample) -> bytes:
         """Empty: nothing is stored, and no duplicates need be found, as every image has a random seed of its own."""
         return b""
+
+    def _find(self, sample: Sample) -> tuple[DrawnImages, int]:
+        split, number = sample.sample_id.rsplit("/", 1)
+        return self.drawn[split], int(number)
 
 
 def file_identity(path: str | Path) -> Hashable:

@@ -10,17 +10,15 @@ model knows of "test" beyond "unseen" it has learned by heart.
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import Dataset
 
-from moevision.errors import UserError
+from moevision.data.drawn import ByteImage, DrawnImages, generator_for
 
 GROUPS: Final = (
     "smileys",
@@ -40,137 +38,103 @@ SHIFT: Final = 2  # px that an emoji lies from the middle of its cell at most
 HELD_OUT: Final = 0.1  # of each group's emoji
 _SHEET_COLUMNS = 44
 _BACKGROUND = 128
-_DRAWING_VERSION = 1  # part of every seed: another one draws other pages
 _ASSETS = Path(__file__).parent / "assets"
 
 
 class Emoji(NamedTuple):
-    """One emoji: the character, the index of its group in `GROUPS`, its name in Unicode."""
+    """One emoji."""
 
     character: str
-    group: int
-    name: str
+    group: str  # one of `GROUPS`
+    name: str  # Unicode's
 
 
 class Sheet(NamedTuple):
-    """All emoji: their pictures, uint8 [M, 16, 16, 3], what they are, and which are never trained on, bool [M]."""
+    """All emoji, M of them; an emoji's number is its row in `assets/emoji.tsv`."""
 
-    pictures: npt.NDArray[np.uint8]
+    pictures: ByteImage  # [M, 16, 16, 3]
     emoji: list[Emoji]
-    held_out: npt.NDArray[np.bool_]
+    groups: NDArray[np.int64]  # [M], indices into `GROUPS`
+    held_out: NDArray[np.bool_]  # [M], never trained on
 
 
 @cache
 def read_sheet() -> Sheet:
-    """The sheet that comes with the package; an emoji's number is its row in `assets/emoji.tsv`."""
-    emoji = []
-    for line in (_ASSETS / "emoji.tsv").read_text(encoding="utf-8").splitlines():
-        character, group, name = line.split("\t")
-        emoji.append(Emoji(character, GROUPS.index(group), name))
-
+    """The sheet that comes with the package."""
+    lines = (_ASSETS / "emoji.tsv").read_text(encoding="utf-8").splitlines()
+    emoji = [Emoji(*line.split("\t")) for line in lines]
     with Image.open(_ASSETS / "emoji.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     rows = pixels.reshape(-1, CELL, _SHEET_COLUMNS, CELL, 3)
     pictures = rows.swapaxes(1, 2).reshape(-1, CELL, CELL, 3)[: len(emoji)]
 
-    groups = np.array([one.group for one in emoji])
+    groups = np.array([GROUPS.index(one.group) for one in emoji])
     held_out = np.zeros(len(emoji), bool)
-    rng = _generator("held out")
+    rng = generator_for("EmojiPages held out")
     for group in range(len(GROUPS)):
-        members = np.flatnonzero(groups == group)
-        held_out[rng.permutation(members)[: round(HELD_OUT * len(members))]] = True
-    return Sheet(pictures, emoji, held_out)
+        members = rng.permutation(np.flatnonzero(groups == group))
+        held_out[members[: round(HELD_OUT * len(members))]] = True
+    return Sheet(pictures, emoji, groups, held_out)
 
 
 @cache
-def _pools(held_out: bool) -> list[npt.NDArray[np.int64]]:
-    """The numbers of each group's emoji that are held out, or that aren't."""
+def _members(held_out: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each group the emoji that are held out, or those that aren't: their numbers [9, n], and how many [9]."""
     sheet = read_sheet()
-    groups = np.array([one.group for one in sheet.emoji])
-    return [
-        np.flatnonzero((groups == group) & (sheet.held_out == held_out))
+    chosen = [
+        np.flatnonzero((sheet.groups == group) & (sheet.held_out == held_out))
         for group in range(len(GROUPS))
     ]
+    sizes = np.array(list(map(len, chosen)))
+    return np.array([np.resize(numbers, sizes.max()) for numbers in chosen]), sizes
 
 
-class EmojiPages(Dataset[tuple[Image.Image, int]]):
+class EmojiPages(DrawnImages):
     """Pages of emoji with labels, and the emoji and group of every cell.
 
-    A page depends on nothing but (seed, split, index): not on the order of access, the size of the set or the process.
-    Page i has label i mod 9.
+    Pages are drawn with sides of 64 px; of other sizes they are resized.
     """
 
-    classes: ClassVar[tuple[str, ...]] = GROUPS  # names of the labels
-    parts: ClassVar[tuple[str, ...]] = GROUPS  # names of the values of a part mask
-    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test", "unseen")
-    image_size: ClassVar[int] = CELL * CELLS
+    name = "emoji"
+    classes = GROUPS
+    parts = GROUPS
+    splits = ("train", "val", "test", "unseen")  # "unseen": only emoji that the others never have
 
-    def __init__(self, size: int, seed: int = 0, split: str = "train") -> None:
-        """Describes the set; pages are drawn when asked for.
+    def image(self, index: int) -> ByteImage:
+        """The page, uint8 [S, S, 3] in RGB order."""
+        return self._resized(draw_page(*self._draw(index)), Image.Resampling.BICUBIC)
 
-        Args:
-            size: Number of pages, at least 1.
-            seed: Any integer; other seeds give other pages.
-            split: `"train"`, `"val"`, `"test"` or `"unseen"` (only emoji that the other three never have).
-        """
-        if size < 1:
-            raise UserError(f"EmojiPages needs a size of at least 1 page, not {size}")
-        if split not in self.splits:
-            raise UserError(f"EmojiPages has the splits {', '.join(self.splits)}, not {split!r}")
-        self.size, self.seed, self.split = size, seed, split
+    def part_mask(self, index: int) -> ByteImage:
+        """The group of each pixel's emoji, uint8 [S, S], an index into `parts`."""
+        groups = read_sheet().groups[self.emoji(index)].astype(np.uint8)
+        mask = groups.reshape(CELLS, CELLS).repeat(CELL, 0).repeat(CELL, 1)
+        return self._resized(mask, Image.Resampling.NEAREST)
 
-    def __len__(self) -> int:
-        return self.size
+    def emoji(self, index: int) -> NDArray[np.int64]:
+        """The number of every cell's emoji in the sheet, int64 [16], row by row."""
+        numbers, _ = self._draw(index)
+        return numbers
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """The page, as a PIL image in mode RGB, and its label."""
-        return Image.fromarray(self.image(index)), self.label(index)
-
-    def label(self, index: int) -> int:
-        """The class, an index into `classes`."""
-        return self._checked(index) % len(GROUPS)
-
-    def emoji(self, index: int) -> npt.NDArray[np.int64]:
-        """The number of every cell's emoji in `read_sheet().emoji`, int64 [16], row by row."""
-        return self._draw(index)[0]
-
-    def image(self, index: int) -> npt.NDArray[np.uint8]:
-        """The page, uint8 [64, 64, 3] in RGB order."""
-        numbers, shifts = self._draw(index)
-        return draw_page(numbers, shifts)
-
-    def part_mask(self, index: int) -> npt.NDArray[np.uint8]:
-        """The group of each pixel's emoji, uint8 [64, 64], an index into `parts`."""
-        emoji = read_sheet().emoji
-        groups = np.array([emoji[number].group for number in self.emoji(index)], np.uint8)
-        return np.kron(groups.reshape(CELLS, CELLS), np.ones((CELL, CELL), np.uint8))
-
-    def _draw(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _draw(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The emoji of the cells, int64 [16], and how far each lies from its middle, int64 [16, 2]."""
-        label = self.label(index)
-        rng = _generator(f"{self.seed} {self.split} {self._checked(index)}")
-        own = rng.random(CELLS**2) < SHARE
-        groups = np.where(own, label, rng.integers(len(GROUPS), size=CELLS**2))
-        places = rng.random(CELLS**2)
+        rng = self.generator(index)
+        is_own = rng.random(CELLS**2) < SHARE
+        groups = np.where(is_own, self.label(index), rng.integers(len(GROUPS), size=CELLS**2))
+        position = rng.random(CELLS**2)  # within the group
         shifts = rng.integers(-SHIFT, SHIFT + 1, (CELLS**2, 2))
 
-        pools = _pools(self.split == "unseen")
-        numbers = [
-            pools[group][int(place * len(pools[group]))]
-            for group, place in zip(groups, places, strict=True)
-        ]
-        return np.array(numbers), shifts
+        members, sizes = _members(self.split == "unseen")
+        numbers = members[groups, (position * sizes[groups]).astype(int)]
+        return numbers, shifts
 
-    def _checked(self, index: int) -> int:
-        """The index counted from the start; `IndexError` outside of the set, which also ends iteration."""
-        if not -self.size <= index < self.size:
-            raise IndexError(f"index {index} is outside of a set of {self.size} pages")
-        return int(index) % self.size
+    def _resized(self, page: ByteImage, resampling: Image.Resampling) -> ByteImage:
+        if self.image_size == len(page):
+            return page
+        side = (self.image_size, self.image_size)
+        return np.asarray(Image.fromarray(page).resize(side, resampling))
 
 
-def draw_page(
-    numbers: npt.NDArray[np.int64], shifts: npt.NDArray[np.int64] | None = None
-) -> npt.NDArray[np.uint8]:
+def draw_page(numbers: NDArray[np.int64], shifts: NDArray[np.int64] | None = None) -> ByteImage:
     """A page of up to 16 emoji, uint8 [64, 64, 3]; `shifts` [16, 2] in px, down and to the right; None: in the middle.
 
     What leaves its cell is cut off, as a patch of the model would see it.
@@ -198,11 +162,3 @@ def ceiling(pages: int = 200_000, seed: int = 0) -> float:
     )  # [pages, groups]
     most = counts == counts.max(1, keepdims=True)
     return float((most[:, 0] / most.sum(1)).mean())
-
-
-def _generator(key: str) -> np.random.Generator:
-    """A generator of its own for each key, the same on every machine."""
-    digest = hashlib.blake2b(
-        f"EmojiPages {_DRAWING_VERSION} {key}".encode(), digest_size=16
-    ).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))

@@ -1,4 +1,4 @@
-"""Datasets that a name selects: SyntheticPets (drawn by this package), torchvision's, ImageNet-1k; with terms of use.
+"""Datasets that a name selects: two drawn by this package, torchvision's, ImageNet-1k; with terms of use.
 
 torchvision downloads and indexes them; the images themselves are opened by `safe_open` like any others, so that one
 damaged file doesn't stop a run. If a dataset has no validation set, or papers report its "val" as test results
@@ -23,14 +23,18 @@ from moevision.data.collection import (
     Sample,
     explain_access_errors,
 )
+from moevision.data.drawn import DrawnImages
+from moevision.data.emoji import EmojiPages
 from moevision.data.folder import read_folder
+from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError, escape_controls
 from moevision.words import shell_word
 
-SYNTHETIC = "synthetic_pets"
 HF = "hf:"  # prefix of `--data` for datasets on huggingface.co
 UNKNOWN = "unknown: check before you publish"  # terms of use of the user's own images
-# Numbers of SyntheticPets images
+SYNTHETIC = SyntheticPets.name
+DRAWN: dict[str, type[DrawnImages]] = {kind.name: kind for kind in (EmojiPages, SyntheticPets)}
+# Numbers of drawn images
 DRAWN_SIZES = {"train": 16_000, "val": 1_000, "test": 2_000}
 _IMAGENET_ARCHIVES = (
     "ILSVRC2012_img_train.tar",
@@ -82,6 +86,10 @@ def fetching(name: str, root: str | Path = "data") -> str:
 
 
 # ---- torchvision's datasets as collections
+
+
+def _drawn(kind: type[DrawnImages], root: Path, download: bool) -> Collection:
+    return DrawnCollection.of(kind, 64, 0, DRAWN_SIZES)
 
 
 def _cifar10(root: Path, download: bool) -> Collection:
@@ -170,11 +178,11 @@ class Named(DataTerms):
 _CIFAR = "unknown: https://www.cs.toronto.edu/~kriz/cifar.html states no licence and asks to cite Krizhevsky 2009"
 _OXFORD = "CC BY-SA 4.0 (https://www.robots.ox.ac.uk/~vgg/data/pets/)"
 _IMAGENET = "for non-commercial research and education only (terms of access on https://image-net.org/download)"
+_EMOJI = "Noto Emoji (Apache-2.0), whose flags are in the public domain, arranged by moevision's own code"
 _DRAWN = "drawn by moevision's own code (Apache-2.0): no photo is involved"
 NAMED = {
-    SYNTHETIC: Named(
-        "SyntheticPets", _DRAWN, "", 16_000, lambda *_: DrawnCollection.of(64, 0, DRAWN_SIZES)
-    ),
+    "emoji": Named("EmojiPages", _EMOJI, "", 16_000, partial(_drawn, EmojiPages)),
+    "synthetic_pets": Named("SyntheticPets", _DRAWN, "", 16_000, partial(_drawn, SyntheticPets)),
     "cifar10": Named(
         "CIFAR-10", _CIFAR, "uoft-cs/cifar10", 60_000, _cifar10, "cifar-10-batches-py"
     ),

@@ -16,7 +16,7 @@ from moevision.data.collection import (
 )
 from moevision.data.folder import read_folder, split_folders, walk
 from moevision.data.images import is_image_path
-from moevision.data.named import DATASET_NAMES, DRAWN_SIZES, HF, NAMED, SYNTHETIC, read_named
+from moevision.data.named import DATASET_NAMES, DRAWN, DRAWN_SIZES, HF, NAMED, read_named
 from moevision.data.tables import Columns, count_rows, read_dataset, read_table
 from moevision.errors import UserError
 
@@ -30,7 +30,7 @@ def kind_of(path: str) -> DataKind:
     Everything else counts as a folder of images, even if it doesn't exist: `read_folder` then raises the error.
     """
     if path in DATASET_NAMES:
-        return "drawn" if path == SYNTHETIC else "named"
+        return "drawn" if path in DRAWN else "named"
     if path.startswith(HF):
         return "dataset"
     location = Path(path).expanduser()
@@ -60,7 +60,7 @@ def open_collection(
     ``path`` is one of `DATASET_NAMES`, a folder of images (write ``./pets`` if its name is one of those), a CSV
     manifest, or a Hugging Face dataset (``hf:NAME[:CONFIG]``, or a folder that it was saved to).
 
-    ``image_size``, ``seed`` and ``sizes`` (images per split) apply to the drawn dataset only, ``root`` to named ones,
+    ``image_size``, ``seed`` and ``sizes`` (images per split) apply to drawn datasets only, ``root`` to named ones,
     and ``download`` to these and Hugging Face's. ``columns`` names the image and the label column of a table; None
     finds them.
     """
@@ -68,7 +68,7 @@ def open_collection(
     location = Path(path).expanduser()
 
     if kind == "drawn":
-        return DrawnCollection.of(image_size, seed, sizes)
+        return DrawnCollection.of(DRAWN[path], image_size, seed, sizes)
     if kind == "named":
         return read_named(path, root, download=download)
     if kind == "dataset":

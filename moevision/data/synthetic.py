@@ -20,7 +20,6 @@ of about 1 around (0, 0); x points right, y points down. Frame coordinates run f
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -30,12 +29,11 @@ from typing import Any
 
 import numpy as np
 import yaml  # type: ignore[import-untyped]
-from numpy.random import PCG64, Generator
+from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from torch.utils.data import Dataset
 
-from moevision.errors import UserError
+from moevision.data.drawn import ByteImage, DrawnImages
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
@@ -43,7 +41,6 @@ Points = Floats  # [n, 2]
 Affine = Floats  # [2, 3], a 2 x 2 matrix and an offset
 Polygon = tuple[int, Points]  # region id, vertices [n, 2] in frame coordinates
 FloatImage = NDArray[Any]  # float32 [S, S] or [S, S, 3]
-ByteImage = NDArray[np.uint8]
 Pair = tuple[float, float]
 
 CLASSES = ("cat", "dog", "rabbit", "bear", "mouse", "fox", "pig", "owl")
@@ -577,62 +574,17 @@ def _stripes(x: FloatImage, y: FloatImage, ripple: Floats) -> FloatImage:
     return np.asarray(strength * wave, np.float32)
 
 
-# Part of the key that seeds every image. Raise it when the drawing changes: then all images are new ones, instead of
-# slightly altered old ones, and results of two versions are not compared by mistake.
-_DRAWING_VERSION = 1
+class SyntheticPets(DrawnImages):
+    """Drawn animal faces with labels and part masks."""
 
-
-class SyntheticPets(Dataset[tuple[Image.Image, int]]):
-    """Drawn animal faces with labels and part masks.
-
-    An image depends on (seed, split, index) alone, not on the order of access, the size of the set or the process.
-    The same index shows the same scene at every image size. Image i has label i mod 8, so that class sizes differ by
-    one image at most.
-    """
-
-    classes = CLASSES  # name of each label
-    parts = PARTS  # name of each value of a part mask
-    splits = ("train", "val", "test")
-
-    def __init__(
-        self, size: int, image_size: int = 64, seed: int = 0, split: str = "train"
-    ) -> None:
-        """Stores the arguments; each image is drawn on access.
-
-        Args:
-            size: Number of images, at least 1.
-            image_size: Side of an image in pixels, at least 16.
-            seed: Any integer; other seeds give other images.
-            split: `"train"`, `"val"` or `"test"`; splits share no image.
-        """
-        if size < 1:
-            raise UserError(f"SyntheticPets needs a size of at least 1 image, not {size}")
-        if image_size < 16:
-            raise UserError(
-                f"SyntheticPets needs an image_size of at least 16 pixels, not {image_size}"
-            )
-        if split not in self.splits:
-            raise UserError(f"SyntheticPets has the splits {', '.join(self.splits)}, not {split!r}")
-        self.size = size
-        self.image_size = image_size
-        self.seed = seed
-        self.split = split
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """The image, as a PIL image in mode RGB, and its label."""
-        return Image.fromarray(self.image(index)), self.label(index)
+    name = "synthetic_pets"
+    classes = CLASSES
+    parts = PARTS
 
     def image(self, index: int) -> ByteImage:
         """The image, uint8 [S, S, 3] in RGB order."""
         scene, rng = self._scene(index)
         return _render(scene, self.image_size, rng)
-
-    def label(self, index: int) -> int:
-        """The class, an index into `classes`."""
-        return self._checked(index) % len(self.classes)
 
     def part_mask(self, index: int) -> ByteImage:
         """The part at the middle of each pixel, uint8 [S, S], an index into `parts`."""
@@ -644,14 +596,5 @@ class SyntheticPets(Dataset[tuple[Image.Image, int]]):
 
     def _scene(self, index: int) -> tuple[Scene, Generator]:
         """The scene, and its generator, which then yields the pixel noise."""
-        index = self._checked(index)
-        key = f"SyntheticPets {_DRAWING_VERSION} {self.seed} {self.split} {index}"
-        digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
-        rng = Generator(PCG64(int.from_bytes(digest, "little")))
+        rng = self.generator(index)
         return sample_scene(self.label(index), rng), rng
-
-    def _checked(self, index: int) -> int:
-        """The index as a non-negative number; `IndexError` outside of the set, which also ends iteration."""
-        if not -self.size <= index < self.size:
-            raise IndexError(f"index {index} is outside of a set of {self.size} images")
-        return int(index) % self.size

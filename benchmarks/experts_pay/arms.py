@@ -1,0 +1,134 @@
+"""The arms of the protocol: models, their prices, and a training of so many steps.
+
+Axes: B pages, C = 9 groups, S = 64 px.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from benchmarks.subject import Subject, TrainingStep
+from benchmarks.timing import Candidate, interleave
+from moevision.data.emoji import GROUPS, EmojiPages
+from moevision.models.config import MoEConfig, build_model
+
+BATCH = 256
+SIDE = 64
+HEAD_UNITS = 256
+MODEL = {
+    "name": "vit_moe_micro_patch4_32",
+    "patch_size": 16,
+    "embed_dim": 64,
+    "depth": 1,
+    "num_heads": 2,
+    "stem": "patch",
+}
+_EXPERTS = {"moe_layers": "all", "router": "vmoe_top_k", "top_k": 1}
+ARMS: dict[str, dict[str, Any]] = {
+    "dense-1": {"moe_layers": [], "mlp_ratio": 1},
+    "dense-2": {"moe_layers": [], "mlp_ratio": 2},
+    "dense-4": {"moe_layers": [], "mlp_ratio": 4},
+    "dense-8": {"moe_layers": [], "mlp_ratio": 8},
+    "dense-head": {"moe_layers": [], "mlp_ratio": 4},
+    "moe-8": {**_EXPERTS, "num_experts": 8, "expert_hidden": 256},
+    "moe-16": {**_EXPERTS, "num_experts": 16, "expert_hidden": 128},
+    "moe-32": {**_EXPERTS, "num_experts": 32, "expert_hidden": 128},
+    "moe-head": {**_EXPERTS, "num_experts": 8, "expert_hidden": 256},
+}
+DENSE = [name for name in ARMS if name.startswith("dense")]
+OPTIMIZER = {"name": "adamw", "weight_decay": 0.01, "beta2": 0.99, "warmup_fraction": 0.1}
+
+
+class Pages:
+    """The pages of a split, drawn once in order and kept, uint8 [n, 64, 64, 3]."""
+
+    def __init__(self, split: str, seed: int) -> None:
+        self.pages = EmojiPages(10**9, SIDE, seed, split)
+        self.batches: list[NDArray[np.uint8]] = []
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, S, S], normalized, and labels [B] of batch `number`."""
+        while len(self.batches) <= number:
+            first = len(self.batches) * BATCH
+            self.batches.append(
+                np.stack([self.pages.image(i) for i in range(first, first + BATCH)])
+            )
+        labels = torch.arange(number * BATCH, (number + 1) * BATCH) % len(GROUPS)
+        return normalized(self.batches[number]), labels
+
+
+def normalized(pixels: NDArray[np.uint8]) -> Tensor:
+    """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] around 0."""
+    return (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+
+
+def subject_of(arm: str, lr: float) -> Subject:
+    """An arm at a learning rate, as plain data."""
+    return Subject(
+        arm,
+        {**MODEL, **ARMS[arm]},
+        {**OPTIMIZER, "lr": lr},
+        label_smoothing=0.0,
+        num_classes=len(GROUPS),
+        image_size=SIDE,
+        batch_size=BATCH,
+    )
+
+
+def build(arm: str, seed: int) -> nn.Module:
+    """An arm's model with the initial weights of a seed."""
+    torch.manual_seed(seed)
+    arch = MoEConfig(**subject_of(arm, 1e-3).arch)
+    net: Any = build_model(arch, len(GROUPS), SIDE, load_pretrained=False)
+    if arm.endswith("-head"):
+        width = cast(int, net.embed_dim)
+        net.head = nn.Sequential(
+            nn.Linear(width, HEAD_UNITS), nn.GELU(), nn.Linear(HEAD_UNITS, len(GROUPS))
+        )
+    return cast(nn.Module, net)
+
+
+def step_of(arm: str, seed: int, lr: float, steps: int) -> TrainingStep:
+    """What trains an arm for so many steps."""
+    return TrainingStep(
+        subject_of(arm, lr), precision="fp32", net=build(arm, seed), total_steps=steps
+    )
+
+
+def measure_prices(steps: int = 8, rounds: int = 12) -> dict[str, float]:
+    """Median CPU milliseconds of a training step of every arm; `steps` of each in turns, so many rounds."""
+    pages = Pages("train", seed=0)
+    batches = [pages.batch(number) for number in range(4)]
+
+    def take_steps(step: TrainingStep) -> None:
+        for number in range(steps):
+            step(*batches[number % len(batches)])
+
+    candidates = [
+        Candidate(arm, partial(take_steps, step_of(arm, 0, 1e-3, 10_000))) for arm in ARMS
+    ]
+    timings = interleave(candidates, repetitions=rounds, warm_up=1)
+    return {
+        arm: round(1000 * statistics.median(seconds) / steps, 2)
+        for arm, seconds in timings.cpu.items()
+    }
+
+
+def train(arm: str, lr: float, seed: int, steps: int, pages: Pages) -> tuple[nn.Module, float]:
+    """Train an arm on the first pages; the model in eval mode, and CPU seconds without the drawing of pages."""
+    step = step_of(arm, seed, lr, steps)
+    cpu_s = 0.0
+    for number in range(steps):
+        images, labels = pages.batch(number)
+        began = time.process_time()
+        step(images, labels)
+        cpu_s += time.process_time() - began
+    return step.net.eval(), cpu_s
