@@ -16,6 +16,7 @@ import torch
 from benchmarks.experts_pay import arms, report, runs
 from benchmarks.harness import HERE, about, argument_parser
 from benchmarks.queue import do_runs, read_records, refuse_changes
+from moevision.limits import keep_freed_memory
 
 FOLDER = HERE / "experts_pay"
 PROTOCOL = FOLDER / "protocol.md"
@@ -33,6 +34,7 @@ def main() -> None:
     add("--allow-dirty", action="store_true", help="try things out on an uncommitted tree")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in `moevision fit`
 
     if options.verb == "table":
         print(report.tables(read_records(options.out)))
