@@ -48,6 +48,10 @@ AREAS = {
     "sharded": ["train/parallel/parts.py"],
     "scores": ["train/scores.py", "data/scores.py"],
     "splits": ["data/splits.py"],
+    "tables": ["data/tables.py"],
+    "transforms": ["data/transforms.py"],
+    "finish": ["train/finish.py", "train/start.py"],
+    "readings": ["analysis/readings.py", "analysis/images.py"],
     "swap": ["analysis/questions.py"],
     "intervention": ["analysis/intervention.py"],
 }
