@@ -301,3 +301,11 @@ def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch) -> None:
     assert numbers["layers"][1]["unrouted"] == (~trace.layers[1].kept.any(-1)).mean()
     assert "patches without expert" in page
     assert numbers["effects"]["what"].count(";") == 1
+
+
+def test_a_rule_has_the_capacity_of_expert_choice_and_none_for_soft() -> None:
+    """Of 16 patches each of 4 experts takes 16 · 2 / 4."""
+    trace = collect_routing(
+        saved(["soft", "expert_choice"]), open_pictures(PETS, 32), progress=False
+    )
+    assert [RoutingRule.of(layer).top_k for layer in trace.layers] == [0, 8]

@@ -263,6 +263,9 @@ def test_every_cost_by_brute_force() -> None:
     assert found.same_patches.log_loss.value == pytest.approx(of_favourite)
     assert found.their_other.log_loss.value == pytest.approx(of_other)
     assert found.beyond_patches.log_loss.value == pytest.approx(of_favourite - of_other)
+    assert found.beyond_patches.points.value == pytest.approx(
+        found.same_patches.points.value - found.their_other.points.value
+    )
 
 
 def test_an_expert_of_its_class_is_told_from_the_patches_that_chose_it() -> None:
