@@ -12,6 +12,7 @@ from moevision.data.scores import (
     METHODS,
     SCORES,
     Scores,
+    Share,
     apply_lists,
     choose_kept_images,
     class_shares,
@@ -160,3 +161,10 @@ def test_decisions_drop_and_relabel_and_leave_the_rest(tmp_path):
 
 def test_one_image():
     assert kept(scores("x"), "ccs", 0.5) == "a"
+
+
+def test_of_many_shares_those_that_fall_most_are_shown():
+    shares = [Share(f"c{number:02}", 0.04, number / 1000) for number in range(22)]
+    *rows, rest = shares_table(shares, "class")[1:]
+    assert [row.split()[0] for row in rows] == [share.name for share in shares[:20]]
+    assert rest == "and 2 that lose less"

@@ -535,3 +535,12 @@ def test_without_the_package(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text(json.dumps({}))
     with refusal("pip install datasets"):
         opened(tmp_path)
+
+
+@needs_datasets
+def test_classes_that_are_written_alike_are_refused(hub, tmp_path):
+    """One é is one character, the other an e with an accent."""
+    alike = hub.ClassLabel(names=["caf\xe9", "cafe\u0301"])
+    rows_of(hub, [0, 1] * 5, alike).save_to_disk(tmp_path / "alike")
+    with refusal("caf\xe9", "look the same", "rename"):
+        opened(tmp_path / "alike")

@@ -114,3 +114,10 @@ def test_shifts_are_uniform(padding):
     values, counts = np.unique(shifts, axis=0, return_counts=True)
     assert (shifts.min(), shifts.max(), len(values)) == (-padding, padding, (2 * padding + 1) ** 2)
     assert stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("shape", [0.0, 1.0], ids=["wide", "tall"])
+def test_an_erased_rectangle_lies_in_the_picture(shape):
+    """A third of the area at 3.3 to 1 is 104 long: the next try is taken, 2 % of it and nearly square."""
+    tries = np.array([[[1, shape, 0, 0], [0, 0.5, 0, 0]]])
+    assert erasing_boxes(tries, 100).tolist() == [[0, 0, 14, 14]]
