@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -552,3 +553,12 @@ def test_each_product_of_the_shared_experts_has_its_own_bias_or_none(
 ) -> None:
     shared = MoEMlp(8, 16, num_experts=4, num_shared_experts=1, bias=bias).shared
     assert (shared.fc1.bias is not None, shared.fc2.bias is not None) == bias
+
+
+@pytest.mark.parametrize(("capability", "grouped"), [((9, 0), True), ((8, 9), False)])
+def test_bf16_is_one_grouped_product_from_sm90_on(
+    capability: tuple[int, int], grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows = SimpleNamespace(dtype=torch.bfloat16, element_size=lambda: 2, is_cuda=True, device="")
+    assert make().experts._use_grouped(rows) is grouped

@@ -10,6 +10,7 @@ from torch import nn
 from moevision import UserError
 from moevision.layers import (
     ROUTERS,
+    ExpertChoiceRouter,
     MoEMlp,
     RouterOptions,
     TopKRouter,
@@ -51,6 +52,10 @@ ROWS: dict[str, Row] = {
     "unknown router": (lambda: build_router("top2", 8, 4, 2), ["'top2'", "noisy_top_k, vmoe_top_k"]),
     "more than E": (lambda: TopKRouter(8, 4, 5), ["top_k=5", "num_experts=4", "1 and 4"]),
     "no expert": (lambda: TopKRouter(8, 4, 0), ["top_k=0", "num_experts=4", "1 and 4"]),
+    "each expert chooses more": (
+        lambda: ExpertChoiceRouter(8, 4, 5),
+        ["top_k=5", "num_experts=4", "1 and 4"],
+    ),
     "two of switch": (lambda: layer(router="switch", top_k=2), ["'switch'", "top_k=2", "must be 1"]),
     "counts": (lambda: update_router_bias(layer(), []), ["all 1", "these are 0"]),
     "colour of no image": (lambda: run(layer(router="colour")), ["'colour'", "image", "timm ViT"]),
