@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,13 @@ from moevision.errors import UserError
 from moevision.models.history import FILE, RoutingHistory
 from moevision.train import finish
 from moevision.train.checkpoint import BEST, LAST, SafeCheckpointIO
-from moevision.train.finish import Validated, checkpoint_of_run, final_checkpoint, gain_of
+from moevision.train.finish import (
+    Validated,
+    checkpoint_of_run,
+    choose_weights,
+    final_checkpoint,
+    gain_of,
+)
 from moevision.train.processes import Interrupted
 from moevision.train.report import BALANCED, LOSS, read_summary
 from tests.shared import missing
@@ -243,3 +250,15 @@ def test_a_damaged_best_is_replaced_by_the_last(tmp_path):
     path, words = final_checkpoint(tmp_path)
     assert path == tmp_path / LAST
     assert "no best.ckpt" in words
+
+
+def test_equal_losses_are_no_reason_for_the_best_epoch(monkeypatch, tmp_path):
+    """The gain and its standard error are 0."""
+    for name, step in ((BEST, 1), (LAST, 2)):
+        state = {"global_step": step, "hyper_parameters": {"arch": {}}}
+        SafeCheckpointIO().save_checkpoint(state, tmp_path / "checkpoints" / name)
+    monkeypatch.setattr(finish, "schedule_ended", lambda trainer: True)
+    monkeypatch.setattr(finish, "_validate", lambda *given: GOOD)
+    settings = SimpleNamespace(checkpoint=SimpleNamespace(monitor=LOSS))
+    training = SimpleNamespace(run_dir=tmp_path, trainer=None, settings=settings)
+    assert choose_weights(training).checkpoint.name == LAST

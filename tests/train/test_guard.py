@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, note_event
+from moevision.train import guard as guard_module
+from moevision.train.guard import (
+    Event,
+    GuardConfig,
+    GuardRecord,
+    StabilityGuard,
+    WindowNumbers,
+    note_event,
+)
 from tests.shared import missing
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 
@@ -292,3 +300,12 @@ def test_snapshots_take_no_memory_after_the_training(tmp_path: Path) -> None:
     run = Run(tmp_path, batches(2), callbacks=(Kept(),))
     assert run.guard is not None
     assert (kept, len(run.guard.snapshots)) == ([1], 0)
+
+
+def test_the_loss_of_a_window_is_a_mean_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that have the same losses, and the same norm."""
+    monkeypatch.setattr(guard_module, "sum_numbers", lambda numbers, _: [2 * n for n in numbers])
+    losses = [{"loss": torch.tensor(loss)} for loss in (1.0, 2.0)]
+    task: Any = SimpleNamespace(evidence=losses, device=None)
+    trainer: Any = SimpleNamespace(world_size=2)
+    assert WindowNumbers.of(trainer, task, torch.tensor(3.0)) == (True, True, 1.5)

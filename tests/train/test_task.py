@@ -134,6 +134,8 @@ def test_training_step_adds_the_weighted_balance_losses(tmp_path: Path) -> None:
     )
     assert logged["train/loss"] == pytest.approx(expected, rel=1e-5)
     assert logged["train/importance_loss"] > 0
+    names = ["router of block 1", "router of block 3", "importance loss", "load loss"]
+    assert [*task.evidence[0]] == [*names, "cross-entropy", "loss"]
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.4], ids=["labels", "Mixup"])
