@@ -11,15 +11,14 @@ the second table are as they were measured: the record has no outputs for them.
 """
 
 import json
-import math
+from collections import Counter
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
-HERE = Path(__file__).parent
 LEARN = {"experts": "experts alone", "blocks": "last blocks"}
 GATES = {
     "dense": "dense, no gate",
@@ -82,9 +81,8 @@ def best_guess(layers: Seeds, control: str) -> float:
 
 def lost_in(layer: Record, label: int, owner: int) -> float:
     """Points that a class's photos lose in the mean in the own expert of cats, or of dogs, if it computes nothing."""
-    return (
-        layer["swap"]["knock_out"]["points"][label][own_experts(layer)[owner]] or 0.0
-    )  # None: it has none of them
+    by_expert = layer["swap"]["knock_out"]["points"][label]
+    return by_expert[own_experts(layer)[owner]] or 0.0  # None: it has none of them
 
 
 def lost_by_exchange(layers: Seeds, unit: str) -> float:
@@ -103,13 +101,6 @@ def is_different(layer: Record) -> bool:
     return min(swap["without"]["log_loss"]["low"], swap["log_loss"]["low"]) > 0
 
 
-def paired_test(differences: list[float]) -> tuple[float, float, float]:
-    """Student's t of one difference for each seed: mean, half the 95 % interval, two-sided p."""
-    seeds, mean = len(differences), fmean(differences)
-    error = stdev(differences) / math.sqrt(seeds)
-    return mean, student.ppf(0.975, seeds - 1) * error, 2 * student.sf(abs(mean) / error, seeds - 1)
-
-
 def less(runs: dict[tuple[str, str], Seeds], learn: str, gate: str, other: str) -> list[float]:
     """A gate's accuracy minus another's in each seed that it has."""
     of_other = {run["seed"]: accuracy(run) for run in runs[learn, other]}
@@ -118,8 +109,7 @@ def less(runs: dict[tuple[str, str], Seeds], learn: str, gate: str, other: str) 
 
 def number(value: float, digits: int) -> str:
     """With a true minus sign, and none in front of 0."""
-    text = f"{value:.{digits}f}"
-    return text.replace("-", "−") if float(text) else text.replace("-", "")
+    return f"{value:z.{digits}f}".replace("-", "−")
 
 
 def points(share: float) -> str:
@@ -128,9 +118,9 @@ def points(share: float) -> str:
 
 
 def with_interval(differences: list[float]) -> str:
-    """The mean difference with its interval, in points."""
-    mean, half, _ = paired_test(differences)
-    return f"{points(mean)} ({points(mean - half)} to {points(mean + half)})"
+    """The mean difference with Student's 95 % interval over seeds, in points."""
+    low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
+    return f"{points(fmean(differences))} ({points(low)} to {points(high)})"
 
 
 def listed(words: list[str]) -> str:
@@ -140,13 +130,12 @@ def listed(words: list[str]) -> str:
 
 def verdicts(differences: dict[tuple[str, str], list[float]]) -> dict[tuple[str, str], str]:
     """Of each gate with several seeds, by Holm's adjustment over all of them."""
-    tests = {key: paired_test(each) for key, each in differences.items() if len(each) > 1}
+    p = {k: ttest_1samp(each, 0).pvalue for k, each in differences.items() if len(each) > 1}
     words, largest = {}, 0.0
-    for rank, key in enumerate(sorted(tests, key=lambda key: tests[key][2])):
-        largest = max(largest, (len(tests) - rank) * tests[key][2])
-        words[key] = (
-            "not told apart" if largest >= 0.05 else "above" if tests[key][0] > 0 else "below"
-        )
+    for rank, key in enumerate(sorted(p, key=p.__getitem__)):
+        largest = max(largest, (len(p) - rank) * p[key])
+        side = "above" if fmean(differences[key]) > 0 else "below"
+        words[key] = "not told apart" if largest >= 0.05 else side
     return words
 
 
@@ -160,35 +149,27 @@ def accuracy_rows(runs: dict[tuple[str, str], Seeds]) -> list[str]:
         mean += f" ± {stdev(percents):.1f}" if len(own) > 1 else ""
         interval = verdict = ""
         if gate != "dense" and own:
-            interval, verdict = (
-                points(fmean(differences[learn, gate])),
-                words.get((learn, gate), "not told apart"),
-            )
-            if len(own) > 1:
-                interval = with_interval(differences[learn, gate])
+            gaps = differences[learn, gate]
+            interval = with_interval(gaps) if len(own) > 1 else points(gaps[0])
+            verdict = words.get((learn, gate), "not told apart")
         by_seed = ", ".join(f"{percent:.1f}" for percent in percents)
         cells = [LEARN[learn], GATES[gate], str(len(own)), mean, by_seed, interval, verdict]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
-def where_cells(layers: Seeds) -> list[str]:
+def where_row(learn: str, gate: str, layers: Seeds) -> str:
     """Which class goes where, and what the expert tells about the class beside two controls."""
     by_seed = [" / ".join(f"{100 * share:.0f}" for share in in_own(layer)) for layer in layers]
-    guesses = [
-        fmean(map(guess, layers)),
-        best_guess(layers, "before"),
-        best_guess(layers, "clusters"),
-    ]
-    cells = [", ".join(by_seed), f"{100 * fmean(map(busiest, layers)):.0f}"]
-    cells += [f"{100 * share:.1f}" for share in guesses]
-    cells.append(f"{sum(map(is_separate, layers))} of {len(layers)}")
+    controls = (best_guess(layers, name) for name in ("before", "clusters"))
+    guesses = [f"{100 * share:.1f}" for share in (fmean(map(guess, layers)), *controls)]
+    separate = f"{sum(map(is_separate, layers))} of {len(layers)}"
+    busy = f"{100 * fmean(map(busiest, layers)):.0f}"
+    cells = [learn, gate, layers[0]["name"], ", ".join(by_seed), busy, *guesses, separate]
     for question in (0, 1):
-        answers = [layer["answers"][question] for layer in layers]
-        cells.append(
-            ", ".join(f"{answer} {answers.count(answer)}" for answer in dict.fromkeys(answers))
-        )
-    return cells
+        answers = Counter(layer["answers"][question] for layer in layers)
+        cells.append(", ".join(f"{answer} {seeds}" for answer, seeds in answers.items()))
+    return f"| {' | '.join(cells)} |"
 
 
 def answer(layers: dict[tuple[str, str], list[Seeds]]) -> tuple[str, str]:
@@ -202,13 +183,9 @@ def answer(layers: dict[tuple[str, str], list[Seeds]]) -> tuple[str, str]:
         holds[gate] = any(
             all(is_separate(layer) and is_different(layer) for layer in seeds) for seeds in own
         )
-    verdict = (
-        "yes"
-        if holds["alone"] or holds["balanced"]
-        else "only if told"
-        if holds["class"]
-        else "not shown"
-    )
+    verdict = "only if told" if holds["class"] else "not shown"
+    if holds["alone"] or holds["balanced"]:
+        verdict = "yes"
     return verdict, (
         f"Cats and dogs get experts of their own in so many layers: {', '.join(separate)}; of these, experts are also "
         f"shown to do different things in {listed(both)}"
@@ -217,9 +194,8 @@ def answer(layers: dict[tuple[str, str], list[Seeds]]) -> tuple[str, str]:
 
 def read_records() -> Seeds:
     """All runs."""
-    return [
-        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def runs_by_gate(records: Seeds) -> dict[tuple[str, str], Seeds]:
@@ -235,7 +211,7 @@ def runs_by_gate(records: Seeds) -> dict[tuple[str, str], Seeds]:
 def layers_of(runs: dict[tuple[str, str], Seeds]) -> dict[tuple[str, str], list[Seeds]]:
     """What learns and gate -> each of its layers in every seed."""
     return {
-        key: [list(seeds) for seeds in zip(*(run["layers"] for run in own), strict=True)]
+        key: list(map(list, zip(*(run["layers"] for run in own), strict=True)))
         for key, own in runs.items()
     }
 
@@ -243,18 +219,6 @@ def layers_of(runs: dict[tuple[str, str], Seeds]) -> dict[tuple[str, str], list[
 def verdict_of(records: Seeds) -> str:
     """Whether the sentence holds: yes, only if told, or not shown."""
     return answer(layers_of(runs_by_gate(records)))[0]
-
-
-def table_rows(
-    runs: dict[tuple[str, str], Seeds], layers: dict[tuple[str, str], list[Seeds]]
-) -> list[str]:
-    """Every row of the two tables."""
-    rows = accuracy_rows(runs)
-    for (learn, gate), own in layers.items():
-        for seeds in own:
-            cells = [LEARN[learn], GATES[gate], seeds[0]["name"], *where_cells(seeds)]
-            rows.append(f"| {' | '.join(cells)} |")
-    return rows
 
 
 def statements() -> dict[str, list[str]]:
@@ -282,8 +246,9 @@ def statements() -> dict[str, list[str]]:
         gate: with_interval(less(runs, "experts", "class", gate)) for gate in ("balanced", "alone")
     }
     least, *_, most = sorted(f"{-100 * fmean(differences):.1f}" for differences in below.values())
-    of_telling, _, p = paired_test(less(runs, "experts", "class", "balanced"))
-    costs = "shown" if p < 0.05 and of_telling < 0 else "not shown"
+    of_telling = less(runs, "experts", "class", "balanced")
+    p = ttest_1samp(of_telling, 0).pvalue
+    costs = "shown" if p < 0.05 and fmean(of_telling) < 0 else "not shown"
     exchanged = number(lost_by_exchange(of_class, "points"), 1)
     with_blocks = block_7["blocks", "class"]
     guesses = {key: f"{100 * fmean(map(guess, seeds)):.0f} %" for key, seeds in block_7.items()}
@@ -311,7 +276,12 @@ def statements() -> dict[str, list[str]]:
         f"exchanged they cost {lost_by_exchange(with_blocks, 'log_loss'):.3f} nats and no photo "
         f"({number(lost_by_exchange(with_blocks, 'points'), 1)} points)",
         f"**{counts}.**",
-        *table_rows(runs, layers),
+        *accuracy_rows(runs),
+        *(
+            where_row(LEARN[learn], GATES[gate], own)
+            for (learn, gate), many in layers.items()
+            for own in many
+        ),
         f"- {len(records)} records, {minutes:.0f} CPU minutes beside those of the tokens, on {machine}.",
     ]
     front_page = (
