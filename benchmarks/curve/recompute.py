@@ -10,15 +10,12 @@ three methods. Differences are in points of test accuracy, paired by seed, with 
 """
 
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
-RECORD = Path(__file__).with_name("record.json")
-README, RESULTS, GUIDE = "benchmarks/curve/README.md", "docs/results.md", "docs/guides/good-data.md"
 ASKED = 0.7  # the share of the question
 
 
@@ -37,11 +34,6 @@ Accuracies = dict[tuple[str, float], dict[int, float]]
 """(method, share) -> seed -> test accuracy in per cent."""
 
 
-def read_record() -> dict:
-    """Settings and trainings."""
-    return json.loads(RECORD.read_text(encoding="utf-8"))
-
-
 def accuracies_of(record: dict) -> Accuracies:
     """All of them; that on all images is ("all", 1.0)."""
     accuracies: Accuracies = {}
@@ -56,9 +48,7 @@ def paired_difference(
 ) -> Difference:
     """First minus second, seed by seed, over the divisor."""
     gaps = [(first[seed] - second[seed]) / divisor for seed in sorted(first)]
-    mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
-    half = float(student.ppf(0.975, len(gaps) - 1)) * error
-    return Difference(mean, mean - half, mean + half)
+    return Difference(statistics.fmean(gaps), *ttest_1samp(gaps, 0).confidence_interval(0.95))
 
 
 def beside_all(accuracies: Accuracies, by: str, share: float) -> Difference:
@@ -99,14 +89,9 @@ def table(record: dict, accuracies: Accuracies) -> list[str]:
     return lines
 
 
-def is_as_good(difference: Difference, margin: float) -> bool:
-    """Whether the interval shows that at most `margin` points were lost."""
-    return difference.low > -margin
-
-
 def verdict(difference: Difference, margin: float) -> str:
     """What the interval shows."""
-    if is_as_good(difference, margin):
+    if difference.low > -margin:
         return f"is shown to be as good as training on all, to within {margin:g} points"
     if difference.high < 0:
         return "is shown to be worse than training on all"
@@ -132,20 +117,10 @@ def sentences(record: dict, accuracies: Accuracies) -> list[str]:
     ]
 
 
-def beside_chance(record: dict, accuracies: Accuracies) -> dict[str, list[float]]:
-    """Method -> the shares at which it is shown to be worse than as many images at random, the largest first."""
-    return {
-        by: [share for share in shares_of(record) if beside_random(accuracies, by, share).high < 0]
-        for by in ("ccs", "aum")
-    }
-
-
 def row_of_results(record: dict, accuracies: Accuracies) -> str:
     """The row of docs/results.md."""
     differences = {by: beside_all(accuracies, by, ASKED) for by in record["methods"]}
-    good = [
-        by for by, difference in differences.items() if is_as_good(difference, record["margin"])
-    ]
+    good = [by for by, difference in differences.items() if difference.low > -record["margin"]]
     worse = [by for by, difference in differences.items() if by not in good and difference.high < 0]
     costs = ", ".join(f"{by} {difference}" for by, difference in differences.items())
     return (
@@ -158,19 +133,22 @@ def row_of_results(record: dict, accuracies: Accuracies) -> str:
 
 def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the record."""
-    record = read_record()
+    record = json.loads(Path(__file__).with_name("record.json").read_text(encoding="utf-8"))
     accuracies = accuracies_of(record)
-    worse = beside_chance(record, accuracies)
+    worse = {  # than as many images at random: at these shares
+        by: [share for share in shares_of(record) if beside_random(accuracies, by, share).high < 0]
+        for by in ("ccs", "aum")
+    }
     ccs = "is worse than" if worse["ccs"] else "is not told apart from"
     largest = max(worse["aum"], default=0)
     return {
-        README: [
+        "benchmarks/curve/README.md": [
             *table(record, accuracies),
             *sentences(record, accuracies),
             f"`ccs` {ccs} `random` at any share, and `aum` is worse from {largest:.0%} down",
         ],
-        RESULTS: [row_of_results(record, accuracies)],
-        GUIDE: [f"`aum` already at {largest:.0%}"],
+        "docs/results.md": [row_of_results(record, accuracies)],
+        "docs/guides/good-data.md": [f"`aum` already at {largest:.0%}"],
     }
 
 

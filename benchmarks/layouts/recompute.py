@@ -14,8 +14,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-HERE = Path(__file__).parent
-
 
 def spread(values: list[float], digits: int) -> str:
     """The lowest and the highest, or the one value of a single seed."""
@@ -30,9 +28,8 @@ def sds_above(losses: list[float], reference: list[float]) -> float:
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = [
-        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in text.splitlines()]
     by_title: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_title.setdefault(record["title"], []).append(record)

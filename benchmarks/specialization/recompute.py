@@ -227,13 +227,14 @@ def of_drawn_and_small_images(pets: list[Setting], cifar10: list[Setting]) -> li
         for (arm, layer), share in shares.items()
         if "token" in arm
     )
+    more = "more" if images_separate_more else "no more"
     clusters_tell_more = all(
         setting.mean(bits_of_clusters) > setting.mean(bits) for setting in pets
     )
     return [
         f"{in_settings} (a setting is one layer of one of {len({setting.arm for setting in pets})} arms, with "
         f"{len(pets[0].runs)} seeds each): from the expert alone {facts['guesses']} % of the classes are guessed "
-        f"right, chance {facts['chance']} %; routing by image separates them {'' if images_separate_more else 'no '}more "
+        f"right, chance {facts['chance']} %; routing by image separates them {more} "
         f"than routing by token, in every arm and layer. But {'' if clusters_tell_more else 'not '}everywhere clusters "
         "of the layer's input tell more about the class than its router, and to let two classes' experts change places "
         f"costs {facts['swap']} points of accuracy in the mean of the setting where it costs most.",

@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-HERE = Path(__file__).parent
 ARMS = ("even", "forced", "no loss", "loss")
 
 
@@ -40,9 +39,8 @@ def is_longer_in_every_run(without: list[dict[str, Any]], with_loss: list[dict[s
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = [
-        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in text.splitlines()]
     by_arm = {arm: rows_of(records, arm) for arm in ARMS}
     without, with_loss = by_arm["no loss"], by_arm["loss"]
     pairs = list(zip(without, with_loss, strict=True))
