@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from scipy.stats import ttest_1samp
+from scipy.stats import t as student
 
 SETS = ("sources", "far", "imagenette")
 CONTROL = "heads only, tuned"  # what `joined` has to beat, by GAIN (of accuracy) on SETS_NEEDED of the sets
@@ -47,7 +47,8 @@ def by_domain(hits: np.ndarray, images: list[int]) -> list[np.ndarray]:
 def runs_by_seed(records: list[Run], name: str) -> list[Run]:
     """One run for each seed of a set: the answers and times of its experts, heads and dense models together.
 
-    Runs from before the first amendment, which don't say what they train, are left out. `correct` has for each arm, and for each domain, which of the test images it classifies correctly (0 or 1).
+    `correct` has for each arm, and for each domain, which of the test images it classifies correctly (0 or 1). A run
+    from before the first amendment doesn't say what it trains, and is left out.
     """
     runs = []
     for seed in range(3):
@@ -92,8 +93,7 @@ def difference(runs: list[Run], first: str, second: str) -> tuple[list[float], f
     variance = sum(images.var(ddof=1) / len(images) for images in by_image)
     half_of_seeds = math.inf
     if len(gaps) > 1:
-        low, high = ttest_1samp(gaps, 0).confidence_interval(0.95)
-        half_of_seeds = (high - low) / 2
+        half_of_seeds = student.ppf(0.975, len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
     return gaps, 1.96 * math.sqrt(variance) / len(by_image), half_of_seeds
 
 
