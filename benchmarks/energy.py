@@ -73,12 +73,7 @@ def joules_of_passes(
 
 
 def energy_of(run: Callable[[], object], images: int, device: torch.device) -> dict[str, Any]:
-    """Energy of repeated work above the machine's idle power.
-
-    Args:
-        run: one pass, such as a training step.
-        images: images that one pass works on.
-        device: whose counter is read.
+    """Energy of repeated work above the machine's idle power, by image of which each pass has so many.
 
     Returns:
         `joules_per_image` of each of three runs with their median, `source` and `domain`; or `energy`: "not measured"

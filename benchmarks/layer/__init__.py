@@ -13,8 +13,9 @@ Axes: T tokens, D width, H hidden width of one expert, E experts, K choices.
 
 from __future__ import annotations
 
+import copy
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import product
 from typing import Any, cast
@@ -31,7 +32,6 @@ from benchmarks.phases import measure_load
 from benchmarks.timing import Candidate, interleave, reason, rounded, rows_of
 from moevision.errors import UserError
 from moevision.layers import MoEMlp
-from moevision.layers.experts import Backend
 
 BARS = ((4160, 192, 2), (8192, 384, 1), (8192, 384, 2))
 """Tokens, width and choices of the shapes whose ratio is held to a bar; 4160 = 64 images of 64 patches and a class
@@ -47,15 +47,7 @@ _IMAGE_TOKENS = 64
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """One comparison.
-
-    Attributes:
-        tokens: T.
-        width: D.
-        experts: E.
-        top_k: K; an expert has 4 D / K hidden units.
-        precision: `bf16` (autocast, float32 parameters) or `fp32`.
-    """
+    """One comparison: T, D, E and K; an expert has 4 D / K hidden units. `bf16` is autocast, parameters are float32."""
 
     tokens: int
     width: int
@@ -92,32 +84,12 @@ def parser() -> ArgumentParser:
         parser.add_argument(
             name, type=positive, nargs="+", default=[default], metavar="N", help=text
         )
-    add = parser.add_argument
+    add, precisions = parser.add_argument, tuple(DTYPES)
     add("--router", nargs="+", metavar="NAME", help="routers, such as vmoe_top_k noisy_top_k")
-    add(
-        "--backend",
-        nargs="+",
-        default=["auto"],
-        metavar="NAME",
-        help="auto, loop, grouped or dense (%(default)s)",
-    )
-    add(
-        "--precision",
-        nargs="+",
-        choices=tuple(DTYPES),
-        default=["bf16"],
-        help="autocast to bf16, or fp32 (bf16)",
-    )
-    add(
-        "--preset", choices=("bars",), help="three shapes of small ViTs, vmoe_top_k and noisy_top_k"
-    )
-    add(
-        "--peers",
-        nargs="+",
-        default=["all"],
-        metavar="NAME",
-        help="none, all, or some by name (all)",
-    )
+    add("--backend", nargs="+", default=["auto"], help="auto, loop, grouped or dense (auto)")
+    add("--precision", nargs="+", choices=precisions, default=["bf16"], help="(bf16: autocast)")
+    add("--preset", choices=("bars",), help="three shapes of small ViTs, with two routers")
+    add("--peers", nargs="+", default=["all"], help="none, all, or some by name (all)")
     harness.add_measuring(parser, repetitions=20)
     return parser
 
@@ -140,7 +112,7 @@ def shapes_of(options: Namespace) -> list[Shape]:
     """The comparisons that are asked for.
 
     Raises:
-        UserError: if K > E, or K doesn't divide the hidden width.
+        UserError: if K > E.
     """
     if options.preset == "bars":
         sizes = [(*bar[:2], experts, bar[2]) for bar in BARS for experts in options.experts]
@@ -151,10 +123,6 @@ def shapes_of(options: Namespace) -> list[Shape]:
         if shape.top_k > shape.experts:
             raise UserError(
                 f"--top-k {shape.top_k} does not fit --experts {shape.experts}: a token can't choose more."
-            )
-        if MLP_RATIO * shape.width % shape.top_k:
-            raise UserError(
-                f"--top-k {shape.top_k} does not divide the hidden width {MLP_RATIO * shape.width}."
             )
     return shapes
 
@@ -170,32 +138,20 @@ def compare(
         Candidate(name, partial(turn.run, layer), turn.reset, optional=name in PEERS)
         for name, layer in layers.items()
     ]
-    with harness.progress_bar(
-        str(shape), (options.warm_up + options.repetitions) * len(candidates)
-    ) as step:
+    rounds = {"repetitions": options.repetitions, "warm_up": options.warm_up}
+    with harness.progress_bar(str(shape), sum(rounds.values()) * len(candidates)) as step:
         timings = interleave(
-            candidates,
-            repetitions=options.repetitions,
-            warm_up=options.warm_up,
-            device=device,
-            prepare=turn.prepare,
-            on_step=step,
+            candidates, **rounds, device=device, prepare=turn.prepare, on_step=step
         )
     timings.failures.update(left_out)
-    facts = {
-        name: _facts(name, layer, shape, turn)
-        for name, layer in layers.items()
-        if name in timings.seconds
-    }
+    facts = {name: _facts(name, layers[name], shape, turn) for name in timings.seconds}
     rows = rows_of(timings, [DENSE], facts)
     peak = peaks.get(shape.precision)
     for row in rows:
         if "time_ms" in row:
             rate = shape.flops / (row["time_ms"]["median"] / 1e3)
-            row |= {
-                "active_flops_per_s": rounded(rate),
-                "mfu": None if peak is None else rounded(rate / peak),
-            }
+            row["active_flops_per_s"] = rounded(rate)
+            row["mfu"] = None if peak is None else rounded(rate / peak)
     return {**asdict(shape), "hidden": shape.hidden, "flops": shape.flops, "rows": rows}
 
 
@@ -207,36 +163,18 @@ def _layers(
     layers: dict[str, nn.Module] = {DENSE: Mlp(shape.width, shape.top_k * shape.hidden)}
     for router, backend in product(options.router, options.backend):
         name = f"moevision {router}" + (f" {backend}" if len(options.backend) > 1 else "")
-        layers[name] = MoEMlp(
-            shape.width,
-            shape.hidden,
-            router=router,
-            backend=cast(Backend, backend),
-            **cast(Any, sizes),
-        )
+        layers[name] = MoEMlp(shape.width, shape.hidden, router=router, backend=backend, **sizes)
     for layer in layers.values():
         layer.to(device).train()
     first = next(layer for layer in layers.values() if isinstance(layer, MoEMlp))
     left_out: dict[str, str] = {}
     for name in options.peers:
         # The same router with the same weights, and its own gradients.
-        router = (
-            MoEMlp(shape.width, 8, router=options.router[0], **cast(Any, sizes))
-            .to(device)
-            .train()
-            .router
-        )
-        router.load_state_dict(first.router.state_dict())
-        dtype = DTYPES[shape.precision]
+        router = copy.deepcopy(first.router)
+        where = {"dtype": DTYPES[shape.precision], "device": device}
         try:
             peer = build_peer(
-                name,
-                router,
-                width=shape.width,
-                hidden=shape.hidden,
-                dtype=dtype,
-                device=device,
-                **sizes,
+                name, router, width=shape.width, hidden=shape.hidden, **where, **sizes
             )
             layers[name] = peer.train()
         except Exception as error:  # another library's fault must not end ours
@@ -255,16 +193,12 @@ class _Turn:
     def prepare(self, number: int) -> None:
         """A new input [B, N, D] and a new gradient of the output."""
         tokens = self.shape.tokens
-        images, length = (
-            (tokens // _IMAGE_TOKENS, _IMAGE_TOKENS) if tokens % _IMAGE_TOKENS == 0 else (1, tokens)
-        )
+        images = 1 if tokens % _IMAGE_TOKENS else tokens // _IMAGE_TOKENS
+        size = (images, tokens // images, self.shape.width)
         torch.manual_seed(number)
         self.round = number
-        self.x = torch.randn(
-            images, length, self.shape.width, device=self.device, requires_grad=True
-        )
-        self.gradient = torch.randn(images, length, self.shape.width, device=self.device)
-        self.gradient = self.gradient.to(DTYPES[self.shape.precision])
+        self.x = torch.randn(size, device=self.device, requires_grad=True)
+        self.gradient = torch.randn(size, device=self.device).to(DTYPES[self.shape.precision])
 
     def run(self, layer: nn.Module) -> None:
         """Forward and backward."""
@@ -274,10 +208,8 @@ class _Turn:
 
     def forward(self, layer: nn.Module) -> Tensor:
         """Forward under autocast."""
-        dtype = DTYPES[self.shape.precision]
-        with torch.autocast(
-            self.device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32
-        ):
+        is_bf16 = self.shape.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
             return cast(Tensor, layer(self.x))
 
     def reset(self) -> None:
@@ -290,9 +222,8 @@ class _Turn:
 
 def _facts(name: str, layer: nn.Module, shape: Shape, turn: _Turn) -> dict[str, Any]:
     """What a row says beside times."""
-    facts: dict[str, Any] = {
-        "parameters": sum(parameter.numel() for parameter in layer.parameters())
-    }
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    facts: dict[str, Any] = {"parameters": parameters}
     if name in PEERS:
         facts["active_flops_beside_ours"] = rounded(flops_beside_ours(name, shape.hidden))
     if isinstance(layer, MoEMlp):
@@ -324,19 +255,9 @@ def show(record: Json) -> None:
                     harness.share_text(row.get("padding_waste")),
                 ]
             )
-        columns = [
-            "",
-            "ms",
-            "time ÷ dense (quartiles)",
-            "active GFLOP/s",
-            "MFU",
-            "parameters",
-            "load max",
-            "padding",
-        ]
-        shape = Shape(
-            *(comparison[name] for name in ("tokens", "width", "experts", "top_k", "precision"))
-        )
+        times = ["", "ms", "time ÷ dense (quartiles)", "active GFLOP/s", "MFU"]
+        columns = [*times, "parameters", "load max", "padding"]
+        shape = Shape(*(comparison[field.name] for field in fields(Shape)))
         harness.print_table(str(shape), columns, rows)
     harness.print_line(
         "dense k·H: timm's Mlp of equal active FLOPs; a ratio above 1 is slower, pair by pair, median and quartiles. "

@@ -14,7 +14,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ from benchmarks.flops import training_flops
 from benchmarks.harness import Json, count, positive
 from benchmarks.memory import beside_twin, memory_of
 from benchmarks.phases import ORDER, PhaseClock, breakdown, measure_load
-from benchmarks.subject import NAMES, Subject, TrainingStep, Which, find_subject, noise_batch
+from benchmarks.subject import NAMES, Subject, TrainingStep, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, rounded, rows_of
 from benchmarks.train import lightning_peer
 
@@ -45,27 +45,11 @@ def parser() -> ArgumentParser:
     harness.add_arch(parser)
     harness.add_image_sizes(parser)
     add("--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)")
+    peers = ("lightning",)
+    add("--peer", dest="peers", nargs="+", choices=peers, default=[], help="also in Lightning")
+    add("--memory-runs", type=count, default=3, help="processes per model for its peak memory (3)")
     add(
-        "--peer",
-        dest="peers",
-        nargs="+",
-        choices=("lightning",),
-        default=[],
-        help="also plain timm in Lightning",
-    )
-    add(
-        "--memory-runs",
-        type=count,
-        default=3,
-        metavar="N",
-        help="processes per model for its peak memory (3; 0: none)",
-    )
-    add(
-        "--breakdown-steps",
-        type=positive,
-        default=10,
-        metavar="N",
-        help="steps for the breakdown (%(default)s)",
+        "--breakdown-steps", type=positive, default=10, help="steps for the breakdown (%(default)s)"
     )
     harness.add_measuring(parser, repetitions=30)
     return parser
@@ -75,21 +59,14 @@ def main() -> None:
     """Measure, print tables and write the record."""
     options = harness.parse(parser(), QUICK)
     device = harness.set_up(options)
-    sizes = {
-        "batch_size": options.batch_size,
-        "image_size": options.image_size,
-        "num_classes": options.num_classes,
-    }
-    subject = find_subject(options.model, arch=options.arch, **sizes)
+    given = ("arch", "batch_size", "image_size", "num_classes")
+    subject = find_subject(options.model, **{name: getattr(options, name) for name in given})
     peak = harness.measure_peaks(options, device, [options.precision])
-    record = {
-        **harness.new_record("train", options, device),
-        "model": asdict(subject),
-        "measured_peak_flops": peak,
-    }
+    record = {**harness.new_record("train", options, device), "model": asdict(subject)}
+    record["measured_peak_flops"] = peak
     steps = {
-        NAMES[which]: TrainingStep(subject, which, options.precision, device)
-        for which in get_args(Which)
+        name: TrainingStep(subject, which, options.precision, device)
+        for which, name in NAMES.items()
     }
     record["rows"] = _measure_steps(steps, subject, options, peak, device)
     batch, moe = noise_batch(subject, device), steps[NAMES["moe"]]
@@ -157,11 +134,8 @@ def _memories(subject: Subject, options: Namespace, device: torch.device) -> dic
             found[name] = memory_of(subject, which, **how)
             on_step()
     moe, *twins = NAMES.values()
-    ratios = {
-        twin: beside_twin(found[moe], found[twin])
-        for twin in twins
-        if "error" not in {**found[moe], **found[twin]}
-    }
+    measured = [twin for twin in twins if "error" not in {**found[moe], **found[twin]}]
+    ratios = {twin: beside_twin(found[moe], found[twin]) for twin in measured}
     return {"models": found, "moe_beside": ratios}
 
 
@@ -170,12 +144,9 @@ def _peers(subject: Subject, options: Namespace, device: torch.device) -> dict[s
     if "lightning" not in options.peers:
         return {}
     with harness.progress_bar("in Lightning", lightning_peer.turns(options.repetitions)) as on_step:
+        how = {"precision": options.precision, "device": device, "on_step": on_step}
         timings = lightning_peer.compare_in_lightning(
-            subject,
-            precision=options.precision,
-            device=device,
-            repetitions=options.repetitions,
-            on_step=on_step,
+            subject, repetitions=options.repetitions, **how
         )
     rows = rows_of(timings, list(timings.seconds))
     for row in rows:
@@ -191,12 +162,10 @@ def show(record: Json) -> None:
     harness.print_line(f"{model['name']}: {sizes}")
     _show_speed(record)
     found = {name: part["phases"] for name, part in record["breakdown"].items()}
-    phases = [phase for phase in ORDER if any(phase in part for part in found.values())]
-    cells = [
-        [f"{part[phase]['ms']:.1f}" if phase in part else "" for part in found.values()]
-        for phase in phases
+    rows = [
+        [phase, *(f"{part[phase]['ms']:.1f}" if phase in part else "" for part in found.values())]
+        for phase in ORDER
     ]
-    rows = [[phase, *row] for phase, row in zip(phases, cells, strict=True)]
     harness.print_table("ms per step, by phase", ["", *found], rows)
     for layer in record["load"]:
         waste = layer["padding_waste"]
@@ -208,12 +177,11 @@ def show(record: Json) -> None:
     for name, energy in record["energy"].items():
         harness.print_line(f"energy, {name}: {energy_text(energy)}")
     for row in record["peers"].get("lightning", []):
-        others = [
-            (other, speed) for other, speed in row["speed_to"].items() if other != row["name"]
+        ratios = [
+            f"{harness.ratio_text(speed)} × {other}" for other, speed in row["speed_to"].items()
         ]
         harness.print_line(
-            f"{row['name']}: {row['images_per_s']:.1f} images/s"
-            + "".join(f", {harness.ratio_text(speed)} × {other}" for other, speed in others)
+            f"{row['name']}: {row['images_per_s']:.1f} images/s, {', '.join(ratios)}"
         )
 
 
@@ -230,15 +198,8 @@ def _show_speed(record: Json) -> None:
         ]
         for row in record["rows"]
     ]
-    columns = [
-        "",
-        "images/s",
-        "speed ÷ active-FLOPs twin",
-        "÷ parameters twin",
-        "GFLOPs/image",
-        "MFU",
-        "parameters",
-    ]
+    speeds = ["images/s", "speed ÷ active-FLOPs twin", "÷ parameters twin"]
+    columns = ["", *speeds, "GFLOPs/image", "MFU", "parameters"]
     harness.print_table("training step", columns, rows)
 
 
@@ -253,18 +214,10 @@ def _show_memory(memory: Json) -> None:
             continue
         beside = memory["moe_beside"].get(name, dict.fromkeys(range(4)))
         parts = [f"{model[f'{part}_mib']:.0f}" for part in ("peak", *MEMORY_PARTS, "tensors")]
-        rows.append(
-            [name, *parts, *("" if value is None else f"{value:.2f}" for value in beside.values())]
-        )
-    beside_columns = ["MoE ÷ this", "− extra weights, optimizer", "− gradients too"]
-    columns = [
-        "",
-        "peak",
-        *MEMORY_PARTS,
-        "tensors",
-        *beside_columns,
-        "tensors − extra weights, optimizer",
-    ]
+        ratios = ["" if value is None else f"{value:.2f}" for value in beside.values()]
+        rows.append([name, *parts, *ratios])
+    without = ["MoE ÷ this", "− extra weights, optimizer", "− gradients too"]
+    columns = ["", "peak", *MEMORY_PARTS, "tensors", *without, "tensors − extra weights, optimizer"]
     harness.print_table("peak memory of training, MiB", columns, rows)
     harness.print_line(
         "activations: what autograd keeps; other: temporaries, kernels compiled for the shapes that occur, the "

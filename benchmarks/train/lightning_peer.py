@@ -48,18 +48,13 @@ class PlainModule(L.LightningModule):
         self, net: nn.Module, lr: float, weight_decay: float, label_smoothing: float
     ) -> None:
         super().__init__()
-        self.net, self.lr, self.weight_decay, self.label_smoothing = (
-            net,
-            lr,
-            weight_decay,
-            label_smoothing,
-        )
+        self.net, self.label_smoothing = net, label_smoothing
+        self.lr, self.weight_decay = lr, weight_decay
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy."""
-        loss = F.cross_entropy(
-            self.net(batch["image"]), batch["label"], label_smoothing=self.label_smoothing
-        )
+        logits, smoothing = self.net(batch["image"]), self.label_smoothing
+        loss = F.cross_entropy(logits, batch["label"], label_smoothing=smoothing)
         self.log("train/loss", loss)
         return loss
 
@@ -96,14 +91,7 @@ def compare_in_lightning(
     repetitions: int,
     on_step: Callable[[], object],
 ) -> Timings:
-    """Time both Trainers in turns.
-
-    Args:
-        subject: what to train; all patches are used on both sides.
-        precision: `bf16` or `fp32`.
-        device: where.
-        repetitions: steps to count, rounded up to whole turns.
-        on_step: called after each turn of one.
+    """Time both Trainers in turns, with all patches; `repetitions` steps, rounded up to whole turns.
 
     Returns:
         Equally many times in seconds of `OURS` and `PLAIN`; times of equal index stem from the same round of turns.
