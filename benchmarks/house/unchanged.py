@@ -29,25 +29,12 @@ LEFT_OUT = {"provenance", "effects"}
 
 def digest(value: Any) -> str:
     """SHA-256 of tensors, bytes and JSON values, whatever their order in a dict."""
-    found = hashlib.sha256()
 
-    def add(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found.update(str((value.dtype, tuple(value.shape))).encode())
-            found.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                found.update(f"{key}:".encode())
-                add(value[key])
-        elif isinstance(value, list | tuple):
-            found.update(b"[")
-            for each in value:
-                add(each)
-        else:
-            found.update(value if isinstance(value, bytes) else repr(value).encode())
+    def as_json(value: Any) -> Any:
+        return value.hex() if isinstance(value, bytes) else (str(value.dtype), value.tolist())
 
-    add(value)
-    return found.hexdigest()
+    text = json.dumps(value, sort_keys=True, default=as_json)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_verb(folder: Path, *words: str) -> None:
