@@ -187,9 +187,8 @@ class Photo:
 def photos_to_show(folder: Path, class_names: Sequence[str]) -> list[Photo]:
     """Photos of the model's classes that may be carried: of grade A or A-, not share-alike, no image of ImageNet.
 
-    Args:
-        folder: has SOURCES.md, a table of file, package, path inside, author, licence, quotation, grade.
-        class_names: the model's; a photo's class is its subfolder, or what `OTHER` says.
+    SOURCES.md is a table of file, package, path inside, author, licence, quotation, grade; a photo's class is its
+    subfolder, or what `OTHER` says.
 
     Raises:
         UserError: if there is none.
@@ -315,17 +314,10 @@ def _round(values: Sequence[float]) -> list[float]:
 
 
 def balanced_accuracy(right: Sequence[int], counts: Sequence[int]) -> tuple[float, float, float]:
-    """Mean of the classes' accuracies with a 95 % interval.
+    """Mean of the accuracies of classes that have images, with the ends of its 95 % interval.
 
     Each class has its Wilson interval, and the distances of independent classes add up as squares (MOVER: Zou and
     Donner 2008, Statistics in Medicine 27).
-
-    Args:
-        right: images of each class that are classified correctly.
-        counts: images of each class; a class without any is left out.
-
-    Returns:
-        (share, low, high).
     """
     known = [(each, count) for each, count in zip(right, counts, strict=True) if count]
     shares = [each / count for each, count in known]

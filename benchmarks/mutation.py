@@ -31,6 +31,7 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
@@ -93,18 +94,7 @@ _NAMES |= {"floor": "ceil", "ceil": "floor", "clamp_min": "clamp_max", "clamp_ma
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file.
-
-    Attributes:
-        area: the part of the package, a key of `AREAS`.
-        file: the file below the repository.
-        line: where the change begins, from 1.
-        start: first byte of the text that is replaced.
-        stop: the byte after it.
-        old: the text.
-        new: what stands there instead.
-        function: the function or class around it.
-    """
+    """One change of one file: `old`, the bytes from `start` to `stop` of a function or class, becomes `new`."""
 
     area: str
     file: str
@@ -358,8 +348,9 @@ def _end_group(child: int) -> None:
         os.killpg(child, signal.SIGKILL)
 
 
-def judge(known: dict[str, Any], mutant: Mutant, tree: Path, again: list[str]) -> dict[str, Any]:
-    """Put the change into `tree`, run the tests that cover it (or those of `again`), and take it back."""
+def judge(home: Path, known: dict[str, Any], again: list[str], mutant: Mutant) -> dict[str, Any]:
+    """Put the change into the worker's tree, run the tests that cover it (or those of `again`), and take it back."""
+    tree = home / str(os.getpid())
     target = tree / mutant.file
     original = target.read_bytes()
     tests = [] if again else covering(known, mutant)
@@ -389,6 +380,15 @@ def left_to_judge(record: dict[str, Any], options: Namespace) -> list[Mutant]:
     return left
 
 
+def begin_worker(home: Path, known: dict[str, Any], again: list[str]) -> None:
+    """Copy the tree for a worker, a process of its own. Nothing is judged unless tests pass on it as it is."""
+    tree = home / str(os.getpid())
+    shutil.copytree(ROOT, tree, ignore=SKIPPED_FOLDERS)
+    tests, seconds = (again, AGAIN_S) if again else budgeted(known, known["tests"], 1.0)
+    if _in_child(tree, tests, seconds) != "survived":
+        raise RuntimeError(f"these tests don't pass on an unchanged copy: {tests}")
+
+
 def run(options: Namespace) -> None:
     """Judge what is left; each worker is a fork of this process, with a copy of the tree of its own."""
     from benchmarks.lines import write_lines
@@ -403,8 +403,9 @@ def run(options: Namespace) -> None:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as home:
         begin = (Path(home), known, options.again)
-        with get_context("fork").Pool(options.jobs, _Worker.begin, begin) as workers:
-            for row in workers.imap_unordered(_Worker.judge, left):
+        judge_one = partial(judge, *begin)
+        with get_context("fork").Pool(options.jobs, begin_worker, begin) as workers:
+            for row in workers.imap_unordered(judge_one, left):
                 rows = {each["key"]: each for each in record["mutants"]}
                 rows[row["key"]] = rows.get(row["key"], {}) | row
                 record["mutants"] = [rows[key] for key in sorted(rows)]
@@ -414,28 +415,6 @@ def run(options: Namespace) -> None:
                     record |= {"seed": options.seed, **drawn}
                 write_lines(options.out, record)
                 print(f"{row['outcome']:11s} {row['wall_s']:6.1f} s {row['key'][:110]}", flush=True)
-
-
-class _Worker:
-    """One worker: its tree, what is known of the tests, and the tests that are named."""
-
-    tree: Path
-    known: dict[str, Any]
-    again: list[str]
-
-    @classmethod
-    def begin(cls, home: Path, known: dict[str, Any], again: list[str]) -> None:
-        """Copy the tree. Nothing is judged unless tests pass on it as it is."""
-        cls.tree, cls.known, cls.again = home / str(os.getpid()), known, again
-        shutil.copytree(ROOT, cls.tree, ignore=SKIPPED_FOLDERS)
-        tests, seconds = (again, AGAIN_S) if again else budgeted(known, known["tests"], 1.0)
-        if _in_child(cls.tree, tests, seconds) != "survived":
-            raise RuntimeError(f"these tests don't pass on an unchanged copy: {tests}")
-
-    @classmethod
-    def judge(cls, mutant: Mutant) -> dict[str, Any]:
-        """The row of a mutant."""
-        return judge(cls.known, mutant, cls.tree, cls.again)
 
 
 def table(options: Namespace) -> str:

@@ -92,15 +92,10 @@ def find_subject(
     image_size: int | None = None,
     num_classes: int | None = None,
 ) -> Subject:
-    """What to train; sizes and `arch`, another model's timm name, stand in the place of the config's.
+    """What to train: a config's name or file, a run folder, or a timm name; a dense ViT's is converted.
 
-    Args:
-        name: a config's name or file, a run folder, or a timm name; a dense ViT's is converted with the defaults of
-            `convert_to_moe`.
-        arch: router, optimizer and losses stay the config's.
-        batch_size: images per step.
-        image_size: side in pixels.
-        num_classes: C; a config doesn't know it before its data is read, so 10 by default.
+    Sizes and `arch`, another model's timm name, stand in the place of the config's; router, optimizer and losses stay.
+    A config doesn't know its classes before its data is read: 10 by default.
 
     Raises:
         UserError: if there is no such thing.

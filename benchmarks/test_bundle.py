@@ -236,13 +236,6 @@ def test_the_explorer_shows_photos_with_their_credit_and_the_twins_answers(made,
     assert untrained["prediction"]["dense"] is None
 
 
-def test_one_own_images_take_the_place_of_the_photos(made):
-    (entry,) = open_entries(None, str(made / "data"), home=made / "models")
-    assert not entry.examples.credits
-    assert entry.dense_answers == {}
-    assert entry.histories == {}
-
-
 def test_a_packed_model_is_what_the_card_counts(bench, made, tmp_path, monkeypatch):
     """In so few levels that it shows; the weights of the twin aren't carried."""
     monkeypatch.setattr(packed, "SMALLEST", 256)

@@ -24,13 +24,9 @@ from moevision.errors import UserError
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to time.
+    """Something to time: `reset` is called before and after each run, outside the measured time.
 
-    Attributes:
-        name: what tables and records call it.
-        run: does the work once; what it returns is thrown away.
-        reset: called before and after each run, outside the measured time.
-        optional: a failure is reported and the others go on; for libraries that aren't ours.
+    Of an optional one, of libraries that aren't ours, a failure is reported and the others go on.
     """
 
     name: str
@@ -41,13 +37,7 @@ class Candidate:
 
 @dataclass
 class Timings:
-    """What `interleave` measured.
-
-    Attributes:
-        seconds: wall time of each candidate that ran to the end, one per repetition.
-        cpu: CPU time of the whole process, likewise.
-        failures: of each optional one that did not, why.
-    """
+    """Wall and CPU time of each candidate that ran to the end, one per repetition; and why others did not."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     cpu: dict[str, list[float]] = field(default_factory=dict)

@@ -39,39 +39,22 @@ def accuracy(run: Record) -> float:
     return fmean(a == b for a, b in zip(run["labels"], run["predicted"], strict=True))
 
 
-def photos_by_expert(run: Record, layer: Record) -> np.ndarray:
-    """[2, experts] how many photos of each class a layer sends to each expert."""
-    photos = np.zeros((2, len(layer["load"])))
-    for label, expert in zip(run["labels"], layer["routes"], strict=True):
-        photos[int(label), int(expert)] += 1
-    return photos
+def add_facts(run: Record) -> None:
+    """Tell each layer of a run its `photos` [2, experts] of each class in each expert, and what follows from them.
 
-
-def shares(layer: Record) -> np.ndarray:
-    """[2, experts] share of each class's photos in each expert."""
-    return layer["photos"] / layer["photos"].sum(axis=1, keepdims=True)
-
-
-def in_own(layer: Record) -> tuple[float, float]:
-    """Share of the cats in the experts that see more of the cats than of the dogs, and of the dogs in the others."""
-    cats, dogs = shares(layer)
-    return cats[cats >= dogs].sum(), dogs[cats < dogs].sum()
-
-
-def own_experts(layer: Record) -> tuple[int, int]:
-    """The expert that leans most to cats, and the one that leans most to dogs: always two."""
-    order = np.argsort(shares(layer)[DOGS] - shares(layer)[CATS], kind="stable")
-    return order[0], order[-1]
-
-
-def busiest(layer: Record) -> float:
-    """Share of all photos that the busiest expert has."""
-    return layer["photos"].sum(axis=0).max() / layer["photos"].sum()
-
-
-def guess(layer: Record) -> float:
-    """How often the class is guessed correctly from the expert: each expert says its more frequent class."""
-    return layer["photos"].max(axis=0).sum() / layer["photos"].sum()
+    `in_own`: the share of the cats in the experts that see more of the cats than of the dogs, and of the dogs in the
+    others; `own`: the expert that leans most to cats, and the one that leans most to dogs, always two; `busiest`: the
+    busiest expert's share; `guess`: how often the class is guessed correctly if each expert says its more frequent one.
+    """
+    for layer in run["layers"]:
+        photos = np.zeros((2, len(layer["load"])))
+        np.add.at(photos, (list(map(int, run["labels"])), list(map(int, layer["routes"]))), 1)
+        cats, dogs = photos / photos.sum(axis=1, keepdims=True)
+        order = np.argsort(dogs - cats, kind="stable")
+        layer["in_own"] = cats[cats >= dogs].sum(), dogs[cats < dogs].sum()
+        layer["own"] = order[0], order[-1]
+        layer["busiest"] = photos.sum(axis=0).max() / photos.sum()
+        layer["guess"] = photos.max(axis=0).sum() / photos.sum()
 
 
 def best_guess(layers: Seeds, control: str) -> float:
@@ -82,7 +65,7 @@ def best_guess(layers: Seeds, control: str) -> float:
 def lost_in(layer: Record, label: int, owner: int) -> float:
     """Points that a class's photos lose in the mean in the own expert of cats, or of dogs, if it computes nothing."""
     by_expert = layer["swap"]["knock_out"]["points"][label]
-    return by_expert[own_experts(layer)[owner]] or 0.0  # None: it has none of them
+    return by_expert[layer["own"][owner]] or 0.0  # None: it has none of them
 
 
 def lost_by_exchange(layers: Seeds, unit: str) -> float:
@@ -92,7 +75,7 @@ def lost_by_exchange(layers: Seeds, unit: str) -> float:
 
 def is_separate(layer: Record) -> bool:
     """The protocol's rule for where photos go."""
-    return min(in_own(layer)) >= SEPARATE
+    return min(layer["in_own"]) >= SEPARATE
 
 
 def is_different(layer: Record) -> bool:
@@ -160,11 +143,13 @@ def accuracy_rows(runs: dict[tuple[str, str], Seeds]) -> list[str]:
 
 def where_row(learn: str, gate: str, layers: Seeds) -> str:
     """Which class goes where, and what the expert tells about the class beside two controls."""
-    by_seed = [" / ".join(f"{100 * share:.0f}" for share in in_own(layer)) for layer in layers]
+    by_seed = [" / ".join(f"{100 * share:.0f}" for share in layer["in_own"]) for layer in layers]
     controls = (best_guess(layers, name) for name in ("before", "clusters"))
-    guesses = [f"{100 * share:.1f}" for share in (fmean(map(guess, layers)), *controls)]
+    guesses = [
+        f"{100 * share:.1f}" for share in (fmean(layer["guess"] for layer in layers), *controls)
+    ]
     separate = f"{sum(map(is_separate, layers))} of {len(layers)}"
-    busy = f"{100 * fmean(map(busiest, layers)):.0f}"
+    busy = f"{100 * fmean(layer['busiest'] for layer in layers):.0f}"
     cells = [learn, gate, layers[0]["name"], ", ".join(by_seed), busy, *guesses, separate]
     for question in (0, 1):
         answers = Counter(layer["answers"][question] for layer in layers)
@@ -199,11 +184,10 @@ def read_records() -> Seeds:
 
 
 def runs_by_gate(records: Seeds) -> dict[tuple[str, str], Seeds]:
-    """What learns and gate -> its runs by seed; each of their layers knows its photos."""
+    """What learns and gate -> its runs by seed; each of their layers knows its facts."""
     runs: dict[tuple[str, str], Seeds] = {(learn, gate): [] for learn in LEARN for gate in GATES}
     for record in sorted(records, key=lambda record: record["seed"]):
-        for layer in record["layers"]:
-            layer["photos"] = photos_by_expert(record, layer)
+        add_facts(record)
         runs[record["learn"], record["gate"]].append(record)
     return runs
 
@@ -251,14 +235,17 @@ def statements() -> dict[str, list[str]]:
     costs = "shown" if p < 0.05 and fmean(of_telling) < 0 else "not shown"
     exchanged = number(lost_by_exchange(of_class, "points"), 1)
     with_blocks = block_7["blocks", "class"]
-    guesses = {key: f"{100 * fmean(map(guess, seeds)):.0f} %" for key, seeds in block_7.items()}
+    guesses = {
+        key: f"{100 * fmean(layer['guess'] for layer in seeds):.0f} %"
+        for key, seeds in block_7.items()
+    }
     alone, balanced = guesses["experts", "alone"], guesses["experts", "balanced"]
     alone_blocks, balanced_blocks = guesses["blocks", "alone"], guesses["blocks", "balanced"]
     own_finding = "finds" if verdict == "yes" else "doesn't find"
-    collapses = all(busiest(layer) == 1 for layer in block_9["experts", "alone"])
+    collapses = all(layer["busiest"] == 1 for layer in block_9["experts", "alone"])
     readme = [
         f"**{verdict.replace('if told', 'if it is told').capitalize()}.** Taught the class, the gate sends at least "
-        f"{100 * min(min(in_own(layer)) for layer in of_class):.0f} % of the cats, and of the dogs, to an expert of "
+        f"{100 * min(min(layer['in_own']) for layer in of_class):.0f} % of the cats, and of the dogs, to an expert of "
         f"their own. They divide photos, hardly skills: exchanged they cost {exchanged} points.",
         f"in the three trainings cats in the cats' expert lose {lost[CATS, CATS]} points, cats in the dogs' "
         f"{lost[CATS, DOGS]}; dogs in the dogs' expert {lost[DOGS, DOGS]}, dogs in the cats' {lost[DOGS, CATS]}.",

@@ -219,8 +219,3 @@ def _show_memory(memory: Json) -> None:
     without = ["MoE ÷ this", "− extra weights, optimizer", "− gradients too"]
     columns = ["", "peak", *MEMORY_PARTS, "tensors", *without, "tensors − extra weights, optimizer"]
     harness.print_table("peak memory of training, MiB", columns, rows)
-    harness.print_line(
-        "activations: what autograd keeps; other: temporaries, kernels compiled for the shapes that occur, the "
-        "allocator's reserve; tensors: the peak of tensors alone, as on CUDA. MoE ÷ this: its whole peak, and without "
-        "what its extra weights themselves need; at last of tensors alone, without extra weights and optimizer."
-    )
