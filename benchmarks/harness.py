@@ -10,9 +10,8 @@ import re
 import shlex
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import moevision
@@ -274,15 +272,6 @@ def finite(value: Any) -> Any:
 # ---- the terminal
 
 
-@contextmanager
-def progress_bar(text: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error while something takes its time; yields what to call after each of `total` steps."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda: progress.advance(task)
-
-
 def print_machine(record: Json) -> None:
     """One line on where it was measured."""
     machine, versions = record["machine"], record["versions"]
@@ -298,24 +287,24 @@ def print_line(text: str) -> None:
     Console(highlight=False).print(escape_controls_of_lines(text), soft_wrap=True, markup=False)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table whose first column is text and whose others are numbers."""
+def print_rows(title: str, rows: Sequence[Json], reference: str) -> None:
+    """Time, ratio to a reference, images/s, MFU and parameters of each candidate, as far as a row has them."""
     table = Table(title=title, title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for column in ("", "ms", f"time ÷ {reference}", "images/s", "MFU", "parameters"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        if "error" in row:
+            print_line(f"  {row['name']}: {row['error']}")
+            continue
+        ms, ratio = f"{row['time_ms']['median']:.2f}", ratio_text(row["ratio_to"][reference])
+        rate, mfu, size = (row.get(name) for name in ("images_per_s", "mfu", "parameters"))
+        known = ((rate, ",.1f"), (mfu, ".1%"), (size, ","))
+        cells = ["" if value is None else format(value, form) for value, form in known]
+        table.add_row(row["name"], ms, ratio, *cells)
     # A table in a pipe or a log has no terminal width to heed.
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def ratio_text(ratio: Mapping[str, float] | None) -> str:
-    """`0.95 (0.93–0.97)`: the median with its quartiles; nothing where there is no ratio."""
-    if ratio is None:
-        return ""
-    return f"{ratio['median']:.3f} ({ratio['quartile_1']:.3f}–{ratio['quartile_3']:.3f})"
-
-
-def share_text(share: float | None) -> str:
-    """`12.3%`; nothing where it isn't known."""
-    return "" if share is None else f"{share:.1%}"
+def ratio_text(ratio: Mapping[str, float]) -> str:
+    """`0.95 (0.93–0.97)`: the median with its quartiles."""
+    return "{median:.3f} ({quartile_1:.3f}–{quartile_3:.3f})".format_map(ratio)

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from moevision.errors import UserError
 
@@ -52,6 +54,7 @@ def interleave(
     device: torch.device | str = "cpu",
     prepare: Callable[[int], object] = lambda repetition: None,
     on_step: Callable[[], object] = lambda: None,
+    title: str = "",
 ) -> Timings:
     """Time candidates in turns; whatever one that isn't optional raises, is raised.
 
@@ -61,12 +64,15 @@ def interleave(
         warm_up: rounds before them: kernels are compiled, optimizers allocate.
         device: an accelerator is waited for before a clock is read.
         prepare: called before each round with its number, such as to make a new input for all.
-        on_step: called after each run, for a progress bar.
+        on_step: called after each run.
+        title: of a progress bar in a terminal.
     """
     names = [candidate.name for candidate in candidates]
     timings = Timings({name: [] for name in names}, {name: [] for name in names})
     running = list(candidates)
-    for repetition in range(warm_up + repetitions):
+    rounds, console = range(warm_up + repetitions), Console(stderr=True)
+    is_shown = bool(title) and console.is_terminal
+    for repetition in track(rounds, title, console=console, transient=True, disable=not is_shown):
         prepare(repetition)
         first = repetition % max(1, len(running))
         for candidate in [*running[first:], *running[:first]]:

@@ -64,5 +64,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -90,20 +90,10 @@ def less(runs: dict[tuple[str, str], Seeds], learn: str, gate: str, other: str) 
     return [accuracy(run) - of_other[run["seed"]] for run in runs[learn, gate]]
 
 
-def number(value: float, digits: int) -> str:
-    """With a true minus sign, and none in front of 0."""
-    return f"{value:z.{digits}f}".replace("-", "−")
-
-
-def points(share: float) -> str:
-    """A difference in percentage points, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
 def with_interval(differences: list[float]) -> str:
     """The mean difference with Student's 95 % interval over seeds, in points."""
     low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
-    return f"{points(fmean(differences))} ({points(low)} to {points(high)})"
+    return f"{100 * fmean(differences):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def listed(words: list[str]) -> str:
@@ -133,7 +123,7 @@ def accuracy_rows(runs: dict[tuple[str, str], Seeds]) -> list[str]:
         interval = verdict = ""
         if gate != "dense" and own:
             gaps = differences[learn, gate]
-            interval = with_interval(gaps) if len(own) > 1 else points(gaps[0])
+            interval = with_interval(gaps) if len(own) > 1 else f"{100 * gaps[0]:+.1f}"
             verdict = words.get((learn, gate), "not told apart")
         by_seed = ", ".join(f"{percent:.1f}" for percent in percents)
         cells = [LEARN[learn], GATES[gate], str(len(own)), mean, by_seed, interval, verdict]
@@ -216,7 +206,7 @@ def statements() -> dict[str, list[str]]:
     block_7, block_9 = ({key: own[place] for key, own in layers.items() if own} for place in (0, 1))
     of_class = block_7["experts", "class"]
     lost = {
-        (label, owner): listed([number(lost_in(layer, label, owner), 0) for layer in of_class])
+        (label, owner): listed([f"{lost_in(layer, label, owner):z.0f}" for layer in of_class])
         for label in (CATS, DOGS)
         for owner in (CATS, DOGS)
     }
@@ -233,7 +223,7 @@ def statements() -> dict[str, list[str]]:
     of_telling = less(runs, "experts", "class", "balanced")
     p = ttest_1samp(of_telling, 0).pvalue
     costs = "shown" if p < 0.05 and fmean(of_telling) < 0 else "not shown"
-    exchanged = number(lost_by_exchange(of_class, "points"), 1)
+    exchanged = f"{lost_by_exchange(of_class, 'points'):z.1f}"
     with_blocks = block_7["blocks", "class"]
     guesses = {
         key: f"{100 * fmean(layer['guess'] for layer in seeds):.0f} %"
@@ -261,7 +251,7 @@ def statements() -> dict[str, list[str]]:
         f"in {alone_blocks} and {balanced_blocks}, and clusters of the same input tell "
         f"{100 * best_guess(block_7['blocks', 'balanced'], 'clusters'):.0f} %.",
         f"exchanged they cost {lost_by_exchange(with_blocks, 'log_loss'):.3f} nats and no photo "
-        f"({number(lost_by_exchange(with_blocks, 'points'), 1)} points)",
+        f"({lost_by_exchange(with_blocks, 'points'):z.1f} points)",
         f"**{counts}.**",
         *accuracy_rows(runs),
         *(
@@ -293,5 +283,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(f"{page}\n", *texts, sep="\n")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

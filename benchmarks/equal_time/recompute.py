@@ -120,9 +120,10 @@ def half_a_point_more(runs: list[Run]) -> str:
     return VERDICTS[decide(runs)[0]][2]
 
 
-def points(share: float) -> str:
-    """A difference in percentage points, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")
+def in_points(values: list[float]) -> tuple[str, str, str]:
+    """The same in percentage points."""
+    mean, low, high = (f"{100 * end:+.1f}" for end in interval(values))
+    return mean, low, high
 
 
 def price_cells(prices: list[Run], arm: str) -> str:
@@ -154,7 +155,7 @@ def arm_row(runs: list[Run], prices: list[Run], arm: str, pairs: int) -> str:
 
 def contrast_row(pair: tuple[str, str], values: list[float], p: float) -> str:
     """A contrast with its interval, its p and whether it is told apart from 0."""
-    mean, low, high = map(points, interval(values))
+    mean, low, high = in_points(values)
     verdict = side(values, p, ("no difference shown", "above", "below"))
     return f"| `{pair[0]}` − `{pair[1]}` | {len(values)} | {mean} ({low} to {high}) | {p:.3f} | {verdict} |"
 
@@ -196,7 +197,7 @@ def statements() -> dict[str, list[str]]:
     runs, prices = read_runs(), read("prices.jsonl")
     verdict, values = decide(runs)
     word, sentence, half_a_point = VERDICTS[verdict]
-    mean, low, high = map(points, interval(values))
+    mean, low, high = in_points(values)
     answer = f"{sentence}: {mean} ({low} to {high}) points (97 %); {len(values)} pairs"
     tuning = sorted(
         (run["arm"], run["lr"], run["val_top1"]) for run in runs if run["seed"] < FIRST_SEED
@@ -204,7 +205,7 @@ def statements() -> dict[str, list[str]]:
     tuned = "; ".join(f"`{arm}` at {lr:g}: {100 * accuracy:.2f}" for arm, lr, accuracy in tuning)
     more, p = judged_contrasts(runs)[CONTRASTS[2]]
     is_shown = side(more, p, ("isn't shown", "is shown", "isn't shown"))
-    gain = "{} ({} to {}".format(*map(points, interval(more)))
+    gain = "{} ({} to {}".format(*in_points(more))
     headlines = [
         f"In ten epochs at equal time: {mean} points ({low} to {high}, 97 %; {len(values)} pairs); half a point more "
         f"is {half_a_point}",
@@ -233,5 +234,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(f"{page}\n", *texts, sep="\n")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

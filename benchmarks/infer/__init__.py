@@ -117,9 +117,8 @@ def _compare(
     images = torch.randn(batch, 3, size, size, generator=generator).to(device)
     candidates = [Candidate(name, inference(net, images, precision)) for name, net in nets.items()]
     rounds = {"repetitions": options.repetitions, "warm_up": options.warm_up}
-    title, runs = f"{batch} images, {precision}", sum(rounds.values()) * len(candidates)
-    with harness.progress_bar(title, runs) as on_step:
-        timings = interleave(candidates, **rounds, device=device, on_step=on_step)
+    title = f"{batch} images, {precision}"
+    timings = interleave(candidates, **rounds, device=device, title=title)
     rows = rows_of(timings, list(NAMES.values()))
     peak = record["measured_peak_flops"].get(precision)
     for row in rows:
@@ -136,19 +135,7 @@ def show(record: Json) -> None:
     harness.print_machine(record)
     harness.print_line(f"{record['subject']}: {record['image_size']} px")
     for comparison in record["comparisons"]:
-        rows = [
-            [
-                row["name"],
-                f"{row['images_per_s']:.1f}",
-                f"{row['latency_ms']['p50']:.2f}",
-                f"{row['latency_ms']['p95']:.2f}",
-                harness.ratio_text(row["speed_to"][NAMES["active_flops"]]),
-                harness.share_text(row["mfu"]),
-            ]
-            for row in comparison["rows"]
-        ]
-        columns = ["", "images/s", "p50 ms", "p95 ms", "speed ÷ active-FLOPs twin", "MFU"]
         title = f"batch {comparison['batch_size']}, {comparison['precision']}"
-        harness.print_table(title, columns, rows)
+        harness.print_rows(title, comparison["rows"], NAMES["active_flops"])
     for name, energy in record["energy"].items():
         harness.print_line(f"energy, {name}: {energy_text(energy)}")

@@ -138,11 +138,10 @@ def compare(
         Candidate(name, partial(turn.run, layer), turn.reset, optional=name in PEERS)
         for name, layer in layers.items()
     ]
-    rounds = {"repetitions": options.repetitions, "warm_up": options.warm_up}
-    with harness.progress_bar(str(shape), sum(rounds.values()) * len(candidates)) as step:
-        timings = interleave(
-            candidates, **rounds, device=device, prepare=turn.prepare, on_step=step
-        )
+    how = {"device": device, "prepare": turn.prepare, "title": str(shape)}
+    timings = interleave(
+        candidates, repetitions=options.repetitions, warm_up=options.warm_up, **how
+    )
     timings.failures.update(left_out)
     facts = {name: _facts(name, layers[name], shape, turn) for name in timings.seconds}
     rows = rows_of(timings, [DENSE], facts)
@@ -237,29 +236,9 @@ def show(record: Json) -> None:
     """One table per shape."""
     harness.print_machine(record)
     for comparison in record["comparisons"]:
-        rows = []
-        for row in comparison["rows"]:
-            if "error" in row:
-                harness.print_line(f"  {row['name']}: {row['error']}")
-                continue
-            load = row.get("slowest_over_mean")
-            rows.append(
-                [
-                    row["name"],
-                    f"{row['time_ms']['median']:.1f}",
-                    harness.ratio_text(row["ratio_to"][DENSE]),
-                    f"{row['active_flops_per_s'] / 1e9:,.0f}",
-                    harness.share_text(row["mfu"]),
-                    f"{row['parameters']:,}",
-                    "" if load is None else f"{load:.2f}",
-                    harness.share_text(row.get("padding_waste")),
-                ]
-            )
-        times = ["", "ms", "time ÷ dense (quartiles)", "active GFLOP/s", "MFU"]
-        columns = [*times, "parameters", "load max", "padding"]
         shape = Shape(*(comparison[field.name] for field in fields(Shape)))
-        harness.print_table(str(shape), columns, rows)
+        harness.print_rows(str(shape), comparison["rows"], DENSE)
     harness.print_line(
         "dense k·H: timm's Mlp of equal active FLOPs; a ratio above 1 is slower, pair by pair, median and quartiles. "
-        "Load max: the busiest expert's choices over the mean."
+        "The record of --out also has the load of the busiest expert and the share of padding."
     )

@@ -46,5 +46,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(f"{page}\n", *texts, sep="\n")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

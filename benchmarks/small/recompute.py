@@ -21,7 +21,7 @@ RATE, TUNING_SEED = 2e-3, 100
 HEADS, COMPARED = ("mean", "places"), ("dense", "learned")
 ARMS = ("dense", "learned", "position", "hash")
 FACTORS, BATCHES, LARGE = (1, 4, 16), (16, 64, 256, 1024), (256, 1024)
-A_POINT = 0.01
+A_POINT = 1.0
 Run = dict[str, Any]
 BySeed = dict[int, float]
 
@@ -61,13 +61,8 @@ def of_batch(head: str, batch: int) -> dict[str, Any]:
 # ---- differences over seeds, and what is called above or below
 
 
-def points(share: float) -> str:
-    """A difference in percentage points, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
 class Contrast(NamedTuple):
-    """One row less another over seeds: Student's 95 % interval, and p, adjusted by Holm over its family."""
+    """One row less another over seeds, in points: Student's 95 % interval, and p, adjusted by Holm over its family."""
 
     name: str
     seeds: int
@@ -82,14 +77,9 @@ class Contrast(NamedTuple):
         return "not told apart" if self.p >= 0.05 else "above" if self.mean > 0 else "below"
 
     @property
-    def ends(self) -> str:
-        """`+0.2 to +2.9`."""
-        return f"{points(self.low)} to {points(self.high)}"
-
-    @property
     def interval(self) -> str:
-        """`+1.6 (+0.2 to +2.9)`."""
-        return f"{points(self.mean)} ({self.ends})"
+        """`+1.6 (+0.2 to +2.9)`, in points."""
+        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 
 def contrasts(rows: dict[str, BySeed], pairs: Iterable[tuple[str, str]]) -> list[Contrast]:
@@ -102,7 +92,13 @@ def contrasts(rows: dict[str, BySeed], pairs: Iterable[tuple[str, str]]) -> list
     scaled = [(len(names) - rank) * own_p[name] for rank, name in enumerate(names)]
     p = dict(zip(names, np.maximum.accumulate(scaled), strict=True))
     return [
-        Contrast(name, len(own), fmean(own), *tests[name].confidence_interval(0.95), p[name])
+        Contrast(
+            name,
+            len(own),
+            100 * fmean(own),
+            *(100 * end for end in tests[name].confidence_interval(0.95)),
+            p[name],
+        )
         for name, own in gaps.items()
     ]
 
@@ -185,8 +181,7 @@ def growth_by_head(runs: list[Run]) -> list[Contrast]:
 
 def spread(values: BySeed) -> str:
     """`46.2 ± 0.6`: mean and SD over seeds in per cent."""
-    percents = [100 * value for value in values.values()]
-    return f"{fmean(percents):.1f} ± {stdev(percents):.1f}"
+    return f"{100 * fmean(values.values()):.1f} ± {100 * stdev(values.values()):.1f}"
 
 
 def tables(runs: list[Run]) -> list[str]:
@@ -305,11 +300,11 @@ def statements() -> dict[str, list[str]]:
         "docs/results.md": [
             f"| Sparse training is unstable | {unstable[0]} | {unstable[1]} {link}",
             f"| Sparse training wants large batches | {large[0]} | {large[1]} {link}",
-            f"the small model's experts then lead by {points(min(means))} to {points(max(means))} points at "
+            f"the small model's experts then lead by {min(means):+.1f} to {max(means):+.1f} points at "
             f"{len(leads)} batch sizes, {apart or 'none'} of them shown to differ from 0",
         ],
         "benchmarks/routers/README.md": [
-            f"gains {100 * gain.mean:.1f} points ({gain.ends}; {gain.seeds} seeds)",
+            f"gains {gain.mean:.1f} points ({gain.low:+.1f} to {gain.high:+.1f}; {gain.seeds} seeds)",
             f"`position` {position.interval}, `hash` {hashed.interval}, `vmoe_top_k` {learned.interval}; at the other "
             f"rows' learning rate `position` has {common.interval}",
             f"on images moved by 8 px it is {100 * (shifted[0] - shifted[1]):.1f} points below",
@@ -318,5 +313,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -126,17 +126,9 @@ class Difference(NamedTuple):
     def numbers(self) -> dict[str, Any]:
         """In points, as the sentences of the protocol name them."""
         low, high = self.interval
-        return {
-            "mean": points(self.mean),
-            "low": points(low),
-            "high": points(high),
-            "n": len(self.by_seed),
-        }
-
-
-def points(difference: float) -> str:
-    """A difference of accuracies in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
+        ends = {"mean": self.mean, "low": low, "high": high}
+        points = {name: f"{100 * end:+.1f}" for name, end in ends.items()}
+        return {**points, "n": len(self.by_seed)}
 
 
 def difference(
@@ -383,5 +375,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

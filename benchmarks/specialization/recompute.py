@@ -43,11 +43,6 @@ def read(name: str) -> list[dict]:
     return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
 
 
-def signed(value: float) -> str:
-    """With a true minus sign, and none in front of 0."""
-    return f"{value:z.3f}".replace("-", "−")
-
-
 def span(values: Iterable[float], digits: int) -> str:
     """The least and the most of them; one number where both look alike."""
     ordered = sorted(values)
@@ -361,7 +356,7 @@ def trained_row(layer: Trained) -> str:
         layer.nats("favourite"),
         layer.nats("any_two"),
         layer.nats_and_interval("more"),
-        f"{signed(own)} / {signed(others)}",
+        f"{own:z.3f} / {others:z.3f}",
         ", ".join(f"{answer}: {seeds}" for answer, seeds in answers.items())
         if len(layer.swaps) > 1
         else layer.answers[0],
@@ -521,5 +516,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

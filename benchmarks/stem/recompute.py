@@ -20,19 +20,14 @@ FACTORS = {"stem": ("patch", "wide_stages"), "embed_dim": (64, 128), "depth": (2
 """Argument of the model -> its two values; the effect is the second minus the first."""
 
 
-def points(difference: float) -> str:
-    """A difference of accuracies in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
-
-
 def runs_with(runs: list[dict], **arguments: object) -> list[dict]:
     """The runs whose model has these arguments."""
     return [run for run in runs if all(run[name] == value for name, value in arguments.items())]
 
 
 def mean_accuracy(runs: list[dict]) -> float:
-    """Mean test accuracy."""
-    return statistics.fmean(run["test_top1"] for run in runs)
+    """Mean test accuracy in per cent."""
+    return 100 * statistics.fmean(run["test_top1"] for run in runs)
 
 
 def effect_by_seed(runs: list[dict], factor: str) -> list[float]:
@@ -49,7 +44,7 @@ def effect_by_seed(runs: list[dict], factor: str) -> list[float]:
 def with_interval(differences: list[float]) -> str:
     """Their mean with its 95 % interval, in points."""
     low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
-    return f"{points(statistics.fmean(differences))} ({points(low)} to {points(high)})"
+    return f"{statistics.fmean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def effect_table(effects: dict[str, list[float]]) -> list[str]:
@@ -101,9 +96,9 @@ def sentences(runs: list[dict]) -> list[str]:
     ]
     small = runs_with(runs, stem="wide_stages", embed_dim=64, depth=2)
     large = runs_with(runs, stem="patch", embed_dim=128, depth=4)
-    gain = 100 * (mean_accuracy(small) - mean_accuracy(large))
+    gain = mean_accuracy(small) - mean_accuracy(large)
     return [
-        f"twice the depth gives {points(deeper[0])} points at width 64 and {points(deeper[1])} at 128",
+        f"twice the depth gives {deeper[0]:+.1f} points at width 64 and {deeper[1]:+.1f} at 128",
         f"The smallest model with convolutions ({flops_of(small[0]):.0f} MFLOPs an image) is {abs(gain):.1f} points "
         f"{'above' if gain > 0 else 'below'} the largest without ({flops_of(large[0]):.0f} MFLOPs)",
     ]
@@ -126,5 +121,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -89,7 +88,6 @@ def compare_in_lightning(
     precision: str,
     device: torch.device,
     repetitions: int,
-    on_step: Callable[[], object],
 ) -> Timings:
     """Time both Trainers in turns, with all patches; `repetitions` steps, rounded up to whole turns.
 
@@ -110,10 +108,9 @@ def compare_in_lightning(
         def plain() -> list[float]:
             return process.submit(_turn_of_plain, precision, device).result()
 
-        for round_number in range(turns(repetitions) // 2):
+        for round_number in range(-(-repetitions // BLOCK)):
             for name, turn in ((OURS, ours), (PLAIN, plain))[:: 1 if round_number % 2 else -1]:
                 timings.seconds[name] += turn()
-                on_step()
     return timings
 
 
@@ -130,11 +127,6 @@ def _begin_plain(subject: Subject, threads: int) -> None:
 
 def _turn_of_plain(precision: str, device: torch.device) -> list[float]:
     return _train(_plain["module"], _plain["subject"], precision, device, [])
-
-
-def turns(repetitions: int) -> int:
-    """How often `compare_in_lightning` calls `on_step`."""
-    return 2 * -(-repetitions // BLOCK)
 
 
 def _train(

@@ -36,11 +36,6 @@ def runs_of(record: dict, arm: str) -> dict[int, dict]:
     return {run["seed"]: run for run in record["runs"] if run["arm"] == arm}
 
 
-def points(difference: float) -> str:
-    """A difference of accuracies in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
-
-
 def cost(record: dict, run: dict) -> tuple[float, float]:
     """FLOPs and CPU seconds of a training, those of the dense model that it started from included."""
     flops, seconds = run["steps"] * run["train_flops_per_step"], run["curve"][-1]["cpu_s"]
@@ -89,7 +84,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 def with_interval(values: list[float]) -> str:
     """The same in points."""
-    return "{} ({} to {})".format(*map(points, interval(values)))
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * end for end in interval(values)))
 
 
 def adjusted_p_values(record: dict) -> dict[str, float]:
@@ -111,7 +106,10 @@ def difference_sentences(record: dict) -> list[str]:
     sentences = []
     for rival in RIVALS:
         values = differences(record, rival)
-        by_seed, p = ", ".join(map(points, values)), adjusted_p_values(record)[rival]
+        by_seed, p = (
+            ", ".join(f"{100 * gap:+.1f}" for gap in values),
+            adjusted_p_values(record)[rival],
+        )
         sentences.append(
             f"“{LABELS['upcycled']}” minus “{LABELS[rival]}”: {by_seed} points by seed, mean {with_interval(values)}, "
             f"p = {p:.3f}: {verdict(record, rival)}."
@@ -155,5 +153,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))
