@@ -30,7 +30,6 @@ from moevision.errors import UserError, escape_controls_of_lines
 from moevision.layers.cpu import has_matrix_unit
 from moevision.limits import total_memory_bytes, usable_cores
 from moevision.train.provenance import cpu_model, git_state, gpu_names
-from moevision.train.recipe import default_precision
 
 HERE = Path(__file__).parent
 LIBRARIES = (
@@ -76,20 +75,6 @@ def parse(parser: ArgumentParser, quick: Mapping[str, Any]) -> Namespace:
         parser.set_defaults(**quick)
         options = parser.parse_args()
     return options
-
-
-def add_arch(parser: ArgumentParser) -> None:
-    """Another model by the config's recipe."""
-    parser.add_argument("--arch", metavar="NAME", help="timm name in the place of the config's")
-
-
-def add_image_sizes(parser: ArgumentParser) -> None:
-    """Batch size, image size and precision of a training step."""
-    add = parser.add_argument
-    add("--batch-size", type=positive, metavar="N", help="images per step (the config's)")
-    add("--image-size", type=positive, metavar="PX", help="side of the images (the config's)")
-    usual = "bf16" if default_precision() == "bf16-mixed" else "fp32"
-    add("--precision", choices=tuple(DTYPES), default=usual, help="(here %(default)s, as fit)")
 
 
 def _at_least(lowest: int) -> Callable[[str], int]:

@@ -453,7 +453,3 @@ def main() -> None:
         run(options)
     else:
         print(table(options))
-
-
-if __name__ == "__main__":
-    main()

@@ -164,14 +164,6 @@ def test_train_explains_memory(records):
     assert beside["beyond_extra_weights_and_optimizer"] == close((moe["peak_mib"] - extra) / peak)
 
 
-@pytest.mark.parametrize("kind", ["train", "infer"])
-def test_energy_is_measured_or_says_why_not(records, kind):
-    for energy in records[kind]["energy"].values():
-        measured = energy["energy"] == "measured"
-        assert measured or (energy["energy"] == "not measured" and energy["reason"])
-        assert len(energy.get("joules_per_image", ())) == 3 * measured
-
-
 def test_infer_tells_latency(records):
     comparisons = records["infer"]["comparisons"]
     cases = [(each["batch_size"], each["precision"]) for each in comparisons]
@@ -237,7 +229,6 @@ def test_what_is_not_installed_is_said(monkeypatch):
     ("arguments", "words"),
     [
         (("layer", "--top-k", 9), ("--top-k 9", "--experts 8")),
-        (("layer", "--peers", "tutel"), ("no peer 'tutel'", "mixtral")),
         (("train", "cifar"), ("'cifar'", "cifar10")),
         (("infer", "nowhere"), ("'nowhere'",)),
     ],

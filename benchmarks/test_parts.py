@@ -11,11 +11,11 @@ from torch import nn
 from benchmarks import phases, timing
 from benchmarks.accuracy import record_of
 from benchmarks.harness import in_a_process
-from benchmarks.layer.peers import PEERS, build_peer, chosen_peers, flops_beside_ours, gated_width
+from benchmarks.layer.peers import PEERS, build_peer, flops_beside_ours, gated_width
 from benchmarks.memory import beside_twin, peak_bytes, saved_bytes, tensors_peak_bytes
 from benchmarks.phases import PhaseClock, measure_load, named_phases
 from benchmarks.subject import NAMES, Subject, TrainingStep, find_subject, noise_batch
-from benchmarks.timing import Candidate, interleave, ratio_of, rows_of, spread
+from benchmarks.timing import Candidate, interleave, ratio_of, spread
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers, record_routing
 
@@ -75,15 +75,6 @@ def test_spread_and_ratio_by_hand():
     assert spread([0.25], 1e3) == {"quartile_1": 250, "median": 250, "quartile_3": 250, "n": 1}
     # The machine got slower by half: pairs agree, medians of each alone would say 2 / 1.5.
     assert ratio_of([2, 4, 4], [1, 2, 2])["median"] == 2
-
-
-def test_rows_hold_what_ratios_are_made_of():
-    timings = interleave(
-        [Candidate("a", lambda: None), Candidate("b", _raise, optional=True)], repetitions=2
-    )
-    first, failed = rows_of(timings, ["a", "b"], {"a": {"parameters": 3}})
-    assert (first["name"], first["parameters"], list(first["ratio_to"])) == ("a", 3, ["a"])
-    assert failed == {"name": "b", "error": "ValueError: too late"}
 
 
 def test_phases_are_exclusive_and_add_up(monkeypatch):
@@ -223,13 +214,6 @@ def test_gated_experts_get_the_same_flops():
     assert flops_beside_ours("mixtral eager", 384) == 1
     assert flops_beside_ours("torchtitan", 64) == pytest.approx(3 * 40 / 128)
     assert flops_beside_ours("nemotron_h eager", 64) == 1
-
-
-def test_peers_are_chosen_by_family():
-    assert chosen_peers(["all"]) == tuple(PEERS)
-    assert chosen_peers(["none"]) == ()
-    some = chosen_peers(["torchtitan", "mixtral", "nemotron_h eager"])
-    assert some == ("torchtitan", "mixtral eager", "mixtral grouped_mm", "nemotron_h eager")
 
 
 SIZES = {"width": 32, "hidden": 64, "num_experts": 4, "top_k": 2}

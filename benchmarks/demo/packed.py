@@ -123,7 +123,10 @@ def pack_folder(folder: Path, data: Data, *, rest: Path | None = None) -> None:
     `rest` is a packed model beside it that holds the same weights in part: these are left out, and the others, which
     must fit into the wheel with it, get coarser steps.
     """
-    state, products, about_it = load_file(folder / WEIGHTS), products_of(folder, data), {}
+    model = load_model(str(folder))
+    seen = {"split": "train", "class_names": model.class_names, "limit": CALIBRATION}
+    products = input_products(model, open_pictures(data, model.image_size, **seen))
+    state, about_it = load_file(folder / WEIGHTS), {}
     if rest is not None:
         known, about_it = unpack(rest / "trained" / PACKED), {REST: rest.name}
         state = {
@@ -134,13 +137,3 @@ def pack_folder(folder: Path, data: Data, *, rest: Path | None = None) -> None:
     packed = pack(state, products, levels=LEVELS if rest is None else COARSE)
     save_file(packed, folder / PACKED, metadata=about_it)
     (folder / WEIGHTS).unlink()
-
-
-def products_of(folder: Path, data: Data) -> dict[str, Tensor]:
-    """`input_products` of a saved model on training images."""
-    model = load_model(str(folder))
-    names = model.class_names
-    images = open_pictures(
-        data, model.image_size, split="train", class_names=names, limit=CALIBRATION
-    )
-    return input_products(model, images)

@@ -126,7 +126,3 @@ def main() -> None:
             *(f"differs: {name}" for name in differs), f"{len(differs)} of {len(found)}", sep="\n"
         )
         sys.exit(bool(differs))
-
-
-if __name__ == "__main__":
-    main()

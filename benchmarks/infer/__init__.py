@@ -40,7 +40,7 @@ def parser() -> ArgumentParser:
     parser = harness.argument_parser("infer", __doc__, EXAMPLES)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run folder, a timm address, a config or a timm name")
-    harness.add_arch(parser)
+    add("--arch", metavar="NAME", help="timm name in the place of the config's")
     batches, both = [1, 8, 64], ["fp32", "bf16"]
     add("--batch-size", type=positive, nargs="+", default=batches, help="images per call (1 8 64)")
     add("--image-size", type=positive, metavar="PX", help="side, for untrained models")

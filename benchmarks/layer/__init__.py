@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.harness import DTYPES, Json, positive
 from benchmarks.layer.figure import DENSE, draw
-from benchmarks.layer.peers import PEERS, build_peer, chosen_peers, flops_beside_ours
+from benchmarks.layer.peers import PEERS, build_peer, flops_beside_ours
 from benchmarks.phases import measure_load
 from benchmarks.timing import Candidate, interleave, reason, rounded, rows_of
 from moevision.errors import UserError
@@ -89,7 +89,7 @@ def parser() -> ArgumentParser:
     add("--backend", nargs="+", default=["auto"], help="auto, loop, grouped or dense (auto)")
     add("--precision", nargs="+", choices=precisions, default=["bf16"], help="(bf16: autocast)")
     add("--preset", choices=("bars",), help="three shapes of small ViTs, with two routers")
-    add("--peers", nargs="+", default=["all"], help="none, all, or some by name (all)")
+    add("--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS), help="(all)")
     harness.add_measuring(parser, repetitions=20)
     return parser
 
@@ -99,7 +99,6 @@ def main() -> None:
     options = harness.parse(parser(), QUICK)
     both = ["vmoe_top_k", "noisy_top_k"]
     options.router = options.router or (both if options.preset == "bars" else both[:1])
-    options.peers = chosen_peers(options.peers)
     shapes, device = shapes_of(options), harness.set_up(options)
     peak = harness.measure_peaks(options, device, options.precision)
     record = {**harness.new_record("layer", options, device), "measured_peak_flops": peak}

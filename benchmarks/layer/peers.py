@@ -20,7 +20,6 @@ Axes: T tokens, D width, H hidden width, E experts, K choices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, cast
@@ -81,22 +80,6 @@ class _TorchtitanExperts(nn.Module):
             tokens, weight, index, routing.requested_counts()
         )
         return cast(Tensor, self.dispatcher.combine(self.experts(rows, counts), way_back, tokens))
-
-
-def chosen_peers(names: Sequence[str]) -> tuple[str, ...]:
-    """Peers by name or family; `all` and `none` are names too.
-
-    Raises:
-        UserError: for a name that nobody has.
-    """
-    chosen: dict[str, None] = {}
-    for name in names:
-        fitting = [peer for peer in PEERS if name in ("all", peer, peer.split()[0])]
-        if not fitting and name != "none":
-            families = ", ".join(dict.fromkeys(peer.split()[0] for peer in PEERS))
-            raise UserError(f"There is no peer {name!r}: choose all, none, {families}.")
-        chosen.update(dict.fromkeys(fitting))
-    return tuple(chosen)
 
 
 def build_peer(

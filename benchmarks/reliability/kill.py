@@ -161,7 +161,3 @@ def _wrong(form: str, root: Path, options: Namespace) -> int:
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, **about()}) + "\n")
     return wrong
-
-
-if __name__ == "__main__":
-    main()

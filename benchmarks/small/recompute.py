@@ -181,7 +181,8 @@ def growth_by_head(runs: list[Run]) -> list[Contrast]:
 
 def spread(values: BySeed) -> str:
     """`46.2 ± 0.6`: mean and SD over seeds in per cent."""
-    return f"{100 * fmean(values.values()):.1f} ± {100 * stdev(values.values()):.1f}"
+    percents = [100 * value for value in values.values()]
+    return f"{fmean(percents):.1f} ± {stdev(percents):.1f}"
 
 
 def tables(runs: list[Run]) -> list[str]:

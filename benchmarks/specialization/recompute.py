@@ -439,41 +439,35 @@ def of_records(runs: list[dict], records: list[dict]) -> list[str]:
     ]
 
 
-class Count(NamedTuple):
-    """Of trained layers: how many say yes, of how many, and how many lose more log-loss by the favourite."""
-
-    yes: int
-    of: int
-    by_log_loss: int
-
-    @classmethod
-    def over(cls, layers: list[Trained]) -> "Count":
-        """Each seed of a layer counts."""
-        answers = [answer for layer in layers for answer in layer.answers]
-        by_log_loss = sum(layer.shown("more") for layer in layers)
-        return cls(answers.count("yes"), len(answers), by_log_loss)
+def count(layers: list[Trained]) -> dict[str, int]:
+    """Of trained layers, each seed for itself: how many say yes, and lose more log-loss by the favourite."""
+    answers = [answer for layer in layers for answer in layer.answers]
+    by_log_loss = sum(layer.shown("more") for layer in layers)
+    return {"yes": answers.count("yes"), "of": len(answers), "by_log_loss": by_log_loss}
 
 
-def headline(first: Trained, bundled: Count) -> str:
+def headline(first: Trained, bundled: dict[str, int]) -> str:
     """README.md of the repository."""
     return (
-        f"Yes in {bundled.yes} of {bundled.of} layers of bundled models with eight experts, by log-loss alone in "
-        f"{bundled.by_log_loss}. In the first of CIFAR-10's, exchanging a class's favourite expert costs "
+        f"Yes in {bundled['yes']} of {bundled['of']} layers of bundled models with eight experts, by log-loss alone in "
+        f"{bundled['by_log_loss']}. In the first of CIFAR-10's, exchanging a class's favourite expert costs "
         f"{first.points('favourite')} points, any two others at as many patches {first.points('any_two')} "
         f"(difference {first.points('more')}, {first.interval('more')})"
     )
 
 
-def row_of_results(settings: dict[str, list[Setting]], bundled: Count, small: Count) -> str:
+def row_of_results(
+    settings: dict[str, list[Setting]], bundled: dict[str, int], small: dict[str, int]
+) -> str:
     """The row of docs/results.md: a question counts if most settings, or most trained layers of both kinds, say yes."""
     everything = [setting for of_data in settings.values() for setting in of_data]
     asked = len(everything)
     first, second, third = (
         yes_of(question, everything) for question in (first_answer, second_answer, third_answer)
     )
-    third_holds = bundled.yes > bundled.of / 2 and small.yes > small.of / 2
+    third_holds = bundled["yes"] > bundled["of"] / 2 and small["yes"] > small["of"] / 2
     holds = (first > asked / 2) + (second > asked / 2) + third_holds
-    part = ", another in part" if not third_holds and bundled.yes + small.yes else ""
+    part = ", another in part" if not third_holds and bundled["yes"] + small["yes"] else ""
     by_data = ", ".join(
         f"{yes_of(first_answer, of_data)} of {len(of_data)}{' settings' * (data == 'pets')} on {data}"
         for data, of_data in settings.items()
@@ -481,9 +475,9 @@ def row_of_results(settings: dict[str, list[Setting]], bundled: Count, small: Co
     return (
         f"| Experts specialize | {holds} of 3 questions{part} | Do classes go to different experts? In upcycled models "
         f"yes in {by_data}. Did training the router add to that? In {second} of {asked}. Do experts do different "
-        f"things, by class? In {third} of {asked}; in trained models yes in {bundled.yes} of {bundled.of} layers of "
-        f"bundled ones (by log-loss alone {bundled.by_log_loss}), {small.yes} of {small.of} of small ones "
-        f"({small.by_log_loss}) ([specialization](../benchmarks/specialization/README.md)). |"
+        f"things, by class? In {third} of {asked}; in trained models yes in {bundled['yes']} of {bundled['of']} layers "
+        f"of bundled ones (by log-loss alone {bundled['by_log_loss']}), {small['yes']} of {small['of']} of small ones "
+        f"({small['by_log_loss']}) ([specialization](../benchmarks/specialization/README.md)). |"
     )
 
 
@@ -493,7 +487,7 @@ def statements() -> dict[str, list[str]]:
     settings = {data: settings_of(runs, data) for data in DATA_SETS}
     bundled, small = trained_layers(records)
     every_bundled = [layer for layers in bundled.values() for layer in layers]
-    in_bundled = Count.over(every_bundled)
+    in_bundled = count(every_bundled)
     earlier = costs_of(records)
     same = all(abs(earlier[name] - cost) < 1e-6 for name, cost in costs_of(again).items())
     return {
@@ -511,7 +505,7 @@ def statements() -> dict[str, list[str]]:
             f"all other costs are {'the same' if same else 'not the same'} again",
         ],
         "README.md": [headline(bundled["cifar10"][0], in_bundled)],
-        "docs/results.md": [row_of_results(settings, in_bundled, Count.over(small))],
+        "docs/results.md": [row_of_results(settings, in_bundled, count(small))],
     }
 
 

@@ -21,12 +21,13 @@ import torch
 from benchmarks import harness
 from benchmarks.energy import energy_of, energy_text
 from benchmarks.flops import training_flops
-from benchmarks.harness import Json, count, positive
+from benchmarks.harness import DTYPES, Json, count, positive
 from benchmarks.memory import beside_twin, memory_of
 from benchmarks.phases import PhaseClock, breakdown, measure_load
 from benchmarks.subject import NAMES, Subject, TrainingStep, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, rounded, rows_of
 from benchmarks.train import lightning_peer
+from moevision.train.recipe import default_precision
 
 QUICK = {"batch_size": 4, "repetitions": 3, "warm_up": 1, "breakdown_steps": 2, "memory_runs": 1}
 EXAMPLES = """\
@@ -42,8 +43,11 @@ def parser() -> ArgumentParser:
     parser = harness.argument_parser("train", __doc__, EXAMPLES)
     add = parser.add_argument
     add("model", metavar="WHAT", help="a config, a run folder, or a timm name")
-    harness.add_arch(parser)
-    harness.add_image_sizes(parser)
+    add("--arch", metavar="NAME", help="timm name in the place of the config's")
+    add("--batch-size", type=positive, metavar="N", help="images per step (the config's)")
+    add("--image-size", type=positive, metavar="PX", help="side of the images (the config's)")
+    usual = "bf16" if default_precision() == "bf16-mixed" else "fp32"
+    add("--precision", choices=tuple(DTYPES), default=usual, help="(here %(default)s, as fit)")
     add("--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)")
     peers = ("lightning",)
     add("--peer", dest="peers", nargs="+", choices=peers, default=[], help="also in Lightning")
