@@ -48,7 +48,6 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from benchmarks.accuracy import curve_of
 from benchmarks.demo.packed import pack_folder
 from benchmarks.harness import HERE, argument_parser, without_places
 from benchmarks.strangers import detector_of, put_beside
@@ -103,7 +102,9 @@ def main() -> None:
     if (options.name in NOTICE) != (options.photos is not None):
         parser.error(f"--photos goes with {', '.join(NOTICE)}, and with nothing else")
     if options.examples is not None and options.photos is not None:
-        write_examples(options)
+        # Of drawn images `fit` itself records the first ones.
+        classes = ("cat", "dog", *OTHER) if options.name == "cifar10" else ("cat", "dog")
+        _copy(options.photos, photos_to_show(options.photos, classes), options.examples)
     elif options.run is None or options.dense is None:
         parser.error("give --run and --dense, or --examples")
     else:
@@ -128,6 +129,7 @@ def make(options: Namespace) -> None:
     size, names = trained.image_size, trained.class_names
     held_out = {"class_names": names, "run_dir": options.run}  # as the run cut its data
     test = open_pictures(data, size, **held_out)
+    labels = [test.label(row) for row in range(len(test))]
     right = {
         "moe" if name == "trained" else name: _right(own, test) for name, own in models.items()
     }
@@ -136,15 +138,18 @@ def make(options: Namespace) -> None:
         **about,
         "recipe": _command(options.run),
         "note": options.note,
-        "validation_top1": _validation(options.run),
+        "validation_top1": _round(
+            [top1 for _, top1, _ in curve_of(options.run / "metrics.csv", 1)]
+        ),
         "seed": _provenance(options.run)["seed"],
-        **_accuracies(right, _counts(test)),
+        **_accuracies(right, np.bincount(labels, minlength=len(names)).tolist()),
         "recipes": {name: _command(run) for name, run in runs.items()},
         "test_images": len(test),
     }
     write_json_atomic(folder / "card.json", card)
     put_beside(folder, detector_of(load_model(str(folder / "trained")), data, run_dir=options.run))
-    origins = {name: _origin(run) for name, run in runs.items()}
+    said = ("code", "started_utc", "hardware", "libraries")  # of a training
+    origins = {name: {key: _provenance(run)[key] for key in said} for name, run in runs.items()}
     write_json_atomic(folder / "provenance.json", origins)
     shown = None if options.photos is None else _write_photos(options, folder, models)
     pictures = open_pictures(data, size, limit=options.images, **held_out)
@@ -219,12 +224,6 @@ def photos_to_show(folder: Path, class_names: Sequence[str]) -> list[Photo]:
     return found
 
 
-def write_examples(options: Namespace) -> None:
-    """The photos that the explorer will show of a model; of drawn images `fit` itself records the first ones."""
-    classes = ("cat", "dog", *OTHER) if options.name == "cifar10" else ("cat", "dog")
-    _copy(options.photos, photos_to_show(options.photos, classes), options.examples)
-
-
 def _copy(folder: Path, photos: Sequence[Photo], out: Path) -> None:
     for photo in photos:
         (out / photo.file).parent.mkdir(parents=True, exist_ok=True)
@@ -288,25 +287,12 @@ def _provenance(run: Path) -> dict[str, Any]:
     return found
 
 
-def _origin(run: Path) -> dict[str, Any]:
-    """Code, time, machine and libraries of a training."""
-    return {
-        name: _provenance(run)[name] for name in ("code", "started_utc", "hardware", "libraries")
-    }
-
-
 def _command(run: Path) -> str:
     """The command that trained a run, without the places of its data, of its run and of what it went on from."""
     words = _provenance(run)["command"]
     places = {"--data.path", "--ckpt_path", "--runs_root"}
     pairs = zip(words, ["", *words], strict=False)
     return without_places(" ".join(word for word, before in pairs if not places & {word, before}))
-
-
-def _validation(run: Path) -> list[float]:
-    """Validation top-1 after each epoch of a run."""
-    curve = curve_of(run / "metrics.csv", batch_size=1)
-    return _round([top1 for _, top1, _ in curve])
 
 
 def _round(values: Sequence[float]) -> list[float]:
@@ -340,12 +326,6 @@ def _accuracies(
         "accuracy_interval": interval,
         "balanced_accuracy": balanced,
     }
-
-
-def _counts(pictures: PictureSet) -> list[int]:
-    """Images of each class."""
-    labels = [pictures.label(row) for row in range(len(pictures))]
-    return np.bincount(labels, minlength=len(pictures.class_names)).tolist()
 
 
 def _right(model: SavedModel, pictures: PictureSet) -> list[int]:

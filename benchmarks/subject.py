@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from benchmarks.phases import PhaseClock
+from moevision.config import parse_config
 from moevision.errors import UserError
 from moevision.layers import forward_routing, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
@@ -123,35 +124,19 @@ def find_subject(
 
 
 def _from_config(name: str, path: Path) -> Subject:
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    model, data = config.get("model") or {}, config.get("data") or {}
-    data = data.get("init_args", data)
-    return Subject(
-        name=name,
-        arch=_known(MoEConfig, model.get("arch")),
-        optim=_known(OptimizerConfig, model.get("optim")),
-        aux=_known(AuxLossWeights, model.get("aux")),
-        label_smoothing=model.get("label_smoothing", 0.1),
-        grad_checkpointing=bool(model.get("grad_checkpointing", False)),
-        num_classes=model.get("num_classes") or DEFAULT_CLASSES,
-        image_size=data.get("image_size", 64),
-        batch_size=data.get("batch_size", DEFAULT_BATCH),
-    )
+    values = parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    known = {option: value for option, value in values.items() if value is not None}
 
+    def given(group: str) -> dict[str, Any]:
+        prefix = f"model.{group}."
+        return {n.removeprefix(prefix): own for n, own in known.items() if n.startswith(prefix)}
 
-def _known(kind: type, values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Given fields of a dataclass.
-
-    Raises:
-        UserError: for a field that it doesn't have.
-    """
-    values = values or {}
-    unknown = sorted(set(values) - {entry.name for entry in fields(kind)})
-    if unknown:
-        raise UserError(
-            f"The config sets {', '.join(unknown)}, which {kind.__name__} does not know."
-        )
-    return {name: value for name, value in values.items() if value is not None}
+    others = ("model.label_smoothing", "model.grad_checkpointing", "model.num_classes")
+    sizes = {"image_size": 64}
+    for option in (*others, "data.image_size", "data.batch_size"):
+        if option in known:
+            sizes[option.partition(".")[2]] = known[option]
+    return Subject(name, given("arch"), given("optim"), given("aux"), **sizes)
 
 
 class TrainingStep:

@@ -290,7 +290,7 @@ def test_subjects():
 def test_a_config_of_another_program_is_refused(tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text("model: {arch: {name: test_vit_moe, experts: 3}}")
-    with pytest.raises(UserError, match="experts, which MoEConfig does not know"):
+    with pytest.raises(UserError, match=r"no option .model\.arch\.experts"):
         find_subject(str(path))
 
 

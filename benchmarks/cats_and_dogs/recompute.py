@@ -62,12 +62,6 @@ def best_guess(layers: Seeds, control: str) -> float:
     return fmean(max(each["guess"] for each in layer[control]) for layer in layers)
 
 
-def lost_in(layer: Record, label: int, owner: int) -> float:
-    """Points that a class's photos lose in the mean in the own expert of cats, or of dogs, if it computes nothing."""
-    by_expert = layer["swap"]["knock_out"]["points"][label]
-    return by_expert[layer["own"][owner]] or 0.0  # None: it has none of them
-
-
 def lost_by_exchange(layers: Seeds, unit: str) -> float:
     """What it costs that every photo gets the other expert: the mean over seeds."""
     return fmean(layer["swap"][unit]["value"] for layer in layers)
@@ -205,8 +199,14 @@ def statements() -> dict[str, list[str]]:
     machine = records[0]["machine"]["cpu"]
     block_7, block_9 = ({key: own[place] for key, own in layers.items() if own} for place in (0, 1))
     of_class = block_7["experts", "class"]
+    # Points that a class's photos lose in the own expert of either class, if it computes nothing; None: it has none.
     lost = {
-        (label, owner): listed([f"{lost_in(layer, label, owner):z.0f}" for layer in of_class])
+        (label, owner): listed(
+            [
+                f"{layer['swap']['knock_out']['points'][label][layer['own'][owner]] or 0:z.0f}"
+                for layer in of_class
+            ]
+        )
         for label in (CATS, DOGS)
         for owner in (CATS, DOGS)
     }

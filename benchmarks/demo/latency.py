@@ -88,13 +88,6 @@ def first_page(browser: Browser, address: str) -> tuple[Page, float]:
     return page, (time.perf_counter() - start) * 1000
 
 
-def settle(page: Page) -> None:
-    """Wait until the galleries are computed: a new server is busy with them, and the cards come when they are there."""
-    page.wait_for_selector(".mv-card", timeout=WAIT_S * 1000)
-    page.wait_for_timeout(3000)
-    page.click("[data-tab=about]")
-
-
 def in_the_page(page: Page) -> dict[str, list[float]]:
     """Layer changes, patch clicks and new images."""
     layers = page.locator(".mv-layer").count()
@@ -197,7 +190,10 @@ def main() -> None:
                     page, first = first_page(browser, f"{address}?model={model}")
                     times["first_page"].append(first)
                     if start == options.starts - 1:
-                        settle(page)
+                        # The cards come when the galleries are computed, with which a new server is busy.
+                        page.wait_for_selector(".mv-card", timeout=WAIT_S * 1000)
+                        page.wait_for_timeout(3000)
+                        page.click("[data-tab=about]")
                         times |= in_the_page(page) | {"own_picture": own_picture(page)}
                     page.context.close()
                     if start == 0:

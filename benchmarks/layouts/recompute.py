@@ -21,11 +21,6 @@ def spread(values: list[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def sds_above(losses: list[float], reference: list[float]) -> float:
-    """How far a mean lies from the reference's mean, in the reference's standard deviations."""
-    return (fmean(losses) - fmean(reference)) / stdev(reference)
-
-
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
     text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
@@ -38,7 +33,11 @@ def statements() -> dict[str, list[str]]:
     for title, runs in by_title.items():
         losses = [run["loss"] for run in runs]
         top1 = spread([100 * run["top1"] for run in runs], 1)
-        distance = "" if title == "one process" else f"{sds_above(losses, one_process):+.1f}"
+        distance = (
+            ""
+            if title == "one process"
+            else f"{(fmean(losses) - fmean(one_process)) / stdev(one_process):+.1f}"
+        )
         rows.append(
             f"| {title} | {len(runs)} | {runs[0]['steps']} | {top1} | {spread(losses, 3)} | {distance} |"
         )

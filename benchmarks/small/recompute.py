@@ -250,19 +250,15 @@ def of_rates(runs: list[Run]) -> tuple[str, str]:
     )
 
 
-def wants_large(changes: list[Contrast]) -> str:
-    """Whether the lead grows in large batches."""
-    if any(each.verdict == "above" for each in changes):
-        return "yes"
-    return "no" if all(each.high < A_POINT for each in changes) else "not shown"
-
-
 def of_batches(runs: list[Run]) -> tuple[str, str]:
     """Whether sparse training wants large batches, by the rule with either head, and the numbers."""
     verdicts, texts = {}, []
     for head, words in (("mean", "with the mean"), ("places", "With places read")):
         changes = batch_contrasts(runs, head)
-        verdicts[head] = wants_large(changes[1:])
+        is_no = all(each.high < A_POINT for each in changes[1:])
+        verdicts[head] = "no" if is_no else "not shown"
+        if any(each.verdict == "above" for each in changes[1:]):
+            verdicts[head] = "yes"
         gaps = [f"{each.interval} at {b}" for b, each in zip((16, *LARGE), changes, strict=True)]
         texts.append(f"{words} {', '.join(gaps)}; {changes[0].seeds} seeds")
     falls = []
