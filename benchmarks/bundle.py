@@ -48,6 +48,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from benchmarks.accuracy import curve_of
 from benchmarks.demo.packed import pack_folder
 from benchmarks.harness import HERE, argument_parser, without_places
 from benchmarks.strangers import detector_of, put_beside
