@@ -228,7 +228,7 @@ def test_what_is_not_installed_is_said(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("layer", "--top-k", 9), ("--top-k 9", "--experts 8")),
+        (("layer", "--top-k", 9), ("top_k=9", "num_experts=8")),
         (("train", "cifar"), ("'cifar'", "cifar10")),
         (("infer", "nowhere"), ("'nowhere'",)),
     ],

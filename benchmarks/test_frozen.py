@@ -9,8 +9,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.records import ROOT, parts_of, pattern, read_record, trees_of
-from benchmarks.records.frozen import SCRIPTS, statements_of
+from benchmarks.records import (
+    ROOT,
+    SCRIPTS,
+    parts_of,
+    pattern,
+    read_record,
+    statements_of,
+    trees_of,
+)
 
 ALLOWED = sys.stdlib_module_names | {"numpy", "scipy"}
 each_study = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)

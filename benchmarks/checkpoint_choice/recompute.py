@@ -62,17 +62,12 @@ class Run:
         return self.balanced(split) if self.monitor == "val/balanced_acc" else self.accuracy(split)
 
 
-# ---- the rules: the place of the validation that is tested
-
-
-def first_highest(values: np.ndarray) -> int:
-    """Of several that tie the first, as Lightning keeps it."""
-    return int(np.argmax(values))
+# ---- the rules: the place of the validation that is tested; of several that tie the first, as Lightning keeps it
 
 
 def last_unless(run: Run, errors: float) -> int:
     """The last, unless the best is ahead by more than so many standard errors of the paired difference."""
-    best, last = first_highest(run.monitored("val")), len(run.loss) - 1
+    best, last = np.argmax(run.monitored("val")), len(run.loss) - 1
     one, other, labels = run.right["val"][best], run.right["val"][last], run.labels["val"]
     gain, error = (
         macro(one, other, labels) if run.monitor == "val/balanced_acc" else paired(one, other)
@@ -82,10 +77,10 @@ def last_unless(run: Run, errors: float) -> int:
 
 RULES = {
     "last": lambda run: len(run.loss) - 1,
-    "best by accuracy": lambda run: first_highest(run.accuracy("val")),
-    "best by balanced accuracy": lambda run: first_highest(run.balanced("val")),
-    "best by the monitor": lambda run: first_highest(run.monitored("val")),
-    "best by loss": lambda run: first_highest(-run.loss),
+    "best by accuracy": lambda run: np.argmax(run.accuracy("val")),
+    "best by balanced accuracy": lambda run: np.argmax(run.balanced("val")),
+    "best by the monitor": lambda run: np.argmax(run.monitored("val")),
+    "best by loss": lambda run: np.argmax(-run.loss),
     "last, unless best by 1 SE": lambda run: last_unless(run, 1),
     "last, unless best by 2 SE": lambda run: last_unless(run, 2),
 }

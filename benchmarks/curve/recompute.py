@@ -51,14 +51,10 @@ def paired_difference(
     return Difference(statistics.fmean(gaps), *ttest_1samp(gaps, 0).confidence_interval(0.95))
 
 
-def beside_all(accuracies: Accuracies, by: str, share: float) -> Difference:
-    """A share of the images minus all of them."""
-    return paired_difference(accuracies[by, share], accuracies["all", 1.0])
-
-
-def beside_random(accuracies: Accuracies, by: str, share: float) -> Difference:
-    """A chosen share minus as many images at random."""
-    return paired_difference(accuracies[by, share], accuracies["random", share])
+def beside(accuracies: Accuracies, by: str, share: float, other: str = "all") -> Difference:
+    """A share of the images minus all of them, or minus as many of another method."""
+    reference = accuracies[other, 1.0 if other == "all" else share]
+    return paired_difference(accuracies[by, share], reference)
 
 
 def shares_of(record: dict) -> list[float]:
@@ -79,9 +75,9 @@ def table(record: dict, accuracies: Accuracies) -> list[str]:
         of_seeds = accuracies[by, share].values()
         differences = ["-", "-"]
         if by != "all":
-            differences[0] = str(beside_all(accuracies, by, share))
+            differences[0] = str(beside(accuracies, by, share))
         if by not in ("all", "random"):
-            differences[1] = str(beside_random(accuracies, by, share))
+            differences[1] = str(beside(accuracies, by, share, "random"))
         lines.append(
             f"{by} {100 * share:.0f} % {images[by, share]:,} {statistics.fmean(of_seeds):.1f} % "
             f"{statistics.stdev(of_seeds):.2f} {' '.join(differences)}"
@@ -102,7 +98,7 @@ def sentences(record: dict, accuracies: Accuracies) -> list[str]:
     """What each method's 70 % are worth, and the last tenth that was drawn at random."""
     lines = []
     for by in record["methods"]:
-        difference = beside_all(accuracies, by, ASKED)
+        difference = beside(accuracies, by, ASKED)
         how = "drawn at random" if by == "random" else f"chosen by {by}"
         shown = verdict(difference, record["margin"])
         lines.append(f"Training on {ASKED:.0%} of the images, {how}, {shown}: {difference} points.")
@@ -119,7 +115,7 @@ def sentences(record: dict, accuracies: Accuracies) -> list[str]:
 
 def row_of_results(record: dict, accuracies: Accuracies) -> str:
     """The row of docs/results.md."""
-    differences = {by: beside_all(accuracies, by, ASKED) for by in record["methods"]}
+    differences = {by: beside(accuracies, by, ASKED) for by in record["methods"]}
     good = [by for by, difference in differences.items() if difference.low > -record["margin"]]
     worse = [by for by, difference in differences.items() if by not in good and difference.high < 0]
     costs = ", ".join(f"{by} {difference}" for by, difference in differences.items())
@@ -136,7 +132,9 @@ def statements() -> dict[str, list[str]]:
     record = json.loads(Path(__file__).with_name("record.json").read_text(encoding="utf-8"))
     accuracies = accuracies_of(record)
     worse = {  # than as many images at random: at these shares
-        by: [share for share in shares_of(record) if beside_random(accuracies, by, share).high < 0]
+        by: [
+            share for share in shares_of(record) if beside(accuracies, by, share, "random").high < 0
+        ]
         for by in ("ccs", "aum")
     }
     ccs = "is worse than" if worse["ccs"] else "is not told apart from"

@@ -30,7 +30,6 @@ from benchmarks.layer.figure import DENSE, draw
 from benchmarks.layer.peers import PEERS, build_peer, flops_beside_ours
 from benchmarks.phases import measure_load
 from benchmarks.timing import Candidate, interleave, reason, rounded, rows_of
-from moevision.errors import UserError
 from moevision.layers import MoEMlp
 
 BARS = ((4160, 192, 2), (8192, 384, 1), (8192, 384, 2))
@@ -108,22 +107,12 @@ def main() -> None:
 
 
 def shapes_of(options: Namespace) -> list[Shape]:
-    """The comparisons that are asked for.
-
-    Raises:
-        UserError: if K > E.
-    """
+    """The comparisons that are asked for."""
     if options.preset == "bars":
         sizes = [(*bar[:2], experts, bar[2]) for bar in BARS for experts in options.experts]
     else:
         sizes = list(product(options.tokens, options.width, options.experts, options.top_k))
-    shapes = [Shape(*size, precision) for precision in options.precision for size in sizes]
-    for shape in shapes:
-        if shape.top_k > shape.experts:
-            raise UserError(
-                f"--top-k {shape.top_k} does not fit --experts {shape.experts}: a token can't choose more."
-            )
-    return shapes
+    return [Shape(*size, precision) for precision in options.precision for size in sizes]
 
 
 def compare(
