@@ -143,22 +143,17 @@ class RoutingHistory:
         """Read a file."""
         try:
             read_header(path)  # within limits, and no more than the file holds
-            metadata = read_metadata(path)
+            header = parse_json(read_metadata(path)[_KEY].encode(), _KEY)
+            if header["schema"] != SCHEMA:
+                raise ValueError(
+                    f"its schema is {header['schema']!r}, and this version reads {SCHEMA}"
+                )
+            return cls._from_file(load_file(path), header)
         except FileNotFoundError as error:
             raise UserError(f"There is no {path}: record one with moevision fit.") from error
-        if _KEY not in metadata:
-            raise UserError(f"{path} is no routing history: give one that moevision fit wrote.")
-        header = parse_json(metadata[_KEY].encode(), _KEY)
-        schema = header.get("schema") if isinstance(header, dict) else None
-        if schema != SCHEMA:
-            raise UserError(
-                f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: record it again."
-            )
-        try:
-            return cls._from_file(load_file(path), header)
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise UserError(
-                f"The routing history {path} is damaged ({error}): record it again."
+                f"{path} is no routing history, or it is damaged ({error}): record it again."
             ) from error
 
     @classmethod
