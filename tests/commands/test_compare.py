@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from scipy import stats
 
-from moevision.config import MORE
 from moevision.models.safe_files import read_yaml
 from moevision.stats import Gap, detectable_on, mcnemar_p_value
 from moevision.train.report import ComparedModel, choose
@@ -283,37 +281,20 @@ def changed(file, old, new):
     path.write_text(path.read_text().replace(old, new))
 
 
-def drop_summary():
-    Path("runs/b/summary.json").unlink()
+PREDICTIONS = "runs/b/predictions_test.csv"
 
 
-def drop_predictions():
-    Path("runs/b/predictions_test.csv").unlink()
+def remove(name):
+    return lambda: Path("runs/b", name).unlink()
+
+
+def write(name, text):
+    return lambda: Path("runs/b", name).write_text(text)
 
 
 def empty_predictions():
-    file = Path("runs/b/predictions_test.csv")
+    file = Path(PREDICTIONS)
     file.write_text(file.read_text().splitlines(keepends=True)[0])  # as a full disk leaves a copy
-
-
-def break_predictions():
-    Path("runs/b/predictions_test.csv").write_text("name\n1\n")
-
-
-def other_images():
-    changed("runs/b/predictions_test.csv", "cat/0.png", "cat/99.png")
-
-
-def other_labels():
-    changed("runs/b/predictions_test.csv", "cat/0.png,cat", "cat/0.png,dog")
-
-
-def empty_config():
-    Path("runs/b/config.yaml").write_text("")
-
-
-def list_config():
-    Path("runs/b/config.yaml").write_text("- data")
 
 
 def drawn_anew():
@@ -322,26 +303,26 @@ def drawn_anew():
         changed(f"runs/{name}/config.yaml", "\n  seed: 0", f"\n  seed: {seed}")
 
 
+NO_CONFIG = "runs/b/config.yaml is no configuration: it must have keys"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (remove("summary.json"), "fit --resume runs/b`, then compare."),
+        (remove("predictions_test.csv"), f"{PREDICTIONS} can't be read"),
+        (write("predictions_test.csv", "name\n1\n"), f"{PREDICTIONS} can't be read ('image')"),
+        (empty_predictions, f"{PREDICTIONS} can't be read"),
         (
-            drop_summary,
-            "fit --resume runs/b`, then compare.",
-        ),
-        (drop_predictions, "runs/b/predictions_test.csv can't be read"),
-        (break_predictions, "runs/b/predictions_test.csv can't be read ('image')"),
-        (empty_predictions, "runs/b/predictions_test.csv can't be read"),
-        (
-            other_images,
-            "2 of 5 are in one of them only, such as 'cat/0.",
+            lambda: changed(PREDICTIONS, "cat/0.png", "cat/99.png"),
+            "a and b were not tested on the same images: 2 of 5 are in one of them only, such as 'cat/0.png'",
         ),
         (
-            other_labels,
-            "a and b were not tested on the same images: they have the same names and other labels",
+            lambda: changed(PREDICTIONS, "cat/0.png,cat", "cat/0.png,dog"),
+            "2 of 5 are in one of them only, such as 'cat/0.png' with the label 'cat'",
         ),
-        (empty_config, "runs/b/config.yaml is no configuration: it must have keys"),
-        (list_config, "runs/b/config.yaml is no configuration: it must have keys"),
+        (write("config.yaml", ""), NO_CONFIG),
+        (write("config.yaml", "- data"), NO_CONFIG),
         (drawn_anew, "drawn images depend on --data.seed"),
     ],
 )
@@ -383,19 +364,6 @@ def test_runs_that_are_not_two_sides(cli):
         assert words in outcome.err
     Path("mine.json").write_text("{}")
     assert_names(cli("compare", a, b, "--json", "mine.json").err, "mine.json", "--json another")
-
-
-def test_what_earlier_versions_wrote_down_of_the_trainer_is_no_difference(cli):
-    """They wrote all its arguments; its own defaults are left out now."""
-    old, new = make("old", [1, 0, 1]), make("new", [1, 1, 1])
-    config = read_yaml(f"{new}/config.yaml")
-    kept = {name: value for name, value in config["trainer"].items() if name not in MORE}
-    config["trainer"] = kept | {"limit_val_batches": 0.5}
-    Path(new, "config.yaml").write_text(yaml.safe_dump(config))
-    assert cli("compare", old, new, "--json", "found.json").code == 0
-    assert json.loads(Path("found.json").read_text())["differ_in"] == {
-        "trainer.limit_val_batches": ["null", "0.5"]
-    }
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from moevision.analysis.collect import network_input
 from moevision.commands.predict import NO_NUMBER, images_at, predict_batch
-from moevision.errors import UserError
 from moevision.models.io import load_model
 from moevision.models.ood import FILE, pooled
 from tests.shared import assert_names, refused, succeeded
@@ -129,7 +128,8 @@ def test_an_unreadable_file_gets_a_row_that_says_why(cli, tiny_run, drawn_pets, 
     assert middle["class"]
     assert not middle["error"]
     assert_names(outcome.err, "2 of 3", "be read")
-    assert json.loads(cli("predict", tiny_run, cut, "--format=json").out)[0]["class"] is None
+    (row,) = json.loads(cli("predict", tiny_run, cut, "--format=json", "--unsure=1").out)
+    assert (row["class"], row["unsure"]) == (None, False)
 
 
 def test_a_folder_that_can_not_be_read_is_told(cli, tiny_run, tmp_path, drawn_pets, monkeypatch):
@@ -145,12 +145,6 @@ def test_a_folder_that_can_not_be_read_is_told(cli, tiny_run, tmp_path, drawn_pe
     monkeypatch.setattr(os, "scandir", scandir)
     outcome = succeeded(cli("predict", tiny_run, tmp_path / "all"))
     assert_names(outcome.err, "1 folders in", "be read", "left out")
-
-
-def test_nothing_but_unreadable_files(cli, tiny_run, tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"x")
-    (row,) = table(cli("predict", tiny_run, tmp_path).out)
-    assert row["error"]
 
 
 def test_the_batch_size_changes_no_prediction(tiny_run, drawn_pets):
@@ -293,8 +287,6 @@ def test_a_damaged_model(cli, saved_model, drawn_pets, damage):
     name, spoil, words = DAMAGE[damage]
     spoil(saved_model / name)
     refused(cli("predict", saved_model, drawn_pets), str(saved_model), words)
-    with pytest.raises(UserError, match="model"):
-        load_model(str(saved_model))
 
 
 def test_a_model_that_answers_with_no_number_says_so_in_both_formats(cli, saved_model, drawn_pets):
@@ -389,34 +381,3 @@ def test_unsure_answers(cli, tiny_run, drawn_pets):
         assert (row["probability"], row["top5"]) == (before["probability"], before["top5"])
     by_csv = table(cli("predict", tiny_run, drawn_pets, *options).out)
     assert [row["class"] for row in by_csv] == [row["class"] for row in rows]
-
-
-def test_an_unreadable_file_is_not_unsure(cli, tiny_run, tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"x")
-    (row,) = json.loads(cli("predict", tiny_run, tmp_path, "--format=json", "--unsure=1").out)
-    assert (row["class"], row["unsure"]) == (None, False)
-
-
-# ---- many images
-
-
-@pytest.mark.parametrize("form", ["csv", "json"])
-def test_lists_of_files_together_say_what_one_process_says(
-    cli, tiny_run, drawn_pets, tmp_path, form
-):
-    """40 images as lists of 13, 13 and 14, behind the options, as `xargs` puts them: the rows of the whole."""
-    whole = read_rows(cli("predict", tiny_run, drawn_pets, f"--format={form}").out, form)
-    names = [row["path"] for row in whole]
-    together = []
-    for start, end in ((0, 13), (13, 26), (26, 40)):
-        out = tmp_path / f"{start:04d}.{form}"
-        outcome = cli("predict", tiny_run, f"--format={form}", f"--out={out}", *names[start:end])
-        assert (outcome.code, outcome.out) == (0, "")
-        together += read_rows(out.read_text(), form)
-    assert [(row["path"], row["class"]) for row in together] == [
-        (row["path"], row["class"]) for row in whole
-    ]
-
-
-def read_rows(text, form):
-    return table(text) if form == "csv" else json.loads(text)
