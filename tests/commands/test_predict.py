@@ -23,8 +23,16 @@ def table(text):
     return list(csv.DictReader(text.splitlines()))
 
 
+def drawn(pets, count):
+    return sorted(pets.rglob("*.png"))[:count]
+
+
+def as_json(cli, *arguments):
+    return json.loads(succeeded(cli("predict", *arguments, "--format=json")).out)
+
+
 def test_csv(cli, tiny_run, drawn_pets):
-    files = sorted(drawn_pets.rglob("*.png"))[:3]
+    files = drawn(drawn_pets, 3)
     outcome = cli("predict", tiny_run / "model", *files)
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.splitlines()[0] == "path,class,probability,top5,error,distance"
@@ -44,7 +52,7 @@ def test_csv(cli, tiny_run, drawn_pets):
 def test_a_column_tells_how_far_a_stranger_is(cli, distant_model, tiny_run, drawn_pets, tmp_path):
     """The smallest distance from a class, recomputed in float64 from the stored numbers; the classes stay."""
     rng = np.random.default_rng(0)
-    files = sorted(drawn_pets.rglob("*.png"))[:3]
+    files = drawn(drawn_pets, 3)
     for number in range(2):
         files.append(tmp_path / f"noise{number}.png")
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(files[-1])
@@ -68,12 +76,12 @@ def test_a_column_tells_how_far_a_stranger_is(cli, distant_model, tiny_run, draw
     assert strangers >= 2, "noise is far from drawn pets"
     plain = table(cli("predict", tiny_run, *files).out)
     assert [row["class"] for row in rows] == [row["class"] for row in plain]
-    told = json.loads(cli("predict", distant_model, files[-1], "--format=json").out)
+    told = as_json(cli, distant_model, files[-1])
     assert told[0]["distance"] == pytest.approx(expected[-1], rel=1e-3)
 
 
 def test_json_says_the_same_as_csv(cli, tiny_run, drawn_pets):
-    rows = json.loads(cli("predict", tiny_run, drawn_pets / "cat", "--format=json").out)
+    rows = as_json(cli, tiny_run, drawn_pets / "cat")
     for row, other in zip(
         rows, table(cli("predict", tiny_run, drawn_pets / "cat").out), strict=True
     ):
@@ -179,7 +187,7 @@ def test_out_writes_a_file(cli, tiny_run, drawn_pets, tmp_path):
 
 
 def test_features_are_what_the_classifier_reads(cli, tiny_run, drawn_pets, tmp_path):
-    files = sorted(drawn_pets.rglob("*.png"))[:5]
+    files = drawn(drawn_pets, 5)
     (tmp_path / "bad.png").write_bytes(b"x")
     out = tmp_path / "features.npy"
     told = cli(
@@ -293,7 +301,7 @@ def test_a_model_that_answers_with_no_number_says_so_in_both_formats(cli, saved_
     """The first class had a row with the probability nan, as if it had been chosen; JSON was a traceback."""
     weights, files = (
         load_file(saved_model / "model.safetensors"),
-        sorted(drawn_pets.rglob("*.png"))[:2],
+        drawn(drawn_pets, 2),
     )
     weights["head.weight"].fill_(
         3e38
@@ -313,14 +321,11 @@ def test_a_model_that_answers_with_no_number_says_so_in_both_formats(cli, saved_
 
 def test_bf16_says_nearly_the_same(cli, tiny_run, drawn_pets):
     """bfloat16 keeps 8 bits: probabilities move by a hundredth, not by nothing."""
-    files = sorted(drawn_pets.rglob("*.png"))[:8]
-    said = {}
-    for precision in ("fp32", "bf16"):
-        said[precision] = json.loads(
-            cli("predict", tiny_run, *files, "--format=json", "--precision", precision).out
-        )
+    files = drawn(drawn_pets, 8)
+    exact = as_json(cli, tiny_run, *files)
+    rounded = as_json(cli, tiny_run, *files, "--precision=bf16")
     moved = []
-    for row, other in zip(said["fp32"], said["bf16"], strict=True):
+    for row, other in zip(exact, rounded, strict=True):
         by_class = {entry["class"]: entry["probability"] for entry in other["top5"]}
         moved += [abs(entry["probability"] - by_class[entry["class"]]) for entry in row["top5"]]
     assert 0 < max(moved) < 0.02
@@ -341,13 +346,9 @@ def test_probabilities_are_calibrated_by_the_stored_temperature(cli, saved_model
     temperature = json.loads((saved_model / "config.json").read_text())["calibration"][
         "temperature"
     ]
-    (said,) = json.loads(
-        cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json").out
-    )
+    (said,) = as_json(cli, saved_model, *drawn(drawn_pets, 1))
     changed_config(saved_model, lambda config: config.pop("calibration"))
-    outcome = succeeded(
-        cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json")
-    )
+    outcome = succeeded(cli("predict", saved_model, *drawn(drawn_pets, 1), "--format=json"))
     assert_names(outcome.err, "not calibrated", "without a temperature")
     (plain,) = json.loads(outcome.out)
     assert (plain["calibrated"], said["calibrated"]) == (False, True)
@@ -367,7 +368,7 @@ def test_a_temperature_that_can_not_be(cli, saved_model, drawn_pets, calibration
 
 
 def test_unsure_answers(cli, tiny_run, drawn_pets):
-    sure = json.loads(cli("predict", tiny_run, drawn_pets, "--format=json").out)
+    sure = as_json(cli, tiny_run, drawn_pets)
     threshold = sorted(row["probability"] for row in sure)[len(sure) // 2]
     options = ("--unsure", f"{threshold:.6f}")
     outcome = succeeded(cli("predict", tiny_run, drawn_pets, "--format=json", *options))

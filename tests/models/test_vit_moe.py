@@ -9,10 +9,9 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-import moevision
 from moevision import VisionTransformerMoE, convert_to_moe, dense_twin, forward_routing
 from moevision.efficiency import measure_cost, parameter_counts
-from moevision.layers import MoEMlp, moe_layers
+from moevision.layers import moe_layers
 from moevision.models import moe_layer_indices
 from moevision.models.config import MoEConfig
 from moevision.models.vit_moe import STEMS, checkpoint_blocks
@@ -210,11 +209,6 @@ def test_predictions_do_not_depend_on_batch_mates() -> None:
         nn.init.normal_(layer.router.weight)
     x = images(count=8).double()
     torch.testing.assert_close(model(x)[5:6], model(x[5:6]), rtol=0, atol=1e-13)
-
-
-def test_public_names() -> None:
-    assert isinstance(moevision.MoEMlp(8), MoEMlp)
-    assert set(moevision.__all__) <= set(dir(moevision))
 
 
 # ---- checkpointed blocks
