@@ -27,8 +27,7 @@ def usable_cores() -> int:
 
 def total_memory_bytes() -> int | None:
     """Physical memory of the machine; None if `os.sysconf` doesn't know it (Windows)."""
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PAGE_SIZE" not in names or "SC_PHYS_PAGES" not in names:
+    if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -63,11 +63,10 @@ def moment_of(net: nn.Module, images: Tensor) -> Moment:
                 of_patches = routing.expert_weights()[:, routing.num_prefix_tokens :]
                 weights[int(routing.layer or 0)].append(of_patches)
 
-    patches = of_patches.shape[1]
     return Moment(
         probabilities=_to_half(probabilities),
         weights={layer: _to_half(batches) for layer, batches in weights.items()},
-        grid=routings[0].grid or (1, patches),
+        grid=cast(tuple[int, int], routings[0].grid),
     )
 
 

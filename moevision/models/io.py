@@ -92,9 +92,11 @@ def load_model(address: str) -> SavedModel:
     """
     with explain_load_errors(address):
         timm_address = address_of(address)
-        net, folder = _open(timm_address)
-        saved = describe(net.eval())
-        if folder is not None:
+        folder = _local_folder(timm_address, weights=True)
+        if folder is None:
+            saved = describe(open_model(timm_address).eval())
+        else:
+            saved = describe(_open_folder(folder, timm_address).eval())
             saved = _with_measurements(saved, folder)
     if getattr(saved.net, "in_chans", 3) != 3:
         raise UserError(
@@ -437,25 +439,14 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     The address is `local-dir:FOLDER`, `hf-hub:USER/NAME[@REVISION]`, or a timm name; without `weights` the architecture
     alone is built. An option that is None is left to the model.
     """
-    net, _ = _open(address, weights=weights, **options)
-    return net
-
-
-def _open(address: str, *, weights: bool = True, **options: Any) -> tuple[nn.Module, Path | None]:
-    """As `open_model`, with the folder on this computer that the model came from; None for a timm name."""
     folder = _local_folder(address, weights=weights)
-    if folder is None:
-        if weights:
-            file = str(fetch_weights(address))
-            options["pretrained_cfg_overlay"] = {"file": file, "custom_load": False}
-        return timm.create_model(address, pretrained=weights, **options), None
-
-    net = _open_folder(folder, weights=weights, **options)
-    if address.startswith(HUB):
-        # The path in this computer's cache means nothing to a reader of the model's facts.
-        repository = address.split(":", 1)[1]
-        cast(Any, net).pretrained_cfg.update(source="hf-hub", hf_hub_id=repository, file=None)
-    return net, folder
+    if folder is not None:
+        return _open_folder(folder, address, weights=weights, **options)
+    if weights:
+        file = str(fetch_weights(address))
+        options["pretrained_cfg_overlay"] = {"file": file, "custom_load": False}
+    net: nn.Module = timm.create_model(address, pretrained=weights, **options)
+    return net
 
 
 def _local_folder(address: str, *, weights: bool) -> Path | None:
@@ -475,9 +466,10 @@ def _local_folder(address: str, *, weights: bool) -> Path | None:
     return config.parent
 
 
-def _open_folder(folder: Path, *, weights: bool = True, **options: Any) -> nn.Module:
+def _open_folder(folder: Path, address: str, *, weights: bool = True, **options: Any) -> nn.Module:
+    """The model of a folder, which `address` names."""
     config = check_model_folder(folder, weights=weights)
-    net: nn.Module = timm.create_model(
+    net: Any = timm.create_model(
         f"{FOLDER}{folder}", pretrained=False, pretrained_cfg_overlay=NO_SOURCE, **options
     )
     if weights:
@@ -485,8 +477,12 @@ def _open_folder(folder: Path, *, weights: bool = True, **options: Any) -> nn.Mo
         fill(net, unpack(file) if file.name == PACKED else load_file(file))
     # Without weights too: a training that goes on has them elsewhere.
     if config.get("router_start") == "cluster":
-        cast(Any, net).router_start = "cluster"
-    return net
+        net.router_start = "cluster"
+    if address.startswith(HUB):
+        # The path in this computer's cache means nothing to a reader of the model's facts.
+        repository = address.split(":", 1)[1]
+        net.pretrained_cfg.update(source="hf-hub", hf_hub_id=repository, file=None)
+    return cast(nn.Module, net)
 
 
 def _with_measurements(saved: SavedModel, folder: Path) -> SavedModel:

@@ -110,9 +110,7 @@ def pooled(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def linear_head(net: nn.Module) -> nn.Linear | None:
-    """The classifier of a timm model if it is one linear layer, and its input can be had (`pooled`); else None."""
-    if not (hasattr(net, "forward_head") and hasattr(net, "get_classifier")):
-        return None
+    """The classifier of a timm model if it is one linear layer, of which `pooled` is the input; else None."""
     head = cast(Any, net).get_classifier()
     return head if isinstance(head, nn.Linear) else None
 

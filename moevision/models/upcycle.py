@@ -251,7 +251,7 @@ def start_routers(
     _run_until_full(model, collectors, batches)
 
     shares = {}
-    for position, collector in enumerate(collectors):
+    for collector in collectors:
         layer = collector.layer
         units = collector.features()
         if len(units) < layer.router.num_experts:
@@ -267,8 +267,7 @@ def start_routers(
         ]
         centroids, sizes = min(clusterings, key=lambda clustering: int(clustering[1].max()))
         cast(TopKRouter, layer.router).start_rows(centroids, units)
-        index = position if layer.layer_index is None else layer.layer_index
-        shares[index] = (sizes / sizes.sum()).tolist()
+        shares[cast(int, layer.layer_index)] = (sizes / sizes.sum()).tolist()
 
     # Saved with the model, since what such a router separates is not an effect of training.
     cast(Any, model).router_start = "cluster"

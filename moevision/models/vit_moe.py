@@ -116,11 +116,13 @@ def _stages(
         channels = in_chans
         for stage, width in enumerate(widths):
             layers = [_conv(channels, width, first_stride if stage == 0 else 1, **factory)]
+            pooling = [nn.MaxPool2d(2)] if stage < pools else []
+            if pool_first:
+                layers += pooling
             if stage == 1 or (stage == 2 and (pool_first or pools == 3)):
                 layers.append(Residual(width, **factory))
-            if stage < pools:
-                # After the convolution, or at the end.
-                layers.insert(1 if pool_first else len(layers), nn.MaxPool2d(2))
+            if not pool_first:
+                layers += pooling
             stages.append(nn.Sequential(*layers))
             channels = width
         return Stages(*stages)
