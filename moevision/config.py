@@ -895,9 +895,10 @@ def parse_config(content: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise UserError(f"{source}: {_unknown_option(name)}")
 
     try:
-        return dict(vars(_parser().parse_object(values, defaults=False).as_flat()))
+        parsed = _parser().parse_object(values, defaults=False)
     except ArgumentError as error:
         raise UserError(f"{source}: {_mistake(error)}") from error
+    return dict(vars(parsed.as_flat()))
 
 
 # ---- the command line
@@ -918,9 +919,11 @@ def parse_args(verb: str, arguments: Sequence[str]) -> ParsedArgs:
     parser = _parser()
     spelled = option_spelled(parser, arguments, _short_names())
     try:
-        values = vars(parser.parse_args(spelled, defaults=False).as_flat())
+        parsed = parser.parse_args(spelled, defaults=False)
     except ArgumentError as error:
         raise UserError(f"{_mistake(error)} See moevision {verb} --help.") from error
+
+    values = vars(parsed.as_flat())
     return ParsedArgs(
         folder=values.pop("folder", None),
         configs=values.pop("config", None) or [],

@@ -267,36 +267,6 @@ def test_photos_of_other_formats_are_told(cli, tiny_run, drawn_pets, tmp_path):
     )
 
 
-def cut_short(file):
-    file.write_bytes(file.read_bytes()[:-200])
-
-
-def flip_name(file):
-    file.write_text(file.read_text().replace('"test_vit_moe"', '"test_vit_mole"'))
-
-
-DAMAGE = {
-    "config cut short": ("config.json", cut_short, "is damaged, or no JSON file"),
-    "config empty": (
-        "config.json",
-        lambda file: file.write_text(""),
-        "is damaged, or no JSON file",
-    ),
-    "config of another model": ("config.json", flip_name, "can't be loaded"),
-    "no config": ("config.json", Path.unlink, "is no saved model"),
-    "weights cut short": ("model.safetensors", cut_short, "can't be loaded"),
-    "weights empty": ("model.safetensors", lambda file: file.write_bytes(b""), "can't be loaded"),
-    "no weights": ("model.safetensors", Path.unlink, "has no model.safetensors"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_model(cli, saved_model, drawn_pets, damage):
-    name, spoil, words = DAMAGE[damage]
-    spoil(saved_model / name)
-    refused(cli("predict", saved_model, drawn_pets), str(saved_model), words)
-
-
 def test_a_model_that_answers_with_no_number_says_so_in_both_formats(cli, saved_model, drawn_pets):
     """The first class had a row with the probability nan, as if it had been chosen; JSON was a traceback."""
     weights, files = (
