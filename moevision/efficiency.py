@@ -149,9 +149,8 @@ def count_layers(
     with record_routing(model) as routings:
         output = forward()
 
-    flops_by_name = (
-        counter.get_flop_counts()
-    )  # by the name below the model's class, and by operation
+    # By the name of a module, which begins with the model's class, and by operation.
+    flops_by_name = counter.get_flop_counts()
     names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
 
     def flops(module: nn.Module | None) -> int:
