@@ -231,7 +231,7 @@ def _expert_hidden(arguments: dict[str, Any], dense_hidden: int, copy_weights: b
             )
         return dense_hidden
     active = arguments["top_k"] + arguments["num_shared_experts"]
-    return expert_hidden or dense_hidden // active
+    return int(expert_hidden or dense_hidden // active)
 
 
 def _per_layer(name: str, value: Any, count: int) -> list[Any]:
