@@ -451,15 +451,11 @@ def test_a_side_that_no_image_has_is_refused(side: object, tmp_path: Path) -> No
         load_model(str(tmp_path))
 
 
-def test_whole_numbers_are_colours(cli: Cli, saved_model: Path, drawn_pets: Path) -> None:
-    """As a person writes them; the answer is that of the same numbers with a point."""
-    answers = []
-    for one in (1, 1.0):
-        change_config(saved_model, "pretrained_cfg", mean=[0 * one] * 3, std=[one] * 3)
-        outcome = cli("predict", saved_model, next(drawn_pets.glob("cat/*")))
-        assert outcome.code == 0, outcome.err
-        answers.append(outcome.out)
-    assert answers[0] == answers[1]
+def test_whole_numbers_are_colours(saved_model: Path) -> None:
+    """As a person writes them."""
+    change_config(saved_model, "pretrained_cfg", mean=[0, 0, 0], std=[1, 1, 1])
+    saved = load_model(str(saved_model))
+    assert (saved.mean, saved.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 # What is just allowed, and what is not any more; the shortest form that timm takes has all fields in one object.
@@ -528,6 +524,14 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(found for key, each in inner for found in places(each, (*path, key)))]
 
 
+def opened(folder: Path) -> SavedModel | None:
+    """None if it is refused."""
+    try:
+        return load_model(str(folder))
+    except UserError:
+        return None
+
+
 def test_a_mutated_config_gives_a_model_or_a_user_error(saved_model: Path) -> None:
     """Any value anywhere; a model that loads also takes an image."""
     rng, file = random.Random(0), saved_model / "config.json"
@@ -541,11 +545,9 @@ def test_a_mutated_config_gives_a_model_or_a_user_error(saved_model: Path) -> No
             target = target[key]
         target[last] = rng.choice(ODD)
         file.write_text(json.dumps(config))
-        try:
-            model = load_model(str(saved_model))
-        except UserError:
-            refusals += 1
-        else:
+        model = opened(saved_model)
+        refusals += model is None
+        if model is not None:
             logits = model.net(torch.zeros(1, 3, model.image_size, model.image_size))
             assert logits.shape == (1, len(model.class_names))
     assert 20 <= refusals < 60
@@ -571,10 +573,7 @@ def test_a_mutated_weights_file_gives_a_model_or_a_user_error(saved_model: Path)
             case _:
                 data[place:place] = rng.randbytes(rng.randrange(1, 9))
         weights.write_bytes(data)
-        try:
-            load_model(str(saved_model))
-        except UserError:
-            refusals += 1
+        refusals += opened(saved_model) is None
     assert refusals >= 100
 
 
@@ -747,13 +746,8 @@ def write_mutated(kind: str, run: Path, folder: Path, case: int) -> str:
     if kind == "checkpoint":
         state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
         mutate_tensors(state["state_dict"], rng, empty)
-        places = [
-            None,
-            "hf-hub:evil/model",
-            "http://127.0.0.1:9/x",
-            str(folder),
-            f"local-dir:{folder.parent}/elsewhere",
-        ]
+        places = [None, "hf-hub:evil/model", "http://127.0.0.1:9/x", str(folder)]
+        places.append(f"local-dir:{folder.parent}/elsewhere")
         arch = state["hyper_parameters"]["arch"]
         if empty:
             arch["pretrained"] = "hf-hub:evil/model"
@@ -762,25 +756,20 @@ def write_mutated(kind: str, run: Path, folder: Path, case: int) -> str:
         if not empty and rng.random() < 0.5:
             (folder / "start").mkdir()
             (folder / "start" / "config.json").write_text(json.dumps(config))
-        state["moevision"]["data"]["mean_std"][rng.randrange(2)][0] = rng.choice(
-            [0.5] * 30 + [*ODD_NUMBERS]
-        )
+        colours = state["moevision"]["data"]["mean_std"]
+        colours[rng.randrange(2)][0] = rng.choice([0.5] * 30 + ODD_NUMBERS)
         torch.save(state, folder / "last.ckpt")
         return str(folder / "last.ckpt")
     home, tensors = folder, load_file(run / "model" / "model.safetensors")
     mutate_tensors(tensors, rng, empty)
     metadata: dict[str, str] = {}
     if kind == "rest":  # two packed files: what the second lacks is in the first
-        home, metadata = (
-            folder / "own" / "trained",
-            {"rest": rng.choice(["first", "first", "first", f"../{ELSEWHERE}"])},
-        )
-        (folder / "first" / "trained").mkdir(parents=True)
+        home, first = (folder / name / "trained" for name in ("own", "first"))
+        metadata["rest"] = rng.choice(["first", "first", "first", f"../{ELSEWHERE}"])
+        first.mkdir(parents=True)
         home.mkdir(parents=True)
-        save_file(
-            {name: tensors.pop(name) for name in [*tensors][::2]},
-            folder / "first" / "trained" / "model.int8",
-        )
+        shared = {name: tensors.pop(name) for name in [*tensors][::2]}
+        save_file(shared, first / "model.int8")
     file = home / ("model.safetensors" if kind == "safetensors" else "model.int8")
     save_file({name: each.contiguous() for name, each in tensors.items()}, file, metadata or None)
     if rng.random() < 0.1:
@@ -855,20 +844,27 @@ def test_nor_does_one_of_two_hundred(kind: str, tiny_run: Path, tmp_path: Path) 
 
 
 def test_json_that_is_refused(tmp_path: Path) -> None:
-    """Each kind of file that is read says so in its own words."""
+    """Each kind of file that is read says so in its own words; a terabyte of zeros takes no room, and isn't read."""
     file = tmp_path / "x.json"
     for text in (b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 99_999, b"1" * 5_000):
         file.write_bytes(text)
         for read in (read_json, read_config, load_atlas, read_card):
             with pytest.raises(UserError, match=r"x\.json"):
                 read(file)
-
-
-def test_large_json_is_not_read(tmp_path: Path) -> None:
-    with (tmp_path / "x.json").open("wb") as file:
-        file.truncate(2**40)  # a terabyte of zeros that takes no room
+    with file.open("wb") as opened:
+        opened.truncate(2**40)
     with pytest.raises(UserError, match="larger than"):
-        read_json(tmp_path / "x.json")
+        read_json(file)
+
+
+def test_a_card_of_another_form(tmp_path: Path) -> None:
+    card = tmp_path / "card.json"
+    card.write_text('{"id": "x", "title": "X"}')
+    assert read_card(card).title == "X"
+    for text in ('{"id": "x"}', '{"id": "x", "title": "X", "x": "y"}', "[]"):
+        card.write_text(text)
+        with pytest.raises(UserError, match=r"card\.json"):
+            read_card(card)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -1000,13 +996,3 @@ def test_configuration_bombs(text: str, cli: Cli) -> None:
     """A few lines that stand for billions of values, nesting, an address, and a long file."""
     Path("evil.yaml").write_text(text)
     refused(cli("fit", "--config", "evil.yaml"))
-
-
-def test_a_card_of_another_form(tmp_path: Path) -> None:
-    good = json.dumps({"id": "x", "title": "X"})
-    (tmp_path / "card.json").write_text(good)
-    assert read_card(tmp_path / "card.json").title == "X"
-    for text in ('{"id": "x"}', good[:-1] + ', "x": "y"}', "[]", "{"):
-        (tmp_path / "card.json").write_text(text)
-        with pytest.raises(UserError, match=r"card\.json"):
-            read_card(tmp_path / "card.json")
