@@ -99,7 +99,8 @@ def succeeded(outcome: Outcome) -> Outcome:
 
 def refused(outcome: Outcome, *fragments: str) -> Outcome:
     """The outcome of a call that ended by one sentence, its last line, which names these."""
-    assert outcome.code == 2, outcome.err
+    assert outcome.code == 2, outcome.out + outcome.err
+    assert "Traceback" not in outcome.err
     sentence = outcome.err.splitlines()[-1]
     assert sentence.startswith("moevision: ")
     assert_names(sentence, *fragments)
@@ -192,6 +193,12 @@ def distant_model(
         replace(model, strangers=fit_ood(features[::2], labels[::2], features[1::2])), folder
     )
     return folder
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
