@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -175,35 +175,31 @@ def walk(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.DirEn
     """
     skipped = Counter() if skipped is None else skipped
     visited = {file_identity(ancestor) for ancestor in folder.resolve().parents}
-    starts = [str(folder)]  # the folder itself, then links to other folders
-    while starts:
-        stack = [starts.pop(0)]
-        if file_identity(stack[0]) in visited:
+    # The next folder is the last one; links to folders wait at the other end.
+    folders = deque([str(folder)])
+    while folders:
+        directory = folders.pop()
+        identity = file_identity(directory)
+        if identity in visited:
             skipped["repeated"] += 1
+            continue
+        visited.add(identity)
 
-        # All folders below this start that are reached without a further link.
-        while stack:
-            directory = stack.pop()
-            identity = file_identity(directory)
-            if identity in visited:
+        try:
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except OSError:
+            skipped["unreadable"] += 1
+            continue
+
+        for entry in entries:
+            if not _is_folder(entry):
+                yield entry
+            elif entry.name[0] in ".@":
                 continue
-            visited.add(identity)
-
-            try:
-                entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-            except OSError:
-                skipped["unreadable"] += 1
-                continue
-
-            for entry in entries:
-                if not _is_folder(entry):
-                    yield entry
-                elif entry.name[0] in ".@":
-                    continue
-                elif entry.is_symlink():
-                    starts.append(entry.path)
-                else:
-                    stack.append(entry.path)
+            elif entry.is_symlink():
+                folders.appendleft(entry.path)
+            else:
+                folders.append(entry.path)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -243,9 +239,7 @@ def _image_files_by_class(
     for entry in sorted(folder.iterdir()):
         skipped["repeated"] += _links_to_ancestor(entry)
         num_loose += is_image_path(entry) and entry.is_file()
-        if entry.is_symlink() and not entry.exists() and not entry.suffix:
-            notes.append(f"{entry} is a link to a folder that isn't there, and was left out")
-        elif _is_underscored_class(entry):
+        if _is_underscored_class(entry):
             notes.append(f"{entry} begins with _ and was left out: rename it to use it as a class")
 
     for class_folder in subfolders(folder):

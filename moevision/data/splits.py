@@ -467,10 +467,9 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
 def _read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a ``splits.csv``, with escaped names; a UserError if the file is something else."""
     rows: list[dict[str, str]] = []
-    with suppress(UnicodeDecodeError, csv.Error):
-        rows = read_csv(path)
-    columns = set(rows[0]) if rows else set()
-    if columns != set(_COLUMNS) or any(row["split"] not in (*SPLITS, _UNUSED) for row in rows):
+    with suppress(ValueError, csv.Error):
+        rows = read_csv(path, _COLUMNS)
+    if not rows or any(row["split"] not in (*SPLITS, _UNUSED) for row in rows):
         raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
     # Names are compared as written, since a sample id may have characters that CSV can't hold. Older files have
     # unescaped names.
@@ -510,13 +509,13 @@ def is_copy(
         return True
 
     original_samples = _by_written_name(original_collection)
-    compared, equal = 0, 0
-    for name in shared:
-        if name in original_samples:
-            size = original_collection.size_bytes(original_samples[name])
-            compared += 1
-            equal += collection.size_bytes(samples[name]) == size
-    return equal >= compared * (0.5 if part else 1)
+    same_size = [
+        original_collection.size_bytes(original_samples[name])
+        == collection.size_bytes(samples[name])
+        for name in shared
+        if name in original_samples
+    ]
+    return sum(same_size) >= len(same_size) * (0.5 if part else 1)
 
 
 def _relabelled_row(

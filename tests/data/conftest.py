@@ -60,7 +60,7 @@ def names(sentence: str, *fragments: str) -> None:
 
 
 @contextmanager
-def refusal(*fragments: str, kind: type[UserError] = UserError) -> Iterator[None]:
+def refusal(*fragments: str, kind: type[Exception] = UserError) -> Iterator[None]:
     """Expect an error that names all of this: the option or file, the value, the way on."""
     with pytest.raises(kind) as error:
         yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import os
-import pickle
 import random
 import struct
 import sys
@@ -20,7 +19,6 @@ from PIL import Image
 from moevision.data import SyntheticPets
 from moevision.data.images import BadImageError, full_size, is_image_path, safe_open
 from moevision.data.transforms import base_pixels, base_side, square_pixels
-from moevision.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SHARPEST: dict[str, dict[str, object]] = {
@@ -238,14 +236,6 @@ def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(BadImageError, match="not a regular file"):
         safe_open(tmp_path / "pipe.png")
-
-
-def test_error_is_a_user_error_and_survives_pickling() -> None:
-    error = pickle.loads(pickle.dumps(BadImageError("cats/1.jpg", "the file is empty")))
-    assert issubclass(BadImageError, UserError)
-    assert isinstance(error, BadImageError)
-    assert (error.path, error.reason) == ("cats/1.jpg", "the file is empty")
-    assert str(error) == "cannot use the image cats/1.jpg: the file is empty"
 
 
 def test_threads_share_it_and_leave_pillow_as_it_was() -> None:

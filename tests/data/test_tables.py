@@ -341,7 +341,6 @@ def test_columns_must_be_clear(hub, tmp_path):
         hub,
         [0, 1] * 5,
         coarse=(names, [1, 1, 0, 0, 0] * 2),
-        size=(hub.Value("float32"), [0.5] * 10),
     )
     table.save_to_disk(tmp_path / "two")
     with refusal("coarse (ClassLabel)", "--data.label_column"):
@@ -351,8 +350,6 @@ def test_columns_must_be_clear(hub, tmp_path):
         opened(tmp_path / "two", columns=(None, "fine"))
     with refusal("'label'", "no images", "ClassLabel"):
         opened(tmp_path / "two", columns=("label", "coarse"))
-    with refusal("'size'", "holds measures"):
-        opened(tmp_path / "two", columns=(None, "size"))
     table.remove_columns("img").save_to_disk(tmp_path / "blind")
     with refusal("--data.image_column"):
         opened(tmp_path / "blind")
@@ -371,10 +368,6 @@ def test_multi_label_data_are_refused_in_words(hub, tmp_path):
         rows_of(hub, labels * 4, feature).save_to_disk(tmp_path / f"{number}")
         with refusal("multi-label data", "one model"):
             opened(tmp_path / f"{number}")
-    table = rows_of(hub, [0, 1] * 4, objects=(lists, [[0], [1]] * 4)).remove_columns("label")
-    table.save_to_disk(tmp_path / "objects")
-    with refusal("'objects'", "multi-label data"):
-        opened(tmp_path / "objects")
 
 
 @needs_datasets

@@ -21,7 +21,7 @@ from moevision.data.transforms import (
     erasing_boxes,
     hash_u64,
     normalize,
-    pad_shifts,
+    pad_crop_starts,
     resized_crop_boxes,
     seeded_torch,
     square_pixels,
@@ -151,11 +151,10 @@ def flipped(rows: list[torch.Tensor], seed: int) -> torch.Tensor:
 
 def test_light_pad_is_torchvision_s_pad_crop_and_flip():
     pictures = [noise(seed=n) for n in range(40)]
-    shifts = pad_shifts(uniform(2, 7, 3, *KEY), 2)
+    shifts = pad_crop_starts(uniform(2, 7, 3, *KEY), 2)
     padded = [functional.pad(p, [2], fill=[128, 64, 191]) for p in pictures]
     rows = [
-        functional.crop(p, 2 + y, 2 + x, 16, 16)
-        for p, (y, x) in zip(padded, shifts.tolist(), strict=True)
+        functional.crop(p, y, x, 16, 16) for p, (y, x) in zip(padded, shifts.tolist(), strict=True)
     ]
     found = transform()([p.numpy() for p in pictures], 7, EPOCHS, INDICES)
     assert torch.equal(found, flipped(rows, 7))

@@ -14,7 +14,7 @@ from moevision.data.transforms import (
     CROP_RATIO,
     TRIES,
     erasing_boxes,
-    pad_shifts,
+    pad_crop_starts,
     resized_crop_boxes,
     uniform,
 )
@@ -110,7 +110,7 @@ def test_a_strip_gets_the_central_crop_of_the_nearest_shape():
 
 @pytest.mark.parametrize("padding", [1, 4])
 def test_shifts_are_uniform(padding):
-    shifts = pad_shifts(uniform(2, 0, KEYS), padding)
+    shifts = pad_crop_starts(uniform(2, 0, KEYS), padding)
     values, counts = np.unique(shifts, axis=0, return_counts=True)
-    assert (shifts.min(), shifts.max(), len(values)) == (-padding, padding, (2 * padding + 1) ** 2)
+    assert (shifts.min(), shifts.max(), len(values)) == (0, 2 * padding, (2 * padding + 1) ** 2)
     assert stats.chisquare(counts).pvalue > 1e-3
