@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,10 +63,12 @@ def names(sentence: str, *fragments: str) -> None:
 
 
 @contextmanager
-def refusal(*fragments: str, kind: type[Exception] = UserError) -> Iterator[None]:
+def refusal(
+    *fragments: str, kind: type[Exception] = UserError
+) -> Iterator[pytest.ExceptionInfo[Any]]:
     """Expect an error that names all of this: the option or file, the value, the way on."""
     with pytest.raises(kind) as error:
-        yield
+        yield error
     names(str(error.value), *fragments)
 
 
