@@ -73,10 +73,13 @@ def read_folder(root: Path) -> FileCollection:
     notes += differ_in_case(class_folders)
     if not splits:
         notes += _classes_like_splits(root, class_folders)
-    samples = {
-        split: _labelled_samples(class_files, class_folders)
-        for split, class_files in files_by_split.items()
-    }
+    samples = {}
+    for split, class_files in files_by_split.items():
+        samples[split] = [
+            Sample(file, label)
+            for label, name in enumerate(class_folders)
+            for file in class_files[name]
+        ]
     check_distinct(class_folders)
     check_distinct(sample.sample_id for sample in chain.from_iterable(samples.values()))
 
@@ -90,14 +93,6 @@ def read_folder(root: Path) -> FileCollection:
             f"{skipped['unreadable']} folders in {root} can't be read, and their images were left out: permit it"
         )
     return FileCollection(readable_class_names(class_folders), samples, notes, root=root)
-
-
-def _labelled_samples(class_files: dict[str, list[str]], class_folders: list[str]) -> list[Sample]:
-    """The files of all classes as samples; a label is the index of the class folder in `class_folders`."""
-    samples = []
-    for label, name in enumerate(class_folders):
-        samples += [Sample(file, label) for file in class_files[name]]
-    return samples
 
 
 def _folders_beside_train(root: Path, splits: dict[str, Path]) -> list[str]:
@@ -192,7 +187,7 @@ def walk(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.DirEn
             continue
 
         for entry in entries:
-            if not _is_folder(entry):
+            if not entry.is_dir():
                 yield entry
             elif entry.name[0] in ".@":
                 continue
@@ -200,14 +195,6 @@ def walk(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.DirEn
                 folders.appendleft(entry.path)
             else:
                 folders.append(entry.path)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
 
 
 def _links_to_ancestor(entry: Path) -> bool:

@@ -129,9 +129,7 @@ def safe_open(
         BadImageError: If the file is missing, unreadable, empty, too large, damaged, or not a JPEG, PNG,
             WebP, BMP, GIF or TIFF image.
     """
-    name = str(source)
-    if not isinstance(source, str | Path):
-        name = str(getattr(source, "name", "<stream>"))
+    name = str(source) if isinstance(source, str | Path) else "<stream>"
     data = read_image(source, name, max_bytes)
     if not data:
         raise BadImageError(name, "the file is empty; replace or remove it")

@@ -166,7 +166,8 @@ def fitting_workers(num_workers: int, batch_bytes: int, processes: int = 1) -> i
     return max(0, min(num_workers, waiting // _AHEAD))
 
 
-class BadImage(NamedTuple):
+@dataclass(frozen=True)
+class BadImage:
     """An image that couldn't be used: its split, its index there, and why."""
 
     split: str
@@ -264,7 +265,7 @@ class ImageDataset(Dataset[Batch]):
             pixels = torch.from_numpy(stack(images, self.image_size))
         else:
             pixels = self.transform(images, self.seed, epochs, drawn_indices)
-        batch = {
+        batch: Batch = {
             "image": normalize(pixels, self.framing.mean, self.std),
             "label": torch.tensor([self.samples[index].label for index in indices]),
             "index": torch.tensor(indices),

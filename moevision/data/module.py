@@ -526,10 +526,11 @@ class Contents:
 
     def sha256_with(self, value_of: Callable[[ImageDataset, Sample], int]) -> str:
         """SHA-256 over the sorted (split, relative path, `value_of`) of all images, in hexadecimal."""
-        lines = []
-        for split, dataset in self.datasets.items():
-            for sample in dataset.samples:
-                lines.append(f"{split}\t{sample.sample_id}\t{value_of(dataset, sample)}\n")
+        lines = [
+            f"{split}\t{sample.sample_id}\t{value_of(dataset, sample)}\n"
+            for split, dataset in self.datasets.items()
+            for sample in dataset.samples
+        ]
         return hashlib.sha256(name_bytes("".join(sorted(lines)))).hexdigest()
 
 
@@ -590,12 +591,10 @@ def count_classes(samples: SplitSamples, class_names: Sequence[str]) -> ClassCou
 def balance_warnings(
     train: Mapping[str, int], weighted: bool, balanced_sampling: bool
 ) -> list[str]:
-    """Warn if class sizes differ a lot and no option compensates that, or if two options do.
+    """Warn if class sizes differ a lot and no option compensates that.
 
     `train` are the training images per class; `weighted` says whether the loss has class weights.
     """
-    if weighted and balanced_sampling:
-        return ["class_weights and balanced_sampling both favour rare classes: use one of them"]
     largest = max(train, key=train.__getitem__)
     smallest = min(train, key=train.__getitem__)
     if weighted or balanced_sampling or train[largest] <= _MAX_CLASS_RATIO * train[smallest]:

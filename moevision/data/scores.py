@@ -223,8 +223,8 @@ class Scores:
         head = list(_SCORES_HEAD)
         for block, shares in self.experts.items():
             head += [f"L{block}.E{expert}" for expert in range(shares.shape[1])]
-        columns = [self.scores[name][:, None] for name in SCORES]
-        numbers = np.concatenate([*columns, *self.experts.values()], axis=1)  # [n, columns]
+        columns = [*map(self.scores.__getitem__, SCORES), *self.experts.values()]
+        numbers = np.column_stack(columns)  # [n, columns]
         write_text_atomic(path, csv_text(head, self._rows(numbers)))
 
     def _rows(self, numbers: Floats) -> Iterator[list[Any]]:
@@ -314,8 +314,6 @@ def prune(
     `hardest` is β of `ccs`; `seed` decides what is drawn, and the order of ties.
     """
     scored = np.flatnonzero(scores.visits)  # rows of images with scores
-    if not len(scored):
-        raise UserError("The scores are of no image: the training has made no step.")
     count = max(1, round(share * len(scored)))
 
     priority = _priority(scores, by)
@@ -438,13 +436,10 @@ def expert_shares(scores: Scores, keep: Mask) -> list[Share]:
     result = []
     for block, shares in scores.experts.items():
         is_routed = ~np.isnan(shares[:, 0])
-        is_kept = is_routed & keep
-        if not is_kept.any():
-            continue
-        before = shares[is_routed].mean(0, dtype=np.float64).tolist()
-        after = shares[is_kept].mean(0, dtype=np.float64).tolist()
-        for expert in range(len(before)):
-            result.append(Share(f"L{block}.E{expert}", before[expert], after[expert]))
+        before = shares[is_routed].mean(0, dtype=np.float64)
+        after = shares[is_routed & keep].mean(0, dtype=np.float64)
+        for expert, pair in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+            result.append(Share(f"L{block}.E{expert}", *pair))
     return result
 
 

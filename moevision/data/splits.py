@@ -302,21 +302,21 @@ def _with_copies(
 
     A sample that is absent has no copy and no named group.
     """
+    from scipy.cluster.hierarchy import DisjointSet  # imports much of SciPy
+
     copy_sets = _sets_agreeing_in(samples, [collection.identity])  # links to one file
     if check_duplicates:
         copy_sets = byte_identical(collection, samples)
     group_of = dict(named_groups)
-    merged_into: dict[str, str] = {}  # group -> the group that it was merged into
+    merged = DisjointSet(named_groups.values())  # groups that share copies
     contradictions = []
     for members in copy_sets:
         if len({sample.label for sample in members}) > 1:
             contradictions.append(members[0].sample_id)
         groups = [group_of.setdefault(sample.sample_id, sample.sample_id) for sample in members]
-        for group in groups[1:]:
-            root = _root(group, merged_into)
-            first_root = _root(groups[0], merged_into)
-            if root != first_root:
-                merged_into[root] = first_root
+        for group in groups:
+            merged.add(group)
+            merged.merge(groups[0], group)
 
     warnings = []
     if contradictions:
@@ -324,15 +324,7 @@ def _with_copies(
             f"{len(contradictions)} images stand in several classes as byte-identical files or links (for example "
             f"{contradictions[0]}): keep each in its right class"
         )
-    roots = {sample_id: _root(group, merged_into) for sample_id, group in group_of.items()}
-    return roots, warnings
-
-
-def _root(group: str, merged_into: Mapping[str, str]) -> str:
-    """The group that a group belongs to after all merges."""
-    while group in merged_into:
-        group = merged_into[group]
-    return group
+    return {sample_id: merged[group] for sample_id, group in group_of.items()}, warnings
 
 
 def byte_identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sample]]:

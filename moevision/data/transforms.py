@@ -352,7 +352,9 @@ def _first_that_fits(
     relative_position = u[rows, tries, 2:]  # [B, 2], from 0 (top, left) to 1
     corner = np.floor(relative_position * (sizes - chosen_sides + 1)).astype(np.int64)
     boxes = np.concatenate([corner, chosen_sides], axis=1)
-    return np.where(fits.any(axis=1, keepdims=True), boxes, fallback)
+    fits_none = ~fits.any(axis=1)  # [B]
+    boxes[fits_none] = fallback[fits_none]
+    return boxes
 
 
 def _central(sizes: Ints) -> Boxes:

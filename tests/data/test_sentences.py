@@ -78,8 +78,8 @@ def decisions(make: Folder, text: str) -> None:
     choose_kept_images(scores("xxxzz"), decided(make({"": 0}), text))
 
 
-def pruned(make: Folder, visits: int) -> None:
-    prune(scores("x" * 10, visits=[visits] * 10), "ccs", 0.5, hardest=0.6)
+def pruned(make: Folder, hardest: float) -> None:
+    prune(scores("x" * 10), "ccs", 0.5, hardest=hardest)
 
 
 def scores_file(make: Folder, text: str | None) -> None:
@@ -233,8 +233,7 @@ MISTAKES = [
     (decisions, "b,x,relabel,y\n", "new_label | 'y' | no such class"),
     (decisions, "q,x,drop,\n", "--decisions | names 1"),
     (decisions, "b,x,drop,\nb,x,keep,\n", "'b' twice | keep one"),
-    (pruned, 2, "--hardest 0.6 | --keep | 4 images"),
-    (pruned, 0, "made no step"),
+    (pruned, 0.6, "--hardest 0.6 | --keep | 4 images"),
     (scores_file, None, "scores.csv | --data.scores"),
     (scores_file, "", "no table | fit writes it"),
     (scores_file, "image,label\n", "no table | fit writes it"),
