@@ -351,7 +351,7 @@ def _first_that_fits(
     chosen_sides = sides[rows, tries]  # [B, 2]
     relative_position = u[rows, tries, 2:]  # [B, 2], from 0 (top, left) to 1
     corner = np.floor(relative_position * (sizes - chosen_sides + 1)).astype(np.int64)
-    boxes = np.concatenate([corner, chosen_sides], axis=1)
+    boxes: Boxes = np.concatenate([corner, chosen_sides], axis=1)
     fits_none = ~fits.any(axis=1)  # [B]
     boxes[fits_none] = fallback[fits_none]
     return boxes

@@ -456,11 +456,6 @@ def test_a_batch_without_a_good_image_is_left_out(image_folder):
 # Where the data are
 
 
-def test_a_class_may_be_called_train(image_folder):
-    data = ready(image_folder({"train": 5, "plane": 5}))
-    assert data.class_names == ["plane", "train"]
-
-
 def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
     """The system's refusals are made up: root, who runs tests in containers, may read anything."""
     root = image_folder({"cat/more": 4, "cat": 4, "dog": 8}, size=(160, 160))  # 75 KiB each
@@ -481,9 +476,8 @@ def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
     assert len(collection.samples["all"]) == 12
     names(collection.notes[0], "1 folders", "can't be read")
     shut = "dog/003.png"
-    assert [collection.probe(sample) == b"" for sample in collection.samples["all"]] == [
-        False
-    ] * 7 + [True] + [False] * 4
+    unprobed = [collection.probe(sample) == b"" for sample in collection.samples["all"]]
+    assert np.flatnonzero(unprobed).tolist() == [7]
     shut = ".json"  # a folder that can't be entered
     with refusal("can't be read", "(Permission denied)", "permit"):
         ready(root)

@@ -276,6 +276,7 @@ def test_a_mistake_is_named_with_the_way_on(image_folder, call, argument, fragme
             {f"{split}_set/{name}": 2 for split in ("training", "test") for name in PETS},
             ["'test_set', 'training_set' | train, val or"],
         ),
+        (folder, {"train": 5, "plane": 5}, []),  # a class of railway trains
         (folder, {"train_station": 2, "val_gardena": 2, "contest": 2}, []),
         (row, "cat/000.png,cat", ["1 rows | left out"]),
         (manifest, "cat/000.png,cat\ncat/001.png,Cat", ["'Cat', 'cat' | upper and lower"]),

@@ -161,14 +161,17 @@ def test_group_by_parent(image_folder):
     sides = splits_of_groups(splits, lambda name: name.rpartition("/")[0])
     assert all(len(side) == 1 for side in sides)
     assert per_class(splits)["test"] == [6, 6]  # 2 of 10 patients with 3 images each
+    names(splits.together, "one folder", "--data.group_by parent", "20 groups")
 
 
 def test_group_by_regex_also_across_classes_and_given_splits(image_folder):
     root = image_folder({"train/cat": 12, "train/dog": 12, "test/cat": 2, "test/dog": 2})
     # The last digit is the person: 000, 010 -> 0, ...; test holds persons 0 and 1
-    sides = splits_of_groups(cut(root, 0.2, group_by=r"(\d)\.png$"), lambda name: name[-5])
+    splits = cut(root, 0.2, group_by=r"(\d)\.png$")
+    sides = splits_of_groups(splits, lambda name: name[-5])
     assert Counter(split for (split,) in sides)["test"] == 2
     assert len(sides) == 10
+    names(splits.together, "path agrees in", r"(\d)\.png$", "10 groups")
 
 
 @given(

@@ -88,15 +88,6 @@ def test_a_column_that_is_called_otherwise_is_named(pictures):
     assert opened(listed(pictures, rows, "path,label,split,patient")).notes == []
 
 
-def test_folders_and_patterns_are_named_too(pictures):
-    names(ready(pictures, group_by=r"(\d\d)\.png").split_note, "path agrees in", r"(\d\d)\.png")
-    for index, file in enumerate(sorted(pictures.glob("*/*.png"))):
-        (file.parent / f"{index % 3}").mkdir(exist_ok=True)
-        file.rename(file.parent / f"{index % 3}" / file.name)
-    data = ready(pictures, group_by="parent", val_fraction=0.3, test_fraction=0.3)
-    names(data.split_note, "one folder", "--data.group_by parent", "6 groups")
-
-
 def test_paths_start_at_the_csv_and_may_be_absolute(pictures, tmp_path):
     elsewhere = tmp_path / "lists"
     elsewhere.mkdir()
