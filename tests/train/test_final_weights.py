@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +145,26 @@ def test_the_last_weights_are_tested_unless_the_best_are_better(
     assert not missing(text, "the last epoch: ", *measured)
     assert text.count("moving average (EMA)") == len(average)
     assert f"test --ckpt_path {run}/checkpoints/last.ckpt" in text
+
+
+def test_an_image_that_one_of_the_two_passes_can_not_read_leaves_the_best_epoch(
+    cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path
+):
+    """A file that is damaged between them makes their results of different length."""
+    pets, real = shutil.copytree(drawn_pets, tmp_path / "pets"), finish._validate
+
+    def damage(training, checkpoint):
+        validated = real(training, checkpoint)
+        (pets / training.data.sample_id("val", 0)).write_bytes(b"no image")
+        return validated
+
+    monkeypatch.setattr(finish, "_validate", damage)
+    options = ("--data.cache_mb=0", "--data.max_bad_fraction=1", f"--runs_root={tmp_path}/runs")
+    outcome = cli("fit", pets, *tiny, *EPOCHS, *options)
+    assert outcome.code == 0, outcome.err
+    summary = read_summary(tmp_path / "runs/pets/summary.json")
+    assert summary.test.checkpoint == BEST
+    assert not missing(summary.test.weights, "4 and 3 validation images")
 
 
 def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(
