@@ -322,7 +322,7 @@ def test_an_effect_is_measured_without_the_experts_that_are_away(explorer, pixel
     assert [one["p"] for one in answer["after"]] == pytest.approx(
         [one["p"] for one in view[:5]], abs=1e-4
     )
-    pictures = explorer.galleries.gallery(explorer.entries["pets"], "trained").pictures
+    pictures = explorer.galleries.gallery(explorer.entries["pets"].variants["trained"]).pictures
     with ablate(saved(explorer).net, 1, 0):
         expected = class_effect(saved(explorer), pictures, "bear", change, limit=50).to_json()
     found = good(explorer, "class_effect", **request, **{"class": "bear"})["class_effect"]
@@ -348,7 +348,7 @@ def test_a_swap_is_measured_and_shown(explorer, pixels):
 def test_an_unmeasured_answer_names_the_command_of_its_run(explorer, monkeypatch):
     entry = replace(explorer.entries["pets"], address="'runs/my run'")
     monkeypatch.setitem(explorer.entries, "pets", entry)
-    atlas = explorer.pages.atlas(entry, entry.variants["trained"])
+    atlas = explorer.galleries.atlas(entry.variants["trained"])
     sentence = (
         "The experts do different things: not measured (`moevision analyze MODEL` measures it)."
     )
@@ -356,13 +356,13 @@ def test_an_unmeasured_answer_names_the_command_of_its_run(explorer, monkeypatch
         {**layer, "answers": [{"answer": "not measured", "sentence": sentence}]}
         for layer in atlas["layers"]
     ]
-    monkeypatch.setattr(explorer.pages, "atlas", lambda *_: {**atlas, "layers": layers})
+    monkeypatch.setattr(explorer.galleries, "atlas", lambda *_: {**atlas, "layers": layers})
     told = good(explorer, "classes", model="pets")["layers"][0]["answers"][0]["sentence"]
     assert says(told, "moevision analyze 'runs/my run'")
 
 
 def test_an_effect_over_a_class_is_class_effect(explorer):
-    gallery = explorer.galleries.gallery(explorer.entries["pets"], "trained")
+    gallery = explorer.galleries.gallery(explorer.entries["pets"].variants["trained"])
     change = Intervention("ablate", layer=3, expert=1)
     expected = class_effect(saved(explorer), gallery.pictures, "bear", change, limit=50).to_json()
     request = {"model": "pets", "intervention": ABLATE, "class": "bear"}
@@ -413,7 +413,7 @@ def test_a_crop_has_the_patch_in_its_box(explorer):
 
 def test_classes_are_the_atlas(explorer):
     page = good(explorer, "classes", model="pets")
-    trace = explorer.galleries.gallery(explorer.entries["pets"], "trained").trace
+    trace = explorer.galleries.gallery(explorer.entries["pets"].variants["trained"]).trace
     assert (page["status"], page["n_images"]) == ("ready", 160)
     counts = trace.layer(3).counts()
     shares = counts / counts.sum(1, keepdims=True)
@@ -436,7 +436,7 @@ def test_the_atlas_answers_about_more_images_than_are_carried():
     """The model that opens has three or five photos of a class, and 416 in its atlas."""
     (entry,) = [entry for entry in open_entries(None) if entry.card.id == "cats_vs_dogs"]
     explorer = Explorer([entry], Galleries([entry]))
-    atlas = explorer.galleries.atlas(entry, "trained")
+    atlas = explorer.galleries.atlas(entry.variants["trained"])
     page = good(explorer, "compare", a="dog", b="cat")
     assert (page["n_a"], page["n_b"]) == (416, 416)
     for layer, of in zip(page["layers"], atlas["layers"], strict=True):
@@ -459,7 +459,7 @@ def test_the_atlas_answers_about_more_images_than_are_carried():
 
 def test_compare_is_the_difference_of_shares(explorer):
     page = good(explorer, "compare", model="pets", a="cat", b="owl")
-    trace = explorer.galleries.gallery(explorer.entries["pets"], "trained").trace
+    trace = explorer.galleries.gallery(explorer.entries["pets"].variants["trained"]).trace
     counts = trace.layer(1).counts()
     shares = counts / counts.sum(1, keepdims=True)
     names = list(trace.class_names)
@@ -484,7 +484,7 @@ def test_a_cell_opens_on_its_heaviest_pictures(explorer):
 
 def test_mistakes_are_those_of_the_trace_with_their_routes(explorer, monkeypatch):
     """Four images of the first class are called the second; all else is right. The distances in L3 by hand."""
-    gallery = explorer.galleries.gallery(explorer.entries["pets"], "trained")
+    gallery = explorer.galleries.gallery(explorer.entries["pets"].variants["trained"])
     labels, said = gallery.trace.labels, gallery.trace.labels.copy()
     own, its = (np.flatnonzero(labels == label) for label in (0, 1))
     said[own[:4]] = 1
@@ -581,7 +581,7 @@ def test_a_closed_explorer_reads_no_more_images(home):
     start = time.monotonic()
     galleries.close()
     assert time.monotonic() - start < 2  # all of them take 20 s
-    assert galleries.gallery(entry, "trained") is None
+    assert galleries.gallery(entry.variants["trained"]) is None
 
 
 def test_a_closed_explorer_ends_what_it_is_collecting(home, monkeypatch):
@@ -595,7 +595,7 @@ def test_a_closed_explorer_ends_what_it_is_collecting(home, monkeypatch):
     monkeypatch.setattr(galleries_module, "collect_routing", close_first)
     galleries.start()
     assert galleries.wait(60)
-    assert galleries.atlas(entry, "trained") is None  # and no error
+    assert galleries.atlas(entry.variants["trained"]) is None  # and no error
 
 
 def stored_atlas(explorer, home, tmp_path, bundle, change):
@@ -603,15 +603,17 @@ def stored_atlas(explorer, home, tmp_path, bundle, change):
     from moevision.demo.atlas import save_atlas
 
     folder = bundle(tmp_path)
-    atlas = json.loads(json.dumps(explorer.galleries.atlas(explorer.entries["pets"], "trained")))
+    atlas = json.loads(
+        json.dumps(explorer.galleries.atlas(explorer.entries["pets"].variants["trained"]))
+    )
     change(atlas)
     save_atlas(atlas, folder / "atlas.json")
     entries = open_entries(None, home=tmp_path)
     galleries = Galleries(entries, limit=32)
-    before = galleries.atlas(entries[0], "trained")
+    before = galleries.atlas(entries[0].variants["trained"])
     galleries.start()
     assert galleries.wait(60)
-    return atlas, before, galleries.atlas(entries[0], "trained")
+    return atlas, before, galleries.atlas(entries[0].variants["trained"])
 
 
 def test_a_stored_atlas_is_there_at_once_and_stays(explorer, home, tmp_path, bundle):
@@ -719,7 +721,7 @@ def test_pictures_in_memory_leave_out_what_can_not_be_read(drawn_pets, tmp_path)
     broken = sorted((tmp_path / "pets" / "cat").iterdir())[0]
     broken.write_bytes(b"no picture")
     pictures = open_pictures(tmp_path / "pets", 32, split="all")
-    held = read_into_memory(pictures)
+    held = read_into_memory(pictures, threading.Event())
     assert len(held) == len(pictures) - 1
     names = [held.picture_name(index) for index in range(len(held))]
     assert f"cat/{broken.name}" not in names

@@ -1,8 +1,6 @@
 """The recorded moments of a training, as the explorer sends them: the file's own numbers, of the file's own images."""
 
 import base64
-import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import pytest
 from moevision.demo.galleries import Galleries
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
-from moevision.errors import UserError
 from moevision.models.history import RoutingHistory
 from tests.demo.test_html import embedded
 from tests.shared import says
@@ -104,13 +101,10 @@ def test_what_was_not_recorded_is_refused(photos):
     assert says(answer["error"], "not recorded", "'data/other.png'", "choose one")
 
 
-def test_a_history_of_other_images(photos_home, recorded, tmp_path):
-    shutil.copytree(photos_home / "snaps", tmp_path / "snaps")
-    other = replace(recorded, image_names=("elsewhere.png", *recorded.image_names[1:]))
-    other.save(tmp_path / "snaps" / "history.safetensors")
-    entries = open_entries(None, home=tmp_path)
-    with pytest.raises(UserError, match="doesn't fit the"):
-        Explorer(entries)
+def test_a_history_of_other_images_is_not_shown(photos_home, drawn_pets):
+    """As where the user names a folder in the place of the model's own photos."""
+    boot = Explorer(open_entries(None, str(drawn_pets), home=photos_home)).answer("boot", {})
+    assert boot["models"][0]["history"] is None
 
 
 def test_an_exported_page_has_the_moments_of_its_image(photos, recorded):
