@@ -60,6 +60,7 @@ class Visit:
         self.context.set_default_timeout(120_000)  # ms; a busy machine may take most of it
         self.page = self.context.new_page()
         self.page.wait_for_function = self._wait_for
+        self.page.visit = self
         self.requests, self.complaints = [], []
         self.page.on("request", lambda request: self.requests.append(request))
         self.page.on("console", self._hear)
@@ -184,6 +185,50 @@ def serious(page, part=None):
     return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
 
 
+def press(page, selector, then=None, *, until=None, state="visible"):
+    """Click, and wait for what comes of it: an element in that state, or an expression that becomes true."""
+    page.click(selector)
+    if until is None:
+        page.wait_for_selector(then, state=state)
+    else:
+        page.wait_for_function(until)
+
+
+def change_answer(page, name, change):
+    """From now on the server's function `name` answers `change(its answer)`."""
+
+    def handle(route):
+        if asked_for(route.request) != name:
+            return route.continue_()
+        answer = route.fetch()
+        return route.fulfill(response=answer, json=change(answer.json()))
+
+    page.route(SERVER_CALL, handle)
+
+
+def saved(page, kind):
+    """The file that the Share menu saves: `card`, `json`, `page` or `png`."""
+    page.click(".mv-menu summary")
+    with page.expect_download() as waiting:
+        page.click(f"[data-action=export-{kind}]")
+    return waiting.value
+
+
+def alone(new_visit, page, folder):
+    """A visit, offline, of the page that the Share menu saves."""
+    file = folder / "page.html"
+    saved(page, "page").save_as(file)
+    visit = new_visit(offline=True)
+    visit.address = file.as_uri()
+    visit.page.goto(visit.address)
+    return visit
+
+
+def experts_of(layer):
+    """The number on every patch: its first expert in a layer of a view."""
+    return [str(choices[0]) for choices in layer["experts"]]
+
+
 def answered(page):
     """Wait for the view that was asked for last: it is drawn in one go, before the page says that it isn't busy."""
     page.wait_for_selector("[data-box=main][aria-busy=true]", state="detached")
@@ -210,8 +255,7 @@ def said(page):
 
 
 def open_tab(page, name):
-    page.click(f"[data-tab={name}]")
-    page.wait_for_selector(".mv-panel:not(:has(.mv-spinner))")
+    press(page, f"[data-tab={name}]", ".mv-panel:not(:has(.mv-spinner))")
 
 
 def no_sideways_scroll(page):
@@ -271,15 +315,11 @@ def look():
 def empty_stage():
     """Goes on to a model that comes without images."""
 
-    def go(page):
-        def without_examples(route):
-            if asked_for(route.request) != "boot":
-                return route.continue_()
-            answer = route.fetch()
-            models = [{**model, "examples": []} for model in answer.json()["models"]]
-            return route.fulfill(response=answer, json={"models": models})
+    def without_examples(boot):
+        return {"models": [{**model, "examples": []} for model in boot["models"]]}
 
-        page.route(SERVER_CALL, without_examples)
+    def go(page):
+        change_answer(page, "boot", without_examples)
         page.select_option("[data-change=model]", "photos")
         page.wait_for_selector("[data-box=blank]:visible")
 

@@ -151,8 +151,7 @@ def test_many_experts_of_a_patch_are_one_term(card):
 
 def test_pointer_and_keys_choose_patch_and_number(card):
     page, layer = card()
-    page.focus("[data-part=pick]")
-    page.keyboard.press("ArrowRight")
+    page.press("[data-part=pick]", "ArrowRight")
     page.keyboard.press("ArrowDown")
     assert page.get_attribute(".mv-pinned", "data-patch") == str(PATCH + 1 + 4)  # 4 columns
     assert page.evaluate("document.activeElement.dataset.part") == "pick"

@@ -30,10 +30,7 @@ def visit_run(visits_at, scored):
     def answer(route):
         if route.request.method == "GET":
             document = app_page(scored.start_boot(), scored.start_views())
-            policy = (
-                "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; "
-                f"{document.policy}"
-            )
+            policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; {document.policy}"
             return route.fulfill(
                 content_type="text/html",
                 body=document.text,
@@ -54,9 +51,8 @@ def first_card(page, list_name):
 
 def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, look):
     doubtful = scored.answer("data", {"list": "doubtful"})["entries"]
-    one = visit_run()
-    page = one.page
-    assert "data" not in one.asked  # before the tab is opened
+    page = visit_run().page
+    assert "data" not in page.visit.asked  # before the tab is opened
     page.click("[data-tab=data]")
     card = first_card(page, "Doubtful labels")
     assert says(page.text_content(".mv-panel .mv-lead"), "no verdicts")
@@ -74,7 +70,7 @@ def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, 
         "Open cat/<img"
     )
     assert HOSTILE in page.locator(".mv-picture").get_attribute("alt")
-    assert one.question("route")["picture"] == {"kind": "example", "id": f"train/{HOSTILE}"}
+    assert page.visit.question("route")["picture"] == {"kind": "example", "id": f"train/{HOSTILE}"}
     page.select_option("[data-change=data-class]", "cat")
     page.click("[data-list=easiest]")
     easiest = scored.answer("data", {"list": "easiest", "class": "cat"})["entries"]

@@ -8,7 +8,7 @@ from PIL import Image
 from moevision.demo.html import app_page, flow_html, read_css
 from moevision.demo.models import bundled_folders, open_entries
 from moevision.demo.service import Explorer
-from tests.browser.conftest import FIRST, MOBILE, SERVER_CALL, axe
+from tests.browser.conftest import FIRST, MOBILE, SERVER_CALL, axe, press, saved
 from tests.browser.test_hand import result
 from tests.shared import says
 
@@ -155,8 +155,11 @@ def test_networks_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     page = newcomer.page
     _, each = experts(ask)
     gone = each.index(max(each))
-    page.click(f".mv-flow-box[data-expert='{gone}']")
-    page.wait_for_selector(f".mv-flow-box[data-expert='{gone}'][aria-pressed=true]")
+    press(
+        page,
+        f".mv-flow-box[data-expert='{gone}']",
+        f".mv-flow-box[data-expert='{gone}'][aria-pressed=true]",
+    )
     _, moved = experts(ask, away=[[3, gone]])
     assert moved[gone] == 0
     assert counts(page) == [
@@ -174,16 +177,18 @@ def test_networks_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     assert said == f"1 network away: {result(measured)}."
     assert page.locator(".mv-flow-answer em").count() == measured["control"]["n"]
     other = moved.index(max(moved))
-    page.click(f".mv-flow-box[data-expert='{other}']")
-    page.wait_for_selector(f".mv-flow-box[data-expert='{other}'][aria-pressed=true]")
+    press(
+        page,
+        f".mv-flow-box[data-expert='{other}']",
+        f".mv-flow-box[data-expert='{other}'][aria-pressed=true]",
+    )
     assert "2 networks away" in page.text_content(".mv-flow-say")
     page.wait_for_function(
         "away => new URLSearchParams(location.search).get('away') === away",
         arg=f"3.{gone}_3.{other}",
     )
     link = page.url
-    page.click("[data-action=put-back]")
-    page.wait_for_selector(".mv-flow-box[aria-pressed=true]", state="detached")
+    press(page, "[data-action=put-back]", ".mv-flow-box[aria-pressed=true]", state="detached")
     assert counts(page) == [count or "none" for count in each]
     page.goto(link)
     page.wait_for_selector(".mv-flow-box[aria-pressed=true]")
@@ -207,10 +212,7 @@ def test_without_any_network_the_layer_adds_nothing(newcomer, ask):
 def test_a_card_is_as_large_as_posts_show_it_and_has_the_photo(visit):
     page = visit().page
     page.wait_for_selector("[data-part=image].mv-sharp")
-    page.click(".mv-menu summary")
-    with page.expect_download() as waiting:
-        page.click("[data-action=export-card]")
-    with Image.open(waiting.value.path()) as card:
+    with Image.open(saved(page, "card").path()) as card:
         assert card.size == (1200, 630)
         photo = card.convert("RGB").crop((0, 0, 630, 630))
         assert len(photo.getcolors(2**20)) > 10_000  # sharp
@@ -281,11 +283,9 @@ def test_what_goes_wrong_is_seen_with_the_door_closed(new_visit, server, tmp_pat
     page.wait_for_selector("[role=alert]:visible")
     assert says(page.text_content("[role=alert]"), "can't read")
     page.route(SERVER_CALL, lambda route: route.abort())
-    page.click(".mv-flow-pick [data-action=example] >> nth=1")
-    page.wait_for_selector("[data-action=retry]:visible")
+    press(page, ".mv-flow-pick [data-action=example] >> nth=1", "[data-action=retry]:visible")
     page.unroute(SERVER_CALL)
-    page.click("[data-action=retry]")
-    page.wait_for_selector("[data-action=retry]", state="detached")
+    press(page, "[data-action=retry]", "[data-action=retry]", state="detached")
     assert (
         page.get_attribute(".mv-flow-pick [data-action=example] >> nth=1", "aria-pressed") == "true"
     )
@@ -301,8 +301,7 @@ def test_a_model_without_images_asks_for_one(new_visit, server, empty_stage):
 
 def test_the_control_of_one_network_is_asked_for_once(visit, ask):
     _, each = experts(ask)
-    one = visit(f"?away=3.{each.index(max(each))}", door=False)
-    page = one.page
+    page = visit(f"?away=3.{each.index(max(each))}", door=False).page
     page.wait_for_function(
         "document.querySelector('.mv-flow-say').textContent.includes('at random')"
     )
@@ -311,7 +310,7 @@ def test_the_control_of_one_network_is_asked_for_once(visit, ask):
     page.wait_for_function(
         "document.querySelector('.mv-flow-say').textContent.includes('at random')"
     )
-    assert one.asked.count("what_if") == 1
+    assert page.visit.asked.count("what_if") == 1
 
 
 def test_who_clicks_on_waits_for_no_control(visit, ask):
@@ -342,15 +341,12 @@ def test_who_clicks_on_waits_for_no_control(visit, ask):
 
 
 def test_the_door_opens_on_everything_else_and_stays_open(visit):
-    one = visit(door=False)
-    page = one.page
-    page.click("[data-action=door]")
-    page.wait_for_selector(".mv-cell")
+    page = visit(door=False).page
+    press(page, "[data-action=door]", ".mv-cell")
     assert page.get_attribute("[data-action=door]", "aria-expanded") == "true"
     page.reload()
     page.wait_for_selector(".mv-cell")
-    page.click("[data-action=door]")
-    page.wait_for_selector(".mv-cell", state="hidden")
+    press(page, "[data-action=door]", ".mv-cell", state="hidden")
     page.wait_for_function("!location.search.includes('patch=')")
     page.reload()
     page.wait_for_selector(".mv-flow-box")
@@ -381,10 +377,10 @@ def test_the_door_opens_on_everything_else_and_stays_open(visit):
             "L3·E1 and E2 compute each other's patches.",
             {"intervention": {"kind": "swap", "layer": 3, "expert": 1, "other": 2}},
         ),
-        ("?k=1", "Trained with top-2, shown is top-1.", {"top_k": 1}),
+        ("?k=1", "Trained with top-2; shown is k = 1.", {"top_k": 1}),
         (
             "?capacity=0.5",
-            "Trained without a capacity limit, shown is capacity factor 0.5.",
+            "Trained with capacity no limit, shown is factor 0.5.",
             {"capacity": 0.5},
         ),
     ],

@@ -5,7 +5,7 @@ import pytest
 from moevision.demo.galleries import Galleries
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
-from tests.browser.conftest import FIRST, PHONE, serious
+from tests.browser.conftest import FIRST, PHONE, press, serious
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -75,24 +75,27 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask, look):
 
 
 def test_what_may_be_changed_where_experts_choose(visit, look):
-    one = visit("?model=choice&expert=L3.E1")
-    page = one.page
+    page = visit("?model=choice&expert=L3.E1").page
     assert (
         page.locator(".mv-box-hand [data-kind]").count() == 0
     )  # no token has a first choice: nothing can be forced
     assert page.locator(".mv-box-hand [data-action]").count() == 2  # take away, swap
     assert page.locator("[data-change=limit]").count() == 0
     assert "on average" in page.text_content(".mv-settings")
-    page.focus("[data-change=topk]")
-    page.keyboard.press("ArrowRight")
+    page.press("[data-change=topk]", "ArrowRight")
     page.wait_for_selector("[role=note]")
-    assert one.question("route")["top_k"] == 2
-    assert says(page.text_content("[role=note]"), "Trained with 1", "shown is 2")
+    assert page.visit.question("route")["top_k"] == 2
+    assert says(page.text_content("[role=note]"), "Trained with 1", "k = 2")
     assert page.locator(".mv-loadcount").all_text_contents() == ["8"] * 4
-    page.click(".mv-box-hand [data-action=take]")
-    page.wait_for_selector(".mv-results[role=note]:has-text('Without L3·E1')")
-    assert one.question("route")["away"] == [[3, 1]]
-    assert one.question("what_if")["intervention"] == {"kind": "ablate", "layer": 3, "expert": 1}
+    press(
+        page, ".mv-box-hand [data-action=take]", ".mv-results[role=note]:has-text('Without L3·E1')"
+    )
+    assert page.visit.question("route")["away"] == [[3, 1]]
+    assert page.visit.question("what_if")["intervention"] == {
+        "kind": "ablate",
+        "layer": 3,
+        "expert": 1,
+    }
 
 
 def test_soft_patches_take_from_every_expert(visit, ask, look):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from moevision.data import SyntheticPets
-from tests.browser.conftest import FIRST
+from tests.browser.conftest import FIRST, alone, experts_of, press, saved
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -22,74 +22,56 @@ for _file in sorted(FORMATS.glob("*/links.json")):
 SENT = "() => !location.search.includes('picture=')"  # one's own image is in no link
 
 
-@pytest.fixture
-def export():
-    def export(page, kind):
-        page.click(".mv-menu summary")
-        with page.expect_download() as waiting:
-            page.click(f"[data-action=export-{kind}]")
-        return waiting.value
-
-    return export
-
-
 def test_nothing_is_saved_before_an_image_is_chosen(visit, empty_stage):
     page = visit().page
     empty_stage(page)
     for kind in ("png", "json", "page"):
         page.click(".mv-menu summary")
-        page.click(f"[data-action=export-{kind}]")
-        page.wait_for_selector("[data-box=toast]:has-text('Nothing is on the stage yet')")
+        press(
+            page,
+            f"[data-action=export-{kind}]",
+            "[data-box=toast]:has-text('Nothing is on the stage yet')",
+        )
 
 
-def test_the_stage_is_saved_as_png(visit, export):
-    saved = export(visit().page, "png")
-    assert saved.suggested_filename.startswith("moevision_pets_")
-    with Image.open(saved.path()) as picture:
+def test_the_stage_is_saved_as_png(visit):
+    file = saved(visit().page, "png")
+    assert file.suggested_filename.startswith("moevision_pets_")
+    with Image.open(file.path()) as picture:
         assert picture.format == "PNG"
         assert picture.size == (1024, 1024 + 76)  # the caption
         assert len(picture.convert("RGB").getcolors(2**24)) > 100
 
 
-def test_the_view_is_saved_as_json(visit, export, ask):
-    saved = export(visit().page, "json")
-    data = json.loads(saved.path().read_text(encoding="utf-8"))
+def test_the_view_is_saved_as_json(visit, ask):
+    data = json.loads(saved(visit().page, "json").path().read_text(encoding="utf-8"))
     assert data["schema"] == "moevision.view/2"
     assert data == ask("route", picture=FIRST)
 
 
-def test_the_saved_page_works_alone(visit, export, new_visit, ask, look, tmp_path):
-    saved = export(visit().page, "page")
-    file = tmp_path / saved.suggested_filename
-    saved.save_as(file)
-    assert file.suffix == ".html"
-    alone = new_visit(offline=True)
-    page = alone.page
-    page.goto(file.as_uri())
+def test_the_saved_page_works_alone(visit, new_visit, ask, look, tmp_path):
+    one = alone(new_visit, visit().page, tmp_path)
+    page = one.page
     page.click(".mv-cell[data-patch='5']")
     assert look.said(page).startswith("row 2, column 2: expert")
     page.keyboard.press("-")
-    layer = ask("route", picture=FIRST)["layers"][0]
-    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
-    assert alone.complaints == []
-    assert alone.strangers(file.as_uri()) == []
+    assert look.numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][0])
+    assert one.complaints == []
+    assert one.strangers(one.address) == []
 
 
-def test_the_saved_page_says_that_an_expert_is_away(visit, export, new_visit, tmp_path):
-    saved = export(visit("?away=3.1").page, "page")
-    saved.save_as(tmp_path / "away.html")
-    page = new_visit(offline=True).page
-    page.goto((tmp_path / "away.html").as_uri())
+def test_the_saved_page_says_that_an_expert_is_away(visit, new_visit, tmp_path):
+    page = alone(new_visit, visit("?away=3.1").page, tmp_path).page
     assert "Changed model. Without L3·E1." in page.text_content("[role=note]")
 
 
-def test_the_saved_page_is_of_the_image_on_the_stage(visit, export, hold):
+def test_the_saved_page_is_of_the_image_on_the_stage(visit, hold):
     """Another one may have been chosen, and not be here yet."""
     one = visit()
     held = hold(one.page, "route")
     one.page.click("[data-action=example][data-id='pets/test/4']")
     held.wait()
-    export(one.page, "page")
+    saved(one.page, "page")
     assert one.question("export_html")["picture"] == FIRST
     held.release()
 
@@ -152,7 +134,7 @@ def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, l
     (tmp_path / "view.html").write_text(view_html(view, full_page=True), encoding="utf-8")
     page = new_visit(offline=True).page
     page.goto((tmp_path / "view.html").as_uri())
-    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert look.numbers(page) == experts_of(layer)
     assert {fill[:3] for fill in look.fills(page)} == {rgb(NEUTRAL)}
     assert "read the numbers" in page.text_content(".mv-box-legend")
     expert = layer["experts"][0][0]
@@ -163,12 +145,9 @@ def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, l
 
 def test_a_link_reproduces_the_view(visit, look):
     page = visit().page
-    page.click(".mv-rail [data-action=example] >> nth=4")
-    page.wait_for_selector("[data-box=progress]", state="hidden")
-    page.click("[data-variant=untrained]")
-    page.wait_for_selector("[data-box=progress]", state="hidden")
-    page.focus("[data-change=topk]")
-    page.keyboard.press("ArrowRight")
+    press(page, ".mv-rail [data-action=example] >> nth=4", "[data-box=progress]", state="hidden")
+    press(page, "[data-variant=untrained]", "[data-box=progress]", state="hidden")
+    page.press("[data-change=topk]", "ArrowRight")
     page.wait_for_selector("[role=note]")
     page.click(".mv-layer[data-index='0']")
     page.click(".mv-cell[data-patch='11']")
@@ -239,8 +218,7 @@ def test_an_expert_has_a_link_and_a_place_in_the_history(visit):
     assert page.locator(pressed).get_attribute("data-expert") == "2"
     assert page.locator(".mv-layer[aria-pressed=true]").get_attribute("data-index") == "0"
     start = page.evaluate("history.length")
-    page.click(".mv-loadbar[data-expert='3']")
-    page.wait_for_function("location.search.includes('expert=L1.E3')")
+    press(page, ".mv-loadbar[data-expert='3']", until="location.search.includes('expert=L1.E3')")
     page.click(".mv-cell[data-patch='5']")  # no place of its own
     page.wait_for_function("location.search.includes('patch=5')")
     assert page.evaluate("history.length") == start + 1
@@ -252,7 +230,7 @@ def test_a_link_reproduces_an_intervention(visit, ask, look):
     page = visit("?do=ablate.3.1.zero.0").page
     change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "zero", "seed": 0}
     layer = ask("route", picture=FIRST, intervention=change)["layers"][1]
-    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert look.numbers(page) == experts_of(layer)
     assert says(page.text_content("[role=note]"), "get nothing")
 
 
@@ -266,8 +244,7 @@ def test_a_link_reproduces_an_intervention(visit, ask, look):
 )
 def test_a_link_from_elsewhere_still_opens(visit, ask, look, query):
     page = visit(query).page
-    layer = ask("route", picture=FIRST)["layers"][1]
-    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert look.numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
 
 
 # Of two images the first is shown; what Compare and What if had stands under Classes and Experts, and on the stage.
@@ -304,8 +281,9 @@ def test_a_link_with_a_change_opens_on_the_image_and_measures_then(
     held = hold(one.page, "what_if")
     one.open(server.url + "?do=ablate.3.1.next_best.0&tab=whatif")
     held.wait()
-    layer = ask("route", picture=FIRST, away=[[3, 1]])["layers"][1]
-    assert look.numbers(one.page) == [str(choices[0]) for choices in layer["experts"]]
+    assert look.numbers(one.page) == experts_of(
+        ask("route", picture=FIRST, away=[[3, 1]])["layers"][1]
+    )
     assert says(one.page.text_content(".mv-results"), "Measuring it", "at random")
     assert one.page.locator(".mv-flow-box").count() == 4
     held.release()
@@ -390,9 +368,7 @@ def test_three_tabs_stay_apart(visit, ask, look, tmp_path):
     tabs[2].wait_for_selector(".mv-own [aria-pressed=true]")
     tabs[1].wait_for_selector(".mv-results[role=note]")
     changed = ask("route", picture={"kind": "example", "id": "pets/test/2"}, away=[[3, 1]])
-    assert look.numbers(tabs[1]) == [str(choices[0]) for choices in changed["layers"][1]["experts"]]
-    assert look.numbers(tabs[0]) == [
-        str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]
-    ]
+    assert look.numbers(tabs[1]) == experts_of(changed["layers"][1])
+    assert look.numbers(tabs[0]) == experts_of(ask("route", picture=FIRST)["layers"][1])
     assert [tab.locator(".mv-own button").count() for tab in tabs] == [0, 0, 1]
     assert tabs[0].locator("[data-action=undo]").count() == 0

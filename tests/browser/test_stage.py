@@ -3,7 +3,7 @@
 import pytest
 
 from moevision.analysis.plots import EXPERT_COLOURS
-from tests.browser.conftest import FIRST
+from tests.browser.conftest import FIRST, experts_of, press
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -36,7 +36,7 @@ def test_overlay_shows_expert_and_weight_of_every_patch_in_every_layer(quiet, la
     page = quiet.page
     for index, layer in enumerate(layers):
         page.click(f".mv-layer[data-index='{index}']")
-        assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+        assert look.numbers(page) == experts_of(layer)
         for fill, choices, weights in zip(
             look.fills(page), layer["experts"], layer["weights"], strict=True
         ):
@@ -82,11 +82,11 @@ def test_plus_and_minus_need_no_focus(visit, layers, look):
     page = visit().page
     assert page.evaluate("document.activeElement === document.body")
     page.keyboard.press("-")
-    assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
+    assert look.numbers(page) == experts_of(layers[0])
     page.click("[role=tab][data-tab=classes]")
     page.focus("[data-change=model]")  # a field keeps its keys
     page.keyboard.press("+")
-    assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
+    assert look.numbers(page) == experts_of(layers[0])
 
 
 def test_plus_and_minus_change_the_layer(quiet, layers, look):
@@ -94,10 +94,10 @@ def test_plus_and_minus_change_the_layer(quiet, layers, look):
     page.click(".mv-cell[data-patch='10']")
     page.keyboard.press("-")
     assert says(look.said(page), "Layer L1", "row 3, column 3", "expert")
-    assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
+    assert look.numbers(page) == experts_of(layers[0])
     page.keyboard.press("-")  # there is none before the first
     page.keyboard.press("+")
-    assert look.numbers(page) == [str(choices[0]) for choices in layers[1]["experts"]]
+    assert look.numbers(page) == experts_of(layers[1])
 
 
 def test_a_patch_is_told_with_how_sure_the_router_was(quiet, layers):
@@ -143,8 +143,7 @@ def test_patches_with_the_same_path_come_when_asked_for(visit, ask, layers):
     one = visit("?patch=9")
     path = [layer["experts"][9][0] for layer in layers]
     assert "similar" not in one.asked
-    one.page.click("[data-action=similar]")
-    one.page.wait_for_selector(".mv-box-similar :is(.mv-crop, .mv-note)")
+    press(one.page, "[data-action=similar]", ".mv-box-similar :is(.mv-crop, .mv-note)")
     assert one.question("similar")["path"] == path
     assert one.page.locator(".mv-box-similar .mv-crop").count() == len(
         ask("similar", path=path)["patches"]
