@@ -4,11 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
-import moevision
 from moevision.analysis.intervention import Intervention
-from moevision.data.transforms import normalize
 from moevision.demo import requests as read
 from moevision.demo import route_image
 from moevision.demo.facts import describe
@@ -18,16 +15,13 @@ from moevision.demo.service import Explorer
 from moevision.demo.view import Settings
 from moevision.errors import UserError
 from moevision.layers import ROUTERS
+from tests.demo.conftest import forward
+from tests.demo.test_sentences import MIXED
 from tests.shared import says
-
-MIXED = {"router": ["vmoe_top_k", "soft"], "num_experts": [4, 6], "top_k": [2, 1]}
 
 
 def routings_of(model, pixels):
-    """What every MoE layer decides about an image, without anything of the demo."""
-    x = normalize(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2), model.mean, model.std)
-    with torch.no_grad():
-        return moevision.forward_routing(model.net, x)[1]
+    return forward(model, pixels)[1]
 
 
 def weights_of(layer):
