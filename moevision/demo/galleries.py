@@ -99,25 +99,20 @@ class Galleries:
         self._galleries: dict[Variant, Gallery] = {}
         self._errors: dict[Variant, str] = {}
         self.stopping = threading.Event()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="moevision-galleries", daemon=True)
+        self.thread = threading.Thread(target=self._work, name="moevision-galleries", daemon=True)
         for entry in entries:
             self._atlases |= _stored_atlases(entry)
 
     def start(self, ready: Callable[[Entry, Variant], None] = lambda *finished: None) -> None:
         """Begin to collect; returns at once. `ready` is called with each model and variant that is finished."""
         self._ready = ready
-        self._thread.start()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait until everything is collected; False if that takes longer."""
-        return self._done.wait(timeout_s)
+        self.thread.start()
 
     def close(self) -> None:
         """Stop after the image that is being read or routed, or the atlas that is being built."""
         self.stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self.thread.is_alive():
+            self.thread.join()
 
     def atlas(self, variant: Variant) -> Json | None:
         """The atlas of a variant; None while it is being computed or if there will be none."""
@@ -155,7 +150,6 @@ class Galleries:
             except Exception as error:
                 log.exception("the gallery of %s, %s, could not be made", entry.card.title, name)
                 self._errors[variant] = str(error)
-        self._done.set()
 
     def _read_images(self, entry: Entry, pictures: PictureSet) -> View:
         limit = self.limit

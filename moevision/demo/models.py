@@ -114,13 +114,7 @@ def card_of_run(address: str) -> Card:
     if run is None or not (run / "summary.json").is_file():
         title = title_of(address) or escape_controls(address)
         return Card(id=OWN, title=title, subtitle="your model")
-    file = run / "summary.json"
-    try:
-        return _card_of_summary(read_json(file), run / "config.yaml")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{file} can't be read ({type(error).__name__}: {error}): mend it or move it away."
-        ) from error
+    return _card_of_summary(read_json(run / "summary.json"), run / "config.yaml")
 
 
 def _card_of_summary(summary: Json, config: Path) -> Card:

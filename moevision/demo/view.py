@@ -128,9 +128,9 @@ def _capacity_sentences(factor: float, routers: Sequence[LayerFacts]) -> list[st
     trained = {router.train_capacity for router in routers if router.kind == "token_choice"}
     sentences = []
     if trained - {factor}:
-        texts = ["no limit" if limit is None else f"factor {limit:g}" for limit in trained]
+        texts = ["no limit" if limit is None else f"capacity factor {limit:g}" for limit in trained]
         trained_text = " and ".join(sorted(texts))
-        sentences.append(f"Trained with capacity {trained_text}, shown is factor {factor:g}.")
+        sentences.append(f"Trained with {trained_text}; shown is capacity factor {factor:g}.")
     if factor != 1 and any(router.kind == "expert_choice" for router in routers):
         sentences.append(f"Experts take {factor:g} times as many patches as trained.")
     return sentences

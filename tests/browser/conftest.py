@@ -4,9 +4,12 @@ Debian's `chromium` is used, or what MOEVISION_CHROMIUM names; without one the t
 What a page shows is compared with the service's own answer, which `ask` gets past the page.
 """
 
+import base64
 import re
+import threading
 import time
-from types import SimpleNamespace
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -135,11 +138,16 @@ def visits_at(new_visit):
     visits = []
 
     def at(address, before=lambda visit: None):
-        def begin(query="", **options):
+        def begin(query="", then=None, until=None, **options):
+            """Go there; if asked for, wait for a selector, or for an expression to become true."""
             one = new_visit(**options)
             before(one)
             visits.append((one, address))
-            one.open(address + query)
+            page = one.open(address + query)
+            if then:
+                page.wait_for_selector(then)
+            if until:
+                page.wait_for_function(until)
             return one
 
         return begin
@@ -172,17 +180,19 @@ def ask(explorer):
     return ask
 
 
-def axe(page, part=None):
+def violations(page, part=None, impacts=("minor", "moderate", "serious", "critical", None)):
     """What axe-core finds on the page, or in a part of it."""
     from axe_playwright_python.sync_playwright import Axe
 
-    return Axe().run(page, part).response["violations"]
+    found = [
+        one for one in Axe().run(page, part).response["violations"] if one["impact"] in impacts
+    ]
+    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
 
 
 def serious(page, part=None):
-    """What axe-core finds on the page, or in a part of it, that keeps people out."""
-    found = [one for one in axe(page, part) if one["impact"] in ("serious", "critical")]
-    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
+    """What keeps people out."""
+    return violations(page, part, ("serious", "critical"))
 
 
 def press(page, selector, then=None, *, until=None, state="visible"):
@@ -262,6 +272,48 @@ def no_sideways_scroll(page):
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+def give(page, files, way="drop"):
+    """Drop files on the image, or paste them."""
+    page.evaluate(
+        """([way, files]) => {
+          const transfer = new DataTransfer();
+          files.forEach(([name, data]) => {
+            const bytes = Uint8Array.from(atob(data), (one) => one.charCodeAt(0));
+            transfer.items.add(new File([bytes], name, { type: 'image/png' }));
+          });
+          const options = { bubbles: true, cancelable: true };
+          const event = way === 'paste'
+            ? new ClipboardEvent('paste', { ...options, clipboardData: transfer })
+            : new DragEvent('drop', { ...options, dataTransfer: transfer });
+          document.querySelector('.mv-canvas').dispatchEvent(event);
+        }""",
+        [way, [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files]],
+    )
+
+
+@contextmanager
+def site(document, **headers):
+    """The port of a website on this computer that has one document."""
+
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            for name, value in {"content-type": "text/html", **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(document)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
 class Held:
     """The calls of one of the server's functions, which wait until they are released."""
 
@@ -297,18 +349,6 @@ class Held:
 def hold():
     """`hold(page, name)` lets a server function wait for a test."""
     return Held
-
-
-@pytest.fixture
-def look():
-    """Ways to read a page."""
-    return SimpleNamespace(
-        numbers=numbers,
-        fills=fills,
-        said=said,
-        open_tab=open_tab,
-        no_sideways_scroll=no_sideways_scroll,
-    )
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 from moevision.demo.html import app_page
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
+from tests.browser.conftest import no_sideways_scroll
 from tests.demo.conftest import HOSTILE
 from tests.demo.serving import asked_for
 from tests.shared import says
@@ -49,7 +50,7 @@ def first_card(page, list_name):
     return page.locator(FIRST)
 
 
-def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, look):
+def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored):
     doubtful = scored.answer("data", {"list": "doubtful"})["entries"]
     page = visit_run().page
     assert "data" not in page.visit.asked  # before the tab is opened
@@ -84,13 +85,13 @@ def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, 
     assert page.locator(".mv img[src=x]").count() == 0
 
 
-def test_a_link_of_the_page_of_data_score_on_a_phone(visit_run, look):
+def test_a_link_of_the_page_of_data_score_on_a_phone(visit_run):
     page = visit_run(
         f"?picture={quote(f'train/{HOSTILE}')}&tab=data&list=nope&class=nope", **PHONE
     ).page
     assert first_card(page, "Doubtful labels").get_attribute("aria-pressed") == "true"
     assert page.locator(".mv-canvas").count() == 1
-    assert look.no_sideways_scroll(page)
+    assert no_sideways_scroll(page)
 
 
 def test_without_scores_there_is_no_such_tab(visit):

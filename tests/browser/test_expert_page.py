@@ -3,16 +3,15 @@
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import FIRST, change_answer, press
+from tests.browser.conftest import FIRST, change_answer, no_sideways_scroll, press
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 
-def test_a_link_opens_an_experts_page_and_its_button_all_of_them(visit, ask, look):
+def test_a_link_opens_an_experts_page_and_its_button_all_of_them(visit, ask):
     card = ask("experts", layer=1)["experts"][2]
-    page = visit("?expert=L1.E2", door=False).page
-    page.wait_for_selector(".mv-alone")
+    page = visit("?expert=L1.E2", door=False, then=".mv-alone").page
     assert page.locator(".mv-card").count() == 1
     assert page.locator(".mv-card h2").text_content() == "L1·E2"
     shown = page.text_content(".mv-card")
@@ -28,7 +27,7 @@ def test_a_link_opens_an_experts_page_and_its_button_all_of_them(visit, ask, loo
     page.wait_for_function("location.search.includes('expert=L1.E3')")
     page.go_back()
     page.wait_for_function("document.querySelectorAll('.mv-card').length === 4")
-    assert look.no_sideways_scroll(page)
+    assert no_sideways_scroll(page)
 
 
 def test_what_was_measured_and_named_is_told(new_visit, server):
@@ -49,8 +48,7 @@ def test_what_was_measured_and_named_is_told(new_visit, server):
 
 
 def test_an_expert_is_saved_as_an_image(visit):
-    page = visit("?expert=L3.E1").page
-    page.wait_for_selector(".mv-alone")
+    page = visit("?expert=L3.E1", then=".mv-alone").page
     with page.expect_download() as waiting:
         page.click("[data-action=save-expert]")
     assert waiting.value.suggested_filename == "moevision_pets_L3-E1.png"

@@ -8,7 +8,15 @@ from PIL import Image
 from moevision.demo.html import app_page, flow_html, read_css
 from moevision.demo.models import bundled_folders, open_entries
 from moevision.demo.service import Explorer
-from tests.browser.conftest import FIRST, MOBILE, SERVER_CALL, axe, press, saved
+from tests.browser.conftest import (
+    FIRST,
+    MOBILE,
+    SERVER_CALL,
+    no_sideways_scroll,
+    press,
+    saved,
+    violations,
+)
 from tests.browser.test_hand import result
 from tests.shared import says
 
@@ -59,7 +67,7 @@ def counts(page):
     ]
 
 
-def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer, look):
+def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer):
     page = newcomer.page
     text = page.evaluate(READ)
     assert says(text, "Four small networks", "this cat.")
@@ -72,8 +80,8 @@ def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer,
     )
     assert photo["width"] >= 0.45 * row["width"]
     assert photo["y"] + photo["height"] <= 900
-    assert axe(page) == []
-    assert look.no_sideways_scroll(page)
+    assert violations(page) == []
+    assert no_sideways_scroll(page)
     assert page.locator(".mv-cell:visible").count() == 0
     assert {"experts", "classes", "what_if"}.isdisjoint(newcomer.asked)
 
@@ -112,11 +120,11 @@ def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled,
     assert 3 < len(controls) <= CONTROLS, controls
 
 
-def test_a_phone_shows_the_photo_first(visit, look):
+def test_a_phone_shows_the_photo_first(visit):
     page = visit(door=False, **MOBILE).page
     assert page.locator("[data-part=photo]").bounding_box()["y"] <= 300
     assert page.locator("[data-part=photo]").bounding_box()["width"] >= 350
-    assert look.no_sideways_scroll(page)
+    assert no_sideways_scroll(page)
 
 
 def test_each_box_has_its_patches(newcomer, ask):
@@ -210,8 +218,7 @@ def test_without_any_network_the_layer_adds_nothing(newcomer, ask):
 
 
 def test_a_card_is_as_large_as_posts_show_it_and_has_the_photo(visit):
-    page = visit().page
-    page.wait_for_selector("[data-part=image].mv-sharp")
+    page = visit(then="[data-part=image].mv-sharp").page
     with Image.open(saved(page, "card").path()) as card:
         assert card.size == (1200, 630)
         photo = card.convert("RGB").crop((0, 0, 630, 630))
@@ -353,38 +360,29 @@ def test_the_door_opens_on_everything_else_and_stays_open(visit):
     assert page.locator(".mv-cell:visible").count() == 0
 
 
-@pytest.mark.parametrize(
-    ("query", "words", "asked"),
-    [
-        (
-            "?variant=untrained",
-            "Not trained: its weights are random, so its predictions mean nothing.",
-            {"variant": "untrained"},
-        ),
-        ("?variant=unbalanced", "trained without the balance loss", {"variant": "unbalanced"}),
-        (
-            "?do=force.3.1.next_best.0",
-            "Every patch in L3 goes to L3·E1.",
-            {"intervention": {"kind": "force", "layer": 3, "expert": 1}},
-        ),
-        (
-            "?do=random.all.any.next_best.0",
-            "Patches go to random experts in every layer.",
-            {"intervention": {"kind": "random"}},
-        ),
-        (
-            "?do=swap.3.1-2.next_best.0",
-            "L3·E1 and E2 compute each other's patches.",
-            {"intervention": {"kind": "swap", "layer": 3, "expert": 1, "other": 2}},
-        ),
-        ("?k=1", "Trained with top-2; shown is k = 1.", {"top_k": 1}),
-        (
-            "?capacity=0.5",
-            "Trained with capacity no limit, shown is factor 0.5.",
-            {"capacity": 0.5},
-        ),
-    ],
-)
+FORCED = {"kind": "force", "layer": 3, "expert": 1}
+SWAPPED = {"kind": "swap", "layer": 3, "expert": 1, "other": 2}
+UNTRAINED = "Not trained: its weights are random, so its predictions mean nothing."
+CHANGED = [
+    ("?variant=untrained", UNTRAINED, {"variant": "untrained"}),
+    ("?variant=unbalanced", "trained without the balance loss", {"variant": "unbalanced"}),
+    ("?do=force.3.1.next_best.0", "Every patch in L3 goes to L3·E1.", {"intervention": FORCED}),
+    (
+        "?do=random.all.any.next_best.0",
+        "random experts in every layer.",
+        {"intervention": {"kind": "random"}},
+    ),
+    (
+        "?do=swap.3.1-2.next_best.0",
+        "L3·E1 and E2 compute each other's patches.",
+        {"intervention": SWAPPED},
+    ),
+    ("?k=1", "Trained with top-2; shown is k = 1.", {"top_k": 1}),
+    ("?capacity=0.5", "Trained with no limit; shown is capacity factor 0.5.", {"capacity": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("query", "words", "asked"), CHANGED)
 def test_the_opening_says_what_is_not_the_trained_model(visit, ask, query, words, asked):
     """A link may show any of these to somebody who doesn't know of it; one click shows the model as it is."""
     page = visit(query, door=False, reduced_motion="reduce").page

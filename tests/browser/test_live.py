@@ -1,7 +1,6 @@
 """The explorer without a server: built, served by `http.server`, and asked what Python answers of the same images."""
 
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from tests.browser.live import (
     view_of,
 )
 from tests.docs.test_live import live
-from tests.shared import says
+from tests.shared import free_port, says
 
 pytestmark = pytest.mark.needs("chromium", "playwright", "photos", "onnx", "npm")
 
@@ -38,10 +37,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def home(folder):
     """Its address, below a path."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with served(folder, port) as address:
+    with served(folder, free_port()) as address:
         yield address
 
 

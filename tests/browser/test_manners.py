@@ -1,12 +1,21 @@
 """M12 to M14: errors, keyboard, screen readers, contrast, small screens, and what the page owns up to."""
 
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tests.browser.conftest import FIRST, PHONE, SERVER_CALL, experts_of, press, serious
+from tests.browser.conftest import (
+    FIRST,
+    PHONE,
+    SERVER_CALL,
+    experts_of,
+    no_sideways_scroll,
+    numbers,
+    open_tab,
+    press,
+    serious,
+    site,
+)
 from tests.demo.serving import LOGIN, asked_for
 from tests.shared import says
 
@@ -18,29 +27,29 @@ TABS = ("experts", "classes", "about")
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
-def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(visit, look, scheme, size):
+def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(visit, scheme, size):
     link = "?patch=5&expert=L3.E1&do=force.3.1.next_best.0"
     page = visit(link, color_scheme=scheme, reduced_motion="reduce", **size).page
     for tab in TABS:
-        look.open_tab(page, tab)
+        open_tab(page, tab)
         assert serious(page, ".mv-below" if tab != TABS[0] else None) == [], tab
-        assert look.no_sideways_scroll(page), tab
+        assert no_sideways_scroll(page), tab
 
 
 @pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
-def test_warnings_keep_these_manners(visit, look, size):
-    page = visit("?capacity=0.5&k=1&mode=drops&do=ablate.1.0.zero.0&tab=classes", **size).page
-    page.wait_for_selector(".mv-heat")
+def test_warnings_keep_these_manners(visit, size):
+    page = visit(
+        "?capacity=0.5&k=1&mode=drops&do=ablate.1.0.zero.0&tab=classes", **size, then=".mv-heat"
+    ).page
     page.wait_for_selector(".mv-results[role=note]")
     assert page.locator("[role=note]").count() == 2  # off the distribution, and changed
     assert says(page.locator(".mv-results").text_content(), "at random")
     assert serious(page) == []
-    assert look.no_sideways_scroll(page)
+    assert no_sideways_scroll(page)
 
 
 def test_the_keyboard_reaches_everything(visit):
-    page = visit().page
-    page.wait_for_selector(".mv-card")
+    page = visit(then=".mv-card").page
     reached = set()
     for _ in range(70):
         page.keyboard.press("Tab")
@@ -146,32 +155,17 @@ def test_the_grid_is_told_to_a_screen_reader(visit):
 
 def test_who_may_show_the_page_in_a_frame(new_visit, server):
     """A notebook on this computer may, another website may not (clickjacking)."""
-
-    class Site(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("content-type", "text/html")
-            self.end_headers()
-            self.wfile.write(
-                f"<!doctype html><iframe src='{server.url}' width=1200 height=800></iframe>".encode()
+    with site(
+        f"<!doctype html><iframe src='{server.url}' width=1200 height=800></iframe>".encode()
+    ) as port:
+        for name, allowed in (("localhost", True), ("evil.localhost", False)):
+            one = new_visit()
+            one.page.goto(f"http://{name}:{port}/")
+            if allowed:
+                one.page.frame_locator("iframe").locator(".mv-flow-box").first.wait_for()
+            assert (
+                any("frame-ancestors" in complaint for complaint in one.complaints) is not allowed
             )
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
-        thread = threading.Thread(target=site.serve_forever)
-        thread.start()
-        try:
-            for name, allowed in (("localhost", True), ("evil.localhost", False)):
-                one = new_visit()
-                one.page.goto(f"http://{name}:{site.server_address[1]}/")
-                if allowed:
-                    one.page.frame_locator("iframe").locator(".mv-flow-box").first.wait_for()
-                assert (
-                    any("frame-ancestors" in complaint for complaint in one.complaints)
-                    is not allowed
-                )
-        finally:
-            site.shutdown()
-            thread.join()
 
 
 def test_a_login_works_and_complains_about_nothing(new_visit, server):
@@ -239,7 +233,7 @@ def refuse(page, **asked):
     page.route(SERVER_CALL, handle)
 
 
-def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, ask, look):
+def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, ask):
     """Another network, which fails, then another image: of that network."""
     page = new_visit().open(server.url)
     refuse(page, variant="unbalanced")
@@ -252,7 +246,7 @@ def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, as
         state="detached",
     )
     layer = ask("route", picture={**FIRST, "id": "pets/test/6"}, variant="unbalanced")["layers"][1]
-    assert look.numbers(page) == experts_of(layer)
+    assert numbers(page) == experts_of(layer)
 
 
 def test_back_to_an_image_that_failed_before_shows_it(new_visit, server):
@@ -268,12 +262,12 @@ def test_back_to_an_image_that_failed_before_shows_it(new_visit, server):
     page.wait_for_selector(".mv-picture[alt*=rabbit]")
 
 
-def test_a_model_without_pictures_says_how_to_bring_some(visit, look):
+def test_a_model_without_pictures_says_how_to_bring_some(visit):
     page = visit().page
     page.select_option("[data-change=model]", "photos")
     page.wait_for_selector("[data-box=progress]", state="hidden")
     for tab in ("experts", "classes"):
-        look.open_tab(page, tab)
+        open_tab(page, tab)
         assert "--data" in page.text_content(".mv-panel")
 
 
@@ -353,8 +347,7 @@ def test_forward_to_images_that_do_not_come_can_be_tried_again(new_visit, server
 
 
 def test_an_image_that_is_chosen_on_the_way_back_is_an_entry_of_its_own(visit, hold):
-    page = visit().page
-    page.wait_for_function("location.search.includes('test%2F0')")
+    page = visit(until="location.search.includes('test%2F0')").page
     press(
         page,
         "[data-action=example][data-id='pets/test/4']",
@@ -449,7 +442,7 @@ def test_the_first_screen_says_what_the_model_is_and_sees(visit, ask):
     assert [bar.split()[0] for bar in bars] == top
 
 
-def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, look, ask):
+def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, ask):
     page = visit("?tab=about").page
     texts = {
         name: ask("route", picture=FIRST, variant=name)["model"]["accuracy_text"]

@@ -1,6 +1,5 @@
 """One's own images: several at once, kept as long as the tab, and whose route their patches take."""
 
-import base64
 import json
 from collections import Counter
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import MOBILE, axe, change_answer, press
+from tests.browser.conftest import MOBILE, change_answer, give, press, violations
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -67,7 +66,7 @@ def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(
     bars = page.locator(".mv-flow-answer li > span").all_text_contents()
     assert sorted(bars) == sorted(names)
     assert page.text_content("[data-part=said]").startswith(view["picture"]["unlike"][:40])
-    assert axe(page) == []
+    assert violations(page) == []
     press(
         page,
         "[data-part=route] ~ *, .mv-flow-box:not([disabled]) >> nth=0",
@@ -140,18 +139,7 @@ def test_a_dozen_fit_and_a_broken_one_is_named(visit, files, tmp_path):
 
 def test_several_can_be_dropped(visit, files):
     page = visit().page
-    page.evaluate(
-        """(files) => {
-          const transfer = new DataTransfer();
-          files.forEach(([name, data]) => {
-            const bytes = Uint8Array.from(atob(data), (one) => one.charCodeAt(0));
-            transfer.items.add(new File([bytes], name, { type: 'image/png' }));
-          });
-          const event = new DragEvent('drop', { bubbles: true, cancelable: true, dataTransfer: transfer });
-          document.querySelector('.mv-canvas').dispatchEvent(event);
-        }""",
-        [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files[:2]],
-    )
+    give(page, files[:2])
     page.wait_for_selector(".mv-own [aria-pressed=true]")
     assert names(page) == [file.name for file in files[:2]]
 

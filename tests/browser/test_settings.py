@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.browser.conftest import FIRST, experts_of, press
+from tests.browser.conftest import FIRST, experts_of, fills, numbers, press
 from tests.demo.test_computation import unpacked
 from tests.shared import says
 
@@ -14,13 +14,13 @@ OFF = "off the training distribution"
 
 
 @pytest.mark.parametrize("mode", ["entropy", "margin"])
-def test_entropy_and_margin_stand_in_the_patches(visit, ask, look, mode):
+def test_entropy_and_margin_stand_in_the_patches(visit, ask, mode):
     layer = ask("route", picture=FIRST)["layers"][1]
     page = visit().page
     page.click(f"[data-mode={mode}]")
     # One decimal is shown.
-    assert [float(text) for text in look.numbers(page)] == pytest.approx(layer[mode], abs=0.0501)
-    opacities = [fill[3] for fill in look.fills(page)]
+    assert [float(text) for text in numbers(page)] == pytest.approx(layer[mode], abs=0.0501)
+    opacities = [fill[3] for fill in fills(page)]
     assert sorted(range(16), key=lambda patch: opacities[patch])[-1] == max(
         range(16), key=lambda p: layer[mode][p]
     )
@@ -39,18 +39,18 @@ def test_loads_beside_the_equal_share(visit, ask):
     assert page.locator(".mv-ideal").count() == 1
 
 
-def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask, look):
+def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask):
     page = visit("?mode=drops").page
     assert not page.is_checked("[data-change=limit]")
     assert "route" not in page.visit.asked  # the view that came with the page has no limit
-    assert set(look.numbers(page)) == {""}
+    assert set(numbers(page)) == {""}
     page.check("[data-change=limit]")
     page.wait_for_selector("[role=note]")
     assert page.visit.question("route")["capacity"] == 1
     layer = ask("route", picture=FIRST, capacity=1.0)["layers"][1]
     dropped = [kept.count(False) for kept in layer["kept"]]
     assert sum(dropped) > 0
-    assert look.numbers(page) == [f"×{count}" if count else "" for count in dropped]
+    assert numbers(page) == [f"×{count}" if count else "" for count in dropped]
     assert page.locator(".mv-off:visible").text_content() == OFF
     patch = dropped.index(max(dropped))
     page.click(f".mv-cell[data-patch='{patch}']")
@@ -58,7 +58,7 @@ def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask, loo
     assert f"Hatched: {sum(dropped)} dropped" in page.text_content(".mv-box-loads")
 
 
-def test_another_k_is_marked(visit, ask, look):
+def test_another_k_is_marked(visit, ask):
     page = visit().page
     assert page.locator(".mv-off:visible").count() == 0
     page.press("[data-change=topk]", "ArrowRight")
@@ -69,10 +69,10 @@ def test_another_k_is_marked(visit, ask, look):
     assert page.locator(".mv-card-rows [data-expert]:not(.mv-away)").count() == 3
     press(page, "[data-action=as-trained]", "[role=note]", state="detached")
     assert page.visit.question("route")["top_k"] is None
-    assert look.numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
+    assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
 
 
-def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
+def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask):
     def drawn(seed):
         return experts_of(ask("route", picture=FIRST, noise=seed)["layers"][1])
 
@@ -81,16 +81,16 @@ def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
     page.wait_for_selector("[role=note]")
     assert page.visit.question("route")["noise"] == 1
     assert "draw 1" in page.text_content("[data-part=noise]")
-    assert look.numbers(page) == drawn(1)
-    numbers = {name: unpacked(value)[5] for name, value in one_layer(ask, noise=1).items()}
+    assert numbers(page) == drawn(1)
+    values = {name: unpacked(value)[5] for name, value in one_layer(ask, noise=1).items()}
     shown = [
         text.replace(MINUS, "-").split()
         for text in page.locator("[data-n=score]").all_text_contents()
     ]
-    assert [float(clean) for clean, _ in shown] == pytest.approx(numbers["scores"], abs=0.0051)
-    assert [float(noise) for _, noise in shown] == pytest.approx(numbers["noise"], abs=0.0051)
+    assert [float(clean) for clean, _ in shown] == pytest.approx(values["scores"], abs=0.0051)
+    assert [float(noise) for _, noise in shown] == pytest.approx(values["noise"], abs=0.0051)
     assert says(page.text_content("[data-part=say]"), "noise of size", "1/4")
-    noisy = np.exp(numbers["scores"] + numbers["noise"])
+    noisy = np.exp(values["scores"] + values["noise"])
     shown = [
         float(text.removesuffix(" %"))
         for text in page.locator("[data-n=share]").all_text_contents()
@@ -98,7 +98,7 @@ def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
     assert shown == pytest.approx(100 * noisy / noisy.sum(), abs=0.51)
     press(page, "[data-action=redraw]", "[role=note]:has-text('draw 2')")
     page.wait_for_function("location.search.includes('noise=2')")
-    assert look.numbers(page) == drawn(2)
+    assert numbers(page) == drawn(2)
     page.click("[data-key=chip-1]")
     press(page, ".mv-box-hand [data-kind=force]", ".mv-results:has-text('measured without noise')")
     assert "what_if" not in page.visit.asked
@@ -108,7 +108,7 @@ def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
     press(page, "[data-action=undo]", "[role=note]", state="detached")
     page.click("[data-key=chip-1]")
     assert not page.is_checked("[data-change=noise]")
-    assert look.numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
+    assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
 
 
 def one_layer(ask, **settings):
@@ -131,7 +131,7 @@ def test_one_switch_shows_the_unbalanced_and_the_untrained_model(visit, ask):
         )
 
 
-def test_the_latest_of_two_quick_choices_wins(visit, ask, look):
+def test_the_latest_of_two_quick_choices_wins(visit, ask):
     one = visit()
     ids = [
         one.page.locator("[data-action=example]").nth(index).get_attribute("data-id")
@@ -141,6 +141,6 @@ def test_the_latest_of_two_quick_choices_wins(visit, ask, look):
         "ids => ids.forEach(id => document.querySelector(`[data-id='${id}']`).click())", ids
     )
     one.page.wait_for_selector("[data-box=progress]", state="hidden")
-    assert look.numbers(one.page) == experts_of(
+    assert numbers(one.page) == experts_of(
         ask("route", picture={"kind": "example", "id": ids[1]})["layers"][1]
     )

@@ -12,8 +12,7 @@ pytestmark = pytest.mark.needs("chromium", "playwright")
 
 def test_cards_show_the_heaviest_and_random_patches(visit, ask):
     answer = ask("experts", layer=3)
-    page = visit().page
-    page.wait_for_selector(".mv-card")
+    page = visit(then=".mv-card").page
     cards = page.locator(".mv-card").all()
     assert [card.locator("h2").text_content() for card in cards] == [
         f"L3·E{expert}" for expert in range(4)
@@ -26,8 +25,7 @@ def test_cards_show_the_heaviest_and_random_patches(visit, ask):
 
 def test_a_patch_on_a_card_opens_its_picture(visit, ask):
     patch = ask("experts", layer=3)["experts"][0]["random"][0]
-    page = visit().page
-    page.wait_for_selector(".mv-card")
+    page = visit(then=".mv-card").page
     page.locator(".mv-card").first.locator(".mv-gallery").nth(1).locator("button").first.click()
     page.wait_for_function(
         "([picture, patch]) => { const found = new URLSearchParams(location.search);"

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from moevision.models.history import RoutingHistory
-from tests.browser.conftest import alone, axe, press, saved
+from tests.browser.conftest import (
+    alone,
+    fills,
+    no_sideways_scroll,
+    numbers,
+    press,
+    saved,
+    violations,
+)
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -33,20 +41,17 @@ def image_of(page, recorded, key="picture"):
     return recorded.image_names.index(name)
 
 
-def test_a_moment_is_what_was_recorded_then(photos, recorded, look):
-    page = photos().page
-    page.wait_for_function("location.search.includes('picture=')")
+def test_a_moment_is_what_was_recorded_then(photos, recorded):
+    page = photos(until="location.search.includes('picture=')").page
     image = image_of(page, recorded)
     assert page.get_attribute(SLIDER, "aria-valuetext") == "after training"
     trained = page.text_content(".mv-box-card")
     page.visit.requests.clear()
     scrub(page, "Home", "before training")
     for moment, words in enumerate(["before training", "after 10 of 100 steps"]):
-        assert look.numbers(page) == first_choices(recorded, moment, image)
+        assert numbers(page) == first_choices(recorded, moment, image)
         weights = recorded.weights[3][moment, image].astype(float)
-        assert [fill[3] for fill in look.fills(page)] == pytest.approx(
-            0.65 * weights.max(-1), abs=0.005
-        )
+        assert [fill[3] for fill in fills(page)] == pytest.approx(0.65 * weights.max(-1), abs=0.005)
         p = recorded.probabilities[moment, image].astype(float)
         said = re.sub(r"\s+", " ", page.text_content(".mv-verdict")).strip()
         assert said.lower().startswith(
@@ -85,8 +90,7 @@ def test_nothing_of_another_moment_stands_there(photos, recorded):
 
 
 def test_the_boxes_follow_the_moment(photos, recorded):
-    page = photos(reduced_motion="reduce").page
-    page.wait_for_function("location.search.includes('picture=')")
+    page = photos(reduced_motion="reduce", until="location.search.includes('picture=')").page
     image = image_of(page, recorded)
     scrub(page, "Home", "before training")
     first = recorded.first_choice(3)[0, image].tolist()
@@ -154,19 +158,14 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     assert told(page) == [words(recorded, 1, 0), words(other, 1, 0)]
 
 
-def test_the_patches_follow_the_training_without_balance_loss_too(
-    photos, recorded, photos_home, look
-):
+def test_the_patches_follow_the_training_without_balance_loss_too(photos, recorded, photos_home):
     other = RoutingHistory.load(photos_home / "snaps" / "history_unbalanced.safetensors")
-    page = photos("?variant=unbalanced").page
-    page.wait_for_function("location.search.includes('picture=')")
+    page = photos("?variant=unbalanced", until="location.search.includes('picture=')").page
     scrub(page, "Home", "before training")
-    assert look.numbers(page) == first_choices(other, 0, image_of(page, recorded))
+    assert numbers(page) == first_choices(other, 0, image_of(page, recorded))
 
 
-def test_a_moment_that_comes_late_does_not_bring_back_the_image_before(
-    photos, recorded, hold, look
-):
+def test_a_moment_that_comes_late_does_not_bring_back_the_image_before(photos, recorded, hold):
     page = photos().page
     held = hold(page, "history")
     page.press(SLIDER, "Home")
@@ -178,11 +177,10 @@ def test_a_moment_that_comes_late_does_not_bring_back_the_image_before(
     assert page.get_attribute(".mv-picture", "alt") != before
 
 
-def test_a_link_and_a_reload_carry_the_moment(photos, recorded, look):
-    page = photos("?step=10&patch=5").page
-    page.wait_for_selector(f"{SLIDER}[aria-valuetext='after 10 of 100 steps']")
+def test_a_link_and_a_reload_carry_the_moment(photos, recorded):
+    page = photos("?step=10&patch=5", then=f"{SLIDER}[aria-valuetext='after 10 of 100 steps']").page
     page.wait_for_function("location.search.includes('step=10')")
-    assert look.numbers(page) == first_choices(recorded, 1, image_of(page, recorded))
+    assert numbers(page) == first_choices(recorded, 1, image_of(page, recorded))
     start = page.evaluate("history.length")
     # Another example keeps the moment, and is a place in the history; a moment is none.
     other = page.get_attribute(".mv-rail [data-action=example] >> nth=1", "data-id")
@@ -270,41 +268,37 @@ def test_a_model_without_a_history_has_no_scrubber(visit):
     assert visit().page.text_content(".mv-box-time") == ""
 
 
-def test_an_exported_page_has_the_scrubber_without_a_server(
-    photos, new_visit, recorded, look, tmp_path
-):
+def test_an_exported_page_has_the_scrubber_without_a_server(photos, new_visit, recorded, tmp_path):
     served = photos().page
     page = alone(new_visit, served, tmp_path).page
     scrub(page, "Home", "before training")
     before = first_choices(recorded, 0, image_of(served, recorded))
-    assert look.numbers(page) == before
+    assert numbers(page) == before
     # It opens where its address says, and follows it.
     page.goto(f"{page.visit.address}#step=0&patch=2")
     page.reload()
     page.wait_for_selector(".mv-past")
-    assert look.numbers(page) == before
+    assert numbers(page) == before
     assert page.get_attribute(".mv-pinned", "data-patch") == "2"
     page.evaluate("location.hash = '#expert=L3.E1'")
     page.wait_for_selector(".mv-loadbar[aria-pressed=true][data-expert='1']")
     assert page.locator(".mv-past").count() == 0
     page.evaluate("location.hash = '#layer=3'")
     page.wait_for_selector(".mv-loadbar[aria-pressed=true]", state="detached")
-    assert look.numbers(page) == served.locator(".mv-mark").all_text_contents()
+    assert numbers(page) == served.locator(".mv-mark").all_text_contents()
     assert page.visit.complaints == []
 
 
 def test_exports_say_which_moment_they_are_of(photos):
-    page = photos("?step=0").page
-    page.wait_for_selector(f"{SLIDER}[aria-valuetext='before training']")
+    page = photos("?step=0", then=f"{SLIDER}[aria-valuetext='before training']").page
     view = json.loads(saved(page, "json").path().read_text())
     assert view["moment"] == {"step": 0, "total_steps": 100}
     assert {layer["computation"] for layer in view["layers"]} == {None}
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("dark", 390), ("light", 1440)])
-def test_axe_finds_nothing_and_nothing_scrolls_sideways(photos, look, scheme, width):
+def test_axe_finds_nothing_and_nothing_scrolls_sideways(photos, scheme, width):
     page = photos(color_scheme=scheme, viewport={"width": width, "height": 844}).page
     scrub(page, "Home", "before training")
-    found = axe(page, ".mv-columns")
-    assert [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]] == []
-    assert look.no_sideways_scroll(page)
+    assert violations(page, ".mv-columns") == []
+    assert no_sideways_scroll(page)

@@ -201,7 +201,7 @@ def explorer(home):
     entries = open_entries(None, home=home)
     explorer = Explorer(entries, Galleries(entries, limit=serving.GALLERY))
     explorer.galleries.start(explorer.pages.prepare)
-    assert explorer.galleries.wait(serving.START_S)
+    explorer.galleries.thread.join(serving.START_S)
     yield explorer
     explorer.close()
 

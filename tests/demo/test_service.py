@@ -498,7 +498,7 @@ def test_a_gallery_that_fails_says_why(home, monkeypatch):
     entries = open_entries(None, home=home)
     explorer = Explorer(entries, Galleries(entries, limit=0))
     explorer.galleries.start()
-    assert explorer.galleries.wait(60)
+    explorer.galleries.thread.join(60)
     answer = explorer.answer("experts", {"model": "pets", "layer": 1})
     assert says(answer["error"], "The pets", "limit is 0")
     assert "error" not in explorer.answer("route", {"picture": PICTURE})
@@ -542,7 +542,7 @@ def test_a_closed_explorer_ends_what_it_is_collecting(home, monkeypatch):
 
     monkeypatch.setattr(galleries_module, "collect_routing", close_first)
     galleries.start()
-    assert galleries.wait(60)
+    galleries.thread.join(60)
     assert galleries.atlas(entry.variants["trained"]) is None  # and no error
 
 
@@ -560,7 +560,7 @@ def stored_atlas(explorer, home, tmp_path, bundle, change):
     galleries = Galleries(entries, limit=32)
     before = galleries.atlas(entries[0].variants["trained"])
     galleries.start()
-    assert galleries.wait(60)
+    galleries.thread.join(60)
     return atlas, before, galleries.atlas(entries[0].variants["trained"])
 
 

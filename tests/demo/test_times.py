@@ -61,23 +61,17 @@ def test_loads_and_right_answers_are_counted_over_all_images(photos, recorded, w
                 )
 
 
-def test_the_training_without_balance_loss_has_its_own_numbers(photos, without_balance):
-    name = without_balance.image_names[1]
-    answer = photos.answer("history", {"picture": f"data/{name}", "variant": "unbalanced"})
-    for layer in answer["layers"]:
-        assert np.array_equal(weights_of(layer), without_balance.weights[layer["layer"]][:, 1])
-
-
-def test_an_image_has_the_numbers_of_the_file(photos, recorded):
-    for row, name in enumerate(recorded.image_names):
-        answer = photos.answer("history", {"picture": f"data/{name}"})
-        assert (answer["steps"], answer["total_steps"]) == ([0, 10, 40], 100)
-        for layer in answer["layers"]:
-            assert np.array_equal(weights_of(layer), recorded.weights[layer["layer"]][:, row])
-        for top, p in zip(answer["predictions"], recorded.probabilities[:, row], strict=True):
-            assert top[0]["class"] == recorded.class_names[int(p.argmax())]
-            assert top[0]["p"] == pytest.approx(float(p.max()), abs=5.1e-5)
-            assert len(top) == 8  # every class
+def test_an_image_has_the_numbers_of_the_file(photos, recorded, without_balance):
+    for variant, history in (("trained", recorded), ("unbalanced", without_balance)):
+        for row, name in enumerate(history.image_names):
+            answer = photos.answer("history", {"picture": f"data/{name}", "variant": variant})
+            assert (answer["steps"], answer["total_steps"]) == ([0, 10, 40], 100)
+            for layer in answer["layers"]:
+                assert np.array_equal(weights_of(layer), history.weights[layer["layer"]][:, row])
+            for top, p in zip(answer["predictions"], history.probabilities[:, row], strict=True):
+                assert top[0]["class"] == history.class_names[int(p.argmax())]
+                assert top[0]["p"] == pytest.approx(float(p.max()), abs=5.1e-5)
+                assert len(top) == 8  # every class
 
 
 def test_the_last_moment_is_the_model_that_the_page_shows(photos, recorded):
