@@ -31,7 +31,10 @@ def visit_run(visits_at, scored):
     def answer(route):
         if route.request.method == "GET":
             document = app_page(scored.start_boot(), scored.start_views())
-            policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; {document.policy}"
+            policy = (
+                "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; "
+            )
+            policy += document.policy
             return route.fulfill(
                 content_type="text/html",
                 body=document.text,
