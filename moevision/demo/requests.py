@@ -220,7 +220,7 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
 
 def path(request: Request, facts: ModelFacts) -> tuple[int, ...]:
     """Read the field `path`: the index of one expert for each MoE layer, in order of depth."""
-    experts = request.get("path")
+    experts: Any = request.get("path")
     is_list = isinstance(experts, list) and len(experts) == len(facts.routers)
     if not is_list or not all(map(_is_expert, experts, facts.routers)):
         ranges = [f"0 to {router.num_experts - 1} in {router.name}" for router in facts.routers]

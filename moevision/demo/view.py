@@ -162,7 +162,7 @@ class LayerView:
     computation: Computation | None = None  # norms and channels of the activations
 
     @property
-    def margin(self) -> Floats:
+    def margin(self) -> Any:
         """[P] best minus second-best router probability; with one expert its probability."""
         ordered = np.sort(self.probs)
         second = ordered[:, -2:-1].sum(1)  # 0 where there is none
