@@ -57,8 +57,8 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("buttons", "change", "word", "said"), CHANGES)
-def test_an_expert_is_changed_told_linked_and_undone(visit, ask, buttons, change, word, said):
+@pytest.mark.parametrize(("buttons", "change", "word", "words"), CHANGES)
+def test_an_expert_is_changed_told_linked_and_undone(visit, ask, buttons, change, word, words):
     change = {**FIELDS, **change}
     expected = ask("what_if", picture=FIRST, intervention=change)
     page = visit().page
@@ -70,7 +70,7 @@ def test_an_expert_is_changed_told_linked_and_undone(visit, ask, buttons, change
     assert page.visit.question("what_if")["intervention"] == change
     assert page.visit.asked.count("route") == 1  # which is shown while the effect is measured
     text = page.text_content(".mv-results")
-    assert said in text
+    assert words in text
     assert result(expected) in " ".join(text.split())
     assert result(expected) in said(page)
     assert "changed model" in page.text_content(".mv-verdict")
