@@ -6,6 +6,7 @@ of `layers/reference.py`, one by one.
 
 import base64
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -249,20 +250,12 @@ def test_noise_is_what_the_routers_draw_in_training(make, pixels, way):
     )
 
 
-def elsewhere(act):
-    """What `act` returns in another thread."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(act()))
-    thread.start()
-    thread.join()
-    return found[0]
-
-
 def test_no_other_request_comes_between_the_noise_and_the_clean_scores(make, pixels, monkeypatch):
     model, free, computation = make(), [], LayerActivations.computation
 
     def ask_first(*arguments, **options):
-        free.append(elsewhere(lambda: routing_lock(model.net).acquire(blocking=False)))
+        with ThreadPoolExecutor(1) as elsewhere:
+            free.append(elsewhere.submit(routing_lock(model.net).acquire, blocking=False).result())
         return computation(*arguments, **options)
 
     monkeypatch.setattr(LayerActivations, "computation", ask_first)
