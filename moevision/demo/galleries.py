@@ -417,7 +417,7 @@ class Times:
         examples = entry.examples
         histories = {name: RoutingHistory.load(file) for name, file in entry.histories.items()}
         trained = histories["trained"]
-        if not set(trained.image_names) <= examples.names:  # the user shows other images
+        if not set(trained.image_names) <= examples.names:  # as of a run whose files are gone
             return None
         rows = {examples.id_of_name(name): row for row, name in enumerate(trained.image_names)}
         labels = [examples.find(id).label for id in rows]

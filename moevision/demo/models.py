@@ -278,9 +278,11 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
     examples = Examples(pictures, trained.image_size, credits, framing=trained.framing)
 
     histories = {}
-    for variant, name in HISTORIES.items():
-        if variant in models and (folder / name).is_file():
-            histories[variant] = folder / name
+    # Other images are not those of the history, whatever their names.
+    if credits is not None or card.data_kind == SYNTHETIC:
+        for variant, name in HISTORIES.items():
+            if variant in models and (folder / name).is_file():
+                histories[variant] = folder / name
     dense_answers = {}
     if credits is not None and (folder / "dense.json").is_file():
         for name, row in read_json(folder / "dense.json")["probabilities"].items():
@@ -340,7 +342,8 @@ def _open_own(address: str, data: str | None, root: str | None) -> Entry:
     if run is not None and of_run and (run / SCORES).is_file():
         scored = ScoredRun(run, trained)
     histories = {}
-    if run is not None and (run / FILE).is_file():
+    shows_run = images is not None and images.run is not None
+    if run is not None and shows_run and (run / FILE).is_file():
         histories["trained"] = run / FILE
     return Entry(
         card,
