@@ -95,9 +95,10 @@ def test_what_was_not_recorded_is_refused(photos):
     assert says(answer["error"], "not recorded", "'data/other.png'", "choose one")
 
 
-def test_a_history_of_other_images_is_not_shown(photos_home, drawn_pets):
-    """As where the user names a folder in the place of the model's own photos."""
-    boot = Explorer(open_entries(None, str(drawn_pets), home=photos_home)).answer("boot", {})
+def test_a_history_is_not_shown_beside_images_that_the_user_named(photos_home):
+    """Not even where these bear the names of the model's own, as numbers do."""
+    data = str(photos_home / "snaps" / "examples")
+    boot = Explorer(open_entries(None, data, home=photos_home)).answer("boot", {})
     assert boot["models"][0]["history"] is None
 
 
