@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from tests.browser.conftest import FIRST, experts_of, numbers, press
+from tests.browser.conftest import FIRST, experts_of, numbers, press, said
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
