@@ -45,7 +45,7 @@ from scipy.special import log_softmax
 from moevision import __version__
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import EXPLORER, data_settings
-from moevision.analysis.information import Array, Flags, Floats, Ints, Json, Pixels
+from moevision.analysis.information import Array, Flags, Floats, Ints, Json, Pixels, as_json
 from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.data.images import BadImageError, full_size
 from moevision.data.scores import FILE, SCORES, Scores
@@ -262,8 +262,6 @@ def nearest_by_hash(
     """
     neighbours = Neighbours.none(len(hashes))
     rows = np.flatnonzero(usable)
-    if len(rows) < 2:
-        return neighbours
     as_bytes = hashes[rows].astype(">u8").view(np.uint8)  # [8 · rows], big-endian
     bits = np.unpackbits(as_bytes.reshape(-1, 8), axis=1)  # [rows, 64]
 
@@ -306,9 +304,6 @@ def nearest_by_features(white: Floats, usable: Flags, split: Ints) -> Neighbours
     """
     neighbours = Neighbours.none(len(white))
     rows = np.flatnonzero(usable)
-    if len(rows) < 2:
-        return neighbours
-
     for members in _cells(white[rows]):
         cell = rows[members]
         for start in range(0, len(cell), _COMPARED_ROWS):
@@ -437,9 +432,9 @@ def class_doubt(x: Floats, labels: Ints) -> Floats:
 
     for start in range(0, len(rows), _DOUBT_BATCH):
         block = rows[start : start + _DOUBT_BATCH]
-        block_classes = class_index[start : start + _DOUBT_BATCH]
         log_p = log_softmax(x[block] @ weight + bias, axis=1)  # [block, C]
-        doubt[block] = -log_p[np.arange(len(block)), block_classes]
+        own_class = class_index[start : start + _DOUBT_BATCH, None]
+        doubt[block] = -np.take_along_axis(log_p, own_class, 1)[:, 0]
     return doubt
 
 
@@ -535,6 +530,7 @@ class ImageFacts:
         unlike_class = np.full(m, np.nan, np.float32)
         by_experts = Nearest.none(m)
         experts = {block: _rows_or_nan(shares, rows) for block, shares in scores.experts.items()}
+        experts = {block: shares for block, shares in experts.items() if np.isfinite(shares).any()}
         if experts:
             shares = list(experts.values())
             unlike_class = class_doubt(np.concatenate(shares, axis=1), labels)
@@ -741,9 +737,7 @@ def lowest_rows(values: Array, count: int, among: Flags | None = None) -> Ints:
     """Rows of the `count` lowest finite values of [m], lowest first; `among` [m] restricts them to some rows."""
     finite = np.isfinite(values)
     rows = np.flatnonzero(finite if among is None else finite & among)
-    if len(rows) > count:  # select before sorting, for a million values
-        rows = rows[np.argpartition(values[rows], count - 1)[:count]]
-    return rows[np.lexsort((rows, values[rows]))]
+    return rows[np.argsort(values[rows], kind="stable")][:count]
 
 
 def image_id(split: str, name: str) -> str:
@@ -767,10 +761,10 @@ Columns = dict[str, Iterable[Any]]
 
 
 def _image_columns(images: RunImages, facts: ImageFacts) -> Columns:
-    measures = {
-        name: np.where(facts.measures["read"], facts.measures[name], np.nan)
-        for name in ("width", "height", "sharpness", "brightness", "colour")
-    }
+    measures = {}
+    for name in ("width", "height", "sharpness", "brightness", "colour"):
+        values = np.where(facts.measures["read"], facts.measures[name], np.nan)
+        measures[name] = _numbers(values, ".0f" if name in ("width", "height") else ".5g")
     reasons = (facts.problems.get(index, "") for index in range(len(images)))
     return {
         "split": (split for split, _ in images),
@@ -782,11 +776,7 @@ def _image_columns(images: RunImages, facts: ImageFacts) -> Columns:
         "prediction": _class_names(images, facts.prediction),
         "certainty": _numbers(facts.certainty),
         "margin": _numbers(facts.margin),
-        "width": _numbers(measures["width"], ".0f"),
-        "height": _numbers(measures["height"], ".0f"),
-        "sharpness": _numbers(measures["sharpness"]),
-        "brightness": _numbers(measures["brightness"]),
-        "colour": _numbers(measures["colour"]),
+        **measures,
         "problem": map(escape_csv_cell, reasons),
     }
 
@@ -1004,29 +994,21 @@ def map_cells(p_mean: Floats, p_std: Floats, labels: Ints) -> list[list[int]]:
 
     Columns are bins of the mean probability of the label, rows bins of its standard deviation; all arrays are [m].
     """
-    has_scores = np.isfinite(p_mean) & np.isfinite(p_std)
-    column = _bins(p_mean[has_scores], _MAP_COLUMNS)
-    row = _bins(p_std[has_scores] / _MAX_SPREAD, _MAP_ROWS)
-    cells = np.stack([labels[has_scores], column, row], axis=1)
-    cells, counts = np.unique(cells, axis=0, return_counts=True)
-    rows: list[list[int]] = np.column_stack([cells, counts]).tolist()
-    return rows
-
-
-def _bins(values: Floats, count: int) -> Ints:
-    """The index of the bin of each value in [0, 1], of `count` equal bins; 1 is in the last one."""
-    bins = (values * count).astype(np.int64)
-    return np.minimum(bins, count - 1)
+    points = np.stack([labels, p_mean, p_std], axis=1)
+    points = points[np.isfinite(points).all(1)]
+    bins = (labels.max() + 1, _MAP_COLUMNS, _MAP_ROWS)
+    # Labels are the lower ends of their bins.
+    counts, _ = np.histogramdd(points, bins, ((0, bins[0]), (0, 1), (0, _MAX_SPREAD)))
+    cells = np.argwhere(counts)
+    return [[*cell, int(counts[tuple(cell)])] for cell in cells.tolist()]
 
 
 def _mean_by_class(labels: Ints, values: Array, classes: int) -> Floats:
     """[classes] means of the finite values; NaN where a class has none."""
     finite = np.isfinite(values)
-    counts = np.bincount(labels[finite], minlength=classes)
-    sums = np.bincount(labels[finite], values[finite].astype(np.float64), minlength=classes)
-    means = np.full(classes, np.nan)
-    np.divide(sums, counts, out=means, where=counts > 0)
-    return means
+    counts = np.bincount(labels, finite, classes)
+    sums = np.bincount(labels, np.where(finite, values, 0), classes)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def class_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
@@ -1038,7 +1020,7 @@ def class_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
     mistakes = _most_common_mistakes(labels, facts.prediction[:m])
     means = {}
     for score in ("p_mean", "aum", "correct", "forgetting"):
-        means[score] = _mean_by_class(labels, facts.scores[score], len(names)).tolist()
+        means[score] = _mean_by_class(labels, facts.scores[score], len(names))
 
     rows: list[Json] = []
     for label, name in enumerate(names):
@@ -1049,9 +1031,7 @@ def class_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
             "taken_for": "" if mistaken_for is None else names[mistaken_for],
             "times": times,
         }
-        for score, by_class in means.items():
-            row[score] = None if math.isnan(by_class[label]) else by_class[label]
-        rows.append(row)
+        rows.append(row | {score: as_json(by_class[label]) for score, by_class in means.items()})
 
     # Classes without a score come last: no probability is as large as 2.
     order = lowest_rows(np.nan_to_num(means["p_mean"], nan=2.0), _TABLE_ROWS)
@@ -1062,13 +1042,9 @@ def _most_common_mistakes(labels: Ints, predictions: Ints) -> dict[int, tuple[in
     """Label -> the wrong class that is predicted most often for its images, and how often."""
     is_wrong = (predictions >= 0) & (predictions != labels)
     pairs = Counter(zip(labels[is_wrong].tolist(), predictions[is_wrong].tolist(), strict=True))
-    by_frequency = sorted(
-        (times, prediction, label) for (label, prediction), times in pairs.items()
-    )
-    mistakes = {}
-    # The rarest come first, so that the most frequent one stays.
-    for times, prediction, label in by_frequency:
-        mistakes[label] = (prediction, times)
+    mistakes: dict[int, tuple[int, int]] = {}
+    for (label, prediction), times in pairs.most_common():
+        mistakes.setdefault(label, (prediction, times))
     return mistakes
 
 
@@ -1080,10 +1056,7 @@ def expert_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
     labels = images.labels[: len(facts.visits)]
     rows: list[Json] = []
     for block, shares in facts.experts.items():
-        is_recorded = np.isfinite(shares[:, 0]) & np.isfinite(facts.scores["p_mean"])  # [m]
-        if not is_recorded.any():
-            continue
-
+        is_recorded = np.isfinite(shares[:, 0])  # [m]
         work = shares[is_recorded].astype(np.float64)  # [r, E]
         for expert, weights in enumerate(work.T):  # [r]
             total = max(weights.sum(), 1e-12)
@@ -1121,9 +1094,6 @@ def expert_lists(facts: ImageFacts) -> list[Ranked]:
     lists: list[tuple[float, Ranked]] = []
     for block, shares in facts.experts.items():
         is_recorded = np.isfinite(shares[:, 0])  # [m]
-        if not is_recorded.any():
-            continue
-
         relative_work = shares[is_recorded].mean(0) * shares.shape[1]  # [E]; 1: an even share
         for expert, work in enumerate(relative_work.tolist()):
             title = f"L{block}.E{expert}: {work:.2f} of an even share"
@@ -1140,12 +1110,12 @@ def expert_lists(facts: ImageFacts) -> list[Ranked]:
 # ---- the page
 
 
+@dataclass(frozen=True)
 class Thumbnails:
     """Small copies of images, as files beside the page that a browser loads when they become visible."""
 
-    def __init__(self, images: RunImages, folder: Path) -> None:
-        self.images = images
-        self.folder = folder
+    images: RunImages
+    folder: Path
 
     def __call__(self, index: int) -> Json:
         """Write the thumbnail of an image: its path `src`, or the `problem` if the image can't be read."""

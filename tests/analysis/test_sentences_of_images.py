@@ -3,12 +3,11 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from moevision.analysis import Intervention, class_effect, effect, open_pictures, patch_crop
+from moevision.analysis import Intervention, class_effect, effect, open_pictures
 from moevision.analysis.good_data import examine
 from moevision.analysis.images import aligned_pictures
 from moevision.analysis.report import claim_folder
@@ -17,7 +16,6 @@ from tests.analysis.test_effects import PICTURES, make, picture
 from tests.analysis.test_good_data import images_in, scores_of
 from tests.analysis.test_images import Tagged
 
-GRID = np.zeros((6, 20, 3), np.uint8)
 ABLATION = Intervention("ablate", layer=1, expert=0)
 
 
@@ -45,7 +43,6 @@ def scores_of_other_images():
 
 
 MISTAKES = {
-    "limit 0": (lambda: open_pictures("synthetic_pets", 16, limit=0), "limit is 0", "at least 1"),
     "no such split": (lambda: open_pictures("synthetic_pets", 16, split="testing"), "testing", "test, all"),
     "no folder": (lambda: open_pictures("no_such_folder", 8), "no_such_folder", "no folder"),
     "items are tensors": (lambda: open_pictures(Tensors([0]), 8, class_names=["a"]), "Tensors", "its transform"),
@@ -54,10 +51,6 @@ MISTAKES = {
         lambda: open_pictures(Tagged([0, 3], classes=["a", "b"]), 8),
         "Image 1", "label 3", "2 class names", "`classes`",
     ),
-    "no such patch": (lambda: patch_crop(GRID, (3, 4), 12), "patch 12", "3 x 4", "0 to 11"),
-    "patch below 0": (lambda: patch_crop(GRID, (3, 4), -1), "patch -1"),
-    "context below 0": (lambda: patch_crop(GRID, (3, 4), 0, -1), "no patch"),
-    "grid does not tile": (lambda: patch_crop(GRID, (4, 4), 0), "4 x 4", "6 x 20", "not tile"),
     "trace of other images": (
         lambda: aligned_pictures(PICTURES, SimpleNamespace(picture_names=("other 0",))),
         "other 0", "not among blocks",

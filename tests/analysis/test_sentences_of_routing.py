@@ -21,7 +21,7 @@ from moevision.analysis import (
     recording_of,
     three_questions,
 )
-from moevision.analysis.describe import class_expert_map, patches_on_path, top_patches
+from moevision.analysis.describe import class_expert_map
 from moevision.analysis.images import PictureSet
 from moevision.analysis.information import class_information, part_information
 from moevision.data import SyntheticPets
@@ -77,14 +77,6 @@ MISTAKES: dict[str, tuple[Callable[[Ours], object], tuple[str, ...]]] = {
     "no ViT": (
         lambda o: collect_routing(nn.Linear(3, 3), o.pictures),
         ("Linear", "square images", "image_size"),
-    ),
-    "no batch": (
-        lambda o: collect_routing(o.model, o.pictures, batch_size=0),
-        ("batch_size is 0", "at least 1"),
-    ),
-    "other sizes": (
-        lambda o: collect_routing(replace(o.model, image_size=64), o.pictures),
-        ("(32, 32, 3)", "64 x 64", "resize it"),
     ),
     # interventions
     "no such kind": (lambda o: Intervention("remove"), ("'remove'", "ablate, force")),
@@ -177,11 +169,6 @@ MISTAKES: dict[str, tuple[Callable[[Ours], object], tuple[str, ...]]] = {
         lambda o: class_expert_map(o.trace.select([0]), 1),
         ("two images", "give more"),
     ),
-    "a gallery of nobody": (
-        lambda o: top_patches(o.trace.layers[0], 4),
-        ("expert 4", "experts 0 to 3"),
-    ),
-    "half a path": (lambda o: patches_on_path(o.trace, (0,)), ("2 experts", "(0,)")),
 }
 
 
