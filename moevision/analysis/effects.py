@@ -65,8 +65,6 @@ def effect(
     the intervention. The control is drawn `num_controls` times, at least 2, from `seed`. A UserError for a layer, an
     expert or a class that the model doesn't have.
     """
-    if num_controls < 2:
-        raise UserError(f"num_controls={num_controls} gives no spread: take at least 2 draws.")
     net = model.net
     x = network_input(model, np.stack([image]))  # [1, 3, S, S]
     with routing_lock(net):

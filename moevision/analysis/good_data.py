@@ -35,7 +35,7 @@ from urllib.parse import urlencode
 import numpy as np
 import torch
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import Progress
 from scipy.fft import dctn
@@ -143,11 +143,8 @@ def image_measures(image: Image.Image) -> Array:
     the mean luma, 0 to 1. `colour` is the mean over pixels of the largest less the smallest channel, 0 (grey) to 1.
     """
     (width, height), _ = full_size(image)
-    scale = SIDE / min(image.size)
-    if scale < 1:
-        columns = max(1, round(image.width * scale))
-        rows = max(1, round(image.height * scale))
-        image = image.resize((columns, rows), Image.Resampling.BILINEAR)
+    if min(image.size) > SIDE:
+        image = ImageOps.cover(image, (SIDE, SIDE), Image.Resampling.BILINEAR)
 
     luma = image.convert("L")
     rgb = np.asarray(image)  # [H, W, 3]
@@ -348,11 +345,10 @@ def whitened(features: Floats, usable: Flags) -> Floats:
     Directions without variance are left out. Images that aren't `usable` [n] don't count, and their result is 0.
     """
     centred = features.astype(np.float32)
-    if usable.any():
-        centred -= centred[usable].mean(0)
+    centred -= centred[usable].mean(0)
     centred[~usable] = 0
 
-    covariance = centred.T @ centred / max(1, usable.sum())  # [D, D]
+    covariance = centred.T @ centred / usable.sum()  # [D, D]
     variance, axes = np.linalg.eigh(covariance)  # [D], [D, D]
     has_variance = variance > 1e-5 * variance.max()  # beyond the rounding of features in float16
     scaled_axes = axes[:, has_variance] / np.sqrt(variance[has_variance] + 1e-12)
@@ -474,10 +470,8 @@ def images_of(run_dir: Path) -> RunImages:
     """The images of a run, in the splits that it recorded; none is decoded."""
     from moevision.data import ImageDataModule  # imports Lightning, which is slow
 
-    parameters = signature(ImageDataModule).parameters
-    settings = {name: value for name, value in data_settings(run_dir).items() if name in parameters}
-    for name in {"mean", "std"} & settings.keys():
-        settings[name] = tuple(settings[name])
+    names = signature(ImageDataModule).parameters.keys() - {"mean", "std"}  # of the model
+    settings = {name: value for name, value in data_settings(run_dir).items() if name in names}
     settings |= {"cache_mb": 0, "num_workers": 0, "download": False}
 
     data = ImageDataModule(**settings)
@@ -878,11 +872,7 @@ def image_entry(images: RunImages, facts: ImageFacts, index: int) -> Json:
     """What the page shows of an image."""
     split, sample = images[index]
     label = images.class_names[sample.label]
-    prediction = ""
-    certainty = None
-    if facts.prediction[index] >= 0:
-        prediction = escape_controls(images.class_names[facts.prediction[index]])
-        certainty = float(facts.certainty[index])
+    prediction = [*images.class_names, ""][facts.prediction[index]]
     query = urlencode({"picture": image_id(split, sample.sample_id), "tab": "data"})
     return {
         "index": index,
@@ -892,9 +882,9 @@ def image_entry(images: RunImages, facts: ImageFacts, index: int) -> Json:
         "link": f"{EXPLORER}/?{query}",
         "label": escape_controls(label),
         "label_id": escape_csv_cell(label),
-        "prediction": prediction,
+        "prediction": escape_controls(prediction),
         "prediction_id": escape_csv_cell(prediction),
-        "certainty": certainty,
+        "certainty": as_json(facts.certainty[index]),
     }
 
 
@@ -954,14 +944,8 @@ def _copies(
 def _computed_alike(facts: ImageFacts, show: int) -> Ranked:
     nearest = facts.by_experts
     rows = _first_of_pairs(nearest, show)
-    twins = nearest.other[rows]
     values = [f"coefficient {1 - distance:.4f}" for distance in nearest.distance[rows]]
-    if facts.white is not None:
-        cosines = np.vecdot(facts.white[rows], facts.white[twins])
-        values = [
-            f"{value}, features {cosine:.2f}" for value, cosine in zip(values, cosines, strict=True)
-        ]
-    return Ranked("redundant", rows, values, twins)
+    return Ranked("redundant", rows, values, nearest.other[rows])
 
 
 def _first_of_pairs(nearest: Nearest, count: int, among: Flags | None = None) -> Ints:
@@ -1055,24 +1039,33 @@ def expert_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
     """
     labels = images.labels[: len(facts.visits)]
     rows: list[Json] = []
-    for block, shares in facts.experts.items():
-        is_recorded = np.isfinite(shares[:, 0])  # [m]
-        work = shares[is_recorded].astype(np.float64)  # [r, E]
-        for expert, weights in enumerate(work.T):  # [r]
-            total = max(weights.sum(), 1e-12)
-            by_class = np.bincount(labels[is_recorded], weights, minlength=len(images.class_names))
-            main_class = int(by_class.argmax())
-            row: Json = {
-                "name": f"L{block}.E{expert}",
-                "share": float(total / work.sum()),
-                "images": float(total),
-                "class": escape_controls(images.class_names[main_class]),
-                "of_class": float(by_class[main_class] / total),
-            }
-            for score in ("p_mean", "aum", "correct"):
-                row[score] = float(weights @ facts.scores[score][is_recorded] / total)
-            rows.append(row)
+    for name, share, _, shares in _experts(facts):
+        total = max(shares.sum(), 1e-12)
+        by_class = np.bincount(labels, shares, len(images.class_names))
+        main_class = int(by_class.argmax())
+        row: Json = {
+            "name": name,
+            "share": share,
+            "images": float(total),
+            "class": escape_controls(images.class_names[main_class]),
+            "of_class": float(by_class[main_class] / total),
+        }
+        for score in ("p_mean", "aum", "correct"):
+            row[score] = float(shares @ np.nan_to_num(facts.scores[score]) / total)
+        rows.append(row)
     return rows[:_TABLE_ROWS]
+
+
+def _experts(facts: ImageFacts) -> Iterator[tuple[str, float, float, Floats]]:
+    """Of each expert its name, its share of the layer's work, that relative to an even share, its share in images [m].
+
+    The latter is 0 in images without a record.
+    """
+    for block, shares in facts.experts.items():
+        work = np.nan_to_num(shares.astype(np.float64))  # [m, E]
+        for expert, image_shares in enumerate(work.T):
+            share = float(image_shares.sum() / work.sum())
+            yield f"L{block}.E{expert}", share, share * work.shape[1], image_shares
 
 
 def class_lists(images: RunImages, facts: ImageFacts) -> list[Ranked]:
@@ -1084,25 +1077,20 @@ def class_lists(images: RunImages, facts: ImageFacts) -> list[Ranked]:
     for label in lowest_rows(mean_p, _MAX_GROUPS):
         rows = ranking.first(facts.scores, _GROUP_IMAGES, labels == label)
         values = [ranking.value(facts.scores, row) for row in rows]
-        if len(rows):
-            lists.append(Ranked("", rows, values, title=escape_controls(images.class_names[label])))
+        lists.append(Ranked("", rows, values, title=escape_controls(images.class_names[label])))
     return lists
 
 
 def expert_lists(facts: ImageFacts) -> list[Ranked]:
     """For each expert, the one with the least work first, the images in which it has the largest share."""
     lists: list[tuple[float, Ranked]] = []
-    for block, shares in facts.experts.items():
-        is_recorded = np.isfinite(shares[:, 0])  # [m]
-        relative_work = shares[is_recorded].mean(0) * shares.shape[1]  # [E]; 1: an even share
-        for expert, work in enumerate(relative_work.tolist()):
-            title = f"L{block}.E{expert}: {work:.2f} of an even share"
-            if work < _LITTLE_WORK:
-                title += ", little work"
-            share = shares[:, expert]  # [m]
-            rows = lowest_rows(-share, _GROUP_IMAGES, share > 0)
-            values = [f"{part:.0%} of the image" for part in share[rows]]
-            lists.append((work, Ranked("", rows, values, title=title)))
+    for name, _, work, shares in _experts(facts):
+        title = f"{name}: {work:.2f} of an even share"
+        if work < _LITTLE_WORK:
+            title += ", little work"
+        rows = lowest_rows(-shares, _GROUP_IMAGES, shares > 0)
+        values = [f"{part:.0%} of the image" for part in shares[rows]]
+        lists.append((work, Ranked("", rows, values, title=title)))
     lists.sort(key=lambda pair: pair[0])
     return [ranked for _, ranked in lists[:_MAX_GROUPS]]
 

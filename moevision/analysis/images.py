@@ -285,8 +285,6 @@ class DatasetCollection(Collection):
     def _item(self, index: int) -> tuple[Image.Image, int]:
         try:
             item = self.dataset[index]
-        except BadImageError:
-            raise
         except OSError as error:  # of Pillow on a damaged file, of the system on a missing one
             raise BadImageError(f"{index:06d}", f"it can't be read ({error})") from error
         is_pair = isinstance(item, tuple | list) and len(item) == 2

@@ -152,8 +152,7 @@ class Intervention:
             )
         for name in ("layer", "expert", "other", "seed", "top_k"):
             value = getattr(self, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            if value is not None and not is_count:
+            if value is not None and not (isinstance(value, int) and value >= 0):
                 raise UserError(
                     f"{name}={value!r} does not fit an intervention: give a whole number from 0."
                 )

@@ -390,7 +390,7 @@ def test_what_it_refuses(cli, runs, tmp_path):
     (tmp_path / "thesis" / "chapter.tex").touch()
     refused(cli("analyze", runs[0], f"--out={tmp_path / 'thesis'}"), "chapter.tex", "new folder")
     (tmp_path / "file").touch()
-    refused(cli("analyze", runs[0], f"--out={tmp_path / 'file'}"), "is a file", "folder")
+    refused(cli("analyze", runs[0], f"--out={tmp_path / 'file'}"), "File exists", "folder")
     assert not (tmp_path / "o").exists(), "nothing is made before the model is known to be there"
 
 

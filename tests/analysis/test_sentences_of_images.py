@@ -55,13 +55,12 @@ MISTAKES = {
         lambda: aligned_pictures(PICTURES, SimpleNamespace(picture_names=("other 0",))),
         "other 0", "not among blocks",
     ),
-    "one draw": (lambda: one_image(num_controls=1), "num_controls=1", "at least 2"),
     "no such class": (lambda: one_image(target="owl"), "'owl'", "cat, dog, fox"),
     "no such layer": (lambda: one_image(Intervention("ablate", layer=2, expert=0)), "Block 2", "1, 3"),
     "class of the images alone": (lambda: of_class("owl"), "'owl'", "cat, dog, fox"),
     "class of the model alone": (lambda: of_class("fox"), "blocks", "'fox'", "dog, cat, owl"),
     "scores of other images": (scores_of_other_images, "scores.csv", "of other images"),
-    "report into a file": (lambda: claim_folder(__file__), __file__, "is a file", "--out"),
+    "report into a file": (lambda: claim_folder(__file__), __file__, "File exists", "--out"),
 }  # fmt: skip
 
 

@@ -92,10 +92,6 @@ MISTAKES: dict[str, tuple[Callable[[Ours], object], tuple[str, ...]]] = {
         lambda o: Intervention("ablate", layer=1, expert=-1),
         ("expert=-1", "whole number"),
     ),
-    "a true expert": (
-        lambda o: Intervention("ablate", layer=1, expert=True),
-        ("expert=True", "whole number"),
-    ),
     "no such fill": (
         lambda o: Intervention("ablate", layer=1, expert=1, fill="mean"),
         ("'mean'", "next_best or zero"),
@@ -124,10 +120,6 @@ MISTAKES: dict[str, tuple[Callable[[Ours], object], tuple[str, ...]]] = {
     ),
     # recordings and baselines
     "an expert too many": (lambda o: recording(experts=2), ("L1", "[8, 4, 1]", "0 to 1")),
-    "inputs of others": (
-        lambda o: recording(inputs=np.zeros((8, 3, 2))),
-        ("L1", "[images, 4, width]"),
-    ),
     "an empty recording": (
         lambda o: Recording(np.arange(8), [], ["cat"]),
         ("without a layer", "choices"),
@@ -151,10 +143,6 @@ MISTAKES: dict[str, tuple[Callable[[Ours], object], tuple[str, ...]]] = {
             o.model, open_pictures(SyntheticPets(8, 32, 1, "test"), 32, limit=4), o.trace
         ),
         ("other images",),
-    ),
-    "baselines of another model": (
-        lambda o: measure_baselines(saved(small_net(moe_layers=[1])), o.pictures, o.trace),
-        ("other MoE layers", "collect it again"),
     ),
     # statistics
     "one labelled image": (
