@@ -324,7 +324,10 @@ class _Edits:
 
 @dataclass(frozen=True)
 class Decision(ABC):
-    """A layer's routing in a form that edits can change; `settle` makes a `Routing` of it."""
+    """A layer's routing in a form that edits can change; `settle` makes a `Routing` of it.
+
+    All kinds have `exchange` and `shuffle` too, which mean something else in each.
+    """
 
     router: Any  # its gate rule computes the weights
     routing: Routing  # the router's own decision; its scores and probabilities stay as they are
@@ -342,14 +345,6 @@ class Decision(ABC):
     @abstractmethod
     def settle(self) -> Routing:
         """The routing that the layer will compute, after all edits."""
-
-    @abstractmethod
-    def exchange(self, a: int, b: int) -> Self:
-        """Exchange the tokens or slots of experts a and b, with their weights."""
-
-    @abstractmethod
-    def shuffle(self, key: Sequence[int]) -> Self:
-        """Replace the router's choice by one drawn at random, the same for every image; weights stay with the rank."""
 
     def remove(self, expert: int) -> Self:
         """Make an expert unavailable to all tokens."""

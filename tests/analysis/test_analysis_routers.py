@@ -10,7 +10,7 @@ from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.collect import network_input
 from moevision.analysis.describe import class_expert_map
 from moevision.analysis.effects import class_effect, effect, run_compared, run_under
-from moevision.analysis.information import choice_counts, class_information, part_information
+from moevision.analysis.information import choice_counts
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.readings import RoutingRule, fresh_copy, measure_baselines
 from moevision.analysis.report import (
@@ -144,47 +144,6 @@ def test_the_rule_of_soft_moe() -> None:
     scores = np.log(np.array([[[3.0, 1.0], [1.0, 1.0]]]))
     chosen = RoutingRule("soft", 2, 0, 1.0).apply(scores, 1.0)
     np.testing.assert_allclose(chosen.amounts, [[[0.75, 0.25], [0.5, 0.5]]], rtol=1e-6)
-
-
-def weights_without_pattern(rng, images):
-    """Random maps of weights that hang together inside an image and know nothing of class, place or part."""
-    mood = rng.gamma(2.0, size=(images, 1, 4))
-    maps = rng.gamma(1.0, size=(images, 9, 4)) * mood
-    return maps / maps.sum(-1, keepdims=True)
-
-
-def test_weights_instead_of_counts_keep_their_level() -> None:
-    """60 sets of 40 images in which weights tell nothing: 95 % intervals of two questions hold 0.
-
-    Of 120 true zeros 114 are expected inside; fewer than 103 has a probability below 1e-2 even with 0.93 each.
-    Multiplying all weights by a number changes nothing.
-    """
-    rng = np.random.default_rng(0)
-    inside, small = 0, 0
-    for seed in range(60):
-        maps, labels = weights_without_pattern(rng, 40), np.arange(40) % 4
-        parts = rng.integers(3, size=(40, 9))
-        found = [
-            class_information(maps, labels, num_permutations=60, seed=seed),
-            part_information(maps, parts, num_permutations=60, seed=seed),
-        ]
-        inside += sum(each.low <= 0 <= each.high for each in found)
-        small += sum(each.p_value <= 0.05 for each in found)
-    assert inside >= 103
-    assert small <= 14  # 6 expected, standard deviation 2.4
-    scaled = class_information(17 * maps, labels, num_permutations=60, seed=seed)
-    assert scaled.value_bits == pytest.approx(found[0].value_bits, abs=1e-6)
-    assert scaled.high == pytest.approx(found[0].high, abs=1e-6)
-
-
-def test_weights_that_follow_the_class_are_found() -> None:
-    """Every patch takes 0.85 from its class's expert and 0.05 from each of the others: 2 - H = 1.153 bits."""
-    labels = np.arange(80) % 4
-    maps = np.broadcast_to((0.05 + 0.8 * np.eye(4))[labels][:, None], (80, 9, 4))
-    expected = 2 + 0.85 * np.log2(0.85) + 3 * 0.05 * np.log2(0.05)
-    found = class_information(maps, labels, num_permutations=50)
-    assert found.value_bits + found.null_mean == pytest.approx(expected, abs=1e-5)
-    assert found.low > 0
 
 
 @pytest.mark.deep

@@ -40,20 +40,6 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "ratio"),
-    [
-        ("#000000", "#FFFFFF", 21.0),
-        ("#123456", "#123456", 1.0),
-        ("#FFFFFF", "#767676", 4.54),  # the lightest grey that WCAG AA allows for text on white
-        ("#FFFFFF", "#FF0000", 4.00),  # 1.05 / (0.2126 + 0.05)
-    ],
-)
-def test_contrast_is_wcags(one: str, other: str, ratio: float) -> None:
-    assert contrast(one, other) == pytest.approx(ratio, abs=0.005)
-    assert contrast(other, one) == contrast(one, other)
-
-
 @given(st.integers(0, 0xFFFFFF))
 def test_the_ink_is_readable_on_any_colour(number: int) -> None:
     colour = f"#{number:06X}"
@@ -65,10 +51,6 @@ def test_up_to_eight_experts_have_colours_and_more_have_numbers_on_grey() -> Non
     assert expert_colours(8) == list(EXPERT_COLOURS)
     assert expert_colours(2) == list(EXPERT_COLOURS[:2])
     assert set(expert_colours(9)) == {NEUTRAL}
-
-
-# Two images of two patches, three choices of four experts.
-CHOICES = np.array([[[0, 1, 2], [0, 1, 3]], [[3, 1, 0], [2, 0, 1]]], dtype=np.int16)
 
 
 # An image of 4 x 4 pixels, a grid of 2 x 2 patches of 4 pixels, parts 0, 1 and 2.
@@ -157,7 +139,9 @@ def test_shares_by_hand(make_trace) -> None:
     np.testing.assert_allclose(found.mean_share, [1 / 2, 5 / 12, 1 / 12])
     np.testing.assert_allclose(found.excess, found.share - found.mean_share)
     assert found.n_images.tolist() == [2, 1]
-    assert image_shares(np.array([[0, 0], [3, 1]])).tolist() == [[0.5, 0.5], [0.75, 0.25]]
+    # An image may take little in sum: experts that nobody wants have small gates.
+    takes = np.array([[0, 0], [3, 1], [0.1, 0.3]])
+    np.testing.assert_allclose(image_shares(takes), [[0.5, 0.5], [0.75, 0.25], [0.25, 0.75]])
 
 
 def test_maps_without_a_pattern_show_a_cell_in_one_of_twenty(make_trace) -> None:

@@ -95,6 +95,8 @@ def test_routing_that_is_the_class_gives_log2_of_the_experts() -> None:
     assert estimate.null_mean == pytest.approx(49 / (1600 * math.log(2)), rel=0.1)
     assert estimate.low <= 3 <= estimate.high
     assert estimate.high - estimate.low < 0.1
+    weights = 17 * one_hot(np.repeat(labels[:, None], 16, 1), 8)  # only shares count
+    assert class_information(weights, labels).value_bits == pytest.approx(estimate.value_bits)
 
 
 def test_parts_that_are_the_expert() -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from moevision import UserError, forward_routing
-from moevision.analysis.effects import control_in_words, effect_in_words
 from moevision.analysis.intervention import Intervention, Kind, apply_edits, refusal
 from moevision.layers import (
     ROUTERS,
@@ -310,30 +309,3 @@ def test_what_has_no_meaning_is_refused(router: str, meaningless: list[str]) -> 
         change = Intervention(kind, layer=0, expert=1, other=2, top_k=1, factor=1.0)
         with pytest.raises(UserError) if kind in meaningless else nullcontext():
             change.edits(layer)
-
-
-@pytest.mark.parametrize(
-    ("routing", "words", "control"),
-    [
-        (
-            "expert_choice",
-            "without L1·E0 (3 patches lose it, and no expert takes its place)",
-            "taking 3 random patch assignments of L1 away",
-        ),
-        (
-            "soft",
-            "without L1·E0 (its weight in 3 patches shared out among the other experts)",
-            "taking 3 random patch assignments of L1 away and sharing out their weight among the other experts",
-        ),
-    ],
-)
-def test_sentences_say_what_happened(routing: str, words: str, control: str) -> None:
-    away = Intervention("ablate", layer=1, expert=0)
-    assert effect_in_words(away, 3, routing) == words
-    assert control_in_words(away, 3, routing) == control
-    assert "next-best" not in words + control
-    for change in (
-        Intervention("swap", layer=1, expert=0, other=1),
-        Intervention("random", layer=1),
-    ):
-        assert ("slots of" in effect_in_words(change, 0, routing)) == (routing == "soft")

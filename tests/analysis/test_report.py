@@ -21,6 +21,7 @@ from moevision.data import SyntheticPets
 from moevision.demo.html import OFFLINE
 from moevision.layers.moe import moe_layers
 from moevision.models.io import SavedModel, save_model
+from tests import shared
 
 FIGURES = {
     *("overlay_1", "overlay_2", "overlay_3", "load", "effects"),
@@ -362,11 +363,7 @@ def test_a_run_that_is_interrupted_leaves_no_page_of_another_model(
 
 
 def refused(outcome, *words):
-    assert outcome.code == 2
-    assert outcome.err.startswith("moevision: ")
-    assert outcome.err.count("\n") == 1, outcome.err
-    for word in words:
-        assert word in outcome.err
+    assert shared.refused(outcome, *words).err.count("\n") == 1
 
 
 def test_what_it_refuses(cli, runs, tmp_path):

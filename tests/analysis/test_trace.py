@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from torch import nn
 from torch.utils.data import Dataset
 
 from moevision import convert_to_moe, forward_routing
@@ -71,7 +71,11 @@ def arrays_equal(one, other):
 
 @pytest.mark.parametrize(
     ("make", "grid", "prefix", "blocks"),
-    [(small_net, (4, 4), 0, [1, 3]), (with_class_and_register_tokens, (8, 8), 3, [0, 2])],
+    [
+        (small_net, (4, 4), 0, [1, 3]),
+        (partial(small_net, eval_capacity_factor=0.5), (4, 4), 0, [1, 3]),  # half is dropped
+        (with_class_and_register_tokens, (8, 8), 3, [0, 2]),
+    ],
 )
 def test_a_trace_is_what_the_model_decided(make, grid, prefix, blocks):
     net = make()
@@ -92,6 +96,8 @@ def test_a_trace_is_what_the_model_decided(make, grid, prefix, blocks):
             assert np.array_equal(layer.expert_index[part], routing.expert_index[:, prefix:])
             assert np.array_equal(layer.combine_weight[part], routing.combine_weight[:, prefix:])
             assert np.array_equal(layer.kept[part], routing.kept[:, prefix:])
+            if not prefix:
+                assert np.array_equal(layer.counts()[part].sum(0), routing.counts())
             exact = torch.softmax(routing.logits[:, prefix:].double(), -1).numpy()
             assert np.abs(layer.probs[part] / exact - 1)[exact > 6.2e-5].max() < 2**-11 + 1e-6
             ranked = np.sort(exact, -1)
@@ -157,38 +163,6 @@ def test_of_a_runs_own_images_those_are_taken_that_it_held_out(tiny_run, tmp_pat
     assert (
         set(collect_routing(load_model(str(run)), pets, progress=False).picture_names) != held_out
     )
-
-
-def test_choices_that_capacity_dropped():
-    class Capacity(nn.Module):
-        """A router that drops every choice of expert 1, and the second choice of the first patch."""
-
-        def __init__(self, router):
-            super().__init__()
-            self.router = router
-
-        def forward(self, x):
-            routing = self.router(x)
-            kept = routing.expert_index != 1
-            kept[:, 0, 1] = False
-            return replace(routing, kept=kept)
-
-    net = small_net()
-    free = collect_routing(saved(net), PETS).layer(1)
-    layer = moe_layers(net)[0]
-    layer.router = Capacity(layer.router)
-    full = collect_routing(saved(net), PETS).layer(1)
-    assert np.array_equal(full.expert_index, free.expert_index)  # still what the router wanted
-    expected = free.expert_index != 1
-    expected[:, 0, 1] = False
-    assert 0 < expected.sum() < expected.size
-    assert np.array_equal(full.kept, expected)
-    counts = np.zeros((24, 4), int)
-    for image, patch, choice in np.ndindex(expected.shape):
-        if expected[image, patch, choice]:
-            counts[image, free.expert_index[image, patch, choice]] += 1
-    assert np.array_equal(full.counts(), counts)
-    assert free.counts().sum(-1).tolist() == [32] * 24
 
 
 @pytest.mark.parametrize("at_once", [False, True])
@@ -409,29 +383,6 @@ def test_a_progress_bar_only_where_it_takes_long(capfd, monkeypatch):
         captured = capfd.readouterr()
         assert captured.out == ""
         assert ("routing" in captured.err) is seen
-
-
-def test_pictures_of_mixed_sizes_and_modes(tmp_path):
-    rng = np.random.default_rng(0)
-    for number, (width, height) in enumerate(
-        [(40, 32), (32, 32), (500, 31), (7, 9), (33, 400), (64, 64)]
-    ):
-        folder = tmp_path / ("cat" if number % 2 else "dog")
-        folder.mkdir(exist_ok=True)
-        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).convert("L" if number == 1 else "RGB").save(
-            folder / f"{number}.png"
-        )
-    trace = collect_routing(saved(small_net()), tmp_path, split="all")
-    assert trace.picture_names == (
-        "cat/1.png",
-        "cat/3.png",
-        "cat/5.png",
-        "dog/0.png",
-        "dog/2.png",
-        "dog/4.png",
-    )
-    assert [trace.class_names[label] for label in trace.labels] == ["cat"] * 3 + ["dog"] * 3
 
 
 def test_layer_inputs_are_what_the_router_sees() -> None:

@@ -78,13 +78,6 @@ def test_random_patches_of_soft_moe_are_drawn_as_they_are_read() -> None:
     )
 
 
-def test_shares_of_weights_below_one() -> None:
-    """An image may take little in sum: experts that nobody wants have small gates."""
-    np.testing.assert_allclose(
-        image_shares(np.array([[0.1, 0.3], [0.0, 0.0]])), [[0.25, 0.75], [0.5, 0.5]]
-    )
-
-
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
     """Every router, with a class token; saved and loaded again."""
