@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.collect import network_input
 from moevision.analysis.describe import class_expert_map
 from moevision.analysis.effects import class_effect, effect, run_compared, run_under
@@ -29,7 +28,7 @@ from moevision.demo.atlas import build_atlas
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 from tests.analysis.models import saved as saved_net
-from tests.analysis.models import small_net
+from tests.analysis.models import small_net, traced
 
 PETS = SyntheticPets(48, 32, 0, "test")
 # One of each kind: other tests go through the steps with noisy_top_k and vmoe_top_k, hash and position are like random.
@@ -57,8 +56,8 @@ def saved(router, **options) -> SavedModel:
 
 @pytest.mark.parametrize("router", STEPPED)
 def test_every_step_takes_every_router(router) -> None:
-    model, pictures = saved(router), open_pictures(PETS, 32)
-    trace = collect_routing(model, pictures, progress=False)
+    model = saved(router)
+    pictures, trace = traced(model, 48)
     baselines = measure_baselines(model, pictures, trace, seeds=1)
     for layer in trace.layers:
         for name, found in baselines.items():
@@ -149,8 +148,8 @@ def test_the_rule_of_soft_moe() -> None:
 @pytest.mark.deep
 def test_effects_without_a_control_are_measured_and_drawn() -> None:
     """Images routed as a whole to one expert each: as many random choices are the ablation itself."""
-    model, pictures = saved("vmoe_top_k", route_by="image", top_k=1), open_pictures(PETS, 32)
-    trace = collect_routing(model, pictures, progress=False)
+    model = saved("vmoe_top_k", route_by="image", top_k=1)
+    pictures, trace = traced(model, 48)
     effects = measure_effects(model, pictures, trace, budget_s=1000)  # however slow the machine
     assert {found["control_delta_logit"] for found in effects["rows"] + effects["experts"]} == {
         None
@@ -174,8 +173,7 @@ RAGGED = {
 @pytest.mark.parametrize("name", RAGGED)
 def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
     routers, options = RAGGED[name]
-    pictures = open_pictures(PETS, 32)
-    trace = collect_routing(saved(routers, **options), pictures, progress=False)
+    pictures, trace = traced(saved(routers, **options), 48)
     maps = {
         layer.layer: class_expert_map(trace, layer.layer, num_permutations=20)
         for layer in trace.layers

@@ -3,8 +3,8 @@
 import copy
 import itertools
 import pickle
-import threading
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -16,21 +16,17 @@ from torch import Tensor, nn
 from moevision import UserError, forward_routing
 from moevision.analysis.intervention import Intervention, intervene
 from moevision.layers import MoEMlp, moe_layers
-from tests.analysis.models import random_tensor, routed, small_net
+from tests.analysis.models import random_layer, random_tensor, routed, small_net
 from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
 
 ROUTERS = ("noisy_top_k", "vmoe_top_k")
 WAIT_S = 120.0
 
 
-def make_layer(router: str = "noisy_top_k", top_k: int = 2, num_experts: int = 6) -> MoEMlp:
-    """A float64 layer in eval mode whose router is trained away from its zero start."""
-    torch.manual_seed(0)
-    layer = MoEMlp(16, 8, num_experts=num_experts, top_k=top_k, router=router, dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_(std=0.5)
-    return layer.eval()
+def make_layer(router: str = "noisy_top_k", top_k: int = 2, **options: object) -> MoEMlp:
+    """A float64 layer of 6 experts in eval mode."""
+    options = {"num_experts": 6, "top_k": top_k, **options}
+    return random_layer(MoEMlp(16, 8, router=router, dtype=torch.float64, **options))
 
 
 def make_model(seed: int = 0, **options: object) -> nn.Module:
@@ -121,31 +117,17 @@ def test_other_k_is_the_model_built_with_that_k(router: str, k: int) -> None:
 @pytest.mark.parametrize(
     ("router", "top_k"), [("noisy_top_k", 2), ("vmoe_top_k", 2), ("noisy_top_k", 1)]
 )
-def test_capacity_is_a_greedy_choice_within_each_image(
-    router: str, top_k: int, factor: float
-) -> None:
-    """First choices before second ones, the tokens surest of it first, until full; 9 tokens, 6 experts."""
+def test_capacity_is_that_of_a_layer_built_with_it(router: str, top_k: int, factor: float) -> None:
+    """With batch priority, within each image: how such a layer drops is tested by hand in tests/layers."""
     layer, x = make_layer(router, top_k), tokens()
-    _, free = routed(layer, x)
+    options = {"eval_capacity_factor": factor, "batch_priority": True}
+    expected, routing = routed(make_layer(router, top_k, **options), x)
     with limit_capacity(layer, factor):
         out, limited = routed(layer, x)
-    capacity = int(np.ceil(factor * 9 * top_k / 6))
-    for image in range(3):
-        likeliest, experts = (
-            free.probs[image].max(-1).values.detach().numpy(),
-            free.expert_index[image].numpy(),
-        )
-        room, kept = [capacity] * 6, np.zeros((9, top_k), dtype=bool)
-        surest = np.argsort(-likeliest, kind="stable")
-        for choice, token in itertools.product(range(top_k), surest):
-            if room[experts[token, choice]] > 0:
-                room[experts[token, choice]] -= 1
-                kept[token, choice] = True
-        np.testing.assert_array_equal(limited.kept[image], kept)
-    assert torch.equal(limited.expert_index, free.expert_index)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(limited.expert_index, routing.expert_index)
+    assert torch.equal(limited.kept, routing.kept)
     assert limited.kept.all() == (factor == 6.0)
-    everything = layer.experts.on_all_tokens(x.flatten(0, 1)).view(3, 9, 6, 16)
-    torch.testing.assert_close(out, (everything * limited.expert_weights().unsqueeze(-1)).sum(2))
 
 
 def test_capacity_of_a_product_that_floats_round_up() -> None:
@@ -331,45 +313,32 @@ def test_an_exception_restores_the_layer() -> None:
         assert torch.equal(model(x), outer)
     assert all(layer.intervention is None for layer in moe_layers(model))
     assert torch.equal(model(x), expected)
-    done = threading.Thread(target=lambda: forward_routing(model, x))  # the lock is free again
-    done.start()
-    done.join(WAIT_S)
-    assert not done.is_alive()
+    with ThreadPoolExecutor(1) as thread:  # the lock is free again
+        thread.submit(forward_routing, model, x).result(WAIT_S)
 
 
 def test_other_threads_wait_or_see_no_intervention() -> None:
     """While this thread holds an ablation a plain forward pass runs without it; recording and intervening wait."""
     model, x = make_model(), images(1)
-    expected, results, away = model(x), {}, busiest(model, 1)
+    expected, away = model(x), busiest(model, 1)
 
-    def plain() -> None:
-        results["plain"] = model(x)
-
-    def recording() -> None:
-        results["recording"] = forward_routing(model, x)[0]
-
-    def intervening() -> None:
+    def intervening() -> Tensor:
         with force(model, 3, 1):
-            results["intervening"] = model(x)
+            return model(x)
 
-    with force(model, 3, 1):
-        forced = model(x)
-    threads = [threading.Thread(target=work) for work in (recording, intervening)]
-    with ablate(model, 1, away):
-        ablated = model(x)
-        first = threading.Thread(target=plain)
-        first.start()
-        first.join(WAIT_S)
-        for thread in threads:
-            thread.start()
-            thread.join(0.2)
-        assert set(results) == {"plain"}
-        assert torch.equal(model(x), ablated)
-    for thread in threads:
-        thread.join(WAIT_S)
-    assert torch.equal(results["plain"], expected)
-    assert torch.equal(results["recording"], expected)
-    assert torch.equal(results["intervening"], forced)
+    forced = intervening()
+    with ThreadPoolExecutor(3) as threads:
+        with ablate(model, 1, away):
+            ablated = model(x)
+            assert torch.equal(threads.submit(model, x).result(WAIT_S), expected)
+            waiting = [
+                threads.submit(intervening),
+                threads.submit(lambda: forward_routing(model, x)[0]),
+            ]
+            assert not wait(waiting, 0.4, FIRST_COMPLETED).done
+            assert torch.equal(model(x), ablated)
+        assert torch.equal(waiting[0].result(WAIT_S), forced)
+        assert torch.equal(waiting[1].result(WAIT_S), expected)
     assert not torch.equal(ablated, expected)
 
 

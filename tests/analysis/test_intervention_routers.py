@@ -17,7 +17,7 @@ from moevision.layers import (
     SoftRouting,
     moe_layers,
 )
-from tests.analysis.models import random_tensor, routed, small_net
+from tests.analysis.models import random_layer, random_tensor, routed, small_net
 from tests.scopes import ablate, limit_capacity, random_route, swap, use_top_k
 
 TOKEN_CHOICE = [name for name in ROUTERS if name not in ("expert_choice", "soft")]
@@ -47,13 +47,10 @@ def images() -> Tensor:
 
 
 def layer_of(router: str, **options: object) -> MoEMlp:
-    """A float64 layer of 4 experts in eval mode with random weights."""
-    torch.manual_seed(0)
-    layer = MoEMlp(8, 6, num_experts=4, router=router, dtype=torch.float64, **options)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_(std=0.7)
-    return layer.eval()
+    """A float64 layer of 4 experts in eval mode."""
+    return random_layer(
+        MoEMlp(8, 6, num_experts=4, router=router, dtype=torch.float64, **options), 0.7
+    )
 
 
 def tokens() -> Tensor:

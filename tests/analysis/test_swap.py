@@ -1,7 +1,6 @@
 """The swap test: planted experts whose answers are known, brute force over loops, and models of ours."""
 
 import json
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,8 +11,6 @@ import torch
 from moevision.analysis import (
     RecordedLayer,
     Recording,
-    collect_routing,
-    open_pictures,
     recording_of,
     three_questions,
 )
@@ -31,11 +28,9 @@ from moevision.analysis.questions import (
     swap_test,
 )
 from moevision.analysis.readings import run_forced
-from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import Router, moe_layers
-from moevision.models.io import SavedModel
-from tests.analysis.models import saved, small_net
+from tests.analysis.models import saved, small_net, traced
 from tests.scopes import ablate
 
 PATCHES = 12
@@ -253,28 +248,6 @@ def test_every_cost_by_brute_force() -> None:
     assert found.beyond_patches.log_loss.value == pytest.approx(of_favourite - of_other)
 
 
-def test_where_experts_are_equal_the_same_patches_claim_nothing() -> None:
-    """What an expert says is drawn anew for each image, whatever its class: no expert is one of a class.
-
-    At a true rate of 2.5 % for each, 6 of 50 or more would be shown in one of 500 such tests. It is less: of what a
-    favourite says there is more in the image, so that some of it may go (no draw of these shows it).
-    """
-    labels, choices = routed(np.random.default_rng(10), num_experts=8, images=200)
-    shown = 0
-    for draw in range(50):
-        said = np.random.default_rng(draw).normal(0, 4, (200, 8, 4))  # [I, E, C]
-        recording = planted(np.zeros((8, 4)), labels, choices)
-
-        def run(place, images, routes, said=said):
-            chosen = said[images[:, None, None], routes] * (routes >= 0)[..., None]  # [R, P, K, C]
-            return 2 * np.eye(4)[labels[images]] + (chosen * GATES[:, None]).sum(2).mean(1)
-
-        found = swap_test(replace(recording, run=run), 0, seed=draw)
-        assert found.same_patches.moved > 0
-        shown += found.beyond_patches.log_loss.low > 0
-    assert shown < 6
-
-
 def test_routes_of_another_image_keep_their_place() -> None:
     """Every image has routes of its own, and goes by those of exactly one other."""
     labels, ran = np.arange(40) % 2, []
@@ -313,8 +286,8 @@ def test_what_can_not_be_asked_says_why() -> None:
 @pytest.mark.parametrize("prefix", [{}, {"class_token": True, "global_pool": "token"}])
 def test_without_the_layer_and_without_an_expert_are_what_other_means_say(prefix) -> None:
     """A hook that zeroes the layer's output, and `ablate`; every image twice, so that blocks before are shared."""
-    model, pictures = saved(small_net(**prefix)), open_pictures(SyntheticPets(8, 32, 0, "test"), 32)
-    trace = collect_routing(model, pictures, progress=False)
+    model = saved(small_net(**prefix))
+    pictures, trace = traced(model, 8)
     images = np.repeat(np.arange(6), 2)
     own = trace.layers[1].expert_index[images].astype(np.int64)
     forced = partial(run_forced, model, pictures, [1, 3], 1, images)
@@ -340,10 +313,8 @@ def test_rows_that_are_run_together_do_not_change_one_another(options) -> None:
     """A router that looks at the images again, and a capacity that a batch shares: beside rows without the layer."""
     if options.pop("capacity", None):
         options |= {"eval_capacity_factor": 0.7, "capacity_group": "batch"}
-    net = timm.create_model("test_vit_moe", num_classes=8, stem="patch", **options).eval()
-    pictures = open_pictures(SyntheticPets(8, 32, 0, "test"), 32)
-    model = SavedModel(net, pictures.class_names, 32, (0.5,) * 3, (0.5,) * 3)
-    trace = collect_routing(model, pictures, progress=False)
+    model = saved(timm.create_model("test_vit_moe", num_classes=8, stem="patch", **options).eval())
+    pictures, trace = traced(model, 8)
     forced = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers], 1)
     images = np.repeat(np.arange(4), 2)
     own = np.asarray(trace.layers[1].expert_index)[images].astype(np.int64)
@@ -369,10 +340,8 @@ def test_a_router_of_ones_own_without_gates_is_not_changed() -> None:
     net = timm.create_model("test_vit_moe", num_classes=8, stem="patch").eval()
     for layer in moe_layers(net):
         layer.router = Mine(layer.router)
-    pictures = open_pictures(SyntheticPets(16, 32, 0, "test"), 32)
-    model = SavedModel(net, pictures.class_names, 32, (0.5,) * 3, (0.5,) * 3)
-    trace = collect_routing(model, pictures, progress=False)
-    answers = three_questions(recording_of(model, pictures, trace), permutations=20)[0].answers
+    recording = recording_of(saved(net), *traced(saved(net), 16))
+    answers = three_questions(recording, permutations=20)[0].answers
     assert answers[2].answer == NOT_MEASURED
     assert "not forced" in answers[2].detail
     why = r"'ablate' .* in L1: Mine .* \(gate_logits, gates"
