@@ -328,14 +328,10 @@ def nearest_by_experts(shares: Sequence[Floats], labels: Ints) -> Nearest:
 
     nearest = Nearest.none(len(labels))
     for label in np.unique(labels[is_recorded]):
-        rows = np.flatnonzero(is_recorded & (labels == label))
-        all_usable = np.ones(len(rows), np.bool_)
-        same_split = np.zeros(len(rows), np.int64)
-        in_class = nearest_by_features(roots[rows], all_usable, same_split).overall
-        has_pair = in_class.other >= 0
-        # `in_class.other` counts within the class.
-        nearest.other[rows[has_pair]] = rows[in_class.other[has_pair]]
-        nearest.distance[rows] = in_class.distance
+        of_class = is_recorded & (labels == label)
+        in_class = nearest_by_features(roots, of_class, labels).overall
+        nearest.other[of_class] = in_class.other[of_class]
+        nearest.distance[of_class] = in_class.distance[of_class]
     return nearest
 
 

@@ -600,7 +600,7 @@ def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure
         axes = figure.add_subplot(rows, columns, number)
         of_image = layer.select(slice(image, image + 1))
         _draw_experts(axes, picture, of_image, trace.grid)
-        panel_title(axes, layer.name, _first_choices(of_image))
+        panel_title(axes, layer.name)
 
     kinds = {layer.kind for layer in trace.layers}
     notes = [note for kind, note in _OVERLAY_NOTES.items() if kind in kinds]
@@ -608,17 +608,6 @@ def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure
     title = f"Where each patch goes: {verdict_on(trace, image)}"
     figure_heading(figure, title, " ".join(notes))
     return figure
-
-
-def _first_choices(layer: LayerTrace) -> str:
-    """How many experts, or patches, an overlay shows."""
-    first = layer.first_choice()
-    if layer.kind == "expert_choice":
-        return f"no expert: {(first < 0).sum()} of {first.size} patches"
-    experts = f"{np.unique(first[first >= 0]).size} of {layer.num_experts} experts"
-    if layer.kind == "soft":
-        return f"{experts} come first somewhere"
-    return f"{experts} are a first choice"
 
 
 def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, grid: tuple[int, int]) -> None:

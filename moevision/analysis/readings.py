@@ -442,12 +442,7 @@ class Clustering:
 
     def assignments(self, images: Ints) -> Assignments:
         """The choices in all `batches`; `images` [I'] are the indices of their images in the trace."""
-        index = np.concatenate([routes.expert_index for routes in self.batches])
-        amounts = None
-        if self.rule.kind != "token_choice":
-            # Every patch has all experts as its choices, so one row is stored and broadcast.
-            index = np.broadcast_to(index[:1, :1].copy(), index.shape)
-            amounts = np.concatenate([cast(Floats, routes.amounts) for routes in self.batches])
+        index, amounts = (np.concatenate(arrays) for arrays in zip(*self.batches, strict=True))
         return Assignments(self.layer, self.seed, index, images, self.rule.num_experts, amounts)
 
 
@@ -483,10 +478,10 @@ def router_inputs(
 
 
 class Routes(NamedTuple):
-    """Chosen experts [I, P, K] int16, and the weight with which each choice is counted [I, P, K]; None: 1 each."""
+    """Chosen experts [I, P, K] int16, and the weight with which each choice is counted [I, P, K]."""
 
     expert_index: Ints
-    amounts: Floats | None = None
+    amounts: Floats
 
 
 @dataclass(frozen=True)
@@ -535,8 +530,8 @@ class RoutingRule:
     def apply(self, scores: Array, scale: float) -> Routes:
         """The routes for scores [I, P, E] (larger is better), which are multiplied by `scale` before a softmax."""
         if self.kind == "token_choice":
-            best_first = np.argsort(scores, axis=-1)[..., ::-1]
-            return Routes(best_first[..., : self.top_k].astype(np.int16))
+            best = np.argsort(scores, axis=-1)[..., ::-1][..., : self.top_k].astype(np.int16)
+            return Routes(best, np.ones(best.shape, np.float32))
 
         experts = np.arange(self.num_experts, dtype=np.int16)
         all_experts = np.broadcast_to(experts, scores.shape)  # [I, P, E]

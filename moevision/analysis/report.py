@@ -63,6 +63,7 @@ from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, plain_answer, summary_lines, three_questions
 from moevision.analysis.readings import measure_baselines, recording_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
+from moevision.data.collection import interleave_by_class
 from moevision.errors import (
     AT_LEAST_0,
     UserError,
@@ -117,8 +118,8 @@ class ReportSettings:
     progress: bool = True  # show a progress bar
 
     def __post_init__(self) -> None:
-        check_ranges(self, [("at least 20", lambda x: x >= 20, ("limit", "permutations"))], "--")
-        check_ranges(self, [(*AT_LEAST_0, ("seed",))], "--")
+        at_least_20 = ("at least 20", lambda x: x >= 20, ("limit", "permutations"))
+        check_ranges(self, [at_least_20, (*AT_LEAST_0, ("seed",))], "--")
 
 
 Live = Callable[[SavedModel, Pixels, str, str | None], str]
@@ -309,15 +310,9 @@ class Results:
         layers = []
         for layer, questions in zip(trace.layers, self.questions, strict=True):
             sentences = [f"{layer.name}: {answer.sentence}" for answer in questions.answers]
-            lines = [line for answer in questions.answers for line in answer.numbers]
-            layers.append(
-                {
-                    "layer": layer.layer,
-                    "name": layer.name,
-                    "sentences": sentences,
-                    "numbers": lines,
-                }
-            )
+            numbers = [line for answer in questions.answers for line in answer.numbers]
+            about = {"layer": layer.layer, "name": layer.name}
+            layers.append(about | {"sentences": sentences, "numbers": numbers})
         why = self.effects["why"]
         return {
             "verdict": {
@@ -711,10 +706,8 @@ def _column(rows: Sequence[Json], name: str) -> Floats:
 def shown_pictures(trace: RoutingTrace, seed: int, count: int = _NUM_OVERLAYS) -> list[int]:
     """Indices of images drawn at random, of different classes as long as there are any, not chosen to look good."""
     order = np.random.default_rng(seed).permutation(len(trace))
-    _, first_of_class = np.unique(trace.labels[order], return_index=True)
-    others = np.setdiff1d(np.arange(len(order)), first_of_class)
-    images: list[int] = order[np.concatenate([np.sort(first_of_class), others])].tolist()
-    return images[:count]
+    turns = interleave_by_class(trace.labels[order].tolist())
+    return [int(order[turn]) for turn in turns[:count]]
 
 
 def _draw_layer(

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from moevision.analysis.collect import network_input
 from moevision.analysis.describe import class_expert_map
@@ -32,7 +33,7 @@ from tests.analysis.models import small_net, traced
 
 PETS = SyntheticPets(48, 32, 0, "test")
 # One of each kind: other tests go through the steps with noisy_top_k and vmoe_top_k, hash and position are like random.
-STEPPED = (
+STEPPED = [
     "switch",
     "sigmoid",
     "bias_balanced",
@@ -41,7 +42,7 @@ STEPPED = (
     "colour",
     "expert_choice",
     "soft",
-)
+]
 
 
 def saved(router, **options) -> SavedModel:
@@ -179,13 +180,7 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
         for layer in trace.layers
     }
     rows = [
-        {
-            "layer": layer.layer,
-            "expert": e,
-            "class": name,
-            "delta_logit": 0.1 * e,
-            "control_delta_logit": 0.0,
-        }
+        {"layer": layer.layer, "class": name, "delta_logit": 0.1 * e, "control_delta_logit": 0.0}
         for layer in trace.layers
         for e in range(layer.num_experts)
         for name in trace.class_names
@@ -197,15 +192,7 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
     numbers = model_numbers(trace, "here", 32)
     assert numbers["num_experts"] == [4, 6]
     said = {
-        item.kind: " ".join(
-            [
-                text.get_text()
-                for axes in item.figure.axes
-                for text in [*axes.texts, axes.yaxis.label]
-            ]
-            + [text.get_text() for text in item.figure.texts]
-        )
-        for item in drawn
+        item.kind: " ".join(text.get_text() for text in item.figure.findobj(Text)) for item in drawn
     }
     if name == "tokens":
         assert numbers["top_k"] == [2, 1]

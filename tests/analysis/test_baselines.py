@@ -143,29 +143,6 @@ def test_few_labelled_images_leave_out_what_they_cannot_ask(measured, labelled) 
         assert ("clusters" in answers.controls) == (labelled == 4)
 
 
-def stored(assignments):
-    """Bytes of the arrays that its arrays are views of: an axis that is broadcast takes none."""
-    total = 0
-    for array in (assignments.expert_index, assignments.amounts):
-        while isinstance(getattr(array, "base", None), np.ndarray):
-            array = array.base
-        total += 0 if array is None else array.nbytes
-    return total
-
-
-@pytest.mark.parametrize("router", ["expert_choice", "soft"])
-def test_all_experts_in_order_are_named_once(router) -> None:
-    model = saved(small_net(router))
-    pictures, trace = traced(model, 60)
-    clusters = measure_baselines(model, pictures, trace, seeds=1)["kmeans_input"][0]
-    assert clusters.expert_index.shape == clusters.amounts.shape
-    assert stored(clusters) == clusters.amounts.nbytes + 2 * clusters.num_experts
-
-
 def test_words_are_listed() -> None:
-    assert [join_with_and(items) for items in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
-        "",
-        "a",
-        "a and b",
-        "a, b and c",
-    ]
+    words = [join_with_and(items) for items in ([], ["a"], ["a", "b"], ["a", "b", "c"])]
+    assert words == ["", "a", "a and b", "a, b and c"]

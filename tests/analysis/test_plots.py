@@ -67,11 +67,6 @@ def heading_of(figure: Figure) -> str:
     return " ".join(text.get_text() for text in figure.texts)
 
 
-def rendered(figure: Figure) -> np.ndarray:
-    with Image.open(io.BytesIO(plots.figure_png(figure))) as picture:
-        return np.asarray(picture.convert("RGB"))
-
-
 def ticks_out_of_view(axis: Axis) -> set[Text]:
     """Labels that matplotlib keeps for ticks beyond the axis' ends, and doesn't draw."""
     low, high = sorted(axis.get_view_interval())

@@ -83,16 +83,16 @@ def test_experts_that_are_copies_cost_nothing_when_exchanged() -> None:
     assert found.swap.without.points.value == 50
     assert answer.answer == NOT_SHOWN
     swap = found.swap
-    costs = (
-        swap.whole,
-        swap.favourite,
-        swap.any_two,
-        swap.more,
-        swap.routes,
-        swap.same_patches,
-        swap.beyond_patches,
-    )
-    for cost in costs:
+    for name in [
+        "whole",
+        "favourite",
+        "any_two",
+        "more",
+        "routes",
+        "same_patches",
+        "beyond_patches",
+    ]:
+        cost = getattr(swap, name)
         assert cost.log_loss == (0, 0, 0)
         assert cost.points.value == 0
 
