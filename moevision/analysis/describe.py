@@ -63,7 +63,7 @@ def part_fractions(part_masks: Pixels, grid: tuple[int, int], num_parts: int) ->
 
 def majority_part(fractions: Floats) -> Ints:
     """[I, P]: the part with most pixels in each patch (the lower number of two that tie), from `part_fractions`."""
-    return fractions.argmax(-1).astype(np.int16)
+    return cast(Ints, fractions.argmax(-1).astype(np.int16))
 
 
 def part_expert_table(
@@ -110,13 +110,13 @@ def part_stands_out(
     spread = permuted.std(0, ddof=1)
     largest = _deviations(permuted, mean, spread).max((1, 2))  # [R]
     threshold = np.quantile(largest, _LEVEL, method="higher")
-    return _deviations(observed, mean, spread) > threshold
+    return cast(Flags, _deviations(observed, mean, spread) > threshold)
 
 
 def _expert_shares(area: Floats, shares: Floats) -> Floats:
     """[parts, E] each expert's share of a part, from areas [I, P, parts] and shares of patches [I · P, E]."""
     table = area.reshape(len(shares), -1).T @ shares
-    return table / np.maximum(table.sum(1, keepdims=True), 1e-12)
+    return cast(Floats, table / np.maximum(table.sum(1, keepdims=True), 1e-12))
 
 
 def _deviations(shares: Floats, mean: Floats, spread: Floats) -> Floats:
@@ -279,7 +279,7 @@ def class_expert_map(
             "A map of classes and experts needs at least two images with a known class: give more images."
         )
     labels = trace.labels[labelled]
-    shares = image_shares(trace.layer(layer).image_takes())[labelled].astype(np.float64)  # [I, E]
+    shares = image_shares(trace.layer(layer).image_takes())[labelled]  # [I, E]
     num_classes = len(trace.class_names)
     n_images = np.bincount(labels, minlength=num_classes)
     mean_share = shares.mean(0)

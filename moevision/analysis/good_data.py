@@ -957,8 +957,8 @@ def _odd_sizes(measures: Array, show: int) -> Ranked:
     is_read = measures["read"]
     oddness = np.zeros(len(measures), np.float32)
     if is_read.any():
-        log_width = np.log(measures["width"][is_read].astype(np.float64))
-        log_height = np.log(measures["height"][is_read].astype(np.float64))
+        log_width = np.log(measures["width"][is_read])
+        log_height = np.log(measures["height"][is_read])
         log_area = log_width + log_height
         log_shape = log_width - log_height
         area_gap = np.abs(log_area - np.median(log_area))

@@ -37,7 +37,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from operator import methodcaller
 from typing import Any, Final, Literal, Self, cast, get_args
@@ -243,15 +243,11 @@ def intervene(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
     Raises:
         UserError: if the model has no such layer or expert, k doesn't fit, or it has no meaning for the router.
     """
-    with routing_lock(model):
-        if not interventions:
-            yield
-            return
-        with (
-            apply_edits(model, interventions[0].edits(model)),
-            intervene(model, *interventions[1:]),
-        ):
-            yield
+    with ExitStack() as scopes:
+        scopes.enter_context(routing_lock(model))
+        for intervention in interventions:
+            scopes.enter_context(apply_edits(model, intervention.edits(model)))
+        yield
 
 
 @contextmanager
@@ -261,10 +257,9 @@ def apply_edits(model: nn.Module, edits: Mapping[MoEMlp, Edit]) -> Iterator[None
         before = {layer: layer.intervention for layer in edits}
         try:
             for layer, edit in edits.items():
-                outer = cast(_Edits | None, before[layer])
-                outer_edits = () if outer is None else outer.edits
-                all_edits = (*outer_edits, edit)
-                layer.intervention = _Edits(layer.router, all_edits, threading.get_ident())
+                outer_edits = getattr(before[layer], "edits", ())
+                edits_of_layer = (*outer_edits, edit)
+                layer.intervention = _Edits(layer.router, edits_of_layer, threading.get_ident())
             yield
         finally:
             for layer, intervention in before.items():

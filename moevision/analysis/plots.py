@@ -645,7 +645,8 @@ def _number_patches(axes: Axes, layer: LayerTrace, shades: Floats) -> None:
     size = float(np.clip(0.5 * points, 4.5, 8.5))
     for patch, (row, column) in enumerate(np.ndindex(rows, columns)):
         text = str(first[patch]) if kept[patch] else unrouted
-        add_text(axes, column, row, text, ink_on(to_hex(shades[row, column])), size)
+        red, green, blue = shades[row, column]
+        add_text(axes, column, row, text, ink_on(to_hex((red, green, blue))), size)
 
 
 def _opacity(layer: LayerTrace) -> Floats:

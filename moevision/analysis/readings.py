@@ -869,8 +869,8 @@ def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Int
 
     num_images = len(counts)
     total_amount = chosen.sum(1)
-    correct_by_image = np.bincount(image_index, correct, num_images).astype(np.float64)
-    total_by_image = np.bincount(image_index, total_amount, num_images).astype(np.float64)
+    correct_by_image = np.bincount(image_index, correct, num_images)
+    total_by_image = np.bincount(image_index, total_amount, num_images)
     guess = ratio_interval(correct_by_image, total_by_image)
     frequency = np.bincount(ranks, total_amount)  # [V]
     return guess, float(frequency.max() / max(frequency.sum(), 1e-12))
@@ -928,7 +928,7 @@ def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, s
         group_of_token = np.empty(len(order), np.int64)
         group_of_token[order] = np.arange(len(order)) * num_groups // max(1, len(order))
         groups[in_test] = group_of_token.reshape(-1, patches)
-    return (groups[..., None] == np.arange(num_groups)).astype(np.float32)
+    return cast(Floats, (groups[..., None] == np.arange(num_groups)).astype(np.float32))
 
 
 def _folds(halves: Flags) -> Iterator[tuple[Flags, Flags]]:
