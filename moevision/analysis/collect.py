@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -247,18 +247,15 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
+@dataclass
 class PictureReader:
-    """Reads images in batches.
+    """Reads images in batches."""
 
-    `names` lists the images read so far; `bad` lists name and reason of those that can't be read.
-    """
-
-    def __init__(self, pictures: PictureSet, model: SavedModel, batch_size: int) -> None:
-        self.pictures = pictures
-        self.model = model
-        self.batch_size = batch_size
-        self.names: list[str] = []
-        self.bad: list[tuple[str, str]] = []
+    pictures: PictureSet
+    model: SavedModel
+    batch_size: int
+    names: list[str] = field(default_factory=list)  # of the images read so far
+    bad: list[tuple[str, str]] = field(default_factory=list)  # name and reason of unreadable ones
 
     def batches(self, progress: bool) -> Iterator[Batch]:
         """All images in order, with a progress bar where there are more than a few batches."""

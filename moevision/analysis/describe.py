@@ -309,7 +309,7 @@ def class_expert_map(
 def image_shares(takes: Array) -> Floats:
     """[I, E] each expert's share of what an image takes (`LayerTrace.image_takes`); equal shares where that is 0."""
     total = takes.sum(1, keepdims=True)
-    return np.where(total > 0, takes / np.maximum(total, 1e-12), 1 / takes.shape[1])
+    return np.where(total > 0, takes / np.where(total > 0, total, 1), 1 / takes.shape[1])
 
 
 def _largest_of_permuted(

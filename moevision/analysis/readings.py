@@ -869,8 +869,8 @@ def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Int
 
     num_images = len(counts)
     total_amount = chosen.sum(1)
-    correct_by_image = np.bincount(image_index, correct, num_images)
-    total_by_image = np.bincount(image_index, total_amount, num_images)
+    correct_by_image = np.bincount(image_index, correct, num_images).astype(np.float64)
+    total_by_image = np.bincount(image_index, total_amount, num_images).astype(np.float64)
     guess = ratio_interval(correct_by_image, total_by_image)
     frequency = np.bincount(ranks, total_amount)  # [V]
     return guess, float(frequency.max() / max(frequency.sum(), 1e-12))

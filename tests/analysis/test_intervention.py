@@ -5,7 +5,7 @@ import itertools
 import pickle
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -66,9 +66,7 @@ def test_next_best_is_the_choice_among_the_others(
     """Nested ablations are one choice without all of them."""
     layer, x = make_layer(router, top_k), tokens()
     _, free = routed(layer, x)
-    with ExitStack() as scopes:
-        for expert in away:
-            scopes.enter_context(ablate(layer, 0, expert))
+    with intervene(layer, *(Intervention("ablate", layer=0, expert=expert) for expert in away)):
         _, routing = routed(layer, x)
     logits = (x @ layer.router.weight.T).detach().numpy()
     allowed = [expert for expert in range(6) if expert not in away]
@@ -85,9 +83,7 @@ def test_next_best_is_the_choice_among_the_others(
 def test_with_fewer_experts_than_choices_a_token_has_fewer() -> None:
     """Five of six are away: the last one has the whole softmax over the chosen, and none is chosen twice."""
     layer, x = make_layer(), tokens()
-    with ExitStack() as scopes:
-        for expert in range(5):
-            scopes.enter_context(ablate(layer, 0, expert))
+    with intervene(layer, *(Intervention("ablate", layer=0, expert=expert) for expert in range(5))):
         out, routing = routed(layer, x)
         with ablate(layer, 0, 5):
             nothing, _ = routed(layer, x)
@@ -244,17 +240,15 @@ def test_rankings_compose_in_order_of_entry() -> None:
 def test_conditions_hold_inside_and_outside() -> None:
     """An ablated expert stays away and no expert exceeds its capacity, whatever is entered when."""
     layer, x = make_layer(), tokens()
-    others: list[Callable[[], AbstractContextManager[None]]] = [
-        lambda: ablate(layer, 0, 2),
-        lambda: random_route(layer, seed=1),
-        lambda: use_top_k(layer, 3),
-        lambda: limit_capacity(layer, 1.0),
+    changes = [
+        Intervention("ablate", layer=0, expert=2),
+        Intervention("random", seed=1),
+        Intervention("top_k", top_k=3),
+        Intervention("capacity", factor=1.0),
     ]
     results = []
-    for order in (others, others[::-1], others[1:] + others[:1]):
-        with ExitStack() as scopes:
-            for other in order:
-                scopes.enter_context(other())
+    for order in (changes, changes[::-1], changes[1:] + changes[:1]):
+        with intervene(layer, *order):
             results.append(routed(layer, x)[1])
     for routing in results:
         loads = torch.stack(
