@@ -238,7 +238,11 @@ def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> Floats | 
         return None
     fractions = []
     for index in range(len(pictures)):
-        mask = cast(Pixels, pictures.part_mask(index))
+        mask = pictures.part_mask(index)
+        if mask is None:
+            raise UserError(
+                f"{pictures.name} names parts, but the image {pictures.picture_name(index)} has no mask."
+            )
         fractions.append(part_fractions(mask[None], grid, len(pictures.part_names))[0])
     return np.stack(fractions)
 
