@@ -30,7 +30,7 @@ def build(router="vmoe_top_k", **kwargs):
     options = {"stem": "patch", "num_classes": CLASSES, "expert_hidden": HIDDEN, **kwargs}
     model = timm.create_model("test_vit_moe", router=router, **options)
     for layer in moe_layers(model):
-        layer.dispatcher = LocalDispatcher(row_multiple=1)
+        layer.dispatcher = LocalDispatcher(pad=False)
     return model
 
 

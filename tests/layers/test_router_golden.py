@@ -129,20 +129,6 @@ def test_an_image_decides_once_by_the_mean_of_its_tokens() -> None:
     close(out, 4 / 7 * PAIR)
 
 
-def test_an_image_mixes_two_experts_for_all_its_tokens() -> None:
-    """V-MoE, k = 2: experts 0 and 1 with 4/7 and 2/7 of the softmax over all; (4 · 1 + 2 · 2) / 7 = 8/7."""
-    out, routing = run(times_e_plus_1("vmoe_top_k", 3, top_k=2, route_by="image"), PAIR)
-    assert routing.expert_index.tolist() == [[[0, 1], [0, 1]]]
-    close(out, 8 / 7 * PAIR)
-
-
-def test_an_image_of_sigmoids() -> None:
-    """Means log 4, 0, -log 4: s = 4/5, 1/2, 1/5; the best two over 1.3 are 8/13 and 5/13, (8 · 1 + 5 · 2) / 13."""
-    pair = tokens([math.log(4) + 3, 2.0, 0.0], [math.log(4) - 3, -2.0, -2 * math.log(4)])
-    out, _ = run(times_e_plus_1("sigmoid", 3, top_k=2, route_by="image"), pair)
-    close(out, 18 / 13 * pair)
-
-
 def cosine_layer(temperature: float, **options: object) -> MoEMlp:
     layer = times_e_plus_1("cosine", 3, 2, **options)
     with torch.no_grad():
@@ -299,6 +285,11 @@ def test_soft_starts_at_scale_1_and_survives_a_zero_token() -> None:
 @pytest.mark.parametrize(
     ("router", "k", "expected"),
     [
+        ("noisy_top_k", 1, [4 / 7]),  # one choice is never renormalised
+        ("noisy_top_k", 2, [4 / 6, 2 / 6]),
+        ("noisy_top_k", 3, [4 / 7, 2 / 7, 1 / 7]),
+        ("vmoe_top_k", 1, [4 / 7]),
+        ("vmoe_top_k", 2, [4 / 7, 2 / 7]),
         ("switch", 2, [4 / 7, 2 / 7]),
         ("cosine", 2, [4 / 7, 2 / 7]),
         ("sigmoid", 1, [4 / 5]),

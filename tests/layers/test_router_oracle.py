@@ -83,6 +83,7 @@ CASES = {
     "noisy, k=2": softmax_case("noisy_top_k", 2, normalise=True),
     "noisy, not normalised": softmax_case("noisy_top_k", 3, normalize_gates=False),
     "vmoe, k=2": softmax_case("vmoe_top_k", 2),
+    "vmoe, all": softmax_case("vmoe_top_k", EXPERTS),
     "vmoe, normalised": softmax_case("vmoe_top_k", 2, normalise=True, normalize_gates=True),
     "switch": Case("switch", {}, lambda x, p: oracles.linear_softmax(x, p, 1, normalise=False)),
     "sigmoid, k=1": Case("sigmoid", {"top_k": 1}, lambda x, p: oracles.sigmoid_top_k(x, p, 1)),
