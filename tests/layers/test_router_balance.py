@@ -126,23 +126,6 @@ def test_the_bias_balances_a_skewed_router() -> None:
     assert after.max() / after.mean() < 1.05
 
 
-def test_the_bias_leaves_weights_alone() -> None:
-    """A bias that is the same for all experts changes nothing at all; any other changes the choice only."""
-    layer, x = balanced_layer().eval(), torch.randn(2, 9, WIDTH)
-    plain, _ = run(layer, x)
-    layer.router.bias.fill_(0.25)
-    assert torch.equal(run(layer, x)[0], plain)
-    layer.router.bias.copy_(
-        torch.tensor([2.0, 2.0, 0.0, 0.0])
-    )  # more than any sigmoid: experts 0 and 1, always
-    routing = run(layer, x)[1].detach()
-    assert sorted(routing.expert_index.unique().tolist()) == [0, 1]
-    chosen = routing.logits.sigmoid()[..., :2]
-    torch.testing.assert_close(
-        routing.expert_weights()[..., :2], chosen / chosen.sum(-1, keepdim=True)
-    )
-
-
 def test_expert_choice_view_is_best_first_for_small_weights_too() -> None:
     """Both experts took the token, with 1e-9 and 1e-8: a difference that 1 + w does not have in float32."""
     logits = torch.zeros(1, 1, 2)

@@ -11,7 +11,6 @@ import math
 import pytest
 import torch
 
-from moevision.errors import UserError
 from moevision.layers import ExpertChoiceRouting, MoEMlp, SoftRouting, update_router_bias
 from tests.layers.linear_experts import close, run, times_e_plus_1, tokens
 
@@ -38,8 +37,6 @@ def test_switch_is_top_1_without_noise_and_with_its_own_loss() -> None:
     assert run(layer, X)[1].noise_std is None
     assert layer.router.default_losses == {"load_balancing": 0.05}
     assert "load_balancing" in layer.router.losses
-    with pytest.raises(UserError, match="top_k"):
-        MoEMlp(3, 3, num_experts=3, router="switch", top_k=2)
 
 
 @pytest.mark.parametrize(

@@ -61,26 +61,6 @@ def test_a_router_s_own_gates_count_with_and_without_gradients() -> None:
     assert router(x).combine_weight.eq(0.5).all()
 
 
-@pytest.mark.parametrize("name", ["noisy_top_k", "vmoe_top_k"])
-def test_top_1_is_never_renormalised_and_the_router_learns(name: str) -> None:
-    """A softmax over one kept value is 1 and has no gradient; the full softmax does."""
-    router, x = trained(name, top_k=1), torch.randn(1, 9, 16, dtype=torch.float64)
-    routing = router(x)
-    expected = routing.noisy_logits.softmax(-1).amax(-1, keepdim=True)
-    torch.testing.assert_close(routing.combine_weight, expected)
-    routing.combine_weight.sum().backward()
-    assert router.weight.grad.norm() > 0.01
-
-
-@pytest.mark.parametrize("name", ["noisy_top_k", "vmoe_top_k"])
-def test_noise_in_training_only(name: str) -> None:
-    router, x = trained(name), torch.randn(2, 5, 16, dtype=torch.float64)
-    assert not torch.equal(router(x).noisy_logits, router(x).noisy_logits)
-    router.eval()
-    assert router(x).noise_std is None
-    assert torch.equal(router(x).noisy_logits, router(x).logits)
-
-
 def test_initial_router_is_all_noise_and_balanced() -> None:
     """Shazeer, appendix A: W_g = W_noise = 0, so the noise has std softplus(0) = ln 2 and loads are equal."""
     torch.manual_seed(0)
@@ -103,12 +83,6 @@ def test_at_least_float32_with_autocast_off(dtype: torch.dtype) -> None:
     wide = torch.promote_types(dtype, torch.float32)
     assert routing.logits.dtype == routing.combine_weight.dtype == wide
     torch.testing.assert_close(routing.logits, x.to(wide) @ router.weight.to(wide).T)
-
-
-def test_learned_noise_gets_a_gradient() -> None:
-    router, x = trained("noisy_top_k"), torch.randn(2, 5, 16, dtype=torch.float64)
-    router(x).combine_weight.square().sum().backward()
-    assert router.noise_weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 5), (1, 1, 8), (3, 4, 1), (0, 4, 3)])
