@@ -24,7 +24,6 @@ PAIRS = [
     (router, loss)
     for router in ROUTERS
     for loss in sorted(build_router(router, WIDTH, EXPERTS, None).losses)
-    if router != "noisy_top_k"  # tests/test_losses.py
 ]
 
 
