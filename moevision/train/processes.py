@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch import Tensor
 
 from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
@@ -47,6 +48,14 @@ _KILL = getattr(signal, "SIGKILL", 9)
 def is_rank0() -> bool:
     """Whether this is the first of the processes that train together, or the only one."""
     return not several_processes() or dist.get_rank() == 0
+
+
+def mean_over_processes(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars averaged over processes and detached; all of them take one all-reduce."""
+    if not several_processes():
+        return {name: value.detach() for name, value in values.items()}
+    sums = sum_over_ranks([value.detach().float() for value in values.values()])
+    return {name: total / dist.get_world_size() for name, total in zip(values, sums, strict=True)}
 
 
 def sum_numbers(numbers: list[float], device: torch.device) -> list[float]:

@@ -44,7 +44,7 @@ from moevision.models.vit_moe import (
 )
 from moevision.train.checkpoint import plain
 from moevision.train.optim import LOCAL, build_optimizer, freeze_parameters, hold_frozen_statistics
-from moevision.train.processes import print_rank0
+from moevision.train.processes import mean_over_processes, print_rank0
 
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]
@@ -264,10 +264,15 @@ class ClassificationTask(L.LightningModule):
         self, logits: Tensor, labels: Tensor, cross_entropy: Tensor, loss: Tensor
     ) -> None:
         is_correct = logits.argmax(-1) == labels  # [B], of labels also under Mixup
+        scalars = {
+            "train/loss": loss,
+            "train/cross_entropy": cross_entropy,
+            "train/top1": is_correct.float().mean(),
+        }
+        means = mean_over_processes(scalars)
         size = len(labels)
-        self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
-        scalars = {"train/cross_entropy": cross_entropy, "train/top1": is_correct.float().mean()}
-        self.log_dict(scalars, batch_size=size, sync_dist=True)
+        self.log("train/loss", means.pop("train/loss"), prog_bar=True, batch_size=size)
+        self.log_dict(means, batch_size=size)
         for name, value in self.balance.values.items():
             self.log(f"train/{name}_loss", value, batch_size=size)
 
