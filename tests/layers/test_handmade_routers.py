@@ -78,15 +78,6 @@ def test_only_the_position_counts_in_evaluation(router: str) -> None:
     assert len(index[0].unique()) == 4
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "num_experts"), [(16, 4), (65, 8), (196, 8), (197, 16), (256, 64), (7, 8)]
-)
-def test_hash_gives_every_expert_as_many_positions(num_tokens: int, num_experts: int) -> None:
-    routing = route(layer_of("hash", num_experts, top_k=1), 1, num_tokens)
-    counts = routing.counts()
-    assert int(counts.max() - counts.min()) <= 1
-
-
 def test_hash_is_the_same_in_training_and_separates_neighbours() -> None:
     layer = layer_of("hash", 8, top_k=1)
     index = route(layer, 1, 196).expert_index.flatten()

@@ -28,6 +28,14 @@ from moevision.losses import (
 )
 
 IMAGES, TOKENS, WIDTH, HIDDEN, EXPERTS = 6, 5, 7, 4, 5
+
+
+def capped(training: float, evaluation: float) -> dict[str, Any]:
+    """Capacity factors; images share the capacity."""
+    factors = {"capacity_factor": training, "eval_capacity_factor": evaluation}
+    return {**factors, "capacity_group": "batch"}
+
+
 BY_IMAGE = [name for name, kind in ROUTERS.items() if "route_by" in kind.options]
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("noisy_top_k", {"top_k": 1}),
@@ -43,34 +51,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sigmoid", {"top_k": 3}),
     ("bias_balanced", {"top_k": 2}),
     ("cosine", {"top_k": 2}),
-    (
-        "vmoe_top_k",
-        {
-            "top_k": 1,
-            "capacity_factor": 0.9,
-            "eval_capacity_factor": 0.7,
-            "capacity_group": "batch",
-        },
-    ),
-    (
-        "noisy_top_k",
-        {
-            "top_k": 2,
-            "capacity_factor": 0.7,
-            "eval_capacity_factor": 0.7,
-            "capacity_group": "batch",
-        },
-    ),
-    (
-        "sigmoid",
-        {
-            "top_k": 2,
-            "capacity_factor": 0.7,
-            "eval_capacity_factor": 0.9,
-            "capacity_group": "batch",
-            "batch_priority": True,
-        },
-    ),
+    ("vmoe_top_k", {"top_k": 1, **capped(0.9, 0.7)}),
+    ("noisy_top_k", {"top_k": 2, **capped(0.7, 0.7)}),
+    ("sigmoid", {"top_k": 2, **capped(0.7, 0.9), "batch_priority": True}),
 ]
 IDS = [
     f"{name}, {', '.join(f'{key}={value}' for key, value in options.items())}"

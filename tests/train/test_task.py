@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -192,8 +193,9 @@ def test_one_image_of_nan_makes_the_loss_nan(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_self_contained_and_plain(tmp_path: Path) -> None:
-    """It loads under weights_only=True and rebuilds the task, whose options came as dataclasses."""
-    task = task_of(aux=AuxLossWeights(importance=0.3), optim=OptimizerConfig(lr=1e-3))
+    """It loads under weights_only=True, given NumPy's numbers, too, and rebuilds the task with its dataclasses."""
+    optim = OptimizerConfig(lr=np.float64(1e-3), weight_decay=np.float32(0.5))
+    task = task_of(aux=AuxLossWeights(importance=0.3), optim=optim)
     trainer = trainer_of(tmp_path, max_steps=1, limit_val_batches=0, enable_checkpointing=True)
     trainer.fit(task, pets())
     path = tmp_path / "x.ckpt"
@@ -203,7 +205,7 @@ def test_a_checkpoint_is_self_contained_and_plain(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.eval()(x), task.eval()(x))
     assert loaded.aux_weights == AuxLossWeights(importance=0.3)
-    assert loaded.optim == OptimizerConfig(lr=1e-3)
+    assert loaded.optim == OptimizerConfig(lr=1e-3, weight_decay=0.5)
 
 
 def gradients(
