@@ -279,12 +279,14 @@ class Balance:
         self._micro_batches += 1
         counts = [routing.requested_counts() for routing in routings]  # [E] of each layer
         if self.counts:
-            counts = [earlier + new for earlier, new in zip(self.counts, counts, strict=True)]
+            pairs = zip(self.counts, counts, strict=True)
+            counts = [earlier + new for earlier, new in pairs]
         self.counts = counts
 
         terms: list[tuple[str, float]] = []  # name and weight of each loss of each layer
         sums = []  # of each term
-        for index, (routing, weights) in enumerate(zip(routings, self._layer_weights, strict=True)):
+        layers = zip(routings, self._layer_weights, strict=True)
+        for index, (routing, weights) in enumerate(layers):
             for name, weight in weights.items():
                 terms.append((name, weight))
                 sums.append(self._window_sums(name, index, routing, target))

@@ -110,7 +110,8 @@ def send_choices(
             counts = padded_sizes
 
     position = row_of_choice.view_as(expert)  # [T, K]
-    return take_rows(x, token_of_row, position), counts, token_of_row, position
+    rows = take_rows(x, token_of_row, position)
+    return rows, counts, token_of_row, position
 
 
 def _place_few_choices(
@@ -488,7 +489,8 @@ def _weight_gradient(
 ) -> Tensor:
     """out_grad_eᵀ · rows_e: out_grad [R, O], rows [R, I] -> [E, O, I]."""
     if _all_equal(counts):
-        return torch.bmm(_stack_groups(out_grad, counts).mT, _stack_groups(rows, counts)).to(dtype)
+        out_grads = _stack_groups(out_grad, counts).mT  # [E, O, R / E]
+        return torch.bmm(out_grads, _stack_groups(rows, counts)).to(dtype)
     if _fits_grouped_mm(out_grad, rows):
         return F.grouped_mm(out_grad.t(), rows, offs=_group_ends(counts)).to(dtype)
     pairs = zip(out_grad.split(counts), rows.split(counts), strict=True)

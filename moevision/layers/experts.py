@@ -164,7 +164,8 @@ class Experts(nn.Module):
     def on_all_tokens(self, x: Tensor) -> Tensor:
         """Every expert on every token: x [T, D] -> [T, E, out_features] (the dense backend)."""
         x = x.to(self.compute_dtype(x))
-        return self.on_slots(x.expand(self.num_experts, -1, -1)).transpose(0, 1)
+        outputs = self.on_slots(x.expand(self.num_experts, -1, -1))  # [E, T, out]
+        return outputs.transpose(0, 1)
 
     def on_slots(self, slots: Tensor) -> Tensor:
         """Each expert on its own P rows: [E, P, D] -> [E, P, out_features] (dense backend of Soft MoE)."""
@@ -216,7 +217,8 @@ def _grouped_linear(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor |
 
     # At least in float32: the gradient of a bias is a sum over all rows of its expert.
     bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    return out + bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0]).to(out.dtype)
+    bias_of_row = bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])  # [R, out]
+    return out + bias_of_row.to(out.dtype)
 
 
 def _batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

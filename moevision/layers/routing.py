@@ -136,7 +136,8 @@ class Routing:
         """The same output without sorting: every expert computes every token of x [T, D] -> [T, out]."""
         outputs = experts.on_all_tokens(x)  # [T, E, out]
         weight = self.expert_weights().flatten(0, 1)  # [T, E]
-        return (outputs * weight.unsqueeze(-1)).sum(1).to(outputs.dtype)  # [T, out]
+        mixed = (outputs * weight.unsqueeze(-1)).sum(1)  # [T, out]
+        return mixed.to(outputs.dtype)
 
     def for_tokens(self, tokens: int) -> Self:
         """Expand a decision per image [B, 1, ...] to all its tokens [B, N, ...], without copying; N is `tokens`."""

@@ -380,9 +380,11 @@ class TrainingSnapshot:
     @torch.no_grad()
     def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
         """Restore the training state and drop the gradients; may be called repeatedly."""
-        for tensor, saved in zip(_trained_tensors(trainer, task), self._tensors, strict=True):
+        tensors = _trained_tensors(trainer, task)
+        for tensor, saved in zip(tensors, self._tensors, strict=True):
             tensor.copy_(saved)
-        for part, state in zip(_stateful_parts(trainer), self._states, strict=True):
+        parts = _stateful_parts(trainer)
+        for part, state in zip(parts, self._states, strict=True):
             part.load_state_dict(_copy_to_cpu(state))
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)

@@ -282,7 +282,8 @@ def _rewrite_checkpoint_paths(state: dict[str, Any], folder: Path) -> dict[str, 
 
     moved = {name: move_path(value) for name, value in state.items()}
     scores = state["best_k_models"]
-    return {**moved, "best_k_models": {move_path(path): scores[path] for path in scores}}
+    moved["best_k_models"] = {move_path(path): scores[path] for path in scores}
+    return moved
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,8 @@ def find_run_start(run_dir: Path, *, fresh_if_none: bool) -> RunStart:
     for entry in damaged:
         print_rank0(f"warning: {entry.path} {entry.fault}.")
     if checkpoint is not None:
-        fingerprint = load_archive(checkpoint.path, mmap=True).get(MARK, {}).get("fingerprint", {})
+        archive = load_archive(checkpoint.path, mmap=True)
+        fingerprint = archive.get(MARK, {}).get("fingerprint", {})
         print_rank0(
             f"Going on with {run_dir} from {checkpoint.path.name}, step {checkpoint.step:,} (verified)."
         )
