@@ -606,11 +606,21 @@ def impatient(monkeypatch):
 
 def test_one_process_at_a_time_and_one_that_is_about_to_end_is_waited_for(tmp_path, monkeypatch):
     """A training with workers is killed; they find out seconds later."""
-    held = lock_run_folder(tmp_path)
+    claimed, ending = threading.Event(), threading.Event()
+
+    def hold():
+        held = lock_run_folder(tmp_path)
+        claimed.set()
+        ending.wait(60)
+        time.sleep(0.3)
+        held.release()
+
+    threading.Thread(target=hold).start()
+    assert claimed.wait(60)
     with pytest.raises(UserError, match="Another process"):
         lock_run_folder(tmp_path)
+    ending.set()
     monkeypatch.setattr(resume, "_PATIENCE_S", 30)
-    threading.Timer(0.3, held.release, [True]).start()
     lock_run_folder(tmp_path).release()
 
 
