@@ -68,13 +68,9 @@ def parse_faults(text: str) -> list[Fault]:
 
 
 class FaultInjector(L.Callback):
-    """Does to the training what it was asked to; put it in front of all callbacks that should notice.
+    """Does to the training what `faults` say (`parse_faults`); `injected` counts each kind in this process.
 
-    Args:
-        faults: as `parse_faults` reads them.
-
-    Attributes:
-        injected: how often each kind of fault was injected by this process.
+    It stands in front of all callbacks that should notice.
     """
 
     def __init__(self, faults: str) -> None:

@@ -158,11 +158,9 @@ CASES = {
 
 
 class Sent(TorchDispatchMode):
-    """Counts what this process sends while it is entered, as a ring does it.
+    """Counts in `found` what this process sends while it is entered, as a ring does it.
 
-    Attributes:
-        found: bytes, collectives and messages by kind of collective. Those of a few numbers
-            (norms, loads, losses) are a kind of their own, "small".
+    Bytes, collectives and messages by kind; those of a few numbers (norms, loads, losses) are "small".
     """
 
     def __init__(self) -> None:
@@ -253,15 +251,10 @@ def train(
     *,
     mean: bool,
 ) -> None:
-    """Train and hand every step to `record`.
+    """Train and hand every step to `record`, before the update, with gradients that aren't clipped yet.
 
-    Args:
-        case: what to train.
-        net: its network, sharded or not.
-        forward: computes logits and routings.
-        mine: this process's rows of a micro-batch.
-        mean: whether gradients are the mean over processes (DDP), or their sum, for which the loss is divided.
-        record: is called before the update, with weights and gradients themselves, not clipped yet.
+    `forward` computes logits and routings, `mine` takes this process's rows of a micro-batch; `mean`: gradients are the
+    mean over processes (DDP), else their sum, for which the loss is divided.
     """
     processes = dist.get_world_size() if dist.is_initialized() else 1
     generator = torch.Generator().manual_seed(1)
