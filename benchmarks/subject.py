@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from benchmarks.phases import PhaseClock
 from moevision.config import parse_config
 from moevision.errors import UserError
-from moevision.layers import forward_routing, update_router_bias
-from moevision.losses import AuxLoss, AuxLossWeights
+from moevision.layers import forward_routing
+from moevision.losses import AuxLossWeights, Balance
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.convert import dense_twin
 from moevision.models.io import unknown_name
@@ -162,7 +162,7 @@ class TrainingStep:
         tokens, dtype = num_patches(self.net), torch.bfloat16 if self.bf16 else torch.float32
         is_fused = tokens is None or not trains_unfused(self.device, dtype, tokens)
         set_fused_attention(self.net, is_fused)
-        self.aux_loss = AuxLoss(AuxLossWeights(**subject.aux))
+        self.balance = Balance(self.net, AuxLossWeights(**subject.aux), subject.num_classes)
         config, how = OptimizerConfig(**subject.optim), {"fused": True, "bfloat16": self.bf16}
         self.optimizer, self.schedule = build_optimizer(
             self.net, config, total_steps=total_steps, **how
@@ -175,15 +175,12 @@ class TrainingStep:
             return nullcontext() if clock is None else clock.phase(name)
 
         with phase("rest"):
-            self.aux_loss.start_window()
             with phase("rest of the forward pass"), self.autocast():
                 logits, routings = forward_routing(self.net, images)
             with phase("losses"):
                 smoothing = self.subject.label_smoothing
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-                aux, _ = self.aux_loss(routings, F.one_hot(labels, logits.shape[-1]))
-                loss = loss if aux is None else loss + aux
-            counts = [routing.requested_counts() for routing in routings]
+                loss = loss + self.balance.loss(routings, F.one_hot(labels, logits.shape[-1]))
             with phase("backward"):
                 loss.backward()
             with phase("clip and optimizer"):
@@ -191,7 +188,7 @@ class TrainingStep:
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
-                update_router_bias(self.net, counts)
+                self.balance.step()
 
     def autocast(self) -> AbstractContextManager[object]:
         """The scope of the forward pass."""
