@@ -249,7 +249,5 @@ def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch) -> None:
 
 def test_a_rule_has_the_capacity_of_expert_choice_and_none_for_soft() -> None:
     """Of 16 patches each of 4 experts takes 16 · 2 / 4."""
-    trace = collect_routing(
-        saved(["soft", "expert_choice"]), open_pictures(PETS, 32), progress=False
-    )
+    _, trace = traced(saved(["soft", "expert_choice"]), 48)
     assert [RoutingRule.of(layer).top_k for layer in trace.layers] == [0, 8]

@@ -464,7 +464,6 @@ def test_without_the_package(tmp_path, monkeypatch):
         opened(tmp_path)
 
 
-@needs_datasets
 def test_classes_that_are_written_alike_are_refused(hub, tmp_path):
     """One é is one character, the other an e with an accent."""
     alike = hub.ClassLabel(names=["caf\xe9", "cafe\u0301"])
