@@ -32,8 +32,9 @@ from moevision.analysis.images import PictureSet, open_pictures, read_images
 from moevision.demo.models import bundled_folder, bundled_model
 from moevision.errors import DataWarning
 from moevision.files import write_json_atomic, write_text_atomic
+from moevision.models.convert import pooled
 from moevision.models.io import SavedModel
-from moevision.models.ood import FILE, MahalanobisOOD, fit_ood, pooled
+from moevision.models.ood import FILE, MahalanobisOOD, fit_ood
 from moevision.models.safe_files import CONFIG, read_json
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]

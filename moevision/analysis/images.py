@@ -522,7 +522,7 @@ class ImageSource:
                 class_names=model.class_names,
                 root=root or self.settings.get("root") or "data",
                 run_dir=self.run,
-                columns=_columns(self.settings),
+                columns=_columns(self.settings) if self.run is not None else (None, None),
             )
         except UserError as error:
             trained_on_it = self.path == str(self.settings.get("path"))

@@ -24,8 +24,9 @@ from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, escape_controls, escape_csv_cell, json_text
 from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic
+from moevision.models.convert import pooled
 from moevision.models.io import SavedModel, best_device
-from moevision.models.ood import linear_head, pooled
+from moevision.models.ood import linear_head
 from moevision.train.checkpoint import load_trained
 from moevision.train.processes import print_rank0
 from moevision.words import loading

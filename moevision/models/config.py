@@ -6,7 +6,6 @@ Only JSON primitives: a Lightning checkpoint stores it, and loads under `weights
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,14 +16,14 @@ from torch import nn
 from moevision.config import MoEConfig
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.models.convert import convert_to_moe, moe_layer_indices, pool_patches
+from moevision.models.convert import convert_to_moe, moe_layer_indices, one_or_list, pool_patches
 from moevision.models.io import architecture_of, config_file, create_from, unknown_name
 from moevision.models.safe_files import CONFIG
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
 
 DEFAULT_NAME = "vit_moe_micro_patch4_32"
-_SIZES = ("name", "base", "stem", "patch_size", "embed_dim", "num_heads", "mlp_ratio")
+_OF_THE_WEIGHTS = ("name", "base", "stem", "patch_size", "embed_dim", "num_heads", "mlp_ratio")
 
 
 def build_model(
@@ -86,12 +85,7 @@ def _from_pretrained(
     config: MoEConfig, num_classes: int, image_size: int, load_weights: bool
 ) -> nn.Module:
     if load_weights:  # without them a run of an earlier version goes on as it began
-        fixed = list(_SIZES)
-        if str(config.pretrained).endswith(".safetensors"):
-            fixed.remove("base")  # says what the file is of
-        if config.twin == "total_params":
-            fixed.append("twin")
-        _refuse_settings(config, fixed)
+        _refuse_other_sizes(config)
     source = _pretrained_source(config, num_classes, image_size, load_weights)
     patch = getattr(getattr(source, "patch_embed", None), "patch_size", None)
     if load_weights and patch is not None:
@@ -103,7 +97,7 @@ def _from_pretrained(
                 "leave it out, or start from a dense ViT."
             )
         if load_weights:
-            _refuse_settings(config, ("moe_layers", *MOE_ARGUMENTS, "upcycle_reinit"))
+            _refuse_other_experts(config, source)
         return source  # a MoE model of ours, trained further
     if config.twin is not None:
         # Of a model whose experts are copies: the dense model that they were copied from.
@@ -120,16 +114,43 @@ def _from_pretrained(
     return upcycle(source, layers=layers, reinit=config.upcycle_reinit or 0.0, seed=None, **options)
 
 
-def _refuse_settings(config: MoEConfig, names: Sequence[str]) -> None:
-    """Raise a UserError if one of these is set: the pretrained weights say what it is."""
-    settings = [name for name in names if getattr(config, name) is not None]
-    if settings:
+def _refuse_other_sizes(config: MoEConfig) -> None:
+    sizes = [name for name in _OF_THE_WEIGHTS if getattr(config, name) is not None]
+    if str(config.pretrained).endswith(".safetensors") and "base" in sizes:
+        sizes.remove("base")  # says what the file is of
+    if config.twin == "total_params":
+        sizes.append("twin")
+    if sizes:
         options = ", ".join(
-            f"--model.arch.{name} null (it is {getattr(config, name)})" for name in settings
+            f"--model.arch.{name} null (it is {getattr(config, name)})" for name in sizes
         )
         raise UserError(
             f"The model is that of the pretrained weights {config.pretrained}, as it is: give {options}, or train from "
             "scratch, with --pretrained none."
+        )
+
+
+def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
+    """Experts that come with the weights are trained as they came."""
+    widths = [layer.experts.fc1.out_features for layer in moe_layers(source)]
+    pretrained = {**cast(Any, source).moe_config, "expert_hidden": one_or_list(widths, None)}
+
+    different = []
+    for name in ("moe_layers", *MOE_ARGUMENTS, "upcycle_reinit"):
+        value = setting = getattr(config, name)
+        if setting is None:
+            continue
+        if name == "moe_layers":
+            value = moe_layer_indices(setting, len(cast(Any, source).blocks))
+        elif isinstance(setting, list):
+            value = one_or_list(setting, None)
+        if value != pretrained.get(name):
+            there = pretrained.get(name, "not set")
+            different.append(f"--model.arch.{name} null (it is {setting}; there: {there})")
+    if different:
+        raise UserError(
+            f"{config.pretrained} has experts already, which are trained on as they are: give {', '.join(different)}, "
+            "or start from a dense ViT."
         )
 
 

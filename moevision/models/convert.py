@@ -29,7 +29,6 @@ from moevision.errors import UserError
 from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, router_kind
 from moevision.layers.experts import Backend
 from moevision.layers.routing import evaluating, routed_unit
-from moevision.models.ood import pooled
 
 Match = Literal["active_flops", "total_params"]
 
@@ -419,6 +418,13 @@ def routes_read(model: nn.Module) -> list[bool]:
             first_patch = 0
         read.append(gradient is not None and bool(gradient[:, first_patch:].any()))
     return read
+
+
+def pooled(net: nn.Module, images: Tensor) -> Tensor:
+    """The input [B, D] of the classifier of a timm model, for images [B, 3, H, W]."""
+    model = cast(Any, net)
+    tokens = model.forward_features(images)
+    return cast(Tensor, model.forward_head(tokens, pre_logits=True))
 
 
 def _noise_image(model: nn.Module) -> Tensor:

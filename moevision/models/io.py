@@ -608,7 +608,11 @@ def _in_cache(repository: str, file: str, revision: str | None) -> Path | None:
 def ask_hub(weights: Published) -> HubFacts:
     """Licence and size of published weights, as the hub states them today; a `HubUnreachableError` if it doesn't."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:  # its client asks twice
         info = HfApi().model_info(
@@ -620,7 +624,10 @@ def ask_hub(weights: Published) -> HubFacts:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(_HIDDEN.format(weights.repository)) from error
     except Exception as error:  # each version of the hub's client has its own
-        raise HubUnreachableError(f"The hub can't be reached ({type(error).__name__}).") from error
+        reason = type(error).__name__
+        if isinstance(error, OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE is set"
+        raise HubUnreachableError(f"The hub can't be reached ({reason}).") from error
 
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
     licences = [tag for tag in info.tags or [] if tag.startswith("license:")]

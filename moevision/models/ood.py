@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moevision.errors import UserError
+from moevision.models.convert import pooled
 from moevision.models.safe_files import read_header
 
 Floats = npt.NDArray[np.float64]
@@ -100,13 +101,6 @@ def answers(net: nn.Module, strangers: MahalanobisOOD, images: Tensor) -> tuple[
     features = pooled(net, images)
     classifier = cast(Any, net).get_classifier()
     return classifier(features), strangers(features)
-
-
-def pooled(net: nn.Module, images: Tensor) -> Tensor:
-    """The input [B, D] of the classifier of a timm model, for images [B, 3, H, W]."""
-    model = cast(Any, net)
-    tokens = model.forward_features(images)
-    return cast(Tensor, model.forward_head(tokens, pre_logits=True))
 
 
 def linear_head(net: nn.Module) -> nn.Linear | None:

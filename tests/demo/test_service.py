@@ -500,7 +500,7 @@ def test_a_gallery_that_fails_says_why(home, monkeypatch):
     explorer.galleries.start()
     explorer.galleries.thread.join(60)
     answer = explorer.answer("experts", {"model": "pets", "layer": 1})
-    assert says(answer["error"], "The pets", "limit is 0")
+    assert says(answer["error"], "The pets", "0 images can be read")
     assert "error" not in explorer.answer("route", {"picture": PICTURE})
 
 

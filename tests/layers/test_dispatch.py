@@ -257,14 +257,12 @@ def test_the_same_choices_give_the_same_rows() -> None:
         assert torch.equal(getattr(first, name), getattr(second, name))
 
 
-@pytest.mark.parametrize(("row_multiple", "expected"), [(None, [8, 8]), (1, [2, 1])])
-def test_few_choices_are_padded_unless_that_is_turned_off(
-    row_multiple: int | None, expected: list[int]
-) -> None:
+@pytest.mark.parametrize(("pad", "expected"), [(True, [8, 8]), (False, [2, 1])])
+def test_few_choices_are_padded_unless_that_is_turned_off(pad: bool, expected: list[int]) -> None:
     """Without gradients one product of groups of equal length is faster than two."""
     choices = torch.tensor([[[0], [0], [1]]])
     with torch.no_grad():
-        dispatched = LocalDispatcher(row_multiple).dispatch(
+        dispatched = LocalDispatcher(pad=pad).dispatch(
             torch.zeros(3, 8, dtype=torch.bfloat16), routing_of(choices, 2)
         )
     assert dispatched.counts.tolist() == expected

@@ -777,7 +777,7 @@ def test_the_argument():
     assert without_resume(["a", "--resume", "runs/x", "-b"]) == ["a", "-b"]
     assert without_resume(["--resume=runs/x", "--resume=auto"]) == []
     for wrong in (["--resume"], ["--resume", "--data.path"]):
-        with pytest.raises(UserError, match="--resume needs a value"):
+        with pytest.raises(UserError, match="--resume: expected one argument"):
             parse_args("fit", wrong)
 
 
