@@ -68,7 +68,7 @@ class TopKRouter(Router):
 
     `noise` is `learned` (a second linear map gives the standard deviation for each token and expert), `fixed` (σ =
     1/E), `jitter` (of the router's input) or `none`; `options.noise` overrides it. `default_losses` are weights of the
-    balance losses, used if the user gives none. `placement` are device and dtype.
+    balance losses, used if the user gives none.
     """
 
     explain = by_softmax
@@ -84,7 +84,8 @@ class TopKRouter(Router):
         softmax_over: Literal["kept", "all"] = "kept",
         options: RouterOptions = RouterOptions(),  # noqa: B008 (never changed)
         default_losses: Mapping[str, float] | None = None,
-        **placement: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -95,15 +96,15 @@ class TopKRouter(Router):
         self.options = options
         self._default_losses = default_losses or {}
         self.noise_weight = None
-        self.make_parameters(**placement)
+        self.make_parameters(device, dtype)
         self.reset_parameters()
 
-    def make_parameters(self, **placement: Any) -> None:
+    def make_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """The maps from a token to its scores and to the noise on them, [E, D] each."""
         shape = (self.num_experts, self.dim)
-        self.weight = nn.Parameter(torch.empty(shape, **placement))
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if self.noise == "learned":
-            self.noise_weight = nn.Parameter(torch.empty(shape, **placement))
+            self.noise_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Zeros where noise is learned (Shazeer, appendix A: "no signal and some noise"); else LeCun normal.
@@ -280,17 +281,18 @@ class CosineRouter(TopKRouter):
 
     explain = partialmethod(by_softmax, scores=ANGLE)
 
-    def make_parameters(self, **placement: Any) -> None:
+    def make_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """The projection, an embedding [E, features], and the logarithm of the scale (`temperature`)."""
         if self.noise == "learned":
             raise UserError(
                 "The router 'cosine' has no learned noise: use noise 'fixed', 'jitter' or 'none'."
             )
         features = min(256, self.dim)
-        self.proj = nn.Linear(self.dim, features, **placement)
-        self.expert_embedding = nn.Parameter(torch.empty(self.num_experts, features, **placement))
+        self.proj = nn.Linear(self.dim, features, device=device, dtype=dtype)
+        embedding = torch.empty(self.num_experts, features, device=device, dtype=dtype)
+        self.expert_embedding = nn.Parameter(embedding)
         # One element, not a scalar: FSDP2 shards no scalars.
-        self.temperature = nn.Parameter(torch.empty(1, **placement))
+        self.temperature = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
 
     @property
     def rows(self) -> nn.Parameter:
