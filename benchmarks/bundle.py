@@ -24,14 +24,6 @@ that trained the runs stand in the runs' provenance and go to the card.
         --run WORK/class-experts-bundled-s0 --dense WORK/dense-experts-bundled-s0 \
         --before WORK/class-experts-bundled-s0/start
 
-A bundled model in bfloat16 is packed, and what is said of it measured anew, without its runs:
-
-    python -m benchmarks bundle cats_vs_dogs --pack --data DIR
-
-`--ask-again` writes the third answer of the atlases anew and needs no run:
-
-    python -m benchmarks bundle cifar10 --ask-again --data DIR
-
 How far images of other things lie is measured, too; the share of them that this recognizes comes from
 `python -m benchmarks strangers run NAME`.
 
@@ -41,7 +33,6 @@ compared with that of a model with fresh weights.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -49,8 +40,7 @@ import tomllib
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from math import sqrt
+from math import dist
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +48,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from benchmarks.accuracy import curve_of
 from benchmarks.demo.packed import pack_folder
 from benchmarks.harness import HERE, argument_parser, without_places
 from benchmarks.strangers import detector_of, put_beside
@@ -65,29 +56,21 @@ from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet, open_pictures, read_images
 from moevision.analysis.questions import (
-    Answer,
-    Swap,
-    function_answer,
     summary_lines,
-    swap_test,
     three_questions,
 )
 from moevision.analysis.readings import (
-    Recording,
-    choices_of,
     measure_baselines,
     recording_of,
-    run_forced,
 )
 from moevision.analysis.report import measure_effects
 from moevision.analysis.trace import RoutingTrace
-from moevision.demo.atlas import build_atlas, load_atlas, save_atlas
+from moevision.demo.atlas import build_atlas, save_atlas
 from moevision.demo.models import HISTORIES, SOURCES
 from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.history import FILE, RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
-from moevision.models.safe_files import WEIGHTS
 from moevision.stats import accuracy_interval
 
 MODELS = HERE.parent / "moevision" / "demo" / "models"
@@ -107,53 +90,22 @@ def main() -> None:
     add("--dense", type=Path, help="run folder of its dense twin")
     add("--unbalanced", type=Path, help="run folder of the same model without balance losses")
     add("--seeds", type=Path, nargs="*", default=[], help="the same recipe with other seeds")
-    add(
-        "--before",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="--run, then --seeds, before their training",
-    )
-    add(
-        "--curve",
-        type=Path,
-        nargs="*",
-        help="runs whose epochs make the training, if it was resumed",
-    )
+    add("--before", type=Path, nargs="*", default=[], help="--run, then --seeds, before training")
     add("--note", default="", help="what the recorded commands don't say about the training")
     add("--data", help="where the images are, if not where the name says")
     add("--images", type=int, default=1000, help="images of the atlas (%(default)s)")
-    add(
-        "--photos",
-        type=Path,
-        help="photos with SOURCES.md, of which those of grade A and A- are taken",
-    )
+    graded = "photos with SOURCES.md, of which those of grade A and A- are taken"
+    add("--photos", type=Path, help=graded)
     add("--examples", type=Path, metavar="FOLDER", help="write the images to show there, and stop")
-    add(
-        "--ask-again",
-        action="store_true",
-        help="write the third answer of the atlases anew, from the bundled weights",
-    )
     add("--pack", action="store_true", help="store weights in eight bits")
     add("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
     options = parser.parse_args()
-    packs_bundled = options.pack and options.run is None and options.examples is None
-    if (
-        not options.ask_again
-        and not packs_bundled
-        and (options.name in NOTICE) != (options.photos is not None)
-    ):
+    if (options.name in NOTICE) != (options.photos is not None):
         parser.error(f"--photos goes with {', '.join(NOTICE)}, and with nothing else")
-    if options.ask_again:
-        ask_again(options)
-    elif packs_bundled:
-        pack_bundled(options)
-    elif options.examples is not None and options.photos is None:
-        parser.error(
-            "--examples goes with --photos: of drawn images fit records the first by itself"
-        )
-    elif options.examples is not None:
-        write_examples(options)
+    if options.examples is not None and options.photos is not None:
+        # Of drawn images `fit` itself records the first ones.
+        classes = ("cat", "dog", *OTHER) if options.name == "cifar10" else ("cat", "dog")
+        _copy(options.photos, photos_to_show(options.photos, classes), options.examples)
     elif options.run is None or options.dense is None:
         parser.error("give --run and --dense, or --examples")
     else:
@@ -162,48 +114,45 @@ def main() -> None:
 
 def make(options: Namespace) -> None:
     """Measure one model and write its folder."""
-    about, folder, has_photos = (
-        ABOUT[options.name],
-        options.out / options.name,
-        options.photos is not None,
-    )
+    about, folder = ABOUT[options.name], options.out / options.name
     runs = {"trained": options.run, "dense": options.dense, "unbalanced": options.unbalanced}
     runs = {variant: run for variant, run in runs.items() if run is not None}
     data = options.data or about["data_kind"]
     rest = MODELS / WORDS["rests"][options.name] if options.name in WORDS["rests"] else None
-    models = {
-        variant: load_model(str(run))
-        if variant == "dense" and has_photos
-        else _rounded(run, folder / variant, data if options.pack else None, rest)
-        for variant, run in runs.items()
-    }
+    models = {}
+    for variant, run in runs.items():
+        if variant == "dense" and options.photos is not None:
+            models[variant] = load_model(str(run))
+        else:
+            packed_with = data if options.pack else None
+            models[variant] = _rounded(run, folder / variant, packed_with, rest)
     trained = models["trained"]
     size, names = trained.image_size, trained.class_names
     held_out = {"class_names": names, "run_dir": options.run}  # as the run cut its data
     test = open_pictures(data, size, **held_out)
+    labels = [test.label(row) for row in range(len(test))]
     right = {
-        "moe" if name == "trained" else name: _right(model, test) for name, model in models.items()
+        "moe" if name == "trained" else name: _right(own, test) for name, own in models.items()
     }
-    counts = _counts(test)
     card: dict[str, Any] = {
         "id": options.name,
         **about,
         "recipe": _command(options.run),
         "note": options.note,
-        "validation_top1": [
-            top1 for run in options.curve or [options.run] for top1 in _validation(run)
-        ],
+        "validation_top1": _round(
+            [top1 for _, top1, _ in curve_of(options.run / "metrics.csv", 1)]
+        ),
         "seed": _provenance(options.run)["seed"],
-        **_accuracies(right, counts),
+        **_accuracies(right, np.bincount(labels, minlength=len(names)).tolist()),
         "recipes": {name: _command(run) for name, run in runs.items()},
         "test_images": len(test),
     }
     write_json_atomic(folder / "card.json", card)
     put_beside(folder, detector_of(load_model(str(folder / "trained")), data, run_dir=options.run))
-    write_json_atomic(
-        folder / "provenance.json", {name: _origin(run) for name, run in runs.items()}
-    )
-    shown = _write_photos(options, folder, models) if has_photos else None
+    said = ("code", "started_utc", "hardware", "libraries")  # of a training
+    origins = {name: {key: _provenance(run)[key] for key in said} for name, run in runs.items()}
+    write_json_atomic(folder / "provenance.json", origins)
+    shown = None if options.photos is None else _write_photos(options, folder, models)
     pictures = open_pictures(data, size, limit=options.images, **held_out)
     for variant, name in HISTORIES.items():
         if variant in runs and (file := runs[variant] / FILE).is_file():
@@ -211,97 +160,17 @@ def make(options: Namespace) -> None:
     seeds, before = (
         [load_model(str(path)) for path in paths] for paths in (options.seeds, options.before)
     )
-    save_atlas(
-        _atlas(trained, pictures, about["title"], shown, seeds, before), folder / "atlas.json"
-    )
+    atlas = _atlas(trained, pictures, about["title"], shown, seeds, before)
+    save_atlas(atlas, folder / "atlas.json")
     if "unbalanced" in models:
         atlas = _atlas(models["unbalanced"], pictures, about["title"], shown)
         save_atlas(atlas, folder / "atlas_unbalanced.json")
     print(json.dumps(card, indent=2, ensure_ascii=False))
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        print(f"{file.stat().st_size / 1e6:8.3f} MB  {file.relative_to(folder)}")
-
-
-def pack_bundled(options: Namespace) -> None:
-    """Pack the bundled weights; card, history and atlases then say what the packed models do."""
-    folder, about = options.out / options.name, ABOUT[options.name]
-    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    variants = [
-        variant for variant in ("trained", "unbalanced", "dense") if (folder / variant).is_dir()
-    ]
-    model = load_model(str(folder / "trained"))
-    data, size, names = options.data or about["data_kind"], model.image_size, model.class_names
-    test = open_pictures(data, size, class_names=names)
-    if len(test) != card["test_images"]:
-        raise UserError(
-            f"{data} has {len(test)} test images, and the card speaks of {card['test_images']}: give those."
-        )
-    for variant in variants:
-        if (folder / variant / WEIGHTS).is_file():
-            pack_folder(folder / variant, data)
-    models = {variant: load_model(str(folder / variant)) for variant in variants}
-    right = {
-        "moe" if variant == "trained" else variant: _right(own, test)
-        for variant, own in models.items()
-    }
-    for name, found in _accuracies(right, _counts(test)).items():
-        card[name] |= found
-    write_json_atomic(folder / "card.json", card)
-    shown, home = None, (folder / SOURCES).parent
-    if home.is_dir():
-        shown = open_pictures(home, size, split="all", class_names=names)
-    pictures = open_pictures(data, size, limit=options.images, class_names=names)
-    for variant in [variant for variant in variants if variant in HISTORIES]:
-        if (history := folder / HISTORIES[variant]).is_file():
-            _write_history(history, models[variant], test if shown is None else shown, history)
-        atlas = _atlas(models[variant], pictures, about["title"], shown)
-        save_atlas(atlas, folder / f"atlas{'' if variant == 'trained' else '_' + variant}.json")
-
-
-def recorded(model: SavedModel, trace: RoutingTrace, pictures: PictureSet) -> Recording:
-    """What the third question is asked of."""
-    run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
-    layers = [choices_of(layer) for layer in trace.layers]
-    return Recording(np.asarray(trace.labels), layers, trace.class_names, run=run)
-
-
-def third_answers(recording: Recording) -> list[tuple[Answer, Swap | None]]:
-    """The third question's answer and all costs behind it, for each MoE layer."""
-    swaps = [
-        swap_test(recording, place, limit=len(recording.labels))
-        for place in range(len(recording.layers))
-    ]
-    return [
-        (function_answer(swap, None if swap else "no exchange moves a patch"), swap)
-        for swap in swaps
-    ]
-
-
-def ask_again(options: Namespace) -> None:
-    """Ask the third question of the bundled weights, and write it to their atlases; everything else stays."""
-    for file in sorted((options.out / options.name).glob("atlas*.json")):
-        atlas, variant = (
-            load_atlas(file),
-            file.stem.removeprefix("atlas").removeprefix("_") or "trained",
-        )
-        model = load_model(str(file.parent / variant))
-        pictures = open_pictures(
-            options.data or ABOUT[options.name]["data_kind"],
-            model.image_size,
-            limit=options.images,
-            class_names=model.class_names,
-        )
-        answers = third_answers(recorded(model, collect_routing(model, pictures), pictures))
-        for layer, (answer, _) in zip(atlas["layers"], answers, strict=True):
-            layer["answers"][2] = answer.to_json()
-            print(f"{options.name}, {variant}, {layer['name']}: {answer.sentence}", flush=True)
-        save_atlas(atlas, file)
 
 
 # ---- images to show
 
 _ROW = re.compile(r"^\| (?P<file>\S+\.jpg) \|(?P<rest>.*)\|\s*$", re.M)
-_IMAGENET_ID = re.compile(r"n\d{8}_")
 _CHANGED = " (changes by GCompris: "
 
 
@@ -324,22 +193,20 @@ class Photo:
 def photos_to_show(folder: Path, class_names: Sequence[str]) -> list[Photo]:
     """Photos of the model's classes that may be carried: of grade A or A-, not share-alike, no image of ImageNet.
 
-    Args:
-        folder: has SOURCES.md, a table of file, package, path inside, author, licence, quotation, grade.
-        class_names: the model's; a photo's class is its subfolder, or what `OTHER` says.
+    SOURCES.md is a table of file, package, path inside, author, licence, quotation, grade; a photo's class is its
+    subfolder, or what `OTHER` says.
 
     Raises:
         UserError: if there is none.
     """
     found = []
-    other = {
-        f"other/{name}.jpg": f"{kind}/{name}.jpg" for kind, names in OTHER.items() for name in names
-    }
+    others = [(kind, name) for kind, names in OTHER.items() for name in names]
+    other = {f"other/{name}.jpg": f"{kind}/{name}.jpg" for kind, name in others}
     for row in _ROW.finditer((folder / "SOURCES.md").read_text(encoding="utf-8")):
         package, inside, author, licence, quoted, grade = (
             cell.strip() for cell in row["rest"].split(" | ")
         )
-        barred = grade not in ("A", "A-") or "-SA" in licence or _IMAGENET_ID.search(inside)
+        barred = grade not in ("A", "A-") or "-SA" in licence or re.search(r"n\d{8}_", inside)
         file = other.get(row["file"], row["file"])
         if barred or file.split("/")[0] not in class_names:
             continue
@@ -348,22 +215,14 @@ def photos_to_show(folder: Path, class_names: Sequence[str]) -> list[Photo]:
         changes = f"{changed.rstrip(')')} by GCompris; " if changed else ""
         source, changes = commons[0] if commons else package, f"{changes}scaled, re-encoded"
         line = re.search(r"Copyright[^/\"]*", quoted) if licence.startswith("MIT") else None
-        found.append(
-            Photo(
-                row["file"], file, author, licence, source, changes, line[0].strip() if line else ""
-            )
-        )
+        copyright_line = line[0].strip() if line else ""
+        origin = (row["file"], file, author, licence, source)
+        found.append(Photo(*origin, changes, copyright_line))
     if not found:
         raise UserError(
             f"{folder} has no photo of {' or '.join(class_names)} that may be carried: see its SOURCES.md."
         )
     return found
-
-
-def write_examples(options: Namespace) -> None:
-    """The photos that the explorer will show of a model; of drawn images `fit` itself records the first ones."""
-    classes = ("cat", "dog", *OTHER) if options.name == "cifar10" else ("cat", "dog")
-    _copy(options.photos, photos_to_show(options.photos, classes), options.examples)
 
 
 def _copy(folder: Path, photos: Sequence[Photo], out: Path) -> None:
@@ -374,33 +233,20 @@ def _copy(folder: Path, photos: Sequence[Photo], out: Path) -> None:
 
 def _write_photos(options: Namespace, folder: Path, models: dict[str, SavedModel]) -> PictureSet:
     """Write the photos with their sources, the dense twin's predictions of them, and the NOTICE; return the photos."""
-    names, size, home = (
-        models["trained"].class_names,
-        models["trained"].image_size,
-        (folder / SOURCES).parent,
-    )
+    names, size = models["trained"].class_names, models["trained"].image_size
+    home = (folder / SOURCES).parent
     photos = photos_to_show(options.photos, names)
     shutil.rmtree(home, ignore_errors=True)
     _copy(options.photos, photos, home)
-    write_json_atomic(
-        folder / SOURCES,
-        {
-            p.file: {
-                "author": p.author,
-                "licence": p.licence,
-                "source": p.source,
-                "changes": p.changes,
-            }
-            for p in photos
-        },
-    )
+    said_of = ("author", "licence", "source", "changes")
+    sources = {photo.file: {name: vars(photo)[name] for name in said_of} for photo in photos}
+    write_json_atomic(folder / SOURCES, sources)
     text = f"{NOTICE[options.name]}\nThe photos in examples/:\n\n"
     lines = [f"- {p.file}: {p.author}, {p.licence}, {p.source}; {p.changes}\n" for p in photos]
     owners = [f"{line}\n" for line in dict.fromkeys(p.copyright for p in photos if p.copyright)]
-    licence = (
-        ["\nThose under the MIT licence:\n\n", *owners, WORDS["licence"]["mit"]] if owners else []
-    )
-    write_text_atomic(folder / "NOTICE", "".join([text, *lines, *licence]))
+    if owners:
+        lines += ["\nThose under the MIT licence:\n\n", *owners, WORDS["licence"]["mit"]]
+    write_text_atomic(folder / "NOTICE", "".join([text, *lines]))
     shown = open_pictures(home, size, split="all", class_names=names)
     answers = _probabilities(models["dense"], shown).tolist()
     said = {shown.picture_name(row): _round(own) for row, own in enumerate(answers)}
@@ -413,16 +259,13 @@ def _write_history(file: Path, model: SavedModel, pictures: PictureSet, out: Pat
     history = RoutingHistory.load(file)
     last = history.steps[-1]
     rows = {pictures.picture_name(row): row for row in range(len(pictures))}
-    names = {
-        name: name if name in rows else name.removesuffix(".png") for name in history.image_names
-    }
-    strange = sorted(name for name, own in names.items() if own not in rows)
-    if strange:
+    names = [name if name in rows else name.removesuffix(".png") for name in history.image_names]
+    if strange := set(names) - rows.keys():
         raise UserError(
-            f"{strange[0]} was recorded and is no image to show: record what --examples writes."
+            f"{min(strange)} was recorded and is no image to show: record what --examples writes."
         )
-    images = network_input(model, read_images(pictures, [rows[name] for name in names.values()]))
-    shown = replace(history, image_names=tuple(names[name] for name in history.image_names))
+    images = network_input(model, read_images(pictures, [rows[name] for name in names]))
+    shown = replace(history, image_names=tuple(names))
     shown.until(last - 1).plus(last, moment_of(model.net, images)).save(out)
 
 
@@ -445,31 +288,12 @@ def _provenance(run: Path) -> dict[str, Any]:
     return found
 
 
-def _origin(run: Path) -> dict[str, Any]:
-    """Code, time, machine and libraries of a training."""
-    return {
-        name: _provenance(run)[name] for name in ("code", "started_utc", "hardware", "libraries")
-    }
-
-
 def _command(run: Path) -> str:
     """The command that trained a run, without the places of its data, of its run and of what it went on from."""
     words = _provenance(run)["command"]
     places = {"--data.path", "--ckpt_path", "--runs_root"}
-    left = (
-        word
-        for word, before in zip(words, ["", *words], strict=False)
-        if not places & {word, before}
-    )
-    return without_places(" ".join(left))
-
-
-def _validation(run: Path) -> list[float]:
-    """Validation top-1 after each epoch of a run."""
-    with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
-        return [
-            round(float(row["val/top1"]), 4) for row in csv.DictReader(file) if row.get("val/top1")
-        ]
+    pairs = zip(words, ["", *words], strict=False)
+    return without_places(" ".join(word for word, before in pairs if not places & {word, before}))
 
 
 def _round(values: Sequence[float]) -> list[float]:
@@ -477,25 +301,17 @@ def _round(values: Sequence[float]) -> list[float]:
 
 
 def balanced_accuracy(right: Sequence[int], counts: Sequence[int]) -> tuple[float, float, float]:
-    """Mean of the classes' accuracies with a 95 % interval.
+    """Mean of the accuracies of classes that have images, with the ends of its 95 % interval.
 
     Each class has its Wilson interval, and the distances of independent classes add up as squares (MOVER: Zou and
     Donner 2008, Statistics in Medicine 27).
-
-    Args:
-        right: images of each class that are classified correctly.
-        counts: images of each class; a class without any is left out.
-
-    Returns:
-        (share, low, high).
     """
     known = [(each, count) for each, count in zip(right, counts, strict=True) if count]
     shares = [each / count for each, count in known]
     bounds = [accuracy_interval(each, count) for each, count in known]
-    below = sqrt(sum((own - low) ** 2 for own, (low, _) in zip(shares, bounds, strict=True)))
-    above = sqrt(sum((high - own) ** 2 for own, (_, high) in zip(shares, bounds, strict=True)))
+    lows, highs = zip(*bounds, strict=True)
     share = sum(shares) / len(known)
-    return share, share - below / len(known), share + above / len(known)
+    return share, share - dist(shares, lows) / len(known), share + dist(shares, highs) / len(known)
 
 
 def _accuracies(
@@ -503,31 +319,21 @@ def _accuracies(
 ) -> dict[str, dict[str, Any]]:
     """What a card says of each model, from the right answers in each class and the images of it."""
     total = sum(counts)
+    accuracy = {name: sum(own) / total for name, own in right.items()}
+    interval = {name: _round(accuracy_interval(sum(own), total)) for name, own in right.items()}
+    balanced = {name: _round(balanced_accuracy(own, counts)) for name, own in right.items()}
     return {
-        "accuracy": {name: sum(own) / total for name, own in right.items()},
-        "accuracy_interval": {
-            name: _round(accuracy_interval(sum(own), total)) for name, own in right.items()
-        },
-        "balanced_accuracy": {
-            name: _round(balanced_accuracy(own, counts)) for name, own in right.items()
-        },
+        "accuracy": accuracy,
+        "accuracy_interval": interval,
+        "balanced_accuracy": balanced,
     }
-
-
-def _counts(pictures: PictureSet) -> list[int]:
-    """Images of each class."""
-    labels = [pictures.label(row) for row in range(len(pictures))]
-    return [labels.count(label) for label in range(len(pictures.class_names))]
 
 
 def _right(model: SavedModel, pictures: PictureSet) -> list[int]:
     """For each class the number of its images that are classified correctly."""
     answers = _probabilities(model, pictures).argmax(-1)
     labels = np.array([pictures.label(row) for row in range(len(pictures))])
-    return [
-        int(((answers == label) & (labels == label)).sum())
-        for label in range(len(model.class_names))
-    ]
+    return np.bincount(labels[answers == labels], minlength=len(model.class_names)).tolist()
 
 
 @torch.inference_mode()
@@ -557,26 +363,12 @@ def _atlas(
     fractions = fractions_of_parts(pictures, trace.grid)
     parts = None if fractions is None else majority_part(fractions)
     baselines = measure_baselines(model, pictures, trace)
-    own = recording_of(
-        model,
-        pictures,
-        trace,
-        baselines=baselines,
-        before=earlier[0],
-        parts=parts,
-        part_names=pictures.part_names,
-    )
-    again = [
-        recording_of(
-            other,
-            pictures,
-            routed,
-            baselines=measure_baselines(other, pictures, routed),
-            before=ago,
-            swap=False,
-        )
-        for other, routed, ago in zip(seeds, others, earlier[1:], strict=True)
-    ]
+    known = {"baselines": baselines, "before": earlier[0]}
+    own = recording_of(model, pictures, trace, **known, parts=parts, part_names=pictures.part_names)
+    again = []
+    for other, routed, ago in zip(seeds, others, earlier[1:], strict=True):
+        known = {"baselines": measure_baselines(other, pictures, routed), "before": ago}
+        again.append(recording_of(other, pictures, routed, **known, swap=False))
     questions = three_questions(own, seeds=again)
     for answer in summary_lines(questions):
         print(answer.sentence)

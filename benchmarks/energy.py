@@ -53,32 +53,8 @@ def open_counter(device: torch.device) -> Callable[[], float]:
     return joules
 
 
-def idle_power(joules: Callable[[], float], seconds: float) -> float:
-    """Watts of the next seconds, in which nothing is done."""
-    joules_before, start = joules(), time.perf_counter()
-    time.sleep(seconds)
-    return (joules() - joules_before) / (time.perf_counter() - start)
-
-
-def joules_of_passes(
-    run: Callable[[], object], joules: Callable[[], float], seconds: float
-) -> tuple[float, int]:
-    """Joules, and how many passes they were for; at least `seconds` of them."""
-    joules_before, start = joules(), time.perf_counter()
-    passes = 0
-    while time.perf_counter() - start < seconds or passes == 0:
-        run()
-        passes += 1
-    return joules() - joules_before, passes
-
-
 def energy_of(run: Callable[[], object], images: int, device: torch.device) -> dict[str, Any]:
-    """Energy of repeated work above the machine's idle power.
-
-    Args:
-        run: one pass, such as a training step.
-        images: images that one pass works on.
-        device: whose counter is read.
+    """Energy of repeated work above the machine's idle power, by image of which each pass has so many.
 
     Returns:
         `joules_per_image` of each of three runs with their median, `source` and `domain`; or `energy`: "not measured"
@@ -90,10 +66,14 @@ def energy_of(run: Callable[[], object], images: int, device: torch.device) -> d
         return {"energy": "not measured", "reason": str(reason)}
     per_image = []
     for _ in range(RUNS):
-        watts = idle_power(joules, IDLE_S)
-        start = time.perf_counter()
-        spent, passes = joules_of_passes(run, joules, RUN_S)
-        above_idle = spent - watts * (time.perf_counter() - start)
+        before, start = joules(), time.perf_counter()
+        time.sleep(IDLE_S)
+        idle_watts = (joules() - before) / (time.perf_counter() - start)
+        before, start, passes = joules(), time.perf_counter(), 0
+        while time.perf_counter() - start < RUN_S or passes == 0:
+            run()
+            passes += 1
+        above_idle = joules() - before - idle_watts * (time.perf_counter() - start)
         per_image.append(rounded(above_idle / (passes * images)))
     name = torch.cuda.get_device_properties(device).name
     return {

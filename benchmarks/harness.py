@@ -10,9 +10,8 @@ import re
 import shlex
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import moevision
@@ -32,18 +30,11 @@ from moevision.errors import UserError, escape_controls_of_lines
 from moevision.layers.cpu import has_matrix_unit
 from moevision.limits import total_memory_bytes, usable_cores
 from moevision.train.provenance import cpu_model, git_state, gpu_names
-from moevision.train.recipe import default_precision
 
 HERE = Path(__file__).parent
 LIBRARIES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "lightning",
-    "numpy",
-    "transformers",
-    "torchtitan",
-    "triton",
+    *("torch", "torchvision", "timm", "lightning", "numpy"),
+    *("transformers", "torchtitan", "triton"),
 )
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Json = Mapping[str, Any]
@@ -66,24 +57,15 @@ def argument_parser(verb: str, text: str | None, examples: str = "") -> Argument
 def add_measuring(parser: ArgumentParser, *, repetitions: int) -> None:
     """Options of the benchmarks that measure this machine."""
     add = parser.add_argument
-    rounds = "rounds before them, in which a CPU compiles its kernels (%(default)s)"
-    add(
-        "--repetitions",
-        type=positive,
-        default=repetitions,
-        metavar="N",
-        help="measured rounds (%(default)s)",
-    )
-    add("--warm-up", type=count, default=20, metavar="N", help=rounds)
+    add("--repetitions", type=positive, default=repetitions, help="measured rounds (%(default)s)")
+    add("--warm-up", type=count, default=20, help="rounds before, to compile kernels (%(default)s)")
     add("--no-peak", action="store_true", help="don't measure the matmul peak; no MFU then")
-    add("--device", default="auto", help="auto, cpu or cuda (%(default)s: CUDA if it is there)")
-    add(
-        "--threads", type=positive, metavar="N", help="threads of torch on the CPU (its own choice)"
-    )
+    # cuda is the first card: clocks, memory and other processes look there.
+    devices = ("auto", "cpu", "cuda")
+    add("--device", choices=devices, default="auto", help="(%(default)s: CUDA if it is there)")
+    add("--threads", type=positive, metavar="N", help="threads of torch on the CPU")
     add("--out", type=Path, metavar="DIR", help="write benchmark-*.json to this folder")
-    add(
-        "--quick", action="store_true", help="small and short: shows that it runs, measures nothing"
-    )
+    add("--quick", action="store_true", help="shows that it runs, measures nothing")
 
 
 def parse(parser: ArgumentParser, quick: Mapping[str, Any]) -> Namespace:
@@ -95,37 +77,13 @@ def parse(parser: ArgumentParser, quick: Mapping[str, Any]) -> Namespace:
     return options
 
 
-def add_arch(parser: ArgumentParser) -> None:
-    """Another model by the config's recipe."""
-    parser.add_argument(
-        "--arch", metavar="NAME", help="timm name of the model, in the place of the config's"
-    )
-
-
-def add_image_sizes(parser: ArgumentParser) -> None:
-    """Batch size, image size and precision of a training step."""
-    add = parser.add_argument
-    add("--batch-size", type=positive, metavar="N", help="images per step (the config's)")
-    add("--image-size", type=positive, metavar="PX", help="side of the images (the config's)")
-    add(
-        "--precision",
-        choices=tuple(DTYPES),
-        default=usual_precision(),
-        help="of the step (here %(default)s, as fit)",
-    )
-
-
 def _at_least(lowest: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError as error:
-            raise ArgumentTypeError(f"{text!r} is not a whole number") from error
-        if value < lowest:
-            raise ArgumentTypeError(f"it is {value} and must be at least {lowest}")
-        return value
+    def whole_number(text: str) -> int:
+        if int(text) < lowest:
+            raise ArgumentTypeError(f"it is {text} and must be at least {lowest}")
+        return int(text)
 
-    return number
+    return whole_number
 
 
 positive, count = _at_least(1), _at_least(0)
@@ -144,27 +102,10 @@ def set_up(options: Namespace) -> torch.device:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")
     limits.keep_freed_memory()
-    name = options.device
-    if name not in (
-        "auto",
-        "cpu",
-        "cuda",
-    ):  # cuda is the first card: clocks, memory and other processes look there
-        raise UserError(
-            f"There is no device {name!r}: give auto, cpu or cuda. CUDA_VISIBLE_DEVICES chooses the card."
-        )
-    if name == "cuda" and not torch.cuda.is_available():
+    has_cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not has_cuda:
         raise UserError("There is no CUDA device here: leave --device out.")
-    return (
-        torch.device("cuda", 0)
-        if name != "cpu" and torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
-def usual_precision() -> str:
-    """What `moevision fit` would use here, as a precision that is measured."""
-    return "bf16" if default_precision() == "bf16-mixed" else "fp32"
+    return torch.device("cuda", 0) if has_cuda and options.device != "cpu" else torch.device("cpu")
 
 
 def measure_peaks(
@@ -187,10 +128,10 @@ def in_a_process(work: Callable[..., T], *arguments: Any) -> T:
 def about() -> dict[str, Any]:
     """Where a record comes from: command, code, date, machine and libraries. The load of others spoils times."""
     memory = total_memory_bytes()
+    command = shlex.join(["python", "-m", *sys.argv[0].split(), *sys.argv[1:]])
+    versions = {name: package_version(name) for name in LIBRARIES}
     return {
-        "command": without_places(
-            shlex.join(["python", "-m", *sys.argv[0].split(), *sys.argv[1:]])
-        ),
+        "command": without_places(command),
         "code": code_state(),
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -202,18 +143,12 @@ def about() -> dict[str, Any]:
             "freed_memory_is_kept": limits.is_kept(),
             "matrix_unit": has_matrix_unit(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
-            "load_average_before": round(os.getloadavg()[0], 2)
-            if hasattr(os, "getloadavg")
-            else None,
+            "load_average_before": round(os.getloadavg()[0], 2),
         },
         "versions": {
             "moevision": moevision.__version__,
             "python": platform.python_version(),
-            **{
-                name: version
-                for name in LIBRARIES
-                if (version := package_version(name)) is not None
-            },
+            **{name: version for name, version in versions.items() if version is not None},
         },
     }
 
@@ -228,11 +163,8 @@ def new_record(kind: str, options: Namespace, device: torch.device) -> dict[str,
     record = about()
     record["machine"]["device"] = str(device)
     missing = "not asked for" if torch.cuda.is_available() else "not measured: no CUDA device"
-    asked = {
-        name: value
-        for name, value in vars(options).items()
-        if name not in ("out", "quick", "threads")
-    }
+    left_out = ("out", "quick", "threads")
+    asked = {name: value for name, value in vars(options).items() if name not in left_out}
     return {
         "benchmark": kind,
         "format": 1,
@@ -246,23 +178,14 @@ def new_record(kind: str, options: Namespace, device: torch.device) -> dict[str,
 def write_record(
     out: Path | None, record: Json, draw: Callable[[Json, Path], None] | None = None
 ) -> None:
-    """Write `benchmark-KIND.json`, and `.png` where there is something to draw, into a folder.
-
-    Raises:
-        UserError: if the folder can't be written.
-    """
+    """Write `benchmark-KIND.json`, and `.png` where there is something to draw, into a folder."""
     if out is None:
         return
     path = out / f"benchmark-{record['benchmark']}.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_lines(path, record)
-        if draw is not None:
-            draw(record, path.with_suffix(".png"))
-    except OSError as error:
-        raise UserError(
-            f"{out} can't be written ({error.strerror}): give --out another folder."
-        ) from error
+    out.mkdir(parents=True, exist_ok=True)
+    write_lines(path, record)
+    if draw is not None:
+        draw(record, path.with_suffix(".png"))
     print(f"written: {path}", file=sys.stderr)
 
 
@@ -275,18 +198,12 @@ def write_result(out: Path | None, result: Json) -> None:
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a study, as it stands."""
-    if not path.exists():
-        raise UserError(f"There is no record {path}: run the study first, or name its --out.")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
 class Record:
-    """The runs of a study in one JSON file that is rewritten, whole or not at all, after every run.
-
-    Args:
-        path: the file; made with the first run.
-        settings: what all runs have in common.
+    """The runs of a study and their common settings in one JSON file, rewritten whole or not at all after every run.
 
     Raises:
         UserError: if the file holds runs of other settings, which must not be mixed.
@@ -297,27 +214,21 @@ class Record:
         self.settings = json.loads(json.dumps(settings))
         found = self.read()
         if found["settings"] != self.settings:
-            differ = [
-                name for name in self.settings if self.settings[name] != found["settings"].get(name)
-            ]
+            known = found["settings"]
+            differ = ", ".join(n for n, own in self.settings.items() if own != known.get(n))
             raise UserError(
-                f"{path} holds runs with another {', '.join(differ)}: give another --out, or delete it."
+                f"{path} holds runs with another {differ}: give another --out, or delete it."
             )
 
     def read(self) -> dict[str, Any]:
         """What the file says now."""
-        return (
-            read_record(self.path)
-            if self.path.exists()
-            else {"settings": self.settings, "runs": []}
-        )
+        if not self.path.exists():
+            return {"settings": self.settings, "runs": []}
+        return read_record(self.path)
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The run with that key, None if it has not been done."""
-        return next(
-            (run for run in self.read()["runs"] if all(run[name] == key[name] for name in key)),
-            None,
-        )
+        return next((run for run in self.read()["runs"] if key.items() <= run.items()), None)
 
     def add(self, run: dict[str, Any]) -> None:
         """Append a finished run."""
@@ -346,30 +257,10 @@ def finite(value: Any) -> Any:
 # ---- the terminal
 
 
-@contextmanager
-def progress_bar(text: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error while something takes its time; yields what to call after each of `total` steps."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda: progress.advance(task)
-
-
 def print_machine(record: Json) -> None:
     """One line on where it was measured."""
     machine, versions = record["machine"], record["versions"]
-    place = (
-        machine["cpu"]
-        if machine["device"] == "cpu"
-        else f"{', '.join(machine['gpus'])} ({machine['device']})"
-    )
+    place = machine["cpu"] if machine["device"] == "cpu" else ", ".join(machine["gpus"])
     print_line(
         f"{place}, {machine['torch_threads']} threads, torch {versions['torch']}, "
         f"load before {machine['load_average_before']}"
@@ -381,24 +272,24 @@ def print_line(text: str) -> None:
     Console(highlight=False).print(escape_controls_of_lines(text), soft_wrap=True, markup=False)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table whose first column is text and whose others are numbers."""
+def print_rows(title: str, rows: Sequence[Json], reference: str) -> None:
+    """Time, ratio to a reference, images/s, MFU and parameters of each candidate, as far as a row has them."""
     table = Table(title=title, title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for column in ("", "ms", f"time ÷ {reference}", "images/s", "MFU", "parameters"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        if "error" in row:
+            print_line(f"  {row['name']}: {row['error']}")
+            continue
+        ms, ratio = f"{row['time_ms']['median']:.2f}", ratio_text(row["ratio_to"][reference])
+        rate, mfu, size = (row.get(name) for name in ("images_per_s", "mfu", "parameters"))
+        known = ((rate, ",.1f"), (mfu, ".1%"), (size, ","))
+        cells = ["" if value is None else format(value, form) for value, form in known]
+        table.add_row(row["name"], ms, ratio, *cells)
     # A table in a pipe or a log has no terminal width to heed.
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def ratio_text(ratio: Mapping[str, float] | None) -> str:
-    """`0.95 (0.93–0.97)`: the median with its quartiles; nothing where there is no ratio."""
-    if ratio is None:
-        return ""
-    return f"{ratio['median']:.3f} ({ratio['quartile_1']:.3f}–{ratio['quartile_3']:.3f})"
-
-
-def share_text(share: float | None) -> str:
-    """`12.3%`; nothing where it isn't known."""
-    return "" if share is None else f"{share:.1%}"
+def ratio_text(ratio: Mapping[str, float]) -> str:
+    """`0.95 (0.93–0.97)`: the median with its quartiles."""
+    return "{median:.3f} ({quartile_1:.3f}–{quartile_3:.3f})".format_map(ratio)

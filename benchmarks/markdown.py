@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from moevision.train.report import cell
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], align: str | None = None) -> str:
-    """A Markdown table; `align` holds l or r per column, by default text left and all figures right."""
-    sides = align or "l" + "r" * (len(heads) - 1)
-    rule = ["---" if side == "l" else "--:" for side in sides]
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: text left and all figures right."""
+    rule = ["---", *["--:"] * (len(heads) - 1)]
     lines = [[cell(head) for head in heads], rule, *([cell(text) for text in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

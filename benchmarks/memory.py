@@ -28,7 +28,6 @@ from benchmarks.harness import in_a_process
 from benchmarks.subject import Subject, TrainingStep, Which, noise_batch
 from benchmarks.timing import reason, rounded
 from moevision import limits
-from moevision.errors import UserError
 
 STEPS = 6  # the optimizer's moments exist from the first on; what is kept between steps has settled by then
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -51,12 +50,11 @@ def memory_of(
     """
     task = (subject, which, precision, str(device), torch.get_num_threads())
     try:
-        found = sorted(
-            (in_a_process(measure, *task) for _ in range(runs)), key=lambda run: run["peak_mib"]
-        )
+        measured = [in_a_process(measure, *task) for _ in range(runs)]
     except Exception as error:
         return {"error": f"not measured: {reason(error)}"}
-    return {**found[(len(found) - 1) // 2], "peaks_mib": [run["peak_mib"] for run in found]}
+    found = sorted(measured, key=lambda run: run["peak_mib"])
+    return {**found[(runs - 1) // 2], "peaks_mib": [run["peak_mib"] for run in found]}
 
 
 def measure(
@@ -92,28 +90,21 @@ def beside_twin(moe: Mapping[str, Any], twin: Mapping[str, Any]) -> dict[str, fl
         `beyond_extra_state`: less their gradients too; and `tensors_beyond_extra_weights_and_optimizer`: of the peak of
         tensors alone.
     """
-    extra = {
-        name: moe[f"{name}_mib"] - twin[f"{name}_mib"]
-        for name in ("weights", "optimizer", "gradients")
-    }
-    stored = extra["weights"] + extra["optimizer"]
-    peak = twin["peak_mib"]
+    weights, optimizer, gradients = (
+        moe[f"{name}_mib"] - twin[f"{name}_mib"] for name in ("weights", "optimizer", "gradients")
+    )
+    stored, peak = weights + optimizer, twin["peak_mib"]
+    tensors = (moe["tensors_mib"] - stored) / twin["tensors_mib"]
     return {
         "whole": rounded(moe["peak_mib"] / peak),
         "beyond_extra_weights_and_optimizer": rounded((moe["peak_mib"] - stored) / peak),
-        "beyond_extra_state": rounded((moe["peak_mib"] - stored - extra["gradients"]) / peak),
-        "tensors_beyond_extra_weights_and_optimizer": rounded(
-            (moe["tensors_mib"] - stored) / twin["tensors_mib"]
-        ),
+        "beyond_extra_state": rounded((moe["peak_mib"] - stored - gradients) / peak),
+        "tensors_beyond_extra_weights_and_optimizer": rounded(tensors),
     }
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Peak memory of `work` beyond what is held before it, in bytes.
-
-    Raises:
-        UserError: on a system that doesn't tell.
-    """
+    """Peak memory of `work` beyond what is held before it, in bytes; on a CPU from /proc of Linux."""
     gc.collect()
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -121,26 +112,16 @@ def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    if not _STATUS.is_file():
-        raise UserError("Peak memory is read from /proc, which this system does not have.")
     # Return freed memory to the system, so that work doesn't begin on pages that count already (glibc).
     getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
-    try:
-        _CLEAR.write_text(_RESET_PEAK)
-    except OSError as error:
-        raise UserError(f"The peak of memory can't be set back ({error.strerror}).") from error
+    _CLEAR.write_text(_RESET_PEAK)
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before
 
 
 def saved_bytes(work: Callable[[], object], net: nn.Module) -> int:
-    """Bytes of the tensors that autograd keeps for a backward pass; weights don't count, views of one tensor once.
-
-    Args:
-        work: a forward pass.
-        net: what it computes.
-    """
+    """Bytes that autograd keeps of a forward pass of `net`; its weights don't count, views of one tensor once."""
     weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
     kept: dict[int, Tensor] = {}  # held, so that no storage is made anew at the same place
 
@@ -178,12 +159,8 @@ def _parts(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state."""
     weights = [*net.parameters(), *net.buffers()]
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = [
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    ]
+    state = [value for states in optimizer.state.values() for value in states.values()]
+    moments = [value for value in state if isinstance(value, Tensor)]
     return {
         "weights": sum(tensor.nbytes for tensor in weights),
         "gradients": sum(tensor.nbytes for tensor in learning),

@@ -28,10 +28,11 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ AREAS = {
     "sharded": ["train/parallel/parts.py"],
     "scores": ["train/scores.py", "data/scores.py"],
     "splits": ["data/splits.py"],
+    "tables": ["data/tables.py"],
+    "transforms": ["data/transforms.py"],
+    "finish": ["train/finish.py", "train/start.py"],
+    "readings": ["analysis/readings.py", "analysis/images.py"],
     "swap": ["analysis/questions.py"],
     "intervention": ["analysis/intervention.py"],
 }
@@ -93,18 +98,7 @@ _NAMES |= {"floor": "ceil", "ceil": "floor", "clamp_min": "clamp_max", "clamp_ma
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file.
-
-    Attributes:
-        area: the part of the package, a key of `AREAS`.
-        file: the file below the repository.
-        line: where the change begins, from 1.
-        start: first byte of the text that is replaced.
-        stop: the byte after it.
-        old: the text.
-        new: what stands there instead.
-        function: the function or class around it.
-    """
+    """One change of one file: `old`, the bytes from `start` to `stop` of a function or class, becomes `new`."""
 
     area: str
     file: str
@@ -119,128 +113,103 @@ class Mutant:
     def key(self) -> str:
         """A name that outlives changes elsewhere in the file."""
         text = f"{self.file}:{self.function}:{self.old}->{self.new}"
-        return (
-            text
-            if len(text) < 160
-            else f"{text[:140]}…{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        )
+        if len(text) < 160:
+            return text
+        return f"{text[:140]}…{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-class _Finder(ast.NodeVisitor):
-    """Collects the changes that one file allows."""
+def swapped(node: Any, **changed: Any) -> str:
+    """The same expression with other fields, in brackets."""
+    fields = {name: getattr(node, name) for name in node._fields}
+    return f"({ast.unparse(type(node)(**{**fields, **changed}))})"
 
-    def __init__(self, area: str, file: str, source: bytes) -> None:
-        self.area, self.file, self.source = area, file, source
-        self.starts = [0]
-        for line in source.splitlines(keepends=True):
-            self.starts.append(self.starts[-1] + len(line))
-        self.scope: list[str] = []
-        self.found: list[Mutant] = []
 
-    def add(self, node: Any, new: str) -> None:
-        start = self.starts[node.lineno - 1] + node.col_offset
-        stop = self.starts[node.end_lineno - 1] + node.end_col_offset
-        old, scope = self.source[start:stop].decode(), ".".join(self.scope)
-        if new != old:
-            place = (self.area, self.file, node.lineno, start, stop)
-            self.found.append(Mutant(*place, old, new, scope))
+def changes(node: ast.AST) -> Iterator[tuple[Any, str]]:
+    """What may stand in the place of a node, or of its condition."""
+    match node:
+        case ast.AugAssign() | ast.Raise() | ast.Expr(value=ast.Call()):
+            yield node, "pass"
+        case ast.If(test=test) | ast.IfExp(test=test):
+            yield test, f"(not ({ast.unparse(test)}))"
+        case ast.Compare(ops=[first, *others]):
+            yield node, swapped(node, ops=[_SWAPS[type(first)](), *others])
+        case ast.BinOp(op=operator) if type(operator) in _SWAPS and not _is_text(node):
+            yield node, swapped(node, op=_SWAPS[type(operator)]())
+        case ast.BoolOp(op=operator):
+            yield node, swapped(node, op=_SWAPS[type(operator)]())
+        case ast.UnaryOp(op=ast.USub(), operand=operand) if _is_number(operand):
+            return
+        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
+            yield node, f"({ast.unparse(operand)})"
+        case ast.Constant(value=bool(value)):
+            yield node, str(not value)
+        case ast.Constant(value=int(value)):
+            yield node, str(value + 1)
+        case ast.Constant(value=float(value)):
+            yield node, repr(value * 2 if value else 1.0)
+        case ast.Attribute(attr=name) if name in _NAMES:
+            yield node, f"{ast.unparse(node.value)}.{_NAMES[name]}"
+        case ast.Name(id=name) if name in _NAMES:
+            yield node, _NAMES[name]
 
-    def swap(self, node: Any, **changed: Any) -> None:
-        """The same expression with other fields, in brackets."""
-        fields = {name: getattr(node, name) for name in node._fields}
-        self.add(node, f"({ast.unparse(type(node)(**{**fields, **changed}))})")
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        defaults = [*node.args.defaults, *(default for default in node.args.kw_defaults if default)]
-        self.visit_inside(node.name, [*defaults, *node.body])
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        self.visit_inside(node.name, node.body)
-
-    def visit_inside(self, name: str, nodes: Sequence[ast.AST]) -> None:
-        """What stands inside a function or class."""
-        self.scope.append(name)
-        for node in nodes:
-            self.visit(node)
-        self.scope.pop()
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if node.value is not None:
-            self.visit(node.value)
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        if not (
-            isinstance(node.value, ast.Subscript)
-            and ast.unparse(node.value).startswith(("Literal", "Callable"))
+def parts(node: ast.AST) -> Iterable[ast.AST]:
+    """The nodes inside one that may change: no annotation, decorator, docstring or text."""
+    match node:
+        case ast.FunctionDef(args=arguments, body=body):
+            return [*arguments.defaults, *filter(None, arguments.kw_defaults), *body]
+        case ast.ClassDef(body=body):
+            return body
+        case ast.AnnAssign(value=value):
+            return filter(None, [value])
+        case ast.Assign(value=ast.Subscript() as value):
+            is_type = ast.unparse(value).startswith(("Literal", "Callable"))
+            return [] if is_type else [value]
+        case (
+            ast.Assign(value=value)
+            | ast.AugAssign(value=value)
+            | ast.Expr(value=ast.Call() as value)
         ):
-            self.visit(node.value)
+            return [value]
+        case ast.Raise() | ast.JoinedStr() | ast.Expr():
+            return []
+    return ast.iter_child_nodes(node)
 
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self.add(node, "pass")
-        self.visit(node.value)
 
-    def visit_Raise(self, node: ast.Raise) -> None:
-        self.add(node, "pass")
-
-    def visit_Expr(self, node: ast.Expr) -> None:
-        if isinstance(node.value, ast.Call):
-            self.add(node, "pass")
-            self.visit(node.value)
-
-    def visit_If(self, node: ast.If | ast.IfExp) -> None:
-        if "TYPE_CHECKING" not in ast.unparse(node.test):
-            self.add(node.test, f"(not ({ast.unparse(node.test)}))")
-            self.generic_visit(node)
-
-    visit_IfExp = visit_If  # noqa: N815 (a name of `ast`)
-
-    def visit_Compare(self, node: ast.Compare) -> None:
-        self.swap(node, ops=[_SWAPS[type(node.ops[0])](), *node.ops[1:]])
-        self.generic_visit(node)
-
-    def visit_BinOp(self, node: ast.BinOp) -> None:
-        text = any(
-            isinstance(side, ast.JoinedStr | ast.Constant) and not _is_number(side)
-            for side in (node.left, node.right)
-        )
-        if type(node.op) in _SWAPS and not text:
-            self.swap(node, op=_SWAPS[type(node.op)]())
-        self.generic_visit(node)
-
-    def visit_BoolOp(self, node: ast.BoolOp) -> None:
-        self.swap(node, op=_SWAPS[type(node.op)]())
-        self.generic_visit(node)
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
-        if isinstance(node.op, ast.Not) or (
-            isinstance(node.op, ast.USub) and not _is_number(node.operand)
-        ):
-            self.add(node, f"({ast.unparse(node.operand)})")
-        self.generic_visit(node)
-
-    def visit_Constant(self, node: ast.Constant) -> None:
-        if isinstance(node.value, bool):
-            self.add(node, str(not node.value))
-        elif isinstance(node.value, int):
-            self.add(node, str(node.value + 1))
-        elif isinstance(node.value, float):
-            self.add(node, repr(node.value * 2 if node.value else 1.0))
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        if node.attr in _NAMES:
-            self.add(node, f"{ast.unparse(node.value)}.{_NAMES[node.attr]}")
-        self.generic_visit(node)
-
-    def visit_Name(self, node: ast.Name) -> None:
-        if node.id in _NAMES:
-            self.add(node, _NAMES[node.id])
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Texts stay as they are."""
+def find_changes(node: ast.AST, scope: str = "") -> Iterator[tuple[Any, str, str]]:
+    """Every change below a node: what is replaced, by which text, and the function or class around it."""
+    if isinstance(node, ast.If | ast.IfExp) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        scope = f"{scope}.{node.name}".removeprefix(".")
+    for target, new in changes(node):
+        yield target, new, scope
+    for part in parts(node):
+        yield from find_changes(part, scope)
 
 
 def _is_number(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, int | float)
+
+
+def _is_text(node: ast.BinOp) -> bool:
+    sides = (node.left, node.right)
+    return any(
+        isinstance(side, ast.JoinedStr | ast.Constant) and not _is_number(side) for side in sides
+    )
+
+
+def mutants_of(area: str, path: Path) -> Iterator[Mutant]:
+    """Every change of a file."""
+    source = path.read_bytes()
+    starts = [0, *accumulate(map(len, source.splitlines(keepends=True)))]
+    for node, new, scope in find_changes(ast.parse(source)):
+        start = starts[node.lineno - 1] + node.col_offset
+        stop = starts[node.end_lineno - 1] + node.end_col_offset
+        old = source[start:stop].decode()
+        if new != old:
+            place = (area, str(path.relative_to(ROOT)), node.lineno, start, stop)
+            yield Mutant(*place, old, new, scope)
 
 
 def all_mutants() -> list[Mutant]:
@@ -248,10 +217,7 @@ def all_mutants() -> list[Mutant]:
     found = []
     for area, patterns in AREAS.items():
         for path in sorted(p for pattern in patterns for p in (ROOT / "moevision").glob(pattern)):
-            source = path.read_bytes()
-            finder = _Finder(area, str(path.relative_to(ROOT)), source)
-            finder.visit(ast.parse(source))
-            found += finder.found
+            found += mutants_of(area, path)
     return list({mutant.key: mutant for mutant in found}.values())
 
 
@@ -262,9 +228,8 @@ def sample(number: int, seed: int) -> list[Mutant]:
     chosen: dict[str, Mutant] = {}
     for area in AREAS:
         of_area = [mutant for mutant in everything if mutant.area == area]
-        chosen |= {
-            m.key: m for m in chance.sample(of_area, min(len(of_area), number // 3 // len(AREAS)))
-        }
+        share = min(len(of_area), number // 3 // len(AREAS))
+        chosen |= {m.key: m for m in chance.sample(of_area, share)}
     rest = [mutant for mutant in everything if mutant.key not in chosen]
     chosen |= {m.key: m for m in chance.sample(rest, number - len(chosen))}
     return sorted(chosen.values(), key=lambda m: (m.file, m.start))
@@ -306,24 +271,18 @@ def make_map(file: Path) -> None:
     pytest.main(["-q", "-n", "0", "-m", tier, "-p", "no:cacheprovider", *paths], plugins=[watch])
     measure.stop()
     data = measure.get_data()
-    lines = {}
-    for path in data.measured_files():
-        by_line = data.contexts_by_lineno(path)
-        lines[str(Path(path).relative_to(ROOT))] = {
-            line: sorted(set(c) - {""}) for line, c in by_line.items()
-        }
     names = sorted(watch.seconds.keys() - watch.failed)
-    number = {name: i for i, name in enumerate(names)}
-    for of_file in lines.values():
-        for line, contexts in of_file.items():
-            imported = "import" in contexts
-            of_file[line] = [-1] * imported + [number[c] for c in contexts if c in number]
-    file.write_text(
-        json.dumps({"tests": names, "seconds": [watch.seconds[n] for n in names], "lines": lines})
-    )
-    print(
-        f"{len(names)} tests, {len(watch.failed)} left out because they fail: {sorted(watch.failed)}"
-    )
+    number = {"import": -1} | {name: place for place, name in enumerate(names)}
+    lines = {
+        str(Path(path).relative_to(ROOT)): {
+            line: sorted(number[name] for name in set(contexts) if name in number)
+            for line, contexts in data.contexts_by_lineno(path).items()
+        }
+        for path in data.measured_files()
+    }
+    seconds = [watch.seconds[name] for name in names]
+    file.write_text(json.dumps({"tests": names, "seconds": seconds, "lines": lines}))
+    print(f"{len(names)} tests, left out because they fail: {sorted(watch.failed)}")
 
 
 def covering(known: dict[str, Any], mutant: Mutant) -> list[str]:
@@ -372,14 +331,9 @@ def _in_child(tree: Path, tests: list[str], seconds: float) -> str:
         try:
             import pytest
 
-            code = int(
-                pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", _LOADED_BEFORE, *tests])
-            )
-        except BaseException:
-            traceback.print_exc()
+            quiet = ["-x", "-q", "-p", "no:cacheprovider", "-W", _LOADED_BEFORE]
+            code = int(pytest.main([*quiet, *tests]))
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(code)
     limit = time.monotonic() + 40 + 4 * seconds
     while time.monotonic() < limit:
@@ -398,14 +352,11 @@ def _end_group(child: int) -> None:
         os.killpg(child, signal.SIGKILL)
 
 
-def judge(known: dict[str, Any], mutant: Mutant, tree: Path, again: list[str]) -> dict[str, Any]:
-    """Put the change into `tree`, run the tests that cover it (or those of `again`), and take it back."""
+def judge(home: Path, known: dict[str, Any], again: list[str], mutant: Mutant) -> dict[str, Any]:
+    """Put the change into the worker's tree, run the tests that cover it (or those of `again`), and take it back."""
+    tree = home / str(os.getpid())
     target = tree / mutant.file
     original = target.read_bytes()
-    if original[mutant.start : mutant.stop].decode() != mutant.old:
-        raise SystemExit(
-            f"{mutant.file} has changed since the sample was drawn: begin a new record."
-        )
     tests = [] if again else covering(known, mutant)
     some, seconds = (again, AGAIN_S) if again else budgeted(known, tests, BUDGET_S)
     began = time.monotonic()
@@ -416,14 +367,8 @@ def judge(known: dict[str, Any], mutant: Mutant, tree: Path, again: list[str]) -
         target.write_bytes(original)
     facts = {k: v for k, v in asdict(mutant).items() if k not in ("start", "stop")}
     covered = {} if again else {"covering_tests": len(tests)}
-    return {
-        "key": mutant.key,
-        **facts,
-        "outcome": outcome,
-        **covered,
-        "ran": len(some),
-        "wall_s": round(time.monotonic() - began, 1),
-    }
+    result = {"outcome": outcome, **covered, "ran": len(some)}
+    return {"key": mutant.key, **facts, **result, "wall_s": round(time.monotonic() - began, 1)}
 
 
 def left_to_judge(record: dict[str, Any], options: Namespace) -> list[Mutant]:
@@ -439,8 +384,20 @@ def left_to_judge(record: dict[str, Any], options: Namespace) -> list[Mutant]:
     return left
 
 
+def begin_worker(home: Path, known: dict[str, Any], again: list[str]) -> None:
+    """Copy the tree for a worker, a process of its own. Nothing is judged unless tests pass on it as it is."""
+    tree = home / str(os.getpid())
+    shutil.copytree(ROOT, tree, ignore=SKIPPED_FOLDERS)
+    tests, seconds = (again, AGAIN_S) if again else budgeted(known, known["tests"], 1.0)
+    if _in_child(tree, tests, seconds) != "survived":
+        raise RuntimeError(f"these tests don't pass on an unchanged copy: {tests}")
+
+
 def run(options: Namespace) -> None:
     """Judge what is left; each worker is a fork of this process, with a copy of the tree of its own."""
+    from benchmarks.lines import write_lines
+    from moevision.train.provenance import git_state
+
     known = {} if options.again else json.loads(options.map.read_text())
     record = json.loads(options.out.read_text()) if options.out.exists() else {"mutants": []}
     left = left_to_judge(record, options)
@@ -450,45 +407,18 @@ def run(options: Namespace) -> None:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as home:
         begin = (Path(home), known, options.again)
-        with get_context("fork").Pool(options.jobs, _Worker.begin, begin) as workers:
-            for row in workers.imap_unordered(_Worker.judge, left):
+        judge_one = partial(judge, *begin)
+        with get_context("fork").Pool(options.jobs, begin_worker, begin) as workers:
+            for row in workers.imap_unordered(judge_one, left):
                 rows = {each["key"]: each for each in record["mutants"]}
                 rows[row["key"]] = rows.get(row["key"], {}) | row
                 record["mutants"] = [rows[key] for key in sorted(rows)]
+                record["code"] = git_state(ROOT)
+                if not options.again:  # else the sample was drawn before, from what there was then
+                    drawn = {"number": options.number, "of": len(all_mutants())}
+                    record |= {"seed": options.seed, **drawn}
+                write_lines(options.out, record)
                 print(f"{row['outcome']:11s} {row['wall_s']:6.1f} s {row['key'][:110]}", flush=True)
-                _save(record, options)
-
-
-class _Worker:
-    """One worker: its tree, what is known of the tests, and the tests that are named."""
-
-    tree: Path
-    known: dict[str, Any]
-    again: list[str]
-
-    @classmethod
-    def begin(cls, home: Path, known: dict[str, Any], again: list[str]) -> None:
-        """Copy the tree. Nothing is judged unless tests pass on it as it is."""
-        cls.tree, cls.known, cls.again = home / str(os.getpid()), known, again
-        shutil.copytree(ROOT, cls.tree, ignore=SKIPPED_FOLDERS)
-        tests, seconds = (again, AGAIN_S) if again else budgeted(known, known["tests"], 1.0)
-        if _in_child(cls.tree, tests, seconds) != "survived":
-            raise RuntimeError(f"these tests don't pass on an unchanged copy: {tests}")
-
-    @classmethod
-    def judge(cls, mutant: Mutant) -> dict[str, Any]:
-        """The row of a mutant."""
-        return judge(cls.known, mutant, cls.tree, cls.again)
-
-
-def _save(record: dict[str, Any], options: Namespace) -> None:
-    from benchmarks.lines import write_lines
-    from moevision.train.provenance import git_state
-
-    record["code"] = git_state(ROOT)
-    if not options.again:  # else the sample was drawn before, from what there was then
-        record |= {"seed": options.seed, "number": options.number, "of": len(all_mutants())}
-    write_lines(options.out, record)
 
 
 def table(options: Namespace) -> str:
@@ -511,24 +441,14 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=["map", "run", "table"])
-    add(
-        "--map",
-        type=Path,
-        default=ROOT / "runs" / "mutation-map.json",
-        help="which test runs which line",
-    )
+    tests_of_lines = ROOT / "runs" / "mutation-map.json"
+    add("--map", type=Path, default=tests_of_lines, help="which test runs which line")
     add("--out", type=Path, default=RECORD, help="the record")
     add("--number", type=int, default=200, help="mutants in the sample")
     add("--seed", type=int, default=0, help="draws the sample")
     add("--jobs", type=int, default=1, help="mutants judged at a time")
     add("--only", default="", help="only mutants whose key holds this text")
-    add(
-        "--again",
-        nargs="+",
-        default=[],
-        metavar="TEST",
-        help="judge survivors again, by these tests",
-    )
+    add("--again", nargs="+", default=[], metavar="TEST", help="judge survivors again, by these")
     options = parser.parse_args()
     options.map.parent.mkdir(parents=True, exist_ok=True)
     if options.what == "map":
@@ -537,7 +457,3 @@ def main() -> None:
         run(options)
     else:
         print(table(options))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 import torch
 
-from moevision.errors import UserError
-
 _CPU_SIZES = (512, 1024, 2048)
 _GPU_SIZES = (2048, 4096, 8192)
 _PATIENCE = 2.0
@@ -30,18 +28,11 @@ def matmul_peak(
     Args:
         device: where to multiply.
         dtype: float32 follows `torch.set_float32_matmul_precision`, as a model does.
-        sizes: sides of the square matrices; 512 to 2048 on a CPU, 2048 to 8192 on a GPU if None.
+        sizes: sides of the matrices.
         seconds: measuring time, shared by the sizes; the first product of each comes on top. A size is left out if one
             product would take more than twice as long by the rate so far.
-
-    Raises:
-        UserError: for float16 on a CPU, which torch multiplies about 30 times slower than float32.
     """
     device = torch.device(device)
-    if device.type == "cpu" and dtype == torch.float16:
-        raise UserError(
-            "float16 has no fast matrix product on a CPU (about 30 times slower than float32): use bfloat16 or float32."
-        )
     sizes = sorted(sizes or (_CPU_SIZES if device.type == "cpu" else _GPU_SIZES))
     best = 0.0
     for size in sizes:

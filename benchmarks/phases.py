@@ -61,14 +61,14 @@ class PhaseClock:
             self._leave()
 
     def _enter(self, name: str) -> None:
-        self._book()
+        self._count()
         self._stack.append(name)
 
     def _leave(self) -> None:
-        self._book()
+        self._count()
         self._stack.pop()
 
-    def _book(self) -> None:
+    def _count(self) -> None:
         synchronize(self.device)
         now = time.perf_counter()
         if self._stack:
@@ -112,53 +112,37 @@ def named_phases(net: nn.Module) -> list[tuple[nn.Module, str]]:
 def breakdown(seconds: dict[str, float], steps: int) -> dict[str, Any]:
     """Milliseconds per step and share of each phase, in the order of a step."""
     total = sum(seconds.values())
-    return {
-        "step_ms": rounded(1e3 * total / steps),
-        "steps": steps,
-        "phases": {
-            name: {
-                "ms": rounded(1e3 * seconds[name] / steps),
-                "share": rounded(seconds[name] / total),
-            }
-            for name in sorted(seconds, key=ORDER.index)
-        },
-    }
+    phases = {}
+    for name in sorted(seconds, key=ORDER.index):
+        ms, share = 1e3 * seconds[name] / steps, seconds[name] / total
+        phases[name] = {"ms": rounded(ms), "share": rounded(share)}
+    return {"step_ms": rounded(1e3 * total / steps), "steps": steps, "phases": phases}
 
 
 def measure_load(model: nn.Module, run: Callable[[], object]) -> list[dict[str, Any]]:
-    """Run once, and say what every MoE layer did.
+    """Run a forward pass once, and say what every MoE layer did, in order of execution.
 
     Padding waste is 1 − useful rows ÷ computed rows: groups may be rounded up for the sake of matrix kernels, and a
-    choice that an expert's capacity dropped is computed for nothing.
-
-    Args:
-        model: a model with MoE layers, or one MoE layer.
-        run: one forward pass of it.
-
-    Returns:
-        For each layer in order of execution its block, the choices of each expert, the busiest expert's over the
-        mean, and `padding_waste`; None there where the experts weren't given rows (the dense backend).
+    choice that an expert's capacity dropped is computed for nothing. None where the experts weren't given rows (the
+    dense backend).
     """
     layers = moe_layers(model)
-    rows: list[list[int]] = [[] for _ in layers]
+    rows: list[int | None] = [None] * len(layers)
     hooks = [
         layer.experts.register_forward_pre_hook(
-            lambda _, arguments, place=place: place.append(len(arguments[0]))
+            lambda _, arguments, place=place: rows.__setitem__(place, len(arguments[0]))
         )
-        for layer, place in zip(layers, rows, strict=True)
+        for place, layer in enumerate(layers)
     ]
-    try:
-        with record_routing(model) as routings:
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [
-        {
-            "block": routing.layer,
-            "counts": (counts := routing.counts()).tolist(),
-            "slowest_over_mean": rounded(float(counts.max() / counts.float().mean())),
-            "padding_waste": None if not computed else rounded(1 - int(counts.sum()) / computed[0]),
-        }
-        for routing, computed in zip(routings, rows, strict=True)
-    ]
+    with record_routing(model) as routings:
+        run()
+    for hook in hooks:
+        hook.remove()
+    loads = []
+    for routing, computed in zip(routings, rows, strict=True):
+        counts = routing.counts()
+        busiest = rounded(float(counts.max() / counts.float().mean()))
+        waste = None if computed is None else rounded(1 - int(counts.sum()) / computed)
+        load = {"slowest_over_mean": busiest, "padding_waste": waste}
+        loads.append({"block": routing.layer, "counts": counts.tolist(), **load})
+    return loads

@@ -68,13 +68,6 @@ class ReadsPlaces(VisionTransformerMoE):
         nn.init.zeros_(cast(Tensor, self.head.bias))
 
 
-def _create(
-    variant: str, pretrained: bool, size: dict[str, Any], kwargs: dict[str, Any]
-) -> ReadsPlaces:
-    model: ReadsPlaces = _build(ReadsPlaces, variant, pretrained, {**size, **kwargs})
-    return model
-
-
 _32 = {"img_size": 32, "patch_size": 4}
 _STAGES = {**_32, "embed_dim": 128, "num_heads": 4, "moe_layers": "all"}
 default_cfgs = generate_default_cfgs(
@@ -86,32 +79,29 @@ default_cfgs = generate_default_cfgs(
 def vit_moe_micro_places_patch4_32(pretrained: bool = False, **kwargs: Any) -> ReadsPlaces:
     """`vit_moe_micro_patch4_32`, reading places."""
     size = {**_32, "embed_dim": 192, "depth": 6, "num_heads": 3, "stem": "conv"}
-    return _create("vit_moe_micro_places_patch4_32", pretrained, size, kwargs)
+    return _build(ReadsPlaces, "vit_moe_micro_places_patch4_32", pretrained, {**size, **kwargs})
 
 
 @register_model
 def vit_moe_hybrid_places_patch4_32(pretrained: bool = False, **kwargs: Any) -> ReadsPlaces:
     """`vit_moe_hybrid_patch4_32`, reading places."""
     size = {**_STAGES, "depth": 4, "stem": "stages", "init_values": 0.1}
-    return _create("vit_moe_hybrid_places_patch4_32", pretrained, size, kwargs)
+    return _build(ReadsPlaces, "vit_moe_hybrid_places_patch4_32", pretrained, {**size, **kwargs})
 
 
 @register_model
 def vit_moe_hybrid_wide_places_patch4_32(pretrained: bool = False, **kwargs: Any) -> ReadsPlaces:
     """`vit_moe_hybrid_wide_patch4_32`, reading places."""
     size = {**_STAGES, "depth": 2, "stem": "wide_stages"}
-    return _create("vit_moe_hybrid_wide_places_patch4_32", pretrained, size, kwargs)
+    return _build(
+        ReadsPlaces, "vit_moe_hybrid_wide_places_patch4_32", pretrained, {**size, **kwargs}
+    )
 
 
 def shifted(images: Tensor, by: int, index: Tensor) -> Tensor:
     """Images [B, 3, S, S] moved by `by` pixels, image i to the left, right, top or bottom by i mod 4.
 
-    The border is the mean colour, as in the crops of training.
-
-    Args:
-        images: normalized, so that the mean colour is 0.
-        by: pixels.
-        index: int [B], number of each image.
+    The border is the mean colour, 0 in normalized images, as in the crops of training.
     """
     size, padded = images.shape[-1], F.pad(images, (by, by, by, by))
     out = torch.empty_like(images)
@@ -133,11 +123,7 @@ def accuracy_of(net: nn.Module, data: ImageDataModule, by: int = 0) -> float:
 
 
 def record_of(run: Path) -> dict[str, Any]:
-    """A finished run of `fit`: accuracy of its test images as they are and moved, counted anew from the saved model.
-
-    Raises:
-        UserError: if it isn't finished.
-    """
+    """A finished run of `fit`: accuracy of its test images as they are and moved, counted anew from the saved model."""
     summary, provenance = read_finished(run)
     settings = read_yaml(run / "config.yaml")["data"]
     data = ImageDataModule(**{**settings, "batch_size": 256})

@@ -59,15 +59,9 @@ def is_recorded(out: Path, name: str) -> bool:
 def next_run(
     jobs: Callable[[list[dict[str, Any]]], Iterable[T]], out: Path, work: Path
 ) -> tuple[T | None, FileLock | None]:
-    """The first run without a record, claimed; None where none is left, after waiting for what other queues do.
+    """The first run without a record, and its claim; None where none is left, after waiting for what other queues do.
 
-    Args:
-        jobs: all runs in order, as far as these records decide them.
-        out: the records' file.
-        work: where the locks are.
-
-    Returns:
-        The run, and its claim.
+    `jobs` gives all runs in order, as far as the records of the file `out` decide them; `work` is where the locks are.
     """
     while True:
         busy = False
@@ -93,13 +87,9 @@ def do_runs(
     told: Callable[[T, dict[str, Any]], str],
     options: Namespace,
 ) -> None:
-    """Do the next runs, `options.limit` of them or, for 0, all that are left.
+    """Do the next runs, `options.limit` of them or, for 0, all that are left; see `next_run` for `out` and `work`.
 
-    Args:
-        jobs: all runs, see `next_run`.
-        run: does one; its record.
-        told: a line about it.
-        options: `limit`, `out` (the records' file) and `work` (where the locks are).
+    `run` does one and gives its record, `told` a line about it.
     """
     done = 0
     while not options.limit or done < options.limit:

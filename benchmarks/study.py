@@ -135,12 +135,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Contrast:
-    """One row minus another.
+    """One row minus another, for every seed that both have.
 
-    Attributes:
-        first, second: names of the rows.
-        gaps: difference of accuracy for every seed that both have.
-        p: two-sided, adjusted by Holm over the list that this contrast is in; NaN with fewer than two seeds.
+    p is two-sided, adjusted by Holm over the list that this contrast is in; NaN with fewer than two seeds.
     """
 
     first: str
@@ -189,11 +186,9 @@ class Contrast:
 def contrasts(
     accuracies: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]]
 ) -> list[Contrast]:
-    """The differences of these pairs of rows, judged together; pairs without a common seed are left out.
+    """The first minus the second row of each pair, judged together; pairs without a common seed are left out.
 
-    Args:
-        accuracies: row -> seed -> test accuracy.
-        pairs: names of rows, the first minus the second.
+    `accuracies` are row -> seed -> test accuracy.
     """
     found = []
     for first, second in pairs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from benchmarks.phases import PhaseClock
+from moevision.config import parse_config
 from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.losses import AuxLossWeights, Balance
@@ -44,19 +45,7 @@ _TOTAL_STEPS = 100_000  # of the schedule, of which a benchmark sees the beginni
 
 @dataclass(frozen=True)
 class Subject:
-    """A training, as plain data.
-
-    Attributes:
-        name: what the command line called it.
-        arch: fields of `MoEConfig` that are given.
-        optim: fields of `OptimizerConfig` that are given.
-        aux: weights of balance losses that are given; the routers' own if empty.
-        label_smoothing: as in the config.
-        grad_checkpointing: as in the config.
-        num_classes: C.
-        image_size: side of the images in pixels.
-        batch_size: images per step.
-    """
+    """A training, as plain data; mappings hold the fields of `MoEConfig` and others that are given."""
 
     name: str
     arch: Mapping[str, Any]
@@ -69,15 +58,10 @@ class Subject:
     batch_size: int = DEFAULT_BATCH
 
     def build(self, which: Which = "moe") -> nn.Module:
-        """The model or one of its dense twins, in training mode, from the same seed.
-
-        Raises:
-            UserError: if it can't be built, or has no MoE layers.
-        """
+        """The model or one of its dense twins, in training mode, from the same seed."""
         torch.manual_seed(0)
-        net = build_model(
-            MoEConfig(**self.arch), self.num_classes, self.image_size, load_pretrained=False
-        )
+        arch = MoEConfig(**self.arch)
+        net = build_model(arch, self.num_classes, self.image_size, load_pretrained=False)
         if which != "moe":
             net = dense_twin(net, which)
         if self.grad_checkpointing:
@@ -109,25 +93,16 @@ def find_subject(
     image_size: int | None = None,
     num_classes: int | None = None,
 ) -> Subject:
-    """What to train.
+    """What to train: a config's name or file, a run folder, or a timm name; a dense ViT's is converted.
 
-    Args:
-        name: a config's name or file, a run folder, or a timm name; a dense ViT's is converted with the defaults of
-            `convert_to_moe`.
-        arch: timm name of another model in the place of the config's; router, optimizer and losses stay the config's.
-        batch_size: images per step, in the place of the config's.
-        image_size: side in pixels, likewise.
-        num_classes: C; a config doesn't know it before its data is read, so 10 by default.
+    Sizes and `arch`, another model's timm name, stand in the place of the config's; router, optimizer and losses stay.
+    A config doesn't know its classes before its data is read: 10 by default.
 
     Raises:
         UserError: if there is no such thing.
     """
     path = Path(name)
     if path.is_dir():
-        if not (path / "config.yaml").is_file():
-            raise UserError(
-                f"{name} is no run folder, it has no config.yaml: give a run, a config or a timm name."
-            )
         subject = _from_config(name, path / "config.yaml")
     elif path.is_file() or name in shipped_configs():
         subject = _from_config(name, find_config(name))
@@ -149,35 +124,19 @@ def find_subject(
 
 
 def _from_config(name: str, path: Path) -> Subject:
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    model, data = config.get("model") or {}, config.get("data") or {}
-    data = data.get("init_args", data)
-    return Subject(
-        name=name,
-        arch=_known(MoEConfig, model.get("arch")),
-        optim=_known(OptimizerConfig, model.get("optim")),
-        aux=_known(AuxLossWeights, model.get("aux")),
-        label_smoothing=model.get("label_smoothing", 0.1),
-        grad_checkpointing=bool(model.get("grad_checkpointing", False)),
-        num_classes=model.get("num_classes") or DEFAULT_CLASSES,
-        image_size=data.get("image_size", 64),
-        batch_size=data.get("batch_size", DEFAULT_BATCH),
-    )
+    values = parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    known = {option: value for option, value in values.items() if value is not None}
 
+    def given(group: str) -> dict[str, Any]:
+        prefix = f"model.{group}."
+        return {n.removeprefix(prefix): own for n, own in known.items() if n.startswith(prefix)}
 
-def _known(kind: type, values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Given fields of a dataclass.
-
-    Raises:
-        UserError: for a field that it doesn't have.
-    """
-    values = values or {}
-    unknown = sorted(set(values) - {entry.name for entry in fields(kind)})
-    if unknown:
-        raise UserError(
-            f"The config sets {', '.join(unknown)}, which {kind.__name__} does not know."
-        )
-    return {name: value for name, value in values.items() if value is not None}
+    others = ("model.label_smoothing", "model.grad_checkpointing", "model.num_classes")
+    sizes = {"image_size": 64}
+    for option in (*others, "data.image_size", "data.batch_size"):
+        if option in known:
+            sizes[option.partition(".")[2]] = known[option]
+    return Subject(name, given("arch"), given("optim"), given("aux"), **sizes)
 
 
 class TrainingStep:
@@ -185,15 +144,7 @@ class TrainingStep:
 
     Forward under autocast, cross-entropy and balance losses in float32, backward, clipping of the global norm, fused
     AdamW, and the routers' biases where they have some. What a Trainer adds (logging, callbacks, the guard) is in
-    `train/lightning_peer.py`.
-
-    Args:
-        subject: what to train.
-        which: the MoE model or one of its twins.
-        precision: `bf16` (autocast) or `fp32`.
-        device: where.
-        net: a model that is there already, in the place of the subject's.
-        total_steps: of the schedule.
+    `train/lightning_peer.py`. `net` is a model that is there already, in the place of the subject's.
     """
 
     def __init__(
@@ -209,16 +160,12 @@ class TrainingStep:
         self.subject, self.device, self.bf16 = subject, torch.device(device), precision == "bf16"
         self.net: nn.Module = (subject.build(which) if net is None else net.train()).to(device)
         tokens, dtype = num_patches(self.net), torch.bfloat16 if self.bf16 else torch.float32
-        set_fused_attention(
-            self.net, tokens is None or not trains_unfused(self.device, dtype, tokens)
-        )
+        is_fused = tokens is None or not trains_unfused(self.device, dtype, tokens)
+        set_fused_attention(self.net, is_fused)
         self.balance = Balance(self.net, AuxLossWeights(**subject.aux), subject.num_classes)
+        config, how = OptimizerConfig(**subject.optim), {"fused": True, "bfloat16": self.bf16}
         self.optimizer, self.schedule = build_optimizer(
-            self.net,
-            OptimizerConfig(**subject.optim),
-            total_steps=total_steps,
-            fused=True,
-            bfloat16=self.bf16,
+            self.net, config, total_steps=total_steps, **how
         )
 
     def __call__(self, images: Tensor, labels: Tensor, clock: PhaseClock | None = None) -> None:
@@ -231,11 +178,9 @@ class TrainingStep:
             with phase("rest of the forward pass"), self.autocast():
                 logits, routings = forward_routing(self.net, images)
             with phase("losses"):
-                loss = F.cross_entropy(
-                    logits.float(), labels, label_smoothing=self.subject.label_smoothing
-                )
-                target = F.one_hot(labels, logits.shape[-1])
-                loss = loss + self.balance.loss(routings, target)
+                smoothing = self.subject.label_smoothing
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+                loss = loss + self.balance.loss(routings, F.one_hot(labels, logits.shape[-1]))
             with phase("backward"):
                 loss.backward()
             with phase("clip and optimizer"):
@@ -247,7 +192,7 @@ class TrainingStep:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The scope of the forward pass."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
 def noise_batch(
@@ -264,15 +209,9 @@ def noise_batch(
 def inference(net: nn.Module, images: Tensor, precision: str) -> Callable[[], Tensor]:
     """A function that classifies these images [B, 3, S, S] -> logits [B, C]; `net` is in eval mode then."""
 
-    def scope() -> AbstractContextManager[object]:
-        return (
-            torch.autocast(images.device.type, torch.bfloat16)
-            if precision == "bf16"
-            else nullcontext()
-        )
-
     def call() -> Tensor:
-        with torch.inference_mode(), scope():
+        autocast = torch.autocast(images.device.type, torch.bfloat16, precision == "bf16")
+        with torch.inference_mode(), autocast:
             return cast(Tensor, net(images))
 
     return call

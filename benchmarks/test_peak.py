@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from benchmarks.peak import matmul_peak
-from moevision import UserError
 
 
 def median_s(work):
@@ -54,8 +53,3 @@ def test_a_size_that_would_take_long_is_left_out(monkeypatch):
     assert tried == [2]
     matmul_peak("cpu", sizes=(4, 2), seconds=32)
     assert tried == [2, 2, 4]
-
-
-def test_half_precision_is_refused_on_a_cpu():
-    with pytest.raises(UserError, match="bfloat16"):
-        matmul_peak("cpu", torch.float16)

@@ -11,26 +11,24 @@ take.
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from moevision.errors import UserError
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to time.
+    """Something to time: `reset` is called before and after each run, outside the measured time.
 
-    Attributes:
-        name: what tables and records call it.
-        run: does the work once; what it returns is thrown away.
-        reset: called before and after each run, outside the measured time.
-        optional: a failure is reported and the others go on; for libraries that aren't ours.
+    Of an optional one, of libraries that aren't ours, a failure is reported and the others go on.
     """
 
     name: str
@@ -41,13 +39,7 @@ class Candidate:
 
 @dataclass
 class Timings:
-    """What `interleave` measured.
-
-    Attributes:
-        seconds: wall time of each candidate that ran to the end, one per repetition.
-        cpu: CPU time of the whole process, likewise.
-        failures: of each optional one that did not, why.
-    """
+    """Wall and CPU time of each candidate that ran to the end, one per repetition; and why others did not."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     cpu: dict[str, list[float]] = field(default_factory=dict)
@@ -62,21 +54,25 @@ def interleave(
     device: torch.device | str = "cpu",
     prepare: Callable[[int], object] = lambda repetition: None,
     on_step: Callable[[], object] = lambda: None,
+    title: str = "",
 ) -> Timings:
     """Time candidates in turns; whatever one that isn't optional raises, is raised.
 
     Args:
         candidates: what to time.
         repetitions: measured rounds.
-        warm_up: rounds before them that aren't measured: kernels are compiled, optimizers allocate.
-        device: where the work is done; an accelerator is waited for before a clock is read.
-        prepare: called before each round with its number, the same for all candidates, such as to make a new input.
-        on_step: called after each run, for a progress bar.
+        warm_up: rounds before them: kernels are compiled, optimizers allocate.
+        device: an accelerator is waited for before a clock is read.
+        prepare: called before each round with its number, such as to make a new input for all.
+        on_step: called after each run.
+        title: of a progress bar in a terminal.
     """
     names = [candidate.name for candidate in candidates]
     timings = Timings({name: [] for name in names}, {name: [] for name in names})
     running = list(candidates)
-    for repetition in range(warm_up + repetitions):
+    rounds, console = range(warm_up + repetitions), Console(stderr=True)
+    is_shown = bool(title) and console.is_terminal
+    for repetition in track(rounds, title, console=console, transient=True, disable=not is_shown):
         prepare(repetition)
         first = repetition % max(1, len(running))
         for candidate in [*running[first:], *running[:first]]:
@@ -121,30 +117,16 @@ def synchronize(device: torch.device | str) -> None:
 def reason(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
-    return (
-        text
-        if isinstance(error, UserError)
-        else f"{type(error).__name__}: {text[:240]}".rstrip(": ")
-    )
+    if isinstance(error, UserError):
+        return text
+    return f"{type(error).__name__}: {text[:240]}".rstrip(": ")
 
 
 def spread(values: Sequence[float], scale: float = 1.0) -> dict[str, float | int]:
-    """Median and quartiles (of one value: that value three times), and how many values they are of.
-
-    Raises:
-        UserError: if there are no values.
-    """
-    if not values:
-        raise UserError("Nothing was measured: ask for at least one repetition.")
-    scaled = [value * scale for value in values]
-    quartiles = (
-        statistics.quantiles(scaled, n=4, method="inclusive") if len(scaled) > 1 else scaled * 3
-    )
-    names = ("quartile_1", "median", "quartile_3")
-    return {
-        **{name: rounded(value) for name, value in zip(names, quartiles, strict=True)},
-        "n": len(scaled),
-    }
+    """Median and quartiles, and how many values they are of."""
+    low, middle, high = scale * np.quantile(values, (0.25, 0.5, 0.75))
+    quartiles = {"quartile_1": low, "median": middle, "quartile_3": high}
+    return {**{name: rounded(value) for name, value in quartiles.items()}, "n": len(values)}
 
 
 def ratio_of(times: Sequence[float], reference: Sequence[float]) -> dict[str, float | int]:
@@ -164,30 +146,16 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """One JSON object per candidate: its times, their spread, and its ratios to the references that ran.
 
-    Args:
-        timings: what was measured.
-        references: names of the candidates to compare with.
-        facts: more to say of a candidate, by name.
-
-    Returns:
-        Objects with `name`, what `facts` adds, `time_ms`, `ratio_to` (time ÷ time, above 1 is slower), `speed_to` (the
-        inverse, pair by pair) and `seconds`; of failed ones `name` and `error`.
+    `facts` has more to say of a candidate, by name. `ratio_to` is time ÷ time, above 1 is slower, `speed_to` the
+    inverse, pair by pair; of a failed one there is only its `error`.
     """
+    # Rounded first, so that a reader of the record finds the same ratios.
     kept = {name: [rounded(value) for value in values] for name, values in timings.seconds.items()}
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            **(facts or {}).get(name, {}),
-            "time_ms": spread(values, 1e3),
-            # From the rounded times, so that a reader of the record finds the same ratios.
-            "ratio_to": {
-                other: ratio_of(values, kept[other]) for other in references if other in kept
-            },
-            "speed_to": {
-                other: ratio_of(kept[other], values) for other in references if other in kept
-            },
-            "seconds": values,
-        }
-        for name, values in kept.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, values in kept.items():
+        others = {other: kept[other] for other in references if other in kept}
+        row = {"name": name, **(facts or {}).get(name, {}), "time_ms": spread(values, 1e3)}
+        row["ratio_to"] = {other: ratio_of(values, times) for other, times in others.items()}
+        row["speed_to"] = {other: ratio_of(times, values) for other, times in others.items()}
+        rows.append({**row, "seconds": values})
     return rows + [{"name": name, "error": why} for name, why in timings.failures.items()]

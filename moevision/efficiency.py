@@ -14,7 +14,7 @@ expert, R rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,34 +146,25 @@ def count_layers(
     Returns:
         What `forward` returned, and the counts of the model's MoE layers in order of depth.
     """
-    # FLOPs of each MoE layer, router and shared MLP: the counter's total after it minus that before it. A layer without
-    # shared experts has None in their place.
-    flops: dict[nn.Module | None, int] = {None: 0}
-
-    def before(module: nn.Module, _: tuple[Any, ...]) -> None:
-        flops[module] = -counter.get_total_flops()
-
-    def after(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
-        flops[module] += counter.get_total_flops()
-
-    layers = moe_layers(model)
-    with record_routing(model) as routings, ExitStack() as hooks:
-        for layer in layers:
-            for module in (layer, layer.router, layer.shared):
-                if module is not None:
-                    hooks.enter_context(module.register_forward_pre_hook(before))
-                    hooks.enter_context(module.register_forward_hook(after))
+    with record_routing(model) as routings:
         output = forward()
+
+    # By the name of a module, which begins with the model's class, and by operation.
+    flops_by_name = counter.get_flop_counts()
+    names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
+
+    def flops(module: nn.Module | None) -> int:
+        return sum(flops_by_name.get(names.get(module, ""), {}).values())
 
     counts = []
     # Every MoE layer runs once in a forward pass.
-    for layer, routing in zip(layers, routings, strict=True):
-        experts = flops[layer] - flops[layer.router] - flops[layer.shared]
+    for layer, routing in zip(moe_layers(model), routings, strict=True):
+        experts = flops(layer) - flops(layer.router) - flops(layer.shared)
         if isinstance(routing, SoftRouting):
             # Without the two mixing products: tokens to slots, 2 · B · N · E · P · D, and back, 2 · B · N · E · P · O.
             fc1, fc2 = layer.experts.fc1, layer.experts.fc2
             experts -= 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
-        counts.append(LayerCount(layer, routing, flops[layer.router], experts))
+        counts.append(LayerCount(layer, routing, flops(layer.router), experts))
     return output, counts
 
 

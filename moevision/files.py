@@ -98,9 +98,9 @@ def refuse_foreign(path: Path, mark: bytes, option: str = "--out") -> None:
         return
     is_replaceable = False
     if path.is_file():  # reading from a pipe would wait
-        with suppress(OSError), path.open("rb") as file:
+        with path.open("rb") as file:
             beginning = file.read(4096)
-            is_replaceable = mark in beginning or not beginning
+        is_replaceable = mark in beginning or not beginning
     if not is_replaceable:
         raise UserError(
             f"{path} is there already and holds something else: give {option} another place."

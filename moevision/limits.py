@@ -27,8 +27,7 @@ def usable_cores() -> int:
 
 def total_memory_bytes() -> int | None:
     """Physical memory of the machine; None if `os.sysconf` doesn't know it (Windows)."""
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PAGE_SIZE" not in names or "SC_PHYS_PAGES" not in names:
+    if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -98,7 +97,6 @@ _MALLOPT_SETTINGS = (
     (_M_MMAP_MAX, 0),  # no block is mapped from the system on its own
     (_M_TRIM_THRESHOLD, -1),  # the heap is never trimmed; 2**31 - 1 would still trim 2 GiB
 )
-_keeps_memory = False
 
 
 def keep_freed_memory() -> bool:
@@ -107,20 +105,13 @@ def keep_freed_memory() -> bool:
     For programs whose steps need the same memory again and again, such as a training. It does nothing without glibc
     (musl, macOS, Windows) and with `MOEVISION_KEEP_MEMORY=0`.
     """
-    global _keeps_memory
     if os.environ.get(SWITCH) == "0" or not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     # mallopt returns 1 on success.
-    _keeps_memory = all(
+    return all(
         library.mallopt(ctypes.c_int(parameter), ctypes.c_int(value)) == 1
         for parameter, value in _MALLOPT_SETTINGS
     )
-    return _keeps_memory
-
-
-def is_kept() -> bool:
-    """Whether `keep_freed_memory` was called in this process and succeeded."""
-    return _keeps_memory

@@ -7,8 +7,8 @@
 - label: cross-entropy of the router against the class, with experts assigned to classes (benchmarks/cats_and_dogs).
 
 Every loss is a function of sums over tokens. Its value is therefore exact for a batch that is split over processes or
-micro-batches: `AuxLoss` adds up the sums and only then applies the function. The gradient is exact over processes, and
-approximate over micro-batches in the way that `AuxLoss` describes.
+micro-batches: `Balance` adds up the sums and only then applies the function. The gradient is exact over processes, and
+approximate over micro-batches in the way that `Balance` describes.
 
 Axes: B images, N tokens, C classes, E experts, K choices, L MoE layers.
 """
@@ -53,10 +53,8 @@ def load_loss(routing: Routing, rule: Rule = "shazeer") -> Tensor:
             `vmoe` compares with the K-th best of all of them, as V-MoE's code does.
 
     Raises:
-        UserError: if the routing has no noise.
+        UserError: if the routing has no noise and K < E.
     """
-    if routing.top_k == routing.num_experts:
-        return routing.logits.new_zeros(())
     return cv_squared(_load(routing, rule))
 
 
@@ -83,9 +81,6 @@ def label_loss(routing: Routing, target: Tensor) -> Tensor:
     Args:
         routing: one layer's decision.
         target: [B, C] share of each class in each image: `F.one_hot(labels, C)`, or the soft targets of Mixup.
-
-    Raises:
-        UserError: if E is no multiple of C.
     """
     return _mean(_label_sums(routing, target))
 
@@ -107,12 +102,12 @@ def _importance(routing: Routing, rule: Rule) -> Tensor:
 
 def _load(routing: Routing, rule: Rule) -> Tensor:
     """[E] sum over all tokens of the probability that an expert is chosen when its noise is drawn again."""
+    if routing.top_k == routing.num_experts:
+        return torch.ones_like(routing.logits[0, 0])  # perfectly balanced: CV² = 0
     if routing.noise_std is None:
         raise UserError(
             "The load loss needs router noise: use a router with noise, in training mode."
         )
-    if routing.top_k == routing.num_experts:
-        return torch.ones_like(routing.logits[0, 0])  # perfectly balanced: CV² = 0
 
     k = routing.top_k
     top_logits = routing.noisy_logits.topk(k + 1, dim=-1).values  # [B, N, K + 1]
@@ -155,18 +150,9 @@ def _z_sums(routing: Routing, rule: Rule) -> Tensor:
 def _label_sums(routing: Routing, target: Tensor) -> Tensor:
     """[2] sum of the cross-entropy, and number of tokens."""
     num_classes = target.shape[-1]
-    _check_experts_of_classes(routing.num_experts, num_classes)
     logits = routing.logits.unflatten(-1, (num_classes, -1)).logsumexp(-1)  # [B, N, C]
     cross_entropy = -(target.unsqueeze(1) * logits.log_softmax(-1)).sum(-1)  # [B, N]
     return torch.stack([cross_entropy.sum(), cross_entropy.new_tensor(cross_entropy.numel())])
-
-
-def _check_experts_of_classes(num_experts: int, num_classes: int) -> None:
-    if num_experts % num_classes:
-        raise UserError(
-            f"The label loss gives each of {num_classes} classes as many experts, which {num_experts} experts can't "
-            f"be: use a multiple of {num_classes} (--model.arch.num_experts)."
-        )
 
 
 def _mean(sums: Tensor) -> Tensor:
@@ -189,11 +175,12 @@ _LOSSES = {
 }
 
 
-class AuxLoss:
-    """Mean over MoE layers of the weighted sum of losses, over all images of one optimizer step.
+class Balance:
+    """Balance losses and router biases for any loop: `loss` before every backward pass, `step` after the optimizer's.
 
-    A weight that is None in `weights` defaults to that of each layer's router, which `check` reads from the model;
-    without a call of `check` it is 0.
+    The loss is the mean over MoE layers of the weighted sum of losses, over all images of one optimizer step. Call both
+    methods on every process. `counts` is, for each MoE layer, [E] choices of each expert in this process since the step
+    began; `values` are the losses of the last micro-batch by name, each the mean over its layers, for a log.
 
     An accumulation window is the micro-batches of one optimizer step. The losses of a micro-batch are computed from the
     sums of its own tokens plus the detached sums of the earlier micro-batches of the window. With `torch.distributed`
@@ -204,107 +191,6 @@ class AuxLoss:
     m. When the loop divides by M (as Lightning does), the gradients then add up to that of the whole batch; without the
     factor they would shrink to (1 + 1/2 + ... + 1/M) / M of it. This is exact where all micro-batches have the same
     sums. Else the direction is approximate, as a micro-batch doesn't know the later ones (benchmarks/accumulation).
-    """
-
-    def __init__(self, weights: AuxLossWeights) -> None:
-        settings = asdict(weights)
-        self.rule: Rule = settings.pop("rule")
-        self.weights: dict[str, float] = {
-            name: float(weight) for name, weight in settings.items() if weight is not None
-        }
-        self._layer_weights: list[dict[str, float]] = []  # of each MoE layer; empty before `check`
-        self.start_window()
-
-    def check(self, model: nn.Module, num_classes: int | None = None) -> None:
-        """Take weights that are None from the routers of `model`; `num_classes` is C of the label loss's targets.
-
-        Raises:
-            UserError: if a router can't supply a loss that has a weight.
-        """
-        self._layer_weights = [self._weights_of(layer, num_classes) for layer in moe_layers(model)]
-
-    def _weights_of(self, layer: MoEMlp, num_classes: int | None) -> dict[str, float]:
-        """Weights, by name, of the losses of one layer that have a weight other than 0."""
-        router = layer.router
-        weights = {**router.default_losses, **self.weights}
-        weights = {name: weight for name, weight in weights.items() if weight}
-
-        supported = set(router.losses)
-        if "z" in supported:
-            supported.add("label")  # both need learned logits
-        missing = weights.keys() - supported
-        if missing:
-            has = "it needs none"
-            if router.losses:
-                has = f"it has {', '.join(sorted(router.losses))}"
-            raise UserError(
-                f"The router of block {layer.layer_index} can't supply the {', '.join(sorted(missing))} loss "
-                f"({has}): set its weight to 0, leave it out, or choose a router with noise, such as vmoe_top_k."
-            )
-        if "label" in weights:
-            if num_classes is None:
-                raise UserError(
-                    "The label loss needs the number of classes: give Balance num_classes, and its loss the target."
-                )
-            _check_experts_of_classes(router.num_experts, num_classes)
-        return weights
-
-    def start_window(self) -> None:
-        """Forget earlier micro-batches; call it once per optimizer step."""
-        # (loss, index of the layer) -> detached sums so far
-        self._window: dict[tuple[str, int], Tensor] = {}
-        self._micro_batches = 0
-
-    def __call__(
-        self, routings: Sequence[Routing], target: Tensor | None = None
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The weighted sum (None without MoE layers or weights), and each loss's detached mean over its layers.
-
-        The label loss needs `target` [B, C], as in `label_loss`.
-        """
-        self._micro_batches += 1
-        layer_weights = self._layer_weights or [self.weights] * len(routings)
-
-        terms: list[tuple[str, float]] = []  # name and weight of each loss of each layer
-        sums = []  # of each term
-        for index, (routing, weights) in enumerate(zip(routings, layer_weights, strict=True)):
-            for name, weight in weights.items():
-                if weight:
-                    terms.append((name, weight))
-                    sums.append(self._window_sums(name, index, routing, target))
-        if not terms:
-            return None, {}
-
-        weighted = []
-        values: defaultdict[str, list[Tensor]] = defaultdict(list)  # name -> loss of each layer
-        for (name, weight), total in zip(terms, sum_over_ranks(sums), strict=True):
-            value = _LOSSES[name].value(total)
-            weighted.append(weight * value)
-            values[name].append(value.detach())
-        loss = torch.stack(weighted).sum() / len(routings)
-        means = {name: torch.stack(per_layer).mean() for name, per_layer in values.items()}
-        return loss, means
-
-    def _window_sums(
-        self, name: str, layer: int, routing: Routing, target: Tensor | None
-    ) -> Tensor:
-        """The sums of one loss of one layer, over the window so far in this process."""
-        sums = _LOSSES[name].sums(routing, target if name == "label" else self.rule)
-        earlier = self._window.get((name, layer))
-        if earlier is not None:
-            # The last term is 0 and only adds gradient: in all m times that of this micro-batch's own sums.
-            extra_gradient = (self._micro_batches - 1) * (sums - sums.detach())
-            sums = earlier + sums + extra_gradient
-        self._window[name, layer] = sums.detach()
-        return sums
-
-
-class Balance:
-    """Balance losses and router biases for any loop: `loss` before every backward pass, `step` after the optimizer's.
-
-    With several processes (`torch.distributed`) or micro-batches the losses are those of the whole optimizer step, as
-    `AuxLoss` describes; call both methods on every process. `counts` is, for each MoE layer, [E] choices of each expert
-    in this process since the step began; `values` are the losses of the last micro-batch by name, for a log.
 
     Args:
         model: any module with MoE layers; also wrapped in `DistributedDataParallel`.
@@ -332,18 +218,53 @@ class Balance:
         weights: AuxLossWeights | None = None,
         num_classes: int | None = None,
     ) -> None:
+        settings = asdict(weights or AuxLossWeights())
+        self.rule: Rule = settings.pop("rule")
+        self.weights: dict[str, float] = {
+            name: float(weight) for name, weight in settings.items() if weight is not None
+        }
         self.model = model
-        self.counts: list[Tensor] = []
-        self.values: dict[str, Tensor] = {}
-        self._losses = AuxLoss(weights or AuxLossWeights())
-        self._losses.check(model, num_classes)
-        self._needs_load = any(layer.router.needs_load for layer in moe_layers(model))
-        self._step_is_done = False
+        layers = moe_layers(model)
+        self._layer_weights = [self._weights_of(layer, num_classes) for layer in layers]
+        self._needs_load = any(layer.router.needs_load for layer in layers)
+        self.start_window()
+
+    def _weights_of(self, layer: MoEMlp, num_classes: int | None) -> dict[str, float]:
+        """Weights, by name, of the losses of one layer that have a weight other than 0."""
+        router = layer.router
+        weights = {**router.default_losses, **self.weights}
+        weights = {name: weight for name, weight in weights.items() if weight}
+
+        supported = set(router.losses)
+        if "z" in supported:
+            supported.add("label")  # both need learned logits
+        missing = weights.keys() - supported
+        if missing:
+            has = "it needs none"
+            if router.losses:
+                has = f"it has {', '.join(sorted(router.losses))}"
+            raise UserError(
+                f"The router of block {layer.layer_index} can't supply the {', '.join(sorted(missing))} loss "
+                f"({has}): set its weight to 0, leave it out, or choose a router with noise, such as vmoe_top_k."
+            )
+        if "label" in weights:
+            if num_classes is None:
+                raise UserError(
+                    "The label loss needs the number of classes: give Balance num_classes, and its loss the target."
+                )
+            if router.num_experts % num_classes:
+                raise UserError(
+                    f"The label loss gives each of {num_classes} classes as many experts, which {router.num_experts} "
+                    f"experts can't be: use a multiple of {num_classes} (--model.arch.num_experts)."
+                )
+        return weights
 
     def start_window(self) -> None:
         """Forget earlier micro-batches: the next one is the first of an optimizer step."""
-        self.counts = []
-        self._losses.start_window()
+        self.counts: list[Tensor] = []
+        # (loss, index of the layer) -> detached sums so far
+        self._window: dict[tuple[str, int], Tensor] = {}
+        self._micro_batches = 0
         self._step_is_done = False
 
     def loss(self, routings: Sequence[Routing], target: Tensor | None = None) -> Tensor:
@@ -355,16 +276,46 @@ class Balance:
         """
         if self._step_is_done:
             self.start_window()
-
+        self._micro_batches += 1
         counts = [routing.requested_counts() for routing in routings]  # [E] of each layer
         if self.counts:
-            counts = [earlier + new for earlier, new in zip(self.counts, counts, strict=True)]
+            pairs = zip(self.counts, counts, strict=True)
+            counts = [earlier + new for earlier, new in pairs]
         self.counts = counts
 
-        total, self.values = self._losses(routings, target)
-        if total is None:
+        terms: list[tuple[str, float]] = []  # name and weight of each loss of each layer
+        sums = []  # of each term
+        layers = zip(routings, self._layer_weights, strict=True)
+        for index, (routing, weights) in enumerate(layers):
+            for name, weight in weights.items():
+                terms.append((name, weight))
+                sums.append(self._window_sums(name, index, routing, target))
+
+        self.values: dict[str, Tensor] = {}
+        if not terms:
             return torch.zeros((), device=counts[0].device if counts else None)
-        return total
+
+        weighted = []
+        values: defaultdict[str, list[Tensor]] = defaultdict(list)  # name -> loss of each layer
+        for (name, weight), total in zip(terms, sum_over_ranks(sums), strict=True):
+            value = _LOSSES[name].value(total)
+            weighted.append(weight * value)
+            values[name].append(value.detach())
+        self.values = {name: torch.stack(per_layer).mean() for name, per_layer in values.items()}
+        return torch.stack(weighted).sum() / len(routings)
+
+    def _window_sums(
+        self, name: str, layer: int, routing: Routing, target: Tensor | None
+    ) -> Tensor:
+        """The sums of one loss of one layer, over the window so far in this process."""
+        sums = _LOSSES[name].sums(routing, target if name == "label" else self.rule)
+        earlier = self._window.get((name, layer))
+        if earlier is not None:
+            # The last term is 0 and only adds gradient: in all m times that of this micro-batch's own sums.
+            extra_gradient = (self._micro_batches - 1) * (sums - sums.detach())
+            sums = earlier + sums + extra_gradient
+        self._window[name, layer] = sums.detach()
+        return sums
 
     def step(self, applied: bool = True) -> None:
         """Update router biases from the load of this step; the next call of `loss` begins another step.
@@ -377,11 +328,14 @@ class Balance:
             update_router_bias(self.model, sum_over_ranks(self.counts))
 
 
+def several_processes() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each of the tensors, all of one dtype, summed over ranks: one all-reduce in forward, and one in backward."""
-    if not tensors or not dist.is_available() or not dist.is_initialized():
-        return list(tensors)
-    if dist.get_world_size() == 1:
+    if not tensors or not several_processes():
         return list(tensors)
 
     flat = torch.cat([x.flatten() for x in tensors])
@@ -464,17 +418,9 @@ class RoutingStatistics(Metric):
         # torchmetrics squeezes a state of one element, such as `tokens` with a single layer.
         sums = {name: value.reshape(len(self.layers), -1) for name, value in self.compute().items()}
         loads = []
-        for row, layer in enumerate(self.layers):
-            experts = slice(self.num_experts[row])
-            load = LayerLoad.from_sums(
-                layer,
-                counts=sums["counts"][row, experts],
-                requested=sums["requested"][row, experts],
-                entropy_bits=sums["entropy_bits"][row, 0],
-                tokens=sums["tokens"][row, 0],
-                unrouted=sums["unrouted"][row, 0],
-                count_squares=sums["count_squares"][row, experts],
-                images=sums["images"][row, 0],
-            )
-            loads.append(load)
+        for row, (layer, num_experts) in enumerate(zip(self.layers, self.num_experts, strict=True)):
+            of_layer = {
+                name: value[row, :num_experts] for name, value in sums.items()
+            }  # [E] or [1]
+            loads.append(LayerLoad.from_sums(layer, **of_layer))
         return loads

@@ -5,10 +5,13 @@ import os
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -79,6 +82,17 @@ def free_port() -> int:
         return int(opened.getsockname()[1])
 
 
+def load_script(path: Path) -> ModuleType:
+    """A script outside of the package as a module."""
+    spec = spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
 def missing(text: str, *fragments: str) -> list[str]:
     """The fragments that a text doesn't have: names, values, the way on. Its other words may change."""
     return [fragment for fragment in fragments if fragment not in text]
@@ -99,7 +113,8 @@ def succeeded(outcome: Outcome) -> Outcome:
 
 def refused(outcome: Outcome, *fragments: str) -> Outcome:
     """The outcome of a call that ended by one sentence, its last line, which names these."""
-    assert outcome.code == 2, outcome.err
+    assert outcome.code == 2, outcome.out + outcome.err
+    assert "Traceback" not in outcome.err
     sentence = outcome.err.splitlines()[-1]
     assert sentence.startswith("moevision: ")
     assert_names(sentence, *fragments)
@@ -192,6 +207,12 @@ def distant_model(
         replace(model, strangers=fit_ood(features[::2], labels[::2], features[1::2])), folder
     )
     return folder
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Every shipped config parses, says where it comes from, and trains: by its name, from any folder."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 from moevision.data.named import DATASET_NAMES
 from moevision.train.recipe import find_config, shipped_configs
 from tests.shared import refused, succeeded
+
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 CONFIGS = shipped_configs()
 # One step on a handful of drawn pictures: what the config says is kept, but for the size of the data and of the batch.
@@ -26,15 +29,6 @@ SMALL = (
 )
 
 
-def header(path):
-    """The comment that a config opens with."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    first = next(
-        (number for number, line in enumerate(lines) if not line.startswith("#")), len(lines)
-    )
-    return "\n".join(lines[:first])
-
-
 def test_there_are_configs():
     assert {"quickstart", "cifar10", "imagenette", "cats_vs_dogs", "cats_vs_dogs_two"} <= set(
         CONFIGS
@@ -42,23 +36,17 @@ def test_there_are_configs():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_is_called_as_its_file_and_names_a_dataset(name):
-    config = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
+def test_config_is_called_as_its_file_and_says_how_it_is_run(name):
+    text = CONFIGS[name].read_text(encoding="utf-8")
+    config = yaml.safe_load(text)
     assert config["name"] == name
     assert config["data"]["path"] in DATASET_NAMES
+    comment = "".join(itertools.takewhile(lambda line: line[0] == "#", text.splitlines(True)))
+    assert re.search(rf"moevision fit (--config )?{name}\b", comment)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_opens_with_the_command_that_runs_it(name):
-    text = header(CONFIGS[name])
-    assert re.search(rf"moevision fit (--config )?{name}\b", text), (
-        f"{CONFIGS[name]} has no header with its command"
-    )
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_config_trains(cli, drawn_pets, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
+def test_config_trains(cli, drawn_pets, name):
     config = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
     arch, start = config["model"]["arch"], ()
     if "upcycle_reinit" in arch:  # trains pretrained weights only: here drawn ones
@@ -70,10 +58,7 @@ def test_config_trains(cli, drawn_pets, tmp_path, monkeypatch, name):
     assert f"{config['data']['image_size']} x {config['data']['image_size']} pixels" in outcome.out
 
 
-def test_a_config_of_pretrained_weights_says_so_without_them(
-    cli, drawn_pets, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_config_of_pretrained_weights_says_so_without_them(cli, drawn_pets):
     refused(
         cli("fit", "--config", "cats_vs_dogs_two", "--data.path", drawn_pets, *SMALL),
         "--model.arch.upcycle_reinit",
@@ -81,14 +66,12 @@ def test_a_config_of_pretrained_weights_says_so_without_them(
     )
 
 
-def test_quickstart_trains_on_its_own_data(cli, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_quickstart_trains_on_its_own_data(cli):
     outcome = succeeded(cli("fit", "quickstart", *SMALL))
     assert "from synthetic_pets" in outcome.out
 
 
-def test_a_file_of_ones_own_comes_before_a_shipped_config(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_file_of_ones_own_comes_before_a_shipped_config():
     assert find_config("quickstart") == CONFIGS["quickstart"]
     Path("quickstart").write_text("name: mine\n")
     assert find_config("quickstart") == Path("quickstart")

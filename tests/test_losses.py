@@ -1,5 +1,6 @@
 """Losses of routers against hand-derived numbers, an independent NumPy transcription, and their properties."""
 
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, RouterOptions, Routing, build_router
 from moevision.losses import (
-    AuxLoss,
     AuxLossWeights,
     Balance,
     importance_loss,
@@ -57,6 +57,13 @@ def example() -> Routing:
     )
 
 
+def balance(layers: int = 1, **weights: float) -> Balance:
+    """Of layers with four experts, two per token; a loss without a weight here has none."""
+    off = dict.fromkeys(("importance", "load", "load_balancing", "z"), 0.0)
+    model = nn.ModuleList(MoEMlp(8, 8, num_experts=4) for _ in range(layers))
+    return Balance(model, AuxLossWeights(**{**off, **weights}), num_classes=2)
+
+
 def test_importance_golden() -> None:
     """Column sums 1.7, 1.1, 1.2: mean 4/3, squared deviations .1344, .0544, .0178 -> .0689 / 1.7778 = .03875."""
     for rule in ("shazeer", "vmoe"):
@@ -66,16 +73,10 @@ def test_importance_golden() -> None:
 def test_load_balancing_golden() -> None:
     """Top-1 counts 2, 0, 2 -> f = .5, 0, .5; P = .425, .275, .3; 3 (.2125 + 0 + .15) = 1.0875."""
     routing = dense_gates(GATES)
-    first = Routing(
-        routing.logits,
-        routing.logits,
-        routing.probs,
-        None,
-        routing.expert_index[..., :1],
-        routing.combine_weight[..., :1],
-        routing.kept[..., :1],
-    )
-    assert float(load_balancing_loss(first)) == pytest.approx(1.0875)
+    first = {
+        name: getattr(routing, name)[..., :1] for name in ("expert_index", "combine_weight", "kept")
+    }
+    assert float(load_balancing_loss(replace(routing, **first))) == pytest.approx(1.0875)
 
 
 def test_load_golden() -> None:
@@ -92,7 +93,7 @@ def test_load_is_the_definition(rule: str, top_k: int) -> None:
     logits, noise, std = (
         rng.normal(size=(9, 5)),
         rng.normal(size=(9, 5)),
-        rng.uniform(0.1, 2, size=(9, 5)),
+        rng.uniform(0.1, 2, (9, 5)),
     )
     noisy = logits + noise * std
     load = np.zeros(5)
@@ -107,23 +108,6 @@ def test_load_is_the_definition(rule: str, top_k: int) -> None:
         torch.tensor(logits), torch.tensor(noise * std), torch.tensor(std), top_k
     )
     assert float(load_loss(routing, rule)) == pytest.approx(load.var() / load.mean() ** 2, rel=1e-9)
-
-
-def test_smooth_load_averages_k_and_ignores_a_shift() -> None:
-    """Σ_i P(x, i) averages exactly k (it is the expected number of choices); popular ports get 3.2 and 8.0 here."""
-    from moevision.losses import _load
-
-    torch.manual_seed(0)
-    logits, std = (
-        torch.randn(20_000, 8, dtype=torch.float64),
-        torch.rand(20_000, 8, dtype=torch.float64) + 0.5,
-    )
-    noise = torch.randn(20_000, 8, dtype=torch.float64) * std
-    shift = 5 * torch.randn(20_000, 1, dtype=torch.float64)
-    loads = _load(routing_from(logits, noise, std, 2), "shazeer")
-    assert float(loads.sum() / 20_000) == pytest.approx(2.0, abs=0.01)
-    shifted = _load(routing_from(logits + shift, noise, std, 2), "shazeer")
-    torch.testing.assert_close(shifted, loads)
 
 
 def test_z_loss_by_hand() -> None:
@@ -169,16 +153,6 @@ def test_label_loss_of_tokens_is_their_mean() -> None:
     assert float(label_loss(routing, F.one_hot(torch.tensor([1]), 2))) == pytest.approx(expected)
 
 
-def test_the_gradient_of_the_label_loss_by_hand() -> None:
-    """Shares p = .1 to .4 of an image of class 1, to which .7 go: p outside of the class, p - p / .7 in it."""
-    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64).log().requires_grad_()
-    label_loss(
-        routing_from(logits, torch.zeros_like(logits), 1.0, 1), F.one_hot(torch.tensor([1]), 2)
-    ).backward()
-    expected = torch.tensor([[0.1, 0.2, 0.3 - 0.3 / 0.7, 0.4 - 0.4 / 0.7]], dtype=torch.float64)
-    torch.testing.assert_close(logits.grad, expected)
-
-
 @pytest.mark.parametrize("route_by", ["token", "image"])
 def test_micro_batches_have_the_label_loss_and_its_gradient_of_the_whole_batch(
     route_by: str,
@@ -188,49 +162,40 @@ def test_micro_batches_have_the_label_loss_and_its_gradient_of_the_whole_batch(
     router = build_router(
         "vmoe_top_k", 8, 4, 1, dtype=torch.float64, options=RouterOptions(route_by=route_by)
     )
-    whole, target = (
-        router(torch.randn(12, 5, 8, dtype=torch.float64)),
-        F.one_hot(torch.arange(12) // 3 % 2, 2),
-    )
+    whole = router(torch.randn(12, 5, 8, dtype=torch.float64))
+    target = F.one_hot(torch.arange(12) // 3 % 2, 2)
     label_loss(whole, target).backward(retain_graph=True)
     expected = router.weight.grad.clone()
     for parts in (1, 2, 3, 4):
         router.zero_grad()
-        aux, size = AuxLoss(AuxLossWeights(label=1.0)), 12 // parts
+        told_classes, size = balance(label=1.0), 12 // parts
         for start in range(0, 12, size):
-            value, values = aux([part_of(whole, start, start + size)], target[start : start + size])
+            part = slice(start, start + size)
+            value = told_classes.loss([part_of(whole, part)], target[part])
             (value / parts).backward(retain_graph=True)
-        assert (
-            value.item()
-            == values["label"].item()
-            == pytest.approx(label_loss(whole, target).item())
-        )
+        assert value.item() == told_classes.values["label"].item()
+        assert value.item() == pytest.approx(label_loss(whole, target).item())
         torch.testing.assert_close(router.weight.grad, expected)
 
 
 def test_experts_that_no_class_can_share_are_refused() -> None:
-    with pytest.raises(UserError, match=r"2 .* 3 experts .* multiple of 2"):
-        label_loss(told([[1, 2, 3]]), F.one_hot(torch.tensor([1]), 2))
     with pytest.raises(UserError, match=r"5 .* 8 experts .* multiple of 5"):
-        AuxLoss(AuxLossWeights(label=0.1)).check(MoEMlp(8, 8, num_experts=8), num_classes=5)
+        Balance(MoEMlp(8, 8, num_experts=8), AuxLossWeights(label=0.1), num_classes=5)
 
 
 @pytest.mark.parametrize("router", ["soft", "hash", "random", "position"])
 def test_a_router_without_scores_that_learn_cannot_be_told_the_class(router: str) -> None:
+    layer = MoEMlp(8, 8, num_experts=4, router=router)
     with pytest.raises(UserError, match=r"the label loss .* vmoe_top_k"):
-        AuxLoss(AuxLossWeights(label=0.1)).check(
-            MoEMlp(8, 8, num_experts=4, router=router), num_classes=2
-        )
+        Balance(layer, AuxLossWeights(label=0.1), num_classes=2)
 
 
 def test_balance_takes_the_labels_or_refuses_a_loss_of_them() -> None:
     Balance(MoEMlp(8, 8), AuxLossWeights(label=0.0))
     with pytest.raises(UserError, match="Balance num_classes"):
         Balance(MoEMlp(8, 8), AuxLossWeights(label=0.1))
-    routing = told([[1, 2, 3, 4]])
-    balance = Balance(nn.Identity(), AuxLossWeights(label=0.1), num_classes=2)
-    target = F.one_hot(torch.tensor([1]), 2)
-    assert balance.loss([routing], target) == 0.1 * label_loss(routing, target)
+    routing, target = told([[1, 2, 3, 4]]), F.one_hot(torch.tensor([1]), 2)
+    assert balance(label=0.1).loss([routing], target) == 0.1 * label_loss(routing, target)
 
 
 @pytest.mark.parametrize("loss", [importance_loss, load_loss, load_balancing_loss, z_loss])
@@ -279,43 +244,30 @@ def test_load_loss_needs_noise() -> None:
 
 def test_a_loss_that_the_router_cannot_supply_is_an_error_at_start() -> None:
     layer = MoEMlp(8, 8)
-    AuxLoss(AuxLossWeights(load=0.1)).check(layer)
+    Balance(layer, AuxLossWeights(load=0.1))
     layer.router.noise = "none"
-    with pytest.raises(UserError, match="the load loss"):
-        AuxLoss(AuxLossWeights(load=0.1)).check(layer)
+    with pytest.raises(UserError, match=r"the load loss \(it has importance, "):
+        Balance(layer, AuxLossWeights(load=0.1))
 
 
-def test_aux_loss_is_the_weighted_sum_of_layer_means() -> None:
+def test_the_loss_is_the_weighted_sum_of_layer_means() -> None:
     router = build_router("noisy_top_k", 8, 4, 2)
     layers = [router(torch.randn(2, 5, 8)) for _ in range(3)]
-    total, values = AuxLoss(AuxLossWeights(importance=0.1, z=0.01))(layers)
+    both = balance(3, importance=0.1, z=0.01)
+    total = both.loss(layers)
     importance = sum(importance_loss(layer).item() for layer in layers) / 3
     z = sum(z_loss(layer).item() for layer in layers) / 3
-    assert values == {"importance": pytest.approx(importance), "z": pytest.approx(z)}
-    assert total is not None
+    assert both.values == {"importance": pytest.approx(importance), "z": pytest.approx(z)}
     assert total.item() == pytest.approx(0.1 * importance + 0.01 * z)
 
 
 def test_no_weight_means_no_loss() -> None:
     router = build_router("noisy_top_k", 8, 4, 2)
-    assert AuxLoss(AuxLossWeights())([router(torch.randn(2, 5, 8))]) == (None, {})
-    assert AuxLoss(AuxLossWeights(importance=1.0))([]) == (None, {})
-
-
-@pytest.mark.parametrize("name", ["importance", "load", "load_balancing", "z"])
-def test_last_micro_batch_has_the_statistic_of_the_whole_window(name: str) -> None:
-    whole = example_batch()
-    aux = AuxLoss(AuxLossWeights(**{name: 1.0}))
-    expected, _ = aux([whole])
-    aux.start_window()
-    for start in (0, 4, 8):
-        actual, _ = aux([part_of(whole, start, start + 4)])
-    torch.testing.assert_close(actual, expected)
-    aux.start_window()
-    first, _ = aux([part_of(whole, 0, 4)])
-    aux.start_window()
-    again, _ = aux([part_of(whole, 0, 4)])
-    torch.testing.assert_close(first, again)
+    for losses, routings in (
+        (balance(), [router(torch.randn(2, 5, 8))]),
+        (balance(0, z=1.0), []),
+    ):
+        assert (losses.loss(routings), losses.values) == (0, {})
 
 
 def accumulated_gradient(
@@ -325,20 +277,15 @@ def accumulated_gradient(
 
     The noise is the whole batch's; beside it stands the last micro-batch's value.
     """
-    aux, total, size = (
-        AuxLoss(AuxLossWeights(**{name: 1.0})),
-        torch.zeros(()),
-        len(whole.logits) // parts,
-    )
-    aux([whole])  # of an earlier window
-    aux.start_window()
+    losses, size = balance(**{name: 1.0}), len(whole.logits) // parts
+    losses.loss([whole])  # of an earlier window
+    losses.start_window()
     router.zero_grad()
     for start in range(0, size * parts, size):
-        value, _ = aux([part_of(whole, start, start + size)])
-        assert value is not None
+        value = losses.loss([part_of(whole, slice(start, start + size))])
         (value / parts).backward(retain_graph=True)
-        total = value.detach()
-    return torch.cat([p.grad.flatten() for p in router.parameters() if p.grad is not None]), total
+    gradients = [p.grad.flatten() for p in router.parameters() if p.grad is not None]
+    return torch.cat(gradients), value.detach()
 
 
 @pytest.mark.parametrize("name", ["importance", "load", "load_balancing", "z"])
@@ -352,14 +299,6 @@ def test_micro_batches_that_are_alike_have_the_gradient_of_the_whole_window(name
         found, last = accumulated_gradient(part_of(routing, index), name, copies, router)
         torch.testing.assert_close(found, expected, msg=f"{copies} micro-batches")
         torch.testing.assert_close(last, value)
-
-
-def test_micro_batches_of_equal_size_have_the_z_gradient_of_the_whole_batch() -> None:
-    router = random_router()
-    whole: Routing = router(torch.randn(48, 5, 8, dtype=torch.float64))
-    expected, _ = accumulated_gradient(whole, "z", 1, router)
-    for parts in (2, 3, 4, 6, 8, 12, 16):
-        torch.testing.assert_close(accumulated_gradient(whole, "z", parts, router)[0], expected)
 
 
 @pytest.mark.parametrize("name", ["importance", "load", "load_balancing"])
@@ -380,10 +319,9 @@ def test_a_window_that_is_cut_short_counts_as_its_cross_entropy() -> None:
     """3 of 8 micro-batches, each divided by 8 as Lightning does: 3/8 of the gradient of those three alone."""
     router = random_router()
     three: Routing = router(torch.randn(12, 5, 8, dtype=torch.float64))
-    aux = AuxLoss(AuxLossWeights(z=1.0))
+    losses = balance(z=1.0)
     for start in (0, 4, 8):
-        value, _ = aux([part_of(three, start, start + 4)])
-        assert value is not None
+        value = losses.loss([part_of(three, slice(start, start + 4))])
         (value / 8).backward(retain_graph=True)
     found = router.weight.grad.clone()
     router.zero_grad()
@@ -399,17 +337,8 @@ def random_router() -> nn.Module:
     return router
 
 
-def example_batch() -> Routing:
-    torch.manual_seed(0)
-    router = build_router("noisy_top_k", 8, 4, 2, dtype=torch.float64)
-    nn.init.normal_(router.weight)
-    routing: Routing = router(torch.randn(12, 5, 8, dtype=torch.float64))
-    return routing
-
-
-def part_of(routing: Routing, *rows: int | Tensor) -> Routing:
-    """Images start to stop of a decision, or those of an index."""
-    images = rows[0] if isinstance(rows[0], Tensor) else slice(*rows)
+def part_of(routing: Routing, images: slice | Tensor) -> Routing:
+    """Some images of a decision."""
     tensors = {
         name: getattr(routing, name)[images]
         for name in ("logits", "noisy_logits", "probs", "expert_index", "combine_weight", "kept")

@@ -5,18 +5,15 @@ A folder from an archive of unknown origin may bear any names; what a person the
 
 import csv
 import io
-import itertools
 import json
 import os
 import re
 import shlex
 import shutil
-import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,10 +34,9 @@ from moevision.errors import (
     json_text,
     name_bytes,
 )
-from moevision.train.health import Stopwatch
+from moevision.files import csv_text, read_csv, write_text_atomic
 from moevision.train.report import without_example
 from tests.shared import TINY, Outcome, run_cli
-from tests.train.struck import strike
 
 pytestmark = pytest.mark.deep
 
@@ -84,11 +80,6 @@ def assert_harmless_outcome(outcome: Outcome, code: int = 0) -> None:
     assert_harmless(outcome.err, "stderr")
 
 
-def read_csv(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("names")
@@ -103,12 +94,8 @@ def folder(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome(home: Path, folder: Path) -> Outcome:
-    options = (
-        "--data.max_bad_fraction=0.2",
-        "--checkpoint.every_steps=4",
-        f"--runs_root={home / 'runs'}",
-    )
-    return run_cli("fit", folder, *TINY, *options)
+    options = ("--data.max_bad_fraction=0.2", "--checkpoint.every_steps=4")
+    return run_cli("fit", folder, *TINY, *options, f"--runs_root={home / 'runs'}")
 
 
 @pytest.fixture(scope="module")
@@ -164,46 +151,34 @@ def test_splits_of_older_runs_hold_names_as_they_are(folder: Path, tmp_path: Pat
         if not re.search("[\ud800-\udfff]", sample.sample_id)
     ]
     splits = Splits({"train": samples, "val": samples, "test": samples}, {})
-    with (tmp_path / "splits.csv").open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(["split", "class", "path"])
-        for split, members in splits.samples.items():
-            writer.writerows(
-                [split, sample.sample_id.split("/")[0], sample.sample_id] for sample in members
-            )
+    rows = [
+        (split, sample.sample_id.split("/")[0], sample.sample_id)
+        for split, members in splits.samples.items()
+        for sample in members
+    ]
+    write_text_atomic(tmp_path / "splits.csv", csv_text(["split", "class", "path"], rows))
     found, class_names = read_splits(tmp_path / "splits.csv", collection)
     assert found.samples == splits.samples
     assert class_names == collection.class_names[:2]
 
 
 def test_an_interrupted_run_goes_on(
-    home: Path, folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, run: Path, send_signal: Callable, strike: Callable, own_folder: None
 ) -> None:
     """guard.csv and the checkpoint hold names of images; the last line can be typed."""
-    monkeypatch.chdir(tmp_path)
-    steps = itertools.count(1)
-    real = Stopwatch.on_train_batch_end
-
-    def stop(self: Stopwatch, trainer: L.Trainer, *rest: Any) -> None:
-        real(self, trainer, *rest)
-        if next(steps) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stopwatch, "on_train_batch_end", stop)
-        strike("nan_loss@2, nan_loss@3", patch.setattr)
-        outcome = run_cli("fit", folder, *TINY, "--data.max_bad_fraction=0.2")
+    strike("nan_loss@2, nan_loss@3")
+    send_signal(6)
+    outcome = run_cli("fit", folder, *TINY, "--data.max_bad_fraction=0.2")
     assert_harmless_outcome(outcome, 143)
     resume = shlex.split(outcome.err.splitlines()[-1])
     outcome = run_cli(*resume[1:])
     assert_harmless_outcome(outcome)
     assert "bit-identical" not in outcome.err
-    found = Path(resume[-1])
-    rows = read_csv(found / "guard.csv")
-    assert len(rows) == 2
-    assert all(row["samples"] for row in rows)
-    assert_harmless((found / "guard.csv").read_text(encoding="utf-8"), "guard.csv")
-    assert (found / "splits.csv").read_bytes() == (run / "splits.csv").read_bytes()
+    stopped = Path(resume[-1])
+    rows = read_csv(stopped / "guard.csv")
+    assert [bool(row["samples"]) for row in rows] == [True, True]
+    assert_harmless((stopped / "guard.csv").read_text(encoding="utf-8"), "guard.csv")
+    assert (stopped / "splits.csv").read_bytes() == (run / "splits.csv").read_bytes()
 
 
 def test_predict(run: Path, folder: Path, tmp_path: Path) -> None:

@@ -13,16 +13,9 @@ and images, the least and the most of them, and the mean cosine between the two 
 import json
 from pathlib import Path
 
-RECORD = Path(__file__).with_name("record.json")
-PAGE = "benchmarks/accumulation/README.md"
 BATCHES = ((256, "pets"), (32, "pets"), (32, "noise"))
 LOSSES = ("load_balancing", "importance", "load")
 MICRO_BATCHES = (2, 4, 8, 16)
-
-
-def read_rows() -> list[dict]:
-    """All rows of the record."""
-    return json.loads(RECORD.read_text(encoding="utf-8"))["rows"]
 
 
 def cell(row: dict) -> str:
@@ -31,36 +24,22 @@ def cell(row: dict) -> str:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """A line for each batch and loss, of one process; a column for each number of micro-batches."""
-    cells = {
-        (row["images"], row["kind"], row["loss"], row["parts"]): cell(row)
-        for row in rows
-        if row["processes"] == 1
-    }
-    lines = []
-    for images, kind in BATCHES:
-        for loss in LOSSES:
-            columns = " | ".join(cells[images, kind, loss, parts] for parts in MICRO_BATCHES)
-            lines.append(f"| {images} {kind} | {loss} | 1 | {columns} |")
-    return lines
+    """A line for each batch and loss, of one process; a column for each number of micro-batches.
 
-
-def processes_agree(rows: list[dict]) -> bool:
-    """Whether the cells of two processes are those of one."""
+    What it leaves out stands in the last line: the z loss, a mean over images, and the rows of two processes.
+    """
     cells: dict[int, dict] = {1: {}, 2: {}}
     for row in rows:
         cells[row["processes"]][row["images"], row["kind"], row["loss"], row["parts"]] = cell(row)
-    return cells[1] == cells[2]
-
-
-def left_out(rows: list[dict]) -> str:
-    """What the table leaves out: the z loss, a mean over images, and the rows of two processes."""
-    z_is_exact = all(
-        cell(row) == "1.00 (1.00 to 1.00), 1.000" for row in rows if row["loss"] == "z"
-    )
-    z = "has 1 everywhere" if z_is_exact else "differs from 1"
-    values = "the same values" if processes_agree(rows) else "other values"
-    return f"*z* {z}, and two processes have {values}"
+    lines = []
+    for images, kind in BATCHES:
+        for loss in LOSSES:
+            columns = " | ".join(cells[1][images, kind, loss, parts] for parts in MICRO_BATCHES)
+            lines.append(f"| {images} {kind} | {loss} | 1 | {columns} |")
+    of_z = {cell(row) for row in rows if row["loss"] == "z"}
+    z = "has 1 everywhere" if of_z == {"1.00 (1.00 to 1.00), 1.000"} else "differs from 1"
+    values = "the same values" if cells[1] == cells[2] else "other values"
+    return [*lines, f"*z* {z}, and two processes have {values}"]
 
 
 def span(rows: list[dict], images: int, least: str, most: str) -> str:
@@ -72,10 +51,10 @@ def span(rows: list[dict], images: int, least: str, most: str) -> str:
 
 def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the record."""
-    rows = read_rows()
+    text = Path(__file__).with_name("record.json").read_text(encoding="utf-8")
+    rows = json.loads(text)["rows"]
     return {
-        PAGE: [
-            left_out(rows),
+        "benchmarks/accumulation/README.md": [
             *table(rows),
             f"With 256 images every draw is between {span(rows, 256, 'least', 'most')}",
             f"the mean is between {span(rows, 32, 'projection', 'projection')}",
@@ -85,5 +64,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

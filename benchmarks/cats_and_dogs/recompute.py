@@ -11,15 +11,14 @@ the second table are as they were measured: the record has no outputs for them.
 """
 
 import json
-import math
+from collections import Counter
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
-HERE = Path(__file__).parent
 LEARN = {"experts": "experts alone", "blocks": "last blocks"}
 GATES = {
     "dense": "dense, no gate",
@@ -40,51 +39,27 @@ def accuracy(run: Record) -> float:
     return fmean(a == b for a, b in zip(run["labels"], run["predicted"], strict=True))
 
 
-def photos_by_expert(run: Record, layer: Record) -> np.ndarray:
-    """[2, experts] how many photos of each class a layer sends to each expert."""
-    photos = np.zeros((2, len(layer["load"])))
-    for label, expert in zip(run["labels"], layer["routes"], strict=True):
-        photos[int(label), int(expert)] += 1
-    return photos
+def add_facts(run: Record) -> None:
+    """Tell each layer of a run its `photos` [2, experts] of each class in each expert, and what follows from them.
 
-
-def shares(layer: Record) -> np.ndarray:
-    """[2, experts] share of each class's photos in each expert."""
-    return layer["photos"] / layer["photos"].sum(axis=1, keepdims=True)
-
-
-def in_own(layer: Record) -> tuple[float, float]:
-    """Share of the cats in the experts that see more of the cats than of the dogs, and of the dogs in the others."""
-    cats, dogs = shares(layer)
-    return cats[cats >= dogs].sum(), dogs[cats < dogs].sum()
-
-
-def own_experts(layer: Record) -> tuple[int, int]:
-    """The expert that leans most to cats, and the one that leans most to dogs: always two."""
-    order = np.argsort(shares(layer)[DOGS] - shares(layer)[CATS], kind="stable")
-    return order[0], order[-1]
-
-
-def busiest(layer: Record) -> float:
-    """Share of all photos that the busiest expert has."""
-    return layer["photos"].sum(axis=0).max() / layer["photos"].sum()
-
-
-def guess(layer: Record) -> float:
-    """How often the class is guessed correctly from the expert: each expert says its more frequent class."""
-    return layer["photos"].max(axis=0).sum() / layer["photos"].sum()
+    `in_own`: the share of the cats in the experts that see more of the cats than of the dogs, and of the dogs in the
+    others; `own`: the expert that leans most to cats, and the one that leans most to dogs, always two; `busiest`: the
+    busiest expert's share; `guess`: how often the class is guessed correctly if each expert says its more frequent one.
+    """
+    for layer in run["layers"]:
+        photos = np.zeros((2, len(layer["load"])))
+        np.add.at(photos, (list(map(int, run["labels"])), list(map(int, layer["routes"]))), 1)
+        cats, dogs = photos / photos.sum(axis=1, keepdims=True)
+        order = np.argsort(dogs - cats, kind="stable")
+        layer["in_own"] = cats[cats >= dogs].sum(), dogs[cats < dogs].sum()
+        layer["own"] = order[0], order[-1]
+        layer["busiest"] = photos.sum(axis=0).max() / photos.sum()
+        layer["guess"] = photos.max(axis=0).sum() / photos.sum()
 
 
 def best_guess(layers: Seeds, control: str) -> float:
     """The same of the best of a control's tries: the mean over seeds."""
     return fmean(max(each["guess"] for each in layer[control]) for layer in layers)
-
-
-def lost_in(layer: Record, label: int, owner: int) -> float:
-    """Points that a class's photos lose in the mean in the own expert of cats, or of dogs, if it computes nothing."""
-    return (
-        layer["swap"]["knock_out"]["points"][label][own_experts(layer)[owner]] or 0.0
-    )  # None: it has none of them
 
 
 def lost_by_exchange(layers: Seeds, unit: str) -> float:
@@ -94,7 +69,7 @@ def lost_by_exchange(layers: Seeds, unit: str) -> float:
 
 def is_separate(layer: Record) -> bool:
     """The protocol's rule for where photos go."""
-    return min(in_own(layer)) >= SEPARATE
+    return min(layer["in_own"]) >= SEPARATE
 
 
 def is_different(layer: Record) -> bool:
@@ -103,34 +78,16 @@ def is_different(layer: Record) -> bool:
     return min(swap["without"]["log_loss"]["low"], swap["log_loss"]["low"]) > 0
 
 
-def paired_test(differences: list[float]) -> tuple[float, float, float]:
-    """Student's t of one difference for each seed: mean, half the 95 % interval, two-sided p."""
-    seeds, mean = len(differences), fmean(differences)
-    error = stdev(differences) / math.sqrt(seeds)
-    return mean, student.ppf(0.975, seeds - 1) * error, 2 * student.sf(abs(mean) / error, seeds - 1)
-
-
 def less(runs: dict[tuple[str, str], Seeds], learn: str, gate: str, other: str) -> list[float]:
     """A gate's accuracy minus another's in each seed that it has."""
     of_other = {run["seed"]: accuracy(run) for run in runs[learn, other]}
     return [accuracy(run) - of_other[run["seed"]] for run in runs[learn, gate]]
 
 
-def number(value: float, digits: int) -> str:
-    """With a true minus sign, and none in front of 0."""
-    text = f"{value:.{digits}f}"
-    return text.replace("-", "−") if float(text) else text.replace("-", "")
-
-
-def points(share: float) -> str:
-    """A difference in percentage points, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
 def with_interval(differences: list[float]) -> str:
-    """The mean difference with its interval, in points."""
-    mean, half, _ = paired_test(differences)
-    return f"{points(mean)} ({points(mean - half)} to {points(mean + half)})"
+    """The mean difference with Student's 95 % interval over seeds, in points."""
+    low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
+    return f"{100 * fmean(differences):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def listed(words: list[str]) -> str:
@@ -140,13 +97,12 @@ def listed(words: list[str]) -> str:
 
 def verdicts(differences: dict[tuple[str, str], list[float]]) -> dict[tuple[str, str], str]:
     """Of each gate with several seeds, by Holm's adjustment over all of them."""
-    tests = {key: paired_test(each) for key, each in differences.items() if len(each) > 1}
+    p = {k: ttest_1samp(each, 0).pvalue for k, each in differences.items() if len(each) > 1}
     words, largest = {}, 0.0
-    for rank, key in enumerate(sorted(tests, key=lambda key: tests[key][2])):
-        largest = max(largest, (len(tests) - rank) * tests[key][2])
-        words[key] = (
-            "not told apart" if largest >= 0.05 else "above" if tests[key][0] > 0 else "below"
-        )
+    for rank, key in enumerate(sorted(p, key=p.__getitem__)):
+        largest = max(largest, (len(p) - rank) * p[key])
+        side = "above" if fmean(differences[key]) > 0 else "below"
+        words[key] = "not told apart" if largest >= 0.05 else side
     return words
 
 
@@ -160,35 +116,29 @@ def accuracy_rows(runs: dict[tuple[str, str], Seeds]) -> list[str]:
         mean += f" ± {stdev(percents):.1f}" if len(own) > 1 else ""
         interval = verdict = ""
         if gate != "dense" and own:
-            interval, verdict = (
-                points(fmean(differences[learn, gate])),
-                words.get((learn, gate), "not told apart"),
-            )
-            if len(own) > 1:
-                interval = with_interval(differences[learn, gate])
+            gaps = differences[learn, gate]
+            interval = with_interval(gaps) if len(own) > 1 else f"{100 * gaps[0]:+.1f}"
+            verdict = words.get((learn, gate), "not told apart")
         by_seed = ", ".join(f"{percent:.1f}" for percent in percents)
         cells = [LEARN[learn], GATES[gate], str(len(own)), mean, by_seed, interval, verdict]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
-def where_cells(layers: Seeds) -> list[str]:
+def where_row(learn: str, gate: str, layers: Seeds) -> str:
     """Which class goes where, and what the expert tells about the class beside two controls."""
-    by_seed = [" / ".join(f"{100 * share:.0f}" for share in in_own(layer)) for layer in layers]
+    by_seed = [" / ".join(f"{100 * share:.0f}" for share in layer["in_own"]) for layer in layers]
+    controls = (best_guess(layers, name) for name in ("before", "clusters"))
     guesses = [
-        fmean(map(guess, layers)),
-        best_guess(layers, "before"),
-        best_guess(layers, "clusters"),
+        f"{100 * share:.1f}" for share in (fmean(layer["guess"] for layer in layers), *controls)
     ]
-    cells = [", ".join(by_seed), f"{100 * fmean(map(busiest, layers)):.0f}"]
-    cells += [f"{100 * share:.1f}" for share in guesses]
-    cells.append(f"{sum(map(is_separate, layers))} of {len(layers)}")
+    separate = f"{sum(map(is_separate, layers))} of {len(layers)}"
+    busy = f"{100 * fmean(layer['busiest'] for layer in layers):.0f}"
+    cells = [learn, gate, layers[0]["name"], ", ".join(by_seed), busy, *guesses, separate]
     for question in (0, 1):
-        answers = [layer["answers"][question] for layer in layers]
-        cells.append(
-            ", ".join(f"{answer} {answers.count(answer)}" for answer in dict.fromkeys(answers))
-        )
-    return cells
+        answers = Counter(layer["answers"][question] for layer in layers)
+        cells.append(", ".join(f"{answer} {seeds}" for answer, seeds in answers.items()))
+    return f"| {' | '.join(cells)} |"
 
 
 def answer(layers: dict[tuple[str, str], list[Seeds]]) -> tuple[str, str]:
@@ -202,13 +152,9 @@ def answer(layers: dict[tuple[str, str], list[Seeds]]) -> tuple[str, str]:
         holds[gate] = any(
             all(is_separate(layer) and is_different(layer) for layer in seeds) for seeds in own
         )
-    verdict = (
-        "yes"
-        if holds["alone"] or holds["balanced"]
-        else "only if told"
-        if holds["class"]
-        else "not shown"
-    )
+    verdict = "only if told" if holds["class"] else "not shown"
+    if holds["alone"] or holds["balanced"]:
+        verdict = "yes"
     return verdict, (
         f"Cats and dogs get experts of their own in so many layers: {', '.join(separate)}; of these, experts are also "
         f"shown to do different things in {listed(both)}"
@@ -217,17 +163,15 @@ def answer(layers: dict[tuple[str, str], list[Seeds]]) -> tuple[str, str]:
 
 def read_records() -> Seeds:
     """All runs."""
-    return [
-        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def runs_by_gate(records: Seeds) -> dict[tuple[str, str], Seeds]:
-    """What learns and gate -> its runs by seed; each of their layers knows its photos."""
+    """What learns and gate -> its runs by seed; each of their layers knows its facts."""
     runs: dict[tuple[str, str], Seeds] = {(learn, gate): [] for learn in LEARN for gate in GATES}
     for record in sorted(records, key=lambda record: record["seed"]):
-        for layer in record["layers"]:
-            layer["photos"] = photos_by_expert(record, layer)
+        add_facts(record)
         runs[record["learn"], record["gate"]].append(record)
     return runs
 
@@ -235,7 +179,7 @@ def runs_by_gate(records: Seeds) -> dict[tuple[str, str], Seeds]:
 def layers_of(runs: dict[tuple[str, str], Seeds]) -> dict[tuple[str, str], list[Seeds]]:
     """What learns and gate -> each of its layers in every seed."""
     return {
-        key: [list(seeds) for seeds in zip(*(run["layers"] for run in own), strict=True)]
+        key: list(map(list, zip(*(run["layers"] for run in own), strict=True)))
         for key, own in runs.items()
     }
 
@@ -243,18 +187,6 @@ def layers_of(runs: dict[tuple[str, str], Seeds]) -> dict[tuple[str, str], list[
 def verdict_of(records: Seeds) -> str:
     """Whether the sentence holds: yes, only if told, or not shown."""
     return answer(layers_of(runs_by_gate(records)))[0]
-
-
-def table_rows(
-    runs: dict[tuple[str, str], Seeds], layers: dict[tuple[str, str], list[Seeds]]
-) -> list[str]:
-    """Every row of the two tables."""
-    rows = accuracy_rows(runs)
-    for (learn, gate), own in layers.items():
-        for seeds in own:
-            cells = [LEARN[learn], GATES[gate], seeds[0]["name"], *where_cells(seeds)]
-            rows.append(f"| {' | '.join(cells)} |")
-    return rows
 
 
 def statements() -> dict[str, list[str]]:
@@ -267,8 +199,14 @@ def statements() -> dict[str, list[str]]:
     machine = records[0]["machine"]["cpu"]
     block_7, block_9 = ({key: own[place] for key, own in layers.items() if own} for place in (0, 1))
     of_class = block_7["experts", "class"]
+    # Points that a class's photos lose in the own expert of either class, if it computes nothing; None: it has none.
     lost = {
-        (label, owner): listed([number(lost_in(layer, label, owner), 0) for layer in of_class])
+        (label, owner): listed(
+            [
+                f"{layer['swap']['knock_out']['points'][label][layer['own'][owner]] or 0:z.0f}"
+                for layer in of_class
+            ]
+        )
         for label in (CATS, DOGS)
         for owner in (CATS, DOGS)
     }
@@ -282,18 +220,22 @@ def statements() -> dict[str, list[str]]:
         gate: with_interval(less(runs, "experts", "class", gate)) for gate in ("balanced", "alone")
     }
     least, *_, most = sorted(f"{-100 * fmean(differences):.1f}" for differences in below.values())
-    of_telling, _, p = paired_test(less(runs, "experts", "class", "balanced"))
-    costs = "shown" if p < 0.05 and of_telling < 0 else "not shown"
-    exchanged = number(lost_by_exchange(of_class, "points"), 1)
+    of_telling = less(runs, "experts", "class", "balanced")
+    p = ttest_1samp(of_telling, 0).pvalue
+    costs = "shown" if p < 0.05 and fmean(of_telling) < 0 else "not shown"
+    exchanged = f"{lost_by_exchange(of_class, 'points'):z.1f}"
     with_blocks = block_7["blocks", "class"]
-    guesses = {key: f"{100 * fmean(map(guess, seeds)):.0f} %" for key, seeds in block_7.items()}
+    guesses = {
+        key: f"{100 * fmean(layer['guess'] for layer in seeds):.0f} %"
+        for key, seeds in block_7.items()
+    }
     alone, balanced = guesses["experts", "alone"], guesses["experts", "balanced"]
     alone_blocks, balanced_blocks = guesses["blocks", "alone"], guesses["blocks", "balanced"]
     own_finding = "finds" if verdict == "yes" else "doesn't find"
-    collapses = all(busiest(layer) == 1 for layer in block_9["experts", "alone"])
+    collapses = all(layer["busiest"] == 1 for layer in block_9["experts", "alone"])
     readme = [
         f"**{verdict.replace('if told', 'if it is told').capitalize()}.** Taught the class, the gate sends at least "
-        f"{100 * min(min(in_own(layer)) for layer in of_class):.0f} % of the cats, and of the dogs, to an expert of "
+        f"{100 * min(min(layer['in_own']) for layer in of_class):.0f} % of the cats, and of the dogs, to an expert of "
         f"their own. They divide photos, hardly skills: exchanged they cost {exchanged} points.",
         f"in the three trainings cats in the cats' expert lose {lost[CATS, CATS]} points, cats in the dogs' "
         f"{lost[CATS, DOGS]}; dogs in the dogs' expert {lost[DOGS, DOGS]}, dogs in the cats' {lost[DOGS, CATS]}.",
@@ -309,9 +251,14 @@ def statements() -> dict[str, list[str]]:
         f"in {alone_blocks} and {balanced_blocks}, and clusters of the same input tell "
         f"{100 * best_guess(block_7['blocks', 'balanced'], 'clusters'):.0f} %.",
         f"exchanged they cost {lost_by_exchange(with_blocks, 'log_loss'):.3f} nats and no photo "
-        f"({number(lost_by_exchange(with_blocks, 'points'), 1)} points)",
+        f"({lost_by_exchange(with_blocks, 'points'):z.1f} points)",
         f"**{counts}.**",
-        *table_rows(runs, layers),
+        *accuracy_rows(runs),
+        *(
+            where_row(LEARN[learn], GATES[gate], own)
+            for (learn, gate), many in layers.items()
+            for own in many
+        ),
         f"- {len(records)} records, {minutes:.0f} CPU minutes beside those of the tokens, on {machine}.",
     ]
     front_page = (
@@ -336,5 +283,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(f"{page}\n", *texts, sep="\n")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

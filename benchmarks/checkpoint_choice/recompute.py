@@ -18,7 +18,6 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-RUNS = Path(__file__).parent / "runs.jsonl"
 Z = float(norm.ppf(0.975))
 
 
@@ -63,17 +62,12 @@ class Run:
         return self.balanced(split) if self.monitor == "val/balanced_acc" else self.accuracy(split)
 
 
-# ---- the rules: the place of the validation that is tested
-
-
-def first_highest(values: np.ndarray) -> int:
-    """Of several that tie the first, as Lightning keeps it."""
-    return int(np.argmax(values))
+# ---- the rules: the place of the validation that is tested; of several that tie the first, as Lightning keeps it
 
 
 def last_unless(run: Run, errors: float) -> int:
     """The last, unless the best is ahead by more than so many standard errors of the paired difference."""
-    best, last = first_highest(run.monitored("val")), len(run.loss) - 1
+    best, last = np.argmax(run.monitored("val")), len(run.loss) - 1
     one, other, labels = run.right["val"][best], run.right["val"][last], run.labels["val"]
     gain, error = (
         macro(one, other, labels) if run.monitor == "val/balanced_acc" else paired(one, other)
@@ -83,10 +77,10 @@ def last_unless(run: Run, errors: float) -> int:
 
 RULES = {
     "last": lambda run: len(run.loss) - 1,
-    "best by accuracy": lambda run: first_highest(run.accuracy("val")),
-    "best by balanced accuracy": lambda run: first_highest(run.balanced("val")),
-    "best by the monitor": lambda run: first_highest(run.monitored("val")),
-    "best by loss": lambda run: first_highest(-run.loss),
+    "best by accuracy": lambda run: np.argmax(run.accuracy("val")),
+    "best by balanced accuracy": lambda run: np.argmax(run.balanced("val")),
+    "best by the monitor": lambda run: np.argmax(run.monitored("val")),
+    "best by loss": lambda run: np.argmax(-run.loss),
     "last, unless best by 1 SE": lambda run: last_unless(run, 1),
     "last, unless best by 2 SE": lambda run: last_unless(run, 2),
 }
@@ -143,14 +137,10 @@ def others(runs: list[Run], rule: str) -> int:
 def winners(runs: list[Run], rule: str) -> dict[tuple[str, int], float]:
     """For each data set and seed the sign of MoE less dense in the metric, on the test images."""
     tested = {run.key: run.monitored("test")[RULES[rule](run)] for run in runs}
-    pairs = [
-        (data, seed)
-        for data, arm, seed in tested
-        if arm == "moe" and (data, "dense", seed) in tested
-    ]
     return {
-        (data, seed): np.sign(tested[data, "moe", seed] - tested[data, "dense", seed])
-        for data, seed in pairs
+        (data, seed): np.sign(metric - tested[data, "dense", seed])
+        for (data, arm, seed), metric in tested.items()
+        if arm == "moe" and (data, "dense", seed) in tested
     }
 
 
@@ -160,52 +150,32 @@ def turned(runs: list[Run], rule: str) -> int:
     return sum(sign != of_last[pair] for pair, sign in winners(runs, rule).items())
 
 
-def table(head: list[str], body: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    rule = ["---", *["--:"] * (len(head) - 1)]
-    return [f"| {' | '.join(line)} |" for line in [head, rule, *body]]
-
-
 def overall(runs: list[Run]) -> list[str]:
-    """A row for each rule, of all runs."""
-    head = [
-        "tested",
-        "other weights than the last",
-        "mean gain, points",
-        "worst",
-        "best",
-        "MoE against dense changes",
-    ]
-    body = []
+    """A row for each rule: runs with other weights than the last, mean gain, worst, best, and what changes."""
+    rows = []
     for rule in RULES:
         gain, pairs = gains(runs, rule), len(winners(runs, rule))
-        counts = f"{others(runs, rule)} of {len(runs)}", f"{turned(runs, rule)} of {pairs}"
-        body.append(
-            [
-                rule,
-                counts[0],
-                f"{gain.mean():+.2f}",
-                f"{gain.min():+.1f}",
-                f"{gain.max():+.1f}",
-                counts[1],
-            ]
-        )
-    return table(head, body)
+        points = f"{gain.mean():+.2f} | {gain.min():+.1f} | {gain.max():+.1f}"
+        changed = f"{turned(runs, rule)} of {pairs}"
+        rows.append(f"| {rule} | {others(runs, rule)} of {len(runs)} | {points} | {changed} |")
+    return rows
 
 
 def by_data(runs: list[Run]) -> list[str]:
     """A row for each rule: mean gain and the worst, of each data set."""
-    names = list(dict.fromkeys(run.key[0] for run in runs))
-    body = []
+    names = dict.fromkeys(run.key[0] for run in runs)
+    rows = []
     for rule in RULES:
         each = [gains([run for run in runs if run.key[0] == name], rule) for name in names]
-        body.append([rule, *(f"{gain.mean():+.2f} ({gain.min():+.1f})" for gain in each)])
-    return table(["tested: mean gain (worst), points", *(f"`{name}`" for name in names)], body)
+        cells = [f"{gain.mean():+.2f} ({gain.min():+.1f})" for gain in each]
+        rows.append(f"| {rule} | {' | '.join(cells)} |")
+    return rows
 
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    runs = read_runs()
+    text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
+    runs = [Run(json.loads(line)) for line in text.splitlines()]
     today, one = "best by the monitor", "last, unless best by 1 SE"
     gain = gains(runs, today)
     answer = (
@@ -221,17 +191,11 @@ def statements() -> dict[str, list[str]]:
         "benchmarks/checkpoint_choice/README.md": [
             answer,
             rule,
-            *overall(runs)[2:],
-            *by_data(runs)[2:],
+            *overall(runs),
+            *by_data(runs),
         ]
     }
 
 
-def read_runs() -> list[Run]:
-    """All runs."""
-    return [Run(json.loads(line)) for line in RUNS.read_text(encoding="utf-8").splitlines()]
-
-
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

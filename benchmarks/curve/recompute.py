@@ -10,15 +10,12 @@ three methods. Differences are in points of test accuracy, paired by seed, with 
 """
 
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
-RECORD = Path(__file__).with_name("record.json")
-README, RESULTS, GUIDE = "benchmarks/curve/README.md", "docs/results.md", "docs/guides/good-data.md"
 ASKED = 0.7  # the share of the question
 
 
@@ -37,11 +34,6 @@ Accuracies = dict[tuple[str, float], dict[int, float]]
 """(method, share) -> seed -> test accuracy in per cent."""
 
 
-def read_record() -> dict:
-    """Settings and trainings."""
-    return json.loads(RECORD.read_text(encoding="utf-8"))
-
-
 def accuracies_of(record: dict) -> Accuracies:
     """All of them; that on all images is ("all", 1.0)."""
     accuracies: Accuracies = {}
@@ -56,19 +48,13 @@ def paired_difference(
 ) -> Difference:
     """First minus second, seed by seed, over the divisor."""
     gaps = [(first[seed] - second[seed]) / divisor for seed in sorted(first)]
-    mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
-    half = float(student.ppf(0.975, len(gaps) - 1)) * error
-    return Difference(mean, mean - half, mean + half)
+    return Difference(statistics.fmean(gaps), *ttest_1samp(gaps, 0).confidence_interval(0.95))
 
 
-def beside_all(accuracies: Accuracies, by: str, share: float) -> Difference:
-    """A share of the images minus all of them."""
-    return paired_difference(accuracies[by, share], accuracies["all", 1.0])
-
-
-def beside_random(accuracies: Accuracies, by: str, share: float) -> Difference:
-    """A chosen share minus as many images at random."""
-    return paired_difference(accuracies[by, share], accuracies["random", share])
+def beside(accuracies: Accuracies, by: str, share: float, other: str = "all") -> Difference:
+    """A share of the images minus all of them, or minus as many of another method."""
+    reference = accuracies[other, 1.0 if other == "all" else share]
+    return paired_difference(accuracies[by, share], reference)
 
 
 def shares_of(record: dict) -> list[float]:
@@ -89,9 +75,9 @@ def table(record: dict, accuracies: Accuracies) -> list[str]:
         of_seeds = accuracies[by, share].values()
         differences = ["-", "-"]
         if by != "all":
-            differences[0] = str(beside_all(accuracies, by, share))
+            differences[0] = str(beside(accuracies, by, share))
         if by not in ("all", "random"):
-            differences[1] = str(beside_random(accuracies, by, share))
+            differences[1] = str(beside(accuracies, by, share, "random"))
         lines.append(
             f"{by} {100 * share:.0f} % {images[by, share]:,} {statistics.fmean(of_seeds):.1f} % "
             f"{statistics.stdev(of_seeds):.2f} {' '.join(differences)}"
@@ -99,14 +85,9 @@ def table(record: dict, accuracies: Accuracies) -> list[str]:
     return lines
 
 
-def is_as_good(difference: Difference, margin: float) -> bool:
-    """Whether the interval shows that at most `margin` points were lost."""
-    return difference.low > -margin
-
-
 def verdict(difference: Difference, margin: float) -> str:
     """What the interval shows."""
-    if is_as_good(difference, margin):
+    if difference.low > -margin:
         return f"is shown to be as good as training on all, to within {margin:g} points"
     if difference.high < 0:
         return "is shown to be worse than training on all"
@@ -117,7 +98,7 @@ def sentences(record: dict, accuracies: Accuracies) -> list[str]:
     """What each method's 70 % are worth, and the last tenth that was drawn at random."""
     lines = []
     for by in record["methods"]:
-        difference = beside_all(accuracies, by, ASKED)
+        difference = beside(accuracies, by, ASKED)
         how = "drawn at random" if by == "random" else f"chosen by {by}"
         shown = verdict(difference, record["margin"])
         lines.append(f"Training on {ASKED:.0%} of the images, {how}, {shown}: {difference} points.")
@@ -132,20 +113,10 @@ def sentences(record: dict, accuracies: Accuracies) -> list[str]:
     ]
 
 
-def beside_chance(record: dict, accuracies: Accuracies) -> dict[str, list[float]]:
-    """Method -> the shares at which it is shown to be worse than as many images at random, the largest first."""
-    return {
-        by: [share for share in shares_of(record) if beside_random(accuracies, by, share).high < 0]
-        for by in ("ccs", "aum")
-    }
-
-
 def row_of_results(record: dict, accuracies: Accuracies) -> str:
     """The row of docs/results.md."""
-    differences = {by: beside_all(accuracies, by, ASKED) for by in record["methods"]}
-    good = [
-        by for by, difference in differences.items() if is_as_good(difference, record["margin"])
-    ]
+    differences = {by: beside(accuracies, by, ASKED) for by in record["methods"]}
+    good = [by for by, difference in differences.items() if difference.low > -record["margin"]]
     worse = [by for by, difference in differences.items() if by not in good and difference.high < 0]
     costs = ", ".join(f"{by} {difference}" for by, difference in differences.items())
     return (
@@ -158,22 +129,26 @@ def row_of_results(record: dict, accuracies: Accuracies) -> str:
 
 def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the record."""
-    record = read_record()
+    record = json.loads(Path(__file__).with_name("record.json").read_text(encoding="utf-8"))
     accuracies = accuracies_of(record)
-    worse = beside_chance(record, accuracies)
+    worse = {  # than as many images at random: at these shares
+        by: [
+            share for share in shares_of(record) if beside(accuracies, by, share, "random").high < 0
+        ]
+        for by in ("ccs", "aum")
+    }
     ccs = "is worse than" if worse["ccs"] else "is not told apart from"
     largest = max(worse["aum"], default=0)
     return {
-        README: [
+        "benchmarks/curve/README.md": [
             *table(record, accuracies),
             *sentences(record, accuracies),
             f"`ccs` {ccs} `random` at any share, and `aum` is worse from {largest:.0%} down",
         ],
-        RESULTS: [row_of_results(record, accuracies)],
-        GUIDE: [f"`aum` already at {largest:.0%}"],
+        "docs/results.md": [row_of_results(record, accuracies)],
+        "docs/guides/good-data.md": [f"`aum` already at {largest:.0%}"],
     }
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 
-def browser_path() -> str | None:
-    """Debian's chromium, or what MOEVISION_CHROMIUM names; None for playwright's own."""
-    return os.environ.get("MOEVISION_CHROMIUM") or shutil.which("chromium")
+def launch(playwright: Any) -> Any:
+    """Debian's chromium, or what MOEVISION_CHROMIUM names, or else playwright's own."""
+    path = os.environ.get("MOEVISION_CHROMIUM") or shutil.which("chromium")
+    return playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
 
 
 @contextmanager

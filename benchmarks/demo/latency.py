@@ -27,12 +27,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks.bundle import MODELS as BUNDLED
-from benchmarks.demo import browser_path, running_demo
+from benchmarks.demo import launch, running_demo
 from benchmarks.harness import HERE, about, argument_parser, write_result
 from moevision.demo.models import open_entries
 from moevision.demo.server import cpu_workers
@@ -51,6 +52,7 @@ LIMIT_MS = {
 OVER_FORWARD_MS = 50  # what a new image may take beside the forward pass
 MODELS = ("cats_vs_dogs", "pets")
 WAIT_S = 120
+SCREEN = {"width": 1440, "height": 900}
 REPEATS = 40
 MEASURE, TAKE_AWAY = (
     (HERE / "demo" / f"{name}.js").read_text(encoding="utf-8") for name in ("measure", "take_away")
@@ -60,17 +62,13 @@ MEASURE, TAKE_AWAY = (
 
 def without_an_expert(browser: Browser, address: str) -> list[float]:
     """Each network of the opening's layer taken away alone, and put back."""
-    context = browser.new_context(
-        viewport={"width": 1440, "height": 900}, reduced_motion="reduce", bypass_csp=True
-    )
+    context = browser.new_context(viewport=SCREEN, reduced_motion="reduce", bypass_csp=True)
     page, times = context.new_page(), []
     page.goto(address)
     page.wait_for_selector(".mv-flow-box")
     page.wait_for_timeout(3000)
-    boxes = page.locator(".mv-flow-box").all()
-    for expert in [
-        at for at, box in enumerate(boxes) if "none" not in (box.text_content() or "")
-    ] * 4:
+    texts = page.locator(".mv-flow-box").all_text_contents()
+    for expert in [expert for expert, text in enumerate(texts) if "none" not in text] * 4:
         box = f".mv-flow-box[data-expert='{expert}']"
         times.append(page.evaluate(TAKE_AWAY, [box, True]))
         page.evaluate(TAKE_AWAY, [box, False])
@@ -81,20 +79,13 @@ def without_an_expert(browser: Browser, address: str) -> list[float]:
 def first_page(browser: Browser, address: str) -> tuple[Page, float]:
     """A visitor's first page and how long it took, in milliseconds."""
     # Playwright waits by evaluating a text, which the page's policy forbids.
-    context = browser.new_context(viewport={"width": 1440, "height": 900}, bypass_csp=True)
+    context = browser.new_context(viewport=SCREEN, bypass_csp=True)
     context.add_init_script("localStorage.setItem('moevision.door', 'open')")
     page = context.new_page()
     start = time.perf_counter()
     page.goto(address, wait_until="commit")
     page.wait_for_selector(".mv-cell .mv-mark:not(:empty)")
     return page, (time.perf_counter() - start) * 1000
-
-
-def settle(page: Page) -> None:
-    """Wait until the galleries are computed: a new server is busy with them, and the cards come when they are there."""
-    page.wait_for_selector(".mv-card", timeout=WAIT_S * 1000)
-    page.wait_for_timeout(3000)
-    page.click("[data-tab=about]")
 
 
 def in_the_page(page: Page) -> dict[str, list[float]]:
@@ -111,9 +102,8 @@ def in_the_page(page: Page) -> dict[str, list[float]]:
         ".mv-rail [data-action=example]", "list => list.map(one => one.dataset.id)"
     )
     for example in examples[1:]:
-        times["new_picture"].append(
-            page.evaluate(MEASURE, [f"[data-id='{example}']", ".mv-picture"])
-        )
+        took = page.evaluate(MEASURE, [f"[data-id='{example}']", ".mv-picture"])
+        times["new_picture"].append(took)
     return times
 
 
@@ -123,17 +113,13 @@ def own_picture(page: Page) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         for step in range(8):
             file = Path(folder) / f"{step}.jpg"
-            Image.effect_mandelbrot((1600, 1200), (-2 + step / 10, -1.5, 1, 1.5), 40).convert(
-                "RGB"
-            ).save(file)
+            extent = (-2 + step / 10, -1.5, 1, 1.5)
+            Image.effect_mandelbrot((1600, 1200), extent, 40).convert("RGB").save(file)
             before = page.get_attribute(".mv-picture", "src")
             start = time.perf_counter()
             page.set_input_files("[data-box=file]", file)
-            page.wait_for_function(
-                "src => document.querySelector('.mv-picture').src !== src",
-                arg=before,
-                polling="raf",
-            )
+            is_another = "src => document.querySelector('.mv-picture').src !== src"
+            page.wait_for_function(is_another, arg=before, polling="raf")
             times.append((time.perf_counter() - start) * 1000)
     return times
 
@@ -161,9 +147,8 @@ def away_cpu(model: str) -> list[float]:
     last = entry.facts.routers[-1]
     for expert in range(last.num_experts):
         start = time.process_time()
-        answer = explorer.answer(
-            "route", {"model": model, "picture": picture, "away": [[last.layer, expert]]}
-        )
+        request = {"model": model, "picture": picture, "away": [[last.layer, expert]]}
+        answer = explorer.answer("route", request)
         times.append((time.process_time() - start) * 1000)
         assert "error" not in answer, answer
     explorer.close()
@@ -172,15 +157,14 @@ def away_cpu(model: str) -> list[float]:
 
 def summary(times: list[float], limit: float | None) -> dict[str, Any]:
     """Median, 95th percentile and maximum in milliseconds, and whether the median keeps the limit, if it has one."""
-    ordered = sorted(times)
-    p95 = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
+    middle, p95 = np.percentile(times, (50, 95)).tolist()
     return {
         "n": len(times),
-        "median_ms": round(statistics.median(times), 1),
+        "median_ms": round(middle, 1),
         "p95_ms": round(p95, 1),
         "max_ms": round(max(times), 1),
         "limit_ms": limit and round(limit, 1),
-        "median_within_limit": limit is None or statistics.median(times) < limit,
+        "median_within_limit": limit is None or middle < limit,
     }
 
 
@@ -194,49 +178,35 @@ def main() -> None:
     origin = about()
     found: dict[str, dict[str, Any]] = {}
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"]
-        )
+        browser = launch(playwright)
         version = browser.version
         for model in MODELS:
-            times: dict[str, list[float]] = {
-                "forward": forward(model),
-                "away_cpu": away_cpu(model),
-                "first_page": [],
-            }
-            limits = {
-                **LIMIT_MS,
-                "new_picture": statistics.median(times["forward"]) + OVER_FORWARD_MS,
-            }
+            times: dict[str, list[float]] = {"forward": forward(model), "away_cpu": away_cpu(model)}
+            times["first_page"] = []
+            new_picture = statistics.median(times["forward"]) + OVER_FORWARD_MS
+            limits = {**LIMIT_MS, "new_picture": new_picture}
             for start in range(options.starts):
                 with running_demo() as (_, address):
                     page, first = first_page(browser, f"{address}?model={model}")
                     times["first_page"].append(first)
                     if start == options.starts - 1:
-                        settle(page)
+                        # The cards come when the galleries are computed, with which a new server is busy.
+                        page.wait_for_selector(".mv-card", timeout=WAIT_S * 1000)
+                        page.wait_for_timeout(3000)
+                        page.click("[data-tab=about]")
                         times |= in_the_page(page) | {"own_picture": own_picture(page)}
                     page.context.close()
                     if start == 0:
-                        times["expert_away"] = without_an_expert(
-                            browser, f"{address}?model={model}"
-                        )
-            found[model] = {
-                name: summary(values, limits.get(name)) for name, values in times.items()
-            }
+                        first_view = f"{address}?model={model}"
+                        times["expert_away"] = without_an_expert(browser, first_view)
+            found[model] = {name: summary(own, limits.get(name)) for name, own in times.items()}
         browser.close()
-    result = {
-        **origin,
-        "cpu": origin["machine"]["cpu"],
-        "cpus": origin["machine"]["usable_cores"],
-        "chromium": version,
-        "models": found,
-    }
-    write_result(options.out, result)
+    write_result(options.out, {**origin, "chromium": version, "models": found})
     late = [
         f"{model}: {name}"
-        for model, own in found.items()
-        for name in own
-        if not own[name]["median_within_limit"]
+        for model, steps in found.items()
+        for name, step in steps.items()
+        if not step["median_within_limit"]
     ]
     if late:
         sys.exit(f"over the limit: {', '.join(late)}")

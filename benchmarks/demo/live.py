@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.demo import browser_path
+from benchmarks.demo import launch
 from benchmarks.harness import about, argument_parser, write_result
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
@@ -78,9 +78,7 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     with served(options.folder.resolve(), PORT) as home, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"]
-        )
+        browser = launch(playwright)
         version = browser.version
         for model in OWN:
             address = f"{home}?model={model}"

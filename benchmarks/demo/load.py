@@ -15,7 +15,6 @@ import base64
 import json
 import math
 import random
-import statistics
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -32,9 +31,7 @@ from moevision.data import SyntheticPets
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from moevision.demo.wire import data_uri
-from moevision.errors import UserError
 
-START_S = 120
 WHAT_IF_SHARE = 0.1
 
 
@@ -57,25 +54,15 @@ class Outcome:
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Counts and quantiles."""
-        groups = {
-            group: {
-                "answers": len(values),
-                "p50_ms": round(statistics.median(values), 1),
-                "p95_ms": round(
-                    statistics.quantiles(values, n=20)[-1] if len(values) > 1 else values[0], 1
-                ),
-                "max_ms": round(max(values), 1),
-            }
-            for group, values in sorted(self.latencies.items())
-        }
-        count = sum(len(values) for values in self.latencies.values())
-        kinds = ("mixed_up", "busy", "error")
-        return {
-            "answers": count,
-            "answers_per_s": round(count / seconds, 1),
-            **{kind: self.wrong[kind] for kind in kinds},
-            "latency": groups,
-        }
+        groups = {}
+        for group, values in sorted(self.latencies.items()):
+            quantiles = np.percentile(values, (50, 95, 100)).round(1).tolist()
+            times = dict(zip(("p50_ms", "p95_ms", "max_ms"), quantiles, strict=True))
+            groups[group] = {"answers": len(values), **times}
+        count = sum(map(len, self.latencies.values()))
+        wrong = {kind: self.wrong[kind] for kind in ("mixed_up", "busy", "error")}
+        rate = round(count / seconds, 1)
+        return {"answers": count, "answers_per_s": rate, **wrong, "latency": groups}
 
 
 def make_tasks(explorer: Explorer, count: int, seed: int = 0) -> list[Task]:
@@ -112,16 +99,16 @@ def make_tasks(explorer: Explorer, count: int, seed: int = 0) -> list[Task]:
 
 def comparable(answer: dict[str, Any]) -> Any:
     """An answer as JSON gives it back, without the sentence, in which rounding may show as another last digit."""
-    return json.loads(
-        json.dumps({name: value for name, value in answer.items() if name != "sentence"})
-    )
+    return json.loads(json.dumps({**answer, "sentence": None}))
 
 
 def alike(one: Any, other: Any) -> bool:
     """Whether two answers differ by rounding only: a probability is told to four digits, and threads sum otherwise."""
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() == other.keys() == {"unit", "shape", "data"}:
-            return _alike_packed(one, other)
+            tolerance = 2e-4 + 2 * max(one["unit"], other["unit"])  # a unit or two
+            arrays = [_unpacked(packed) for packed in (one, other)]
+            return one["shape"] == other["shape"] and np.allclose(*arrays, 1e-3, tolerance)
         return one.keys() == other.keys() and all(alike(one[name], other[name]) for name in one)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(alike, one, other))
@@ -130,15 +117,9 @@ def alike(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _alike_packed(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether the arrays of `moevision.demo.wire.encode_float32` differ by rounding only: a unit or two."""
-    if one["shape"] != other["shape"]:
-        return False
-    values, others = (
-        array["unit"] * np.frombuffer(base64.b64decode(array["data"]), "<i2")
-        for array in (one, other)
-    )
-    return np.allclose(values, others, rtol=1e-3, atol=2e-4 + 2 * max(one["unit"], other["unit"]))
+def _unpacked(packed: dict[str, Any]) -> Any:
+    """An array of `moevision.demo.wire.encode_float32`."""
+    return packed["unit"] * np.frombuffer(base64.b64decode(packed["data"]), "<i2")
 
 
 async def visit(url: str, tasks: list[Task], end: float, outcome: Outcome, seed: int) -> None:
@@ -150,13 +131,10 @@ async def visit(url: str, tasks: list[Task], end: float, outcome: Outcome, seed:
             start = time.perf_counter()
             answer = await http.post(f"api/{task.name}", json=task.request)
             outcome.latencies[task.group].append(1e3 * (time.perf_counter() - start))
-            found = (
-                answer.json()
-                if answer.status_code == 200
-                else {"error": answer.text, "code": "error"}
-            )
+            is_answered = answer.status_code == 200
+            found = answer.json() if is_answered else {"error": answer.text}
             if "error" in found:
-                outcome.wrong["busy" if found["code"] == "busy" else "error"] += 1
+                outcome.wrong["busy" if found.get("code") == "busy" else "error"] += 1
             elif not alike(comparable(found), task.truth):
                 outcome.wrong["mixed_up"] += 1
 
@@ -179,21 +157,18 @@ def rss_mb(pid: int) -> float:
     return round(int(status.split("VmRSS:")[1].split()[0]) / 1024, 1)
 
 
-def wait_until_ready(url: str) -> None:
-    """Until the explorer has looked through its images."""
-    end = time.monotonic() + START_S
-    while time.monotonic() < end:
-        about = ask(url, "boot", {})["models"][0]
-        pages = [{"model": about["id"], "variant": variant} for variant in about["variants"]]
-        if all(ask(url, "classes", page).get("status") != "computing" for page in pages):
-            return
-        time.sleep(1)
-    raise UserError("The explorer was not ready in time.")
-
-
 def ask(url: str, name: str, request: dict[str, Any]) -> Any:
     """One question."""
     return httpx.post(f"{url}api/{name}", json=request, timeout=60).json()
+
+
+def wait_until_ready(url: str) -> None:
+    """Until the explorer has looked through its images."""
+    model = ask(url, "boot", {})["models"][0]
+    for variant in model["variants"]:
+        page = {"model": model["id"], "variant": variant}
+        while ask(url, "classes", page).get("status") == "computing":
+            time.sleep(1)
 
 
 def main() -> None:
@@ -211,19 +186,13 @@ def main() -> None:
     tasks = make_tasks(Explorer(open_entries(options.model)), options.tasks)
     with running_demo(*([options.model] if options.model else [])) as (pid, url):
         wait_until_ready(url)
-        load(
-            url, tasks, options.visitors, options.seconds / 6
-        )  # caches are full and every thread has run
+        # Caches are full then and every thread has run.
+        load(url, tasks, options.visitors, options.seconds / 6)
         before = rss_mb(pid)
         outcome = load(url, tasks, options.visitors, options.seconds)
         after = rss_mb(pid)
-    settings = {
-        "visitors": options.visitors,
-        "seconds": options.seconds,
-        "different_questions": len(tasks),
-    }
-    memory = {"start_mb": before, "end_mb": after}
-    write_result(
-        options.out,
-        {**origin, **settings, **outcome.summary(options.seconds), "server_rss": memory},
-    )
+    settings = {"visitors": options.visitors, "seconds": options.seconds}
+    settings["different_questions"] = len(tasks)
+    memory = {"server_rss": {"start_mb": before, "end_mb": after}}
+    summary = outcome.summary(options.seconds)
+    write_result(options.out, {**origin, **settings, **summary, **memory})

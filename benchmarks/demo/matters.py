@@ -21,13 +21,7 @@ from moevision.files import write_json_atomic
 
 
 def strongest(entry: Entry, images: int) -> dict[str, Any]:
-    """The strongest case among `images` examples.
-
-    Returns:
-        `images`, how many of them are `right`, how many of these an expert `flips`, and the `case`: `picture`, `away`,
-        and the likeliest class `before` and `after` with its probability; None if nothing flips. With a case,
-        `at_random`: the probability of its class in each draw of as many patches of that layer.
-    """
+    """The strongest case among `images` examples, None if nothing flips: likeliest class `before` and `after`."""
     explorer, cases = Explorer([entry]), []
     examples, right = entry.examples.usable(0, images), 0
     for example in examples:

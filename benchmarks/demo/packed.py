@@ -39,11 +39,8 @@ def pack(
 ) -> dict[str, Tensor]:
     """Round the weights of linear layers, [out, in] and [E, out, in], to whole steps s q.
 
-    Args:
-        state: weights by name, in any floating dtype.
-        products: of `input_products`; the weights of a layer without them go to the nearest step.
-        group: inputs that share a factor; None: all of a row.
-        levels: steps on either side of 0; fewer are smaller once they are compressed, as in a wheel.
+    `products` are those of `input_products`; a layer without them goes to the nearest steps. `group` inputs share a
+    factor, all of a row if None.
 
     Returns:
         For each large matrix q (int8, same shape) under its name and s (bfloat16, [..., out, in / group]) under
@@ -52,12 +49,8 @@ def pack(
     packed = {}
     for name, value in state.items():
         size = group or value.shape[-1] if value.ndim else 1
-        if (
-            name.endswith(".weight")
-            and value.ndim in (2, 3)
-            and value.numel() >= SMALLEST
-            and not value.shape[-1] % size
-        ):
+        is_matrix = name.endswith(".weight") and value.ndim in (2, 3) and value.numel() >= SMALLEST
+        if is_matrix and not value.shape[-1] % size:
             weight = value.float()
             largest = weight.unflatten(-1, (-1, size)).abs().amax(-1)
             packed[name + SCALE] = scale = (
@@ -83,13 +76,8 @@ def nearest(weight: Tensor, steps: Tensor, levels: int = LEVELS) -> Tensor:
 def compensated(weight: Tensor, steps: Tensor, product: Tensor, levels: int = LEVELS) -> Tensor:
     """Whole steps, int8 [out, in], whose layer answers as the weights did: GPTQ.
 
-    Input after input is rounded, and the inputs still to come take over its error as far as they go along with it.
-
-    Args:
-        weight: [out, in].
-        steps: [out, in], the size of a step.
-        product: [in, in], X^T X of the layer's inputs X.
-        levels: whole steps on either side of 0.
+    Input after input is rounded, and the inputs still to come take over its error as far as they go along with it:
+    weight and size of a step [out, in], and X^T X [in, in] of the layer's inputs X.
     """
     damped = product + 0.01 * product.diagonal().mean() * torch.eye(len(product))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -132,13 +120,13 @@ def input_products(model: SavedModel, pictures: PictureSet) -> dict[str, Tensor]
 def pack_folder(folder: Path, data: Data, *, rest: Path | None = None) -> None:
     """Replace model.safetensors of a saved model by its packed file, made on training images of its data.
 
-    Args:
-        folder: of the saved model.
-        data: its images.
-        rest: a packed model beside it that holds the same weights in part: these are left out, and the others, which
-            must fit into the wheel with it, get coarser steps.
+    `rest` is a packed model beside it that holds the same weights in part: these are left out, and the others, which
+    must fit into the wheel with it, get coarser steps.
     """
-    state, products, about_it = load_file(folder / WEIGHTS), products_of(folder, data), {}
+    model = load_model(str(folder))
+    seen = {"split": "train", "class_names": model.class_names, "limit": CALIBRATION}
+    products = input_products(model, open_pictures(data, model.image_size, **seen))
+    state, about_it = load_file(folder / WEIGHTS), {}
     if rest is not None:
         known, about_it = unpack(rest / "trained" / PACKED), {REST: rest.name}
         state = {
@@ -149,13 +137,3 @@ def pack_folder(folder: Path, data: Data, *, rest: Path | None = None) -> None:
     packed = pack(state, products, levels=LEVELS if rest is None else COARSE)
     save_file(packed, folder / PACKED, metadata=about_it)
     (folder / WEIGHTS).unlink()
-
-
-def products_of(folder: Path, data: Data) -> dict[str, Tensor]:
-    """`input_products` of a saved model on training images."""
-    model = load_model(str(folder))
-    names = model.class_names
-    images = open_pictures(
-        data, model.image_size, split="train", class_names=names, limit=CALIBRATION
-    )
-    return input_products(model, images)

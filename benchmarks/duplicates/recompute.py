@@ -52,17 +52,13 @@ def near_rows(cifar10: dict[str, Any]) -> list[str]:
     return rows
 
 
-def copies_down_the_list() -> int:
-    """Copies down to the last rank that was judged, to tens, if their share is linear between these ranks."""
-    ranks = [0, *COPIES_BY_EYE]
-    shares = [copies / 20 for copies in COPIES_BY_EYE.values()]
-    return round(np.trapezoid([shares[0], *shares], ranks).item() / 10) * 10
-
-
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
     record = json.loads((HERE / "record.json").read_text(encoding="utf-8"))
     lists, cifar10, redundant = record["planted"]["lists"], record["cifar10"], record["redundant"]
+    # Copies down to the last rank that was judged, to tens, if their share is linear between these ranks.
+    shares = [copies / 20 for copies in COPIES_BY_EYE.values()]
+    copies = round(np.trapezoid([shares[0], *shares], [0, *COPIES_BY_EYE]).item(), -1)
     readme = [
         *copy_rows(lists),
         f"Of the first {lists['all']['planted']} pairs of the list of near-duplicates, "
@@ -76,11 +72,10 @@ def statements() -> dict[str, list[str]]:
         f"name the same partner for {percent(redundant['same_partner'], 1)} of the images, and share "
         f"{percent(redundant['shared_tenth'])} of the most redundant tenth (chance: 10 %).",
         f"of the {len(lists['all']['not_planted'])} first pairs of photos that were not planted",
-        f"about {copies_down_the_list()} down to there, if shares are linear between these ranks",
+        f"about {copies:.0f} down to there, if shares are linear between these ranks",
     ]
     return {"benchmarks/duplicates/README.md": readme}
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(f"{page}\n", *texts, sep="\n")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

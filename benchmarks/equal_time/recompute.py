@@ -10,12 +10,11 @@ rates, commit d58aa810 the prices.
 """
 
 import json
-import math
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 HERE = Path(__file__).parent
 ARMS = {
@@ -58,97 +57,85 @@ def read_runs() -> list[Run]:
 
 def by_seed(runs: list[Run], arm: str) -> dict[int, Run]:
     """Seed -> finished run of an arm; the tuning left out."""
-    return {
-        run["seed"]: run
-        for run in runs
-        if run["arm"] == arm and run["seed"] >= FIRST_SEED and not run["failed"]
-    }
+    own = [run for run in runs if run["arm"] == arm and not run["failed"]]
+    return {run["seed"]: run for run in own if run["seed"] >= FIRST_SEED}
 
 
 def differences(runs: list[Run], first: str, second: str) -> list[float]:
     """One arm's test accuracy minus another's in every seed that both have."""
     own, other = by_seed(runs, first), by_seed(runs, second)
-    return [
-        own[seed]["test_top1"] - other[seed]["test_top1"]
-        for seed in sorted(own.keys() & other.keys())
-    ]
+    common = sorted(own.keys() & other.keys())
+    return [own[seed]["test_top1"] - other[seed]["test_top1"] for seed in common]
 
 
-def half_interval(values: list[float]) -> float:
-    """Half of Student's interval at the level of a look, 97 %."""
-    return student.ppf(1 - LEVEL / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-
-
-def p_value(values: list[float]) -> float:
-    """Two-sided p of the paired t-test."""
-    return 2 * student.sf(
-        abs(fmean(values)) / (stdev(values) / math.sqrt(len(values))), len(values) - 1
-    )
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """The mean and both ends of Student's interval at the level of a look, 97 %."""
+    low, high = ttest_1samp(values, 0).confidence_interval(1 - LEVEL)
+    return fmean(values), float(low), float(high)
 
 
 def judged_contrasts(runs: list[Run]) -> dict[tuple[str, str], tuple[list[float], float]]:
     """The contrasts that ran, each with its differences and its p, adjusted by Holm over all of them."""
     samples = {pair: values for pair in CONTRASTS if len(values := differences(runs, *pair)) > 1}
+    own_p = {pair: ttest_1samp(values, 0).pvalue for pair, values in samples.items()}
     adjusted, largest = {}, 0.0
-    for rank, pair in enumerate(sorted(samples, key=lambda pair: p_value(samples[pair]))):
-        largest = max(largest, min(1.0, (len(samples) - rank) * p_value(samples[pair])))
+    for rank, pair in enumerate(sorted(own_p, key=own_p.__getitem__)):
+        largest = max(largest, min(1.0, (len(own_p) - rank) * own_p[pair]))
         adjusted[pair] = largest
     return {pair: (values, adjusted[pair]) for pair, values in samples.items()}
 
 
+def side(values: list[float], p: float, words: tuple[str, str, str]) -> str:
+    """Which of the words holds: no difference shown, above, below."""
+    return words[0] if p >= LEVEL else words[1] if fmean(values) > 0 else words[2]
+
+
 def verdict_of(values: list[float], p: float) -> str:
     """The protocol's rule for the first contrast."""
-    if p < LEVEL and fmean(values) >= HALF_A_POINT:
+    mean, _, high = interval(values)
+    if p < LEVEL and mean >= HALF_A_POINT:
         return "pays"
-    return (
-        "doesn't pay here" if fmean(values) + half_interval(values) < HALF_A_POINT else "undecided"
-    )
+    return "doesn't pay here" if high < HALF_A_POINT else "undecided"
 
 
 def decide(runs: list[Run]) -> tuple[str, list[float]]:
     """The verdict and the differences of the first look that decides, or else of the last; without `twin-wide`."""
+    compared = [run for run in runs if run["arm"] != "twin-wide"]
     for pairs in LOOKS:
-        early = [
-            run for run in runs if run["seed"] < FIRST_SEED + pairs and run["arm"] != "twin-wide"
-        ]
+        early = [run for run in compared if run["seed"] < FIRST_SEED + pairs]
         values, p = judged_contrasts(early)[CONTRASTS[0]]
-        if verdict_of(values, p) != "undecided" or pairs == LOOKS[-1]:
+        if (verdict := verdict_of(values, p)) != "undecided":
             break
-    return verdict_of(values, p), values
+    return verdict, values
 
 
-def points(share: float) -> str:
-    """A difference in percentage points, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")
+def lead(runs: list[Run]) -> str:
+    """Whether the MoE is better or worse than dense at equal time; empty where neither is shown."""
+    compared = [run for run in runs if run["arm"] != "twin-wide"]
+    return side(*judged_contrasts(compared)[CONTRASTS[0]], ("", "better", "worse"))
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """The mean and both ends of its interval."""
-    mean, half = fmean(values), half_interval(values)
-    return mean, mean - half, mean + half
+def half_a_point_more(runs: list[Run]) -> str:
+    """What the verdict says about half a point more than dense."""
+    return VERDICTS[decide(runs)[0]][2]
 
 
-def mean_and_ends(values: list[float]) -> list[str]:
-    """The same in points."""
-    return [points(value) for value in interval(values)]
+def in_points(values: list[float]) -> tuple[str, str, str]:
+    """The same in percentage points."""
+    mean, low, high = (f"{100 * end:+.1f}" for end in interval(values))
+    return mean, low, high
 
 
 def price_cells(prices: list[Run], arm: str) -> str:
     """Time and memory on an idle machine: the median of the measurements."""
+    own = [price["arms"]["twin" if arm == "twin-time" else arm] for price in prices]
 
-    def middle(*keys: str) -> float:
-        values = []
-        for price in prices:
-            value: Any = price["arms"]["twin" if arm == "twin-time" else arm]
-            for key in keys:
-                value = value[key]
-            values.append(value)
-        return median(values)
+    def middle(name: str, key: str = "median") -> float:
+        return median(price[name][key] for price in own)
 
     return (
-        f"{middle('step_ms', 'median'):.0f} | {middle('image_ms_1', 'median'):.1f} | "
-        f"{middle('image_ms_64', 'median'):.2f} | {middle('memory', 'peak_mib'):.0f} | "
-        f"{middle('cost', 'total_parameters') / 1e6:.2f} M"
+        f"{middle('step_ms'):.0f} | {middle('image_ms_1'):.1f} | {middle('image_ms_64'):.2f} | "
+        f"{middle('memory', 'peak_mib'):.0f} | {middle('cost', 'total_parameters') / 1e6:.2f} M"
     )
 
 
@@ -168,27 +155,9 @@ def arm_row(runs: list[Run], prices: list[Run], arm: str, pairs: int) -> str:
 
 def contrast_row(pair: tuple[str, str], values: list[float], p: float) -> str:
     """A contrast with its interval, its p and whether it is told apart from 0."""
-    mean, low, high = mean_and_ends(values)
-    verdict = "no difference shown" if p >= LEVEL else "above" if fmean(values) > 0 else "below"
+    mean, low, high = in_points(values)
+    verdict = side(values, p, ("no difference shown", "above", "below"))
     return f"| `{pair[0]}` − `{pair[1]}` | {len(values)} | {mean} ({low} to {high}) | {p:.3f} | {verdict} |"
-
-
-class Parameters(NamedTuple):
-    """Dense with as many parameters as the MoE, beside dense of equal time."""
-
-    shown: str
-    interval: str
-    seeds: int
-
-
-def of_parameters(runs: list[Run]) -> Parameters:
-    """Whether more dense parameters are shown to help; the interval without its last bracket."""
-    values, p = judged_contrasts(runs)[CONTRASTS[2]]
-    mean, low, high = mean_and_ends(values)
-    is_shown = p < LEVEL and fmean(values) > 0
-    return Parameters(
-        "is shown" if is_shown else "isn't shown", f"{mean} ({low} to {high}", len(values)
-    )
 
 
 def of_cpu_time(runs: list[Run]) -> str:
@@ -199,25 +168,17 @@ def of_cpu_time(runs: list[Run]) -> str:
     return f"{100 * (seconds[0] / seconds[1] - 1):.1f} %"
 
 
-def went_on_with_another_order(runs: list[Run]) -> list[Run]:
-    """Those that were stopped at an epoch's end: their curve has a point one step behind it."""
-    return [
-        run
-        for run in runs
-        if any(
-            later[0] - earlier[0] == 1
-            for earlier, later in zip(run["curve"], run["curve"][1:], strict=False)
-        )
-    ]
+def was_stopped(run: Run) -> bool:
+    """Whether a run was stopped at an epoch's end: its curve has a point one step behind it."""
+    steps = [point[0] for point in run["curve"]]
+    return any(step + 1 in steps for step in steps)
 
 
 def of_stopped_runs(runs: list[Run]) -> str:
     """Which runs these are, and whether a verdict hangs on them."""
-    stopped = went_on_with_another_order(runs)
+    stopped = sorted(filter(was_stopped, runs), key=lambda run: run["arm"])
     others = [run for run in runs if run not in stopped]
-    names = " and ".join(
-        f"`{run['arm']}` {run['seed']}" for run in sorted(stopped, key=lambda run: run["arm"])
-    )
+    names = " and ".join(f"`{run['arm']}` {run['seed']}" for run in stopped)
 
     def verdicts(some: list[Run]) -> list[bool]:
         return [p < LEVEL for _, p in judged_contrasts(some).values()]
@@ -231,39 +192,28 @@ def of_stopped_runs(runs: list[Run]) -> str:
     )
 
 
-def lead(runs: list[Run]) -> str:
-    """Whether the MoE is better or worse than dense at equal time; empty where neither is shown."""
-    values, p = judged_contrasts([run for run in runs if run["arm"] != "twin-wide"])[CONTRASTS[0]]
-    return "" if p >= LEVEL else "better" if fmean(values) > 0 else "worse"
-
-
-def half_a_point_more(runs: list[Run]) -> str:
-    """What the verdict says about half a point more than dense."""
-    return VERDICTS[decide(runs)[0]][2]
-
-
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
     runs, prices = read_runs(), read("prices.jsonl")
     verdict, values = decide(runs)
     word, sentence, half_a_point = VERDICTS[verdict]
-    mean, low, high = mean_and_ends(values)
+    mean, low, high = in_points(values)
     answer = f"{sentence}: {mean} ({low} to {high}) points (97 %); {len(values)} pairs"
     tuning = sorted(
         (run["arm"], run["lr"], run["val_top1"]) for run in runs if run["seed"] < FIRST_SEED
     )
     tuned = "; ".join(f"`{arm}` at {lr:g}: {100 * accuracy:.2f}" for arm, lr, accuracy in tuning)
-    parameters, cpu_time = of_parameters(runs), of_cpu_time(runs)
+    more, p = judged_contrasts(runs)[CONTRASTS[2]]
+    is_shown = side(more, p, ("isn't shown", "is shown", "isn't shown"))
+    gain = "{} ({} to {}".format(*in_points(more))
     headlines = [
         f"In ten epochs at equal time: {mean} points ({low} to {high}, 97 %; {len(values)} pairs); half a point more "
         f"is {half_a_point}",
-        f"Dense with the MoE's parameters {parameters.shown} to gain either: {parameters.interval}, 97 %; "
-        f"{parameters.seeds} seeds)",
+        f"Dense with the MoE's parameters {is_shown} to gain either: {gain}, 97 %; {len(more)} seeds)",
     ]
     limits = (
-        f"Dense with as many parameters as the MoE {parameters.shown} to be better than dense: "
-        f"{parameters.interval}) points (97 %); {parameters.seeds} seeds. In these runs dense had {cpu_time} more CPU "
-        "time than the MoE"
+        f"Dense with as many parameters as the MoE {is_shown} to be better than dense: {gain}) points (97 %); "
+        f"{len(more)} seeds. In these runs dense had {of_cpu_time(runs)} more CPU time than the MoE"
     )
     readme = [
         f"**{answer}.**",
@@ -284,5 +234,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(f"{page}\n", *texts, sep="\n")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from scipy.stats import sem, t
 
 from benchmarks.harness import about, argument_parser
 from benchmarks.lines import write_lines
 from moevision.data import ImageDataModule
 from moevision.models.config import MoEConfig
-from moevision.stats import paired_difference
+from moevision.stats import Gap, paired_difference
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.task import ClassificationTask, OptimizerConfig
@@ -99,12 +97,9 @@ def main() -> None:
         )
         print(json.dumps(runs[-1]), flush=True)
     if options.out:
-        differences = np.array([run["difference"] for run in runs])
-        low, high = t.interval(0.95, len(runs) - 1, differences.mean(), sem(differences))
-        mean = {
-            "difference": round(differences.mean(), 4),
-            "interval": [round(low, 4), round(high, 4)],
-        }
+        gap = Gap.of([run["difference"] for run in runs])
+        low, high = round(gap.low, 4), round(gap.high, 4)
+        mean = {"difference": round(gap.mean, 4), "interval": [low, high]}
         result = {
             **origin,
             "faults": FAULTS,

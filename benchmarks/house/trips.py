@@ -44,7 +44,3 @@ def main() -> None:
     if arguments.list:
         for name, trip in trips.items():
             print(f"\n{name}\n  " + " → ".join(trip.way))
-
-
-if __name__ == "__main__":
-    main()

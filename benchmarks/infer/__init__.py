@@ -10,7 +10,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks import harness
 from benchmarks.energy import energy_of, energy_text
 from benchmarks.harness import DTYPES, Json, positive
-from benchmarks.subject import NAMES, Which, find_subject, inference
+from benchmarks.subject import NAMES, find_subject, inference
 from benchmarks.timing import Candidate, interleave, rounded, rows_of
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
@@ -40,25 +40,11 @@ def parser() -> ArgumentParser:
     parser = harness.argument_parser("infer", __doc__, EXAMPLES)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run folder, a timm address, a config or a timm name")
-    harness.add_arch(parser)
-    add(
-        "--batch-size",
-        type=positive,
-        nargs="+",
-        default=[1, 8, 64],
-        metavar="N",
-        help="images per call (1 8 64)",
-    )
-    add(
-        "--image-size", type=positive, metavar="PX", help="side of the images, for untrained models"
-    )
-    add(
-        "--precision",
-        nargs="+",
-        choices=tuple(DTYPES),
-        default=["fp32", "bf16"],
-        help="(both by default)",
-    )
+    add("--arch", metavar="NAME", help="timm name in the place of the config's")
+    batches, both = [1, 8, 64], ["fp32", "bf16"]
+    add("--batch-size", type=positive, nargs="+", default=batches, help="images per call (1 8 64)")
+    add("--image-size", type=positive, metavar="PX", help="side, for untrained models")
+    add("--precision", nargs="+", choices=tuple(DTYPES), default=both, help="(both by default)")
     harness.add_measuring(parser, repetitions=40)
     return parser
 
@@ -69,19 +55,13 @@ def main() -> None:
     device = harness.set_up(options)
     net, size = find_net(options.model, options.image_size, options.arch)
     peak = harness.measure_peaks(options, device, options.precision)
-    record = {
-        **harness.new_record("infer", options, device),
-        "image_size": size,
-        "measured_peak_flops": peak,
-    }
-    record["subject"] = (
-        options.model if options.arch is None else f"{options.model} with {options.arch}"
-    )
+    record = {**harness.new_record("infer", options, device), "image_size": size}
+    record["measured_peak_flops"] = peak
+    record["subject"] = options.model + (f" with {options.arch}" if options.arch else "")
     nets = {
-        NAMES[which]: (net if which == "moe" else dense_twin(net, which))
-        for which in get_args(Which)
+        name: (net if which == "moe" else dense_twin(net, which)).to(device).eval()
+        for which, name in NAMES.items()
     }
-    nets = {name: each.to(device).eval() for name, each in nets.items()}
     record["models"] = {}
     for name, each in nets.items():
         cost = measure_cost(each, size)
@@ -133,24 +113,17 @@ def _compare(
 ) -> dict[str, Any]:
     """All models on batches of one size."""
     size = record["image_size"]
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, size, size, generator=generator).to(device)
     candidates = [Candidate(name, inference(net, images, precision)) for name, net in nets.items()]
     rounds = {"repetitions": options.repetitions, "warm_up": options.warm_up}
-    with harness.progress_bar(
-        f"{batch} images, {precision}", sum(rounds.values()) * len(candidates)
-    ) as on_step:
-        timings = interleave(candidates, **rounds, device=device, on_step=on_step)
-    rows, peak = (
-        rows_of(timings, list(NAMES.values())),
-        record["measured_peak_flops"].get(precision),
-    )
+    title = f"{batch} images, {precision}"
+    timings = interleave(candidates, **rounds, device=device, title=title)
+    rows = rows_of(timings, list(NAMES.values()))
+    peak = record["measured_peak_flops"].get(precision)
     for row in rows:
-        milliseconds = 1e3 * np.array(row["seconds"])
-        row["latency_ms"] = {
-            f"p{q}": rounded(float(np.percentile(milliseconds, q))) for q in (50, 95)
-        }
+        p50, p95 = 1e3 * np.percentile(row["seconds"], (50, 95))
+        row["latency_ms"] = {"p50": rounded(p50), "p95": rounded(p95)}
         row["images_per_s"] = rounded(1e3 * batch / row["time_ms"]["median"])
         rate = row["images_per_s"] * record["models"][row["name"]]["flops_per_image"]
         row["mfu"] = None if peak is None else rounded(rate / peak)
@@ -162,20 +135,7 @@ def show(record: Json) -> None:
     harness.print_machine(record)
     harness.print_line(f"{record['subject']}: {record['image_size']} px")
     for comparison in record["comparisons"]:
-        rows = [
-            [
-                row["name"],
-                f"{row['images_per_s']:.1f}",
-                f"{row['latency_ms']['p50']:.2f}",
-                f"{row['latency_ms']['p95']:.2f}",
-                harness.ratio_text(row["speed_to"][NAMES["active_flops"]]),
-                harness.share_text(row["mfu"]),
-            ]
-            for row in comparison["rows"]
-        ]
-        columns = ["", "images/s", "p50 ms", "p95 ms", "speed ÷ active-FLOPs twin", "MFU"]
-        harness.print_table(
-            f"batch {comparison['batch_size']}, {comparison['precision']}", columns, rows
-        )
+        title = f"batch {comparison['batch_size']}, {comparison['precision']}"
+        harness.print_rows(title, comparison["rows"], NAMES["active_flops"])
     for name, energy in record["energy"].items():
         harness.print_line(f"energy, {name}: {energy_text(energy)}")

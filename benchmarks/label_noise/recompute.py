@@ -10,12 +10,12 @@ difficulty.
 """
 
 import json
-import math
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy.stats import t as student
+import numpy as np
+from scipy.stats import ttest_1samp
 
 HERE = Path(__file__).parent
 TITLES = {
@@ -37,26 +37,16 @@ def mean_and_sd(values: list[float], digits: int = 3) -> str:
     return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}" if values else ""
 
 
-def paired_interval(differences: list[float]) -> tuple[float, float, float]:
-    """Mean of one difference for each seed, and both ends of Student's 95 % interval."""
-    seeds = len(differences)
-    half = student.ppf(0.975, seeds - 1) * stdev(differences) / math.sqrt(seeds)
-    return fmean(differences), fmean(differences) - half, fmean(differences) + half
-
-
 def accuracies(runs: list[Run], arm: str) -> list[float]:
     """Test accuracy in per cent, seed by seed."""
-    return [
-        100 * run["test_top1"]
-        for run in sorted(runs, key=lambda run: run["seed"])
-        if run["arm"] == arm
-    ]
+    own = sorted((run for run in runs if run["arm"] == arm), key=lambda run: run["seed"])
+    return [100 * run["test_top1"] for run in own]
 
 
 def beside(runs: list[Run], arm: str, other: str) -> tuple[float, float, float]:
-    """One arm's test accuracy minus another's, in points."""
-    pairs = zip(accuracies(runs, arm), accuracies(runs, other), strict=True)
-    return paired_interval([own - reference for own, reference in pairs])
+    """One arm's test accuracy minus another's, in points, seed by seed: mean and Student's 95 % interval."""
+    gaps = np.subtract(accuracies(runs, arm), accuracies(runs, other))
+    return fmean(gaps), *ttest_1samp(gaps, 0).confidence_interval(0.95)
 
 
 def score_rows(runs: list[Run]) -> list[str]:
@@ -65,12 +55,11 @@ def score_rows(runs: list[Run]) -> list[str]:
     by_arm = {arm: [run["scores"] for run in runs if run["arm"] == arm] for arm in arms}
     rows = []
     for name in by_arm["moe"][0]:
-        cells = []
-        for arm in arms:
-            for measure in ("auroc", "precision"):
-                cells.append(
-                    mean_and_sd([scores[name][measure] for scores in by_arm[arm] if name in scores])
-                )
+        cells = [
+            mean_and_sd([scores[name][measure] for scores in by_arm[arm] if name in scores])
+            for arm in arms
+            for measure in ("auroc", "precision")
+        ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return rows
 
@@ -80,10 +69,10 @@ def training_rows(runs: list[Run]) -> list[str]:
     rows = []
     for arm, title in TRAININGS.items():
         wrong = [run["flips"] for run in runs if run["arm"] == arm]
-        cells = []
-        for other in ("moe", "drawn"):
-            mean, low, high = beside(runs, arm, other)
-            cells.append("" if arm == other else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
+        cells = [
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(*beside(runs, arm, other)) if arm != other else ""
+            for other in ("moe", "drawn")
+        ]
         top1 = mean_and_sd(accuracies(runs, arm), 2)
         rows.append(
             f"| {title} | {fmean(wrong):.0f} | {len(wrong)} | {top1} | {cells[0]} | {cells[1]} |"
@@ -119,9 +108,8 @@ def difficulty_rows(measured: list[Run]) -> list[str]:
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = [
-        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in text.splitlines()]
     difficulty = json.loads((HERE / "difficulty.json").read_text(encoding="utf-8"))
     readme, areas = [], []
     for noise, title in TITLES.items():
@@ -145,5 +133,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(f"{page}\n", *texts, sep="\n")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -13,8 +13,9 @@ Axes: T tokens, D width, H hidden width of one expert, E experts, K choices.
 
 from __future__ import annotations
 
+import copy
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import product
 from typing import Any, cast
@@ -26,12 +27,10 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.harness import DTYPES, Json, positive
 from benchmarks.layer.figure import DENSE, draw
-from benchmarks.layer.peers import PEERS, build_peer, chosen_peers, flops_beside_ours
+from benchmarks.layer.peers import PEERS, build_peer, flops_beside_ours
 from benchmarks.phases import measure_load
 from benchmarks.timing import Candidate, interleave, reason, rounded, rows_of
-from moevision.errors import UserError
 from moevision.layers import MoEMlp
-from moevision.layers.experts import Backend
 
 BARS = ((4160, 192, 2), (8192, 384, 1), (8192, 384, 2))
 """Tokens, width and choices of the shapes whose ratio is held to a bar; 4160 = 64 images of 64 patches and a class
@@ -47,15 +46,7 @@ _IMAGE_TOKENS = 64
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """One comparison.
-
-    Attributes:
-        tokens: T.
-        width: D.
-        experts: E.
-        top_k: K; an expert has 4 D / K hidden units.
-        precision: `bf16` (autocast, float32 parameters) or `fp32`.
-    """
+    """One comparison: T, D, E and K; an expert has 4 D / K hidden units. `bf16` is autocast, parameters are float32."""
 
     tokens: int
     width: int
@@ -92,32 +83,12 @@ def parser() -> ArgumentParser:
         parser.add_argument(
             name, type=positive, nargs="+", default=[default], metavar="N", help=text
         )
-    add = parser.add_argument
+    add, precisions = parser.add_argument, tuple(DTYPES)
     add("--router", nargs="+", metavar="NAME", help="routers, such as vmoe_top_k noisy_top_k")
-    add(
-        "--backend",
-        nargs="+",
-        default=["auto"],
-        metavar="NAME",
-        help="auto, loop, grouped or dense (%(default)s)",
-    )
-    add(
-        "--precision",
-        nargs="+",
-        choices=tuple(DTYPES),
-        default=["bf16"],
-        help="autocast to bf16, or fp32 (bf16)",
-    )
-    add(
-        "--preset", choices=("bars",), help="three shapes of small ViTs, vmoe_top_k and noisy_top_k"
-    )
-    add(
-        "--peers",
-        nargs="+",
-        default=["all"],
-        metavar="NAME",
-        help="none, all, or some by name (all)",
-    )
+    add("--backend", nargs="+", default=["auto"], help="auto, loop, grouped or dense (auto)")
+    add("--precision", nargs="+", choices=precisions, default=["bf16"], help="(bf16: autocast)")
+    add("--preset", choices=("bars",), help="three shapes of small ViTs, with two routers")
+    add("--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS), help="(all)")
     harness.add_measuring(parser, repetitions=20)
     return parser
 
@@ -127,7 +98,6 @@ def main() -> None:
     options = harness.parse(parser(), QUICK)
     both = ["vmoe_top_k", "noisy_top_k"]
     options.router = options.router or (both if options.preset == "bars" else both[:1])
-    options.peers = chosen_peers(options.peers)
     shapes, device = shapes_of(options), harness.set_up(options)
     peak = harness.measure_peaks(options, device, options.precision)
     record = {**harness.new_record("layer", options, device), "measured_peak_flops": peak}
@@ -137,26 +107,12 @@ def main() -> None:
 
 
 def shapes_of(options: Namespace) -> list[Shape]:
-    """The comparisons that are asked for.
-
-    Raises:
-        UserError: if K > E, or K doesn't divide the hidden width.
-    """
+    """The comparisons that are asked for."""
     if options.preset == "bars":
         sizes = [(*bar[:2], experts, bar[2]) for bar in BARS for experts in options.experts]
     else:
         sizes = list(product(options.tokens, options.width, options.experts, options.top_k))
-    shapes = [Shape(*size, precision) for precision in options.precision for size in sizes]
-    for shape in shapes:
-        if shape.top_k > shape.experts:
-            raise UserError(
-                f"--top-k {shape.top_k} does not fit --experts {shape.experts}: a token can't choose more."
-            )
-        if MLP_RATIO * shape.width % shape.top_k:
-            raise UserError(
-                f"--top-k {shape.top_k} does not divide the hidden width {MLP_RATIO * shape.width}."
-            )
-    return shapes
+    return [Shape(*size, precision) for precision in options.precision for size in sizes]
 
 
 def compare(
@@ -170,32 +126,19 @@ def compare(
         Candidate(name, partial(turn.run, layer), turn.reset, optional=name in PEERS)
         for name, layer in layers.items()
     ]
-    with harness.progress_bar(
-        str(shape), (options.warm_up + options.repetitions) * len(candidates)
-    ) as step:
-        timings = interleave(
-            candidates,
-            repetitions=options.repetitions,
-            warm_up=options.warm_up,
-            device=device,
-            prepare=turn.prepare,
-            on_step=step,
-        )
+    how = {"device": device, "prepare": turn.prepare, "title": str(shape)}
+    timings = interleave(
+        candidates, repetitions=options.repetitions, warm_up=options.warm_up, **how
+    )
     timings.failures.update(left_out)
-    facts = {
-        name: _facts(name, layer, shape, turn)
-        for name, layer in layers.items()
-        if name in timings.seconds
-    }
+    facts = {name: _facts(name, layers[name], shape, turn) for name in timings.seconds}
     rows = rows_of(timings, [DENSE], facts)
     peak = peaks.get(shape.precision)
     for row in rows:
         if "time_ms" in row:
             rate = shape.flops / (row["time_ms"]["median"] / 1e3)
-            row |= {
-                "active_flops_per_s": rounded(rate),
-                "mfu": None if peak is None else rounded(rate / peak),
-            }
+            row["active_flops_per_s"] = rounded(rate)
+            row["mfu"] = None if peak is None else rounded(rate / peak)
     return {**asdict(shape), "hidden": shape.hidden, "flops": shape.flops, "rows": rows}
 
 
@@ -207,36 +150,18 @@ def _layers(
     layers: dict[str, nn.Module] = {DENSE: Mlp(shape.width, shape.top_k * shape.hidden)}
     for router, backend in product(options.router, options.backend):
         name = f"moevision {router}" + (f" {backend}" if len(options.backend) > 1 else "")
-        layers[name] = MoEMlp(
-            shape.width,
-            shape.hidden,
-            router=router,
-            backend=cast(Backend, backend),
-            **cast(Any, sizes),
-        )
+        layers[name] = MoEMlp(shape.width, shape.hidden, router=router, backend=backend, **sizes)
     for layer in layers.values():
         layer.to(device).train()
     first = next(layer for layer in layers.values() if isinstance(layer, MoEMlp))
     left_out: dict[str, str] = {}
     for name in options.peers:
         # The same router with the same weights, and its own gradients.
-        router = (
-            MoEMlp(shape.width, 8, router=options.router[0], **cast(Any, sizes))
-            .to(device)
-            .train()
-            .router
-        )
-        router.load_state_dict(first.router.state_dict())
-        dtype = DTYPES[shape.precision]
+        router = copy.deepcopy(first.router)
+        where = {"dtype": DTYPES[shape.precision], "device": device}
         try:
             peer = build_peer(
-                name,
-                router,
-                width=shape.width,
-                hidden=shape.hidden,
-                dtype=dtype,
-                device=device,
-                **sizes,
+                name, router, width=shape.width, hidden=shape.hidden, **where, **sizes
             )
             layers[name] = peer.train()
         except Exception as error:  # another library's fault must not end ours
@@ -255,16 +180,12 @@ class _Turn:
     def prepare(self, number: int) -> None:
         """A new input [B, N, D] and a new gradient of the output."""
         tokens = self.shape.tokens
-        images, length = (
-            (tokens // _IMAGE_TOKENS, _IMAGE_TOKENS) if tokens % _IMAGE_TOKENS == 0 else (1, tokens)
-        )
+        images = 1 if tokens % _IMAGE_TOKENS else tokens // _IMAGE_TOKENS
+        size = (images, tokens // images, self.shape.width)
         torch.manual_seed(number)
         self.round = number
-        self.x = torch.randn(
-            images, length, self.shape.width, device=self.device, requires_grad=True
-        )
-        self.gradient = torch.randn(images, length, self.shape.width, device=self.device)
-        self.gradient = self.gradient.to(DTYPES[self.shape.precision])
+        self.x = torch.randn(size, device=self.device, requires_grad=True)
+        self.gradient = torch.randn(size, device=self.device).to(DTYPES[self.shape.precision])
 
     def run(self, layer: nn.Module) -> None:
         """Forward and backward."""
@@ -274,10 +195,8 @@ class _Turn:
 
     def forward(self, layer: nn.Module) -> Tensor:
         """Forward under autocast."""
-        dtype = DTYPES[self.shape.precision]
-        with torch.autocast(
-            self.device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32
-        ):
+        is_bf16 = self.shape.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
             return cast(Tensor, layer(self.x))
 
     def reset(self) -> None:
@@ -290,9 +209,8 @@ class _Turn:
 
 def _facts(name: str, layer: nn.Module, shape: Shape, turn: _Turn) -> dict[str, Any]:
     """What a row says beside times."""
-    facts: dict[str, Any] = {
-        "parameters": sum(parameter.numel() for parameter in layer.parameters())
-    }
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    facts: dict[str, Any] = {"parameters": parameters}
     if name in PEERS:
         facts["active_flops_beside_ours"] = rounded(flops_beside_ours(name, shape.hidden))
     if isinstance(layer, MoEMlp):
@@ -306,39 +224,9 @@ def show(record: Json) -> None:
     """One table per shape."""
     harness.print_machine(record)
     for comparison in record["comparisons"]:
-        rows = []
-        for row in comparison["rows"]:
-            if "error" in row:
-                harness.print_line(f"  {row['name']}: {row['error']}")
-                continue
-            load = row.get("slowest_over_mean")
-            rows.append(
-                [
-                    row["name"],
-                    f"{row['time_ms']['median']:.1f}",
-                    harness.ratio_text(row["ratio_to"][DENSE]),
-                    f"{row['active_flops_per_s'] / 1e9:,.0f}",
-                    harness.share_text(row["mfu"]),
-                    f"{row['parameters']:,}",
-                    "" if load is None else f"{load:.2f}",
-                    harness.share_text(row.get("padding_waste")),
-                ]
-            )
-        columns = [
-            "",
-            "ms",
-            "time ÷ dense (quartiles)",
-            "active GFLOP/s",
-            "MFU",
-            "parameters",
-            "load max",
-            "padding",
-        ]
-        shape = Shape(
-            *(comparison[name] for name in ("tokens", "width", "experts", "top_k", "precision"))
-        )
-        harness.print_table(str(shape), columns, rows)
+        shape = Shape(*(comparison[field.name] for field in fields(Shape)))
+        harness.print_rows(str(shape), comparison["rows"], DENSE)
     harness.print_line(
         "dense k·H: timm's Mlp of equal active FLOPs; a ratio above 1 is slower, pair by pair, median and quartiles. "
-        "Load max: the busiest expert's choices over the mean."
+        "The record of --out also has the load of the busiest expert and the share of padding."
     )

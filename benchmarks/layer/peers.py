@@ -20,7 +20,6 @@ Axes: T tokens, D width, H hidden width, E experts, K choices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, cast
@@ -43,13 +42,7 @@ PEERS = {
 
 
 class PeerLayer(nn.Module):
-    """Our router before another library's experts.
-
-    Args:
-        router: a token-choice router.
-        experts: the other library's module, or one that calls it.
-        compute_dtype: in which the experts work.
-    """
+    """Our router, one of token choice, before another library's experts, which work in the compute dtype."""
 
     def __init__(self, router: nn.Module, experts: nn.Module, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -59,15 +52,9 @@ class PeerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [B, N, D] -> [B, N, D] in the compute dtype."""
-        routing = self.router(x)
-        if routing.kind != "token_choice":
-            raise UserError(
-                "peers let each token choose its experts: compare them under a token-choice router."
-            )
-        flat = x.flatten(0, 1).to(self.compute_dtype)
-        weights = {
-            name: value.to(self.compute_dtype) for name, value in self.experts.named_parameters()
-        }
+        routing, dtype = self.router(x), self.compute_dtype
+        flat = x.flatten(0, 1).to(dtype)
+        weights = {name: value.to(dtype) for name, value in self.experts.named_parameters()}
         mixed: Tensor = functional_call(self.experts, weights, (flat, routing))
         return mixed.view_as(x)
 
@@ -95,24 +82,6 @@ class _TorchtitanExperts(nn.Module):
         return cast(Tensor, self.dispatcher.combine(self.experts(rows, counts), way_back, tokens))
 
 
-def chosen_peers(names: Sequence[str]) -> tuple[str, ...]:
-    """Peers by name or family; `all` and `none` are names too.
-
-    Raises:
-        UserError: for a name that nobody has.
-    """
-    chosen: dict[str, None] = {}
-    for name in names:
-        fitting = [peer for peer in PEERS if name in ("all", peer, peer.split()[0])]
-        if not fitting and name != "none":
-            families = ", ".join(dict.fromkeys(peer.split()[0] for peer in PEERS))
-            raise UserError(
-                f"There is no peer {name!r}: choose all, none, {families}, or one such as 'mixtral eager'."
-            )
-        chosen.update(dict.fromkeys(fitting))
-    return tuple(chosen)
-
-
 def build_peer(
     name: str,
     router: nn.Module,
@@ -124,17 +93,7 @@ def build_peer(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PeerLayer:
-    """Another library's layer around `router`.
-
-    Args:
-        name: one of `PEERS`.
-        router: ours, on its device.
-        width: D.
-        hidden: H, hidden width of one of our experts.
-        num_experts: E.
-        top_k: K.
-        dtype: in which it computes.
-        device: where it lives.
+    """Another library's layer around our `router`, with the FLOPs of experts of width `hidden`.
 
     Raises:
         UserError: if the library isn't installed, or can't do this.
@@ -167,20 +126,12 @@ def _transformers(
 ) -> nn.Module:
     if family == "mixtral":
         module = import_module("transformers.models.mixtral.modeling_mixtral")
-        sizes = {
-            "num_local_experts": num_experts,
-            "intermediate_size": gated_width(hidden),
-            "hidden_act": "silu",
-        }
-        make = module.MixtralExperts
+        sizes = {"num_local_experts": num_experts, "intermediate_size": gated_width(hidden)}
+        make, sizes["hidden_act"] = module.MixtralExperts, "silu"
     else:
         module = import_module("transformers.models.nemotron_h.modeling_nemotron_h")
-        sizes = {
-            "n_routed_experts": num_experts,
-            "moe_intermediate_size": hidden,
-            "mlp_hidden_act": "gelu",
-        }
-        make = module.NemotronHExperts
+        sizes = {"n_routed_experts": num_experts, "moe_intermediate_size": hidden}
+        make, sizes["mlp_hidden_act"] = module.NemotronHExperts, "gelu"
     config = SimpleNamespace(
         **sizes, hidden_size=width, moe_latent_size=None, _experts_implementation=implementation
     )
@@ -194,10 +145,7 @@ def _torchtitan(
         raise UserError("torchtitan's experts compute in bf16 only")
     moe = import_module("torchtitan.models.common.moe")
     dispatch = import_module("torchtitan.models.common.token_dispatcher")
-    experts = moe.GroupedExperts(
-        moe.GroupedExperts.Config(dim=width, hidden_dim=hidden, num_experts=num_experts)
-    )
-    dispatcher = dispatch.LocalTokenDispatcher
-    return _TorchtitanExperts(
-        experts, dispatcher(dispatcher.Config(num_experts=num_experts, top_k=top_k))
-    )
+    experts, dispatcher = moe.GroupedExperts, dispatch.LocalTokenDispatcher
+    sizes = experts.Config(dim=width, hidden_dim=hidden, num_experts=num_experts)
+    way = dispatcher.Config(num_experts=num_experts, top_k=top_k)
+    return _TorchtitanExperts(experts(sizes), dispatcher(way))

@@ -14,8 +14,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-HERE = Path(__file__).parent
-
 
 def spread(values: list[float], digits: int) -> str:
     """The lowest and the highest, or the one value of a single seed."""
@@ -23,16 +21,10 @@ def spread(values: list[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def sds_above(losses: list[float], reference: list[float]) -> float:
-    """How far a mean lies from the reference's mean, in the reference's standard deviations."""
-    return (fmean(losses) - fmean(reference)) / stdev(reference)
-
-
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = [
-        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in text.splitlines()]
     by_title: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_title.setdefault(record["title"], []).append(record)
@@ -41,7 +33,11 @@ def statements() -> dict[str, list[str]]:
     for title, runs in by_title.items():
         losses = [run["loss"] for run in runs]
         top1 = spread([100 * run["top1"] for run in runs], 1)
-        distance = "" if title == "one process" else f"{sds_above(losses, one_process):+.1f}"
+        distance = (
+            ""
+            if title == "one process"
+            else f"{(fmean(losses) - fmean(one_process)) / stdev(one_process):+.1f}"
+        )
         rows.append(
             f"| {title} | {len(runs)} | {runs[0]['steps']} | {top1} | {spread(losses, 3)} | {distance} |"
         )
@@ -49,5 +45,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(f"{page}\n", *texts, sep="\n")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-HERE = Path(__file__).parent
 SETS = ("sources", "far", "imagenette")
 CONTROL = "heads only, tuned"  # what `joined` has to beat, by GAIN (of accuracy) on SETS_NEEDED of the sets
 GAIN, SETS_NEEDED = 0.02, 2
@@ -45,25 +44,19 @@ def by_domain(hits: np.ndarray, images: list[int]) -> list[np.ndarray]:
     return np.split(hits.astype(float), np.cumsum(images)[:-1])
 
 
-def compared(records: list[Run]) -> list[Run]:
-    """Without the one from before the first amendment."""
-    return [record for record in records if "trains" in record]
-
-
 def runs_by_seed(records: list[Run], name: str) -> list[Run]:
     """One run for each seed of a set: the answers and times of its experts, heads and dense models together.
 
-    `correct` has for each arm, and for each domain, which of the test images it classifies correctly (0 or 1).
+    `correct` has for each arm, and for each domain, which of the test images it classifies correctly (0 or 1). A run
+    from before the first amendment doesn't say what it trains, and is left out.
     """
     runs = []
     for seed in range(3):
-        parts = [record for record in records if (record["set"], record["seed"]) == (name, seed)]
+        own = [record for record in records if "trains" in record]
+        parts = [record for record in own if (record["set"], record["seed"]) == (name, seed)]
         run = dict(next(part for part in parts if part["trains"] == "experts"))
-        for field in (
-            "predicted",
-            "earlier",
-            "cpu_s",
-        ):  # a later part's time replaces an earlier part's
+        # A later part's time replaces an earlier part's.
+        for field in ("predicted", "earlier", "cpu_s"):
             run[field] = {key: value for part in parts for key, value in part[field].items()}
         labels = np.array(list(run["labels"]))
         run["correct"] = {
@@ -72,6 +65,11 @@ def runs_by_seed(records: list[Run], name: str) -> list[Run]:
         }
         runs.append(run)
     return runs
+
+
+def by_domain_mean(runs: list[Run], arm: str) -> np.ndarray:
+    """[domains] accuracy, mean over seeds."""
+    return np.mean([[part.mean() for part in run["correct"][arm]] for run in runs], axis=0)
 
 
 def accuracy(run: Run, arm: str) -> float:
@@ -87,31 +85,28 @@ def difference(runs: list[Run], first: str, second: str) -> tuple[list[float], f
     """
     both = [run for run in runs if first in run["predicted"] and second in run["predicted"]]
     gaps = [accuracy(run, first) - accuracy(run, second) for run in both]
-    domains, variance = len(both[0]["domains"]), 0.0
-    for domain in range(domains):
-        images = np.mean(
-            [run["correct"][first][domain] - run["correct"][second][domain] for run in both], axis=0
-        )
-        variance += images.var(ddof=1) / len(images)
+    correct = [zip(run["correct"][first], run["correct"][second], strict=True) for run in both]
+    by_image = [
+        np.mean([own - other for own, other in seeds], axis=0)
+        for seeds in zip(*correct, strict=True)
+    ]
+    variance = sum(images.var(ddof=1) / len(images) for images in by_image)
     half_of_seeds = math.inf
     if len(gaps) > 1:
         half_of_seeds = student.ppf(0.975, len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
-    return gaps, 1.96 * math.sqrt(variance) / domains, half_of_seeds
+    return gaps, 1.96 * math.sqrt(variance) / len(by_image), half_of_seeds
 
 
 def over_images(runs: list[Run], first: str, second: str) -> str:
     """The mean difference with its interval over test images, in points."""
     gaps, half, _ = difference(runs, first, second)
-    return f"{points(fmean(gaps), 2)} ({points(fmean(gaps) - half, 2)} to {points(fmean(gaps) + half, 2)})"
+    return with_ends(fmean(gaps), half, 2)
 
 
 def over_seeds(runs: list[Run], first: str, second: str) -> str:
     """The mean difference with its interval over seeds, where there are several."""
     gaps, _, half = difference(runs, first, second)
-    interval = (
-        f" ({points(fmean(gaps) - half)} to {points(fmean(gaps) + half)})" if len(gaps) > 1 else ""
-    )
-    return points(fmean(gaps)) + interval
+    return with_ends(fmean(gaps), half) if len(gaps) > 1 else points(gaps[0])
 
 
 def is_enough(runs: list[Run]) -> bool:
@@ -130,10 +125,8 @@ def before_and_after(run: Run, arm: str) -> tuple[float, float]:
 
 def cpu_seconds(runs: list[Run], name: str) -> float:
     """CPU seconds of the parts whose names begin so: the mean over the seeds that have them."""
-    sums = [
-        sum(time for part, time in run["cpu_s"].items() if part.startswith(name)) for run in runs
-    ]
-    return fmean(total for total in sums if total)
+    times = [[t for part, t in run["cpu_s"].items() if part.startswith(name)] for run in runs]
+    return fmean(sum(own) for own in times if own)
 
 
 def mebibytes(run: Run) -> list[float]:
@@ -149,6 +142,12 @@ def points(share: float, digits: int = 1) -> str:
     return f"{100 * share:+.{digits}f}".replace("-", "−")
 
 
+def with_ends(mean: float, half: float, digits: int = 1) -> str:
+    """A mean with its interval, in points."""
+    ends = f"{points(mean - half, digits)} to {points(mean + half, digits)}"
+    return f"{points(mean, digits)} ({ends})"
+
+
 def percent(share: float) -> str:
     """In per cent, without the sign."""
     return f"{100 * share:.1f}"
@@ -160,31 +159,20 @@ def table_rows(name: str, runs: list[Run]) -> list[list[str]]:
     for arm in dict.fromkeys(arm for run in runs for arm in run["predicted"]):
         own = [run for run in runs if arm in run["predicted"]]
         seeds = [accuracy(run, arm) for run in own]
-        domains = np.mean(
-            [[images.mean() for images in run["correct"][arm]] for run in own], axis=0
-        )
+        domains = by_domain_mean(own, arm)
         mean = percent(fmean(seeds)) + (f" ± {percent(stdev(seeds))}" if len(seeds) > 1 else "")
         rows.append([arm, mean, ", ".join(map(percent, seeds)), " / ".join(map(percent, domains))])
     for pair in DIFFERENCES:
         by_seed = ", ".join(map(points, difference(runs, *pair)[0]))
         verdict = "" if pair != ("joined", CONTROL) else "yes" if is_enough(runs) else "no"
-        rows.append(
-            [" − ".join(pair), over_images(runs, *pair), over_seeds(runs, *pair), by_seed, verdict]
-        )
-    for domain, sent in enumerate(
-        first["sent"]
-    ):  # the router is in closed form: the same in all seeds
-        shares, router = [percent(count / sum(sent)) for count in sent], first["router"]
-        rows.append(
-            [
-                router,
-                percent(first["routers_on_validation"][router]),
-                first["domains"][domain],
-                f"{sum(sent):,}",
-                shares[domain],
-                " / ".join(shares),
-            ]
-        )
+        intervals = [over_images(runs, *pair), over_seeds(runs, *pair)]
+        rows.append([" − ".join(pair), *intervals, by_seed, verdict])
+    # The router is in closed form: the same in all seeds.
+    router, validation = first["router"], percent(first["routers_on_validation"][first["router"]])
+    for place, sent in enumerate(first["sent"]):
+        shares = [percent(count / sum(sent)) for count in sent]
+        counts = [first["domains"][place], f"{sum(sent):,}", shares[place], " / ".join(shares)]
+        rows.append([router, validation, *counts])
     for arm in dict.fromkeys(arm for run in runs for arm in run["earlier"]):
         pairs = [before_and_after(run, arm) for run in runs if arm in run["earlier"]]
         before, after = np.mean(pairs, axis=0)
@@ -199,7 +187,7 @@ def table_rows(name: str, runs: list[Run]) -> list[list[str]]:
 def is_above_the_rule(records: list[Run]) -> bool:
     """Whether joined experts are more accurate than the linear rule, which needs no training, on every set."""
     for name in SETS:
-        gaps, half, _ = difference(runs_by_seed(compared(records), name), "joined", "no training")
+        gaps, half, _ = difference(runs_by_seed(records, name), "joined", "no training")
         if fmean(gaps) <= half:
             return False
     return True
@@ -207,10 +195,8 @@ def is_above_the_rule(records: list[Run]) -> bool:
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = [
-        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    records = compared(records)
+    text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
+    records = [record for record in map(json.loads, text.splitlines()) if "trains" in record]
     sets = {name: runs_by_seed(records, name) for name in SETS}
     sources, imagenette = sets["sources"], sets["imagenette"]
 
@@ -237,14 +223,9 @@ def statements() -> dict[str, list[str]]:
         points(np.diff([before_and_after(run, "joined") for run in runs]).mean())
         for runs in sets.values()
     ]
-    apart = np.mean(
-        [[part.mean() for part in run["correct"]["joined, domain given"]] for run in sources],
-        axis=0,
-    )
-    cheap, experts = (
-        cpu_seconds(sources, "tuned head") + cpu_seconds(sources, "router"),
-        cpu_seconds(sources, "expert"),
-    )
+    apart = by_domain_mean(sources, "joined, domain given")
+    cheap = cpu_seconds(sources, "tuned head") + cpu_seconds(sources, "router")
+    experts = cpu_seconds(sources, "expert")
     _, experts_mib, heads_mib, statistics_mib = mebibytes(sources[0])
     machine = sources[0]["machine"]["cpu"]
     minutes = sum(sum(record["cpu_s"].values()) for record in records) / 60
@@ -271,10 +252,8 @@ def statements() -> dict[str, list[str]]:
         for name, runs in sets.items()
         for cells in table_rows(name, runs)
     ]
-    rule, heads_beside = (
-        over("no training"),
-        [over_images(runs, CONTROL, "no training") for runs in sets.values()],
-    )
+    rule = over("no training")
+    heads_beside = [over_images(runs, CONTROL, "no training") for runs in sets.values()]
     guide = [
         f"beside the rule, experts trained apart and joined bring {rule[0]}, {rule[1]} and {rule[2]} points on three "
         f"sets, tuned heads for each folder {heads_beside[0]}, {heads_beside[1]} and {heads_beside[2]}",
@@ -286,5 +265,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(f"{page}\n", *texts, sep="\n")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

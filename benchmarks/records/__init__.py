@@ -19,8 +19,7 @@ its records stands in the file of the same name below `pages/` (docs/faq.md: pag
 
 A text is read as `str.format` reads it, with `a/b`, `a*b` and `list!n` (how many) in addition; {0[key]} and {1[key]}
 are of the first and the second record. It fills once for each mapping that `of` or `at` gives. `FILE.jsonl#NAME` are
-the lines of that name, where * stands for any letters. Of a frozen study `recompute.py` says what the pages say:
-`frozen.py` asks it.
+the lines of that name, where * stands for any letters. Of a frozen study `recompute.py` says what the pages say.
 
 A page and a claim may differ in line breaks, in "7 %" for "7%", and in the minus sign. After a new measurement,
 `python -m benchmarks records` rewrites the pages from the records.
@@ -30,8 +29,10 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import tomllib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -43,6 +44,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGES = Path(__file__).with_name("pages")
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*/recompute.py"))
 Reader = Callable[[str], str]
 """Gives the text of a file below the repository."""
 
@@ -192,11 +194,18 @@ def file_of(page: Path) -> Path:
     return (PAGES / page.relative_to(ROOT)).with_suffix(".toml")
 
 
+def statements_of(script: Path) -> dict[str, list[str]]:
+    """What `recompute.py` of a frozen study says of the record beside it: page -> texts. It is loaded anew."""
+    statements: dict[str, list[str]] = runpy.run_path(str(script))["statements"]()
+    return statements
+
+
 def checked_pages() -> list[Page]:
     """All pages, with what their files and the frozen studies say of them."""
-    from benchmarks.records.frozen import statements_by_page
-
-    statements, pages = statements_by_page(), []
+    statements, pages = defaultdict(list), []
+    for script in SCRIPTS:
+        for page, texts in statements_of(script).items():
+            statements[page] += texts
     for path in all_pages():
         file = file_of(path)
         own = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -206,7 +215,7 @@ def checked_pages() -> list[Page]:
             assert lines, f"{path} has no line like {expression}"
             not_measured |= dict.fromkeys(lines, why)
         claims = [claim for entry in own.get("claim", []) for claim in claims_of(entry)]
-        frozen = statements.get(path.relative_to(ROOT).as_posix(), [])
+        frozen = statements[path.relative_to(ROOT).as_posix()]
         pages.append(Page(path, claims, not_measured, frozen))
     return pages
 

@@ -75,9 +75,8 @@ class History:
         earliest: dict[tuple[str, str], int] = {}
         seconds = 0
         for line in self.git("log", *options, "--", pattern).decode().splitlines():
-            if line.startswith(
-                ":"
-            ):  # modes before and after, blobs before and after, status, tab, path
+            # Modes before and after, blobs before and after, status, tab, path.
+            if line.startswith(":"):
                 facts, path = line.split("\t")
                 blob = facts.split()[3]
                 earliest[path, blob] = min(seconds, earliest.get((path, blob), seconds))

@@ -7,12 +7,11 @@ from collections import defaultdict
 from functools import cache
 from typing import Any
 
-from scipy.stats import t as student_t
+import numpy as np
 from scipy.stats import ttest_ind
 
 from benchmarks.flops import routed_share
 from benchmarks.routers import report
-from benchmarks.study import contrasts
 from benchmarks.subject import find_subject
 from moevision.stats import Gap, accuracy_interval
 
@@ -53,15 +52,12 @@ def of_runs(*runs: Json) -> Json:
     """Several runs: mean accuracy with Student's t interval over seeds, extremes, cost, and each run's numbers."""
     shares, minutes = [right(run) for run in runs], [run["cost"]["duration_s"] / 60 for run in runs]
     _, val, train = zip(*(run["curve"][-1] for run in runs), strict=True)
-    half = 0.0
-    if len(runs) > 1:
-        error = statistics.stdev(shares) / len(shares) ** 0.5
-        half = student_t.ppf(0.975, len(shares) - 1) * error
+    gap = Gap.of(shares)
     rows = [of_run(run) for run in runs]
     return {
         **{
             "mean": statistics.fmean(shares),
-            "half": half,
+            "half": gap.high - gap.mean,
             "least": min(shares),
             "most": max(shares),
         },
@@ -179,16 +175,12 @@ def with_places(*runs: Json, name: str) -> Json:
             by_head[head][run["seed"]] = right(run)
         if run["name"].startswith(f"{name}-places"):
             moved.append(run["shifted_4"])
-    (gap,) = contrasts(by_head, [("mean", "places")])
+    mean, places = by_head.values()
+    gap = Gap.of([100 * (mean[seed] - places[seed]) for seed in mean.keys() & places.keys()])
     assert gap.mean > 0
     means = {head: 100 * statistics.fmean(own.values()) for head, own in by_head.items()}
-    low, high = 100 * (gap.mean - gap.half), 100 * (gap.mean + gap.half)
     shifted = 100 * statistics.fmean(moved) if moved else None
-    return {
-        **means,
-        **{"gap": 100 * gap.mean, "low": low, "high": high, "seeds": len(gap.gaps)},
-        "shifted": shifted,
-    }
+    return {**vars(gap), "gap": gap.mean, **means, "shifted": shifted}
 
 
 def of_card(card: Json) -> Json:
@@ -200,19 +192,12 @@ def of_card(card: Json) -> Json:
 
 def loads(record: Json) -> Json:
     """Busiest expert over the mean, and CV², in each layer: of a run's summary, or of a bundled model's atlas."""
-    busiest, spread = [], []
-    for layer in record["layers"]:
-        counts = layer.get("counts", layer.get("loads"))
-        mean = sum(counts) / len(counts)
-        busiest.append(max(counts) / mean)
-        spread.append(sum((count / mean - 1) ** 2 for count in counts) / len(counts))
+    counts = np.array([layer.get("counts", layer.get("loads")) for layer in record["layers"]])
+    mean = counts.mean(1)
+    busiest, spread = counts.max(1) / mean, counts.var(1) / mean**2
     images = record["n_images"] if "n_images" in record else record["test"]["total"]
-    return {
-        "busiest": joined(busiest, ".2f"),
-        "spread": joined(spread, ".4f"),
-        "images": images,
-        "most": max(busiest),
-    }
+    texts = {"busiest": joined(busiest, ".2f"), "spread": joined(spread, ".4f")}
+    return {**texts, "images": images, "most": max(busiest)}
 
 
 def last_load(record: Json) -> Json:

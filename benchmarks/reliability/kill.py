@@ -63,12 +63,8 @@ def start(root: Path, name: str, form: str) -> Forked:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     command = ["-m", "moevision", "fit", "synthetic_pets", *OPTIONS, *FORMS[form]]
     others = 2 if TWO in FORMS[form] else 0
-    return Forked(
-        [*command, f"--runs_root={root}", f"--name={name}", "--resume=auto"],
-        root,
-        environment,
-        others,
-    )
+    command += [f"--runs_root={root}", f"--name={name}", "--resume=auto"]
+    return Forked(command, root, environment, others)
 
 
 def finish(root: Path, name: str, form: str) -> float:
@@ -84,18 +80,17 @@ def kill_once(
     root: Path, name: str, form: str, longest_s: float, draw: random.Random
 ) -> dict[str, Any]:
     """Start, wait a random time, kill; what was found afterwards."""
-    process, wait_s = (
-        start(root, name, form),
-        draw.uniform(0, 0.7 * longest_s),
-    )  # what is left takes less
-    victims = ["the command"] + (
-        ["the first process", "the second process"] if TWO in FORMS[form] else []
-    )
+    process = start(root, name, form)
+    wait_s = draw.uniform(0, 0.7 * longest_s)  # what is left takes less
+    victims = ["the command"]
+    if TWO in FORMS[form]:
+        victims += ["the first process", "the second process"]
     place = draw.randrange(len(victims))
     try:
         process.wait(wait_s)
     except subprocess.TimeoutExpired:
-        began = _started_by(cast(int, process.pid))
+        listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        began = sorted(map(int, listed.stdout.split()))
         victim = process.pid if place == 0 or len(began) < 2 else began[place - 1]
         os.kill(cast(int, victim), signal.SIGKILL)
     words, _ = process.communicate()
@@ -108,11 +103,6 @@ def kill_once(
         "step_after": None if found is None else found.step,
         "damaged": [f"{other.path.name} {other.fault}" for other in refused],
     }
-
-
-def _started_by(process: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True)
-    return sorted(int(each) for each in found.stdout.split())
 
 
 def killed_run(
@@ -166,15 +156,8 @@ def _wrong(form: str, root: Path, options: Namespace) -> int:
         record = killed_run(root, f"killed-{number}", form, options.kills - killed, longest_s, draw)
         shutil.rmtree(root / f"killed-{number}")
         killed += sum(each["killed"] for each in record["kills"])
-        wrong += bool(
-            record["differs"]
-            or record["leaked"]
-            or any(each["damaged"] for each in record["kills"])
-        )
+        damaged = [each for each in record["kills"] if each["damaged"]]
+        wrong += bool(record["differs"] or record["leaked"] or damaged)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, **about()}) + "\n")
     return wrong
-
-
-if __name__ == "__main__":
-    main()

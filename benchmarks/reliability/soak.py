@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from benchmarks.harness import about, argument_parser, in_a_process, write_result
 
@@ -60,42 +61,30 @@ def sample(pid: int | str = "self") -> Sample:
 
 def verdict(samples: Sequence[Sample]) -> dict[str, Any]:
     """Growth from the second quarter's start to the end, and whether it is flat."""
-    tenth = max(1, len(samples) // 10)
-    early, late = samples[len(samples) // 4 :][:tenth], samples[-tenth:]
-    growth = {
-        name: statistics.median(getattr(one, name) for one in late)
-        - statistics.median(getattr(one, name) for one in early)
-        for name in ("rss_mb", "files")
-    }
+    table = np.array(samples)  # [samples, 3]
+    tenth = max(1, len(table) // 10)
+    early = np.median(table[len(table) // 4 :][:tenth], axis=0)
+    late = np.median(table[-tenth:], axis=0)
+    _, growth_mb, more_files = (late - early).tolist()
     return {
         "samples": len(samples),
-        "rss_mb": round(statistics.median(one.rss_mb for one in late), 1),
-        "rss_max_mb": round(max(one.rss_mb for one in samples), 1),
-        "rss_growth_mb": round(growth["rss_mb"], 2),
-        "files": int(statistics.median(one.files for one in late)),
-        "files_growth": growth["files"],
+        "rss_mb": round(late[1], 1),
+        "rss_max_mb": round(table[:, 1].max(), 1),
+        "rss_growth_mb": round(growth_mb, 2),
+        "files": int(late[2]),
+        "files_growth": more_files,
         "limit_mb": LIMIT_MB,
-        "flat": growth["rss_mb"] <= LIMIT_MB and growth["files"] <= 0,
+        "flat": growth_mb <= LIMIT_MB and more_files <= 0,
     }
 
 
 def train(folder: Path, steps: int) -> dict[str, Any]:
     """Train in a process of its own and watch it."""
     epochs = max(2, steps // STEPS_PER_EPOCH)
-    options = [
-        *FIT,
-        f"--data.train_size={BATCH * STEPS_PER_EPOCH}",
-        f"--trainer.max_epochs={epochs}",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "moevision",
-        "fit",
-        "synthetic_pets",
-        *options,
-        f"--runs_root={folder}",
-    ]
+    size = f"--data.train_size={BATCH * STEPS_PER_EPOCH}"
+    options = [*FIT, size, f"--trainer.max_epochs={epochs}"]
+    fit = [sys.executable, "-m", "moevision", "fit", "synthetic_pets"]
+    command = [*fit, *options, f"--runs_root={folder}"]
     samples: list[Sample] = []
     with (
         (folder / "fit.log").open("w") as log,
@@ -110,20 +99,18 @@ def train(folder: Path, steps: int) -> dict[str, Any]:
         if process.wait() != 0:
             raise RuntimeError((folder / "fit.log").read_text()[-2000:])
     run = folder / "soak"
-    begin, end = (run / "splits.csv", run / "checkpoints" / "last.ckpt")
-    first = begin.stat().st_mtime if begin.is_file() else (run / "config.yaml").stat().st_mtime
-    last = end.stat().st_mtime
-    return {"steps": epochs * STEPS_PER_EPOCH, "seconds": round(last - first, 1)} | verdict(
-        [one for one in samples if first <= one.time_s <= last]
+    first, last = (
+        (run / name).stat().st_mtime for name in ("config.yaml", "checkpoints/last.ckpt")
     )
+    seen = [one for one in samples if first <= one.time_s <= last]
+    return {"steps": epochs * STEPS_PER_EPOCH, "seconds": round(last - first, 1), **verdict(seen)}
 
 
 def predict(folder: Path, calls: int) -> dict[str, Any]:
     """Predict in a process of its own."""
     samples = in_a_process(predict_here, folder / "soak", calls)
-    return {"calls": calls, "seconds": round(samples[-1].time_s - samples[0].time_s, 1)} | verdict(
-        samples
-    )
+    seconds = round(samples[-1].time_s - samples[0].time_s, 1)
+    return {"calls": calls, "seconds": seconds, **verdict(samples)}
 
 
 def predict_here(run: Path, calls: int) -> list[Sample]:

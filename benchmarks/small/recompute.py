@@ -1,4 +1,4 @@
-"""Recompute every measured number of README.md's tables and answers from runs.jsonl, with SciPy alone.
+"""Recompute every measured number of README.md's tables and answers from runs.jsonl, with NumPy and SciPy alone.
 
 Questions to one small model: does a router by place win because the classifier forgets places? Is sparse training less
 stable? Does it want large batches? The rules are in protocol.md.
@@ -9,24 +9,19 @@ Code: commits 9254b5f2, 628fc09a and c6bc30c1 ran the trainings, with benchmarks
 """
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from scipy.stats import t as student
+import numpy as np
+from scipy.stats import ttest_1samp
 
-PAGE, RESULTS, ROUTERS = (
-    "benchmarks/small/README.md",
-    "docs/results.md",
-    "benchmarks/routers/README.md",
-)
 RATE, TUNING_SEED = 2e-3, 100
 HEADS, COMPARED = ("mean", "places"), ("dense", "learned")
 ARMS = ("dense", "learned", "position", "hash")
 FACTORS, BATCHES, LARGE = (1, 4, 16), (16, 64, 256, 1024), (256, 1024)
-A_POINT = 0.01
+A_POINT = 1.0
 Run = dict[str, Any]
 BySeed = dict[int, float]
 
@@ -45,8 +40,7 @@ def runs_with(runs: list[Run], **keys: Any) -> list[Run]:
 
 def by_seed(runs: list[Run], quantity: str = "test_top1", **keys: Any) -> BySeed:
     """Seed -> accuracy of the finished runs that have these keys."""
-    finished = [run for run in runs_with(runs, **keys) if not run["failed"]]
-    return {run["seed"]: run[quantity] for run in finished}
+    return {run["seed"]: run[quantity] for run in runs_with(runs, **keys) if not run["failed"]}
 
 
 def less(first: BySeed, second: BySeed) -> BySeed:
@@ -59,72 +53,54 @@ def lead(runs: list[Run], **keys: Any) -> BySeed:
     return less(by_seed(runs, arm="learned", **keys), by_seed(runs, arm="dense", **keys))
 
 
+def of_batch(head: str, batch: int) -> dict[str, Any]:
+    """The keys of the third question's runs."""
+    return {"question": "batches", "head": head, "batch": batch}
+
+
 # ---- differences over seeds, and what is called above or below
 
 
-def points(share: float) -> str:
-    """A difference in percentage points, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
 class Contrast(NamedTuple):
-    """One row less another, seed by seed; `p` is adjusted by Holm over its family."""
+    """One row less another over seeds, in points: Student's 95 % interval, and p, adjusted by Holm over its family."""
 
     name: str
-    gaps: list[float]
-    p: float = math.nan
-
-    @property
-    def mean(self) -> float:
-        """Of the gaps."""
-        return fmean(self.gaps)
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean."""
-        return stdev(self.gaps) / math.sqrt(len(self.gaps))
-
-    @property
-    def half(self) -> float:
-        """Half of Student's 95 % interval."""
-        return float(student.ppf(0.975, len(self.gaps) - 1)) * self.error
-
-    @property
-    def own_p(self) -> float:
-        """Two-sided, before the adjustment."""
-        if self.error == 0:
-            return float(self.mean == 0)
-        return 2 * float(student.sf(abs(self.mean) / self.error, len(self.gaps) - 1))
+    seeds: int
+    mean: float
+    low: float
+    high: float
+    p: float
 
     @property
     def verdict(self) -> str:
         """What is shown."""
-        if self.p >= 0.05:
-            return "not told apart"
-        return "above" if self.mean > 0 else "below"
-
-    @property
-    def ends(self) -> str:
-        """`+0.2 to +2.9`."""
-        return f"{points(self.mean - self.half)} to {points(self.mean + self.half)}"
+        return "not told apart" if self.p >= 0.05 else "above" if self.mean > 0 else "below"
 
     @property
     def interval(self) -> str:
-        """`+1.6 (+0.2 to +2.9)`."""
-        return f"{points(self.mean)} ({self.ends})"
+        """`+1.6 (+0.2 to +2.9)`, in points."""
+        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 
 def contrasts(rows: dict[str, BySeed], pairs: Iterable[tuple[str, str]]) -> list[Contrast]:
     """The first of each pair less the second, judged together: Holm (1979)."""
-    found = [
-        Contrast(f"{first} − {second}", list(less(rows[first], rows[second]).values()))
-        for first, second in pairs
+    gaps = {f"{a} − {b}": list(less(rows[a], rows[b]).values()) for a, b in pairs}
+    tests = {name: ttest_1samp(own, 0) for name, own in gaps.items()}
+    # Equal in every seed: no p, and nothing to tell apart.
+    own_p = {name: float(np.nan_to_num(test.pvalue, nan=1.0)) for name, test in tests.items()}
+    names = sorted(own_p, key=own_p.__getitem__)
+    scaled = [(len(names) - rank) * own_p[name] for rank, name in enumerate(names)]
+    p = dict(zip(names, np.maximum.accumulate(scaled), strict=True))
+    return [
+        Contrast(
+            name,
+            len(own),
+            100 * fmean(own),
+            *(100 * end for end in tests[name].confidence_interval(0.95)),
+            p[name],
+        )
+        for name, own in gaps.items()
     ]
-    adjusted, largest = {}, 0.0
-    for rank, each in enumerate(sorted(found, key=lambda each: each.own_p)):
-        largest = max(largest, min(1.0, (len(found) - rank) * each.own_p))
-        adjusted[each.name] = largest
-    return [each._replace(p=adjusted[each.name]) for each in found]
 
 
 # ---- the three questions' contrasts
@@ -132,22 +108,21 @@ def contrasts(rows: dict[str, BySeed], pairs: Iterable[tuple[str, str]]) -> list
 
 def head_contrasts(runs: list[Run]) -> list[Contrast]:
     """By head the three routers less dense, then what the head gives dense, shifted or not."""
-    rows = {
-        f"{arm}, {head}": by_seed(runs, question="heads", arm=arm, head=head)
-        for head in HEADS
-        for arm in ARMS
-    }
+    rows = {}
     for head in HEADS:
+        for arm in ARMS:
+            rows[f"{arm}, {head}"] = by_seed(runs, question="heads", arm=arm, head=head)
         keys = {"question": "heads", "arm": "dense", "head": head}
         rows[f"dense, {head}, 4 px"] = by_seed(runs, "shifted_4", **keys)
-    pairs = [
-        (f"{arm}, {head}", f"dense, {head}")
-        for head in ("places", "mean")
-        for arm in ("position", "hash", "learned")
-    ]
-    pairs.append(("dense, places", "dense, mean"))
-    pairs.append(("dense, places, 4 px", "dense, mean, 4 px"))
-    return contrasts(rows, pairs)
+    return contrasts(
+        rows,
+        [
+            *((f"{a}, places", "dense, places") for a in ("position", "hash", "learned")),
+            *((f"{a}, mean", "dense, mean") for a in ("position", "hash", "learned")),
+            ("dense, places", "dense, mean"),
+            ("dense, places, 4 px", "dense, mean, 4 px"),
+        ],
+    )
 
 
 def common_contrasts(runs: list[Run]) -> list[Contrast]:
@@ -159,23 +134,17 @@ def common_contrasts(runs: list[Run]) -> list[Contrast]:
 
 def rate_contrasts(runs: list[Run]) -> list[Contrast]:
     """The lead at high rates less that at the usual one; and what the guard is worth at × 16."""
-    rows, pairs = {}, []
+    rows = {}
     for factor in FACTORS:
         keys = {"question": "rates", "lr": RATE * factor, "guard": False}
         rows[f"learned − dense at {factor}"] = lead(runs, **keys)
-    for factor in FACTORS[1:]:
-        pairs.append((f"learned − dense at {factor}", "learned − dense at 1"))
     for arm in COMPARED:
         for guard, name in ((True, "on"), (False, "off")):
             keys = {"question": "rates", "lr": RATE * 16, "guard": guard}
             rows[f"{arm} × 16, guard {name}"] = by_seed(runs, arm=arm, **keys)
-        pairs.append((f"{arm} × 16, guard on", f"{arm} × 16, guard off"))
+    pairs = [(f"learned − dense at {factor}", "learned − dense at 1") for factor in FACTORS[1:]]
+    pairs += [(f"{arm} × 16, guard on", f"{arm} × 16, guard off") for arm in COMPARED]
     return contrasts(rows, pairs)
-
-
-def of_batch(head: str, batch: int) -> dict[str, Any]:
-    """The keys of the third question's runs."""
-    return {"question": "batches", "head": head, "batch": batch}
 
 
 def batch_contrasts(runs: list[Run], head: str) -> list[Contrast]:
@@ -197,12 +166,13 @@ def leads_with_places(runs: list[Run]) -> list[Contrast]:
 
 def growth_by_head(runs: list[Run]) -> list[Contrast]:
     """How much the lead grows from 64 to a large batch: with the mean less with places read."""
-    rows = {}
-    for head in HEADS:
-        base = lead(runs, **of_batch(head, 64))
-        for batch in LARGE:
-            grown = less(lead(runs, **of_batch(head, batch)), base)
-            rows[f"growth to {batch}, {head}"] = grown
+    rows = {
+        f"growth to {batch}, {head}": less(
+            lead(runs, **of_batch(head, batch)), lead(runs, **of_batch(head, 64))
+        )
+        for head in HEADS
+        for batch in LARGE
+    }
     return contrasts(rows, [(f"growth to {b}, mean", f"growth to {b}, places") for b in LARGE])
 
 
@@ -215,13 +185,8 @@ def spread(values: BySeed) -> str:
     return f"{fmean(percents):.1f} ± {stdev(percents):.1f}"
 
 
-def contrast_rows(found: list[Contrast]) -> list[str]:
-    """Their lines in a table."""
-    return [f"| {c.name} | {c.interval} | {len(c.gaps)} | {c.verdict} |" for c in found]
-
-
-def head_rows(runs: list[Run]) -> list[str]:
-    """The first question's table."""
+def tables(runs: list[Run]) -> list[str]:
+    """A row for each kind of run of the three questions, and for each contrast."""
     rows = []
     for head in HEADS:
         for arm in ARMS:
@@ -229,12 +194,6 @@ def head_rows(runs: list[Run]) -> list[str]:
             shifts = ("test_top1", "shifted_4", "shifted_8")
             cells = " | ".join(spread(by_seed(own, name)) for name in shifts)
             rows.append(f"| {arm} | {head} | {cells} | {len(own)} | {own[0]['lr']:g} |")
-    return rows
-
-
-def rate_rows(runs: list[Run]) -> list[str]:
-    """The second question's table."""
-    rows = []
     for arm in COMPARED:
         for factor in FACTORS:
             for guard, name in ((False, "off"), (True, "on")):
@@ -244,12 +203,6 @@ def rate_rows(runs: list[Run]) -> list[str]:
                 refused, returns = (sum(run[key] for run in own) for key in ("refused", "returns"))
                 counts = f"{len(own)} | {failed} | {refused} | {returns}"
                 rows.append(f"| {arm} | × {factor} | {name} | {spread(by_seed(own))} | {counts} |")
-    return rows
-
-
-def batch_rows(runs: list[Run]) -> list[str]:
-    """The third question's table."""
-    rows = []
     for head in HEADS:
         for batch in BATCHES:
             for arm in COMPARED:
@@ -258,7 +211,10 @@ def batch_rows(runs: list[Run]) -> list[str]:
                 cost = f"{own[0]['lr']:g} | {own[0]['steps']} | {cpu_s:.0f}"
                 accuracy = f"{spread(by_seed(own))} | {len(own)}"
                 rows.append(f"| {head} | {batch} | {arm} | {accuracy} | {cost} |")
-    return rows
+    found = [*head_contrasts(runs), *common_contrasts(runs), *rate_contrasts(runs)]
+    found += [each for head in HEADS for each in batch_contrasts(runs, head)]
+    found += [*leads_with_places(runs), *growth_by_head(runs)]
+    return rows + [f"| {c.name} | {c.interval} | {c.seeds} | {c.verdict} |" for c in found]
 
 
 # ---- the protocol's verdicts, and the sentences with their numbers
@@ -272,7 +228,7 @@ def of_heads(runs: list[Run]) -> str:
     gaps = ", ".join(f"{each.name.partition(',')[0]} {each.interval}" for each in arms)
     return (
         f"Reading every place, not their mean, gives a small dense model {gain.interval}; experts beside it, "
-        f"{'not ' * none}told apart: {gaps}; {len(gain.gaps)} seeds"
+        f"{'not ' * none}told apart: {gaps}; {gain.seeds} seeds"
     )
 
 
@@ -283,10 +239,8 @@ def of_rates(runs: list[Run]) -> tuple[str, str]:
     changes = rate_contrasts(runs)[:2]
     if failed["learned"] > failed["dense"] or any(each.verdict == "below" for each in changes):
         verdict = "yes"
-    elif all(each.mean - each.half > -A_POINT for each in changes):
-        verdict = "no"
     else:
-        verdict = "not shown"
+        verdict = "no" if all(each.low > -A_POINT for each in changes) else "not shown"
     gaps = ", ".join(
         f"{each.interval} at × {factor}" for factor, each in zip(FACTORS[1:], changes, strict=True)
     )
@@ -296,21 +250,17 @@ def of_rates(runs: list[Run]) -> tuple[str, str]:
     )
 
 
-def wants_large(changes: list[Contrast]) -> str:
-    """Whether the lead grows in large batches."""
-    if any(each.verdict == "above" for each in changes):
-        return "yes"
-    return "no" if all(each.mean + each.half < A_POINT for each in changes) else "not shown"
-
-
 def of_batches(runs: list[Run]) -> tuple[str, str]:
     """Whether sparse training wants large batches, by the rule with either head, and the numbers."""
     verdicts, texts = {}, []
     for head, words in (("mean", "with the mean"), ("places", "With places read")):
         changes = batch_contrasts(runs, head)
-        verdicts[head] = wants_large(changes[1:])
+        is_no = all(each.high < A_POINT for each in changes[1:])
+        verdicts[head] = "no" if is_no else "not shown"
+        if any(each.verdict == "above" for each in changes[1:]):
+            verdicts[head] = "yes"
         gaps = [f"{each.interval} at {b}" for b, each in zip((16, *LARGE), changes, strict=True)]
-        texts.append(f"{words} {', '.join(gaps)}; {len(changes[0].gaps)} seeds")
+        texts.append(f"{words} {', '.join(gaps)}; {changes[0].seeds} seeds")
     falls = []
     for arm, words in (("dense", "dense goes"), ("learned", "the MoE")):
         ends = [by_seed(runs, arm=arm, **of_batch("mean", batch)).values() for batch in (64, 1024)]
@@ -322,68 +272,42 @@ def of_batches(runs: list[Run]) -> tuple[str, str]:
     )
 
 
-def of_routers(runs: list[Run]) -> list[str]:
-    """What the routers' page says of reading places."""
-    found = head_contrasts(runs)
-    position, hashed, learned, *_, gain, _ = found
+def statements() -> dict[str, list[str]]:
+    """Page -> what it says, with the numbers of the record."""
+    runs = read_runs()
+    position, hashed, learned, *_, gain, _ = head_contrasts(runs)
     common, _ = common_contrasts(runs)
     shifted = [
         fmean(by_seed(runs, "shifted_8", question="heads", arm="dense", head=head).values())
         for head in HEADS
     ]
-    return [
-        f"gains {100 * gain.mean:.1f} points ({gain.ends}; {len(gain.gaps)} seeds)",
-        f"`position` {position.interval}, `hash` {hashed.interval}, `vmoe_top_k` {learned.interval}; at the other "
-        f"rows' learning rate `position` has {common.interval}",
-        f"on images moved by 8 px it is {100 * (shifted[0] - shifted[1]):.1f} points below",
-    ]
-
-
-def rows_of_results(runs: list[Run]) -> list[str]:
-    """Rows of docs/results.md, and its sentence on the lead with places read."""
-    rows = []
-    for idea, (verdict, text) in (
-        ("Sparse training is unstable", of_rates(runs)),
-        ("Sparse training wants large batches", of_batches(runs)),
-    ):
-        rows.append(f"| {idea} | {verdict} | {text} ([small](../benchmarks/small/README.md)). |")
     leads = leads_with_places(runs)
     means = [each.mean for each in leads]
     apart = sum(each.verdict != "not told apart" for each in leads)
-    rows.append(
-        f"the small model's experts then lead by {points(min(means))} to {points(max(means))} points at "
-        f"{len(leads)} batch sizes, {apart or 'none'} of them shown to differ from 0"
-    )
-    return rows
-
-
-def statements() -> dict[str, list[str]]:
-    """Page -> what it says, with the numbers of the record."""
-    runs = read_runs()
-    tables = [
-        head_contrasts(runs),
-        common_contrasts(runs),
-        rate_contrasts(runs),
-        *(batch_contrasts(runs, head) for head in HEADS),
-        leads_with_places(runs),
-        growth_by_head(runs),
-    ]
+    unstable, large = of_rates(runs), of_batches(runs)
+    link = "([small](../benchmarks/small/README.md)). |"
     return {
-        PAGE: [
+        "benchmarks/small/README.md": [
             f"- **Heads.** {of_heads(runs)}.",
-            f"- **Instability.** {of_rates(runs)[1]}.",
-            f"- **Large batches.** {of_batches(runs)[1]}.",
+            f"- **Instability.** {unstable[1]}.",
+            f"- **Large batches.** {large[1]}.",
             f"At the rate of the other rows, {RATE:g} (the amendment):",
-            *head_rows(runs),
-            *rate_rows(runs),
-            *batch_rows(runs),
-            *(row for table in tables for row in contrast_rows(table)),
+            *tables(runs),
         ],
-        RESULTS: rows_of_results(runs),
-        ROUTERS: of_routers(runs),
+        "docs/results.md": [
+            f"| Sparse training is unstable | {unstable[0]} | {unstable[1]} {link}",
+            f"| Sparse training wants large batches | {large[0]} | {large[1]} {link}",
+            f"the small model's experts then lead by {min(means):+.1f} to {max(means):+.1f} points at "
+            f"{len(leads)} batch sizes, {apart or 'none'} of them shown to differ from 0",
+        ],
+        "benchmarks/routers/README.md": [
+            f"gains {gain.mean:.1f} points ({gain.low:+.1f} to {gain.high:+.1f}; {gain.seeds} seeds)",
+            f"`position` {position.interval}, `hash` {hashed.interval}, `vmoe_top_k` {learned.interval}; at the other "
+            f"rows' learning rate `position` has {common.interval}",
+            f"on images moved by 8 px it is {100 * (shifted[0] - shifted[1]):.1f} points below",
+        ],
     }
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -14,11 +14,13 @@ import json
 import math
 import re
 import statistics
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import nct
+from scipy.stats import nct, ttest_1samp
 from scipy.stats import t as student
 
 FOLDER = Path(__file__).parent
@@ -55,17 +57,10 @@ MARGIN = {"H5": 0.01}
 
 def read_runs() -> list[dict]:
     """All records; no run failed, and none is of a changed tree."""
-    runs = [
-        json.loads(line)
-        for line in (FOLDER / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = (FOLDER / "runs.jsonl").read_text(encoding="utf-8")
+    runs = [json.loads(line) for line in text.splitlines()]
     assert not any(run["failed"] or run["code"]["dirty"] for run in runs)
     return runs
-
-
-def read_speeds() -> list[dict]:
-    """Three measurements of every arm's training step on an idle machine."""
-    return json.loads((FOLDER / "speed.json").read_text(encoding="utf-8"))
 
 
 # ---- the runs of an arm
@@ -85,8 +80,7 @@ def learning_rate(runs: list[dict], arm: str) -> float:
     by_rate: dict[float, list[float]] = {}
     for run in [run for run in own if is_tuning(run)] or own:
         by_rate.setdefault(run["lr"], []).append(run["val_top1"])
-    means = {rate: statistics.fmean(of_rate) for rate, of_rate in by_rate.items()}
-    return max(sorted(means), key=means.__getitem__)
+    return max(sorted(by_rate), key=lambda rate: statistics.fmean(by_rate[rate]))
 
 
 def runs_of(runs: list[dict], arm: str) -> dict[int, dict]:
@@ -99,11 +93,6 @@ def runs_of(runs: list[dict], arm: str) -> dict[int, dict]:
 def mean_of(runs: dict[int, dict], name: str) -> float:
     """Mean over seeds of a number that a record has."""
     return statistics.fmean(run[name] for run in runs.values())
-
-
-def arms_that_ran(runs: list[dict]) -> list[str]:
-    """In the order of the protocol."""
-    return [arm for arm in PLANNED if any(run["arm"] == arm for run in runs)]
 
 
 # ---- differences
@@ -122,42 +111,24 @@ class Difference(NamedTuple):
         return statistics.fmean(self.by_seed)
 
     @property
-    def error(self) -> float:
-        """Standard error of the mean."""
-        return statistics.stdev(self.by_seed) / math.sqrt(len(self.by_seed))
-
-    @property
     def interval(self) -> tuple[float, float]:
         """Student's 95 % interval of the mean."""
-        half = float(student.ppf(0.975, len(self.by_seed) - 1)) * self.error
-        return self.mean - half, self.mean + half
+        low, high = ttest_1samp(self.by_seed, 0).confidence_interval(0.95)
+        return float(low), float(high)
 
     def p_value(self, margin: float) -> float:
         """Two-sided p of no difference; with a margin twice the one-sided p of losing that much."""
-        t = (self.mean + margin) / self.error if margin else abs(self.mean) / self.error
-        return min(1.0, 2 * float(student.sf(t, len(self.by_seed) - 1)))
+        if not margin:
+            return float(ttest_1samp(self.by_seed, 0).pvalue)
+        return min(1.0, 2 * float(ttest_1samp(self.by_seed, -margin, alternative="greater").pvalue))
 
     @property
     def numbers(self) -> dict[str, Any]:
         """In points, as the sentences of the protocol name them."""
         low, high = self.interval
-        return {
-            "mean": points(self.mean),
-            "low": points(low),
-            "high": points(high),
-            "n": len(self.by_seed),
-        }
-
-    @property
-    def direction(self) -> str:
-        """Where its own interval lies."""
-        low, high = self.interval
-        return "above" if low > 0 else "below" if high < 0 else "not told apart from"
-
-
-def points(difference: float) -> str:
-    """A difference of accuracies in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
+        ends = {"mean": self.mean, "low": low, "high": high}
+        points = {name: f"{100 * end:+.1f}" for name, end in ends.items()}
+        return {**points, "n": len(self.by_seed)}
 
 
 def difference(
@@ -165,7 +136,7 @@ def difference(
 ) -> Difference:
     """Of two arms, over the seeds that both, and those `among`, have."""
     arms = {arm: runs_of(runs, arm) for arm in (first, second, *among)}
-    seeds = sorted(set.intersection(*(set(of_arm) for of_arm in arms.values())))
+    seeds = sorted(set.intersection(*map(set, arms.values())))
     gaps = [arms[first][seed]["test_top1"] - arms[second][seed]["test_top1"] for seed in seeds]
     return Difference(first, second, gaps)
 
@@ -173,10 +144,8 @@ def difference(
 def better_rule(runs: list[dict], first: str, rivals: tuple[str, ...]) -> str:
     """The rival with the better validation accuracy, over the seeds that all have."""
     arms = {arm: runs_of(runs, arm) for arm in (first, *rivals)}
-    seeds = set.intersection(*(set(of_arm) for of_arm in arms.values()))
-    return max(
-        rivals, key=lambda rival: statistics.fmean(arms[rival][seed]["val_top1"] for seed in seeds)
-    )
+    seeds = set.intersection(*map(set, arms.values()))
+    return max(rivals, key=lambda arm: statistics.fmean(arms[arm][s]["val_top1"] for s in seeds))
 
 
 # ---- hypotheses
@@ -194,19 +163,9 @@ class Result(NamedTuple):
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
     """The p adjusted by Holm (1979): the smallest times their number, the next times one less, never falling."""
-    adjusted, largest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
-        adjusted[name] = largest
-    return adjusted
-
-
-def verdict_of(contrast: Difference, p: float, margin: float) -> str:
-    """The rule of the protocol."""
-    if p < 0.05 and contrast.mean > -margin:
-        return "positive"
-    is_worse = contrast.interval[1] < -margin if margin else p < 0.05
-    return "negative" if is_worse else "tie"
+    names = sorted(p_values, key=p_values.__getitem__)
+    scaled = [min(1.0, (len(names) - rank) * p_values[name]) for rank, name in enumerate(names)]
+    return dict(zip(names, accumulate(scaled, max), strict=True))
 
 
 def detectable(by_seed: list[float], level: float) -> float:
@@ -220,22 +179,22 @@ def detectable(by_seed: list[float], level: float) -> float:
 
 
 def judged(runs: list[dict]) -> dict[str, Result]:
-    """All hypotheses."""
+    """All hypotheses, by the rule of the protocol."""
     results = {}
     for names in FAMILIES:
         differences = {}
         for name in names:
             first, rivals = HYPOTHESES[name]
-            differences[name] = difference(
-                runs, first, better_rule(runs, first, rivals), among=rivals
-            )
+            differences[name] = difference(runs, first, better_rule(runs, first, rivals), rivals)
         adjusted = holm({name: differences[name].p_value(MARGIN.get(name, 0.0)) for name in names})
-        for name in names:
-            contrast, p = differences[name], adjusted[name]
-            verdict = verdict_of(contrast, p, MARGIN.get(name, 0.0))
-            results[name] = Result(
-                name, contrast, p, verdict, detectable(contrast.by_seed, 0.05 / len(names))
-            )
+        for name, contrast in differences.items():
+            p, margin = adjusted[name], MARGIN.get(name, 0.0)
+            is_worse = contrast.interval[1] < -margin if margin else p < 0.05
+            verdict = "negative" if is_worse else "tie"
+            if p < 0.05 and contrast.mean > -margin:
+                verdict = "positive"
+            power = detectable(contrast.by_seed, 0.05 / len(names))
+            results[name] = Result(name, contrast, p, verdict, power)
     return results
 
 
@@ -263,24 +222,18 @@ def hypothesis_row(result: Result) -> str:
 # ---- tables
 
 
-def speed_cells(speeds: list[dict], arm: str) -> tuple[str, str, str]:
-    """Share of the FLOPs in experts; medians of ms per training step and of MiB. Empty if it wasn't measured."""
-    measured = [speed["arms"][arm] for speed in speeds if arm in speed["arms"]]
-    if not measured:
-        return "", "", ""
-    ms = statistics.median(each["ms"]["median"] for each in measured)
-    mib = statistics.median(each["memory"]["peak_mib"] for each in measured)
-    return f"{measured[0]['routed_share']:.2f}", f"{ms:.0f}", f"{mib:.0f}"
-
-
 def arm_row(runs: list[dict], speeds: list[dict], arm: str) -> str:
-    """Accuracy and cost of an arm."""
+    """Accuracy and cost of an arm; share of FLOPs in experts, ms and MiB of a step are empty where not measured."""
     of_arm = runs_of(runs, arm)
     accuracies = [100 * run["test_top1"] for run in of_arm.values()]
     spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
     cost = next(iter(of_arm.values()))["cost"]
     flops = (cost["flops_per_image"] + cost["router_flops_per_image"]) / 1e6
-    share, ms, mib = speed_cells(speeds, arm)
+    share = ms = mib = ""
+    if measured := [speed["arms"][arm] for speed in speeds if arm in speed["arms"]]:
+        share = f"{measured[0]['routed_share']:.2f}"
+        ms = f"{statistics.median(each['ms']['median'] for each in measured):.0f}"
+        mib = f"{statistics.median(each['memory']['peak_mib'] for each in measured):.0f}"
     return (
         f"| `{arm}` | {len(of_arm)} of {PLANNED[arm]} | {learning_rate(runs, arm):g} "
         f"| {statistics.fmean(accuracies):.1f}{spread} | {flops:.2f} M | {share} "
@@ -292,53 +245,36 @@ def arm_row(runs: list[dict], speeds: list[dict], arm: str) -> str:
 def shift_row(runs: list[dict], arm: str) -> str:
     """Accuracy on test images as they are, and moved by 4 and by 8 pixels."""
     of_arm = {seed: run for seed, run in runs_of(runs, arm).items() if "shifted_4" in run}
-    cells = (
-        f"{100 * mean_of(of_arm, name):.1f}" for name in ("test_top1", "shifted_4", "shifted_8")
-    )
+    shifts = ("test_top1", "shifted_4", "shifted_8")
+    cells = (f"{100 * mean_of(of_arm, name):.1f}" for name in shifts)
     return f"| `{arm}` | {len(of_arm)} | {' | '.join(cells)} |"
 
 
 def balance_row(runs: list[dict], arm: str) -> str:
     """How even the load of the worst MoE layer is, mean over seeds, beside accuracy."""
     of_arm = runs_of(runs, arm)
+    loads = [np.array([layer["counts"] for layer in run["layers"]]) for run in of_arm.values()]
     importance = statistics.fmean(max(run["cv_importance"]) for run in of_arm.values())
-    loads = [[layer["counts"] for layer in run["layers"]] for run in of_arm.values()]
-    variation = statistics.fmean(max(map(coefficient_of_variation, layers)) for layers in loads)
-    busiest = statistics.fmean(
-        max(max(counts) / statistics.fmean(counts) for counts in layers) for layers in loads
-    )
+    variation = np.mean([max(counts.std(1) / counts.mean(1)) for counts in loads])
+    busiest = np.mean([max(counts.max(1) / counts.mean(1)) for counts in loads])
     cells = f"{importance:.2f} | {variation:.2f} | {busiest:.2f} | {100 * mean_of(of_arm, 'test_top1'):.1f}"
     return f"| `{arm}` | {len(of_arm)} | {cells} |"
 
 
-def coefficient_of_variation(counts: list[int]) -> float:
-    """Standard deviation over mean."""
-    return statistics.pstdev(counts) / statistics.fmean(counts)
-
-
 def tables(runs: list[dict], speeds: list[dict]) -> list[str]:
-    """The tables of arms, of moved images and of balance losses, a line each."""
-    ran = arms_that_ran(runs)
+    """The tables of arms, of moved images and of balance losses, and what was done of the protocol, a line each."""
+    ran = [arm for arm in PLANNED if any(run["arm"] == arm for run in runs)]
     moved = [arm for arm in ran if any("shifted_4" in run for run in runs_of(runs, arm).values())]
+    balanced = ("unbalanced", "importance", "load", "moe", "z", "bias")
     missing = [f"`{arm}`" for arm in PLANNED if arm not in ran]
+    tuning, done = sum(map(is_tuning, runs)), sum(len(runs_of(runs, arm)) for arm in ran)
+    commits = len({run["code"]["git_commit"] for run in runs})
+    processors = "; ".join(sorted({run["machine"]["cpu"] for run in runs}))
     return [
         *(arm_row(runs, speeds, arm) for arm in ran),
         f"No seed finished: {', '.join(missing)}.",
         *(shift_row(runs, arm) for arm in moved),
-        *(
-            balance_row(runs, arm)
-            for arm in ("unbalanced", "importance", "load", "moe", "z", "bias")
-        ),
-    ]
-
-
-def counts(runs: list[dict]) -> list[str]:
-    """How many runs there are, and of how many commits."""
-    tuning = sum(map(is_tuning, runs))
-    done = sum(len(runs_of(runs, arm)) for arm in arms_that_ran(runs))
-    commits = len({run["code"]["git_commit"] for run in runs})
-    processors = "; ".join(sorted({run["machine"]["cpu"] for run in runs}))
-    return [
+        *(balance_row(runs, arm) for arm in balanced),
         f"{tuning + done} runs of the queue are done, {sum(PLANNED.values()) - done} are missing.",
         f"- {len(runs)} records, {tuning} of them of tuning, of {commits} commits, from {processors}.",
     ]
@@ -353,28 +289,31 @@ def more_steps(runs: list[dict]) -> str:
     return f"{steps[0] / steps[1] - 1:.0%}"
 
 
-def beside(contrast: Difference, second: str = "") -> str:
-    """Size and direction of a difference that no hypothesis asks for; `second` as the sentence calls it."""
+def beside(runs: list[dict], first: str, second: str) -> tuple[str, str]:
+    """A difference that no hypothesis asks for: its size and where its own interval lies, and the interval."""
+    contrast = difference(runs, first, second)
     low, high = contrast.interval
+    direction = "above" if low > 0 else "below" if high < 0 else "not told apart from"
     interval = f"{100 * low:.1f} to {100 * high:.1f}; {len(contrast.by_seed)} seeds"
-    return f"{100 * contrast.mean:.1f} points {contrast.direction}{second} ({interval}"
+    return f"{100 * contrast.mean:.1f} points {direction}", interval
 
 
 def limits(runs: list[dict], speeds: list[dict]) -> list[str]:
     """README.md's section on what the study can't say."""
-    longer = difference(runs, "twin-time", "twin")
-    low, high = longer.interval
+    longer, longer_interval = beside(runs, "twin-time", "twin")
+    hashed, hashed_interval = beside(runs, "moe", "hash")
+    by_place, place_interval = beside(runs, "position", "twin-time")
+    places, places_interval = beside(runs, "twin-places", "hash-places")
     agrees = all(
         runs_of(runs, f"{arm}-again")[0]["test_top1"] == runs_of(runs, arm)[0]["test_top1"]
         for arm in ("twin", "position", "moe", "hash")
     )
     return [
-        f"{more_steps(runs)} more steps give the twin {100 * longer.mean:.1f} points ({100 * low:.1f} to "
-        f"{100 * high:.1f}; {len(longer.by_seed)} seeds)",
+        f"{more_steps(runs)} more steps give the twin {longer.removesuffix(' above')} ({longer_interval})",
         f"of their FLOPs in experts, this one {speeds[0]['arms']['moe']['routed_share']:.0%}",
-        f"Beside `hash` alone `moe` is {beside(difference(runs, 'moe', 'hash'))}; unadjusted)",
-        f"`position` is {beside(difference(runs, 'position', 'twin-time'), ' `twin-time`')})",
-        f"`twin-places` is {beside(difference(runs, 'twin-places', 'hash-places'), ' `hash-places`')}; unadjusted,",
+        f"Beside `hash` alone `moe` is {hashed} ({hashed_interval}; unadjusted)",
+        f"`position` is {by_place} `twin-time` ({place_interval})",
+        f"`twin-places` is {places} `hash-places` ({places_interval}; unadjusted,",
         f"it is right on {'exactly' if agrees else 'not'} as many test images as its record",
     ]
 
@@ -392,19 +331,15 @@ def headlines(results: dict[str, Result]) -> list[str]:
 
 def rows_of_results(runs: list[dict], results: dict[str, Result]) -> list[str]:
     """The rows of docs/results.md, and what this study says of equal time in another study's row."""
-    holds = {}
-    for name, result in results.items():
-        no = f"not `{result.difference.second}`" if name == "H4" else "no"
-        holds[name] = {"positive": "after 1 epoch", "negative": no, "tie": "not shown"}[
-            result.verdict
-        ]
+    words = {"positive": "after 1 epoch", "negative": "no", "tie": "not shown"}
+    holds = {name: words[result.verdict] for name, result in results.items()}
+    if holds["H4"] == "no":
+        holds["H4"] = f"not `{results['H4'].difference.second}`"
     if holds["H1"] == "after 1 epoch" and holds["H7"] != holds["H1"]:
         holds["H1"] = "only with the mean"  # a lead that is gone once places are read
     said = {name: sentence(result).removesuffix(".") for name, result in results.items()}
-    longer, hashed = (
-        difference(runs, "twin-time", "twin").numbers,
-        difference(runs, "moe", "hash").numbers,
-    )
+    longer = difference(runs, "twin-time", "twin").numbers
+    hashed = difference(runs, "moe", "hash").numbers
     interval = "{mean} ({low} to {high}; {n} seeds)"
     rows = [
         f"| More parameters help at equal compute | {holds['H1']} | {said['H1']}. {more_steps(runs)} more steps give "
@@ -420,14 +355,15 @@ def rows_of_results(runs: list[dict], results: dict[str, Result]) -> list[str]:
 
 def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the records."""
-    runs, speeds = read_runs(), read_speeds()
+    runs = read_runs()
+    # Three measurements of every arm's training step on an idle machine.
+    speeds = json.loads((FOLDER / "speed.json").read_text(encoding="utf-8"))
     results = judged(runs)
     return {
         README: [
             *(f"- **{name}.** {sentence(result)}" for name, result in results.items()),
             *map(hypothesis_row, results.values()),
             *tables(runs, speeds),
-            *counts(runs),
             *limits(runs, speeds),
         ],
         **{page: headlines(results) for page in HEADLINES},
@@ -439,5 +375,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -11,26 +11,13 @@ and the three p are adjusted by Holm.
 """
 
 import json
-import math
 import statistics
 from pathlib import Path
 
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
-RECORD = Path(__file__).with_name("record.json")
-PAGE = "benchmarks/stem/README.md"
 FACTORS = {"stem": ("patch", "wide_stages"), "embed_dim": (64, 128), "depth": (2, 4)}
 """Argument of the model -> its two values; the effect is the second minus the first."""
-
-
-def read_runs() -> list[dict]:
-    """All runs of the record."""
-    return json.loads(RECORD.read_text(encoding="utf-8"))["runs"]
-
-
-def points(difference: float) -> str:
-    """A difference of accuracies in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def runs_with(runs: list[dict], **arguments: object) -> list[dict]:
@@ -39,8 +26,8 @@ def runs_with(runs: list[dict], **arguments: object) -> list[dict]:
 
 
 def mean_accuracy(runs: list[dict]) -> float:
-    """Mean test accuracy."""
-    return statistics.fmean(run["test_top1"] for run in runs)
+    """Mean test accuracy in per cent."""
+    return 100 * statistics.fmean(run["test_top1"] for run in runs)
 
 
 def effect_by_seed(runs: list[dict], factor: str) -> list[float]:
@@ -54,50 +41,28 @@ def effect_by_seed(runs: list[dict], factor: str) -> list[float]:
     ]
 
 
-def standard_error(differences: list[float]) -> float:
-    """Of their mean."""
-    return statistics.stdev(differences) / math.sqrt(len(differences))
-
-
 def with_interval(differences: list[float]) -> str:
     """Their mean with its 95 % interval, in points."""
-    mean = statistics.fmean(differences)
-    half = float(student.ppf(0.975, len(differences) - 1)) * standard_error(differences)
-    return f"{points(mean)} ({points(mean - half)} to {points(mean + half)})"
-
-
-def p_value(differences: list[float]) -> float:
-    """Two-sided p of a mean of 0."""
-    t = abs(statistics.fmean(differences)) / standard_error(differences)
-    return 2 * float(student.sf(t, len(differences) - 1))
-
-
-def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """The p adjusted by Holm (1979): the smallest times their number, the next times one less, never falling."""
-    adjusted, largest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
-        adjusted[name] = largest
-    return adjusted
+    low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
+    return f"{statistics.fmean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def effect_table(effects: dict[str, list[float]]) -> list[str]:
-    """A line for each factor: effect, adjusted p, verdict."""
-    adjusted = holm({factor: p_value(differences) for factor, differences in effects.items()})
+    """A line for each factor: effect, p adjusted by Holm (1979), verdict."""
+    own_p = {factor: ttest_1samp(gaps, 0).pvalue for factor, gaps in effects.items()}
+    adjusted, largest = {}, 0.0
+    for rank, factor in enumerate(sorted(own_p, key=own_p.__getitem__)):
+        largest = max(largest, min(1.0, (len(own_p) - rank) * own_p[factor]))
+        adjusted[factor] = largest
     lines = []
-    for factor, differences in effects.items():
+    for factor, gaps in effects.items():
         first, second = FACTORS[factor]
         p = adjusted[factor]
         shown_p = "below 0.001" if p < 0.0005 else f"{p:.3f}"
-        verdict = (
-            "not told apart"
-            if p >= 0.05
-            else "above"
-            if statistics.fmean(differences) > 0
-            else "below"
-        )
+        side = "above" if statistics.fmean(gaps) > 0 else "below"
+        verdict = side if p < 0.05 else "not told apart"
         name = f"`{factor} {second}` − `{factor} {first}`"
-        lines.append(f"| {name} | {with_interval(differences)} | {shown_p} | {verdict} |")
+        lines.append(f"| {name} | {with_interval(gaps)} | {shown_p} | {verdict} |")
     return lines
 
 
@@ -122,37 +87,33 @@ def model_table(runs: list[dict]) -> list[str]:
     return lines
 
 
-def depth_with_convolutions(runs: list[dict], width: int) -> str:
-    """What twice the depth gives the models with convolutions of one width."""
-    shallow, deep = (
-        mean_accuracy(runs_with(runs, stem="wide_stages", embed_dim=width, depth=depth))
-        for depth in FACTORS["depth"]
-    )
-    return points(deep - shallow)
-
-
-def extremes(runs: list[dict]) -> str:
-    """The smallest model with convolutions beside the largest without."""
+def sentences(runs: list[dict]) -> list[str]:
+    """What twice the depth gives with convolutions; the smallest model with them beside the largest without."""
+    deeper = [
+        mean_accuracy(runs_with(runs, stem="wide_stages", embed_dim=width, depth=4))
+        - mean_accuracy(runs_with(runs, stem="wide_stages", embed_dim=width, depth=2))
+        for width in FACTORS["embed_dim"]
+    ]
     small = runs_with(runs, stem="wide_stages", embed_dim=64, depth=2)
     large = runs_with(runs, stem="patch", embed_dim=128, depth=4)
-    gain = 100 * (mean_accuracy(small) - mean_accuracy(large))
-    return (
+    gain = mean_accuracy(small) - mean_accuracy(large)
+    return [
+        f"twice the depth gives {deeper[0]:+.1f} points at width 64 and {deeper[1]:+.1f} at 128",
         f"The smallest model with convolutions ({flops_of(small[0]):.0f} MFLOPs an image) is {abs(gain):.1f} points "
-        f"{'above' if gain > 0 else 'below'} the largest without ({flops_of(large[0]):.0f} MFLOPs)"
-    )
+        f"{'above' if gain > 0 else 'below'} the largest without ({flops_of(large[0]):.0f} MFLOPs)",
+    ]
 
 
 def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the record."""
-    runs = read_runs()
+    text = Path(__file__).with_name("record.json").read_text(encoding="utf-8")
+    runs = json.loads(text)["runs"]
     effects = {factor: effect_by_seed(runs, factor) for factor in FACTORS}
     stem, width, depth = (with_interval(differences) for differences in effects.values())
-    narrow, wide = (depth_with_convolutions(runs, each) for each in FACTORS["embed_dim"])
     return {
-        PAGE: [
+        "benchmarks/stem/README.md": [
             f"the convolutions give {stem} points, twice the width gives {width}, twice the depth {depth}",
-            f"twice the depth gives {narrow} points at width 64 and {wide} at 128",
-            extremes(runs),
+            *sentences(runs),
             *effect_table(effects),
             *model_table(runs),
         ]
@@ -160,5 +121,4 @@ def statements() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -13,17 +13,16 @@ Axes: n images, D width of a feature, C classes.
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 
 from benchmarks.harness import HERE, about, argument_parser
 from benchmarks.queue import read_records
@@ -33,16 +32,16 @@ from moevision.analysis.images import PictureSet, open_pictures, read_images
 from moevision.demo.models import bundled_folder, bundled_model
 from moevision.errors import DataWarning
 from moevision.files import write_json_atomic, write_text_atomic
+from moevision.models.convert import pooled
 from moevision.models.io import SavedModel
-from moevision.models.ood import FILE, MahalanobisOOD, fit_ood, pooled
+from moevision.models.ood import FILE, MahalanobisOOD, fit_ood
 from moevision.models.safe_files import CONFIG, read_json
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 FOLDER = HERE / "strangers"
 RUNS = FOLDER / "runs.jsonl"
 OWN = {
-    "cats_vs_dogs": "cats_vs_dogs",
-    "cats_vs_dogs_two": "cats_vs_dogs",
+    **dict.fromkeys(("cats_vs_dogs", "cats_vs_dogs_two"), "cats_vs_dogs"),
     "cifar10": "cifar10",
     "pets": "synthetic_pets",
 }
@@ -51,26 +50,12 @@ HALVES = (  # of Imagenette
     ("French horn", "gas pump", "golf ball", "parachute"),
 )
 CIFAR = ("airplane", "automobile", "bird", "deer", "frog", "horse", "ship", "truck")
-KINDS_OF_CIFAR = (
-    "eagle",
-    "duck",
-    "kingfisher",
-    "owl",
-    "macaw",
-    "chicken",
-    "moose",
-    "horse",
-)  # photos of its classes
+# Photos of its classes.
+KINDS_OF_CIFAR = "eagle duck kingfisher owl macaw chicken moose horse".split()  # noqa: SIM905
 CHOICE = ("Imagenette, first half", "CIFAR-10, other classes")
-PHOTOS = (
-    "Imagenette, second half",
-    "photos of other animals",
-    "cats and dogs",
-    "CIFAR-10",
-)  # that are reported
-IMAGES = (
-    2_000  # of training and of validation that a model is fitted to, here; `fit` takes half of it
-)
+# That are reported.
+PHOTOS = ("Imagenette, second half", "photos of other animals", "cats and dogs", "CIFAR-10")
+IMAGES = 2_000  # of training and of validation that a model is fitted to; `fit` takes half of it
 MOST, FEW = 300, 100  # images of a set: of photos of other things, of others
 DRAWS = 1_000
 
@@ -86,15 +71,13 @@ def images_of(
 ) -> np.ndarray:
     """Images of these classes (all unless said), uint8 [n, S, S, 3], but for those whose name has such a word."""
     pictures = open_pictures(source, size, split=split)
-    names = pictures.class_names
-    rows = [
-        row
-        for row in range(len(pictures))
-        if (not classes or names[pictures.label(row)] in classes)
-        and not any(word in pictures.picture_name(row) for word in without)
-    ]
-    rows = sorted(np.random.default_rng(0).permutation(rows)[:most].tolist())
-    return read_images(pictures, rows)
+    rows = []
+    for row in range(len(pictures)):
+        is_of_class = not classes or pictures.class_names[pictures.label(row)] in classes
+        if is_of_class and not any(word in pictures.picture_name(row) for word in without):
+            rows.append(row)
+    chosen = np.random.default_rng(0).permutation(rows)[:most]
+    return read_images(pictures, sorted(chosen.tolist()))
 
 
 def sets_of(name: str, model: SavedModel, options: Namespace) -> Iterator[tuple[str, np.ndarray]]:
@@ -156,12 +139,10 @@ def detector_of(model: SavedModel, data: str | Path, **held_out: Any) -> Mahalan
 
 def put_beside(folder: Path, strangers: MahalanobisOOD, share: float | None = None) -> None:
     """Put the numbers beside the trained weights of a bundled model, and the share of strangers on its card."""
-    home = folder / "trained"
+    home, card = folder / "trained", folder / "card.json"
     save_file(strangers.state_dict(), home / FILE)
     write_json_atomic(home / CONFIG, {**read_json(home / CONFIG), "strangers": True})
-    write_json_atomic(
-        folder / "card.json", {**read_json(folder / "card.json"), "recognized": share}
-    )
+    write_json_atomic(card, {**read_json(card), "recognized": share})
 
 
 def distances(strangers: MahalanobisOOD, features: Floats) -> Floats:
@@ -175,10 +156,8 @@ def distances(strangers: MahalanobisOOD, features: Floats) -> Floats:
 
 def area(own: Floats, others: Floats) -> float:
     """Area under the ROC curve: how often one of `others` has the larger value than one of `own`; ties half."""
-    ranks = rankdata(np.concatenate([own, others]))
-    return float(
-        (ranks[len(own) :].sum() - len(others) * (len(others) + 1) / 2) / len(own) / len(others)
-    )
+    is_other = np.repeat([0, 1], [len(own), len(others)])
+    return float(roc_auc_score(is_other, np.concatenate([own, others])))
 
 
 def area_with_interval(own: Floats, others: Floats) -> tuple[float, float, float]:
@@ -195,47 +174,28 @@ def recognized(sets: dict[str, Any]) -> float:
     return float(np.mean(shares))
 
 
-def kept(file: Path, make: Callable[[], Sequence[Floats]]) -> list[Floats]:
-    """What `make` gives, from a file that an earlier run left."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, *make())
-    with np.load(file) as found:
-        return [found[name] for name in found.files]
-
-
 def run(options: Namespace) -> None:
-    """Measure one bundled model, and put its line into the record; features are kept in the work folder."""
+    """Measure one bundled model, and put its line into the record."""
     name, model = options.model, bundled_model(options.model)
-    data, work = (
-        OWN[name] if name == "pets" else options.data / OWN[name],
-        options.work / options.model,
-    )
-    features, labels, validation = kept(work / "known.npz", lambda: known_of(model, data))
+    data = OWN[name] if name == "pets" else options.data / OWN[name]
+    features, labels, validation = known_of(model, data)
     chosen = fit_ood(features, labels, validation)
     assert chosen is not None
     test = open_pictures(data, model.image_size, class_names=model.class_names)
-    (own,) = kept(work / "test.npz", lambda: [features_of(model, test)])
-    far = distances(chosen, own)
+    own = distances(chosen, features_of(model, test))
     sets: dict[str, Any] = {}
     for kind, images in sets_of(name, model, options):
-        file = work / f"{re.sub(r'[^a-z]+', '-', kind.lower())}.npz"
-        (features_of_set,) = kept(file, lambda images=images: [features_of(model, images)])
-        found = distances(chosen, features_of_set)
-        auroc, low, high = area_with_interval(far, found)
-        sets[kind] = {
-            "images": len(found),
-            "beyond": int((found > 1).sum()),
-            "auroc": rounded(auroc, 4),
-            "interval": [rounded(low, 4), rounded(high, 4)],
-        }
-        print(f"{kind:40} {len(found):5} {auroc:.3f} {(found > 1).mean():.1%}", flush=True)
+        far = distances(chosen, features_of(model, images))
+        area, low, high = (rounded(value, 4) for value in area_with_interval(own, far))
+        counts = {"images": len(far), "beyond": int((far > 1).sum())}
+        sets[kind] = {**counts, "auroc": area, "interval": [low, high]}
+        print(f"{kind:40} {len(far):5} {area:.3f} {(far > 1).mean():.1%}", flush=True)
     record = {
         "name": name,
         **about(),
         "training_images": len(labels),
         "validation_images": len(validation),
-        "test": {"images": len(far), "beyond": int((far > 1).sum())},
+        "test": {"images": len(own), "beyond": int((own > 1).sum())},
         "sets": sets,
         "recognized": rounded(recognized(sets), 4),
     }
@@ -255,11 +215,8 @@ def main() -> None:
     add("--data", type=Path, required=True, help="folder of the data sets")
     add("--photos", type=Path, required=True, help="folder of photos")
     add("--carry", action="store_true", help="put it beside the weights that the package carries")
-    add("--work", type=Path, default=Path("runs/strangers"), help="features (%(default)s)")
     add("--out", type=Path, default=RUNS, help="records (%(default)s)")
     options = parser.parse_args()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DataWarning
-        )  # classes that aren't the model's are the point
+        warnings.simplefilter("ignore", DataWarning)  # other classes than the model's are the point
         run(options)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-HERE = Path(__file__).parent
 TITLES = {
     "cats_vs_dogs": "cats and dogs",
     "cats_vs_dogs_two": "cats and dogs, two experts",
@@ -43,11 +42,8 @@ def count_cells(images: Record) -> str:
 
 def recognized(record: Record) -> float:
     """Mean share beyond the threshold, over the sets of photos that the measure was not chosen by."""
-    return float(
-        np.mean(
-            [share_beyond(images) for name, images in record["sets"].items() if name in IN_THE_RATE]
-        )
-    )
+    sets = record["sets"].items()
+    return float(np.mean([share_beyond(images) for name, images in sets if name in IN_THE_RATE]))
 
 
 def set_rows(record: Record) -> list[str]:
@@ -75,23 +71,18 @@ def measure_rows(record: Record) -> list[str]:
         for group in (CHOSEN_BY, IN_THE_RATE):
             sets = [images for name, images in record["sets"].items() if name in group]
             results = [images if is_main else images["others"][measure] for images in sets]
-            shares = [
-                result["beyond"] / images["images"]
-                for result, images in zip(results, sets, strict=True)
-            ]
-            cells += [
-                f"{np.mean([result['auroc'] for result in results]):.3f}",
-                f"{np.mean(shares):.0%}",
-            ]
+            pairs = zip(results, sets, strict=True)
+            share = np.mean([result["beyond"] / images["images"] for result, images in pairs])
+            area = np.mean([result["auroc"] for result in results])
+            cells += [f"{area:.3f}", f"{share:.0%}"]
         rows.append(f"| {title} | {measure} | {' | '.join(cells)} |")
     return rows
 
 
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    records = [
-        json.loads(line) for line in (HERE / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in text.splitlines()]
     rates = "; ".join(f"{TITLES[record['name']]} {recognized(record):.0%}" for record in records)
     readme = [
         f"Recognized, mean over the sets of photos that the measure was not chosen by: {rates}."
@@ -99,13 +90,9 @@ def statements() -> dict[str, list[str]]:
     for record in records:
         readme += set_rows(record) + measure_rows(record)
     best_first = sorted(records, key=recognized, reverse=True)
-    files = (
-        ", ".join(f"`{record['name']}` {100 * recognized(record):.0f}" for record in best_first)
-        + " %."
-    )
-    return {"benchmarks/strangers/README.md": readme, "docs/reference/files.md": [files]}
+    files = ", ".join(f"`{record['name']}` {100 * recognized(record):.0f}" for record in best_first)
+    return {"benchmarks/strangers/README.md": readme, "docs/reference/files.md": [f"{files} %."]}
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(f"{page}\n", *texts, sep="\n")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -4,26 +4,18 @@ import json
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
 
 from benchmarks.strangers import CHOICE, PHOTOS, RUNS, area, area_with_interval, recognized
 from moevision.demo.models import bundled_folders, read_card
 
-RECORDS = (
-    [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
-    if RUNS.exists()
-    else []
-)
+RECORDS = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_area_is_that_of_scikit_learn_and_of_a_count():
+def test_the_area_by_hand_and_its_interval():
     """Of 2 x 2 pairs the other is larger in two and equal in one: 2.5 of 4."""
     assert area(np.array([1.0, 3.0]), np.array([2.0, 3.0])) == 2.5 / 4
     rng = np.random.default_rng(0)
-    own, far = rng.normal(size=90), rng.normal(1, 1, 60).round(1)
-    expected = roc_auc_score([0] * 90 + [1] * 60, np.concatenate([own, far]))
-    found, low, high = area_with_interval(own, far)
-    assert found == pytest.approx(expected)
+    found, low, high = area_with_interval(rng.normal(size=90), rng.normal(1, 1, 60))
     assert low < found < high
 
 

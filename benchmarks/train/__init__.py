@@ -14,19 +14,20 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from benchmarks import harness
 from benchmarks.energy import energy_of, energy_text
 from benchmarks.flops import training_flops
-from benchmarks.harness import Json, count, positive
+from benchmarks.harness import DTYPES, Json, count, positive
 from benchmarks.memory import beside_twin, memory_of
-from benchmarks.phases import ORDER, PhaseClock, breakdown, measure_load
-from benchmarks.subject import NAMES, Subject, TrainingStep, Which, find_subject, noise_batch
+from benchmarks.phases import PhaseClock, breakdown, measure_load
+from benchmarks.subject import NAMES, Subject, TrainingStep, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, rounded, rows_of
 from benchmarks.train import lightning_peer
+from moevision.train.recipe import default_precision
 
 QUICK = {"batch_size": 4, "repetitions": 3, "warm_up": 1, "breakdown_steps": 2, "memory_runs": 1}
 EXAMPLES = """\
@@ -34,7 +35,7 @@ EXAMPLES = """\
   python -m benchmarks train cifar10 --peer lightning     beside plain timm in Lightning, both in real Trainers
   python -m benchmarks train cifar10 --arch vit_moe_hybrid_patch8_32 --peer lightning
 """
-MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "other")
+MEMORY_PARTS = ("peak", "weights", "gradients", "optimizer", "activations", "other", "tensors")
 
 
 def parser() -> ArgumentParser:
@@ -42,30 +43,17 @@ def parser() -> ArgumentParser:
     parser = harness.argument_parser("train", __doc__, EXAMPLES)
     add = parser.add_argument
     add("model", metavar="WHAT", help="a config, a run folder, or a timm name")
-    harness.add_arch(parser)
-    harness.add_image_sizes(parser)
+    add("--arch", metavar="NAME", help="timm name in the place of the config's")
+    add("--batch-size", type=positive, metavar="N", help="images per step (the config's)")
+    add("--image-size", type=positive, metavar="PX", help="side of the images (the config's)")
+    usual = "bf16" if default_precision() == "bf16-mixed" else "fp32"
+    add("--precision", choices=tuple(DTYPES), default=usual, help="(here %(default)s, as fit)")
     add("--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)")
+    peers = ("lightning",)
+    add("--peer", dest="peers", nargs="+", choices=peers, default=[], help="also in Lightning")
+    add("--memory-runs", type=count, default=3, help="processes per model for its peak memory (3)")
     add(
-        "--peer",
-        dest="peers",
-        nargs="+",
-        choices=("lightning",),
-        default=[],
-        help="also plain timm in Lightning",
-    )
-    add(
-        "--memory-runs",
-        type=count,
-        default=3,
-        metavar="N",
-        help="processes per model for its peak memory (3; 0: none)",
-    )
-    add(
-        "--breakdown-steps",
-        type=positive,
-        default=10,
-        metavar="N",
-        help="steps for the breakdown (%(default)s)",
+        "--breakdown-steps", type=positive, default=10, help="steps for the breakdown (%(default)s)"
     )
     harness.add_measuring(parser, repetitions=30)
     return parser
@@ -75,21 +63,14 @@ def main() -> None:
     """Measure, print tables and write the record."""
     options = harness.parse(parser(), QUICK)
     device = harness.set_up(options)
-    sizes = {
-        "batch_size": options.batch_size,
-        "image_size": options.image_size,
-        "num_classes": options.num_classes,
-    }
-    subject = find_subject(options.model, arch=options.arch, **sizes)
+    given = ("arch", "batch_size", "image_size", "num_classes")
+    subject = find_subject(options.model, **{name: getattr(options, name) for name in given})
     peak = harness.measure_peaks(options, device, [options.precision])
-    record = {
-        **harness.new_record("train", options, device),
-        "model": asdict(subject),
-        "measured_peak_flops": peak,
-    }
+    record = {**harness.new_record("train", options, device), "model": asdict(subject)}
+    record["measured_peak_flops"] = peak
     steps = {
-        NAMES[which]: TrainingStep(subject, which, options.precision, device)
-        for which in get_args(Which)
+        name: TrainingStep(subject, which, options.precision, device)
+        for which, name in NAMES.items()
     }
     record["rows"] = _measure_steps(steps, subject, options, peak, device)
     batch, moe = noise_batch(subject, device), steps[NAMES["moe"]]
@@ -120,8 +101,7 @@ def _measure_steps(
     batch = noise_batch(subject, device)
     candidates = [Candidate(name, partial(step, *batch)) for name, step in steps.items()]
     rounds = {"repetitions": options.repetitions, "warm_up": options.warm_up}
-    with harness.progress_bar("training steps", sum(rounds.values()) * len(steps)) as on_step:
-        timings = interleave(candidates, **rounds, device=device, on_step=on_step)
+    timings = interleave(candidates, **rounds, device=device, title="training steps")
     facts, some = {}, batch[0][:4]
     for name, step in steps.items():
         flops = training_flops(step.net, some) / len(some)
@@ -150,18 +130,11 @@ def _memories(subject: Subject, options: Namespace, device: torch.device) -> dic
     """Peak memory by model, and the MoE model's beside each twin's."""
     if not options.memory_runs:
         return {"error": "not asked for"}
-    found: dict[str, Any] = {}
     how = {"precision": options.precision, "device": device, "runs": options.memory_runs}
-    with harness.progress_bar("peak memory", len(NAMES)) as on_step:
-        for which, name in NAMES.items():
-            found[name] = memory_of(subject, which, **how)
-            on_step()
+    found = {name: memory_of(subject, which, **how) for which, name in NAMES.items()}
     moe, *twins = NAMES.values()
-    ratios = {
-        twin: beside_twin(found[moe], found[twin])
-        for twin in twins
-        if "error" not in {**found[moe], **found[twin]}
-    }
+    measured = [twin for twin in twins if "error" not in {**found[moe], **found[twin]}]
+    ratios = {twin: beside_twin(found[moe], found[twin]) for twin in measured}
     return {"models": found, "moe_beside": ratios}
 
 
@@ -169,14 +142,8 @@ def _peers(subject: Subject, options: Namespace, device: torch.device) -> dict[s
     """Trainings inside Lightning, which take turns among themselves."""
     if "lightning" not in options.peers:
         return {}
-    with harness.progress_bar("in Lightning", lightning_peer.turns(options.repetitions)) as on_step:
-        timings = lightning_peer.compare_in_lightning(
-            subject,
-            precision=options.precision,
-            device=device,
-            repetitions=options.repetitions,
-            on_step=on_step,
-        )
+    how = {"precision": options.precision, "device": device}
+    timings = lightning_peer.compare_in_lightning(subject, repetitions=options.repetitions, **how)
     rows = rows_of(timings, list(timings.seconds))
     for row in rows:
         row["images_per_s"] = rounded(subject.batch_size / (row["time_ms"]["median"] / 1e3))
@@ -185,89 +152,20 @@ def _peers(subject: Subject, options: Namespace, device: torch.device) -> dict[s
 
 def show(record: Json) -> None:
     """Speed, phases, load, memory, energy, peers."""
-    model = record["model"]
+    model, twin = record["model"], NAMES["active_flops"]
     harness.print_machine(record)
     sizes = f"batches of {model['batch_size']} of noise, {model['image_size']} px, {record['settings']['precision']}"
-    harness.print_line(f"{model['name']}: {sizes}")
-    _show_speed(record)
-    found = {name: part["phases"] for name, part in record["breakdown"].items()}
-    phases = [phase for phase in ORDER if any(phase in part for part in found.values())]
-    cells = [
-        [f"{part[phase]['ms']:.1f}" if phase in part else "" for part in found.values()]
-        for phase in phases
-    ]
-    rows = [[phase, *row] for phase, row in zip(phases, cells, strict=True)]
-    harness.print_table("ms per step, by phase", ["", *found], rows)
+    harness.print_rows(f"{model['name']}: training step, {sizes}", record["rows"], twin)
+    for name, part in record["breakdown"].items():
+        phases = ", ".join(f"{phase} {own['ms']:.1f}" for phase, own in part["phases"].items())
+        harness.print_line(f"ms of {name}: {phases}")
     for layer in record["load"]:
-        waste = layer["padding_waste"]
-        harness.print_line(
-            f"block {layer['block']}: busiest expert {layer['slowest_over_mean']:.2f} × the mean load"
-            + ("" if waste is None else f", {waste:.1%} of computed rows are padding")
-        )
-    _show_memory(record["memory"])
+        load = f"busiest expert {layer['slowest_over_mean']:.2f} × the mean load"
+        harness.print_line(f"block {layer['block']}: {load}, padding {layer['padding_waste']}")
+    for name, use in record["memory"].get("models", {}).items():
+        parts = ", ".join(f"{part} {use.get(f'{part}_mib', 0):.0f}" for part in MEMORY_PARTS)
+        harness.print_line(f"peak memory, {name}: {use.get('error', parts)} MiB")
     for name, energy in record["energy"].items():
         harness.print_line(f"energy, {name}: {energy_text(energy)}")
-    for row in record["peers"].get("lightning", []):
-        others = [
-            (other, speed) for other, speed in row["speed_to"].items() if other != row["name"]
-        ]
-        harness.print_line(
-            f"{row['name']}: {row['images_per_s']:.1f} images/s"
-            + "".join(f", {harness.ratio_text(speed)} × {other}" for other, speed in others)
-        )
-
-
-def _show_speed(record: Json) -> None:
-    rows = [
-        [
-            row["name"],
-            f"{row['images_per_s']:.1f}",
-            harness.ratio_text(row["speed_to"][NAMES["active_flops"]]),
-            harness.ratio_text(row["speed_to"][NAMES["total_params"]]),
-            f"{row['training_flops_per_image'] / 1e9:.2f}",
-            harness.share_text(row["mfu"]),
-            f"{row['parameters'] / 1e6:.2f} M",
-        ]
-        for row in record["rows"]
-    ]
-    columns = [
-        "",
-        "images/s",
-        "speed ÷ active-FLOPs twin",
-        "÷ parameters twin",
-        "GFLOPs/image",
-        "MFU",
-        "parameters",
-    ]
-    harness.print_table("training step", columns, rows)
-
-
-def _show_memory(memory: Json) -> None:
-    if "error" in memory:
-        harness.print_line(f"peak memory: not measured ({memory['error']})")
-        return
-    rows = []
-    for name, model in memory["models"].items():
-        if "error" in model:
-            harness.print_line(f"peak memory, {name}: {model['error']}")
-            continue
-        beside = memory["moe_beside"].get(name, dict.fromkeys(range(4)))
-        parts = [f"{model[f'{part}_mib']:.0f}" for part in ("peak", *MEMORY_PARTS, "tensors")]
-        rows.append(
-            [name, *parts, *("" if value is None else f"{value:.2f}" for value in beside.values())]
-        )
-    beside_columns = ["MoE ÷ this", "− extra weights, optimizer", "− gradients too"]
-    columns = [
-        "",
-        "peak",
-        *MEMORY_PARTS,
-        "tensors",
-        *beside_columns,
-        "tensors − extra weights, optimizer",
-    ]
-    harness.print_table("peak memory of training, MiB", columns, rows)
-    harness.print_line(
-        "activations: what autograd keeps; other: temporaries, kernels compiled for the shapes that occur, the "
-        "allocator's reserve; tensors: the peak of tensors alone, as on CUDA. MoE ÷ this: its whole peak, and without "
-        "what its extra weights themselves need; at last of tensors alone, without extra weights and optimizer."
-    )
+    if rows := record["peers"].get("lightning"):
+        harness.print_rows("in Lightning", rows, rows[-1]["name"])

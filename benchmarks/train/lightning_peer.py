@@ -14,7 +14,6 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -48,18 +47,13 @@ class PlainModule(L.LightningModule):
         self, net: nn.Module, lr: float, weight_decay: float, label_smoothing: float
     ) -> None:
         super().__init__()
-        self.net, self.lr, self.weight_decay, self.label_smoothing = (
-            net,
-            lr,
-            weight_decay,
-            label_smoothing,
-        )
+        self.net, self.label_smoothing = net, label_smoothing
+        self.lr, self.weight_decay = lr, weight_decay
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy."""
-        loss = F.cross_entropy(
-            self.net(batch["image"]), batch["label"], label_smoothing=self.label_smoothing
-        )
+        logits, smoothing = self.net(batch["image"]), self.label_smoothing
+        loss = F.cross_entropy(logits, batch["label"], label_smoothing=smoothing)
         self.log("train/loss", loss)
         return loss
 
@@ -94,16 +88,8 @@ def compare_in_lightning(
     precision: str,
     device: torch.device,
     repetitions: int,
-    on_step: Callable[[], object],
 ) -> Timings:
-    """Time both Trainers in turns.
-
-    Args:
-        subject: what to train; all patches are used on both sides.
-        precision: `bf16` or `fp32`.
-        device: where.
-        repetitions: steps to count, rounded up to whole turns.
-        on_step: called after each turn of one.
+    """Time both Trainers in turns, with all patches; `repetitions` steps, rounded up to whole turns.
 
     Returns:
         Equally many times in seconds of `OURS` and `PLAIN`; times of equal index stem from the same round of turns.
@@ -122,10 +108,9 @@ def compare_in_lightning(
         def plain() -> list[float]:
             return process.submit(_turn_of_plain, precision, device).result()
 
-        for round_number in range(turns(repetitions) // 2):
+        for round_number in range(-(-repetitions // BLOCK)):
             for name, turn in ((OURS, ours), (PLAIN, plain))[:: 1 if round_number % 2 else -1]:
                 timings.seconds[name] += turn()
-                on_step()
     return timings
 
 
@@ -142,11 +127,6 @@ def _begin_plain(subject: Subject, threads: int) -> None:
 
 def _turn_of_plain(precision: str, device: torch.device) -> list[float]:
     return _train(_plain["module"], _plain["subject"], precision, device, [])
-
-
-def turns(repetitions: int) -> int:
-    """How often `compare_in_lightning` calls `on_step`."""
-    return 2 * -(-repetitions // BLOCK)
 
 
 def _train(

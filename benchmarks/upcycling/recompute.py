@@ -11,18 +11,12 @@ costs include it. Differences are paired by seed, with Student's t; the two p ar
 """
 
 import json
-import math
 import statistics
 from pathlib import Path
 
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 RECORD = Path(__file__).with_name("record.json")
-README, RESULTS, GUIDE = (
-    "benchmarks/upcycling/README.md",
-    "docs/results.md",
-    "docs/guides/dense-sparse.md",
-)
 LABELS = {
     "dense": "dense, n",
     "in one": "dense, n + m in one schedule",
@@ -40,11 +34,6 @@ def read_record() -> dict:
 def runs_of(record: dict, arm: str) -> dict[int, dict]:
     """The trainings of one arm, by seed."""
     return {run["seed"]: run for run in record["runs"] if run["arm"] == arm}
-
-
-def points(difference: float) -> str:
-    """A difference of accuracies in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def cost(record: dict, run: dict) -> tuple[float, float]:
@@ -87,36 +76,22 @@ def differences(record: dict, rival: str) -> list[float]:
     return [own[seed]["test_top1"] - other[seed]["test_top1"] for seed in sorted(own)]
 
 
-def standard_error(values: list[float]) -> float:
-    """Of their mean."""
-    return statistics.stdev(values) / math.sqrt(len(values))
-
-
 def interval(values: list[float]) -> tuple[float, float, float]:
     """Mean, and the ends of its 95 % interval."""
-    mean = statistics.fmean(values)
-    half = float(student.ppf(0.975, len(values) - 1)) * standard_error(values)
-    return mean, mean - half, mean + half
+    low, high = ttest_1samp(values, 0).confidence_interval(0.95)
+    return statistics.fmean(values), float(low), float(high)
 
 
 def with_interval(values: list[float]) -> str:
     """The same in points."""
-    mean, low, high = map(points, interval(values))
-    return f"{mean} ({low} to {high})"
-
-
-def p_value(values: list[float]) -> float:
-    """Two-sided p of a mean of 0."""
-    t = abs(statistics.fmean(values)) / standard_error(values)
-    return 2 * float(student.sf(t, len(values) - 1))
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * end for end in interval(values)))
 
 
 def adjusted_p_values(record: dict) -> dict[str, float]:
     """Both p, adjusted by Holm (1979): the smaller one doubled, the larger one not below that."""
-    own = {rival: p_value(differences(record, rival)) for rival in RIVALS}
-    smaller, larger = sorted(own, key=own.__getitem__)
-    doubled = min(1.0, 2 * own[smaller])
-    return {smaller: doubled, larger: max(doubled, own[larger])}
+    own = {rival: ttest_1samp(differences(record, rival), 0).pvalue for rival in RIVALS}
+    doubled = min(1.0, 2 * min(own.values()))
+    return {rival: max(doubled, p) for rival, p in own.items()}
 
 
 def verdict(record: dict, rival: str) -> str:
@@ -131,7 +106,10 @@ def difference_sentences(record: dict) -> list[str]:
     sentences = []
     for rival in RIVALS:
         values = differences(record, rival)
-        by_seed, p = ", ".join(map(points, values)), adjusted_p_values(record)[rival]
+        by_seed, p = (
+            ", ".join(f"{100 * gap:+.1f}" for gap in values),
+            adjusted_p_values(record)[rival],
+        )
         sentences.append(
             f"“{LABELS['upcycled']}” minus “{LABELS[rival]}”: {by_seed} points by seed, mean {with_interval(values)}, "
             f"p = {p:.3f}: {verdict(record, rival)}."
@@ -141,9 +119,8 @@ def difference_sentences(record: dict) -> list[str]:
 
 def row_of_results(record: dict) -> str:
     """The row of docs/results.md: the idea holds if the upcycled model is above the dense model trained on."""
-    holds = {"above": "yes", "below": "no", "not told apart": "not shown"}[
-        verdict(record, "continued")
-    ]
+    words = {"above": "yes", "below": "no", "not told apart": "not shown"}
+    holds = words[verdict(record, "continued")]
     continued, in_one = (
         f"{with_interval(differences(record, rival))}, {verdict(record, rival)}" for rival in RIVALS
     )
@@ -158,23 +135,22 @@ def row_of_results(record: dict) -> str:
 def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the record."""
     record = read_record()
-    settings, more_time = (
-        record["settings"],
-        mean_cost(record, "upcycled")[1] / mean_cost(record, "continued")[1] - 1,
-    )
-    against_one_schedule = with_interval(differences(record, "in one"))
+    settings = record["settings"]
+    more_time = mean_cost(record, "upcycled")[1] / mean_cost(record, "continued")[1] - 1
+    in_one = with_interval(differences(record, "in one"))
     return {
-        README: [
+        "benchmarks/upcycling/README.md": [
             f"n = m = {settings['first']:,} steps of {settings['batch']} images",
             *accuracy_table(record),
             *difference_sentences(record),
             f"The upcycled model took {more_time:.0%} more CPU time than the restarted dense one",
         ],
-        RESULTS: [row_of_results(record)],
-        GUIDE: [f"one dense schedule of as many steps it is {against_one_schedule} points"],
+        "docs/results.md": [row_of_results(record)],
+        "docs/guides/dense-sparse.md": [
+            f"one dense schedule of as many steps it is {in_one} points"
+        ],
     }
 
 
 if __name__ == "__main__":
-    for page, texts in statements().items():
-        print(page, *texts, sep="\n  ")
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))

@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -89,8 +89,6 @@ def collect_routing(
         >>> trace.layer(1).counts().sum(0).shape  # choices per expert
         (8,)
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
     saved = as_saved_model(model)
     if run_dir is None and isinstance(model, str | Path) and isinstance(data, str | Path):
         # On the data of its own run a model is evaluated on the images that the run held out.
@@ -108,23 +106,13 @@ def collect_routing(
         root=root,
         run_dir=run_dir,
     )
-    provenance = _provenance(saved.net)
-    provenance["settings"] = {"limit": limit, "seed": seed, "batch_size": batch_size}
-    trace_metadata: dict[str, Any] = {
-        "class_names": pictures.class_names,
-        "model": name or model_title(model),
-        "data": pictures.name,
-        "provenance": provenance,
-    }
-
     reader = PictureReader(pictures, saved, batch_size)
     net = saved.net.to(best_device())
-    batches: list[dict[str, Array]] = []
+    batches = []
     with evaluating(net):
         _warn_of_unread_layers(net)
         for batch in reader.batches(progress):
             batch_arrays, layer_metadata = _arrays_of_batch(net, batch)
-            trace_metadata |= layer_metadata
             batches.append(batch_arrays)
     reader.report()
 
@@ -132,12 +120,20 @@ def collect_routing(
         name: np.concatenate([batch_arrays[name] for batch_arrays in batches])
         for name in batches[0]
     }
-    provenance["unreadable"] = len(reader.bad)
     num_outputs = arrays["probabilities"].shape[1]
-    trace_metadata["prediction_names"] = _output_names(
-        num_outputs, saved.class_names, pictures.class_names
-    )
-    trace_metadata["picture_names"] = reader.names
+    trace_metadata = {
+        **layer_metadata,
+        "picture_names": reader.names,
+        "class_names": pictures.class_names,
+        "prediction_names": _output_names(num_outputs, saved.class_names, pictures.class_names),
+        "model": name or model_title(model),
+        "data": pictures.name,
+        "provenance": {
+            **_provenance(net),
+            "settings": {"limit": limit, "seed": seed, "batch_size": batch_size},
+            "unreadable": len(reader.bad),
+        },
+    }
     trace = RoutingTrace.from_arrays(arrays, metadata_of(trace_metadata))
     if path is not None:
         trace.save(path)
@@ -176,9 +172,7 @@ def _provenance(net: nn.Module) -> dict[str, Any]:
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": best_device().type,
         "versions": versions,
-        "settings": {},
         "weights_sha256": weights_sha256(net),
-        "unreadable": 0,
     }
 
 
@@ -253,18 +247,15 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
+@dataclass
 class PictureReader:
-    """Reads images in batches.
+    """Reads images in batches."""
 
-    `names` lists the images read so far; `bad` lists name and reason of those that can't be read.
-    """
-
-    def __init__(self, pictures: PictureSet, model: SavedModel, batch_size: int) -> None:
-        self.pictures = pictures
-        self.model = model
-        self.batch_size = batch_size
-        self.names: list[str] = []
-        self.bad: list[tuple[str, str]] = []
+    pictures: PictureSet
+    model: SavedModel
+    batch_size: int
+    names: list[str] = field(default_factory=list)  # of the images read so far
+    bad: list[tuple[str, str]] = field(default_factory=list)  # name and reason of unreadable ones
 
     def batches(self, progress: bool) -> Iterator[Batch]:
         """All images in order, with a progress bar where there are more than a few batches."""
@@ -287,26 +278,18 @@ class PictureReader:
     def _image(self, index: int) -> Tensor | None:
         """The image, uint8 [3, S, S]; None if it can't be read."""
         name = self.pictures.picture_name(index)
-        size = self.model.image_size
         try:
             pixels = self.pictures.image(index)
         except BadImageError as error:
             self.bad.append((name, error.reason))
             return None
-        if pixels.shape != (size, size, 3):
-            raise UserError(
-                f"The image {name} is {pixels.shape}, and the model takes {size} x {size} x 3: resize it."
-            )
         self.names.append(name)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def report(self) -> None:
         """Warn of images that couldn't be read; a UserError if there is no other."""
         total = len(self.pictures)
-        example = ""
-        if self.bad:
-            name, reason = self.bad[0]
-            example = f", the first is {name}: {reason}"
+        example = "".join(f", the first is {name}: {reason}" for name, reason in self.bad[:1])
         if not self.names:
             raise UserError(
                 f"None of the {total} images can be read: fix or replace them{example}."
@@ -370,15 +353,14 @@ def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
     inputs: dict[int, Tensor] = {}
     num_prefix_tokens = int(getattr(net, "num_prefix_tokens", 0))
 
-    def record_input(block: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def record_input(block: Any, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs[block] = arguments[0][:, num_prefix_tokens:]
 
     # Locked, so that the hooks see no other thread's images.
     with routing_lock(net), ExitStack() as hooks:
         for layer in moe_layers(net):
-            if layer.layer_index is not None:
-                hook = partial(record_input, layer.layer_index)
-                hooks.enter_context(layer.register_forward_pre_hook(hook))
+            hook = partial(record_input, layer.layer_index)
+            hooks.enter_context(layer.register_forward_pre_hook(hook))
         net(pixels)
     return inputs
 

@@ -63,7 +63,7 @@ def part_fractions(part_masks: Pixels, grid: tuple[int, int], num_parts: int) ->
 
 def majority_part(fractions: Floats) -> Ints:
     """[I, P]: the part with most pixels in each patch (the lower number of two that tie), from `part_fractions`."""
-    return cast(Ints, np.asarray(fractions).argmax(-1).astype(np.int16))
+    return cast(Ints, fractions.argmax(-1).astype(np.int16))
 
 
 def part_expert_table(
@@ -75,8 +75,7 @@ def part_expert_table(
     sums are each part's area in patches; or its amount [I, P, K], and row sums are what all experts read of a part.
     """
     shares = _patch_shares(expert_index, num_experts, amount)
-    area = np.asarray(fractions, np.float64)
-    return area.reshape(-1, area.shape[2]).T @ shares
+    return fractions.reshape(-1, fractions.shape[2]).T @ shares
 
 
 def _patch_shares(expert_index: Ints, num_experts: int, amount: Array | None) -> Floats:
@@ -84,7 +83,7 @@ def _patch_shares(expert_index: Ints, num_experts: int, amount: Array | None) ->
     counts = choice_counts(expert_index, num_experts, amount)
     shares = counts.reshape(-1, num_experts).astype(np.float64)
     if amount is None:
-        shares /= np.shape(expert_index)[2]
+        shares /= expert_index.shape[2]
     return shares
 
 
@@ -101,12 +100,11 @@ def part_stands_out(
     The arguments are those of `part_expert_table`, and R permutations.
     """
     shares = _patch_shares(expert_index, num_experts, amount)
-    area = np.asarray(fractions, np.float64)
-    observed = _expert_shares(area, shares)
+    observed = _expert_shares(fractions, shares)
 
     rng = np.random.default_rng(0)
     permuted = np.stack(
-        [_expert_shares(rng.permutation(area), shares) for _ in range(num_permutations)]
+        [_expert_shares(rng.permutation(fractions), shares) for _ in range(num_permutations)]
     )  # [R, parts, E]
     mean = permuted.mean(0)
     spread = permuted.std(0, ddof=1)
@@ -118,15 +116,12 @@ def part_stands_out(
 def _expert_shares(area: Floats, shares: Floats) -> Floats:
     """[parts, E] each expert's share of a part, from areas [I, P, parts] and shares of patches [I · P, E]."""
     table = area.reshape(len(shares), -1).T @ shares
-    total = table.sum(1, keepdims=True)
-    return cast(Floats, np.divide(table, total, out=np.zeros_like(table), where=total > 0))
+    return cast(Floats, table / np.maximum(table.sum(1, keepdims=True), 1e-12))
 
 
 def _deviations(shares: Floats, mean: Floats, spread: Floats) -> Floats:
     """Distances of shares [..., parts, E] from the mean in standard deviations; 0 where nothing varies."""
-    varies = np.broadcast_to(spread > 0, shares.shape)
-    deviations = np.divide(shares - mean, spread, out=np.zeros_like(shares), where=varies)
-    return np.abs(deviations)
+    return np.abs(shares - mean) / np.where(spread > 0, spread, np.inf)
 
 
 class GalleryPatch(NamedTuple):
@@ -194,8 +189,7 @@ def random_patches(
 
 def first_choice_paths(trace: RoutingTrace) -> Ints:
     """[I, P, L]: the expert that each patch gave most weight to in each MoE layer, in order of depth; -1 for none."""
-    first = [np.asarray(layer.first_choice(), dtype=np.int16) for layer in trace.layers]
-    return np.stack(first, axis=-1)
+    return np.stack([layer.first_choice() for layer in trace.layers], axis=-1)
 
 
 def patches_on_path(
@@ -206,11 +200,7 @@ def patches_on_path(
     Only of images of one class, if `label` names it; in order of image and patch, with the weight of the last layer's
     first choice.
     """
-    if len(path) != len(trace.layers):
-        raise UserError(
-            f"A path through this model names {len(trace.layers)} experts, one per MoE layer: {path}."
-        )
-    on_path = (first_choice_paths(trace) == np.asarray(path)).all(-1)
+    on_path = (first_choice_paths(trace) == path).all(-1)
     if label is not None:
         on_path &= (trace.labels == label)[:, None]
     images, patches = np.nonzero(on_path)
@@ -224,19 +214,15 @@ def patches_on_path(
 
     images = images[drawn]
     patches = patches[drawn]
-    weights = np.asarray(trace.layers[-1].combine_weight)[images, patches, 0]
+    weights = trace.layers[-1].combine_weight[images, patches, 0]
     return _as_patches(images, patches, weights)
 
 
 def _routed(layer: LayerTrace, expert: int) -> tuple[Ints, Ints, Floats]:
     """Image, patch and weight of everything that an expert computed, in order of image and patch."""
-    if not 0 <= expert < layer.num_experts:
-        raise UserError(
-            f"There is no expert {expert}: the layer has experts 0 to {layer.num_experts - 1}."
-        )
     images, patches, choices = np.nonzero((layer.expert_index == expert) & layer.kept)
     weights = layer.combine_weight if layer.read_weight is None else layer.read_weight
-    return images, patches, np.asarray(weights)[images, patches, choices]
+    return images, patches, weights[images, patches, choices]
 
 
 def _as_patches(images: Ints, patches: Ints, weights: Floats) -> list[GalleryPatch]:
@@ -291,14 +277,13 @@ def class_expert_map(
 
     A UserError if that block has no MoE layer, or there are fewer than two labelled images.
     """
-    labels = np.asarray(trace.labels)
-    labelled = labels >= 0
+    labelled = trace.labels >= 0
     if labelled.sum() < 2:
         raise UserError(
             "A map of classes and experts needs at least two images with a known class: give more images."
         )
-    labels = labels[labelled]
-    shares = image_shares(trace.layer(layer).image_takes())[labelled].astype(np.float64)  # [I, E]
+    labels = trace.labels[labelled]
+    shares = image_shares(trace.layer(layer).image_takes())[labelled]  # [I, E]
     num_classes = len(trace.class_names)
     n_images = np.bincount(labels, minlength=num_classes)
     mean_share = shares.mean(0)

@@ -65,33 +65,27 @@ def effect(
     the intervention. The control is drawn `num_controls` times, at least 2, from `seed`. A UserError for a layer, an
     expert or a class that the model doesn't have.
     """
-    if num_controls < 2:
-        raise UserError(f"num_controls={num_controls} gives no spread: take at least 2 draws.")
     net = model.net
     x = network_input(model, np.stack([image]))  # [1, 3, S, S]
     with routing_lock(net):
         before = net(x)[0].double()  # [C]
         after, moved, has_control = run_under(net, x, intervention)
         kinds: set[RoutingKind] = {layer.router.kind for layer in moved}
-        control_logits = None
+        index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
+        moved_prefix, moved_patches = _sum_over_layers(moved)[0].tolist()  # [2]
+        # Where layers are of several kinds, the sentences speak of tokens that choose experts.
+        routing = kinds.pop() if len(kinds) == 1 else "token_choice"
+
+        control = None
         if has_control:
             keys = [(seed, draw) for draw in range(num_controls)]
             control_logits = run_compared(net, x, intervention, moved, keys)  # [draws, C]
-
-    index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
-    moved_prefix, moved_patches = _sum_over_layers(moved)[0].tolist()  # [2]
-    # Where layers are of several kinds, the sentences speak of tokens that choose experts.
-    routing = kinds.pop() if len(kinds) == 1 else "token_choice"
-
-    control = None
-    if control_logits is not None:
-        delta_logits = control_logits - before  # [draws, C]
-        delta_ps = control_logits.softmax(-1) - before.softmax(-1)  # [draws, C]
-        control = Control(
-            what=control_in_words(intervention, moved_patches, routing),
-            delta_logits=tuple(delta_logits[:, index].tolist()),
-            delta_ps=tuple(delta_ps[:, index].tolist()),
-        )
+            delta_ps = control_logits.softmax(-1) - before.softmax(-1)  # [draws, C]
+            control = Control(
+                what=control_in_words(intervention, moved_patches, routing),
+                delta_logits=tuple((control_logits - before)[:, index].tolist()),
+                delta_ps=tuple(delta_ps[:, index].tolist()),
+            )
     return Effect(
         intervention=intervention,
         class_names=tuple(model.class_names),
@@ -430,11 +424,9 @@ class Effect:
         """The effect and its control in one sentence that names the kind of intervention."""
         before = self.before[self.target]
         after = self.after[self.target]
-        before_text = f"{before:.2f}"
-        after_text = f"{after:.2f}"
-        outcome = f"stays at {before_text}"
-        if before_text != after_text:
-            outcome = f"{'falls' if after < before else 'rises'} from {before_text} to {after_text}"
+        outcome = f"stays at {before:.2f}"
+        if f"{before:.2f}" != f"{after:.2f}":
+            outcome = f"{'falls' if after < before else 'rises'} from {before:.2f} to {after:.2f}"
         change = effect_in_words(self.intervention, self.moved, self.routing)
         name = self.class_names[self.target]
         sentence = f"For this image: {change} {name} {outcome} (logit {_signed(self.delta_logit)})"

@@ -35,7 +35,7 @@ from urllib.parse import urlencode
 import numpy as np
 import torch
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import Progress
 from scipy.fft import dctn
@@ -45,7 +45,7 @@ from scipy.special import log_softmax
 from moevision import __version__
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import EXPLORER, data_settings
-from moevision.analysis.information import Array, Flags, Floats, Ints, Json, Pixels
+from moevision.analysis.information import Array, Flags, Floats, Ints, Json, Pixels, as_json
 from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.data.images import BadImageError, full_size
 from moevision.data.scores import FILE, SCORES, Scores
@@ -143,11 +143,8 @@ def image_measures(image: Image.Image) -> Array:
     the mean luma, 0 to 1. `colour` is the mean over pixels of the largest less the smallest channel, 0 (grey) to 1.
     """
     (width, height), _ = full_size(image)
-    scale = SIDE / min(image.size)
-    if scale < 1:
-        columns = max(1, round(image.width * scale))
-        rows = max(1, round(image.height * scale))
-        image = image.resize((columns, rows), Image.Resampling.BILINEAR)
+    if min(image.size) > SIDE:
+        image = ImageOps.cover(image, (SIDE, SIDE), Image.Resampling.BILINEAR)
 
     luma = image.convert("L")
     rgb = np.asarray(image)  # [H, W, 3]
@@ -262,8 +259,6 @@ def nearest_by_hash(
     """
     neighbours = Neighbours.none(len(hashes))
     rows = np.flatnonzero(usable)
-    if len(rows) < 2:
-        return neighbours
     as_bytes = hashes[rows].astype(">u8").view(np.uint8)  # [8 · rows], big-endian
     bits = np.unpackbits(as_bytes.reshape(-1, 8), axis=1)  # [rows, 64]
 
@@ -306,9 +301,6 @@ def nearest_by_features(white: Floats, usable: Flags, split: Ints) -> Neighbours
     """
     neighbours = Neighbours.none(len(white))
     rows = np.flatnonzero(usable)
-    if len(rows) < 2:
-        return neighbours
-
     for members in _cells(white[rows]):
         cell = rows[members]
         for start in range(0, len(cell), _COMPARED_ROWS):
@@ -336,14 +328,10 @@ def nearest_by_experts(shares: Sequence[Floats], labels: Ints) -> Nearest:
 
     nearest = Nearest.none(len(labels))
     for label in np.unique(labels[is_recorded]):
-        rows = np.flatnonzero(is_recorded & (labels == label))
-        all_usable = np.ones(len(rows), np.bool_)
-        same_split = np.zeros(len(rows), np.int64)
-        in_class = nearest_by_features(roots[rows], all_usable, same_split).overall
-        has_pair = in_class.other >= 0
-        # `in_class.other` counts within the class.
-        nearest.other[rows[has_pair]] = rows[in_class.other[has_pair]]
-        nearest.distance[rows] = in_class.distance
+        of_class = is_recorded & (labels == label)
+        in_class = nearest_by_features(roots, of_class, labels).overall
+        nearest.other[of_class] = in_class.other[of_class]
+        nearest.distance[of_class] = in_class.distance[of_class]
     return nearest
 
 
@@ -353,11 +341,10 @@ def whitened(features: Floats, usable: Flags) -> Floats:
     Directions without variance are left out. Images that aren't `usable` [n] don't count, and their result is 0.
     """
     centred = features.astype(np.float32)
-    if usable.any():
-        centred -= centred[usable].mean(0)
+    centred -= centred[usable].mean(0)
     centred[~usable] = 0
 
-    covariance = centred.T @ centred / max(1, usable.sum())  # [D, D]
+    covariance = centred.T @ centred / usable.sum()  # [D, D]
     variance, axes = np.linalg.eigh(covariance)  # [D], [D, D]
     has_variance = variance > 1e-5 * variance.max()  # beyond the rounding of features in float16
     scaled_axes = axes[:, has_variance] / np.sqrt(variance[has_variance] + 1e-12)
@@ -437,9 +424,9 @@ def class_doubt(x: Floats, labels: Ints) -> Floats:
 
     for start in range(0, len(rows), _DOUBT_BATCH):
         block = rows[start : start + _DOUBT_BATCH]
-        block_classes = class_index[start : start + _DOUBT_BATCH]
         log_p = log_softmax(x[block] @ weight + bias, axis=1)  # [block, C]
-        doubt[block] = -log_p[np.arange(len(block)), block_classes]
+        own_class = class_index[start : start + _DOUBT_BATCH, None]
+        doubt[block] = -np.take_along_axis(log_p, own_class, 1)[:, 0]
     return doubt
 
 
@@ -479,10 +466,8 @@ def images_of(run_dir: Path) -> RunImages:
     """The images of a run, in the splits that it recorded; none is decoded."""
     from moevision.data import ImageDataModule  # imports Lightning, which is slow
 
-    parameters = signature(ImageDataModule).parameters
-    settings = {name: value for name, value in data_settings(run_dir).items() if name in parameters}
-    for name in {"mean", "std"} & settings.keys():
-        settings[name] = tuple(settings[name])
+    names = signature(ImageDataModule).parameters.keys() - {"mean", "std"}  # of the model
+    settings = {name: value for name, value in data_settings(run_dir).items() if name in names}
     settings |= {"cache_mb": 0, "num_workers": 0, "download": False}
 
     data = ImageDataModule(**settings)
@@ -535,6 +520,7 @@ class ImageFacts:
         unlike_class = np.full(m, np.nan, np.float32)
         by_experts = Nearest.none(m)
         experts = {block: _rows_or_nan(shares, rows) for block, shares in scores.experts.items()}
+        experts = {block: shares for block, shares in experts.items() if np.isfinite(shares).any()}
         if experts:
             shares = list(experts.values())
             unlike_class = class_doubt(np.concatenate(shares, axis=1), labels)
@@ -741,9 +727,7 @@ def lowest_rows(values: Array, count: int, among: Flags | None = None) -> Ints:
     """Rows of the `count` lowest finite values of [m], lowest first; `among` [m] restricts them to some rows."""
     finite = np.isfinite(values)
     rows = np.flatnonzero(finite if among is None else finite & among)
-    if len(rows) > count:  # select before sorting, for a million values
-        rows = rows[np.argpartition(values[rows], count - 1)[:count]]
-    return rows[np.lexsort((rows, values[rows]))]
+    return rows[np.argsort(values[rows], kind="stable")][:count]
 
 
 def image_id(split: str, name: str) -> str:
@@ -767,10 +751,10 @@ Columns = dict[str, Iterable[Any]]
 
 
 def _image_columns(images: RunImages, facts: ImageFacts) -> Columns:
-    measures = {
-        name: np.where(facts.measures["read"], facts.measures[name], np.nan)
-        for name in ("width", "height", "sharpness", "brightness", "colour")
-    }
+    measures = {}
+    for name in ("width", "height", "sharpness", "brightness", "colour"):
+        values = np.where(facts.measures["read"], facts.measures[name], np.nan)
+        measures[name] = _numbers(values, ".0f" if name in ("width", "height") else ".5g")
     reasons = (facts.problems.get(index, "") for index in range(len(images)))
     return {
         "split": (split for split, _ in images),
@@ -782,11 +766,7 @@ def _image_columns(images: RunImages, facts: ImageFacts) -> Columns:
         "prediction": _class_names(images, facts.prediction),
         "certainty": _numbers(facts.certainty),
         "margin": _numbers(facts.margin),
-        "width": _numbers(measures["width"], ".0f"),
-        "height": _numbers(measures["height"], ".0f"),
-        "sharpness": _numbers(measures["sharpness"]),
-        "brightness": _numbers(measures["brightness"]),
-        "colour": _numbers(measures["colour"]),
+        **measures,
         "problem": map(escape_csv_cell, reasons),
     }
 
@@ -888,11 +868,7 @@ def image_entry(images: RunImages, facts: ImageFacts, index: int) -> Json:
     """What the page shows of an image."""
     split, sample = images[index]
     label = images.class_names[sample.label]
-    prediction = ""
-    certainty = None
-    if facts.prediction[index] >= 0:
-        prediction = escape_controls(images.class_names[facts.prediction[index]])
-        certainty = float(facts.certainty[index])
+    prediction = [*images.class_names, ""][facts.prediction[index]]
     query = urlencode({"picture": image_id(split, sample.sample_id), "tab": "data"})
     return {
         "index": index,
@@ -902,9 +878,9 @@ def image_entry(images: RunImages, facts: ImageFacts, index: int) -> Json:
         "link": f"{EXPLORER}/?{query}",
         "label": escape_controls(label),
         "label_id": escape_csv_cell(label),
-        "prediction": prediction,
+        "prediction": escape_controls(prediction),
         "prediction_id": escape_csv_cell(prediction),
-        "certainty": certainty,
+        "certainty": as_json(facts.certainty[index]),
     }
 
 
@@ -964,14 +940,8 @@ def _copies(
 def _computed_alike(facts: ImageFacts, show: int) -> Ranked:
     nearest = facts.by_experts
     rows = _first_of_pairs(nearest, show)
-    twins = nearest.other[rows]
     values = [f"coefficient {1 - distance:.4f}" for distance in nearest.distance[rows]]
-    if facts.white is not None:
-        cosines = np.vecdot(facts.white[rows], facts.white[twins])
-        values = [
-            f"{value}, features {cosine:.2f}" for value, cosine in zip(values, cosines, strict=True)
-        ]
-    return Ranked("redundant", rows, values, twins)
+    return Ranked("redundant", rows, values, nearest.other[rows])
 
 
 def _first_of_pairs(nearest: Nearest, count: int, among: Flags | None = None) -> Ints:
@@ -987,8 +957,8 @@ def _odd_sizes(measures: Array, show: int) -> Ranked:
     is_read = measures["read"]
     oddness = np.zeros(len(measures), np.float32)
     if is_read.any():
-        log_width = np.log(measures["width"][is_read].astype(np.float64))
-        log_height = np.log(measures["height"][is_read].astype(np.float64))
+        log_width = np.log(measures["width"][is_read])
+        log_height = np.log(measures["height"][is_read])
         log_area = log_width + log_height
         log_shape = log_width - log_height
         area_gap = np.abs(log_area - np.median(log_area))
@@ -1004,29 +974,21 @@ def map_cells(p_mean: Floats, p_std: Floats, labels: Ints) -> list[list[int]]:
 
     Columns are bins of the mean probability of the label, rows bins of its standard deviation; all arrays are [m].
     """
-    has_scores = np.isfinite(p_mean) & np.isfinite(p_std)
-    column = _bins(p_mean[has_scores], _MAP_COLUMNS)
-    row = _bins(p_std[has_scores] / _MAX_SPREAD, _MAP_ROWS)
-    cells = np.stack([labels[has_scores], column, row], axis=1)
-    cells, counts = np.unique(cells, axis=0, return_counts=True)
-    rows: list[list[int]] = np.column_stack([cells, counts]).tolist()
-    return rows
-
-
-def _bins(values: Floats, count: int) -> Ints:
-    """The index of the bin of each value in [0, 1], of `count` equal bins; 1 is in the last one."""
-    bins = (values * count).astype(np.int64)
-    return np.minimum(bins, count - 1)
+    points = np.stack([labels, p_mean, p_std], axis=1)
+    points = points[np.isfinite(points).all(1)]
+    bins = (labels.max() + 1, _MAP_COLUMNS, _MAP_ROWS)
+    # Labels are the lower ends of their bins.
+    counts, _ = np.histogramdd(points, bins, ((0, bins[0]), (0, 1), (0, _MAX_SPREAD)))
+    cells = np.argwhere(counts)
+    return [[*cell, int(counts[tuple(cell)])] for cell in cells.tolist()]
 
 
 def _mean_by_class(labels: Ints, values: Array, classes: int) -> Floats:
     """[classes] means of the finite values; NaN where a class has none."""
     finite = np.isfinite(values)
-    counts = np.bincount(labels[finite], minlength=classes)
-    sums = np.bincount(labels[finite], values[finite].astype(np.float64), minlength=classes)
-    means = np.full(classes, np.nan)
-    np.divide(sums, counts, out=means, where=counts > 0)
-    return means
+    counts = np.bincount(labels, finite, classes)
+    sums = np.bincount(labels, np.where(finite, values, 0), classes)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def class_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
@@ -1038,7 +1000,7 @@ def class_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
     mistakes = _most_common_mistakes(labels, facts.prediction[:m])
     means = {}
     for score in ("p_mean", "aum", "correct", "forgetting"):
-        means[score] = _mean_by_class(labels, facts.scores[score], len(names)).tolist()
+        means[score] = _mean_by_class(labels, facts.scores[score], len(names))
 
     rows: list[Json] = []
     for label, name in enumerate(names):
@@ -1049,9 +1011,7 @@ def class_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
             "taken_for": "" if mistaken_for is None else names[mistaken_for],
             "times": times,
         }
-        for score, by_class in means.items():
-            row[score] = None if math.isnan(by_class[label]) else by_class[label]
-        rows.append(row)
+        rows.append(row | {score: as_json(by_class[label]) for score, by_class in means.items()})
 
     # Classes without a score come last: no probability is as large as 2.
     order = lowest_rows(np.nan_to_num(means["p_mean"], nan=2.0), _TABLE_ROWS)
@@ -1062,13 +1022,9 @@ def _most_common_mistakes(labels: Ints, predictions: Ints) -> dict[int, tuple[in
     """Label -> the wrong class that is predicted most often for its images, and how often."""
     is_wrong = (predictions >= 0) & (predictions != labels)
     pairs = Counter(zip(labels[is_wrong].tolist(), predictions[is_wrong].tolist(), strict=True))
-    by_frequency = sorted(
-        (times, prediction, label) for (label, prediction), times in pairs.items()
-    )
-    mistakes = {}
-    # The rarest come first, so that the most frequent one stays.
-    for times, prediction, label in by_frequency:
-        mistakes[label] = (prediction, times)
+    mistakes: dict[int, tuple[int, int]] = {}
+    for (label, prediction), times in pairs.most_common():
+        mistakes.setdefault(label, (prediction, times))
     return mistakes
 
 
@@ -1079,27 +1035,33 @@ def expert_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
     """
     labels = images.labels[: len(facts.visits)]
     rows: list[Json] = []
-    for block, shares in facts.experts.items():
-        is_recorded = np.isfinite(shares[:, 0]) & np.isfinite(facts.scores["p_mean"])  # [m]
-        if not is_recorded.any():
-            continue
-
-        work = shares[is_recorded].astype(np.float64)  # [r, E]
-        for expert, weights in enumerate(work.T):  # [r]
-            total = max(weights.sum(), 1e-12)
-            by_class = np.bincount(labels[is_recorded], weights, minlength=len(images.class_names))
-            main_class = int(by_class.argmax())
-            row: Json = {
-                "name": f"L{block}.E{expert}",
-                "share": float(total / work.sum()),
-                "images": float(total),
-                "class": escape_controls(images.class_names[main_class]),
-                "of_class": float(by_class[main_class] / total),
-            }
-            for score in ("p_mean", "aum", "correct"):
-                row[score] = float(weights @ facts.scores[score][is_recorded] / total)
-            rows.append(row)
+    for name, share, _, shares in _experts(facts):
+        total = max(shares.sum(), 1e-12)
+        by_class = np.bincount(labels, shares, len(images.class_names))
+        main_class = int(by_class.argmax())
+        row: Json = {
+            "name": name,
+            "share": share,
+            "images": float(total),
+            "class": escape_controls(images.class_names[main_class]),
+            "of_class": float(by_class[main_class] / total),
+        }
+        for score in ("p_mean", "aum", "correct"):
+            row[score] = float(shares @ np.nan_to_num(facts.scores[score]) / total)
+        rows.append(row)
     return rows[:_TABLE_ROWS]
+
+
+def _experts(facts: ImageFacts) -> Iterator[tuple[str, float, float, Floats]]:
+    """Of each expert its name, its share of the layer's work, that relative to an even share, its share in images [m].
+
+    The latter is 0 in images without a record.
+    """
+    for block, shares in facts.experts.items():
+        work = np.nan_to_num(shares.astype(np.float64))  # [m, E]
+        for expert, image_shares in enumerate(work.T):
+            share = float(image_shares.sum() / work.sum())
+            yield f"L{block}.E{expert}", share, share * work.shape[1], image_shares
 
 
 def class_lists(images: RunImages, facts: ImageFacts) -> list[Ranked]:
@@ -1111,28 +1073,20 @@ def class_lists(images: RunImages, facts: ImageFacts) -> list[Ranked]:
     for label in lowest_rows(mean_p, _MAX_GROUPS):
         rows = ranking.first(facts.scores, _GROUP_IMAGES, labels == label)
         values = [ranking.value(facts.scores, row) for row in rows]
-        if len(rows):
-            lists.append(Ranked("", rows, values, title=escape_controls(images.class_names[label])))
+        lists.append(Ranked("", rows, values, title=escape_controls(images.class_names[label])))
     return lists
 
 
 def expert_lists(facts: ImageFacts) -> list[Ranked]:
     """For each expert, the one with the least work first, the images in which it has the largest share."""
     lists: list[tuple[float, Ranked]] = []
-    for block, shares in facts.experts.items():
-        is_recorded = np.isfinite(shares[:, 0])  # [m]
-        if not is_recorded.any():
-            continue
-
-        relative_work = shares[is_recorded].mean(0) * shares.shape[1]  # [E]; 1: an even share
-        for expert, work in enumerate(relative_work.tolist()):
-            title = f"L{block}.E{expert}: {work:.2f} of an even share"
-            if work < _LITTLE_WORK:
-                title += ", little work"
-            share = shares[:, expert]  # [m]
-            rows = lowest_rows(-share, _GROUP_IMAGES, share > 0)
-            values = [f"{part:.0%} of the image" for part in share[rows]]
-            lists.append((work, Ranked("", rows, values, title=title)))
+    for name, _, work, shares in _experts(facts):
+        title = f"{name}: {work:.2f} of an even share"
+        if work < _LITTLE_WORK:
+            title += ", little work"
+        rows = lowest_rows(-shares, _GROUP_IMAGES, shares > 0)
+        values = [f"{part:.0%} of the image" for part in shares[rows]]
+        lists.append((work, Ranked("", rows, values, title=title)))
     lists.sort(key=lambda pair: pair[0])
     return [ranked for _, ranked in lists[:_MAX_GROUPS]]
 
@@ -1140,12 +1094,12 @@ def expert_lists(facts: ImageFacts) -> list[Ranked]:
 # ---- the page
 
 
+@dataclass(frozen=True)
 class Thumbnails:
     """Small copies of images, as files beside the page that a browser loads when they become visible."""
 
-    def __init__(self, images: RunImages, folder: Path) -> None:
-        self.images = images
-        self.folder = folder
+    images: RunImages
+    folder: Path
 
     def __call__(self, index: int) -> Json:
         """Write the thumbnail of an image: its path `src`, or the `problem` if the image can't be read."""

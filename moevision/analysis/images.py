@@ -12,7 +12,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -151,8 +151,6 @@ def _limited(
     pictures: PictureSet, limit: int | None, seed: int, class_names: Sequence[str] | None
 ) -> PictureSet:
     """The images with the model's labels, at most `limit` of them."""
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}: it must be at least 1 image.")
     if limit is None:
         limit = len(pictures)
     names, new_label = labels_in(pictures.class_names, class_names)
@@ -264,16 +262,17 @@ class DatasetCollection(Collection):
         labels = getattr(dataset, "targets", None)
         if labels is None or len(labels) != size:
             labels = [self._label(index) for index in range(size)]
-        samples = [Sample(f"{index:06d}", int(label)) for index, label in enumerate(labels)]
-        largest = max(samples, key=lambda sample: sample.label, default=Sample("", -1))
+        labels = [int(label) for label in labels]
+        highest = max(labels, default=-1)
         names = getattr(dataset, "classes", None) or class_names
         if names is None:
-            names = [f"class {label}" for label in range(largest.label + 1)]
-        if largest.label >= len(names):
+            names = [f"class {label}" for label in range(highest + 1)]
+        if highest >= len(names):
             raise UserError(
-                f"Image {int(largest.sample_id)} of {self.name} has the label {largest.label} and there are "
-                f"{len(names)} class names: give the dataset the attribute `classes`."
+                f"Image {labels.index(highest)} of {self.name} has the label {highest} and there are {len(names)} "
+                "class names: give the dataset the attribute `classes`."
             )
+        samples = [Sample(f"{index:06d}", label) for index, label in enumerate(labels)]
         super().__init__([escape_controls(str(name)) for name in names], {"all": samples})
 
     def _label(self, index: int) -> int:
@@ -286,8 +285,6 @@ class DatasetCollection(Collection):
     def _item(self, index: int) -> tuple[Image.Image, int]:
         try:
             item = self.dataset[index]
-        except BadImageError:
-            raise
         except OSError as error:  # of Pillow on a damaged file, of the system on a missing one
             raise BadImageError(f"{index:06d}", f"it can't be read ({error})") from error
         is_pair = isinstance(item, tuple | list) and len(item) == 2
@@ -465,12 +462,6 @@ def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 
     rows, columns = grid
     height = image.shape[0] // rows
     width = image.shape[1] // columns
-    tiles = (height * rows, width * columns) == image.shape[:2]
-    if not tiles or not 0 <= patch < rows * columns or context < 0:
-        raise UserError(
-            f"There is no patch {patch} in a grid of {rows} x {columns} on {image.shape[0]} x {image.shape[1]} px: the "
-            f"grid does not tile the image, or its patches are 0 to {rows * columns - 1}."
-        )
     row, column = divmod(patch, columns)
     margin_y = context * height
     margin_x = context * width
@@ -510,7 +501,6 @@ class ImageSource:
     run: Path | None
     # what the config of the model's run says about its data; empty without a run
     settings: Mapping[str, Any]
-    collection: Collection | None = None  # all of them, where they were listed to know that
 
     def open(
         self,
@@ -521,30 +511,21 @@ class ImageSource:
         root: str | None = None,
     ) -> PictureSet:
         """The images as the model sees them; see `pictures_for`."""
-        seed = int(self.settings.get("seed") or 0)
         try:
-            collection = self.collection
-            if collection is None:
-                collection = open_collection(
-                    self.path,
-                    root=root or str(self.settings.get("root") or "data"),
-                    download=False,
-                    image_size=model.image_size,
-                    seed=seed,
-                    columns=(None, None) if self.run is None else _columns(self.settings),
-                )
-            pictures = CollectionPictures.of_split(
-                collection,
-                path=self.path,
-                image_size=model.image_size,
+            return open_pictures(
+                self.path,
+                model.image_size,
                 framing=model.framing,
                 split=split,
-                seed=seed,
+                limit=limit,
+                seed=int(self.settings.get("seed") or 0),
+                class_names=model.class_names,
+                root=root or self.settings.get("root") or "data",
                 run_dir=self.run,
+                columns=_columns(self.settings) if self.run is not None else (None, None),
             )
-            return _limited(pictures, limit, seed, model.class_names)
         except UserError as error:
-            trained_on_it = self.run is not None and self.collection is None
+            trained_on_it = self.path == str(self.settings.get("path"))
             hint = " (the run was trained on it; --data names other images)" * trained_on_it
             raise UserError(f"{str(error).rstrip('.')}{hint}.") from error
 
@@ -570,26 +551,22 @@ def find_images(address: str, data: str | None = None) -> ImageSource | None:
     if not table.is_file():
         return other
 
-    columns = _columns(settings)
-    list_images = partial(open_collection, image_size=1, sizes={}, columns=columns)
+    list_images = partial(open_collection, image_size=1, sizes={}, columns=_columns(settings))
 
     def original() -> Collection | None:
         return list_images(str(path)) if Path(str(path)).expanduser().exists() else None
 
     try:
-        collection = list_images(data)
-        if is_copy(table, collection, original):
-            warnings.warn(
-                f"{data} has all images that {run} lists, and is taken for a copy of them: it is split as the run was",
-                DataWarning,
-                stacklevel=2,
-            )
-            return ImageSource(data, run, settings, collection)
+        if not is_copy(table, list_images(data), original):
+            return other
     except UserError:  # whoever opens the images will say why
         return other
-    if columns != (None, None):  # those of the run's table, which this one need not have
-        return other
-    return replace(other, collection=collection)
+    warnings.warn(
+        f"{data} has all images that {run} lists, and is taken for a copy of them: it is split as the run was",
+        DataWarning,
+        stacklevel=2,
+    )
+    return ImageSource(data, run, settings)
 
 
 def _is_same_path(path: str, data: str) -> bool:

@@ -66,13 +66,12 @@ def class_information(
 
     Images with a negative label are left out.
     """
-    labels = np.asarray(labels)
     labelled = labels >= 0
     # Classes are numbered anew, so that those without an image cost nothing.
     _, classes = np.unique(labels[labelled], return_inverse=True)
     images_of_class = np.bincount(classes)  # [V] numbers of images
     num_classes = len(images_of_class)
-    image_counts = _checked(np.asarray(patch_counts)[labelled]).sum(1)  # [I, E]
+    image_counts = _checked(patch_counts[labelled]).sum(1)  # [I, E]
 
     # The null: the plug-in for every permutation, and its bias for the first ones.
     null_bits: list[Floats] = []
@@ -123,8 +122,7 @@ def part_information(
 
     Patches with a negative part are left out.
     """
-    routing_maps = _checked(np.asarray(patch_counts))
-    parts = np.asarray(parts)
+    routing_maps = _checked(patch_counts)
     values = np.unique(parts[parts >= 0])
     if not len(values):
         raise UserError("No patch has a part: give images with part masks, such as synthetic_pets.")
@@ -205,12 +203,11 @@ def choice_counts(expert_index: Ints, num_experts: int, amount: Array | None = N
 
     A choice counts as its `amount` [I, P, K]: whether it was kept, or a weight. None: 1 each.
     """
-    expert_index = np.asarray(expert_index)
     counts = np.zeros((*expert_index.shape[:2], num_experts), np.float32)
     for rank in range(expert_index.shape[2]):
         amounts = expert_index[:, :, rank, None] == np.arange(num_experts)  # [I, P, E]
         if amount is not None:
-            amounts = amounts * np.asarray(amount[:, :, rank, None], np.float32)
+            amounts = amounts * amount[:, :, rank, None]
         counts += amounts
     return counts
 

@@ -37,7 +37,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from operator import methodcaller
 from typing import Any, Final, Literal, Self, cast, get_args
@@ -152,8 +152,7 @@ class Intervention:
             )
         for name in ("layer", "expert", "other", "seed", "top_k"):
             value = getattr(self, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            if value is not None and not is_count:
+            if value is not None and not (isinstance(value, int) and value >= 0):
                 raise UserError(
                     f"{name}={value!r} does not fit an intervention: give a whole number from 0."
                 )
@@ -244,15 +243,11 @@ def intervene(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
     Raises:
         UserError: if the model has no such layer or expert, k doesn't fit, or it has no meaning for the router.
     """
-    with routing_lock(model):
-        if not interventions:
-            yield
-            return
-        with (
-            apply_edits(model, interventions[0].edits(model)),
-            intervene(model, *interventions[1:]),
-        ):
-            yield
+    with ExitStack() as scopes:
+        scopes.enter_context(routing_lock(model))
+        for intervention in interventions:
+            scopes.enter_context(apply_edits(model, intervention.edits(model)))
+        yield
 
 
 @contextmanager
@@ -262,10 +257,9 @@ def apply_edits(model: nn.Module, edits: Mapping[MoEMlp, Edit]) -> Iterator[None
         before = {layer: layer.intervention for layer in edits}
         try:
             for layer, edit in edits.items():
-                outer = cast(_Edits | None, before[layer])
-                outer_edits = () if outer is None else outer.edits
-                all_edits = (*outer_edits, edit)
-                layer.intervention = _Edits(layer.router, all_edits, threading.get_ident())
+                outer_edits = getattr(before[layer], "edits", ())
+                edits_of_layer = (*outer_edits, edit)
+                layer.intervention = _Edits(layer.router, edits_of_layer, threading.get_ident())
             yield
         finally:
             for layer, intervention in before.items():
@@ -325,7 +319,10 @@ class _Edits:
 
 @dataclass(frozen=True)
 class Decision(ABC):
-    """A layer's routing in a form that edits can change; `settle` makes a `Routing` of it."""
+    """A layer's routing in a form that edits can change; `settle` makes a `Routing` of it.
+
+    All kinds have `exchange` and `shuffle` too, which mean something else in each.
+    """
 
     router: Any  # its gate rule computes the weights
     routing: Routing  # the router's own decision; its scores and probabilities stay as they are
@@ -343,14 +340,6 @@ class Decision(ABC):
     @abstractmethod
     def settle(self) -> Routing:
         """The routing that the layer will compute, after all edits."""
-
-    @abstractmethod
-    def exchange(self, a: int, b: int) -> Self:
-        """Exchange the tokens or slots of experts a and b, with their weights."""
-
-    @abstractmethod
-    def shuffle(self, key: Sequence[int]) -> Self:
-        """Replace the router's choice by one drawn at random, the same for every image; weights stay with the rank."""
 
     def remove(self, expert: int) -> Self:
         """Make an expert unavailable to all tokens."""

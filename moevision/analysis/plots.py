@@ -208,11 +208,6 @@ def expert_chips(axes: Axes, num_experts: int) -> None:
         )
 
 
-def rgb_of(colour: str) -> Floats:
-    """[3] channels in [0, 1] of a colour's name."""
-    return np.array(to_rgb(colour), dtype=np.float64)
-
-
 def expert_colour(expert: int, num_experts: int) -> str:
     """`#RRGGBB` of one expert of E; of many, none has a colour of its own."""
     return EXPERT_COLOURS[expert] if num_experts <= len(EXPERT_COLOURS) else NEUTRAL
@@ -228,7 +223,7 @@ def ink_on(colour: str) -> str:
 
     The contrasts (L + 0.05) / 0.05 and 1.05 / (L + 0.05) are equal, √21 ≈ 4.58, at L = 0.179: more than level AA's 4.5.
     """
-    channels = rgb_of(colour)
+    channels = np.array(to_rgb(colour))
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return "#000000" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "#FFFFFF"
 
@@ -605,7 +600,7 @@ def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure
         axes = figure.add_subplot(rows, columns, number)
         of_image = layer.select(slice(image, image + 1))
         _draw_experts(axes, picture, of_image, trace.grid)
-        panel_title(axes, layer.name, _first_choices(of_image))
+        panel_title(axes, layer.name)
 
     kinds = {layer.kind for layer in trace.layers}
     notes = [note for kind, note in _OVERLAY_NOTES.items() if kind in kinds]
@@ -615,22 +610,11 @@ def plot_overlay(picture: Pixels, trace: RoutingTrace, image: int = 0) -> Figure
     return figure
 
 
-def _first_choices(layer: LayerTrace) -> str:
-    """How many experts, or patches, an overlay shows."""
-    first = layer.first_choice()
-    if layer.kind == "expert_choice":
-        return f"no expert: {(first < 0).sum()} of {first.size} patches"
-    experts = f"{np.unique(first[first >= 0]).size} of {layer.num_experts} experts"
-    if layer.kind == "soft":
-        return f"{experts} come first somewhere"
-    return f"{experts} are a first choice"
-
-
 def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, grid: tuple[int, int]) -> None:
     """The first choice of each patch over the image, of a layer's routing of that image alone."""
     rows, columns = grid
-    first = np.asarray(layer.expert_index[0, :, 0], dtype=np.int64)  # [P]
-    palette = np.stack([rgb_of(colour) for colour in expert_colours(layer.num_experts)])
+    first = layer.expert_index[0, :, 0]  # [P]
+    palette = np.array([to_rgb(colour) for colour in expert_colours(layer.num_experts)])
     colours = palette[first]  # [P, 3]
     opacity = _opacity(layer)[:, None]  # [P, 1]
     overlay = np.concatenate([colours, opacity], axis=1)  # [P, 4]
@@ -667,12 +651,11 @@ def _number_patches(axes: Axes, layer: LayerTrace, shades: Floats) -> None:
 
 def _opacity(layer: LayerTrace) -> Floats:
     """[P] of the first choices of one image, by their weights; 0 where no expert computed them."""
-    kept = np.asarray(layer.kept[0, :, 0], dtype=bool)
-    weight = np.asarray(layer.combine_weight[0, :, 0], dtype=np.float64)
+    weight = layer.combine_weight[0, :, 0]
     if layer.kind == "soft":  # the largest of E weights that sum to 1 is never below 1 / E
         weight = (layer.num_experts * weight - 1) / max(1, layer.num_experts - 1)
     opacity = 0.12 + 0.75 * np.clip(weight, 0, 1)
-    return np.where(kept, opacity, 0.0)
+    return np.where(layer.kept[0, :, 0], opacity, 0.0)
 
 
 def verdict_on(trace: RoutingTrace, image: int) -> str:

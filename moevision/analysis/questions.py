@@ -221,7 +221,7 @@ def _why_no_swap(recording: Recording, layer: RecordedLayer, readings: LayerRead
         return readings.reason
     if layer.num_experts < 2:
         return "it has one expert"
-    labels = np.asarray(recording.labels)
+    labels = recording.labels
     if np.bincount(labels[labels >= 0]).max() < 2:
         return "it takes two images of a class: give more images, --limit"
     return None
@@ -617,7 +617,7 @@ class _SwapSample:
     ) -> _SwapSample:
         """At most `limit` images; `seed` divides all images into halves."""
         layer = recording.layers[index]
-        labels = np.asarray(recording.labels)
+        labels = recording.labels
         halves = halves_by_class(labels, seed)
         first = layer.counts("first")
         num_classes = len(recording.class_names)
@@ -639,7 +639,7 @@ class _SwapSample:
         return cls(
             images=rows,
             labels=labels[rows],
-            routes=np.asarray(layer.choices)[rows],
+            routes=layer.choices[rows],
             favourites=favourites,
             favourite=favourites[halves[rows].astype(int), labels[rows]],
         )

@@ -49,6 +49,7 @@ from moevision.analysis.information import (
     halves_by_class,
     part_information,
     ratio_interval,
+    sums_by_class,
 )
 from moevision.analysis.intervention import (
     apply_edits,
@@ -96,7 +97,8 @@ class RecordedLayer:
         by_image: all patches of an image share one choice.
         inputs: [I, p, D] input of the router at some patches. None: no probe is fitted, and no clusters.
         positions: [p] which patches `inputs` has; None: all, in order.
-        before: choices of the same router before training, one entry for each known initialisation.
+        before: choices of the same router before training, one entry for each known initialisation. All entries of a
+            control are of the same images.
         untrained: choices of the same model with freshly drawn weights, used if `before` is empty.
         clusters: choices by clusters of the layer's input. If None they are made from `inputs`, which must then have
             all patches.
@@ -122,7 +124,7 @@ class RecordedLayer:
     @property
     def num_patches(self) -> int:
         """P."""
-        return int(np.shape(self.choices)[1])
+        return int(self.choices.shape[1])
 
     @property
     def primary(self) -> ChoiceSet:
@@ -162,23 +164,15 @@ class Recording:
             raise UserError(
                 "A recording without a layer tells nothing: give the choices of at least one MoE layer."
             )
-        for layer in self.layers:
-            self._check(layer)
-
-    def _check(self, layer: RecordedLayer) -> None:
         images = len(self.labels)
-        shape = np.shape(layer.choices)
-        has_axes = len(shape) == 3 and shape[0] == images
-        if not has_axes or np.max(layer.choices, initial=0) >= layer.num_experts:
-            raise UserError(
-                f"The choices of {layer.name} are {list(shape)}: give [images, patches, choices], {images} images, "
-                f"experts 0 to {layer.num_experts - 1}."
-            )
-        if layer.inputs is None:
-            return
-        patches = layer.num_patches if layer.positions is None else len(layer.positions)
-        if layer.inputs.shape[:2] != (images, patches):
-            raise UserError(f"The inputs of {layer.name} must be [images, {patches}, width].")
+        for layer in self.layers:
+            shape = layer.choices.shape
+            has_axes = len(shape) == 3 and shape[0] == images
+            if not has_axes or np.max(layer.choices, initial=0) >= layer.num_experts:
+                raise UserError(
+                    f"The choices of {layer.name} are {list(shape)}: give [images, patches, choices], {images} images, "
+                    f"experts 0 to {layer.num_experts - 1}."
+                )
 
 
 def recording_of(
@@ -233,13 +227,13 @@ def recording_of(
 
     objects = None
     if parts is not None and "background" in part_names:
-        objects = np.asarray(parts) != list(part_names).index("background")
+        objects = parts != list(part_names).index("background")
 
     refusals = [refusal("swap", layer.router) for layer in moe_layers(model.net)]
     run = None
     if swap and trace.accuracy is not None and not any(refusals):
         run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
-    return Recording(np.asarray(trace.labels), layers, trace.class_names, parts, objects, run)
+    return Recording(trace.labels, layers, trace.class_names, parts, objects, run)
 
 
 def _layers_with_inputs(
@@ -272,9 +266,9 @@ def choices_of(layer: LayerTrace) -> RecordedLayer:
     patches = slice(None, 1) if by_image else slice(None)
     return RecordedLayer(
         layer.name,
-        np.asarray(layer.expert_index)[:, patches],
+        layer.expert_index[:, patches],
         layer.num_experts,
-        np.asarray(layer.combine_share)[:, patches],
+        layer.combine_share[:, patches],
         tokens_choose=layer.kind == "token_choice",
         by_image=by_image,
     )
@@ -343,16 +337,11 @@ def measure_baselines(
         seed: random seed of the division into two halves.
 
     Raises:
-        UserError: if the trace has one image only, other images than `pictures`, or other layers than the model.
+        UserError: if the trace has one image only, or other images than `pictures`.
     """
     if len(trace) < 2:
         raise UserError(
             "Baselines need at least two images, to fit and to measure clusters: give more images."
-        )
-    blocks = [layer.layer_index for layer in moe_layers(model.net)]
-    if blocks != [layer.layer for layer in trace.layers]:
-        raise UserError(
-            "This trace has other MoE layers than the model: collect it again with this model."
         )
     # Now image i of the pictures is image i of the trace.
     pictures = cached(aligned_pictures(pictures, trace))
@@ -394,7 +383,7 @@ def _measure_clusters(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seeds: int, seed: int
 ) -> list[Assignments]:
     """Choices by k-means clusters of each layer's input, fitted on half of the images and applied to the other half."""
-    in_measured_half = halves_by_class(np.asarray(trace.labels), seed)
+    in_measured_half = halves_by_class(trace.labels, seed)
     fit_images = np.flatnonzero(~in_measured_half)
     measured_images = np.flatnonzero(in_measured_half)
 
@@ -453,12 +442,7 @@ class Clustering:
 
     def assignments(self, images: Ints) -> Assignments:
         """The choices in all `batches`; `images` [I'] are the indices of their images in the trace."""
-        index = np.concatenate([routes.expert_index for routes in self.batches])
-        amounts = None
-        if self.rule.kind != "token_choice":
-            # Every patch has all experts as its choices, so one row is stored and broadcast.
-            index = np.broadcast_to(index[:1, :1].copy(), index.shape)
-            amounts = np.concatenate([cast(Floats, routes.amounts) for routes in self.batches])
+        index, amounts = (np.concatenate(arrays) for arrays in zip(*self.batches, strict=True))
         return Assignments(self.layer, self.seed, index, images, self.rule.num_experts, amounts)
 
 
@@ -494,10 +478,10 @@ def router_inputs(
 
 
 class Routes(NamedTuple):
-    """Chosen experts [I, P, K] int16, and the weight with which each choice is counted [I, P, K]; None: 1 each."""
+    """Chosen experts [I, P, K] int16, and the weight with which each choice is counted [I, P, K]."""
 
     expert_index: Ints
-    amounts: Floats | None = None
+    amounts: Floats
 
 
 @dataclass(frozen=True)
@@ -515,7 +499,7 @@ class RoutingRule:
         """The rule of a traced layer."""
         if layer.kind == "token_choice":
             return cls(layer.kind, layer.num_experts, layer.top_k)
-        entropy = float(np.asarray(layer.entropy_bits, dtype=np.float64).mean())
+        entropy = float(layer.entropy_bits.mean(dtype=np.float64))
         capacity = round(float(layer.counts().mean())) if layer.kind == "expert_choice" else 0
         return cls(layer.kind, layer.num_experts, capacity, entropy)
 
@@ -526,7 +510,7 @@ class RoutingRule:
         """
         if self.kind == "token_choice":
             return 1.0
-        scores = np.asarray(scores, dtype=np.float64).reshape(-1, self.num_experts)
+        scores = scores.astype(np.float64).reshape(-1, self.num_experts)
         scores = scores[:: math.ceil(len(scores) / _SEARCH_PATCHES)]
         spread = max(float(scores.std(-1).mean()), 1e-12)
         unit_scores = scores / spread
@@ -546,12 +530,12 @@ class RoutingRule:
     def apply(self, scores: Array, scale: float) -> Routes:
         """The routes for scores [I, P, E] (larger is better), which are multiplied by `scale` before a softmax."""
         if self.kind == "token_choice":
-            best_first = np.argsort(scores, axis=-1)[..., ::-1]
-            return Routes(best_first[..., : self.top_k].astype(np.int16))
+            best = np.argsort(scores, axis=-1)[..., ::-1][..., : self.top_k].astype(np.int16)
+            return Routes(best, np.ones(best.shape, np.float32))
 
         experts = np.arange(self.num_experts, dtype=np.int16)
         all_experts = np.broadcast_to(experts, scores.shape)  # [I, P, E]
-        log_affinity = log_softmax(scale * np.asarray(scores, dtype=np.float64), -1)
+        log_affinity = log_softmax(scale * scores.astype(np.float64), -1)
         weights = np.exp(log_affinity).astype(np.float32)
         if self.kind == "soft":
             return Routes(all_experts, weights)
@@ -567,7 +551,7 @@ class RoutingRule:
 class Assignments:
     """The experts that one baseline chooses for the patches of I' images."""
 
-    layer: int | None  # block of the layer that it is compared with; None: of every layer
+    layer: int | None  # block of the layer that it is compared with; None: not given
     seed: int  # random seed of its weights or clusters
     expert_index: Ints  # [I', P, K] int16, best first
     images: Ints  # [I'] indices of its images in the trace
@@ -588,7 +572,7 @@ def _assignments_of_block(
 ) -> list[Assignments]:
     """The assignments of one baseline that are compared with the layer in a block."""
     assignments = (baselines or {}).get(name, ())
-    return [assigned for assigned in assignments if assigned.layer in (None, block)]
+    return [assigned for assigned in assignments if assigned.layer == block]
 
 
 # ---- readings: what the experts tell about classes and parts
@@ -631,8 +615,7 @@ class Load(Numbers):
     def of(cls, counts: Floats, labels: Ints, num_classes: int) -> Load:
         """The load by counts [I, P, E], for images of the classes `labels` [I]."""
         image_counts = counts.sum(1, dtype=np.float64)  # [I, E]
-        one_hot = (labels[:, None] == np.arange(num_classes)).astype(np.float64)  # [I, C]
-        class_counts = one_hot.T @ image_counts  # [C, E]
+        (class_counts,) = sums_by_class(labels[None], image_counts, num_classes)  # [C, E]
         total = max(image_counts.sum(), 1e-12)
         with np.errstate(invalid="ignore"):
             class_share = class_counts / class_counts.sum(1, keepdims=True)
@@ -697,7 +680,7 @@ def measure_layer(
 ) -> LayerReadings:
     """All readings of one layer of one training; for the arguments see `three_questions`."""
     layer = recording.layers[index]
-    labels = np.asarray(recording.labels)
+    labels = recording.labels
     load = Load.of(layer.counts("all"), labels, len(recording.class_names))
     labelled = labels[labels >= 0]
     if len(np.unique(labelled)) < 2:
@@ -800,8 +783,7 @@ def _selections(
 
     masks = {"everywhere": np.ones(layer.choices.shape[:2], bool)}  # [I, P]
     if recording.objects is not None and layer.num_patches > 1:
-        masks["object"] = np.asarray(recording.objects, bool)
-        masks["background"] = ~masks["object"]
+        masks |= {"object": recording.objects, "background": ~recording.objects}
 
     selections = []
     for where, mask in masks.items():
@@ -822,27 +804,21 @@ def _compare_with_controls(
     router_readings: dict[str, tuple[Reading, Reading]] = {}
     gains = []
     exceeded = True
-    current_images: Ints | None = None
     for name, assignments in controls.items():
+        # Clusters are measured on half of the images, few of which may have a label.
+        if not assignments or (router.labels[assignments[0].images] >= 0).sum() < 2:
+            continue
+        on_images = router.on_images(assignments[0].images, seed)
+        router_patch = on_images.read_patches(permutations, seed)
+        router_readings[name] = (router_patch, on_images.read_images())
+        readings[name] = []
         for control in assignments:
-            images = np.asarray(control.images)
-            # Clusters are measured on half of the images, few of which may have a label.
-            if (router.labels[images] >= 0).sum() < 2:
-                continue
-            # Controls of the same images follow each other, so the router is read once on them.
-            if current_images is None or not np.array_equal(images, current_images):
-                current_images = images
-                on_images = router.on_images(images, seed)
-                router_patch = on_images.read_patches(permutations, seed)
-                router_image = on_images.read_images()
-            router_readings[name] = (router_patch, router_image)
-
             counts = patch_counts(
                 control.expert_index, control.amounts, control.num_experts, router.choices
             )
             selection = replace(on_images, counts=counts[:, : router.counts.shape[1]])
             reading = selection.read_patches(_CONTROL_PERMUTATIONS, seed)
-            readings.setdefault(name, []).extend([reading, selection.read_images()])
+            readings[name] += [reading, selection.read_images()]
             exceeded &= router_patch.bits.significantly_above(reading.bits)
             gains.append(router_patch.bits.value - reading.bits.value)
     return Controls(readings, router_readings, min(gains, default=None), exceeded)
@@ -852,10 +828,9 @@ def patch_counts(
     choices: Ints, amounts: Array | None, num_experts: int, which: ChoiceSet
 ) -> Floats:
     """[I, P, E] sum of the amounts of all choices [I, P, K]; or of the first alone, as 1 if its amount isn't 0."""
-    choices = np.asarray(choices)
     if amounts is None:
         amounts = np.ones(choices.shape, np.float32)
-    amounts = np.where(choices >= 0, np.asarray(amounts, np.float32), 0)
+    amounts = np.where(choices >= 0, amounts, 0).astype(np.float32)
     if which == "first":
         choices = choices[..., :1]
         amounts = (amounts[..., :1] > 0).astype(np.float32)

@@ -63,6 +63,7 @@ from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, plain_answer, summary_lines, three_questions
 from moevision.analysis.readings import measure_baselines, recording_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
+from moevision.data.collection import interleave_by_class
 from moevision.errors import (
     AT_LEAST_0,
     UserError,
@@ -86,6 +87,7 @@ LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
 HERE: Final = Path(__file__).parent
 # Figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels.
 _CSS_PER_PIXEL = 0.6
+_NUM_STAGES = 7  # of `analyze`
 _NUM_OVERLAYS = 3  # images whose routes are drawn
 _MAX_MISTAKES = 3  # pairs (true class, predicted class) that are examined
 _MIN_PER_CLASS, _MAX_PER_CLASS = 3, 40  # images of each class on which ablations are measured
@@ -116,8 +118,8 @@ class ReportSettings:
     progress: bool = True  # show a progress bar
 
     def __post_init__(self) -> None:
-        check_ranges(self, [("at least 20", lambda x: x >= 20, ("limit", "permutations"))], "--")
-        check_ranges(self, [(*AT_LEAST_0, ("seed",))], "--")
+        at_least_20 = ("at least 20", lambda x: x >= 20, ("limit", "permutations"))
+        check_ranges(self, [at_least_20, (*AT_LEAST_0, ("seed",))], "--")
 
 
 Live = Callable[[SavedModel, Pixels, str, str | None], str]
@@ -153,7 +155,7 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
 
     `live` makes the live views of the page; None leaves them out.
     """
-    stages = Stages(total=7, show=settings.progress)
+    stages = Stages(settings.progress)
     inputs = load_inputs(settings)
     model = inputs.model
     folder = claim_folder(settings.out)
@@ -270,21 +272,21 @@ def provenance_of(settings: ReportSettings, trace: RoutingTrace, stages: Stages)
 class Stages:
     """The progress bar of a report, and the seconds that each stage took."""
 
-    def __init__(self, total: int, show: bool) -> None:
+    def __init__(self, show: bool) -> None:
         self.started = datetime.now(UTC)
         self.clock = time.perf_counter()
-        self.total = total
         self.seconds: dict[str, float] = {}
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
         console = Console(stderr=True)
         hidden = not (show and console.is_terminal)  # elsewhere rich would leave an empty line
         self.bar = Progress(*columns, console=console, transient=True, disable=hidden)
-        self.task = self.bar.add_task("", total=self.total)
+        self.task = self.bar.add_task("", total=_NUM_STAGES)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """The scope of one stage: shown in the progress bar, and timed."""
-        self.bar.update(self.task, description=f"{name} ({len(self.seconds) + 1} of {self.total})")
+        number = len(self.seconds) + 1
+        self.bar.update(self.task, description=f"{name} ({number} of {_NUM_STAGES})")
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 2)
@@ -308,15 +310,9 @@ class Results:
         layers = []
         for layer, questions in zip(trace.layers, self.questions, strict=True):
             sentences = [f"{layer.name}: {answer.sentence}" for answer in questions.answers]
-            lines = [line for answer in questions.answers for line in answer.numbers]
-            layers.append(
-                {
-                    "layer": layer.layer,
-                    "name": layer.name,
-                    "sentences": sentences,
-                    "numbers": lines,
-                }
-            )
+            numbers = [line for answer in questions.answers for line in answer.numbers]
+            about = {"layer": layer.layer, "name": layer.name}
+            layers.append(about | {"sentences": sentences, "numbers": numbers})
         why = self.effects["why"]
         return {
             "verdict": {
@@ -351,23 +347,15 @@ def measure(
         baselines = measure_baselines(model, pictures, trace, seeds=effort.untrained)
 
     with stages.stage("looking at other trainings"):
-        other_traces = [
-            collect_routing(other, pictures, progress=False, name=title)
-            for title, other in inputs.others
-        ]
+        others = []
+        for title, other in inputs.others:
+            routes = collect_routing(other, pictures, progress=False, name=title)
+            controls = measure_baselines(other, pictures, routes, seeds=effort.untrained_of_others)
+            others.append(
+                recording_of(other, pictures, routes, baselines=controls, swap=False, seed=seed)
+            )
 
     with stages.stage("asking three questions"):
-        others = []
-        for (_, other), other_trace in zip(inputs.others, other_traces, strict=True):
-            controls = measure_baselines(
-                other, pictures, other_trace, seeds=effort.untrained_of_others
-            )
-            others.append(
-                recording_of(
-                    other, pictures, other_trace, baselines=controls, swap=False, seed=seed
-                )
-            )
-
         before = None
         if inputs.before is not None:
             before = collect_routing(inputs.before, pictures, progress=False, name="before")
@@ -534,8 +522,7 @@ def layer_numbers(layer: LayerTrace) -> Json:
     All experts of Soft MoE compute the same number of slots, so that their load is equal by construction; `counts` is
     then what patches take from each. Only where tokens choose can choices be dropped.
     """
-    index = np.asarray(layer.expert_index)  # [I, P, K]
-    images, patches = index.shape[:2]
+    images, patches, _ = layer.expert_index.shape
     image_counts = layer.counts()  # [I, E]
     counts = image_counts.sum(0)  # [E]
 
@@ -543,15 +530,15 @@ def layer_numbers(layer: LayerTrace) -> Json:
     computed = np.ones_like(counts) if layer.kind == "soft" else counts
     requested = counts
     if tokens_choose:
-        requested = np.bincount(index.ravel(), minlength=layer.num_experts)
+        requested = np.bincount(layer.expert_index.ravel(), minlength=layer.num_experts)
 
     load = LayerLoad.from_sums(
         layer.layer,
         torch.from_numpy(computed),
         torch.from_numpy(requested if tokens_choose else computed),
-        entropy_bits=torch.tensor(float(np.asarray(layer.entropy_bits, dtype=np.float64).sum())),
+        entropy_bits=torch.tensor(layer.entropy_bits.sum(dtype=np.float64)),
         tokens=torch.tensor(images * patches),
-        unrouted=torch.tensor(int((~np.asarray(layer.kept).any(-1)).sum())),
+        unrouted=torch.tensor((~layer.kept.any(-1)).sum()),
         count_squares=torch.from_numpy((image_counts**2).sum(0)),
         images=torch.tensor(images),
     )
@@ -573,7 +560,7 @@ def layer_numbers(layer: LayerTrace) -> Json:
         "unrouted": load.unrouted,
         "entropy_bits": load.entropy_bits,
         "entropy_bits_most": math.log2(layer.num_experts),
-        "margin": float(np.asarray(layer.margin, dtype=np.float64).mean()),
+        "margin": float(layer.margin.mean(dtype=np.float64)),
     }
 
 
@@ -597,30 +584,26 @@ def wrong_routes(trace: RoutingTrace, least: int = 3) -> list[Json]:
     for (label, predicted), count in pairs.most_common():
         if len(mistakes) == _MAX_MISTAKES:
             break
-        wrong_images = np.flatnonzero((labels == label) & (predictions == predicted))
-        correct_images = np.flatnonzero((labels == label) & (predictions == label))
-        correct_other = np.flatnonzero((labels == predicted) & (predictions == predicted))
-        if label < 0 or min(len(wrong_images), len(correct_images), len(correct_other)) < least:
+        groups = []
+        for is_class, is_called in ((label, predicted), (label, label), (predicted, predicted)):
+            groups.append(np.flatnonzero((labels == is_class) & (predictions == is_called)))
+        if label < 0 or min(map(len, groups)) < least:
             continue
         layers = []
         for layer in trace.layers:
             if layer.kind == "token_choice":
-                routes = _first_shares(layer, wrong_images)
-                to_label = np.abs(routes - _first_shares(layer, correct_images)).sum() / 2
-                to_other = np.abs(routes - _first_shares(layer, correct_other)).sum() / 2
-                layers.append(
-                    {
-                        "name": layer.name,
-                        "to_label": float(to_label),
-                        "to_other": float(to_other),
-                    }
+                wrong_shares, label_shares, other_shares = (
+                    _first_shares(layer, images) for images in groups
                 )
+                to_label = float(np.abs(wrong_shares - label_shares).sum() / 2)
+                to_other = float(np.abs(wrong_shares - other_shares).sum() / 2)
+                layers.append({"name": layer.name, "to_label": to_label, "to_other": to_other})
         mistakes.append(
             {
                 "label": trace.class_names[label],
                 "called": trace.class_names[predicted],
                 "images": count,
-                "index": wrong_images.tolist(),
+                "index": groups[0].tolist(),
                 "layers": layers,
             }
         )
@@ -629,7 +612,7 @@ def wrong_routes(trace: RoutingTrace, least: int = 3) -> list[Json]:
 
 def _first_shares(layer: LayerTrace, images: Ints) -> Floats:
     """[E] share of the patches of some images whose first choice is each expert."""
-    first = np.asarray(layer.expert_index)[images, :, 0]
+    first = layer.expert_index[images, :, 0]
     shares: Floats = np.bincount(first.ravel(), minlength=layer.num_experts) / first.size
     return shares
 
@@ -723,10 +706,8 @@ def _column(rows: Sequence[Json], name: str) -> Floats:
 def shown_pictures(trace: RoutingTrace, seed: int, count: int = _NUM_OVERLAYS) -> list[int]:
     """Indices of images drawn at random, of different classes as long as there are any, not chosen to look good."""
     order = np.random.default_rng(seed).permutation(len(trace))
-    _, first_of_class = np.unique(trace.labels[order], return_index=True)
-    others = np.setdiff1d(np.arange(len(order)), first_of_class)
-    images: list[int] = order[np.concatenate([np.sort(first_of_class), others])].tolist()
-    return images[:count]
+    turns = interleave_by_class(trace.labels[order].tolist())
+    return [int(order[turn]) for turn in turns[:count]]
 
 
 def _draw_layer(
@@ -746,8 +727,9 @@ def _draw_layer(
         )
         yield "class_experts", "which classes use which expert", figure
     if results.parts is not None:
-        index = np.asarray(layer.expert_index)
-        table = part_expert_table(index, results.parts, layer.num_experts, layer.requested_share)
+        table = part_expert_table(
+            layer.expert_index, results.parts, layer.num_experts, layer.requested_share
+        )
         figure = plots.plot_part_experts(
             table, pictures.part_names, layer_name=layer.name, kind=layer.kind
         )
@@ -819,11 +801,9 @@ def claim_folder(out: str | Path) -> Path:
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UserError(f"{folder} is a file: give --out a folder for the report.") from error
     except OSError as error:
         raise UserError(
-            f"{folder} can't be written to ({error.strerror}): give --out another place."
+            f"{folder} can't be made a folder ({error.strerror}): give --out another place."
         ) from error
     report_names = (HTML, NUMBERS, TRACE, FIGURES)  # of an earlier, perhaps interrupted run
     other_files = sorted(

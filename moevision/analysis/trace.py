@@ -34,7 +34,6 @@ from moevision.layers.routing import RouteBy
 from moevision.models.safe_files import parse_json, read_metadata
 
 LAYER_ARRAYS = ("expert_index", "kept", "combine_weight", "probs", "margin", "entropy_bits")
-_CHUNK = 64  # images that `LayerTrace._sum_by_expert` processes at a time
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,6 @@ class LayerTrace:
         """[I, P, K] the `dispatch_share` before any capacity; None means 1 for each expert of `expert_index`."""
         return None if self.kind == "token_choice" else self.dispatch_share
 
-    # Old names, of version 0.1; the next version removes them.
-    reads = dispatch_share
-    takes = combine_share
-    wanted = requested_share
-
     def arrays(self) -> dict[str, Array]:
         """The layer's arrays by name."""
         arrays: dict[str, Array] = {name: getattr(self, name) for name in LAYER_ARRAYS}
@@ -129,35 +123,22 @@ class LayerTrace:
 
         Soft MoE: float64, the sum of the `combine_share`, since all experts compute the same number of slots.
         """
-        return self._sum_by_expert("combine_share" if self.kind == "soft" else "dispatch_share")
+        return self._sum_by_expert(
+            self.combine_share if self.kind == "soft" else self.dispatch_share
+        )
 
     def image_takes(self) -> Array:
         """[I, E]: `combine_share` summed over the patches of each image; the analysis of classes uses it."""
-        return self._sum_by_expert("combine_share")
+        return self._sum_by_expert(self.combine_share)
 
-    def _sum_by_expert(self, share: str) -> Array:
-        """[I, E]: one of the properties [I, P, K] above, named `share`, summed over patches by image and expert.
-
-        int64 where it is boolean, else float64.
-        """
-        # The dtype of the property, computed for no image at all.
-        empty = getattr(self.select(slice(0)), share)
-        dtype = np.int64 if empty.dtype == bool else np.float64
-        sums = np.zeros((len(self.expert_index), self.num_experts), dtype)
-
-        # A few images at a time: intermediate arrays of all of them would need as much memory as the trace.
-        for start in range(0, len(sums), _CHUNK):
-            images = slice(start, start + _CHUNK)
-            chunk = self.select(images)
-            chunk_sums = sums[images]  # [I', E], a view into `sums`
-
-            # Cell i · E + e holds the sum of image i and expert e.
-            first_cell_of_image = np.arange(len(chunk_sums)) * self.num_experts
-            cells = first_cell_of_image[:, None, None] + chunk.expert_index  # [I', P, K]
-            weights = getattr(chunk, share)  # [I', P, K]
-            flat_sums = np.bincount(cells.ravel(), weights.ravel(), chunk_sums.size)
-            chunk_sums[:] = flat_sums.reshape(chunk_sums.shape)
-        return sums
+    def _sum_by_expert(self, share: Array) -> Array:
+        """[I, E]: shares [I, P, K] summed over patches, by image and expert; int64 of booleans, else float64."""
+        dtype = np.int64 if share.dtype == bool else np.float64
+        sums = []
+        for expert in range(self.num_experts):
+            is_chosen = self.expert_index == expert
+            sums.append(share.sum((1, 2), dtype, where=is_chosen))
+        return np.stack(sums, axis=-1)
 
 
 SCHEMA = "moevision.trace/1"
@@ -245,15 +226,11 @@ class RoutingTrace:
 
     def select(self, images: Sequence[int] | Array | slice) -> RoutingTrace:
         """The trace of some images: by index, by a mask [I] of bools, or by a slice."""
-        if not isinstance(images, slice):
-            images = list(images)
         indices = np.arange(len(self))[images]
-        # A slice is used as it is, since it gives views of the arrays instead of copies.
-        rows = images if isinstance(images, slice) else indices
-        arrays: dict[str, Any] = {name: getattr(self, name)[rows] for name in IMAGE_ARRAYS}
+        arrays: dict[str, Any] = {name: getattr(self, name)[indices] for name in IMAGE_ARRAYS}
         return replace(
             self,
-            layers=tuple(layer.select(rows) for layer in self.layers),
+            layers=tuple(layer.select(indices) for layer in self.layers),
             picture_names=tuple(self.picture_names[index] for index in indices),
             **arrays,
         )

@@ -12,15 +12,14 @@ import csv
 import math
 import os
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from inspect import signature
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final
 
-import lightning as L
 import numpy as np
 import numpy.typing as npt
 from rich import box
@@ -29,7 +28,7 @@ from rich.table import Table
 from scipy.stats import norm
 
 from moevision.commands.data import run_of
-from moevision.config import MORE, WRITTEN, flatten
+from moevision.config import WRITTEN, flatten
 from moevision.data.named import SYNTHETIC
 from moevision.errors import UserError, escape_controls, refuse_equal_seeds
 from moevision.files import read_csv, refuse_foreign, write_json_atomic
@@ -57,11 +56,6 @@ _OUTSIDE_RECIPE = ("seed_everything", "data.order_seed", "record_routing", "chec
 # Part of a recipe although free. Earlier versions ended a training at trainer.max_time, so that it decided the result.
 _INSIDE_RECIPE = ("guard", "data.path", "trainer.max_time", "trainer.callbacks")
 _MAX_LISTED_OPTIONS = 6  # in a sentence on options that differ
-_TRAINER_DEFAULTS = {  # argument of Lightning's Trainer -> its default value
-    name: parameter.default
-    for name, parameter in signature(L.Trainer).parameters.items()
-    if name in MORE
-}
 _ACCURACIES = ("correct", "total", "accuracy", "interval", "balanced_accuracy")
 _COSTS = ("epochs", "steps", "cpu_s", "images_per_s", "ms_per_image", "device", "precision")
 
@@ -104,16 +98,13 @@ class FinishedRun:
     def recipe(self) -> dict[str, str]:
         """Every option that decides the training, except for its seed, as text.
 
-        Options that are null or have the Trainer's default value are left out.
+        Options that are null are left out.
         """
         values = {"images per step": str(self.summary.batch_size)}
         for name, value in self.options.items():
-            if value is None or _TRAINER_DEFAULTS.get(name.removeprefix("trainer.")) == value:
-                continue
             is_outside = is_free(name) or name.startswith(_OUTSIDE_RECIPE)
-            if is_outside and not name.startswith(_INSIDE_RECIPE):
+            if value is None or (is_outside and not name.startswith(_INSIDE_RECIPE)):
                 continue
-
             if name == "data.path" and value != SYNTHETIC:
                 value = Path(str(value)).expanduser().resolve()
             values[name] = str(value)
@@ -177,12 +168,15 @@ def check_test_images(runs: Sequence[FinishedRun]) -> None:
 
 def _difference_of_images(a: FinishedRun, b: FinishedRun) -> str:
     """A description of how the test images of two runs differ; empty if they are the same."""
-    images = {*a.images, *b.images}
-    in_one_only = {*a.images} ^ {*b.images}
+    images_of_a = set(zip(a.images, a.labels, strict=True))
+    images_of_b = set(zip(b.images, b.labels, strict=True))
+    in_one_only = images_of_a ^ images_of_b
     if in_one_only:
-        return f"{len(in_one_only):,} of {len(images):,} are in one of them only, such as {min(in_one_only)!r}."
-    if a.labels != b.labels:
-        return "they have the same names and other labels."
+        name, label = min(in_one_only)
+        return (
+            f"{len(in_one_only):,} of {len(images_of_a | images_of_b):,} are in one of them only, such as {name!r} "
+            f"with the label {label!r}."
+        )
 
     # Synthetic images have the same names whatever the seed that they are drawn from.
     a_is_synthetic = a.options.get("data.path") == SYNTHETIC
@@ -202,14 +196,10 @@ def paired_runs(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[Fi
     if len(runs) == 2:
         return [runs[0]], [runs[1]]
 
-    groups: list[list[FinishedRun]] = []  # runs of one recipe each
+    runs_of_recipe = defaultdict(list)
     for run in runs:
-        for group in groups:
-            if group[0].recipe == run.recipe:
-                group.append(run)
-                break
-        else:
-            groups.append([run])
+        runs_of_recipe[frozenset(run.recipe.items())].append(run)
+    groups = list(runs_of_recipe.values())
     if len(groups) != 2:
         raise UserError(_not_two_recipes(groups))
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError, escape_controls
@@ -22,7 +20,6 @@ from moevision.train.checkpoint import load_trained
 from moevision.train.report import template
 
 BATCHES = (1, 8)
-_ROUNDS = 10  # per batch size
 
 
 def run(args: Namespace) -> None:
@@ -58,8 +55,8 @@ def run(args: Namespace) -> None:
     Console().print(table)
     threads = torch.get_num_threads()
     print(
-        f"median of {_ROUNDS} turns on {threads} CPU thread{'s' * (threads > 1)} of this machine; one multiply-add is "
-        "two FLOPs"
+        f"median over a second on {threads} CPU thread{'s' * (threads > 1)} of this machine; one multiply-add is two "
+        "FLOPs"
     )
     code = template("run_exported.py.jinja")
     print(
@@ -71,27 +68,31 @@ def run(args: Namespace) -> None:
 def _measure(saved: SavedModel, file: Path) -> Table:
     """FLOPs and time of one image, by the model and by the file."""
     net = saved.net.cpu().float()
-    runners = {"the model": torch.no_grad()(net.__call__), "this file": load_exported(file)}
-    latency_ms = measure_latency(runners, saved.image_size)
-    backends: dict[str, Backend] = {"the model": "loop", "this file": "dense"}
-
+    rows: dict[str, tuple[Runner, Backend]] = {
+        "the model": (torch.no_grad()(net.__call__), "loop"),
+        "this file": (load_exported(file), "dense"),
+    }
+    side = saved.image_size
     table = Table("", "MFLOPs / image", *(f"ms, batch {batch}" for batch in BATCHES))
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, backend in backends.items():
-        cost = measure_cost(net, saved.image_size, backend=backend)
+    for name, (run, backend) in rows.items():
+        cost = measure_cost(net, side, backend=backend)
         flops = cost.flops_per_image + cost.router_flops_per_image
-        times = [f"{time_ms:.2f}" for time_ms in latency_ms[name].values()]
+        times = [f"{latency_ms(run, torch.randn(batch, 3, side, side)):.2f}" for batch in BATCHES]
         table.add_row(name, f"{flops / 1e6:,.1f}", *times)
     return table
 
 
 def _read_images(saved: SavedModel, args: Namespace) -> Tensor:
     """The first images of --data, as the model gets them: one file, a folder, or a dataset's name."""
-    from moevision.analysis.collect import PictureReader  # scikit-learn comes along
+    from moevision.analysis.collect import (  # scikit-learn comes along
+        PictureReader,
+        network_input,
+    )
     from moevision.analysis.images import pictures_for
     from moevision.data.images import BadImageError, safe_open
-    from moevision.data.transforms import normalize, square_pixels
+    from moevision.data.transforms import square_pixels
 
     path = args.data
     side = saved.image_size
@@ -102,8 +103,7 @@ def _read_images(saved: SavedModel, args: Namespace) -> Tensor:
             raise UserError(
                 f"{path} can't be read ({error.reason}): give another image."
             ) from error
-        pixels = torch.from_numpy(square_pixels(image, side, saved.framing))  # [S, S, 3]
-        return normalize(pixels.permute(2, 0, 1)[None], saved.mean, saved.std)
+        return network_input(saved, square_pixels(image, side, saved.framing)[None])
 
     pictures = pictures_for(args.model, saved, path, limit=args.limit, root=args.root)
     # A comparison needs images, not all of them: some may be unreadable, and the report says how many there were.
@@ -115,26 +115,11 @@ def _read_images(saved: SavedModel, args: Namespace) -> Tensor:
     return torch.cat(batches)
 
 
-def measure_latency(
-    runners: Mapping[str, Runner], image_size: int, batches: Iterable[int] = BATCHES
-) -> dict[str, dict[int, float]]:
-    """For each runner and batch size the median milliseconds of a call; they take turns: what slows one slows all."""
-    medians: dict[str, dict[int, float]] = {name: {} for name in runners}
-    for batch in batches:
-        generator = torch.Generator().manual_seed(batch)
-        images = torch.randn(batch, 3, image_size, image_size, generator=generator)
-        for run in runners.values():
-            run(images)  # the first call allocates and picks kernels
-
-        times_ms: dict[str, list[float]] = {name: [] for name in runners}
-        for _ in range(_ROUNDS):
-            for name, run in runners.items():
-                start = time.perf_counter()
-                run(images)
-                times_ms[name].append(1e3 * (time.perf_counter() - start))
-        for name, values in times_ms.items():
-            medians[name][batch] = statistics.median(values)
-    return medians
+def latency_ms(run: Runner, images: Tensor) -> float:
+    """Median milliseconds of a call with these images, over about a second."""
+    names = {"run": run, "images": images}
+    timer = Timer("run(images)", globals=names, num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=1).median
 
 
 def experts_sentence(net: nn.Module) -> str:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from argparse import Namespace
 from collections.abc import Mapping
@@ -19,11 +18,10 @@ from rich.table import Table
 from torch import nn
 
 from moevision.efficiency import ModelCost, measure_cost
-from moevision.errors import UserError, escape_controls
+from moevision.errors import escape_controls
 from moevision.layers import describe_moe, moe_layers
-from moevision.models.convert import dense_twin, one_or_list
-from moevision.models.io import SavedModel, describe, load_model
-from moevision.models.vit_moe import MOE_ARGUMENTS
+from moevision.models.convert import dense_arguments, dense_twin, one_or_list
+from moevision.models.io import SavedModel, describe, is_timm_name, load_model
 from moevision.words import loading
 
 
@@ -62,7 +60,7 @@ def run(args: Namespace) -> None:
 
 def load_any(address: str) -> SavedModel:
     """A saved model, or a timm name, for which weights are neither needed nor fetched."""
-    if timm.is_model(address) and not Path(address).exists():
+    if is_timm_name(address) and not Path(address).exists():
         return describe(timm.create_model(address).eval())
     return load_model(address)
 
@@ -84,14 +82,8 @@ def compare_costs(net: nn.Module, image_size: int) -> dict[str, ModelCost]:
 
 def _plain_vit(net: nn.Module) -> nn.Module:
     """The architecture without experts, with timm's own MLPs."""
-    architecture = cast(dict[str, Any], net.pretrained_cfg).get("architecture")
-    if not architecture:
-        raise UserError("The plain ViT of a model without a timm name is not known.")
-    arguments = copy.deepcopy(cast(dict[str, Any], getattr(net, "_model_args", {})))
-    for name in (*MOE_ARGUMENTS, "twin"):
-        arguments.pop(name, None)
-    arguments |= {"num_classes": net.num_classes, "moe_layers": []}
-    return timm.create_model(architecture, **arguments)
+    arguments = dense_arguments(net) | {"num_classes": net.num_classes, "moe_layers": []}
+    return timm.create_model(cast(Any, net).pretrained_cfg["architecture"], **arguments)
 
 
 def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:

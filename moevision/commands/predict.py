@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,9 @@ from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, escape_controls, escape_csv_cell, json_text
 from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic
+from moevision.models.convert import pooled
 from moevision.models.io import SavedModel, best_device
-from moevision.models.ood import linear_head, pooled
+from moevision.models.ood import linear_head
 from moevision.train.checkpoint import load_trained
 from moevision.train.processes import print_rank0
 from moevision.words import loading
@@ -176,15 +177,6 @@ def _images_below(folder: Path) -> list[Path]:
     return sorted(images)
 
 
-class Outputs(NamedTuple):
-    """A model's outputs for B images: their k most probable classes, best first, at most five."""
-
-    probabilities: Tensor  # [B, k]
-    classes: Tensor  # [B, k] indices
-    distances: list[float] | None = None  # [B]
-    features: npt.NDArray[np.float32] | None = None  # [B, D]
-
-
 @torch.inference_mode()
 def predict_batch(
     model: SavedModel,
@@ -194,65 +186,55 @@ def predict_batch(
     features: bool = False,
 ) -> list[Prediction]:
     """Classify one batch of files, in their order; unreadable ones are reported, not raised."""
-    predictions: dict[int, Prediction] = {}  # by the index of the file
-    pixels: dict[int, Tensor] = {}  # of those that can be read: uint8 [3, S, S]
-    for index, file in enumerate(files):
+    predictions: dict[Path, Prediction] = {}
+    pixels: dict[Path, Tensor] = {}  # of those that can be read: uint8 [3, S, S]
+    for file in files:
         try:
             image = safe_open(file, model.image_size)
         except BadImageError as error:
-            predictions[index] = Prediction(str(file), error=error.reason)
+            predictions[file] = Prediction(str(file), error=error.reason)
             continue
         square = square_pixels(image, model.image_size, model.framing)  # [S, S, 3]
-        pixels[index] = torch.from_numpy(square).permute(2, 0, 1)
+        pixels[file] = torch.from_numpy(square).permute(2, 0, 1)
 
     if pixels:
-        stacked = torch.stack(list(pixels.values()))  # [B, 3, S, S]
-        images = normalize(stacked, model.mean, model.std)
-        outputs = _run_model(model, images, precision, features=features)
-        for row, index in enumerate(pixels):
-            predictions[index] = _prediction(model, str(files[index]), outputs, row)
-    return [predictions[index] for index in range(len(files))]
+        images = normalize(torch.stack(list(pixels.values())), model.mean, model.std)
+        predictions |= _classify(model, list(pixels), images, precision, features=features)
+    return [predictions[file] for file in files]
 
 
-def _run_model(model: SavedModel, images: Tensor, precision: str, *, features: bool) -> Outputs:
-    """Outputs for images [B, 3, S, S]; distances if the model can measure them, features if requested."""
+def _classify(
+    model: SavedModel, files: Sequence[Path], images: Tensor, precision: str, *, features: bool
+) -> dict[Path, Prediction]:
+    """The predictions for images [B, 3, S, S]; with distances if the model can measure them."""
     device = best_device()
     net = model.net.to(device)
     images = images.to(device)
-    distances = pooled_features = None
-    autocast = torch.autocast(
-        torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"
-    )
-    with autocast:
+    distances: Sequence[float | None] = [None] * len(files)
+    rows: Sequence[npt.NDArray[np.float32] | None] = [None] * len(files)  # [D] each
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         if model.strangers is None and not features:
             logits = net(images)  # [B, C]
         else:
-            pooled_features = pooled(net, images)  # [B, D]
-            classifier = cast(Any, net).get_classifier()
-            logits = classifier(pooled_features)  # [B, C]
+            inputs = pooled(net, images)  # [B, D]
+            logits = cast(Any, net).get_classifier()(inputs)  # [B, C]
             if model.strangers is not None:
-                distances = model.strangers(pooled_features).tolist()
+                distances = model.strangers(inputs).tolist()
+            if features:
+                rows = list(inputs.float().cpu().numpy())
 
     probabilities = (logits.float() / (model.temperature or 1.0)).softmax(-1).cpu()
     best = probabilities.topk(min(5, len(model.class_names)))
-    if not features or pooled_features is None:
-        return Outputs(best.values, best.indices, distances)
-    return Outputs(best.values, best.indices, distances, pooled_features.float().cpu().numpy())
-
-
-def _prediction(model: SavedModel, path: str, outputs: Outputs, row: int) -> Prediction:
-    """The prediction for the image in one row of the outputs."""
-    probabilities = tuple(outputs.probabilities[row].tolist())
-    distance = outputs.distances[row] if outputs.distances is not None else None
-    if not all(map(math.isfinite, (*probabilities, distance or 0.0))):
-        return Prediction(path, error=NO_NUMBER)
-    return Prediction(
-        path,
-        classes=tuple(model.class_names[label] for label in outputs.classes[row].tolist()),
-        probabilities=probabilities,
-        distance=distance,
-        feature=outputs.features[row] if outputs.features is not None else None,
-    )
+    predictions = {}
+    for file, shares, labels, distance, feature in zip(
+        files, best.values.tolist(), best.indices.tolist(), distances, rows, strict=True
+    ):
+        if all(map(math.isfinite, (*shares, distance or 0.0))):
+            names = tuple(model.class_names[label] for label in labels)
+            predictions[file] = Prediction(str(file), names, tuple(shares), "", distance, feature)
+        else:
+            predictions[file] = Prediction(str(file), error=NO_NUMBER)
+    return predictions
 
 
 def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> str:
@@ -261,23 +243,23 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
     Below the threshold `unsure` the class is "unsure"; top5 is not affected.
     """
     rows = []
-    for prediction in predictions:
-        shares = [f"{probability:.4f}" for probability in prediction.probabilities]
-        top5 = [f"{name}={share}" for name, share in zip(prediction.classes, shares, strict=True)]
-        best = UNSURE if prediction.is_unsure(unsure) else "".join(prediction.classes[:1])
-        distance = "" if prediction.distance is None else f"{prediction.distance:.4f}"
-
+    for row in _rows(predictions, unsure, calibrated=False):
+        top5 = [f"{entry['class']}={_digits(entry['probability'])}" for entry in row["top5"]]
         rows.append(
             (
-                escape_csv_cell(prediction.path),
-                escape_csv_cell(best),
-                "".join(shares[:1]),
+                escape_csv_cell(row["path"]),
+                escape_csv_cell(row["class"] or ""),
+                _digits(row["probability"]),
                 escape_csv_cell("; ".join(top5)),
-                escape_csv_cell(prediction.error),
-                distance,
+                escape_csv_cell(row["error"] or ""),
+                _digits(row["distance"]),
             )
         )
     return csv_text(("path", "class", "probability", "top5", "error", "distance"), rows)
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def to_npy(predictions: Sequence[Prediction]) -> bytes:
@@ -302,6 +284,12 @@ def to_json(
     Below the threshold the field `unsure` is true and the class is `"unsure"`; a real class may have that name too, so
     test the field.
     """
+    return json_text(_rows(predictions, unsure, calibrated=calibrated), indent=2) + "\n"
+
+
+def _rows(
+    predictions: Sequence[Prediction], unsure: float | None, *, calibrated: bool
+) -> list[dict[str, Any]]:
     rows = []
     for prediction in predictions:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
@@ -321,4 +309,4 @@ def to_json(
                 "distance": prediction.distance,
             }
         )
-    return json_text(rows, indent=2) + "\n"
+    return rows

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from argparse import Namespace
 from dataclasses import asdict
 from functools import partial
@@ -11,19 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from moevision.analysis.collect import PictureReader
+from moevision.analysis.collect import PictureReader, network_input
 from moevision.analysis.images import open_pictures
 from moevision.commands.info import cost_table
 from moevision.data import SyntheticPets
-from moevision.data.transforms import normalize
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError, escape_controls
-from moevision.files import sync_folder, temporary_for, write_json_atomic
+from moevision.files import write_json_atomic
 from moevision.models.convert import layers_that_miss_classifier
 from moevision.models.io import SavedModel, describe, save_model
 from moevision.models.upcycle import (
@@ -41,20 +36,6 @@ GAP_IMAGES = 32
 SAME = 1e-5  # max |Δ logit| up to which two models count as equal in float32
 
 
-def write_model(saved: SavedModel, out: Path, record: dict[str, Any]) -> None:
-    """Write the model and its `upcycle.json` to a temporary folder, then rename it to `out`, absent or empty so far."""
-    temporary = temporary_for(out)
-    try:
-        save_model(saved, temporary)
-        write_json_atomic(temporary / "upcycle.json", record)
-        if out.is_dir():
-            out.rmdir()  # Windows can't rename onto an existing folder
-        os.replace(temporary, out)
-        sync_folder(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def run(args: Namespace) -> None:
     """Convert, measure, and write the new model with `upcycle.json`."""
     out = Path(args.out)
@@ -68,7 +49,8 @@ def run(args: Namespace) -> None:
         record["router_start"] = _start_from_clusters(saved, args)
     with loading("measuring"):
         record |= measure(dense, saved)
-    write_model(saved, out, record)
+    save_model(saved, out)
+    write_json_atomic(out / "upcycle.json", record)
 
     console = Console(highlight=False)
     _print_upcycling(console, record)
@@ -150,9 +132,6 @@ def _print_next(console: Console, saved: SavedModel, out: Path) -> None:
             soft_wrap=True,
         )
     command = f"moevision fit FOLDER --pretrained {shell_word(str(out))} --data.image_size {saved.image_size}"
-    # `fit` normalises with ImageNet's statistics by default.
-    if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-        command += f" --data.mean '{list(saved.mean)}' --data.std '{list(saved.std)}'"
     console.print(f"\nnext: {escape_controls(command)}", markup=False, soft_wrap=True)
 
 
@@ -164,7 +143,7 @@ def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
     side = saved.image_size
     pets = SyntheticPets(GAP_IMAGES, side, 0, "test")
     pixels = np.stack([pets.image(index) for index in range(len(pets))])  # uint8 [B, S, S, 3]
-    images = normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), saved.mean, saved.std)
+    images = network_input(saved, pixels)
     return {
         "image_size": side,
         "classes": len(saved.class_names),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -73,10 +73,13 @@ def read_folder(root: Path) -> FileCollection:
     notes += differ_in_case(class_folders)
     if not splits:
         notes += _classes_like_splits(root, class_folders)
-    samples = {
-        split: _labelled_samples(class_files, class_folders)
-        for split, class_files in files_by_split.items()
-    }
+    samples = {}
+    for split, class_files in files_by_split.items():
+        samples[split] = [
+            Sample(file, label)
+            for label, name in enumerate(class_folders)
+            for file in class_files[name]
+        ]
     check_distinct(class_folders)
     check_distinct(sample.sample_id for sample in chain.from_iterable(samples.values()))
 
@@ -90,14 +93,6 @@ def read_folder(root: Path) -> FileCollection:
             f"{skipped['unreadable']} folders in {root} can't be read, and their images were left out: permit it"
         )
     return FileCollection(readable_class_names(class_folders), samples, notes, root=root)
-
-
-def _labelled_samples(class_files: dict[str, list[str]], class_folders: list[str]) -> list[Sample]:
-    """The files of all classes as samples; a label is the index of the class folder in `class_folders`."""
-    samples = []
-    for label, name in enumerate(class_folders):
-        samples += [Sample(file, label) for file in class_files[name]]
-    return samples
 
 
 def _folders_beside_train(root: Path, splits: dict[str, Path]) -> list[str]:
@@ -175,43 +170,31 @@ def walk(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.DirEn
     """
     skipped = Counter() if skipped is None else skipped
     visited = {file_identity(ancestor) for ancestor in folder.resolve().parents}
-    starts = [str(folder)]  # the folder itself, then links to other folders
-    while starts:
-        stack = [starts.pop(0)]
-        if file_identity(stack[0]) in visited:
+    # The next folder is the last one; links to folders wait at the other end.
+    folders = deque([str(folder)])
+    while folders:
+        directory = folders.pop()
+        identity = file_identity(directory)
+        if identity in visited:
             skipped["repeated"] += 1
+            continue
+        visited.add(identity)
 
-        # All folders below this start that are reached without a further link.
-        while stack:
-            directory = stack.pop()
-            identity = file_identity(directory)
-            if identity in visited:
+        try:
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except OSError:
+            skipped["unreadable"] += 1
+            continue
+
+        for entry in entries:
+            if not entry.is_dir():
+                yield entry
+            elif entry.name[0] in ".@":
                 continue
-            visited.add(identity)
-
-            try:
-                entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-            except OSError:
-                skipped["unreadable"] += 1
-                continue
-
-            for entry in entries:
-                if not _is_folder(entry):
-                    yield entry
-                elif entry.name[0] in ".@":
-                    continue
-                elif entry.is_symlink():
-                    starts.append(entry.path)
-                else:
-                    stack.append(entry.path)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
+            elif entry.is_symlink():
+                folders.appendleft(entry.path)
+            else:
+                folders.append(entry.path)
 
 
 def _links_to_ancestor(entry: Path) -> bool:
@@ -243,9 +226,7 @@ def _image_files_by_class(
     for entry in sorted(folder.iterdir()):
         skipped["repeated"] += _links_to_ancestor(entry)
         num_loose += is_image_path(entry) and entry.is_file()
-        if entry.is_symlink() and not entry.exists() and not entry.suffix:
-            notes.append(f"{entry} is a link to a folder that isn't there, and was left out")
-        elif _is_underscored_class(entry):
+        if _is_underscored_class(entry):
             notes.append(f"{entry} begins with _ and was left out: rename it to use it as a class")
 
     for class_folder in subfolders(folder):

@@ -74,7 +74,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 
 # Pillow takes such prefixes away one by one, each time copying what is left: minutes for 8 MB (CVE-2026-96643).
 _REPEATED_EXIF = b"Exif\0\0" * 4
@@ -87,7 +86,7 @@ _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 
 # A reduced image keeps at least this many pixels for each one of the result (Pillow's thumbnail has the same margin).
 _REDUCING_GAP = 2
-_FULL_SIZE = "full_size"
+_FULL_SIZE = "full_size\0"  # no text in an image is called so
 
 
 class BadImageError(UserError):
@@ -97,10 +96,6 @@ class BadImageError(UserError):
         super().__init__(f"cannot use the image {path}: {reason}")
         self.path = path
         self.reason = reason
-
-    def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
-        """Pickles by both arguments, so that the error survives the way out of a loader process."""
-        return type(self), (self.path, self.reason)
 
 
 def is_image_path(path: str | Path) -> bool:
@@ -134,9 +129,7 @@ def safe_open(
         BadImageError: If the file is missing, unreadable, empty, too large, damaged, or not a JPEG, PNG,
             WebP, BMP, GIF or TIFF image.
     """
-    name = str(source)
-    if not isinstance(source, str | Path):
-        name = str(getattr(source, "name", "<stream>"))
+    name = str(source) if isinstance(source, str | Path) else "<stream>"
     data = read_image(source, name, max_bytes)
     if not data:
         raise BadImageError(name, "the file is empty; replace or remove it")
@@ -149,31 +142,27 @@ def safe_open(
             name,
             f"it is a JPEG of more than {MAX_SCANS} scans, or of countless segments; save it anew",
         )
-    # Broad on purpose: on damaged bytes Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError,
-    # struct.error, zlib.error, MemoryError, SystemError ... and all of them mean "this file is damaged".
-    try:
-        image = _open_header(data)
-    except Exception as error:
-        raise BadImageError(
-            name, f"its header is damaged ({error}); replace or remove it"
-        ) from error
-    if image is None:
-        raise BadImageError(
-            name, "it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image; convert or remove it"
-        )
-    _check_size(image.size, name, max_pixels)
-    full = image.size
     reduction = 1
     try:
+        image = _open_header(data)
+        if image is None:
+            raise BadImageError(
+                name, "it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image; convert or remove it"
+            )
+        _check_size(image.size, name, max_pixels)
+        full = image.size
         if short_side is not None and isinstance(image, JpegImageFile):
             reduction = _reduce_jpeg(image, short_side, turned=_turn(image) is not None)
         image.load()
         # The decoder may revise the size that the header announced (TIFF, GIF).
         _check_size(image.size, name, max_pixels)
-        full = full[::-1] if _turn(image) in _SIDEWAYS else full
         rgb = upright_rgb(image, name)
+        if rgb.size != image.size:  # turned sideways
+            full = full[::-1]
     except BadImageError:
         raise
+    # Broad on purpose: on damaged bytes Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError,
+    # struct.error, zlib.error, MemoryError, SystemError ... and all of them mean "this file is damaged".
     except Exception as error:
         raise BadImageError(
             name, f"it is truncated or damaged ({error}); replace or remove it"
@@ -200,8 +189,6 @@ def upright_rgb(image: Image.Image, name: str = "given") -> Image.Image:
         raise BadImageError(
             name, f"its pixel format {image.mode} has no agreed range; save it with 8 bits"
         )
-    if image.mode == "La":  # premultiplied grey: Pillow converts it to LA only
-        image = image.convert("LA")
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         canvas.alpha_composite(image.convert("RGBA"))
@@ -309,6 +296,5 @@ def full_size(image: Image.Image) -> tuple[tuple[int, int], int]:
     The last column and row of a reduced image may cover less than a whole pixel: boxes in it are those of the full
     image divided by the reduction.
     """
-    full = image.info.get(_FULL_SIZE)
-    # an image that was opened elsewhere may have a text of that name in it
-    return full if isinstance(full, tuple) else (image.size, 1)
+    full: tuple[tuple[int, int], int] = image.info.get(_FULL_SIZE, (image.size, 1))
+    return full

@@ -16,14 +16,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
@@ -40,12 +41,13 @@ from moevision.data.transforms import (
     hash_u64,
     normalize,
     square_pixels,
+    stack,
 )
-from moevision.errors import UserError
 from moevision.limits import usable_cores
 
 SHM = Path("/dev/shm")  # through which Linux' data workers hand over batches
 Key = tuple[int, int]  # epoch, index
+Batch = dict[str, Any]
 Decoded = Pixels | str  # an image, or the reason why it can't be used
 _NO_BATCH_S = 1800.0  # after which the workers are taken for stuck
 _AHEAD = 2  # batches that each worker prepares ahead, DataLoader's own number
@@ -54,7 +56,6 @@ _AGAIN = 2**31 + 1
 # Where all files are unreadable the run should say so soon, instead of trying every one for one image.
 _MAX_TRIES = 100
 _CACHED_AT_ONCE = 512  # images per buffer
-_DECODED_AT_ONCE = 32  # images per task of a thread
 
 
 @dataclass(eq=False, repr=False)
@@ -150,8 +151,7 @@ def eval_batches(
         return list(BatchSampler(indices, batch_size, drop_last=False))
     largest_share = ceil(num_samples / world_size)
     num_batches = ceil(largest_share / batch_size)
-    bounds = [len(indices) * number // num_batches for number in range(num_batches + 1)]
-    return [indices[start:stop] for start, stop in pairwise(bounds)]
+    return [batch.tolist() for batch in np.array_split(indices, num_batches)]
 
 
 def fitting_workers(num_workers: int, batch_bytes: int, processes: int = 1) -> int:
@@ -166,7 +166,7 @@ def fitting_workers(num_workers: int, batch_bytes: int, processes: int = 1) -> i
     return max(0, min(num_workers, waiting // _AHEAD))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BadImage:
     """An image that couldn't be used: its split, its index there, and why."""
 
@@ -175,19 +175,8 @@ class BadImage:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class RawBatch:
-    """The good images of a batch to be, and the bad ones met on the way."""
-
-    pixels: Tensor  # uint8 [B, 3, S, S]
-    label: list[int]  # class of each
-    index: list[int]  # index of each in its split
-    epoch: list[int]  # epoch number of each; 0 in evaluation
-    bad: list[BadImage]  # images that couldn't be used
-
-
 @dataclass(eq=False, repr=False)
-class ImageDataset(Dataset[RawBatch]):
+class ImageDataset(Dataset[Batch]):
     """Images of one split; nothing is read before it is asked for.
 
     Keys are ``(epoch, index)`` when a transform is given (training) and plain indices otherwise. In training
@@ -200,106 +189,93 @@ class ImageDataset(Dataset[RawBatch]):
     samples: Sequence[Sample]
     image_size: int
     framing: Framing
+    std: Sequence[float]  # of the normalisation, in units of [0, 1]; `framing` has the mean
     square: bool  # whether images are prepared to S x S, or kept larger for random resized crops
     seed: int  # of the augmentation
     transform: TrainTransform | None  # None: for evaluation
+    mixer: BatchMixer | None
     cache: PixelCache | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def decode(self, index: int) -> Pixels:
-        """Read and prepare one image, uint8 [H, W, 3]; raises `BadImageError`."""
-        sample = self.samples[index]
-        if self.square:
-            image = self.collection.open(sample, self.image_size)
-            return square_pixels(image, self.image_size, self.framing)
-        image = self.collection.open(sample, base_side(self.image_size))
-        return base_pixels(image, self.image_size, self.framing)
+    def pixels(self, index: int) -> Decoded:
+        """Prepared pixels of an image, uint8 [3, H, W], or the reason why it can't be used."""
+        if self.cache is not None:
+            return self.cache.image(index)
+        side, prepare = self.image_size, square_pixels
+        if not self.square:
+            side, prepare = base_side(self.image_size), base_pixels
+        try:
+            image = self.collection.open(self.samples[index], side)
+        except BadImageError as error:
+            return error.reason
+        return prepare(image, self.image_size, self.framing).transpose(2, 0, 1)
 
-    def fill_cache(self, on_progress: Callable[[int], None]) -> dict[int, str]:
-        """Decode everything into memory, on all processor cores that this process may use.
+    def fill_cache(self, on_progress: Callable[[int], None]) -> list[BadImage]:
+        """Decode everything into memory, on all processor cores that this process may use; returns the bad images.
 
-        ``on_progress`` gets the number of images done since its last call; returns index and reason of the bad ones.
+        ``on_progress`` gets the number of images done since its last call.
         """
-        cache = PixelCache(planar=self.square)
+        cache = PixelCache()
+        bad = []
         with ThreadPoolExecutor(min(16, usable_cores())) as pool:
             for indices in BatchSampler(range(len(self)), _CACHED_AT_ONCE, drop_last=False):
-                # a few images per task: handing over small ones costs as much as decoding them
-                tasks = BatchSampler(indices, _DECODED_AT_ONCE, drop_last=False)
-                images = chain.from_iterable(pool.map(self._attempt, tasks))
-                cache.extend(list(images))
+                images = list(pool.map(self.pixels, indices))
+                cache.extend(images)
+                for index, image in zip(indices, images, strict=True):
+                    if isinstance(image, str):
+                        bad.append(BadImage(self.split, index, image))
                 on_progress(len(indices))
         self.cache = cache
-        return cache.bad
+        return bad
 
-    def _attempt(self, indices: Sequence[int]) -> list[Decoded]:
-        results: list[Decoded] = []
-        for index in indices:
-            try:
-                results.append(self.decode(index))
-            except BadImageError as error:
-                results.append(error.reason)
-        return results
+    def _candidates(self, index: int) -> Iterable[int]:
+        """An image, and in training those that replace it, in this order, if it is bad."""
+        if self.transform is None:
+            return [index]
+        return islice(chain(range(index, len(self)), range(index)), _MAX_TRIES)
 
-    def pixels(self, indices: Sequence[int]) -> list[Decoded]:
-        """Prepared pixels uint8 [3, H, W] of each image, or the reason why it can't be used."""
-        if self.cache is not None:
-            return self.cache.take(indices)
-        images: list[Decoded] = []
-        for image in self._attempt(indices):
-            images.append(image if isinstance(image, str) else image.transpose(2, 0, 1))
-        return images
+    def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
+        """A batch, as DataLoader asks for it; see the class for what a bad image yields.
 
-    def _replacement(self, index: int, bad: list[BadImage]) -> tuple[int, Pixels] | None:
-        """The next image after ``index`` that can be used, and its pixels; bad ones met on the way go into ``bad``."""
-        others = chain(range(index + 1, len(self)), range(index))
-        for candidate in islice(others, _MAX_TRIES - 1):
-            (image,) = self.pixels([candidate])
-            if not isinstance(image, str):
-                return candidate, image
-            bad.append(BadImage(self.split, candidate, image))
-        return None
-
-    def __getitems__(self, keys: Sequence[int | Key]) -> RawBatch:
-        """The images of a batch; see the class for what a bad one yields. DataLoader calls this."""
-        epoch_keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
-        decoded = self.pixels([index for _, index in epoch_keys])
+        It has ``image`` float32 [B, 3, S, S], ``label`` and ``index`` int64 [B], and with a mixer ``target`` [B, C].
+        ``bad`` is a list of `BadImage` that `ImageLoader` takes out; without a single good image it stands alone.
+        """
         images: list[Pixels] = []
         indices: list[int] = []
-        good_keys = []
+        good_keys: list[Key] = []
         bad: list[BadImage] = []
-        for key, image in zip(epoch_keys, decoded, strict=True):
-            _, index = key
-            if isinstance(image, str):
+        for key in keys:
+            epoch, drawn = key if isinstance(key, tuple) else (0, key)
+            for index in self._candidates(drawn):
+                image = self.pixels(index)
+                if not isinstance(image, str):
+                    images.append(image)
+                    indices.append(index)
+                    good_keys.append((epoch, drawn))
+                    break
                 bad.append(BadImage(self.split, index, image))
-                replacement = None
-                if self.transform is not None:
-                    replacement = self._replacement(index, bad)
-                if replacement is None:
-                    continue
-                index, image = replacement
-            images.append(image)
-            indices.append(index)
-            good_keys.append(key)
-        return RawBatch(
-            pixels=self._transformed(images, good_keys),
-            label=[self.samples[index].label for index in indices],
-            index=indices,
-            epoch=[epoch for epoch, _ in good_keys],
-            bad=bad,
-        )
+        if not images:
+            return {"bad": bad}
 
-    def _transformed(self, images: Sequence[Pixels], keys: Sequence[Key]) -> Tensor:
-        """Images uint8 [3, H, W] as a batch uint8 [B, 3, S, S]."""
-        if self.transform is not None:
-            # The key stays the drawn one: a replacement doesn't repeat its own augmentation in this epoch.
-            epochs = [epoch for epoch, _ in keys]
-            return self.transform(images, self.seed, epochs, [index for _, index in keys])
-        pixels = torch.empty(len(images), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        for row, image in zip(pixels.numpy(), images, strict=True):
-            row[:] = image
-        return pixels
+        # The key stays the drawn one: a replacement doesn't repeat its own augmentation in this epoch.
+        epochs, drawn_indices = zip(*good_keys, strict=True)
+        if self.transform is None:
+            pixels = torch.from_numpy(stack(images, self.image_size))
+        else:
+            pixels = self.transform(images, self.seed, epochs, drawn_indices)
+        batch: Batch = {
+            "image": normalize(pixels, self.framing.mean, self.std),
+            "label": torch.tensor([self.samples[index].label for index in indices]),
+            "index": torch.tensor(indices),
+            "bad": bad,
+        }
+        if self.mixer is not None:
+            batch["image"], batch["target"] = self.mixer(
+                batch["image"], batch["label"], self.seed, epochs[0], indices[0]
+            )
+        return batch
 
 
 class StoredImage(NamedTuple):
@@ -319,85 +295,37 @@ class PixelCache:
     forked share too.
     """
 
-    def __init__(self, *, planar: bool) -> None:
-        """``planar`` stores [3, H, W], the fast order for shifted copies; otherwise [H, W, 3], fast for resizing."""
-        self._planar = planar
+    def __init__(self) -> None:
         self._buffers: list[Tensor] = []
-        self._views: list[Pixels] = []  # the same memory as arrays, which are sliced faster
-        self._images: list[StoredImage] = []
-        self.bad: dict[int, str] = {}
+        self._images: list[StoredImage | str] = []  # or the reason why one is missing
 
     def extend(self, images: Sequence[Decoded]) -> None:
-        """Add the next images, uint8 [H, W, 3] each, or the reason why one is missing."""
+        """Add the next images, uint8 [3, H, W] each, or the reason why one is missing."""
         size = sum(image.size for image in images if not isinstance(image, str))
         buffer = torch.empty(size, dtype=torch.uint8)
         pixels = buffer.numpy()
         offset = 0
         for image in images:
             if isinstance(image, str):
-                self.bad[len(self._images)] = image
-                self._images.append(StoredImage(0, 0, 0, 0))
+                self._images.append(image)
                 continue
-            height, width, _ = image.shape
+            _, height, width = image.shape
             self._images.append(StoredImage(len(self._buffers), offset, height, width))
-            if self._planar:
-                image = image.transpose(2, 0, 1)
             pixels[offset : offset + image.size].reshape(image.shape)[:] = image
             offset += image.size
         self._buffers.append(buffer)
 
-    def take(self, indices: Sequence[int]) -> list[Decoded]:
-        """Pixels uint8 [3, H, W] of each image, a view that must not be written to, or the reason why it is missing."""
-        if len(self._views) < len(self._buffers):
-            self._views = [buffer.numpy() for buffer in self._buffers]
-        images: list[Decoded] = []
-        for index in indices:
-            if index in self.bad:
-                images.append(self.bad[index])
-                continue
-            buffer, offset, height, width = self._images[index]
-            pixels = self._views[buffer][offset : offset + 3 * height * width]
-            if self._planar:
-                images.append(pixels.reshape(3, height, width))
-            else:
-                images.append(pixels.reshape(height, width, 3).transpose(2, 0, 1))
-        return images
-
-    def __getstate__(self) -> dict[str, object]:
-        """Without the views: where workers aren't forked, tensors are shared with them and arrays would be copied."""
-        return {**vars(self), "_views": []}
+    def image(self, index: int) -> Decoded:
+        """Pixels uint8 [3, H, W], a view that must not be written to, or the reason why the image is missing."""
+        stored = self._images[index]
+        if isinstance(stored, str):
+            return stored
+        buffer, offset, height, width = stored
+        size = 3 * height * width
+        return self._buffers[buffer].numpy()[offset : offset + size].reshape(3, height, width)
 
 
-@dataclass
-class Collate:
-    """Turns images into a batch: normalise (per channel, in units of [0, 1]), mix."""
-
-    mean: Sequence[float]
-    std: Sequence[float]
-    seed: int = 0
-    mixer: BatchMixer | None = None
-
-    def __call__(self, raw: RawBatch) -> dict[str, Any]:
-        """The batch: ``image`` float32 [B, 3, S, S], ``label`` and ``index`` int64 [B], with a mixer ``target`` [B, C].
-
-        ``bad`` is a list of `BadImage` that `ImageLoader` takes out; without a single good image it stands alone.
-        """
-        if not raw.index:
-            return {"bad": raw.bad}
-        batch: dict[str, Any] = {
-            "image": normalize(raw.pixels, self.mean, self.std),
-            "label": torch.tensor(raw.label),
-            "index": torch.tensor(raw.index),
-            "bad": raw.bad,
-        }
-        if self.mixer is not None:
-            batch["image"], batch["target"] = self.mixer(
-                batch["image"], batch["label"], self.seed, raw.epoch[0], raw.index[0]
-            )
-        return batch
-
-
-class ImageLoader(DataLoader[RawBatch]):
+class ImageLoader(DataLoader[Batch]):
     """A DataLoader that reports bad images in the main process and skips batches without a good one.
 
     `wait_s` are the seconds that the main process has waited for batches, over all iterations.
@@ -407,50 +335,29 @@ class ImageLoader(DataLoader[RawBatch]):
         self,
         dataset: ImageDataset,
         *,
-        on_bad: Callable[[list[BadImage]], None] | None = None,
-        in_step: bool = False,
+        on_bad: Callable[[list[BadImage]], None],
         **options: Any,  # DataLoader's own
     ) -> None:
-        """Report to ``on_bad``; ``in_step``: other processes wait for every batch, so that none may be skipped."""
-        timeout = _NO_BATCH_S if options.get("num_workers") else 0
-        super().__init__(dataset, timeout=timeout, **options)
+        """Report to ``on_bad``; a worker that gives nothing for half an hour is taken for stuck."""
+        timeout = _NO_BATCH_S if options["num_workers"] else 0
+        # The dataset makes whole batches, and there is nothing to collate.
+        super().__init__(dataset, timeout=timeout, collate_fn=dict, **options)
         self.on_bad = on_bad
-        self.in_step = in_step
-        self.samples = dataset.samples
         self.wait_s = 0.0
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]  # collation makes batches
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]  # not DataLoader's own iterator
         batches = super().__iter__()
         while True:
-            batch = self._next(batches)
+            started = time.monotonic()
+            batch: Batch | None = next(batches, None)
+            self.wait_s += time.monotonic() - started
             if batch is None:
                 return
             bad = batch.pop("bad")
-            if bad and self.on_bad is not None:
+            if bad:
                 self.on_bad(bad)
             if batch:
                 yield batch
-            elif self.in_step:
-                names = ", ".join(self.samples[entry.index].sample_id for entry in bad)
-                raise UserError(
-                    f"No image of a batch of {len(bad)} can be used ({names}), and the other processes would wait for "
-                    "its results for ever: remove or repair these files."
-                )
-
-    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
-        """The next batch, None at the end; the time until it is there is waited."""
-        started = time.monotonic()
-        try:
-            batch = next(batches, None)
-        except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
-            raise UserError(
-                f"The data workers gave no batch for {self.timeout:g} s, see above if they said why: use "
-                "--data.num_workers 0."
-            ) from error
-        self.wait_s += time.monotonic() - started
-        return batch
 
     # That these two exist tells Lightning that a resumed epoch goes on where it stopped, else it warns that it doesn't.
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -40,7 +40,6 @@ from moevision.data.images import BadImageError
 from moevision.data.loader import (
     SHM,
     BadImage,
-    Collate,
     ImageDataset,
     ImageLoader,
     PositionSampler,
@@ -115,7 +114,6 @@ class ImageDataModule(Data, LightningDataModule):
 
     def __post_init__(self) -> None:
         LightningDataModule.__init__(self)
-        self.columns = (self.image_column, self.label_column)
         self.keep_file = None if self.keep is None else Path(self.keep).expanduser()
         self.relabel_file = None if self.relabel is None else Path(self.relabel).expanduser()
         self.run_dir: Path | None = None
@@ -128,8 +126,6 @@ class ImageDataModule(Data, LightningDataModule):
         # Where the next training loader begins: epoch, and how many of its images this process has read already.
         self._start = (0, 0)
         self.processes = 1  # number of processes of this training on this machine
-        # Whether processes wait for one another at every batch of an evaluation, so that none may be skipped.
-        self.in_step = False
         check_ranges(self, _RANGES, "--data.")
         if self.scores and self.mixes:
             raise UserError(
@@ -146,7 +142,7 @@ class ImageDataModule(Data, LightningDataModule):
             image_size=self.image_size,
             seed=self.seed,
             sizes={"train": self.train_size, "val": self.val_size, "test": self.test_size},
-            columns=self.columns,
+            columns=(self.image_column, self.label_column),
         )
 
     def is_of(self, run_dir: Path, path: str) -> bool:
@@ -200,7 +196,7 @@ class ImageDataModule(Data, LightningDataModule):
 
         notes = [*collection.notes, *splits.warnings, *balance_notes]
         return Contents(
-            datasets=self._datasets(collection, splits.samples),
+            datasets=self._datasets(collection, splits.samples, len(class_names)),
             class_names=class_names,
             counts=counts,
             sentences=splits.sentences(),
@@ -231,23 +227,30 @@ class ImageDataModule(Data, LightningDataModule):
             write_splits(table, splits, collection.class_names)
         return splits, collection.class_names
 
-    def _datasets(self, collection: Collection, samples: SplitSamples) -> dict[str, ImageDataset]:
-        """A dataset per split; training images are augmented."""
-        transform = TrainTransform(self, self.crop_mode)
-        train_is_square = self.crop_mode == "pad" or self.augment == "none"
-        return {
-            split: ImageDataset(
+    def _datasets(
+        self, collection: Collection, samples: SplitSamples, num_classes: int
+    ) -> dict[str, ImageDataset]:
+        """A dataset per split; training images are augmented and mixed."""
+        datasets = {}
+        for split, split_samples in samples.items():
+            datasets[split] = ImageDataset(
                 split,
                 collection,
                 split_samples,
                 image_size=self.image_size,
                 framing=self.framing,
-                square=split != "train" or train_is_square,
+                std=self.std,
+                square=True,
                 seed=self._order_seed,
-                transform=transform if split == "train" else None,
+                transform=None,
+                mixer=None,
             )
-            for split, split_samples in samples.items()
-        }
+        train = datasets["train"]
+        train.square = self.crop_mode == "pad" or self.augment == "none"
+        train.transform = TrainTransform(self, self.crop_mode)
+        if self.mixes:
+            train.mixer = BatchMixer(self.mixup, self.cutmix, num_classes)
+        return datasets
 
     def _limit_workers(self, contents: Contents) -> None:
         """Reduce the number of data workers to those whose batches fit into shared memory."""
@@ -374,10 +377,9 @@ class ImageDataModule(Data, LightningDataModule):
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
-    def _loader_options(self, mixer: BatchMixer | None = None) -> dict[str, Any]:
+    def _loader_options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "collate_fn": Collate(self.mean, self.std, self._order_seed, mixer),
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": _leave_signals_to_the_main_process,
@@ -407,20 +409,17 @@ class ImageDataModule(Data, LightningDataModule):
         self.sampler.seek(*self._start)
         self._start = (0, 0)  # another fit with this module begins at the first image
 
-        mixer = BatchMixer(self.mixup, self.cutmix, self.num_classes) if self.mixes else None
         return ImageLoader(
             dataset,
             sampler=self.sampler,
             batch_size=self.batch_size,
             drop_last=len(self.sampler) >= self.batch_size,
-            **self._loader_options(mixer),
+            **self._loader_options(),
         )
 
-    def train_batches(self, world_size: int | None = None) -> int:
-        """Batches of a training epoch on each of `world_size` processes (None: as many as the trainer has)."""
-        _, trainer_world_size = self._rank_and_world()
-        # Images of one process.
-        num_images = len(self.contents.datasets["train"]) // (world_size or trainer_world_size)
+    def train_batches(self, world_size: int) -> int:
+        """Batches of a training epoch on each of `world_size` processes."""
+        num_images = len(self.contents.datasets["train"]) // world_size  # of one process
         # The last batch is dropped unless it is the only one.
         return max(num_images // self.batch_size, int(num_images > 0))
 
@@ -429,9 +428,7 @@ class ImageDataModule(Data, LightningDataModule):
         if dataset is None:
             raise UserError(f"there is no {split} set: splits.csv lists no image of it")
         batches = eval_batches(len(dataset), self.batch_size, *self._rank_and_world())
-        return ImageLoader(
-            dataset, in_step=self.in_step, batch_sampler=batches, **self._loader_options()
-        )
+        return ImageLoader(dataset, batch_sampler=batches, **self._loader_options())
 
     def val_dataloader(self) -> ImageLoader:
         """Validation batches, in order, without randomness."""
@@ -445,12 +442,11 @@ class ImageDataModule(Data, LightningDataModule):
         """Batches of a split, or of its images `indices`, without shuffling and augmentation; all on this process."""
         dataset = self.contents.datasets[split]
         if split == "train":
-            dataset = replace(dataset, square=True, transform=None)
+            dataset = replace(dataset, square=True, transform=None, mixer=None)
         if indices is None:
             indices = range(len(dataset))
         batches = BatchSampler(indices, self.batch_size, drop_last=False)
-        options = {**self._loader_options(), "persistent_workers": False}
-        return ImageLoader(dataset, batch_sampler=batches, **options)
+        return ImageLoader(dataset, batch_sampler=batches, **self._loader_options())
 
     def state_dict(self) -> dict[str, Any]:
         """The next training batch as {epoch, batch}, with {batch_size, world_size}, which it is counted in."""
@@ -513,8 +509,11 @@ class Contents:
 
     def fill_caches(self, splits: Sequence[str]) -> None:
         """Decode the images of `splits` into memory if all splits fit, with a progress bar if there are many."""
-        datasets = [self.datasets[split] for split in splits if split in self.datasets]
-        datasets = [dataset for dataset in datasets if dataset.cache is None]
+        datasets = [
+            dataset
+            for split, dataset in self.datasets.items()
+            if split in splits and dataset.cache is None
+        ]
         if not datasets or not self.fits_memory:
             return
         count = sum(map(len, datasets))
@@ -523,16 +522,15 @@ class Contents:
             task = progress.add_task("decoding images", total=count)
             for dataset in datasets:
                 bad = dataset.fill_cache(lambda done: progress.update(task, advance=done))
-                self.unreadable.add(
-                    [BadImage(dataset.split, index, reason) for index, reason in bad.items()]
-                )
+                self.unreadable.add(bad)
 
     def sha256_with(self, value_of: Callable[[ImageDataset, Sample], int]) -> str:
         """SHA-256 over the sorted (split, relative path, `value_of`) of all images, in hexadecimal."""
-        lines = []
-        for split, dataset in self.datasets.items():
-            for sample in dataset.samples:
-                lines.append(f"{split}\t{sample.sample_id}\t{value_of(dataset, sample)}\n")
+        lines = [
+            f"{split}\t{sample.sample_id}\t{value_of(dataset, sample)}\n"
+            for split, dataset in self.datasets.items()
+            for sample in dataset.samples
+        ]
         return hashlib.sha256(name_bytes("".join(sorted(lines)))).hexdigest()
 
 
@@ -593,12 +591,10 @@ def count_classes(samples: SplitSamples, class_names: Sequence[str]) -> ClassCou
 def balance_warnings(
     train: Mapping[str, int], weighted: bool, balanced_sampling: bool
 ) -> list[str]:
-    """Warn if class sizes differ a lot and no option compensates that, or if two options do.
+    """Warn if class sizes differ a lot and no option compensates that.
 
     `train` are the training images per class; `weighted` says whether the loss has class weights.
     """
-    if weighted and balanced_sampling:
-        return ["class_weights and balanced_sampling both favour rare classes: use one of them"]
     largest = max(train, key=train.__getitem__)
     smallest = min(train, key=train.__getitem__)
     if weighted or balanced_sampling or train[largest] <= _MAX_CLASS_RATIO * train[smallest]:
@@ -678,9 +674,9 @@ def estimate_bytes(datasets: Iterable[ImageDataset]) -> float:
         image_bytes = 3.0 * dataset.image_size**2
         if not dataset.square:
             step = max(1, len(dataset) // _NUM_PROBES)
-            probes = dataset.pixels(range(0, len(dataset), step))
+            probes = map(dataset.pixels, range(0, len(dataset), step))
             sizes = [image.nbytes for image in probes if not isinstance(image, str)]
             if sizes:
-                image_bytes = sum(sizes) / len(sizes)
+                image_bytes = fmean(sizes)
         total += len(dataset) * image_bytes
     return total

@@ -74,7 +74,12 @@ SCORES = (
     "correct",
 )
 METHODS = ("aum", "el2n", "forgetting", "loss", "random", "ccs", "decisions")
-DECISIONS = ("keep", "relabel", "drop")
+# A person's decision -> the reason in the list.
+DECISIONS = {
+    "keep": "decided: keep",
+    "relabel": "decided: wrong label",
+    "drop": "decided: drop",
+}
 KEEP, NEW_LABEL, DECISION = "keep", "new_label", "decision"
 YES, NO = "yes", "no"
 LIST_HEAD = f"image,label,{KEEP},{NEW_LABEL},reason"
@@ -173,31 +178,33 @@ class ScoreSums:
     def table(self, images: Sequence[str], labels: Sequence[str]) -> Scores:
         """The scores, with the name and the class of each image."""
         rows = self.rows
-        visits = rows["visits"]
-        with np.errstate(invalid="ignore"):  # an image without visits has no scores: 0 / 0
-            scores = {
-                "aum": rows["margin"] / visits.astype(np.float32),
-                "el2n": rows["el2n"] / visits.astype(np.float32),
-                "loss_mean": rows["loss"] / visits.astype(np.float32),
-                "loss_last": np.where(visits > 0, rows["loss_last"], np.nan),
-                "p_mean": np.where(visits > 0, rows["p"], np.nan),
-                "p_std": np.sqrt(rows["p_squares"] / visits),
-                "forgetting": rows["forgotten"] / visits,
-                "correct": rows["correct"] / visits,
-            }
-
-        is_routed = rows["routed"] > 0
-        shares = np.where(is_routed[:, None], rows["shares"], np.float32(np.nan))  # [n, H]
+        visits = rows["visits"].astype(np.int64)
+        divisor = np.maximum(visits, 1)
+        scores = {
+            "aum": rows["margin"] / divisor,
+            "el2n": rows["el2n"] / divisor,
+            "loss_mean": rows["loss"] / divisor,
+            "loss_last": rows["loss_last"],
+            "p_mean": rows["p"],
+            "p_std": np.sqrt(rows["p_squares"] / divisor),
+            "forgetting": rows["forgotten"] / divisor,
+            "correct": rows["correct"] / divisor,
+        }
+        shares = _nan_where(rows["routed"][:, None] == 0, rows["shares"])  # [n, H]
         ends = np.cumsum([*self.experts.values()], dtype=int)
         # [n, E] each, and an empty one after the last end
         shares_by_block = np.split(shares, ends, axis=1)
         return Scores(
             images=list(images),
             labels=list(labels),
-            visits=visits.astype(np.int64),
-            scores={name: values.astype(np.float32) for name, values in scores.items()},
+            visits=visits,
+            scores={name: _nan_where(visits == 0, values) for name, values in scores.items()},
             experts=dict(zip(self.experts, shares_by_block, strict=False)),
         )
+
+
+def _nan_where(is_unknown: Mask, values: NDArray[Any]) -> Floats:
+    return np.where(is_unknown, np.nan, values).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -216,8 +223,8 @@ class Scores:
         head = list(_SCORES_HEAD)
         for block, shares in self.experts.items():
             head += [f"L{block}.E{expert}" for expert in range(shares.shape[1])]
-        columns = [self.scores[name][:, None] for name in SCORES]
-        numbers = np.concatenate([*columns, *self.experts.values()], axis=1)  # [n, columns]
+        columns = [*map(self.scores.__getitem__, SCORES), *self.experts.values()]
+        numbers = np.column_stack(columns)  # [n, columns]
         write_text_atomic(path, csv_text(head, self._rows(numbers)))
 
     def _rows(self, numbers: Floats) -> Iterator[list[Any]]:
@@ -238,13 +245,11 @@ class Scores:
                 if tuple(head[: len(_SCORES_HEAD)]) != _SCORES_HEAD:
                     raise ValueError(f"its first line begins with {','.join(head[:3])}")
                 for image, label, *cells in lines:
-                    if len(cells) != len(head) - 2:
-                        raise ValueError(
-                            f"{image} has {len(cells) + 2} cells and the first line {len(head)}"
-                        )
                     images.append(image)
                     labels.append(label)
                     numbers.extend(float(cell or "nan") for cell in cells)
+            # All columns but the two names.
+            values = np.frombuffer(numbers, np.float32).reshape(len(images), len(head) - 2)
         except OSError as error:
             raise UserError(
                 f"{path} can't be read ({error.strerror}): it is in the folder of a run that fit finished, without "
@@ -253,8 +258,7 @@ class Scores:
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is no table of scores ({error}): fit writes it.") from error
 
-        # All columns but the two names: visits [n, 1], scores [n, 8], the experts' shares [n, H].
-        values = np.frombuffer(numbers, np.float32).reshape(len(images), len(head) - 2)
+        # Visits [n, 1], scores [n, 8], the experts' shares [n, H].
         visits, scores, shares = np.split(values, [1, 1 + len(SCORES)], axis=1)
         expert_names = head[len(_SCORES_HEAD) :]  # L<block>.E<expert>
         blocks = np.array([int(name.split(".")[0].removeprefix("L")) for name in expert_names], int)
@@ -275,18 +279,9 @@ class KeepMask:
     """Which of n images are kept, why, and under which labels."""
 
     keep: Mask  # [n]
-    reason: Ints  # [n], each one's index into `reasons`
-    reasons: list[str]  # templates with the placeholders `{value}` and `{rank}`
-    value: Floats  # [n], the score that decided
-    rank: Ints  # [n], 1 for the image to keep first; 0 for those without a rank
+    reason: list[str]  # of each image
     # row -> class, for images that a person relabelled
     new_label: dict[int, str] = field(default_factory=dict)
-
-    def keep_also(self, rows: Ints, reason: str) -> None:
-        """Keep these images too, and add the reason."""
-        self.keep[rows] = True
-        self.reason[rows] = len(self.reasons)
-        self.reasons.append(reason)
 
     def write(self, path: Path, scores: Scores, *, relabelled: bool) -> None:
         """Write the list: image, label, keep, new_label, reason.
@@ -306,11 +301,9 @@ class KeepMask:
     def _cells(self, row: int, scores: Scores, relabelled: bool) -> list[str]:
         label = scores.labels[row]
         new_label = self.new_label.get(row, label if relabelled else "")
-        value = "never learned" if np.isinf(self.value[row]) else f"{self.value[row]:.4g}"
-        reason = self.reasons[self.reason[row]].format(value=value, rank=self.rank[row])
         image = escape_csv_cell(scores.images[row])
         keep = YES if self.keep[row] else NO
-        return [image, escape_csv_cell(label), keep, escape_csv_cell(new_label), reason]
+        return [image, escape_csv_cell(label), keep, escape_csv_cell(new_label), self.reason[row]]
 
 
 def prune(
@@ -320,10 +313,7 @@ def prune(
 
     `hardest` is β of `ccs`; `seed` decides what is drawn, and the order of ties.
     """
-    n = len(scores.images)
     scored = np.flatnonzero(scores.visits)  # rows of images with scores
-    if not len(scored):
-        raise UserError("The scores are of no image: the training has made no step.")
     count = max(1, round(share * len(scored)))
 
     priority = _priority(scores, by)
@@ -332,28 +322,22 @@ def prune(
     order = scored[np.lexsort((tie_breaker, -priority[scored]))]
 
     value = scores.scores["loss_mean"] if by == "loss" else priority
-    mask = KeepMask(
-        keep=np.zeros(n, bool),
-        reason=np.zeros(n, np.int64),
-        reasons=[],
-        value=value,
-        rank=np.zeros(n, np.int64),
-    )
-    mask.rank[order] = np.arange(1, len(order) + 1)
+    mask = KeepMask(scores.visits == 0, ["never visited, so it has no score"] * len(scores.images))
     if by == "ccs":
-        mask.keep[_from_strata(mask, order, count, hardest, seed)] = True
+        _keep_from_strata(mask, priority, order, count, hardest, seed)
     else:
         mask.keep[order[:count]] = True
-        method = "drawn" if by == "random" else f"{by} {{value}}"
-        mask.reasons = [f"{method}: rank {{rank}} of {len(scored):,}"]
-
-    mask.keep_also(np.flatnonzero(scores.visits == 0), "never visited, so it has no score")
+        for rank, row in enumerate(order.tolist(), start=1):
+            measured = "drawn" if by == "random" else f"{by} {value[row]:.4g}"
+            mask.reason[row] = f"{measured}: rank {rank} of {len(order):,}"
 
     # The image of the highest priority of each class of which none is kept.
     _, labels = np.unique(scores.labels, return_inverse=True)  # [n]
     classes, best_of_class = np.unique(labels[order], return_index=True)  # positions in `order`
     is_emptied = ~np.isin(classes, labels[mask.keep])
-    mask.keep_also(order[best_of_class[is_emptied]], "the last of its class")
+    for row in order[best_of_class[is_emptied]].tolist():
+        mask.keep[row] = True
+        mask.reason[row] = "the last of its class"
     return mask
 
 
@@ -369,39 +353,37 @@ def _priority(scores: Scores, by: str) -> Floats:
     return scores.scores["aum" if by == "ccs" else by]
 
 
-def _from_strata(mask: KeepMask, order: Ints, count: int, hardest: float, seed: int) -> Ints:
-    """CCS: the rows to keep of those in `order`, which is by falling AUM; sets the reasons of `mask`."""
+def _keep_from_strata(
+    mask: KeepMask, aum: Floats, order: Ints, count: int, hardest: float, seed: int
+) -> None:
+    """CCS: keep `count` of the rows in `order`, which is by falling AUM."""
     num_hardest = int(hardest * len(order))
-    candidates = order[: len(order) - num_hardest]
+    candidates, lowest = np.split(order, [len(order) - num_hardest])
     if len(candidates) < count:
         raise UserError(
             f"--hardest {hardest:g} drops more than --keep allows: {len(candidates):,} images are left and {count:,} "
             "are to be kept. Lower one of them."
         )
-    aum = mask.value[candidates]
-    low, high = float(aum.min()), float(aum.max())
+    for row in lowest.tolist():
+        mask.reason[row] = f"aum {aum[row]:.4g}: among the {hardest:.0%} with the lowest"
+
+    low, high = float(aum[candidates].min()), float(aum[candidates].max())
     width = (high - low) / _STRATA or 1.0
-    stratum_of = np.minimum((aum - low) / width, _STRATA - 1).astype(np.int64)  # [candidates]
-    sizes = np.bincount(stratum_of, minlength=_STRATA)
+    stratum_of = np.minimum((aum[candidates] - low) / width, _STRATA - 1).astype(np.int64)
+    sizes = np.bincount(stratum_of)
 
     # The smallest stratum first: if it has fewer images than its quota, the quotas of the others grow.
     rng = np.random.default_rng(seed)
     smallest_first = [stratum for stratum in np.argsort(sizes, kind="stable") if sizes[stratum]]
-    num_drawn = np.zeros(_STRATA, np.int64)
-    chosen: list[Ints] = []
     for num_done, stratum in enumerate(smallest_first):
-        strata_left = len(smallest_first) - num_done
-        quota = (count - num_drawn.sum()) // strata_left
         members = rng.permutation(candidates[stratum_of == stratum])
-        chosen.append(members[:quota])
-        num_drawn[stratum] = len(chosen[-1])
-
-    mask.reasons = [f"aum {{value}}: among the {hardest:.0%} with the lowest"]
-    for stratum in range(_STRATA):
-        drawn = f"{num_drawn[stratum]} of {sizes[stratum]} drawn"
-        mask.reasons.append(f"aum {{value}}: stratum {stratum + 1} of {_STRATA}, {drawn}")
-    mask.reason[candidates] = 1 + stratum_of
-    return np.concatenate(chosen)
+        quota = count // (len(smallest_first) - num_done)
+        drawn = members[:quota]
+        count -= len(drawn)
+        mask.keep[drawn] = True
+        of_stratum = f"stratum {stratum + 1} of {_STRATA}, {len(drawn)} of {len(members)} drawn"
+        for row in members.tolist():
+            mask.reason[row] = f"aum {aum[row]:.4g}: {of_stratum}"
 
 
 def choose_kept_images(scores: Scores, path: Path) -> KeepMask:
@@ -413,14 +395,7 @@ def choose_kept_images(scores: Scores, path: Path) -> KeepMask:
         raise UserError(
             f"--decisions: {path} names {unknown:,} images that the run wasn't trained on: give its own."
         )
-    n = len(scores.images)
-    mask = KeepMask(
-        keep=np.ones(n, bool),
-        reason=np.full(n, len(DECISIONS)),
-        reasons=["decided: keep", "decided: wrong label", "decided: drop", "not decided"],
-        value=np.zeros(n, np.float32),
-        rank=np.zeros(n, np.int64),
-    )
+    mask = KeepMask(np.ones(len(index_of), bool), ["not decided"] * len(index_of))
     for image, row in rows.items():
         decision = row.cells[DECISION]
         if decision not in DECISIONS:
@@ -432,11 +407,8 @@ def choose_kept_images(scores: Scores, path: Path) -> KeepMask:
                     f"new_label is {new_label!r}, and the training images have no such class"
                 )
             mask.new_label[index_of[image]] = new_label
-        mask.reason[index_of[image]] = DECISIONS.index(decision)
+        mask.reason[index_of[image]] = DECISIONS[decision]
         mask.keep[index_of[image]] = decision != "drop"
-    for name, before, after in class_shares(scores, mask):
-        if before and not after:
-            raise UserError(f"{path} leaves no image of the class {name!r}: keep some of it.")
     return mask
 
 
@@ -446,10 +418,6 @@ class Share(NamedTuple):
     name: str
     before: float
     after: float
-
-    def ratio(self) -> float:
-        """The share after divided by the share before; 1 if there was nothing before."""
-        return self.after / self.before if self.before else 1.0
 
 
 def class_shares(scores: Scores, mask: KeepMask) -> list[Share]:
@@ -468,13 +436,10 @@ def expert_shares(scores: Scores, keep: Mask) -> list[Share]:
     result = []
     for block, shares in scores.experts.items():
         is_routed = ~np.isnan(shares[:, 0])
-        is_kept = is_routed & keep
-        if not is_kept.any():
-            continue
-        before = shares[is_routed].mean(0, dtype=np.float64).tolist()
-        after = shares[is_kept].mean(0, dtype=np.float64).tolist()
-        for expert in range(len(before)):
-            result.append(Share(f"L{block}.E{expert}", before[expert], after[expert]))
+        before = shares[is_routed].mean(0, dtype=np.float64)
+        after = shares[is_routed & keep].mean(0, dtype=np.float64)
+        for expert, pair in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+            result.append(Share(f"L{block}.E{expert}", *pair))
     return result
 
 
@@ -491,7 +456,7 @@ def shares_table(shares: Sequence[Share], what: str) -> list[str]:
     """Lines of a table headed by `what`, of the shares that fall most if there are more than `_MAX_ROWS`."""
     rows = list(shares)
     if len(rows) > _MAX_ROWS:
-        rows = sorted(rows, key=Share.ratio)[:_MAX_ROWS]
+        rows = sorted(rows, key=lambda share: share.after / (share.before or 1))[:_MAX_ROWS]
     num_hidden = len(shares) - len(rows)
     width = max(map(len, [what, *(share.name for share in rows)]))
     lines = [f"{what:<{width}}   before    after"]
@@ -504,8 +469,7 @@ def shares_table(shares: Sequence[Share], what: str) -> list[str]:
 # ---- lists are applied to a split
 
 
-@dataclass(frozen=True)
-class ListRow:
+class ListRow(NamedTuple):
     """The row of a list for one image."""
 
     cells: Mapping[str, str]  # by column
@@ -554,8 +518,6 @@ def _relabel(splits: Splits, class_names: Sequence[str], path: Path) -> Splits:
     label_of = {escape_csv_cell(name): label for label, name in enumerate(class_names)}
     rows = _rows_of_training_images(path, NEW_LABEL, "--data.relabel", splits)
     names = [escape_csv_cell(row.cells[NEW_LABEL]) if row is not None else "" for row in rows]
-    if not any(names):
-        raise UserError(f"--data.relabel: {path} gives no image a new label: leave it out.")
     train = []
     changed = 0
     for sample, row, name in zip(splits.samples["train"], rows, names, strict=True):
@@ -621,15 +583,6 @@ def _rows_of_training_images(
     if foreign:
         raise UserError(
             f"{option}: {path} lists {len(foreign):,} images that are not among the training images, the first is "
-            f"{foreign[0]!r} ({_split_of(foreign[0], splits)}): give a list of these data in this split (--data.seed "
-            "and the fractions decide it)."
+            f"{foreign[0]!r}: give a list of these data in this split (--data.seed and the fractions decide it)."
         )
     return [rows.get(name) for name in names]
-
-
-def _split_of(name: str, splits: Splits) -> str:
-    """In which split an image is, in words for an error message."""
-    for split, samples in {**splits.samples, "no split": splits.unused}.items():
-        if any(escape_csv_cell(sample.sample_id) == name for sample in samples):
-            return f"it is in {split}"
-    return "the data have no such image"

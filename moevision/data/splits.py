@@ -302,21 +302,21 @@ def _with_copies(
 
     A sample that is absent has no copy and no named group.
     """
+    from scipy.cluster.hierarchy import DisjointSet  # imports much of SciPy
+
     copy_sets = _sets_agreeing_in(samples, [collection.identity])  # links to one file
     if check_duplicates:
         copy_sets = byte_identical(collection, samples)
     group_of = dict(named_groups)
-    merged_into: dict[str, str] = {}  # group -> the group that it was merged into
+    merged = DisjointSet(named_groups.values())  # groups that share copies
     contradictions = []
     for members in copy_sets:
         if len({sample.label for sample in members}) > 1:
             contradictions.append(members[0].sample_id)
         groups = [group_of.setdefault(sample.sample_id, sample.sample_id) for sample in members]
-        for group in groups[1:]:
-            root = _root(group, merged_into)
-            first_root = _root(groups[0], merged_into)
-            if root != first_root:
-                merged_into[root] = first_root
+        for group in groups:
+            merged.add(group)
+            merged.merge(groups[0], group)
 
     warnings = []
     if contradictions:
@@ -324,15 +324,7 @@ def _with_copies(
             f"{len(contradictions)} images stand in several classes as byte-identical files or links (for example "
             f"{contradictions[0]}): keep each in its right class"
         )
-    roots = {sample_id: _root(group, merged_into) for sample_id, group in group_of.items()}
-    return roots, warnings
-
-
-def _root(group: str, merged_into: Mapping[str, str]) -> str:
-    """The group that a group belongs to after all merges."""
-    while group in merged_into:
-        group = merged_into[group]
-    return group
+    return {sample_id: merged[group] for sample_id, group in group_of.items()}, warnings
 
 
 def byte_identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sample]]:
@@ -467,10 +459,9 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
 def _read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a ``splits.csv``, with escaped names; a UserError if the file is something else."""
     rows: list[dict[str, str]] = []
-    with suppress(UnicodeDecodeError, csv.Error):
-        rows = read_csv(path)
-    columns = set(rows[0]) if rows else set()
-    if columns != set(_COLUMNS) or any(row["split"] not in (*SPLITS, _UNUSED) for row in rows):
+    with suppress(ValueError, csv.Error):
+        rows = read_csv(path, _COLUMNS)
+    if not rows or any(row["split"] not in (*SPLITS, _UNUSED) for row in rows):
         raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
     # Names are compared as written, since a sample id may have characters that CSV can't hold. Older files have
     # unescaped names.
@@ -510,13 +501,13 @@ def is_copy(
         return True
 
     original_samples = _by_written_name(original_collection)
-    compared, equal = 0, 0
-    for name in shared:
-        if name in original_samples:
-            size = original_collection.size_bytes(original_samples[name])
-            compared += 1
-            equal += collection.size_bytes(samples[name]) == size
-    return equal >= compared * (0.5 if part else 1)
+    same_size = [
+        original_collection.size_bytes(original_samples[name])
+        == collection.size_bytes(samples[name])
+        for name in shared
+        if name in original_samples
+    ]
+    return sum(same_size) >= len(same_size) * (0.5 if part else 1)
 
 
 def _relabelled_row(

@@ -135,11 +135,11 @@ def counted_name(expert: Json) -> Json | None:
     """What one of a layer's `experts` is called after: the part, or else the class, that stands out most beyond chance.
 
     It is `kind` (`part` or `class`), `name`, the expert's `share` of it and its `overall` share of everything; None
-    where nothing stands out, or where an atlas of an earlier version doesn't say.
+    where nothing stands out.
     """
     for kind, key in (("part", "parts"), ("class", "classes")):
         rows = expert[key] or []
-        significant = [row for row in rows if row.get("significant") and row["above"] > 0]
+        significant = [row for row in rows if row["significant"] and row["above"] > 0]
         if significant:
             best = max(significant, key=lambda row: float(row["above"]))
             overall = round(best["share"] - best["above"], _DIGITS)
@@ -167,12 +167,13 @@ def compare_by_atlas(atlas: Json, a: str, b: str) -> Json:
         name = f"L{class_map['layer']}"
         share = np.array(class_map["share"], np.float64)  # [C, E]
         significant = np.array(class_map["significant"], bool)
-        difference = share[row_a] - share[row_b]
-        stands_out = significant[row_a] | significant[row_b]
-        experts: list[Json] = []
-        for expert, (x, y) in enumerate(zip(difference, stands_out, strict=True)):
-            experts.append({"expert": expert, "difference": float(x), "significant": bool(y)})
-            named_experts.append((f"{name}·E{expert}", experts[-1]))
+        difference = (share[row_a] - share[row_b]).tolist()
+        stands_out = (significant[row_a] | significant[row_b]).tolist()
+        experts = [
+            {"expert": expert, "difference": x, "significant": y}
+            for expert, (x, y) in enumerate(zip(difference, stands_out, strict=True))
+        ]
+        named_experts += [(f"{name}·E{row['expert']}", row) for row in experts]
         layers.append({"name": name, "layer": class_map["layer"], "experts": experts})
 
     marked = sum(row["significant"] for _, row in named_experts)
@@ -199,13 +200,8 @@ def save_atlas(atlas: Json, path: str | Path) -> None:
 
 
 def load_atlas(path: str | Path) -> Json:
-    """Read an atlas; a UserError if there is none, it is damaged, or another version wrote it."""
-    try:
-        atlas: Json = read_json(path)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"There is no atlas at {path} ({error.strerror}): build it with build_atlas."
-        ) from error
+    """Read an atlas; a UserError if it is damaged, or another version wrote it."""
+    atlas: Json = read_json(path)
     schema = atlas.get("schema") if isinstance(atlas, dict) else None
     if schema != SCHEMA:
         raise UserError(
@@ -240,10 +236,7 @@ def _effects_by_expert(effects: Json) -> dict[tuple[int, int], Json]:
     """By layer and expert: what taking it away does to the logit of the true class, beside as much at random."""
     images = {"images_per_class": effects["pictures_per_class"]}
     return {
-        (effect["layer"], effect["expert"]): {
-            **images,
-            **{key: effect[key] for key in _EFFECT_KEYS},
-        }
+        (effect["layer"], effect["expert"]): images | {key: effect[key] for key in _EFFECT_KEYS}
         for effect in effects["experts"]
     }
 

@@ -10,7 +10,6 @@ expert choice and Soft MoE), R rows of all experts, C tokens taken by an expert 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -32,8 +31,6 @@ from moevision.layers import (
 )
 
 MAX_CHANNELS = 8  # of a vector; more can't be drawn legibly
-# Of some hooked modules the input is stored too: field for the output -> field for the input.
-INPUT_OF = {"output": "tokens", "normed": "before"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +52,6 @@ class Channels:
     total: Floats  # [P, V] output of the layer
     before: Floats | None = None  # [P, V] residual stream that enters the block's MLP branch
     after: Floats | None = None  # [P, V] residual stream after the block
-
-    def to_json(self) -> Json:
-        """The fields by name, arrays encoded by `encode_float32`."""
-        return _encode_arrays(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,49 +77,44 @@ class Computation:
 
     def to_json(self) -> Json:
         """The fields by name, arrays encoded by `encode_float32`; `channels` is a nested object."""
-        return {**_encode_arrays(self), "channels": self.channels.to_json()}
+        return {**_encode_arrays(self), "channels": _encode_arrays(self.channels)}
 
 
 @dataclass
 class LayerActivations:
-    """Activations of one MoE layer, stored by hooks; None where the model has no such module or didn't run."""
+    """What went into and came out of one MoE layer, its parts and its block, stored by hooks.
+
+    By name: `layer` [1, N, D], `experts` [R, D] sorted by expert, `shared` [N, D], `norm` (the block's second) and
+    `block` [1, N, D]; those that the model has.
+    """
 
     layer: MoEMlp
-    block: nn.Module | None = None  # that contains the layer
-    tokens: Tensor | None = None  # [1, N, D] input of the layer
-    output: Tensor | None = None  # [1, N, D] of the layer
-    rows: Tensor | None = None  # [R, D] output of the experts, sorted by expert
-    shared: Tensor | None = None  # [N, D] output of the shared experts
-    normed: Tensor | None = None  # [1, N, D] output of the block's second norm
-    before: Tensor | None = None  # [1, N, D] its input, the residual stream
-    after: Tensor | None = None  # [1, N, D] output of the block
-    thread: int = field(default_factory=threading.get_ident)  # the only one whose passes are stored
+    block: nn.Module | None  # that contains the layer
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def register_hooks(self, hooks: ExitStack) -> None:
-        """Hook the modules, so that each pass stores their activations in the fields; closing `hooks` ends it."""
-        module_of_field = {
-            "output": self.layer,
-            "rows": self.layer.experts,
+        """Hook the modules, so that each pass stores their activations; closing `hooks` ends it."""
+        modules = {
+            "layer": self.layer,
+            "experts": self.layer.experts,
             "shared": self.layer.shared,
-            "normed": getattr(self.block, "norm2", None),
-            "after": self.block,
+            "norm": getattr(self.block, "norm2", None),
+            "block": self.block,
         }
-        for name, module in module_of_field.items():
+        for name, module in modules.items():
             if isinstance(module, nn.Module):
                 hook = partial(self._store, name)
                 hooks.enter_context(module.register_forward_hook(hook))
 
     def _store(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if threading.get_ident() != self.thread:
-            return
-        setattr(self, name, output)
-        if name in INPUT_OF:
-            setattr(self, INPUT_OF[name], inputs[0])
+        self.inputs[name] = inputs[0]
+        self.outputs[name] = output
 
     @property
     def in_residual_branch(self) -> bool:
         """Whether the layer is in a residual branch, right after a norm: its input is the norm's output tensor."""
-        return self.normed is self.tokens
+        return self.outputs.get("norm") is self.inputs["layer"]
 
     @torch.inference_mode()
     def computation(self, routing: Routing, *, noisy: bool = False) -> Computation:
@@ -142,7 +130,7 @@ class LayerActivations:
         noise = None
         if noisy:
             # Jitter changes the router's input, and with it `routing.logits`: route again without noise.
-            clean_logits = router(self.tokens).logits
+            clean_logits = router(self.inputs["layer"]).logits
             noise = to_numpy((routing.noisy_logits - clean_logits)[0, first_patch:])
 
         bias = getattr(router, "bias", None)
@@ -160,15 +148,17 @@ class LayerActivations:
 
     def _patch_vectors(self, routing: Routing) -> dict[str, Tensor]:
         """The available vectors of the patches by field of `Computation`: [P, D], but `outputs` [P, K, D]."""
-        activations = {"shared": self.shared, "total": self.output}
+        activations = {"total": self.outputs["layer"]}
+        if self.layer.shared is not None:
+            activations["shared"] = self.outputs["shared"]
         if self.in_residual_branch:
-            activations |= {"before": self.before, "after": self.after}
+            activations["before"] = self.inputs["norm"]
+            activations["after"] = self.outputs["block"]
 
         first_patch = routing.num_prefix_tokens
         vectors = {"outputs": self._expert_outputs(routing)[first_patch:]}
         for name, activation in activations.items():
-            if activation is not None:
-                vectors[name] = activation.flatten(0, -2)[first_patch:]  # [N, D] -> [P, D]
+            vectors[name] = activation.flatten(0, -2)[first_patch:]  # [N, D] -> [P, D]
         return vectors
 
     def _largest_channels(self, vectors: dict[str, Tensor], first_patch: int) -> Channels:
@@ -185,8 +175,7 @@ class LayerActivations:
             gamma = getattr(getattr(self.block, "ls2", None), "gamma", torch.ones_like(mean_change))
             scale = to_numpy(gamma[index])
 
-        assert self.tokens is not None
-        patches = self.tokens.flatten(0, -2)[first_patch:]  # [P, D]; one image
+        patches = self.inputs["layer"].flatten(0, -2)[first_patch:]  # [P, D]; one image
         channels: dict[str, Any] = {
             name: to_numpy(vector[..., index]) for name, vector in vectors.items()
         }
@@ -201,12 +190,11 @@ class LayerActivations:
 
     def _expert_outputs(self, routing: Routing) -> Tensor:
         """[N, K, D] unweighted output of each chosen expert, in the order of `routing.expert_index`."""
-        assert self.tokens is not None
-        tokens = self.tokens.flatten(0, -2)  # [N, D]; one image
+        tokens = self.inputs["layer"].flatten(0, -2)  # [N, D]; one image
         experts = self.layer.experts
         inputs = tokens.to(experts.compute_dtype(tokens))
         dispatched = self.layer.dispatcher.dispatch(inputs, routing)
-        rows = self.rows  # [R, D]
+        rows = self.outputs.get("experts")  # [R, D]
         if rows is None:  # the dense backend doesn't call this module
             rows = experts(dispatched.rows, dispatched.counts)
 
@@ -226,7 +214,7 @@ class LayerActivations:
 
 @contextmanager
 def capture_activations(net: nn.Module) -> Iterator[list[LayerActivations]]:
-    """Within the context, store the activations of the MoE layers of `net` for one image that this thread runs.
+    """Within the context, store the activations of the MoE layers of `net` for one image.
 
     It yields one `LayerActivations` per MoE layer, in order of depth; they are filled while the model runs.
     """

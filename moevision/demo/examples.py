@@ -7,12 +7,11 @@ looked up in tables; none of them ever becomes a path.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import threading
 import warnings
 from collections.abc import Mapping
 from functools import cache, cached_property, lru_cache
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from moevision.analysis.images import (
     PictureSet,
     open_pictures,
     original_image,
-    run_folder,
 )
 from moevision.config import CROP, Framing
 from moevision.data.collection import SPLITS, interleave_by_class
@@ -70,7 +68,6 @@ class Examples:
         self._index: dict[str, int] = {}
         if pictures is not None:
             self._index = {self.id_of(pictures, index): index for index in range(len(pictures))}
-        self._dropping = threading.Lock()
         # `_open` and `_sharp_uri` with their last results; bounded, so memory stays flat.
         self.find = lru_cache(256)(self._open)
         self.sharp = lru_cache(64)(self._sharp_uri)
@@ -78,7 +75,7 @@ class Examples:
     @property
     def has_pictures(self) -> bool:
         """Whether there is data of the model's own kind."""
-        return self.pictures is not None and len(self.pictures) > 0
+        return self.pictures is not None
 
     @cached_property
     def all_ids(self) -> list[str]:
@@ -104,8 +101,7 @@ class Examples:
                 log.warning("left out of the examples: %s", error)
                 unusable.add(id)
         if unusable:
-            with self._dropping:
-                self.all_ids = [id for id in self.all_ids if id not in unusable]
+            self.all_ids = [id for id in self.all_ids if id not in unusable]
         return images
 
     def id_of(self, pictures: PictureSet, index: int) -> str:
@@ -180,24 +176,20 @@ class Examples:
 def sharp_data_uri(image: Image.Image, image_size: int, framing: Framing) -> str | None:
     """What the model sees of an image as a data URI, a JPEG of quality 85; None if the image isn't larger than S."""
     square = sharp_square(image, image_size, framing)
-    return None if square is None else data_uri(square, "jpeg", quality=85, subsampling=2)
+    return None if square is None else data_uri(square, format="jpeg", quality=85)
 
 
 def thumbnail_uri(pixels: Pixels) -> str:
     """An image, uint8 [S, S, 3], at no more than 96 px, as a data URI."""
-    if len(pixels) > THUMB_PX:
-        image = Image.fromarray(pixels)
-        pixels = np.asarray(image.resize((THUMB_PX, THUMB_PX), Image.Resampling.BICUBIC))
-    return data_uri(pixels, "jpeg", quality=80, subsampling=2)
+    image = Image.fromarray(pixels)
+    image.thumbnail((THUMB_PX, THUMB_PX))  # never enlarges
+    return data_uri(np.asarray(image), format="jpeg", quality=80)
 
 
 @cache
 def photo_files() -> dict[str, Path]:
     """Photos in the installed gradio, by what they show; empty where gradio has none."""
-    spec = importlib.util.find_spec("gradio")
-    if spec is None or spec.origin is None:
-        return {}
-    folder = Path(spec.origin).parent / "media_assets" / "images"
+    folder = Path(str(distribution("gradio").locate_file("gradio/media_assets/images")))
     return {name: folder / file for name, file in _PHOTOS.items() if (folder / file).is_file()}
 
 
@@ -207,12 +199,6 @@ class ScoredRun:
     def __init__(self, run: Path, model: SavedModel) -> None:
         self.run = run
         self._model = model
-
-    @classmethod
-    def of(cls, address: str, model: SavedModel) -> ScoredRun | None:
-        """The run of the model at that address; None where there is no run, or it kept no scores."""
-        run = run_folder(address)
-        return cls(run, model) if run is not None and (run / FILE).is_file() else None
 
     @cached_property
     def scores(self) -> Scores:

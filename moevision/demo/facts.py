@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,14 +39,14 @@ from moevision.models.convert import routes_read
 from moevision.models.io import SavedModel
 
 # Phrases for routers that are fixed rules and learn nothing, by router name.
-RULES: Final = {
+RULES = {
     "hash": "by a hash of the position",
     "random": "at random",
     "position": "by position",
     "colour": "by the patch's colour",
 }
 
-CHANGES: Final[tuple[Change, ...]] = ("ablate", "force", "random", "top_k", "capacity")
+CHANGES: tuple[Change, ...] = ("ablate", "force", "random", "top_k", "capacity")
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,8 @@ class LayerFacts:
         if self.capacity is not None:
             parts.append(f"capacity factor {self.capacity:g}")
         if self.num_shared_experts:
-            verb = "computes" if self.num_shared_experts == 1 else "compute"
             shared = plural(self.num_shared_experts, "shared expert")
-            parts.append(f"plus {shared} that {verb} every patch")
+            parts.append(f"plus {shared} for every patch")
         if not self.read_by_classifier:
             parts.append("not read by the classifier")
         return ", ".join(parts)
@@ -149,8 +148,8 @@ def _layer_facts(
 
 
 def _capacity_factor(router: Any, name: str) -> float | None:
-    factor = getattr(getattr(router, "options", None), name, None)
-    return None if factor is None else float(factor)
+    factor: float | None = getattr(getattr(router, "options", None), name, None)
+    return factor
 
 
 def common(values: Iterable[int]) -> int | None:
@@ -165,9 +164,9 @@ def plural(number: int, noun: str) -> str:
 
 
 Pixels = npt.NDArray[np.uint8]
-MIN_SIDE: Final = 16
+MIN_SIDE = 16
 """Shortest side of an image in pixels: below it a patch would show one or two pixels, enlarged."""
-MAX_ASPECT: Final = 20
+MAX_ASPECT = 20
 """Longest side ÷ shortest side: beyond it the central square is less than 5 % of the image."""
 
 
@@ -228,7 +227,7 @@ class ModelFacts:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PictureFacts:
     """The image as the model saw it."""
 
@@ -257,7 +256,7 @@ def describe(
         )
     _, routings = route_batch(model, np.zeros((1, model.image_size, model.image_size, 3), np.uint8))
     grid = routings[0].grid
-    if grid is None or any(routing.layer is None for routing in routings):
+    if grid is None:
         raise UserError("This model's patches are not a whole grid: patch dropping must be off.")
     router_names = getattr(model.net, "moe_config", {}).get("router")
     if not isinstance(router_names, list):
@@ -312,7 +311,7 @@ def model_input(
     return square_pixels(image, image_size, framing)
 
 
-SHARP_PX: Final = 672
+SHARP_PX = 672
 """Largest side of the image that is shown under the patches: 560 CSS pixels on a screen of 1.2 times that density."""
 
 
@@ -335,7 +334,7 @@ def softmax(logits: Tensor) -> Floats:
     return to_numpy(logits.float().softmax(-1))
 
 
-_GENERATOR_LOCK: Final = threading.RLock()
+_GENERATOR_LOCK = threading.RLock()
 """Held while torch's global random generator has a temporary seed; the locks of models don't protect it."""
 
 
@@ -358,8 +357,7 @@ def noise_of_training(net: nn.Module, seed: int | None) -> Iterator[None]:
         routers: list[Any] = [layer.router for layer in moe_layers(net)]
         routers = [router for router in routers if noise_of(router) != "none"]
         states = [(router.training, router.options) for router in routers]
-        devices = {weight.device for weight in net.parameters() if weight.is_cuda}
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
                 for router in routers:

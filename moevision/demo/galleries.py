@@ -29,10 +29,9 @@ from moevision.demo import requests as read
 from moevision.demo.atlas import build_atlas, compare_by_atlas, counted_name, load_atlas
 from moevision.demo.examples import thumbnail_uri
 from moevision.demo.facts import ModelFacts, PictureFacts, Pixels
-from moevision.demo.models import OWN, Entry, Variant
+from moevision.demo.models import Entry, Variant
 from moevision.demo.view import top_classes
 from moevision.demo.wire import Json, RequestError, data_uri, encode_float16
-from moevision.errors import UserError
 from moevision.models.history import RoutingHistory
 
 MAX_IMAGES = 400  # of a gallery
@@ -42,13 +41,12 @@ SIMILAR_PATCHES = 12
 CROP_PX = 40  # small patches are shown with more of what surrounds them
 _NO_PICTURES = "has no images here: start the explorer with --data DIR to give it some."
 T = TypeVar("T")
-Key = tuple[str, str]  # model, variant
 log = logging.getLogger(__name__)
 
 
-def read_into_memory(pictures: PictureSet) -> View:
-    """All of the images, read into memory; those that can't be read are left out."""
-    pictures = cached(pictures, sys.maxsize)
+def read_into_memory(pictures: PictureSet, stopping: threading.Event) -> View:
+    """All of the images, read into memory until `stopping` is set; those that can't be read are left out."""
+    pictures = _UntilStopped(cached(pictures, sys.maxsize), stopping)
     readable = []
     for index in range(len(pictures)):
         try:
@@ -68,7 +66,7 @@ class _UntilStopped(View):
     """The same images, until the explorer is closed: then each call for one ends what is being collected."""
 
     def __init__(self, pictures: PictureSet, stopping: threading.Event) -> None:
-        super().__init__(pictures, range(len(pictures)))
+        super().__init__(pictures)
         self.stopping = stopping
 
     def image(self, index: int) -> Pixels:
@@ -97,89 +95,76 @@ class Galleries:
     def __init__(self, entries: Sequence[Entry], limit: int = MAX_IMAGES) -> None:
         self.entries = list(entries)
         self.limit = limit
-        self._atlases: dict[Key, Json] = {}
-        self._galleries: dict[Key, Gallery] = {}
-        self._errors: dict[Key, str] = {}
+        self._atlases: dict[Variant, Json] = {}
+        self._galleries: dict[Variant, Gallery] = {}
+        self._errors: dict[Variant, str] = {}
         self.stopping = threading.Event()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="moevision-galleries", daemon=True)
+        self.thread = threading.Thread(target=self._work, name="moevision-galleries", daemon=True)
         for entry in entries:
             self._atlases |= _stored_atlases(entry)
 
-    def start(self, ready: Callable[[Entry, str], None] = lambda entry, variant: None) -> None:
+    def start(self, ready: Callable[[Entry, Variant], None] = lambda *finished: None) -> None:
         """Begin to collect; returns at once. `ready` is called with each model and variant that is finished."""
         self._ready = ready
-        self._thread.start()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait until everything is collected; False if that takes longer."""
-        return self._done.wait(timeout_s)
+        self.thread.start()
 
     def close(self) -> None:
         """Stop after the image that is being read or routed, or the atlas that is being built."""
         self.stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self.thread.is_alive():
+            self.thread.join()
 
-    def atlas(self, entry: Entry, variant: str) -> Json | None:
+    def atlas(self, variant: Variant) -> Json | None:
         """The atlas of a variant; None while it is being computed or if there will be none."""
-        return self._result(self._atlases, entry, variant)
+        return self._result(self._atlases, variant)
 
-    def gallery(self, entry: Entry, variant: str) -> Gallery | None:
+    def gallery(self, variant: Variant) -> Gallery | None:
         """The gallery of a variant; None while it is being collected or if the model has no images."""
-        return self._result(self._galleries, entry, variant)
+        return self._result(self._galleries, variant)
 
-    def _result(self, results: dict[Key, T], entry: Entry, variant: str) -> T | None:
+    def _result(self, results: dict[Variant, T], variant: Variant) -> T | None:
         """What there is of a variant; a RequestError if collecting it failed."""
-        key = (entry.card.id, variant)
-        if key not in results and key in self._errors:
-            raise RequestError(
-                f"The images of {entry.card.title} could not be looked through: {self._errors[key]}"
-            )
-        return results.get(key)
+        if variant not in results and variant in self._errors:
+            title = variant.facts.title
+            error = self._errors[variant]
+            raise RequestError(f"The images of {title} could not be looked through: {error}")
+        return results.get(variant)
 
     def _work(self) -> None:
         """Collect all galleries, those of the trained models first."""
-        order = [(entry, variant) for entry in self.entries for variant in entry.variants]
-        order.sort(key=lambda model: model[1] != "trained")
-        images: dict[str, View] = {}  # in memory, by model
-        for entry, variant in order:
+        models = [(entry, name) for entry in self.entries for name in entry.variants]
+        models.sort(key=lambda model: model[1] != "trained")
+        images: dict[Entry, View] = {}  # in memory
+        for entry, name in models:
             if entry.examples.pictures is None:
                 continue
-            id = entry.card.id
+            variant = entry.variants[name]
             try:
-                if id not in images:
-                    images[id] = self._read_images(entry, entry.examples.pictures)
-                self._collect(entry, variant, images[id])
+                if entry not in images:
+                    images[entry] = self._read_images(entry, entry.examples.pictures)
+                self._collect(variant, images[entry])
                 self._ready(entry, variant)
             except _StoppedError:
                 break
             # An exception would end this thread, and nobody would see it.
             except Exception as error:
-                log.exception("the gallery of %s, %s, could not be made", entry.card.title, variant)
-                self._errors[id, variant] = str(error) or type(error).__name__
-        self._done.set()
+                log.exception("the gallery of %s, %s, could not be made", entry.card.title, name)
+                self._errors[variant] = str(error)
 
     def _read_images(self, entry: Entry, pictures: PictureSet) -> View:
         limit = self.limit
         if entry.shown:
             limit = max(limit, MAX_FOLDER_IMAGES)
         sample = open_pictures(pictures, entry.facts.image_size, limit=limit)
-        return read_into_memory(_UntilStopped(sample, self.stopping))
+        return read_into_memory(sample, self.stopping)
 
-    def _collect(self, entry: Entry, variant: str, images: View) -> None:
+    def _collect(self, variant: Variant, images: View) -> None:
         # Small batches: a visitor's image waits no longer than one of them takes.
-        trace = collect_routing(
-            entry.variants[variant].saved,
-            _UntilStopped(images, self.stopping),
-            batch_size=16,
-            progress=False,
-            name=entry.card.title,
-        )
-        key = (entry.card.id, variant)
-        self._galleries[key] = Gallery(images, trace)
-        if key not in self._atlases:
-            self._atlases[key] = atlas_of(trace, images)
+        title = variant.facts.title
+        trace = collect_routing(variant.saved, images, batch_size=16, progress=False, name=title)
+        self._galleries[variant] = Gallery(images, trace)
+        if variant not in self._atlases:
+            self._atlases[variant] = atlas_of(trace, images)
 
 
 def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
@@ -190,14 +175,14 @@ def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
     return build_atlas(trace, pictures, maps, questions=three_questions(recording))
 
 
-def _stored_atlases(entry: Entry) -> dict[Key, Json]:
+def _stored_atlases(entry: Entry) -> dict[Variant, Json]:
     """The atlases that came with the model, but for those about images that can't be shown beside the entry's own."""
     atlases = {}
-    for name, variant in entry.variants.items():
+    for variant in entry.variants.values():
         if variant.atlas is not None:
             atlas = load_atlas(variant.atlas)
             if not entry.examples.has_pictures or _images_of(atlas) <= entry.examples.names:
-                atlases[entry.card.id, name] = atlas
+                atlases[variant] = atlas
     return atlases
 
 
@@ -216,40 +201,24 @@ class AtlasPages:
         # An answer with all its crops; there are as many as variants times layers.
         self._cached_experts = lru_cache(maxsize=64)(self._experts_page)
 
-    def entry(self, request: Any, *names: str) -> Entry:
-        """The model that a request names, or the first; it may have the fields of these names beside."""
-        fields = read.fields(request, ("model", *names))
-        first = next(iter(self.entries))
-        return self.entries[read.choice(fields, "model", tuple(self.entries), first)]
-
-    def model(self, request: Any, *names: str) -> tuple[Entry, Variant]:
-        """The same, and the variant that the request names; variant `trained` if it names none."""
-        entry = self.entry(request, "variant", *names)
-        variant = read.choice(request, "variant", tuple(entry.variants), "trained")
-        return entry, entry.variants[variant]
-
     def experts(self, request: Any) -> Json:
         """A card per expert of one layer: load, patches in context, classes, parts."""
-        entry, variant = self.model(request, "layer")
+        entry, variant = read.model(request, self.entries, "layer")
         layers = variant.facts.layers
         layer = read.whole_number(request, "layer", layers, layers[-1])
-        if self.atlas(entry, variant) is None:
+        if self.galleries.atlas(variant) is None:
             return self._not_ready(entry, layer=layer, name=f"L{layer}", experts=[])
-        return self._cached_experts(entry.card.id, variant.facts.variant, layer)
+        return self._cached_experts(entry, variant, layer)
 
-    def prepare(self, entry: Entry, variant: str) -> None:
+    def prepare(self, entry: Entry, variant: Variant) -> None:
         """Cut out the patches of all experts, so that nobody waits for that."""
         for layer in entry.facts.layers:
             if not self.galleries.stopping.is_set():
-                self.experts({"model": entry.card.id, "variant": variant, "layer": layer})
+                self._cached_experts(entry, variant, layer)
 
-    def atlas(self, entry: Entry, variant: Variant) -> Json | None:
-        """The atlas of a variant, if it is there by now."""
-        return self.galleries.atlas(entry, variant.facts.variant)
-
-    def without(self, entry: Entry, variant: Variant, change: Intervention) -> Json | None:
+    def without(self, variant: Variant, change: Intervention) -> Json | None:
         """What the atlas says of an expert's absence; None of any other change, and where it wasn't measured."""
-        atlas = self.atlas(entry, variant)
+        atlas = self.galleries.atlas(variant)
         if atlas is None or (change.kind, change.fill) != ("ablate", "next_best"):
             return None
         experts = _layer_of(atlas, change.layer)["experts"]
@@ -258,8 +227,8 @@ class AtlasPages:
 
     def classes(self, request: Any) -> Json:
         """Class x expert maps of all layers, and how much experts tell about classes and places."""
-        entry, variant = self.model(request)
-        atlas = self.atlas(entry, variant)
+        entry, variant = read.model(request, self.entries)
+        atlas = self.galleries.atlas(variant)
         if atlas is None:
             names = list(variant.facts.class_names)
             return self._not_ready(entry, n_images=0, class_names=names, layers=[])
@@ -273,19 +242,19 @@ class AtlasPages:
 
     def compare(self, request: Any) -> Json:
         """How two classes differ in the experts they use, by the maps of the atlas."""
-        entry, variant = self.model(request, "a", "b")
+        entry, variant = read.model(request, self.entries, "a", "b")
         class_a = read.choice(request, "a", variant.facts.class_names)
         class_b = read.choice(request, "b", variant.facts.class_names)
         if class_a == class_b:
             raise RequestError("Choose two different classes to compare.")
-        atlas = self.atlas(entry, variant)
+        atlas = self.galleries.atlas(variant)
         if atlas is None:
             raise self._no_gallery_error(entry)
         return compare_by_atlas(atlas, class_a, class_b)
 
     def cell(self, request: Any) -> Json:
         """The images of a class that use an expert most."""
-        entry, variant = self.model(request, "layer", "expert", "class")
+        entry, variant = read.model(request, self.entries, "layer", "expert", "class")
         layer = read.whole_number(request, "layer", variant.facts.layers)
         num_experts = variant.facts.router(layer).num_experts
         expert = read.whole_number(request, "expert", range(num_experts))
@@ -307,7 +276,7 @@ class AtlasPages:
         # It brings the figures, which no other answer needs.
         from moevision.analysis.report import wrong_routes
 
-        entry, variant = self.model(request)
+        entry, variant = read.model(request, self.entries)
         gallery = self._gallery(entry, variant)
         groups = wrong_routes(gallery.trace)
         for group in groups:
@@ -317,29 +286,23 @@ class AtlasPages:
 
     def similar(self, request: Any) -> Json:
         """Patches of other images that took the same path of first choices."""
-        entry, variant = self.model(request, "path", "class")
+        entry, variant = read.model(request, self.entries, "path", "class")
         path = read.path(request, variant.facts)
         gallery = self._gallery(entry, variant)
-        pictures = gallery.pictures
         label = None
         if request.get("class") is not None:
             names = gallery.trace.class_names
             label = names.index(read.choice(request, "class", names))
 
-        patches = []
         matches = patches_on_path(gallery.trace, path, label=label, count=SIMILAR_PATCHES)
-        for index, patch, weight in matches:
-            class_index = pictures.label(index)
-            picture = PictureFacts(
-                pictures.image(index),
-                id=entry.examples.id_of(pictures, index),
-                label=pictures.class_names[class_index] if class_index >= 0 else None,
-            )
-            patches.append(patch_json(picture, variant.facts, patch, weight))
-        return {"patches": patches}
+        patches = [
+            (gallery.pictures.picture_name(index), index, patch, weight)
+            for index, patch, weight in matches
+        ]
+        return {"patches": _patches_in_context(entry, variant.facts, patches)}
 
     def _gallery(self, entry: Entry, variant: Variant) -> Gallery:
-        gallery = self.galleries.gallery(entry, variant.facts.variant)
+        gallery = self.galleries.gallery(variant)
         if gallery is None:
             raise self._no_gallery_error(entry)
         return gallery
@@ -358,11 +321,10 @@ class AtlasPages:
             return {"status": "computing", **empty, "note": note}
         return {"status": "no_pictures", **empty, "note": f"This model {_NO_PICTURES}"}
 
-    def _experts_page(self, model: str, variant: str, layer: int) -> Json:
-        entry = self.entries[model]
-        atlas = self.galleries.atlas(entry, variant)
+    def _experts_page(self, entry: Entry, variant: Variant, layer: int) -> Json:
+        atlas = self.galleries.atlas(variant)
         assert atlas is not None
-        facts = entry.variants[variant].facts
+        facts = variant.facts
         has_pictures = entry.examples.has_pictures
         page = _layer_of(atlas, layer)
         loads = np.array(page["loads"], np.float64)
@@ -384,8 +346,8 @@ class AtlasPages:
                 "without": expert.get("without"),
             }
             if has_pictures:
-                card["top"] = _stored_patches(entry, facts, expert["top"])
-                card["random"] = _stored_patches(entry, facts, expert["random"])
+                card["top"] = _patches_in_context(entry, facts, expert["top"])
+                card["random"] = _patches_in_context(entry, facts, expert["random"])
             cards.append(card)
 
         note = f"From {atlas['n_images']:,} images: {atlas['data']}."
@@ -405,7 +367,6 @@ def _layer_of(atlas: Json, block: int | None) -> Json:
 
 def _class_layer(layer: Json, address: str) -> Json:
     """A layer of an atlas as the page of classes shows it."""
-    class_map = layer["map"]
     answers = []
     for answer in layer["answers"]:
         # What wasn't measured names the command that measures it of this model.
@@ -414,17 +375,14 @@ def _class_layer(layer: Json, address: str) -> Json:
     return {
         "layer": layer["layer"],
         "name": layer["name"],
-        "share": class_map["share"],
-        "excess": class_map["excess"],
-        "significant": class_map["significant"],
-        "threshold": class_map["threshold"],
+        **{key: layer["map"][key] for key in ("share", "excess", "significant", "threshold")},
         "answers": answers,
         "load_words": layer["load_words"],
     }
 
 
-def _stored_patches(entry: Entry, facts: ModelFacts, patches: Sequence[Any]) -> list[Json]:
-    """Patches of an atlas in context."""
+def _patches_in_context(entry: Entry, facts: ModelFacts, patches: Sequence[Any]) -> list[Json]:
+    """Patches [image name, index of the image, patch, weight] with what surrounds them."""
     examples = entry.examples
     crops = []
     for name, _, patch, weight in patches:
@@ -453,24 +411,14 @@ class Times:
 
     @classmethod
     def of(cls, entry: Entry) -> Times | None:
-        """Read the history of a model that has one; a UserError if it is damaged, or of another model or images."""
+        """Read the history of a model that has one of its own images; a UserError if the file is damaged."""
         if "trained" not in entry.histories:
             return None
         examples = entry.examples
         histories = {name: RoutingHistory.load(file) for name, file in entry.histories.items()}
         trained = histories["trained"]
-        for variant, history in histories.items():
-            same_images = history.image_names == trained.image_names
-            same_grid = history.grid == entry.facts.grid
-            if same_images and same_grid and set(history.image_names) <= examples.names:
-                continue
-            if entry.card.id == OWN:  # it recorded images of another folder
-                return None
-            file = entry.histories[variant]
-            raise UserError(
-                f"{file} doesn't fit the model beside it: put back the package's own file."
-            )
-
+        if not set(trained.image_names) <= examples.names:  # as of a run whose files are gone
+            return None
         rows = {examples.id_of_name(name): row for row, name in enumerate(trained.image_names)}
         labels = [examples.find(id).label for id in rows]
         about = {
@@ -485,7 +433,7 @@ class Times:
         """Whether this image was recorded in the training of this variant."""
         return id in self.rows and variant in self.histories
 
-    def of_image(self, id: str, variant: str = "trained") -> Json:
+    def of_image(self, id: str, variant: str) -> Json:
         """All moments of one image: likeliest classes, and of each layer `weights` [T, P, E] (`encode_float16`)."""
         if not self.has(id, variant):
             ids = ", ".join(self.rows)
@@ -537,6 +485,6 @@ def patch_json(picture: PictureFacts, facts: ModelFacts, patch: int, weight: flo
         "weight": round(float(weight), 4),
         "label": picture.label,
         "credit": picture.credit,
-        "crop": data_uri(crop, "jpeg"),
+        "crop": data_uri(crop, format="jpeg", quality=90, subsampling=0),
         "box": [start, start, side, side],
     }

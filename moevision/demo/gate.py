@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -25,14 +25,14 @@ from moevision.demo.wire import RequestError
 from moevision.errors import UserError
 
 T = TypeVar("T")
-AUTH: Final = "MOEVISION_AUTH"
+AUTH = "MOEVISION_AUTH"
 """Environment variable with USER:PASSWORD: unlike an argument, other users of the computer can't read it."""
 WAITING = 64  # requests that may wait, in addition to those that run
 MAX_ADDRESSES = 4096  # addresses whose last turn is remembered
 MAX_CONNECTIONS = 512  # a browser keeps up to 6
 # An address may have at most 1 / 4 of all connections, requests and bytes of bodies.
 ADDRESS_SHARE = 4
-PORTS: Final = {"http": 80, "https": 443}  # default ports, which browsers leave out
+PORTS = {"http": 80, "https": 443}  # default ports, which browsers leave out
 HEADER_S = 10.0  # for the headers of a request to arrive
 # While a visitor receives an answer, at least `READ_BYTES` in every `READING_S`.
 READING_S = 30.0

@@ -120,7 +120,7 @@ def answer(entries: dict[str, Entry], image: Any, model: Any, away: Any) -> tupl
     try:
         title = read.choice({"model": model}, "model", tuple(entries))
         photo = uploaded_image(image, entries[title].facts.image_size)
-        return route(entries, photo, title, [] if away is None else away)
+        return route(entries, photo, title, away or [])
     except UserError as error:
         message = error_json(error, "route")["error"]
         raise gr.Error(message, print_exception=False) from error

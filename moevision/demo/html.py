@@ -17,29 +17,33 @@ from functools import cache
 from importlib.metadata import metadata
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from moevision import __version__
 from moevision.errors import json_text
 
-CORE_STYLES: Final = ("explorer_base.css", "explorer_stage.css")
-APP_STYLES: Final = ("explorer.css", "explorer_flow.css", "explorer_tabs.css")
+CORE_STYLES = ("explorer_base.css", "explorer_stage.css")
+APP_STYLES = ("explorer.css", "explorer_flow.css", "explorer_tabs.css")
 # The same background as that of `.mv` (--bg in explorer_base.css), which is narrower than a wide screen.
-_PAGE_STYLE: Final = (
+_PAGE_STYLE = (
     "body{margin:0;background:#fbfbf9}@media(prefers-color-scheme:dark){body{background:#131417}}\n"
 )
-_EMPTY_MAIN: Final = '<main class="mv" data-mv></main>'
-VIEW_SCHEMA: Final = "moevision.view/2"
-OFFLINE: Final = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-)
+_EMPTY_MAIN = '<main class="mv" data-mv></main>'
+VIEW_SCHEMA = "moevision.view/2"
+OFFLINE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """Content-Security-Policy of a saved page: it loads nothing from elsewhere, even if the script has a bug."""
 
-_IMPORT: Final = re.compile(r'^import \{[^}]*\} from "\.[\w./]*/([\w-]+\.js)";\n', re.M)
-_EXPORT: Final = re.compile(r"^export (?=(?:async )?(?:function|class|const) )", re.M)
-DOCS: Final = re.compile(r"^ */\*\*(?:(?!\*/).)*\*/\n", re.M | re.S)
+_IMPORT = re.compile(r'^import \{[^}]*\} from "\.[\w./]*/([\w-]+\.js)";\n', re.M)
+_EXPORT = re.compile(r"^export (?=(?:async )?(?:function|class|const) )", re.M)
+DOCS = re.compile(r"^ */\*\*(?:(?!\*/).)*\*/\n", re.M | re.S)
 """JSDoc above a declaration: for readers and tsc, removed from the page."""
-_COMMENT_OR_INDENT: Final = re.compile(r"^ *//.*\n|^ +", re.M)
+_COMMENT_OR_INDENT = re.compile(r"^ *//.*\n|^ +", re.M)
+
+
+@cache
+def read_asset(name: str) -> str:
+    """The text of a file in `assets/`."""
+    return (files("moevision") / "demo" / "assets" / name).read_text(encoding="utf-8")
 
 
 def links() -> dict[str, str | None]:
@@ -71,7 +75,7 @@ def app_page(
     boot: Mapping[str, Any],
     views: Sequence[Mapping[str, Any]],
     *,
-    read: Callable[[str], str] | None = None,
+    read: Callable[[str], str] = read_asset,
     style: str = "",
 ) -> Document:
     """The explorer's page: a placeholder until the script runs, and the script with the data of the first screen.
@@ -140,8 +144,6 @@ def view_html(
     script, and is sandboxed, so that the script can't reach the notebook. With the image's `history`, the answer to the
     request "history", the page also shows how its routing changed during training.
     """
-    if view.get("schema") != VIEW_SCHEMA:
-        raise ValueError(f"expected a view of schema {VIEW_SCHEMA}, got {view.get('schema')!r}")
     picture = view["picture"]
     title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
     start_call = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
@@ -213,27 +215,27 @@ def _page_metadata(title: str) -> str:
 
 
 def script_of(
-    entry: str, start_call: str, *, read: Callable[[str], str] | None = None, **constants: Any
+    entry: str, start_call: str, *, read: Callable[[str], str] = read_asset, **constants: Any
 ) -> str:
     """The module `entry` and all that it imports, as one function that is called at once and ends with `start_call`.
 
-    The function begins with `constants` as JSON. `read` returns the text of a module by its name; None reads `assets/`.
+    The function begins with `constants` as JSON. `read` returns the text of a module by its name.
     """
     lines = [f"const {name} = {_inline_json(value)};" for name, value in constants.items()]
-    sources = (DOCS.sub("", (read or read_asset)(name)) for name in modules(entry, read))
+    sources = (DOCS.sub("", read(name)) for name in modules(entry, read))
     joined = "\n".join(_EXPORT.sub("", _IMPORT.sub("", source)) for source in sources)
     # `</script` in a text would end the page's script element; `<\/` means the same inside JavaScript.
     joined = _COMMENT_OR_INDENT.sub("", joined).replace("</script", "<\\/script")
     return "\n".join(["(() => {", '"use strict";', *lines, joined, start_call, "})();"])
 
 
-def modules(entry: str, read: Callable[[str], str] | None = None) -> tuple[str, ...]:
+def modules(entry: str, read: Callable[[str], str] = read_asset) -> tuple[str, ...]:
     """Names of the module `entry` and of all that it imports; each comes after those that it imports, `entry` last."""
     order: list[str] = []
 
     def visit(name: str) -> None:
         if name not in order:
-            for imported in _IMPORT.findall((read or read_asset)(name)):
+            for imported in _IMPORT.findall(read(name)):
                 visit(imported)
             order.append(name)
 
@@ -256,10 +258,4 @@ def read_css(names: tuple[str, ...]) -> str:
 
 def without_comments(css: str) -> str:
     """A style sheet without its comments `/* ... */`."""
-    return "".join(part.split("*/", 1)[-1] for part in css.split("/*"))
-
-
-@cache
-def read_asset(name: str) -> str:
-    """The text of a file in `assets/`."""
-    return (files("moevision") / "demo" / "assets" / name).read_text(encoding="utf-8")
+    return re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL)

@@ -26,7 +26,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
@@ -39,6 +38,7 @@ from moevision.analysis.images import (
 )
 from moevision.analysis.readings import fresh_copy
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
+from moevision.data.scores import FILE as SCORES
 from moevision.demo.examples import Examples, ScoredRun
 from moevision.demo.facts import ModelFacts, describe, title_of
 from moevision.demo.wire import Floats, Json
@@ -48,12 +48,12 @@ from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.safe_files import read_json
 from moevision.words import percent, shell_word
 
-SOURCES: Final = Path("examples/SOURCES.json")
-HISTORIES: Final = {
+SOURCES = Path("examples/SOURCES.json")
+HISTORIES = {
     "trained": "history.safetensors",
     "unbalanced": "history_unbalanced.safetensors",
 }
-OWN: Final = "own"  # the id of a user's model
+OWN = "own"  # the id of a user's model
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,8 @@ class Card:
 def read_card(file: Path) -> Card:
     """Read a card.json; a UserError if it isn't one."""
     try:
-        card = Card(**read_json(file))
-        if card.recognized is not None and not 0 <= card.recognized <= 1:
-            raise ValueError("recognized is no share")
-        return card
-    except (OSError, ValueError, TypeError) as error:
+        return Card(**read_json(file))
+    except TypeError as error:
         raise UserError(
             f"{file} is no model card ({error}): put back the file that the package came with."
         ) from error
@@ -114,16 +111,10 @@ def read_card(file: Path) -> Card:
 def card_of_run(address: str) -> Card:
     """What a model's run folder tells about it; any other address is its own title."""
     run = run_folder(address)
-    file = None if run is None else run / "summary.json"
-    if file is None or not file.is_file():
+    if run is None or not (run / "summary.json").is_file():
         title = title_of(address) or escape_controls(address)
         return Card(id=OWN, title=title, subtitle="your model")
-    try:
-        return _card_of_summary(read_json(file), file.parent / "config.yaml")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{file} can't be read ({type(error).__name__}: {error}): mend it or move it away."
-        ) from error
+    return _card_of_summary(read_json(run / "summary.json"), run / "config.yaml")
 
 
 def _card_of_summary(summary: Json, config: Path) -> Card:
@@ -133,21 +124,20 @@ def _card_of_summary(summary: Json, config: Path) -> Card:
         accuracy["dense"] = summary["twin"]["correct"] / test["total"]
     data = str(summary["data"])
     num_images = sum(summary["class_counts"]["train"].values())
-    seed = summary["seed"]
     return Card(
         id=OWN,
         title=escape_controls(str(summary["name"])),
         subtitle=str(summary["model"]),
         data=f"{escape_controls(data)}: {num_images:,} training images",
         recipe=f"moevision fit --config {shell_word(escape_controls(str(config)))}",
-        seed=seed if type(seed) is int else None,
+        seed=summary["seed"],
         accuracy=accuracy,
         test_images=test["total"],
         data_kind=data,
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """One version of a model: `trained`, `unbalanced` or `untrained`."""
 
@@ -156,7 +146,7 @@ class Variant:
     atlas: Path | None = None  # the file; None if it has to be computed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """A model with everything that belongs to it."""
 
@@ -191,13 +181,18 @@ def bundled_folder(name: str) -> Path:
     return folders[name]
 
 
+def stored_models(folder: Path) -> list[str]:
+    """Those of `trained`, `unbalanced` and `dense` that a bundled model has."""
+    return [name for name in ("trained", "unbalanced", "dense") if (folder / name).is_dir()]
+
+
 def bundled_model(name: str, variant: str = "trained") -> SavedModel:
     """One of the models that come with the package, such as `pets`; a UserError if there is no such model or variant.
 
     `variant` is `trained`, `unbalanced` (trained without the balance loss), `untrained`, or `dense` (the dense twin).
     """
     folder = bundled_folder(name)
-    stored = [kind for kind in ("trained", "unbalanced", "dense") if (folder / kind).is_dir()]
+    stored = stored_models(folder)
     if variant in stored:
         return load_model(str(folder / variant))
     if variant != "untrained":
@@ -267,11 +262,9 @@ def open_entries(
 
 
 def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) -> Entry:
-    trained = load_model(str(folder / "trained"))
-    dense = _dense_twin(folder / "dense") if (folder / "dense").is_dir() else None
-    models = {"trained": trained}
-    if (folder / "unbalanced").is_dir():
-        models["unbalanced"] = load_model(str(folder / "unbalanced"))
+    models = {name: load_model(str(folder / name)) for name in stored_models(folder)}
+    trained = models["trained"]
+    dense = models.pop("dense", None)
     models["untrained"] = untrained(trained)
     variants = _variants(card, models, folder)
 
@@ -285,7 +278,7 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
     examples = Examples(pictures, trained.image_size, credits, framing=trained.framing)
 
     histories = {}
-    # Other images are not those of the history.
+    # Other images are not those of the history, whatever their names.
     if credits is not None or card.data_kind == SYNTHETIC:
         for variant, name in HISTORIES.items():
             if variant in models and (folder / name).is_file():
@@ -294,6 +287,8 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
     if credits is not None and (folder / "dense.json").is_file():
         for name, row in read_json(folder / "dense.json")["probabilities"].items():
             dense_answers[examples.id_of_name(name)] = np.array(row, np.float32)
+    if dense is not None:
+        dense.net.to(best_device())
     return Entry(
         card,
         variants,
@@ -303,12 +298,6 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
         histories=histories,
         shown=_name_images(data, pictures),
     )
-
-
-def _dense_twin(folder: Path) -> SavedModel:
-    twin = load_model(str(folder))
-    twin.net.to(best_device())
-    return twin
 
 
 def _split_of(data: str) -> str:
@@ -321,7 +310,7 @@ def credits_of(file: Path) -> dict[str, str]:
     credits = {}
     for name, row in read_json(file).items():
         texts = [row.get(key) for key in ("author", "licence", "source", "changes")]
-        credits[name] = ", ".join(escape_controls(str(text)) for text in texts if text)
+        credits[name] = ", ".join(filter(None, texts))
     return credits
 
 
@@ -332,7 +321,8 @@ def _open_own(address: str, data: str | None, root: str | None) -> Entry:
     run = run_folder(address)
     dense = None
     if run is not None and (run / "twin" / "model" / "config.json").is_file():
-        dense = _dense_twin(run / "twin")
+        dense = load_model(str(run / "twin"))
+        dense.net.to(best_device())
 
     images = None
     pictures = None
@@ -348,7 +338,9 @@ def _open_own(address: str, data: str | None, root: str | None) -> Entry:
 
     # Whoever names other images keeps those of the run to themselves (SECURITY.md).
     of_run = images is None or images.run is not None
-    scored = ScoredRun.of(address, trained) if of_run else None
+    scored = None
+    if run is not None and of_run and (run / SCORES).is_file():
+        scored = ScoredRun(run, trained)
     histories = {}
     shows_run = images is not None and images.run is not None
     if run is not None and shows_run and (run / FILE).is_file():

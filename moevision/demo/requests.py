@@ -8,20 +8,68 @@ values of most fields depend on the model that the request names; `facts` descri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from moevision.analysis.intervention import Fill, Intervention, Kind
-from moevision.demo.facts import ModelFacts
+from moevision.demo.facts import LayerFacts, ModelFacts, PictureFacts, Pixels
+from moevision.demo.models import Entry, Variant
 from moevision.demo.view import FILLS, KINDS, Settings
 from moevision.demo.wire import RequestError
 
 Request = Mapping[str, Any]
-MAX_NAME = 200
-# Characters of an image's id: its kind and a file path, which Linux limits to 4096 bytes.
-MAX_ID = 4200
+Entries = Mapping[str, Entry]  # by the model's id
+# Characters of a text. The longest is an image's id: its kind and a file path, which Linux limits to 4096 bytes.
+MAX_TEXT = 4200
+SETTINGS_FIELDS = ("top_k", "capacity", "intervention", "away")
 MIN_CAPACITY = 0.05
 MAX_CAPACITY = 16.0
 SEEDS = range(2**31)
+
+
+class Upload(NamedTuple):
+    """What is needed of a visitor's image: `pixels` as the model sees it, and perhaps `sharp`, a data URI of more."""
+
+    pixels: Pixels
+    sharp: str | None
+
+
+class ImageRequest(NamedTuple):
+    """A request about an image, read and checked."""
+
+    entry: Entry
+    variant: Variant
+    picture: PictureFacts
+    settings: Settings
+
+
+def image_request(request: Any, entries: Entries) -> ImageRequest:
+    """Read a request about an example, or about an upload that is decoded already."""
+    entry, variant = model(request, entries, "picture", *SETTINGS_FIELDS, "noise")
+    changes = settings(request, variant.facts)
+    return ImageRequest(entry, variant, _picture(request.get("picture"), entry), changes)
+
+
+def _picture(value: Any, entry: Entry) -> PictureFacts:
+    picture = fields(value, ("kind", "id", "data"))
+    if choice(picture, "kind", ("example", "upload")) == "example":
+        return entry.examples.find(text(picture, "id"))
+    upload = picture.get("data")
+    if not isinstance(upload, Upload):
+        raise RequestError("The field 'data' must be an image as data:image/...;base64,... text.")
+    return PictureFacts(upload.pixels, name="your image")
+
+
+def entry(request: Any, entries: Entries, *names: str) -> Entry:
+    """The model that a request names, or the first one; it may have the fields of these names beside."""
+    first = next(iter(entries))
+    return entries[choice(fields(request, ("model", *names)), "model", tuple(entries), first)]
+
+
+def model(request: Any, entries: Entries, *names: str) -> tuple[Entry, Variant]:
+    """The same, and the variant that the request names; variant `trained` if it names none."""
+    of_model = entry(request, entries, "variant", *names)
+    variant = choice(request, "variant", tuple(of_model.variants), "trained")
+    return of_model, of_model.variants[variant]
 
 
 def fields(request: Any, allowed: Sequence[str]) -> Request:
@@ -36,19 +84,12 @@ def fields(request: Any, allowed: Sequence[str]) -> Request:
     return request
 
 
-def text(
-    request: Request, name: str, default: str | None = None, *, max_length: int = MAX_NAME
-) -> str:
-    """Read a field that is a string of 1 to `max_length` characters."""
+def text(request: Request, name: str, default: str | None = None) -> str:
+    """Read a field that is a string of 1 to `MAX_TEXT` characters."""
     value = _value(request, name, default)
-    if not isinstance(value, str) or not 0 < len(value) <= max_length:
-        raise RequestError(f"The field {name!r} must be a text of 1 to {max_length} characters.")
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
+        raise RequestError(f"The field {name!r} must be a text of 1 to {MAX_TEXT} characters.")
     return value
-
-
-def image_id(request: Request, name: str) -> str:
-    """Read a field that is an image's id, which may contain a long path."""
-    return text(request, name, max_length=MAX_ID)
 
 
 def choice(request: Request, name: str, options: Sequence[str], default: str | None = None) -> str:
@@ -158,18 +199,10 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
     expert = None
     if kind != "random":
         expert = whole_number(request, "expert", range(num_experts))
-    if kind == "ablate" and num_experts == 1 and fill == "next_best":
-        raise RequestError(
-            "The only expert has no next-best one: take it away with the fill 'zero'."
-        )
 
     other = None
     if kind == "swap":
         other = whole_number(request, "other", range(num_experts))
-        if other == expert:
-            raise RequestError(
-                "Two different experts can be swapped: 'expert' and 'other' are the same."
-            )
     elif request.get("other") is not None:
         raise RequestError(
             "The field 'other' names the second expert of a swap: it must be null here."
@@ -187,20 +220,15 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
 
 def path(request: Request, facts: ModelFacts) -> tuple[int, ...]:
     """Read the field `path`: the index of one expert for each MoE layer, in order of depth."""
-    value: Any = request.get("path")
-    if not isinstance(value, list) or not _is_path(value, facts):
+    experts: Any = request.get("path")
+    is_list = isinstance(experts, list) and len(experts) == len(facts.routers)
+    if not is_list or not all(map(_is_expert, experts, facts.routers)):
         ranges = [f"0 to {router.num_experts - 1} in {router.name}" for router in facts.routers]
         raise RequestError(
             f"The field 'path' must be a list of {len(ranges)} experts, one per MoE layer: {', '.join(ranges)}."
         )
-    return tuple(value)
+    return tuple(experts)
 
 
-def _is_path(experts: list[Any], facts: ModelFacts) -> bool:
-    """Whether there is one valid expert index per MoE layer."""
-    if len(experts) != len(facts.routers):
-        return False
-    pairs = zip(experts, facts.routers, strict=True)
-    return all(
-        type(expert) is int and expert in range(router.num_experts) for expert, router in pairs
-    )
+def _is_expert(value: Any, router: LayerFacts) -> bool:
+    return type(value) is int and value in range(router.num_experts)

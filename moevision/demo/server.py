@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from socket import socket
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import orjson
@@ -61,14 +61,14 @@ MAX_BODIES = 16 * MAX_BODY  # bytes of all requests that are being read or answe
 READ_S = 60.0  # for a request to arrive
 DRAIN_S = 5.0  # for the rest of a refused request to arrive
 WRONG_LOGIN_S = 1.0  # delay of the answer to a wrong login
-HEADERS: Final = {
+HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
 }
-POLICY: Final = (
+POLICY = (
     "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; img-src 'self' data: blob:; base-uri 'none'; "
     "form-action 'self'; frame-ancestors "
 )

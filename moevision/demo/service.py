@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,36 +23,26 @@ from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.examples import Examples, sharp_data_uri, thumbnail_uri
-from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, SHARP_PX, PictureFacts, Pixels, model_input
+from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, SHARP_PX, PictureFacts, model_input
 from moevision.demo.galleries import AtlasPages, Galleries, Times
 from moevision.demo.html import links, view_html
 from moevision.demo.models import Entry, Variant
-from moevision.demo.view import RoutingView, Settings, route_image
+from moevision.demo.requests import ImageRequest, Upload
+from moevision.demo.view import Settings, route_image
 from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, Code, Json, RequestError, open_data_uri
 from moevision.errors import UserError
 from moevision.layers import routing_lock
 from moevision.models.ood import REFUSED, answers
 from moevision.words import percent
 
-SETTINGS_FIELDS = ("top_k", "capacity", "intervention", "away")
 CLASS_PICTURES = 50
 MIN_CLASS_PICTURES = 20
 MORE_EXAMPLES = 24  # at a time
 # Views of examples as the model was trained to route them, about 0.1 MB each.
 CACHED_VIEWS = 64
-LOOK_AHEAD_S = 1.0  # that the start may take longer, so that the first examples are there
 SURE = 0.8  # share of strangers from which on one is called so without "may"
 FARTHER = f"It is farther from every class than {percent(1 - REFUSED, 0)} of the validation images"
 log = logging.getLogger(__name__)
-
-
-class ImageRequest(NamedTuple):
-    """A request about an image, read and checked."""
-
-    entry: Entry
-    variant: Variant
-    picture: PictureFacts
-    settings: Settings
 
 
 class Explorer:
@@ -68,11 +57,7 @@ class Explorer:
         self.entries = {entry.card.id: entry for entry in entries}
         self.galleries = galleries or Galleries(entries)
         self.pages = AtlasPages(self.entries, self.galleries)
-        self.times: dict[str, Times] = {}
-        for entry in entries:
-            times = Times.of(entry)
-            if times is not None:
-                self.times[entry.card.id] = times
+        self.times = {entry.card.id: Times.of(entry) for entry in entries}
 
         handlers: list[Callable[[Any], Json]] = [
             self.boot,
@@ -93,7 +78,7 @@ class Explorer:
         ]
         self.handlers = {handler.__name__: handler for handler in handlers}
 
-        self._cached_view = lru_cache(CACHED_VIEWS)(self._example_view)
+        self._cached_view = lru_cache(CACHED_VIEWS)(self._view)
         self._cached_class_effect = lru_cache(512)(self._class_effect)
         # By pixels: every control asks for the image again.
         self._cached_ood_message = lru_cache(CACHED_VIEWS)(self._ood_message)
@@ -101,7 +86,7 @@ class Explorer:
 
     def _describe(self, local: bool) -> Json:
         """What the page needs to know before it asks for an image."""
-        models = [_about(entry, self.times.get(id)) for id, entry in self.entries.items()]
+        models = [_about(entry, self.times[id]) for id, entry in self.entries.items()]
         first = models[0]
         examples = first["examples"]
         # A user's model is alone, and the bundled ones crop.
@@ -130,7 +115,7 @@ class Explorer:
     def answer(self, name: str, request: Any) -> Json:
         """The answer to a request, or `{"error", "code"}`."""
         try:
-            return self.handlers[name](request)
+            return self.handlers[name](self.opened(name, request))
         except Exception as error:
             return error_json(error, name)
 
@@ -141,23 +126,17 @@ class Explorer:
         """
         if not brings_image(request):
             return request
-        entry = self.pages.entry(request, *request)  # whose fields the handler will check
+        entry = read.entry(request, self.entries, *request)  # whose fields the handler will check
         picture = request["picture"]
         upload = _open(picture["data"], entry.examples, with_sharp=name == "export_html")
         return {**request, "picture": {**picture, "data": upload}}
 
     def warm(self) -> None:
-        """Run every network once, so that the first visitor doesn't wait for it; route the first model's examples."""
-        models = self._boot["models"]
-        for model in models:
+        """Run every network once, so that the first visitor doesn't wait for it."""
+        for model in self._boot["models"]:
             for example in model["examples"][:1]:
                 for variant in model["variants"]:
-                    self._cached_view(model["id"], variant, example["id"])
-
-        end = time.monotonic() + LOOK_AHEAD_S
-        for example in models[0]["examples"]:
-            if time.monotonic() < end:
-                self._cached_view(models[0]["id"], "trained", example["id"])
+                    self._example_view(model["id"], variant, example["id"])
 
     def boot(self, request: Any) -> Json:
         """What there is: models, their variants and examples, limits, and what to show first."""
@@ -174,27 +153,30 @@ class Explorer:
         """The view that the page opens with, of the first example; none where there is no image."""
         model = self._boot["models"][0]
         examples = model["examples"][:1]
-        return [self._cached_view(model["id"], "trained", example["id"]) for example in examples]
+        return [self._example_view(model["id"], "trained", example["id"]) for example in examples]
+
+    def _example_view(self, model: str, variant: str, id: str) -> Json:
+        picture = {"kind": "example", "id": id}
+        return self.route({"model": model, "variant": variant, "picture": picture})
 
     def route(self, request: Any) -> Json:
         """Where every patch of an image goes: `moevision.view/2`."""
-        image = self._read(request)
+        image = read.image_request(request, self.entries)
         if image.picture.id and image.settings == Settings():  # the same for everybody
-            facts = image.variant.facts
-            return self._cached_view(facts.id, facts.variant, image.picture.id)
-        return self._view(image).to_json()
+            return self._cached_view(image)
+        return self._view(image)
 
     def history(self, request: Any) -> Json:
         """Where the patches of an example went at moments of the training, and what the model then made of it."""
-        entry, variant = self.pages.model(request, "picture")
-        if entry.card.id not in self.times:
+        entry, variant = read.model(request, self.entries, "picture")
+        times = self.times[entry.card.id]
+        if times is None:
             raise RequestError(f"The training of {entry.card.title} was not recorded.")
-        id = read.image_id(request, "picture")
-        return self.times[entry.card.id].of_image(id, variant.facts.variant)
+        return times.of_image(read.text(request, "picture"), variant.facts.variant)
 
     def examples(self, request: Any) -> Json:
         """The next examples of a model after the first `start` ones, classes in turn, and how many there are in all."""
-        examples = self.pages.entry(request, "start").examples
+        examples = read.entry(request, self.entries, "start").examples
         start = read.whole_number(request, "start", range(len(examples.all_ids) + 1))
         pictures = examples.usable(start, start + MORE_EXAMPLES)
         return {
@@ -204,12 +186,12 @@ class Explorer:
 
     def sharp(self, request: Any) -> Json:
         """An example in more pixels than the model sees, as `src`; null where there are no more."""
-        examples = self.pages.entry(request, "picture").examples
-        return {"src": examples.sharp(read.image_id(request, "picture"))}
+        examples = read.entry(request, self.entries, "picture").examples
+        return {"src": examples.sharp(read.text(request, "picture"))}
 
     def data(self, request: Any) -> Json:
         """The head of a list that ranks the run's training images by a score, of all classes or of one."""
-        entry = self.pages.entry(request, "list", "class")
+        entry = read.entry(request, self.entries, "list", "class")
         run = entry.examples.scored
         if run is None:
             raise RequestError(
@@ -244,7 +226,7 @@ class Explorer:
 
     def what_if(self, request: Any) -> Json:
         """What an intervention changes about the prediction, beside its control; `route` has the view after it."""
-        image = self._read(request)
+        image = read.image_request(request, self.entries)
         change = image.settings.intervention
         if change is None:
             raise RequestError("The field 'intervention' must say what to change.")
@@ -261,7 +243,7 @@ class Explorer:
 
         For an expert that is taken away, `without` has what the atlas says over test images; null where not measured.
         """
-        entry, variant = self.pages.model(request, *SETTINGS_FIELDS, "class")
+        _, variant = read.model(request, self.entries, *read.SETTINGS_FIELDS, "class")
         facts = variant.facts
         settings = read.settings(request, facts)
         class_name = read.choice(request, "class", facts.class_names)
@@ -271,27 +253,24 @@ class Explorer:
 
         without = None
         if settings == Settings(intervention=change):
-            without = self.pages.without(entry, variant, change)
-        gallery = self.galleries.gallery(entry, facts.variant)
+            without = self.pages.without(variant, change)
+        gallery = self.galleries.gallery(variant)
         if gallery is None or len(gallery.members(class_name)) < MIN_CLASS_PICTURES:
             return {"class_effect": None, "without": without}
-        measured = self._cached_class_effect(facts.id, facts.variant, settings, class_name)
+        measured = self._cached_class_effect(variant, settings, class_name)
         return {"class_effect": measured.to_json(), "without": without}
 
     def export_html(self, request: Any) -> Json:
         """The view as one HTML page that needs neither server nor network."""
-        request = self.opened("export_html", request)
-        image = self._read(request)
+        image = read.image_request(request, self.entries)
         id = image.picture.id
-        view = self._view(image).to_json()
-        if id:
-            view["picture"]["sharp"] = image.entry.examples.sharp(id)
-        else:
-            view["picture"]["sharp"] = request["picture"]["data"].sharp
+        view = self._view(image)
+        sharp = image.entry.examples.sharp(id) if id else request["picture"]["data"].sharp
+        view["picture"]["sharp"] = sharp
 
         history = None
         facts = image.variant.facts
-        times = self.times.get(facts.id)
+        times = self.times[facts.id]
         if times is not None and image.settings == Settings() and times.has(id, facts.variant):
             history = times.of_image(id, facts.variant)
         title = f"{facts.id} {view['picture']['name']}".lower()
@@ -305,42 +284,16 @@ class Explorer:
         """Stop what runs in the background."""
         self.galleries.close()
 
-    def _read(self, request: Any) -> ImageRequest:
-        entry, variant = self.pages.model(request, "picture", *SETTINGS_FIELDS, "noise")
-        settings = read.settings(request, variant.facts)
-        picture = self._picture(entry, request.get("picture"))
-        return ImageRequest(entry, variant, picture, settings)
-
-    def _picture(self, entry: Entry, value: Any) -> PictureFacts:
-        fields = read.fields(value, ("kind", "id", "data"))
-        if read.choice(fields, "kind", ("example", "upload")) == "example":
-            return entry.examples.find(read.image_id(fields, "id"))
-        upload = fields.get("data")
-        if isinstance(upload, str) and upload:
-            upload = _open(upload, entry.examples)
-        if not isinstance(upload, Upload):
-            raise RequestError(
-                "The field 'data' must be an image as data:image/...;base64,... text."
-            )
-        return PictureFacts(upload.pixels, name="your image")
-
-    def _example_view(self, model: str, variant: str, picture_id: str) -> Json:
-        """The view of an example as the model was trained to route it."""
-        entry = self.entries[model]
-        picture = entry.examples.find(picture_id)
-        image = ImageRequest(entry, entry.variants[variant], picture, Settings())
-        return self._view(image).to_json()
-
-    def _view(self, image: ImageRequest) -> RoutingView:
+    def _view(self, image: ImageRequest) -> Json:
         entry, variant, picture, settings = image
         pixels = picture.pixels
-        message = self._cached_ood_message(entry.card.id, picture.label, pixels.tobytes())
+        message = self._cached_ood_message(entry, picture.label, pixels.tobytes())
         dense = None
         dense_probabilities = None
         if variant.facts.variant == "trained":
             dense = entry.dense
             dense_probabilities = entry.dense_answers.get(picture.id)
-        return route_image(
+        view = route_image(
             variant.saved,
             pixels,
             dense=dense,
@@ -349,32 +302,22 @@ class Explorer:
             facts=variant.facts,
             picture=replace(picture, unlike=message),
         )
+        return view.to_json()
 
-    def _ood_message(self, model: str, label: str | None, pixels: bytes) -> str | None:
+    def _ood_message(self, entry: Entry, label: str | None, pixels: bytes) -> str | None:
         """`ood_message` of the bytes of an image, uint8 [S, S, 3]."""
-        entry = self.entries[model]
         size = entry.facts.image_size
         image = np.frombuffer(pixels, np.uint8).reshape(size, size, 3).copy()
         return ood_message(entry, PictureFacts(image, label=label))
 
-    def _class_effect(
-        self, model: str, variant: str, settings: Settings, class_name: str
-    ) -> ClassEffect:
-        entry = self.entries[model]
-        saved = entry.variants[variant].saved
-        gallery = self.galleries.gallery(entry, variant)
+    def _class_effect(self, variant: Variant, settings: Settings, class_name: str) -> ClassEffect:
+        saved = variant.saved
+        gallery = self.galleries.gallery(variant)
         change = settings.intervention
         assert gallery is not None
         assert change is not None
         with replace(settings, intervention=None).applied(saved.net):
             return class_effect(saved, gallery.pictures, class_name, change, limit=CLASS_PICTURES)
-
-
-class Upload(NamedTuple):
-    """What is needed of a visitor's image: `pixels` as the model sees it, and perhaps `sharp`, a data URI of more."""
-
-    pixels: Pixels
-    sharp: str | None
 
 
 def ood_message(entry: Entry, picture: PictureFacts) -> str | None:

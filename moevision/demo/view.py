@@ -11,15 +11,13 @@ computed the patch.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from scipy.special import entr
@@ -40,13 +38,13 @@ from moevision.demo.facts import (
     title_of,
 )
 from moevision.demo.html import VIEW_SCHEMA, view_html
-from moevision.demo.wire import Floats, Json, to_numpy
+from moevision.demo.wire import Array, Floats, Json, to_numpy
 from moevision.errors import UserError
 from moevision.layers import Routing, SoftRouting, routing_lock
 from moevision.models.io import SavedModel, load_model
 
-KINDS: Final = ("ablate", "force", "swap", "random")
-FILLS: Final = ("next_best", "zero")
+KINDS = ("ablate", "force", "swap", "random")
+FILLS = ("next_best", "zero")
 
 
 @dataclass(frozen=True)
@@ -118,31 +116,21 @@ def _top_k_sentences(k: int, routers: Sequence[LayerFacts]) -> list[str]:
     routers = [router for router in routers if "top_k" not in router.refused]
     if all(router.top_k == k for router in routers):
         return []
-
-    names_by_k: dict[str, list[str]] = {}  # trained k as text -> names of the layers
-    for router in routers:
-        names_by_k.setdefault(router.k_text, []).append(router.name)
-    if len(names_by_k) == 1:
-        router = routers[0]
-        k_text = f"top-{k}" if router.kind == "token_choice" else str(k)
-        return [f"Trained with {router.k_text}, shown is {k_text}."]
-
-    texts = [f"{k_text} in {' and '.join(names)}" for k_text, names in names_by_k.items()]
-    return [f"Shown is k = {k}; trained were {'; '.join(texts)}."]
+    trained = {router.k_text: None for router in routers}  # each text once, in order of depth
+    if len(trained) > 1:
+        trained = {f"{router.k_text} in {router.name}": None for router in routers}
+    return [f"Trained with {', '.join(trained)}; shown is k = {k}."]
 
 
 def _capacity_sentences(factor: float, routers: Sequence[LayerFacts]) -> list[str]:
     """A sentence on token-choice routers and one on expert-choice routers, each if it was trained otherwise."""
     routers = [router for router in routers if "capacity" not in router.refused]
     trained = {router.train_capacity for router in routers if router.kind == "token_choice"}
-    texts = ["no limit" if limit is None else f"capacity factor {limit:g}" for limit in trained]
-
     sentences = []
-    if trained == {None}:
-        sentences.append(f"Trained without a capacity limit, shown is capacity factor {factor:g}.")
-    elif trained - {factor}:
+    if trained - {factor}:
+        texts = ["no limit" if limit is None else f"capacity factor {limit:g}" for limit in trained]
         trained_text = " and ".join(sorted(texts))
-        sentences.append(f"Trained with {trained_text}, shown is {factor:g}.")
+        sentences.append(f"Trained with {trained_text}; shown is capacity factor {factor:g}.")
     if factor != 1 and any(router.kind == "expert_choice" for router in routers):
         sentences.append(f"Experts take {factor:g} times as many patches as trained.")
     return sentences
@@ -152,7 +140,7 @@ def intervention_json(change: Intervention) -> Json:
     """An intervention as JSON, as in the explorer's requests and answers; only a swap has the field `other`."""
     names = ["kind", "layer", "expert", "fill", "seed"]
     if change.kind == "swap":
-        names.insert(3, "other")
+        names.append("other")
     return {name: getattr(change, name) for name in names}
 
 
@@ -165,39 +153,35 @@ class LayerView:
     """How one MoE layer routed the patches of the image."""
 
     facts: LayerFacts  # of the layer; `top_k` and `steps` are those of this view, which may differ from the training
-    expert_index: npt.NDArray[np.int64]  # [P, K] experts of each patch, best first
+    expert_index: Array  # int64 [P, K] experts of each patch, best first
     combine_weight: Floats  # [P, K] their weights in the output
-    # [P, K] False where a capacity dropped the choice, or the expert chose other patches
-    kept: npt.NDArray[np.bool_]
+    kept: Array  # bool [P, K], False where a capacity dropped the choice, or the expert chose other patches
     probs: Floats  # [P, E] router probabilities, summing to 1
-    # [E, P] weight of each patch in an expert's input, mean over its slots; Soft MoE only
-    reads: npt.NDArray[np.float64] | None = None
+    # float64 [E, P] weight of each patch in an expert's input, mean over its slots; Soft MoE only
+    reads: Array | None = None
     computation: Computation | None = None  # norms and channels of the activations
 
     @property
-    def margin(self) -> Floats:
+    def margin(self) -> Any:
         """[P] best minus second-best router probability; with one expert its probability."""
-        padded = np.pad(
-            self.probs, ((0, 0), (1, 0))
-        )  # [P, 1 + E]: a 0 in front, so that there is a second best
-        ordered = np.sort(padded, axis=1)
-        return ordered[:, -1] - ordered[:, -2]
+        ordered = np.sort(self.probs)
+        second = ordered[:, -2:-1].sum(1)  # 0 where there is none
+        return ordered[:, -1] - second
 
     @property
-    def entropy_bits(self) -> Floats:
+    def entropy_bits(self) -> Any:
         """[P] entropy of the router's probabilities, in bits."""
-        bits: npt.NDArray[np.float64] = entr(self.probs.astype(np.float64)).sum(1) / np.log(2)
-        return np.maximum(bits, 0).astype(np.float32)
+        return entr(self.probs.astype(np.float64)).sum(1) / np.log(2)
 
     @property
-    def counts(self) -> npt.NDArray[np.int64]:
+    def counts(self) -> Array:
         """[E] how many patches (Soft MoE: slots) each expert computes."""
         if self.facts.slots is not None:
             return np.full(self.facts.num_experts, self.facts.slots, np.int64)
         return np.bincount(self.expert_index[self.kept], minlength=self.facts.num_experts)
 
     @property
-    def requested(self) -> npt.NDArray[np.int64]:
+    def requested(self) -> Array:
         """[E] the same with choices that a capacity dropped."""
         if self.facts.kind != "token_choice":
             return self.counts
@@ -225,7 +209,7 @@ class LayerView:
             "reads": None if self.reads is None else np.round(self.reads, 5).tolist(),
         }
 
-    def _choices(self, values: npt.NDArray[Any]) -> Any:
+    def _choices(self, values: Array) -> Any:
         """Values [P, K] as nested lists; for expert choice, only where `kept`."""
         if self.facts.kind != "expert_choice":
             return values.tolist()
@@ -298,7 +282,7 @@ def route_image(
     Args:
         model: a MoE model, or its folder or timm address.
         image: a PIL image, uint8 [H, W, 3] RGB pixels, or an image file; made square by the model's own framing.
-        dense: the dense twin; the view then has its prediction too.
+        dense: the dense twin, of the same image size; the view then has its prediction too.
         dense_probabilities: [C] its prediction for this image, if it is already known; `dense` replaces it.
         settings: changes to the routing; none if None.
         facts: description of the model for the view; made from the model if None.
@@ -335,12 +319,8 @@ def route_image(
             for routing, router, layer in zip(routings, facts.routers, activations, strict=True)
         ]
 
-    # The twin may have another image size.
     if dense is not None:
-        dense_pixels = pixels
-        if dense.image_size != len(pixels):
-            dense_pixels = model_input(image, dense.image_size, dense.framing)
-        dense_logits, _ = route_batch(dense, dense_pixels[None])
+        dense_logits, _ = route_batch(dense, pixels[None])
         dense_probabilities = softmax(dense_logits)[0]
     return RoutingView(
         model=facts,
@@ -363,13 +343,9 @@ def _layer_view(
     routing: Routing, facts: LayerFacts, settings: Settings, activations: LayerActivations
 ) -> LayerView:
     """The view of one layer from its routing of a batch of one image."""
-    # The K that was used. That of `routing` includes any intervention, but is E unless patches choose.
-    top_k = routing.top_k
-    if routing.kind != "token_choice":
-        top_k = facts.top_k
-        if settings.top_k is not None and "top_k" not in facts.refused:
-            top_k = settings.top_k
-
+    top_k = facts.top_k
+    if settings.top_k is not None and "top_k" not in facts.refused:
+        top_k = settings.top_k
     capacity = None if "capacity" in facts.refused else settings.capacity
     noisy = settings.noise is not None and facts.noise != "none"
     explanation = activations.layer.router.explain(noisy=noisy, top_k=top_k, capacity=capacity)
@@ -393,16 +369,14 @@ def _layer_view(
 
 @contextmanager
 def block_outputs(net: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the context, collect the outputs [1, N, D] of the blocks of `net` for one image that this thread runs.
+    """Within the context, collect the outputs [1, N, D] of the blocks of `net` for one image.
 
     The list fills in order of depth while the model runs; it stays empty if the network has no blocks.
     """
     outputs: list[Tensor] = []
-    thread = threading.get_ident()
 
     def store(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
-        if threading.get_ident() == thread:
-            outputs.append(output)
+        outputs.append(output)
 
     with routing_lock(net), ExitStack() as hooks:
         for block in getattr(net, "blocks", ()):
@@ -416,12 +390,11 @@ def lens(net: Any, outputs: list[Tensor]) -> Tensor:
     return torch.cat([net.forward_head(net.norm(output)) for output in outputs])
 
 
-def _reads(routing: SoftRouting) -> npt.NDArray[np.float64]:
+def _reads(routing: SoftRouting) -> Array:
     """[E, P] weight of each patch in an expert's input, mean over its slots, for a batch of one image."""
     weight = routing.dispatch_weight[0, routing.num_prefix_tokens :]  # [P, E, S]
-    slot_mean: npt.NDArray[np.float64] = weight.double().cpu().numpy().mean(2)  # [P, E]
-    return slot_mean.T
+    return weight.double().mean(2).T.cpu().numpy()
 
 
-def _round(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _round(values: Array) -> Array:
     return np.round(values.astype(np.float64), 4)

@@ -17,14 +17,13 @@ from __future__ import annotations
 from functools import partialmethod
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers.routing import Router, Routing, at_least_float32, check_top_k
+from moevision.layers.routing import Router, Routing, at_least_float32
 from moevision.layers.words import by_rule
 
 _CHOSEN_BONUS = 10.0  # added to the logits of the chosen experts
@@ -44,7 +43,6 @@ class HandmadeRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, top_k: int, **_: Any) -> None:
         super().__init__()
-        check_top_k(top_k, num_experts)
         self.num_experts = num_experts
         self.top_k = top_k
 
@@ -167,22 +165,16 @@ class ColourRouter(HandmadeRouter):
             self._fit(self._colours)
 
     def _fit(self, colours: Tensor) -> None:
-        """Fit the centroids to colours [B, P, 3]; with fewer than E different ones, wait for the next batch."""
+        """Fit the centroids to colours [B, P, 3]."""
         from sklearn.cluster import KMeans
 
         sample = colours.flatten(0, 1)[:_MAX_COLOURS].cpu().numpy()  # [<= B·P, 3]
-        centroids = torch.full_like(self.centroids, torch.nan)  # [E, 3]; NaN: not fitted
-        if len(np.unique(sample, axis=0)) >= self.num_experts:
-            kmeans = KMeans(self.num_experts, n_init=4, random_state=0).fit(sample)
-            centroids.copy_(torch.from_numpy(kmeans.cluster_centers_))
+        kmeans = KMeans(self.num_experts, n_init=4, random_state=0).fit(sample)
+        self.centroids.copy_(torch.from_numpy(kmeans.cluster_centers_))
 
-        # Each process has other images: all take the result of rank 0, even if it is NaN.
+        # Each process has other images: all take the result of rank 0.
         if dist.is_available() and dist.is_initialized():
-            dist.broadcast(centroids, 0)
-
-        if centroids.isnan().any():
-            return
-        self.centroids.copy_(centroids)
+            dist.broadcast(self.centroids, 0)
         self.fitted.fill_(True)
 
     def first_expert(self, x: Tensor) -> Tensor:

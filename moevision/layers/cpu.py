@@ -1,7 +1,7 @@
 """Operations that make the layer fast on a CPU, or reproducible on a GPU: skip this file at first reading.
 
-They compute the same as simple PyTorch code. Their custom backward passes don't support second derivatives, for which
-`refuse_transforms` and `differentiable_once` raise an error. Measurements: benchmarks/performance.
+They compute the same as simple PyTorch code. Their custom backward passes support neither second derivatives, for which
+`differentiable_once` raises an error, nor torch.func, for which torch does. Measurements: benchmarks/performance.
 
 Axes: T tokens, K choices of a token, R rows (T·K and padding), D width, H hidden width, E experts; I input and O output
 width of one matrix product.
@@ -59,61 +59,31 @@ def _is_eager_cpu(x: Tensor) -> bool:
 # ---- custom backward passes can be differentiated once
 
 
-def refuse_transforms() -> None:
-    """Raise a UserError inside transforms of `torch.func` such as `grad` and `vmap`: they don't support sorted rows."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise UserError(
-            'torch.func and vmap need an MoE layer without data-dependent shapes: build it with backend="dense".'
-        )
-
-
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator for the `backward` of an autograd.Function: torch's `once_differentiable` with a helpful error.
+    """Decorator for the `backward` of an autograd.Function: raises a UserError under `create_graph=True`.
 
-    The error is also raised if the second gradient depends on saved tensors only; torch's decorator then gives 0.
+    Torch's `once_differentiable` gives 0 if the second gradient depends on saved tensors only.
     """
 
     @wraps(backward)
     def guarded_backward(ctx: Any, *gradients: Tensor) -> Any:
-        with torch.no_grad():
-            results = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():
-            return results
-
-        second_order_inputs = [*gradients, *ctx.saved_tensors]
-        second_order_inputs = [x for x in second_order_inputs if x is not None]
-        if not isinstance(results, tuple):
-            results = (results,)
-        return tuple(None if x is None else _Refuse.apply(x, *second_order_inputs) for x in results)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            raise UserError(
+                "Gradients of gradients need an MoE layer without custom backward passes: build it with "
+                'backend="dense".'
+            )
+        return backward(ctx, *gradients)
 
     return guarded_backward
-
-
-class _Refuse(torch.autograd.Function):
-    """Identity for a gradient; differentiating it again raises a UserError. The inputs only connect it to the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *_inputs: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise UserError(
-            'Gradients of gradients need an MoE layer without custom backward passes: build it with backend="dense".'
-        )
 
 
 # ---- dispatch: order and group sizes
 
 
 def send_choices(
-    x: Tensor,
-    expert: Tensor,
-    num_experts: int,
-    row_multiple: int | None = None,
-    max_padding: float | None = None,
+    x: Tensor, expert: Tensor, num_experts: int, *, pad: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Copies of the tokens x [T, D], sorted by the experts [T, K] that they chose, with padding.
+    """Copies of the tokens x [T, D], sorted by the experts [T, K] that they chose, with padding if `pad`.
 
     Rows of one expert are in the order of their tokens.
 
@@ -122,14 +92,13 @@ def send_choices(
         0), [T, K] the row of each choice.
     """
     choices = expert.flatten()  # [T·K]
-    use_defaults = row_multiple is None and max_padding is None
-    if use_defaults and 0 < len(choices) <= FEW and _rows_worth_one_call(x):
+    if pad and 0 < len(choices) <= FEW and _rows_worth_one_call(x):
         token_of_row, row_of_choice, counts = _place_few_choices(x, expert, num_experts)
     else:
         order, row_of_choice, counts = sort_choices(choices, num_experts)
         token_of_row = order // expert.shape[1]  # [T·K] sorted by expert
 
-        padded_sizes = padded_counts(counts, x, row_multiple, max_padding)
+        padded_sizes = padded_counts(counts, x) if pad else counts
         if padded_sizes is not counts:
             # Rows of padding copy token 0; their outputs are never read.
             padding = padded_sizes - counts  # [E]
@@ -141,7 +110,8 @@ def send_choices(
             counts = padded_sizes
 
     position = row_of_choice.view_as(expert)  # [T, K]
-    return take_rows(x, token_of_row, position), counts, token_of_row, position
+    rows = take_rows(x, token_of_row, position)
+    return rows, counts, token_of_row, position
 
 
 def _place_few_choices(
@@ -156,7 +126,7 @@ def _place_few_choices(
     one_hot = choices.new_zeros(len(choices), num_experts).scatter_(1, choices, 1)  # [T·K, E]
     number_in_group = one_hot.cumsum(0)  # [T·K, E] choices of each expert up to this one
 
-    sizes = _padded_lengths(number_in_group[-1].tolist(), x, None, None)
+    sizes = _padded_lengths(number_in_group[-1].tolist(), x)
     starts = accumulate(sizes[:-1], initial=0)
     # Both [E]. The first choice of a group has number 1 and belongs into the row `starts`.
     row_before_group, counts = torch.tensor([[start - 1 for start in starts], sizes]).unbind()
@@ -192,12 +162,10 @@ def sort_choices(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     return order, place_of_choice, zeros.scatter_add(0, expert, torch.ones_like(expert))
 
 
-def padded_counts(
-    counts: Tensor, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
-) -> Tensor:
+def padded_counts(counts: Tensor, x: Tensor) -> Tensor:
     """Lengths [E] of the experts' groups with padding; `counts` [E] itself where nothing is padded.
 
-    By default, groups are padded on a CPU in these three cases:
+    Groups are padded on a CPU in these three cases:
 
     - In bfloat16, matrix kernels are compiled for each shape, which takes 1 to 2 ms and 0.6 MB each, and lengths change
       with every batch. So they are rounded up to a multiple of 32 rows (small groups: 16; large ones: a sixteenth of a
@@ -210,51 +178,43 @@ def padded_counts(
     Args:
         counts: [E] the rows of each expert.
         x: the tokens, for their device, dtype and width.
-        row_multiple: multiple that lengths are rounded up to on a CPU; 1 turns all padding off, None is the default
-            above.
-        max_padding: groups are made equally long if rows / choices is then at most this; 1 turns that off, None is the
-            default above.
     """
     if not _is_eager_cpu(x):
         return counts
     sizes = counts.tolist()
-    lengths = _padded_lengths(sizes, x, row_multiple, max_padding)
+    lengths = _padded_lengths(sizes, x)
     return counts if lengths is sizes else counts.new_tensor(lengths)
 
 
-def _padded_lengths(
-    sizes: list[int], x: Tensor, row_multiple: int | None, max_padding: float | None
-) -> list[int]:
+def _padded_lengths(sizes: list[int], x: Tensor) -> list[int]:
     """`padded_counts` for a list of lengths [E]; `sizes` itself where nothing is padded."""
     is_bf16 = x.dtype == torch.bfloat16
     num_rows = sum(sizes)
     num_experts = len(sizes)
 
     # Few rows without gradients: equal groups, if the added rows take less time than the calls of a loop.
-    call_rows = _rows_worth_one_call(x) if row_multiple is None and max_padding is None else 0.0
+    call_rows = _rows_worth_one_call(x)
     if call_rows:
         longest = _round_up(max(sizes), 8 if is_bf16 else 1)
         num_calls = num_experts - sizes.count(0)
         if num_experts * longest - num_rows <= call_rows * num_calls:
             return num_experts * [longest]
+    if not is_bf16:
+        return sizes
 
     # Round up each length.
-    if row_multiple is None:
-        row_multiple = _default_row_multiple(num_rows / num_experts) if is_bf16 else 1
-    if row_multiple == 1:
-        return sizes
+    row_multiple = _row_multiple(num_rows / num_experts)
     lengths = [_round_up(count, row_multiple) for count in sizes]
+    if not has_matrix_unit():
+        return lengths
 
     # With a matrix unit: equal groups, if that adds few rows.
-    if max_padding is None:
-        max_padding = 1.0
-        if is_bf16 and has_matrix_unit():
-            max_padding = 1.4 if num_rows < 1024 * num_experts else 1.25
+    max_padding = 1.4 if num_rows < 1024 * num_experts else 1.25
     equal_lengths = num_experts * [max(lengths)]
     return equal_lengths if sum(equal_lengths) <= max_padding * num_rows else lengths
 
 
-def _default_row_multiple(rows_per_expert: float) -> int:
+def _row_multiple(rows_per_expert: float) -> int:
     """The multiple that lengths are rounded up to in bfloat16."""
     return MULTIPLE if rows_per_expert >= 8 * MULTIPLE else SMALL_MULTIPLE
 
@@ -529,7 +489,8 @@ def _weight_gradient(
 ) -> Tensor:
     """out_grad_eᵀ · rows_e: out_grad [R, O], rows [R, I] -> [E, O, I]."""
     if _all_equal(counts):
-        return torch.bmm(_stack_groups(out_grad, counts).mT, _stack_groups(rows, counts)).to(dtype)
+        out_grads = _stack_groups(out_grad, counts).mT  # [E, O, R / E]
+        return torch.bmm(out_grads, _stack_groups(rows, counts)).to(dtype)
     if _fits_grouped_mm(out_grad, rows):
         return F.grouped_mm(out_grad.t(), rows, offs=_group_ends(counts)).to(dtype)
     pairs = zip(out_grad.split(counts), rows.split(counts), strict=True)

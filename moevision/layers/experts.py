@@ -34,8 +34,14 @@ def local(x: Tensor) -> Tensor:
     return cast(Any, x).to_local() if hasattr(x, "to_local") else x
 
 
+def has_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x."""
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 class PackedLinear(nn.Module):
-    """E linear maps in one weight [E, out, in] and one bias [E, out].
+    """E linear maps in one weight [E, out, in] and one bias [E, out]; `placement` are device and dtype.
 
     timm's `param_groups_layer_decay` (like any rule that goes by the number of dimensions) would apply weight decay to
     the two-dimensional bias: therefore `convert_to_moe` adds it to the model's `no_weight_decay()`.
@@ -48,20 +54,17 @@ class PackedLinear(nn.Module):
         out_features: int,
         *,
         bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **placement: Any,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.in_features = in_features
         self.out_features = out_features
-
-        weight = torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
+        weight = torch.empty(num_experts, out_features, in_features, **placement)
         self.weight = nn.Parameter(weight)
         self.bias: nn.Parameter | None = None
         if bias:
-            zeros = torch.zeros(num_experts, out_features, device=device, dtype=dtype)
-            self.bias = nn.Parameter(zeros)
+            self.bias = nn.Parameter(torch.empty(num_experts, out_features, **placement))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,7 +91,10 @@ class PackedLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """E MLPs `fc2(dropout(act(fc1(x))))`, as timm's Mlp but one for each expert; D -> H -> out_features."""
+    """E MLPs `fc2(dropout(act(fc1(x))))`, as timm's Mlp but one for each expert; D -> H -> out_features.
+
+    `placement` are device and dtype.
+    """
 
     def __init__(
         self,
@@ -101,8 +107,7 @@ class Experts(nn.Module):
         bias: tuple[bool, bool] = (True, True),
         drop: float = 0.0,
         backend: Backend = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **placement: Any,
     ) -> None:
         super().__init__()
         if backend not in get_args(Backend):
@@ -113,7 +118,7 @@ class Experts(nn.Module):
         self.backend = backend
         self._widths = (in_features, hidden_features, out_features)
         self.fc1 = PackedLinear(
-            num_experts, in_features, hidden_features, bias=bias[0], device=device, dtype=dtype
+            num_experts, in_features, hidden_features, bias=bias[0], **placement
         )
         self.act = act_layer()
         # Exact types only, since a subclass may compute anything; an in-place one overwrites what the gradient needs.
@@ -121,7 +126,7 @@ class Experts(nn.Module):
         self._act_is_plain = type(self.act) in _PLAIN_ACTIVATIONS and not inplace
         self.drop = nn.Dropout(drop)
         self.fc2 = PackedLinear(
-            num_experts, hidden_features, out_features, bias=bias[1], device=device, dtype=dtype
+            num_experts, hidden_features, out_features, bias=bias[1], **placement
         )
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
@@ -159,44 +164,31 @@ class Experts(nn.Module):
     def on_all_tokens(self, x: Tensor) -> Tensor:
         """Every expert on every token: x [T, D] -> [T, E, out_features] (the dense backend)."""
         x = x.to(self.compute_dtype(x))
-        w1, b1 = self.fc1.local_weights(x.dtype)
-        w2, b2 = self.fc2.local_weights(x.dtype)
-
-        hidden = torch.einsum("td,ehd->teh", x, w1)  # [T, E, H]
-        hidden = self.drop(self.act(_add_bias(hidden, b1, 0)))
-        return _add_bias(torch.einsum("teh,eoh->teo", hidden, w2), b2, 0)
+        outputs = self.on_slots(x.expand(self.num_experts, -1, -1))  # [E, T, out]
+        return outputs.transpose(0, 1)
 
     def on_slots(self, slots: Tensor) -> Tensor:
-        """Each expert on its own P slots: [E, P, D] -> [E, P, out_features] (dense backend of Soft MoE)."""
+        """Each expert on its own P rows: [E, P, D] -> [E, P, out_features] (dense backend of Soft MoE)."""
         w1, b1 = self.fc1.local_weights(slots.dtype)
         w2, b2 = self.fc2.local_weights(slots.dtype)
 
-        hidden = torch.einsum("epd,ehd->eph", slots, w1)  # [E, P, H]
-        hidden = self.drop(self.act(_add_bias(hidden, b1, 1)))
-        return _add_bias(torch.einsum("eph,eoh->epo", hidden, w2), b2, 1)
+        hidden = self.drop(self.act(_batched_linear(slots, w1, b1)))  # [E, P, H]
+        return _batched_linear(hidden, w2, b2)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that the experts compute in: autocast's if it is on, else that of their weights."""
-        device_type = x.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            return torch.get_autocast_dtype(device_type)
+        if has_autocast(x):
+            return torch.get_autocast_dtype(x.device.type)
         return self.fc1.weight.dtype
 
     def _use_grouped(self, rows: Tensor) -> bool:
-        """Whether the rows are computed by `grouped_mm`; raises UserError if it was asked for and can't."""
-        is_aligned = all(width * rows.element_size() % 16 == 0 for width in self._widths)
-        if self.backend == "grouped":
-            if rows.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not is_aligned:
-                raise UserError(
-                    f"backend='grouped' in {rows.dtype} and widths of {self._widths} can't be computed, only float32 "
-                    "and half precision in steps of 16 bytes: change hidden_features or use backend='loop'."
-                )
-            return True
-        if self.backend == "loop":
-            return False
+        """Whether the rows are computed by `grouped_mm`."""
+        if self.backend != "auto":
+            return self.backend == "grouped"
 
         # backend="auto", by measurements: bf16 grouped_mm is one fused kernel on SM90+; elsewhere it is a loop with
         # host synchronisations. `_loop` splits by values of `counts`, which doesn't compile; bf16 grouped_mm does.
+        is_aligned = all(width * rows.element_size() % 16 == 0 for width in self._widths)
         if rows.dtype != torch.bfloat16 or not is_aligned:
             return False
         if torch.compiler.is_compiling():
@@ -225,9 +217,11 @@ def _grouped_linear(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor |
 
     # At least in float32: the gradient of a bias is a sum over all rows of its expert.
     bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    return out + bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0]).to(out.dtype)
+    bias_of_row = bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])  # [R, out]
+    return out + bias_of_row.to(out.dtype)
 
 
-def _add_bias(out: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-    """Add biases [E, width] to `out`, which has another dimension (tokens or slots) at `dim`."""
-    return out if bias is None else out + bias.unsqueeze(dim)
+def _batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows_e · weight_eᵀ + bias_e for equally many rows of each expert e: [E, P, in] -> [E, P, out]."""
+    out = rows @ weight.mT
+    return out if bias is None else out + bias.unsqueeze(1)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from moevision.config import RouterOptions
 from moevision.errors import UserError
-from moevision.layers.cpu import refuse_transforms
 from moevision.layers.experts import Backend, Experts
 from moevision.layers.routers import build_router
 from moevision.layers.routing import Dispatched, Recordable, Routing, routed_unit
@@ -30,21 +29,15 @@ class LocalDispatcher:
 
     A choice that the router dropped is computed all the same, with weight 0, so that shapes stay static.
 
-    Args:
-        row_multiple: on a CPU, the length of each expert's group of rows is rounded up to a multiple of this; 1 turns
-            all padding off.
-        max_padding: on a CPU, groups are made equally long if rows / choices is then at most this; 1 turns that off.
-
-    None leaves either to `cpu.padded_counts`.
+    With `pad` the experts' groups of rows get padding where that is faster (`cpu.padded_counts`).
     """
 
-    def __init__(self, row_multiple: int | None = None, max_padding: float | None = None) -> None:
-        self.row_multiple = row_multiple
-        self.max_padding = max_padding
+    def __init__(self, *, pad: bool = True) -> None:
+        self.pad = pad
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         """Copy the tokens x [T, D] of a batch into rows that are sorted by expert."""
-        return routing.dispatch(x, self.row_multiple, self.max_padding)
+        return routing.dispatch(x, pad=self.pad)
 
     def receive(self, sent: Dispatched) -> tuple[Tensor, Tensor]:
         """Rows [R, D] for the experts of this process, and the length [E] of each expert's group: all that was sent."""
@@ -181,8 +174,6 @@ class MoEMlp(Recordable):
             shared = self._shared_output(tokens)  # [T, out]
             mixed = routing.mix_densely(tokens, self.experts)  # [T, out]
         else:
-            refuse_transforms()
-
             # Dispatch: rows sorted by expert. Tokens are cast before they are copied: under bf16 autocast that
             # halves the memory of the copies.
             dtype = self.experts.compute_dtype(tokens)
@@ -208,10 +199,11 @@ class MoEMlp(Recordable):
         return None if self.shared is None else self.shared(x)
 
 
-class SharedExperts(nn.Module):
+class SharedExperts(nn.Sequential):
     """`fc2(dropout(act(fc1(x))))` on every token: timm's Mlp without its last dropout, initialised as experts are.
 
-    `hidden_features` is the hidden width of all shared experts together, `drop` the dropout after the activation.
+    `hidden_features` is the hidden width of all shared experts together, `drop` the dropout after the activation;
+    `placement` are device and dtype.
     """
 
     def __init__(
@@ -222,16 +214,13 @@ class SharedExperts(nn.Module):
         act_layer: Callable[[], nn.Module],
         bias: tuple[bool, bool],
         drop: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **placement: Any,
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias[0], device=device, dtype=dtype)
+        self.fc1 = nn.Linear(in_features, hidden_features, bias[0], **placement)
         self.act = act_layer()
         self.drop = nn.Dropout(drop)
-        self.fc2 = nn.Linear(
-            hidden_features, out_features, bias=bias[1], device=device, dtype=dtype
-        )
+        self.fc2 = nn.Linear(hidden_features, out_features, bias[1], **placement)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -240,11 +229,6 @@ class SharedExperts(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X [T, D] -> [T, out_features]."""
-        out: Tensor = self.fc2(self.drop(self.act(self.fc1(x))))
-        return out
 
 
 def moe_layers(model: nn.Module) -> list[MoEMlp]:
@@ -260,16 +244,8 @@ def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
         model: any module with MoE layers.
         counts: for each MoE layer in order of depth, [E] how many tokens chose each expert in that step, summed over
             micro-batches and processes. Layers without a bias, or whose router is frozen, ignore them.
-
-    Raises:
-        UserError: if there are not as many counts as MoE layers.
     """
-    layers = moe_layers(model)
-    if len(layers) != len(counts):
-        raise UserError(
-            f"Give the counts of all {len(layers)} MoE layers; these are {len(counts)}."
-        )
-    for layer, load in zip(layers, counts, strict=True):
+    for layer, load in zip(moe_layers(model), counts, strict=True):
         layer.router.after_step(load)
 
 

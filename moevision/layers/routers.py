@@ -35,7 +35,6 @@ from moevision.layers.routing import (
     Router,
     Routing,
     at_least_float32,
-    check_top_k,
     full_precision,
     within_capacity,
 )
@@ -67,9 +66,9 @@ class TopKRouter(Router):
     the mean: the same experts compute them, and a layer needn't know where patches begin. Noise is drawn once per
     image, and a capacity (of the batch) counts images.
 
-    K lies between 1 and E, else a UserError. `noise` is `learned` (a second linear map gives the standard deviation for
-    each token and expert), `fixed` (σ = 1/E), `jitter` (of the router's input) or `none`; `options.noise` overrides it.
-    `default_losses` are weights of the balance losses, used if the user gives none.
+    `noise` is `learned` (a second linear map gives the standard deviation for each token and expert), `fixed` (σ =
+    1/E), `jitter` (of the router's input) or `none`; `options.noise` overrides it. `default_losses` are weights of the
+    balance losses, used if the user gives none.
     """
 
     explain = by_softmax
@@ -89,7 +88,6 @@ class TopKRouter(Router):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_top_k(top_k, num_experts)
         self.dim = dim
         self.num_experts = num_experts
         self.top_k = top_k
@@ -331,9 +329,9 @@ class SigmoidRouter(TopKRouter):
     """Affinities are a sigmoid of each logit instead of a softmax: an expert's score doesn't depend on other experts.
 
     `s = sigmoid(x W)`; the K best by s + b are chosen; gates are the chosen s divided by their sum (s itself for k =
-    1). The bias b is DeepSeek-V3's, and absent without a `bias_rate` γ: it affects the choice only, has no gradient,
-    and `update_router_bias` changes it by γ after an optimizer step, upwards for experts with less than the mean load.
-    There is no noise; the other arguments are those of `TopKRouter`.
+    1). The bias b is DeepSeek-V3's, and absent without a `bias_rate` γ (`options.bias_rate` overrides it): it affects
+    the choice only, has no gradient, and `update_router_bias` changes it by γ after an optimizer step, upwards for
+    experts with less than the mean load. There is no noise; the other arguments are those of `TopKRouter`.
     """
 
     explain = partialmethod(by_sigmoid)
@@ -346,14 +344,13 @@ class SigmoidRouter(TopKRouter):
         top_k: int,
         *,
         bias_rate: float | None = None,
-        device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(dim, num_experts, top_k, noise="none", device=device, **options)
-        self.bias_rate = bias_rate
+        super().__init__(dim, num_experts, top_k, noise="none", **options)
+        self.bias_rate = self.options.bias_rate or bias_rate
         self.register_buffer("bias", None)
-        if bias_rate is not None:
-            self.bias = torch.zeros(num_experts, device=device, dtype=torch.float32)
+        if self.bias_rate is not None:
+            self.bias = torch.zeros(num_experts, device=self.weight.device, dtype=torch.float32)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """As in torch, but the bias never loses precision: in bfloat16 its small steps would be rounded away."""
@@ -482,13 +479,6 @@ def _switch(dim: int, num_experts: int, top_k: int, **options: Any) -> TopKRoute
     )
 
 
-def _bias_balanced(
-    dim: int, num_experts: int, top_k: int, options: RouterOptions, **factory: Any
-) -> SigmoidRouter:
-    bias_rate = options.bias_rate or _BIAS_RATE
-    return SigmoidRouter(dim, num_experts, top_k, bias_rate=bias_rate, options=options, **factory)
-
-
 _VMOE: dict[str, Any] = {
     "noise": "fixed",
     "softmax_over": "all",
@@ -511,7 +501,9 @@ ROUTERS: dict[str, RouterKind] = {
     "vmoe_top_k": RouterKind(partial(TopKRouter, **_VMOE), _TOKEN_CHOICE),
     "switch": RouterKind(_switch, _TOKEN_CHOICE, top_k=1),
     "sigmoid": RouterKind(partial(SigmoidRouter, default_losses=_BALANCING), _SIGMOID),
-    "bias_balanced": RouterKind(_bias_balanced, (*_SIGMOID, "bias_rate")),
+    "bias_balanced": RouterKind(
+        partial(SigmoidRouter, bias_rate=_BIAS_RATE), (*_SIGMOID, "bias_rate")
+    ),
     "cosine": RouterKind(partial(CosineRouter, **_VMOE), _TOKEN_CHOICE),
     "expert_choice": RouterKind(ExpertChoiceRouter, ("noise", "normalize_gates")),
     "soft": RouterKind(SoftRouter, ("slots_per_expert",)),
@@ -536,12 +528,19 @@ def build_router(
     top_k: int | None = None,
     *,
     options: RouterOptions = RouterOptions(),  # noqa: B008 (never changed)
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    **placement: Any,
 ) -> Any:
-    """Build the router `name` of `ROUTERS`; without `top_k` it gets its default K."""
+    """Build the router `name` of `ROUTERS`; without `top_k` it gets its default K. `placement` are device and dtype.
+
+    Raises:
+        UserError: for an unknown name, a K that isn't between 1 and E, or an option that the router has no use for.
+    """
     kind = router_kind(name)
     if top_k is None:
         top_k = kind.top_k
+    if not 1 <= top_k <= num_experts:
+        raise UserError(
+            f"top_k={top_k} does not fit num_experts={num_experts}: choose top_k between 1 and {num_experts}."
+        )
     options = options.only(name, kind.options)
-    return kind.make(dim, num_experts, top_k, options=options, device=device, dtype=dtype)
+    return kind.make(dim, num_experts, top_k, options=options, **placement)

@@ -32,7 +32,6 @@ from moevision.layers.routing import (
     Routing,
     at_least_float32,
     capacity_of,
-    check_top_k,
     full_precision,
 )
 from moevision.layers.words import by_experts, by_slots
@@ -98,9 +97,7 @@ class ExpertChoiceRouting(Routing):
         """[E] int64: the same as `counts()`, since an expert computes every token that it takes."""
         return self.counts()
 
-    def dispatch(
-        self, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
-    ) -> Dispatched:
+    def dispatch(self, x: Tensor, *, pad: bool = True) -> Dispatched:
         """Rows [R, D] for the experts: copies of the tokens x [T, D] that each one took, sorted by expert, then image.
 
         All experts get equally many rows, so nothing is padded.
@@ -131,7 +128,7 @@ class ExpertChoiceRouter(Router):
 
     The noise ε ~ N(0, 1/E²), in training only, is that of V-MoE's released code; the paper has none. K is how many
     experts a token has on average (the paper's capacity factor). With `normalize_gates` a token's weights sum to 1 if
-    any expert took it. K lies between 1 and E and `noise` is `fixed` or `none`, else a UserError.
+    any expert took it. `noise` is `fixed` or `none`, else a UserError. `placement` are device and dtype.
     """
 
     kind = "expert_choice"
@@ -144,11 +141,9 @@ class ExpertChoiceRouter(Router):
         top_k: int,
         *,
         options: RouterOptions = RouterOptions(),  # noqa: B008 (never changed)
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **placement: Any,
     ) -> None:
         super().__init__()
-        check_top_k(top_k, num_experts)
         if options.noise in ("learned", "jitter"):
             raise UserError(
                 "The router 'expert_choice' has no such noise: use noise 'fixed' or 'none'."
@@ -158,7 +153,7 @@ class ExpertChoiceRouter(Router):
         self.top_k = top_k
         self.options = options
         self.noise: Noise = options.noise or "fixed"
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, **placement))
         self.reset_parameters()
 
     @property
@@ -195,10 +190,6 @@ class ExpertChoiceRouter(Router):
             return ExpertChoiceRouting.of(
                 logits, noisy_logits, noise_std, token_index, token_weight
             )
-
-    def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
-        return f"{self.dim}, {super().extra_repr()}, noise={self.noise!r}"
 
 
 def shares_of_token(weight: Tensor, token_index: Tensor, tokens: int) -> Tensor:
@@ -255,9 +246,7 @@ class SoftRouting(Routing):
             (images, num_experts), slots, dtype=torch.int64, device=self.logits.device
         )
 
-    def dispatch(
-        self, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
-    ) -> Dispatched:
+    def dispatch(self, x: Tensor, *, pad: bool = True) -> Dispatched:
         """Rows [R, D] for the experts: their slots, weighted means of the tokens x [T, D]. Nothing is padded."""
         weight = self.dispatch_weight.to(x.dtype)  # [B, N, E, P]
         images, tokens, _, _ = weight.shape
@@ -286,7 +275,7 @@ class SoftRouter(Router):
     `logits = scale · l2(x) · l2(Φ)`, Φ is `mu`. A softmax over the tokens gives their weights in a slot, a softmax over
     all E · P slots the weights of the slots in a token's output. K = E · P / N is how many slots there are per token.
     The option `slots_per_expert` is P; if it isn't given, a model sets it to K · N / E, and the router alone has P = 1.
-    K lies between 1 and E, else a UserError.
+    `placement` are device and dtype.
     """
 
     kind = "soft"
@@ -299,19 +288,17 @@ class SoftRouter(Router):
         top_k: int,
         *,
         options: RouterOptions = RouterOptions(),  # noqa: B008 (never changed)
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **placement: Any,
     ) -> None:
         super().__init__()
-        check_top_k(top_k, num_experts)
         self.dim = dim
         self.num_experts = num_experts
         self.top_k = top_k
         self.options = options
         slots = options.slots_per_expert or 1
-        self.mu = nn.Parameter(torch.empty(dim, num_experts, slots, device=device, dtype=dtype))
+        self.mu = nn.Parameter(torch.empty(dim, num_experts, slots, **placement))
         # One element, not a scalar: FSDP2 shards no scalars.
-        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.empty(1, **placement))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -327,10 +314,6 @@ class SoftRouter(Router):
             direction = direction * self.scale.to(x.dtype)
             logits = torch.einsum("bnd,dep->bnep", _unit(x, -1), direction)  # [B, N, E, P]
             return SoftRouting.of(logits)
-
-    def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
-        return f"{self.dim}, num_experts={self.num_experts}, slots_per_expert={self.mu.shape[-1]}"
 
 
 def _unit(x: Tensor, dim: int) -> Tensor:

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from moevision.config import RouteBy as RouteBy
-from moevision.errors import UserError
 from moevision.layers.cpu import send_choices, sum_rows
 from moevision.layers.experts import Experts
 
@@ -118,18 +117,13 @@ class Routing:
         zeros = is_kept.new_zeros(len(self.kept), self.num_experts)  # [B, E]
         return zeros.scatter_add(1, expert_of_choice, is_kept)
 
-    def dispatch(
-        self, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
-    ) -> Dispatched:
+    def dispatch(self, x: Tensor, *, pad: bool = True) -> Dispatched:
         """Rows for the experts: each token of x [T, D] is copied once for every expert that it chose.
 
-        `row_multiple` and `max_padding` are explained in `LocalDispatcher`.
+        `pad` is explained in `LocalDispatcher`.
         """
         expert_index = self.expert_index.flatten(0, 1)  # [T, K]
-        rows, counts, token, position = send_choices(
-            x, expert_index, self.num_experts, row_multiple, max_padding
-        )
-        return Dispatched(rows, counts, token, position)
+        return Dispatched(*send_choices(x, expert_index, self.num_experts, pad=pad))
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
         """Weighted sum [T, D] of each token's rows; `rows` [R, D] is the experts' output for the rows of `dispatch`."""
@@ -142,7 +136,8 @@ class Routing:
         """The same output without sorting: every expert computes every token of x [T, D] -> [T, out]."""
         outputs = experts.on_all_tokens(x)  # [T, E, out]
         weight = self.expert_weights().flatten(0, 1)  # [T, E]
-        return (outputs * weight.unsqueeze(-1)).sum(1).to(outputs.dtype)  # [T, out]
+        mixed = (outputs * weight.unsqueeze(-1)).sum(1)  # [T, out]
+        return mixed.to(outputs.dtype)
 
     def for_tokens(self, tokens: int) -> Self:
         """Expand a decision per image [B, 1, ...] to all its tokens [B, N, ...], without copying; N is `tokens`."""
@@ -424,14 +419,6 @@ def routed_unit(router: object) -> RouteBy:
     return getattr(options, "route_by", None) or "token"
 
 
-def check_top_k(top_k: int, num_experts: int) -> None:
-    """Raise a UserError unless 1 <= top_k <= num_experts."""
-    if not 1 <= top_k <= num_experts:
-        raise UserError(
-            f"top_k={top_k} does not fit num_experts={num_experts}: choose top_k between 1 and {num_experts}."
-        )
-
-
 def at_least_float32(x: Tensor) -> Tensor:
     """Convert float16 and bfloat16 to float32, the least precision for routers; other dtypes stay as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -439,8 +426,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """A context without autocast on the device of x, for a router's computation."""
-    device_type = x.device.type
     # Only if autocast is on: torch 2.13 can't load an exported program that contains such a context.
+    device_type = x.device.type
     active = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if active else nullcontext()
 

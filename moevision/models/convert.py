@@ -17,20 +17,16 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
-import timm
 import torch
 from timm.layers import Mlp
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from moevision.config import RouterOptions
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, router_kind
-from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter
 from moevision.layers.experts import Backend
 from moevision.layers.routing import evaluating, routed_unit
 
@@ -102,7 +98,7 @@ def convert_to_moe(
         UserError: if the model has no such blocks or has experts already, a block's MLP is not a plain one, or an
             option doesn't fit. The model is then as it was.
     """
-    _check_convertible(vit)
+    check_convertible(vit)
     if copy_weights and num_shared_experts:
         raise UserError(
             "A shared expert on top of copies would double the output: leave num_shared_experts out."
@@ -125,7 +121,6 @@ def convert_to_moe(
 
     # Build all layers before replacing any MLP, so that an error leaves the model unchanged.
     arguments = _layer_arguments(vit, indices, per_layer, options)
-    _check_twin_widths(vit, indices)
     moes = []
     for index, layer_arguments in zip(indices, arguments, strict=True):
         layer_arguments |= shared_arguments
@@ -133,7 +128,6 @@ def convert_to_moe(
             layer_arguments, plain_mlp(vit, index).out_features, copy_weights
         )
         moes.append(_moe_like(vit, index, layer_arguments, copy_weights))
-    _check_patch_drop(vit, moes)
 
     for moe in moes:
         untyped_vit.blocks[moe.layer_index].mlp = moe
@@ -149,7 +143,7 @@ def convert_to_moe(
     for name, value in per_layer.items():
         moe_config[name] = one_or_list([layer[name] for layer in arguments], value)
     moe_config["expert_hidden"] = moe_config.pop("hidden_features")
-    if not copy_weights and expert_hidden is None and not _is_twin(vit):
+    if not copy_weights and expert_hidden is None and "twin" not in getattr(vit, "_model_args", {}):
         moe_config["expert_hidden"] = None  # follows from the width of the MLP
     moe_config["backend"] = backend
     if num_shared_experts:
@@ -165,27 +159,20 @@ def convert_to_moe(
     return vit
 
 
-def _check_convertible(vit: nn.Module) -> None:
+def check_convertible(vit: nn.Module) -> None:
     """Raise a UserError unless this is a dense timm ViT."""
+    name = type(vit).__name__
+    if moe_layers(vit):
+        raise UserError(
+            f"{name} has experts already: convert all layers in one call, or train it on with `moevision fit FOLDER "
+            "--pretrained`."
+        )
     blocks = getattr(vit, "blocks", None)
     has_parts = hasattr(vit, "num_prefix_tokens") and hasattr(vit, "patch_embed")
     if not (isinstance(blocks, nn.Sequential | nn.ModuleList) and has_parts):
         raise UserError(
-            f"{type(vit).__name__} has no transformer blocks behind a patch_embed to convert: give a timm ViT or DeiT."
-        )
-    if moe_layers(vit):
-        raise UserError(
-            f"{type(vit).__name__} has experts already: convert all layers in one call."
-        )
-
-
-def _check_patch_drop(vit: nn.Module, moes: Sequence[MoEMlp]) -> None:
-    """Raise a UserError for patch dropping together with routers that go by the position of patches."""
-    if isinstance(getattr(vit, "patch_drop", None), nn.Identity | None):
-        return
-    if any(isinstance(moe.router, HashRouter | PositionRouter | ColourRouter) for moe in moes):
-        raise UserError(
-            "Fixed rules route by the patch's place, which dropped patches change: leave patch_drop_rate at 0."
+            f"{name} has no transformer blocks behind a patch_embed to convert: give a timm ViT, DeiT or EVA-style "
+            "model."
         )
 
 
@@ -206,39 +193,27 @@ def _layer_arguments(
     count = len(indices)
     columns = {name: _per_layer(name, value, count) for name, value in per_layer.items()}
     slots = _per_layer("slots_per_expert", options.get("slots_per_expert"), count)
-    _check_options(options, columns["router"])
+    # An option that only some routers can use is left out for the others; one that none can use is refused by them.
+    useful = {name for router in columns["router"] for name in router_kind(router).options}
 
-    untyped_vit = cast(Any, vit)
+    tokens = cast(Any, vit).patch_embed.num_patches + cast(Any, vit).num_prefix_tokens
     layers = []
     for position in range(count):
         arguments = {name: values[position] for name, values in columns.items()}
         kind = router_kind(arguments["router"])
         if arguments["top_k"] is None:
             arguments["top_k"] = kind.top_k
-        arguments |= {name: value for name, value in options.items() if name in kind.options}
+        arguments |= {
+            name: value
+            for name, value in options.items()
+            if name in kind.options or name not in useful
+        }
         if "slots_per_expert" in kind.options:
-            arguments["slots_per_expert"] = slots[position]
-            if not slots[position]:
-                # As many slots as cost the same as K experts per token; not changed when the image size changes.
-                tokens = int(untyped_vit.patch_embed.num_patches) + int(
-                    untyped_vit.num_prefix_tokens
-                )
-                arguments["slots_per_expert"] = capacity_of(
-                    1.0, tokens, arguments["top_k"], arguments["num_experts"]
-                )
+            # By default as many slots as cost the same as K experts per token, whatever the image size becomes.
+            default = capacity_of(1.0, tokens, arguments["top_k"], arguments["num_experts"])
+            arguments["slots_per_expert"] = slots[position] or default
         layers.append(arguments)
     return layers
-
-
-def _check_options(options: dict[str, Any], routers: list[str]) -> None:
-    """Raise a UserError for an option that no router can use."""
-    usable = {name for router in routers for name in router_kind(router).options}
-    if not routers:
-        usable = {field.name for field in fields(RouterOptions)}
-    unusable = sorted(options.keys() - usable)
-    if unusable:
-        names = " and ".join(dict.fromkeys(map(repr, routers))) or "A model without MoE layers"
-        raise UserError(f"The router {names} has no use for {', '.join(unusable)}: leave it out.")
 
 
 def _expert_hidden(arguments: dict[str, Any], dense_hidden: int, copy_weights: bool) -> int:
@@ -246,9 +221,6 @@ def _expert_hidden(arguments: dict[str, Any], dense_hidden: int, copy_weights: b
 
     With `copy_weights` it is that of the dense MLP.
     """
-    top_k = arguments["top_k"]
-    if top_k < 1:
-        raise UserError(f"top_k is {top_k}: it must be at least 1 expert.")
     expert_hidden = arguments["hidden_features"]
     if copy_weights:
         if expert_hidden not in (None, dense_hidden):
@@ -257,14 +229,8 @@ def _expert_hidden(arguments: dict[str, Any], dense_hidden: int, copy_weights: b
                 f"expert_hidden (it is {expert_hidden}) out."
             )
         return dense_hidden
-    active = top_k + arguments["num_shared_experts"]
-    if expert_hidden is None:
-        expert_hidden = dense_hidden // active
-    if expert_hidden < 1:
-        raise UserError(
-            f"top_k={active} leaves an expert no hidden unit: choose a smaller top_k or set expert_hidden."
-        )
-    return int(expert_hidden)
+    active = arguments["top_k"] + arguments["num_shared_experts"]
+    return int(expert_hidden or dense_hidden // active)
 
 
 def _per_layer(name: str, value: Any, count: int) -> list[Any]:
@@ -299,7 +265,7 @@ def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
     )
 
 
-def _dense_arguments(vit: nn.Module) -> dict[str, Any]:
+def dense_arguments(vit: nn.Module) -> dict[str, Any]:
     """The arguments that timm recorded for a model, without those of its twin and of its experts."""
     arguments = dict(getattr(vit, "_model_args", {}))
     for name in ("twin", *getattr(vit, "moe_config", {})):
@@ -307,32 +273,10 @@ def _dense_arguments(vit: nn.Module) -> dict[str, Any]:
     return arguments
 
 
-def _is_twin(vit: nn.Module) -> bool:
-    """Whether a model is a dense twin (`dense_twin`)."""
-    return "twin" in getattr(vit, "_model_args", {})
-
-
-def _check_twin_widths(vit: nn.Module, indices: Sequence[int]) -> None:
-    """Raise a UserError if a dense twin would keep an MLP of another width than its recorded arguments build."""
-    if not indices or not _is_twin(vit):
-        return
-    twin = cast(Any, vit)
-    arguments = {**_dense_arguments(vit), "moe_layers": [], "num_classes": twin.num_classes}
-    with torch.device("meta"):
-        rebuilt: Any = timm.create_model(twin.pretrained_cfg["architecture"], **arguments)
-    for index in set(range(len(twin.blocks))) - set(indices):
-        width = twin.blocks[index].mlp.fc1.out_features
-        if width != rebuilt.blocks[index].mlp.fc1.out_features:
-            raise UserError(
-                "This dense twin has MLPs of another width where its experts were: convert all of those blocks, or a "
-                "twin of the same active FLOPs."
-            )
-
-
 def _record_model_arguments(vit: nn.Module, moe_config: dict[str, Any]) -> None:
     """Set `moe_config` and timm's attributes: the name and arguments with which timm builds the model again."""
     untyped_vit = cast(Any, vit)
-    arguments = _dense_arguments(vit)
+    arguments = dense_arguments(vit)
     untyped_vit.moe_config = moe_config
     pretrained_cfg = getattr(vit, "pretrained_cfg", None)
     if pretrained_cfg is None:
@@ -459,7 +403,7 @@ def routes_read(model: nn.Module) -> list[bool]:
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(add_zeros))
-        features = _classifier_input(model, _noise_image(model)).float()  # [1, D]
+        features = pooled(model, _noise_image(model)).float()  # [1, D]
         # Projected on a random direction, since the plain sum of features behind a LayerNorm is constant.
         generator = torch.Generator().manual_seed(1)
         directions = torch.randn(features.shape, generator=generator).to(features.device)
@@ -476,20 +420,18 @@ def routes_read(model: nn.Module) -> list[bool]:
     return read
 
 
+def pooled(net: nn.Module, images: Tensor) -> Tensor:
+    """The input [B, D] of the classifier of a timm model, for images [B, 3, H, W]."""
+    model = cast(Any, net)
+    tokens = model.forward_features(images)
+    return cast(Tensor, model.forward_head(tokens, pre_logits=True))
+
+
 def _noise_image(model: nn.Module) -> Tensor:
     """[1, 3, H, W] of the size and dtype that a model takes, on its device."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (224, 224)
+    size = cast(Any, model).patch_embed.img_size or (224, 224)
     noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     return noise.to(next(model.parameters()))
-
-
-def _classifier_input(model: nn.Module, images: Tensor) -> Tensor:
-    """The features [B, D] that the classifier reads. Not logits: a new classifier may be zero, with zero gradients."""
-    untyped_vit = cast(Any, model)
-    if not hasattr(model, "forward_features"):
-        return cast(Tensor, untyped_vit(images))
-    features = untyped_vit.forward_features(images)
-    return cast(Tensor, untyped_vit.forward_head(features, pre_logits=True))
 
 
 def layers_that_miss_classifier(model: nn.Module) -> list[int]:
@@ -531,7 +473,7 @@ def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
     Raises:
         UserError: if the model is not a converted one, or `match` is unknown.
     """
-    if not moe_layers(model) or not hasattr(model, "moe_config"):
+    if not moe_layers(model):
         raise UserError(
             f"{type(model).__name__} is not a MoE model: convert it first, or create a vit_moe model."
         )
@@ -543,17 +485,11 @@ def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
 
 def make_dense(model: nn.Module, match: Match) -> None:
     """Replace the MoE layers of `model` by dense MLPs, in place; `match` and errors are those of `dense_twin`."""
-    layers = moe_layers(model)
     if match not in get_args(Match):
         raise UserError(f"There is no twin {match!r}: choose {' or '.join(get_args(Match))}.")
     untyped_model = cast(Any, model)
 
-    # Remove the hooks by which routers get the image.
-    removed_routers = [layer.router for layer in layers]
-    hooks = untyped_model.patch_embed._forward_pre_hooks
-    for hook_id, hook in list(hooks.items()):
-        if any(getattr(hook, "__self__", None) is router for router in removed_routers):
-            del hooks[hook_id]
+    untyped_model.patch_embed._forward_pre_hooks.clear()  # by which routers get the image
 
     for index, block in enumerate(untyped_model.blocks):
         moe = block.mlp
@@ -561,14 +497,12 @@ def make_dense(model: nn.Module, match: Match) -> None:
             continue
         experts = moe.router.top_k if match == "active_flops" else moe.router.num_experts
         hidden = (experts + moe.num_shared_experts) * moe.experts.fc1.out_features
-        # With an `expert_drop`, only the dropout behind the experts still has the rate of the original MLP.
-        drop = moe.drop.p if "expert_drop" in untyped_model.moe_config else moe.experts.drop.p
-        block.mlp = _mlp_like(moe, hidden, drop)
+        block.mlp = _mlp_like(moe, hidden)
         scale_by_depth(model, block.mlp, index)
     untyped_model.moe_config = {**untyped_model.moe_config, "twin": match}
 
 
-def _mlp_like(moe: MoEMlp, hidden_features: int, drop: float) -> Mlp:
+def _mlp_like(moe: MoEMlp, hidden_features: int) -> Mlp:
     """A dense MLP in place of a MoE layer, with new weights."""
     fc1, fc2 = moe.experts.fc1, moe.experts.fc2
     mlp = Mlp(
@@ -577,7 +511,7 @@ def _mlp_like(moe: MoEMlp, hidden_features: int, drop: float) -> Mlp:
         fc2.out_features,
         act_layer=cast(Any, lambda: copy.deepcopy(moe.experts.act)),
         bias=(fc1.bias is not None, fc2.bias is not None),
-        drop=(drop, moe.drop.p),
+        drop=moe.drop.p,  # that of the original MLP, whatever `expert_drop` is
         device=fc1.weight.device,
         dtype=fc1.weight.dtype,
     )

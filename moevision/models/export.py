@@ -3,7 +3,7 @@
 The file holds the network in eval mode for any batch size, and what is needed to use it: class names and the
 preparation of an image. If the model was saved with an out-of-distribution detector (`SavedModel.strangers`, see
 `moevision.models.ood`), the file outputs the distance of an image from the nearest class beside the logits. With
-`routes` it also outputs the routing of the patches, and an input disables experts (`_WithRoutes`).
+`routes` it also outputs the routing of the patches, and an input disables experts (`_Exported`).
 
 Experts are computed by the `dense` backend, all E of them for every token, since ONNX has no operation for rows sorted
 by expert. So the file saves no computation, although the model is sparse.
@@ -44,10 +44,7 @@ TOLERANCE: dict[Dtype, float] = {"fp32": 1e-4, "fp16": 5e-2}
 """Largest accepted difference of a logit; one unit in the last place of an fp16 logit of 32 is 0.03."""
 
 _NOISE_IMAGES = 4
-# How often noise is sampled at most: where rounding makes a router choose another expert, the outputs differ.
-_NOISE_ATTEMPTS = 3
 _OPSETS = range(18, 24)  # those that torch 2.13 can write
-_MAX_ONNX_BYTES = 2_000_000_000  # a protobuf message is limited to 2 GiB
 
 
 @dataclass(frozen=True)
@@ -99,10 +96,10 @@ def export_onnx(
     with routing_lock(model.net):
         net = copy.deepcopy(model.net)
     net = net.cpu().float().eval().requires_grad_(False)
-    reference = _exported(net, model.strangers, routes)
+    reference = _Exported(net, model.strangers, routes)
     exported = reference
     if dtype == "fp16":
-        exported = _exported(copy.deepcopy(net).half(), model.strangers, routes)
+        exported = _Exported(copy.deepcopy(net).half(), model.strangers, routes)
 
     if pictures is None:
         pictures = torch.zeros(0, 3, model.image_size, model.image_size)
@@ -113,79 +110,60 @@ def export_onnx(
         data = _to_bytes(exported, exported_facts(model), opset)
         run = load_exported(data)
         _set_backend(reference, "loop")
-        comparison = _compare(reference, run, pictures.cpu().float(), has_distance, tolerance)
+        images, max_delta, agreement = _compare(
+            reference, run, pictures.cpu().float(), has_distance
+        )
     except Exception as error:  # exporters and runtimes raise errors of many types
         raise UserError(
             f"{type(model.net).__name__} can't be exported ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}): try another opset."
         ) from error
-    if not comparison.max_delta <= tolerance:  # also true for NaN
+    if not max_delta <= tolerance:  # also true for NaN
         raise UserError(
-            f"The exported file differs from the model by {comparison.max_delta:.2g} in a logit, more than "
+            f"The exported file differs from the model by {max_delta:.2g} in a logit, more than "
             f"{tolerance:g}, and was not kept: try another opset."
         )
 
     path = Path(path)
     write_bytes_atomic(path, data)
-    return ExportReport(
-        path=path,
-        size_bytes=len(data),
-        pictures=comparison.images,
-        max_logit_delta=comparison.max_delta,
-        top1_agreement=comparison.agreement,
-    )
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """How a file's outputs differ from those of the model; the fields of `ExportReport`."""
-
-    images: int
-    max_delta: float  # on the noise
-    agreement: float  # on all images
+    return ExportReport(path, len(data), images, max_delta, agreement)
 
 
 @torch.no_grad()
 def _compare(
-    reference: nn.Module, run: Runner, pictures: Tensor, has_distance: bool, tolerance: float
-) -> _Comparison:
-    """Compare on seeded noise, sampled again while outputs differ by more than `tolerance`, and on `pictures`."""
+    reference: nn.Module, run: Runner, pictures: Tensor, has_distance: bool
+) -> tuple[int, float, float]:
+    """Number of compared images, largest difference on seeded noise, and agreement on noise and `pictures`."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(_NOISE_ATTEMPTS):
-        noise = torch.randn(_NOISE_IMAGES, *pictures.shape[1:], generator=generator)
-        # Batches of different sizes, since the file must work for any.
-        batches = [noise[:1], noise[1:]]
-        if len(pictures):
-            batches += pictures.split(32)
+    noise = torch.randn(_NOISE_IMAGES, *pictures.shape[1:], generator=generator)
+    # Batches of different sizes, since the file must work for any.
+    batches = [noise[:1], noise[1:]]
+    if len(pictures):
+        batches += pictures.split(32)
 
-        # [n, C], or [n, C + 1] with the distance
-        expected = torch.cat([_compared(reference(batch), has_distance) for batch in batches])
-        actual = torch.cat([_compared(run(batch), has_distance) for batch in batches])
-        delta = float((actual - expected)[:_NOISE_IMAGES].abs().max())
-        if delta <= tolerance:
-            break
+    # [n, C], or [n, C + 1] with the distance
+    expected = torch.cat([_compared(reference(batch), has_distance) for batch in batches])
+    actual = torch.cat([_compared(run(batch), has_distance) for batch in batches])
+    noise_deltas = (actual - expected)[:_NOISE_IMAGES].abs()
 
     num_classes = expected.shape[1] - int(has_distance)
-    is_same = actual[:, :num_classes].argmax(-1) == expected[:, :num_classes].argmax(-1)  # [n]
-    return _Comparison(len(expected), delta, float(is_same.double().mean()))
+    expected_class = expected[:, :num_classes].argmax(-1)  # [n]
+    actual_class = actual[:, :num_classes].argmax(-1)  # [n]
+    is_same = actual_class == expected_class
+    return len(expected), float(noise_deltas.max()), float(is_same.double().mean())
 
 
 def _compared(outputs: Any, has_distance: bool) -> Tensor:
     """The outputs that are compared: logits [B, C], or with the distance as the last column [B, C + 1]."""
     if isinstance(outputs, Tensor):
         return outputs
-    if not has_distance:
-        return cast(Tensor, outputs[0])
-    logits, distance = outputs[:2]
-    return torch.cat([logits, distance.unsqueeze(1)], 1)
+    return torch.column_stack(outputs[: 1 + has_distance])
 
 
 def _check_exportable(net: nn.Module, opset: int, routes: bool) -> None:
     """Raise a UserError for models and arguments that can't be exported."""
     if opset not in _OPSETS:
         raise UserError(f"opset={opset} can't be written: choose {_OPSETS[0]} to {_OPSETS[-1]}.")
-    if sum(4 * tensor.numel() for tensor in net.state_dict().values()) > _MAX_ONNX_BYTES:
-        raise UserError("The model is larger than the 2 GB that one ONNX file can hold.")
     for layer in moe_layers(net):
         if routes and layer.router.kind != "token_choice":
             raise UserError(
@@ -239,67 +217,56 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
 
 
 class _Exported(nn.Module):
-    """A network of any dtype that takes and returns float32; returns logits [B, C] and, with a detector, distances [B].
+    """A network of any dtype that takes and returns float32.
 
-    `strangers` is the detector.
+    Besides logits it returns distances if there is a detector (`strangers`). With `routes` it also returns the routing
+    of the patches, and takes an input that disables experts.
     """
 
-    def __init__(self, net: nn.Module, strangers: MahalanobisOOD | None) -> None:
+    def __init__(self, net: nn.Module, strangers: MahalanobisOOD | None, routes: bool) -> None:
         super().__init__()
         self.net = net
         self.strangers = strangers
         self.dtype = next(net.parameters()).dtype
-
-    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        image = image.to(self.dtype)
-        if self.strangers is None:
-            return cast(Tensor, self.net(image)).float()
-        logits, distance = answers(self.net, self.strangers, image)
-        return logits.float(), distance
-
-
-class _WithRoutes(nn.Module):
-    """A network that also returns the routing of the patches, with an input that disables experts."""
-
-    def __init__(self, net: _Exported) -> None:
-        super().__init__()
-        self.net = net
-        self.layers = moe_layers(net)
-        self.first_patch = int(getattr(net.net, "num_prefix_tokens", 0))
-        most_experts = max(layer.router.num_experts for layer in self.layers)
+        self.layers = moe_layers(net) if routes else []
+        most_experts = max((layer.router.num_experts for layer in self.layers), default=0)
         self.none_away = torch.zeros(len(self.layers), most_experts, dtype=torch.bool)  # [M, E]
 
     def output_names(self) -> list[str]:
-        """Names of the routing's outputs."""
-        kinds = ("experts", "weights", "probs")
-        return [f"{kind}.{layer.layer_index}" for layer in self.layers for kind in kinds]
+        """Names of the outputs."""
+        names = ["logits"]
+        if self.strangers is not None:
+            names.append("distance")
+        for layer in self.layers:
+            names += [f"{kind}.{layer.layer_index}" for kind in ("experts", "weights", "probs")]
+        return names
 
     def forward(self, image: Tensor, away: Tensor | None = None) -> tuple[Tensor, ...]:
         """Logits [B, C], distances [B] if there are any, and the routing; `away` [M, E] marks disabled experts."""
-        away = self.none_away if away is None else away
+        if away is None:
+            away = self.none_away
         for layer, is_ablated in zip(self.layers, away, strict=True):
             is_ablated = is_ablated[: layer.router.num_experts]
             layer.intervention = partial(_ablate, layer.router, is_ablated)
 
+        image = image.to(self.dtype)
         try:
             with record_routing(self.net) as routings:
-                answer = self.net(image)
+                if self.strangers is None:
+                    outputs = [self.net(image).float()]
+                else:
+                    logits, distance = answers(self.net, self.strangers, image)
+                    outputs = [logits.float(), distance]
         finally:
             for layer in self.layers:
                 layer.intervention = None
 
-        outputs = [answer] if isinstance(answer, Tensor) else [*answer]
-        for routing in routings:
+        for routing in routings[: len(self.layers)]:
             weight = routing.combine_weight * routing.kept  # [B, N, K]
             # [B, N, K] or [B, N, E] -> the same of the patches, [B, P, ...]
             for token_values in (routing.expert_index, weight, routing.probs):
-                outputs.append(token_values[:, self.first_patch :])
+                outputs.append(token_values[:, routing.num_prefix_tokens :])
         return tuple(outputs)
-
-
-def _exported(net: nn.Module, strangers: MahalanobisOOD | None, routes: bool) -> nn.Module:
-    exported = _Exported(net, strangers)
-    return _WithRoutes(exported) if routes else exported
 
 
 def _ablate(router: Any, is_ablated: Tensor, routing: Routing) -> Routing:
@@ -321,15 +288,13 @@ def _set_backend(net: nn.Module, backend: Backend) -> None:
         layer.experts.backend = backend
 
 
-def _to_bytes(net: nn.Module, facts: dict[str, Any], opset: int) -> bytes:
-    """The ONNX file of a network that `_exported` made, with `facts` as its metadata."""
+def _to_bytes(net: _Exported, facts: dict[str, Any], opset: int) -> bytes:
+    """The ONNX file of a network, with `facts` as its metadata."""
     side = int(facts["image_size"])
     # Two images, since torch.export would take a batch size of 1 for a constant.
     inputs = {"image": torch.zeros(2, 3, side, side)}
-    outputs = ["logits"] if facts["distance"] is None else ["logits", "distance"]
-    if isinstance(net, _WithRoutes):
+    if net.layers:
         inputs["away"] = net.none_away
-        outputs += net.output_names()
     static_shapes = (None,) * (len(inputs) - 1)  # of all inputs but the image
 
     with _quiet(), torch.no_grad():
@@ -346,7 +311,7 @@ def _to_bytes(net: nn.Module, facts: dict[str, Any], opset: int) -> bytes:
             program,
             dynamo=True,
             input_names=list(inputs),
-            output_names=outputs,
+            output_names=net.output_names(),
             dynamic_shapes=({0: "batch"}, *static_shapes),
             opset_version=opset,
             custom_translation_table={
@@ -429,14 +394,7 @@ def _quiet() -> Iterator[None]:
     optimizer.setLevel(logging.ERROR)  # hides warnings of constants that it can't fold
     try:
         with warnings.catch_warnings():
-            # torch 2.13 itself uses a deprecated part of its pytree.
-            warnings.filterwarnings(
-                "ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning
-            )
-            # Routers by colour set the attribute `_colours` in the forward pass, before they read it.
-            warnings.filterwarnings(
-                "ignore", message=r"The tensor attributes?.*\._colours ", category=UserWarning
-            )
+            warnings.simplefilter("ignore")
             yield
     finally:
         optimizer.setLevel(level)

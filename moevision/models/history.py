@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -63,11 +63,10 @@ def moment_of(net: nn.Module, images: Tensor) -> Moment:
                 of_patches = routing.expert_weights()[:, routing.num_prefix_tokens :]
                 weights[int(routing.layer or 0)].append(of_patches)
 
-    patches = of_patches.shape[1]
     return Moment(
         probabilities=_to_half(probabilities),
         weights={layer: _to_half(batches) for layer, batches in weights.items()},
-        grid=routings[0].grid or (1, patches),
+        grid=cast(tuple[int, int], routings[0].grid),
     )
 
 
@@ -143,22 +142,17 @@ class RoutingHistory:
         """Read a file."""
         try:
             read_header(path)  # within limits, and no more than the file holds
-            metadata = read_metadata(path)
+            header = parse_json(read_metadata(path)[_KEY].encode(), _KEY)
+            if header["schema"] != SCHEMA:
+                raise ValueError(
+                    f"its schema is {header['schema']!r}, and this version reads {SCHEMA}"
+                )
+            return cls._from_file(load_file(path), header)
         except FileNotFoundError as error:
             raise UserError(f"There is no {path}: record one with moevision fit.") from error
-        if _KEY not in metadata:
-            raise UserError(f"{path} is no routing history: give one that moevision fit wrote.")
-        header = parse_json(metadata[_KEY].encode(), _KEY)
-        schema = header.get("schema") if isinstance(header, dict) else None
-        if schema != SCHEMA:
-            raise UserError(
-                f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: record it again."
-            )
-        try:
-            return cls._from_file(load_file(path), header)
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise UserError(
-                f"The routing history {path} is damaged ({error}): record it again."
+                f"{path} is no routing history, or it is damaged ({error}): record it again."
             ) from error
 
     @classmethod

@@ -13,7 +13,6 @@ import difflib
 import errno
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -93,9 +92,11 @@ def load_model(address: str) -> SavedModel:
     """
     with explain_load_errors(address):
         timm_address = address_of(address)
-        net, folder = _open(timm_address)
-        saved = describe(net.eval())
-        if folder is not None:
+        folder = _local_folder(timm_address, weights=True)
+        if folder is None:
+            saved = describe(open_model(timm_address).eval())
+        else:
+            saved = describe(_open_folder(folder, timm_address).eval())
             saved = _with_measurements(saved, folder)
     if getattr(saved.net, "in_chans", 3) != 3:
         raise UserError(
@@ -235,9 +236,7 @@ def save_model(model: SavedModel, folder: Path) -> None:
             )
     except SafetensorError as error:
         (folder / WEIGHTS).unlink(missing_ok=True)
-        number = re.search(r"\(os error (\d+)\)", str(error))  # the errno is only in the message
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(folder)) from error
+        raise OSError(errno.EIO, str(error), str(folder)) from error
     sync_file(folder / WEIGHTS)  # nobody else does; the folder is flushed with config.json
 
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -290,7 +289,9 @@ def create_from(
     else:
         with explain_load_errors(str(source)):
             net = open_model(address, weights=load_weights, **options)
-    return net if depth is None else first_blocks(net, depth)
+    if depth is not None:
+        net = first_blocks(net, depth)
+    return net
 
 
 @contextmanager
@@ -382,15 +383,10 @@ def _create_from_file(
     file_classes = 0 if head is None else head.shape[0]
     options = {**options, "num_classes": file_classes}
     overlay = {"file": str(file), "num_classes": file_classes}
-    try:
+    with explain_load_errors(f"{address} with {file}"):
         model: nn.Module = timm.create_model(
             address, pretrained=True, pretrained_cfg_overlay=overlay, **options
         )
-    except Exception as error:  # files and shapes are wrong in every type; the cause stays attached
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{file} does not hold the weights of {address} ({type(error).__name__}: {reason})."
-        ) from error
     check_types(file, model, entries)
     return reshape(model, num_classes, None)
 
@@ -398,18 +394,10 @@ def _create_from_file(
 def reshape(net: nn.Module, num_classes: int | None, image_size: ImageSize | None) -> nn.Module:
     """Change class count and image size as timm does, in place: a new classifier, resampled position embeddings."""
     state = cast(Any, net)
-    try:
-        if image_size is not None:
-            sides = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-            if tuple(state.patch_embed.img_size) != sides:
-                state.set_input_size(img_size=sides)
-        if num_classes is not None and state.num_classes != num_classes:
-            state.reset_classifier(num_classes)
-    except (AttributeError, AssertionError) as error:
-        raise UserError(
-            f"{type(net).__name__} can't be changed to {num_classes} classes or {image_size} px ({error}): give a "
-            "timm ViT, or leave num_classes and image_size out."
-        ) from error
+    if image_size is not None:
+        state.set_input_size(img_size=image_size)
+    if num_classes is not None and state.num_classes != num_classes:
+        state.reset_classifier(num_classes)
     return net
 
 
@@ -421,9 +409,7 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
     """
     state = cast(Any, vit)
     name = type(vit).__name__
-    blocks = getattr(vit, "blocks", None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
-        raise UserError(f"{name} has no list of transformer blocks: leave depth out.")
+    blocks = state.blocks
     if not 1 <= depth <= len(blocks):
         raise UserError(
             f"depth is {depth}, and the pretrained model has {len(blocks)} blocks: use 1 to {len(blocks)}."
@@ -442,8 +428,7 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
             module.drop_prob *= growth
 
     state.blocks = blocks[:depth]
-    if isinstance(getattr(vit, "feature_info", None), list):
-        state.feature_info = state.feature_info[:depth]
+    state.feature_info = state.feature_info[:depth]
     state._model_args = {**getattr(vit, "_model_args", {}), "depth": depth}
     return vit
 
@@ -454,25 +439,14 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     The address is `local-dir:FOLDER`, `hf-hub:USER/NAME[@REVISION]`, or a timm name; without `weights` the architecture
     alone is built. An option that is None is left to the model.
     """
-    net, _ = _open(address, weights=weights, **options)
-    return net
-
-
-def _open(address: str, *, weights: bool = True, **options: Any) -> tuple[nn.Module, Path | None]:
-    """As `open_model`, with the folder on this computer that the model came from; None for a timm name."""
     folder = _local_folder(address, weights=weights)
-    if folder is None:
-        if weights:
-            file = str(fetch_weights(address))
-            options["pretrained_cfg_overlay"] = {"file": file, "custom_load": False}
-        return timm.create_model(address, pretrained=weights, **options), None
-
-    net = _open_folder(folder, weights=weights, **options)
-    if address.startswith(HUB):
-        # The path in this computer's cache means nothing to a reader of the model's facts.
-        repository = address.split(":", 1)[1]
-        cast(Any, net).pretrained_cfg.update(source="hf-hub", hf_hub_id=repository, file=None)
-    return net, folder
+    if folder is not None:
+        return _open_folder(folder, address, weights=weights, **options)
+    if weights:
+        file = str(fetch_weights(address))
+        options["pretrained_cfg_overlay"] = {"file": file, "custom_load": False}
+    net: nn.Module = timm.create_model(address, pretrained=weights, **options)
+    return net
 
 
 def _local_folder(address: str, *, weights: bool) -> Path | None:
@@ -492,9 +466,10 @@ def _local_folder(address: str, *, weights: bool) -> Path | None:
     return config.parent
 
 
-def _open_folder(folder: Path, *, weights: bool = True, **options: Any) -> nn.Module:
+def _open_folder(folder: Path, address: str, *, weights: bool = True, **options: Any) -> nn.Module:
+    """The model of a folder, which `address` names."""
     config = check_model_folder(folder, weights=weights)
-    net: nn.Module = timm.create_model(
+    net: Any = timm.create_model(
         f"{FOLDER}{folder}", pretrained=False, pretrained_cfg_overlay=NO_SOURCE, **options
     )
     if weights:
@@ -502,8 +477,12 @@ def _open_folder(folder: Path, *, weights: bool = True, **options: Any) -> nn.Mo
         fill(net, unpack(file) if file.name == PACKED else load_file(file))
     # Without weights too: a training that goes on has them elsewhere.
     if config.get("router_start") == "cluster":
-        cast(Any, net).router_start = "cluster"
-    return net
+        net.router_start = "cluster"
+    if address.startswith(HUB):
+        # The path in this computer's cache means nothing to a reader of the model's facts.
+        repository = address.split(":", 1)[1]
+        net.pretrained_cfg.update(source="hf-hub", hf_hub_id=repository, file=None)
+    return cast(nn.Module, net)
 
 
 def _with_measurements(saved: SavedModel, folder: Path) -> SavedModel:
@@ -645,16 +624,14 @@ def ask_hub(weights: Published) -> HubFacts:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(_HIDDEN.format(weights.repository)) from error
     except Exception as error:  # each version of the hub's client has its own
-        reason = f"no answer: {type(error).__name__}"
+        reason = type(error).__name__
         if isinstance(error, OfflineModeIsEnabled):
             reason = "HF_HUB_OFFLINE is set"
         raise HubUnreachableError(f"The hub can't be reached ({reason}).") from error
 
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
     licences = [tag for tag in info.tags or [] if tag.startswith("license:")]
-    if info.card_data is not None and info.card_data.get("license"):
-        licences.insert(0, str(info.card_data.get("license")))
-    licence = licences[0].removeprefix("license:").lower() if licences else ""
+    licence = "".join(licences[:1]).removeprefix("license:").lower()
     return HubFacts(licence, sizes.get(weights.file))
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moevision.errors import UserError
+from moevision.models.convert import pooled
 from moevision.models.safe_files import read_header
 
 Floats = npt.NDArray[np.float64]
@@ -44,9 +45,8 @@ class MahalanobisOOD(nn.Module):
         self, mean: npt.ArrayLike, whitening: npt.ArrayLike, centers: npt.ArrayLike
     ) -> None:
         super().__init__()
-        self.register_buffer("mean", _float32(mean))
-        self.register_buffer("whitening", _float32(whitening))
-        self.register_buffer("centers", _float32(centers))
+        for name, values in (("mean", mean), ("whitening", whitening), ("centers", centers)):
+            self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32).clone())
 
     def forward(self, features: Tensor) -> Tensor:
         """Distances, float32 [B], of pooled features [B, D]; above 1 an image is a stranger."""
@@ -55,10 +55,6 @@ class MahalanobisOOD(nn.Module):
         mode = "donot_use_mm_for_euclid_dist"
         distances = torch.cdist(whitened, self.centers, compute_mode=mode)  # [B, C]
         return distances.amin(-1)
-
-
-def _float32(values: npt.ArrayLike) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.float32).clone()
 
 
 def fit_ood(
@@ -96,9 +92,6 @@ def fit_ood(
 
     nearest = cdist(whitened, centers).min(1)  # [m]
     threshold = np.quantile(nearest, 1 - REFUSED)
-    if not threshold > 0:
-        return None
-
     # Smaller by the threshold, these two give distances in its units.
     return MahalanobisOOD(mean, whitening / threshold, centers / threshold)
 
@@ -110,17 +103,8 @@ def answers(net: nn.Module, strangers: MahalanobisOOD, images: Tensor) -> tuple[
     return classifier(features), strangers(features)
 
 
-def pooled(net: nn.Module, images: Tensor) -> Tensor:
-    """The input [B, D] of the classifier of a timm model, for images [B, 3, H, W]."""
-    model = cast(Any, net)
-    tokens = model.forward_features(images)
-    return cast(Tensor, model.forward_head(tokens, pre_logits=True))
-
-
 def linear_head(net: nn.Module) -> nn.Linear | None:
-    """The classifier of a timm model if it is one linear layer, and its input can be had (`pooled`); else None."""
-    if not (hasattr(net, "forward_head") and hasattr(net, "get_classifier")):
-        return None
+    """The classifier of a timm model if it is one linear layer, of which `pooled` is the input; else None."""
     head = cast(Any, net).get_classifier()
     return head if isinstance(head, nn.Linear) else None
 

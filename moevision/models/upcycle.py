@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from moevision.errors import UserError
@@ -30,6 +29,7 @@ from moevision.layers import MoEMlp, TopKRouter, moe_layers, router_kind, routin
 from moevision.layers.routers import mean_token
 from moevision.layers.routing import RouteBy, evaluating, routed_unit
 from moevision.models.convert import (
+    check_convertible,
     convert_to_moe,
     moe_layer_indices,
     plain_mlp,
@@ -94,20 +94,23 @@ def upcycle(
                 "A model brings its own weights: give a timm name together with a file of weights."
             )
         device = next(source.parameters()).device
-        dense = _copy_of_source(source, num_classes, image_size, depth, seed)
+        with _scoped_seed(seed):
+            dense = copy.deepcopy(source)
+            if device.type != "meta":
+                dense = dense.cpu()
+            if depth is not None:
+                dense = first_blocks(dense, depth)
+            dense = reshape(dense, num_classes, image_size)
     else:
         dense = load_dense(
             source, weights, num_classes=num_classes, image_size=image_size, depth=depth, seed=seed
         )
 
     # The blocks whose MLPs become experts.
-    check_upcyclable(dense, "last2" if layers is None else layers)
+    check_convertible(dense)
     if layers is None:
         layers = read_layer_indices(dense, "last2")
-        if not layers:
-            raise UserError(
-                "The classifier reads the patches of none of the last two blocks: name layers."
-            )
+    check_upcyclable(dense, layers)
 
     # Experts and routers. Gates that sum to 1 leave the output as it was.
     routers = [router] if isinstance(router, str) else router
@@ -121,23 +124,6 @@ def upcycle(
         for layer in moe_layers(model):
             _redraw_units(layer, reinit)
     return model.to(device)
-
-
-def _copy_of_source(
-    source: nn.Module,
-    num_classes: int | None,
-    image_size: ImageSize | None,
-    depth: int | None,
-    seed: int | None,
-) -> nn.Module:
-    """A copy of a model, on the CPU (or the meta device), with another depth, classifier or input size if given."""
-    with _scoped_seed(seed):
-        dense = copy.deepcopy(source)
-        if not next(source.parameters()).is_meta:
-            dense = dense.cpu()
-        if depth is not None:
-            dense = first_blocks(dense, depth)
-        return reshape(dense, num_classes, image_size)
 
 
 @dataclass(frozen=True)
@@ -191,31 +177,14 @@ def load_dense(
 
 def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
     """Raise a UserError with the reason if the MLPs of these blocks can't become experts."""
-    name = type(vit).__name__
-    if moe_layers(vit):
-        raise UserError(
-            f"{name} has experts already: train it on with `moevision fit FOLDER --pretrained`."
-        )
-    blocks = getattr(vit, "blocks", None)
-    has_blocks = isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) > 0
-    if not has_blocks or not hasattr(vit, "patch_embed"):
-        raise UserError(
-            f"{name} has no list of transformer blocks behind a patch_embed: upcycling needs a ViT, DeiT or EVA-style "
-            "model."
-        )
-
-    indices = moe_layer_indices(layers, len(cast(Any, blocks)))
+    check_convertible(vit)
+    indices = moe_layer_indices(layers, len(cast(Any, vit).blocks))
     if not indices:
-        raise UserError(f"No block of {name} was chosen: name at least one in layers.")
+        raise UserError(
+            f"No block of {type(vit).__name__} was chosen: name at least one in layers."
+        )
     for index in indices:
         plain_mlp(vit, index)  # raises if it isn't one
-
-    mlps = [getattr(block, "mlp", None) for block in cast(Any, blocks)]
-    widths = {cast(Any, mlp).fc1.in_features for mlp in mlps if isinstance(mlp, Mlp)}
-    if len(widths) > 1:
-        raise UserError(
-            f"{name} is hierarchical (widths {sorted(widths)}): upcycling needs one width in all blocks."
-        )
 
 
 @torch.no_grad()
@@ -282,7 +251,7 @@ def start_routers(
     _run_until_full(model, collectors, batches)
 
     shares = {}
-    for position, collector in enumerate(collectors):
+    for collector in collectors:
         layer = collector.layer
         units = collector.features()
         if len(units) < layer.router.num_experts:
@@ -291,10 +260,14 @@ def start_routers(
                 f"{len(units)} {unit_name} make no {layer.router.num_experts} clusters, one for each expert: give more "
                 "images."
             )
-        centroids, sizes = _most_even_clusters(units, layer.router.num_experts, generator)
+        # Of several clusterings the one whose largest cluster is smallest.
+        clusterings = [
+            spherical_kmeans(units, layer.router.num_experts, generator)
+            for _ in range(_NUM_CLUSTERINGS)
+        ]
+        centroids, sizes = min(clusterings, key=lambda clustering: int(clustering[1].max()))
         cast(TopKRouter, layer.router).start_rows(centroids, units)
-        index = position if layer.layer_index is None else layer.layer_index
-        shares[index] = (sizes / sizes.sum()).tolist()
+        shares[cast(int, layer.layer_index)] = (sizes / sizes.sum()).tolist()
 
     # Saved with the model, since what such a router separates is not an effect of training.
     cast(Any, model).router_start = "cluster"
@@ -350,14 +323,6 @@ def _run_until_full(
                 break
     if not collectors[0].batches:
         raise UserError("There is no image to cluster: give at least one batch.")
-
-
-def _most_even_clusters(
-    x: Tensor, clusters: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Run `spherical_kmeans` several times, and return the result whose largest cluster is smallest."""
-    clusterings = [spherical_kmeans(x, clusters, generator) for _ in range(_NUM_CLUSTERINGS)]
-    return min(clusterings, key=lambda clustering: int(clustering[1].max()))
 
 
 def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

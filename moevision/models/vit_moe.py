@@ -16,8 +16,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import ConvNormAct, HybridEmbed
-from timm.layers.config import use_reentrant_ckpt
+from timm.layers import ConvNormAct, HybridEmbed, use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
@@ -27,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from moevision.config import RouterOptions
 from moevision.errors import UserError
 from moevision.layers import Routing, forward_routing
-from moevision.models.convert import Match, convert_to_moe, make_dense, scale_by_depth
+from moevision.models.convert import Match, convert_to_moe, make_dense
 
 MOE_ARGUMENTS = (
     "num_experts",
@@ -117,11 +116,13 @@ def _stages(
         channels = in_chans
         for stage, width in enumerate(widths):
             layers = [_conv(channels, width, first_stride if stage == 0 else 1, **factory)]
+            pooling = [nn.MaxPool2d(2)] if stage < pools else []
+            if pool_first:
+                layers += pooling
             if stage == 1 or (stage == 2 and (pool_first or pools == 3)):
                 layers.append(Residual(width, **factory))
-            if stage < pools:
-                # After the convolution, or at the end.
-                layers.insert(1 if pool_first else len(layers), nn.MaxPool2d(2))
+            if not pool_first:
+                layers += pooling
             stages.append(nn.Sequential(*layers))
             channels = width
         return Stages(*stages)
@@ -239,21 +240,6 @@ class VisionTransformerMoE(VisionTransformer):
     def forward_routing(self, x: Tensor) -> tuple[Tensor, list[Routing]]:
         """Logits [B, C] and one `Routing` per MoE layer for images x [B, 3, H, W]; see `moevision.forward_routing`."""
         return forward_routing(self, x)
-
-    def fix_init_weight(self) -> None:
-        """Timm's depth-scaled initialisation, applied to shared experts too."""
-        super().fix_init_weight()
-        for index, block in enumerate(cast(Any, self.blocks)):
-            scale_by_depth(self, getattr(block.mlp, "shared", None), index)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory by computing blocks again in the backward pass."""
-        if enable and use_reentrant_ckpt():
-            raise UserError(
-                "Reentrant checkpointing gives the balance losses no gradient: call "
-                "timm.layers.set_reentrant_ckpt(False) first."
-            )
-        super().set_grad_checkpointing(enable)
 
 
 def _pop_moe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -418,14 +404,11 @@ def trains_unfused(device: torch.device | str, dtype: torch.dtype, tokens: int) 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
     """Turn the fused kernel on or off in every attention of `model` that has timm's `fused_attn`, up to rounding alike.
 
-    An attention that was unfused before the first call stays so: timm turns the kernel off where it is untested (Swin),
-    and under `TIMM_FUSED_ATTN=0`.
+    Under `TIMM_FUSED_ATTN=0` it stays off.
     """
     for module in model.modules():
-        before = getattr(module, "fused_attn", None)
-        if isinstance(before, bool):
-            allowed: bool = vars(module).setdefault("_fused_attn_allowed", before)
-            setattr(module, "fused_attn", fused and allowed)  # noqa: B010 (torch says that attributes are tensors)
+        if hasattr(module, "fused_attn"):
+            cast(Any, module).fused_attn = fused and use_fused_attn()
 
 
 def num_patches(model: nn.Module) -> int | None:

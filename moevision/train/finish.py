@@ -580,13 +580,20 @@ def choose_weights(training: Training) -> FinalWeights:
         f"The last weights, or the best epoch's (step {best_step:,})? Both classify the validation images."
     )
     best_images, last_images = _validate(training, best), _validate(training, last)
+    num_best, num_last = len(best_images.labels), len(last_images.labels)
+    if num_best != num_last:  # a file that was damaged in between
+        return FinalWeights(
+            best,
+            f"the weights of the best validation epoch, because these and the last could read {num_best:,} and "
+            f"{num_last:,} validation images and can't be compared",
+        )
     gain, error = gain_of(best_images, last_images, monitor)
 
     difference_text, error_text = f"{points(gain)} points", f"{100 * error:.1f}"
     if monitor == LOSS:  # a gain is a lower loss
         difference_text, error_text = f"{-gain:+.3f}", f"{error:.3f}"
     comparison = (
-        f"on {len(last_images.labels):,} validation images the {_MONITOR_TEXTS[monitor]} of the best epoch, step "
+        f"on {num_last:,} validation images the {_MONITOR_TEXTS[monitor]} of the best epoch, step "
         f"{best_step:,} of {last_step:,}, differs by {difference_text} from that of the last (standard error "
         f"{error_text})"
     )

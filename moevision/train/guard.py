@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from math import isfinite
@@ -34,10 +33,9 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from moevision.config import GuardConfig
-from moevision.data.scores import ScoreSums
 from moevision.errors import DIVERGED, UserError, escape_csv_cell
 from moevision.files import csv_text, write_text_atomic
 from moevision.layers.experts import local
@@ -378,35 +376,33 @@ class TrainingSnapshot:
         self._tensors = _copy_to_cpu(_trained_tensors(trainer, task))
         self._states = [_copy_to_cpu(part.state_dict()) for part in _stateful_parts(trainer)]
         self._random = random_state()
-        average = callback_of(trainer, WeightEMA)
-        self._ema_updates = 0 if average is None else average.updates
-        scores = _score_sums(trainer)
-        self._score_rows = None if scores is None else scores.rows.copy()
 
     @torch.no_grad()
     def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
         """Restore the training state and drop the gradients; may be called repeatedly."""
-        for tensor, saved in zip(_trained_tensors(trainer, task), self._tensors, strict=True):
+        tensors = _trained_tensors(trainer, task)
+        for tensor, saved in zip(tensors, self._tensors, strict=True):
             tensor.copy_(saved)
-        for part, state in zip(_stateful_parts(trainer), self._states, strict=True):
+        parts = _stateful_parts(trainer)
+        for part, state in zip(parts, self._states, strict=True):
             part.load_state_dict(_copy_to_cpu(state))
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
         restore_random_state(self._random)
-
-        average = callback_of(trainer, WeightEMA)
-        if average is not None:
-            average.updates = self._ema_updates
-        scores = _score_sums(trainer)
-        if scores is not None:
-            scores.rows[:] = self._score_rows
         self.restored += 1
 
 
 def _stateful_parts(trainer: L.Trainer) -> list[Any]:
-    """Optimizers, schedules and precision plugin, all with `state_dict` and `load_state_dict`."""
+    """What has `state_dict` and `load_state_dict`: optimizers, schedules, precision, weight average and scores."""
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-    return [*trainer.optimizers, *schedules, trainer.precision_plugin]
+    parts = [*trainer.optimizers, *schedules, trainer.precision_plugin]
+    average = callback_of(trainer, WeightEMA)
+    if average is not None:
+        parts.append(average)
+    scores = callback_of(trainer, ExampleScores)
+    if scores is not None and scores.sums is not None:
+        parts.append(scores.sums)
+    return parts
 
 
 def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.nn.Module]:
@@ -426,20 +422,9 @@ def _trained_tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tenso
     return [local(tensor.detach()) for tensor in tensors]
 
 
-def _score_sums(trainer: L.Trainer) -> ScoreSums | None:
-    callback = callback_of(trainer, ExampleScores)
-    return None if callback is None else callback.sums
-
-
 def _copy_to_cpu(state: Any) -> Any:
-    """A deep copy of nested dictionaries and lists, with the tensors in main memory."""
-
-    def copy(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.detach().to("cpu", copy=True)
-        return deepcopy(leaf)
-
-    return tree_map(copy, state)
+    """A copy of nested dictionaries and lists, with the tensors in main memory."""
+    return tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), state)
 
 
 class Event(NamedTuple):
@@ -586,19 +571,16 @@ def find_nonfinite(trainer: L.Trainer, task: ClassificationTask) -> str | None:
     Every process must call it, and gets the same answer.
     """
     buffers = dict(task.net.named_buffers())
-    nonfinite: list[tuple[str, Tensor]] = []
-    kind = ""  # of the first of them
+    description: str | None = None
     for prefix, net in _networks(trainer, task).items():
-        of_net = _select_nonfinite(net.state_dict().items())
-        if of_net and not nonfinite:
-            first_name, _ = of_net[0]
-            kind = prefix + ("buffer" if first_name in buffers else "weight")
-        nonfinite += of_net
+        nonfinite = _select_nonfinite(net.state_dict().items())
+        if nonfinite and description is None:
+            kind = "buffer" if nonfinite[0][0] in buffers else "weight"
+            description = _describe_tensors(prefix + kind, nonfinite)
 
-    if sum_numbers([bool(nonfinite)], task.device) == [0]:
+    if sum_numbers([description is not None], task.device) == [0]:
         return None
-    descriptions: list[str | None] = gather_objects(_describe_tensors(kind, nonfinite))
-    return next(filter(None, descriptions))
+    return next(filter(None, gather_objects(description)), None)
 
 
 def _select_nonfinite(named_tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

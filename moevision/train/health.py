@@ -527,7 +527,8 @@ def _read_test_images(data: ImageDataModule, count: int) -> tuple[tuple[str, ...
     rows = interleave_by_class(labels)[:count]
     names = []
     images = []
-    for row, image in zip(rows, dataset.pixels(rows), strict=True):
+    for row in rows:
+        image = dataset.pixels(row)
         if isinstance(image, str):  # the reason why it can't be read
             continue
         names.append(escape_controls(dataset.samples[row].sample_id))

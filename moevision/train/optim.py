@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast, get_args
 import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
+from timm.optim.muon import _COEFFICIENTS, get_lr_scale, zeropower_via_newtonschulz
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW
@@ -28,14 +28,8 @@ from moevision.errors import UserError
 from moevision.layers import PackedLinear, moe_layers
 
 # Coefficients of five Newton-Schulz iterations, x <- a x + b (x xᵀ) x + c (x xᵀ)² x, each fitted to what the one
-# before leaves (https://leloykun.github.io/ponder/muon-opt-coeffs; timm's "quintic").
-_ITERATIONS = [
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-]
+# before leaves (https://leloykun.github.io/ponder/muon-opt-coeffs).
+_ITERATIONS = _COEFFICIENTS["quintic"]
 
 
 def build_optimizer(
@@ -47,7 +41,7 @@ def build_optimizer(
     bfloat16: bool = False,
     kinds: Mapping[OptimizerName, type[AdamW]] | None = None,
 ) -> tuple[AdamW, OneCycleLR]:
-    """The optimizer of the parameters that learn, and its schedule; a UserError if nothing is left to learn.
+    """The optimizer of the parameters that learn, and its schedule.
 
     `total_steps` are those of the whole training; a single one is the first of two, since the last step's rate is next
     to nothing. `bfloat16`: whether the training multiplies in it; Muon then does, too. `kinds`: other classes in the
@@ -78,7 +72,7 @@ def build_optimizer(
 def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Parameters that learn, grouped by weight decay and (with layer_decay) learning rate; the classifier's first.
 
-    Under Muon, groups with `matrices: True` hold what it moves. A UserError if nothing is left to learn.
+    Under Muon, groups with `matrices: True` hold what it moves.
     """
     spared = cast(Any, net).no_weight_decay()
     groups: list[dict[str, Any]]
@@ -91,10 +85,6 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
         )
         # Head first: reports that show one learning rate show the first group's.
         groups = [{**group, "lr": config.lr * group.pop("lr_scale")} for group in reversed(groups)]
-    if not groups:
-        raise UserError(
-            "Everything is frozen, so there is nothing to train: freeze less (--model.optim.freeze)."
-        )
     if config.name != "muon":
         return groups
     return _split_matrices(groups, net)

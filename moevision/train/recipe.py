@@ -580,7 +580,7 @@ def memory_advice(batch_size: int, accumulated: int, *, goes_on: bool = False) -
     """Turn an "out of memory" error into a UserError with advice: half the batch size, twice the accumulated batches.
 
     `accumulated` is the number of batches per step so far. The gradient of the cross-entropy and of the z loss stays
-    the same; that of the other balance losses is approximate (`moevision.losses.AuxLoss`), and BatchNorm, as in the
+    the same; that of the other balance losses is approximate (`moevision.losses.Balance`), and BatchNorm, as in the
     convolutional stem, normalises each micro-batch on its own. A resumed training (`goes_on`) must keep its batch size:
     it is advised to use gradient checkpointing.
     """

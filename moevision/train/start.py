@@ -42,7 +42,7 @@ from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers import moe_layers
 from moevision.layers.routing import evaluating
-from moevision.models.convert import read_layer_indices, reads_class_token_only
+from moevision.models.convert import pooled, read_layer_indices, reads_class_token_only
 from moevision.models.io import (
     FREE_LICENCES,
     NOT_STATED,
@@ -60,7 +60,7 @@ from moevision.models.io import (
     model_folder,
     published,
 )
-from moevision.models.ood import linear_head, pooled
+from moevision.models.ood import linear_head
 from moevision.models.safe_files import read_json, read_metadata, weights_of
 from moevision.models.upcycle import check_upcyclable
 from moevision.train.health import cpu_s

@@ -121,7 +121,6 @@ class ClassificationTask(L.LightningModule):
         self.update_refused = False
         self.update_applied = False
         self.class_weight: Tensor | None = None
-        self._resumed_world_size: int | None = None  # of the checkpoint that is resumed
         self.val_outputs: list[dict[str, Tensor]] = []  # of the last validation
         self.test_outputs: list[dict[str, Tensor]] = []
         self.test_loads: list[LayerLoad] = []
@@ -158,8 +157,7 @@ class ClassificationTask(L.LightningModule):
                 [cast(int, layer.layer_index) for layer in layers],
                 [layer.router.num_experts for layer in layers],
             )
-        self.val_metrics = _metrics(num_classes, "val/")
-        self.test_metrics = _metrics(num_classes, "test/")
+        self.metrics = _metrics(num_classes)  # of a validation or test
         self.class_metrics = MetricCollection(
             {
                 "precision": MulticlassPrecision(num_classes, average="none"),
@@ -169,8 +167,7 @@ class ClassificationTask(L.LightningModule):
         )
         # By default a MeanMetric leaves NaN out, and a loss that isn't finite would pass as a good one. Under "disable"
         # torchmetrics 1.9 ignores weights, such as the size of a batch: `_evaluate` hands over the loss of every image.
-        self.val_loss = MeanMetric(nan_strategy="disable")
-        self.test_loss = MeanMetric(nan_strategy="disable")
+        self.mean_loss = MeanMetric(nan_strategy="disable")
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -203,25 +200,16 @@ class ClassificationTask(L.LightningModule):
         """Compare the length of the schedule, which a checkpoint restores, with that of this training."""
         if planned <= steps <= max(2, planned):
             return
-        cause = (
-            "the training images (or, from Python, the epochs) are others than then. "
-            "Put them back as they were"
-        )
-        before, now = self._resumed_world_size, self.trainer.world_size
-        if before not in (None, now):
-            cause = (
-                f"it began with {before} processes and goes on with {now}. Go on with a number of processes that "
-                "divides the one before"
-            )
         lengths = f"checkpoint's learning rate ends after {steps:,} steps and this training has {planned:,}"
+        cause = (
+            "the training images, the number of processes or, from Python, the epochs are others than then. Put them "
+            "back as they were, or go on with a number of processes that divides the one before"
+        )
         if steps < planned:
             raise UserError(
                 f"The {lengths}: {cause}, or start a new run from its weights with --pretrained runs/NAME/model."
             )
         print_rank0(f"warning: the {lengths}, so that it does not come down to its end: {cause}.")
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._resumed_world_size = checkpoint.get("ImageDataModule", {}).get("world_size")
 
     def choose_attention(self) -> None:
         """Attention as it trains fastest; again after each evaluation, which uses the fused kernel."""
@@ -329,14 +317,14 @@ class ClassificationTask(L.LightningModule):
         self.val_outputs = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits, loss = self._evaluate(batch, self.val_metrics, self.val_loss)
+        logits, loss = self._evaluate(batch)
         correct = logits.argmax(-1) == batch["label"]
         self.val_outputs.append(
             {"index": batch["index"], "label": batch["label"], "correct": correct, "loss": loss}
         )
 
     def on_validation_epoch_end(self) -> None:
-        self._log_epoch("val", self.val_metrics, self.val_loss)
+        self._log_epoch("val")
 
     def on_validation_end(self) -> None:
         self.choose_attention()
@@ -345,7 +333,7 @@ class ClassificationTask(L.LightningModule):
         self.test_outputs = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        logits, _ = self._evaluate(batch, self.test_metrics, self.test_loss)
+        logits, _ = self._evaluate(batch)
         self.class_metrics.update(logits.float().softmax(-1), batch["label"])
         temperature = 1.0 if self.calibration is None else self.calibration.temperature
         probabilities = (logits.float() / temperature).softmax(-1)  # [B, C]
@@ -359,34 +347,30 @@ class ClassificationTask(L.LightningModule):
         self.test_outputs.append({name: value.cpu() for name, value in output.items()})
 
     def on_test_epoch_end(self) -> None:
-        self.test_loads = self._log_epoch("test", self.test_metrics, self.test_loss)
+        self.test_loads = self._log_epoch("test")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No (positive|negative) samples in targets")
             by_class = self.class_metrics.compute()
         self.test_by_class = {name: values.tolist() for name, values in by_class.items()}
         self.class_metrics.reset()
 
-    def _evaluate(
-        self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric
-    ) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [B, C] and cross-entropy [B] of a batch; updates the metrics."""
         set_fused_attention(self.net, True)
         logits, routings = forward_routing(self.net, batch["image"])
-        metrics.update(logits.float().softmax(-1), batch["label"])
+        self.metrics.update(logits.float().softmax(-1), batch["label"])
         loss = F.cross_entropy(logits.float(), batch["label"], reduction="none")  # [B]
-        mean_loss.update(loss)
+        self.mean_loss.update(loss)
         if self.routing_statistics is not None:
             self.routing_statistics.update(routings)
         return logits, loss
 
-    def _log_epoch(
-        self, split: str, metrics: MetricCollection, mean_loss: MeanMetric
-    ) -> list[LayerLoad]:
-        values: dict[str, Any] = {**metrics.compute(), f"{split}/loss": mean_loss.compute()}
-        metrics.reset()
-        mean_loss.reset()
-        self.log(f"{split}/top1", values.pop(f"{split}/top1"), prog_bar=True)
-        self.log_dict(values)
+    def _log_epoch(self, split: str) -> list[LayerLoad]:
+        values: dict[str, Any] = {**self.metrics.compute(), "loss": self.mean_loss.compute()}
+        self.metrics.reset()
+        self.mean_loss.reset()
+        self.log(f"{split}/top1", values.pop("top1"), prog_bar=True)
+        self.log_dict({f"{split}/{name}": value for name, value in values.items()})
         if self.routing_statistics is None:
             return []
         loads = self.routing_statistics.layer_loads()
@@ -451,7 +435,7 @@ class MacroRecall(MulticlassAccuracy):
         return (recall * (has_images / has_images.sum())).sum()
 
 
-def _metrics(num_classes: int, prefix: str) -> MetricCollection:
+def _metrics(num_classes: int) -> MetricCollection:
     metrics: dict[str, Metric | MetricCollection] = {
         "top1": MulticlassAccuracy(num_classes, average="micro"),
         "balanced_acc": MacroRecall(num_classes, average="macro"),
@@ -459,4 +443,4 @@ def _metrics(num_classes: int, prefix: str) -> MetricCollection:
     }
     if num_classes > 5:  # with fewer, everything is among the five likeliest
         metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
-    return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+    return MetricCollection(metrics, compute_groups=False)

@@ -4,6 +4,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from moevision.analysis import PictureSet, RoutingTrace, collect_routing, open_pictures
 from moevision.data import SyntheticPets
 from moevision.layers import MoEMlp, Routing, moe_layers, record_routing
 from moevision.models.io import SavedModel
@@ -26,6 +27,21 @@ def small_net(
     torch.manual_seed(seed)
     options = {"num_classes": 8, "router": router, **options}
     return with_random_routers(timm.create_model("test_vit_moe", **options))
+
+
+def random_layer(layer: MoEMlp, std: float = 0.5) -> MoEMlp:
+    """In eval mode, its router away from its zero start; always the same."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=std)
+    return layer.eval()
+
+
+def traced(model: SavedModel, count: int) -> tuple[PictureSet, RoutingTrace]:
+    """Drawn images, and how the model routes them."""
+    pictures = open_pictures(SyntheticPets(count, 32, 0, "test"), 32)
+    return pictures, collect_routing(model, pictures, progress=False)
 
 
 def saved(net: nn.Module) -> SavedModel:

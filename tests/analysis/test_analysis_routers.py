@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
-from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.collect import network_input
 from moevision.analysis.describe import class_expert_map
 from moevision.analysis.effects import class_effect, effect, run_compared, run_under
-from moevision.analysis.information import choice_counts, class_information, part_information
+from moevision.analysis.information import choice_counts
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.readings import RoutingRule, fresh_copy, measure_baselines
 from moevision.analysis.report import (
@@ -29,11 +29,11 @@ from moevision.demo.atlas import build_atlas
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 from tests.analysis.models import saved as saved_net
-from tests.analysis.models import small_net
+from tests.analysis.models import small_net, traced
 
 PETS = SyntheticPets(48, 32, 0, "test")
 # One of each kind: other tests go through the steps with noisy_top_k and vmoe_top_k, hash and position are like random.
-STEPPED = (
+STEPPED = [
     "switch",
     "sigmoid",
     "bias_balanced",
@@ -42,7 +42,7 @@ STEPPED = (
     "colour",
     "expert_choice",
     "soft",
-)
+]
 
 
 def saved(router, **options) -> SavedModel:
@@ -57,8 +57,8 @@ def saved(router, **options) -> SavedModel:
 
 @pytest.mark.parametrize("router", STEPPED)
 def test_every_step_takes_every_router(router) -> None:
-    model, pictures = saved(router), open_pictures(PETS, 32)
-    trace = collect_routing(model, pictures, progress=False)
+    model = saved(router)
+    pictures, trace = traced(model, 48)
     baselines = measure_baselines(model, pictures, trace, seeds=1)
     for layer in trace.layers:
         for name, found in baselines.items():
@@ -146,52 +146,11 @@ def test_the_rule_of_soft_moe() -> None:
     np.testing.assert_allclose(chosen.amounts, [[[0.75, 0.25], [0.5, 0.5]]], rtol=1e-6)
 
 
-def weights_without_pattern(rng, images):
-    """Random maps of weights that hang together inside an image and know nothing of class, place or part."""
-    mood = rng.gamma(2.0, size=(images, 1, 4))
-    maps = rng.gamma(1.0, size=(images, 9, 4)) * mood
-    return maps / maps.sum(-1, keepdims=True)
-
-
-def test_weights_instead_of_counts_keep_their_level() -> None:
-    """60 sets of 40 images in which weights tell nothing: 95 % intervals of two questions hold 0.
-
-    Of 120 true zeros 114 are expected inside; fewer than 103 has a probability below 1e-2 even with 0.93 each.
-    Multiplying all weights by a number changes nothing.
-    """
-    rng = np.random.default_rng(0)
-    inside, small = 0, 0
-    for seed in range(60):
-        maps, labels = weights_without_pattern(rng, 40), np.arange(40) % 4
-        parts = rng.integers(3, size=(40, 9))
-        found = [
-            class_information(maps, labels, num_permutations=60, seed=seed),
-            part_information(maps, parts, num_permutations=60, seed=seed),
-        ]
-        inside += sum(each.low <= 0 <= each.high for each in found)
-        small += sum(each.p_value <= 0.05 for each in found)
-    assert inside >= 103
-    assert small <= 14  # 6 expected, standard deviation 2.4
-    scaled = class_information(17 * maps, labels, num_permutations=60, seed=seed)
-    assert scaled.value_bits == pytest.approx(found[0].value_bits, abs=1e-6)
-    assert scaled.high == pytest.approx(found[0].high, abs=1e-6)
-
-
-def test_weights_that_follow_the_class_are_found() -> None:
-    """Every patch takes 0.85 from its class's expert and 0.05 from each of the others: 2 - H = 1.153 bits."""
-    labels = np.arange(80) % 4
-    maps = np.broadcast_to((0.05 + 0.8 * np.eye(4))[labels][:, None], (80, 9, 4))
-    expected = 2 + 0.85 * np.log2(0.85) + 3 * 0.05 * np.log2(0.05)
-    found = class_information(maps, labels, num_permutations=50)
-    assert found.value_bits + found.null_mean == pytest.approx(expected, abs=1e-5)
-    assert found.low > 0
-
-
 @pytest.mark.deep
 def test_effects_without_a_control_are_measured_and_drawn() -> None:
     """Images routed as a whole to one expert each: as many random choices are the ablation itself."""
-    model, pictures = saved("vmoe_top_k", route_by="image", top_k=1), open_pictures(PETS, 32)
-    trace = collect_routing(model, pictures, progress=False)
+    model = saved("vmoe_top_k", route_by="image", top_k=1)
+    pictures, trace = traced(model, 48)
     effects = measure_effects(model, pictures, trace, budget_s=1000)  # however slow the machine
     assert {found["control_delta_logit"] for found in effects["rows"] + effects["experts"]} == {
         None
@@ -215,20 +174,13 @@ RAGGED = {
 @pytest.mark.parametrize("name", RAGGED)
 def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
     routers, options = RAGGED[name]
-    pictures = open_pictures(PETS, 32)
-    trace = collect_routing(saved(routers, **options), pictures, progress=False)
+    pictures, trace = traced(saved(routers, **options), 48)
     maps = {
         layer.layer: class_expert_map(trace, layer.layer, num_permutations=20)
         for layer in trace.layers
     }
     rows = [
-        {
-            "layer": layer.layer,
-            "expert": e,
-            "class": name,
-            "delta_logit": 0.1 * e,
-            "control_delta_logit": 0.0,
-        }
+        {"layer": layer.layer, "class": name, "delta_logit": 0.1 * e, "control_delta_logit": 0.0}
         for layer in trace.layers
         for e in range(layer.num_experts)
         for name in trace.class_names
@@ -240,15 +192,7 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
     numbers = model_numbers(trace, "here", 32)
     assert numbers["num_experts"] == [4, 6]
     said = {
-        item.kind: " ".join(
-            [
-                text.get_text()
-                for axes in item.figure.axes
-                for text in [*axes.texts, axes.yaxis.label]
-            ]
-            + [text.get_text() for text in item.figure.texts]
-        )
-        for item in drawn
+        item.kind: " ".join(text.get_text() for text in item.figure.findobj(Text)) for item in drawn
     }
     if name == "tokens":
         assert numbers["top_k"] == [2, 1]
@@ -301,3 +245,9 @@ def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch) -> None:
     assert numbers["layers"][1]["unrouted"] == (~trace.layers[1].kept.any(-1)).mean()
     assert "patches without expert" in page
     assert numbers["effects"]["what"].count(";") == 1
+
+
+def test_a_rule_has_the_capacity_of_expert_choice_and_none_for_soft() -> None:
+    """Of 16 patches each of 4 experts takes 16 · 2 / 4."""
+    _, trace = traced(saved(["soft", "expert_choice"]), 48)
+    assert [RoutingRule.of(layer).top_k for layer in trace.layers] == [0, 8]

@@ -10,7 +10,7 @@ import timm
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from moevision.analysis import collect_routing, open_pictures, recording_of, three_questions
+from moevision.analysis import recording_of, three_questions
 from moevision.analysis.information import Interval
 from moevision.analysis.questions import join_with_and
 from moevision.analysis.readings import (
@@ -19,15 +19,14 @@ from moevision.analysis.readings import (
     measure_baselines,
     router_inputs,
 )
-from moevision.data import SyntheticPets
 from moevision.models.convert import convert_to_moe, dense_twin
-from tests.analysis.models import saved, small_net
+from tests.analysis.models import saved, small_net, traced
 
 
 @pytest.fixture(scope="module")
 def measured():
-    model, pictures = saved(small_net()), open_pictures(SyntheticPets(60, 32, 0, "test"), 32)
-    trace = collect_routing(model, pictures, progress=False)
+    model = saved(small_net())
+    pictures, trace = traced(model, 60)
     return model, pictures, trace, measure_baselines(model, pictures, trace, seeds=2)
 
 
@@ -144,30 +143,6 @@ def test_few_labelled_images_leave_out_what_they_cannot_ask(measured, labelled) 
         assert ("clusters" in answers.controls) == (labelled == 4)
 
 
-def stored(assignments):
-    """Bytes of the arrays that its arrays are views of: an axis that is broadcast takes none."""
-    total = 0
-    for array in (assignments.expert_index, assignments.amounts):
-        while isinstance(getattr(array, "base", None), np.ndarray):
-            array = array.base
-        total += 0 if array is None else array.nbytes
-    return total
-
-
-@pytest.mark.parametrize("router", ["expert_choice", "soft"])
-def test_all_experts_in_order_are_named_once(measured, router) -> None:
-    _, pictures, _, _ = measured
-    model = saved(small_net(router))
-    trace = collect_routing(model, pictures, progress=False)
-    clusters = measure_baselines(model, pictures, trace, seeds=1)["kmeans_input"][0]
-    assert clusters.expert_index.shape == clusters.amounts.shape
-    assert stored(clusters) == clusters.amounts.nbytes + 2 * clusters.num_experts
-
-
 def test_words_are_listed() -> None:
-    assert [join_with_and(items) for items in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
-        "",
-        "a",
-        "a and b",
-        "a, b and c",
-    ]
+    words = [join_with_and(items) for items in ([], ["a"], ["a", "b"], ["a", "b", "c"])]
+    assert words == ["", "a", "a and b", "a, b and c"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +13,19 @@ from hypothesis import strategies as st
 
 from moevision.analysis.describe import (
     class_expert_map,
+    first_choice_paths,
     image_shares,
+    layer_gallery,
     majority_part,
     part_expert_table,
     part_fractions,
     part_stands_out,
+    patches_on_path,
+    random_patches,
+    top_patches,
 )
 from moevision.analysis.plots import EXPERT_COLOURS, NEUTRAL, expert_colours, ink_on
+from tests.analysis.conftest import trace_of
 
 
 def test_the_palette_is_okabe_and_itos_with_grey_for_black() -> None:
@@ -40,20 +47,6 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "ratio"),
-    [
-        ("#000000", "#FFFFFF", 21.0),
-        ("#123456", "#123456", 1.0),
-        ("#FFFFFF", "#767676", 4.54),  # the lightest grey that WCAG AA allows for text on white
-        ("#FFFFFF", "#FF0000", 4.00),  # 1.05 / (0.2126 + 0.05)
-    ],
-)
-def test_contrast_is_wcags(one: str, other: str, ratio: float) -> None:
-    assert contrast(one, other) == pytest.approx(ratio, abs=0.005)
-    assert contrast(other, one) == contrast(one, other)
-
-
 @given(st.integers(0, 0xFFFFFF))
 def test_the_ink_is_readable_on_any_colour(number: int) -> None:
     colour = f"#{number:06X}"
@@ -67,10 +60,6 @@ def test_up_to_eight_experts_have_colours_and_more_have_numbers_on_grey() -> Non
     assert set(expert_colours(9)) == {NEUTRAL}
 
 
-# Two images of two patches, three choices of four experts.
-CHOICES = np.array([[[0, 1, 2], [0, 1, 3]], [[3, 1, 0], [2, 0, 1]]], dtype=np.int16)
-
-
 # An image of 4 x 4 pixels, a grid of 2 x 2 patches of 4 pixels, parts 0, 1 and 2.
 MASK = np.array([[0, 0, 1, 1], [0, 0, 1, 0], [0, 1, 2, 2], [1, 0, 2, 2]], dtype=np.uint8)[None]
 FRACTIONS = np.array([[[1, 0, 0], [0.25, 0.75, 0], [0.5, 0.5, 0], [0, 0, 1]]])
@@ -78,14 +67,11 @@ FRACTIONS = np.array([[[1, 0, 0], [0.25, 0.75, 0], [0.5, 0.5, 0], [0, 0, 1]]])
 
 def test_part_fractions_by_hand() -> None:
     np.testing.assert_allclose(part_fractions(MASK, (2, 2), 3), FRACTIONS)
+    # One row of two patches, each 4 high and 2 wide: the left half holds 6 zeros and 2 ones.
+    np.testing.assert_allclose(part_fractions(MASK, (1, 2), 3)[0, 0], [0.75, 0.25, 0])
     np.testing.assert_array_equal(
         majority_part(FRACTIONS), [[0, 1, 0, 2]]
     )  # the tie goes to the lower number
-
-
-def test_part_fractions_of_a_wide_grid() -> None:
-    # One row of two patches, each 4 high and 2 wide: the left half holds 6 zeros and 2 ones.
-    np.testing.assert_allclose(part_fractions(MASK, (1, 2), 3)[0, 0], [0.75, 0.25, 0])
 
 
 def test_part_expert_table_by_hand() -> None:
@@ -157,7 +143,9 @@ def test_shares_by_hand(make_trace) -> None:
     np.testing.assert_allclose(found.mean_share, [1 / 2, 5 / 12, 1 / 12])
     np.testing.assert_allclose(found.excess, found.share - found.mean_share)
     assert found.n_images.tolist() == [2, 1]
-    assert image_shares(np.array([[0, 0], [3, 1]])).tolist() == [[0.5, 0.5], [0.75, 0.25]]
+    # An image may take little in sum: experts that nobody wants have small gates.
+    takes = np.array([[0, 0], [3, 1], [0.1, 0.3]])
+    np.testing.assert_allclose(image_shares(takes), [[0.5, 0.5], [0.75, 0.25], [0.25, 0.75]])
 
 
 def test_maps_without_a_pattern_show_a_cell_in_one_of_twenty(make_trace) -> None:
@@ -199,3 +187,127 @@ def test_a_class_without_pictures_is_null_in_json(make_trace) -> None:
     assert (
         written["significant"] == [[False, False]] * 3
     )  # all the same: nothing stands out, and nothing is divided by 0
+
+
+# ---- the gallery: against a brute-force reading of the definition
+
+IMAGES, PATCHES, EXPERTS, CHOICES = 30, 6, 4, 2
+
+
+def a_layer(expert_index, weight, kept=None, layer=1):
+    expert_index = np.asarray(expert_index)
+    trace = trace_of(
+        expert_index,
+        labels=np.zeros(len(expert_index)),
+        num_experts=EXPERTS,
+        grid=(1, expert_index.shape[1]),
+    )
+    kept = trace.layers[0].kept if kept is None else np.asarray(kept)
+    weight = np.asarray(weight, np.float32)
+    return replace(trace.layers[0], layer=layer, kept=kept, combine_weight=weight)
+
+
+def random_layer(seed, layer=1):
+    """Choices, weights and drops at random; weights rounded so that some are equal."""
+    rng = np.random.default_rng(seed)
+    index = rng.random((IMAGES, PATCHES, EXPERTS)).argsort(-1)[..., :CHOICES]
+    weight = rng.random((IMAGES, PATCHES, CHOICES)).round(1)
+    return a_layer(index, weight, rng.random(index.shape) < 0.8, layer)
+
+
+def a_trace(*layers, labels):
+    trace = trace_of(
+        layers[0].expert_index,
+        labels=labels,
+        num_experts=EXPERTS,
+        grid=(2, 3),
+        class_names=("cat", "dog"),
+    )
+    return replace(trace, layers=layers)
+
+
+def routed(layer, expert):
+    """{(image, patch): weight} by three loops."""
+    return {
+        (i, p): float(layer.combine_weight[i, p, k])
+        for i in range(IMAGES)
+        for p in range(PATCHES)
+        for k in range(CHOICES)
+        if layer.expert_index[i, p, k] == expert and layer.kept[i, p, k]
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("expert", range(EXPERTS))
+def test_top_patches_are_the_heaviest_of_each_picture(seed, expert):
+    layer = random_layer(seed)
+    best = {}
+    for (image, patch), weight in routed(
+        layer, expert
+    ).items():  # in order, so that the first of equals stays
+        if image not in best or weight > best[image][1]:
+            best[image] = (patch, weight)
+    expected = sorted(((-weight, image, patch) for image, (patch, weight) in best.items()))[:8]
+    assert [(-top.weight, top.image, top.patch) for top in top_patches(layer, expert)] == [
+        (pytest.approx(weight), image, patch) for weight, image, patch in expected
+    ]
+
+
+def test_a_dropped_choice_is_nobodys_patch():
+    index, weight = np.zeros((2, 1, 1)), [[[0.9]], [[0.2]]]
+    layer = a_layer(index, weight, kept=[[[False]], [[True]]])
+    assert top_patches(layer, 0) == [(1, 0, pytest.approx(0.2))]
+    assert random_patches(layer, 0) == [(1, 0, pytest.approx(0.2))]
+    assert top_patches(layer, 1) == random_patches(layer, 1) == []
+
+
+def test_random_patches_are_uniform_and_seeded():
+    layer = random_layer(3)
+    everything = routed(layer, 2)
+    assert random_patches(layer, 2, seed=7) == random_patches(layer, 2, seed=7)
+    drawn = [random_patches(layer, 2, count=8, seed=seed) for seed in range(2000)]
+    for patches in drawn[:50]:
+        assert len({(patch.image, patch.patch) for patch in patches}) == 8
+        for patch in patches:
+            assert everything[patch.image, patch.patch] == pytest.approx(patch.weight)
+    counts = dict.fromkeys(everything, 0)
+    for patches in drawn:
+        for patch in patches:
+            counts[patch.image, patch.patch] += 1
+    # Each of N patches is drawn in 8/N of the galleries: binomial, so within 5 standard deviations of its mean.
+    share = 8 / len(everything)
+    assert np.abs(np.array(list(counts.values())) - 2000 * share).max() < 5 * np.sqrt(
+        2000 * share * (1 - share)
+    )
+
+
+def test_an_expert_with_few_patches_has_a_short_gallery():
+    layer = a_layer([[[0], [0], [1]], [[1], [1], [1]]], np.full((2, 3, 1), 0.5))
+    gallery = layer_gallery(layer, count=8)
+    assert [entry.expert for entry in gallery] == [0, 1, 2, 3]
+    assert [len(entry.top) for entry in gallery] == [1, 2, 0, 0]  # one of each image
+    assert [len(entry.random) for entry in gallery] == [2, 4, 0, 0]
+
+
+def test_paths_are_first_choices_by_layer():
+    layers = random_layer(0, 1), random_layer(1, 3)
+    paths = first_choice_paths(a_trace(*layers, labels=np.zeros(IMAGES)))
+    assert paths.shape == (IMAGES, PATCHES, 2)
+    for place, layer in enumerate(layers):
+        np.testing.assert_array_equal(paths[..., place], layer.expert_index[..., 0])
+
+
+def test_patches_on_a_path_take_it_and_spread_over_pictures():
+    trace = a_trace(random_layer(0, 1), random_layer(1, 3), labels=np.arange(IMAGES) % 2)
+    paths = first_choice_paths(trace)
+    for path in ((0, 0), (1, 2), (3, 1)):
+        for label in (None, 1):
+            on_path = (paths == path).all(-1) & np.isin(
+                trace.labels, [0, 1] if label is None else [label]
+            )[:, None]
+            found = patches_on_path(trace, path, label=label, count=5)
+            assert len(found) == min(5, on_path.sum())
+            assert all(on_path[patch.image, patch.patch] for patch in found)
+            assert len({(patch.image, patch.patch) for patch in found}) == len(found)
+            assert len({patch.image for patch in found}) == min(5, on_path.any(1).sum())
+    assert patches_on_path(trace, (0, 0), count=10_000) != []

@@ -1,7 +1,7 @@
 """Effects against runs of one change at a time, the control's promises, and the sentences word for word."""
 
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -10,19 +10,19 @@ import timm
 import torch
 
 from moevision import forward_routing
+from moevision.analysis.collect import network_input
 from moevision.analysis.effects import (
     Control,
     Effect,
     class_effect,
+    control_in_words,
     effect,
     effect_in_words,
     remove_random_experts,
-    run_compared,
     run_under,
 )
 from moevision.analysis.intervention import Intervention, Ranking, apply_edits, intervene
 from moevision.data.images import BadImageError
-from moevision.data.transforms import normalize
 from moevision.layers import Routing, build_router, moe_layers
 from moevision.models.io import SavedModel
 from tests.analysis.pictures import MadePictures
@@ -51,16 +51,14 @@ def picture(seed: int) -> np.ndarray:
 
 
 def run(model: SavedModel, image: np.ndarray) -> tuple[torch.Tensor, list[Routing]]:
-    pixels = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
-    x = normalize(pixels, MEAN, STD).to(next(model.net.parameters()).dtype)
     with torch.inference_mode():
-        logits, routings = forward_routing(model.net, x)
+        logits, routings = forward_routing(model.net, network_input(model, image[None]))
     return logits[0], routings
 
 
-def busiest(model: SavedModel, image: np.ndarray, layer: int) -> int:
-    routings = {routing.layer: routing for routing in run(model, image)[1]}
-    return int(routings[layer].counts().argmax())
+def busiest(model: SavedModel, image: np.ndarray) -> int:
+    """Of block 1."""
+    return int(run(model, image)[1][0].counts().argmax())
 
 
 def image_of(index: int) -> np.ndarray:
@@ -139,8 +137,7 @@ def test_the_control_is_a_draw_one_at_a_time(layer: int | None) -> None:
     found = effect(model, image, intervention, num_controls=3, seed=5)
     before, routings = run(model, image)
     with torch.inference_mode():
-        x = normalize(torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0), MEAN, STD).double()
-        _, taken, _ = run_under(model.net, x, intervention)
+        _, taken, _ = run_under(model.net, network_input(model, image[None]), intervention)
     for draw, delta in enumerate(found.control.delta_logits):
         edits = {
             moe: lambda ranking, place=place, moe=moe, draw=draw: remove_random_experts(
@@ -219,7 +216,7 @@ def test_the_control_of_layers_that_route_images_takes_whole_experts(fill: str) 
 def test_an_image_with_one_expert_has_no_control_of_its_absence() -> None:
     """As many random choices are those of that expert: the control would be the ablation itself."""
     model, image = make(route_by="image", top_k=1), picture(1)
-    change = Intervention("ablate", layer=1, expert=busiest(model, image, 1))
+    change = Intervention("ablate", layer=1, expert=busiest(model, image))
     found = effect(model, image, change)
     assert found.control is None
     assert found.delta_logit != 0
@@ -257,7 +254,7 @@ def test_an_unused_expert_changes_nothing() -> None:
 
 def test_effects_are_measured_inside_open_interventions() -> None:
     model, image = make(), picture(4)
-    away = busiest(model, image, 1)
+    away = busiest(model, image)
     with use_top_k(model.net, 1):
         found = effect(model, image, Intervention("ablate", layer=1, expert=away))
         before, _ = run(model, image)
@@ -268,19 +265,10 @@ def test_effects_are_measured_inside_open_interventions() -> None:
     assert not torch.allclose(before, run(model, image)[0])
 
 
-def test_a_named_target() -> None:
-    model, image = make(), picture(0)
-    change = Intervention("ablate", layer=1, expert=busiest(model, image, 1))
-    by_name, by_index = (effect(model, image, change, target=target) for target in ("fox", 2))
-    assert by_name == by_index
-    assert by_name.target == 2
-    assert by_name.to_json()["target"] == "fox"
-
-
 def test_class_effect_is_the_mean_of_single_effects() -> None:
     """Cats are 1, 4, 7, ... here, class 0 of the model; image 4 can't be read. Batches of 4, 4 and 2."""
     model, pictures = make(), PICTURES
-    change = Intervention("ablate", layer=1, expert=busiest(model, picture(1), 1))
+    change = Intervention("ablate", layer=1, expert=busiest(model, picture(1)))
     found = class_effect(model, pictures, "cat", change, batch_size=4)
     numbers = [1, 7, 10, 13, 16, 19, 22, 25, 28]
     singles = [effect(model, picture(number), change, target="cat") for number in numbers]
@@ -297,6 +285,7 @@ def test_class_effect_is_the_mean_of_single_effects() -> None:
     assert written["delta_logit"] == pytest.approx(np.mean(found.delta_logits))
     assert written["sd_logit"] == pytest.approx(np.std(found.delta_logits, ddof=1))
     assert class_effect(model, pictures, 0, change, batch_size=4) == found
+    assert singles[0].to_json()["target"] == "cat"
 
 
 def test_class_effect_of_some_pictures() -> None:
@@ -339,26 +328,12 @@ def test_models_without_numbered_blocks() -> None:
 def test_plain_forward_passes_of_other_threads_are_left_alone() -> None:
     model = make()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    with torch.inference_mode():
-        expected = model.net(x)
-    stop, wrong = threading.Event(), []
-
-    def work() -> None:
-        with torch.inference_mode():
-            while not stop.is_set():
-                if not torch.equal(model.net(x), expected):
-                    wrong.append(1)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
+    expected = model.net(x)
+    with ThreadPoolExecutor(1) as thread:
+        passes = thread.map(lambda _: torch.equal(model.net(x), expected), range(100))
         for seed in range(5):
             effect(model, picture(seed), Intervention("force", layer=1, expert=0))
-    finally:
-        stop.set()
-        thread.join(20)
-    assert not thread.is_alive()
-    assert wrong == []
+    assert all(passes)
 
 
 def a_result(**changes: object) -> Effect:
@@ -390,48 +365,43 @@ def test_the_sentence_word_for_word() -> None:
     assert "dog rises from 0.19 to 0.38 (logit +0.69);" in a_result(target=1).sentence
 
 
+def change(kind: str, *numbers: int, layer: int | None = 1, **options: object) -> Intervention:
+    return Intervention(kind, layer, *numbers, **options)
+
+
+NAMED = {
+    "without L1·E0 (1 patch goes to its next-best expert)": (change("ablate", 0), 1),
+    "without L1·E0 (its output set to zero for 2 patches)": (change("ablate", 0, fill="zero"), 2),
+    "with every token of L1 sent first to E0 (1 patch assignment moved)": (change("force", 0), 1),
+    "with E0 and E2 of L1 swapped (9 patch assignments moved)": (change("swap", 0, 2), 9),
+    "with random routing in every MoE layer (seed 3, 9 patch assignments moved)": (
+        change("random", layer=None, seed=3), 9
+    ),
+    "with k = 1 in L1 (9 patch assignments dropped)": (change("top_k", top_k=1), 9),
+    "with capacity factor 1.25 in every MoE layer (9 patch assignments dropped)": (
+        change("capacity", layer=None, factor=1.25), 9
+    ),
+    "without L1·E0 (3 patches lose it, and no expert takes its place)": (change("ablate", 0), 3, "expert_choice"),
+    "without L1·E0 (its weight in 3 patches shared out among the other experts)": (change("ablate", 0), 3, "soft"),
+    "with the slots of E0 and E1 of L1 swapped": (change("swap", 0, 1), 0, "soft"),
+    "with the slots of L1 dealt out to its experts at random (seed 0)": (change("random"), 0, "soft"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NAMED)
+def test_every_kind_is_named(words: str) -> None:
+    assert effect_in_words(*NAMED[words]) == words
+
+
 @pytest.mark.parametrize(
-    ("intervention", "moved", "words"),
+    ("routing", "words"),
     [
-        (
-            Intervention("ablate", layer=1, expert=0),
-            1,
-            "without L1·E0 (1 patch goes to its next-best expert)",
-        ),
-        (
-            Intervention("ablate", layer=1, expert=0, fill="zero"),
-            2,
-            "without L1·E0 (its output set to zero for 2 patches)",
-        ),
-        (
-            Intervention("force", layer=1, expert=0),
-            1,
-            "with every token of L1 sent first to E0 (1 patch assignment moved)",
-        ),
-        (
-            Intervention("swap", layer=1, expert=0, other=2),
-            9,
-            "with E0 and E2 of L1 swapped (9 patch assignments moved)",
-        ),
-        (
-            Intervention("random", seed=3),
-            9,
-            "with random routing in every MoE layer (seed 3, 9 patch assignments moved)",
-        ),
-        (
-            Intervention("top_k", layer=3, top_k=1),
-            9,
-            "with k = 1 in L3 (9 patch assignments dropped)",
-        ),
-        (
-            Intervention("capacity", factor=1.25),
-            9,
-            "with capacity factor 1.25 in every MoE layer (9 patch assignments dropped)",
-        ),
+        ("expert_choice", "taking 3 random patch assignments of L1 away"),
+        ("soft", "taking 3 random patch assignments of L1 away and sharing out their weight among the other experts"),
     ],
-)
-def test_every_kind_is_named(intervention: Intervention, moved: int, words: str) -> None:
-    assert effect_in_words(intervention, moved) == words
+)  # fmt: skip
+def test_the_control_is_named(routing: str, words: str) -> None:
+    assert control_in_words(change("ablate", 0), 3, routing) == words
 
 
 @pytest.mark.parametrize(
@@ -452,15 +422,3 @@ def test_json_says_everything(intervention: Intervention) -> None:
     assert ("to zero" in written["control"]["what"]) == drops
     assert ("next-best" in written["control"]["what"]) == (not drops)
     assert written["sentence"] == found.sentence
-
-
-def test_rows_of_a_batch_do_not_mix() -> None:
-    """The same draw gives the same logits, whatever other rows are in the batch."""
-    model, image = make(), picture(2)
-    change = Intervention("ablate", layer=1, expert=busiest(model, image, 1))
-    with torch.inference_mode():
-        x = normalize(torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0), MEAN, STD).double()
-        _, taken, _ = run_under(model.net, x, change)
-        alone = run_compared(model.net, x, change, taken, [(0, 7)])
-        among = run_compared(model.net, x, change, taken, [(0, 1), (0, 7)])
-    torch.testing.assert_close(among[1:], alone, rtol=0, atol=1e-12)

@@ -38,6 +38,7 @@ from moevision.data.collection import FileCollection, Sample
 from moevision.data.scores import SCORES, Scores, choose_kept_images
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import escape_csv_cell
+from moevision.files import read_csv
 from moevision.models.io import load_model
 
 PETS = SyntheticPets(40, 48, 1, "train")
@@ -60,16 +61,12 @@ def images_in(root: Path, classes: list[str], **splits: list[tuple[str, int]]) -
 
 def scores_of(images: RunImages, **values: list[float]) -> Scores:
     train = images.samples["train"]
-    table = {
-        name: np.array(values.get(name, np.linspace(0, 1, len(train))), np.float32)
-        for name in SCORES
-    }
-    names, labels = (
-        [each.sample_id for each in train],
-        [images.class_names[each.label] for each in train],
-    )
-    experts = {1: np.array(np.random.default_rng(0).dirichlet([1, 1], len(train)), np.float32)}
-    return Scores(list(map(escape_csv_cell, names)), labels, np.full(len(train), 3), table, experts)
+    n = len(train)
+    table = {name: np.array(values.get(name, np.linspace(0, 1, n)), np.float32) for name in SCORES}
+    names = [escape_csv_cell(each.sample_id) for each in train]
+    labels = [images.class_names[each.label] for each in train]
+    experts = {1: np.array(np.random.default_rng(0).dirichlet([1, 1], n), np.float32)}
+    return Scores(names, labels, np.full(n, 3), table, experts)
 
 
 def draw(root: Path, name: str, index: int) -> Image.Image:
@@ -121,9 +118,8 @@ def test_planted_damage_leads_its_list(planted):
     assert found["unreadable"] == ["dog/cut.png", "dog/gone.png"]
     assert found["leaks"][0] == "test/copy.jpg"
     assert set(found["doubles"][:1]) <= {"test/copy.jpg", "cat/03.png"}
-    assert found["easiest"] == [
-        sample.sample_id for sample in images.samples["train"][:5]
-    ]  # EL2N rises with the row
+    # EL2N rises with the row.
+    assert found["easiest"] == [sample.sample_id for sample in images.samples["train"][:5]]
     assert found["hardest"][0] == found["unsteady"][0] == "dog/gone.png"
 
 
@@ -152,16 +148,12 @@ def test_the_numbers_of_a_leak_are_of_that_pair(planted):
     copy, origin = place["test/copy.jpg"], place["cat/03.png"]
     nearest = Nearest(known.by_features[1].other.copy(), known.by_features[1].distance.copy())
     nearest.other[copy], nearest.distance[copy] = place["cat/05.png"], 0.001
-    table = "".join(
-        table_lines(
-            images, replace(known, by_features=Neighbours(known.by_features.overall, nearest))
-        )
-    )
+    known = replace(known, by_features=Neighbours(known.by_features.overall, nearest))
+    table = "".join(table_lines(images, known))
     row = next(row for row in csv.DictReader(io.StringIO(table)) if row["image"] == "test/copy.jpg")
     assert (row["leak"], int(row["leak_bits"])) == ("cat/03.png", known.by_hash[1].distance[copy])
-    assert float(row["leak_cosine"]) == pytest.approx(
-        float(known.white[copy] @ known.white[origin]), abs=1e-4
-    )
+    cosine = float(known.white[copy] @ known.white[origin])
+    assert float(row["leak_cosine"]) == pytest.approx(cosine, abs=1e-4)
 
 
 def test_margins_of_the_finished_model_by_hand():
@@ -176,10 +168,8 @@ def test_tables_of_classes_and_experts_by_hand():
     scores = scores_of(images, p_mean=[1, 0.4], aum=[2, -1], correct=[1, 0])
     scores.experts[1] = np.array([[1, 0], [0.5, 0.5]], np.float32)
     known = examine(images, scores, None)
-    assert [(row["name"], row["images"], row["aum"]) for row in class_rows(images, known)] == [
-        ("b", 1, -1.0),
-        ("a", 1, 2.0),
-    ]
+    classes = [(row["name"], row["images"], row["aum"]) for row in class_rows(images, known)]
+    assert classes == [("b", 1, -1.0), ("a", 1, 2.0)]
     first, second = expert_rows(images, known)
     assert (first["name"], first["images"], first["class"]) == ("L1.E0", 1.5, "a")
     assert (first["share"], first["p_mean"], first["of_class"]) == pytest.approx(
@@ -190,23 +180,16 @@ def test_tables_of_classes_and_experts_by_hand():
     assert [group.title[:11] for group in groups] == ["L1.E1: 0.50", "L1.E0: 1.50"]
     assert [group.rows.tolist() for group in groups] == [[1], [0, 1]]
     assert groups[1].values[1] == "50% of the image"
-    assert [(group.title, group.rows.tolist()) for group in class_lists(images, known)] == [
-        ("b", [1]),
-        ("a", [0]),
-    ]
+    groups = class_lists(images, known)
+    assert [(group.title, group.rows.tolist()) for group in groups] == [("b", [1]), ("a", [0])]
     scores.experts[1] = np.array([[1, 0], [0.9, 0.1]], np.float32)
     few, _ = expert_lists(examine(images, scores, None))
     assert few.title.startswith("L1.E1: 0.10 ")
     assert few.title.endswith(", little work")
-    p, spread = (
-        np.array([0.0, 0.999, 1.0, np.nan], np.float32),
-        np.array([0, 0.5, 0.26, 0], np.float32),
-    )
-    assert map_cells(p, spread, np.array([0, 0, 1, 1])) == [
-        [0, 0, 0, 1],
-        [0, 23, 15, 1],
-        [1, 23, 8, 1],
-    ]
+    p = np.array([0.0, 0.999, 1.0, np.nan], np.float32)
+    spread = np.array([0, 0.5, 0.26, 0], np.float32)
+    cells = map_cells(p, spread, np.array([0, 0, 1, 1]))
+    assert cells == [[0, 0, 0, 1], [0, 23, 15, 1], [1, 23, 8, 1]]
 
 
 def test_a_weak_model_and_few_looks_are_said_above_the_lists(planted):
@@ -328,39 +311,34 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
         )  # however long the run's name
         cards = tab.locator("#doubtful .card")
         cards.first.focus()
-        tab.keyboard.press("d")
-        tab.keyboard.press("ArrowRight")
-        tab.keyboard.press("w")
-        tab.keyboard.press("Home")
-        tab.keyboard.press("Enter")
-        tab.keyboard.press("ArrowRight")
-        tab.keyboard.press("k")
-        tab.keyboard.press("d")
-        tab.keyboard.press("u")  # back to keep
+        for key in (
+            "d",
+            "ArrowRight",
+            "w",
+            "Home",
+            "Enter",
+            "ArrowRight",
+            "k",
+            "d",
+            "u",
+        ):  # u: back to keep
+            tab.keyboard.press(key)
         assert tab.locator("#count").inner_text() == "3 decisions"
-        assert [cards.nth(place).get_attribute("data-decision") for place in range(4)] == [
-            "drop",
-            "relabel",
-            "keep",
-            "",
-        ]
-        assert (
-            cards.nth(1).locator(".badge").inner_text() == f"label: {escape_csv_cell(CLASSES[0])}"
-        )
-        assert (
-            tab.locator("#easiest .card[data-decision=drop]").count() == 1
-        )  # the same image in another list
+        decisions = [cards.nth(place).get_attribute("data-decision") for place in range(4)]
+        assert decisions == ["drop", "relabel", "keep", ""]
+        badge = cards.nth(1).locator(".badge").inner_text()
+        assert badge == f"label: {escape_csv_cell(CLASSES[0])}"
+        # The same image in another list.
+        assert tab.locator("#easiest .card[data-decision=drop]").count() == 1
         tab.context.route(
             "http://127.0.0.1:7860/**", lambda route: route.fulfill(body="the explorer")
         )
         cards.nth(1).focus()
         with tab.expect_popup() as explorer:
             tab.keyboard.press("e")
+        picture = f"train/{cards.nth(1).get_attribute('data-id')}"
         asked = parse_qs(urlsplit(explorer.value.url).query)
-        assert asked == {
-            "picture": [f"train/{cards.nth(1).get_attribute('data-id')}"],
-            "tab": ["data"],
-        }
+        assert asked == {"picture": [picture], "tab": ["data"]}
         with tab.expect_download() as download:
             tab.locator("#save").click()
         download.value.save_as(tmp_path / "decisions.csv")
@@ -374,13 +352,12 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
         again.locator("#count", has_text="3 decisions").wait_for()
         assert again.locator("#doubtful .card[data-decision=drop]").count() == 1
         browser.close()
-    assert [text for text in complaints if not text.startswith("request") or "blob:" not in text][
-        1:
-    ] == []  # the page
+    others = [text for text in complaints if not text.startswith("request") or "blob:" not in text]
+    assert others[1:] == []  # the first is the page
     plan = choose_kept_images(scores, tmp_path / "decisions.csv")
     assert plan.keep.tolist() == [False] + [True] * 7
     assert plan.new_label == {1: escape_csv_cell(CLASSES[0])}
-    assert [plan.reasons[each] for each in plan.reason[:4]] == [
+    assert plan.reason[:4] == [
         "decided: drop",
         "decided: wrong label",
         "decided: keep",
@@ -445,15 +422,13 @@ def of_size(width: int, height: int, mode: str = "RGB", kind: str = "PNG"):
     return lambda path: Image.new(mode, (width, height), 1).save(path, kind)
 
 
-def one_image(root: Path):
-    draw(root, "a/1.png", 0)
-    return ["a", "nobody"], [("a/1.png", 0)], [], 0
+def one_class_and_an_empty_one(count: int):
+    def build(root: Path):
+        for index in range(count):
+            draw(root, f"a/{index}.png", index)
+        return ["a", "nobody"], [(f"a/{index}.png", 0) for index in range(count)], [], 0
 
-
-def one_class_and_an_empty_one(root: Path):
-    for index in range(3):
-        draw(root, f"a/{index}.png", index)
-    return ["a", "nobody"], [(f"a/{index}.png", 0) for index in range(3)], [], 0
+    return build
 
 
 def all_gone(root: Path):
@@ -470,8 +445,8 @@ def huge(path: Path):
 
 
 FOLDERS = {f"named {pair[0]!r}"[:40]: named(*pair) for pair in PAIRS} | {
-    "one image": one_image,
-    "one class, and an empty one": one_class_and_an_empty_one,
+    "one image": one_class_and_an_empty_one(1),
+    "one class, and an empty one": one_class_and_an_empty_one(3),
     "all gone": all_gone,
     "damaged": of_files(
         6, empty=Path.touch, text=lambda path: path.write_text("<svg onload=alert(1)>"), huge=huge,
@@ -501,13 +476,9 @@ def test_a_hostile_folder(name, tiny_model, tmp_path):
     images = images_in(tmp_path, classes, train=train, **({"test": test} if test else {}))
     scores = scores_of(images)
     if name == "never visited":
-        scores = Scores(
-            scores.images,
-            scores.labels,
-            0 * scores.visits,
-            {key: np.nan * value for key, value in scores.scores.items()},
-            {block: np.nan * value for block, value in scores.experts.items()},
-        )
+        scores.visits[:] = 0
+        for values in (*scores.scores.values(), *scores.experts.values()):
+            values[:] = np.nan
     known = examine(images, scores, tiny_model)
     facts = page_facts(images, known, 8)
     page = render(facts | ABOUT | {"title": name}, Thumbnails(images, tmp_path / "thumbs"))
@@ -516,19 +487,15 @@ def test_a_hostile_folder(name, tiny_model, tmp_path):
     assert found.tags.keys() <= KNOWN_TAGS
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u200b\u2028\u202e\ufeff]", page)
     page.encode()  # no lone surrogate
-    entries = [
-        entry for each in facts["lists"] if each["key"] == "unreadable" for entry in each["entries"]
-    ]
-    assert (len(known.problems), len(entries)) == (bad, bad)
+    entries = [len(each["entries"]) for each in facts["lists"] if each["key"] == "unreadable"]
+    assert (len(known.problems), sum(entries)) == (bad, bad)
     assert all(known.problems.values())
     text = "".join(table_lines(images, known))
     rows = list(csv.DictReader(io.StringIO(text)))
     assert sum(row["problem"] != "" for row in rows) == bad
     assert len(rows) == len(images)
-    for row in rows:
-        assert not any(
-            row[key].startswith(("=", "+", "-", "@")) for key in ("image", "label", "problem")
-        )
+    cells = [row[key] for row in rows for key in ("image", "label", "problem")]
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
     decided = [(row["image"], row["label"], "keep", "") for row in rows if row["split"] == "train"]
     with (tmp_path / "decisions.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("image", "label", "decision", "new_label"), *decided])
@@ -542,14 +509,13 @@ def test_the_page_of_a_run(cli, tiny_run, tmp_path):
     outcome = cli("data", "score", tiny_run, "--out", tmp_path / "found")
     assert (outcome.code, outcome.err) == (0, "")
     assert re.search(r"\d+ train, \d+ val, \d+ test images, 1 of them", outcome.out)
-    with (tmp_path / "found/images.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    with (tiny_run / "predictions_test.csv").open(newline="") as file:
-        wanted = {row["image"]: row["prediction"] for row in csv.DictReader(file)}
-    assert {row["image"]: row["prediction"] for row in rows if row["split"] == "test"} == wanted
-    with (tiny_run / "scores.csv").open(newline="") as file:
-        aum = {row["image"]: row["aum"] for row in csv.DictReader(file)}
-    assert {row["image"]: row["aum"] for row in rows if row["split"] == "train"} == aum
+    rows = read_csv(tmp_path / "found/images.csv")
+    for split, file, column in (
+        ("test", "predictions_test.csv", "prediction"),
+        ("train", "scores.csv", "aum"),
+    ):
+        wanted = {row["image"]: row[column] for row in read_csv(tiny_run / file)}
+        assert {row["image"]: row[column] for row in rows if row["split"] == split} == wanted
     page = (tmp_path / "found/page.html").read_text()
     assert 'id="doubtful"' in page
     assert 'id="leaks"' in page
@@ -559,14 +525,8 @@ def test_the_page_of_a_run(cli, tiny_run, tmp_path):
     assert sources
     assert {(tmp_path / "found" / source).is_file() for source in sources} == {True}
     quick = score_run(tiny_run, tmp_path / "quick", quick=True, show=3)
-    assert [each["key"] for each in quick["lists"]] == [
-        "doubtful",
-        "hardest",
-        "unsteady",
-        "experts",
-        "easiest",
-        "redundant",
-    ]
+    keys = ["doubtful", "hardest", "unsteady", "experts", "easiest", "redundant"]
+    assert [each["key"] for each in quick["lists"]] == keys
     assert all(len(each["entries"]) == 3 for each in quick["lists"])
     moved = Path(shutil.copytree(tiny_run, tmp_path / "moved"))
     (moved / "scores.csv").write_text("image\n")

@@ -2,6 +2,7 @@
 
 import math
 import time
+import timeit
 
 import numpy as np
 import pytest
@@ -28,24 +29,13 @@ def one_hot(choices, size):
     return (np.asarray(choices)[..., None] == np.arange(size)).astype(np.float32)
 
 
-def test_two_by_two_table_by_hand() -> None:
-    # p = (3/8, 1/8; 1/8, 3/8), all margins 1/2: 2 (3/8 log2 3/2 + 1/8 log2 1/2) = 3/4 log2 3 - 1 = 0.18872
-    assert mutual_information_bits(np.array([[3, 1], [1, 3]])) == pytest.approx(
-        0.75 * math.log2(3) - 1
-    )
-    assert mutual_information_bits(np.array([[2, 6], [1, 3]])) == pytest.approx(
-        0, abs=1e-12
-    )  # rows in proportion
-    assert mutual_information_bits(np.zeros((2, 2))) == 0
-    assert entropy_bits(np.array([1, 1, 2])) == pytest.approx(1.5)
-
-
 @settings(deadline=None, max_examples=50)
 @given(arrays(np.int64, (3, 4), elements=st.integers(0, 20)))
 def test_agrees_with_scikit_learn(table) -> None:
     rows, columns = np.divmod(np.repeat(np.arange(12), table.ravel()), 4)
     expected = mutual_info_score(rows, columns) / math.log(2) if len(rows) else 0.0
     assert mutual_information_bits(table) == pytest.approx(expected, abs=1e-9)
+    assert entropy_bits(np.array([1, 1, 2])) == pytest.approx(1.5)
 
 
 def test_pointwise_bits_are_the_derivative() -> None:
@@ -78,15 +68,6 @@ def test_choice_counts() -> None:
     ]
 
 
-@pytest.mark.parametrize(("images", "quantile"), [(2, 12.706205), (3, 4.302653), (11, 2.228139)])
-def test_an_interval_over_few_images_has_students_quantile(images, quantile) -> None:
-    """97.5 % points of any table of Student's t, of 1, 2 and 10 degrees of freedom."""
-    influence = np.arange(images) * 2.0
-    found = excess_estimate(1.0, np.zeros(2), influence, keeps_effect=True)
-    error = math.sqrt(images * influence.var(ddof=1))
-    assert (found.high - found.low) / 2 == pytest.approx(quantile * error)
-
-
 def test_routing_that_is_the_class_gives_log2_of_the_experts() -> None:
     labels = np.arange(800) % 8
     estimate = class_information(one_hot(np.repeat(labels[:, None], 16, 1), 8), labels)
@@ -95,6 +76,8 @@ def test_routing_that_is_the_class_gives_log2_of_the_experts() -> None:
     assert estimate.null_mean == pytest.approx(49 / (1600 * math.log(2)), rel=0.1)
     assert estimate.low <= 3 <= estimate.high
     assert estimate.high - estimate.low < 0.1
+    weights = 17 * one_hot(np.repeat(labels[:, None], 16, 1), 8)  # only shares count
+    assert class_information(weights, labels).value_bits == pytest.approx(estimate.value_bits)
 
 
 def test_parts_that_are_the_expert() -> None:
@@ -245,11 +228,4 @@ def test_200_permutations_of_2000_images_take_under_two_seconds() -> None:
     maps, labels = one_hot(rng.integers(8, size=(2000, 64)), 8), np.arange(2000) % 8
     parts = rng.integers(8, size=(2000, 64))
     for call in (lambda: class_information(maps, labels), lambda: part_information(maps, parts)):
-        fastest = math.inf
-        for _ in range(3):
-            start = time.process_time()
-            call()
-            fastest = min(fastest, time.process_time() - start)
-            if fastest < 2:
-                break
-        assert fastest < 2
+        assert min(timeit.repeat(call, time.process_time, repeat=3, number=1)) < 2

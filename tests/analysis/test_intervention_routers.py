@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from moevision import UserError, forward_routing
-from moevision.analysis.effects import control_in_words, effect_in_words
 from moevision.analysis.intervention import Intervention, Kind, apply_edits, refusal
 from moevision.layers import (
     ROUTERS,
@@ -18,7 +17,7 @@ from moevision.layers import (
     SoftRouting,
     moe_layers,
 )
-from tests.analysis.models import random_tensor, routed, small_net
+from tests.analysis.models import random_layer, random_tensor, routed, small_net
 from tests.scopes import ablate, limit_capacity, random_route, swap, use_top_k
 
 TOKEN_CHOICE = [name for name in ROUTERS if name not in ("expert_choice", "soft")]
@@ -48,13 +47,10 @@ def images() -> Tensor:
 
 
 def layer_of(router: str, **options: object) -> MoEMlp:
-    """A float64 layer of 4 experts in eval mode with random weights."""
-    torch.manual_seed(0)
-    layer = MoEMlp(8, 6, num_experts=4, router=router, dtype=torch.float64, **options)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_(std=0.7)
-    return layer.eval()
+    """A float64 layer of 4 experts in eval mode."""
+    return random_layer(
+        MoEMlp(8, 6, num_experts=4, router=router, dtype=torch.float64, **options), 0.7
+    )
 
 
 def tokens() -> Tensor:
@@ -310,30 +306,3 @@ def test_what_has_no_meaning_is_refused(router: str, meaningless: list[str]) -> 
         change = Intervention(kind, layer=0, expert=1, other=2, top_k=1, factor=1.0)
         with pytest.raises(UserError) if kind in meaningless else nullcontext():
             change.edits(layer)
-
-
-@pytest.mark.parametrize(
-    ("routing", "words", "control"),
-    [
-        (
-            "expert_choice",
-            "without L1·E0 (3 patches lose it, and no expert takes its place)",
-            "taking 3 random patch assignments of L1 away",
-        ),
-        (
-            "soft",
-            "without L1·E0 (its weight in 3 patches shared out among the other experts)",
-            "taking 3 random patch assignments of L1 away and sharing out their weight among the other experts",
-        ),
-    ],
-)
-def test_sentences_say_what_happened(routing: str, words: str, control: str) -> None:
-    away = Intervention("ablate", layer=1, expert=0)
-    assert effect_in_words(away, 3, routing) == words
-    assert control_in_words(away, 3, routing) == control
-    assert "next-best" not in words + control
-    for change in (
-        Intervention("swap", layer=1, expert=0, other=1),
-        Intervention("random", layer=1),
-    ):
-        assert ("slots of" in effect_in_words(change, 0, routing)) == (routing == "soft")

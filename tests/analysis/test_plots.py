@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +20,8 @@ from PIL import Image
 
 from moevision.analysis import plots
 from moevision.analysis.plots import BLANK, EXPERT_COLOURS, NEUTRAL, wrap_text
-from moevision.analysis.trace import LayerTrace, RoutingTrace
+from moevision.analysis.trace import RoutingTrace
+from tests.analysis.conftest import trace_of
 from tests.analysis.pictures import MadePictures
 
 
@@ -34,34 +35,17 @@ def make_trace(
 ) -> RoutingTrace:
     """Random routing by a softmax; weights are the probabilities of the chosen experts."""
     rng = np.random.default_rng(seed)
-    traces = []
-    for layer in range(layers):
-        probs = rng.dirichlet(np.full(experts, 0.5), (images, grid[0] * grid[1]))
-        ranked = np.argsort(-probs, -1)
-        best = np.take_along_axis(probs, ranked, -1)
-        entropy = -(probs * np.log2(np.maximum(probs, 1e-12))).sum(-1)
-        traces.append(
-            LayerTrace(
-                layer=2 * layer + 1,
-                expert_index=ranked[..., :top_k].astype(np.int16),
-                kept=np.ones((images, grid[0] * grid[1], top_k), dtype=bool),
-                combine_weight=best[..., :top_k].astype(np.float32),
-                probs=probs.astype(np.float16),
-                margin=(best[..., 0] - best[..., 1]).astype(np.float32),
-                entropy_bits=entropy.astype(np.float32),
-            )
-        )
-    return RoutingTrace(
-        layers=tuple(traces),
-        labels=np.arange(images) % 3,
-        predictions=np.arange(images) % 3,
-        probabilities=np.full((images, 3), 1 / 3, dtype=np.float32),
-        picture_names=tuple(f"{i}.png" for i in range(images)),
-        class_names=("cat", "dog", "a class with quite a long name"),
-        grid=grid,
-        model="a model",
-        data="random",
-    )
+    probs = rng.dirichlet(np.full(experts, 0.5), (layers, images, grid[0] * grid[1]))
+    chosen = np.argsort(-probs, -1)[..., :top_k]
+    names = ("cat", "dog", "a class with quite a long name")
+    labels = np.arange(images) % 3
+    trace = trace_of(*chosen, labels=labels, num_experts=experts, grid=grid, class_names=names)
+    weights = np.take_along_axis(probs, chosen, -1).astype(np.float32)
+    weighted = [
+        replace(layer, combine_weight=weight)
+        for layer, weight in zip(trace.layers, weights, strict=True)
+    ]
+    return replace(trace, layers=tuple(weighted))
 
 
 def numbered(index: int) -> np.ndarray:
@@ -81,11 +65,6 @@ def words(where: Figure | Axes) -> list[str]:
 
 def heading_of(figure: Figure) -> str:
     return " ".join(text.get_text() for text in figure.texts)
-
-
-def rendered(figure: Figure) -> np.ndarray:
-    with Image.open(io.BytesIO(plots.figure_png(figure))) as picture:
-        return np.asarray(picture.convert("RGB"))
 
 
 def ticks_out_of_view(axis: Axis) -> set[Text]:
@@ -288,19 +267,12 @@ def test_any_number_of_classes_is_readable(classes: int) -> None:
 
 def test_threads_draw_the_same_picture() -> None:
     trace = make_trace()
-    alone = plots.figure_png(plots.plot_overlay(PICTURE, trace, 0))
-    drawn: list[bytes] = []
-    threads = [
-        threading.Thread(
-            target=lambda: drawn.append(plots.figure_png(plots.plot_overlay(PICTURE, trace, 0)))
-        )
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert drawn == [alone] * 4
+
+    def draw(_: int) -> bytes:
+        return plots.figure_png(plots.plot_overlay(PICTURE, trace, 0))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(draw, range(4))) == [draw(0)] * 4
 
 
 def test_a_figure_is_a_png_of_its_size() -> None:

@@ -450,3 +450,10 @@ def test_a_model_that_says_it_began_as_clusters_is_credited_with_no_training(
     for net, expected in ((loaded.net, True), (model.net, False)):
         (first, *_) = recording_of(replace(model, net=net), pictures, trace, swap=False).layers
         assert first.cluster_start is expected
+
+
+def test_an_interval_that_touches_zero_shows_nothing() -> None:
+    layer = RecordedLayer("L1", np.tile(LABELS[:, None, None], (1, PATCHES, 1)), 2)
+    found = measure_layer(Recording(LABELS, [layer], ["cat", "dog"]), 0, seed=0, **OPTIONS)
+    reading = replace(found.readings[0], bits=found.readings[0].bits._replace(low=0.0))
+    assert experts_answer(replace(found, readings=(reading,))).answer == NOT_SHOWN

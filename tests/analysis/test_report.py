@@ -14,47 +14,48 @@ import torch
 import yaml
 from markupsafe import escape
 
+from moevision.analysis.images import aligned_pictures, cached
+from moevision.analysis.information import as_json
 from moevision.analysis.questions import A_LITTLE_WORD, LEADS, NOT_MEASURED, NOT_SHOWN, NOTHING, YES
-from moevision.analysis.report import ReportSettings, analyze, claim_folder, render, wrong_routes
+from moevision.analysis.report import (
+    ReportSettings,
+    analyze,
+    claim_folder,
+    number,
+    render,
+    shown_pictures,
+    wrong_routes,
+)
 from moevision.analysis.trace import RoutingTrace
-from moevision.data import SyntheticPets
 from moevision.demo.html import OFFLINE
-from moevision.layers.moe import moe_layers
-from moevision.models.io import SavedModel, save_model
+from moevision.models.io import save_model
+from tests import shared
+from tests.analysis.models import saved, small_net
+from tests.analysis.pictures import MadePictures
 
-FIGURES = {
-    *("overlay_1", "overlay_2", "overlay_3", "load", "effects"),
-    *(
-        f"{kind}_{layer}"
-        for layer in ("L1", "L3")
-        for kind in ("class_experts", "parts", "gallery")
-    ),
-}
+FIGURES = set(
+    [
+        "overlay_1",
+        "overlay_2",
+        "overlay_3",
+        "load",
+        "effects",
+        "class_experts_L1",
+        "class_experts_L3",
+    ]
+)
+FIGURES |= set(["parts_L1", "parts_L3", "gallery_L1", "gallery_L3"])
 
 
 def make_run(folder, seed):
     """A run folder with a model of random weights, as `fit` leaves it."""
-    torch.manual_seed(seed)
-    options = {
-        "num_experts": 4,
-        "img_size": 32,
-        "patch_size": 8,
-        "class_token": True,
-        "global_pool": "token",
-    }
-    net = timm.create_model("test_vit_moe", num_classes=8, **options).eval()
+    net = small_net(seed=seed, class_token=True, global_pool="token")
     with torch.no_grad():  # an untrained model sends all patches the same way
         net.pos_embed.normal_()
         net.head.weight.normal_()
-        for layer in moe_layers(net):
-            layer.router.weight.normal_()
-    names = list(SyntheticPets.classes)
-    save_model(SavedModel(net, names, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), folder / "model")
-    config = {
-        "seed_everything": seed,
-        "data": {"path": "synthetic_pets", "seed": 0, "root": "data"},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    save_model(saved(net), folder / "model")
+    data = {"path": "synthetic_pets", "seed": 0, "root": "data"}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed_everything": seed, "data": data}))
     return folder
 
 
@@ -69,18 +70,8 @@ def report(runs, cli, tmp_path_factory):
     """The folder of a report, its numbers and its page."""
     out = tmp_path_factory.mktemp("analysis") / "report"
     one, two = runs
-    outcome = cli(
-        "analyze",
-        one,
-        "--seeds",
-        two,
-        "--before",
-        two,
-        "--quick",
-        "--limit=48",
-        "--permutations=40",
-        f"--out={out}",
-    )
+    options = ("--quick", "--limit=48", "--permutations=40", f"--out={out}")
+    outcome = cli("analyze", one, "--seeds", two, "--before", two, *options)
     assert (outcome.code, outcome.err) == (0, ""), outcome.err
     assert str(out / "report.html") in outcome.out
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -362,11 +353,7 @@ def test_a_run_that_is_interrupted_leaves_no_page_of_another_model(
 
 
 def refused(outcome, *words):
-    assert outcome.code == 2
-    assert outcome.err.startswith("moevision: ")
-    assert outcome.err.count("\n") == 1, outcome.err
-    for word in words:
-        assert word in outcome.err
+    assert shared.refused(outcome, *words).err.count("\n") == 1
 
 
 def test_what_it_refuses(cli, runs, tmp_path):
@@ -390,23 +377,14 @@ def test_what_it_refuses(cli, runs, tmp_path):
     (tmp_path / "thesis" / "chapter.tex").touch()
     refused(cli("analyze", runs[0], f"--out={tmp_path / 'thesis'}"), "chapter.tex", "new folder")
     (tmp_path / "file").touch()
-    refused(cli("analyze", runs[0], f"--out={tmp_path / 'file'}"), "is a file", "folder")
+    refused(cli("analyze", runs[0], f"--out={tmp_path / 'file'}"), "File exists", "folder")
     assert not (tmp_path / "o").exists(), "nothing is made before the model is known to be there"
 
 
 def test_a_model_without_experts(cli, tmp_path):
-    net = timm.create_model("test_vit_moe", num_classes=8, img_size=32, patch_size=8, moe_layers=[])
-    save_model(
-        SavedModel(net.eval(), list(SyntheticPets.classes), 32, (0.5,) * 3, (0.25,) * 3),
-        tmp_path / "dense",
-    )
-    outcome = cli(
-        "analyze",
-        tmp_path / "dense",
-        "--data=synthetic_pets",
-        f"--out={tmp_path / 'o'}",
-        "--limit=20",
-    )
+    net = timm.create_model("test_vit_moe", num_classes=8, moe_layers=[]).eval()
+    save_model(saved(net), tmp_path / "dense")
+    outcome = cli("analyze", tmp_path / "dense", "--data=synthetic_pets", f"--out={tmp_path / 'o'}")
     refused(outcome, "no MoE layers")
     assert not (tmp_path / "o").exists()
 
@@ -414,16 +392,8 @@ def test_a_model_without_experts(cli, tmp_path):
 def test_help_teaches(cli):
     outcome = cli("analyze", "--help")
     assert (outcome.code, outcome.err) == (0, "")
-    for words in (
-        "report.html",
-        "--seeds",
-        "three questions",
-        "--before",
-        "--quick",
-        "examples",
-        "RoutingTrace.load",
-    ):
-        assert words.lower() in outcome.out.lower()
+    shared.says(outcome.out, "report.html", "--seeds", "three questions", "--before", "--quick")
+    shared.says(outcome.out.lower(), "examples", "routingtrace.load")
 
 
 @pytest.mark.parametrize("answer", [YES, A_LITTLE_WORD, NOT_SHOWN, NOTHING, NOT_MEASURED])
@@ -446,22 +416,93 @@ def test_names_from_outside_stay_text(report):
     _, numbers, _, _ = report
     hostile = "<script>alert('x')</script>\" onload=\"x\u202e{{ title }}"
     other = json.loads(json.dumps(numbers))
-    other["figures"], other["title"], other["model"]["name"], other["data"]["name"] = (
-        [],
-        hostile,
-        hostile,
-        hostile,
-    )
-    other["data"]["classes"][0]["class"] = other["effects"]["experts"][0]["strongest_class"] = (
-        hostile
-    )
+    other["figures"], other["title"] = [], hostile
+    other["model"]["name"] = other["data"]["name"] = hostile
+    other["data"]["classes"][0]["class"] = hostile
+    other["effects"]["experts"][0]["strongest_class"] = hostile
     other["verdict"]["layers"][0]["sentences"] = [hostile]
     page = render(other, {})
     assert "<script" not in page
     assert "\u202e" not in page
-    assert (
-        "".join(Page(page).words).count(
-            "<script>alert('x')</script>\" onload=\"x\\u202e{{ title }}"
-        )
-        >= 6
+    shown = hostile.replace("\u202e", "\\u202e")
+    assert "".join(Page(page).words).count(shown) >= 6
+
+
+# ---- small parts: how numbers are shown, which images are, and that images are read once
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "shown"),
+    [
+        (0.98765, ".1%", "98.8 %"),
+        (-0.1234, "+.2f", "−0.12"),
+        (-0.0001, "+.2f", "0.00"),
+        (1234, ",", "1,234"),
+        (0.0123, ".2g", "0.012"),
+    ],
+)
+def test_numbers_are_shown_rounded_and_kept_exactly(value, form, shown):
+    assert number(value, form) == f'<data value="{value}">{shown}</data>'
+
+
+def test_no_number_is_a_dash():
+    assert "–" in number(None)
+
+
+def test_what_json_can_not_say_is_null():
+    values = {
+        "a": np.float32(1.5),
+        "b": np.array([1, 2]),
+        "c": float("nan"),
+        "d": (np.bool_(True), float("inf")),
+    }
+    assert as_json(values) == {"a": 1.5, "b": [1, 2], "c": None, "d": [True, None]}
+
+
+def test_shown_pictures_are_of_different_classes(make_trace):
+    trace = make_trace(
+        np.zeros((9, 4, 1)), labels=[0, 0, 0, 0, 0, 0, 0, 1, 2], num_experts=2, grid=(2, 2)
     )
+    for seed in range(20):
+        shown = shown_pictures(trace, seed)
+        assert sorted(trace.labels[shown]) == [0, 1, 2]
+    assert {shown_pictures(trace, seed)[0] for seed in range(50)} >= {7, 8}, (
+        "the first is not always of class 0"
+    )
+
+
+@pytest.fixture
+def reads():
+    """Images that were read, in order."""
+    return []
+
+
+@pytest.fixture
+def ten(reads):
+    """Ten images, each a list of reads."""
+
+    def image(index):
+        reads.append(index)
+        return np.full((8, 8, 3), index, np.uint8)
+
+    return MadePictures(10, image, ("cat", "dog"))
+
+
+def test_pictures_follow_the_trace(ten, make_trace):
+    trace = make_trace(np.zeros((10, 4, 1)), labels=np.arange(10) % 2, num_experts=2, grid=(2, 2))
+    assert aligned_pictures(ten, trace) is ten
+    some = aligned_pictures(ten, trace.select([7, 2]))
+    assert [int(some.image(index)[0, 0, 0]) for index in range(len(some))] == [7, 2]
+    assert [some.label(index) for index in range(2)] == [1, 0]
+
+
+def test_pictures_are_read_once(ten, reads):
+    pictures = cached(ten)
+    for _ in range(3):
+        assert [int(pictures.image(index)[0, 0, 0]) for index in range(10)] == list(range(10))
+    assert reads == list(range(10))
+    some = cached(ten, max_bytes=8 * 8 * 3 + 5)  # the first fits, the second doesn't
+    for _ in range(3):
+        assert (int(some.image(0)[0, 0, 0]), int(some.image(1)[0, 0, 0])) == (0, 1)
+    assert reads[10:] == [0, 1, 1, 1]
+    assert (len(some), some.label(3), some.picture_name(3)) == (10, 1, "picture 3")

@@ -1,7 +1,6 @@
 """The swap test: planted experts whose answers are known, brute force over loops, and models of ours."""
 
 import json
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,15 +11,12 @@ import torch
 from moevision.analysis import (
     RecordedLayer,
     Recording,
-    collect_routing,
-    open_pictures,
     recording_of,
     three_questions,
 )
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
 from moevision.analysis.information import halves_by_class
-from moevision.analysis.intervention import numbered_layers
 from moevision.analysis.questions import (
     A_LITTLE_WORD,
     NOT_MEASURED,
@@ -32,15 +28,14 @@ from moevision.analysis.questions import (
     swap_test,
 )
 from moevision.analysis.readings import run_forced
-from moevision.data import SyntheticPets
-from moevision.demo import bundled_model
 from moevision.errors import UserError
 from moevision.layers import Router, moe_layers
-from moevision.models.io import SavedModel
+from tests.analysis.models import saved, small_net, traced
 from tests.scopes import ablate
 
 PATCHES = 12
 GATES = np.array([0.7, 0.3])
+SPEAKING = [*(6 * np.eye(4)), np.zeros(4), np.zeros(4)]  # expert c says class c; two say nothing
 
 
 def planted(experts, labels, choices, evidence=0.0, scale=1.0, bias=0.0, ran=None):
@@ -88,16 +83,16 @@ def test_experts_that_are_copies_cost_nothing_when_exchanged() -> None:
     assert found.swap.without.points.value == 50
     assert answer.answer == NOT_SHOWN
     swap = found.swap
-    costs = (
-        swap.whole,
-        swap.favourite,
-        swap.any_two,
-        swap.more,
-        swap.routes,
-        swap.same_patches,
-        swap.beyond_patches,
-    )
-    for cost in costs:
+    for name in [
+        "whole",
+        "favourite",
+        "any_two",
+        "more",
+        "routes",
+        "same_patches",
+        "beyond_patches",
+    ]:
+        cost = getattr(swap, name)
         assert cost.log_loss == (0, 0, 0)
         assert cost.points.value == 0
 
@@ -105,33 +100,23 @@ def test_experts_that_are_copies_cost_nothing_when_exchanged() -> None:
 def test_experts_of_classes_are_found() -> None:
     """Expert c says class c; two say nothing. Any two others have little to say about a class."""
     labels, choices = routed(np.random.default_rng(1))
-    found, answer = answered(planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices))
+    found, answer = answered(planted(SPEAKING, labels, choices))
     assert answer.answer == YES
     assert "different things: yes (exchanging" in answer.sentence
     assert found.swap.favourite.moved == found.swap.any_two.moved > 0.1
     assert found.swap.more.log_loss.low > 0
     assert [row[1:] for row in found.swap.favourites] == [(c, c) for c in range(4)]
-    assert (
-        json.loads(json.dumps(found.to_json()["swap"], allow_nan=False))["favourite"]["moved"] > 0.1
-    )
-
-
-def test_one_decisive_expert_is_found() -> None:
-    """The residual says class 0 of every image; of class 1 one expert alone knows."""
-    labels, choices = routed(np.random.default_rng(2), num_classes=2, favourite=0.9)
-    recording = planted(
-        [[0.0, 0], [0.0, 12], *np.zeros((4, 2))], labels, choices, bias=np.array([4.0, 0])
-    )
-    found, answer = answered(recording)
-    assert answer.answer == YES
-    assert found.swap.without.points.value == 50
+    written = json.loads(json.dumps(found.to_json()["swap"], allow_nan=False))
+    assert written["favourite"]["moved"] > 0.1
+    # On the patches that chose it and another expert it alone says the class.
+    assert found.swap.same_patches.moved == found.swap.their_other.moved > 0
+    assert found.swap.beyond_patches.log_loss.low > 0
+    assert "their other choice" in answer.detail
 
 
 def test_a_layer_that_is_scaled_to_zero_contributes_nothing_and_claims_nothing() -> None:
     labels, choices = routed(np.random.default_rng(3))
-    found, answer = answered(
-        planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices, 1.0, scale=0.0)
-    )
+    found, answer = answered(planted(SPEAKING, labels, choices, 1.0, scale=0.0))
     assert answer.answer == NOTHING
     for fragment in ("contributes nothing", "what its experts", "(without it 0.0"):
         assert fragment in answer.sentence
@@ -169,9 +154,7 @@ def test_two_experts_have_no_others_to_compare_with() -> None:
 def test_a_loss_of_log_loss_alone_is_a_little() -> None:
     """The residual is right anyway; the experts only make it surer."""
     labels, choices = routed(np.random.default_rng(6))
-    found, answer = answered(
-        planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices, evidence=9.0)
-    )
+    found, answer = answered(planted(SPEAKING, labels, choices, evidence=9.0))
     assert found.swap.without.points.value == 0
     assert answer.answer == A_LITTLE_WORD
     assert answer.detail.startswith("in log-loss alone:")
@@ -263,37 +246,9 @@ def test_every_cost_by_brute_force() -> None:
     assert found.same_patches.log_loss.value == pytest.approx(of_favourite)
     assert found.their_other.log_loss.value == pytest.approx(of_other)
     assert found.beyond_patches.log_loss.value == pytest.approx(of_favourite - of_other)
-
-
-def test_an_expert_of_its_class_is_told_from_the_patches_that_chose_it() -> None:
-    """On the patches that chose it and another expert it alone says the class."""
-    labels, choices = routed(np.random.default_rng(9))
-    found, answer = answered(planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices))
-    assert found.swap.same_patches.moved == found.swap.their_other.moved > 0
-    assert found.swap.beyond_patches.log_loss.low > 0
-    assert "their other choice" in answer.detail
-
-
-def test_where_experts_are_equal_the_same_patches_claim_nothing() -> None:
-    """What an expert says is drawn anew for each image, whatever its class: no expert is one of a class.
-
-    At a true rate of 2.5 % for each, 6 of 50 or more would be shown in one of 500 such tests. It is less: of what a
-    favourite says there is more in the image, so that some of it may go (no draw of these shows it).
-    """
-    labels, choices = routed(np.random.default_rng(10), num_experts=8, images=200)
-    shown = 0
-    for draw in range(50):
-        said = np.random.default_rng(draw).normal(0, 4, (200, 8, 4))  # [I, E, C]
-        recording = planted(np.zeros((8, 4)), labels, choices)
-
-        def run(place, images, routes, said=said):
-            chosen = said[images[:, None, None], routes] * (routes >= 0)[..., None]  # [R, P, K, C]
-            return 2 * np.eye(4)[labels[images]] + (chosen * GATES[:, None]).sum(2).mean(1)
-
-        found = swap_test(replace(recording, run=run), 0, seed=draw)
-        assert found.same_patches.moved > 0
-        shown += found.beyond_patches.log_loss.low > 0
-    assert shown < 6
+    assert found.beyond_patches.points.value == pytest.approx(
+        found.same_patches.points.value - found.their_other.points.value
+    )
 
 
 def test_routes_of_another_image_keep_their_place() -> None:
@@ -331,6 +286,29 @@ def test_what_can_not_be_asked_says_why() -> None:
         assert fragment in answer.detail
 
 
+@pytest.mark.parametrize("prefix", [{}, {"class_token": True, "global_pool": "token"}])
+def test_without_the_layer_and_without_an_expert_are_what_other_means_say(prefix) -> None:
+    """A hook that zeroes the layer's output, and `ablate`; every image twice, so that blocks before are shared."""
+    model = saved(small_net(**prefix))
+    pictures, trace = traced(model, 8)
+    images = np.repeat(np.arange(6), 2)
+    own = trace.layers[1].expert_index[images].astype(np.int64)
+    forced = partial(run_forced, model, pictures, [1, 3], 1, images)
+    pixels = network_input(model, read_images(pictures, images))
+    with torch.inference_mode():
+        plain = model.net(pixels).numpy()
+        with ablate(model.net, 3, 2, fill="zero"):
+            away = model.net(pixels).numpy()
+        model.net.blocks[3].mlp.register_forward_hook(lambda _layer, _inputs, output: 0 * output)
+        without = model.net(pixels).numpy()
+    model.net.blocks[3].mlp._forward_hooks.clear()
+    assert forced(~own) == pytest.approx(without, abs=1e-5)
+    assert forced(own) == pytest.approx(plain, abs=1e-5)
+    if not prefix:  # which `ablate` takes the expert from, too
+        assert forced(np.where(own == 2, ~own, own)) == pytest.approx(away, abs=1e-5)
+    assert np.abs(without - plain).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     "options", [{"router": "colour"}, {"router": "vmoe_top_k", "capacity": "batch"}]
 )
@@ -338,10 +316,8 @@ def test_rows_that_are_run_together_do_not_change_one_another(options) -> None:
     """A router that looks at the images again, and a capacity that a batch shares: beside rows without the layer."""
     if options.pop("capacity", None):
         options |= {"eval_capacity_factor": 0.7, "capacity_group": "batch"}
-    net = timm.create_model("test_vit_moe", num_classes=8, stem="patch", **options).eval()
-    pictures = open_pictures(SyntheticPets(8, 32, 0, "test"), 32)
-    model = SavedModel(net, pictures.class_names, 32, (0.5,) * 3, (0.5,) * 3)
-    trace = collect_routing(model, pictures, progress=False)
+    model = saved(timm.create_model("test_vit_moe", num_classes=8, stem="patch", **options).eval())
+    pictures, trace = traced(model, 8)
     forced = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers], 1)
     images = np.repeat(np.arange(4), 2)
     own = np.asarray(trace.layers[1].expert_index)[images].astype(np.int64)
@@ -351,90 +327,24 @@ def test_rows_that_are_run_together_do_not_change_one_another(options) -> None:
     assert forced(images, own)[::2] == pytest.approx(alone[::2], abs=1e-5)
 
 
-def test_a_router_of_ones_own_without_gates_is_not_changed() -> None:
+class Mine(Router):
     """It chooses and computes; what other choices would weigh isn't known."""
 
-    class Mine(Router):
-        num_experts, top_k = 4, 2
+    num_experts, top_k = 4, 2
 
-        def __init__(self, router):
-            super().__init__()
-            self.inner = router
+    def __init__(self, router):
+        super().__init__()
+        self.forward = router.forward
 
-        def forward(self, x):
-            return self.inner(x)
 
+def test_a_router_of_ones_own_without_gates_is_not_changed() -> None:
     net = timm.create_model("test_vit_moe", num_classes=8, stem="patch").eval()
     for layer in moe_layers(net):
         layer.router = Mine(layer.router)
-    pictures = open_pictures(SyntheticPets(16, 32, 0, "test"), 32)
-    model = SavedModel(net, pictures.class_names, 32, (0.5,) * 3, (0.5,) * 3)
-    trace = collect_routing(model, pictures, progress=False)
-    answers = three_questions(recording_of(model, pictures, trace), permutations=20)[0].answers
+    recording = recording_of(saved(net), *traced(saved(net), 16))
+    answers = three_questions(recording, permutations=20)[0].answers
     assert answers[2].answer == NOT_MEASURED
     assert "not forced" in answers[2].detail
     why = r"'ablate' .* in L1: Mine .* \(gate_logits, gates"
     with pytest.raises(UserError, match=why), ablate(net, 1, 0):
         pass
-
-
-@pytest.fixture(scope="module")
-def ours():
-    model = bundled_model("pets")
-    pictures = open_pictures(SyntheticPets(32, model.image_size, 0, "test"), model.image_size)
-    return model, pictures, collect_routing(model, pictures, progress=False)
-
-
-def test_without_the_layer_and_without_an_expert_are_what_other_means_say(ours) -> None:
-    """A hook that zeroes the layer's output, and `ablate`; every image twice, so that blocks before are shared."""
-    model, pictures, trace = ours
-    blocks, images = [layer.layer for layer in trace.layers], np.repeat(np.arange(6), 2)
-    own = np.asarray(trace.layers[1].expert_index)[images].astype(np.int64)
-    pixels = network_input(model, read_images(pictures, images))
-    layer = numbered_layers(model.net)[blocks[1]]
-    forced = partial(run_forced, model, pictures, blocks, 1, images)
-    with torch.inference_mode():
-        hook = layer.register_forward_hook(lambda _layer, _inputs, output: torch.zeros_like(output))
-        without = model.net(pixels).numpy()
-        hook.remove()
-        with ablate(model.net, blocks[1], 2, fill="zero"):
-            away = model.net(pixels).numpy()
-        plain = model.net(pixels).numpy()
-    assert forced(~own) == pytest.approx(without, abs=1e-5)
-    assert forced(np.where(own == 2, ~own, own)) == pytest.approx(away, abs=1e-5)
-    assert forced(own) == pytest.approx(plain, abs=1e-5)
-    assert np.abs(without - plain).max() > 1e-2
-
-
-@pytest.mark.parametrize("pool", ["avg", "token"])
-def test_layer_scale_of_zero_contributes_nothing_with_and_without_a_class_token(pool) -> None:
-    arch = {
-        "patch_size": 8,
-        "embed_dim": 32,
-        "depth": 3,
-        "num_heads": 2,
-        "num_experts": 4,
-        "top_k": 2,
-        "moe_layers": [1],
-    }
-    prefix = {"class_token": True, "global_pool": "token"} if pool == "token" else {}
-    net = timm.create_model(
-        "vit_moe_micro_patch4_32", num_classes=8, init_values=1.0, **arch, **prefix
-    ).eval()
-    pictures = open_pictures(SyntheticPets(32, 32, 0, "test"), 32)
-    model = SavedModel(net, pictures.class_names, 32, (0.5,) * 3, (0.5,) * 3)
-    found = {}
-    for scale in (30.0, 0.0):
-        net.blocks[1].ls2.gamma.data.fill_(scale)
-        recording = recording_of(model, pictures, collect_routing(model, pictures, progress=False))
-        found[scale] = swap_test(recording, 0).without
-        own = np.asarray(recording.layers[0].choices, np.int64)
-        hook = net.blocks[1].mlp.register_forward_hook(
-            lambda _layer, _inputs, output: torch.zeros_like(output)
-        )
-        with torch.inference_mode():
-            without = net(network_input(model, read_images(pictures, range(32)))).numpy()
-        hook.remove()
-        assert recording.run(0, np.arange(32), ~own) == pytest.approx(without, abs=1e-5)
-    assert found[0.0].log_loss == pytest.approx((0, 0, 0), abs=1e-6)
-    assert found[30.0].log_loss.high - found[30.0].log_loss.low > 1e-3

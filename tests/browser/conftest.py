@@ -4,9 +4,12 @@ Debian's `chromium` is used, or what MOEVISION_CHROMIUM names; without one the t
 What a page shows is compared with the service's own answer, which `ask` gets past the page.
 """
 
+import base64
 import re
+import threading
 import time
-from types import SimpleNamespace
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -60,6 +63,7 @@ class Visit:
         self.context.set_default_timeout(120_000)  # ms; a busy machine may take most of it
         self.page = self.context.new_page()
         self.page.wait_for_function = self._wait_for
+        self.page.visit = self
         self.requests, self.complaints = [], []
         self.page.on("request", lambda request: self.requests.append(request))
         self.page.on("console", self._hear)
@@ -134,11 +138,16 @@ def visits_at(new_visit):
     visits = []
 
     def at(address, before=lambda visit: None):
-        def begin(query="", **options):
+        def begin(query="", then=None, until=None, **options):
+            """Go there; if asked for, wait for a selector, or for an expression to become true."""
             one = new_visit(**options)
             before(one)
             visits.append((one, address))
-            one.open(address + query)
+            page = one.open(address + query)
+            if then:
+                page.wait_for_selector(then)
+            if until:
+                page.wait_for_function(until)
             return one
 
         return begin
@@ -171,17 +180,63 @@ def ask(explorer):
     return ask
 
 
-def axe(page, part=None):
+def violations(page, part=None, impacts=("minor", "moderate", "serious", "critical", None)):
     """What axe-core finds on the page, or in a part of it."""
     from axe_playwright_python.sync_playwright import Axe
 
-    return Axe().run(page, part).response["violations"]
+    found = [
+        one for one in Axe().run(page, part).response["violations"] if one["impact"] in impacts
+    ]
+    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
 
 
 def serious(page, part=None):
-    """What axe-core finds on the page, or in a part of it, that keeps people out."""
-    found = [one for one in axe(page, part) if one["impact"] in ("serious", "critical")]
-    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
+    """What keeps people out."""
+    return violations(page, part, ("serious", "critical"))
+
+
+def press(page, selector, then=None, *, until=None, state="visible"):
+    """Click, and wait for what comes of it: an element in that state, or an expression that becomes true."""
+    page.click(selector)
+    if until is None:
+        page.wait_for_selector(then, state=state)
+    else:
+        page.wait_for_function(until)
+
+
+def change_answer(page, name, change):
+    """From now on the server's function `name` answers `change(its answer)`."""
+
+    def handle(route):
+        if asked_for(route.request) != name:
+            return route.continue_()
+        answer = route.fetch()
+        return route.fulfill(response=answer, json=change(answer.json()))
+
+    page.route(SERVER_CALL, handle)
+
+
+def saved(page, kind):
+    """The file that the Share menu saves: `card`, `json`, `page` or `png`."""
+    page.click(".mv-menu summary")
+    with page.expect_download() as waiting:
+        page.click(f"[data-action=export-{kind}]")
+    return waiting.value
+
+
+def alone(new_visit, page, folder):
+    """A visit, offline, of the page that the Share menu saves."""
+    file = folder / "page.html"
+    saved(page, "page").save_as(file)
+    visit = new_visit(offline=True)
+    visit.address = file.as_uri()
+    visit.page.goto(visit.address)
+    return visit
+
+
+def experts_of(layer):
+    """The number on every patch: its first expert in a layer of a view."""
+    return [str(choices[0]) for choices in layer["experts"]]
 
 
 def answered(page):
@@ -210,12 +265,53 @@ def said(page):
 
 
 def open_tab(page, name):
-    page.click(f"[data-tab={name}]")
-    page.wait_for_selector(".mv-panel:not(:has(.mv-spinner))")
+    press(page, f"[data-tab={name}]", ".mv-panel:not(:has(.mv-spinner))")
 
 
 def no_sideways_scroll(page):
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def give(page, files, way="drop"):
+    """Drop files on the image, or paste them."""
+    page.evaluate(
+        """([way, files]) => {
+          const transfer = new DataTransfer();
+          files.forEach(([name, data]) => {
+            const bytes = Uint8Array.from(atob(data), (one) => one.charCodeAt(0));
+            transfer.items.add(new File([bytes], name, { type: 'image/png' }));
+          });
+          const options = { bubbles: true, cancelable: true };
+          const event = way === 'paste'
+            ? new ClipboardEvent('paste', { ...options, clipboardData: transfer })
+            : new DragEvent('drop', { ...options, dataTransfer: transfer });
+          document.querySelector('.mv-canvas').dispatchEvent(event);
+        }""",
+        [way, [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files]],
+    )
+
+
+@contextmanager
+def site(document, **headers):
+    """The port of a website on this computer that has one document."""
+
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            for name, value in {"content-type": "text/html", **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(document)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
 
 
 class Held:
@@ -256,30 +352,14 @@ def hold():
 
 
 @pytest.fixture
-def look():
-    """Ways to read a page."""
-    return SimpleNamespace(
-        numbers=numbers,
-        fills=fills,
-        said=said,
-        open_tab=open_tab,
-        no_sideways_scroll=no_sideways_scroll,
-    )
-
-
-@pytest.fixture
 def empty_stage():
     """Goes on to a model that comes without images."""
 
-    def go(page):
-        def without_examples(route):
-            if asked_for(route.request) != "boot":
-                return route.continue_()
-            answer = route.fetch()
-            models = [{**model, "examples": []} for model in answer.json()["models"]]
-            return route.fulfill(response=answer, json={"models": models})
+    def without_examples(boot):
+        return {"models": [{**model, "examples": []} for model in boot["models"]]}
 
-        page.route(SERVER_CALL, without_examples)
+    def go(page):
+        change_answer(page, "boot", without_examples)
         page.select_option("[data-change=model]", "photos")
         page.wait_for_selector("[data-box=blank]:visible")
 

@@ -7,6 +7,7 @@ import pytest
 from moevision.demo.html import app_page
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
+from tests.browser.conftest import no_sideways_scroll
 from tests.demo.conftest import HOSTILE
 from tests.demo.serving import asked_for
 from tests.shared import says
@@ -32,8 +33,8 @@ def visit_run(visits_at, scored):
             document = app_page(scored.start_boot(), scored.start_views())
             policy = (
                 "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; "
-                f"{document.policy}"
             )
+            policy += document.policy
             return route.fulfill(
                 content_type="text/html",
                 body=document.text,
@@ -52,11 +53,10 @@ def first_card(page, list_name):
     return page.locator(FIRST)
 
 
-def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, look):
+def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored):
     doubtful = scored.answer("data", {"list": "doubtful"})["entries"]
-    one = visit_run()
-    page = one.page
-    assert "data" not in one.asked  # before the tab is opened
+    page = visit_run().page
+    assert "data" not in page.visit.asked  # before the tab is opened
     page.click("[data-tab=data]")
     card = first_card(page, "Doubtful labels")
     assert says(page.text_content(".mv-panel .mv-lead"), "no verdicts")
@@ -74,7 +74,7 @@ def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, 
         "Open cat/<img"
     )
     assert HOSTILE in page.locator(".mv-picture").get_attribute("alt")
-    assert one.question("route")["picture"] == {"kind": "example", "id": f"train/{HOSTILE}"}
+    assert page.visit.question("route")["picture"] == {"kind": "example", "id": f"train/{HOSTILE}"}
     page.select_option("[data-change=data-class]", "cat")
     page.click("[data-list=easiest]")
     easiest = scored.answer("data", {"list": "easiest", "class": "cat"})["entries"]
@@ -88,13 +88,13 @@ def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, 
     assert page.locator(".mv img[src=x]").count() == 0
 
 
-def test_a_link_of_the_page_of_data_score_on_a_phone(visit_run, look):
+def test_a_link_of_the_page_of_data_score_on_a_phone(visit_run):
     page = visit_run(
         f"?picture={quote(f'train/{HOSTILE}')}&tab=data&list=nope&class=nope", **PHONE
     ).page
     assert first_card(page, "Doubtful labels").get_attribute("aria-pressed") == "true"
     assert page.locator(".mv-canvas").count() == 1
-    assert look.no_sideways_scroll(page)
+    assert no_sideways_scroll(page)
 
 
 def test_without_scores_there_is_no_such_tab(visit):

@@ -1,21 +1,17 @@
 """An expert's page by its link, its share image, silent experts and the logit lens: what they say is the service's."""
 
-import re
-
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import FIRST
-from tests.demo.serving import asked_for
+from tests.browser.conftest import FIRST, change_answer, no_sideways_scroll, press
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 
-def test_a_link_opens_an_experts_page_and_its_button_all_of_them(visit, ask, look):
+def test_a_link_opens_an_experts_page_and_its_button_all_of_them(visit, ask):
     card = ask("experts", layer=1)["experts"][2]
-    page = visit("?expert=L1.E2", door=False).page
-    page.wait_for_selector(".mv-alone")
+    page = visit("?expert=L1.E2", door=False, then=".mv-alone").page
     assert page.locator(".mv-card").count() == 1
     assert page.locator(".mv-card h2").text_content() == "L1·E2"
     shown = page.text_content(".mv-card")
@@ -24,48 +20,35 @@ def test_a_link_opens_an_experts_page_and_its_button_all_of_them(visit, ask, loo
     assert not called or says(shown, f"everything: {called['overall'] * 100:.0f} %")
     counts = [gallery.locator("img").count() for gallery in page.locator(".mv-gallery").all()]
     assert counts == [len(card["top"]), len(card["random"])]
-    page.click("[data-key=show-2]")
-    page.wait_for_function("document.querySelectorAll('.mv-card').length === 4")
+    press(page, "[data-key=show-2]", until="document.querySelectorAll('.mv-card').length === 4")
     # The address is written a moment later, and only what stands in it has a place in the history.
     page.wait_for_function("!location.search.includes('expert=')")
-    page.click("[data-key=show-3]")
-    page.wait_for_selector(".mv-alone h2:has-text('L1·E3')")
+    press(page, "[data-key=show-3]", ".mv-alone h2:has-text('L1·E3')")
     page.wait_for_function("location.search.includes('expert=L1.E3')")
     page.go_back()
     page.wait_for_function("document.querySelectorAll('.mv-card').length === 4")
-    assert look.no_sideways_scroll(page)
+    assert no_sideways_scroll(page)
 
 
 def test_what_was_measured_and_named_is_told(new_visit, server):
     """An untrained model has neither: let the service say that it has."""
-    one = new_visit()
     without = {"images_per_class": 40, "delta_logit": -0.5, "control_delta_logit": -0.1}
-
-    def answer(route):
-        if asked_for(route.request) != "experts":
-            return route.continue_()
-        response = route.fetch()
-        data = response.json()
-        for card in data["experts"]:
-            card["called"] = {"kind": "part", "name": "whisker", "share": 0.4459, "overall": 0.1287}
-            card["without"] = {
-                **without,
-                "strongest_class": "<b>cat",
-                "strongest_delta_logit": -1.25,
-            }
-        return route.fulfill(response=response, json=data)
-
-    one.page.route(re.compile(r"/api/\w+$"), answer)
-    one.open(server.url + "?expert=L3.E1")
-    one.page.wait_for_selector(".mv-alone")
-    assert says(one.page.text_content(".mv-called"), "whisker: 45 %", "everything: 13 %")
-    assert says(one.page.text_content(".mv-without"), "40 test images")
-    assert "most for <b>cat, −1.25" in one.page.text_content(".mv-without")
+    told = {
+        "called": {"kind": "part", "name": "whisker", "share": 0.4459, "overall": 0.1287},
+        "without": {**without, "strongest_class": "<b>cat", "strongest_delta_logit": -1.25},
+    }
+    page = new_visit().page
+    change_answer(
+        page, "experts", lambda data: {**data, "experts": [card | told for card in data["experts"]]}
+    )
+    page.visit.open(server.url + "?expert=L3.E1")
+    page.wait_for_selector(".mv-alone")
+    assert says(page.text_content(".mv-called"), "whisker: 45 %", "everything: 13 %")
+    assert says(page.text_content(".mv-without"), "40 test images", "most for <b>cat, −1.25")
 
 
 def test_an_expert_is_saved_as_an_image(visit):
-    page = visit("?expert=L3.E1").page
-    page.wait_for_selector(".mv-alone")
+    page = visit("?expert=L3.E1", then=".mv-alone").page
     with page.expect_download() as waiting:
         page.click("[data-action=save-expert]")
     assert waiting.value.suggested_filename == "moevision_pets_L3-E1.png"

@@ -8,7 +8,15 @@ from PIL import Image
 from moevision.demo.html import app_page, flow_html, read_css
 from moevision.demo.models import bundled_folders, open_entries
 from moevision.demo.service import Explorer
-from tests.browser.conftest import FIRST, MOBILE, SERVER_CALL, axe
+from tests.browser.conftest import (
+    FIRST,
+    MOBILE,
+    SERVER_CALL,
+    no_sideways_scroll,
+    press,
+    saved,
+    violations,
+)
 from tests.browser.test_hand import result
 from tests.shared import says
 
@@ -59,7 +67,7 @@ def counts(page):
     ]
 
 
-def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer, look):
+def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer):
     page = newcomer.page
     text = page.evaluate(READ)
     assert says(text, "Four small networks", "this cat.")
@@ -72,8 +80,8 @@ def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer,
     )
     assert photo["width"] >= 0.45 * row["width"]
     assert photo["y"] + photo["height"] <= 900
-    assert axe(page) == []
-    assert look.no_sideways_scroll(page)
+    assert violations(page) == []
+    assert no_sideways_scroll(page)
     assert page.locator(".mv-cell:visible").count() == 0
     assert {"experts", "classes", "what_if"}.isdisjoint(newcomer.asked)
 
@@ -112,11 +120,11 @@ def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled,
     assert 3 < len(controls) <= CONTROLS, controls
 
 
-def test_a_phone_shows_the_photo_first(visit, look):
+def test_a_phone_shows_the_photo_first(visit):
     page = visit(door=False, **MOBILE).page
     assert page.locator("[data-part=photo]").bounding_box()["y"] <= 300
     assert page.locator("[data-part=photo]").bounding_box()["width"] >= 350
-    assert look.no_sideways_scroll(page)
+    assert no_sideways_scroll(page)
 
 
 def test_each_box_has_its_patches(newcomer, ask):
@@ -155,8 +163,11 @@ def test_networks_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     page = newcomer.page
     _, each = experts(ask)
     gone = each.index(max(each))
-    page.click(f".mv-flow-box[data-expert='{gone}']")
-    page.wait_for_selector(f".mv-flow-box[data-expert='{gone}'][aria-pressed=true]")
+    press(
+        page,
+        f".mv-flow-box[data-expert='{gone}']",
+        f".mv-flow-box[data-expert='{gone}'][aria-pressed=true]",
+    )
     _, moved = experts(ask, away=[[3, gone]])
     assert moved[gone] == 0
     assert counts(page) == [
@@ -174,16 +185,18 @@ def test_networks_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     assert said == f"1 network away: {result(measured)}."
     assert page.locator(".mv-flow-answer em").count() == measured["control"]["n"]
     other = moved.index(max(moved))
-    page.click(f".mv-flow-box[data-expert='{other}']")
-    page.wait_for_selector(f".mv-flow-box[data-expert='{other}'][aria-pressed=true]")
+    press(
+        page,
+        f".mv-flow-box[data-expert='{other}']",
+        f".mv-flow-box[data-expert='{other}'][aria-pressed=true]",
+    )
     assert "2 networks away" in page.text_content(".mv-flow-say")
     page.wait_for_function(
         "away => new URLSearchParams(location.search).get('away') === away",
         arg=f"3.{gone}_3.{other}",
     )
     link = page.url
-    page.click("[data-action=put-back]")
-    page.wait_for_selector(".mv-flow-box[aria-pressed=true]", state="detached")
+    press(page, "[data-action=put-back]", ".mv-flow-box[aria-pressed=true]", state="detached")
     assert counts(page) == [count or "none" for count in each]
     page.goto(link)
     page.wait_for_selector(".mv-flow-box[aria-pressed=true]")
@@ -205,12 +218,8 @@ def test_without_any_network_the_layer_adds_nothing(newcomer, ask):
 
 
 def test_a_card_is_as_large_as_posts_show_it_and_has_the_photo(visit):
-    page = visit().page
-    page.wait_for_selector("[data-part=image].mv-sharp")
-    page.click(".mv-menu summary")
-    with page.expect_download() as waiting:
-        page.click("[data-action=export-card]")
-    with Image.open(waiting.value.path()) as card:
+    page = visit(then="[data-part=image].mv-sharp").page
+    with Image.open(saved(page, "card").path()) as card:
         assert card.size == (1200, 630)
         photo = card.convert("RGB").crop((0, 0, 630, 630))
         assert len(photo.getcolors(2**20)) > 10_000  # sharp
@@ -281,11 +290,9 @@ def test_what_goes_wrong_is_seen_with_the_door_closed(new_visit, server, tmp_pat
     page.wait_for_selector("[role=alert]:visible")
     assert says(page.text_content("[role=alert]"), "can't read")
     page.route(SERVER_CALL, lambda route: route.abort())
-    page.click(".mv-flow-pick [data-action=example] >> nth=1")
-    page.wait_for_selector("[data-action=retry]:visible")
+    press(page, ".mv-flow-pick [data-action=example] >> nth=1", "[data-action=retry]:visible")
     page.unroute(SERVER_CALL)
-    page.click("[data-action=retry]")
-    page.wait_for_selector("[data-action=retry]", state="detached")
+    press(page, "[data-action=retry]", "[data-action=retry]", state="detached")
     assert (
         page.get_attribute(".mv-flow-pick [data-action=example] >> nth=1", "aria-pressed") == "true"
     )
@@ -301,8 +308,7 @@ def test_a_model_without_images_asks_for_one(new_visit, server, empty_stage):
 
 def test_the_control_of_one_network_is_asked_for_once(visit, ask):
     _, each = experts(ask)
-    one = visit(f"?away=3.{each.index(max(each))}", door=False)
-    page = one.page
+    page = visit(f"?away=3.{each.index(max(each))}", door=False).page
     page.wait_for_function(
         "document.querySelector('.mv-flow-say').textContent.includes('at random')"
     )
@@ -311,7 +317,7 @@ def test_the_control_of_one_network_is_asked_for_once(visit, ask):
     page.wait_for_function(
         "document.querySelector('.mv-flow-say').textContent.includes('at random')"
     )
-    assert one.asked.count("what_if") == 1
+    assert page.visit.asked.count("what_if") == 1
 
 
 def test_who_clicks_on_waits_for_no_control(visit, ask):
@@ -342,53 +348,41 @@ def test_who_clicks_on_waits_for_no_control(visit, ask):
 
 
 def test_the_door_opens_on_everything_else_and_stays_open(visit):
-    one = visit(door=False)
-    page = one.page
-    page.click("[data-action=door]")
-    page.wait_for_selector(".mv-cell")
+    page = visit(door=False).page
+    press(page, "[data-action=door]", ".mv-cell")
     assert page.get_attribute("[data-action=door]", "aria-expanded") == "true"
     page.reload()
     page.wait_for_selector(".mv-cell")
-    page.click("[data-action=door]")
-    page.wait_for_selector(".mv-cell", state="hidden")
+    press(page, "[data-action=door]", ".mv-cell", state="hidden")
     page.wait_for_function("!location.search.includes('patch=')")
     page.reload()
     page.wait_for_selector(".mv-flow-box")
     assert page.locator(".mv-cell:visible").count() == 0
 
 
-@pytest.mark.parametrize(
-    ("query", "words", "asked"),
-    [
-        (
-            "?variant=untrained",
-            "Not trained: its weights are random, so its predictions mean nothing.",
-            {"variant": "untrained"},
-        ),
-        ("?variant=unbalanced", "trained without the balance loss", {"variant": "unbalanced"}),
-        (
-            "?do=force.3.1.next_best.0",
-            "Every patch in L3 goes to L3·E1.",
-            {"intervention": {"kind": "force", "layer": 3, "expert": 1}},
-        ),
-        (
-            "?do=random.all.any.next_best.0",
-            "Patches go to random experts in every layer.",
-            {"intervention": {"kind": "random"}},
-        ),
-        (
-            "?do=swap.3.1-2.next_best.0",
-            "L3·E1 and E2 compute each other's patches.",
-            {"intervention": {"kind": "swap", "layer": 3, "expert": 1, "other": 2}},
-        ),
-        ("?k=1", "Trained with top-2, shown is top-1.", {"top_k": 1}),
-        (
-            "?capacity=0.5",
-            "Trained without a capacity limit, shown is capacity factor 0.5.",
-            {"capacity": 0.5},
-        ),
-    ],
-)
+FORCED = {"kind": "force", "layer": 3, "expert": 1}
+SWAPPED = {"kind": "swap", "layer": 3, "expert": 1, "other": 2}
+UNTRAINED = "Not trained: its weights are random, so its predictions mean nothing."
+CHANGED = [
+    ("?variant=untrained", UNTRAINED, {"variant": "untrained"}),
+    ("?variant=unbalanced", "trained without the balance loss", {"variant": "unbalanced"}),
+    ("?do=force.3.1.next_best.0", "Every patch in L3 goes to L3·E1.", {"intervention": FORCED}),
+    (
+        "?do=random.all.any.next_best.0",
+        "random experts in every layer.",
+        {"intervention": {"kind": "random"}},
+    ),
+    (
+        "?do=swap.3.1-2.next_best.0",
+        "L3·E1 and E2 compute each other's patches.",
+        {"intervention": SWAPPED},
+    ),
+    ("?k=1", "Trained with top-2; shown is k = 1.", {"top_k": 1}),
+    ("?capacity=0.5", "Trained with no limit; shown is capacity factor 0.5.", {"capacity": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("query", "words", "asked"), CHANGED)
 def test_the_opening_says_what_is_not_the_trained_model(visit, ask, query, words, asked):
     """A link may show any of these to somebody who doesn't know of it; one click shows the model as it is."""
     page = visit(query, door=False, reduced_motion="reduce").page

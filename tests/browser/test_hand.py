@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from tests.browser.conftest import FIRST
+from tests.browser.conftest import FIRST, experts_of, numbers, press, said
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
@@ -30,76 +30,70 @@ def result(effect):
     return f"{told}{'' if other == target else f', now {other}'}. {control}"
 
 
-@pytest.mark.parametrize(
-    ("buttons", "change", "word", "said"),
-    [
-        (
-            [".mv-box-hand [data-kind=force]"],
-            {"kind": "force"},
-            "force.3.1.next_best.0",
-            "Every patch in L3 goes to L3·E1",
-        ),
-        (
-            [".mv-settings [data-kind=random][data-layer='3']"],
-            {"kind": "random", "expert": None},
-            "random.3.any.next_best.0",
-            "Patches go to random experts in L3",
-        ),
-        (
-            [".mv-settings [data-kind=random][data-layer='']"],
-            {"kind": "random", "layer": None, "expert": None},
-            "random.all.any.next_best.0",
-            "Patches go to random experts in every layer",
-        ),
-        (
-            [".mv-box-hand [data-action=hand-swap]", ".mv-box-hand [data-other='2']"],
-            {"kind": "swap", "other": 2},
-            "swap.3.1-2.next_best.0",
-            "L3·E1 and E2 compute each other's patches",
-        ),
-    ],
-)
-def test_an_expert_is_changed_told_linked_and_undone(visit, ask, look, buttons, change, word, said):
+RANDOM = ".mv-settings [data-kind=random][data-layer='{}']"
+SWAP = (".mv-box-hand [data-action=hand-swap]", ".mv-box-hand [data-other='2']")
+ALL = {"kind": "random", "layer": None, "expert": None}
+CHANGES = [
+    # What is clicked, the change that is asked for, its word in the address, and what is told
+    ([FORCE], {"kind": "force"}, "force.3.1.next_best.0", "Every patch in L3 goes to L3·E1"),
+    (
+        [RANDOM.format(3)],
+        {**ALL, "layer": 3},
+        "random.3.any.next_best.0",
+        "Patches go to random experts in L3",
+    ),
+    (
+        [RANDOM.format("")],
+        ALL,
+        "random.all.any.next_best.0",
+        "Patches go to random experts in every layer",
+    ),
+    (
+        SWAP,
+        {"kind": "swap", "other": 2},
+        "swap.3.1-2.next_best.0",
+        "L3·E1 and E2 compute each other's patches",
+    ),
+]
+
+
+@pytest.mark.parametrize(("buttons", "change", "word", "words"), CHANGES)
+def test_an_expert_is_changed_told_linked_and_undone(visit, ask, buttons, change, word, words):
     change = {**FIELDS, **change}
     expected = ask("what_if", picture=FIRST, intervention=change)
-    one = visit()
-    page = one.page
+    page = visit().page
     top = page.evaluate(TOP)
     page.click("[data-key=chip-1]")
     for button in buttons:
         page.click(button)
     page.wait_for_selector(".mv-results[role=note]")
-    assert one.question("what_if")["intervention"] == change
-    assert one.asked.count("route") == 1  # which is shown while the effect is measured
+    assert page.visit.question("what_if")["intervention"] == change
+    assert page.visit.asked.count("route") == 1  # which is shown while the effect is measured
     text = page.text_content(".mv-results")
-    assert said in text
+    assert words in text
     assert result(expected) in " ".join(text.split())
-    assert result(expected) in look.said(page)
+    assert result(expected) in said(page)
     assert "changed model" in page.text_content(".mv-verdict")
     assert page.evaluate(TOP) == top  # nothing jumps
-    assert look.numbers(page) == ["1"] * 16  # of the expert in the hand alone
+    assert numbers(page) == ["1"] * 16  # of the expert in the hand alone
     page.wait_for_function("word => location.search.includes(`do=${word}`)", arg=word)
     linked = visit("?" + page.url.partition("?")[2]).page
     linked.wait_for_selector(".mv-results[role=note]")
     assert linked.text_content(".mv-results") == text
-    assert look.numbers(linked) == look.numbers(page)
-    page.click("[data-action=undo]")
-    page.wait_for_selector(".mv-results", state="detached")
+    assert numbers(linked) == numbers(page)
+    press(page, "[data-action=undo]", ".mv-results", state="detached")
     page.wait_for_function("!location.search.includes('do=')")
     page.go_back()  # the change has a place in the history
     page.wait_for_selector(".mv-results")
     page.go_forward()
     page.wait_for_selector(".mv-results", state="detached")
-    page.click("[data-key=chip-1]")
-    page.wait_for_selector("[data-box=progress]", state="hidden")
-    plain = ask("route", picture=FIRST)["layers"][1]
-    assert look.numbers(page) == [str(choices[0]) for choices in plain["experts"]]
+    press(page, "[data-key=chip-1]", "[data-box=progress]", state="hidden")
+    assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
 
 
 def test_the_keyboard_changes_an_expert_and_keeps_its_place(visit):
     page = visit().page
-    page.focus("[data-key=chip-2]")
-    page.keyboard.press("Enter")
+    page.press("[data-key=chip-2]", "Enter")
     assert page.evaluate("document.activeElement.dataset.key") == "chip-2"
     for _ in range(10):
         page.keyboard.press("Tab")
@@ -125,8 +119,11 @@ def test_a_card_takes_its_expert_away_on_the_stage(visit, ask):
     change = {**FIELDS, "kind": "ablate"}
     effect = ask("what_if", picture=FIRST, intervention=change)
     one = visit()
-    one.page.click(".mv-card >> nth=1 >> [data-action=take-away]")
-    one.page.wait_for_selector(".mv-flow-box[data-expert='1'][aria-pressed=true]")
+    press(
+        one.page,
+        ".mv-card >> nth=1 >> [data-action=take-away]",
+        ".mv-flow-box[data-expert='1'][aria-pressed=true]",
+    )
     assert one.question("route")["away"] == [[3, 1]]
     one.page.wait_for_selector(".mv-results:has-text('As much at random:')")
     text = " ".join(one.page.text_content(".mv-results").split())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.conftest import axe
+from tests.browser.conftest import no_sideways_scroll, press, violations
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -27,12 +27,10 @@ def shown(page):
 
 
 def test_the_projector_goes_through_the_lesson_by_arrow_keys(lesson):
-    one = lesson()
-    page = one.page
+    page = lesson().page
     assert len(shown(page)) == 10
     assert page.locator(".ls-answer:visible").count() == 0
-    page.focus("[data-projector] >> nth=0")
-    page.keyboard.press("Enter")
+    page.press("[data-projector] >> nth=0", "Enter")
     for step in range(1, 11):
         assert shown(page) == [f"step-{step}"]
         assert page.evaluate("document.activeElement.id") == f"title-{step}"
@@ -45,8 +43,8 @@ def test_the_projector_goes_through_the_lesson_by_arrow_keys(lesson):
     assert page.locator("[aria-expanded=true]:visible").text_content() == "Hide the answer"
     page.keyboard.press("Escape")
     assert len(shown(page)) == 10
-    assert one.complaints == []
-    assert one.strangers(PAGE) == []
+    assert page.visit.complaints == []
+    assert page.visit.strangers(PAGE) == []
 
 
 def test_the_toy_collapses_and_recovers_as_the_slider_moves(lesson):
@@ -136,8 +134,7 @@ def test_printed_it_is_a_worksheet_of_closed_answers(lesson):
 
 
 def test_pieces_are_given_to_experts_by_hand_and_what_it_costs_is_said(lesson):
-    one = lesson("#step-3", reduced_motion="reduce")
-    page = one.page
+    page = lesson("#step-3", reduced_motion="reduce").page
     said = page.locator("[data-game-said]")
     for piece in range(16):
         page.click(f"[data-box='{piece // 4}']")
@@ -156,15 +153,14 @@ def test_pieces_are_given_to_experts_by_hand_and_what_it_costs_is_said(lesson):
     assert page.locator("[data-game-costs] tbody tr").first.text_content().endswith("16 of 16")
     page.click("[data-deal=none]")
     assert rows.count() == 0
-    assert one.complaints == []
+    assert page.visit.complaints == []
 
 
 def test_the_explorer_serves_the_lesson_which_links_back(new_visit, server):
     one = new_visit(door=False, reduced_motion="reduce")
     one.page.goto(f"{server.url}lesson.html")
     assert one.page.locator(".ls-step").count() == 10
-    one.page.click("nav a[data-explore]")
-    one.page.wait_for_selector(".mv-flow-box")
+    press(one.page, "nav a[data-explore]", ".mv-flow-box")
     assert one.page.url.startswith(f"{server.url}?model=")
     assert one.complaints == []
 
@@ -189,7 +185,7 @@ def test_the_row_of_experts_grows_and_two_are_lit(lesson):
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 390)])
-def test_axe_finds_nothing_and_nothing_scrolls_sideways(lesson, look, scheme, width):
+def test_axe_finds_nothing_and_nothing_scrolls_sideways(lesson, scheme, width):
     page = lesson(
         color_scheme=scheme, viewport={"width": width, "height": 900}, reduced_motion="reduce"
     ).page
@@ -198,6 +194,5 @@ def test_axe_finds_nothing_and_nothing_scrolls_sideways(lesson, look, scheme, wi
     page.click(".ls-teacher summary")
     for button in page.locator("[data-reveal]").all():
         button.click()
-    found = axe(page)
-    assert [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]] == []
-    assert look.no_sideways_scroll(page)
+    assert violations(page) == []
+    assert no_sideways_scroll(page)

@@ -1,7 +1,6 @@
 """The explorer without a server: built, served by `http.server`, and asked what Python answers of the same images."""
 
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
-from tests.browser.conftest import no_sideways_scroll
+from tests.browser.conftest import no_sideways_scroll, press
 from tests.browser.live import (
     BOX,
     OWN,
@@ -22,7 +21,7 @@ from tests.browser.live import (
     view_of,
 )
 from tests.docs.test_live import live
-from tests.shared import says
+from tests.shared import free_port, says
 
 pytestmark = pytest.mark.needs("chromium", "playwright", "photos", "onnx", "npm")
 
@@ -38,10 +37,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def home(folder):
     """Its address, below a path."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with served(folder, port) as address:
+    with served(folder, free_port()) as address:
         yield address
 
 
@@ -84,11 +80,10 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
     """One, then another: routes and answer are Python's; put back, the recorded view is there again."""
     about = next(one for one in whole.boot({})["models"] if one["id"] == model)
     layers = about["layers"]
-    one = visit_live(f"?model={model}&away={layers[-1]}.3")
-    page = one.page
+    page = visit_live(f"?model={model}&away={layers[-1]}.3").page
     for away in ([[layers[-1], 3]], [[layers[-1], 3], [layers[0], 1]]):
         if len(away) > 1:
-            one.open(
+            page.visit.open(
                 f"{page.url.partition('?')[0]}?model={model}&away={layers[-1]}.3_{layers[0]}.1"
             )
         page.wait_for_selector(f"{SAID}:has-text('{len(away)} network')")
@@ -109,17 +104,16 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
             assert {
                 (layer["layer"], expert) for row in layer["experts"] for expert in row
             }.isdisjoint(map(tuple, away))
-    page.click("[data-action=put-back]")
-    page.wait_for_selector("[data-part=said]:has-text('Click a box to take it away')")
+    press(
+        page, "[data-action=put-back]", "[data-part=said]:has-text('Click a box to take it away')"
+    )
     assert view_of(page)["layers"][0]["computation"] is not None
 
 
 def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live, whole):
     cards = {one["id"]: one["card"]["matters"] for one in whole.boot({})["models"]}
-    one = visit_live()
-    page = one.page
-    page.click("[data-action=matters]")
-    page.wait_for_selector(f"{SAID}:has-text('1 network away: now')")
+    page = visit_live().page
+    press(page, "[data-action=matters]", f"{SAID}:has-text('1 network away: now')")
     telling = next(found for found in cards.values() if found)
     assert f"now {telling['after']['class']}" in page.text_content(SAID)
     page.wait_for_selector("[data-box=toast]:has-text('Another model: CIFAR-10 photos.')")
@@ -127,8 +121,7 @@ def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live,
         "experts",
         "about",
     ]
-    page.click("[data-tab=experts]")
-    page.wait_for_selector(".mv-cards .mv-crop")
+    press(page, "[data-tab=experts]", ".mv-cards .mv-crop")
     for absent in (
         "[data-action=export-page]",
         "[data-action=hand]",
@@ -145,10 +138,8 @@ def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live,
 
 
 def test_on_a_phone_nothing_is_cut_off(visit_live):
-    one = visit_live("?model=pets", viewport={"width": 390, "height": 844}, door=False)
-    page = one.page
-    page.click(f"{BOX} >> nth=0")
-    page.wait_for_selector(f"{SAID}:has-text('1 network away')")
+    page = visit_live("?model=pets", viewport={"width": 390, "height": 844}, door=False).page
+    press(page, f"{BOX} >> nth=0", f"{SAID}:has-text('1 network away')")
     assert no_sideways_scroll(page)
 
 

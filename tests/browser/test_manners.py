@@ -1,12 +1,21 @@
 """M12 to M14: errors, keyboard, screen readers, contrast, small screens, and what the page owns up to."""
 
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tests.browser.conftest import FIRST, PHONE, SERVER_CALL, serious
+from tests.browser.conftest import (
+    FIRST,
+    PHONE,
+    SERVER_CALL,
+    experts_of,
+    no_sideways_scroll,
+    numbers,
+    open_tab,
+    press,
+    serious,
+    site,
+)
 from tests.demo.serving import LOGIN, asked_for
 from tests.shared import says
 
@@ -18,29 +27,29 @@ TABS = ("experts", "classes", "about")
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
-def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(visit, look, scheme, size):
+def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(visit, scheme, size):
     link = "?patch=5&expert=L3.E1&do=force.3.1.next_best.0"
     page = visit(link, color_scheme=scheme, reduced_motion="reduce", **size).page
     for tab in TABS:
-        look.open_tab(page, tab)
+        open_tab(page, tab)
         assert serious(page, ".mv-below" if tab != TABS[0] else None) == [], tab
-        assert look.no_sideways_scroll(page), tab
+        assert no_sideways_scroll(page), tab
 
 
 @pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
-def test_warnings_keep_these_manners(visit, look, size):
-    page = visit("?capacity=0.5&k=1&mode=drops&do=ablate.1.0.zero.0&tab=classes", **size).page
-    page.wait_for_selector(".mv-heat")
+def test_warnings_keep_these_manners(visit, size):
+    page = visit(
+        "?capacity=0.5&k=1&mode=drops&do=ablate.1.0.zero.0&tab=classes", **size, then=".mv-heat"
+    ).page
     page.wait_for_selector(".mv-results[role=note]")
     assert page.locator("[role=note]").count() == 2  # off the distribution, and changed
     assert says(page.locator(".mv-results").text_content(), "at random")
     assert serious(page) == []
-    assert look.no_sideways_scroll(page)
+    assert no_sideways_scroll(page)
 
 
 def test_the_keyboard_reaches_everything(visit):
-    page = visit().page
-    page.wait_for_selector(".mv-card")
+    page = visit(then=".mv-card").page
     reached = set()
     for _ in range(70):
         page.keyboard.press("Tab")
@@ -60,8 +69,7 @@ def test_the_keyboard_reaches_everything(visit):
     }
     assert wanted | {"strength", "unpin", "similar", "tab"} <= reached
     assert page.locator(".mv-cell[tabindex='0']").count() == 1
-    page.focus("[role=tab][aria-selected=true]")
-    page.keyboard.press("ArrowRight")
+    page.press("[role=tab][aria-selected=true]", "ArrowRight")
     assert page.evaluate("document.activeElement.dataset.tab") == "classes"
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.getAttribute('role')") == "tabpanel"
@@ -95,8 +103,7 @@ def test_what_stands_on_the_image_can_be_read(visit, mode):
 
 
 def test_the_foot_leads_on(visit, server):
-    one = visit(door=False, reduced_motion="reduce")
-    page = one.page
+    page = visit(door=False, reduced_motion="reduce").page
     foot = page.locator(".mv-footer")
     assert foot.locator("summary").all_text_contents() == ["Cite", "API"]
     foot.locator("summary").first.click()
@@ -109,7 +116,7 @@ def test_the_foot_leads_on(visit, server):
     foot.locator("[data-action=model]").click()
     page.wait_for_selector(".mv-footer [data-action=model]:has-text('The pets')")
     page.wait_for_selector("[data-box=progress]", state="hidden")
-    assert one.question("route")["model"] == "photos"
+    assert page.visit.question("route")["model"] == "photos"
     here, lesson = foot.locator(".mv-site a").all()  # as in lesson, report and data page
     assert here.text_content() == "Explorer"
     assert here.get_attribute("aria-current") == "page"
@@ -148,32 +155,17 @@ def test_the_grid_is_told_to_a_screen_reader(visit):
 
 def test_who_may_show_the_page_in_a_frame(new_visit, server):
     """A notebook on this computer may, another website may not (clickjacking)."""
-
-    class Site(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("content-type", "text/html")
-            self.end_headers()
-            self.wfile.write(
-                f"<!doctype html><iframe src='{server.url}' width=1200 height=800></iframe>".encode()
+    with site(
+        f"<!doctype html><iframe src='{server.url}' width=1200 height=800></iframe>".encode()
+    ) as port:
+        for name, allowed in (("localhost", True), ("evil.localhost", False)):
+            one = new_visit()
+            one.page.goto(f"http://{name}:{port}/")
+            if allowed:
+                one.page.frame_locator("iframe").locator(".mv-flow-box").first.wait_for()
+            assert (
+                any("frame-ancestors" in complaint for complaint in one.complaints) is not allowed
             )
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
-        thread = threading.Thread(target=site.serve_forever)
-        thread.start()
-        try:
-            for name, allowed in (("localhost", True), ("evil.localhost", False)):
-                one = new_visit()
-                one.page.goto(f"http://{name}:{site.server_address[1]}/")
-                if allowed:
-                    one.page.frame_locator("iframe").locator(".mv-flow-box").first.wait_for()
-                assert (
-                    any("frame-ancestors" in complaint for complaint in one.complaints)
-                    is not allowed
-                )
-        finally:
-            site.shutdown()
-            thread.join()
 
 
 def test_a_login_works_and_complains_about_nothing(new_visit, server):
@@ -183,8 +175,7 @@ def test_a_login_works_and_complains_about_nothing(new_visit, server):
     for password, then in (("guess", "text=Incorrect credentials"), (LOGIN[1], ".mv-cell")):
         one.page.fill("[name=username]", LOGIN[0])
         one.page.fill("[name=password]", password)
-        one.page.click("button")
-        one.page.wait_for_selector(then)
+        press(one.page, "button", then)
     assert "layer=3" in one.page.url  # the link that was opened
     assert not any("Content Security Policy" in complaint for complaint in one.complaints)
     assert one.strangers(server.doors["locked"]) == []
@@ -193,8 +184,7 @@ def test_a_login_works_and_complains_about_nothing(new_visit, server):
 def test_a_shared_page_asks_no_server_of_gradios(new_visit, server):
     one = new_visit()
     one.open(server.doors["shared"])
-    one.page.click(".mv-rail [data-action=example] >> nth=2")
-    one.page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    press(one.page, ".mv-rail [data-action=example] >> nth=2", ".mv-picture[alt*=rabbit]")
     assert one.complaints == []
     assert one.strangers(server.doors["shared"]) == []
 
@@ -202,12 +192,10 @@ def test_a_shared_page_asks_no_server_of_gradios(new_visit, server):
 def test_a_server_that_is_gone_gets_a_sentence_and_a_way_on(new_visit, server):
     page = new_visit().open(server.url)
     page.route(SERVER_CALL, lambda route: route.abort())
-    page.click(".mv-rail [data-action=example] >> nth=2")
-    page.wait_for_selector("[data-action=retry]")
+    press(page, ".mv-rail [data-action=example] >> nth=2", "[data-action=retry]")
     assert "doesn't answer" in page.text_content("[role=alert]")
     page.unroute(SERVER_CALL)
-    page.click("[data-action=retry]")
-    page.wait_for_selector("[data-action=retry]", state="detached")
+    press(page, "[data-action=retry]", "[data-action=retry]", state="detached")
     page.wait_for_selector(".mv-picture[alt*=rabbit]")  # image i has label i mod 8
 
 
@@ -224,8 +212,9 @@ def test_a_busy_server_is_asked_again(new_visit, server):
         route.continue_()
 
     page.route(SERVER_CALL, busy_once)
-    page.click(".mv-rail [data-action=example] >> nth=2")
-    page.wait_for_selector("[data-box=toast]:has-text('Many people')")
+    press(
+        page, ".mv-rail [data-action=example] >> nth=2", "[data-box=toast]:has-text('Many people')"
+    )
     page.wait_for_selector(".mv-picture[alt*=rabbit]")
     assert len(routes) == 2
     assert page.locator("[role=alert]").count() == 0
@@ -244,40 +233,41 @@ def refuse(page, **asked):
     page.route(SERVER_CALL, handle)
 
 
-def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, ask, look):
+def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, ask):
     """Another network, which fails, then another image: of that network."""
     page = new_visit().open(server.url)
     refuse(page, variant="unbalanced")
-    page.click("[data-variant=unbalanced]")
-    page.wait_for_selector("[data-action=retry]")
+    press(page, "[data-variant=unbalanced]", "[data-action=retry]")
     page.unroute(SERVER_CALL)
-    page.click("[data-action=example][data-id='pets/test/6']")
-    page.wait_for_selector("[data-action=retry]", state="detached")
+    press(
+        page,
+        "[data-action=example][data-id='pets/test/6']",
+        "[data-action=retry]",
+        state="detached",
+    )
     layer = ask("route", picture={**FIRST, "id": "pets/test/6"}, variant="unbalanced")["layers"][1]
-    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert numbers(page) == experts_of(layer)
 
 
 def test_back_to_an_image_that_failed_before_shows_it(new_visit, server):
     """Rabbit, then another; the rabbit again, which fails; back to where it was seen."""
     page = new_visit().open(server.url + "?picture=pets/test/2")
     page.wait_for_function("location.search.includes('patch=')")
-    page.click("[data-action=example][data-id='pets/test/5']")
-    page.wait_for_selector(".mv-picture[alt*=fox]")
+    press(page, "[data-action=example][data-id='pets/test/5']", ".mv-picture[alt*=fox]")
     page.wait_for_function("location.search.includes('test%2F5')")
     refuse(page)
-    page.click("[data-action=example][data-id='pets/test/2']")
-    page.wait_for_selector("[data-action=retry]")
+    press(page, "[data-action=example][data-id='pets/test/2']", "[data-action=retry]")
     page.unroute(SERVER_CALL)
     page.go_back()
     page.wait_for_selector(".mv-picture[alt*=rabbit]")
 
 
-def test_a_model_without_pictures_says_how_to_bring_some(visit, look):
+def test_a_model_without_pictures_says_how_to_bring_some(visit):
     page = visit().page
     page.select_option("[data-change=model]", "photos")
     page.wait_for_selector("[data-box=progress]", state="hidden")
     for tab in ("experts", "classes"):
-        look.open_tab(page, tab)
+        open_tab(page, tab)
         assert "--data" in page.text_content(".mv-panel")
 
 
@@ -321,8 +311,7 @@ def test_an_image_that_is_chosen_while_forward_waits_stands(visit, hold):
     held = hold(page, "boot")
     page.go_forward()
     held.wait()
-    page.click("[data-action=example][data-id='pets/test/2']")
-    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    press(page, "[data-action=example][data-id='pets/test/2']", ".mv-picture[alt*=rabbit]")
     held.release()
     assert page.locator(".mv-picture[alt*=rabbit]").count() == 1
     assert page.eval_on_selector("[data-change=model]", "select => select.value") == "pets"
@@ -351,18 +340,19 @@ def test_forward_to_images_that_do_not_come_can_be_tried_again(new_visit, server
     page.wait_for_selector("[data-action=retry]")
     assert page.locator("text=without images").count() == 0
     page.unroute(SERVER_CALL)
-    page.click("[data-action=retry]")
-    page.wait_for_selector("[data-action=example][data-id^='photo/']")
+    press(page, "[data-action=retry]", "[data-action=example][data-id^='photo/']")
     page.wait_for_selector("[data-box=main][aria-busy=false]")
     assert page.locator("[data-action=retry]").count() == 0
     assert "model=photos" in page.url
 
 
 def test_an_image_that_is_chosen_on_the_way_back_is_an_entry_of_its_own(visit, hold):
-    page = visit().page
-    page.wait_for_function("location.search.includes('test%2F0')")
-    page.click("[data-action=example][data-id='pets/test/4']")
-    page.wait_for_function("location.search.includes('test%2F4')")
+    page = visit(until="location.search.includes('test%2F0')").page
+    press(
+        page,
+        "[data-action=example][data-id='pets/test/4']",
+        until="location.search.includes('test%2F4')",
+    )
     page.wait_for_selector("[data-box=main][aria-busy=false]")
     held = hold(page, "route")
     page.go_back()
@@ -394,8 +384,7 @@ def test_a_link_whose_server_did_not_answer_is_tried_again(new_visit, server):
     page.goto(server.url + "?picture=pets/test/5&patch=3")
     page.wait_for_selector("[data-action=retry]")
     page.unroute(SERVER_CALL)
-    page.click("[data-action=retry]")
-    page.wait_for_selector(".mv-picture[alt*=fox]")
+    press(page, "[data-action=retry]", ".mv-picture[alt*=fox]")
     assert page.get_attribute(".mv-pinned", "data-patch") == "3"
     assert page.is_hidden("[data-box=toast]")
 
@@ -418,8 +407,7 @@ def test_a_link_to_another_model_can_be_tried_again(new_visit, server):
     page.goto(server.url + "?model=photos")
     page.wait_for_selector("[data-action=retry]")
     page.unroute(SERVER_CALL)
-    page.click("[data-action=retry]")
-    page.wait_for_selector("[data-action=example][data-id^='photo/']")
+    press(page, "[data-action=retry]", "[data-action=example][data-id^='photo/']")
     page.wait_for_selector(".mv-cell")
 
 
@@ -454,7 +442,7 @@ def test_the_first_screen_says_what_the_model_is_and_sees(visit, ask):
     assert [bar.split()[0] for bar in bars] == top
 
 
-def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, look, ask):
+def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, ask):
     page = visit("?tab=about").page
     texts = {
         name: ask("route", picture=FIRST, variant=name)["model"]["accuracy_text"]
@@ -462,8 +450,7 @@ def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, look, a
     }
     assert len(set(texts.values())) == 3
     for name, text in texts.items():
-        page.click(f"[data-variant={name}]")
-        page.wait_for_selector("[data-box=progress]", state="hidden")
+        press(page, f"[data-variant={name}]", "[data-box=progress]", state="hidden")
         others = set(texts.values()) - {text}
         for part in (".mv-header", ".mv-panel"):
             shown = page.text_content(part)

@@ -1,16 +1,13 @@
 """One's own images: several at once, kept as long as the tab, and whose route their patches take."""
 
-import base64
 import json
-import re
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import SERVER_CALL, axe
-from tests.demo.serving import asked_for
+from tests.browser.conftest import MOBILE, change_answer, give, press, violations
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -41,11 +38,10 @@ def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(
     visit, ask, files, explorer
 ):
     """The route of most patches in the middle, by hand from the view, and what `similar` says of it."""
-    one = visit(door=False, reduced_motion="reduce")
-    page = one.page
+    page = visit(door=False, reduced_motion="reduce").page
     page.set_input_files("[data-box=file]", files[:1])
     page.wait_for_selector("[data-part=route] p")
-    view = explorer.answer("route", one.question("route"))
+    view = explorer.answer("route", page.visit.question("route"))
     first, second = ([choices[0] for choices in layer["experts"]] for layer in view["layers"])
     routes = Counter((first[patch], second[patch]) for patch in (5, 6, 9, 10))  # of 4 x 4
     route, count = routes.most_common(1)[0]
@@ -70,23 +66,21 @@ def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(
     bars = page.locator(".mv-flow-answer li > span").all_text_contents()
     assert sorted(bars) == sorted(names)
     assert page.text_content("[data-part=said]").startswith(view["picture"]["unlike"][:40])
-    assert axe(page) == []
-    page.click("[data-part=route] ~ *, .mv-flow-box:not([disabled]) >> nth=0")
-    page.wait_for_selector("[data-action=put-back]")
+    assert violations(page) == []
+    press(
+        page,
+        "[data-part=route] ~ *, .mv-flow-box:not([disabled]) >> nth=0",
+        "[data-action=put-back]",
+    )
     assert page.text_content("[data-part=route]") == ""  # of the whole model
 
 
 def test_a_server_that_fails_to_tell_the_route_is_told_of(new_visit, server, files):
     page = new_visit(door=False).open(server.url)
 
-    def fail(route):
-        if asked_for(route.request) == "similar":
-            return route.fulfill(
-                json={"error": "The explorer stumbled over this.", "code": "internal"}
-            )
-        return route.continue_()
-
-    page.route(SERVER_CALL, fail)
+    change_answer(
+        page, "similar", lambda _: {"error": "The explorer stumbled over this.", "code": "internal"}
+    )
     page.set_input_files("[data-box=file]", files[:1])
     page.wait_for_selector("[data-part=route] [role=alert]:has-text('stumbled over this')")
     assert says(page.text_content("[data-part=route]"), "knows cat, dog")
@@ -97,8 +91,11 @@ def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):
     add(page, files[:2])
     # The address is written a moment later, and one moment has one place in the history.
     page.wait_for_function("history.state['moevision.own'] === 1")
-    page.click(".mv-own button >> nth=1")
-    page.wait_for_selector(f".mv-own [aria-pressed=true][aria-label='Your image {files[1].name}']")
+    press(
+        page,
+        ".mv-own button >> nth=1",
+        f".mv-own [aria-pressed=true][aria-label='Your image {files[1].name}']",
+    )
     page.wait_for_function("history.state['moevision.own'] === 2")
     shown = page.get_attribute(".mv-picture", "src")
     page.reload()
@@ -113,17 +110,19 @@ def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):
 
 
 def test_what_is_forgotten_does_not_come_back(visit, files):
-    one = visit()
-    page = one.page
+    page = visit().page
     add(page, files[:1])
     page.wait_for_function("history.state['moevision.own'] === 1")
-    page.click("[data-action=example][data-id='pets/test/4']")
-    page.wait_for_function("location.search.includes('test%2F4')")
+    press(
+        page,
+        "[data-action=example][data-id='pets/test/4']",
+        until="location.search.includes('test%2F4')",
+    )
     page.click("[data-action=forget]")
     page.go_back()
     page.wait_for_selector("[data-action=example][data-id='pets/test/0'][aria-pressed=true]")
     page.wait_for_selector("[data-box=main][aria-busy=false]")
-    assert one.question("route")["picture"] == {"kind": "example", "id": "pets/test/0"}
+    assert page.visit.question("route")["picture"] == {"kind": "example", "id": "pets/test/0"}
 
 
 def test_a_dozen_fit_and_a_broken_one_is_named(visit, files, tmp_path):
@@ -140,18 +139,7 @@ def test_a_dozen_fit_and_a_broken_one_is_named(visit, files, tmp_path):
 
 def test_several_can_be_dropped(visit, files):
     page = visit().page
-    page.evaluate(
-        """(files) => {
-          const transfer = new DataTransfer();
-          files.forEach(([name, data]) => {
-            const bytes = Uint8Array.from(atob(data), (one) => one.charCodeAt(0));
-            transfer.items.add(new File([bytes], name, { type: 'image/png' }));
-          });
-          const event = new DragEvent('drop', { bubbles: true, cancelable: true, dataTransfer: transfer });
-          document.querySelector('.mv-canvas').dispatchEvent(event);
-        }""",
-        [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files[:2]],
-    )
+    give(page, files[:2])
     page.wait_for_selector(".mv-own [aria-pressed=true]")
     assert names(page) == [file.name for file in files[:2]]
 
@@ -159,7 +147,7 @@ def test_several_can_be_dropped(visit, files):
 def test_a_phone_offers_its_camera_and_a_desk_does_not(visit):
     desk = visit().page
     assert desk.locator(".mv-camera:visible").count() == 0
-    phone = visit(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True).page
+    phone = visit(**MOBILE).page
     assert phone.locator(".mv-camera:visible").count() == 1
     assert phone.get_attribute("[data-box=camera]", "capture") == "environment"
     with phone.expect_file_chooser():
@@ -178,11 +166,9 @@ def test_strange_storage_is_no_image(visit, new_visit, server, kept):
 
 
 def test_more_examples_come_when_asked_for(visit):
-    one = visit()
-    page = one.page
+    page = visit().page
     assert page.locator(".mv-rail [data-action=example]").count() == 12
-    page.click("[data-action=more]")
-    page.wait_for_selector(".mv-rail [data-action=example] >> nth=35")
+    press(page, "[data-action=more]", ".mv-rail [data-action=example] >> nth=35")
     assert page.evaluate("document.activeElement.dataset.key") == "more"
     page.click("[data-action=example][data-id='pets/test/20']")
     page.wait_for_function("location.search.includes('picture=pets%2Ftest%2F20')")
@@ -192,19 +178,15 @@ def test_more_is_offered_as_long_as_the_data_has_more(visit):
     """Photos that come with a model don't count as images of its data."""
     page = visit().page
 
-    def with_two_of_five(route):
-        if asked_for(route.request) != "boot":
-            return route.continue_()
-        answer = route.fetch()
-        pets, photos = answer.json()["models"]
+    def with_two_of_five(boot):
+        pets, photos = boot["models"]
         few = [
             *pets["examples"][:2],
             *({**one, "id": f"photo/{at}"} for at, one in enumerate(pets["examples"][2:6])),
         ]
-        models = [pets, {**photos, "examples": few, "num_examples": 5}]
-        return route.fulfill(response=answer, json={"models": models})
+        return {"models": [pets, {**photos, "examples": few, "num_examples": 5}]}
 
-    page.route(re.compile(r"/api/\w+$"), with_two_of_five)
+    change_answer(page, "boot", with_two_of_five)
     page.select_option("[data-change=model]", "photos")
     page.wait_for_selector("[data-action=example][data-id='photo/3']")
     assert page.locator("[data-action=more]:visible").count() == 1

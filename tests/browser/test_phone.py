@@ -1,9 +1,7 @@
 """A phone held upright: a short page, a patch told of where it is tapped; and a slow network in front of it."""
 
 import gzip
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -11,7 +9,7 @@ from moevision.demo.galleries import Galleries
 from moevision.demo.html import app_page
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
-from tests.browser.conftest import MOBILE, axe
+from tests.browser.conftest import MOBILE, no_sideways_scroll, site, violations
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
@@ -30,17 +28,17 @@ def box(page, selector):
     return found["y"], found["y"] + found["height"]
 
 
-def test_the_page_is_short_and_a_patch_is_told_of_below_the_stage(visit, look):
+def test_the_page_is_short_and_a_patch_is_told_of_below_the_stage(visit):
     page = visit(door=False, reduced_motion="reduce", **MOBILE).page
     assert page.evaluate("document.documentElement.scrollHeight") <= SCREENS * 844
     page.tap("[data-action=door]")
-    assert look.no_sideways_scroll(page)
+    assert no_sideways_scroll(page)
     page.tap(".mv-cell[data-patch='6']")
     assert "row 2, column 3" in page.text_content(".mv-where")
     stage, where = box(page, ".mv-canvas"), box(page, ".mv-where")
     assert 0 <= stage[0] < stage[1] < where[0]  # what is said of it stands below the image,
     assert where[1] <= 844  # and is seen with it
-    assert axe(page, ".mv-box-where") == []
+    assert violations(page, ".mv-box-where") == []
     page.keyboard.press("Escape")
     assert page.locator(".mv-pinned").count() == 0
     assert (
@@ -52,13 +50,13 @@ def test_the_page_is_short_and_a_patch_is_told_of_below_the_stage(visit, look):
 
 
 @pytest.mark.parametrize("width", [360, 390, 412])
-def test_the_share_menu_stays_on_the_screen(visit, look, width):
+def test_the_share_menu_stays_on_the_screen(visit, width):
     page = visit(**{**MOBILE, "viewport": {"width": width, "height": 844}}).page
     page.tap(".mv-menu summary")
     menu = page.locator(".mv-menu-list").bounding_box()
     assert menu["x"] >= 0
     assert menu["x"] + menu["width"] <= width
-    assert look.no_sideways_scroll(page)
+    assert no_sideways_scroll(page)
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +66,8 @@ def opening():
     explorer = Explorer(entries, Galleries(entries))
     document = gzip.compress(app_page(explorer.start_boot(), explorer.start_views()).text.encode())
     explorer.close()
-
-    class Site(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("content-type", "text/html")
-            self.send_header("content-encoding", "gzip")
-            self.end_headers()
-            self.wfile.write(document)
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
-        thread = threading.Thread(target=site.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{site.server_address[1]}/", len(document)
-        site.shutdown()
-        thread.join()
+    with site(document, **{"content-encoding": "gzip"}) as port:
+        yield f"http://127.0.0.1:{port}/", len(document)
 
 
 @pytest.mark.alone

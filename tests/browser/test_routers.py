@@ -5,7 +5,16 @@ import pytest
 from moevision.demo.galleries import Galleries
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
-from tests.browser.conftest import FIRST, PHONE, serious
+from tests.browser.conftest import (
+    FIRST,
+    PHONE,
+    fills,
+    no_sideways_scroll,
+    numbers,
+    press,
+    said,
+    serious,
+)
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -46,20 +55,20 @@ def visible_modes(page):
     )
 
 
-def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask, look):
+def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask):
     layer = ask("choice", "route")["layers"][1]
     page = visit("?model=choice").page
     texts = [
         "–" if not e else f"{e[0]}+{len(e) - 1}" if len(e) > 1 else str(e[0])
         for e in layer["experts"]
     ]
-    assert look.numbers(page) == texts
+    assert numbers(page) == texts
     nobody, several = (
         texts.index("–"),
         next(patch for patch, text in enumerate(texts) if "+" in text),
     )
     page.click(f".mv-cell[data-patch='{nobody}']")
-    assert says(look.said(page), "no expert took")
+    assert says(said(page), "no expert took")
     card = page.text_content(".mv-box-card")
     assert says(card, "No expert took", "as it came")
     assert "full" not in card
@@ -68,37 +77,40 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask, look):
     assert took == [str(expert) for expert in sorted(layer["experts"][several])]
     assert visible_modes(page) == ["expert", "takers", "entropy", "margin"]
     page.click("[data-mode=takers]")
-    assert look.numbers(page) == [str(len(experts)) for experts in layer["experts"]]
+    assert numbers(page) == [str(len(experts)) for experts in layer["experts"]]
     # 16 patches, 4 experts that take 4 each
     assert page.locator(".mv-loadcount").all_text_contents() == ["4"] * 4
     assert f"{texts.count('–')} with no expert" in page.text_content(".mv-box-loads")
 
 
-def test_what_may_be_changed_where_experts_choose(visit, look):
-    one = visit("?model=choice&expert=L3.E1")
-    page = one.page
+def test_what_may_be_changed_where_experts_choose(visit):
+    page = visit("?model=choice&expert=L3.E1").page
     assert (
         page.locator(".mv-box-hand [data-kind]").count() == 0
     )  # no token has a first choice: nothing can be forced
     assert page.locator(".mv-box-hand [data-action]").count() == 2  # take away, swap
     assert page.locator("[data-change=limit]").count() == 0
     assert "on average" in page.text_content(".mv-settings")
-    page.focus("[data-change=topk]")
-    page.keyboard.press("ArrowRight")
+    page.press("[data-change=topk]", "ArrowRight")
     page.wait_for_selector("[role=note]")
-    assert one.question("route")["top_k"] == 2
-    assert says(page.text_content("[role=note]"), "Trained with 1", "shown is 2")
+    assert page.visit.question("route")["top_k"] == 2
+    assert says(page.text_content("[role=note]"), "Trained with 1", "k = 2")
     assert page.locator(".mv-loadcount").all_text_contents() == ["8"] * 4
-    page.click(".mv-box-hand [data-action=take]")
-    page.wait_for_selector(".mv-results[role=note]:has-text('Without L3·E1')")
-    assert one.question("route")["away"] == [[3, 1]]
-    assert one.question("what_if")["intervention"] == {"kind": "ablate", "layer": 3, "expert": 1}
+    press(
+        page, ".mv-box-hand [data-action=take]", ".mv-results[role=note]:has-text('Without L3·E1')"
+    )
+    assert page.visit.question("route")["away"] == [[3, 1]]
+    assert page.visit.question("what_if")["intervention"] == {
+        "kind": "ablate",
+        "layer": 3,
+        "expert": 1,
+    }
 
 
-def test_soft_patches_take_from_every_expert(visit, ask, look):
+def test_soft_patches_take_from_every_expert(visit, ask):
     layer = ask("soft", "route")["layers"][1]
     page = visit("?model=soft&patch=5").page
-    assert look.numbers(page) == [str(experts[0]) for experts in layer["experts"]]
+    assert numbers(page) == [str(experts[0]) for experts in layer["experts"]]
     assert f"all {6 * SLOTS} slots" in page.text_content(".mv-box-legend")
     assert "false" not in page.text_content(".mv-box-card")  # it has no switch for noise
     shown = [
@@ -117,7 +129,7 @@ def test_soft_patches_take_from_every_expert(visit, ask, look):
     assert says(page.text_content(".mv-settings"), "all slots")
 
 
-def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask, look):
+def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask):
     layer = ask("soft", "route")["layers"][1]
     page = visit("?model=soft&patch=5").page
     page.click("[data-mode=reads]")
@@ -130,7 +142,7 @@ def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask, look):
     page.click("[data-key=load-4]")
     reads = layer["reads"][4]
     assert shown_numbers(page) == pytest.approx([value / means[4] for value in reads], abs=0.0505)
-    opacities = [fill[3] for fill in look.fills(page)]
+    opacities = [fill[3] for fill in fills(page)]
     assert opacities.index(max(opacities)) == reads.index(max(reads))
     page.wait_for_function(
         "location.search.includes('mode=reads') && location.search.includes('expert=L3.E4')"
@@ -146,9 +158,10 @@ def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask, look):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious_in_either(visit, look, scheme):
+def test_axe_finds_nothing_serious_in_either(visit, scheme):
     for query in ("?model=soft&mode=reads&expert=L3.E1", "?model=choice&mode=takers"):
-        page = visit(query, color_scheme=scheme, reduced_motion="reduce", viewport=PHONE).page
-        page.wait_for_selector(".mv-card")
+        page = visit(
+            query, color_scheme=scheme, reduced_motion="reduce", viewport=PHONE, then=".mv-card"
+        ).page
         assert serious(page) == []
-        assert look.no_sideways_scroll(page)
+        assert no_sideways_scroll(page)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.browser.conftest import FIRST
+from tests.browser.conftest import FIRST, experts_of, fills, numbers, press
 from tests.demo.test_computation import unpacked
 from tests.shared import says
 
@@ -14,13 +14,13 @@ OFF = "off the training distribution"
 
 
 @pytest.mark.parametrize("mode", ["entropy", "margin"])
-def test_entropy_and_margin_stand_in_the_patches(visit, ask, look, mode):
+def test_entropy_and_margin_stand_in_the_patches(visit, ask, mode):
     layer = ask("route", picture=FIRST)["layers"][1]
     page = visit().page
     page.click(f"[data-mode={mode}]")
     # One decimal is shown.
-    assert [float(text) for text in look.numbers(page)] == pytest.approx(layer[mode], abs=0.0501)
-    opacities = [fill[3] for fill in look.fills(page)]
+    assert [float(text) for text in numbers(page)] == pytest.approx(layer[mode], abs=0.0501)
+    opacities = [fill[3] for fill in fills(page)]
     assert sorted(range(16), key=lambda patch: opacities[patch])[-1] == max(
         range(16), key=lambda p: layer[mode][p]
     )
@@ -39,19 +39,18 @@ def test_loads_beside_the_equal_share(visit, ask):
     assert page.locator(".mv-ideal").count() == 1
 
 
-def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask, look):
-    one = visit("?mode=drops")
-    page = one.page
+def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask):
+    page = visit("?mode=drops").page
     assert not page.is_checked("[data-change=limit]")
-    assert "route" not in one.asked  # the view that came with the page has no limit
-    assert set(look.numbers(page)) == {""}
+    assert "route" not in page.visit.asked  # the view that came with the page has no limit
+    assert set(numbers(page)) == {""}
     page.check("[data-change=limit]")
     page.wait_for_selector("[role=note]")
-    assert one.question("route")["capacity"] == 1
+    assert page.visit.question("route")["capacity"] == 1
     layer = ask("route", picture=FIRST, capacity=1.0)["layers"][1]
     dropped = [kept.count(False) for kept in layer["kept"]]
     assert sum(dropped) > 0
-    assert look.numbers(page) == [f"×{count}" if count else "" for count in dropped]
+    assert numbers(page) == [f"×{count}" if count else "" for count in dropped]
     assert page.locator(".mv-off:visible").text_content() == OFF
     patch = dropped.index(max(dropped))
     page.click(f".mv-cell[data-patch='{patch}']")
@@ -59,70 +58,57 @@ def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask, loo
     assert f"Hatched: {sum(dropped)} dropped" in page.text_content(".mv-box-loads")
 
 
-def test_another_k_is_marked(visit, ask, look):
-    one = visit()
-    page = one.page
+def test_another_k_is_marked(visit, ask):
+    page = visit().page
     assert page.locator(".mv-off:visible").count() == 0
-    page.focus("[data-change=topk]")
-    page.keyboard.press("ArrowRight")
+    page.press("[data-change=topk]", "ArrowRight")
     page.wait_for_selector("[role=note]")
-    assert one.question("route")["top_k"] == 3
+    assert page.visit.question("route")["top_k"] == 3
     assert page.locator(".mv-off:visible").text_content() == OFF
-    assert says(page.text_content("[role=note]"), "training distribution", "top-2", "top-3")
+    assert says(page.text_content("[role=note]"), "training distribution", "top-2", "k = 3")
     assert page.locator(".mv-card-rows [data-expert]:not(.mv-away)").count() == 3
-    page.click("[data-action=as-trained]")
-    page.wait_for_selector("[role=note]", state="detached")
-    assert one.question("route")["top_k"] is None
-    plain = ask("route", picture=FIRST)["layers"][1]
-    assert look.numbers(page) == [str(choices[0]) for choices in plain["experts"]]
+    press(page, "[data-action=as-trained]", "[role=note]", state="detached")
+    assert page.visit.question("route")["top_k"] is None
+    assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
 
 
-def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
+def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask):
     def drawn(seed):
-        return [
-            str(choices[0])
-            for choices in ask("route", picture=FIRST, noise=seed)["layers"][1]["experts"]
-        ]
+        return experts_of(ask("route", picture=FIRST, noise=seed)["layers"][1])
 
-    one = visit("?patch=5")
-    page = one.page
+    page = visit("?patch=5").page
     page.check("[data-change=noise]")
     page.wait_for_selector("[role=note]")
-    assert one.question("route")["noise"] == 1
+    assert page.visit.question("route")["noise"] == 1
     assert "draw 1" in page.text_content("[data-part=noise]")
-    assert look.numbers(page) == drawn(1)
-    numbers = {name: unpacked(value)[5] for name, value in one_layer(ask, noise=1).items()}
+    assert numbers(page) == drawn(1)
+    values = {name: unpacked(value)[5] for name, value in one_layer(ask, noise=1).items()}
     shown = [
         text.replace(MINUS, "-").split()
         for text in page.locator("[data-n=score]").all_text_contents()
     ]
-    assert [float(clean) for clean, _ in shown] == pytest.approx(numbers["scores"], abs=0.0051)
-    assert [float(noise) for _, noise in shown] == pytest.approx(numbers["noise"], abs=0.0051)
+    assert [float(clean) for clean, _ in shown] == pytest.approx(values["scores"], abs=0.0051)
+    assert [float(noise) for _, noise in shown] == pytest.approx(values["noise"], abs=0.0051)
     assert says(page.text_content("[data-part=say]"), "noise of size", "1/4")
-    noisy = np.exp(numbers["scores"] + numbers["noise"])
+    noisy = np.exp(values["scores"] + values["noise"])
     shown = [
         float(text.removesuffix(" %"))
         for text in page.locator("[data-n=share]").all_text_contents()
     ]
     assert shown == pytest.approx(100 * noisy / noisy.sum(), abs=0.51)
-    page.click("[data-action=redraw]")
-    page.wait_for_selector("[role=note]:has-text('draw 2')")
+    press(page, "[data-action=redraw]", "[role=note]:has-text('draw 2')")
     page.wait_for_function("location.search.includes('noise=2')")
-    assert look.numbers(page) == drawn(2)
+    assert numbers(page) == drawn(2)
     page.click("[data-key=chip-1]")
-    page.click(".mv-box-hand [data-kind=force]")
-    page.wait_for_selector(".mv-results:has-text('measured without noise')")
-    assert "what_if" not in one.asked
+    press(page, ".mv-box-hand [data-kind=force]", ".mv-results:has-text('measured without noise')")
+    assert "what_if" not in page.visit.asked
     page.click("[data-action=calm]")
     page.wait_for_selector(".mv-results[role=note]")  # measured
-    assert one.question("what_if")["noise"] is None
-    page.click("[data-action=undo]")
-    page.wait_for_selector("[role=note]", state="detached")
+    assert page.visit.question("what_if")["noise"] is None
+    press(page, "[data-action=undo]", "[role=note]", state="detached")
     page.click("[data-key=chip-1]")
     assert not page.is_checked("[data-change=noise]")
-    assert look.numbers(page) == [
-        str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]
-    ]
+    assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
 
 
 def one_layer(ask, **settings):
@@ -145,7 +131,7 @@ def test_one_switch_shows_the_unbalanced_and_the_untrained_model(visit, ask):
         )
 
 
-def test_the_latest_of_two_quick_choices_wins(visit, ask, look):
+def test_the_latest_of_two_quick_choices_wins(visit, ask):
     one = visit()
     ids = [
         one.page.locator("[data-action=example]").nth(index).get_attribute("data-id")
@@ -155,5 +141,6 @@ def test_the_latest_of_two_quick_choices_wins(visit, ask, look):
         "ids => ids.forEach(id => document.querySelector(`[data-id='${id}']`).click())", ids
     )
     one.page.wait_for_selector("[data-box=progress]", state="hidden")
-    layer = ask("route", picture={"kind": "example", "id": ids[1]})["layers"][1]
-    assert look.numbers(one.page) == [str(choices[0]) for choices in layer["experts"]]
+    assert numbers(one.page) == experts_of(
+        ask("route", picture={"kind": "example", "id": ids[1]})["layers"][1]
+    )

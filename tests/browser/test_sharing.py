@@ -10,7 +10,18 @@ import pytest
 from PIL import Image
 
 from moevision.data import SyntheticPets
-from tests.browser.conftest import FIRST
+from tests.browser.conftest import (
+    FIRST,
+    alone,
+    experts_of,
+    fills,
+    give,
+    numbers,
+    open_tab,
+    press,
+    said,
+    saved,
+)
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -22,79 +33,61 @@ for _file in sorted(FORMATS.glob("*/links.json")):
 SENT = "() => !location.search.includes('picture=')"  # one's own image is in no link
 
 
-@pytest.fixture
-def export():
-    def export(page, kind):
-        page.click(".mv-menu summary")
-        with page.expect_download() as waiting:
-            page.click(f"[data-action=export-{kind}]")
-        return waiting.value
-
-    return export
-
-
 def test_nothing_is_saved_before_an_image_is_chosen(visit, empty_stage):
     page = visit().page
     empty_stage(page)
     for kind in ("png", "json", "page"):
         page.click(".mv-menu summary")
-        page.click(f"[data-action=export-{kind}]")
-        page.wait_for_selector("[data-box=toast]:has-text('Nothing is on the stage yet')")
+        press(
+            page,
+            f"[data-action=export-{kind}]",
+            "[data-box=toast]:has-text('Nothing is on the stage yet')",
+        )
 
 
-def test_the_stage_is_saved_as_png(visit, export):
-    saved = export(visit().page, "png")
-    assert saved.suggested_filename.startswith("moevision_pets_")
-    with Image.open(saved.path()) as picture:
+def test_the_stage_is_saved_as_png(visit):
+    file = saved(visit().page, "png")
+    assert file.suggested_filename.startswith("moevision_pets_")
+    with Image.open(file.path()) as picture:
         assert picture.format == "PNG"
         assert picture.size == (1024, 1024 + 76)  # the caption
         assert len(picture.convert("RGB").getcolors(2**24)) > 100
 
 
-def test_the_view_is_saved_as_json(visit, export, ask):
-    saved = export(visit().page, "json")
-    data = json.loads(saved.path().read_text(encoding="utf-8"))
+def test_the_view_is_saved_as_json(visit, ask):
+    data = json.loads(saved(visit().page, "json").path().read_text(encoding="utf-8"))
     assert data["schema"] == "moevision.view/2"
     assert data == ask("route", picture=FIRST)
 
 
-def test_the_saved_page_works_alone(visit, export, new_visit, ask, look, tmp_path):
-    saved = export(visit().page, "page")
-    file = tmp_path / saved.suggested_filename
-    saved.save_as(file)
-    assert file.suffix == ".html"
-    alone = new_visit(offline=True)
-    page = alone.page
-    page.goto(file.as_uri())
+def test_the_saved_page_works_alone(visit, new_visit, ask, tmp_path):
+    one = alone(new_visit, visit().page, tmp_path)
+    page = one.page
     page.click(".mv-cell[data-patch='5']")
-    assert look.said(page).startswith("row 2, column 2: expert")
+    assert said(page).startswith("row 2, column 2: expert")
     page.keyboard.press("-")
-    layer = ask("route", picture=FIRST)["layers"][0]
-    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
-    assert alone.complaints == []
-    assert alone.strangers(file.as_uri()) == []
+    assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][0])
+    assert one.complaints == []
+    assert one.strangers(one.address) == []
 
 
-def test_the_saved_page_says_that_an_expert_is_away(visit, export, new_visit, tmp_path):
-    saved = export(visit("?away=3.1").page, "page")
-    saved.save_as(tmp_path / "away.html")
-    page = new_visit(offline=True).page
-    page.goto((tmp_path / "away.html").as_uri())
+def test_the_saved_page_says_that_an_expert_is_away(visit, new_visit, tmp_path):
+    page = alone(new_visit, visit("?away=3.1").page, tmp_path).page
     assert "Changed model. Without L3·E1." in page.text_content("[role=note]")
 
 
-def test_the_saved_page_is_of_the_image_on_the_stage(visit, export, hold):
+def test_the_saved_page_is_of_the_image_on_the_stage(visit, hold):
     """Another one may have been chosen, and not be here yet."""
     one = visit()
     held = hold(one.page, "route")
     one.page.click("[data-action=example][data-id='pets/test/4']")
     held.wait()
-    export(one.page, "page")
+    saved(one.page, "page")
     assert one.question("export_html")["picture"] == FIRST
     held.release()
 
 
-def test_a_notebook_shows_the_same_view(new_visit, pixels, make, look):
+def test_a_notebook_shows_the_same_view(new_visit, pixels, make):
     from moevision.demo import route_image
 
     view = route_image(make(), pixels)
@@ -139,7 +132,7 @@ def test_a_notebook_shows_all_of_the_view_at_once(new_visit, width):
     assert page_of_view.eval_on_selector_all(".mv-side div, .mv-side ol", wide) == []
 
 
-def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, look, tmp_path):
+def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, tmp_path):
     from moevision.analysis.plots import EXPERT_COLOURS, NEUTRAL
     from moevision.demo import route_image
     from moevision.demo.html import view_html
@@ -152,34 +145,31 @@ def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, l
     (tmp_path / "view.html").write_text(view_html(view, full_page=True), encoding="utf-8")
     page = new_visit(offline=True).page
     page.goto((tmp_path / "view.html").as_uri())
-    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
-    assert {fill[:3] for fill in look.fills(page)} == {rgb(NEUTRAL)}
+    assert numbers(page) == experts_of(layer)
+    assert {fill[:3] for fill in fills(page)} == {rgb(NEUTRAL)}
     assert "read the numbers" in page.text_content(".mv-box-legend")
     expert = layer["experts"][0][0]
     page.click(f".mv-loadbar[data-expert='{expert}']")
-    bright = [fill[:3] == rgb(EXPERT_COLOURS[0]) for fill in look.fills(page)]
+    bright = [fill[:3] == rgb(EXPERT_COLOURS[0]) for fill in fills(page)]
     assert bright == [expert in choices for choices in layer["experts"]]
 
 
-def test_a_link_reproduces_the_view(visit, look):
+def test_a_link_reproduces_the_view(visit):
     page = visit().page
-    page.click(".mv-rail [data-action=example] >> nth=4")
-    page.wait_for_selector("[data-box=progress]", state="hidden")
-    page.click("[data-variant=untrained]")
-    page.wait_for_selector("[data-box=progress]", state="hidden")
-    page.focus("[data-change=topk]")
-    page.keyboard.press("ArrowRight")
+    press(page, ".mv-rail [data-action=example] >> nth=4", "[data-box=progress]", state="hidden")
+    press(page, "[data-variant=untrained]", "[data-box=progress]", state="hidden")
+    page.press("[data-change=topk]", "ArrowRight")
     page.wait_for_selector("[role=note]")
     page.click(".mv-layer[data-index='0']")
     page.click(".mv-cell[data-patch='11']")
     page.click("[data-mode=entropy]")
-    look.open_tab(page, "classes")
+    open_tab(page, "classes")
     words = ["variant=untrained", "k=3", "layer=1", "patch=11", "mode=entropy", "tab=classes"]
     page.wait_for_function(
         "words => words.every(word => location.search.includes(word))", arg=words
     )
     other = visit("?" + page.url.partition("?")[2]).page
-    assert look.numbers(other) == look.numbers(page)
+    assert numbers(other) == numbers(page)
     pressed = (
         ".mv-pinned",
         ".mv-layer[aria-pressed=true]",
@@ -193,7 +183,7 @@ def test_a_link_reproduces_the_view(visit, look):
         assert other.text_content(box) == page.text_content(box)
 
 
-def test_back_and_forward_walk_through_what_was_looked_at(visit, look, tmp_path):
+def test_back_and_forward_walk_through_what_was_looked_at(visit, tmp_path):
     file = tmp_path / "own.png"
     Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 60).convert("RGB").save(file)
     page = visit("?patch=3").page
@@ -215,7 +205,7 @@ def test_back_and_forward_walk_through_what_was_looked_at(visit, look, tmp_path)
     page.wait_for_function(SENT)
     own = page.get_attribute(".mv-picture", "src")
     assert len({first, second, own}) == 3
-    look.open_tab(page, "about")
+    open_tab(page, "about")
     settled(["tab=about"])
     assert page.evaluate("history.length") == start + 3
     page.go_back()
@@ -239,8 +229,7 @@ def test_an_expert_has_a_link_and_a_place_in_the_history(visit):
     assert page.locator(pressed).get_attribute("data-expert") == "2"
     assert page.locator(".mv-layer[aria-pressed=true]").get_attribute("data-index") == "0"
     start = page.evaluate("history.length")
-    page.click(".mv-loadbar[data-expert='3']")
-    page.wait_for_function("location.search.includes('expert=L1.E3')")
+    press(page, ".mv-loadbar[data-expert='3']", until="location.search.includes('expert=L1.E3')")
     page.click(".mv-cell[data-patch='5']")  # no place of its own
     page.wait_for_function("location.search.includes('patch=5')")
     assert page.evaluate("history.length") == start + 1
@@ -248,11 +237,11 @@ def test_an_expert_has_a_link_and_a_place_in_the_history(visit):
     page.wait_for_selector(f"{pressed}[data-expert='2']")
 
 
-def test_a_link_reproduces_an_intervention(visit, ask, look):
+def test_a_link_reproduces_an_intervention(visit, ask):
     page = visit("?do=ablate.3.1.zero.0").page
     change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "zero", "seed": 0}
     layer = ask("route", picture=FIRST, intervention=change)["layers"][1]
-    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert numbers(page) == experts_of(layer)
     assert says(page.text_content("[role=note]"), "get nothing")
 
 
@@ -264,10 +253,9 @@ def test_a_link_reproduces_an_intervention(visit, ask, look):
         "?layer=<img src=x onerror=alert(1)>&patch=1e3&k=NaN&do=<b>",
     ],
 )
-def test_a_link_from_elsewhere_still_opens(visit, ask, look, query):
+def test_a_link_from_elsewhere_still_opens(visit, ask, query):
     page = visit(query).page
-    layer = ask("route", picture=FIRST)["layers"][1]
-    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
 
 
 # Of two images the first is shown; what Compare and What if had stands under Classes and Experts, and on the stage.
@@ -297,15 +285,12 @@ def test_a_link_of_an_earlier_version_opens_the_nearest_view(visit, link):
     }.items() <= words.items()
 
 
-def test_a_link_with_a_change_opens_on_the_image_and_measures_then(
-    new_visit, server, hold, look, ask
-):
+def test_a_link_with_a_change_opens_on_the_image_and_measures_then(new_visit, server, hold, ask):
     one = new_visit()
     held = hold(one.page, "what_if")
     one.open(server.url + "?do=ablate.3.1.next_best.0&tab=whatif")
     held.wait()
-    layer = ask("route", picture=FIRST, away=[[3, 1]])["layers"][1]
-    assert look.numbers(one.page) == [str(choices[0]) for choices in layer["experts"]]
+    assert numbers(one.page) == experts_of(ask("route", picture=FIRST, away=[[3, 1]])["layers"][1])
     assert says(one.page.text_content(".mv-results"), "Measuring it", "at random")
     assert one.page.locator(".mv-flow-box").count() == 4
     held.release()
@@ -335,47 +320,26 @@ def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["paste", "drop"])
-def test_a_picture_can_be_pasted_and_dropped(visit, way):
-    one = visit()
-    one.page.evaluate(
-        """async (way) => {
-          const canvas = new OffscreenCanvas(40, 40);
-          canvas.getContext('2d').fillRect(0, 0, 20, 20);
-          const transfer = new DataTransfer();
-          transfer.items.add(new File([await canvas.convertToBlob()], 'own.png', { type: 'image/png' }));
-          const options = { bubbles: true, cancelable: true };
-          const event = way === 'paste'
-            ? new ClipboardEvent('paste', { ...options, clipboardData: transfer })
-            : new DragEvent('drop', { ...options, dataTransfer: transfer });
-          document.querySelector('.mv-canvas').dispatchEvent(event);
-        }""",
-        way,
-    )
-    one.page.wait_for_function(SENT)
-    assert one.question("route")["picture"]["kind"] == "upload"
+def test_a_picture_can_be_pasted_and_dropped(visit, way, tmp_path):
+    page = visit().page
+    Image.new("RGB", (40, 40), "teal").save(tmp_path / "own.png")
+    give(page, [tmp_path / "own.png"], way)
+    page.wait_for_function(SENT)
+    assert page.visit.question("route")["picture"]["kind"] == "upload"
 
 
-def test_an_image_that_shows_nothing_gets_a_sentence(visit, tmp_path):
-    file = tmp_path / "line.png"
-    Image.new("RGB", (3000, 3)).save(file)
-    one = visit()
-    one.page.set_input_files("[data-box=file]", file)
-    one.page.wait_for_selector("[role=alert]")
-    assert "3000 × 3 px" in one.page.text_content("[role=alert]")
-    assert "route" not in one.asked
+def test_an_image_that_shows_nothing_and_a_file_that_is_none_get_a_sentence(visit, tmp_path):
+    Image.new("RGB", (3000, 3)).save(tmp_path / "line.png")
+    (tmp_path / "notes.png").write_text("no image")
+    for name, words in (("line.png", "3000 × 3 px"), ("notes.png", "can't read")):
+        page = visit().page
+        page.set_input_files("[data-box=file]", tmp_path / name)
+        page.wait_for_selector("[role=alert]")
+        assert says(page.text_content("[role=alert]"), words)
+        assert "route" not in page.visit.asked
 
 
-def test_a_file_that_is_no_picture_gets_a_sentence(visit, tmp_path):
-    file = tmp_path / "notes.png"
-    file.write_text("no image")
-    one = visit()
-    one.page.set_input_files("[data-box=file]", file)
-    one.page.wait_for_selector("[role=alert]")
-    assert says(one.page.text_content("[role=alert]"), "can't read")
-    assert "route" not in one.asked
-
-
-def test_three_tabs_stay_apart(visit, ask, look, tmp_path):
+def test_three_tabs_stay_apart(visit, ask, tmp_path):
     """One browser, one visitor: images, changes and own images belong to a tab."""
     file = tmp_path / "own.png"
     Image.new("RGB", (64, 64), "teal").save(file)
@@ -390,9 +354,7 @@ def test_three_tabs_stay_apart(visit, ask, look, tmp_path):
     tabs[2].wait_for_selector(".mv-own [aria-pressed=true]")
     tabs[1].wait_for_selector(".mv-results[role=note]")
     changed = ask("route", picture={"kind": "example", "id": "pets/test/2"}, away=[[3, 1]])
-    assert look.numbers(tabs[1]) == [str(choices[0]) for choices in changed["layers"][1]["experts"]]
-    assert look.numbers(tabs[0]) == [
-        str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]
-    ]
+    assert numbers(tabs[1]) == experts_of(changed["layers"][1])
+    assert numbers(tabs[0]) == experts_of(ask("route", picture=FIRST)["layers"][1])
     assert [tab.locator(".mv-own button").count() for tab in tabs] == [0, 0, 1]
     assert tabs[0].locator("[data-action=undo]").count() == 0

@@ -6,7 +6,7 @@ import io
 import pytest
 from PIL import Image
 
-from tests.demo.serving import asked_for
+from tests.browser.conftest import alone
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
@@ -36,8 +36,7 @@ def test_an_example_lies_sharp_under_the_patches(photos):
         ".mv-layer canvas", "canvas => getComputedStyle(canvas).backgroundImage"
     )
     assert {*zooms, strip} == {f'url("{sharp}")'}
-    page.focus("[data-change=as-seen]")
-    page.keyboard.press("Space")
+    page.press("[data-change=as-seen]", "Space")
     seen = page.get_attribute(".mv-picture", "src")
     assert size_of(seen) == (32, 32)
     assert seen in page.get_attribute(".mv-zoom >> nth=0", "style")
@@ -57,18 +56,12 @@ def test_an_example_lies_sharp_under_the_patches(photos):
 
 
 def test_an_exported_page_is_sharp(photos, new_visit, tmp_path):
-    page = photos.page
-    page.click(".mv-menu summary")
-    with page.expect_download() as started:
-        page.click("[data-action=export-page]")
-    started.value.save_as(tmp_path / "page.html")
-    alone = new_visit(offline=True)
-    alone.page.goto((tmp_path / "page.html").as_uri())
-    alone.page.wait_for_selector(SHARP)
-    assert alone.page.get_attribute(".mv-picture", "src") == page.get_attribute(
+    one = alone(new_visit, photos.page, tmp_path)
+    one.page.wait_for_selector(SHARP)
+    assert one.page.get_attribute(".mv-picture", "src") == photos.page.get_attribute(
         ".mv-picture", "src"
     )
-    assert alone.complaints == []
+    assert one.complaints == []
 
 
 def test_a_drawn_image_comes_in_more_pixels_too(visit):
@@ -77,24 +70,13 @@ def test_a_drawn_image_comes_in_more_pixels_too(visit):
     assert one.question("sharp") == {"model": "pets", "picture": "pets/test/0"}
 
 
-def test_nothing_moves_when_the_sharp_image_comes(new_visit, server):
-    one = new_visit()
-    page = one.page
-    held = []
-
-    def hold(route):
-        if asked_for(route.request) == "sharp":
-            held.append(route)
-        else:
-            route.continue_()
-
-    page.route("**/*", hold)
-    one.open(server.doors["photos"])
-    page.wait_for_timeout(500)
-    assert held
+def test_nothing_moves_when_the_sharp_image_comes(new_visit, server, hold):
+    page = new_visit().page
+    held = hold(page, "sharp")
+    page.visit.open(server.doors["photos"])
+    held.wait()
     assert page.locator(SHARP).count() == 0
     before = page.locator(".mv-canvas >> nth=0").bounding_box()
-    for route in held:
-        route.continue_()
+    held.release()
     page.wait_for_selector(SHARP)
     assert page.locator(".mv-canvas >> nth=0").bounding_box() == before

@@ -3,7 +3,7 @@
 import pytest
 
 from moevision.analysis.plots import EXPERT_COLOURS
-from tests.browser.conftest import FIRST
+from tests.browser.conftest import FIRST, experts_of, fills, numbers, open_tab, press, said
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -17,10 +17,10 @@ def layers(ask):
 
 
 @pytest.fixture
-def quiet(visit, look):
+def quiet(visit):
     """A visit with a tab open whose contents don't depend on the layer: whatever is asked, the stage asks it."""
     one = visit()
-    look.open_tab(one.page, "about")
+    open_tab(one.page, "about")
     one.requests.clear()
     yield one
     assert one.asked == []
@@ -32,13 +32,13 @@ def rgb(colour):
     return tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5))
 
 
-def test_overlay_shows_expert_and_weight_of_every_patch_in_every_layer(quiet, layers, look):
+def test_overlay_shows_expert_and_weight_of_every_patch_in_every_layer(quiet, layers):
     page = quiet.page
     for index, layer in enumerate(layers):
         page.click(f".mv-layer[data-index='{index}']")
-        assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+        assert numbers(page) == experts_of(layer)
         for fill, choices, weights in zip(
-            look.fills(page), layer["experts"], layer["weights"], strict=True
+            fills(page), layer["experts"], layer["weights"], strict=True
         ):
             assert fill[:3] == rgb(EXPERT_COLOURS[choices[0]])
             assert fill[3] == pytest.approx(
@@ -60,14 +60,14 @@ def test_the_picture_is_large_and_crisp(quiet):
     )
 
 
-def test_a_click_pins_and_arrows_move(quiet, layers, look):
+def test_a_click_pins_and_arrows_move(quiet, layers):
     page, layer = quiet.page, layers[1]
     page.click(".mv-cell[data-patch='5']")
     expert, weight = layer["experts"][5][0], layer["weights"][5][0]
-    assert look.said(page) == f"row 2, column 2: expert {expert}, weight {weight:.2f}"
+    assert said(page) == f"row 2, column 2: expert {expert}, weight {weight:.2f}"
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    assert look.said(page).startswith("row 3, column 3: expert")
+    assert said(page).startswith("row 3, column 3: expert")
     assert page.locator(".mv-pinned").get_attribute("data-patch") == "10"
     assert page.locator("[aria-selected=true].mv-cell").get_attribute("data-patch") == "10"
     assert page.evaluate("document.activeElement.dataset.patch") == "10"
@@ -78,26 +78,26 @@ def test_a_click_pins_and_arrows_move(quiet, layers, look):
     assert page.locator(".mv-pinned").count() == 0
 
 
-def test_plus_and_minus_need_no_focus(visit, layers, look):
+def test_plus_and_minus_need_no_focus(visit, layers):
     page = visit().page
     assert page.evaluate("document.activeElement === document.body")
     page.keyboard.press("-")
-    assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
+    assert numbers(page) == experts_of(layers[0])
     page.click("[role=tab][data-tab=classes]")
     page.focus("[data-change=model]")  # a field keeps its keys
     page.keyboard.press("+")
-    assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
+    assert numbers(page) == experts_of(layers[0])
 
 
-def test_plus_and_minus_change_the_layer(quiet, layers, look):
+def test_plus_and_minus_change_the_layer(quiet, layers):
     page = quiet.page
     page.click(".mv-cell[data-patch='10']")
     page.keyboard.press("-")
-    assert says(look.said(page), "Layer L1", "row 3, column 3", "expert")
-    assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
+    assert says(said(page), "Layer L1", "row 3, column 3", "expert")
+    assert numbers(page) == experts_of(layers[0])
     page.keyboard.press("-")  # there is none before the first
     page.keyboard.press("+")
-    assert look.numbers(page) == [str(choices[0]) for choices in layers[1]["experts"]]
+    assert numbers(page) == experts_of(layers[1])
 
 
 def test_a_patch_is_told_with_how_sure_the_router_was(quiet, layers):
@@ -120,7 +120,7 @@ def test_hover_outlines_a_patch_and_shows_its_path(quiet, layers):
     assert page.locator(".mv-zoom").count() == 1
 
 
-def test_one_expert_can_be_highlighted(quiet, layers, look):
+def test_one_expert_can_be_highlighted(quiet, layers):
     page = quiet.page
     page.click(".mv-loadbar[data-expert='3']")
     layer = layers[1]
@@ -132,19 +132,18 @@ def test_one_expert_can_be_highlighted(quiet, layers, look):
     ]
     assert len(set(weight)) > 2
     # As without highlighting: the stronger, the more of the patch is the expert's.
-    assert [fill[3] for fill in look.fills(page)] == pytest.approx(
+    assert [fill[3] for fill in fills(page)] == pytest.approx(
         [one * STRENGTH for one in weight], abs=0.005
     )
     page.click(".mv-loadbar[data-expert='3']")
-    assert all(fill[3] > 0 for fill in look.fills(page))
+    assert all(fill[3] > 0 for fill in fills(page))
 
 
 def test_patches_with_the_same_path_come_when_asked_for(visit, ask, layers):
     one = visit("?patch=9")
     path = [layer["experts"][9][0] for layer in layers]
     assert "similar" not in one.asked
-    one.page.click("[data-action=similar]")
-    one.page.wait_for_selector(".mv-box-similar :is(.mv-crop, .mv-note)")
+    press(one.page, "[data-action=similar]", ".mv-box-similar :is(.mv-crop, .mv-note)")
     assert one.question("similar")["path"] == path
     assert one.page.locator(".mv-box-similar .mv-crop").count() == len(
         ask("similar", path=path)["patches"]

@@ -4,18 +4,15 @@ import re
 
 import pytest
 
-from tests.demo.serving import asked_for
+from tests.browser.conftest import change_answer, press
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
-SERVER_CALL = re.compile(r"/api/\w+$")
-
 
 def test_cards_show_the_heaviest_and_random_patches(visit, ask):
     answer = ask("experts", layer=3)
-    page = visit().page
-    page.wait_for_selector(".mv-card")
+    page = visit(then=".mv-card").page
     cards = page.locator(".mv-card").all()
     assert [card.locator("h2").text_content() for card in cards] == [
         f"L3·E{expert}" for expert in range(4)
@@ -28,8 +25,7 @@ def test_cards_show_the_heaviest_and_random_patches(visit, ask):
 
 def test_a_patch_on_a_card_opens_its_picture(visit, ask):
     patch = ask("experts", layer=3)["experts"][0]["random"][0]
-    page = visit().page
-    page.wait_for_selector(".mv-card")
+    page = visit(then=".mv-card").page
     page.locator(".mv-card").first.locator(".mv-gallery").nth(1).locator("button").first.click()
     page.wait_for_function(
         "([picture, patch]) => { const found = new URLSearchParams(location.search);"
@@ -48,8 +44,7 @@ def test_a_change_of_layer_finds_its_cards_in_the_page(visit):
         one.page.wait_for_timeout(50)
     one.page.wait_for_timeout(1500)  # and answered
     before = len(one.asked)
-    one.page.click(".mv-layer[data-index='0']")
-    one.page.wait_for_selector(".mv-card h2:has-text('L1·E0')")
+    press(one.page, ".mv-layer[data-index='0']", ".mv-card h2:has-text('L1·E0')")
     assert len(one.asked) == before
 
 
@@ -59,26 +54,15 @@ def test_while_another_network_is_waited_for_the_cards_are_of_the_one_that_is_sh
     held = hold(one.page, "route")
     one.page.click("[data-variant=untrained]")
     held.wait()
-    one.page.click(".mv-layer[data-index='0']")
-    one.page.wait_for_selector(".mv-card h2:has-text('L1·E0')")
+    press(one.page, ".mv-layer[data-index='0']", ".mv-card h2:has-text('L1·E0')")
     assert {question["variant"] for question in one.questions("experts")} == {"trained"}
     held.release()
 
 
 def open_changed_classes(page, change):
     """Open the tab Classes with an answer of the service that `change` has changed."""
-
-    def answer(route):
-        if asked_for(route.request) != "classes":
-            return route.continue_()
-        response = route.fetch()
-        data = response.json()
-        change(data)
-        return route.fulfill(response=response, json=data)
-
-    page.route(SERVER_CALL, answer)
-    page.click("[data-tab=classes]")
-    page.wait_for_selector(".mv-heat td")
+    change_answer(page, "classes", change)
+    press(page, "[data-tab=classes]", ".mv-heat td")
 
 
 def test_a_class_without_images_has_no_numbers(visit, ask):
@@ -87,6 +71,7 @@ def test_a_class_without_images_has_no_numbers(visit, ask):
     def empty_the_dogs(data):
         for layer in data["layers"]:
             layer["share"][1] = layer["excess"][1] = [None] * 4
+        return data
 
     page = visit().page
     open_changed_classes(page, empty_the_dogs)
@@ -106,6 +91,7 @@ def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
 
     def say_so(data):
         data["layers"][1]["significant"] = flags
+        return data
 
     page = visit().page
     open_changed_classes(page, say_so)
@@ -139,8 +125,7 @@ def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
 def test_the_heatmap_sorts_and_opens_the_pictures_of_a_cell(visit, ask):
     answer = ask("classes")
     excess = answer["layers"][1]["excess"]
-    one = visit("?tab=classes")
-    page = one.page
+    page = visit("?tab=classes").page
     page.click("[data-action=sort-expert][data-expert='2']")
     rows = sorted(range(8), key=lambda row: -excess[row][2])
     names = [name.strip() for name in page.locator(".mv-heat th[scope=row]").all_text_contents()]
@@ -150,9 +135,8 @@ def test_the_heatmap_sorts_and_opens_the_pictures_of_a_cell(visit, ask):
     assert page.locator(".mv-heat thead .mv-chip").all_text_contents() == [
         str(expert) for expert in columns
     ]
-    page.click("[data-action=cell] >> nth=0")
-    page.wait_for_selector(".mv-thumbs img")
-    asked = one.question("cell")
+    press(page, "[data-action=cell] >> nth=0", ".mv-thumbs img")
+    asked = page.visit.question("cell")
     assert (asked["class"], asked["expert"]) == (answer["class_names"][rows[0]], columns[0])
     pictures = ask("cell", **{name: asked[name] for name in ("layer", "expert", "class")})[
         "pictures"
@@ -166,8 +150,7 @@ def test_two_classes_are_compared(visit, ask):
     page.wait_for_selector("[data-tab=classes][aria-selected=true]")
     page.select_option("[data-change=compare-a]", "fox")
     page.select_option("[data-change=compare-b]", "pig")
-    page.click("[data-action=compare-run]")
-    page.wait_for_selector(".mv-forest")
+    press(page, "[data-action=compare-run]", ".mv-forest")
     rows = [row for layer in answer["layers"] for row in layer["experts"]]
     assert len(rows) == 8
     stands = page.eval_on_selector_all(
@@ -205,21 +188,19 @@ def test_a_late_comparison_does_not_stand_for_another(visit, hold):
 def test_mistakes_are_shown_with_their_routes(visit):
     """The model of the tests says one class for all: let the service say that it made a mistake."""
     layers = [{"name": "L1", "to_label": 0.25, "to_other": 0.1}]
-
-    def answer(route):
-        if asked_for(route.request) != "mistakes":
-            return route.continue_()
-        thumb = "data:image/png;base64,AA=="
-        group = {"label": "cat", "called": "<b>dog", "images": 4, "layers": layers}
-        return route.fulfill(
-            json={"groups": [{**group, "pictures": [{"id": "pets/test/8", "thumb": thumb}]}]}
-        )
-
+    pictures = [{"id": "pets/test/8", "thumb": "data:image/png;base64,AA=="}]
+    group = {
+        "label": "cat",
+        "called": "<b>dog",
+        "images": 4,
+        "layers": layers,
+        "pictures": pictures,
+    }
     page = visit("?tab=classes").page
-    page.route(SERVER_CALL, answer)
-    page.click("[data-action=mistakes]")
-    page.wait_for_selector("[data-part=cell]:has-text('4 of cat, called <b>dog')")
+    change_answer(page, "mistakes", lambda _: {"groups": [group]})
+    press(page, "[data-action=mistakes]", "[data-part=cell]:has-text('4 of cat, called <b>dog')")
     text = " ".join(page.text_content("[data-part=cell]").split())
     assert says(text, "of cat", "of <b>dog", "L1 0.25", "0.10")
-    page.click("[data-part=cell] [data-action=example]")
-    page.wait_for_function("location.search.includes('test%2F8')")
+    press(
+        page, "[data-part=cell] [data-action=example]", until="location.search.includes('test%2F8')"
+    )

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from moevision.models.history import RoutingHistory
-from tests.browser.conftest import axe
+from tests.browser.conftest import (
+    alone,
+    fills,
+    no_sideways_scroll,
+    numbers,
+    press,
+    saved,
+    violations,
+)
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -18,8 +26,7 @@ WHEN = ["before training", "after 10 of 100 steps", "after training"]
 
 
 def scrub(page, key, words):
-    page.focus(SLIDER)
-    page.keyboard.press(key)
+    page.press(SLIDER, key)
     page.wait_for_function(
         "words => document.querySelector('[data-part=when]').textContent === words", arg=words
     )
@@ -34,21 +41,17 @@ def image_of(page, recorded, key="picture"):
     return recorded.image_names.index(name)
 
 
-def test_a_moment_is_what_was_recorded_then(photos, recorded, look):
-    one = photos()
-    page = one.page
-    page.wait_for_function("location.search.includes('picture=')")
+def test_a_moment_is_what_was_recorded_then(photos, recorded):
+    page = photos(until="location.search.includes('picture=')").page
     image = image_of(page, recorded)
     assert page.get_attribute(SLIDER, "aria-valuetext") == "after training"
     trained = page.text_content(".mv-box-card")
-    one.requests.clear()
+    page.visit.requests.clear()
     scrub(page, "Home", "before training")
     for moment, words in enumerate(["before training", "after 10 of 100 steps"]):
-        assert look.numbers(page) == first_choices(recorded, moment, image)
+        assert numbers(page) == first_choices(recorded, moment, image)
         weights = recorded.weights[3][moment, image].astype(float)
-        assert [fill[3] for fill in look.fills(page)] == pytest.approx(
-            0.65 * weights.max(-1), abs=0.005
-        )
+        assert [fill[3] for fill in fills(page)] == pytest.approx(0.65 * weights.max(-1), abs=0.005)
         p = recorded.probabilities[moment, image].astype(float)
         said = re.sub(r"\s+", " ", page.text_content(".mv-verdict")).strip()
         assert said.lower().startswith(
@@ -61,7 +64,7 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded, look):
     # The last moment is the model itself, with all that is known of it.
     assert page.get_attribute(SLIDER, "aria-valuetext") == "after training"
     assert page.text_content(".mv-box-card") == trained
-    assert one.asked == ["history"]
+    assert page.visit.asked == ["history"]
     assert page.evaluate("document.activeElement.dataset.change") == "moment"
 
 
@@ -82,14 +85,12 @@ def test_nothing_of_another_moment_stands_there(photos, recorded):
     assert page.locator("[data-mode]:visible").all_text_contents() == ["Expert"]
     below = "getComputedStyle(document.querySelector('.mv-panel'), '::before').content"
     assert "the trained model" in page.evaluate(below)
-    page.click("[data-action=to-trained]")
-    page.wait_for_selector(".mv-part")
+    press(page, "[data-action=to-trained]", ".mv-part")
     assert page.evaluate(below) == "none"
 
 
 def test_the_boxes_follow_the_moment(photos, recorded):
-    page = photos(reduced_motion="reduce").page
-    page.wait_for_function("location.search.includes('picture=')")
+    page = photos(reduced_motion="reduce", until="location.search.includes('picture=')").page
     image = image_of(page, recorded)
     scrub(page, "Home", "before training")
     first = recorded.first_choice(3)[0, image].tolist()
@@ -129,8 +130,7 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     assert told(page) == [words(recorded, 2), words(other, 2)]
     where = ".mv-chart > i"
     for moment, (key, left) in enumerate([("Home", 0), ("ArrowRight", 25), ("ArrowRight", 100)]):
-        page.focus(SLIDER)
-        page.keyboard.press(key)
+        page.press(SLIDER, key)
         page.wait_for_selector(f"{SLIDER}[aria-valuetext='{WHEN[moment]}']")
         assert (
             page.eval_on_selector_all(where, "all => all.map(one => one.style.left)")
@@ -158,24 +158,17 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     assert told(page) == [words(recorded, 1, 0), words(other, 1, 0)]
 
 
-def test_the_patches_follow_the_training_without_balance_loss_too(
-    photos, recorded, photos_home, look
-):
+def test_the_patches_follow_the_training_without_balance_loss_too(photos, recorded, photos_home):
     other = RoutingHistory.load(photos_home / "snaps" / "history_unbalanced.safetensors")
-    one = photos("?variant=unbalanced")
-    page = one.page
-    page.wait_for_function("location.search.includes('picture=')")
+    page = photos("?variant=unbalanced", until="location.search.includes('picture=')").page
     scrub(page, "Home", "before training")
-    assert look.numbers(page) == first_choices(other, 0, image_of(page, recorded))
+    assert numbers(page) == first_choices(other, 0, image_of(page, recorded))
 
 
-def test_a_moment_that_comes_late_does_not_bring_back_the_image_before(
-    photos, recorded, hold, look
-):
+def test_a_moment_that_comes_late_does_not_bring_back_the_image_before(photos, recorded, hold):
     page = photos().page
     held = hold(page, "history")
-    page.focus(SLIDER)
-    page.keyboard.press("Home")
+    page.press(SLIDER, "Home")
     held.wait()
     before = page.get_attribute(".mv-picture", "alt")
     page.click(".mv-rail [data-action=example] >> nth=1")
@@ -184,11 +177,10 @@ def test_a_moment_that_comes_late_does_not_bring_back_the_image_before(
     assert page.get_attribute(".mv-picture", "alt") != before
 
 
-def test_a_link_and_a_reload_carry_the_moment(photos, recorded, look):
-    page = photos("?step=10&patch=5").page
-    page.wait_for_selector(f"{SLIDER}[aria-valuetext='after 10 of 100 steps']")
+def test_a_link_and_a_reload_carry_the_moment(photos, recorded):
+    page = photos("?step=10&patch=5", then=f"{SLIDER}[aria-valuetext='after 10 of 100 steps']").page
     page.wait_for_function("location.search.includes('step=10')")
-    assert look.numbers(page) == first_choices(recorded, 1, image_of(page, recorded))
+    assert numbers(page) == first_choices(recorded, 1, image_of(page, recorded))
     start = page.evaluate("history.length")
     # Another example keeps the moment, and is a place in the history; a moment is none.
     other = page.get_attribute(".mv-rail [data-action=example] >> nth=1", "data-id")
@@ -219,8 +211,7 @@ def test_play_runs_through_the_moments(photos):
         }""",
         words,
     )
-    page.click("[data-action=run]")
-    page.wait_for_function("window.seen.at(-1) === 'after training'")
+    press(page, "[data-action=run]", until="window.seen.at(-1) === 'after training'")
     seen = page.evaluate("window.seen.filter((word, at) => word !== window.seen[at - 1])")
     assert [word for word in seen if word != "loading…"] == WHEN
     page.wait_for_selector("[data-action=run]:text-is('Play')")
@@ -245,14 +236,13 @@ def test_of_a_changed_model_nothing_was_recorded(photos, query):
 
 def test_a_moment_can_not_be_changed(photos, recorded):
     """Its network wasn't kept: what is taken away would be of the trained model, as if it had been of this one."""
-    one = photos()
-    page = one.page
+    page = photos().page
     scrub(page, "Home", "before training")
     before = [
         page.locator(".mv-flow-answer").inner_text(),
         page.locator(".mv-flow-box small").all_text_contents(),
     ]
-    asked = len(one.asked)
+    asked = len(page.visit.asked)
     for control in (".mv-flow-box:not(:disabled)", "[data-part=photo]", "[data-action=hand]"):
         page.locator(control).first.click()
         page.wait_for_selector(".mv-toast:visible")
@@ -265,7 +255,7 @@ def test_a_moment_can_not_be_changed(photos, recorded):
         page.locator(".mv-flow-answer").inner_text(),
         page.locator(".mv-flow-box small").all_text_contents(),
     ]
-    assert (now, len(one.asked)) == (before, asked)
+    assert (now, len(page.visit.asked)) == (before, asked)
     page.click("[data-part=said] [data-action=to-trained]")
     page.wait_for_function(
         "document.querySelector('[data-part=when]').textContent === 'after training'"
@@ -278,52 +268,37 @@ def test_a_model_without_a_history_has_no_scrubber(visit):
     assert visit().page.text_content(".mv-box-time") == ""
 
 
-def test_an_exported_page_has_the_scrubber_without_a_server(
-    photos, new_visit, recorded, look, tmp_path
-):
-    page = photos().page
-    page.click(".mv-menu summary")
-    with page.expect_download() as started:
-        page.click("[data-action=export-page]")
-    file = tmp_path / "page.html"
-    started.value.save_as(file)
-    alone = new_visit(offline=True)
-    alone.page.goto(file.as_uri())
-    scrub(alone.page, "Home", "before training")
-    before = first_choices(recorded, 0, image_of(page, recorded))
-    assert look.numbers(alone.page) == before
+def test_an_exported_page_has_the_scrubber_without_a_server(photos, new_visit, recorded, tmp_path):
+    served = photos().page
+    page = alone(new_visit, served, tmp_path).page
+    scrub(page, "Home", "before training")
+    before = first_choices(recorded, 0, image_of(served, recorded))
+    assert numbers(page) == before
     # It opens where its address says, and follows it.
-    trained = page.locator(".mv-mark").all_text_contents()
-    alone.page.goto(f"{file.as_uri()}#step=0&patch=2")
-    alone.page.reload()
-    alone.page.wait_for_selector(".mv-past")
-    assert look.numbers(alone.page) == before
-    assert alone.page.get_attribute(".mv-pinned", "data-patch") == "2"
-    alone.page.evaluate("location.hash = '#expert=L3.E1'")
-    alone.page.wait_for_selector(".mv-loadbar[aria-pressed=true][data-expert='1']")
-    assert alone.page.locator(".mv-past").count() == 0
-    alone.page.evaluate("location.hash = '#layer=3'")
-    alone.page.wait_for_selector(".mv-loadbar[aria-pressed=true]", state="detached")
-    assert look.numbers(alone.page) == trained
-    assert alone.complaints == []
+    page.goto(f"{page.visit.address}#step=0&patch=2")
+    page.reload()
+    page.wait_for_selector(".mv-past")
+    assert numbers(page) == before
+    assert page.get_attribute(".mv-pinned", "data-patch") == "2"
+    page.evaluate("location.hash = '#expert=L3.E1'")
+    page.wait_for_selector(".mv-loadbar[aria-pressed=true][data-expert='1']")
+    assert page.locator(".mv-past").count() == 0
+    page.evaluate("location.hash = '#layer=3'")
+    page.wait_for_selector(".mv-loadbar[aria-pressed=true]", state="detached")
+    assert numbers(page) == served.locator(".mv-mark").all_text_contents()
+    assert page.visit.complaints == []
 
 
-def test_exports_say_which_moment_they_are_of(photos, tmp_path):
-    page = photos("?step=0").page
-    page.wait_for_selector(f"{SLIDER}[aria-valuetext='before training']")
-    page.click(".mv-menu summary")
-    with page.expect_download() as started:
-        page.click("[data-action=export-json]")
-    started.value.save_as(tmp_path / "view.json")
-    view = json.loads((tmp_path / "view.json").read_text())
+def test_exports_say_which_moment_they_are_of(photos):
+    page = photos("?step=0", then=f"{SLIDER}[aria-valuetext='before training']").page
+    view = json.loads(saved(page, "json").path().read_text())
     assert view["moment"] == {"step": 0, "total_steps": 100}
     assert {layer["computation"] for layer in view["layers"]} == {None}
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("dark", 390), ("light", 1440)])
-def test_axe_finds_nothing_and_nothing_scrolls_sideways(photos, look, scheme, width):
+def test_axe_finds_nothing_and_nothing_scrolls_sideways(photos, scheme, width):
     page = photos(color_scheme=scheme, viewport={"width": width, "height": 844}).page
     scrub(page, "Home", "before training")
-    found = axe(page, ".mv-columns")
-    assert [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]] == []
-    assert look.no_sideways_scroll(page)
+    assert violations(page, ".mv-columns") == []
+    assert no_sideways_scroll(page)

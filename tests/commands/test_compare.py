@@ -1,18 +1,17 @@
 """`moevision compare`: by hand, by scipy and by enumeration; what can't be compared is refused in a sentence."""
 
-import csv
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from scipy import stats
 
-from moevision.config import MORE
+from moevision.files import csv_text
 from moevision.models.safe_files import read_yaml
 from moevision.stats import Gap, detectable_on, mcnemar_p_value
 from moevision.train.report import ComparedModel, choose
@@ -21,41 +20,41 @@ from tests.shared import assert_names, succeeded
 FINISHED = Path(__file__).parents[1] / "fixtures" / "formats" / "0.1" / "runs" / "finished"
 
 
+COLUMNS = ("image", "label", "prediction", "probability", "correct")
+
+
 def make(name, correct, seed=0, *, dogs=0, summary=None, **options):
     """A finished run with these answers; the last `dogs` images are of dogs, the others of cats."""
     folder = Path("runs") / name
     shutil.copytree(FINISHED, folder)
     kinds = ["cat"] * (len(correct) - dogs) + ["dog"] * dogs
-    with (folder / "predictions_test.csv").open("w") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "label", "prediction", "probability", "correct"])
-        for number, (kind, right) in enumerate(zip(kinds, correct, strict=True)):
-            writer.writerow(
-                [f"{kind}/{number}.png", kind, kind if right else "owl", "0.9", int(right)]
-            )
-    known = json.loads((folder / "summary.json").read_text())
-    known |= {"seed": seed, **(summary or {})}
-    known["test"] |= {"correct": sum(correct), "total": len(correct)}
-    (folder / "summary.json").write_text(json.dumps(known))
-    text = (
-        (folder / "config.yaml")
-        .read_text()
-        .replace("seed_everything: 0", f"seed_everything: {seed}")
-    )
-    for option, value in options.items():
-        assert f"  {option}: " in text
-        text = "\n".join(
-            f"{line.split(':')[0]}: {value}" if line.strip().startswith(f"{option}: ") else line
-            for line in text.split("\n")
-        )
+    rows = [
+        (f"{kind}/{number}.png", kind, kind if right else "owl", "0.9", int(right))
+        for number, (kind, right) in enumerate(zip(kinds, correct, strict=True))
+    ]
+    (folder / "predictions_test.csv").write_text(csv_text(COLUMNS, rows))
+    facts = json.loads((folder / "summary.json").read_text())
+    facts |= {"seed": seed, **(summary or {})}
+    facts["test"] |= {"correct": sum(correct), "total": len(correct)}
+    (folder / "summary.json").write_text(json.dumps(facts))
+    text = (folder / "config.yaml").read_text()
+    for option, value in {"seed_everything": seed, **options}.items():
+        text, count = re.subn(rf"(?m)^( *{option}): .*", rf"\1: {value}", text)
+        assert count, option
     (folder / "config.yaml").write_text(text)
     return str(folder)
 
 
+def compared(cli, *runs):
+    """What is printed, and what is written."""
+    outcome = succeeded(cli("compare", *runs, "--json", "out.json"))
+    assert outcome.err == ""
+    return outcome.out, json.loads(Path("out.json").read_text())
+
+
 def cells(both, only_a, only_b, neither):
-    return [1] * (both + only_a) + [0] * (only_b + neither), [1] * both + [0] * only_a + [
-        1
-    ] * only_b + [0] * neither
+    a = [1] * (both + only_a) + [0] * (only_b + neither)
+    return a, [1] * both + [0] * only_a + [1] * only_b + [0] * neither
 
 
 def test_a_place_that_can_not_be_written_is_named(cli):
@@ -71,37 +70,28 @@ def test_two_runs_by_hand(cli):
     Statistics in Medicine 33 (2014) 2850-2875. McNemar's exact p by hand: 2 (1 + 8) / 2^8 = .0703.
     """
     a, b = cells(1, 1, 7, 12)
-    outcome = cli("compare", make("one", a), make("two", b, router="hash"), "--json", "out.json")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert_names(outcome.out, "A − B: −28.6", "interval −51.7 to −2.6", "21 test images.")
-    assert_names(outcome.out, "right on 1", "only B on 7", "p = 0.070.", "No difference found")
-    assert_names(outcome.out, "exclude ±51.7 points", "model.arch.router (null, hash).")
+    out, facts = compared(cli, make("one", a), make("two", b, router="hash"))
+    assert_names(out, "A − B: −28.6", "interval −51.7 to −2.6", "21 test images.")
+    assert_names(out, "right on 1", "only B on 7", "p = 0.070.", "No difference found")
+    assert_names(out, "exclude ±51.7 points", "model.arch.router (null, hash).")
     low, high = stats.binomtest(2, 21).proportion_ci(method="wilson")
-    assert f"9.5 % ({100 * low:.1f} % to {100 * high:.1f} %)" in outcome.out
-    found = json.loads(Path("out.json").read_text())
-    assert found["p_value"] == 18 / 256
-    assert found["interval"] == pytest.approx([-0.517, -0.026], abs=5e-4)
-    assert (found["verdict"], found["differ_in"]) == (
-        "no difference found",
-        {"model.arch.router": ["null", "hash"]},
-    )
-    assert (
-        found["a"][0]["flops_per_image"]
-        == json.loads((FINISHED / "summary.json").read_text())["cost"]["flops_per_image"]
-    )
-    before = Path("out.json").read_bytes()
-    cli("compare", "runs/one", "runs/two", "--json", "out.json")
-    assert Path("out.json").read_bytes() == before
-    assert "A is better" in cli("compare", make("right", [1] * 30), make("wrong", [0] * 30)).out
+    assert f"9.5 % ({100 * low:.1f} % to {100 * high:.1f} %)" in out
+    assert facts["p_value"] == 18 / 256
+    assert facts["interval"] == pytest.approx([-0.517, -0.026], abs=5e-4)
+    assert facts["verdict"] == "no difference found"
+    assert facts["differ_in"] == {"model.arch.router": ["null", "hash"]}
+    cost = json.loads((FINISHED / "summary.json").read_text())["cost"]
+    assert facts["a"][0]["flops_per_image"] == cost["flops_per_image"]
+    assert compared(cli, "runs/one", "runs/two") == (out, facts)
+    assert "A is better" in compared(cli, make("right", [1] * 30), make("wrong", [0] * 30))[0]
 
 
 def test_a_run_and_its_twin_are_compared_as_fit_does(cli, tiny_run):
-    assert cli("compare", tiny_run, tiny_run / "twin", "--json", "out.json").code == 0
-    found = json.loads(Path("out.json").read_text())
-    (pair,) = found["by_seed"]
+    _, facts = compared(cli, tiny_run, tiny_run / "twin")
+    (pair,) = facts["by_seed"]
     assert pair.pop("seeds") == [0, 0]
     assert pair == json.loads((tiny_run / "summary.json").read_text())["twin"]["difference"]
-    assert list(found["differ_in"]) == ["model.arch.twin"]
+    assert list(facts["differ_in"]) == ["model.arch.twin"]
 
 
 @pytest.mark.parametrize(
@@ -116,20 +106,9 @@ def test_a_run_and_its_twin_are_compared_as_fit_does(cli, tiny_run):
 def test_fit_and_compare_recommend_the_same(cli, only_moe, only_dense, both, recommended):
     """summary.md's recommendation beside what compare says of the same two runs."""
     moe, dense = cells(both, only_moe, only_dense, 372 - both - only_moe - only_dense)
-    outcome = succeeded(
-        cli(
-            "compare",
-            make("moe", moe),
-            make("dense", dense, summary={"layers": []}),
-            "--json",
-            "out.json",
-        )
-    )
-    verdict = json.loads(Path("out.json").read_text())["verdict"]
-    of_compare = {"A is better": "MoE", "B is better": "dense", "no difference found": "dense"}[
-        verdict
-    ]
-    assert ("Use B:" in outcome.out) == (verdict == "no difference found")
+    out, facts = compared(cli, make("moe", moe), make("dense", dense, summary={"layers": []}))
+    of_compare = "MoE" if facts["verdict"] == "A is better" else "dense"
+    assert ("Use B:" in out) == (facts["verdict"] == "no difference found")
     models = [
         ComparedModel(name, np.array(correct, dtype=bool), None, 1.0, 1.0)
         for name, correct in (("dense fine-tune", dense), ("Mixture of Experts", moe))
@@ -152,31 +131,23 @@ RIGHT = {"moe": {0: 15, 1: 16, 2: 18, 7: 20}, "dense": {0: 14, 1: 14, 2: 13, 5: 
 
 
 def test_several_seeds_are_scipys_paired_t_test(cli):
+    routers = {"moe": "null", "dense": "hash"}
     runs = [
-        make(
-            f"{name}-{seed}",
-            [1] * right + [0] * (20 - right),
-            seed,
-            router="null" if name == "moe" else "hash",
-        )
+        make(f"{name}-{seed}", [1] * right + [0] * (20 - right), seed, router=routers[name])
         for name, by_seed in RIGHT.items()
         for seed, right in by_seed.items()
     ]
-    outcome = cli(
-        "compare", *reversed(runs[4:]), *runs[:4], "--json", "out.json"
-    )  # dense first; any order of seeds
-    assert (outcome.code, outcome.err) == (0, "")
-    found = json.loads(Path("out.json").read_text())
+    out, facts = compared(cli, *reversed(runs[4:]), *runs[:4])  # dense first; any order of seeds
     moe, dense = ([RIGHT[name][seed] / 20 for seed in (0, 1, 2)] for name in ("moe", "dense"))
     expected = stats.ttest_rel(dense, moe)
-    assert found["p_value"] == pytest.approx(expected.pvalue)
-    assert found["interval"] == pytest.approx(expected.confidence_interval())
-    assert found["difference"] == pytest.approx(-8 / 60)
-    assert [pair["seeds"] for pair in found["by_seed"]] == [[0, 0], [1, 1], [2, 2]]
-    assert [round(20 * pair["difference"]) for pair in found["by_seed"]] == [-1, -2, -5]
-    assert "seed 2: dense-2 − moe-2 = −25.0 (−" in outcome.out
+    assert facts["p_value"] == pytest.approx(expected.pvalue)
+    assert facts["interval"] == pytest.approx(expected.confidence_interval())
+    assert facts["difference"] == pytest.approx(-8 / 60)
+    assert [pair["seeds"] for pair in facts["by_seed"]] == [[0, 0], [1, 1], [2, 2]]
+    assert [round(20 * pair["difference"]) for pair in facts["by_seed"]] == [-1, -2, -5]
+    assert "seed 2: dense-2 − moe-2 = −25.0 (−" in out
     widest = 100 * max(abs(end) for end in expected.confidence_interval())
-    assert_names(outcome.out, "Left out", "dense-5, moe-7.", f"exclude ±{widest:.1f} points.")
+    assert_names(out, "Left out", "dense-5, moe-7.", f"exclude ±{widest:.1f} points.")
 
 
 def test_equal_differences_have_no_interval(cli):
@@ -185,9 +156,12 @@ def test_equal_differences_have_no_interval(cli):
         for depth in (4, 3)
         for seed in (0, 1)
     ]
-    outcome = succeeded(cli("compare", *runs, "--json", "out.json"))
-    assert_names(outcome.out, "A − B: +10.0", "10 test images.", "no interval")
-    assert json.loads(Path("out.json").read_text())["p_value"] is None
+    out, facts = compared(cli, *runs)
+    assert_names(out, "A − B: +10.0", "10 test images.", "no interval")
+    assert facts["p_value"] is None
+
+
+BALANCED = {"monitor": "val/balanced_acc"}
 
 
 def test_unbalanced_classes_are_compared_by_balanced_accuracy(cli):
@@ -198,39 +172,21 @@ def test_unbalanced_classes_are_compared_by_balanced_accuracy(cli):
     """
     a = [1] * 90 + [0] * 7 + [1] * 3
     b = [0] * 9 + [1] * 81 + [1] * 10
-    monitor = {"monitor": "val/balanced_acc"}
-    outcome = succeeded(
-        cli(
-            "compare",
-            make("one", a, dogs=10, summary=monitor),
-            make("two", b, dogs=10),
-            "--json",
-            "out.json",
-        )
-    )
-    found = json.loads(Path("out.json").read_text())
-    assert found["difference"] == pytest.approx(-0.3)
+    out, facts = compared(cli, make("one", a, dogs=10, summary=BALANCED), make("two", b, dogs=10))
+    assert facts["difference"] == pytest.approx(-0.3)
     centre = (9 / 91 - 7 / 11) / 2
     error = math.sqrt((9.5 - 81 / 91) / 91**2 + (7.5 - 49 / 11) / 11**2) / 2
-    assert found["interval"] == pytest.approx(
-        [centre - 1.959964 * error, centre + 1.959964 * error]
-    )
-    assert found["detectable"] == pytest.approx((1.959964 + 0.841621) * error)
-    assert "B is better." in outcome.out
-    assert "balanced accuracy" in outcome.out
+    ends = [centre - 1.959964 * error, centre + 1.959964 * error]
+    assert facts["interval"] == pytest.approx(ends)
+    assert facts["detectable"] == pytest.approx((1.959964 + 0.841621) * error)
+    assert_names(out, "B is better.", "balanced accuracy")
 
 
 def test_one_image_of_a_class_tells_no_models_apart(cli):
     """All cats alike, and the one dog right in A only: half of the balanced accuracy, by one image."""
     a, b = [1] * 99 + [1], [1] * 99 + [0]
-    outcome = succeeded(
-        cli(
-            "compare",
-            make("one", a, dogs=1, summary={"monitor": "val/balanced_acc"}),
-            make("two", b, dogs=1),
-        )
-    )
-    assert_names(outcome.out, "+50.0 points", "balanced accuracy", "No difference found")
+    out, _ = compared(cli, make("one", a, dogs=1, summary=BALANCED), make("two", b, dogs=1))
+    assert_names(out, "+50.0 points", "balanced accuracy", "No difference found")
 
 
 def test_the_detectable_difference_has_its_power_by_enumeration():
@@ -283,37 +239,20 @@ def changed(file, old, new):
     path.write_text(path.read_text().replace(old, new))
 
 
-def drop_summary():
-    Path("runs/b/summary.json").unlink()
+PREDICTIONS = "runs/b/predictions_test.csv"
 
 
-def drop_predictions():
-    Path("runs/b/predictions_test.csv").unlink()
+def remove(name):
+    return lambda: Path("runs/b", name).unlink()
+
+
+def write(name, text):
+    return lambda: Path("runs/b", name).write_text(text)
 
 
 def empty_predictions():
-    file = Path("runs/b/predictions_test.csv")
+    file = Path(PREDICTIONS)
     file.write_text(file.read_text().splitlines(keepends=True)[0])  # as a full disk leaves a copy
-
-
-def break_predictions():
-    Path("runs/b/predictions_test.csv").write_text("name\n1\n")
-
-
-def other_images():
-    changed("runs/b/predictions_test.csv", "cat/0.png", "cat/99.png")
-
-
-def other_labels():
-    changed("runs/b/predictions_test.csv", "cat/0.png,cat", "cat/0.png,dog")
-
-
-def empty_config():
-    Path("runs/b/config.yaml").write_text("")
-
-
-def list_config():
-    Path("runs/b/config.yaml").write_text("- data")
 
 
 def drawn_anew():
@@ -322,26 +261,26 @@ def drawn_anew():
         changed(f"runs/{name}/config.yaml", "\n  seed: 0", f"\n  seed: {seed}")
 
 
+NO_CONFIG = "runs/b/config.yaml is no configuration: it must have keys"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (remove("summary.json"), "fit --resume runs/b`, then compare."),
+        (remove("predictions_test.csv"), f"{PREDICTIONS} can't be read"),
+        (write("predictions_test.csv", "name\n1\n"), f"{PREDICTIONS} can't be read ('image')"),
+        (empty_predictions, f"{PREDICTIONS} can't be read"),
         (
-            drop_summary,
-            "fit --resume runs/b`, then compare.",
-        ),
-        (drop_predictions, "runs/b/predictions_test.csv can't be read"),
-        (break_predictions, "runs/b/predictions_test.csv can't be read ('image')"),
-        (empty_predictions, "runs/b/predictions_test.csv can't be read"),
-        (
-            other_images,
-            "2 of 5 are in one of them only, such as 'cat/0.",
+            lambda: changed(PREDICTIONS, "cat/0.png", "cat/99.png"),
+            "a and b were not tested on the same images: 2 of 5 are in one of them only, such as 'cat/0.png'",
         ),
         (
-            other_labels,
-            "a and b were not tested on the same images: they have the same names and other labels",
+            lambda: changed(PREDICTIONS, "cat/0.png,cat", "cat/0.png,dog"),
+            "2 of 5 are in one of them only, such as 'cat/0.png' with the label 'cat'",
         ),
-        (empty_config, "runs/b/config.yaml is no configuration: it must have keys"),
-        (list_config, "runs/b/config.yaml is no configuration: it must have keys"),
+        (write("config.yaml", ""), NO_CONFIG),
+        (write("config.yaml", "- data"), NO_CONFIG),
         (drawn_anew, "drawn images depend on --data.seed"),
     ],
 )
@@ -385,19 +324,6 @@ def test_runs_that_are_not_two_sides(cli):
     assert_names(cli("compare", a, b, "--json", "mine.json").err, "mine.json", "--json another")
 
 
-def test_what_earlier_versions_wrote_down_of_the_trainer_is_no_difference(cli):
-    """They wrote all its arguments; its own defaults are left out now."""
-    old, new = make("old", [1, 0, 1]), make("new", [1, 1, 1])
-    config = read_yaml(f"{new}/config.yaml")
-    kept = {name: value for name, value in config["trainer"].items() if name not in MORE}
-    config["trainer"] = kept | {"limit_val_batches": 0.5}
-    Path(new, "config.yaml").write_text(yaml.safe_dump(config))
-    assert cli("compare", old, new, "--json", "found.json").code == 0
-    assert json.loads(Path("found.json").read_text())["differ_in"] == {
-        "trainer.limit_val_batches": ["null", "0.5"]
-    }
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -419,16 +345,10 @@ def test_what_changes_the_training_makes_another_recipe(cli, change, said):
 
 def test_options_that_only_watch_make_no_recipe(cli):
     """Names, logging and how often to save differ; what the guard does makes another recipe."""
+    free = [{"log_every_n_steps": 10 + seed, "every_minutes": 5.0 + seed} for seed in (0, 1)]
     runs = [
-        make(
-            f"{kind}-{seed}",
-            [1, seed],
-            seed,
-            log_every_n_steps=10 + seed,
-            every_minutes=5.0 + seed,
-            max_skips=10 if kind == "a" else 2,
-        )
-        for kind in "ab"
+        make(f"{kind}-{seed}", [1, seed], seed, max_skips=skips, **free[seed])
+        for kind, skips in (("a", 10), ("b", 2))
         for seed in (0, 1)
     ]
     outcome = succeeded(cli("compare", *runs))

@@ -32,8 +32,8 @@ FIT = {
     "test of nothing": ("test --config {run}/config.yaml", ["--ckpt_path"]),
     "validate nothing": ("validate --config {run}/config.yaml", ["--ckpt_path"]),
     "resume in a test": ("test {pets} --resume {run}", ["--resume", "with fit"]),
-    "no value": ("fit --lr", ["--model.optim.lr", "needs a value", "fit --help"]),
-    "a value too much": ("fit --dense=5", ["--dense", "no value"]),
+    "no value": ("fit --lr", ["--model.optim.lr", "expected one", "fit --help"]),
+    "a value too much": ("fit --dense=5", ["--dense", "ignored", "'5'"]),
     "no verb": ("learn", ["'learn'", "fit, validate, test"]),
     "mistyped verb": ("anlyze", ["Did you mean", "analyze?"]),
     "no experts to train": (
@@ -128,7 +128,6 @@ OTHERS = {
         ["--router-start cluster", "--data"],
     ),
     "reinit": ("upcycle x --out=x --reinit=nan", ["'nan'", "between 0 and 1"]),
-    "share drawn anew": ("upcycle x --out=x --reinit=nan", ["'nan'", "0 and 1"]),
     "seed of upcycle": ("upcycle x --out=x --seed=-1", ["'-1'", "at least 0"]),
     "seed of analyze": ("analyze x --out=z --seed=99999999999", ["no seed"]),
 }

@@ -1,16 +1,19 @@
 """Small generated image folders, and what tests of data ask of sentences."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from moevision.data import ImageDataModule
-from moevision.data.collection import Collection
+from moevision.data.collection import Collection, Sample
 from moevision.data.open import open_collection
+from moevision.data.splits import Splits
 from moevision.errors import UserError
 from tests.shared import missing
 
@@ -60,8 +63,38 @@ def names(sentence: str, *fragments: str) -> None:
 
 
 @contextmanager
-def refusal(*fragments: str, kind: type[UserError] = UserError) -> Iterator[None]:
+def refusal(
+    *fragments: str, kind: type[Exception] = UserError
+) -> Iterator[pytest.ExceptionInfo[Any]]:
     """Expect an error that names all of this: the option or file, the value, the way on."""
     with pytest.raises(kind) as error:
-        yield
+        yield error
     names(str(error.value), *fragments)
+
+
+def samples_of(data: ImageDataModule | Collection | Splits) -> dict[str, list[Sample]]:
+    """Split -> samples."""
+    if not isinstance(data, ImageDataModule):
+        return data.samples
+    return {split: list(dataset.samples) for split, dataset in data.contents.datasets.items()}
+
+
+def sizes(data: ImageDataModule | Collection | Splits) -> list[int]:
+    """Number of images of each split, train first."""
+    return list(map(len, samples_of(data).values()))
+
+
+def split_of(data: ImageDataModule | Collection | Splits) -> dict[str, str]:
+    """Sample id -> split."""
+    by_split = samples_of(data).items()
+    return {sample.sample_id: split for split, samples in by_split for sample in samples}
+
+
+def splits_of_groups(
+    data: ImageDataModule | Splits, group_of: Callable[[str], Hashable]
+) -> list[set[str]]:
+    """The splits in which each group has images; `group_of` is the group of a sample id."""
+    splits: dict[Hashable, set[str]] = defaultdict(set)
+    for sample_id, split in split_of(data).items():
+        splits[group_of(sample_id)].add(split)
+    return list(splits.values())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import io
 import os
-import pickle
 import random
 import struct
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ from PIL import Image
 
 from moevision.data import SyntheticPets
 from moevision.data.images import BadImageError, full_size, is_image_path, safe_open
-from moevision.data.transforms import base_pixels, base_side, square_pixels
-from moevision.errors import UserError
+from moevision.data.transforms import Pixels, base_pixels, base_side, square_pixels
+from tests.data.conftest import refusal
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SHARPEST: dict[str, dict[str, object]] = {
@@ -55,6 +55,11 @@ def rgb_png(width: int, height: int, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
 
 
+def opened(data: bytes, **options: Any) -> Pixels:
+    """The pixels [H, W, 3] of an encoded image."""
+    return np.asarray(safe_open(io.BytesIO(data), **options)).astype(int)
+
+
 def reason(data: bytes, **limits: int) -> str:
     with pytest.raises(BadImageError) as caught:
         safe_open(io.BytesIO(data), **limits)  # type: ignore[arg-type]
@@ -64,15 +69,12 @@ def reason(data: bytes, **limits: int) -> str:
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_plain_picture_keeps_its_pixels(tmp_path: Path, image_format: str) -> None:
     picture = quadrants()
-    options = SHARPEST.get(image_format, {})
     path = tmp_path / "picture.dat"  # the name has no say in which decoder runs
-    path.write_bytes(encoded(picture, image_format, **options))
+    path.write_bytes(encoded(picture, image_format, **SHARPEST.get(image_format, {})))
     for source in (path, str(path), io.BytesIO(path.read_bytes())):
-        opened = safe_open(source)
-        assert type(opened) is Image.Image
-        assert opened.mode == "RGB"
-        assert opened.size == (16, 8)
-        difference = np.asarray(opened).astype(int) - np.asarray(picture)
+        image = safe_open(source)
+        assert (type(image), image.mode, image.size) == (Image.Image, "RGB", (16, 8))
+        difference = np.asarray(image).astype(int) - np.asarray(picture)
         assert np.abs(difference).max() <= (6 if image_format == "JPEG" else 0)
 
 
@@ -95,26 +97,20 @@ def test_exif_orientation_is_applied_once(image_format: str, orientation: int) -
     exif[0x0112] = orientation
     options = SHARPEST.get(image_format, {})
     image = Image.fromarray(np.ascontiguousarray(stored))
-    opened = safe_open(io.BytesIO(encoded(image, image_format, exif=exif, **options)))
-    assert np.abs(np.asarray(opened).astype(int) - upright).max() <= 6
-    assert opened.getexif().get(0x0112, 1) == 1
+    found = safe_open(io.BytesIO(encoded(image, image_format, exif=exif, **options)))
+    assert np.abs(np.asarray(found).astype(int) - upright).max() <= 6
+    assert found.getexif().get(0x0112, 1) == 1
 
 
-@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled_not_clipped(image_format: str) -> None:
-    levels = np.array([[0, 257, 1000, 40000, 65535]], np.uint16)
-    opened = safe_open(io.BytesIO(encoded(Image.fromarray(levels), image_format)))
-    # 1000 / 257 = 3.89, 40000 / 257 = 155.6
-    np.testing.assert_array_equal(
-        np.asarray(opened)[0], np.repeat([[0], [1], [4], [156], [255]], 3, axis=1)
-    )
-
-
-def test_big_endian_sixteen_bit_tiff() -> None:
-    data = encoded(
-        Image.frombytes("I;16B", (2, 1), struct.pack(">HH", 257 * 10, 257 * 200)), "TIFF"
-    )
-    np.testing.assert_array_equal(np.asarray(safe_open(io.BytesIO(data)))[0, :, 0], [10, 200])
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "big-endian TIFF"])
+def test_sixteen_bit_grey_is_scaled_and_rounded_not_clipped(image_format: str) -> None:
+    """257 steps of 16 bits are one of 8: 128 is nearer to 0, 129 to 1; 1000 / 257 = 3.89, 40000 / 257 = 155.6."""
+    levels = np.array([[0, 128, 129, 257, 1000, 40_000, 65_406, 65_407, 65_535]], np.uint16)
+    image = Image.fromarray(levels)
+    if image_format == "big-endian TIFF":
+        image = Image.frombytes("I;16B", (levels.size, 1), levels.astype(">u2").tobytes())
+    grey = opened(encoded(image, image_format.removeprefix("big-endian ")))[0]
+    assert (grey.T == [0, 0, 1, 1, 4, 156, 254, 255, 255]).all()
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
@@ -123,51 +119,47 @@ def test_alpha_is_composited_on_white(image_format: str) -> None:
         [[(255, 0, 0, 0), (255, 0, 0, 255), (0, 0, 0, 51)]], np.uint8
     )  # 51 / 255 = 0.2
     options = {"lossless": True, "exact": True} if image_format == "WEBP" else {}
-    data = encoded(Image.fromarray(pixels), image_format, **options)
-    np.testing.assert_array_equal(
-        np.asarray(safe_open(io.BytesIO(data)))[0], [(255, 255, 255), (255, 0, 0), (204, 204, 204)]
-    )
+    found = opened(encoded(Image.fromarray(pixels), image_format, **options))
+    assert found.tolist() == [[[255, 255, 255], [255, 0, 0], [204, 204, 204]]]
 
 
-def test_grey_bilevel_palette_cmyk_and_their_transparency() -> None:
-    def first(data: bytes) -> tuple[int, ...]:
-        return tuple(np.asarray(safe_open(io.BytesIO(data)))[0, 0].tolist())
-
-    assert first(encoded(Image.new("L", (3, 3), 90), "PNG")) == (90, 90, 90)
-    assert first(encoded(Image.new("1", (3, 3), 1), "PNG")) == (255, 255, 255)
-    assert first(encoded(Image.new("LA", (3, 3), (0, 0)), "PNG")) == (255, 255, 255)
-    palette = Image.new("P", (3, 3), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    assert first(encoded(palette, "PNG")) == (10, 20, 30)
-    assert first(encoded(palette, "PNG", transparency=1)) == (255, 255, 255)
-    assert first(encoded(palette, "PNG", transparency=bytes([255, 0]))) == (255, 255, 255)
-    keyed = Image.new("RGB", (3, 3), (9, 8, 7))
-    assert first(encoded(keyed, "PNG", transparency=(9, 8, 7))) == (255, 255, 255)
-    red, green, blue = first(
-        encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
-    )
-    assert red > 245
-    assert green < 10
-    assert blue < 10
+PALETTE = Image.new("P", (3, 3), 1)
+PALETTE.putpalette([0, 0, 0, 10, 20, 30])
+KEYED = Image.new("RGB", (3, 3), (9, 8, 7))
+WHITE = (255, 255, 255)
 
 
-@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_animation_gives_its_first_frame(image_format: str) -> None:
+@pytest.mark.parametrize(
+    ("image", "transparency", "colour"),
+    [
+        (Image.new("L", (3, 3), 90), None, (90, 90, 90)),
+        (Image.new("1", (3, 3), 1), None, WHITE),
+        (Image.new("LA", (3, 3), (0, 0)), None, WHITE),
+        (PALETTE, None, (10, 20, 30)),
+        (PALETTE, 1, WHITE),
+        (PALETTE, bytes([255, 0]), WHITE),
+        (KEYED, (9, 8, 7), WHITE),
+    ],
+)
+def test_grey_bilevel_palette_and_their_transparency(image, transparency, colour) -> None:
+    options = {} if transparency is None else {"transparency": transparency}
+    assert tuple(opened(encoded(image, "PNG", **options))[0, 0]) == colour
+
+
+def test_cmyk() -> None:
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert np.abs(opened(encoded(red, "JPEG", quality=100)) - (255, 0, 0)).max() < 10
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_of_several_frames_the_first_is_read(image_format: str) -> None:
     frames = [
-        Image.new("RGB", (6, 6), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))
+        Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))
     ]
     options = {"lossless": True} if image_format == "WEBP" else {}
     data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:], **options)
     assert getattr(Image.open(io.BytesIO(data)), "n_frames") == 3  # noqa: B009 - absent in the stub
-    assert np.asarray(safe_open(io.BytesIO(data)))[3, 3].tolist() == [200, 0, 0]
-
-
-def test_multi_picture_jpeg_gives_its_first_picture() -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0))]
-    data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
-    assert (
-        np.abs(np.asarray(safe_open(io.BytesIO(data)))[4, 4].astype(int) - (200, 0, 0)).max() <= 4
-    )
+    assert np.abs(opened(data)[4, 4] - (200, 0, 0)).max() <= 4 * (image_format == "MPO")
 
 
 def test_truncated_empty_and_non_image_files_say_what_is_wrong() -> None:
@@ -176,39 +168,32 @@ def test_truncated_empty_and_non_image_files_say_what_is_wrong() -> None:
         data = encoded(noise, image_format)
         assert "damaged" in reason(data[: len(data) // 2]), image_format
     assert "empty" in reason(b"")
+    # Formats that Pillow reads, but that are not let in: PostScript would start Ghostscript.
+    not_let_in = [encoded(noise, name) for name in ("EPS", "PPM")]
     for data in (
-        b"%PDF-1.7 not a picture",
+        b"%PDF-1.7 no image",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        b"\x00" * 100,
+        bytes(100),
+        *not_let_in,
     ):
         assert "is not a JPEG" in reason(data)
-    # A format Pillow reads, but that is not let in: PostScript would start Ghostscript.
-    assert "is not a JPEG" in reason(encoded(noise, "EPS"))
-    assert "is not a JPEG" in reason(encoded(noise, "PPM"))
 
 
 def test_formats_without_a_known_range_are_refused() -> None:
-    assert "pixel format F" in reason(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
-    assert "pixel format I" in reason(encoded(Image.new("I", (4, 4), 70000), "TIFF"))
+    for mode, value in (("F", 0.5), ("I", 70_000)):
+        assert f"pixel format {mode}" in reason(encoded(Image.new(mode, (4, 4), value), "TIFF"))
 
 
-def test_giant_pictures_are_refused_from_the_header_alone() -> None:
+def test_giant_pictures_and_files_are_refused() -> None:
     # There is a header and no pixel at all: decoding would say "damaged".
     assert "limit of 50,000,000" in reason(rgb_png(11_000, 11_000, b""))  # Pillow only warns here
     assert "limit of 50,000,000" in reason(rgb_png(16_384, 16_384, b""))  # and raises here
     assert "longest side of 16,384" in reason(rgb_png(70_000, 1, b""))
-    assert "damaged" in reason(
-        rgb_png(7_000, 7_000, b"")
-    )  # within the limits: decoded, and found wanting
+    assert "damaged" in reason(rgb_png(7_000, 7_000, b""))  # within the limits: decoded
     small = encoded(quadrants(), "PNG")
     assert "limit of 127" in reason(small, max_pixels=127)
-    assert safe_open(io.BytesIO(small), max_pixels=128).size == (16, 8)
-
-
-def test_large_files_are_refused() -> None:
-    data = encoded(quadrants(), "PNG")
-    assert "larger than" in reason(data, max_bytes=len(data) - 1)
-    assert safe_open(io.BytesIO(data), max_bytes=len(data)).size == (16, 8)
+    assert "larger than" in reason(small, max_bytes=len(small) - 1)
+    assert opened(small, max_pixels=128, max_bytes=len(small)).shape == (8, 16, 3)
 
 
 def test_no_more_than_256_mib_are_read_and_one_byte_to_see_that_there_are_more() -> None:
@@ -223,29 +208,21 @@ def test_no_more_than_256_mib_are_read_and_one_byte_to_see_that_there_are_more()
 
 
 def test_paths_that_are_no_readable_file(tmp_path: Path) -> None:
-    with pytest.raises(BadImageError, match="no such file") as caught:
+    with refusal("no such file", kind=BadImageError) as error:
         safe_open(tmp_path / "missing.jpg")
-    assert caught.value.path == str(tmp_path / "missing.jpg")
-    with pytest.raises(BadImageError, match="not a regular file"):
+    assert error.value.path == str(tmp_path / "missing.jpg")
+    with refusal("not a regular file", kind=BadImageError):
         safe_open(tmp_path)
     for odd in ("nul\0byte.png", "x" * 5000):
-        with pytest.raises(BadImageError, match="cannot use the image"):
+        with refusal("cannot use the image", kind=BadImageError):
             safe_open(odd)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX pipes")
 def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(BadImageError, match="not a regular file"):
+    with refusal("not a regular file", kind=BadImageError):
         safe_open(tmp_path / "pipe.png")
-
-
-def test_error_is_a_user_error_and_survives_pickling() -> None:
-    error = pickle.loads(pickle.dumps(BadImageError("cats/1.jpg", "the file is empty")))
-    assert issubclass(BadImageError, UserError)
-    assert isinstance(error, BadImageError)
-    assert (error.path, error.reason) == ("cats/1.jpg", "the file is empty")
-    assert str(error) == "cannot use the image cats/1.jpg: the file is empty"
 
 
 def test_threads_share_it_and_leave_pillow_as_it_was() -> None:
@@ -277,20 +254,20 @@ def test_damaged_files_give_a_picture_or_a_bad_image_error(image_format: str) ->
     rng = random.Random(f"damage {image_format}")
     exif = Image.Exif()
     exif[0x0112] = 6
-    options = {"exif": exif} if image_format in ("JPEG", "PNG", "WEBP", "TIFF") else {}
+    options: dict[str, Any] = {} if image_format in ("BMP", "GIF") else {"exif": exif}
     if image_format == "TIFF":
-        options["compression"] = "tiff_lzw"  # type: ignore[assignment]
+        options["compression"] = "tiff_lzw"
     whole = encoded(quadrants(48, 32), image_format, **options)
     refused: list[BadImageError] = []
     for _ in range(60):
         try:
-            opened = safe_open(io.BytesIO(mutate(whole, rng)), max_pixels=1_000_000)
+            found = safe_open(io.BytesIO(mutate(whole, rng)), max_pixels=1_000_000)
         except BadImageError as error:
             refused.append(error)
         else:
-            assert opened.mode == "RGB"
-            assert opened.width * opened.height <= 1_000_000
-            opened.getpixel((opened.width - 1, opened.height - 1))
+            assert found.mode == "RGB"
+            assert found.width * found.height <= 1_000_000
+            found.getpixel((found.width - 1, found.height - 1))
     assert len(refused) >= 5  # the damage is real
     assert all(error.path == "<stream>" and error.reason for error in refused)
 
@@ -301,24 +278,27 @@ def test_a_decompression_bomb_costs_no_memory() -> None:
     bomb = rgb_png(11_000, 11_000, rows)
 
     def resident_kb() -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(
-            status.split("VmHWM:")[1].split()[0]
-        )  # the peak, so memory given back still counts
+        """The peak, so memory given back still counts."""
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
     before = resident_kb()
     assert "limit of 50,000,000" in reason(bomb)
     assert resident_kb() - before < 50_000  # its pixels would take 363 MB
 
 
-def test_image_paths_are_recognised_by_suffix() -> None:
-    assert all(
-        map(is_image_path, ("a.jpg", "A.JPEG", "b/c.PnG", "d.webp", "e.bmp", "f.gif", "g.TIF"))
-    )
-    assert not any(
-        map(is_image_path, ("a.txt", "jpg", "a.jpg.json", "._a.jpg", "b/.hidden.png", "a.svg"))
-    )
-    assert is_image_path(Path("folder.d/x.jpeg"))
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "A.JPEG", "b/c.PnG", "d.webp", "e.bmp", "f.gif", "g.TIF", "h.d/x.jpe"]
+)
+def test_image_paths_are_recognised_by_suffix(name: str) -> None:
+    assert is_image_path(name)
+    assert is_image_path(Path(name))
+    assert not is_image_path(f"{name}.json")
+    assert not is_image_path(Path(name).with_name(f"._{Path(name).name}"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "jpg", "b/.hidden.png", "a.svg"])
+def test_other_paths_are_no_images(name: str) -> None:
+    assert not is_image_path(name)
 
 
 # Large JPEGs, decoded reduced
@@ -337,8 +317,8 @@ def scene(width: int, height: int) -> Image.Image:
 
 def as_seen(data: bytes, image_size: int, *, square: bool, reduced: bool) -> np.ndarray:
     side = image_size if square else base_side(image_size)
-    opened = safe_open(io.BytesIO(data), side if reduced else None)
-    return (square_pixels if square else base_pixels)(opened, image_size).astype(int)
+    image = safe_open(io.BytesIO(data), side if reduced else None)
+    return (square_pixels if square else base_pixels)(image, image_size).astype(int)
 
 
 # Upright and turned by 90 degrees (5 to 8), each once as a square.
@@ -359,36 +339,30 @@ def test_a_reduced_jpeg_shrinks_to_nearly_the_same_pixels(size, divisor, turn, s
     exif = Image.Exif()
     exif[0x0112] = turn
     data = encoded(scene(*size), "JPEG", quality=92, exif=exif)
-    opened = safe_open(io.BytesIO(data), 69)
+    image = safe_open(io.BytesIO(data), 69)
     # 2 x 69 = 138 pixels must be left of the short side: 1200 / 8 = 150, 601 / 4 = 150.25, 402 / 2 and 375 / 2
-    if turn > 1 and (
-        size[0] % divisor or size[1] % divisor
-    ):  # turned: without remainder, or not at all
+    has_remainder = any(side % divisor for side in size)
+    if turn > 1 and has_remainder:  # turned: without remainder, or not at all
         divisor = 1
     upright = size if turn < 5 else size[::-1]
-    assert full_size(opened) == (upright, divisor)
-    assert opened.size == tuple(-(-side // divisor) for side in upright)
-    exact = as_seen(data, 60, square=square, reduced=False)
-    found = as_seen(data, 60, square=square, reduced=True)
+    assert full_size(image) == (upright, divisor)
+    assert image.size == tuple(-(-side // divisor) for side in upright)
+    exact, found = (as_seen(data, 60, square=square, reduced=reduced) for reduced in (False, True))
     assert found.shape == exact.shape
     difference = np.abs(found - exact)
     # measured over all cases of this test: at most 6 grey levels in a pixel, and 0.40 on average
-    assert difference.max() <= 8
+    assert difference.max() <= (0 if divisor == 1 else 8)
     assert difference.mean() <= 0.5
-    if divisor == 1:
-        assert difference.max() == 0
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_other_kinds_of_jpeg_are_reduced_too(mode, progressive):
     data = encoded(scene(800, 600).convert(mode), "JPEG", quality=92, progressive=progressive)
-    opened = safe_open(io.BytesIO(data), 64)
-    assert (opened.mode, opened.size, full_size(opened)) == ("RGB", (200, 150), ((800, 600), 4))
-    difference = np.abs(
-        as_seen(data, 64, square=True, reduced=True) - as_seen(data, 64, square=True, reduced=False)
-    )
-    assert difference.max() <= 8
+    image = safe_open(io.BytesIO(data), 64)
+    assert (image.mode, image.size, full_size(image)) == ("RGB", (200, 150), ((800, 600), 4))
+    exact, found = (as_seen(data, 64, square=True, reduced=reduced) for reduced in (False, True))
+    assert np.abs(found - exact).max() <= 8
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -403,9 +377,9 @@ def test_what_is_not_much_larger_is_not_touched(image_format):
 
 def test_limits_hold_for_the_full_size_of_a_reduced_jpeg():
     data = encoded(Image.new("RGB", (1600, 1200)), "JPEG")
-    with pytest.raises(BadImageError, match="1600 x 1200"):
+    with refusal("1600 x 1200", kind=BadImageError):
         safe_open(io.BytesIO(data), 16, max_pixels=1_900_000)
-    with pytest.raises(BadImageError, match="truncated or damaged"):
+    with refusal("truncated or damaged", kind=BadImageError):
         safe_open(io.BytesIO(data[: len(data) // 2]), 16)
 
 
@@ -414,18 +388,3 @@ def test_a_text_in_a_foreign_picture_is_not_its_size():
     image.info["full_size"] = "1x1"
     assert full_size(image) == ((16, 8), 1)
     assert square_pixels(image, 8).shape == (8, 8, 3)
-
-
-def test_sixteen_bits_are_rounded_to_the_nearest_of_eight(tmp_path):
-    """257 steps of 16 bits are one of 8: 128 is nearer to 0, 129 to 1."""
-    values = np.array([[0, 128, 129, 257, 65_406, 65_407, 65_535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    assert np.asarray(safe_open(tmp_path / "deep.png"))[0, :, 0].tolist() == [
-        0,
-        0,
-        1,
-        1,
-        254,
-        255,
-        255,
-    ]

@@ -12,6 +12,7 @@ from moevision.data.scores import (
     METHODS,
     SCORES,
     Scores,
+    Share,
     apply_lists,
     choose_kept_images,
     class_shares,
@@ -47,12 +48,8 @@ def test_what_each_score_gives_up_first():
         forgetting=[0, 0, 0.5, 0.25],
         correct=[1, 0, 0.5, 0.5],  # b was never correct: forgotten most
     )
-    assert {by: kept(found, by, 0.5) for by in ("aum", "el2n", "loss", "forgetting")} == {
-        "aum": "ac",
-        "el2n": "bc",
-        "loss": "ad",
-        "forgetting": "bc",
-    }
+    for by, images in {"aum": "ac", "el2n": "bc", "loss": "ad", "forgetting": "bc"}.items():
+        assert kept(found, by, 0.5) == images, by
 
 
 def test_ccs_draws_equally_from_strata_and_gives_up_the_hardest():
@@ -64,22 +61,17 @@ def test_ccs_draws_equally_from_strata_and_gives_up_the_hardest():
     for plan in plans:
         assert plan.keep[:4].tolist() == [False, False, True, True]
         assert plan.keep[4:].sum() == 3
-        reasons = [plan.reasons[number] for number in plan.reason]
-        names(reasons[0], "aum {value}", "20%", "lowest")
-        names(reasons[3], "stratum 26", "1 of 1")
-        names(reasons[9], "stratum 50", "3 of 6")
+        names(plan.reason[0], "aum -9", "20%", "lowest")
+        names(plan.reason[3], "stratum 26", "1 of 1")
+        names(plan.reason[9], "stratum 50", "3 of 6")
     assert len({plan.keep.tobytes() for plan in plans}) > 5  # drawn
 
 
 def test_random_and_ties_are_drawn_by_the_seed():
     found = scores("x" * 8)
     for by in ("random", "aum"):
-        drawn = Counter(
-            letter for seed in range(200) for letter in kept(found, by, 0.25, seed=seed)
-        )
-        assert (
-            min(drawn[letter] for letter in "abcdefgh") > 25
-        )  # 200 draws of 2 of 8: 50 expected, SD 6.1
+        drawn = Counter("".join(kept(found, by, 0.25, seed=seed) for seed in range(200)))
+        assert min(drawn[letter] for letter in "abcdefgh") > 25  # of 200 x 2 draws 50, SD 6.1
         assert kept(found, by, 0.25, seed=3) == kept(found, by, 0.25, seed=3)
 
 
@@ -90,12 +82,10 @@ def test_no_class_is_emptied_and_what_was_never_seen_stays(by):
     values = {name: [0.0, 1.0, 2.0, 0.0, bad] for name, bad in worst.items()}
     found = scores("xxxxz", visits=[2, 2, 2, 0, 2], correct=[1] * 5, **values)
     plan = prune(found, by, 0.25, hardest=0.25)
-    assert (
-        plan.keep.sum() == 3 if by != "random" else plan.keep.sum() in (2, 3)
-    )  # one by its score, d, and z
-    assert plan.keep[3]
-    assert plan.keep[4]
-    assert plan.reasons[plan.reason[3]].startswith("never visited")
+    # one by its score, d, and z
+    assert plan.keep.sum() in ((2, 3) if by == "random" else (3,))
+    assert plan.keep[3:].all()
+    assert plan.reason[3].startswith("never visited")
 
 
 def test_shares_before_and_after_and_who_starves():
@@ -129,12 +119,10 @@ def test_the_list_says_why_and_is_what_fit_takes(tmp_path):
         assert rows[2] == [label, label, "yes", label if relabelled else "", "aum 3: rank 2 of 4"]
     names = ["x", "=evil,\x1b", "z"]
     train = [
-        Sample(image, names.index(label))
-        for image, label in zip(found.images, found.labels, strict=True)
+        Sample(*pair) for pair in zip(found.images, map(names.index, found.labels), strict=True)
     ]
-    splits = apply_lists(
-        Splits({"train": train}, {"train": ""}), names, tmp_path / "keep.csv", tmp_path / "keep.csv"
-    )
+    file = tmp_path / "keep.csv"
+    splits = apply_lists(Splits({"train": train}, {"train": ""}), names, file, file)
     assert splits.samples["train"] == [train[0], train[2], train[3]]
 
 
@@ -148,15 +136,17 @@ def test_decisions_drop_and_relabel_and_leave_the_rest(tmp_path):
     plan = choose_kept_images(found, decided(tmp_path, "b,x,drop,\nc,x,relabel,z\na,x,keep,\n"))
     assert plan.keep.tolist() == [True, False, True, True, True]
     assert plan.new_label == {2: "z"}
-    assert [plan.reasons[each] for each in plan.reason] == [
-        "decided: keep",
-        "decided: drop",
-        "decided: wrong label",
-        "not decided",
-        "not decided",
-    ]
+    reasons = ["keep", "drop", "wrong label"]
+    assert plan.reason == [*(f"decided: {reason}" for reason in reasons), *["not decided"] * 2]
     assert class_shares(found, plan) == [("x", 0.6, 0.25), ("z", 0.4, 0.75)]
 
 
 def test_one_image():
     assert kept(scores("x"), "ccs", 0.5) == "a"
+
+
+def test_of_many_shares_those_that_fall_most_are_shown():
+    shares = [Share(f"c{number:02}", 0.04, number / 1000) for number in range(22)]
+    *rows, rest = shares_table(shares, "class")[1:]
+    assert [row.split()[0] for row in rows] == [share.name for share in shares[:20]]
+    assert rest == "and 2 that lose less"

@@ -2,6 +2,7 @@
 
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +18,10 @@ def sums(names: list[str] = NAMES, experts: dict[int, int] = EXPERTS) -> ScoreSu
     return ScoreSums(keys_of(names), experts)
 
 
-def visit(
-    index: list[int], *measures: list[float], shares: list[list[float]] | None = None
-) -> tuple:
-    return (
-        np.array(index),
-        np.array(measures, np.float32),
-        None if shares is None else np.array(shares, np.float32),
-    )
+def visit(index: list[int], *measures: list[float], shares: Any = None) -> tuple:
+    """Arguments of `ScoreSums.add`."""
+    share_array = None if shares is None else np.array(shares, np.float32)
+    return np.array(index), np.array(measures, np.float32), share_array
 
 
 def test_means_are_over_visits_by_hand():
@@ -56,10 +53,8 @@ def test_means_are_over_visits_by_hand():
 def test_visits_within_a_batch_count_one_after_the_other():
     """Correct, wrong, wrong, correct, wrong of one image in one batch: forgotten twice, as in five batches."""
     one, five = sums(), sums()
-    outcomes = [
-        [0.0, 0.0, 0.0, p, correct]
-        for p, correct in ((0.9, 1), (0.2, 0), (0.1, 0), (0.7, 1), (0.3, 0))
-    ]
+    visits = ((0.9, 1), (0.2, 0), (0.1, 0), (0.7, 1), (0.3, 0))
+    outcomes = [[0.0, 0.0, 0.0, p, correct] for p, correct in visits]
     one.add(*visit([1] * 5, *outcomes))
     for outcome in outcomes:
         five.add(*visit([1], outcome))
@@ -74,10 +69,8 @@ def test_shares_are_means_over_the_visits_that_have_them():
     found.add(*visit([0], nothing, shares=[[0.25, 0.75, 0.0, 0.5, 0.5]]))
     found.add(*visit([0], nothing, shares=[[0.75, 0.25, 0.0, 1.0, 0.0]]))
     table = found.table(NAMES, LABELS)
-    assert {block: shares[0].tolist() for block, shares in table.experts.items()} == {
-        1: [0.5, 0.5],
-        3: [0, 0.75, 0.25],
-    }
+    first = {block: shares[0].tolist() for block, shares in table.experts.items()}
+    assert first == {1: [0.5, 0.5], 3: [0, 0.75, 0.25]}
     assert np.isnan(table.experts[3][1:]).all()
 
 
@@ -123,13 +116,11 @@ def test_memory_at_imagenets_size(tmp_path: Path):
     index = random.choice(count, 1024, replace=False)
     measures, shares = random.random((1024, 5), np.float32), random.random((1024, 16), np.float32)
     tracemalloc.start()
-    try:
-        found = ScoreSums(keys, experts)
-        found.add(index, measures, shares)
-        state = found.state_dict()
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    found = ScoreSums(keys, experts)
+    found.add(index, measures, shares)
+    state = found.state_dict()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert found.rows.nbytes + keys.nbytes == 116 * count
     assert state["rows"].nbytes == found.rows.nbytes
     assert peak < found.rows.nbytes + keys.nbytes + 2**20, "1 MiB for a batch of 1,024"

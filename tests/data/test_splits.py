@@ -4,12 +4,13 @@ import csv
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moevision.data.collection import Collection, Sample
+from moevision.data.collection import FileCollection, Sample
 from moevision.data.folder import read_folder
 from moevision.data.splits import (
     Splits,
@@ -22,29 +23,28 @@ from moevision.data.splits import (
     write_splits,
 )
 from moevision.errors import UserError
-from tests.data.conftest import names, refusal
+from tests.data.conftest import names, refusal, split_of, splits_of_groups
 
 
-def per_class(splits: Splits) -> dict[str, dict[int, int]]:
-    return {
-        split: dict(Counter(s.label for s in samples)) for split, samples in splits.samples.items()
+def cut(root: Path, *fractions: float, **settings: Any) -> Splits:
+    return make_splits(read_folder(root), SplitSettings(*fractions, **settings))
+
+
+def per_class(splits: Splits) -> dict[str, list[int]]:
+    """Split -> number of images of each class."""
+    counts = {
+        split: Counter(sample.label for sample in samples)
+        for split, samples in splits.samples.items()
     }
-
-
-def split_of(splits: Splits) -> dict[str, str]:
-    return {s.sample_id: split for split, samples in splits.samples.items() for s in samples}
+    return {split: [count[label] for label in sorted(count)] for split, count in counts.items()}
 
 
 def test_unsplit_folder_is_cut_by_class(image_folder):
     collection = read_folder(image_folder({"cat": 40, "dog": 25, "elk": 3}))
     splits = make_splits(collection, SplitSettings(val_fraction=0.1, test_fraction=0.2))
     # test: round(40 x 0.2) = 8, round(25 x 0.2) = 5, at least 1 of 3; val: 4, round(2.5) = 2 (to even), 1
-    assert per_class(splits) == {
-        "train": {0: 28, 1: 18, 2: 1},
-        "val": {0: 4, 1: 2, 2: 1},
-        "test": {0: 8, 1: 5, 2: 1},
-    }
-    assert sum(len(samples) for samples in splits.samples.values()) == len(split_of(splits)) == 68
+    assert per_class(splits) == {"train": [28, 18, 1], "val": [4, 2, 1], "test": [8, 5, 1]}
+    assert len(split_of(splits)) == 68
     names(splits.sentences()[1], "val: 7 images", "at random", "seed 0")
     names(splits.sentences()[-1], "--data.group_by")
     grouped = make_splits(collection, SplitSettings(group_by=r"(\w+/\d\d\d)"))
@@ -52,107 +52,82 @@ def test_unsplit_folder_is_cut_by_class(image_folder):
     assert not splits.warnings
 
 
+def under(split: str, cat: int, dog: int) -> dict[str, int]:
+    return {f"{split}/cat": cat, f"{split}/dog": dog}
+
+
+GIVEN = under("Train", 5, 4) | under("validation", 3, 2) | under("test", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("folders", "fractions", "expected"),
+    [
+        (under("train", 20, 10), {}, [[16, 8], [2, 1], [2, 1]]),
+        (GIVEN, {}, [[5, 4], [3, 2], [1, 1]]),
+        (
+            under("train", 20, 10) | under("test", 4, 3),
+            {"test_fraction": 0},
+            [[18, 9], [2, 1], [4, 3]],
+        ),
+        (
+            under("train", 20, 10) | under("test", 4, 3),
+            {"test_fraction": 0.5},
+            [[18, 9], [2, 1], [4, 3]],
+        ),
+        (
+            under("train", 20, 10) | under("valid", 4, 3),
+            {"val_fraction": 0.2},
+            [[16, 8], [4, 2], [4, 3]],
+        ),
+    ],
+)
+def test_given_splits_stay_and_val_without_test_is_the_test_set(
+    image_folder, folders, fractions, expected
+):
+    splits = cut(image_folder(folders), **fractions)
+    assert per_class(splits) == dict(zip(("train", "val", "test"), expected, strict=True))
+    val, test = splits.sentences()[1:3]
+    if "test/cat" in folders:
+        names(test, "test: ", "dataset gives them")
+    if "valid/cat" in folders:
+        names(val, "cut from the dataset's train set")
+        names(test, "dataset's val set", "never selected on")
+
+
 def test_the_seed_decides_the_cut_and_a_new_file_moves_few_others(image_folder):
     root = image_folder({"cat": 60, "dog": 60})
-    first = split_of(make_splits(read_folder(root), SplitSettings(seed=1)))
-    assert split_of(make_splits(read_folder(root), SplitSettings(seed=1))) == first
-    assert split_of(make_splits(read_folder(root), SplitSettings(seed=2))) != first
-    shutil.copy(root / "cat/000.png", root / "cat/extra.png")
+    first = split_of(cut(root, seed=1))
+    assert split_of(cut(root, seed=1)) == first != split_of(cut(root, seed=2))
     (root / "cat/extra.png").write_bytes((root / "cat/000.png").read_bytes() + b" ")
-    second = split_of(make_splits(read_folder(root), SplitSettings(seed=1)))
+    second = split_of(cut(root, seed=1))
     assert sum(second[name] != split for name, split in first.items()) <= 2
 
 
-def test_a_test_fraction_of_zero_is_for_data_with_a_test_set(image_folder):
-    given = image_folder({"train/a": 8, "train/b": 8, "test/a": 2, "test/b": 2})
-    splits = make_splits(read_folder(given), SplitSettings(test_fraction=0.0))
-    assert {split: len(samples) for split, samples in splits.samples.items()} == {
-        "train": 14,
-        "val": 2,
-        "test": 4,
-    }
-
-
-def test_given_val_without_test_is_the_test_set(image_folder):
-    root = image_folder({"train/cat": 20, "train/dog": 10, "valid/cat": 4, "valid/dog": 3})
-    splits = make_splits(read_folder(root), SplitSettings(val_fraction=0.2))
-    assert per_class(splits) == {"train": {0: 16, 1: 8}, "val": {0: 4, 1: 2}, "test": {0: 4, 1: 3}}
-    assert {name.split("/")[0] for name, split in split_of(splits).items() if split == "test"} == {
-        "valid"
-    }
-    names(splits.sentences()[2], "dataset's val set", "never selected on")
-    names(splits.sentences()[1], "dataset's train set")
-
-
-def test_given_test_stays_and_val_is_cut_from_train(image_folder):
-    root = image_folder({"train/cat": 10, "train/dog": 10, "test/cat": 4, "test/dog": 3})
-    splits = make_splits(read_folder(root), SplitSettings(val_fraction=0.2, test_fraction=0.5))
-    assert per_class(splits) == {"train": {0: 8, 1: 8}, "val": {0: 2, 1: 2}, "test": {0: 4, 1: 3}}
-    names(splits.sentences()[2], "test: 7 images", "dataset gives them")
-
-
-def test_three_given_splits_stay(image_folder):
-    folders = {
-        "Train/a": 5,
-        "Train/b": 4,
-        "validation/a": 3,
-        "validation/b": 2,
-        "test/a": 1,
-        "test/b": 1,
-    }
-    splits = make_splits(read_folder(image_folder(folders)), SplitSettings())
-    assert per_class(splits) == {"train": {0: 5, 1: 4}, "val": {0: 3, 1: 2}, "test": {0: 1, 1: 1}}
-
-
-def test_train_alone_counts_as_unsplit(image_folder):
-    splits = make_splits(
-        read_folder(image_folder({"train/cat": 10, "train/dog": 10})), SplitSettings()
-    )
-    assert {split: len(samples) for split, samples in splits.samples.items()} == {
-        "train": 16,
-        "val": 2,
-        "test": 2,
-    }
-
-
-def copy_files(root: Path, sets: int, copies: int) -> None:
-    """Give each of the first images of a class some byte-identical copies."""
-    for number in range(sets):
-        for copy in range(copies):
-            shutil.copy(root / f"cat/{number:03d}.png", root / f"cat/copy_{number}_{copy}.png")
-
-
-def sides_of_copies(splits: Splits, sets: int) -> list[set[str]]:
-    sides = split_of(splits)
-    return [
-        {
-            sides[name]
-            for name in sides
-            if name == f"cat/{n:03d}.png" or name.startswith(f"cat/copy_{n}_")
-        }
-        for n in range(sets)
-    ]
+def set_of_copies(name: str) -> str:
+    """The image of which a file is a copy."""
+    return name.replace("copy_", "").partition("_")[0].removesuffix(".png")
 
 
 def test_identical_files_stay_on_one_side(image_folder):
     root = image_folder({"cat": 30, "dog": 30})
-    copy_files(root, sets=4, copies=2)
-    collection = read_folder(root)
+    for number in range(4):
+        for copy in range(2):
+            shutil.copy(root / f"cat/{number:03d}.png", root / f"cat/copy_{number:03d}_{copy}.png")
     seen = set()
     for seed in range(8):
-        sides = sides_of_copies(make_splits(collection, SplitSettings(0.2, 0.2, seed)), 4)
-        assert all(len(side) == 1 for side in sides)
-        seen |= set.union(*sides)
+        splits = cut(root, 0.2, 0.2, seed)
+        assert all(len(side) == 1 for side in splits_of_groups(splits, set_of_copies))
+        seen |= {split for name, split in split_of(splits).items() if "copy" in name}
     assert seen == {"train", "val", "test"}  # they are not simply kept out of the small splits
-    careless = SplitSettings(0.2, 0.2, 0, check_duplicates=False)
-    assert any(len(side) > 1 for side in sides_of_copies(make_splits(collection, careless), 4))
+    careless = cut(root, 0.2, 0.2, 0, check_duplicates=False)
+    assert any(len(side) > 1 for side in splits_of_groups(careless, set_of_copies))
 
 
 def test_copies_are_dropped_from_train_where_the_splits_are_given(image_folder):
     root = image_folder({"train/cat": 10, "train/dog": 10, "test/cat": 4, "test/dog": 4})
     shutil.copy(root / "test/cat/000.png", root / "train/cat/leak.png")
     shutil.copy(root / "test/cat/001.png", root / "train/cat/000.png")
-    splits = make_splits(read_folder(root), SplitSettings())
+    splits = cut(root)
     assert not {"train/cat/leak.png", "train/cat/000.png"} & set(split_of(splits))
     assert len(splits.samples["test"]) == 8
     assert [s.sample_id for s in splits.unused] == ["train/cat/000.png", "train/cat/leak.png"]
@@ -163,63 +138,40 @@ def test_copies_are_dropped_from_train_where_the_splits_are_given(image_folder):
 def test_contradictory_copies_are_told(image_folder):
     root = image_folder({"cat": 10, "dog": 10})
     shutil.copy(root / "cat/000.png", root / "dog/cat_after_all.png")
-    splits = make_splits(read_folder(root), SplitSettings())
-    (warning,) = splits.warnings
+    (warning,) = cut(root).warnings
     names(warning, "1 images", "several classes", "byte-identical files")
 
 
-def test_empty_files_are_not_copies_of_each_other(image_folder):
-    root = image_folder({"cat": 10, "dog": 10})
-    for name in ("cat/000.png", "cat/001.png", "dog/000.png"):
-        (root / name).write_bytes(b"")
-    collection = read_folder(root)
-    assert byte_identical(collection, collection.samples["all"]) == []
-
-
-def test_only_files_of_equal_size_are_hashed(tmp_path):
-    class Fake(Collection):
-        def __init__(self, contents: dict[str, bytes]) -> None:
-            super().__init__(["a"], {})
-            self.contents, self.hashed = contents, []
-
-        def open(self, sample, short_side=None):
-            raise AssertionError("no picture needs to be decoded")
-
-        def size_bytes(self, sample):
-            return len(self.contents[sample.sample_id])
-
-        def stored(self, sample):
-            self.hashed.append(sample.sample_id)
-            return self.contents[sample.sample_id]
-
-    fake = Fake({"a": b"xx", "b": b"xy", "c": b"xx", "d": b"xxx", "e": b""})
-    sets = byte_identical(fake, [Sample(name, 0) for name in fake.contents])
-    assert [[sample.sample_id for sample in members] for members in sets] == [["a", "c"]]
-    assert fake.hashed == ["a", "b", "c"]
+def test_only_files_of_equal_size_are_read_and_empty_ones_are_no_copies(tmp_path, monkeypatch):
+    contents = {"a": b"xx", "b": b"xy", "c": b"xx", "d": b"xxx", "e": b"", "f": b""}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    files, real, read = FileCollection(["cat"], {}, root=tmp_path), FileCollection.stored, []
+    monkeypatch.setattr(
+        FileCollection, "stored", lambda self, sample: read.append(sample) or real(self, sample)
+    )
+    a, b, c, *others = (Sample(name, 0) for name in contents)
+    assert byte_identical(files, [a, b, c, *others]) == [[a, c]]
+    assert read == [a, b, c]
 
 
 def test_group_by_parent(image_folder):
     root = image_folder({f"{kind}/patient{n}": 3 for kind in ("cat", "dog") for n in range(10)})
-    splits = make_splits(read_folder(root), SplitSettings(0.2, 0.2, group_by="parent"))
-    sides: dict[str, set[str]] = {}
-    for name, split in split_of(splits).items():
-        sides.setdefault(name.rpartition("/")[0], set()).add(split)
-    assert all(len(side) == 1 for side in sides.values())
-    assert per_class(splits)["test"] == {0: 6, 1: 6}  # 2 of 10 patients with 3 images each
+    splits = cut(root, 0.2, 0.2, group_by="parent")
+    sides = splits_of_groups(splits, lambda name: name.rpartition("/")[0])
+    assert all(len(side) == 1 for side in sides)
+    assert per_class(splits)["test"] == [6, 6]  # 2 of 10 patients with 3 images each
+    names(splits.together, "one folder", "--data.group_by parent", "20 groups")
 
 
 def test_group_by_regex_also_across_classes_and_given_splits(image_folder):
     root = image_folder({"train/cat": 12, "train/dog": 12, "test/cat": 2, "test/dog": 2})
     # The last digit is the person: 000, 010 -> 0, ...; test holds persons 0 and 1
-    splits = make_splits(read_folder(root), SplitSettings(0.2, group_by=r"(\d)\.png$"))
-    persons = {
-        split: {name[-5] for name, side in split_of(splits).items() if side == split}
-        for split in splits.samples
-    }
-    assert persons["test"] == {"0", "1"}
-    assert not persons["train"] & (persons["val"] | persons["test"])
-    assert not persons["val"] & persons["test"]
-    assert persons["train"] | persons["val"] == set("23456789")
+    splits = cut(root, 0.2, group_by=r"(\d)\.png$")
+    sides = splits_of_groups(splits, lambda name: name[-5])
+    assert Counter(split for (split,) in sides)["test"] == 2
+    assert len(sides) == 10
+    names(splits.together, "path agrees in", r"(\d)\.png$", "10 groups")
 
 
 @given(
@@ -233,9 +185,10 @@ def test_cut_is_a_partition_that_respects_groups(pictures, seed):
         parts = stratified_cut(samples, groups, {"test": 0.2, "val": 0.2}, seed, "abc")
     except UserError:
         return  # some class has too few groups
-    assert sorted(s for part in parts.values() for s in part) == sorted(samples)
-    sides = {(groups[s.sample_id], split) for split, part in parts.items() for s in part}
-    assert len(sides) == len({group for group, _ in sides})
+    splits = Splits(parts, {})
+    assert split_of(splits).keys() == groups.keys()
+    assert sum(map(len, parts.values())) == len(samples)
+    assert all(len(side) == 1 for side in splits_of_groups(splits, groups.__getitem__))
     for part in parts.values():
         assert {s.label for s in part} == {s.label for s in samples}
 
@@ -251,20 +204,23 @@ def test_cut_of_single_images_is_exact(sizes, seed):
             assert sum(s.label == label for s in parts[part]) == max(1, round(share * size))
 
 
-def saved(root: Path, table: Path, cut: SplitSettings) -> Splits:
-    collection = read_folder(root)
-    splits = make_splits(collection, cut)
-    write_splits(table, splits, collection.class_names)
-    return splits
+@pytest.fixture
+def saved(image_folder, tmp_path):
+    """A folder, the file in which its split is written, and the split."""
+
+    def save(folders: dict[str, int], **settings: Any) -> tuple[Path, Path, Splits]:
+        root, table = image_folder(folders), tmp_path / "splits.csv"
+        if "test/cat" in folders:
+            shutil.copy(root / "test/cat/000.png", root / "train/cat/leak.png")
+        splits = cut(root, **settings)
+        write_splits(table, splits, ["cat", "dog"])
+        return root, table, splits
+
+    return save
 
 
-def test_splits_csv_repeats_the_split(image_folder, tmp_path):
-    root, table = (
-        image_folder({"train/cat": 20, "train/dog": 20, "test/cat": 3, "test/dog": 3}),
-        tmp_path / "splits.csv",
-    )
-    shutil.copy(root / "test/cat/000.png", root / "train/cat/leak.png")
-    first = saved(root, table, SplitSettings(seed=5))
+def test_splits_csv_repeats_the_split(saved):
+    root, table, first = saved(under("train", 20, 20) | under("test", 3, 3), seed=5)
     with table.open() as handle:
         rows = list(csv.DictReader(handle))
     assert len(rows) == 47
@@ -289,11 +245,10 @@ def test_splits_csv_repeats_the_split(image_folder, tmp_path):
     ],
 )
 def test_images_of_a_run_are_known_by_name_and_size(
-    image_folder, tmp_path, names, there, copied, expected
+    image_folder, saved, names, there, copied, expected
 ):
     """Of 20 images; whether a folder is a whole copy, and whether it is one of a part."""
-    root, table = image_folder({"cat": 10, "dog": 10}), tmp_path / "splits.csv"
-    saved(root, table, SplitSettings())
+    root, table, _ = saved({"cat": 10, "dog": 10})
     other = image_folder({"cat": 20, "dog": 20}, size=(9, 9), name="other")
     paths = sorted(path.relative_to(root) for path in root.rglob("*.png"))
     for number, path in enumerate(paths):
@@ -306,9 +261,8 @@ def test_images_of_a_run_are_known_by_name_and_size(
     assert tuple(found) == expected
 
 
-def test_files_that_came_or_went_are_told_and_left_out(image_folder, tmp_path):
-    root, table = image_folder({"cat": 20, "dog": 20}), tmp_path / "splits.csv"
-    first = saved(root, table, SplitSettings())
+def test_files_that_came_or_went_are_told_and_left_out(image_folder, saved):
+    root, table, first = saved({"cat": 20, "dog": 20})
     gone = first.samples["train"][0].sample_id
     (root / gone).unlink()
     image_folder({"ant": 3}, size=(9, 9))  # a new class that sorts before the others
@@ -322,17 +276,12 @@ def test_files_that_came_or_went_are_told_and_left_out(image_folder, tmp_path):
     names(appeared, "4 images", "left out", "ant/000.png")
 
 
-def test_splits_csv_of_another_dataset_is_refused(image_folder, tmp_path):
-    table = tmp_path / "splits.csv"
-    saved(image_folder({"cat": 5, "dog": 5}), table, SplitSettings())
+def test_splits_csv_of_another_dataset_is_refused(image_folder, saved):
+    root, table, _ = saved({"cat": 5, "dog": 5})
     with refusal("images of the", "no longer there", "another run folder"):
         read_splits(table, read_folder(image_folder({"elk": 5, "fox": 5}, name="others")))
-    for data in (
-        b"a,b\n1,2\n",
-        b"\xff\xfe",
-        b"split,class,path\ntrain,cat,\0\xe9",
-        b'split,class,path\n"' + b"x" * 140_000,
-    ):
+    row, long = b"split,class,path\ntrain,cat,", b"x" * 140_000
+    for data in (b"a,b\n1,2\n", b"\xff\xfe", row + b"\0\xe9", row + b'"' + long):
         table.write_bytes(data)
         with refusal("splits.csv", "split,class,path", "delete it"):
-            read_splits(table, read_folder(tmp_path / "pictures"))
+            read_splits(table, read_folder(root))

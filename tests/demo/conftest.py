@@ -1,6 +1,7 @@
 """A tiny explorer: bundled models with random weights, made in a second; enough for everything but accuracy."""
 
 import csv
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -17,13 +18,15 @@ import moevision.models  # noqa: F401  (registers the names)
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
 from moevision.data import SyntheticPets
+from moevision.data.transforms import normalize
 from moevision.demo.galleries import Galleries
 from moevision.demo.models import HISTORIES, open_entries
 from moevision.demo.service import Explorer
+from moevision.layers import forward_routing
 from moevision.models.history import RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.ood import fit_ood, pooled
-from tests.demo import serving
+from tests.demo import hostile, serving
 from tests.demo.serving import running
 
 SIZE = 32
@@ -39,6 +42,20 @@ def make_model(seed=0, *, num_classes=8, **arguments):
             "test_vit_moe", num_classes=num_classes, **{"router": "vmoe_top_k", **arguments}
         )
     return SavedModel(net.eval(), CLASSES[:num_classes], SIZE, *STATS)
+
+
+def forward(model, pixels):
+    """Logits and routings of an image, without anything of the demo."""
+    x = normalize(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2), model.mean, model.std)
+    with torch.no_grad():
+        return forward_routing(model.net, x)
+
+
+def png(pixels):
+    """An image as a visitor sends it."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return hostile.uri(buffer.getvalue())
 
 
 @cache
@@ -184,7 +201,7 @@ def explorer(home):
     entries = open_entries(None, home=home)
     explorer = Explorer(entries, Galleries(entries, limit=serving.GALLERY))
     explorer.galleries.start(explorer.pages.prepare)
-    assert explorer.galleries.wait(serving.START_S)
+    explorer.galleries.thread.join(serving.START_S)
     yield explorer
     explorer.close()
 

@@ -143,7 +143,7 @@ def serve(home: str, other_home: str, photos_home: str) -> None:
         entries = open_entries(None, home=Path(home))
         explorer = Explorer(entries, Galleries(entries, limit=gallery))
         explorer.galleries.start(explorer.pages.prepare)
-        explorer.galleries.wait(START_S)
+        explorer.galleries.thread.join(START_S)
         return explorer
 
     networking.setup_tunnel = lambda *_: TUNNEL

@@ -1,7 +1,5 @@
 """What programs ask over HTTP, the login, and what is not public."""
 
-import base64
-import io
 import json
 import time
 from collections import Counter
@@ -9,65 +7,25 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from PIL import Image
 
 from moevision.demo import gate, route_image
 from moevision.demo.server import WRONG_LOGIN_S
+from tests.demo.conftest import png
 from tests.demo.serving import WRONG_S
-
-
-@pytest.fixture
-def picture(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def ask(url, name, data, **headers):
     return httpx.post(f"{url}api/{name}", json=data, headers=headers, timeout=120)
 
 
-def route(server, **request):
-    return ask(server.url, "route", request).json()
-
-
-def test_a_program_gets_what_route_image_computes(server, explorer, pixels, picture):
+def test_a_program_gets_what_route_image_computes(server, explorer, pixels):
     entry = explorer.entries["pets"]
     alone = route_image(entry.variants["trained"].saved, pixels, dense=entry.dense).to_json()
-    for data in (picture, f"data:image/png;base64,{picture}"):
-        answer = route(server, picture={"kind": "upload", "data": data})
+    for data in (png(pixels), png(pixels).partition(",")[2]):
+        answer = ask(server.url, "route", {"picture": {"kind": "upload", "data": data}}).json()
         assert answer["layers"] == alone["layers"]
         assert answer["prediction"] == alone["prediction"]
     assert list(server.files.iterdir()) == []  # images are not kept
-
-
-def test_a_program_changes_what_the_page_can_change(server, explorer):
-    change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "zero", "seed": 0}
-    request = {"model": "pets", "picture": {"kind": "example", "id": "pets/test/3"}}
-    for settings in (
-        {"variant": "unbalanced", "top_k": 3, "capacity": 1.5, "intervention": change},
-        {"away": [[3, 1]]},
-    ):
-        told = explorer.answer("route", {**request, **settings})
-        assert route(server, **request, **settings) == json.loads(json.dumps(told))
-
-
-def test_mistakes_come_back_as_a_sentence(server):
-    for data in (
-        "no picture",
-        "/etc/passwd",
-        "http://127.0.0.1/x.png",
-        "upload:x",
-    ):  # none is opened
-        assert route(server, picture={"kind": "upload", "data": data})["code"] == "bad_image"
-    example = {"kind": "example", "id": "pets/test/3"}
-    for wrong in (
-        {},
-        {"picture": example, "top_k": 99},
-        {"picture": {"path": "/etc/passwd"}},
-        {"unknown": 1},
-    ):
-        assert route(server, **wrong)["code"] == "bad_request"
 
 
 def test_the_page_asks_the_same_explorer(server, explorer):

@@ -48,17 +48,12 @@ def test_it_says_what_it_is_about(atlas, trace):
     assert [layer["layer"] for layer in atlas["layers"]] == [layer.layer for layer in trace.layers]
 
 
-def test_loads_are_counts_of_kept_choices(atlas, trace):
+def test_loads_are_counts_of_kept_choices_and_patches_are_routed_to_their_expert(atlas, trace):
     for found, layer in zip(atlas["layers"], trace.layers, strict=True):
-        expected = [
-            int((layer.expert_index[layer.kept] == expert).sum())
-            for expert in range(layer.num_experts)
-        ]
-        assert found["loads"] == expected
-
-
-def test_patches_are_named_and_routed_to_their_expert(atlas, trace):
-    for found, layer in zip(atlas["layers"], trace.layers, strict=True):
+        assert (
+            found["loads"]
+            == np.bincount(layer.expert_index[layer.kept], minlength=layer.num_experts).tolist()
+        )
         for entry in found["experts"]:
             for name, image, patch, weight in entry["top"] + entry["random"]:
                 assert trace.picture_names[image] == name
@@ -120,10 +115,6 @@ def test_a_name_is_what_stands_out_most_with_its_counts():
     cat = {"kind": "class", "name": "cat", "share": 0.38, "overall": 0.13}
     assert counted_name({"parts": None, "classes": classes}) == cat  # photos have no part labels
     assert counted_name({"parts": parts[2:], "classes": [row("cat", 0.38, 0.25, False)]}) is None
-    before = [
-        {"part": "whisker", "share": 0.45, "above": 0.31}
-    ]  # an atlas that doesn't say what is chance
-    assert counted_name({"parts": before, "classes": []}) is None
 
 
 def test_the_effect_of_taking_an_expert_away_is_kept(trace, pictures):
@@ -173,8 +164,6 @@ def test_a_class_without_pictures_is_null(trace, pictures):
 
 
 def test_files_that_are_no_atlas(tmp_path):
-    with pytest.raises(UserError, match="no atlas"):
-        load_atlas(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         load_atlas(tmp_path / "bad.json")

@@ -6,21 +6,23 @@ of `layers/reference.py`, one by one.
 
 import base64
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from moevision.analysis.collect import network_input
 from moevision.analysis.intervention import Intervention
-from moevision.data.transforms import normalize
 from moevision.demo import route_image
 from moevision.demo.computation import LayerActivations
 from moevision.demo.facts import describe, noise_of_training
 from moevision.demo.view import Settings
 from moevision.demo.wire import encode_float32
-from moevision.layers import ROUTERS, forward_routing, record_routing, routing_lock
-from moevision.layers.reference import Expert, NoisyTopKRouter
+from moevision.layers import ROUTERS, record_routing, routing_lock
+from moevision.layers.reference import Expert
 from moevision.layers.routing import STEPS
+from tests.demo.conftest import forward
 
 WAYS = {
     **{name: {"router": name} for name in ROUTERS},
@@ -68,7 +70,7 @@ def shaken(model):
 def by_hand(model, pixels):
     """For each MoE layer its routing, what its experts give, the sum, and the stream before and after; all tokens."""
     net = model.net
-    x = net.norm_pre(net._pos_embed(net.patch_embed(image(model, pixels))))
+    x = net.norm_pre(net._pos_embed(net.patch_embed(network_input(model, pixels[None]))))
     layers = []
     for block in net.blocks:
         if hasattr(block.mlp, "experts"):
@@ -81,10 +83,6 @@ def by_hand(model, pixels):
             layers.append((block.mlp, tokens[0], routings[0], outputs, total, before[0], after))
         x = block(x)
     return layers
-
-
-def image(model, pixels):
-    return normalize(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2), model.mean, model.std)
 
 
 def mixed(layer, tokens, routing):
@@ -184,18 +182,6 @@ def test_the_channels_add_up(make, pixels, way):
             )
 
 
-def test_scores_and_gates_of_the_default_router_are_the_references(make, pixels):
-    model = shaken(make(router="noisy_top_k"))
-    view = route_image(model, pixels).to_json()
-    for shown, (layer, tokens, *_) in zip(view["layers"], by_hand(model, pixels), strict=True):
-        router = NoisyTopKRouter(tokens.shape[-1], 4, 2).eval()
-        router.load_state_dict(layer.router.state_dict())
-        choice = router(tokens)
-        close(shown["computation"]["scores"], choice.logits.detach())
-        assert shown["experts"] == choice.expert.tolist()
-        assert np.array(shown["weights"]) == pytest.approx(choice.gate.detach().numpy(), abs=5.1e-5)
-
-
 def test_an_intervention_shows_what_was_computed_under_it(make, pixels):
     model = shaken(make())
     change = Settings(intervention=Intervention("force", layer=3, expert=2))
@@ -264,20 +250,12 @@ def test_noise_is_what_the_routers_draw_in_training(make, pixels, way):
     )
 
 
-def elsewhere(act):
-    """What `act` returns in another thread."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(act()))
-    thread.start()
-    thread.join()
-    return found[0]
-
-
 def test_no_other_request_comes_between_the_noise_and_the_clean_scores(make, pixels, monkeypatch):
     model, free, computation = make(), [], LayerActivations.computation
 
     def ask_first(*arguments, **options):
-        free.append(elsewhere(lambda: routing_lock(model.net).acquire(blocking=False)))
+        with ThreadPoolExecutor(1) as elsewhere:
+            free.append(elsewhere.submit(routing_lock(model.net).acquire, blocking=False).result())
         return computation(*arguments, **options)
 
     monkeypatch.setattr(LayerActivations, "computation", ask_first)
@@ -316,7 +294,7 @@ def in_training(model, pixels):
         if hasattr(block.mlp, "router"):
             block.mlp.router.train()
     torch.manual_seed(3)
-    return forward_routing(model.net, image(model, pixels))[1]
+    return forward(model, pixels)[1]
 
 
 def test_listening_costs_no_second_pass_and_leaves_nothing_behind(make, pixels):

@@ -1,7 +1,6 @@
 """One visitor can't shut the others out: addresses take turns, and large images wait for each other."""
 
 import asyncio
-import io
 import threading
 import time
 from collections import Counter
@@ -9,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from PIL import Image
 
 from moevision.demo import wire
 from moevision.demo.gate import FairExecutor, Serving
@@ -166,12 +164,6 @@ def test_images_are_decoded_one_by_one_and_do_not_hold_up_the_rest(explorer, mon
     assert page == explorer.answer("export_html", export)
 
 
-def jpeg(width, height):
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 60, 20)).save(buffer, "JPEG", quality=30)
-    return hostile.uri(buffer.getvalue(), "image/jpeg")
-
-
 def test_what_an_image_may_have(explorer):
     """16 megapixels, or 50 of a JPEG, which is decoded in fewer; what is too large is told what to do."""
 
@@ -182,10 +174,12 @@ def test_what_an_image_may_have(explorer):
     refused = answer(hostile.uri(hostile.png_bomb(4001, 4000)))
     assert refused["code"] == "bad_image"
     assert says(refused["error"], "4001 x 4000", "16,000,000", "shrink it")
-    photo = jpeg(5472, 3648)  # 20 megapixels
+    photo = hostile.uri(hostile.picture_bytes("JPEG", (5472, 3648)))  # 20 megapixels
     assert "prediction" in answer(photo)
     assert open_data_uri(photo, 672).size == (2736, 1824)
-    assert says(answer(jpeg(7100, 7100))["error"], "50,000,000")
+    assert says(
+        answer(hostile.uri(hostile.picture_bytes("JPEG", (7100, 7100))))["error"], "50,000,000"
+    )
 
 
 def ask_from(address, url, path, body):

@@ -1,7 +1,6 @@
 """The Gradio app: its answer is the model's, its view shows what was taken away, its endpoint is typed."""
 
 import base64
-import io
 import json
 import os
 import random
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import gradio as gr
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -24,6 +24,7 @@ from moevision.demo.models import open_entries
 from moevision.demo.view import route_image
 from moevision.demo.wire import MAX_BYTES
 from tests.demo import hostile
+from tests.demo.conftest import png
 from tests.demo.serving import running
 from tests.scopes import ablate
 from tests.shared import free_port, says
@@ -62,9 +63,7 @@ def test_the_answer_is_the_models_with_and_without_an_expert(entries):
 
 def data_uri(image):
     """What a program may send in the place of a file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return {"path": None, "url": hostile.uri(buffer.getvalue())}
+    return {"path": None, "url": png(np.asarray(image))}
 
 
 def test_what_is_transparent_is_white(entries):

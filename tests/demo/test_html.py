@@ -170,11 +170,6 @@ def test_a_notebook_gets_the_same_page_in_a_frame_of_its_own(view):
     assert attrs["srcdoc"] == view_html(view, full_page=True)
 
 
-def test_a_view_of_another_schema_is_refused(view):
-    with pytest.raises(ValueError, match=r"moevision\.view/2"):
-        view_html({**view, "schema": "moevision.view/1"}, full_page=True)
-
-
 def test_a_number_that_json_cannot_say_is_refused(view):
     layers = [{**view["layers"][0], "slowest": float("nan")}, *view["layers"][1:]]
     with pytest.raises(ValueError, match="JSON"):

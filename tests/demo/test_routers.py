@@ -4,11 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
-import moevision
 from moevision.analysis.intervention import Intervention
-from moevision.data.transforms import normalize
 from moevision.demo import requests as read
 from moevision.demo import route_image
 from moevision.demo.facts import describe
@@ -18,16 +15,13 @@ from moevision.demo.service import Explorer
 from moevision.demo.view import Settings
 from moevision.errors import UserError
 from moevision.layers import ROUTERS
+from tests.demo.conftest import forward
+from tests.demo.test_sentences import MIXED
 from tests.shared import says
-
-MIXED = {"router": ["vmoe_top_k", "soft"], "num_experts": [4, 6], "top_k": [2, 1]}
 
 
 def routings_of(model, pixels):
-    """What every MoE layer decides about an image, without anything of the demo."""
-    x = normalize(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2), model.mean, model.std)
-    with torch.no_grad():
-        return moevision.forward_routing(model.net, x)[1]
+    return forward(model, pixels)[1]
 
 
 def weights_of(layer):
@@ -83,7 +77,7 @@ def test_layers_of_one_model_may_differ(make, pixels):
     view = route_image(model, pixels, settings=Settings(top_k=3)).to_json()
     assert [len(choices) for choices in view["layers"][0]["experts"]] == [3] * 16
     assert [layer["top_k"] for layer in view["layers"]] == [3, 1]
-    assert says(view["settings"]["off_reason"], "top-2", "top-3")
+    assert says(view["settings"]["off_reason"], "top-2", "k = 3")
 
 
 def test_patches_that_no_expert_took_are_empty_and_not_dropped(make, pixels):
@@ -107,7 +101,7 @@ def test_k_of_expert_choice_is_a_mean(make, pixels):
     view = route_image(model, pixels, settings=Settings(top_k=1)).to_json()
     assert view["layers"][0]["counts"] == [4] * 4
     assert view["layers"][0]["top_k"] == 1
-    assert says(view["settings"]["off_reason"], "2 experts", "on average", "shown is 1")
+    assert says(view["settings"]["off_reason"], "2 experts", "on average", "k = 1")
 
 
 def test_slots_of_a_soft_layer(make, pixels):
@@ -134,7 +128,7 @@ def test_requested_and_kept_under_a_capacity_of_the_models_own(make, pixels):
     assert (
         4 < max(max(layer["counts"]) for layer in other["layers"]) <= 6
     )  # in the place of the model's own
-    assert says(other["settings"]["off_reason"], "capacity factor 1.25", "shown is 0.75")
+    assert says(other["settings"]["off_reason"], "capacity factor 1.25", "factor 0.75")
     as_trained = route_image(model, pixels, settings=Settings(capacity=1.25)).to_json()
     assert not as_trained["settings"]["off_distribution"]
 

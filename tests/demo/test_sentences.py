@@ -81,7 +81,6 @@ FIELDS = [
     ("intervention", {"kind": "ablate", "layer": 2, "expert": 1}, "'layer'", "1, 3"),
     ("intervention", {"kind": "force", "layer": 1, "expert": 4}, "'expert'", "0 to 3"),
     ("intervention", {"kind": "swap", "layer": 1, "expert": 1}, "'other'", "0 to 3"),
-    ("intervention", {"kind": "swap", "layer": 1, "expert": 1, "other": 1}, "Two different"),
     ("intervention", {"kind": "ablate", "layer": 1, "expert": 1, "other": 2}, "must be null"),
     ("intervention", {"kind": "random", "layer": None, "seed": -1}, "'seed'"),
 ]
@@ -110,7 +109,7 @@ def test_a_request(explorer, row):
 MIXED = {"router": ["vmoe_top_k", "soft"], "num_experts": [4, 6], "top_k": [2, 1]}
 LAYERS = [
     ({}, "top-2", "4 experts"),
-    ({"router": "switch", "num_shared_experts": 1}, "top-1", "1 shared expert", "computes every"),
+    ({"router": "switch", "num_shared_experts": 1}, "top-1", "1 shared expert", "every patch"),
     ({"eval_capacity_factor": 0.5}, "top-2", "capacity factor 0.5"),
     ({"router": "position", "top_k": 1}, "by position", "not learned"),
     ({"router": "hash"}, "by a hash", "not learned"),
@@ -130,7 +129,7 @@ def test_a_layer(make, row):
 
 OFF = [
     ({"top_k": [2, 1]}, Settings(top_k=3), "k = 3", "top-2 in L1", "top-1 in L3"),
-    ({"top_k": [2, 1]}, Settings(capacity=0.5), "without a capacity", "factor 0.5"),
+    ({"top_k": [2, 1]}, Settings(capacity=0.5), "no limit", "factor 0.5"),
     ({"router": "expert_choice"}, Settings(capacity=0.5), "0.5 times"),
     ({"router": "expert_choice"}, Settings(top_k=2), None),
     (MIXED, Settings(top_k=2), None),

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,7 @@ PAGE_BLOCK = re.findall(
 )[0]
 
 
-def test_requirements_are_those_of_the_package_with_torch_for_cpus() -> None:
-    lines = [
-        line
-        for line in (SPACE / "requirements.txt").read_text().splitlines()
-        if line and line[0] not in "#-"
-    ]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert lines == project["dependencies"]
+def test_torch_is_that_for_cpus() -> None:
     options = (SPACE / "requirements.txt").read_text().split()
     assert options[options.index("--extra-index-url") + 1].endswith("pytorch.org/whl/cpu")
 

@@ -1,8 +1,6 @@
 """The recorded moments of a training, as the explorer sends them: the file's own numbers, of the file's own images."""
 
 import base64
-import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import pytest
 from moevision.demo.galleries import Galleries
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
-from moevision.errors import UserError
 from moevision.models.history import RoutingHistory
 from tests.demo.test_html import embedded
 from tests.shared import says
@@ -64,23 +61,17 @@ def test_loads_and_right_answers_are_counted_over_all_images(photos, recorded, w
                 )
 
 
-def test_the_training_without_balance_loss_has_its_own_numbers(photos, without_balance):
-    name = without_balance.image_names[1]
-    answer = photos.answer("history", {"picture": f"data/{name}", "variant": "unbalanced"})
-    for layer in answer["layers"]:
-        assert np.array_equal(weights_of(layer), without_balance.weights[layer["layer"]][:, 1])
-
-
-def test_an_image_has_the_numbers_of_the_file(photos, recorded):
-    for row, name in enumerate(recorded.image_names):
-        answer = photos.answer("history", {"picture": f"data/{name}"})
-        assert (answer["steps"], answer["total_steps"]) == ([0, 10, 40], 100)
-        for layer in answer["layers"]:
-            assert np.array_equal(weights_of(layer), recorded.weights[layer["layer"]][:, row])
-        for top, p in zip(answer["predictions"], recorded.probabilities[:, row], strict=True):
-            assert top[0]["class"] == recorded.class_names[int(p.argmax())]
-            assert top[0]["p"] == pytest.approx(float(p.max()), abs=5.1e-5)
-            assert len(top) == 8  # every class
+def test_an_image_has_the_numbers_of_the_file(photos, recorded, without_balance):
+    for variant, history in (("trained", recorded), ("unbalanced", without_balance)):
+        for row, name in enumerate(history.image_names):
+            answer = photos.answer("history", {"picture": f"data/{name}", "variant": variant})
+            assert (answer["steps"], answer["total_steps"]) == ([0, 10, 40], 100)
+            for layer in answer["layers"]:
+                assert np.array_equal(weights_of(layer), history.weights[layer["layer"]][:, row])
+            for top, p in zip(answer["predictions"], history.probabilities[:, row], strict=True):
+                assert top[0]["class"] == history.class_names[int(p.argmax())]
+                assert top[0]["p"] == pytest.approx(float(p.max()), abs=5.1e-5)
+                assert len(top) == 8  # every class
 
 
 def test_the_last_moment_is_the_model_that_the_page_shows(photos, recorded):
@@ -104,13 +95,11 @@ def test_what_was_not_recorded_is_refused(photos):
     assert says(answer["error"], "not recorded", "'data/other.png'", "choose one")
 
 
-def test_a_history_of_other_images(photos_home, recorded, tmp_path):
-    shutil.copytree(photos_home / "snaps", tmp_path / "snaps")
-    other = replace(recorded, image_names=("elsewhere.png", *recorded.image_names[1:]))
-    other.save(tmp_path / "snaps" / "history.safetensors")
-    entries = open_entries(None, home=tmp_path)
-    with pytest.raises(UserError, match="doesn't fit the"):
-        Explorer(entries)
+def test_a_history_is_not_shown_beside_images_that_the_user_named(photos_home):
+    """Not even where these bear the names of the model's own, as numbers do."""
+    data = str(photos_home / "snaps" / "examples")
+    boot = Explorer(open_entries(None, data, home=photos_home)).answer("boot", {})
+    assert boot["models"][0]["history"] is None
 
 
 def test_an_exported_page_has_the_moments_of_its_image(photos, recorded):

@@ -122,11 +122,8 @@ def test_words_are_plain(path: Path) -> None:
 
 def test_contributing_names_files_that_are_there() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    names = set(re.findall(r"`([\w/-]+(?:\.(?:py|md|toml|yml|yaml|cff)|/))`", text)) - {
-        "configs/NAME.yaml",
-        "benchmarks/NAME/",
-        "benchmarks/NAME/recompute.py",
-    }
+    names = set(re.findall(r"`([\w/-]+(?:\.(?:py|md|toml|yml|yaml|cff)|/))`", text))
+    names = {name for name in names if "NAME" not in name}
     places = [ROOT, ROOT / "moevision"]
     assert [
         name for name in sorted(names) if not any((place / name).exists() for place in places)
@@ -186,8 +183,7 @@ def make_workspace(tiny_run: Path, home: Path) -> None:
 
 
 def _marks(path: Path) -> list[pytest.MarkDecorator]:
-    needs = [pytest.mark.needs(name) for words, name in NEEDS.items() if words in path.read_text()]
-    return needs
+    return [pytest.mark.needs(name) for words, name in NEEDS.items() if words in path.read_text()]
 
 
 PYTHON = [
@@ -217,11 +213,20 @@ def test_python_runs(path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatc
     ROUTERS.update(known)
 
 
+@pytest.mark.parametrize("block", python_blocks(ROOT / "README.md"))
+def test_python_of_the_readme_prints_something(
+    block: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    run(ROOT / "README.md", [block], {})
+    assert capsys.readouterr().out
+
+
 def test_a_program_gets_an_answer(workspace: Path) -> None:
     """The block of Serve it, asked of a server of the tiny run."""
     from tests.demo.serving import running
 
-    (block,) = (block for block in python_blocks(DOCS / "guides" / "serve.md"))
+    (block,) = python_blocks(DOCS / "guides" / "serve.md")
     with running(
         "-m", "moevision", "demo", "runs/pets", "--data", "path/to/images", "--no-browser"
     ) as server:
@@ -266,12 +271,23 @@ def test_docstrings_run(path: Path, workspace: Path) -> None:
 
 # ---- the command line
 
-COMMANDS = [(path, command) for path in PAGES for command in dict.fromkeys(commands(path))]
+README = ROOT / "README.md"
+COMMANDS = [
+    (path, command) for path in (README, *PAGES) for command in dict.fromkeys(commands(path))
+]
 
 
 @pytest.mark.parametrize(("path", "command"), COMMANDS, ids=page_id)
 def test_commands_exist(path: Path, command: str) -> None:
     check_command(command)
+
+
+def test_the_readme_has_the_commands_of_a_newcomer_and_of_a_developer() -> None:
+    shell = re.findall(r"^```sh\n(.*?)\n```", README.read_text(), re.M | re.S)
+    found = {command.strip() for block in shell for command in block.split("&&")}
+    assert {"pip install .", "moevision fit --config quickstart"} <= found
+    assert {'pip install ".[test]"', "pytest"} <= found
+    assert len(commands(README)) >= 4
 
 
 # What a test can't run here, and why.
@@ -302,13 +318,8 @@ JOURNEY = [
     if path.parent.name in ("docs", "guides") and not any(part in command for part in ELSEWHERE)
 ]
 SMALL = (*TINY, "--trainer.max_epochs=1")
-QUICK = (
-    "--trainer.max_epochs=1",
-    "--data.train_size=64",
-    "--data.val_size=32",
-    "--data.test_size=32",
-    "--data.image_size=32",
-)
+SIZES = ("train_size=64", "val_size=32", "test_size=32", "image_size=32")
+QUICK = ("--trainer.max_epochs=1", *(f"--data.{size}" for size in SIZES))
 
 
 @pytest.fixture(scope="module")
@@ -377,20 +388,16 @@ def test_every_option_is_in_the_reference() -> None:
         ), name
 
 
-def test_every_router_and_public_name_is_in_the_reference() -> None:
+def test_every_router_public_name_and_verb_is_in_the_reference() -> None:
     import moevision
+    from moevision.cli import VERBS
     from moevision.layers import ROUTERS
 
-    routers, api = ((DOCS / "reference" / name).read_text() for name in ("routers.md", "api.md"))
+    pages = ("routers.md", "api.md", "cli.md")
+    routers, api, cli = ((DOCS / "reference" / name).read_text() for name in pages)
+    assert [verb for verb in VERBS if f"`{verb}`" not in cli] == []
     assert [name for name in ROUTERS if f"| `{name}` |" not in routers] == []
     assert [name for name in moevision.__all__ if f"::: moevision.{name}\n" not in api] == []
-
-
-def test_every_verb_is_in_the_reference() -> None:
-    from moevision.cli import VERBS
-
-    page = (DOCS / "reference" / "cli.md").read_text()
-    assert [verb for verb in VERBS if f"`{verb}`" not in page] == []
 
 
 MODELS = re.findall(

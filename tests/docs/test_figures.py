@@ -1,26 +1,20 @@
 """The site's figures are what docs/figures.py draws from the records now."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.shared import load_script
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def figures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_figures", ROOT / "docs" / "figures.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "docs" / "figures.py")
 
 
 def test_committed_figures_are_drawn_from_the_records(figures: ModuleType) -> None:
@@ -32,11 +26,8 @@ def test_committed_figures_are_drawn_from_the_records(figures: ModuleType) -> No
 
 def test_numbers_of_the_results_are_those_of_the_table(figures: ModuleType) -> None:
     """Five of the differences are rows of docs/results.md, the others in guides; each with the same words."""
-    pages = " ".join(
-        (ROOT / "docs" / name).read_text() for name in ("results.md", "guides/when-experts.md")
-    )
-    pages += (ROOT / "benchmarks" / "upcycling" / "README.md").read_text()
-    plain = re.sub(r"\s+", " ", pages)
+    pages = ("docs/results.md", "docs/guides/when-experts.md", "benchmarks/upcycling/README.md")
+    plain = " ".join(" ".join((ROOT / name).read_text().split()) for name in pages)
     for effect in figures.effects():
         mean, ends = effect.words.split(" ", 1)
         first, last = ends.strip("()").split(" to ")

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,11 @@ from moevision.data.transforms import normalize, square_pixels
 from moevision.demo.html import DOCS, app_page, modules
 from moevision.demo.models import open_entries
 from moevision.models.io import unpack
+from tests.shared import load_script
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "docs" / "live"
-_SPEC = spec_from_file_location("live", SOURCES / "build.py")
-live = module_from_spec(_SPEC)
-_SPEC.loader.exec_module(live)
+live = load_script(SOURCES / "build.py")
 
 PREPARE = f"""
 import {{ normalized, squarePixels }} from "{(SOURCES / "pixels.js").as_posix()}";
@@ -127,14 +125,8 @@ def test_the_page_is_the_explorers_with_another_who_answers() -> None:
     names = modules("app.js", live.read_module)
     own = {name for name in names if (SOURCES / name).exists()}
     assert own == {"app_fetch.js", "pixels.js"}
-    assert {
-        *own,
-        "worker.js",
-        "types.d.ts",
-        "ort.wasm.bundle.min.d.mts",
-        "live.css",
-        "build.py",
-    } == {file.name for file in SOURCES.iterdir() if file.is_file()}
+    others = {"worker.js", "types.d.ts", "ort.wasm.bundle.min.d.mts", "live.css", "build.py"}
+    assert own | others == {file.name for file in SOURCES.iterdir() if file.is_file()}
     text = "\n".join(DOCS.sub("", live.read_module(name)) for name in names)
     declared = re.findall(
         r"^(?:export )?(?:async )?(?:function|class|const|let|var) (\w+)", text, re.M

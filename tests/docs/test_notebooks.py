@@ -10,13 +10,12 @@ import pytest
 
 pytestmark = pytest.mark.needs("notebooks")
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+PHOTOS = pytest.mark.needs("photos")
 RUN = [
     pytest.param(
         path,
         id=path.stem,
-        marks=[pytest.mark.needs("photos")]
-        if "cats_vs_dogs" in path.read_text(encoding="utf-8")
-        else [],
+        marks=PHOTOS if "cats_vs_dogs" in path.read_text(encoding="utf-8") else (),
     )
     for path in NOTEBOOKS
 ]
@@ -38,7 +37,10 @@ def test_the_notebooks_are_here():
     assert [path.stem[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04", "05"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@each_notebook
 def test_a_notebook_imports_moevision_alone_and_keeps_the_installed_torch(path):
     """Beside the standard library; a code cell before installs, and holds torch at the version that is there.
 
@@ -46,15 +48,9 @@ def test_a_notebook_imports_moevision_alone_and_keeps_the_installed_torch(path):
     """
     cells = code_cells(read(path))
     sources = [cell.source for cell in cells]
-    place = next(
-        place
-        for place, source in enumerate(sources)
-        if 'f"{name}=={packages.version(name)}"' in source
-    )
-    assert "pip" in sources[place]
-    assert not any(
-        "moevision import" in source or "from moevision" in source for source in sources[:place]
-    )
+    install = next(source for source in sources if 'f"{name}=={packages.version(name)}"' in source)
+    assert "pip" in install
+    assert not any("moevision import" in source for source in sources[: sources.index(install)])
     roots = set()
     for cell in cells:
         for node in ast.walk(ast.parse(cell.source)):
@@ -66,7 +62,7 @@ def test_a_notebook_imports_moevision_alone_and_keeps_the_installed_torch(path):
     assert roots - set(sys.stdlib_module_names) == {"moevision"} | scratch
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@each_notebook
 def test_a_notebook_says_how_long_it_takes_and_ends_with_exercises(path):
     """Their solutions are hidden, and are Python."""
     cells = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
@@ -101,19 +97,16 @@ def test_the_layer_from_scratch_has_forty_lines_and_shows_a_collapse():
     assert min(with_loss) == 8
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@each_notebook
 def test_a_notebook_is_saved_with_its_results_and_stays_small(path):
     assert path.stat().st_size < SMALL
     cells = code_cells(read(path))
-    silent = [
-        cell for cell in cells if not cell.outputs
-    ]  # what installs, what is imported, and the layer from scratch
+    # what installs, what is imported, and the layer from scratch
+    silent = [cell for cell in cells if not cell.outputs]
     assert len(silent) <= (3 if path.stem.startswith("00") else 2)
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [
-        output
-        for output in outputs
-        if output.output_type == "error" or output.get("name") == "stderr"
+        each for each in outputs if each.output_type == "error" or each.get("name") == "stderr"
     ]
 
 
@@ -125,13 +118,10 @@ def test_a_notebook_runs(path):
     before = os.times()
     nbclient.NotebookClient(notebook, timeout=10 * LIMIT_S, kernel_name="python3").execute()
     after = os.times()  # those of children count when a child, such as the kernel, has ended
-    assert (
-        0
-        < (after.children_user + after.children_system)
-        - (before.children_user + before.children_system)
-        < LIMIT_S
+    cpu_s = (
+        after.children_user + after.children_system - before.children_user - before.children_system
     )
+    assert 0 < cpu_s < LIMIT_S
     shown = [output for cell in code_cells(notebook) for output in cell.get("outputs", ())]
-    assert (
-        any("text/html" in output.get("data", {}) for output in shown) or "02" in path.stem
-    )  # the explorer's view
+    has_view = any("text/html" in output.get("data", {}) for output in shown)
+    assert has_view or "02" in path.stem  # the explorer's view

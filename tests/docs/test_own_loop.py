@@ -54,6 +54,16 @@ def biases(model: torch.nn.Module) -> list[torch.Tensor]:
     return [buffer for name, buffer in model.named_buffers() if name.endswith("router.bias")]
 
 
+def moved(model: torch.nn.Module, updates: int) -> bool:
+    """Each update moves a bias by 0.001 · (±1 or 0 - their mean): all differences are whole multiples of 0.001."""
+    found = torch.stack([bias - bias[0] for bias in biases(model)]) / 0.001
+    assert len(found) == 3
+    return (
+        torch.allclose(found, found.round(), atol=1e-3)
+        and 0 < found.abs().max() <= 2 * updates + 1e-3
+    )
+
+
 def test_a_plain_loop_logs_its_losses_and_the_model_is_saved() -> None:
     scope = scope_of(LOOP, OWN_MODEL, SAVE)
     assert scope["net"][1].experts.fc1.weight.grad.abs().sum() > 0
@@ -71,9 +81,8 @@ def test_experts_from_a_pretrained_model_start_as_copies_of_its_mlps() -> None:
     fresh = [module for module in vit.modules() if isinstance(module, MoEMlp)]
     assert len(fresh) == 2
     for layer in fresh:
-        assert all(
-            torch.equal(layer.experts.fc1.weight[0], each) for each in layer.experts.fc1.weight
-        )
+        first, *others = layer.experts.fc1.weight
+        assert all(torch.equal(first, other) for other in others)
 
 
 def test_a_lightning_module_moves_the_biases_once_per_update() -> None:
@@ -97,26 +106,11 @@ def test_transformers_trains_it_and_moves_the_biases_once_per_update() -> None:
     again = scope["WithLoss"](
         scope["timm"].create_model("vit_moe_micro_patch4_32", router="bias_balanced")
     )
-    arguments = scope["TrainingArguments"](
-        "runs/again",
-        max_steps=2,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        report_to="none",
-    )
-    scope["Trainer"](
-        again, arguments, train_dataset=scope["rows"], callbacks=[scope["AfterUpdate"]()]
-    ).train()
+    options = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    arguments = scope["TrainingArguments"]("runs/again", report_to="none", **options)
+    callbacks = [scope["AfterUpdate"]()]
+    scope["Trainer"](again, arguments, train_dataset=scope["rows"], callbacks=callbacks).train()
     assert moved(again, 2)
-
-
-def moved(model: torch.nn.Module, updates: int) -> bool:
-    """Each update moves a bias by 0.001 · (±1 or 0 - their mean): all differences are whole multiples of 0.001."""
-    found = biases(model)
-    assert len(found) == 3
-    parts = [(bias - bias[0]) / 0.001 for bias in found]
-    whole = all(torch.allclose(part, part.round(), atol=1e-3) for part in parts)
-    return whole and 0 < max(float(part.abs().max()) for part in parts) <= 2 * updates + 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

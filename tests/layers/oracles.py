@@ -155,12 +155,6 @@ def fill(
     return choice._replace(kept=kept)
 
 
-def bias_step(bias: Array, counts: Array, rate: float) -> Array:
-    """b += γ sign(mean load - load), the step re-centred to mean 0."""
-    step = [rate * float(np.sign(np.mean(counts) - count)) for count in counts]
-    return bias + np.array(step) - sum(step) / len(step)
-
-
 def expert(p: Params, number: int, row: Array, act: Callable[[Array], Array] = gelu) -> Array:
     """fc2 act(fc1 row) of one expert, from the packed weights [E, H, D] and [E, D, H]."""
     hidden = act(p["experts.fc1.weight"][number] @ row + p["experts.fc1.bias"][number])

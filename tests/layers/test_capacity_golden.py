@@ -25,21 +25,6 @@ def test_straight_through_gate_of_one_choice() -> None:
     close(x.grad, [[[12 / 49, -8 / 49, -4 / 49]]])
 
 
-@pytest.mark.parametrize(
-    ("router", "normalize", "expected"),
-    [
-        ("vmoe_top_k", None, [4 / 7, 2 / 7]),
-        ("vmoe_top_k", True, [4 / 6, 2 / 6]),
-        ("noisy_top_k", None, [4 / 6, 2 / 6]),
-        ("noisy_top_k", False, [4 / 7, 2 / 7]),
-    ],
-)
-def test_normalize_gates(router: str, normalize: bool | None, expected: list[float]) -> None:
-    """Softmax over all three is 4/7, 2/7, 1/7; the chosen two sum to 6/7."""
-    routing = run(times_e_plus_1(router, 3, top_k=2, normalize_gates=normalize), X)[1]
-    close(routing.combine_weight, [[expected]])
-
-
 # Four tokens that all prefer expert 0 of 2, with probabilities .6, .9, .7, .8.
 CROWD = tokens([6, 4], [9, 1], [7, 3], [8, 2]).log()
 
@@ -83,19 +68,6 @@ def test_first_choices_precede_second_ones(priority: bool, kept: list[list[int]]
     close(routing.combine_weight, [[[0.5, 0.4], [0.6, 0.3], [0.7, 0.2]]])
 
 
-@pytest.mark.parametrize(("group", "counts"), [("image", [1, 1]), ("batch", [2, 2])])
-def test_capacity_group(group: str, counts: list[int]) -> None:
-    """Two images of two tokens; one wants expert 0, the other expert 1, twice.
-
-    Within an image C = ceil(2 · 1 / 2) = 1 and one choice of each is lost; within the batch C = 2 and none is.
-    """
-    x = torch.stack([CROWD[0, :2], CROWD[0, :2].flip(-1)])
-    layer = times_e_plus_1("vmoe_top_k", 2, top_k=1, eval_capacity_factor=1.0, capacity_group=group)
-    routing = run(layer, x)[1]
-    assert routing.requested_counts().tolist() == [2, 2]
-    assert routing.counts().tolist() == counts
-
-
 def test_capacity_has_a_factor_for_training_and_one_for_evaluation() -> None:
     """`eval_capacity_factor=None` is dropless, whatever training does."""
     layer = times_e_plus_1("vmoe_top_k", 2, top_k=1, capacity_factor=0.5, noise="none")
@@ -124,38 +96,6 @@ def test_shared_experts_are_one_dense_mlp_of_their_width() -> None:
     assert (layer.shared.fc1.in_features, layer.shared.fc1.out_features) == (8, 18)
     assert (layer.shared.fc2.in_features, layer.shared.fc2.out_features) == (18, 8)
     assert MoEMlp(8, 6, num_experts=4).shared is None
-
-
-@pytest.mark.parametrize("normalize", [None, True])
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("router", ["vmoe_top_k", "noisy_top_k", "sigmoid", "bias_balanced"])
-def test_batch_priority_is_by_affinity_before_any_normalisation(
-    router: str, k: int, normalize: bool | None
-) -> None:
-    """Of the first choices that fall on an expert, the kept ones have the largest affinities.
-
-    Normalised gates would not say who is sure: those of k = 1 are all 1, and .5 beside .01 would come before .9 beside
-    .09. V-MoE's gates are not normalised; Tutel normalises and orders by the full softmax all the same.
-    """
-    options = {
-        "top_k": k,
-        "eval_capacity_factor": 0.5 / k,
-        "batch_priority": True,
-        "normalize_gates": normalize,
-    }
-    generator = torch.Generator().manual_seed(0)
-    x = 2 * torch.randn(1, 60, 4, dtype=torch.float64, generator=generator)
-    routing = run(times_e_plus_1(router, 4, **options), x)[1].detach()
-    affinity = x.sigmoid() if router in ("sigmoid", "bias_balanced") else x.softmax(-1)
-    sureness, first, stays = (
-        affinity.amax(-1)[0],
-        routing.expert_index[0, :, 0],
-        routing.kept[0, :, 0],
-    )
-    for expert in range(4):
-        asked = first == expert
-        assert (asked & ~stays).any()
-        assert sureness[asked & stays].min() > sureness[asked & ~stays].max()
 
 
 @pytest.mark.parametrize("priority", [False, True])

@@ -28,17 +28,16 @@ class Case(NamedTuple):
     top_k: int
     tokens: int
     skew: float
-    row_multiple: int | None
-    max_padding: float | None
+    pad: bool
     matrix_unit: bool
     dtype: torch.dtype
+    grad: bool
     seed: int
 
     def expert_index(self) -> Tensor:
         """[1, T, K]; the larger `skew`, the more choices fall on the first experts."""
-        share = torch.rand(
-            1, self.tokens, self.top_k, generator=torch.Generator().manual_seed(self.seed)
-        )
+        generator = torch.Generator().manual_seed(self.seed)
+        share = torch.rand(1, self.tokens, self.top_k, generator=generator)
         return (share**self.skew * self.num_experts).long().clamp(max=self.num_experts - 1)
 
     def x(self) -> Tensor:
@@ -46,19 +45,11 @@ class Case(NamedTuple):
         number = torch.arange(self.tokens, dtype=self.dtype)
         return torch.stack([number, -number], -1)
 
-    @property
-    def limit(self) -> float:
-        """Rows over choices up to which groups are made equally long, by the documented rule."""
-        if self.max_padding is not None:
-            return self.max_padding
-        few = self.tokens * self.top_k < 1024 * self.num_experts
-        return (1.4 if few else 1.25) if self.matrix_unit and self.dtype is torch.bfloat16 else 1.0
-
     def dispatch(self) -> Dispatched:
         """As on a machine with or without a matrix unit."""
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(self.grad):
             patch.setattr(cpu, "has_matrix_unit", lambda: self.matrix_unit)
-            dispatcher = LocalDispatcher(self.row_multiple, self.max_padding)
+            dispatcher = LocalDispatcher(pad=self.pad)
             return dispatcher.dispatch(self.x(), routing_of(self.expert_index(), self.num_experts))
 
 
@@ -68,43 +59,44 @@ cases = st.builds(
     top_k=st.integers(1, 3),
     tokens=st.integers(0, 255),
     skew=st.sampled_from([1.0, 1.2, 3.0]),
-    row_multiple=st.sampled_from([None, 1, 2, 5, 32]),
-    max_padding=st.sampled_from([None, 1, 1.1, 2.5]),
+    pad=st.booleans(),
     matrix_unit=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    grad=st.booleans(),
     seed=st.integers(0, 10_000),
 )
+EVEN = Case(
+    4, 2, 200, 1.0, True, True, torch.bfloat16, True, 0
+)  # 85 to 115 choices for each expert
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=500)
 @given(cases)
-@example(Case(4, 2, 0, 1.0, 2, None, True, torch.bfloat16, 0))
-@example(Case(4, 2, 200, 1.0, 5, None, True, torch.bfloat16, 0))
-@example(Case(4, 2, 200, 1.0, 5, None, False, torch.bfloat16, 0))
+@example(EVEN)
+@example(EVEN._replace(tokens=0))
+@example(EVEN._replace(matrix_unit=False))
+@example(EVEN._replace(grad=False))
 def test_every_choice_is_computed_once_by_its_expert(case: Case) -> None:
     dispatched, expert_index, x = case.dispatch(), case.expert_index()[0], case.x()
-    rows, counts, token, position = (
-        dispatched.rows,
-        dispatched.counts,
-        dispatched.token,
-        dispatched.position,
-    )
+    counts, token, position = dispatched.counts, dispatched.token, dispatched.position
     assert token is not None
     assert position is not None
     assert position.shape == expert_index.shape
     assert len(position.unique()) == position.numel()  # no row is two choices'
-    assert int(counts.sum()) == len(rows) == len(token)
-    assert torch.equal(rows, x[token])
+    assert int(counts.sum()) == len(dispatched.rows) == len(token)
+    assert torch.equal(dispatched.rows, x[token])
     assert torch.equal(token[position], torch.arange(case.tokens).unsqueeze(1).expand_as(position))
     computed_by = torch.arange(case.num_experts).repeat_interleave(counts)
     assert torch.equal(computed_by[position], expert_index)
-    in_a_group = [position.flatten()[expert_index.flatten() == e] for e in range(case.num_experts)]
-    assert all(
-        bool((places.diff() > 0).all()) for places in in_a_group
-    )  # stable: in the order of the tokens
-    is_padding = torch.ones(len(rows), dtype=torch.bool)
+    for expert in range(case.num_experts):  # stable: in the order of the tokens
+        assert (position.flatten()[expert_index.flatten() == expert].diff() > 0).all()
+    is_padding = torch.ones(len(token), dtype=torch.bool)
     is_padding[position] = False
     assert not token[is_padding].any()
+    if not case.pad:
+        assert not is_padding.any()
+    elif case.dtype is torch.bfloat16 and not case.grad:
+        assert len(set(counts.tolist())) == 1  # two numbers a token: padding is nearly free
 
 
 def lengths_of(wanted: list[int]) -> list[int]:
@@ -140,52 +132,23 @@ def test_lengths_computed_by_hand(wanted: list[int], expected: list[int]) -> Non
 
 @settings(deadline=None, max_examples=300)
 @given(cases)
-@example(Case(4, 2, 200, 1.0, 5, None, True, torch.bfloat16, 0))
-@example(Case(4, 2, 200, 1.0, 5, None, False, torch.bfloat16, 0))
-@example(Case(4, 2, 200, 1.0, 5, None, True, torch.float32, 0))
-@example(Case(4, 2, 200, 3.0, 5, None, True, torch.bfloat16, 0))
+@example(EVEN)
+@example(EVEN._replace(matrix_unit=False))
+@example(EVEN._replace(dtype=torch.float32))
+@example(EVEN._replace(skew=3.0))
 def test_groups_are_as_long_as_the_rule_says(case: Case) -> None:
     """The rule in Python's integers."""
+    case = case._replace(grad=True)
     choices = case.tokens * case.top_k
-    wanted = [case.expert_index().flatten().tolist().count(e) for e in range(case.num_experts)]
-    step = case.row_multiple
-    if step is None:
-        large = choices >= 8 * 32 * case.num_experts
-        step = 1 if case.dtype is not torch.bfloat16 else 32 if large else 16
-    if step > 1:
-        steps = [
-            max(step, 2 ** (count.bit_length() - 1) // 16) if count else step for count in wanted
-        ]
-        rounded = [-(-count // one) * one for count, one in zip(wanted, steps, strict=True)]
-        fits = max(rounded) * case.num_experts <= case.limit * choices
-        wanted = [max(rounded)] * case.num_experts if fits else rounded
-    assert case.dispatch().counts.tolist() == wanted
-
-
-@settings(deadline=None, max_examples=200)
-@given(cases)
-def test_without_gradients_every_choice_is_computed_once_by_its_expert(case: Case) -> None:
-    """Few rows are placed by counting; more than 1 024 choices are sorted here too."""
-    with torch.no_grad():
-        dispatched = case._replace(row_multiple=None, max_padding=None).dispatch()
-    expert, x, counts, position = (
-        case.expert_index()[0],
-        case.x(),
-        dispatched.counts,
-        dispatched.position,
-    )
-    assert position is not None
-    assert int(counts.sum()) == len(dispatched.rows)
-    assert len(position.unique()) == position.numel()  # no row is two choices'
-    computed_by = torch.arange(case.num_experts).repeat_interleave(counts)
-    assert torch.equal(computed_by[position], expert)
-    assert torch.equal(dispatched.rows[position], x.unsqueeze(1).expand(-1, case.top_k, -1))
-    in_a_group = [position.flatten()[expert.flatten() == e] for e in range(case.num_experts)]
-    assert all(
-        bool((places.diff() > 0).all()) for places in in_a_group
-    )  # stable: in the order of the tokens
-    if case.dtype is torch.bfloat16:
-        assert len(set(counts.tolist())) == 1  # two numbers a token: padding is nearly free
+    lengths = [case.expert_index().flatten().tolist().count(e) for e in range(case.num_experts)]
+    if case.pad and case.dtype is torch.bfloat16:
+        step = 32 if choices >= 8 * 32 * case.num_experts else 16
+        steps = [max(step, 2 ** (n.bit_length() - 1) // 16) if n else step for n in lengths]
+        lengths = [-(-count // one) * one for count, one in zip(lengths, steps, strict=True)]
+        limit = 1.4 if choices < 1024 * case.num_experts else 1.25
+        if case.matrix_unit and max(lengths) * case.num_experts <= limit * choices:
+            lengths = [max(lengths)] * case.num_experts
+    assert case.dispatch().counts.tolist() == lengths
 
 
 @pytest.mark.parametrize(
@@ -234,23 +197,19 @@ def test_without_gradients_groups_are_equal_where_that_costs_less_than_calls(
 
 
 def test_the_examples_take_every_path() -> None:
-    """400 choices on 4 experts, 85 to 115 each; the skewed ones aren't even enough for two fifths more."""
-    even = Case(4, 2, 200, 1.0, 5, None, True, torch.bfloat16, 0)
-    lengths = {
-        name: case.dispatch().counts.tolist()
-        for name, case in {
-            "equal": even,
-            "rounded": even._replace(matrix_unit=False),
-            "float32": even._replace(dtype=torch.float32),
-            "float32 by rule": even._replace(dtype=torch.float32, row_multiple=None),
-            "uneven": even._replace(skew=3.0),
-            "unpadded": even._replace(row_multiple=1),
-        }.items()
+    """400 choices on 4 experts; the skewed ones aren't even enough for two fifths more."""
+    changes = {
+        "equal": {},
+        "rounded": {"matrix_unit": False},
+        "float32": {"dtype": torch.float32},
+        "uneven": {"skew": 3.0},
+        "unpadded": {"pad": False},
     }
-    assert len(set(lengths["equal"])) == 1
-    assert lengths["rounded"] == lengths["float32"] != lengths["equal"]
-    assert lengths["float32 by rule"] == lengths["unpadded"]
-    assert len(set(lengths["uneven"])) > 1
+    lengths = {
+        name: EVEN._replace(**change).dispatch().counts.tolist() for name, change in changes.items()
+    }
+    assert len(set(lengths["equal"])) == 1 < len(set(lengths["uneven"]))
+    assert lengths["float32"] == lengths["unpadded"]
     assert sum(lengths["unpadded"]) == 400 < sum(lengths["rounded"]) < sum(lengths["equal"]) <= 500
 
 
@@ -273,7 +232,7 @@ def test_the_order_is_that_of_a_stable_sort(num_experts: int, size: int) -> None
     expert = torch.randint(num_experts, (size,), generator=torch.Generator().manual_seed(0))
     expert[:2] = num_experts - 1
     order, row, counts = cpu.sort_choices(expert, num_experts)
-    assert {each.dtype for each in (order, row, counts)} == {torch.int64}
+    assert {x.dtype for x in (order, row, counts)} == {torch.int64}
     assert order.tolist() == sorted(
         range(size), key=expert.tolist().__getitem__
     )  # Python's sort is stable
@@ -283,18 +242,27 @@ def test_the_order_is_that_of_a_stable_sort(num_experts: int, size: int) -> None
 
 
 def test_compiled_code_sorts_and_pads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(4, 2, 200, 1.0, 5, 2.5, True, torch.float32, 0)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(cpu, "np", None)  # nothing may call it
-    plain = case.dispatch()
+    compiled = EVEN.dispatch()
     monkeypatch.undo()
-    unpadded = case._replace(row_multiple=1).dispatch()
+    unpadded = EVEN._replace(pad=False).dispatch()
     for name in ("rows", "counts", "token", "position"):
-        assert torch.equal(getattr(plain, name), getattr(unpadded, name))
+        assert torch.equal(getattr(compiled, name), getattr(unpadded, name))
 
 
 def test_the_same_choices_give_the_same_rows() -> None:
-    case = Case(7, 3, 255, 1.2, 5, None, True, torch.bfloat16, 4)
-    first, second = case.dispatch(), case.dispatch()
+    first, second = EVEN.dispatch(), EVEN.dispatch()
     for name in ("rows", "counts", "token", "position"):
         assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+@pytest.mark.parametrize(("pad", "expected"), [(True, [8, 8]), (False, [2, 1])])
+def test_few_choices_are_padded_unless_that_is_turned_off(pad: bool, expected: list[int]) -> None:
+    """Without gradients one product of groups of equal length is faster than two."""
+    choices = torch.tensor([[[0], [0], [1]]])
+    with torch.no_grad():
+        dispatched = LocalDispatcher(pad=pad).dispatch(
+            torch.zeros(3, 8, dtype=torch.bfloat16), routing_of(choices, 2)
+        )
+    assert dispatched.counts.tolist() == expected

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import moevision.models  # noqa: F401  (registers the names)
-from moevision.errors import UserError
 from moevision.layers import MoEMlp, Routing, forward_routing, moe_layers
 from tests.layers.linear_experts import run
 
@@ -70,14 +69,6 @@ def test_logits_are_minus_the_rank_and_10_more_for_the_chosen(router: str, k: in
     assert torch.equal(order[..., :k], routing.expert_index)
 
 
-@pytest.mark.parametrize(("num_experts", "k"), [(4, 2), (64, 16)])
-@pytest.mark.parametrize("router", HANDMADE)
-def test_scores_rank_the_experts_as_the_choice_did(router: str, num_experts: int, k: int) -> None:
-    """Interventions choose again by the scores: the K best must be the chosen ones, in their order."""
-    routing = route(layer_of(router, num_experts, top_k=k), 2, 17)
-    assert torch.equal(routing.noisy_logits.topk(k).indices, routing.expert_index)
-
-
 @pytest.mark.parametrize("router", HANDMADE)
 def test_only_the_position_counts_in_evaluation(router: str) -> None:
     """All images, whatever is on them, are routed alike."""
@@ -85,15 +76,6 @@ def test_only_the_position_counts_in_evaluation(router: str) -> None:
     index = torch.cat([route(layer, 3, 17).expert_index, route(layer, 2, 17).expert_index])
     assert torch.equal(index, index[:1].expand_as(index))
     assert len(index[0].unique()) == 4
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "num_experts"), [(16, 4), (65, 8), (196, 8), (197, 16), (256, 64), (7, 8)]
-)
-def test_hash_gives_every_expert_as_many_positions(num_tokens: int, num_experts: int) -> None:
-    routing = route(layer_of("hash", num_experts, top_k=1), 1, num_tokens)
-    counts = routing.counts()
-    assert int(counts.max() - counts.min()) <= 1
 
 
 def test_hash_is_the_same_in_training_and_separates_neighbours() -> None:
@@ -204,22 +186,6 @@ def test_colours_of_copies_are_their_own() -> None:
     for twin in (copy.deepcopy(net), pickle.load(io.BytesIO(pickle.dumps(net))), fresh):
         net(mosaic(4, 4)[0])  # the original has other images in mind
         assert torch.equal(twin(pictures), expected)
-
-
-def test_colour_does_not_depend_on_batch_mates_once_fitted() -> None:
-    net = net_of("colour").train()
-    net(mosaic(8, 0)[0])
-    pictures = mosaic(6, 5)[0]
-    together, alone = (
-        forward_routing(net.eval(), pictures)[1],
-        forward_routing(net, pictures[2:3])[1],
-    )
-    assert torch.equal(together[0].expert_index[2:3], alone[0].expert_index)
-
-
-def test_colour_needs_an_image() -> None:
-    with pytest.raises(UserError, match="image"):
-        layer_of("colour")(torch.randn(1, 16, 8))
 
 
 @pytest.mark.parametrize("router", [*HANDMADE, "colour"])

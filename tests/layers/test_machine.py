@@ -31,21 +31,16 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 def test_torch_is_asked(machine: Machine) -> None:
     assert machine({"amx_bf16": True})
-    assert not machine({"amx_bf16": False, "avx512_bf16": True})
-    assert not machine({"sve": True})  # an ARM processor has no such key
-    assert not machine(None)  # a torch that doesn't say
+    for without in ({"amx_bf16": False, "avx512_bf16": True}, {"sve": True}, None):
+        assert not machine(without)  # an ARM processor has no such key, an old torch doesn't say
 
 
-@pytest.mark.parametrize(
-    "allowed", ["AVX2", "AVX512_CORE", "avx512_core_bf16", "AVX512_CORE_FP16", "AVX10_1_512"]
-)
+@pytest.mark.parametrize("allowed", ["AVX2", "avx512_core_bf16", "AVX10_1_512"])
 def test_onednn_may_not_use_it(machine: Machine, allowed: str) -> None:
     assert not machine({"amx_bf16": True}, allowed)
 
 
-@pytest.mark.parametrize(
-    "allowed", ["DEFAULT", "all", "AVX512_CORE_AMX", "avx512_core_amx_fp16", "AVX10_1_512_AMX"]
-)
+@pytest.mark.parametrize("allowed", ["DEFAULT", "all", "AVX512_CORE_AMX", "avx512_core_amx_fp16"])
 def test_onednn_may_use_it_where_it_is(machine: Machine, allowed: str) -> None:
     assert machine({"amx_bf16": True}, allowed)
     assert not machine({"amx_bf16": False}, allowed)

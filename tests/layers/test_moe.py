@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ from moevision.errors import UserError
 from moevision.layers import (
     ROUTERS,
     ColourRouter,
-    LocalDispatcher,
     MoEMlp,
     Routing,
+    cpu,
     describe_moe,
     record_routing,
     router_kind,
@@ -41,84 +42,32 @@ def make(
     return layer.eval()
 
 
-def nested_loop(layer: MoEMlp, x: Tensor, routing: Routing) -> Tensor:
-    """Token by token, choice by choice: the definition."""
-    fc1, fc2 = layer.experts.fc1, layer.experts.fc2
-    images = []
-    for image in range(x.shape[0]):
-        tokens = []
-        for token in range(x.shape[1]):
-            total = torch.zeros(fc2.out_features, dtype=x.dtype)
-            for choice in range(routing.top_k):
-                expert = int(routing.expert_index[image, token, choice])
-                hidden = torch.nn.functional.gelu(
-                    fc1.weight[expert] @ x[image, token] + fc1.bias[expert]
-                )
-                out = fc2.weight[expert] @ hidden + fc2.bias[expert]
-                total = total + routing.combine_weight[image, token, choice] * out
-            tokens.append(total)
-        images.append(torch.stack(tokens))
-    return torch.stack(images)
-
-
-@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (5, 1), (5, 2), (5, 5), (64, 3)])
-@pytest.mark.parametrize("backend", ["loop", "grouped", "dense"])
-def test_every_backend_is_the_nested_loop(backend: str, num_experts: int, top_k: int) -> None:
-    """Values and the gradients of x, router, fc1 and fc2; with 64 experts most get no token."""
-    dtype = torch.float32 if backend == "grouped" else torch.float64
-    layer = make(dtype, num_experts=num_experts, top_k=top_k, backend=backend)
-    x = torch.randn(2, 7, 16, dtype=dtype, requires_grad=True)
-    expected_from = copy.deepcopy(layer)
-    y_input = x.detach().clone().requires_grad_()
-    with record_routing(expected_from):
-        expected = nested_loop(expected_from, y_input, expected_from.router(y_input))
-    actual = layer(x)
-    tolerance = (
-        {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
-    )
-    torch.testing.assert_close(actual, expected, **tolerance)
-    actual.square().sum().backward()
-    expected.square().sum().backward()
-    torch.testing.assert_close(x.grad, y_input.grad, **tolerance)
-    for (name, ours), theirs in zip(
-        layer.named_parameters(), expected_from.parameters(), strict=True
-    ):
-        if theirs.grad is None:  # learned noise sleeps in eval mode
-            assert ours.grad is None or not ours.grad.any(), name
-        else:
-            torch.testing.assert_close(ours.grad, theirs.grad, **tolerance, msg=name)
+def dense(layer: MoEMlp, x: Tensor) -> Tensor:
+    """What the layer computes without dispatch (tests/layers/test_router_oracle.py), in its own dtype."""
+    twin = copy.deepcopy(layer)
+    twin.experts.backend = "dense"
+    out: Tensor = twin(x)
+    return out
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_padded_groups_change_nothing(top_k: int) -> None:
-    """Large groups are padded to 16 rows, or to the longest; 300 tokens on 2 experts are large enough to be."""
+def test_padded_groups_change_nothing(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients of groups that are rounded up or made equal are those without padding."""
     layer = make(torch.float64, num_experts=2, top_k=top_k, backend="loop")
-    with torch.no_grad():  # more to expert 0 than to expert 1
-        uneven = 0.05 * (layer.router.weight[0] - layer.router.weight[1])
-    x = (torch.randn(4, 75, 16, dtype=torch.float64) + uneven).requires_grad_()
-    results = []
-    for row_multiple, max_padding, expected in (
-        (1, None, ""),
-        (16, 1, "rounded"),
-        (16, 2, "equal"),
-    ):
-        layer.dispatcher = LocalDispatcher(row_multiple, max_padding)
-        counts = layer.dispatcher.dispatch(x.flatten(0, 1), layer.router(x)).counts
-        if top_k == 1:  # with two of two all counts are 300
-            assert len(counts.unique()) == (1 if expected == "equal" else 2)
-        assert bool((counts % 16).any()) == (expected == "")
-        layer.zero_grad()
-        x.grad = None
+    x = torch.randn(4, 75, 16, dtype=torch.float64, requires_grad=True)
+    lengths: dict[str, Callable[[list[int], Tensor], list[int]]] = {
+        "plain": lambda sizes, x: sizes,
+        "rounded": lambda sizes, x: [-(-size // 16) * 16 for size in sizes],
+        "equal": lambda sizes, x: [320, 320],
+    }
+    results = {}
+    for name, padded in lengths.items():
+        monkeypatch.setattr(cpu, "_padded_lengths", padded)
+        learned = [x, *(p for name, p in layer.named_parameters() if "noise" not in name)]
         out = layer(x)
-        out.square().sum().backward()
-        learned = [
-            parameter.grad for name, parameter in layer.named_parameters() if "noise" not in name
-        ]
-        results.append([out.detach(), x.grad, *learned])
-    plain, *padded = results
-    for result in padded:
-        for actual, wanted in zip(result, plain, strict=True):
-            torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)
+        results[name] = [out.detach(), *torch.autograd.grad(out.square().sum(), learned)]
+    for name in ("rounded", "equal"):
+        torch.testing.assert_close(results[name], results["plain"], rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -131,13 +80,13 @@ def test_padded_groups_change_nothing(top_k: int) -> None:
 def test_without_gradients_the_output_is_the_same(
     options: dict[str, Any], threads: int, uneven: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, float32 and bf16, where groups are padded or not: against the nested loop in float64."""
+    """In float64, float32 and bf16, where groups are padded or not: against the dense backend in float64."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     layer = make(torch.float64, width=64, hidden=128, num_experts=6, backend="loop", **options)
     x = torch.randn(2, 70, 64, dtype=torch.float64)
     with torch.no_grad():
         x += uneven * (layer.router.weight[0] - layer.router.weight[1])
-        expected = nested_loop(layer, x, layer.router(x))
+        expected = dense(layer, x)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-10)
         single = copy.deepcopy(layer).float()
@@ -147,15 +96,6 @@ def test_without_gradients_the_output_is_the_same(
         assert (
             error < 8 * torch.finfo(torch.bfloat16).eps / 2
         )  # rounded: rows, weights, hidden values, sums
-
-
-def test_gradcheck_in_float64() -> None:
-    layer = make(torch.float64, width=4, hidden=6, num_experts=3, backend="loop")
-    x = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert (
-        layer.router(x).noisy_logits.topk(3).values.diff().abs().min() > 1e-3
-    )  # no choice flips within the step
-    assert torch.autograd.gradcheck(layer, (x,))
 
 
 def test_one_expert_is_timms_mlp() -> None:
@@ -172,9 +112,7 @@ def test_one_expert_is_timms_mlp() -> None:
 def test_one_token(tokens: int) -> None:
     layer = make()
     x = torch.randn(1, tokens, 16)
-    torch.testing.assert_close(
-        layer(x), nested_loop(layer, x, layer.router(x)), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(layer(x), dense(layer, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped", "dense"])
@@ -201,11 +139,6 @@ def test_predictions_do_not_depend_on_batch_mates() -> None:
     clear = (ranked[..., :2] - ranked[..., 1:3]).amin(-1) > 1e-4
     assert clear.float().mean() > 0.9
     assert torch.equal(together.expert_index[3:4][clear], alone.expert_index[clear])
-
-
-def test_evaluation_is_deterministic() -> None:
-    layer, x = make(), torch.randn(2, 9, 16)
-    assert torch.equal(layer(x), layer(x))
 
 
 class Block(nn.Module):
@@ -285,54 +218,27 @@ class Scaled(nn.GELU):
         return self.scale * super().forward(x)
 
 
+def gradients_of(act_layer: Callable[[], nn.Module], backend: str) -> list[Tensor]:
+    """Of x, the first layer of the experts, and the activation's parameters."""
+    layer = make(torch.float64, act_layer=act_layer, backend=backend).double()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 9, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+    learned = [x, layer.experts.fc1.weight, *layer.experts.act.parameters()]
+    return list(torch.autograd.grad(layer(x).square().sum(), learned))
+
+
 @pytest.mark.parametrize("act", [nn.PReLU, Scaled])
 def test_an_activation_with_a_parameter_learns(act: type[nn.Module]) -> None:
     """The gradient is that of the dense backend, which is autograd's."""
-    gradients = []
-    for backend in ("loop", "dense"):
-        layer = make(
-            torch.float64, act_layer=act, backend=backend
-        ).double()  # an activation's own dtype is float32
-        x = torch.randn(
-            2,
-            9,
-            16,
-            dtype=torch.float64,
-            generator=torch.Generator().manual_seed(1),
-            requires_grad=True,
-        )
-        layer(x).square().sum().backward()
-        gradients.append(
-            [
-                x.grad,
-                layer.experts.fc1.weight.grad,
-                *(p.grad for p in layer.experts.act.parameters()),
-            ]
-        )
-    assert gradients[0][2].any()
-    for actual, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    actual, expected = gradients_of(act, "loop"), gradients_of(act, "dense")
+    assert actual[2].any()
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
 def test_an_activation_in_place_has_the_same_gradients(act: type[nn.Module]) -> None:
-    gradients = []
-    for inplace in (True, False):
-        layer = make(
-            torch.float64, act_layer=lambda inplace=inplace: act(inplace=inplace), backend="loop"
-        )
-        x = torch.randn(
-            2,
-            9,
-            16,
-            dtype=torch.float64,
-            generator=torch.Generator().manual_seed(1),
-            requires_grad=True,
-        )
-        layer(x).square().sum().backward()
-        gradients.append([x.grad, *(parameter.grad for parameter in layer.experts.parameters())])
-    for actual, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    actual, expected = gradients_of(lambda: act(inplace=True), "loop"), gradients_of(act, "loop")
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_dropout_inside_experts_drops_hidden_values_with_their_gradients() -> None:
@@ -482,57 +388,34 @@ def test_no_images_and_no_tokens_give_an_empty_output(
         assert not any(p.grad.any() for p in layer.parameters() if p.grad is not None)
 
 
-def transforms(layer: MoEMlp, x: Tensor) -> dict[str, Callable[[], object]]:
-    """What torch can do beside one backward pass, x [B, N, D]."""
+@pytest.mark.parametrize(
+    "router", ["noisy_top_k", "vmoe_top_k", "sigmoid", "expert_choice", "soft"]
+)
+def test_the_dense_backend_works_under_every_transform_of_torch(router: str) -> None:
+    torch.manual_seed(0)
+    layer = MoEMlp(8, 16, num_experts=4, router=router, dtype=torch.float64, backend="dense").eval()
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.functional_call(layer, parameters, (x,)).square().sum()
 
-    def twice() -> Tensor:
-        inputs = x.clone().requires_grad_()
-        (first,) = torch.autograd.grad(layer(inputs).sum(), inputs, create_graph=True)
-        return torch.autograd.grad(first.square().sum(), inputs)[0]
-
-    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    return {
-        "torch.func.grad": lambda: torch.func.grad(loss)(parameters, x),
-        "vmap": lambda: torch.vmap(layer)(x.unsqueeze(1)),
-        "gradients per image": lambda: torch.vmap(torch.func.grad(loss), (None, 0))(
-            parameters, x.unsqueeze(1)
-        ),
-        "gradients of gradients": twice,
-    }
+    torch.testing.assert_close(torch.vmap(layer)(x.unsqueeze(1)).squeeze(1), layer(x))
+    whole = torch.func.grad(loss)(parameters, x)
+    per_image = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x.unsqueeze(1))
+    torch.testing.assert_close({name: g.sum(0) for name, g in per_image.items()}, whole)
+    (first,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert torch.isfinite(second).all()
+    assert second.abs().sum() > 0
 
 
-@pytest.mark.parametrize(
-    "router", ["noisy_top_k", "vmoe_top_k", "sigmoid", "expert_choice", "soft"]
-)
-@pytest.mark.parametrize(
-    "name", ["torch.func.grad", "vmap", "gradients per image", "gradients of gradients"]
-)
-def test_transforms_work_on_dense_and_elsewhere_say_so(name: str, router: str) -> None:
-    torch.manual_seed(0)
-    layer = MoEMlp(8, 16, num_experts=4, router=router, dtype=torch.float64).eval()
-    x = torch.randn(3, 5, 8, dtype=torch.float64)
+@pytest.mark.parametrize("router", ["vmoe_top_k", "expert_choice", "soft"])
+def test_other_backends_refuse_gradients_of_gradients(router: str) -> None:
+    layer = MoEMlp(8, 16, num_experts=4, router=router).eval()
+    x = torch.randn(3, 5, 8, requires_grad=True)
     with pytest.raises(UserError, match='backend="dense"'):
-        transforms(layer, x)[name]()
-    layer.experts.backend = "dense"
-    result = transforms(layer, x)[name]()
-    if name == "vmap":
-        torch.testing.assert_close(result.squeeze(1), layer(x))
-    if name == "gradients of gradients":
-        assert torch.isfinite(result).all()
-        assert result.abs().sum() > 0
-    if name == "gradients per image":
-        whole = transforms(layer, x)["torch.func.grad"]()
-        torch.testing.assert_close({key: value.sum(0) for key, value in result.items()}, whole)
-
-
-def test_a_graph_of_the_gradient_is_refused_only_when_it_is_used() -> None:
-    layer, x = make(torch.float64), torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
-    (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
-    (with_graph,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    torch.testing.assert_close(with_graph, plain)
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
 def test_the_layers_of_a_model_in_words() -> None:
@@ -552,3 +435,12 @@ def test_each_product_of_the_shared_experts_has_its_own_bias_or_none(
 ) -> None:
     shared = MoEMlp(8, 16, num_experts=4, num_shared_experts=1, bias=bias).shared
     assert (shared.fc1.bias is not None, shared.fc2.bias is not None) == bias
+
+
+@pytest.mark.parametrize(("capability", "grouped"), [((9, 0), True), ((8, 9), False)])
+def test_bf16_is_one_grouped_product_from_sm90_on(
+    capability: tuple[int, int], grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows = SimpleNamespace(dtype=torch.bfloat16, element_size=lambda: 2, is_cuda=True, device="")
+    assert make().experts._use_grouped(rows) is grouped

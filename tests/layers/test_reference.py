@@ -95,14 +95,3 @@ def test_the_layer_is_the_reference(backend: str, top_k: int, train: bool) -> No
     assert expected_gradients["router.noise_weight"].any() == train
     for name, actual in gradients(layer).items():
         close(actual, expected_gradients[name], name)
-
-
-def test_an_expert_that_nobody_chose_gets_no_gradient() -> None:
-    reference, layer = twins(2, "loop", torch.float64, train=False)
-    x = torch.rand(3, 7, WIDTH, dtype=torch.float64)
-    reference(x)[0].sum().backward()
-    layer(x).sum().backward()
-    for name in ("experts.fc1.weight", "experts.fc2.bias"):
-        for gradient in (gradients(layer)[name], packed(gradients(reference))[name]):
-            assert gradient[0].any()
-            assert not gradient[-1].any()

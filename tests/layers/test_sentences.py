@@ -12,9 +12,7 @@ from moevision.layers import (
     ROUTERS,
     MoEMlp,
     RouterOptions,
-    TopKRouter,
     build_router,
-    update_router_bias,
 )
 
 BY_IMAGE = ("noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "bias_balanced", "cosine")
@@ -40,19 +38,14 @@ ROWS: dict[str, Row] = {
     "norm": (lambda: layer(norm_layer=nn.LayerNorm), ["norm_layer", "leave them out"]),
     "convolution": (lambda: layer(use_conv=True), ["use_conv", "leave them out"]),
     "backend": (lambda: layer(backend="fast"), ["'fast'", "auto, loop, grouped, dense"]),
-    "odd widths": (
-        lambda: run(layer(15, 7, backend="grouped")),
-        ["(15, 7, 15)", "16 bytes", "backend='loop'"],
-    ),
-    "float64": (
-        lambda: run(layer(dtype=torch.float64, backend="grouped")),
-        ["float64", "backend='loop'"],
-    ),
     "unknown router": (lambda: build_router("top2", 8, 4, 2), ["'top2'", "noisy_top_k, vmoe_top_k"]),
-    "more than E": (lambda: TopKRouter(8, 4, 5), ["top_k=5", "num_experts=4", "1 and 4"]),
-    "no expert": (lambda: TopKRouter(8, 4, 0), ["top_k=0", "num_experts=4", "1 and 4"]),
+    "more than E": (lambda: build_router("vmoe_top_k", 8, 4, 5), ["top_k=5", "num_experts=4", "1 and 4"]),
+    "no expert": (lambda: build_router("vmoe_top_k", 8, 4, 0), ["top_k=0", "num_experts=4", "1 and 4"]),
+    "each expert chooses more": (
+        lambda: build_router("expert_choice", 8, 4, 5),
+        ["top_k=5", "num_experts=4", "1 and 4"],
+    ),
     "two of switch": (lambda: layer(router="switch", top_k=2), ["'switch'", "top_k=2", "must be 1"]),
-    "counts": (lambda: update_router_bias(layer(), []), ["all 1", "these are 0"]),
     "colour of no image": (lambda: run(layer(router="colour")), ["'colour'", "image", "timm ViT"]),
     "unit": (lambda: RouterOptions(route_by="patch"), ["'patch'", "token, image"]),
     "group": (

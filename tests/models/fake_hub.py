@@ -23,26 +23,16 @@ COMMIT = "0" * 40
 
 @dataclass
 class FakeHub:
-    """What the hub holds, and what it was asked.
+    """What the hub holds, and what it was asked."""
 
-    Attributes:
-        url: its address, for HF_ENDPOINT.
-        token: the one that it accepts.
-        private: repository -> whether only its owner sees it.
-        files: repository -> path -> bytes.
-        asked: (method, path) of every request.
-        ranges: the Range of every download, empty for a whole file.
-        licence: of every repository, as its card states it.
-        breaks: bytes after which the next downloads break off, one number for each; later ones are let through.
-    """
-
-    url: str = ""
-    token: str = "hf_good"
-    private: dict[str, bool] = field(default_factory=dict)
-    files: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    asked: list[tuple[str, str]] = field(default_factory=list)
-    ranges: list[str] = field(default_factory=list)
-    licence: str = "apache-2.0"
+    url: str = ""  # for HF_ENDPOINT
+    token: str = "hf_good"  # the one that it accepts
+    private: dict[str, bool] = field(default_factory=dict)  # repository -> only its owner sees it
+    files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # repository -> path -> bytes
+    asked: list[tuple[str, str]] = field(default_factory=list)  # (method, path) of every request
+    ranges: list[str] = field(default_factory=list)  # of every download, empty for a whole file
+    licence: str = "apache-2.0"  # of every repository, as its card states it
+    # bytes after which the next downloads break off, one number for each; later ones are let through
     breaks: list[int] = field(default_factory=list)
 
 
@@ -96,12 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [
                 {"rfilename": name, "size": len(data)} for name, data in hub.files[found[1]].items()
             ]
-            facts = {
-                "id": found[1],
-                "modelId": found[1],
-                "private": hub.private[found[1]],
-                "sha": COMMIT,
-            }
+            facts = {"id": found[1], "private": hub.private[found[1]], "sha": COMMIT}
             card = {"cardData": {"license": hub.licence}, "tags": [f"license:{hub.licence}"]}
             return self.answer(
                 200, {**facts, **card, "siblings": siblings, "downloads": 0, "likes": 0}

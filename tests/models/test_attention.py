@@ -16,6 +16,7 @@ from moevision.data import ImageDataModule
 from moevision.models.config import MoEConfig
 from moevision.models.vit_moe import SHORT, num_patches, set_fused_attention, trains_unfused
 from moevision.train.task import ClassificationTask
+from tests.shared import SMALL_VIT
 
 
 class FusedCalls(TorchDispatchMode):
@@ -34,15 +35,7 @@ class FusedCalls(TorchDispatchMode):
 
 def vit() -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=32,
-        patch_size=8,
-        embed_dim=24,
-        depth=2,
-        num_heads=3,
-        num_classes=5,
-    )
+    return timm.create_model("vit_tiny_patch16_224", **SMALL_VIT)
 
 
 def step(model: nn.Module, fused: bool) -> tuple[FusedCalls, list[Tensor]]:
@@ -65,31 +58,21 @@ def test_both_compute_the_same() -> None:
     model = vit()
     fused_calls, fused = step(model, True)
     plain_calls, plain = step(model, False)
-    assert (fused_calls.forward, fused_calls.backward) == (2, 2)  # one each in two blocks
+    assert (fused_calls.forward, fused_calls.backward) == (4, 4)  # one each in four blocks
     assert (plain_calls.forward, plain_calls.backward) == (0, 0)
     for actual, expected in zip(plain, fused, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     again, back = step(model, True)
-    assert again.forward == 2
+    assert again.forward == 4
     assert torch.equal(back[0], fused[0])
 
 
-def test_what_timm_left_plain_stays_plain() -> None:
-    """Swin's fused attention is "not tested for prime-time yet" in timm; elsewhere the environment forbids it."""
-    swin = timm.create_model(
-        "swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=24, num_heads=(1, 2)
-    )
-    ours, forbidden = vit(), vit()
-    forbidden.blocks[0].attn.fused_attn = False
-    for fused in (True, False, True):
-        for model in (swin, ours, forbidden):
-            set_fused_attention(model, fused)
-        assert not any(
-            module.fused_attn for module in swin.modules() if hasattr(module, "fused_attn")
-        )
-        assert [block.attn.fused_attn for block in ours.blocks] == [fused, fused]
-        assert [block.attn.fused_attn for block in forbidden.blocks] == [False, fused]
-    assert any(hasattr(module, "fused_attn") for module in swin.modules())
+def test_what_the_environment_forbids_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TIMM_FUSED_ATTN=0 does."""
+    monkeypatch.setattr("timm.layers.config._USE_FUSED_ATTN", 0)
+    model = vit()
+    set_fused_attention(model, True)
+    assert not any(block.attn.fused_attn for block in model.blocks)
 
 
 @pytest.mark.parametrize(
@@ -118,36 +101,13 @@ def test_patches_are_counted_where_there_are_any() -> None:
     assert num_patches(nn.Linear(3, 3)) is None
 
 
-class Watch(L.Callback):
-    """Counts fused calls in each batch's step, backward pass included."""
-
-    def __init__(self) -> None:
-        self.training: list[FusedCalls] = []
-        self.validation: list[FusedCalls] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.training.append(FusedCalls())
-        self.training[-1].__enter__()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.training[-1].__exit__(None, None, None)
-
-    def on_validation_batch_start(self, *_: Any) -> None:
-        self.validation.append(FusedCalls())
-        self.validation[-1].__enter__()
-
-    def on_validation_batch_end(self, *_: Any) -> None:
-        self.validation[-1].__exit__(None, None, None)
-
-
 @pytest.mark.parametrize(("precision", "trains_fused"), [("bf16-mixed", False), ("32-true", True)])
 def test_a_training_uses_each_where_it_is_the_faster(
     precision: Any, trains_fused: bool, tmp_path: Path
 ) -> None:
-    """Two epochs, so that training follows validation; the model has four blocks."""
+    """Two epochs, so that training follows validation, which always uses the fused kernel."""
     L.seed_everything(0, verbose=False)
     task = ClassificationTask(arch=MoEConfig(name="test_vit_moe"), num_classes=8, image_size=32)
-    watch = Watch()
     trainer = L.Trainer(
         default_root_dir=tmp_path,
         accelerator="cpu",
@@ -157,7 +117,6 @@ def test_a_training_uses_each_where_it_is_the_faster(
         limit_train_batches=1,
         limit_val_batches=1,
         num_sanity_val_steps=0,
-        callbacks=[watch],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -167,14 +126,8 @@ def test_a_training_uses_each_where_it_is_the_faster(
     data = ImageDataModule(
         "synthetic_pets", image_size=32, batch_size=16, train_size=16, val_size=16, test_size=16
     )
-    trainer.fit(task, data)
+    with FusedCalls() as calls:
+        trainer.fit(task, data)
     blocks = len(task.net.blocks)
-    fused = blocks if trains_fused else 0
-    assert [(calls.forward, calls.backward) for calls in watch.training] == [
-        (fused, fused),
-        (fused, fused),
-    ]
-    assert [(calls.forward, calls.backward) for calls in watch.validation] == [
-        (blocks, 0),
-        (blocks, 0),
-    ]
+    in_training = 2 * blocks if trains_fused else 0
+    assert (calls.forward, calls.backward) == (in_training + 2 * blocks, in_training)

@@ -76,11 +76,14 @@ def pretrained(tmp_path: Path, **arch: Any) -> nn.Module:
     return different_experts(build_model(config, 3, 32)).eval()
 
 
-def test_every_route_of_a_pretrained_start_moves_the_logits(tmp_path: Path) -> None:
-    model = pretrained(tmp_path, moe_layers="last2", global_pool="avg")
+@pytest.mark.parametrize(("pool", "last"), [("avg", True), (None, False)])
+def test_routes_of_a_pretrained_start(pool: Any, last: bool, tmp_path: Path) -> None:
+    """With a class token those of the last block aren't read; what is read moves the logits."""
+    model = pretrained(tmp_path, moe_layers="last2", global_pool=pool)
     assert [layer.layer_index for layer in moe_layers(model)] == [1, 3]
-    assert routes_read(model) == [True, True]
-    assert [logits_move(model, layer) for layer in (0, 1)] == [True, True]
+    assert routes_read(model) == [True, last]
+    assert layers_that_miss_classifier(model) == ([] if last else [3])
+    assert [logits_move(model, layer) for layer in (0, 1)] == [True, last]
 
 
 @pytest.mark.parametrize(
@@ -101,13 +104,6 @@ def test_by_default_no_layer_is_unread() -> None:
     assert [layer.layer_index for layer in moe_layers(named)] == [3, 5]
     with pytest.warns(UserWarning, match="block 5"):
         collect_routing(named, SyntheticPets(4, 32, 0, "test"), progress=False)
-
-
-def test_with_a_class_token_the_last_block_is_not_read(tmp_path: Path) -> None:
-    model = pretrained(tmp_path, moe_layers="last2")
-    assert routes_read(model) == [True, False]
-    assert layers_that_miss_classifier(model) == [3]
-    assert [logits_move(model, layer) for layer in (0, 1)] == [True, False]
 
 
 def test_the_last_block_stays_dense_where_only_the_class_token_is_read() -> None:
@@ -136,14 +132,9 @@ def test_for_every_router(router: str) -> None:
 
 
 def test_an_image_that_decides_for_all_tokens_is_read() -> None:
-    """The class token goes to the image's expert too."""
-    assert routes_read(convert_to_moe(vit(), "every2", num_experts=4, route_by="image")) == [
-        True,
-        True,
-    ]
-
-
-def test_a_dense_model_has_no_routes() -> None:
+    """The class token goes to the image's expert too; a dense model has no routes."""
+    by_image = convert_to_moe(vit(), "every2", num_experts=4, route_by="image")
+    assert routes_read(by_image) == [True, True]
     assert routes_read(vit()) == []
 
 
@@ -168,9 +159,5 @@ def test_pooling_keeps_the_trained_norm_and_saves(tmp_path: Path) -> None:
     torch.testing.assert_close(
         pooled.forward_head(pooled.forward_features(image()), pre_logits=True), features
     )
-    for name, model in (
-        ("dense", pooled),
-        ("moe", convert_to_moe(pool_patches(vit()), "last2", num_experts=4).eval()),
-    ):
-        save_model(describe(model), tmp_path / name)
-        assert torch.equal(load_model(str(tmp_path / name)).net(image()), model(image()))
+    save_model(describe(pooled), tmp_path)
+    assert torch.equal(load_model(str(tmp_path)).net(image()), pooled(image()))

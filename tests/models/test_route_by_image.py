@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from moevision import UserError, convert_to_moe, dense_twin, forward_routing
+from moevision import UserError, convert_to_moe, forward_routing
 from moevision.analysis import RoutingTrace, collect_routing, open_pictures
 from moevision.analysis.intervention import Intervention, intervene
 from moevision.analysis.readings import measure_baselines
@@ -15,9 +15,7 @@ from moevision.data import SyntheticPets
 from moevision.demo import route_image
 from moevision.demo.facts import describe
 from moevision.layers import describe_moe, moe_layers
-from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import SavedModel, load_model, save_model
-from moevision.models.upcycle import initial_output_difference, upcycle
 from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
 from tests.shared import SMALL_VIT
 
@@ -93,46 +91,6 @@ def test_it_is_saved_and_an_older_file_without_the_word_is_by_token(tmp_path):
     older = load_model(str(tmp_path)).net
     assert [routing.route_by for routing in forward_routing(older, images())[1]] == ["token"] * 2
     assert not torch.equal(older(images()), net(images()))
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: timm.create_model("test_vit_moe", route_by="image"),
-        lambda: timm.create_model("vit_moe", base="vit_tiny_patch16_224", route_by="image", **TINY),
-        lambda: build_model(MoEConfig("test_vit_moe", route_by="image"), 3, 32),
-        lambda: upcycle(timm.create_model("vit_tiny_patch16_224", **TINY), route_by="image"),
-        lambda: build_model(
-            MoEConfig(
-                pretrained="vit_tiny_patch16_224",
-                route_by="image",
-                router="bias_balanced",
-                num_shared_experts=None,
-            ),
-            3,
-            32,
-            load_pretrained=False,
-        ),
-    ],
-    ids=["entrypoint", "vit_moe", "config", "upcycle", "upcycled config"],
-)
-def test_every_way_to_build_one(build):
-    assert is_by_image(build())
-
-
-def test_upcycled_it_computes_the_dense_model():
-    dense = timm.create_model("vit_tiny_patch16_224", **TINY)
-    for options in ({"top_k": 1}, {"top_k": 2}, {"router": "sigmoid", "top_k": 1}):
-        gap = initial_output_difference(
-            dense, upcycle(dense, num_experts=4, route_by="image", **options), images()
-        )
-        assert gap.max_logit < 1e-5
-
-
-def test_the_twin_is_dense():
-    dense = dense_twin(model())
-    assert not moe_layers(dense)
-    assert dense(images(2)).shape == (2, 8)
 
 
 def test_words():

@@ -14,11 +14,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from timm.layers import set_reentrant_ckpt
 from torch import nn
 
 from moevision import UserError, VisionTransformerMoE, convert_to_moe, dense_twin, upcycle
-from moevision.layers import ROUTERS
 from moevision.models import moe_layer_indices
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.convert import pool_patches
@@ -34,7 +32,7 @@ from moevision.models.io import (
 )
 from moevision.models.upcycle import start_routers
 from moevision.models.vit_moe import checkpoint_blocks
-from tests.shared import SMALL_VIT
+from tests.shared import SMALL_VIT, says
 
 Row = tuple[Callable[[], Any], list[str]]
 VIT = "vit_tiny_patch16_224"
@@ -71,28 +69,11 @@ BUILT: dict[str, Row] = {
         lambda: moe(router="expert_choice", route_by="image"),
         ["'expert_choice'", "route_by", "leave it out"],
     ),
-    "reentrant checkpointing": (lambda: reentrant(), ["set_reentrant_ckpt(False)"]),
     "checkpointed block": (
         lambda: checkpoint_blocks(moe(), [1, 4]),
         ["--model.grad_checkpointing", "block 4", "0 to 3"],
     ),
 }
-BUILT |= {
-    f"rule of {router} and dropped patches": (
-        lambda router=router: moe(router=router, patch_drop_rate=0.5),
-        ["patch_drop_rate at 0"],
-    )
-    for router in ("position", "hash", "colour")
-}
-
-
-def reentrant() -> None:
-    set_reentrant_ckpt(True)
-    try:
-        moe().set_grad_checkpointing()
-    finally:
-        set_reentrant_ckpt(False)
-
 
 NUMBERS: list[tuple[str, Any, str]] = [
     *((name, value, "at least 1") for name in ("patch_size", "embed_dim", "depth", "num_heads", "expert_hidden")
@@ -113,18 +94,13 @@ CONFIGURED: dict[str, Row] = {
     )
     for name, value, valid in NUMBERS
 }
-CONFIGURED["noise of a checkpoint"] = (
-    lambda: MoEConfig.from_checkpoint({"name": "test_vit_moe", "upcycle_noise": 0.1}),
-    ["upcycle_noise 0.1", "moevision 0.1"],
-)
-
 CONVERTED: dict[str, Row] = {
     "no ViT": (lambda: convert_to_moe(nn.Linear(3, 3)), ["Linear", "transformer blocks"]),
     "blocks of another kind": (
         lambda: convert_to_moe(timm.create_model("hiera_tiny_224")),
         ["Hiera", "transformer blocks"],
     ),
-    "no patch embedding": (lambda: convert_to_moe(naflex()), ["patch_embed", "ViT or DeiT"]),
+    "no patch embedding": (lambda: convert_to_moe(naflex()), ["patch_embed", "ViT, DeiT"]),
     "experts": (lambda: convert_to_moe(moe()), ["experts already", "one call"]),
     "gated MLP": (
         lambda: convert_to_moe(timm.create_model("eva02_tiny_patch14_224", img_size=28)),
@@ -139,10 +115,6 @@ CONVERTED: dict[str, Row] = {
     "blocks beyond the last": (lambda: first_blocks(vit(), 5), ["depth is 5", "1 to 4"]),
     "no block": (lambda: first_blocks(vit(), 0), ["depth is 0", "1 to 4"]),
     "cut with experts": (lambda: first_blocks(moe(), 2), ["has experts", "depth out"]),
-    "nothing to cut": (
-        lambda: first_blocks(timm.create_model("test_resnet"), 2),
-        ["transformer blocks", "depth out"],
-    ),
 }
 
 UPCYCLED: dict[str, Row] = {
@@ -152,7 +124,7 @@ UPCYCLED: dict[str, Row] = {
         ("vit_small_plus_patch16_dinov3", {"img_size": 32, "depth": 2}, ["SwiGLU"]),
         ("swin_tiny_patch4_window7_224", {}, ["SwinTransformer", "transformer blocks"]),
         ("resnet18", {}, ["ResNet", "transformer blocks", "DeiT"]),
-        ("hiera_tiny_224", {}, ["hierarchical", "widths"]),
+        ("hiera_tiny_224", {}, ["Hiera", "transformer blocks"]),
         ("vit_dpwee_patch16_reg1_gap_256", {}, ["no MLP"]),
         ("vit_tiny_patch16_224", {"scale_mlp_norm": True}, ["has a norm"]),
         ("test_vit_moe", {}, ["experts already", "--pretrained"]),
@@ -183,10 +155,6 @@ UPCYCLED |= {
         lambda: start_routers(upcycle(vit(), num_experts=4, route_by="image"), [images(3)]),
         ["3 images", "4 clusters", "more images"],
     ),
-    "other widths of a twin": (
-        lambda: convert_to_moe(dense_twin(moe(), "total_params"), [3]),
-        ["another width", "all of those"],
-    ),
 }
 UPCYCLED |= {
     f"clusters for {router}": (
@@ -213,8 +181,7 @@ ROWS = {f"{table}: {name}": row for table, rows in TABLES.items() for name, row 
 
 @pytest.mark.parametrize(("call", "names"), ROWS.values(), ids=ROWS)
 def test_the_sentence_names(call: Callable[[], Any], names: list[str]) -> None:
-    sentence = told_by(call)
-    assert [name for name in names if name not in sentence] == [], sentence
+    says(told_by(call), *names)
 
 
 # ---- files
@@ -260,8 +227,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         (lambda: save_model(saved(nameless), tmp_path / "model"), ["VisionTransformerMoE", "create_model"]),
     ]  # fmt: skip
     for call, names in rows:
-        sentence = told_by(call)
-        assert [name for name in names if name not in sentence] == [], sentence
+        says(told_by(call), *names)
     assert not (tmp_path / "model").exists()
 
 
@@ -284,9 +250,7 @@ def test_numbers_that_are_none(name: str, tmp_path: Path) -> None:
     net = moe(router="bias_balanced")
     net.state_dict()[name][0] = torch.nan
     save_model(saved(net), tmp_path)
-    sentence = told_by(opened(tmp_path))
-    assert name in sentence
-    assert "NaN" in sentence
+    says(told_by(opened(tmp_path)), name, "NaN")
 
 
 def test_a_pretrained_start_refuses_an_image_that_it_would_cut(tmp_path: Path) -> None:
@@ -316,7 +280,7 @@ def exported(tmp_path: Path, *, opset: int = 20, routes: bool = False, **options
 def test_what_can_not_be_exported(tmp_path: Path) -> None:
     batch = {"router": "vmoe_top_k", "eval_capacity_factor": 1.0, "capacity_group": "batch"}
     assert "capacity_group='image'" in exported(tmp_path, **batch)
-    for router in sorted({"expert_choice", "soft"} & set(ROUTERS)):
+    for router in ("expert_choice", "soft"):
         assert "leave them out" in exported(tmp_path, router=router, routes=True)
     for opset in (17, 24):
         assert f"opset={opset} can't be written: choose 18" in exported(tmp_path, opset=opset)
@@ -328,6 +292,4 @@ def test_a_missing_package_is_named(
 ) -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         monkeypatch.setitem(sys.modules, name, None if name == package else json)
-    sentence = exported(tmp_path, router="vmoe_top_k")
-    assert f"needs {package}," in sentence
-    assert "pip install" in sentence
+    says(exported(tmp_path, router="vmoe_top_k"), f"needs {package},", "pip install")

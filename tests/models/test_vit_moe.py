@@ -1,7 +1,6 @@
 """The models keep timm's contract and reduce to timm's ViT."""
 
 import copy
-from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -10,13 +9,13 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-import moevision
 from moevision import VisionTransformerMoE, convert_to_moe, dense_twin, forward_routing
 from moevision.efficiency import measure_cost, parameter_counts
-from moevision.layers import MoEMlp, moe_layers
+from moevision.layers import moe_layers
 from moevision.models import moe_layer_indices
 from moevision.models.config import MoEConfig
-from moevision.models.vit_moe import STEMS
+from moevision.models.vit_moe import STEMS, checkpoint_blocks
+from tests.shared import SMALL_VIT
 
 
 def images(size: int = 32, count: int = 2) -> torch.Tensor:
@@ -25,36 +24,12 @@ def images(size: int = 32, count: int = 2) -> torch.Tensor:
 
 def test_zero_moe_layers_is_timms_vit() -> None:
     """Same names, same random numbers, same output as the timm class with the same arguments."""
-    size = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 32,
-        "depth": 2,
-        "num_heads": 2,
-        "num_classes": 5,
-    }
     torch.manual_seed(0)
-    ours = VisionTransformerMoE(moe_layers=[], **size).eval()
+    ours = VisionTransformerMoE(moe_layers=[], **SMALL_VIT).eval()
     torch.manual_seed(0)
-    theirs = timm.models.VisionTransformer(**size).eval()
+    theirs = timm.models.VisionTransformer(**SMALL_VIT).eval()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert torch.equal(ours(images()), theirs(images()))
-
-
-def test_one_expert_is_the_dense_vit() -> None:
-    vit = timm.create_model("test_vit", img_size=64, num_classes=3).eval()
-    expected = vit(images(64))
-    moe = convert_to_moe(vit, "all", num_experts=1, top_k=1, copy_weights=True)
-    assert len(moe_layers(moe)) == 6
-    torch.testing.assert_close(moe(images(64)), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit4", "deit_tiny_patch16_224"])
-def test_copies_leave_the_dense_output_unchanged(name: str) -> None:
-    vit = timm.create_model(name, img_size=64, num_classes=3).eval()
-    expected = vit(images(64))
-    moe = convert_to_moe(vit, num_experts=4, top_k=2, copy_weights=True)
-    torch.testing.assert_close(moe(images(64)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_placements() -> None:
@@ -98,34 +73,16 @@ def test_a_twin_has_the_dropout_of_its_model_and_not_that_of_experts(
     }
 
 
-def test_twins_match_what_they_say() -> None:
-    """Equal FLOPs apart from the routers; equal parameters apart from the routers and E - 1 output biases."""
-    model = timm.create_model("test_vit_moe", num_classes=3)
-    cost = measure_cost(model, 32)
-    active = measure_cost(dense_twin(model, "active_flops"), 32)
-    stored = measure_cost(dense_twin(model, "total_params"), 32)
-    assert cost.flops_per_image == active.flops_per_image
-    assert cost.router_flops_per_image == 2 * (2 * 16 * 32 * 4)  # layers x 2 · tokens · D · E
-    routers = sum(p.numel() for layer in moe_layers(model) for p in layer.router.parameters())
-    assert cost.total_parameters - routers - 2 * 3 * 32 == stored.total_parameters
-
-
 def test_a_head_with_a_token_of_its_own_is_counted() -> None:
     """SigLIP pools by attention, whose query is a parameter: beside the model's, 2 D² for it and 2 N · 2 D² for keys.
 
     The rest of that head: 2 · 2 N D of attention, 2 D² behind it, 2 · 2 D · 4 D of its MLP.
     """
-    small = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 32,
-        "depth": 2,
-        "num_heads": 2,
-        "num_classes": 3,
-    }
     n, d = 16, 32
     by_attention, by_mean = (
-        measure_cost(convert_to_moe(timm.create_model(name, **given, **small)), 32).flops_per_image
+        measure_cost(
+            convert_to_moe(timm.create_model(name, **given, **SMALL_VIT)), 32
+        ).flops_per_image
         for name, given in (
             ("vit_base_patch16_siglip_224", {}),
             ("vit_base_patch16_siglip_gap_224", {}),
@@ -133,79 +90,6 @@ def test_a_head_with_a_token_of_its_own_is_counted() -> None:
     )
     head = 2 * d * d + 2 * n * 2 * d * d + 2 * 2 * n * d + 2 * d * d + 2 * 2 * d * 4 * d
     assert by_attention - by_mean == head
-
-
-def test_flops_are_the_closed_form() -> None:
-    """Plain patches, N tokens, depth L: per block 2 N (4 D² + 2 D · 4 D) + 4 N² D; patches 2 N P² 3 D; head 2 D C."""
-    model = timm.create_model("test_vit_moe", stem="patch", num_classes=10)
-    n, d, depth, patch = 16, 32, 4, 8
-    block = 2 * n * (4 * d * d + 2 * d * 4 * d) + 4 * n * n * d
-    assert (
-        measure_cost(model, 32).flops_per_image
-        == depth * block + 2 * n * patch * patch * 3 * d + 2 * d * 10
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "size"),
-    [
-        ("test_vit_moe", {"num_classes": 3}, 32),
-        ("test_vit_moe", {"num_classes": 3, "num_experts": 2, "top_k": 1, "img_size": 64}, 64),
-        (
-            "test_vit_moe",
-            {"num_classes": 3, "router": "vmoe_top_k", "moe_layers": "last2", "stem": "patch"},
-            32,
-        ),
-        ("test_vit_moe", {"num_classes": 3, "twin": "total_params"}, 32),
-        (
-            "vit_moe",
-            {"base": "test_vit", "num_classes": 4, "img_size": 64, "moe_layers": [0, 5]},
-            64,
-        ),
-        (
-            "vit_moe",
-            {
-                "base": "deit_tiny_patch16_224",
-                "num_classes": 4,
-                "img_size": 32,
-                "twin": "active_flops",
-            },
-            32,
-        ),
-    ],
-)
-def test_saved_models_load_bit_equal(
-    name: str, options: dict[str, object], size: int, tmp_path: Path
-) -> None:
-    model = timm.create_model(name, **options).eval()
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert torch.equal(model(images(size)), loaded(images(size)))
-    assert loaded.moe_config == model.moe_config
-
-
-def test_a_model_converted_in_python_saves_and_loads(tmp_path: Path) -> None:
-    vit = timm.create_model("test_vit", img_size=64, num_classes=3)
-    model = convert_to_moe(vit, "last2", num_experts=4, router="vmoe_top_k").eval()
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert torch.equal(model(images(64)), loaded(images(64)))
-
-
-def test_timm_contract() -> None:
-    model = timm.create_model("test_vit_moe", num_classes=3)
-    features = timm.create_model("test_vit_moe", features_only=True)(images())
-    assert [feature.shape[1:] for feature in features] == [(32, 4, 4)] * 3
-    model.reset_classifier(7)
-    assert model(images()).shape == (2, 7)
-    model.set_input_size(64)
-    assert model(images(64)).shape == (2, 7)
-    _, routings = forward_routing(model, images(64))
-    assert routings[0].grid == (8, 8)
-    assert torch.equal(copy.deepcopy(model).eval()(images(64)), model.eval()(images(64)))
-    assert model.forward_intermediates(images(64))[0].shape == (2, 64, 32)
-    layers = model.group_matcher(coarse=False)
-    assert layers["blocks"]
 
 
 @pytest.mark.parametrize(
@@ -218,11 +102,7 @@ def test_meta_device(name: str) -> None:
 
 def test_names_are_registered() -> None:
     names = set(timm.list_models("*vit_moe*", module="vit_moe"))
-    expected = {"test_vit_moe", "vit_moe", "vit_moe_micro_patch4_32"}
-    expected |= {
-        f"vit_moe_hybrid_{size}"
-        for size in ("patch4_32", "patch8_32", "patch16_128", "wide_patch4_32")
-    }
+    expected = {"test_vit_moe", "vit_moe", "vit_moe_micro_patch4_32", *HYBRIDS}
     expected |= {f"vit_moe_{size}_patch16_224" for size in ("tiny", "small", "base")}
     assert names == expected
 
@@ -296,41 +176,29 @@ def test_stages_are_plain_convolutions(stem: str, widths: list[int]) -> None:
     torch.testing.assert_close(model.patch_embed(x), y.flatten(2).mT)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vit_moe_hybrid_patch4_32",
-        "vit_moe_hybrid_patch8_32",
-        "vit_moe_hybrid_patch16_128",
-        "vit_moe_hybrid_wide_patch4_32",
-    ],
-)
-def test_hybrids_keep_timms_contract(name: str) -> None:
-    """Features, other sizes, another head, copies, saved weights; the twin has no experts and as many FLOPs."""
+SIZES = ("patch4_32", "patch8_32", "patch16_128", "wide_patch4_32")
+HYBRIDS = [f"vit_moe_hybrid_{size}" for size in SIZES]
+
+
+@pytest.mark.parametrize("name", ["test_vit_moe", *HYBRIDS])
+def test_timms_contract_is_kept(name: str) -> None:
+    """Features, other sizes, another head, copies; the twin has no experts and as many FLOPs."""
     size = timm.get_pretrained_cfg(name).input_size[-1]
     model = timm.create_model(name, num_classes=10, router="vmoe_top_k").eval()
-    patch, width = size // model.patch_embed.grid_size[0], model.embed_dim
+    side, width = model.patch_embed.grid_size[0], model.embed_dim
     x = images(size)
-    tokens = (size // patch) ** 2
-    assert model.forward_features(x).shape == (2, tokens, width)
+    assert model.forward_features(x).shape == (2, side**2, width)
+    assert model.forward_intermediates(x)[0].shape == (2, side**2, width)
     features = timm.create_model(name, features_only=True, out_indices=(0, 1)).eval()(x)
-    assert [feature.shape for feature in features] == [(2, width, size // patch, size // patch)] * 2
-    other = timm.create_model(name, num_classes=10, router="vmoe_top_k").eval()
-    other.load_state_dict(model.state_dict())
-    torch.testing.assert_close(other(x), model(x))
-    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
-    cost = measure_cost(model, size)
-    assert (
-        cost.flops_per_image
-        == measure_cost(dense_twin(model, "active_flops"), size).flops_per_image
-    )
+    assert [feature.shape for feature in features] == [(2, width, side, side)] * 2
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert model.group_matcher(coarse=False)["blocks"]
+    twin = measure_cost(dense_twin(model, "active_flops"), size)
+    assert measure_cost(model, size).flops_per_image == twin.flops_per_image
     model.set_input_size(2 * size)
     model.reset_classifier(3)
     assert model(images(2 * size)).shape == (2, 3)
-    assert forward_routing(model, images(2 * size))[1][0].grid == (
-        2 * size // patch,
-        2 * size // patch,
-    )
+    assert forward_routing(model, images(2 * size))[1][0].grid == (2 * side, 2 * side)
 
 
 def test_predictions_do_not_depend_on_batch_mates() -> None:
@@ -343,6 +211,79 @@ def test_predictions_do_not_depend_on_batch_mates() -> None:
     torch.testing.assert_close(model(x)[5:6], model(x[5:6]), rtol=0, atol=1e-13)
 
 
-def test_public_names() -> None:
-    assert isinstance(moevision.MoEMlp(8), MoEMlp)
-    assert set(moevision.__all__) <= set(dir(moevision))
+# ---- checkpointed blocks
+
+
+def trained(net: nn.Module) -> tuple[list[torch.Tensor], int]:
+    """Gradients of one step, routers' noise and dropped patches included; and how often block 1 computed."""
+    calls = []
+    handle = net.blocks[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(1)
+    logits, routings = forward_routing(net, torch.randn(4, 3, 32, 32))
+    (
+        logits.square().mean()
+        + torch.stack([routing.probs.square().mean() for routing in routings]).sum()
+    ).backward()
+    handle.remove()
+    return [p.grad for p in net.parameters()], len(calls)
+
+
+def checkpointed_blocks(net: nn.Module) -> tuple[int, ...]:
+    """Indices of the blocks that are computed again in the backward pass."""
+    if net.grad_checkpointing:
+        return tuple(range(len(net.blocks)))
+    return tuple(index for index, block in enumerate(net.blocks) if "forward" in vars(block))
+
+
+def bytes_for_backward(net: nn.Module, images: torch.Tensor) -> int:
+    """Of the tensors that autograd keeps, a storage once; weights don't count."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    kept = []  # held, so that no storage is made anew at the same place
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        net(images)
+    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    return sum(size for place, size in sizes.items() if place not in weights)
+
+
+def dropping() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_vit_moe", proj_drop_rate=0.2, drop_path_rate=0.2).train()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "calls"), [(False, 1), (True, 2), ([1, 2], 2), ([0], 1), ([], 1)]
+)
+def test_gradients_are_the_same(blocks: bool | list[int], calls: int) -> None:
+    net = dropping()
+    names = list(net.state_dict())
+    checkpoint_blocks(net, blocks)
+    assert list(net.state_dict()) == names
+    assert checkpointed_blocks(net) == (tuple(range(4)) if blocks is True else tuple(blocks or ()))
+    found, times = trained(net)
+    expected, _ = trained(dropping())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert times == calls
+
+
+def test_chosen_blocks_keep_less() -> None:
+    def kept(blocks: bool | list[int]) -> int:
+        net = dropping()
+        checkpoint_blocks(net, blocks)
+        return bytes_for_backward(net, torch.randn(4, 3, 32, 32))
+
+    assert kept(True) == kept([0, 1, 2, 3]) < kept([1, 3]) < kept([1]) < kept(False)
+
+
+def test_a_copy_computes_with_weights_of_its_own() -> None:
+    net = dropping().eval()
+    checkpoint_blocks(net, [1])
+    copied = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert torch.equal(
+        copied(torch.ones(1, 3, 32, 32)), torch.zeros_like(copied(torch.ones(1, 3, 32, 32)))
+    )
+    assert checkpointed_blocks(copied) == (1,)
+    checkpoint_blocks(copied, False)
+    assert (checkpointed_blocks(copied), checkpointed_blocks(net)) == ((), (1,))

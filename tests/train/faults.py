@@ -20,25 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers
 from moevision.train.health import WeightEMA
 from moevision.train.parallel.parts import first_index, local_shard
 from moevision.train.processes import callback_of
 from moevision.train.task import ClassificationTask
 
-KINDS = {
-    "nan_input": "the images are NaN",
-    "nan_loss": "the logits, and so the loss, are NaN",
-    "nan_router": "what a router computes with is NaN",
-    "nan_grad": "a gradient is NaN",
-    "inf_grad": "a gradient is infinite",
-    "nan_weight": "a weight has become NaN",
-    "nan_buffer": "a saved buffer (router bias, BatchNorm statistic) has become NaN",
-    "nan_ema": "a weight of the moving average has become NaN",
-    "spike": "the classifier's weights have been multiplied, by 50 unless told: a lasting loss spike",
-    "nan_val": "the images of a validation batch are NaN",
-}
+KINDS = (
+    "nan_input",  # the images are NaN
+    "nan_loss",  # the logits, and so the loss, are NaN
+    "nan_router",  # what a router computes with is NaN
+    "nan_grad",
+    "inf_grad",
+    "nan_weight",
+    "nan_buffer",  # a saved buffer: router bias, BatchNorm statistic
+    "nan_ema",  # a weight of the moving average
+    "spike",  # the classifier's weights have been multiplied, by 50 unless told: a lasting loss spike
+    "nan_val",  # the images of a validation batch are NaN
+)
 _FAULT = re.compile(r"(\w+)@(\d+)(?:x([\d.]+))?((?::[a-z]+\d+)*)")
 _TARGET = re.compile(r":([a-z]+)(\d+)")
 _NAN = float("nan")
@@ -57,38 +56,21 @@ class Fault:
 
 
 def parse_faults(text: str) -> list[Fault]:
-    """Read `KIND@N[xF][:blockB][:expertE][:rankR], ...`.
-
-    Raises:
-        UserError: if it says something else.
-    """
-    found = []
+    """Read `KIND@N[xF][:blockB][:expertE][:rankR], ...`."""
+    faults = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = _FAULT.fullmatch(part)
-        targets = (
-            {}
-            if match is None
-            else {name: int(number) for name, number in _TARGET.findall(match[4])}
-        )
-        if match is None or match[1] not in KINDS or targets.keys() - {"block", "expert", "rank"}:
-            raise UserError(
-                f"The fault {part!r} can't be read: write KIND@N, optionally followed by :blockB, :expertE or "
-                f":rankR, where KIND is one of {', '.join(KINDS)}."
-            )
-        if int(match[2]) < 1:
-            raise UserError(f"The fault {part!r}: batches are counted from 1.")
-        found.append(Fault(match[1], int(match[2]), float(match[3] or 50.0), **targets))
-    return found
+        assert match is not None, part
+        assert match[1] in KINDS, part
+        targets = {name: int(number) for name, number in _TARGET.findall(match[4])}
+        faults.append(Fault(match[1], int(match[2]), float(match[3] or 50.0), **targets))
+    return faults
 
 
 class FaultInjector(L.Callback):
-    """Does to the training what it was asked to; put it in front of all callbacks that should notice.
+    """Does to the training what `faults` say (`parse_faults`); `injected` counts each kind in this process.
 
-    Args:
-        faults: as `parse_faults` reads them.
-
-    Attributes:
-        injected: how often each kind of fault was injected by this process.
+    It stands in front of all callbacks that should notice.
     """
 
     def __init__(self, faults: str) -> None:
@@ -97,23 +79,6 @@ class FaultInjector(L.Callback):
         self._hooks: list[RemovableHandle] = []
         self._gradients: list[Fault] = []
         self._validation_batches = 0
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse faults that have no place in this model.
-
-        Raises:
-            UserError: if a block, an expert, a buffer or the moving average isn't there.
-        """
-        net = cast(ClassificationTask, pl_module).net
-        for fault in self.faults:
-            if fault.kind == "nan_ema" and callback_of(trainer, WeightEMA) is None:
-                raise UserError(
-                    "The fault nan_ema needs a moving average of the weights: add WeightEMA."
-                )
-            if fault.kind == "nan_router" or fault.block is not None or fault.expert is not None:
-                _layer(net, fault)
-            if fault.kind == "nan_buffer":
-                _buffer(net, fault)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -187,16 +152,7 @@ class FaultInjector(L.Callback):
 
 
 def _layer(net: nn.Module, fault: Fault) -> MoEMlp:
-    for layer in moe_layers(net):
-        if fault.block in (None, layer.layer_index):
-            if fault.expert is not None and fault.expert >= layer.experts.num_experts:
-                raise UserError(
-                    f"The fault has no place: block {layer.layer_index} has no expert {fault.expert}."
-                )
-            return layer
-    raise UserError(
-        f"The fault has no place: no MoE layer in {'the model' if fault.block is None else f'block {fault.block}'}."
-    )
+    return next(layer for layer in moe_layers(net) if fault.block in (None, layer.layer_index))
 
 
 def _weight(net: nn.Module, fault: Fault) -> Tensor:
@@ -207,13 +163,13 @@ def _weight(net: nn.Module, fault: Fault) -> Tensor:
 
 
 def _buffer(net: nn.Module, fault: Fault) -> Tensor:
+    """The first saved buffer with a fraction, of the block that is meant if one is."""
+    prefix = "" if fault.block is None else f"blocks.{fault.block}."
     saved = net.state_dict(keep_vars=True)
-    for name, buffer in net.named_buffers():
-        here = fault.block is None or name.startswith(f"blocks.{fault.block}.")
-        if here and name in saved and buffer.is_floating_point():
-            return buffer
-    raise UserError(
-        "The fault nan_buffer has no place: this model saves no buffer; bias_balanced and stem conv have some."
+    return next(
+        buffer
+        for name, buffer in net.named_buffers()
+        if name.startswith(prefix) and name in saved and buffer.is_floating_point()
     )
 
 

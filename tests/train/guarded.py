@@ -117,11 +117,7 @@ class States(L.Callback):
 
 
 class Averaged(L.Callback):
-    """Compares the second update of a sharded moving average with its formula, on whole tensors.
-
-    Attributes:
-        difference: the largest one of all numbers.
-    """
+    """The largest `difference` of a sharded moving average's second update from its formula, on whole tensors."""
 
     def __init__(self) -> None:
         self.difference = float("nan")

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moevision.files import file_sha256
 from moevision.layers import ColourRouter, forward_routing, moe_layers, update_router_bias
-from moevision.losses import AuxLoss, AuxLossWeights
+from moevision.losses import AuxLossWeights, Balance
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import describe, save_model
 from moevision.models.vit_moe import checkpoint_blocks
@@ -158,11 +158,9 @@ CASES = {
 
 
 class Sent(TorchDispatchMode):
-    """Counts what this process sends while it is entered, as a ring does it.
+    """Counts in `found` what this process sends while it is entered, as a ring does it.
 
-    Attributes:
-        found: bytes, collectives and messages by kind of collective. Those of a few numbers
-            (norms, loads, losses) are a kind of their own, "small".
+    Bytes, collectives and messages by kind; those of a few numbers (norms, loads, losses) are "small".
     """
 
     def __init__(self) -> None:
@@ -253,21 +251,15 @@ def train(
     *,
     mean: bool,
 ) -> None:
-    """Train and hand every step to `record`.
+    """Train and hand every step to `record`, before the update, with gradients that aren't clipped yet.
 
-    Args:
-        case: what to train.
-        net: its network, sharded or not.
-        forward: computes logits and routings.
-        mine: this process's rows of a micro-batch.
-        mean: whether gradients are the mean over processes (DDP), or their sum, for which the loss is divided.
-        record: is called before the update, with weights and gradients themselves, not clipped yet.
+    `forward` computes logits and routings, `mine` takes this process's rows of a micro-batch; `mean`: gradients are the
+    mean over processes (DDP), else their sum, for which the loss is divided.
     """
     processes = dist.get_world_size() if dist.is_initialized() else 1
     generator = torch.Generator().manual_seed(1)
     dtype = next(net.parameters()).dtype
-    aux_loss = AuxLoss(AuxLossWeights(**case.losses))
-    aux_loss.check(net)
+    balance = Balance(net, AuxLossWeights(**case.losses))
     optimizer, _ = build_optimizer(
         net,
         OptimizerConfig(case.optimizer, lr=1e-2),
@@ -280,7 +272,7 @@ def train(
     for number in range(case.steps):
         images = torch.randn(IMAGES, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
         labels = torch.randint(CLASSES, (IMAGES,), generator=generator)
-        aux_loss.start_window()
+        balance.start_window()
         optimizer.zero_grad()
         logits, counts = [], []
         for x, y in zip(
@@ -290,10 +282,10 @@ def train(
                 torch.autocast("cpu", torch.bfloat16) if case.precision == "bf16" else nullcontext()
             ):
                 out, routings = forward(mine(x))
-            aux, _ = aux_loss(routings)
+            aux = balance.loss(routings)
             # The mean over all images of the micro-batch is the mean over processes of this.
             loss = F.cross_entropy(out.to(dtype), mine(y), reduction="sum") * processes / len(y)
-            loss = (loss if aux is None else loss + aux) / case.micro_batches
+            loss = (loss + aux) / case.micro_batches
             (loss if mean else loss / processes).backward()
             logits.append(out.detach())
             counts.append(torch.stack([routing.requested_counts() for routing in routings]))
@@ -304,8 +296,7 @@ def train(
         if number in (0, case.steps - 1):
             gradients = {name: cast(Tensor, parameter.grad) for name, parameter in learning}
             weights = {name: tensor.detach() for name, tensor in net.state_dict().items()}
-        aux = torch.zeros(()) if aux is None else aux.detach()
-        record(Step(torch.cat(logits), aux, norm, gradients, weights))
+        record(Step(torch.cat(logits), aux.detach(), norm, gradients, weights))
         clip(parameters, CLIP, norm)
         optimizer.step()
         total = torch.stack(counts).sum(0)

@@ -17,7 +17,6 @@ from moevision.train.checkpoint import (
     SafeCheckpointIO,
     explain_damaged_files,
     newest_valid,
-    verify,
 )
 from tests.shared import missing
 
@@ -81,13 +80,6 @@ def test_a_cut_off_file_is_never_chosen(files, tmp_path, keep):
     assert (found.path.name, refused.path.name) == (PREVIOUS, BEST)
 
 
-def test_a_flipped_bit_is_found(files, tmp_path):
-    files.save_checkpoint(state(1), tmp_path / LAST)
-    assert verify(tmp_path / LAST).fault is None
-    damage(tmp_path / LAST)
-    assert "is damaged in" in verify(tmp_path / LAST).fault
-
-
 @pytest.mark.parametrize("moment", range(2))
 def test_killed_at_any_moment_of_a_save_there_is_a_valid_one(files, tmp_path, monkeypatch, moment):
     """A save replaces two names, previous.ckpt and last.ckpt; it dies before the n-th."""
@@ -148,14 +140,6 @@ def test_no_pickle_is_ever_run(files, tmp_path):
     with pytest.raises(UserError):
         files.load_checkpoint(tmp_path / LAST, weights_only=False)
     assert not (tmp_path / "pwned").exists()
-
-
-def test_removing(files, tmp_path):
-    for name in (LAST, BEST):
-        files.save_checkpoint(state(1), tmp_path / name)
-    files.remove_checkpoint(tmp_path / BEST)
-    assert not (tmp_path / BEST).exists()
-    assert verify(tmp_path / LAST).step == 1
 
 
 def test_leftovers_go_and_what_lies_below_or_is_finished_stays(tmp_path):

@@ -138,16 +138,7 @@ def end_one(
 ) -> str:
     """End one of two processes; all that was said, once somebody has said these words and all have ended.
 
-    Args:
-        folder: where they train.
-        name: of the run.
-        arguments: of the training.
-        until: the file of the run that is waited for; None: the second process, in a new interpreter, as soon as it is
-            there.
-        first: whether the first process is ended, or the second one.
-        number: the signal.
-        says: what is said within `SILENT_S`.
-        code: how the command ends.
+    It ends when the file `until` of the run is there; None: the second process, in a new interpreter, at once.
     """
     process = start(
         folder, "synthetic_pets", *arguments, f"--name={name}", others=0 if until is None else None

@@ -25,6 +25,7 @@ from moevision.models.io import load_model
 from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.health import WeightEMA
 from moevision.train.optim import OptimizerConfig, build_optimizer
+from moevision.train.parallel import parts
 from moevision.train.parallel.layout import Layout, shard
 from moevision.train.parallel.parts import (
     clip,
@@ -276,3 +277,19 @@ def test_fit_trains_there_and_its_model_answers_here(
     model, batch = load_model("runs/there"), next(iter(data.test_dataloader()))
     with torch.inference_mode():
         assert [model.class_names[index] for index in model.net(batch["image"]).argmax(-1)] == said
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
+def test_muon_gathers_no_experts(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts [E, out, in] that are divided along E are whole matrices already."""
+    gathered_dims: list[int] = []
+    monkeypatch.setattr(
+        parts, "to_full_tensor", lambda x: gathered_dims.append(x.ndim) or to_full_tensor(x)
+    )
+    net = build("switch").to(group)
+    shard(net, Layout.of(group))
+    updates, _ = build_optimizer(net, OptimizerConfig("muon"), total_steps=9, kinds=kinds(net))
+    step(net, group)
+    updates.step()
+    assert set(gathered_dims) == {2, 4}, "matrices and the first convolution"

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,13 @@ from moevision.errors import UserError
 from moevision.models.history import FILE, RoutingHistory
 from moevision.train import finish
 from moevision.train.checkpoint import BEST, LAST, SafeCheckpointIO
-from moevision.train.finish import Validated, checkpoint_of_run, final_checkpoint, gain_of
+from moevision.train.finish import (
+    Validated,
+    checkpoint_of_run,
+    choose_weights,
+    final_checkpoint,
+    gain_of,
+)
 from moevision.train.processes import Interrupted
 from moevision.train.report import BALANCED, LOSS, read_summary
 from tests.shared import missing
@@ -139,6 +147,26 @@ def test_the_last_weights_are_tested_unless_the_best_are_better(
     assert f"test --ckpt_path {run}/checkpoints/last.ckpt" in text
 
 
+def test_an_image_that_one_of_the_two_passes_can_not_read_leaves_the_best_epoch(
+    cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path
+):
+    """A file that is damaged between them makes their results of different length."""
+    pets, real = shutil.copytree(drawn_pets, tmp_path / "pets"), finish._validate
+
+    def damage(training, checkpoint):
+        validated = real(training, checkpoint)
+        (pets / training.data.sample_id("val", 0)).write_bytes(b"no image")
+        return validated
+
+    monkeypatch.setattr(finish, "_validate", damage)
+    options = ("--data.cache_mb=0", "--data.max_bad_fraction=1", f"--runs_root={tmp_path}/runs")
+    outcome = cli("fit", pets, *tiny, *EPOCHS, *options)
+    assert outcome.code == 0, outcome.err
+    summary = read_summary(tmp_path / "runs/pets/summary.json")
+    assert summary.test.checkpoint == BEST
+    assert not missing(summary.test.weights, "4 and 3 validation images")
+
+
 def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(
     cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path
 ):
@@ -243,3 +271,15 @@ def test_a_damaged_best_is_replaced_by_the_last(tmp_path):
     path, words = final_checkpoint(tmp_path)
     assert path == tmp_path / LAST
     assert "no best.ckpt" in words
+
+
+def test_equal_losses_are_no_reason_for_the_best_epoch(monkeypatch, tmp_path):
+    """The gain and its standard error are 0."""
+    for name, step in ((BEST, 1), (LAST, 2)):
+        state = {"global_step": step, "hyper_parameters": {"arch": {}}}
+        SafeCheckpointIO().save_checkpoint(state, tmp_path / "checkpoints" / name)
+    monkeypatch.setattr(finish, "schedule_ended", lambda trainer: True)
+    monkeypatch.setattr(finish, "_validate", lambda *given: GOOD)
+    settings = SimpleNamespace(checkpoint=SimpleNamespace(monitor=LOSS))
+    training = SimpleNamespace(run_dir=tmp_path, trainer=None, settings=settings)
+    assert choose_weights(training).checkpoint.name == LAST

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, note_event
+from moevision.train import guard as guard_module
+from moevision.train.guard import (
+    Event,
+    GuardConfig,
+    GuardRecord,
+    StabilityGuard,
+    WindowNumbers,
+    note_event,
+)
+from moevision.train.processes import callback_of
 from tests.shared import missing
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 
@@ -180,19 +189,12 @@ def test_the_command_line_says_what_was_left_out(
 def test_the_guard_can_be_switched_off(
     cli: Callable[..., Any], tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path
 ) -> None:
-    outcome = cli(
-        "fit",
-        drawn_pets,
-        *tiny,
-        "--runs_root",
-        tmp_path,
-        "--guard.enabled=false",
-        "--trainer.max_epochs=1",
-        "--name=off",
-    )
+    options = (f"--runs_root={tmp_path}", "--guard.enabled=false", "--trainer.max_epochs=1")
+    outcome = cli("fit", drawn_pets, *tiny, *options)
     assert outcome.code == 0, outcome.err
-    assert "guard/skipped" not in (tmp_path / "off" / "metrics.csv").read_text()
-    assert "train/update_norm" in (tmp_path / "off" / "metrics.csv").read_text()
+    metrics = (tmp_path / "pets" / "metrics.csv").read_text()
+    assert "guard/skipped" not in metrics
+    assert "train/update_norm" in metrics
 
 
 def test_what_the_summary_says_of_each_kind() -> None:
@@ -206,7 +208,7 @@ def test_what_the_summary_says_of_each_kind() -> None:
     assert record.sentences()[1].startswith("1 return to")
 
 
-def test_so_many_events_are_kept_and_all_are_counted(tmp_path: Path) -> None:
+def test_a_thousand_events_are_kept_and_all_are_counted() -> None:
     record = GuardRecord()
     for step in range(1002):
         record.add(Event(step, 0, "skip", "loss"))
@@ -282,13 +284,18 @@ def test_snapshots_take_no_memory_after_the_training(tmp_path: Path) -> None:
     kept = []
 
     class Kept(L.Callback):
-        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            kept.extend(
-                len(each.snapshots)
-                for each in trainer.callbacks
-                if isinstance(each, StabilityGuard)
-            )
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            kept.append(len(callback_of(trainer, StabilityGuard).snapshots))  # type: ignore[union-attr]
 
     run = Run(tmp_path, batches(2), callbacks=(Kept(),))
     assert run.guard is not None
     assert (kept, len(run.guard.snapshots)) == ([1], 0)
+
+
+def test_the_loss_of_a_window_is_a_mean_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that have the same losses, and the same norm."""
+    monkeypatch.setattr(guard_module, "sum_numbers", lambda numbers, _: [2 * n for n in numbers])
+    losses = [{"loss": torch.tensor(loss)} for loss in (1.0, 2.0)]
+    task: Any = SimpleNamespace(evidence=losses, device=None)
+    trainer: Any = SimpleNamespace(world_size=2)
+    assert WindowNumbers.of(trainer, task, torch.tensor(3.0)) == (True, True, 1.5)

@@ -32,91 +32,37 @@ EVERY_4 = GuardConfig(snapshot_every=4)
 ONE_SNAPSHOT = GuardConfig(snapshot_every=4, snapshots=1)
 SPIKES = GuardConfig(snapshot_every=5, spike_warmup=10, spike_updates=5)
 
+HEAD = "weight of head.weight"
+# Batch 7 computes NaN: back to the snapshot after four updates, so 5 and 6 are taken back and 7 is left out.
+FROM_7 = [0, 1, 2, 3, 7, 8, 9, 10, 11]
+# What training computes nothing with is found when the next snapshot is due, after update 8.
+FROM_8 = [0, 1, 2, 3, 8, 9, 10, 11]
+
 # name: (fault, guard, router, batches in all, batches whose updates are left, the cause)
 CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] = {
-    "a weight, at the first step": (
-        "nan_weight@1",
-        EVERY_4,
-        NOISY,
-        6,
-        [1, 2, 3, 4, 5],
-        "weight of head.weight",
-    ),
-    # Batch 7 computes NaN: back to the snapshot after four updates, so 5 and 6 are taken back and 7 is left out.
-    "a weight": (
-        "nan_weight@7",
-        EVERY_4,
-        NOISY,
-        12,
-        [0, 1, 2, 3, 7, 8, 9, 10, 11],
-        "weight of head.weight",
-    ),
-    "a weight, with Muon": (
-        "nan_weight@7",
-        EVERY_4,
-        MUON,
-        12,
-        [0, 1, 2, 3, 7, 8, 9, 10, 11],
-        "weight of head.weight",
-    ),
+    "a weight, at the first step": ("nan_weight@1", EVERY_4, NOISY, 6, [1, 2, 3, 4, 5], HEAD),
+    "a weight": ("nan_weight@7", EVERY_4, NOISY, 12, FROM_7, HEAD),
+    "a weight, with Muon": ("nan_weight@7", EVERY_4, MUON, 12, FROM_7, HEAD),
     "a weight of an expert": (
-        "nan_weight@7:expert1",
-        EVERY_4,
-        NOISY,
-        12,
-        [0, 1, 2, 3, 7, 8, 9, 10, 11],
+        *("nan_weight@7:expert1", EVERY_4, NOISY, 12, FROM_7),
         "weight of blocks.1.mlp.experts.fc1.weight (expert 1)",
     ),
     "twice to the same snapshot": (
-        "nan_weight@7, nan_weight@9",
-        ONE_SNAPSHOT,
-        NOISY,
-        12,
-        [0, 1, 2, 3, 9, 10, 11],
-        "weight of head.weight",
+        *("nan_weight@7, nan_weight@9", ONE_SNAPSHOT, NOISY, 12, [0, 1, 2, 3, 9, 10, 11], HEAD),
     ),
     # After the same snapshot did not help, the one before it: the beginning.
     "further back the second time": (
-        "nan_weight@7, nan_weight@9",
-        EVERY_4,
-        NOISY,
-        12,
-        [9, 10, 11],
-        "weight of head.weight",
+        *("nan_weight@7, nan_weight@9", EVERY_4, NOISY, 12, [9, 10, 11], HEAD),
     ),
-    # Nothing that training computes uses a running mean: it is found when the next snapshot is due, after update 8.
-    "a BatchNorm statistic": (
-        "nan_buffer@7",
-        EVERY_4,
-        NOISY,
-        12,
-        [0, 1, 2, 3, 8, 9, 10, 11],
-        "buffer of patch_embed",
-    ),
+    "a BatchNorm statistic": ("nan_buffer@7", EVERY_4, NOISY, 12, FROM_8, "buffer of patch_embed"),
     "a router bias": (
-        "nan_buffer@7:block1",
-        EVERY_4,
-        BIASED,
-        12,
-        [0, 1, 2, 3, 8, 9, 10, 11],
+        *("nan_buffer@7:block1", EVERY_4, BIASED, 12, FROM_8),
         "buffer of blocks.1.mlp.router.bias",
     ),
-    "the average only": (
-        "nan_ema@7",
-        EVERY_4,
-        NOISY,
-        12,
-        [0, 1, 2, 3, 8, 9, 10, 11],
-        "ema.weight of head.weight",
-    ),
+    "the average only": ("nan_ema@7", EVERY_4, NOISY, 12, FROM_8, f"ema.{HEAD}"),
     # Updates 20 to 24 are suspicious; the last snapshot before them was taken after 15.
     "a lasting spike": (
-        "spike@20x50",
-        SPIKES,
-        NOISY,
-        32,
-        [*range(15), *range(24, 32)],
-        "loss spike",
+        *("spike@20x50", SPIKES, NOISY, 32, [*range(15), *range(24, 32)], "loss spike"),
     ),
 }
 

@@ -1,6 +1,5 @@
 """Muon against its definition, written once more, and AdamW where it should be AdamW."""
 
-import copy
 import math
 from types import SimpleNamespace
 from typing import Any, cast
@@ -79,15 +78,6 @@ def test_a_gpu_that_is_slow_in_bfloat16_multiplies_in_float32(
     )
     orthogonal(torch.eye(3).as_subclass(OnGpu))
     assert seen == [dtype]
-
-
-def test_experts_are_made_orthogonal_one_by_one() -> None:
-    """As one matrix [E, out · in], which timm 1.0.31 makes of them, the update would point elsewhere."""
-    stack = torch.randn(8, 12, 20, generator=torch.Generator().manual_seed(0))
-    found = orthogonal(stack)
-    torch.testing.assert_close(found, torch.stack([orthogonal(one) for one in stack]))
-    across = orthogonal(stack.flatten(1)).view_as(stack)
-    assert nn.functional.cosine_similarity(found.flatten(), across.flatten(), dim=0) < 0.95
 
 
 def test_products_in_bfloat16_point_where_those_in_float32_do() -> None:
@@ -221,59 +211,20 @@ def test_rates_and_decay_are_those_of_adamw(layer_decay: float | None) -> None:
 
 
 def test_an_expert_without_tokens_only_decays() -> None:
-    experts = PackedLinear(3, 4, 6)
-    optimizer = Muon([{"params": [experts.weight], "matrices": True, "weight_decay": 0.5}], lr=0.1)
-    before = experts.weight.detach().clone()
-    experts.weight.grad = torch.zeros_like(before)
-    experts.weight.grad[0] = torch.randn(experts.weight.grad[0].shape)
-    optimizer.step()
-    torch.testing.assert_close(experts.weight[1:], before[1:] * (1 - 0.1 * 0.5))
-    assert not torch.allclose(experts.weight[0], before[0])
-
-
-def test_an_expert_that_no_longer_gets_tokens_stays() -> None:
     """Made orthogonal, what is left of its momentum would be as long as a gradient, for some 300 updates."""
     experts = PackedLinear(2, 4, 6)
-    optimizer = Muon([{"params": [experts.weight], "matrices": True}], lr=0.1, weight_decay=0.0)
+    optimizer = Muon([{"params": [experts.weight], "matrices": True}], lr=0.1, weight_decay=0.5)
     for update in range(30):
         experts.weight.grad = torch.randn(experts.weight.shape)
-        if update >= 20:
-            experts.weight.grad[1] = 0
-            before = experts.weight.detach().clone()
+        experts.weight.grad[1] *= update < 20
+        before = experts.weight.detach().clone()
         optimizer.step()
-        if update >= 20:
-            assert torch.equal(experts.weight[1], before[1])
-            assert not torch.allclose(experts.weight[0], before[0])
+        decayed = before * (1 - 0.1 * 0.5)
+        assert not torch.allclose(experts.weight[0], decayed[0])
+        assert torch.allclose(experts.weight[1], decayed[1]) == (update >= 20)
 
 
 def test_weights_without_gradient_stay() -> None:
     weight = nn.Parameter(torch.ones(4, 6))
     Muon([{"params": [weight], "matrices": True}], lr=0.1).step()
     assert torch.equal(weight, torch.ones(4, 6))
-
-
-def test_the_state_goes_on() -> None:
-    """Two steps, or one, a saved state, and another: the same weights bit for bit."""
-
-    def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in net.parameters():
-            parameter.grad = torch.randn(
-                parameter.shape, generator=generator, dtype=parameter.dtype
-            )
-        optimizer.step()
-
-    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
-        net = model()
-        return net, build_optimizer(net, OptimizerConfig("muon"), total_steps=9)[0]
-
-    net, optimizer = start()
-    step(net, optimizer, 0)
-    resumed, other = start()
-    resumed.load_state_dict(net.state_dict())
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # which hands out the live tensors
-    step(net, optimizer, 1)
-    step(resumed, other, 1)
-    assert all(
-        torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True)
-    )

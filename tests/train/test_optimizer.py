@@ -13,10 +13,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from torch import nn
 
 import moevision
-from moevision.errors import UserError
-from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig
-from moevision.train import task as task_module
 from moevision.train.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -167,13 +164,6 @@ def test_what_is_frozen_is_not_optimized(layer_decay: float | None) -> None:
     assert set(rates(net, OptimizerConfig(layer_decay=layer_decay))) == learning(net)
 
 
-def test_everything_frozen_is_no_training() -> None:
-    net = tiny().requires_grad_(False)
-    for layer_decay in (None, DECAY):
-        with pytest.raises(UserError, match="nothing to train"):
-            parameter_groups(net, OptimizerConfig(layer_decay=layer_decay))
-
-
 def one_step(config: OptimizerConfig) -> tuple[dict[str, torch.Tensor], ClassificationTask]:
     """State before, and the task after one optimizer step on noise."""
     L.seed_everything(0, verbose=False)
@@ -209,26 +199,6 @@ def test_a_frozen_stem_keeps_weights_and_statistics() -> None:
         after["patch_embed.backbone.0.bn.running_mean"],
         before["patch_embed.backbone.0.bn.running_mean"],
     )
-
-
-def test_a_checkpoint_brings_the_options_back() -> None:
-    """Hyperparameters are plain data; dicts come back as the dataclass."""
-    task = ClassificationTask(optim={"lr": LR, "layer_decay": DECAY, "freeze": 1})  # type: ignore[arg-type]
-    assert task.optim == OptimizerConfig(lr=LR, layer_decay=DECAY, freeze=1)
-    assert task.hparams["optim"]["freeze"] == 1
-    assert task_module.OptimizerConfig is OptimizerConfig
-    old = ClassificationTask(
-        optim={"lr": LR, "weight_decay": 0.05, "warmup_fraction": 0.2, "beta2": 0.99}
-    )  # type: ignore[arg-type]
-    assert old.optim == OptimizerConfig(lr=LR), "a checkpoint from before these options"
-
-
-def test_the_first_group_holds_the_classifier() -> None:
-    net = tiny()
-    groups = parameter_groups(net, OptimizerConfig(layer_decay=DECAY))
-    head = {id(parameter) for parameter in net.head.parameters()}
-    assert head & {id(parameter) for parameter in groups[0]["params"]}
-    assert len(moe_layers(net)) == 2
 
 
 def models_with_packed_biases() -> list[nn.Module]:

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.checkpoint import newest_valid
-from moevision.train.parallel.parts import filled, outline, total_norm
+from moevision.train.parallel.parts import filled, first_index, outline, total_norm
 from tests.forks import Forked
 from tests.train import layouts
 from tests.train.layouts import (
@@ -146,3 +150,13 @@ def test_an_outline_takes_no_memory_and_is_filled_again() -> None:
     assert all(parameter.is_meta for parameter in empty.parameters())
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(filled(empty, net.state_dict())(x), net(x))
+
+
+def test_the_part_of_the_second_process_begins_where_that_of_the_first_ends() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        part = torch.zeros(2, 3)
+        divided = DTensor.from_local(part, init_device_mesh("cpu", (2,)), [Shard(0)])
+        assert (first_index(divided), first_index(part)) == ((2, 0), (0, 0))
+    finally:
+        dist.destroy_process_group()

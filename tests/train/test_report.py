@@ -25,6 +25,7 @@ from moevision.stats import (
     paired_macro_difference,
 )
 from moevision.train import plots
+from moevision.train.finish import RunResult
 from moevision.train.plots import moving_average, plot_confusion, plot_curves, read_metrics
 from moevision.train.report import (
     ClassScores,
@@ -467,3 +468,10 @@ def test_the_table_of_models_in_the_summary(tmp_path: Path, summary: RunSummary)
         _lines(replace(chosen, twin=twin), tmp_path)
     )  # fit refuses --dense beside --with-twin
     assert f"give\n{advice} in place of `--with-twin`" in beside_twin
+
+
+def test_the_headline_ends_with_the_advice(summary: RunSummary, tmp_path: Path) -> None:
+    models = [entry(name, [1] * 100) for name in NAMES]
+    chosen = replace(summary, choice=choose(models, LABELS, unbalanced=False))
+    plain, advised = (RunResult(each, tmp_path, {}, {}).headline for each in (summary, chosen))
+    assert advised == f"{plain}\n{chosen.choice.sentence}"

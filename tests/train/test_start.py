@@ -333,7 +333,7 @@ def test_the_command_line(
     assert full.items() <= said.items()
     with pytest.raises(UserError, match=r"--dense .* leave --with-twin out"):
         resolved(drawn_pets, "--dense", "--with-twin")
-    with pytest.raises(UserError, match="pretrained needs a value"):
+    with pytest.raises(UserError, match="pretrained: expected one argument"):
         resolved(drawn_pets, "--pretrained", "--name", "x")
     run = Path("run")
     run.mkdir()
@@ -485,3 +485,24 @@ def test_fit_from_a_file_with_its_twin(
     assert (again.code, "nothing to do" in again.err) == (0, True), (
         again.err
     )  # nor is anything chosen again
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(11.75, start.BASE), (10.75, start.SMALL)])
+def test_a_gpu_of_12_gib_gets_the_larger_model(
+    gib: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch sees 11.75 of them."""
+    monkeypatch.undo()
+    monkeypatch.setattr(start, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    seen = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: seen)
+    assert start.fitting(IMAGES)[0] == expected
+
+
+@pytest.mark.parametrize(("gpu", "device"), [(True, "a GPU."), (False, "a CPU (threads: ")])
+def test_the_device_that_the_weights_suit_is_named(
+    gpu: bool, device: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "has_gpu", lambda: gpu)
+    assert f"it suits {device}" in choose_start(AUTO, IMAGES).line

@@ -126,3 +126,11 @@ def test_what_is_none_is_refused(run, tmp_path):
     torch.save(state, file)
     with pytest.raises(UserError, match=r"last\.ckpt"):
         load_trained(str(file))
+
+
+def test_a_class_without_a_name_is_refused(run, tmp_path):
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state["moevision"]["data"]["class_names"].pop()
+    torch.save(state, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="no names"):
+        load_trained(str(tmp_path / "last.ckpt"))

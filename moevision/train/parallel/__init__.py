@@ -91,10 +91,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
     ) -> None:
         """Raise a UserError, before anything is trained, for what a sharded fit can't do; `data` are set up.
 
-        What only shows later `data` refuses. `records`: whether --record_routing is on.
+        `records`: whether --record_routing is on.
         """
         check_network(task.net, self.expert)
-        data.in_step = True
         world = trainer.num_nodes * trainer.num_devices
         for split in ("val", "test"):
             images = sum(data.class_counts[split].values())

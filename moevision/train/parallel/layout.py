@@ -169,10 +169,7 @@ def _divide_experts(layer: MoEMlp, mesh: DeviceMesh) -> None:
         for name, weight in list(linear.named_parameters(recurse=False)):
             divided = distribute_tensor(weight.detach(), mesh, [Shard(0)])  # [E, ...]
             setattr(linear, name, nn.Parameter(divided, requires_grad=weight.requires_grad))
-    dispatcher = layer.dispatcher
-    layer.dispatcher = AllToAllDispatcher(
-        mesh.get_group(), dispatcher.row_multiple, dispatcher.max_padding
-    )
+    layer.dispatcher = AllToAllDispatcher(mesh.get_group())
 
 
 def _shard_over(mesh: DeviceMesh, module: nn.Module, **options: Any) -> None:
@@ -216,20 +213,14 @@ class AllToAllDispatcher(LocalDispatcher):
     the one synchronisation. Torch's functional `all_to_all_single_autograd` starts the transfer and doesn't wait for
     it: what is computed before `receive` (shared experts) overlaps with it. Its backward pass is the transfer back.
 
-    `row_multiple` and `max_padding` as in `LocalDispatcher`, for the rows that arrive. Padding is never sent.
+    Rows that arrive get padding, as by `LocalDispatcher`; it is never sent.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, row_multiple: int | None, max_padding: float | None
-    ) -> None:
-        super().__init__(row_multiple, max_padding)
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
         self.group = group
         self.size = dist.get_world_size(group)
-        self._home = LocalDispatcher(row_multiple=1, max_padding=1.0)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AllToAllDispatcher:
-        """A group can't be copied; a copy of the model has its experts in the same processes."""
-        return AllToAllDispatcher(self.group, self.row_multiple, self.max_padding)
+        self._home = LocalDispatcher(pad=False)
 
     def dispatch(self, x: Tensor, routing: Routing) -> ExpertParallelDispatch:
         """Begin to send the tokens x [T, D] of this process to their experts."""
@@ -242,7 +233,7 @@ class AllToAllDispatcher(LocalDispatcher):
         rows = self._travel(home.rows, sent, received)
 
         counts = from_each.sum(0)  # [E']
-        padded = padded_counts(counts, x, self.row_multiple, self.max_padding)
+        padded = padded_counts(counts, x)
         row_of_arrival = _row_of_arrival(from_each, padded, sum(received))
         length = int(padded.sum()) if padded is not counts else sum(received)
         arrivals = torch.arange(sum(received), device=x.device)

@@ -27,17 +27,12 @@ from moevision.layers.experts import local
 from moevision.train import optim
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-
-def mesh_of(x: Tensor | None) -> DeviceMesh | None:
-    """The device mesh that a tensor is divided over; None for a whole tensor."""
-    return getattr(x, "device_mesh", None)
+    pass
 
 
 def is_sharded(net: nn.Module) -> bool:
     """Whether some parameters of a network are divided."""
-    return any(mesh_of(parameter) is not None for parameter in net.parameters())
+    return any(isinstance(parameter, DTensor) for parameter in net.parameters())
 
 
 def local_shard(x: Tensor) -> Tensor:
@@ -207,8 +202,6 @@ def like_these(weights: Mapping[str, Tensor], optimized: Sequence[Tensor]) -> _T
                 parameter = weights.get(name)
             case ("optimizer_states", _, "state", int(index), str(moment)) if moment != "step":
                 parameter = optimized[index]
-        if parameter is None or mesh_of(parameter) is None:
-            return None
-        return parameter.detach()
+        return parameter.detach() if isinstance(parameter, DTensor) else None
 
     return template_of
