@@ -53,5 +53,7 @@ def what_experts_take(run_dir: Path, kind: type[DrawnImages]) -> str:
     if "unseen" in kind.splits:
         unseen = open_pictures(kind(_PAGES, split="unseen"), model.image_size)
         accuracy = collect_routing(model, unseen, progress=False).accuracy
-        lines.append(f"Of {_PAGES:,} images of things it has never seen it gets {percent(accuracy)} right.")
+        lines.append(
+            f"Of {_PAGES:,} images of things it has never seen it gets {percent(accuracy)} right."
+        )
     return "\n".join(lines)
