@@ -23,10 +23,10 @@ CHECKOUT = Path(__file__).parents[1]
 
 SIZE = {
     # folder, with those below: (modules, tokens)  # what raised it last
-    "moevision": (11, 15_590),
-    "moevision/analysis": (13, 49_200),
+    "moevision": (11, 15_610),  # records say whether memory is kept
+    "moevision/analysis": (13, 49_210),  # rgb_of, for the notebook
     "moevision/commands": (8, 9_220),
-    "moevision/data": (13, 30_500),
+    "moevision/data": (13, 30_510),  # SciPy only where images have copies
     "moevision/demo": (15, 27_640),
     "moevision/layers": (10, 15_730),  # own routers get device and dtype by place
     "moevision/models": (10, 18_470),
