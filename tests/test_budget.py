@@ -48,7 +48,7 @@ SITE_WORDS = 24_650  # without README
 
 FORWARD_FILES = 5
 BATCH_FILES = 15
-BATCH_HOPS = 74  # combining is a method of each Routing
+BATCH_HOPS = 72  # combining is a method of each Routing
 ANALYZE_FILES = 45  # it embeds live views
 PATH_HOPS = 4
 
