@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -10,6 +11,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -58,6 +60,12 @@ VERBS = {
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's on a CPU, on a GPU
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 UNREAD = 141  # the same of SIGPIPE, which Python ignores
+# Errors of writing, which of standard output have no file's name: no space, a limit, a lost terminal or pipe.
+_UNWRITTEN = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EPIPE")
+    if hasattr(errno, name)
+}
 
 USAGE = """\
 moevision: train sparse vision transformers, see where every patch goes
@@ -94,14 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _answer(sys.argv[1:] if arguments is None else arguments)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, since what fails when Python ends is a traceback
+            sys.stdout.flush()  # when Python ends, an error would have no sentence
         return code
-    except BrokenPipeError:
-        if not _is_unread():
-            raise  # of another pipe
-        # Or Python would try once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return UNREAD
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITTEN:
+            raise
+        return _output_failed(error)
 
 
 def _answer(arguments: Sequence[str]) -> int:
@@ -172,6 +178,22 @@ def _run(verb: str, arguments: list[str]) -> int:
             return UNREAD
         return stop.code if isinstance(stop.code, int) else USER_ERROR
     return 0
+
+
+def _output_failed(error: OSError) -> int:
+    """Say why the output can't be written, unless its reader, such as `head`, has had enough; the exit code."""
+    if isinstance(error, BrokenPipeError) and not _is_unread():
+        raise error  # of another pipe
+    with suppress(OSError):
+        sys.stdout.flush()
+    # Or Python would try once more when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return UNREAD
+    with suppress(OSError):  # standard error may be as full
+        sentence = f"the output can't be written ({error.strerror}): make room for it, or send it elsewhere."
+        print(f"moevision: {sentence}", file=sys.stderr)
+    return USER_ERROR
 
 
 def _is_unread() -> bool:

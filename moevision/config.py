@@ -12,7 +12,6 @@ classes of Lightning's that `trainer` may name).
 from __future__ import annotations
 
 import difflib
-import re
 import textwrap
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,15 +54,27 @@ Options = Mapping[str, Any]
 """Values of some options by their dotted names, such as `data.image_size`."""
 
 
-def option(default: Any, help: str, **about: str | bool) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    chosen: str = "",
+    alias: str = "",
+    short: str = "",
+    rare: bool = False,
+) -> Any:
     """A field that is an option.
 
     Args:
         default: its value where nobody gives one.
         help: what it is, for `--help`; the brief help has the first sentence.
-        **about: other fields of `Option`.
+        chosen: what `fit FOLDER` takes where its default depends on the images or on the machine.
+        alias: its name on the command line, which the help shows in the place of the dotted one.
+        short: another name on the command line, beside the one that the help shows.
+        rare: leave it out of the help; docs/reference/config.md has it.
     """
-    return field(default=default, metadata={"help": help, **about})
+    metadata = {"help": help, "chosen": chosen, "alias": alias, "short": short, "rare": rare}
+    return field(default=default, metadata=metadata)
 
 
 class Framing(NamedTuple):
@@ -432,8 +443,14 @@ class MoEConfig(RouterOptions):
 
     @classmethod
     def from_checkpoint(cls, fields: Mapping[str, Any]) -> MoEConfig:
-        """The description in a checkpoint, without `upcycle_noise` of versions before 0.2, by which copies began."""
-        return cls(**{name: value for name, value in fields.items() if name != "upcycle_noise"})
+        """The description in a checkpoint; versions before 0.2 wrote `upcycle_noise` too, which is ignored if unset."""
+        fields = dict(fields)
+        noise = fields.pop("upcycle_noise", None)
+        if noise:
+            raise UserError(
+                f"This checkpoint began with upcycle_noise {noise}, which this version doesn't have: use moevision 0.1."
+            )
+        return cls(**fields)
 
 
 @dataclass
@@ -598,8 +615,10 @@ class RecordRoutingConfig:
     def __post_init__(self) -> None:
         ranges: Ranges = [("at least 2, beginning and end", lambda x: x >= 2, ("moments",))]
         if isinstance(self.images, int):
-            of_images = (f"1 to {MAX_RECORDED}", lambda x: 1 <= x <= MAX_RECORDED, ("images",))
-            ranges = [*ranges, of_images]
+            ranges = [
+                *ranges,
+                (f"1 to {MAX_RECORDED}", lambda x: 1 <= x <= MAX_RECORDED, ("images",)),
+            ]
         check_ranges(self, ranges, "--record_routing.")
 
 
@@ -816,10 +835,10 @@ class Option(NamedTuple):
     kind: Any
     default: Any
     help: str = ""
-    chosen: str = ""  # what `fit FOLDER` takes where its default depends on images or machine
-    alias: str = ""  # its name on the command line, which the help shows instead of the dotted one
-    short: str = ""  # another name on the command line, beside the one that the help shows
-    rare: bool = False  # not in the help; docs/reference/config.md has it
+    chosen: str = ""
+    alias: str = ""
+    short: str = ""
+    rare: bool = False
 
 
 @cache
@@ -882,11 +901,16 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def parse_config(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+def parse_config(content: Any, source: str) -> dict[str, Any]:
     """The options that the content of a YAML file gives, by their dotted names.
 
     A key that isn't known and has no value is ignored, and so are those in `WRITTEN`: earlier versions wrote some.
     """
+    if not isinstance(content, Mapping):
+        raise UserError(
+            f"{source} is no configuration: it must have keys, such as data: {{path: ...}}."
+        )
+
     values = {}
     for name, value in flatten(content).items():
         if name in options():
@@ -895,10 +919,19 @@ def parse_config(content: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise UserError(f"{source}: {_unknown_option(name)}")
 
     try:
-        parsed = _parser().parse_object(values, defaults=False)
-    except ArgumentError as error:
-        raise UserError(f"{source}: {_mistake(error)}") from error
-    return dict(vars(parsed.as_flat()))
+        return _parse_values(values)
+    except ArgumentError:
+        for name, value in values.items():
+            try:
+                _parse_values({name: value})
+            except ArgumentError as error:
+                raise UserError(f"{source}: {_wrong_value(name, value)}") from error
+        raise
+
+
+def _parse_values(values: Options) -> dict[str, Any]:
+    """The values in the types of their options."""
+    return dict(vars(_parser().parse_object(dict(values), defaults=False).as_flat()))
 
 
 # ---- the command line
@@ -919,11 +952,10 @@ def parse_args(verb: str, arguments: Sequence[str]) -> ParsedArgs:
     parser = _parser()
     spelled = option_spelled(parser, arguments, _short_names())
     try:
-        parsed = parser.parse_args(spelled, defaults=False)
+        values = vars(parser.parse_args(spelled, defaults=False).as_flat())
     except ArgumentError as error:
-        raise UserError(f"{_mistake(error)} See moevision {verb} --help.") from error
-
-    values = vars(parsed.as_flat())
+        mistake = _first_mistake(spelled) or "The options don't fit together."
+        raise UserError(f"{mistake} See moevision {verb} --help.") from error
     return ParsedArgs(
         folder=values.pop("folder", None),
         configs=values.pop("config", None) or [],
@@ -980,22 +1012,52 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _mistake(error: ArgumentError) -> str:
-    """What is wrong, from the message of the parser, which calls an option by its dotted name."""
-    message = str(error)
-    wrong_value = re.match(r'Parser key "(.+?)":.* value: (.*)', message, re.S)
-    if wrong_value:
-        name, value = wrong_value.groups()
-        return f"--{name} is {value!r}: it must be {_type_in_words(options()[name].kind)}."
+def _first_mistake(arguments: Sequence[str]) -> str | None:
+    """What is wrong with the first option that the parser doesn't take, or with a second folder."""
+    # Each option with the values behind it; in front of the first option, the folder.
+    groups: list[list[str]] = [[""]]
+    for argument in arguments:
+        is_option = argument.startswith("--") or (argument[:1] == "-" and argument[1:].isalpha())
+        if is_option:
+            groups.append([argument])
+        else:
+            groups[-1].append(argument)
 
-    unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message)
-    if unknown is None:
-        return f"{message}."
-    if unknown[1].startswith("-"):
-        return _unknown_option(unknown[1].lstrip("-"))
-    return (
-        f"{unknown[1]!r} stands where an option is expected: a folder comes right after the verb."
-    )
+    folders: list[str] = []
+    for option_argument, *values in groups:
+        name, equals, value = option_argument.partition("=")
+        if name:
+            action = _action_of(name)
+            if action is None:
+                return _unknown_option(name.lstrip("-"))
+            if equals and action.nargs == 0:
+                return f"{name} takes no value."
+            if action.nargs is None and not equals and not values:
+                return f"--{action.dest} needs a value."
+
+            own_values = [] if equals or action.nargs == 0 else values[:1]
+            try:
+                _parser().parse_args([option_argument, *own_values], defaults=False)
+            except ArgumentError:
+                return _wrong_value(action.dest, value if equals else values[0])
+            values = values[len(own_values) :]
+
+        folders += values
+        if len(folders) > 1:
+            return f"{folders[1]!r} stands where an option is expected: a folder comes right after the verb."
+    return None
+
+
+def _action_of(name: str) -> argparse.Action | None:
+    """The parser's action for an option, for a key below it, or for --OPTION+, which appends to a list."""
+    for option_name, action in _parser()._option_string_actions.items():
+        if name == option_name or name.startswith((f"{option_name}.", f"{option_name}+")):
+            return action
+    return None
+
+
+def _wrong_value(name: str, value: Any) -> str:
+    return f"--{name} is {str(value)!r}: it must be {_type_in_words(options()[name].kind)}."
 
 
 _TYPES_IN_WORDS = {

@@ -97,6 +97,7 @@ _MALLOPT_SETTINGS = (
     (_M_MMAP_MAX, 0),  # no block is mapped from the system on its own
     (_M_TRIM_THRESHOLD, -1),  # the heap is never trimmed; 2**31 - 1 would still trim 2 GiB
 )
+_keeps_memory = False
 
 
 def keep_freed_memory() -> bool:
@@ -110,8 +111,15 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
+    global _keeps_memory
     # mallopt returns 1 on success.
-    return all(
+    _keeps_memory = all(
         library.mallopt(ctypes.c_int(parameter), ctypes.c_int(value)) == 1
         for parameter, value in _MALLOPT_SETTINGS
     )
+    return _keeps_memory
+
+
+def is_kept() -> bool:
+    """Whether `keep_freed_memory` was called in this process and succeeded."""
+    return _keeps_memory

@@ -208,6 +208,11 @@ def expert_chips(axes: Axes, num_experts: int) -> None:
         )
 
 
+def rgb_of(colour: str) -> Floats:
+    """[3] channels in [0, 1] of a colour's name."""
+    return np.array(to_rgb(colour))
+
+
 def expert_colour(expert: int, num_experts: int) -> str:
     """`#RRGGBB` of one expert of E; of many, none has a colour of its own."""
     return EXPERT_COLOURS[expert] if num_experts <= len(EXPERT_COLOURS) else NEUTRAL
@@ -223,7 +228,7 @@ def ink_on(colour: str) -> str:
 
     The contrasts (L + 0.05) / 0.05 and 1.05 / (L + 0.05) are equal, √21 ≈ 4.58, at L = 0.179: more than level AA's 4.5.
     """
-    channels = np.array(to_rgb(colour))
+    channels = rgb_of(colour)
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return "#000000" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "#FFFFFF"
 

@@ -187,7 +187,7 @@ def walk(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.DirEn
             continue
 
         for entry in entries:
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 yield entry
             elif entry.name[0] in ".@":
                 continue
@@ -195,6 +195,14 @@ def walk(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.DirEn
                 folders.appendleft(entry.path)
             else:
                 folders.append(entry.path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _links_to_ancestor(entry: Path) -> bool:

@@ -302,12 +302,15 @@ def _with_copies(
 
     A sample that is absent has no copy and no named group.
     """
-    from scipy.cluster.hierarchy import DisjointSet  # imports much of SciPy
-
     copy_sets = _sets_agreeing_in(samples, [collection.identity])  # links to one file
     if check_duplicates:
         copy_sets = byte_identical(collection, samples)
     group_of = dict(named_groups)
+    if not copy_sets:
+        return group_of, []
+
+    from scipy.cluster.hierarchy import DisjointSet  # imports much of SciPy
+
     merged = DisjointSet(named_groups.values())  # groups that share copies
     contradictions = []
     for members in copy_sets:

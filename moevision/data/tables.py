@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from PIL import Image
@@ -37,7 +37,7 @@ from moevision.data.collection import (
     differ_in_case,
     readable_class_names,
 )
-from moevision.data.images import read_image, safe_open
+from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.named import HF, fetching
 from moevision.errors import UserError, escape_controls
 
@@ -53,7 +53,8 @@ _ONE_LABEL = (
 # ---- CSV manifests
 
 
-class ManifestRow(NamedTuple):
+@dataclass(frozen=True)
+class ManifestRow:
     """One row of a manifest."""
 
     line: int  # line number in the file
@@ -104,7 +105,7 @@ def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
 def _row_problem(row: ManifestRow, first: ManifestRow, has_splits: bool, folder: Path) -> str:
     """What is wrong with a row, or an empty string; `first` is the first row with the same image."""
     file = folder / row.sample_id
-    if not row.path or "://" in row.path:
+    if not row.path or "://" in row.path or "\0" in row.path:
         return f"{row.path!r} is no path of a file on this computer: name one or remove the row"
     if not row.label:
         return "it has no label: fill it in or remove the row"
@@ -231,6 +232,10 @@ class ArrowCollection(Collection):
         source = self._bytes_or_path(sample)
         if isinstance(source, bytes):
             return safe_open(io.BytesIO(source), short_side)
+        if not os.path.isabs(source):  # an empty path, a URL, or a member of an archive
+            raise BadImageError(
+                sample.sample_id, f"the dataset has no image there, only the path {source!r}"
+            )
         return safe_open(source, short_side)
 
     @cached_property
@@ -414,23 +419,33 @@ def _by_split(loaded: Any, path: str) -> tuple[dict[str, Any], list[str]]:
 def _find_columns(features: Mapping[str, Any], columns: Columns, path: str) -> tuple[str, str]:
     """The names of the columns with image and label: those in `columns`, or the only ones of the right type."""
     datasets = _datasets()
-    images, labels = [], []
+    images, labels, label_lists = [], [], []
     for name, feature in features.items():
         if isinstance(feature, datasets.Image):
             images.append(name)
         if isinstance(feature, datasets.ClassLabel):
             labels.append(name)
+        if isinstance(getattr(feature, "feature", None), datasets.ClassLabel):
+            label_lists.append(name)
     usual = [name for name in _LABELS if name in features]
-    labels = labels or usual[:1]
+    # A column of lists is refused below, with a message that says why.
+    labels = labels or usual[:1] or label_lists
 
     image = _choose_column("image", columns[0], images, features, path)
     label = _choose_column("label", columns[1], labels, features, path)
     if image not in images:
         kind = type(features[image]).__name__
         raise UserError(f"The column {image!r} of {path} holds no images but {kind}.")
-    if not isinstance(features[label], datasets.ClassLabel | datasets.Value):
+    feature = features[label]
+    if isinstance(feature, datasets.ClassLabel):
+        return image, label
+    if not isinstance(feature, datasets.Value):
         raise UserError(
             f"The column {label!r} of {path} holds several values per image; {_ONE_LABEL}."
+        )
+    if "float" in feature.dtype or "double" in feature.dtype:
+        raise UserError(
+            f"The column {label!r} of {path} holds measures, and a classifier needs classes."
         )
     return image, label
 

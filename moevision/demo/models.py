@@ -111,10 +111,16 @@ def read_card(file: Path) -> Card:
 def card_of_run(address: str) -> Card:
     """What a model's run folder tells about it; any other address is its own title."""
     run = run_folder(address)
-    if run is None or not (run / "summary.json").is_file():
+    file = None if run is None else run / "summary.json"
+    if file is None or not file.is_file():
         title = title_of(address) or escape_controls(address)
         return Card(id=OWN, title=title, subtitle="your model")
-    return _card_of_summary(read_json(run / "summary.json"), run / "config.yaml")
+    try:
+        return _card_of_summary(read_json(file), file.parent / "config.yaml")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{file} can't be read ({type(error).__name__}: {error}): mend it or move it away."
+        ) from error
 
 
 def _card_of_summary(summary: Json, config: Path) -> Card:
@@ -124,13 +130,14 @@ def _card_of_summary(summary: Json, config: Path) -> Card:
         accuracy["dense"] = summary["twin"]["correct"] / test["total"]
     data = str(summary["data"])
     num_images = sum(summary["class_counts"]["train"].values())
+    seed = summary["seed"]
     return Card(
         id=OWN,
         title=escape_controls(str(summary["name"])),
         subtitle=str(summary["model"]),
         data=f"{escape_controls(data)}: {num_images:,} training images",
         recipe=f"moevision fit --config {shell_word(escape_controls(str(config)))}",
-        seed=summary["seed"],
+        seed=seed if type(seed) is int else None,
         accuracy=accuracy,
         test_images=test["total"],
         data_kind=data,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, router_kind
+from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter
 from moevision.layers.experts import Backend
 from moevision.layers.routing import evaluating, routed_unit
 
@@ -128,6 +129,7 @@ def convert_to_moe(
             layer_arguments, plain_mlp(vit, index).out_features, copy_weights
         )
         moes.append(_moe_like(vit, index, layer_arguments, copy_weights))
+    _check_patch_drop(vit, moes)
 
     for moe in moes:
         untyped_vit.blocks[moe.layer_index].mlp = moe
@@ -173,6 +175,16 @@ def check_convertible(vit: nn.Module) -> None:
         raise UserError(
             f"{name} has no transformer blocks behind a patch_embed to convert: give a timm ViT, DeiT or EVA-style "
             "model."
+        )
+
+
+def _check_patch_drop(vit: nn.Module, moes: Sequence[MoEMlp]) -> None:
+    """Raise a UserError for patch dropping together with routers that go by the position of patches."""
+    if isinstance(getattr(vit, "patch_drop", None), nn.Identity | None):
+        return
+    if any(isinstance(moe.router, HashRouter | PositionRouter | ColourRouter) for moe in moes):
+        raise UserError(
+            "Fixed rules route by the patch's place, which dropped patches change: leave patch_drop_rate at 0."
         )
 
 

@@ -7,6 +7,7 @@ No other module names an attribute of Lightning's that begins with an underscore
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,14 @@ class MetricsFile(ExperimentWriter):
         lines = self._lines()  # the first one has the columns
         if len(lines) > rows + 1:
             write_text_atomic(self.metrics_file_path, "".join(lines[: rows + 1]))
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Replace the file by its rows under these columns at once; Lightning would lose them if killed meanwhile."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames)
+        writer.writeheader()
+        writer.writerows(csv.DictReader(self._lines()))
+        write_text_atomic(self.metrics_file_path, text.getvalue())
 
     def save(self) -> None:
         """Write the rows that are still in memory, without hparams.yaml."""

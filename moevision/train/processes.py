@@ -34,7 +34,6 @@ from torch import Tensor
 from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError, escape_controls_of_lines
-from moevision.losses import several_processes as several_processes
 from moevision.losses import sum_over_ranks
 from moevision.train.lightning_internals import command_of_this_process
 
@@ -43,6 +42,11 @@ _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH 
 # Windows has neither of these signals.
 _HANGUP = getattr(signal, "SIGHUP", None)
 _KILL = getattr(signal, "SIGKILL", 9)
+
+
+def several_processes() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_rank0() -> bool:
@@ -216,9 +220,16 @@ def init_process_group() -> None:
             f"This job has {environment.world_size()} tasks, and only srun starts them: begin the command with srun."
         )
 
-    dist.init_process_group(
-        init_method=address, rank=environment.global_rank(), world_size=environment.world_size()
-    )
+    rank = environment.global_rank()
+    try:
+        dist.init_process_group(init_method=address, rank=rank, world_size=environment.world_size())
+    except RuntimeError as error:  # another process ended before all had joined
+        if rank > 0:
+            raise SystemExit(USER_ERROR) from None  # only rank 0 prints the error
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"The processes of this training can't meet ({reason}): see above if one said why."
+        ) from error
 
 
 def _cluster_environment() -> TorchElasticEnvironment | SLURMEnvironment | None:
@@ -286,12 +297,15 @@ def _exit_code(codes: dict[int, int]) -> int:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of this process's random generators; in a checkpoint they are plain data (`checkpoint.plain`)."""
+    """The states of this process's random generators, made of tensors, lists, numbers and strings only."""
+    version, internal_state, next_gauss = random.getstate()
+    generator, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)
+    keys = np.asarray(keys).tolist()
     return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "python": [version, list(internal_state), next_gauss],
+        "numpy": [str(generator), keys, int(position), int(has_gauss), float(cached_gauss)],
         "torch": torch.random.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
@@ -307,10 +321,12 @@ def restore_random_state(state: dict[str, Any]) -> None:
     """Restore every generator; those of CUDA only if the number of devices is the same as when they were saved."""
     version, internal_state, next_gauss = state["python"]
     random.setstate((version, tuple(internal_state), next_gauss))
-    np.random.set_state(state["numpy"])
-    torch.random.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    generator, keys, *others = state["numpy"]
+    np.random.set_state((generator, np.array(keys, dtype=np.uint32), *others))
+    torch.random.set_rng_state(state["torch"].cpu())
+    cuda_states = state["cuda"]
+    if cuda_states and torch.cuda.is_available() and len(cuda_states) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([cuda_state.cpu() for cuda_state in cuda_states])
 
 
 # ---- devices, as far as they are needed before there is a Trainer; parts of a Trainer

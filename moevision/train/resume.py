@@ -110,7 +110,7 @@ _ROUNDING = (
     "parallel.",
 )
 # Files of an attempt that ended without a checkpoint, which a training that starts afresh would read as its own.
-_STALE_FILES = ("splits.csv", "bad_images.csv", "metrics.csv", PROBE_FILE, "config-*.yaml")
+_STALE_FILES = ("splits.csv", "bad_images.csv", PROBE_FILE, "config-*.yaml")
 _PATIENCE_S = 10.0  # how long to wait for the lock of a training that is about to end
 
 
@@ -132,9 +132,16 @@ class ResumePoint(L.Callback):
         self._deadline_s = float("inf")  # by --trainer.max_time
         # From the checkpoint, a dictionary per process, until they are restored.
         self._random_states: list[dict[str, Any]] | None = None
+        self._is_resumed = False
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
-        """Restore the random generators; from here on signals take effect at the end of a step."""
+        """Restore the random generators; from here on signals take effect at the end of a step.
+
+        A training that starts afresh deletes rows of metrics.csv from an attempt that ended without a checkpoint.
+        """
+        if not self._is_resumed:
+            for file in _metrics_files(trainer):
+                file.cut(0)
         self._restore_random_generators(trainer)
         self._replace_timer(trainer)
         self.began = True
@@ -225,6 +232,7 @@ class ResumePoint(L.Callback):
                 )
         if trainer.state.fn != "fit":
             return
+        self._is_resumed = True
         start_at_next_epoch(trainer, checkpoint)
         _restore_loader_position(trainer, checkpoint)
         saved = checkpoint.get(MARK, {})
@@ -275,15 +283,21 @@ def _restore_loader_position(trainer: L.Trainer, checkpoint: dict[str, Any]) -> 
 
 def _rewrite_checkpoint_paths(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """ModelCheckpoint's state with its paths moved to `folder`: it drops its best score if dirpath has changed."""
-    old = state["dirpath"]
+    old = state.get("dirpath")
+    if not old or Path(old) == folder:
+        return state
 
     def move_path(value: Any) -> Any:
-        return value.replace(old, str(folder), 1) if isinstance(value, str) else value
+        if isinstance(value, str) and value.startswith(old):
+            return str(folder) + value.removeprefix(old)
+        return value
 
-    moved = {name: move_path(value) for name, value in state.items()}
-    scores = state["best_k_models"]
-    moved["best_k_models"] = {move_path(path): scores[path] for path in scores}
-    return moved
+    def move_entry(value: Any) -> Any:
+        if isinstance(value, dict):  # `best_k_models`: scores by paths
+            return {move_path(path): move_path(score) for path, score in value.items()}
+        return move_path(value)
+
+    return {name: move_entry(value) for name, value in state.items()}
 
 
 @dataclass(frozen=True)
@@ -309,8 +323,7 @@ def find_run_start(run_dir: Path, *, fresh_if_none: bool) -> RunStart:
     for entry in damaged:
         print_rank0(f"warning: {entry.path} {entry.fault}.")
     if checkpoint is not None:
-        archive = load_archive(checkpoint.path, mmap=True)
-        fingerprint = archive.get(MARK, {}).get("fingerprint", {})
+        fingerprint = load_archive(checkpoint.path, mmap=True).get(MARK, {}).get("fingerprint", {})
         print_rank0(
             f"Going on with {run_dir} from {checkpoint.path.name}, step {checkpoint.step:,} (verified)."
         )
@@ -342,6 +355,8 @@ def changed_options(recorded: Settings, resumed: Settings) -> list[str]:
     for name in sorted(before.keys() | after.keys()):
         old, new = _option_text(before.get(name)), _option_text(after.get(name))
         if name in _UNLISTED or old == new:
+            continue
+        if name == "data.path" and Path(old).resolve() == Path(new).resolve():
             continue
         if name == "seed_everything" and new == "True" and old != "False":
             continue  # "True" draws a seed; the recorded one is used again

@@ -121,6 +121,7 @@ class ClassificationTask(L.LightningModule):
         self.update_refused = False
         self.update_applied = False
         self.class_weight: Tensor | None = None
+        self._resumed_world_size: int | None = None  # of the checkpoint that is resumed
         self.val_outputs: list[dict[str, Tensor]] = []  # of the last validation
         self.test_outputs: list[dict[str, Tensor]] = []
         self.test_loads: list[LayerLoad] = []
@@ -200,16 +201,25 @@ class ClassificationTask(L.LightningModule):
         """Compare the length of the schedule, which a checkpoint restores, with that of this training."""
         if planned <= steps <= max(2, planned):
             return
-        lengths = f"checkpoint's learning rate ends after {steps:,} steps and this training has {planned:,}"
         cause = (
-            "the training images, the number of processes or, from Python, the epochs are others than then. Put them "
-            "back as they were, or go on with a number of processes that divides the one before"
+            "the training images (or, from Python, the epochs) are others than then. "
+            "Put them back as they were"
         )
+        before, now = self._resumed_world_size, self.trainer.world_size
+        if before not in (None, now):
+            cause = (
+                f"it began with {before} processes and goes on with {now}. Go on with a number of processes that "
+                "divides the one before"
+            )
+        lengths = f"checkpoint's learning rate ends after {steps:,} steps and this training has {planned:,}"
         if steps < planned:
             raise UserError(
                 f"The {lengths}: {cause}, or start a new run from its weights with --pretrained runs/NAME/model."
             )
         print_rank0(f"warning: the {lengths}, so that it does not come down to its end: {cause}.")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed_world_size = checkpoint.get("ImageDataModule", {}).get("world_size")
 
     def choose_attention(self) -> None:
         """Attention as it trains fastest; again after each evaluation, which uses the fused kernel."""

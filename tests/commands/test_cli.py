@@ -223,6 +223,16 @@ PRINTING += [("compare", False), ("help", False)]
 
 @pytest.mark.deep
 @pytest.mark.parametrize(("verb", "buffered"), PRINTING)
+def test_an_output_that_can_not_be_written_is_a_sentence(verbs, verb, buffered):
+    with open("/dev/full", "w") as full:
+        code, said = call(*verbs[verb], buffered=buffered, stdout=full)
+    assert code == 2
+    assert_names(said.splitlines()[-1], "moevision: ", "No space left", "make room")
+    assert "Traceback" not in said
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(("verb", "buffered"), PRINTING)
 def test_an_output_that_nobody_reads_any_more_is_no_error(verbs, verb, buffered):
     """As in `moevision predict ... | head -1`; 141 is what a shell gives a program that SIGPIPE has ended."""
     reader, writer = os.pipe()

@@ -32,8 +32,8 @@ FIT = {
     "test of nothing": ("test --config {run}/config.yaml", ["--ckpt_path"]),
     "validate nothing": ("validate --config {run}/config.yaml", ["--ckpt_path"]),
     "resume in a test": ("test {pets} --resume {run}", ["--resume", "with fit"]),
-    "no value": ("fit --lr", ["--model.optim.lr", "expected one", "fit --help"]),
-    "a value too much": ("fit --dense=5", ["--dense", "ignored", "'5'"]),
+    "no value": ("fit --lr", ["--model.optim.lr", "needs a value", "fit --help"]),
+    "a value too much": ("fit --dense=5", ["--dense", "no value"]),
     "no verb": ("learn", ["'learn'", "fit, validate, test"]),
     "mistyped verb": ("anlyze", ["Did you mean", "analyze?"]),
     "no experts to train": (

@@ -72,6 +72,16 @@ def test_a_link_to_nothing_is_a_bad_image(pets):
     }  # it can't be read, which the run will say
 
 
+def test_a_link_to_itself_is_a_bad_image(pets):
+    (pets / "cat" / "loop.png").symlink_to("loop.png")
+    (pets / "cat" / "gone.png").symlink_to("missing")
+    (pets / "cat" / "loop").symlink_to("loop")
+    assert counts(read_folder(pets)) == {
+        "cat": 22,
+        "dog": 20,
+    }  # they can't be read, which the run will say
+
+
 def test_two_names_of_one_folder_are_a_conflict(pets):
     (pets / "puppy").symlink_to("dog")
     collection = read_folder(pets)

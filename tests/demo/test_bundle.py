@@ -282,3 +282,17 @@ def test_the_card_of_drawn_pets_says_what_is_measured(variant, key):
     trace = collect_routing(load_model(str(folder / variant)), "synthetic_pets")
     assert len(trace.labels) == card.test_images == 2_000
     assert trace.accuracy == pytest.approx(card.accuracy[key], abs=0.00101)
+
+
+def test_a_damaged_summary(tiny_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("data: {}\n")
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="mend it"):
+        card_of_run(str(tmp_path / "run"))
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    assert (
+        card_of_run(str(tiny_run)).accuracy["moe"]
+        == summary["test"]["correct"] / summary["test"]["total"]
+    )
+    assert card_of_run("hf-hub:user/name").title == "name"

@@ -407,3 +407,22 @@ def test_the_smallest_and_the_largest_opset(opset: int, tmp_path: Path) -> None:
     torch.testing.assert_close(
         run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4
     )
+
+
+@pytest.mark.deep
+def test_the_preparation_is_that_of_predict() -> None:
+    """timm's configuration of these weights says to cut out 95 %; training and predict take the whole square."""
+    base = {
+        "base": "vit_tiny_patch16_224",
+        "img_size": 32,
+        "depth": 1,
+        "moe_layers": [0],
+        "num_experts": 2,
+    }
+    moe = timm.create_model("vit_moe", **base, num_classes=3)
+    dense = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    for net in (moe, dense):
+        assert net.pretrained_cfg["crop_pct"] == 0.9
+        facts = exported_facts(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.5,) * 3))
+        assert (facts["interpolation"], facts["crop_pct"]) == ("bicubic", 1.0)
+        assert "resize the short side to 32 px (bicubic" in facts["preprocessing"]

@@ -87,6 +87,14 @@ NUMBERS: list[tuple[str, Any, str]] = [
     ("patch_drop_rate", 1, "less than 1"),
     ("drop_path_rate", math.nan, "less than 1"),
 ]  # fmt: skip
+BUILT |= {
+    f"rule of {router} and dropped patches": (
+        lambda router=router: moe(router=router, patch_drop_rate=0.5),
+        ["patch_drop_rate at 0"],
+    )
+    for router in ("position", "hash", "colour")
+}
+
 CONFIGURED: dict[str, Row] = {
     f"{name} {value}": (
         lambda name=name, value=value: MoEConfig("test_vit_moe", **{name: value}),
@@ -94,6 +102,10 @@ CONFIGURED: dict[str, Row] = {
     )
     for name, value, valid in NUMBERS
 }
+CONFIGURED["noise of a checkpoint"] = (
+    lambda: MoEConfig.from_checkpoint({"name": "test_vit_moe", "upcycle_noise": 0.1}),
+    ["upcycle_noise 0.1", "moevision 0.1"],
+)
 CONVERTED: dict[str, Row] = {
     "no ViT": (lambda: convert_to_moe(nn.Linear(3, 3)), ["Linear", "transformer blocks"]),
     "blocks of another kind": (

@@ -1,5 +1,6 @@
 """Signals, and the file of metrics that only grows."""
 
+import csv
 import os
 import signal
 
@@ -92,6 +93,23 @@ def test_rows_are_kept_and_columns_may_come_later(tmp_path):
     again.save()
     assert written(path) == ["a,b,step", ",1.5,0", ",2.5,1", "3,,1", ""]
     assert MetricsFile(path.parent).count() == 3
+
+
+def test_rows_survive_a_death_while_columns_are_added(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsFile(path.parent)
+    metrics.log_metrics({"b": 1.5}, 0)
+    metrics.save()
+    before = path.read_bytes()
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(csv.DictWriter, "writeheader", die)
+    metrics.log_metrics({"a": 3}, 1)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.save()
+    assert path.read_bytes() == before
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):

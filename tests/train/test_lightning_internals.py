@@ -33,6 +33,7 @@ def test_the_version_is_the_one_that_was_read() -> None:
     [
         (subprocess_script, "_basic_subprocess_cmd"),
         (ExperimentWriter, "_check_log_dir_exists"),
+        (ExperimentWriter, "_rewrite_with_new_header"),
         (CSVLogger, "_experiment"),
         (_TrainingEpochLoop, "_should_check_val_fx"),
         (_TrainingEpochLoop, "_batches_that_stepped"),

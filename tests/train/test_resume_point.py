@@ -13,7 +13,6 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from moevision.data import ImageDataModule
 from moevision.data.transforms import hash_u64
-from moevision.train.checkpoint import plain
 from moevision.train.fit import keep_images_per_step
 from moevision.train.lightning_internals import between_batches
 from moevision.train.processes import (
@@ -63,10 +62,7 @@ def loops(**progress):
 
 
 def draw():
-    """The second number of a Gaussian pair, too, which a generator keeps."""
-    numbers = random.random(), float(np.random.rand()), float(torch.rand(()))
-    random.gauss(0, 1), np.random.randn()
-    return numbers
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
 def seed(number):
@@ -78,15 +74,13 @@ def seed(number):
 # --- random generators
 
 
-def test_each_process_gets_its_own_generators_back(point, tmp_path):
+def test_each_process_gets_its_own_generators_back(point):
     """A checkpoint of two processes, read by the second one."""
     states, expected = [], []
     for rank in (0, 1):
         seed(rank)
         states.append(random_state())
         expected.append(draw())
-    torch.save(plain(states), tmp_path / "states.pt")
-    states = torch.load(tmp_path / "states.pt", weights_only=True)
     point.on_load_checkpoint(trainer(), None, {MARK: {"random": states}, "loops": loops()})
     point.on_train_start(trainer(world_size=2, global_rank=1), None)
     assert draw() == expected[1]
@@ -121,13 +115,23 @@ def test_processes_that_began_with_one_seed_part():
 
 def test_generators_of_cuda_devices_come_back(monkeypatch):
     states, given = [torch.zeros(16, dtype=torch.uint8), torch.ones(16, dtype=torch.uint8)], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
     saved = random_state()
-    for devices in (1, 2):  # a machine of another kind: its one device goes on with its own numbers
-        monkeypatch.setattr(torch.cuda, "device_count", lambda devices=devices: devices)
-        restore_random_state(saved)
-        assert given == [states] * (devices == 2)
+    assert saved["cuda"] is states
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    restore_random_state(saved)
+    assert given == [], "a machine of another kind: its one device goes on with its own numbers"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    restore_random_state(saved)
+    assert [[device.tolist() for device in devices] for devices in given] == [[[0] * 16, [1] * 16]]
+
+
+def test_without_cuda_its_generators_are_not_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: pytest.fail("asked"))
+    assert random_state()["cuda"] == []
 
 
 # --- when to save and to stop
@@ -203,55 +207,75 @@ def test_between_two_batches_the_next_one_is_not_fetched_yet(validated):
     assert shown() == (True, 8, 3, 7)
 
 
-@pytest.mark.filterwarnings("ignore:the run began with")
+@pytest.mark.filterwarnings("ignore:the run began with batch_size")
 @pytest.mark.parametrize(
-    ("size", "before", "now", "accumulated", "expected"),
-    [
-        (4, 1, 1, 1, 3),
-        (1, 1, 1, 1, 12),
-        (2, 1, 1, 2, 6),
-        (8, 1, 1, 1, 1),
-        (4, 1, 2, 1, 1),
-        (4, 2, 1, 2, 6),
-        (4, 2, 1, 4, 4),
-    ],
+    ("size", "accumulated", "expected"), [(4, 1, 3), (1, 1, 12), (2, 2, 6), (8, 1, 1)]
 )
-def test_batches_of_another_size_hold_the_same_images(
-    point, monkeypatch, size, before, now, accumulated, expected
-):
-    """Each of `before` processes has trained with three batches of four images; a half step is rounded down."""
-    sizes = {"train_size": 48, "val_size": 2, "test_size": 2}
+def test_batches_of_another_size_hold_the_same_images(point, size, accumulated, expected):
+    """Three batches of four images are trained with; a step begins with a multiple of `accumulated`, rounded down."""
+    sizes = {"train_size": 24, "val_size": 2, "test_size": 2}
     data = ImageDataModule("synthetic_pets", image_size=16, batch_size=size, **sizes)
     data.setup("fit")
-    monkeypatch.setattr(data, "_rank_and_world", lambda: (0, now))
     names = ("ready", "started", "processed", "completed")
     progress = {"current": dict.fromkeys(names, 3), "is_last_batch": True}
     checkpoint = {
-        "ImageDataModule": {"epoch": 1, "batch": 3, "batch_size": 4, "world_size": before},
+        "ImageDataModule": {"epoch": 1, "batch": 3, "batch_size": 4, "world_size": 1},
         "loops": loops(**{"epoch_loop.batch_progress": progress}),
     }
     data.load_state_dict(checkpoint["ImageDataModule"])  # as Lightning does before
-    on = trainer(datamodule=data, world_size=now, accumulate_grad_batches=accumulated)
-    point.on_load_checkpoint(on, None, checkpoint)
+    point.on_load_checkpoint(
+        trainer(datamodule=data, accumulate_grad_batches=accumulated), None, checkpoint
+    )
     assert (data.state_dict()["epoch"], data.state_dict()["batch"]) == (1, expected)
-    unchanged = (size, before, now) == (4, 1, 1)
-    assert progress == {"current": dict.fromkeys(names, expected), "is_last_batch": unchanged}
+    assert progress == {"current": dict.fromkeys(names, expected), "is_last_batch": size == 4}
 
 
 def test_a_run_folder_that_was_moved_is_followed(point):
     """In what ModelCheckpoint remembers, and nowhere else."""
-
-    def state(folder):
-        best = f"{folder}/best.ckpt"
-        return {"dirpath": folder, "best_model_path": best, "best_k_models": {best: 0.5}, "k": 1}
-
-    old = "/old/pets/checkpoints"
+    state = {
+        "dirpath": "/old/pets/checkpoints",
+        "best_model_path": "/old/pets/checkpoints/best.ckpt",
+        "best_k": 0.5,
+    }
     checkpoint = {
-        "callbacks": {"ModelCheckpoint{'monitor': 'val/top1'}": state(old), "Foreign": state(old)}
+        "callbacks": {"ModelCheckpoint{'monitor': 'val/top1'}": dict(state), "Foreign": dict(state)}
     }
     point.on_load_checkpoint(trainer(state=SimpleNamespace(fn="test")), None, checkpoint)
     here = str(point.path.parent.resolve())
-    assert list(checkpoint["callbacks"].values()) == [state(here), state(old)]
+    assert checkpoint["callbacks"] == {
+        "ModelCheckpoint{'monitor': 'val/top1'}": {
+            "dirpath": here,
+            "best_model_path": f"{here}/best.ckpt",
+            "best_k": 0.5,
+        },
+        "Foreign": state,
+    }
+
+
+# --- another number of processes
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "window", "batch", "found"),
+    [(1, 2, 1, 6, 3), (2, 1, 2, 3, 6), (2, 1, 4, 3, 4)],
+)
+def test_no_image_of_an_epoch_is_left_out_by_more_or_fewer_processes(
+    point, monkeypatch, before, now, window, batch, found
+):
+    """Of 48 images 24 were read, in batches of 4 of each process; one that belongs to half a step is read again."""
+    data = ImageDataModule(
+        "synthetic_pets", image_size=32, train_size=48, val_size=8, test_size=8, batch_size=4
+    )
+    data.setup("fit")
+    monkeypatch.setattr(data, "_rank_and_world", lambda: (0, now))
+    counts = {"current": {"ready": batch, "completed": batch}, "is_last_batch": False}
+    state = {"epoch": 1, "batch": batch, "batch_size": 4, "world_size": before}
+    checkpoint = {"ImageDataModule": state, "loops": loops(**{"epoch_loop.batch_progress": counts})}
+    point.on_load_checkpoint(
+        trainer(datamodule=data, world_size=now, accumulate_grad_batches=window), None, checkpoint
+    )
+    assert counts["current"] == {"ready": found, "completed": found}
+    assert data._start == (1, 4 * found)
 
 
 @pytest.mark.parametrize(("images", "limit"), [(96, 12), (104, 12), (8, 2)])

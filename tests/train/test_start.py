@@ -333,7 +333,7 @@ def test_the_command_line(
     assert full.items() <= said.items()
     with pytest.raises(UserError, match=r"--dense .* leave --with-twin out"):
         resolved(drawn_pets, "--dense", "--with-twin")
-    with pytest.raises(UserError, match="pretrained: expected one argument"):
+    with pytest.raises(UserError, match="pretrained needs a value"):
         resolved(drawn_pets, "--pretrained", "--name", "x")
     run = Path("run")
     run.mkdir()

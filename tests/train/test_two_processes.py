@@ -53,9 +53,9 @@ def test_two_processes_are_one(
 def test_the_loss_of_two_processes_is_a_mean_over_images(
     two: dict[str, list[dict[str, Tensor]]], tmp_path: Path
 ) -> None:
-    """11 images, six in one process and five in the other, in batches of 3, 3, 2 and 3; in one, of 4, 4 and 3."""
+    """11 images, six in one process and five in the other, in batches of 3, 3, 3 and 2; in one, of 4, 4 and 3."""
     states = [*two["loss"], evaluated_loss(tmp_path)]
-    assert [state["sizes"].tolist() for state in states] == [[3, 3], [2, 3], [4, 4, 3]]
+    assert [state["sizes"].tolist() for state in states] == [[3, 3], [3, 2], [4, 4, 3]]
     for state in states:
         assert float(state["loss"]) == pytest.approx(sum(state["each"].tolist()) / 11, rel=1e-5)
 
