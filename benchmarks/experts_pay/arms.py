@@ -1,6 +1,6 @@
 """The arms of the protocol: models, their prices, and a training of so many steps.
 
-Axes: B pages, C = 9 groups, S = 64 px.
+Axes: B pages, S = 64 px.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.subject import Subject, TrainingStep
 from benchmarks.timing import Candidate, interleave
-from moevision.data.emoji import GROUPS, EmojiPages
+from moevision.data.emoji import EmojiKinds, EmojiPages
 from moevision.models.config import MoEConfig, build_model
 
 BATCH = 256
@@ -29,29 +29,37 @@ MODEL = {
     "embed_dim": 64,
     "depth": 1,
     "num_heads": 2,
-    "stem": "patch",
 }
-_EXPERTS = {"moe_layers": "all", "router": "vmoe_top_k", "top_k": 1}
-ARMS: dict[str, dict[str, Any]] = {
-    "dense-1": {"moe_layers": [], "mlp_ratio": 1},
-    "dense-2": {"moe_layers": [], "mlp_ratio": 2},
-    "dense-4": {"moe_layers": [], "mlp_ratio": 4},
-    "dense-8": {"moe_layers": [], "mlp_ratio": 8},
-    "dense-head": {"moe_layers": [], "mlp_ratio": 4},
-    "moe-8": {**_EXPERTS, "num_experts": 8, "expert_hidden": 256},
-    "moe-16": {**_EXPERTS, "num_experts": 16, "expert_hidden": 128},
-    "moe-32": {**_EXPERTS, "num_experts": 32, "expert_hidden": 128},
-    "moe-head": {**_EXPERTS, "num_experts": 8, "expert_hidden": 256},
-}
-DENSE = [name for name in ARMS if name.startswith("dense")]
+STEMS = ("patch", "conv")
+TASKS: dict[str, type[EmojiPages]] = {"groups": EmojiPages, "kinds": EmojiKinds}
+
+
+def _arms_of(stem: str) -> dict[str, dict[str, Any]]:
+    """The arms behind one stem."""
+    dense = {"stem": stem, "moe_layers": []}
+    moe = {"stem": stem, "moe_layers": "all", "router": "vmoe_top_k", "top_k": 1}
+    return {
+        f"{stem}-dense-2": {**dense, "mlp_ratio": 2},
+        f"{stem}-dense-4": {**dense, "mlp_ratio": 4},
+        f"{stem}-dense-8": {**dense, "mlp_ratio": 8},
+        f"{stem}-dense-head": {**dense, "mlp_ratio": 4},
+        f"{stem}-moe-8": {**moe, "num_experts": 8, "expert_hidden": 256},
+        f"{stem}-moe-16": {**moe, "num_experts": 16, "expert_hidden": 128},
+        f"{stem}-moe-32": {**moe, "num_experts": 32, "expert_hidden": 128},
+    }
+
+
+ARMS = _arms_of("patch") | _arms_of("conv")
+DENSE = [name for name in ARMS if "-dense-" in name]
+MOE = [name for name in ARMS if "-moe-" in name]
 OPTIMIZER = {"name": "adamw", "weight_decay": 0.01, "beta2": 0.99, "warmup_fraction": 0.1}
 
 
 class Pages:
-    """The pages of a split, drawn once in order and kept, uint8 [n, 64, 64, 3]."""
+    """The pages of a task's split, drawn once in order and kept, uint8 [n, 64, 64, 3]."""
 
-    def __init__(self, split: str, seed: int) -> None:
-        self.pages = EmojiPages(10**9, SIDE, seed, split)
+    def __init__(self, split: str, seed: int, task: str = "groups") -> None:
+        self.pages = TASKS[task](10**9, SIDE, seed, split)
         self.batches: list[NDArray[np.uint8]] = []
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +69,7 @@ class Pages:
             self.batches.append(
                 np.stack([self.pages.image(i) for i in range(first, first + BATCH)])
             )
-        labels = torch.arange(number * BATCH, (number + 1) * BATCH) % len(GROUPS)
+        labels = torch.arange(number * BATCH, (number + 1) * BATCH) % len(self.pages.classes)
         return normalized(self.batches[number]), labels
 
 
@@ -70,37 +78,37 @@ def normalized(pixels: NDArray[np.uint8]) -> Tensor:
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
 
 
-def subject_of(arm: str, lr: float) -> Subject:
+def subject_of(arm: str, lr: float, num_classes: int) -> Subject:
     """An arm at a learning rate, as plain data."""
     return Subject(
         arm,
         {**MODEL, **ARMS[arm]},
         {**OPTIMIZER, "lr": lr},
         label_smoothing=0.0,
-        num_classes=len(GROUPS),
+        num_classes=num_classes,
         image_size=SIDE,
         batch_size=BATCH,
     )
 
 
-def build(arm: str, seed: int) -> nn.Module:
+def build(arm: str, seed: int, task: str = "groups") -> nn.Module:
     """An arm's model with the initial weights of a seed."""
     torch.manual_seed(seed)
-    arch = MoEConfig(**subject_of(arm, 1e-3).arch)
-    net: Any = build_model(arch, len(GROUPS), SIDE, load_pretrained=False)
+    num_classes = len(TASKS[task].classes)
+    arch = MoEConfig(**subject_of(arm, 1e-3, num_classes).arch)
+    net: Any = build_model(arch, num_classes, SIDE, load_pretrained=False)
     if arm.endswith("-head"):
         width = cast(int, net.embed_dim)
         net.head = nn.Sequential(
-            nn.Linear(width, HEAD_UNITS), nn.GELU(), nn.Linear(HEAD_UNITS, len(GROUPS))
+            nn.Linear(width, HEAD_UNITS), nn.GELU(), nn.Linear(HEAD_UNITS, num_classes)
         )
     return cast(nn.Module, net)
 
 
-def step_of(arm: str, seed: int, lr: float, steps: int) -> TrainingStep:
+def step_of(arm: str, seed: int, lr: float, steps: int, task: str = "groups") -> TrainingStep:
     """What trains an arm for so many steps."""
-    return TrainingStep(
-        subject_of(arm, lr), precision="fp32", net=build(arm, seed), total_steps=steps
-    )
+    subject = subject_of(arm, lr, len(TASKS[task].classes))
+    return TrainingStep(subject, precision="fp32", net=build(arm, seed, task), total_steps=steps)
 
 
 def measure_prices(steps: int = 8, rounds: int = 12) -> dict[str, float]:
@@ -122,9 +130,11 @@ def measure_prices(steps: int = 8, rounds: int = 12) -> dict[str, float]:
     }
 
 
-def train(arm: str, lr: float, seed: int, steps: int, pages: Pages) -> tuple[nn.Module, float]:
+def train(
+    arm: str, lr: float, seed: int, steps: int, pages: Pages, task: str = "groups"
+) -> tuple[nn.Module, float]:
     """Train an arm on the first pages; the model in eval mode, and CPU seconds without the drawing of pages."""
-    step = step_of(arm, seed, lr, steps)
+    step = step_of(arm, seed, lr, steps, task)
     cpu_s = 0.0
     for number in range(steps):
         images, labels = pages.batch(number)

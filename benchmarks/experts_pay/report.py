@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from benchmarks.experts_pay.arms import MOE, STEMS, TASKS
 from benchmarks.experts_pay.knockout import MIXED, names_of
 from benchmarks.experts_pay.runs import (
+    MOE_OF_TASK,
     SEEDS,
-    SIZED_MOE,
     TUNING_SEED,
+    arms_of,
     best_rate,
     is_tuned,
     strongest_dense,
@@ -61,7 +63,7 @@ def contrast(records: Sequence[Record], arm: str, dense: str, split: str = "test
 
 
 def missed(run: Record, first: str, second: str) -> float:
-    """The mean over a run's named groups of one loss minus another."""
+    """The mean over a run's named groups, of which there are some, of one loss minus another."""
     groups = run["knock_out"]["without"].values()
     return fmean(group[first] - group[second] for group in groups)
 
@@ -74,6 +76,8 @@ def named_share(run: Record) -> float:
 def holds(records: Sequence[Record], arm: str, dense: str) -> bool:
     """The protocol's (a) and (b) for one number of experts."""
     runs = of_arm(records, arm)
+    if not all(run["knock_out"]["without"] for run in runs):
+        return False
     tests = [
         contrast(records, arm, dense),
         [missed(run, "away", "random") for run in runs],
@@ -84,7 +88,8 @@ def holds(records: Sequence[Record], arm: str, dense: str) -> bool:
 
 def ships(records: Sequence[Record], dense: str) -> str | None:
     """The fewest experts for which the gate holds and half are named in 6 of 8 seeds; None if there are none."""
-    for arm in SIZED_MOE:
+    by_experts = sorted(MOE, key=lambda arm: int(arm.split("-")[-1]))
+    for arm in by_experts:
         named = sum(named_share(run) >= 0.5 for run in of_arm(records, arm))
         if holds(records, arm, dense) and named >= NAMED_SEEDS:
             return arm
@@ -93,15 +98,27 @@ def ships(records: Sequence[Record], dense: str) -> str | None:
 
 def tables(records: list[Record]) -> str:
     """Everything that the page shows."""
-    arms = sorted({record["arm"] for record in records})
-    parts = [tuning_table(records, arms)]
-    if not all(is_tuned(records, arm) for arm in arms) or not of_arm(records, SIZED_MOE[0]):
-        return parts[0]
-    dense = strongest_dense(records)
-    parts += [gate_table(records, dense), knock_out_table(records), names_table(records)]
-    if all(len(of_arm(records, arm)) == len(SEEDS) for arm in (dense, *SIZED_MOE)):
-        parts.append(f"Ships: {ships(records, dense)}.")
+    parts = []
+    for task in TASKS:
+        of_task = [record for record in records if record["task"] == task]
+        if of_task:
+            parts += tables_of_task(of_task, task)
     return "\n\n".join(parts)
+
+
+def tables_of_task(records: list[Record], task: str) -> list[str]:
+    """Rates, accuracy and contrasts; for pages of groups also what is missed, names and the verdict."""
+    parts = [f"### {task}", tuning_table(records, arms_of(task))]
+    moe = [arm for arm in MOE_OF_TASK[task] if len(of_arm(records, arm)) > 1]
+    if not all(is_tuned(records, arm) for arm in arms_of(task)) or not moe:
+        return parts
+    parts.append(accuracy_table(records, moe))
+    if task != "groups":
+        return parts
+    parts += [missed_table(records, moe), knock_out_table(records, moe), names_table(records, moe)]
+    if all(len(of_arm(records, arm)) == len(SEEDS) for arm in MOE):
+        parts.append(f"Ships: {ships(records, strongest_dense(records))}.")
+    return parts
 
 
 def tuning_table(records: list[Record], arms: Sequence[str]) -> str:
@@ -110,19 +127,18 @@ def tuning_table(records: list[Record], arms: Sequence[str]) -> str:
     rows = []
     for arm in arms:
         found = tuned(records, arm)
-        rows.append(
-            [f"`{arm}`", *(f"{100 * found[lr]:.1f}" if lr in found else "" for lr in rates)]
-        )
+        cells = (f"{100 * found[lr]:.1f}" if lr in found else "" for lr in rates)
+        rows.append([f"`{arm}`", *cells])
     return table(["arm", *(f"{lr:g}" for lr in rates)], rows)
 
 
-def gate_table(records: list[Record], dense: str) -> str:
-    """Accuracy, the contrasts with dense and what is missed."""
-    contrasts = {arm: contrast(records, arm, dense) for arm in SIZED_MOE}
-    p_values = [two_sided_p(values) for values in contrasts.values()]
-    adjusted = dict(zip(contrasts, holm(p_values), strict=True))
+def accuracy_table(records: list[Record], moe: Sequence[str]) -> str:
+    """Accuracy of the dense controls and of the experts, and the contrasts with both."""
+    strongest = strongest_dense(records)
+    contrasts = {arm: contrast(records, arm, strongest) for arm in moe}
+    adjusted = dict(zip(moe, holm([two_sided_p(contrasts[arm]) for arm in moe]), strict=True))
     rows = []
-    for arm in (dense, *SIZED_MOE):
+    for arm in (*(strongest_dense(records, stem) for stem in STEMS), *moe):
         runs = of_arm(records, arm)
         row = [
             f"`{arm}`",
@@ -132,16 +148,15 @@ def gate_table(records: list[Record], dense: str) -> str:
             mean_and_sd([run["test_top1"] for run in runs]),
             mean_and_sd([run["unseen_top1"] for run in runs]),
         ]
-        if arm == dense:
-            row += [""] * 5
-        else:
+        if arm in moe:
+            same_stem = strongest_dense(records, arm.split("-")[0])
             row += [
+                interval_text(contrast(records, arm, same_stem)),
                 interval_text(contrasts[arm]),
                 f"{adjusted[arm]:.1g}",
-                interval_text([missed(run, "away", "random") for run in runs]),
-                interval_text([missed(run, "named", "others") for run in runs]),
-                f"{sum(named_share(run) >= 0.5 for run in runs)} of {len(runs)}",
             ]
+        else:
+            row += [""] * 3
         rows.append(row)
     header = [
         "arm",
@@ -150,19 +165,43 @@ def gate_table(records: list[Record], dense: str) -> str:
         "parameters",
         "test, % ± SD",
         "unseen emoji, % ± SD",
-        "− dense, points",
+        "− dense of the same stem, points",
+        f"− `{strongest}`, points",
         "p (Holm)",
-        "missed: away − random",
-        "named − others",
-        "half named",
     ]
     return table(header, rows)
 
 
-def knock_out_table(records: list[Record]) -> str:
+def missed_table(records: list[Record], moe: Sequence[str]) -> str:
+    """What own pages lose beyond the two controls, and in how many seeds at least half of the experts have names."""
+    rows = []
+    for arm in moe:
+        runs = [run for run in of_arm(records, arm) if run["knock_out"]["without"]]
+        named = [named_share(run) for run in of_arm(records, arm)]
+        enough = len(runs) > 1
+        rows.append(
+            [
+                f"`{arm}`",
+                interval_text([missed(run, "away", "random") for run in runs]) if enough else "",
+                interval_text([missed(run, "named", "others") for run in runs]) if enough else "",
+                ", ".join(f"{100 * share:.0f}" for share in named),
+                f"{sum(share >= 0.5 for share in named)} of {len(named)}",
+            ]
+        )
+    header = [
+        "arm",
+        "away − random, points",
+        "named − others, points",
+        "experts with a name, % by seed",
+        "half named, seeds",
+    ]
+    return table(header, rows)
+
+
+def knock_out_table(records: list[Record], moe: Sequence[str]) -> str:
     """For each group, over seeds with a named expert: own and other pages without it."""
     rows = []
-    for arm in SIZED_MOE:
+    for arm in moe:
         for index, group in enumerate(GROUPS):
             runs = [run for run in of_arm(records, arm) if group in run["knock_out"]["without"]]
             if not runs:
@@ -197,10 +236,10 @@ def knock_out_table(records: list[Record]) -> str:
     return table(header, rows)
 
 
-def names_table(records: list[Record]) -> str:
+def names_table(records: list[Record], moe: Sequence[str]) -> str:
     """Bits and names of experts, and of the controls."""
     rows = []
-    for arm in SIZED_MOE:
+    for arm in moe:
         runs = of_arm(records, arm)
         rows.append(
             [
@@ -210,10 +249,9 @@ def names_table(records: list[Record]) -> str:
                     f"{fmean(run['control_bits'][name] for run in runs):.2f}"
                     for name in ("input_clusters", "pixel_clusters", "untrained_router")
                 ),
-                ", ".join(f"{100 * named_share(run):.0f}" for run in runs),
-                ", ".join(
-                    f"{100 * float(np.mean(names_of(np.array(run['controls']['pixel_clusters'])) != MIXED)):.0f}"
-                    for run in runs
+                *(
+                    f"{100 * fmean(named_control(run, name) for run in runs):.0f}"
+                    for name in ("input_clusters", "pixel_clusters")
                 ),
             ]
         )
@@ -223,10 +261,15 @@ def names_table(records: list[Record]) -> str:
         "clusters of the input",
         "clusters of pixels",
         "untrained router",
-        "named, % of experts, by seed",
+        "named clusters of the input, %",
         "named clusters of pixels, %",
     ]
     return table(header, rows)
+
+
+def named_control(run: Record, name: str) -> float:
+    """The share of a control's clusters that have a name."""
+    return float(np.mean(names_of(np.array(run["controls"][name])) != MIXED))
 
 
 def mean_and_sd(values: Sequence[float]) -> str:

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.experts_pay.arms import ARMS, BATCH, DENSE, Pages, build, train
+from benchmarks.experts_pay.arms import (
+    ARMS,
+    BATCH,
+    DENSE,
+    MOE,
+    STEMS,
+    TASKS,
+    Pages,
+    build,
+    train,
+)
 from benchmarks.experts_pay.knockout import (
     bits,
     cell_pixels,
@@ -25,18 +35,19 @@ from benchmarks.routers.report import rate_beyond
 from moevision.layers import forward_routing, moe_layers
 
 T_S = 15.0  # CPU seconds of training
-RATES = (0.008, 0.016, 0.032, 0.064)
+RATES = (0.008, 0.016, 0.032)
 TUNING_SEED = 100
 SEEDS = range(8)
-SIZED_MOE = ("moe-8", "moe-16", "moe-32")
+MOE_OF_TASK = {"groups": MOE, "kinds": ["patch-moe-8", "patch-moe-32", "conv-moe-8"]}
 PAGES = {"val": 3_600, "test": 7_200, "unseen": 3_600}
 NAMING_SEED = 1  # of the pages of "val" that name experts
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: an arm, its learning rate and a seed."""
+    """One training: a task, an arm, its learning rate and a seed."""
 
+    task: str
     arm: str
     lr: float
     seed: int
@@ -44,22 +55,33 @@ class Run:
     @property
     def name(self) -> str:
         """What its record is called."""
-        return f"{self.arm} {self.lr:g} {self.seed}"
+        return f"{self.task} {self.arm} {self.lr:g} {self.seed}"
 
 
 def next_runs(records: list[dict[str, Any]]) -> Iterator[Run]:
     """All runs in order, as far as these records decide them."""
-    arms = [arm for arm in ARMS if arm != "moe-head"]
+    for task in TASKS:
+        yield from _runs_of_task([record for record in records if record["task"] == task], task)
+
+
+def _runs_of_task(records: list[dict[str, Any]], task: str) -> Iterator[Run]:
+    arms = arms_of(task)
     for arm in arms:
         for lr in RATES:
-            yield Run(arm, lr, TUNING_SEED)
-        if (lr := rate_beyond(tuned(records, arm))) is not None:
-            yield Run(arm, lr, TUNING_SEED)
+            yield Run(task, arm, lr, TUNING_SEED)
+        if (lr := next_rate(records, arm)) is not None:
+            yield Run(task, arm, lr, TUNING_SEED)
     if not all(is_tuned(records, arm) for arm in arms):
         return
+    controls = [strongest_dense(records, stem) for stem in STEMS]
     for seed in SEEDS:
-        for arm in (strongest_dense(records), *SIZED_MOE):
-            yield Run(arm, best_rate(records, arm), seed)
+        for arm in (*controls, *MOE_OF_TASK[task]):
+            yield Run(task, arm, best_rate(records, arm), seed)
+
+
+def arms_of(task: str) -> list[str]:
+    """The arms that a task has."""
+    return [arm for arm in ARMS if arm in DENSE or arm in MOE_OF_TASK[task]]
 
 
 def tuned(records: list[dict[str, Any]], arm: str) -> dict[float, float]:
@@ -73,8 +95,13 @@ def tuned(records: list[dict[str, Any]], arm: str) -> dict[float, float]:
 
 def is_tuned(records: list[dict[str, Any]], arm: str) -> bool:
     """Whether all rates were tried, and the best isn't at an edge."""
+    return set(RATES) <= tuned(records, arm).keys() and next_rate(records, arm) is None
+
+
+def next_rate(records: list[dict[str, Any]], arm: str) -> float | None:
+    """The rate beyond an edge that is the best so far; None if the best isn't at an edge, or not all are tried."""
     rates = tuned(records, arm)
-    return set(RATES) <= rates.keys() and rate_beyond(rates) is None
+    return rate_beyond(rates) if set(RATES) <= rates.keys() else None
 
 
 def best_rate(records: list[dict[str, Any]], arm: str) -> float:
@@ -83,41 +110,45 @@ def best_rate(records: list[dict[str, Any]], arm: str) -> float:
     return max(sorted(rates), key=lambda lr: rates[lr])
 
 
-def strongest_dense(records: list[dict[str, Any]]) -> str:
-    """The dense arm that is best on the tuning pages at its own rate."""
-    return max(DENSE, key=lambda arm: max(tuned(records, arm).values()))
+def strongest_dense(records: list[dict[str, Any]], stem: str = "") -> str:
+    """The dense arm that is best on the tuning pages at its own rate; of one stem, or of both."""
+    arms = [arm for arm in DENSE if arm.startswith(stem)]
+    return max(arms, key=lambda arm: max(tuned(records, arm).values()))
 
 
 @lru_cache(maxsize=1)
-def training_pages(seed: int) -> Pages:
+def training_pages(seed: int, task: str) -> Pages:
     """The pages that a run's seed trains on; those of one seed are kept for all arms."""
-    return Pages("train", 1 + seed)
+    return Pages("train", 1 + seed, task)
 
 
 @lru_cache(maxsize=4)
-def fixed_pages(split: str, seed: int = 0) -> Pages:
+def fixed_pages(split: str, task: str, seed: int = 0) -> Pages:
     """Pages that are the same for all runs."""
-    return Pages(split, seed)
+    return Pages(split, seed, task)
 
 
 def record_of(run: Run, step_ms: dict[str, float]) -> dict[str, Any]:
-    """Train, test, and for the experts of a seed: names, clusters and what is missed without them."""
+    """Train, test, and for the experts of a seed on pages of groups: names, clusters, what is missed without them."""
     steps = round(1000 * T_S / step_ms[run.arm])
-    net, cpu_s = train(run.arm, run.lr, run.seed, steps, training_pages(run.seed))
-    predicted = {split: predict(net, fixed_pages(split), count) for split, count in PAGES.items()}
+    pages = training_pages(run.seed, run.task)
+    net, cpu_s = train(run.arm, run.lr, run.seed, steps, pages, run.task)
+    predicted = {
+        split: predict(net, fixed_pages(split, run.task), count) for split, count in PAGES.items()
+    }
+    num_classes = len(TASKS[run.task].classes)
     record: dict[str, Any] = {
+        "task": run.task,
         "arm": run.arm,
         "lr": run.lr,
         "seed": run.seed,
         "steps": steps,
         "cpu_s": round(cpu_s, 2),
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
-        **{f"{split}_top1": accuracy(classes) for split, classes in predicted.items()},
+        **{f"{split}_top1": accuracy(found, num_classes) for split, found in predicted.items()},
     }
-    if run.seed != TUNING_SEED:
-        record["predicted"] = "".join(map(str, predicted["test"].tolist()))
-        if moe_layers(net):
-            record |= experts_record(run, net)
+    if run.seed != TUNING_SEED and run.task == "groups" and moe_layers(net):
+        record |= experts_record(run, net)
     return record
 
 
@@ -128,14 +159,15 @@ def predict(net: nn.Module, pages: Pages, count: int) -> Tensor:
     return torch.cat([net(pages.batch(number)[0]).argmax(-1) for number in batches])[:count]
 
 
-def accuracy(classes: Tensor) -> float:
-    """Share of pages that are right; page i is of group i mod 9."""
-    return round(float((classes == torch.arange(len(classes)) % 9).float().mean()), 6)
+def accuracy(classes: Tensor, num_classes: int) -> float:
+    """Share of pages that are right; page i is of class i mod C."""
+    labels = torch.arange(len(classes)) % num_classes
+    return round(float((classes == labels).float().mean()), 6)
 
 
 def experts_record(run: Run, net: nn.Module) -> dict[str, Any]:
     """What each expert takes on the naming pages, what controls take, and what is missed on the test pages."""
-    naming = fixed_pages("val", NAMING_SEED)
+    naming = fixed_pages("val", "groups", NAMING_SEED)
     count = PAGES["val"]
     num_experts = ARMS[run.arm]["num_experts"]
     outputs = outputs_of(net, naming, count)
@@ -149,7 +181,7 @@ def experts_record(run: Run, net: nn.Module) -> dict[str, Any]:
     }
     del outputs
 
-    tested = outputs_of(net, fixed_pages("test"), PAGES["test"])
+    tested = outputs_of(net, fixed_pages("test", "groups"), PAGES["test"])
     return {
         "experts": table.tolist(),
         "bits": round(bits(table), 4),

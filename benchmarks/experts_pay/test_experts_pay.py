@@ -1,5 +1,7 @@
 """The gate's index into every expert's output equals an intervention; names and moved emoji follow their rules."""
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,9 @@ from moevision.data.emoji import GROUPS, EmojiPages, read_sheet
 
 @pytest.fixture(scope="module")
 def outputs() -> knockout.Outputs:
-    net = build("moe-8", seed=3).eval()
+    net = build("patch-moe-8", seed=3).eval()
     with torch.no_grad():  # routes that differ: a new router sends all tokens nearly alike
-        net.blocks[0].mlp.router.weight.normal_(std=2.0)
+        cast(Any, net).blocks[0].mlp.router.weight.normal_(std=2.0)
     return outputs_of(net, Pages("test", 0), 64)
 
 
@@ -72,24 +74,40 @@ def test_clusters_see_the_cells_in_the_order_of_the_groups() -> None:
     assert np.allclose(cells[16 + 6].reshape(16, 16, 3), page[16:32, 32:48])  # row 1, column 2
 
 
-def tuning(arm: str, best: float) -> list[dict[str, object]]:
-    accuracy = {lr: 0.8 - abs(np.log2(lr / best)) / 10 for lr in runs.RATES}
+def tuning(arm: str, best: float) -> list[dict[str, Any]]:
     return [
-        {"arm": arm, "seed": runs.TUNING_SEED, "lr": lr, "val_top1": accuracy[lr]}
+        {
+            "task": "groups",
+            "arm": arm,
+            "seed": runs.TUNING_SEED,
+            "lr": lr,
+            "val_top1": 0.8 - abs(np.log2(lr / best)) / 10,
+        }
         for lr in runs.RATES
     ]
 
 
 def test_rates_are_searched_past_an_edge_before_a_seed_runs() -> None:
-    listed = [arm for arm in arms.ARMS if arm != "moe-head"]
-    records = [record for arm in listed for record in tuning(arm, best=0.016)]
-    first = next(run for run in runs.next_runs(records) if run.seed != runs.TUNING_SEED)
-    assert (first.arm, first.lr, first.seed) == ("dense-1", 0.016, 0)
-    edge = [record for arm in listed for record in tuning(arm, 0.064 if arm == "moe-8" else 0.016)]
-    names = {record["arm"] + f" {record['lr']:g}" for record in edge}
-    new = [run for run in runs.next_runs(edge) if f"{run.arm} {run.lr:g}" not in names]
-    assert [(run.arm, run.lr) for run in new] == [("moe-8", 0.128)]
-    assert all(run.seed == runs.TUNING_SEED for run in runs.next_runs(edge))
+    inner = [record for arm in arms.ARMS for record in tuning(arm, best=0.016)]
+    first = next(run for run in runs.next_runs(inner) if run.seed != runs.TUNING_SEED)
+    assert first == runs.Run("groups", "patch-dense-2", 0.016, 0)
+    edge = [
+        record
+        for arm in arms.ARMS
+        for record in tuning(arm, 0.032 if arm == "conv-moe-8" else 0.016)
+    ]
+    known = {(record["arm"], record["lr"]) for record in edge}
+    new = [
+        run
+        for run in runs.next_runs(edge)
+        if run.task == "groups" and (run.arm, run.lr) not in known
+    ]
+    assert [(run.arm, run.lr) for run in new] == [("conv-moe-8", 0.064)]
+
+
+def test_no_rate_is_beyond_an_edge_while_rates_are_left() -> None:
+    assert runs.next_rate(tuning("patch-moe-8", best=0.032)[1:], "patch-moe-8") is None
+    assert runs.next_rate([], "patch-moe-8") is None
 
 
 def test_the_fewest_experts_that_hold_ship() -> None:
@@ -97,25 +115,29 @@ def test_the_fewest_experts_that_hold_ship() -> None:
     half = [[9, 1] + [0] * 7] * 4
     mixed = [[5, 5] + [0] * 7] * 4
     loss = {"away": 0.2, "random": 0.1, "named": 0.2, "others": 0.1}
-    records = [
-        {"arm": "dense-4", "seed": s, "test_top1": 0.8 + s / 1000, "unseen_top1": 0.5}
-        for s in runs.SEEDS
+    records: list[dict[str, Any]] = [
+        {"arm": "patch-dense-4", "seed": s, "test_top1": 0.8 + s / 1000} for s in runs.SEEDS
     ]
-    for arm, experts in zip(runs.SIZED_MOE, (mixed, half, half), strict=True):
+    experts = {arm: mixed if arm.endswith("-8") else half for arm in arms.MOE}
+    for arm in arms.MOE:
         for s in runs.SEEDS:
-            group = {name: value + (s % 2) / 100 * (name == "away") for name, value in loss.items()}
-            group |= {"named": loss["named"] + (s % 3) / 100}
+            group = loss | {"away": 0.2 + (s % 2) / 100, "named": 0.2 + (s % 3) / 100}
             records.append(
                 {
                     "arm": arm,
                     "seed": s,
                     "test_top1": 0.82 + s / 500,
-                    "experts": experts,
+                    "experts": experts[arm],
                     "knock_out": {"without": {"flags": group}},
                 }
             )
-    assert report.holds(records, "moe-8", "dense-4")
-    assert report.ships(records, "dense-4") == "moe-16"
+    assert report.holds(records, "patch-moe-8", "patch-dense-4")
+    assert report.ships(records, "patch-dense-4") == "patch-moe-16"
+    records[-1]["knock_out"]["without"] = {}  # the last seed of 32 experts has no name to take away
+    assert not report.holds(records, "conv-moe-32", "patch-dense-4")
+
+
+def test_the_interval_is_students() -> None:
     mean, low, high = report.interval([0.01, 0.02, 0.03])
     assert (mean, low) == pytest.approx((0.02, 0.02 - 4.302653 * 0.01 / 3**0.5))
     assert high == pytest.approx(2 * mean - low)

@@ -9,16 +9,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moevision.data.emoji import EmojiPages
+    from moevision.data.emoji import EmojiKinds, EmojiPages
     from moevision.data.images import BadImageError, safe_open
     from moevision.data.module import ImageDataModule
     from moevision.data.synthetic import SyntheticPets
 
-__all__ = ["BadImageError", "EmojiPages", "ImageDataModule", "SyntheticPets", "safe_open"]
+__all__ = [
+    "BadImageError",
+    "EmojiKinds",
+    "EmojiPages",
+    "ImageDataModule",
+    "SyntheticPets",
+    "safe_open",
+]
 
 _HOME = {
     "BadImageError": "images",
     "ImageDataModule": "module",
+    "EmojiKinds": "emoji",
     "EmojiPages": "emoji",
     "SyntheticPets": "synthetic",
     "safe_open": "images",

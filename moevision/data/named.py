@@ -24,7 +24,7 @@ from moevision.data.collection import (
     explain_access_errors,
 )
 from moevision.data.drawn import DrawnImages
-from moevision.data.emoji import EmojiPages
+from moevision.data.emoji import EmojiKinds, EmojiPages
 from moevision.data.folder import read_folder
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError, escape_controls
@@ -33,7 +33,9 @@ from moevision.words import shell_word
 HF = "hf:"  # prefix of `--data` for datasets on huggingface.co
 UNKNOWN = "unknown: check before you publish"  # terms of use of the user's own images
 SYNTHETIC = SyntheticPets.name
-DRAWN: dict[str, type[DrawnImages]] = {kind.name: kind for kind in (EmojiPages, SyntheticPets)}
+DRAWN: dict[str, type[DrawnImages]] = {
+    kind.name: kind for kind in (EmojiPages, EmojiKinds, SyntheticPets)
+}
 # Numbers of drawn images
 DRAWN_SIZES = {"train": 16_000, "val": 1_000, "test": 2_000}
 _IMAGENET_ARCHIVES = (
@@ -182,6 +184,7 @@ _EMOJI = "Noto Emoji (Apache-2.0), whose flags are in the public domain, arrange
 _DRAWN = "drawn by moevision's own code (Apache-2.0): no photo is involved"
 NAMED = {
     "emoji": Named("EmojiPages", _EMOJI, "", 16_000, partial(_drawn, EmojiPages)),
+    "emoji_kinds": Named("EmojiKinds", _EMOJI, "", 16_000, partial(_drawn, EmojiKinds)),
     "synthetic_pets": Named("SyntheticPets", _DRAWN, "", 16_000, partial(_drawn, SyntheticPets)),
     "cifar10": Named(
         "CIFAR-10", _CIFAR, "uoft-cs/cifar10", 60_000, _cifar10, "cifar-10-batches-py"

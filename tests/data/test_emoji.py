@@ -10,8 +10,9 @@ from moevision.data.emoji import (
     CELL,
     CELLS,
     GROUPS,
-    SHARE,
+    KINDS,
     SHIFT,
+    EmojiKinds,
     EmojiPages,
     ceiling,
     draw_page,
@@ -25,22 +26,34 @@ def test_the_sheet_has_distinct_emoji_of_nine_groups() -> None:
     assert len({one.character for one in sheet.emoji}) == len(sheet.emoji) == 1_892
     assert len({picture.tobytes() for picture in sheet.pictures}) == 1_892
     assert {one.group for one in sheet.emoji} == set(GROUPS)
-    named = {one.character: (one.group, one.name) for one in sheet.emoji}
-    assert named["😀"] == ("smileys", "grinning face")
-    assert named["🐶"][0] == "animals"
-    assert named["🇫🇷"][0] == "flags"
+    by_character = {one.character: one for one in sheet.emoji}
+    assert by_character["😀"] == ("😀", "smileys", "face-smiling", "grinning face")
+    assert by_character["🐶"][1:3] == ("animals", "animal-mammal")
+    assert by_character["🇫🇷"][1:3] == ("flags", "country-flag")
 
 
-def test_a_tenth_of_each_group_is_held_out() -> None:
+def test_kinds_are_the_subgroups_with_twelve_emoji() -> None:
     sheet = read_sheet()
-    for group in range(len(GROUPS)):
-        held_out = sheet.held_out[sheet.groups == group]
+    sizes = Counter(one.kind for one in sheet.emoji)
+    assert len(KINDS) == 55
+    assert set(KINDS) == {kind for kind, size in sizes.items() if size >= 12}
+    kinds = [one.kind if one.kind in KINDS else None for one in sheet.emoji]
+    assert kinds == [KINDS[kind] if kind >= 0 else None for kind in sheet.kinds]
+
+
+def test_a_tenth_of_each_kind_is_held_out() -> None:
+    sheet = read_sheet()
+    kinds = np.array([one.kind for one in sheet.emoji])
+    for kind in set(kinds):
+        held_out = sheet.held_out[kinds == kind]
         assert held_out.sum() == round(0.1 * len(held_out))
+    assert sheet.held_out.mean() == pytest.approx(0.1, abs=0.002)
 
 
+@pytest.mark.parametrize("data", [EmojiPages, EmojiKinds])
 @pytest.mark.parametrize("split", EmojiPages.splits)
-def test_held_out_emoji_are_on_unseen_pages_alone(split: str) -> None:
-    pages = EmojiPages(200, split=split)
+def test_held_out_emoji_are_on_unseen_pages_alone(data: type[EmojiPages], split: str) -> None:
+    pages = data(200, split=split)
     numbers = np.concatenate([pages.emoji(index) for index in range(200)])
     assert set(read_sheet().held_out[numbers]) == {split == "unseen"}
 
@@ -57,7 +70,7 @@ def test_a_page_depends_on_seed_split_and_index_alone() -> None:
 def test_the_drawing_is_the_same_on_every_machine() -> None:
     pages = EmojiPages(1_000, seed=7)
     pixels = b"".join(pages.image(index).tobytes() for index in range(5, 12))
-    assert hashlib.sha256(pixels).hexdigest()[:16] == "a90cde27ff9d2df3"
+    assert hashlib.sha256(pixels).hexdigest()[:16] == "482b4241fa533f8b"
 
 
 def test_labels_take_turns() -> None:
@@ -68,27 +81,33 @@ def test_labels_take_turns() -> None:
         pages.label(22)
 
 
-def test_the_label_is_the_group_of_four_tenths_and_a_ninth_of_the_rest() -> None:
-    pages = EmojiPages(2_000)
-    groups = read_sheet().groups
-    own = np.concatenate([groups[pages.emoji(i)] == pages.label(i) for i in range(2_000)])
-    expected = SHARE + (1 - SHARE) / 9
+@pytest.mark.parametrize(("data", "share"), [(EmojiPages, 0.4), (EmojiKinds, 0.3)])
+def test_a_share_of_a_page_is_of_its_class_and_the_rest_of_any(
+    data: type[EmojiPages], share: float
+) -> None:
+    pages = data(2_200)
+    classes = data.classes_of_emoji()
+    own = np.concatenate([classes[pages.emoji(i)] == pages.label(i) for i in range(2_200)])
+    expected = share + (1 - share) / len(data.classes)
     standard_error = np.sqrt(expected * (1 - expected) / len(own))
     assert own.mean() == pytest.approx(expected, abs=4 * standard_error)
 
 
-def test_who_knows_every_emoji_names_nearly_every_page() -> None:
-    """Counted on drawn pages, a tie of n groups as 1/n, beside what `ceiling` says of 200,000."""
-    pages = EmojiPages(3_000, split="test")
-    groups = read_sheet().groups
+@pytest.mark.parametrize(("data", "expected"), [(EmojiPages, 0.967), (EmojiKinds, 0.940)])
+def test_who_knows_every_emoji_names_nearly_every_page(
+    data: type[EmojiPages], expected: float
+) -> None:
+    """Counted on drawn pages, a tie of n classes as 1/n, beside what `ceiling` says of 200,000."""
+    pages = data(3_300, split="test")
+    classes = data.classes_of_emoji()
     right = 0.0
-    for index in range(3_000):
-        count = Counter(groups[pages.emoji(index)].tolist())
+    for index in range(3_300):
+        count = Counter(classes[pages.emoji(index)].tolist())
         most = max(count.values())
-        best = [group for group, value in count.items() if value == most]
+        best = [label for label, value in count.items() if value == most]
         right += (pages.label(index) in best) / len(best)
-    assert right / 3_000 == pytest.approx(ceiling(), abs=0.015)
-    assert ceiling() == pytest.approx(0.967, abs=0.001)
+    assert right / 3_300 == pytest.approx(expected, abs=0.015)
+    assert ceiling(data) == pytest.approx(expected, abs=0.001)
 
 
 def test_every_emoji_lies_in_its_cell_moved_by_two_pixels_at_most() -> None:
@@ -118,9 +137,10 @@ def test_the_part_mask_is_the_group_of_each_cell() -> None:
     assert pages.image(2).shape == (32, 32, 3)
 
 
-def test_it_is_a_data_set_by_its_name() -> None:
-    collection = open_collection("emoji", sizes={"train": 10, "val": 3, "test": 4})
-    assert collection.class_names == list(GROUPS)
+@pytest.mark.parametrize("data", [EmojiPages, EmojiKinds])
+def test_it_is_a_data_set_by_its_name(data: type[EmojiPages]) -> None:
+    collection = open_collection(data.name, sizes={"train": 10, "val": 3, "test": 4})
+    assert collection.class_names == list(data.classes)
     sample = collection.samples["test"][3]
-    drawn = EmojiPages(4, split="test").image(3)
+    drawn = data(4, split="test").image(3)
     np.testing.assert_array_equal(np.asarray(collection.open(sample)), drawn)
