@@ -29,7 +29,10 @@ Add = Callable[..., Any]
 
 # Each verb: what it does, and `module:function` that does it to the arguments that were understood.
 VERBS = {
-    "fit": ("train a model on a folder of images; writes runs/NAME/", "moevision.train.fit:fit"),
+    "fit": (
+        "train a model on a folder of images; writes runs/NAME/",
+        "moevision.commands.fit:run",
+    ),
     "validate": ("evaluate a checkpoint on the validation images", "moevision.train.fit:validate"),
     "test": ("evaluate a checkpoint on the test images", "moevision.train.fit:test"),
     "predict": (
@@ -282,9 +285,7 @@ _probability = _number(float, lambda x: 0 < x <= 1, "probability above 0, at mos
 
 MODEL = "a run folder, its model/ folder, or a timm address such as hf-hub:user/name"
 TRAINED = f"{MODEL}, or a checkpoint of a run, finished or not (checkpoints/last.ckpt)"
-_DATA = (
-    "a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10"
-)
+_DATA = "a folder with one subfolder per class, or a dataset's name such as emoji or cifar10"
 _ROOT = "folder of the datasets that are known by name (the run's own, or data)"
 
 

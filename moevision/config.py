@@ -98,7 +98,7 @@ class Data:
         "synthetic_pets",
         "A folder with one subfolder per class (also inside train/, val/, test/), a CSV file with the columns path and "
         "label, a Hugging Face dataset (hf:NAME[:CONFIG], or a folder that save_to_disk wrote), or one of "
-        "synthetic_pets, cifar10, imagenette, pets, pets_cat_dog, imagenet",
+        "emoji, emoji_kinds, synthetic_pets, cifar10, imagenette, pets, pets_cat_dog, imagenet",
         chosen="FOLDER",
     )
     root: str = option("data", "Folder in which named datasets live")
@@ -218,9 +218,11 @@ class Data:
         "CSV file of training images with another class (columns image and new_label, as moevision data prune or the "
         "page of moevision data score writes it)",
     )
-    train_size: int = option(16_000, "Number of training images of synthetic_pets")
-    val_size: int = option(1_000, "Number of validation images of synthetic_pets", rare=True)
-    test_size: int = option(2_000, "Number of test images of synthetic_pets", rare=True)
+    train_size: int = option(
+        16_000, "Number of training images of a drawn dataset (emoji, synthetic_pets)"
+    )
+    val_size: int = option(1_000, "Number of validation images of a drawn dataset", rare=True)
+    test_size: int = option(2_000, "Number of test images of a drawn dataset", rare=True)
     mean: tuple[float, float, float] = option(
         (0.485, 0.456, 0.406),
         "Mean per colour channel that is subtracted, for pixels in [0, 1]; ImageNet's by default",

@@ -176,8 +176,9 @@ class CollectionPictures:
 
     def __post_init__(self) -> None:
         self.class_names = tuple(self.names or self.collection.class_names)
-        is_drawn = isinstance(self.collection, DrawnCollection)
-        self.part_names = self.collection.part_names if is_drawn else ()
+        self.part_names: tuple[str, ...] = ()
+        if isinstance(self.collection, DrawnCollection):
+            self.part_names = self.collection.part_names
 
     @classmethod
     def of_split(

@@ -85,20 +85,23 @@ def _names_in_layer(layer: RecordedLayer, parts: Ints, part_names: Sequence[str]
     return LayerNames(layer.name, experts, clusters)
 
 
-def describe_names(names: LayerNames, unit: str) -> str:
-    """Lines for a terminal: what each expert takes, its name's share among `unit`, beside the clusters' purest."""
+def describe_names(layers: Sequence[LayerNames], unit: str) -> list[str]:
+    """Lines for a terminal: the share of its `unit` that an expert is named after, beside the purest such cluster."""
     lines = []
-    for number, expert in enumerate(names.experts):
-        if not expert.is_named:
-            lines.append(f"  {names.layer}, expert {number}: mixed (most: {_share(expert)})")
-            continue
-        rivals = [cluster.share for cluster in names.clusters if cluster.part == expert.part]
-        rival = percent(max(rivals)) if rivals else "none"
-        lines.append(
-            f"  {names.layer}, expert {number} takes {_share(expert)} of its {unit} (clusters: {rival})"
-        )
-    return "\n".join(lines)
+    for layer in layers:
+        lines += [f"layer {layer.layer}"] if len(layers) > 1 else []
+        lines += [
+            f"  expert {number:<3} {_describe(expert, layer.clusters, unit)}"
+            for number, expert in enumerate(layer.experts)
+        ]
+    return lines
 
 
-def _share(name: ExpertName) -> str:
-    return f"{name.part}, {percent(name.share)}"
+def _describe(expert: ExpertName, clusters: Sequence[ExpertName], unit: str) -> str:
+    if not expert.is_named:
+        return f"mixed: {expert.part} {percent(expert.share, 0)}"
+    text = f"{expert.part}, {percent(expert.share, 0)} of its {unit}"
+    if not clusters:  # too many patches to keep what the layer reads
+        return text
+    rivals = [cluster.share for cluster in clusters if cluster.part == expert.part]
+    return f"{text} (clusters: {percent(max(rivals), 0) if rivals else 'none'})"

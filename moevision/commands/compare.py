@@ -29,7 +29,7 @@ from scipy.stats import norm
 
 from moevision.commands.data import run_of
 from moevision.config import WRITTEN, flatten
-from moevision.data.named import SYNTHETIC
+from moevision.data.named import DRAWN
 from moevision.errors import UserError, escape_controls, refuse_equal_seeds
 from moevision.files import read_csv, refuse_foreign, write_json_atomic
 from moevision.models.safe_files import read_yaml
@@ -105,7 +105,7 @@ class FinishedRun:
             is_outside = is_free(name) or name.startswith(_OUTSIDE_RECIPE)
             if value is None or (is_outside and not name.startswith(_INSIDE_RECIPE)):
                 continue
-            if name == "data.path" and value != SYNTHETIC:
+            if name == "data.path" and value not in DRAWN:
                 value = Path(str(value)).expanduser().resolve()
             values[name] = str(value)
         return values
@@ -178,12 +178,14 @@ def _difference_of_images(a: FinishedRun, b: FinishedRun) -> str:
             f"with the label {label!r}."
         )
 
-    # Synthetic images have the same names whatever the seed that they are drawn from.
-    a_is_synthetic = a.options.get("data.path") == SYNTHETIC
-    b_is_synthetic = b.options.get("data.path") == SYNTHETIC
+    # Drawn images have the same names whatever they show.
+    path_of_a, path_of_b = a.options.get("data.path"), b.options.get("data.path")
     same_seed = a.options.get("data.seed") == b.options.get("data.seed")
-    if a_is_synthetic != b_is_synthetic or (a_is_synthetic and not same_seed):
-        return "drawn images depend on --data.seed, which must be the same."
+    if {path_of_a, path_of_b} & DRAWN.keys():
+        if path_of_a != path_of_b:
+            return f"they were drawn as {path_of_a} and as {path_of_b}."
+        if not same_seed:
+            return "drawn images depend on --data.seed, which must be the same."
     return ""
 
 

@@ -32,7 +32,6 @@ from moevision.words import shell_word
 
 HF = "hf:"  # prefix of `--data` for datasets on huggingface.co
 UNKNOWN = "unknown: check before you publish"  # terms of use of the user's own images
-SYNTHETIC = SyntheticPets.name
 DRAWN: dict[str, type[DrawnImages]] = {
     kind.name: kind for kind in (EmojiPages, EmojiKinds, SyntheticPets)
 }

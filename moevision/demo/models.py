@@ -37,7 +37,7 @@ from moevision.analysis.images import (
     run_folder,
 )
 from moevision.analysis.readings import fresh_copy
-from moevision.data.named import DATASET_NAMES, SYNTHETIC
+from moevision.data.named import DATASET_NAMES, DRAWN
 from moevision.data.scores import FILE as SCORES
 from moevision.demo.examples import Examples, ScoredRun
 from moevision.demo.facts import ModelFacts, describe, title_of
@@ -217,8 +217,9 @@ def bundled_photos(name: str) -> PictureSet:
     """
     folder = bundled_folder(name)
     if not (folder / SOURCES).is_file():
+        card = read_card(folder / "card.json")
         raise UserError(
-            f"The bundled model {name!r} comes without photos: open {SYNTHETIC!r}, which are drawn."
+            f"The bundled model {name!r} comes without photos: open {card.data_kind!r}, which are drawn."
         )
     return _photos(folder, bundled_model(name))
 
@@ -252,17 +253,17 @@ def open_entries(
     entries = []
     for folder, card in cards.items():
         model_data = data
-        if card.data_kind == SYNTHETIC:  # the drawn images are for the model of their kind alone
-            model_data = SYNTHETIC
+        if card.data_kind in DRAWN:  # drawn images are for the model of their kind alone
+            model_data = card.data_kind
         elif data in data_kinds and data != card.data_kind:
             # Another model's; a folder of photos is for all that know photos.
             model_data = None
         entries.append(_open_bundled(folder, card, model_data, root))
 
-    first_is_drawn = data == SYNTHETIC
+    first_is_drawn = data in DRAWN
 
     def order(entry: Entry) -> tuple[bool, bool]:
-        is_drawn = entry.card.data_kind == SYNTHETIC
+        is_drawn = entry.card.data_kind in DRAWN
         return not entry.examples.has_pictures, is_drawn != first_is_drawn
 
     return sorted(entries, key=order)
@@ -286,7 +287,7 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
 
     histories = {}
     # Other images are not those of the history, whatever their names.
-    if credits is not None or card.data_kind == SYNTHETIC:
+    if credits is not None or card.data_kind in DRAWN:
         for variant, name in HISTORIES.items():
             if variant in models and (folder / name).is_file():
                 histories[variant] = folder / name
@@ -392,7 +393,7 @@ def _variants(
 
 def _name_images(data: str | None, pictures: PictureSet | None, *, held_out: bool = False) -> str:
     """As in "All 40 images of holiday"; "The 832 test images of cats_vs_dogs" of a dataset known by name."""
-    if data is None or data == SYNTHETIC or pictures is None:
+    if data is None or data in DRAWN or pictures is None:
         return ""
     count = len(pictures)
     name = escape_controls(Path(data).expanduser().resolve().name)

@@ -137,8 +137,8 @@ _CHATTER = (
 )
 
 
-def fit(args: ParsedArgs) -> None:
-    """`moevision fit`."""
+def fit(args: ParsedArgs) -> RunResult | None:
+    """`moevision fit`; None in other processes than the first, and where nothing was trained or kept."""
     session = Session(args.command)
     with _in_sentences(session):
         request = read_request("fit", args)
@@ -147,13 +147,13 @@ def fit(args: ParsedArgs) -> None:
         settings, start = begin(session, request)
         if request.prints:
             print(_yaml(settings), end="")
-            return
+            return None
 
         training = train(settings, session, start)
         if training.is_trial:  # logged nothing and saved nothing
             if is_rank0() and start is None:  # else the folder may be an earlier run's
                 session.unused = training.run_dir
-            return
+            return None
 
         # What repeats the run; --resume doesn't.
         command = first_command(training.run_dir) or session.command
@@ -162,6 +162,7 @@ def fit(args: ParsedArgs) -> None:
             result = _train_twin(training, settings, command, result)
         if result is not None:
             _print_what_to_do_next(training, result)
+        return result
 
 
 def _print_what_to_do_next(training: Training, result: RunResult) -> None:

@@ -30,7 +30,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from moevision.config import Options, ParsedArgs, Settings, parse_config, to_settings
 from moevision.data import ImageDataModule
-from moevision.data.named import DATASET_NAMES, HF, NAMED
+from moevision.data.named import DATASET_NAMES, DRAWN, HF, NAMED
 from moevision.data.open import contains_path, count_images, kind_of, open_collection
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError, escape_controls
@@ -383,7 +383,7 @@ def choose_recipe(
     model_option = next((name for name in _MODEL_OPTIONS if options.get(name) is not None), None)
     if pretrained is None:
         pretrained = _default_start(path, images, model_option, say)
-    if pretrained != NONE and path != "synthetic_pets":
+    if pretrained != NONE and path not in DRAWN:
         _check_readable(path, options)
 
     weights, line = choose_start(pretrained, images, options.get("model.arch.base"))
@@ -410,7 +410,7 @@ def _default_start(
     None, with which `choose_start` looks for weights, if there are few images and no model is given; otherwise `none`.
     """
     are_few = 0 < images < SCRATCH_MINIMUM
-    if not are_few or path == "synthetic_pets":  # these are learned from scratch, however few
+    if not are_few or path in DRAWN:  # these are learned from scratch, however few
         return NONE
     if model_option is None:
         return None

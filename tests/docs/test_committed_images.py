@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from moevision.data.named import DATASET_NAMES, SYNTHETIC
+from moevision.data.named import DATASET_NAMES, DRAWN
 
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("committed_images.json")
@@ -177,7 +177,7 @@ def test_what_is_new_changed_gone_or_not_looked_at_is_said() -> None:
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 _FOREIGN = re.compile(
-    rf"[\"'/]({'|'.join(sorted(set(DATASET_NAMES) - {SYNTHETIC}))}|photo/\w+|lion|cheetah)\b"
+    rf"[\"'/]({'|'.join(sorted(set(DATASET_NAMES) - DRAWN.keys()))}|photo/\w+|lion|cheetah)\b"
 )
 
 
