@@ -98,6 +98,8 @@ def describe_names(layers: Sequence[LayerNames], unit: str) -> list[str]:
 
 
 def _describe(expert: ExpertName, clusters: Sequence[ExpertName], unit: str) -> str:
+    if expert.num_patches == 0:
+        return "takes nothing"
     if not expert.is_named:
         return f"mixed: {expert.part} {percent(expert.share, 0)}"
     text = f"{expert.part}, {percent(expert.share, 0)} of its {unit}"

@@ -58,7 +58,7 @@ def what_experts_take(run_dir: Path, data: type[EmojiPages]) -> str:
     unit = "emoji" if trace.grid == (CELLS, CELLS) else "patches"
     return "\n".join(
         [
-            f"What each expert takes on {_PAGES:,} test pages, untold. It has a name where more than half of its {unit}",
+            f"What each expert takes on {_PAGES:,} test pages, untold. It has a name where over half of its {unit}",
             "are of one group; in brackets the purest such of as many clusters of what its layer reads.",
             *describe_names(layers, unit),
             accuracy,

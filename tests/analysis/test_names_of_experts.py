@@ -42,13 +42,19 @@ def test_an_expert_is_named_above_half() -> None:
 
 
 def test_a_name_stands_beside_the_purest_cluster_of_that_name() -> None:
-    experts = [ExpertName("ear", 0.6, 50), ExpertName("face", 0.75, 8), ExpertName("ear", 0.4, 9)]
+    experts = [
+        ExpertName("ear", 0.6, 50),
+        ExpertName("face", 0.75, 8),
+        ExpertName("ear", 0.4, 9),
+        ExpertName("face", 0.0, 0),
+    ]
     clusters = [ExpertName("ear", 0.3, 9), ExpertName("ear", 0.55, 9)]
     one = LayerNames("L0", experts, clusters)
     assert describe_names([one], "emoji") == [
         "  expert 0   ear, 60 % of its emoji (clusters: 55 %)",
         "  expert 1   face, 75 % of its emoji (clusters: none)",
         "  expert 2   mixed: ear 40 %",
+        "  expert 3   takes nothing",
     ]
     assert describe_names([one, one], "emoji")[0] == "layer L0"
     without = one._replace(clusters=[])

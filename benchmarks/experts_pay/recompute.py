@@ -1,0 +1,319 @@
+"""Pages of emoji: do experts pay, have they names, and are they missed?
+
+    python benchmarks/experts_pay/recompute.py
+
+prints every measured number of README.md, from runs.jsonl and prices.json, and what other pages quote of them. The code
+that ran the study is benchmarks/experts_pay of the commit that the records name; it has left the tree. Arms, rules and
+the verdict are in protocol.md.
+
+A record is one training of one arm with one seed, on pages of groups or of kinds. Runs with seed 100 tune an arm's
+learning rate by the accuracy on "val" and count nowhere else. Arms are compared by test accuracy, seed by seed, with
+Student's t.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import t as student
+
+FOLDER = Path(__file__).parent
+STUDY = "benchmarks/experts_pay/README.md"
+TUNING_SEED = 100
+STEMS = ("patch", "conv")
+CONTROLS = ("input_clusters", "pixel_clusters", "untrained_router")
+Run = dict[str, Any]
+
+
+class Interval(NamedTuple):
+    """A mean and both ends of Student's 95 % interval, as shares."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def text(self) -> str:
+        """`+4.6 (+4.1 to +5.2)`, in points."""
+        mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in self)
+        return f"{mean} ({low} to {high})"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean of values and its 95 % interval."""
+    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return Interval(fmean(values), fmean(values) - half, fmean(values) + half)
+
+
+def read_runs() -> list[Run]:
+    """All records."""
+    lines = (FOLDER / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    return list(map(json.loads, lines))
+
+
+class Task:
+    """The runs of one task: "groups" or "kinds"."""
+
+    def __init__(self, runs: Sequence[Run], name: str) -> None:
+        self.name = name
+        self.runs = [run for run in runs if run["task"] == name]
+        self.arms = list(dict.fromkeys(run["arm"] for run in self.runs))
+        self.moe = [arm for arm in self.arms if "-moe-" in arm]
+        self.strongest = self.strongest_dense("")
+
+    def tuned(self, arm: str) -> dict[float, float]:
+        """Learning rate -> accuracy on the tuning pages."""
+        tuning = [r for r in self.runs if r["arm"] == arm and r["seed"] == TUNING_SEED]
+        return {run["lr"]: run["val_top1"] for run in sorted(tuning, key=lambda run: run["lr"])}
+
+    def strongest_dense(self, stem: str) -> str:
+        """The dense arm, of a stem or of both, that is best on the tuning pages at its own rate."""
+        dense = [arm for arm in self.arms if "-dense-" in arm and arm.startswith(stem)]
+        return max(dense, key=lambda arm: max(self.tuned(arm).values()))
+
+    def of_arm(self, arm: str) -> list[Run]:
+        """The runs of an arm that count, by seed."""
+        counted = [r for r in self.runs if r["arm"] == arm and r["seed"] != TUNING_SEED]
+        return sorted(counted, key=lambda run: run["seed"])
+
+    def contrast(self, arm: str, dense: str, split: str = "test") -> list[float]:
+        """An arm's accuracy minus a dense one's, in every seed."""
+        control = {run["seed"]: run[f"{split}_top1"] for run in self.of_arm(dense)}
+        return [run[f"{split}_top1"] - control[run["seed"]] for run in self.of_arm(arm)]
+
+
+# ---- names, and what is missed
+
+
+def names_of(table: Sequence[Sequence[int]]) -> list[int]:
+    """The group that more than half of an expert's emoji are of; -1: mixed."""
+    counts = np.array(table)
+    share = counts.max(1) / np.maximum(counts.sum(1), 1)
+    return np.where(share > 0.5, counts.argmax(1), -1).tolist()
+
+
+def named_share(table: Sequence[Sequence[int]]) -> float:
+    """The share of experts that have a name."""
+    return fmean(name >= 0 for name in names_of(table))
+
+
+def missed(run: Run, first: str, second: str) -> float:
+    """The mean over a run's named groups of one loss minus another."""
+    return fmean(group[first] - group[second] for group in run["knock_out"]["without"].values())
+
+
+def named_runs(task: Task, arm: str) -> list[Run]:
+    """The runs of an arm in which some expert has a name."""
+    return [run for run in task.of_arm(arm) if run["knock_out"]["without"]]
+
+
+def is_missed(task: Task, arm: str) -> bool:
+    """The protocol's (b): both lower ends are above 0, and every seed has a named expert."""
+    runs = named_runs(task, arm)
+    if len(runs) < len(task.of_arm(arm)):
+        return False
+    controls = (("away", "random"), ("named", "others"))
+    return all(interval([missed(run, *pair) for run in runs]).low > 0 for pair in controls)
+
+
+def half_named(task: Task, arm: str) -> int:
+    """In how many seeds at least half of the experts have a name."""
+    return sum(named_share(run["experts"]) >= 0.5 for run in task.of_arm(arm))
+
+
+def ships(task: Task) -> list[str]:
+    """The arms for which the gate holds and half are named in 6 of 8 seeds."""
+    return [
+        arm
+        for arm in task.moe
+        if interval(task.contrast(arm, task.strongest)).low > 0
+        and is_missed(task, arm)
+        and half_named(task, arm) >= 6
+    ]
+
+
+# ---- tables
+
+
+def row(cells: Sequence[str]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def percent(values: Sequence[float], digits: int = 1) -> str:
+    """`84.1 ± .3`: mean and standard deviation, in percent."""
+    return f"{100 * fmean(values):.{digits}f} ± {100 * stdev(values):.{digits}f}"
+
+
+def tuning_rows(task: Task) -> list[str]:
+    """Accuracy on the tuning pages by learning rate."""
+    rates = sorted({lr for arm in task.arms for lr in task.tuned(arm)})
+    rows = [row(["arm", *(f"{lr:g}" for lr in rates)])]
+    for arm in task.arms:
+        found = task.tuned(arm)
+        cells = (f"{100 * found[lr]:.1f}" if lr in found else "" for lr in rates)
+        rows.append(row([f"`{arm}`", *cells]))
+    return rows
+
+
+def accuracy_rows(task: Task) -> list[str]:
+    """Accuracy of the dense controls and of the experts, and the contrasts with both."""
+    adjusted = holm([p_value(task.contrast(arm, task.strongest)) for arm in task.moe])
+    rows = []
+    for arm in (*map(task.strongest_dense, STEMS), *task.moe):
+        runs = task.of_arm(arm)
+        cells = [
+            f"`{arm}`",
+            f"{runs[0]['lr']:g}",
+            f"{runs[0]['steps']}",
+            f"{runs[0]['parameters'] / 1e6:.2f} M",
+            percent([run["test_top1"] for run in runs]),
+            percent([run["unseen_top1"] for run in runs]),
+        ]
+        if arm in task.moe:
+            same_stem = task.strongest_dense(arm.split("-")[0])
+            cells += [
+                interval(task.contrast(arm, same_stem)).text,
+                interval(task.contrast(arm, task.strongest)).text,
+                f"{adjusted[task.moe.index(arm)]:.1g}",
+            ]
+        else:
+            cells += [""] * 3
+        rows.append(row(cells))
+    return rows
+
+
+def missed_rows(task: Task) -> list[str]:
+    """What own pages lose beyond the two controls, and how many experts have names."""
+    rows = []
+    for arm in task.moe:
+        runs = named_runs(task, arm)
+        shares = [named_share(run["experts"]) for run in task.of_arm(arm)]
+        clusters = [
+            fmean(named_share(run["controls"][name]) for run in task.of_arm(arm))
+            for name in CONTROLS
+        ]
+        rows.append(
+            row(
+                [
+                    f"`{arm}`",
+                    ", ".join(f"{100 * share:.0f}" for share in shares),
+                    f"{half_named(task, arm)} of {len(shares)}",
+                    *(f"{100 * share:.0f}" for share in clusters),
+                    *(
+                        interval([missed(run, *pair) for run in runs]).text if len(runs) > 1 else ""
+                        for pair in (("away", "random"), ("named", "others"))
+                    ),
+                ]
+            )
+        )
+    return rows
+
+
+def bits_rows(task: Task) -> list[str]:
+    """Bits that an expert says about the group of an emoji, beside the controls."""
+    rows = []
+    for arm in task.moe:
+        runs = task.of_arm(arm)
+        controls = (fmean(run["control_bits"][name] for run in runs) for name in CONTROLS)
+        bits = fmean(run["bits"] for run in runs)
+        rows.append(row([f"`{arm}`", f"{bits:.2f}", *(f"{control:.2f}" for control in controls)]))
+    return rows
+
+
+def knock_out_rows(task: Task, arm: str) -> list[str]:
+    """For each group, over the seeds in which it has an expert: own and other pages without it."""
+    groups = list(dict.fromkeys(g for run in task.of_arm(arm) for g in run["knock_out"]["without"]))
+    rows = []
+    for group in sorted(groups, key=lambda name: list(GROUPS).index(name)):
+        index = GROUPS.index(group)
+        runs = [run for run in task.of_arm(arm) if group in run["knock_out"]["without"]]
+        before = [run["knock_out"]["with_all"] for run in runs]
+        found = [run["knock_out"]["without"][group] for run in runs]
+        after = [entry["accuracy_by_class"] for entry in found]
+        rows.append(
+            row(
+                [
+                    group,
+                    f"{len(runs)}",
+                    change([r[index] for r in before], [r[index] for r in after]),
+                    change([others(r, index) for r in before], [others(r, index) for r in after]),
+                    f"{100 * fmean(entry['random'] for entry in found):.1f}",
+                ]
+            )
+        )
+    return rows
+
+
+GROUPS = (
+    "smileys",
+    "people",
+    "animals",
+    "food",
+    "travel",
+    "activities",
+    "objects",
+    "symbols",
+    "flags",
+)
+
+
+def change(before: Sequence[float], after: Sequence[float]) -> str:
+    """`90 → 54`, in percent."""
+    return f"{100 * fmean(before):.0f} → {100 * fmean(after):.0f}"
+
+
+def others(by_class: Sequence[float], index: int) -> float:
+    """Accuracy on the pages of all other classes, which have equally many pages."""
+    return fmean(value for label, value in enumerate(by_class) if label != index)
+
+
+def p_value(values: Sequence[float]) -> float:
+    """Of the two-sided paired t-test."""
+    error = stdev(values) / math.sqrt(len(values))
+    return 2 * float(student.sf(abs(fmean(values)) / error, len(values) - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values adjusted for their number (Holm 1979)."""
+    order = np.argsort(p_values)
+    factors = np.arange(len(p_values), 0, -1)
+    stepped = np.maximum.accumulate(np.array(p_values)[order] * factors)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted.tolist()
+
+
+def price_rows() -> list[str]:
+    """CPU milliseconds of a training step, and of the same stem's dense model of the usual width."""
+    step_ms = json.loads((FOLDER / "prices.json").read_text(encoding="utf-8"))["step_ms"]
+    return [
+        row([f"`{arm}`", f"{ms:.1f}", f"{ms / step_ms[arm.split('-')[0] + '-dense-4']:.2f}"])
+        for arm, ms in step_ms.items()
+    ]
+
+
+def statements() -> dict[str, list[str]]:
+    """Page -> what it says, with the numbers of the records."""
+    runs = read_runs()
+    groups, kinds = Task(runs, "groups"), Task(runs, "kinds")
+    return {
+        STUDY: [
+            *price_rows(),
+            *tuning_rows(groups),
+            *tuning_rows(kinds),
+            *accuracy_rows(groups),
+            *accuracy_rows(kinds),
+            *missed_rows(groups),
+            *bits_rows(groups),
+            *knock_out_rows(groups, "conv-moe-8"),
+        ],
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(statements(), indent=1, ensure_ascii=False))
