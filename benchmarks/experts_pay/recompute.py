@@ -297,6 +297,51 @@ def price_rows() -> list[str]:
     ]
 
 
+# ---- sentences
+
+
+def best_moe(task: Task) -> str:
+    """The arm with experts that is best on the tuning pages at its own rate."""
+    return max(task.moe, key=lambda arm: max(task.tuned(arm).values()))
+
+
+def named_arm(task: Task) -> str:
+    """The arm with the fewest experts of which at least half have names in 6 of 8 seeds; else with the most named."""
+    by_experts = sorted(task.moe, key=lambda arm: int(arm.split("-")[-1]))
+    enough = [arm for arm in by_experts if half_named(task, arm) >= 6]
+    return enough[0] if enough else max(task.moe, key=lambda arm: half_named(task, arm))
+
+
+def pays(task: Task, arm: str) -> Interval:
+    """An arm's accuracy minus that of the strongest dense one."""
+    return interval(task.contrast(arm, task.strongest))
+
+
+def word(found: Interval) -> str:
+    """What an interval shows."""
+    return "ahead" if found.low > 0 else "behind" if found.high < 0 else "not shown to differ"
+
+
+def headline(groups: Task, kinds: Task) -> str:
+    """Both contrasts in one sentence, each of the arm that tuning chose."""
+    many, few = pays(kinds, best_moe(kinds)), pays(groups, best_moe(groups))
+    return (
+        f"At equal time, on pages of emoji, experts minus the strongest dense model: {many.text} points where 55 kinds "
+        f"are told apart, {few.text} where nine groups are (8 seeds)"
+    )
+
+
+def of_named(groups: Task) -> str:
+    """What the arm with names costs."""
+    arm = named_arm(groups)
+    found = pays(groups, arm)
+    shares = fmean(named_share(run["experts"]) for run in groups.of_arm(arm))
+    return (
+        f"{100 * shares:.0f} % of them have names in the mean of 8 trainings, and they are {found.text} points from "
+        "the strongest dense model at equal time"
+    )
+
+
 def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the records."""
     runs = read_runs()

@@ -174,23 +174,24 @@ def specialization(record: Json) -> list[Json]:
 
 def answers(record: Json) -> Json:
     """What the last MoE layer answers to the three questions, of first choices."""
-    experts, training, function = record["layers"][-1]["answers"]
+    last = record["layers"][-1]
+    experts, training, function = last["answers"]
     assert (experts["answer"], function["answer"]) == ("yes", "yes")
     detail = function["detail"]
     points = _found(
         r"^exchanging .* any other costs ([\d.]+) points .* CI ([\d.]+ to [\d.]+);", detail
     )
     alike = _found(r"moved choices, [\d.]+ %, ([−\d.]+), any two other experts ([−\d.]+)", detail)
-    same = _found(r"same patches ([\d.]+) of log-loss more than their other choice", detail)
+    same = re.search(r"same patches ([\d.]+) of log-loss more than their other choice", detail)
     clusters = _found(r"clusters of the same input tell ([\d.]+) bits", training["sentence"])
     return {
         "n_images": record["n_images"],
         "training": training["answer"],
-        "bits": _found(r"^L2: ([\d.]+) bits", experts["numbers"][0])[1],
+        "bits": _found(rf"^{last['name']}: ([\d.]+) bits", experts["numbers"][0])[1],
         "clusters": clusters[1],
         **{"points": points[1], "interval": points[2]},
         **{"favourite": alike[1], "others": alike[2]},
-        "beyond": same[1],
+        "beyond": same and same[1],  # None where patches have no other choice
     }
 
 
