@@ -17,6 +17,7 @@ from playwright.sync_api import Page, sync_playwright
 IMAGES = Path(__file__).parent / "img"
 CHROMIUM = os.environ.get("MOEVISION_CHROMIUM", "/usr/bin/chromium")
 DRAWN = 6000  # ms until galleries and statistics are there
+EMOJI = "?model=emoji"
 CAT = "?model=pets&picture=pets%2Ftest%2F0&layer=2&patch=36"
 
 
@@ -36,9 +37,11 @@ def opened(page: Page, address: str) -> None:
 
 
 def shoot(page: Page, url: str) -> None:
-    """The page as it opens, and the map of classes of the drawn pets."""
+    """The page as it opens, a page of emoji, and the map of classes of the drawn pets."""
     opened(page, url)
     save(page.screenshot(), "explorer.jpg")
+    opened(page, url + EMOJI)
+    save(page.screenshot(), "explorer-emoji.jpg")
     page.goto(url + CAT)  # its patch opens the details
     page.wait_for_timeout(DRAWN)
     page.get_by_role("tab", name="Classes").click()
@@ -108,7 +111,7 @@ def served() -> Iterator[str]:
 
 
 def main() -> None:
-    """Serve the bundled models, and take all three."""
+    """Serve the bundled models, and take all four."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         with served() as url:

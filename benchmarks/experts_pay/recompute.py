@@ -317,37 +317,88 @@ def pays(task: Task, arm: str) -> Interval:
     return interval(task.contrast(arm, task.strongest))
 
 
-def word(found: Interval) -> str:
+def verb(found: Interval) -> str:
     """What an interval shows."""
-    return "ahead" if found.low > 0 else "behind" if found.high < 0 else "not shown to differ"
+    return (
+        "are ahead"
+        if found.low > 0
+        else "are behind"
+        if found.high < 0
+        else "aren't shown to differ"
+    )
 
 
 def headline(groups: Task, kinds: Task) -> str:
     """Both contrasts in one sentence, each of the arm that tuning chose."""
     many, few = pays(kinds, best_moe(kinds)), pays(groups, best_moe(groups))
     return (
-        f"At equal time, on pages of emoji, experts minus the strongest dense model: {many.text} points where 55 kinds "
-        f"are told apart, {few.text} where nine groups are (8 seeds)"
+        f"at equal time, experts minus the strongest dense model: {many.text} points where 55 kinds of emoji are told "
+        f"apart, {few.text} where nine groups are (8 seeds)"
     )
 
 
-def of_named(groups: Task) -> str:
-    """What the arm with names costs."""
-    arm = named_arm(groups)
-    found = pays(groups, arm)
-    shares = fmean(named_share(run["experts"]) for run in groups.of_arm(arm))
-    return (
-        f"{100 * shares:.0f} % of them have names in the mean of 8 trainings, and they are {found.text} points from "
-        "the strongest dense model at equal time"
-    )
+def of_pays(groups: Task, kinds: Task) -> list[str]:
+    """Whether experts pay, with either stem."""
+    named, best = named_arm(groups), best_moe(groups)
+    found = pays(groups, named)
+    same_stem = interval(groups.contrast(best, groups.strongest_dense("patch")))
+    return [
+        f"Of nine groups `{best}` is {same_stem.text} points from the strongest dense model of its own stem, and "
+        f"{pays(groups, best).text} from the strongest of both, whose step costs more",
+        f"Behind convolutions experts {verb(found)}: `{named}` {found.text}",
+        f"Of 55 kinds `{best_moe(kinds)}` is {pays(kinds, best_moe(kinds)).text} points from the strongest dense model",
+    ]
+
+
+def of_names(groups: Task) -> list[str]:
+    """How many experts have names, beside clusters, and where."""
+    named, best = named_arm(groups), best_moe(groups)
+    shares = [named_share(run["experts"]) for run in groups.of_arm(named)]
+    clusters = fmean(named_share(run["controls"]["input_clusters"]) for run in groups.of_arm(named))
+    others = fmean(named_share(run["experts"]) for run in groups.of_arm(best))
+    return [
+        f"Of `{named}` at least half have names in {half_named(groups, named)} of {len(shares)} seeds "
+        f"({100 * fmean(shares):.0f} % in the mean), and of clusters of what the layer reads {100 * clusters:.0f} %",
+        f"Of `{best}` {100 * others:.0f} % have names",
+    ]
+
+
+def of_missed(groups: Task) -> list[str]:
+    """What the named experts' groups lose."""
+    named = named_arm(groups)
+    runs = named_runs(groups, named)
+    away = interval([missed(run, "away", "random") for run in runs])
+    emoji = interval([missed(run, "named", "others") for run in runs])
+    return [
+        f"Without its experts a group's pages lose {away.text} points more than with as many emoji moved at random, "
+        f"and the same emoji lose {emoji.text} points more away from them than away from other experts"
+    ]
+
+
+def of_verdict(groups: Task) -> list[str]:
+    """What the gate says, and what the recipe costs."""
+    found = ships(groups)
+    named = named_arm(groups)
+    does = ", ".join(f"`{arm}`" for arm in found) if found else "No arm"
+    return [
+        f"{does} does all three",
+        f"`{named}` is {pays(groups, named).text} points from the strongest dense model at equal time",
+    ]
 
 
 def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the records."""
     runs = read_runs()
     groups, kinds = Task(runs, "groups"), Task(runs, "kinds")
+    said = headline(groups, kinds)
+    cost = of_verdict(groups)[1]
     return {
         STUDY: [
+            said,
+            *of_pays(groups, kinds),
+            *of_names(groups),
+            *of_missed(groups),
+            *of_verdict(groups),
             *price_rows(),
             *tuning_rows(groups),
             *tuning_rows(kinds),
@@ -355,8 +406,11 @@ def statements() -> dict[str, list[str]]:
             *accuracy_rows(kinds),
             *missed_rows(groups),
             *bits_rows(groups),
-            *knock_out_rows(groups, "conv-moe-8"),
+            *knock_out_rows(groups, named_arm(groups)),
         ],
+        "README.md": [said],
+        "docs/results.md": [said, cost],
+        "docs/guides/when-experts.md": [said],
     }
 
 

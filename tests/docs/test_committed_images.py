@@ -27,6 +27,7 @@ LIST = Path(__file__).with_name("committed_images.json")
 SHOWS = {
     "drawn": "images that this package draws",
     "bundled photos": "photos of a bundled model's examples",
+    "Noto Emoji": "emoji of moevision/data/assets/emoji.png; NOTICE has their licence",
     "no image": "curves, bars, tables, a logo",
 }
 _SIGNS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"%PDF", b"\0\0\1\0")
