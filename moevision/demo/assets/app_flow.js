@@ -277,7 +277,10 @@ function layout(app, view, layer, first) {
 
 /** @param {View} view @param {Layer} layer */
 export const headlineOf = ({ picture: { label } }, { num_experts: experts, route_by: unit }) =>
-  `${unit === "image" ? `One of ${numberWord(experts)} small networks gets` : `${capital(numberWord(experts))} small networks share`} this ${label ?? "photo"}.`;
+  `${unit === "image" ? `One of ${numberWord(experts)} small networks gets` : `${capital(numberWord(experts))} small networks share`} this ${oneOf(label)}.`;
+
+/** What a picture of a class is called: "cat"; "image" where the class is of many, such as "smileys". @param {string | null} label */
+const oneOf = (label) => (/s$/.test(label ?? "") ? "image" : label ?? "photo");
 
 /** @param {Layer} layer @param {number} patches */
 function sentence({ kind, top_k: k, route_by: unit }, patches) {
@@ -370,7 +373,7 @@ function say(app, view) {
   const [other] = app.model.class_names.length === 2 ? app.model.class_names.filter((name) => name !== usual) : ["something else"];
   if (special && !gone) return html`<p><b>${special}</b></p>${trained("as-is")}`;
   if (unlike && !gone) return html`<p>${unlike}</p>`;
-  const change = label ? `this ${label} becomes ${article(other)}` : "the answer changes";
+  const change = label ? `this ${oneOf(label)} becomes ${article(other)}` : "the answer changes";
   if (!gone) return html`<p>Click a box to take it away: how many before ${change}?</p>
     ${tellingCase(app) && html`<button type="button" class="mv-button" data-action="matters" data-key="matters">Take away one that matters</button>`}`;
   const words = best === usual ? `still ${best}` : `now ${best}`;

@@ -15,6 +15,7 @@ test("an image that goes to one network as a whole is not shared", () => {
   assert.equal(headlineOf(view, { num_experts: 8, route_by: "token" }), "Eight small networks share this cat.");
   assert.equal(headlineOf(view, { num_experts: 2, route_by: "image" }), "One of two small networks gets this cat.");
   assert.equal(headlineOf({ picture: { label: null } }, { num_experts: 2, route_by: "image" }), "One of two small networks gets this photo.");
+  assert.equal(headlineOf({ picture: { label: "smileys" } }, { num_experts: 8, route_by: "token" }), "Eight small networks share this image.");
 });
 
 test("neighbours of one expert are a region, labelled where it is deepest", () => {
