@@ -6,6 +6,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for number, item in enumerate(of_test):
             if number not in chosen:
                 item.add_marker("deep")
+
+
+WHOLE = ("tests/browser/", "tests/demo/")
+"""Folders that go whole to one process: what their files share is a server, an explorer and a browser."""
+LONG = "tests/browser/test_live.py"
+"""It shares none of these, and takes as long as five others."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist=loadfile`, with some folders as if they were a file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            whole = (folder for folder in WHOLE if file.startswith(folder) and file != LONG)
+            return next(whole, file)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 # ---- what is missing here: skipped, and summed up at the end
