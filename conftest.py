@@ -69,22 +69,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("deep")
 
 
-WHOLE = ("tests/browser/", "tests/demo/")
-"""Folders that go whole to one process: what their files share is a server, an explorer and a browser."""
-LONG = "tests/browser/test_live.py"
-"""It shares none of these, and takes as long as five others."""
+WHOLE = ("tests/browser", "tests/demo")
+"""Each goes whole to one process: their files share a server, an explorer, a browser. `test_live.py` shares nothing."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`--dist=loadfile`, with some folders as if they were a file."""
+    """`--dist=loadfile`, with those folders as if they were a file."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            whole = (folder for folder in WHOLE if file.startswith(folder) and file != LONG)
-            return next(whole, file)
+            folder, _, name = file.rpartition("/")
+            return folder if folder in WHOLE and name != "test_live.py" else file
 
     return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
