@@ -6,6 +6,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for number, item in enumerate(of_test):
             if number not in chosen:
                 item.add_marker("deep")
+
+
+WHOLE = ("tests/browser", "tests/demo")
+"""Each goes whole to one process: their files share a server, an explorer, a browser. `test_live.py` shares nothing."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist=loadfile`, with those folders as if they were a file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            folder, _, name = file.rpartition("/")
+            return folder if folder in WHOLE and name != "test_live.py" else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 # ---- what is missing here: skipped, and summed up at the end

@@ -35,8 +35,9 @@ MOBILE = {"viewport": PHONE, "has_touch": True, "is_mobile": True}
 FIRST = {"kind": "example", "id": "pets/test/0"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser():
+    """Not for longer: while Playwright is there, no test of this process may start an event loop."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

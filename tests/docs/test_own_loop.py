@@ -1,5 +1,6 @@
 """The guide "In your own training loop": its code runs as it stands there, and does what its table says."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -115,13 +116,14 @@ def test_transformers_trains_it_and_moves_the_biases_once_per_update() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_and_checkpointed_blocks_compute_the_same() -> None:
-    """`aot_eager` traces and cuts as the default compiler does, and needs no C++ compiler."""
+    """`aot_eager` traces and cuts as the default compiler does, and needs no C++ compiler; one dense block, one MoE."""
     scope = scope_of(LOOP, OWN_MODEL)
     batches = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(2)]
 
     def trained(change: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        model = scope["timm"].create_model("test_vit_moe", num_classes=10, router="bias_balanced")
+        options = {"depth": 2, "num_classes": 10, "router": "bias_balanced"}
+        model = scope["timm"].create_model("test_vit_moe", **options)
         change(model)
         scope["train"](model, batches)
         return list(model.state_dict().values())
@@ -136,17 +138,18 @@ def test_compiled_and_checkpointed_blocks_compute_the_same() -> None:
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
+def test_two_processes_are_one_with_the_whole_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights to 1e-9 in float64, biases exactly: losses and loads are those of all tokens."""
     script = tmp_path / "train.py"
     script.write_text("import os\n" + LOOP.partition("\n\n\nmodel = ")[0] + "\n" + PROCESSES)
     alone = [str(script), str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", alone)
+    runpy.run_path(alone[0])
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *alone]
-    for command in (alone, together):
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, *together], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     one, *both = (
         torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
     )
