@@ -43,10 +43,6 @@ STUDY = {
         "each expert's load over a training, without and with a balance loss",
         "balance.load",
     ),
-    "experts-pay": (
-        "pages of emoji: whether experts pay, have names, and are missed",
-        "experts_pay",
-    ),
     "strangers": (
         "how many images of other things the bundled models recognize as such",
         "strangers",

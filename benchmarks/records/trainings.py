@@ -76,6 +76,12 @@ def of_runs(*runs: Json) -> Json:
     }
 
 
+def experts_of(run: Json) -> list[Json]:
+    """What a run on pages of emoji says of each expert, line by line."""
+    lines = [line.strip() for line in run["experts"]]
+    return [{"line": line} for line in lines if line.startswith("expert ")]
+
+
 def in_own_expert(*runs: Json) -> Json:
     """Of each layer, as `L7`, the share of the first class in expert 0 and of the second in 1, in per cent, by run."""
     shares: dict[str, list[str]] = {}
