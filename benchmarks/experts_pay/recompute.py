@@ -386,6 +386,20 @@ def of_verdict(groups: Task) -> list[str]:
     ]
 
 
+def is_shown(kinds: Task) -> bool:
+    """Whether experts pay where 55 kinds are told apart."""
+    return pays(kinds, best_moe(kinds)).low > 0
+
+
+def row_of_results(kinds: Task, said: str, cost: str) -> str:
+    """The row of docs/results.md."""
+    verdict = "yes, on pages made for it" if is_shown(kinds) else "not shown"
+    return (
+        f"| They help where much must be remembered | {verdict} | On pages of emoji, {said}. The recipe whose experts "
+        f"have names: {cost} ([experts_pay](../benchmarks/experts_pay/README.md)). |"
+    )
+
+
 def statements() -> dict[str, list[str]]:
     """Page -> what it says, with the numbers of the records."""
     runs = read_runs()
@@ -409,7 +423,7 @@ def statements() -> dict[str, list[str]]:
             *knock_out_rows(groups, named_arm(groups)),
         ],
         "README.md": [said],
-        "docs/results.md": [said, cost],
+        "docs/results.md": [row_of_results(kinds, said, cost)],
         "docs/guides/when-experts.md": [said],
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.cats_and_dogs import recompute as cats_and_dogs
 from benchmarks.equal_time import recompute as equal_time
+from benchmarks.experts_pay import recompute as experts_pay
 from benchmarks.modular import recompute as modular
 from benchmarks.records import parts_of
 from benchmarks.records.speed import step, trained
@@ -32,6 +33,12 @@ def few_steps(*runs: Json) -> Json:
 def full_length(*runs: Json) -> Json:
     """Whether half a point more at equal time and full length is shown."""
     return {"verdict": equal_time.half_a_point_more(list(runs))}
+
+
+def on_emoji(*runs: Json) -> Json:
+    """Whether experts are shown to pay where many kinds of emoji are told apart."""
+    kinds = experts_pay.Task(runs, "kinds")
+    return {"verdict": "shown" if experts_pay.is_shown(kinds) else "not shown"}
 
 
 def on_gpus(*records: Json) -> Json:

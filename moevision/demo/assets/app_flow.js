@@ -382,19 +382,15 @@ function say(app, view) {
     <button type="button" class="mv-button" data-action="put-back" data-key="put-back">Put all back</button>`;
 }
 
-/**
- * The case in which one network less changes the answer most: of this model, else of the next that has one.
- * @param {FlowHost} app
- */
+/** The case in which one network less changes the answer most: of this model, else of the next that has one.
+ * @param {FlowHost} app */
 export const tellingCase = ({ model, boot }) => [model, ...boot.models].find(({ card }) => card.matters);
 
 /** @param {string} word */
 const article = (word) => (word === "something else" ? word : `${/^[aeiou]/i.test(word) ? "an" : "a"} ${word}`);
 
-/**
- * Networks that an address takes away, "9.3_9.4", as far as the model has them.
- * @param {string | undefined} word @param {BootModel} model @returns {[number, number][]}
- */
+/** Networks that an address takes away, "9.3_9.4", as far as the model has them.
+ * @param {string | undefined} word @param {BootModel} model @returns {[number, number][]} */
 export function readAway(word, model) {
   const pairs = (word ?? "").split("_").map((one) => one.split(".").map(Number));
   const sound = pairs.filter(([layer, expert]) => expert >= 0 && expert < (model.routers.find((one) => one.layer === layer)?.num_experts ?? 0) && Number.isInteger(expert));
