@@ -41,7 +41,9 @@ def test_what_the_package_carries_fits():
     """Models in 44 MB, an installed package below 50: of the largest model a weight has eight bits."""
     folders = bundled_folders()
     assert folders
-    assert megabytes(file for folder in folders for file in folder.rglob("*")) <= 44  # pages of emoji have 1
+    assert (
+        megabytes(file for folder in folders for file in folder.rglob("*")) <= 44
+    )  # pages of emoji have 1
     package = Path(moevision.__file__).parent
     assert (
         0 < megabytes(file for file in package.rglob("*") if "__pycache__" not in file.parts) < 50

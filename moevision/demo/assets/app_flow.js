@@ -279,7 +279,7 @@ function layout(app, view, layer, first) {
 export const headlineOf = ({ picture: { label } }, { num_experts: experts, route_by: unit }) =>
   `${unit === "image" ? `One of ${numberWord(experts)} small networks gets` : `${capital(numberWord(experts))} small networks share`} this ${oneOf(label)}.`;
 
-/** What a picture of a class is called: "cat"; "image" where the class is of many, such as "smileys". @param {string | null} label */
+/** "cat"; "image" where a class is of many, such as "smileys". @param {string | null} label */
 const oneOf = (label) => (/s$/.test(label ?? "") ? "image" : label ?? "photo");
 
 /** @param {Layer} layer @param {number} patches */
