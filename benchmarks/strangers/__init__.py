@@ -44,7 +44,9 @@ OWN = {
     **dict.fromkeys(("cats_vs_dogs", "cats_vs_dogs_two"), "cats_vs_dogs"),
     "cifar10": "cifar10",
     "pets": "synthetic_pets",
+    "emoji": "emoji",
 }
+DRAWN = ("pets", "emoji")
 HALVES = (  # of Imagenette
     ("tench", "cassette player", "chain saw", "church"),
     ("French horn", "gas pump", "golf ball", "parachute"),
@@ -86,13 +88,13 @@ def sets_of(name: str, model: SavedModel, options: Namespace) -> Iterator[tuple[
     imagenette = data / "imagenette128"
     for which, half in zip(("first", "second"), HALVES, strict=True):
         yield f"Imagenette, {which} half", images_of(imagenette, size, half)
-    if name != "pets":
+    if name not in DRAWN:
         other = KINDS_OF_CIFAR if name == "cifar10" else ()
         animals = images_of(photos, size, ["other"], without=other, split="all")
         yield "photos of other animals", animals
     if OWN[name] == "cats_vs_dogs":
         yield CHOICE[1], images_of(data / "cifar10", size, CIFAR)
-    if name == "pets":
+    if name in DRAWN:
         yield "cats and dogs", images_of(data / "cats_vs_dogs", size)
         yield "CIFAR-10", images_of(data / "cifar10", size)
     else:
@@ -177,7 +179,7 @@ def recognized(sets: dict[str, Any]) -> float:
 def run(options: Namespace) -> None:
     """Measure one bundled model, and put its line into the record."""
     name, model = options.model, bundled_model(options.model)
-    data = OWN[name] if name == "pets" else options.data / OWN[name]
+    data = OWN[name] if name in DRAWN else options.data / OWN[name]
     features, labels, validation = known_of(model, data)
     chosen = fit_ood(features, labels, validation)
     assert chosen is not None

@@ -22,6 +22,7 @@ TITLES = {
     "cats_vs_dogs_two": "cats and dogs, two experts",
     "cifar10": "CIFAR-10",
     "pets": "drawn pets",
+    "emoji": "pages of emoji",
 }
 CHOSEN_BY = ("Imagenette, first half", "CIFAR-10, other classes")
 IN_THE_RATE = ("Imagenette, second half", "photos of other animals", "cats and dogs", "CIFAR-10")
