@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -262,7 +263,7 @@ def test_it_says_where_it_comes_from(report):
     assert facts["seed"] == 0
     assert len(facts["weights_sha256"]) == 64
     assert facts["weights_sha256"] in page
-    assert facts["libraries"]["torch"] == torch.__version__
+    assert facts["libraries"]["torch"] == version("torch")
     assert numbers["settings"]["seeds"] == ["two"]
 
 

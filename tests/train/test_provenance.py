@@ -6,6 +6,7 @@ import shlex
 import socket
 import subprocess
 from datetime import datetime, timedelta, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_says_what_a_rerun_needs() -> None:
     assert shlex.split(record["command_line"]) == command  # can be pasted into a shell
     assert record["seed"] == 3
     assert record["data"]["file_list_sha256"] == "ab" * 32
-    assert record["libraries"]["torch"] == torch.__version__
+    assert record["libraries"]["torch"] == version("torch")
     assert record["python"]["version"] == platform.python_version()
     assert record["hardware"]["torch_threads"] == torch.get_num_threads()
     assert record["hardware"]["memory_gib"] is None or record["hardware"]["memory_gib"] > 0.1
