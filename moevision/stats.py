@@ -42,10 +42,9 @@ _EDGE = 1 - 1e-12  # largest absolute difference that is tried: at -1 and 1 the 
 
 def accuracy_interval(correct: int, total: int, level: float = 1 - LEVEL) -> tuple[float, float]:
     """Wilson score interval (low, high) for an accuracy of correct / total; a ValueError if that is none."""
+    # Newer SciPy takes some of these.
     if not (0 <= correct <= total and total and 0 < level < 1):
-        raise ValueError(
-            f"{correct} of {total} at level {level}"
-        )  # newer SciPy takes some of these
+        raise ValueError(f"{correct} of {total} at level {level}")
     interval = binomtest(correct, total).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
