@@ -23,7 +23,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 SIZE = {
     # folder, with those below: (modules, tokens)  # what raised it last
-    "moevision": (11, 16_070),  # an accuracy of impossible counts is refused where newer SciPy doesn't
+    "moevision": (11, 16_070),  # impossible counts are refused where newer SciPy takes them
     "moevision/analysis": (14, 49_830),  # names of experts
     "moevision/commands": (9, 9_590),  # fit says what the experts of emoji take
     "moevision/data": (15, 32_470),  # pages of emoji, and what drawn data sets have in common
