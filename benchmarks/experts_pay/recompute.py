@@ -332,8 +332,8 @@ def headline(groups: Task, kinds: Task) -> str:
     """Both contrasts in one sentence, each of the arm that tuning chose."""
     many, few = pays(kinds, best_moe(kinds)), pays(groups, best_moe(groups))
     return (
-        f"at equal time, experts minus the strongest dense model: {many.text} points where 55 kinds of emoji are told "
-        f"apart, {few.text} where nine groups are (8 seeds)"
+        f"at equal time, experts minus the strongest dense model: {many.text} points where 55 kinds of emoji are "
+        f"the classes, {few.text} where nine groups are (8 seeds)"
     )
 
 
@@ -387,7 +387,7 @@ def of_verdict(groups: Task) -> list[str]:
 
 
 def is_shown(kinds: Task) -> bool:
-    """Whether experts pay where 55 kinds are told apart."""
+    """Whether experts pay where 55 kinds are the classes."""
     return pays(kinds, best_moe(kinds)).low > 0
 
 

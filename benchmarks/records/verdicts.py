@@ -36,7 +36,7 @@ def full_length(*runs: Json) -> Json:
 
 
 def on_emoji(*runs: Json) -> Json:
-    """Whether experts are shown to pay where many kinds of emoji are told apart."""
+    """Whether experts are shown to pay where many kinds of emoji are the classes."""
     kinds = experts_pay.Task(runs, "kinds")
     return {"verdict": "shown" if experts_pay.is_shown(kinds) else "not shown"}
 
