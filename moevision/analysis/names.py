@@ -79,8 +79,8 @@ def names_in_layers(model: SavedModel, pictures: PictureSet) -> list[LayerNames]
 def _names_in_layer(layer: RecordedLayer, parts: Ints, part_names: Sequence[str]) -> LayerNames:
     experts = name_experts(layer.choices[:, :, 0], parts, layer.num_experts, part_names)
     clusters = []
-    for assignments in cluster_choices(layer, seeds=1):
-        choice = np.asarray(assignments.expert_index)[:, :, 0]
+    if assignments := cluster_choices(layer, seeds=1):
+        choice = np.asarray(assignments[0].expert_index)[:, :, 0]
         clusters = name_experts(choice, parts, layer.num_experts, part_names)
     return LayerNames(layer.name, experts, clusters)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moevision.config import ParsedArgs
 from moevision.data.emoji import CELLS, EmojiPages
+from moevision.data.named import DRAWN
 from moevision.files import write_text_atomic
 from moevision.train.fit import fit
 from moevision.words import percent
@@ -31,7 +32,6 @@ def run(args: ParsedArgs) -> None:
 def pages_of(run_dir: Path) -> type[EmojiPages] | None:
     """The pages of emoji that a run was trained on; None for other images."""
     from moevision.analysis.images import data_settings
-    from moevision.data.named import DRAWN
 
     drawn = DRAWN.get(data_settings(run_dir)["path"])
     return drawn if drawn is not None and issubclass(drawn, EmojiPages) else None

@@ -62,6 +62,7 @@ class Sheet(NamedTuple):
     held_out: NDArray[np.bool_]  # [M], never trained on
 
 
+@cache
 def _read_table() -> list[Emoji]:
     lines = (_ASSETS / "emoji.tsv").read_text(encoding="utf-8").splitlines()
     return [Emoji(*line.split("\t")) for line in lines]
