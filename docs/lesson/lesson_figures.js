@@ -52,3 +52,14 @@ export function sameNumber(one, other, experts) {
   const both = Array.from({ length: experts }, (_, expert) => (patchesOf(one, expert) * patchesOf(other, expert)) / one.length);
   return { same, chance: both.reduce((left, right) => left + right) };
 }
+
+/**
+ * Where the patches of a mosaic lie: [x, y, side] of the patch at each place, in parts of the mosaic's width.
+ * @param {number} count @param {number} height of the mosaic, over its width
+ */
+export function mosaicPlaces(count, height) {
+  let columns = 4;
+  while (height > 0 && Math.ceil(count / columns) > columns * height) columns += 1; // in a box without room none fits
+  const side = 1 / columns;
+  return [...Array(count).keys()].map((place) => [(place % columns) * side, Math.floor(place / columns) * side, side]);
+}

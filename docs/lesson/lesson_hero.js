@@ -1,7 +1,8 @@
 // The opening: the patches of a photo fly to the experts that compute them. And beside it the other picture of the
 // idea: a row of experts that grows, of which two are lit, whatever the number.
 
-import { mosaicPlaces, patchOf } from "../../moevision/demo/assets/core_mosaic.js";
+import { mosaicPlaces } from "./lesson_figures.js";
+import { patchOf } from "../../moevision/demo/assets/core_mosaic.js";
 import { brush, clamp, fillBox, html, inkOn, present } from "../../moevision/demo/assets/core_util.js";
 import { PALETTE } from "../../moevision/demo/assets/palette.js";
 /** @import { LessonNumbers } from "./types.js" */

@@ -3,8 +3,8 @@
 // by 4 experts, each measured with the intervention `force`, give what the model says for any way of sharing them out.
 
 import { random } from "./lesson_toy.js";
-import { table } from "./lesson_figures.js";
-import { mosaicPlaces, patchOf } from "../../moevision/demo/assets/core_mosaic.js";
+import { mosaicPlaces, table } from "./lesson_figures.js";
+import { patchOf } from "../../moevision/demo/assets/core_mosaic.js";
 import { brush, fillBox, fixed, html, inkOn, percent, present } from "../../moevision/demo/assets/core_util.js";
 import { PALETTE } from "../../moevision/demo/assets/palette.js";
 /** @import { LessonGame } from "./types.js" */

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from moevision import __version__
 from moevision.errors import json_text
 
-CORE_STYLES = ("explorer_base.css", "explorer_stage.css")
-APP_STYLES = ("explorer.css", "explorer_flow.css", "explorer_tabs.css")
+CORE_STYLES = ("explorer_base.css", "explorer_flow.css", "explorer_stage.css")
+APP_STYLES = ("explorer.css", "explorer_tabs.css")
 # The same background as that of `.mv` (--bg in explorer_base.css), which is narrower than a wide screen.
 _PAGE_STYLE = (
     "body{margin:0;background:#fbfbf9}@media(prefers-color-scheme:dark){body{background:#131417}}\n"
@@ -146,7 +146,7 @@ def view_html(
     """
     picture = view["picture"]
     title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
-    start_call = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
+    start_call = "startStatic(document.querySelector('[data-mv]'), VIEW, { moments: HISTORY });"
     script = script_of("core.js", start_call, VIEW=view, HISTORY=history)
     page = document(title, read_css(CORE_STYLES), _EMPTY_MAIN, script)
     return page if full_page else _iframe(page, 1420)
@@ -154,9 +154,9 @@ def view_html(
 
 def flow_html(view: Mapping[str, Any]) -> str:
     """The explorer's opening animation for one view, as an iframe: patches fly to their experts. It needs no server."""
-    start_call = "startFlow(document.querySelector('[data-mv]'), VIEW);"
-    script = script_of("flow_static.js", start_call, VIEW=view)
-    style = read_css((*CORE_STYLES, "explorer_flow.css"))
+    start_call = "startStatic(document.querySelector('[data-mv]'), VIEW, { details: false });"
+    script = script_of("core.js", start_call, VIEW=view)
+    style = read_css(CORE_STYLES)
     experts = max(layer["num_experts"] for layer in view["layers"])
 
     # One box per expert, at most four side by side. With fewer columns boxes are wider and therefore higher.
@@ -200,7 +200,7 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
 
 def _page_metadata(title: str) -> str:
     """Icon and description of a served page, for browser tabs, search engines and previews of shared links."""
-    description = "Eight small networks share one photo: see which of them computes each patch, and take them away."
+    description = "Eight experts share one photo: see which of them computes each patch, and take them away."
     colours = ("0072B2", "E69F00", "CC79A7", "009E73")  # of the first experts in assets/palette.js
     squares = ""
     for index, colour in enumerate(colours):

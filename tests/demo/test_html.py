@@ -52,7 +52,7 @@ def embedded(page, name):
 
 
 def test_every_asset_is_used():
-    used = {*modules("app.js"), *modules("flow_static.js"), *CORE_STYLES, *APP_STYLES}
+    used = {*modules("app.js"), *CORE_STYLES, *APP_STYLES}
     assert used == {file.name for file in ASSETS.iterdir() if not file.name.endswith(".d.ts")}
     assert set(modules("core.js")) < used
 

@@ -2,9 +2,9 @@
 
 import { choose, followAddress, goTo, PLACE, readAddress, writeAddress } from "./app_address.js";
 import { server } from "./app_fetch.js";
-import { doorMemory, Flow, isAway, opensDoor, PAST_WORDS, tellingCase } from "./app_flow.js";
 import { drawHand, handActions, measure, spokenResult } from "./app_hand.js";
-import { listenForFiles, ownHandlers, ownMemory, tellRoute } from "./app_own.js";
+import { allExperts, AppOpening, doorMemory, isAway, opensDoor, PAST_WORDS, tellingCase } from "./app_opening.js";
+import { listenForFiles, ownHandlers, ownMemory } from "./app_own.js";
 import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
 import { asAskError, Asker, errorBox, slide } from "./app_server.js";
 import { closeMenuByClick, shareHandlers } from "./app_share.js";
@@ -29,14 +29,13 @@ const NOTHING = { open: false, kind: null, wish: null };
 const appLayout = () => html`
   <div class="mv-progress" data-box="progress" hidden><i></i></div>
   <div data-box="trouble"></div><div data-box="own-error"></div><div data-box="blank" hidden></div>
-  <section class="mv-flow" aria-label="Where the patches go" data-box="flow"></section>
-  <section class="mv-box-time" aria-label="The training" data-box="time"></section>
+  <div data-box="main">${coreLayout()}</div>
   <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door"
     aria-expanded="false">Look closer</button><span data-box="layer"></span></div>
-  <div class="mv-depth" data-box="depth" hidden>
+  <section class="mv-box-time" aria-label="The training" data-box="time"></section>
+  <div class="mv-depth mv-detail" data-box="depth">
   <header class="mv-header" data-box="header"></header>${cardLayout()}
   <div class="mv-columns"><nav class="mv-rail" aria-label="Images" data-box="rail"></nav>
-    <div class="mv-main" data-box="main"><div data-box="view">${coreLayout(html``)}</div></div>
     <section class="mv-settings" aria-label="Change the routing" data-box="settings"></section></div>
   <section class="mv-below" aria-label="What the experts do" data-box="tabs">
     <div class="mv-tabs" role="tablist" aria-label="Questions"></div>
@@ -68,10 +67,8 @@ export class App {
     /** @type {{ key: string | null, only: string | null }} the list of training images under Data, and its class */
     this.ranked = { key: null, only: null };
     this.door = opensDoor(readAddress()) || doorMemory.read();
-    /** @type {[number, number][]} layer and expert of each network that is away */
+    /** @type {[number, number][]} layer and number of each expert that is away */
     this.away = [];
-    /** @type {string | null} what the model says when none is */
-    this.usual = null;
     this.ticket = 0;
     /** @type {Pending} what was asked for and isn't shown yet */
     this.pending = NOTHING;
@@ -84,7 +81,8 @@ export class App {
     this.page = null;
     this.plain = JSON.stringify(this.settings()); // of the view that comes with the page
     root.innerHTML = String(appLayout());
-    this.core = new Core(root, null);
+    this.opening = new AppOpening(this);
+    this.core = new Core(root, this.opening);
     this.core.timeSource = timeSource(this);
     this.swapping = false;
     this.waiting = false;
@@ -92,7 +90,6 @@ export class App {
     const able = TABS.filter((Tab) => (boot.device ? SERVERLESS.includes(Tab.name) : Tab !== DataTab || ranks));
     /** @type {Tab[]} */
     this.tabs = able.map((Tab) => new Tab(this));
-    this.flow = new Flow(this);
     this.connect();
     this.drawDoor();
   }
@@ -121,8 +118,9 @@ export class App {
         Object.assign(this, { topK: null, capacity: null, noise: null, intervention: null });
         return this.load("model");
       },
+      fall: () => this.takeFewest(),
+      "all-away": () => this.chooseSettings({ away: allExperts(this.model) }),
       matters: () => this.showStrongest(),
-      fly: () => this.flow.play(),
       calm: () => this.chooseSettings({ noise: null }),
       redraw: () => this.chooseSettings({ noise: (this.noise ?? 0) + 1 }),
       similar: () => showSimilar(this),
@@ -130,7 +128,6 @@ export class App {
     Object.assign(changes, rail.changes, own.changes, ...this.tabs.map((tab) => tab.changes));
     // A slider that was in the hand isn't drawn anew; what it chose is, a moment after it was let go.
     this.core.box("settings").addEventListener("change", () => setTimeout(() => this.drawFrame(), 200));
-    changes["flow-layer"] = (select) => this.state?.set({ layer: Number(select.value), highlight: null });
     changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
@@ -147,7 +144,7 @@ export class App {
   }
 
   /**
-   * What it was asked for a view that is shown. Another image, network or change may be chosen since, and not be here yet.
+   * What it was asked for a view that is shown. Another image, model or change may be chosen since, and not be here yet.
    * @param {View} view
    */
   questionOf(view) { return present(this.asked.get(trainedView(view))); }
@@ -184,18 +181,14 @@ export class App {
     this.refreshTab(null);
     this.remember();
     showLikes(this);
-    if (open) this.core.box("depth").scrollIntoView({ block: "start" });
   }
 
   drawDoor() {
-    this.core.box("depth").hidden = !this.door;
+    this.root.classList.toggle("mv-open", this.door);
     const button = present(this.root.querySelector("[data-action=door]"));
     button.setAttribute("aria-expanded", String(this.door));
     button.textContent = this.door ? "Close the details" : "Look closer";
   }
-
-  /** @param {View} view */
-  tellRoute(view) { return tellRoute(this, view); }
 
   /** @param {number} layer @param {number} expert */
   toggleAway(layer, expert) {
@@ -203,7 +196,20 @@ export class App {
     return this.chooseSettings({ away: isAway(this, layer, expert) ? others : [...this.away, [layer, expert]] });
   }
 
-  /** First the image as it is, then without the network, so that its patches are seen to move. */
+  /** The place of the layer in which the fewest experts change the answer of this example; null where none was found. */
+  fallingLayer() {
+    const [[layer] = [null]] = this.model.card.falls?.[this.picture.id ?? ""]?.away ?? [];
+    return layer === null ? null : this.model.layers.indexOf(layer);
+  }
+
+  /** The fewest experts without which the answer of this example changes, in the layer where they are. */
+  takeFewest() {
+    const { away } = this.model.card.falls[present(this.picture.id)];
+    this.state?.set({ layer: this.fallingLayer(), highlight: null });
+    return this.chooseSettings({ away });
+  }
+
+  /** First the image as it is, then without the expert, so that its patches are seen to move. */
   async showStrongest() {
     const model = present(tellingCase(this));
     const { model: before } = this;
@@ -303,7 +309,8 @@ export class App {
     this.showStage(true);
     const first = this.state === null;
     const start = first || wish ? readPlace(wish ?? {}, view) : {};
-    if (!view.settings.away?.length) this.usual = view.prediction.moe[0].class;
+    if (first && wish?.layer === undefined && start.layer === null) start.layer = this.fallingLayer();
+    this.opening.compare(view);
     if (!this.state) {
       if (wish?.patch === undefined) start.patch = centrePatch(view);
       this.state = new ViewState(view, start);
@@ -317,7 +324,6 @@ export class App {
     sharpen(this, view);
     drawHand(this);
     showLikes(this);
-    if (first) this.flow.draw(true);
     measure(this, view);
     this.announceResult(view);
     drawSimilar(this);
@@ -336,7 +342,6 @@ export class App {
     const has = (...names) => names.some((name) => changed.has(name));
     if (has("patch", "view")) drawSimilar(this);
     if (has("layer", "highlight", "mode")) drawHand(this);
-    if (has("view", "layer")) this.flow.draw();
     if (has("layer")) showLikes(this);
     if (has("layer", "highlight")) this.refreshTab(has("layer") ? "layer" : "highlight");
     if (has("view", "layer", "patch", "mode", "highlight")) this.remember();
@@ -363,7 +368,7 @@ export class App {
   /** The image and its routing, or what asks for an image. @param {boolean} is */
   showStage(is) {
     this.core.box("blank").hidden = is;
-    ["flow", "time", "view"].forEach((name) => { this.core.box(name).hidden = !is; });
+    ["main", "time"].forEach((name) => { this.core.box(name).hidden = !is; });
   }
 
   /** @param {boolean} is */

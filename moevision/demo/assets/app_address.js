@@ -1,6 +1,6 @@
 // The address: what it asks for, what of that this server has, and writing the view into it, so that Back leads back.
 
-import { BEHIND, opensDoor, awayWord, readAway } from "./app_flow.js";
+import { awayWord, BEHIND, opensDoor, readAway } from "./app_opening.js";
 import { chosenOwn, OWN } from "./app_own.js";
 import { limitable, otherK } from "./app_rail.js";
 import { asAskError } from "./app_server.js";
@@ -171,7 +171,7 @@ const placeWords = ({ view, currentLayer: layer, highlight, mode }) => ({
   step: view.moment?.step,
   layer: layer.layer,
   expert: highlight === null ? null : `${layer.name}.E${highlight}`,
-  mode: mode === "expert" ? null : mode,
+  mode: mode === "regions" ? null : mode,
 });
 
 /**

@@ -1,14 +1,17 @@
-// A picture to share, 1200 × 630 as posts show it: the photo's regions, the networks' mosaics, and one sentence.
+// A picture to share, 1200 × 630 as posts show it: the photo's regions, what each expert got, and what came of it.
 
-import { headlineOf } from "./app_flow.js";
-import { firstExperts, mosaicPlaces, paintLabel, paintRegions, patchOf } from "./core_mosaic.js";
+import { opacityIn } from "./core_flow.js";
+import { boxPlaces, firstExperts, paintBox, paintLabel, paintRegions, patchOf } from "./core_mosaic.js";
 import { underlay } from "./core_stage.js";
-import { brush, percent } from "./core_util.js";
+import { brush, expertColour, percent } from "./core_util.js";
+import { headlineOf } from "./core_words.js";
 /** @import { ViewState } from "./core_state.js" */
+/** @import { Layer, View } from "./types.js" */
 
 const [WIDE, TALL, MARGIN] = [1200, 630, 36];
-const [BOX, BETWEEN, COLUMNS] = [106, 18, 4]; // px of a network's mosaic, between two, and in a row
+const [BOX, BETWEEN, COLUMNS] = [112, 16, 4]; // px of an expert's box, between two, and in a row
 const SHOWN = 8;
+const [PAPER, INK, SOFT] = ["#fbfbf9", "#1d1d1b", "#5c5c57"];
 
 /** @param {string} source */
 export async function loadPicture(source) {
@@ -21,43 +24,66 @@ export async function loadPicture(source) {
 /** @param {HTMLCanvasElement} canvas @returns {Promise<Blob>} */
 export const canvasPng = (canvas) => new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("no PNG")))));
 
-/** @param {ViewState} state */
-export async function sharePng(state) {
+/**
+ * The card of what is shown.
+ * @param {ViewState} state
+ * @param {{ usual?: import("./types.js").Guess | null, thing?: string, control?: string, address?: string }} [more]
+ *   what was said before, what as much at random did, and where the page is
+ */
+export async function sharePng(state, { usual = null, thing, control = "", address = "" } = {}) {
   const { view, currentLayer: layer } = state;
-  const { grid } = view.model;
-  const canvas = Object.assign(document.createElement("canvas"), { width: WIDE, height: TALL });
-  const context = brush(canvas);
-  context.fillStyle = "#fbfbf9";
+  const context = brush(Object.assign(document.createElement("canvas"), { width: WIDE, height: TALL }));
+  context.fillStyle = PAPER;
   context.fillRect(0, 0, WIDE, TALL);
   const { source, sharp } = underlay(state, view);
   const picture = await loadPicture(source);
+  context.imageSmoothingEnabled = sharp;
+  paintPhoto(context, picture, view, layer);
+
+  const left = TALL + MARGIN;
+  let top = paragraph(context, headlineOf(view, layer, usual, thing), left, MARGIN + 34, 38, "700", INK);
+  const [best] = view.prediction.moe;
+  const before = view.settings.away?.length && usual ? `${usual.class} ${percent(usual.p)} → ` : "";
+  top = paragraph(context, `${before}${best.class} ${percent(best.p)}`, left, top + 12, 30, "600", INK);
+  if (control) top = paragraph(context, `${control}.`, left, top + 2, 21, "400", SOFT);
+  paintBoxes(context, picture, view, layer, left, top - 8);
+
+  paragraph(context, ["moevision", address].filter(Boolean).join(" · "), left, TALL - MARGIN + 12, 19, "600", INK);
+  if (view.picture.credit) paragraph(context, `photo: ${view.picture.credit}`, left, TALL - MARGIN - 10, 12, "400", SOFT);
+  return canvasPng(context.canvas);
+}
+
+/** @param {CanvasRenderingContext2D} context @param {HTMLImageElement} picture @param {View} view @param {Layer} layer */
+function paintPhoto(context, picture, { model: { grid } }, layer) {
   const first = firstExperts(layer);
   const side = TALL / Math.max(...grid);
-  context.imageSmoothingEnabled = sharp;
-  first.forEach((_, patch) => context.drawImage(picture, ...patchOf(picture, patch, grid), (patch % grid[1]) * side, Math.floor(patch / grid[1]) * side, side, side));
-  paintRegions(context, layer, first, grid, { side, unit: 1.4, lit: null, paper: "#fbfbf9" });
-  const left = TALL + MARGIN;
-  let top = paragraph(context, headlineOf(view, layer), left, MARGIN + 38, 43, "700", "#1d1d1b");
-  const [best] = view.prediction.moe;
-  const away = (view.settings.away ?? []).map(([number, expert]) => `L${number}·E${expert}`);
-  top = paragraph(context, `${away.length ? `Without ${away.join(", ")} the` : "The"} model says ${best.class}, ${percent(best.p)}.`, left, top + 16, 26, "400", "#5c5c57") - 6;
-  const counts = [...Array(layer.num_experts).keys()].map((expert) => first.filter((mine) => mine === expert).length);
-  const busy = counts.map((count, expert) => ({ count, expert })).sort((one, other) => other.count - one.count).slice(0, SHOWN).sort((one, other) => one.expert - other.expert);
-  busy.forEach(({ expert }, place) => {
-    const [x, y] = [left + (place % COLUMNS) * (BOX + BETWEEN), top + Math.floor(place / COLUMNS) * (BOX + 32 + BETWEEN)];
-    paintLabel(context, layer, expert, x + 13, y + 13, 26);
-    const patches = first.flatMap((mine, patch) => (mine === expert ? [patch] : []));
-    mosaicPlaces(patches.length, 1).forEach(([dx, dy, part], at) => {
-      context.drawImage(picture, ...patchOf(picture, patches[at], grid), x + dx * BOX, y + 32 + dy * BOX, part * BOX - 1, part * BOX - 1);
-    });
+  first.forEach((_, patch) => {
+    const [x, y] = boxPlaces(patch, grid, side * grid[1]);
+    context.drawImage(picture, ...patchOf(picture, patch, grid), x, y, side, side);
   });
-  context.textAlign = "left";
-  context.textBaseline = "alphabetic";
-  context.font = "600 20px Arial, sans-serif";
-  context.fillStyle = "#1d1d1b";
-  context.fillText("moevision", left, TALL - MARGIN + 8);
-  if (view.picture.credit) paragraph(context, `photo: ${view.picture.credit}`, left + 120, TALL - MARGIN - 2, 12, "400", "#5c5c57");
-  return canvasPng(canvas);
+  paintRegions(context, layer, first, grid, { side, unit: 1.4, lit: null, paper: PAPER });
+}
+
+/**
+ * The busiest experts' boxes, and those that are away.
+ * @param {CanvasRenderingContext2D} context @param {HTMLImageElement} picture @param {View} view @param {Layer} layer @param {number} left @param {number} top
+ */
+function paintBoxes(context, picture, { model: { grid }, settings: { away = [] } }, layer, left, top) {
+  const gone = away.filter(([where]) => where === layer.layer).map(([, expert]) => expert);
+  const busy = (expert) => (gone.includes(expert) ? Infinity : layer.counts[expert]);
+  const shown = [...Array(layer.num_experts).keys()].sort((one, other) => busy(other) - busy(one)).slice(0, SHOWN).sort((one, other) => one - other);
+  shown.forEach((expert, place) => {
+    const [x, y] = [left + (place % COLUMNS) * (BOX + BETWEEN), top + Math.floor(place / COLUMNS) * (BOX + BETWEEN)];
+    const small = brush(Object.assign(document.createElement("canvas"), { width: BOX, height: Math.round((BOX * grid[0]) / grid[1]) }));
+    paintBox(small, picture, opacityIn(layer, expert), grid, PAPER);
+    context.drawImage(small.canvas, x, y, BOX, BOX);
+    context.setLineDash(gone.includes(expert) ? [7, 5] : []);
+    Object.assign(context, { strokeStyle: expertColour(expert, layer.num_experts), lineWidth: 2.5 });
+    context.strokeRect(x, y, BOX, BOX);
+    context.setLineDash([]);
+    paintLabel(context, layer, expert, x + 15, y + 15, 26);
+    if (gone.includes(expert)) paragraph(context, "away", x + 38, y + 22, 19, "600", SOFT);
+  });
 }
 
 /**

@@ -1,24 +1,13 @@
 // An expert in the hand: chosen under the image, every patch is sent to it, or it is swapped with another; and what one
-// change does to the answer, beside as many random changes. Taking experts away is the opening's (app_flow.js).
+// change does to the answer, beside as many random changes. Taking experts away is the opening's (core_flow.js).
 
 import { asAskError, pause } from "./app_server.js";
-import { changedWords } from "./core_answer.js";
+import { answerWords, controlWords, effectOf, effects, moves } from "./core_effect.js";
 import { capital } from "./core_kinds.js";
-import { chip, fillBox, fixed, html, layerExpert, percent, present, signed } from "./core_util.js";
+import { chip, fillBox, fixed, html, layerExpert, present, signed } from "./core_util.js";
+import { changedWords } from "./core_words.js";
 /** @import { App } from "./app.js" */
-/** @import { ClassEffect, Effect, Fill, Intervention, Layer, View } from "./types.js" */
-
-/** @type {WeakMap<View, Effect | Error | null>} null while it is measured */
-const effects = new WeakMap();
-
-/**
- * What the change of a view did to its answer; null where none was measured, or not yet.
- * @param {View} view
- */
-export function effectOf(view) {
-  const found = effects.get(view) ?? null;
-  return found instanceof Error ? null : found;
-}
+/** @import { ClassEffect, Fill, Intervention, Layer, View } from "./types.js" */
 
 /**
  * The question whose effect is measured: of an intervention, or of one expert that is away.
@@ -46,7 +35,7 @@ export async function measure(app, view) {
   effects.set(view, await app.asker.ask("what_if", question).catch(asAskError));
   if (app.state?.view !== view) return;
   drawHand(app);
-  app.flow.tell();
+  app.core.flow.tell();
   app.announceResult(view);
 }
 
@@ -178,40 +167,4 @@ export function withoutWords({ without }) {
 export function spokenResult(view) {
   const effect = effectOf(view);
   return effect && `${changedWords(view)} ${answerWords(effect)}. ${controlWords(effect)}`;
-}
-
-/** What stands where a control would be the change itself. */
-const NO_CONTROL = "No control: as many random choices are these, since an image has one expert";
-
-/** @param {Effect} effect */
-const moves = ({ moved, moved_prefix: prefix }) => moved + prefix > 0;
-
-/**
- * Mean and standard deviation of the control's probability of the class, and the digits that the spread leaves.
- * @param {NonNullable<Effect["control"]>} control @param {Effect["before"]} before
- */
-function controlled({ delta_ps: deltas }, before) {
-  const mean = deltas.reduce((sum, delta) => sum + delta, 0) / deltas.length;
-  const spread = Math.sqrt(deltas.reduce((sum, delta) => sum + (delta - mean) ** 2, 0) / (deltas.length - 1));
-  return { mean: before[0].p + mean, spread, digits: spread < 0.0095 ? 1 : 0 };
-}
-
-/**
- * "cat 92 % → 31 %, now dog", or that it stays: what becomes of the class that was predicted before.
- * @param {Effect} effect
- */
-export function answerWords(effect) {
-  const { before, after, target, delta_p: delta, control } = effect;
-  const digits = control ? controlled(control, before).digits : 0;
-  const [old, now] = [before[0].p, before[0].p + delta].map((p) => percent(p, digits));
-  const other = after[0].class === target ? "" : `, now ${after[0].class}`;
-  return old === now ? `${target} stays ${now}${other}` : `${target} ${old} → ${now}${other}`;
-}
-
-/** @param {Effect} effect */
-export function controlWords(effect) {
-  if (!moves(effect)) return "No patch changes its experts, so there is nothing to compare with.";
-  if (!effect.control) return NO_CONTROL;
-  const { mean, spread, digits } = controlled(effect.control, effect.before);
-  return `As much at random: ${percent(mean, digits)} ± ${percent(spread, digits)}`;
 }

@@ -84,7 +84,7 @@ function routeWords({ layers }, path, count, patches) {
   const labels = patches.map(({ label }) => label);
   const most = [...new Set(labels)].sort((one, other) => labels.filter((each) => each === other).length - labels.filter((each) => each === one).length)[0];
   const way = path.map((expert, place) => html`${place > 0 && " and "}${chip(expert, layers[place].num_experts)} in ${layers[place].name}`);
-  return html`<p>${count === 1 ? "A square in its middle goes" : `${count} squares in its middle go`} to ${way}, as do these of other images, ${labels.filter((each) => each === most).length} of ${patches.length} of ${most}:</p>
+  return html`<p>${count === 1 ? "A patch in its middle goes" : `${count} patches in its middle go`} to ${way}, as do these of other images, ${labels.filter((each) => each === most).length} of ${patches.length} of ${most}:</p>
     <div class="mv-route">${patches.slice(0, 8).map(({ crop, label }) => html`<img src="${pictureSource(crop)}" alt="${label}">`)}</div>`;
 }
 

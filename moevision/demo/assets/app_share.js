@@ -2,10 +2,13 @@
 
 import { canvasPng, loadPicture, sharePng } from "./app_card.js";
 import { asAskError, AskError } from "./app_server.js";
+import { controlWords, effectOf } from "./core_effect.js";
 import { MODES } from "./core_kinds.js";
+import { firstExperts, paintRegions } from "./core_mosaic.js";
 import { GREY_MODES, patchLooks, pictureTitle, underlay } from "./core_stage.js";
 import { momentWords } from "./core_time.js";
-import { brush, clamp, html, inkOn, percent, rgba } from "./core_util.js";
+import { brush, clamp, html, inkOn, percent, present, rgba } from "./core_util.js";
+import { headlineOf } from "./core_words.js";
 /** @import { App } from "./app.js" */
 /** @import { ViewState } from "./core_state.js" */
 /** @import { Look } from "./types.js" */
@@ -35,7 +38,8 @@ export function closeMenuByClick(root) {
 /** @param {App} app */
 export function shareHandlers(app) {
   const guarded = (job) => async (button) => {
-    button.closest("details").open = false;
+    const menu = button.closest("details");
+    if (menu) menu.open = false;
     try { app.notify(await job()); } catch (error) { app.notify(asAskError(error).message); }
   };
   /** What is saved of the state, under a name that ends so. */
@@ -53,13 +57,38 @@ export function shareHandlers(app) {
       return app.picture.kind === "upload" ? "Link copied. It can't carry your own image: it opens on an example." : "Link copied.";
     }),
     "export-png": saved("Image", "png", stagePng),
-    "export-card": saved("Card", "png", sharePng),
+    "export-card": saved("Card", "card.png", (state) => cardOf(app, state)),
+    "share-card": guarded(() => shareCard(app)),
     "export-json": saved("Data", "json", ({ view }) => new Blob([JSON.stringify(view, null, 1)], { type: "application/json" })),
     "export-page": saved("Page", "html", async ({ view }) => {
       const page = await app.asker.ask("export_html", app.questionOf(view));
       return { blob: new Blob([page.html], { type: "text/html" }), filename: page.filename };
     }),
   };
+}
+
+/** @param {App} app @param {ViewState} state */
+function cardOf({ opening }, state) {
+  const effect = effectOf(state.view);
+  const elsewhere = !/^(localhost|127\.|\[::1\])/.test(location.hostname);
+  return sharePng(state, { usual: opening.usual, thing: opening.thing, control: effect ? controlWords(effect) : "", address: elsewhere ? location.host : "" });
+}
+
+/** By the device's own menu where it has one for images, else as a file, with the link in the clipboard. @param {App} app */
+async function shareCard(app) {
+  const state = present(app.state);
+  const file = new File([await cardOf(app, state)], "moevision.png", { type: "image/png" });
+  if (navigator.canShare?.({ files: [file] })) {
+    try {
+      await navigator.share({ files: [file], text: `${headlineOf(state.view, state.currentLayer, app.opening.usual, app.opening.thing)} ${location.href}` });
+      return "Shared.";
+    } catch (error) {
+      if (error instanceof Error && error.name === "AbortError") return "Not shared.";
+    }
+  }
+  download(file, file.name);
+  const copied = await copyText(location.href).then(() => true, () => false);
+  return copied ? "Card saved, link copied." : "Card saved.";
 }
 
 /**
@@ -113,9 +142,15 @@ async function stagePng(state) {
   if (GREY_MODES.includes(state.mode)) context.filter = "grayscale(1)";
   context.drawImage(picture, (width - square) / 2, (height - square) / 2, square, square, 0, 0, 1024, below);
   context.filter = "none";
-  patchLooks(state, view, layer).forEach((look, patch) => {
-    paintPatch(context, look, (patch % columns) * side, Math.floor(patch / columns) * side, side);
-  });
+  if (state.mode === "regions") {
+    paintRegions(context, layer, firstExperts(layer), [rows, columns], { side, unit: 1.8, lit: state.highlight, paper: "#ffffff" });
+    context.textAlign = "left";
+    context.textBaseline = "alphabetic";
+  } else {
+    patchLooks(state, view, layer).forEach((look, patch) => {
+      paintPatch(context, look, (patch % columns) * side, Math.floor(patch / columns) * side, side);
+    });
+  }
   const [best] = view.prediction.moe;
   const when = view.moment ? `${momentWords(view.moment)}: ` : "prediction: ";
   const write = (text, top, font, colour) => {

@@ -18,7 +18,6 @@ export async function sharpen(app, view) {
   keepOriginal(view, src);
   if (app.state?.view.picture !== view.picture) return;
   app.core.drawPictures();
-  app.flow.load();
 }
 
 /** @param {App} app */

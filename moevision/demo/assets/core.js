@@ -1,33 +1,33 @@
-// The shared view: stage, strip, prediction, load and inspector around one ViewState. The app, an exported page and a
-// notebook use it alike. Everything here works on what is in the page already: no change of layer, no hover and no
-// click asks a server.
+// The explorer's view: photo, boxes, and what is said about them, around one ViewState. The app, a saved page, a notebook
+// and the Gradio frame use it alike. Everything here works on what is in the page already: no change of layer, no hover
+// and no click asks a server.
 
-import { drawLens, drawLoads, drawPrediction, drawVerdict } from "./core_answer.js";
+import { drawLens, drawLoads, drawPrediction } from "./core_answer.js";
 import { Card } from "./core_card.js";
+import { Flow, flowParts } from "./core_flow.js";
 import { describePatch, MODES, modesOf, routingWords } from "./core_kinds.js";
 import { drawLegend, drawStrip, drawWhere, frameStrip, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
 import { Time } from "./core_time.js";
 import { clamp, html, TERMS } from "./core_util.js";
-/** @import { Handlers, Moments, TimeSource, View, Wish } from "./types.js" */
+import { otherModel } from "./core_words.js";
+/** @import { Handlers, Moments, Opening, TimeSource, View, Wish } from "./types.js" */
 
-/** @param {string} name @param {string} [extra] */
-const box = (name, extra = "") => html`<div data-box="${name}" class="mv-box-${name} ${extra}"></div>`;
+/** @param {string} name */
+const box = (name) => html`<div data-box="${name}" class="mv-box-${name}"></div>`;
 
-/** The places that `Core` fills: the image, and beside it what is said about it. The film may stand elsewhere. */
-export const coreLayout = (film = box("time")) => html`
-  <section class="mv-center" aria-label="Image and routing">
-    ${box("verdict")}
-    <div class="mv-work">
-      <div class="mv-stages">
-        <div class="mv-toolbar">${modeSwitch()}
+/** The places that `Core` fills: photo and boxes, and the details, which are seen where the root has the class mv-open. */
+export const coreLayout = () => html`
+  <section class="mv-flow" aria-label="Where the patches go" data-box="flow">${flowParts.head}
+    <div class="mv-flow-row">
+      <div class="mv-flow-left"><div class="mv-flow-photo"><div data-box="stage"></div>${flowParts.badge}</div>${flowParts.bar}
+        <div class="mv-detail"><div class="mv-toolbar">${modeSwitch()}
           <label class="mv-check" data-box="as-seen" data-off><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label>
           <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
-        <div data-box="stage"></div>
-        ${box("legend")}${box("where")}${box("hand")}${film}
-      </div>
-      <div class="mv-side">${box("prediction")}${box("loads")}${box("strip")}${box("similar")}${box("lens")}</div>
-    </div>
+        ${box("legend")}${box("where")}${box("hand")}</div></div>
+      <div class="mv-flow-right">${flowParts.boxes}
+        <div class="mv-detail mv-side">${box("prediction")}${box("loads")}${box("strip")}${box("similar")}${box("lens")}</div></div>
+    </div>${flowParts.air}
   </section>`;
 
 /** Where the picture of the computation stands, apart from the rest. */
@@ -39,13 +39,14 @@ const modeSwitch = () => html`<div class="mv-switch" role="group" aria-label="Co
 
 export class Core {
   /**
-   * @param root element that holds `coreLayout()`; all listeners sit on it, since what is inside comes and goes.
-   * @param state ViewState to draw, or null: then `attach` brings it later, when there is an image.
+   * Until `attach` brings a state, there is no image, and nothing on the page that could ask for it.
+   * @param {any} root element that holds `coreLayout()`; all listeners sit on it, since what is inside comes and goes.
+   * @param {Opening} opening
    */
-  constructor(root, state) {
+  constructor(root, opening) {
     this.root = root;
-    // Without an image there is nothing on the page that could ask for it.
-    this.state = /** @type {ViewState} */ (/** @type {any} */ (state));
+    this.state = /** @type {ViewState} */ (/** @type {any} */ (null));
+    this.flow = new Flow(this, opening);
     /** @type {Stage | null} */
     this.stage = null;
     /** @type {TimeSource} where recorded moments of the training come from; whoever has some says so. */
@@ -56,10 +57,10 @@ export class Core {
     this.changes = {
       strength: (input) => this.state.set({ strength: input.value / 100 }),
       "as-seen": (input) => this.state.set({ asSeen: input.checked }),
+      "flow-layer": (select) => this.state.set({ layer: Number(select.value), highlight: null }),
       moment: (input) => this.time?.slide(input),
     };
     this.listen();
-    if (state) this.attach(state);
   }
 
   /** @param {ViewState} state */
@@ -68,6 +69,7 @@ export class Core {
     this.card = new Card(this.box("card"), state, this.changes);
     this.time = new Time(this.box("time"), state, this.timeSource);
     this.drawAll();
+    this.flow.draw(true);
     state.subscribe((changed) => this.update(changed));
   }
 
@@ -79,13 +81,14 @@ export class Core {
       layer: (button) => this.goToLayer(Number(button.dataset.index)),
       mode: (button) => this.state.set({ mode: button.dataset.mode }),
       play: () => this.card?.play(),
+      fly: () => this.flow.play(),
       run: () => this.time?.play(),
       "to-trained": () => this.time?.go(this.time.last),
       unpin: () => this.state.set({ patch: null }),
       highlight: (button) => {
         const { state } = this;
         const expert = Number(button.dataset.expert);
-        const mode = state.mode === "reads" ? "reads" : "expert";
+        const mode = ["reads", "regions"].includes(state.mode) ? state.mode : "expert";
         state.set({ highlight: state.highlight === expert ? null : expert, mode });
       },
     };
@@ -185,7 +188,6 @@ export class Core {
   drawAll() {
     const { state } = this;
     this.stage = this.stage?.shows(state.view) ? this.stage.drawAgain() : new Stage(this.box("stage"), state);
-    drawVerdict(this.box("verdict"), state.view, "hand" in this.actions);
     drawPrediction(this.box("prediction"), state.view);
     drawStrip(this.box("strip"), state);
     drawLens(this.box("lens"), state.view);
@@ -227,7 +229,10 @@ export class Core {
   /** @param {Set<string>} changed */
   update(changed) {
     const has = (...names) => names.some((name) => changed.has(name));
-    if (has("view")) return this.drawAll();
+    if (has("view")) this.drawAll();
+    if (has("view", "layer")) this.flow.draw();
+    else if (has("mode", "highlight")) this.flow.paint();
+    if (has("view")) return undefined;
     if (has("layer", "mode", "highlight", "strength")) this.stage?.colour();
     if (has("asSeen")) this.drawPictures();
     if (has("patch", "hover")) this.stage?.outline();
@@ -244,6 +249,7 @@ export class Core {
   /** What lies under the patches, wherever it is shown: when a sharper one came, or the model's input is wanted. */
   drawPictures() {
     this.stage?.picture();
+    this.flow.load();
     drawStrip(this.box("strip"), this.state);
     this.drawPatch();
     this.drawControls();
@@ -284,23 +290,24 @@ class Tooltip {
 }
 
 /**
- * A page of one view without a server: export and notebook.
- * @param {HTMLElement} root @param {View} view @param {Moments | null} moments of the training, where they were recorded
+ * A page of one view without a server: a saved page or a notebook's, with the details, or a frame of photo and boxes only.
+ * @param {HTMLElement} root @param {View} view @param {{ moments?: Moments | null, details?: boolean }} [more]
+ *   moments of the training, where they were recorded
  */
-export function startStatic(root, view, moments) {
+export function startStatic(root, view, { moments = null, details = true } = {}) {
   // In a notebook's frame there is less room, and its height is fixed.
   root.classList.toggle("mv-framed", window.self !== window.top);
+  root.classList.toggle("mv-open", details);
   const about = [view.model.title, view.model.accuracy_text, ...routingWords(view.layers).map(([where, words]) => `${where}: ${words}`)];
-  root.innerHTML = String(html`<header class="mv-header"><h1>Routing of ${pictureTitle(view)}</h1>
-      <p class="mv-soft">${about.filter(Boolean).join(" · ")}</p></header>
-    ${coreLayout()}${cardLayout()}
-    <p class="mv-note mv-footnote">Routing shows which expert computes a patch. It doesn't show what attention or the residual path
-      contribute, nor what caused the prediction. Schema ${view.schema}.</p>
+  root.innerHTML = String(html`${coreLayout()}<div class="mv-flow-end" data-box="layer"></div>${box("time")}${cardLayout()}
+    ${details && html`<p class="mv-note mv-footnote">${pictureTitle(view)}. ${about.filter(Boolean).join(" · ")}.<br>Routing shows which expert computes a
+      patch. It doesn't show what attention or the residual path contribute, nor what caused the prediction. Schema ${view.schema}.</p>`}
     <div class="mv-hidden" aria-live="polite" data-live></div>`);
   if (view.picture.sharp) keepOriginal(view, view.picture.sharp);
-  const core = new Core(root, null);
+  const core = new Core(root, onlyLooked(view));
   if (moments) core.timeSource = { about: () => moments, get: () => Promise.resolve(moments) };
-  core.attach(new ViewState(view, placeAsked(view)));
+  core.attach(new ViewState(view, details ? placeAsked(view) : { layer: null }));
+  if (!details) return core;
   const openMoment = () => core.time?.open(Number(addressed().step ?? core.time.steps.at(-1)));
   openMoment();
   addEventListener("hashchange", () => {
@@ -309,6 +316,10 @@ export function startStatic(root, view, moments) {
   });
   return core;
 }
+
+/** Where nobody can route the image again. @param {View} view @returns {Opening} */
+const onlyLooked = (view) => ({ able: false, away: view.settings.away ?? [], usual: null, take: () => undefined, choices: () => "",
+  said: (shown) => [otherModel(shown), shown.picture.unlike].filter(Boolean).map((words) => html`<p>${words}</p>`) });
 
 /**
  * What an exported page is asked for behind the #, in the words of the explorer's links: #layer=9&expert=L9.E3&step=0.

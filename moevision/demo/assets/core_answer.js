@@ -1,10 +1,9 @@
-// The answer beside the image: prediction, what makes it less than the model's own, and the work of the experts.
+// Beside the image: the prediction with that of the dense twin, the work of the experts, and what each block would say.
 
-import { capital, expertShares, loadNote, sharedWords } from "./core_kinds.js";
-import { momentWords } from "./core_time.js";
+import { expertShares, loadNote, sharedWords } from "./core_kinds.js";
 import { chip, expertColour, fillBox, fixed, html, layerExpert, percent, term } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
-/** @import { Fill, Guess, Intervention, Router, View } from "./types.js" */
+/** @import { Fill, Guess, View } from "./types.js" */
 
 /** @param {Fill} title @param {Guess[]} top @param {string | null} label */
 export function predictionColumn(title, top, label) {
@@ -21,64 +20,6 @@ export function drawPrediction(box, view) {
     ${dense && predictionColumn(term("dense", "dense twin"), dense, view.picture.label)}</div>
     ${view.picture.credit && html`<details class="mv-note"><summary data-key="credit">Photo credit</summary>${view.picture.credit}</details>`}`);
 }
-
-/**
- * The answer in a line, and what makes it less than the model's own.
- * @param {HTMLElement} box @param {View} view @param {boolean} elsewhere whether another part of the page says how the model was changed
- */
-export const drawVerdict = (box, view, elsewhere) => fillBox(box, html`${verdictLine(view)}${verdictNotes(view, elsewhere)}`);
-
-/** @param {View} view */
-function verdictLine(view) {
-  const best = view.prediction.moe[0];
-  const twin = view.prediction.dense?.[0];
-  const { label } = view.picture;
-  const tag = label === best.class ? html`<span class="mv-tag mv-right">✓<span> matches the label</span></span>`
-    : label && html`<span class="mv-tag mv-wrong">✗ the label is ${label}</span>`;
-  return html`<p class="mv-verdict"><span>${view.moment ? `${capital(momentWords(view.moment))}:` : "The model sees"}</span> <b>${best.class}</b> <span class="mv-num">${percent(best.p)}</span>
-    ${tag}${changedWords(view) && html`<span class="mv-tag mv-changed">changed model</span>`}${twin && html`<span class="mv-soft">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
-}
-
-/**
- * What makes this view less than the model on its own kind of image.
- * @param {View} view @param {boolean} elsewhere
- */
-function verdictNotes(view, elsewhere) {
-  const { unlike } = view.picture;
-  const { noise } = view.settings;
-  const off = view.settings.off_reason;
-  return [
-    unlike && html`<p class="mv-warn" role="note">${unlike}</p>`,
-    off && html`<p class="mv-warn" role="note"><b>Off the training distribution.</b> ${off}</p>`,
-    typeof noise === "number" && html`<p class="mv-warn" role="note"><b>Noise of training is on.</b> The routers drew it once (draw ${noise}); predictions are made without.
-      <button type="button" class="mv-quiet" data-action="calm" data-key="calm">Turn it off</button></p>`,
-    !elsewhere && changedWords(view) && html`<p class="mv-warn" role="note"><b>Changed model.</b> ${changedWords(view)}</p>`,
-  ];
-}
-
-/** What was changed about the model; empty where nothing was. @param {View} view */
-export function changedWords({ settings: { intervention, away = [] }, model: { routers } }) {
-  if (intervention) return interventionWords(intervention, routers);
-  return away.length ? `Without ${away.map(([layer, expert]) => `L${layer}·E${expert}`).join(", ")}.` : "";
-}
-
-/** @param {Intervention} given @param {Router[]} routers */
-function interventionWords({ kind, layer, expert, other, fill }, routers) {
-  const where = layer === null || layer === undefined ? "in every layer" : `in L${layer}`;
-  const way = routers.find((router) => router.layer === layer)?.kind ?? "token_choice";
-  if (kind === "random" && way !== "token_choice") return `${RANDOM_WORDS[way]}, ${where}.`;
-  if (kind === "random") return `Patches go to random experts ${where}.`;
-  if (kind === "swap") return `L${layer}·E${expert} and E${other} compute each other's ${way === "soft" ? "slots" : "patches"}.`;
-  if (kind === "force") return `Every patch ${where} goes to L${layer}·E${expert}.`;
-  return `Without L${layer}·E${expert}: its patches ${FILL_WORDS[fill][way]}.`;
-}
-
-/** A random routing, and what becomes of an absent expert's patches, by the way in which the layer routes. */
-export const RANDOM_WORDS = { token_choice: "Send patches to random experts", expert_choice: "Let experts take random patches", soft: "Deal the slots out to random experts" };
-export const FILL_WORDS = {
-  next_best: { token_choice: "go to their next-best expert", expert_choice: "keep the other experts that took them", soft: "take more from the other slots" },
-  zero: { token_choice: "get nothing in its place", expert_choice: "get nothing in its place", soft: "get nothing in its place" },
-};
 
 /**
  * Work of the experts; for Soft MoE, where all slots are alike, the part of the output that comes from them.

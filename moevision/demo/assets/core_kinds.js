@@ -5,7 +5,8 @@ import { fixed, percent, present, rowColumn } from "./core_util.js";
 /** @import { Layer, Mode, Model, Router, View, Worded } from "./types.js" */
 
 export const MODES = {
-  expert: { label: "Expert" },
+  regions: { label: "Regions" },
+  expert: { label: "Each patch" },
   reads: { label: "Reads" },
   takers: { label: "How many" },
   entropy: { label: "Entropy" },
@@ -18,10 +19,11 @@ export const MODES = {
  * @param {Router | Layer} given
  */
 export function modesOf({ kind, learned, ...layer }) {
-  if ("past" in layer) return kind === "expert_choice" ? ["expert", "takers"] : ["expert"];
-  if (kind === "soft") return ["expert", "reads", "entropy", "margin"];
-  if (kind === "expert_choice") return ["expert", "takers", "entropy", "margin"];
-  return learned ? ["expert", "entropy", "margin", "drops"] : ["expert", "drops"];
+  const experts = ["regions", "expert"];
+  if ("past" in layer) return kind === "expert_choice" ? [...experts, "takers"] : experts;
+  if (kind === "soft") return [...experts, "reads", "entropy", "margin"];
+  if (kind === "expert_choice") return [...experts, "takers", "entropy", "margin"];
+  return learned ? [...experts, "entropy", "margin", "drops"] : [...experts, "drops"];
 }
 
 /**
@@ -36,8 +38,8 @@ function affinity({ kind, router }) {
 
 /** @param {string} text */
 export const capital = (text) => text[0].toUpperCase() + text.slice(1);
-/** @param {number} number @param {string} word */
-export const plural = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
+/** @param {number} number @param {string} word @param {string} [words] */
+export const plural = (number, word, words = `${word}s`) => `${number} ${number === 1 ? word : words}`;
 
 /**
  * [E] the weight of every expert in a patch, 0 where it doesn't compute it.
@@ -159,7 +161,7 @@ export function headline({ routers, parameters }) {
   const sizes = [...new Set(routers.map((router) => millions(router.expert_parameters)))].join(" or ");
   const chosen = span(routers.map((router) => router.top_k));
   const who = routers.every(({ kind }) => kind === "token_choice") ? `; ${chosen} compute${chosen === "1" ? "s" : ""} each patch` : "";
-  return `${experts} networks share one image${who}. Each has ${sizes} of the model's ${millions(parameters)} parameters.`;
+  return `${experts} experts share one image${who}. Each has ${sizes} of the model's ${millions(parameters)} parameters.`;
 }
 
 /**
@@ -194,6 +196,7 @@ export const lostWords = (view, layer, expert) => (goneFrom(view, layer).include
  */
 export function modeHint(view, layer, mode) {
   return {
+    regions: () => `regions whose patches have one ${layer.kind === "soft" ? "expert that gives them most" : "first expert"}`,
     expert: () => expertHint(view, layer),
     reads: () => "how much of what the expert in the hand, else the patch's first, reads comes from the patch, in even shares",
     takers: () => "number of experts that took the patch",

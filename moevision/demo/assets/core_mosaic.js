@@ -1,10 +1,12 @@
-// Regions of an image whose patches went to one expert: contours and one label each, and mosaics of what each got.
+// Regions of an image whose patches went to one expert: contours and one label each, and what each got.
 
 import { expertColour, inkOn, rgba } from "./core_util.js";
 /** @import { Layer } from "./types.js" */
 
 /** Of how many patches a region has a label; of each expert the largest region always has one. */
 const LABELLED = 4;
+/** How much of the photo is faded where a box has no patch. */
+const FAINT = 0.88;
 
 /**
  * [P] the expert that does most of each patch; null where none computes it.
@@ -108,14 +110,35 @@ export function paintLabel(context, layer, expert, x, y, size) {
 }
 
 /**
- * Where the patches of a mosaic lie: [x, y, side] of the patch at each place, in parts of the mosaic's width.
- * @param {number} count @param {number} height of the mosaic, over its width
+ * Where a patch lies in the small copy of the photo that a box is: [x, y, side], the copy being `width` wide.
+ * @param {number} patch @param {[number, number]} grid @param {number} width
  */
-export function mosaicPlaces(count, height) {
-  let columns = 4;
-  while (height > 0 && Math.ceil(count / columns) > columns * height) columns += 1; // in a box without room none fits
-  const side = 1 / columns;
-  return [...Array(count).keys()].map((place) => [(place % columns) * side, Math.floor(place / columns) * side, side]);
+export function boxPlaces(patch, [, columns], width) {
+  const side = width / columns;
+  return [(patch % columns) * side, Math.floor(patch / columns) * side, side];
+}
+
+/**
+ * What an expert gets of a photo: its patches at their places, and the rest faint.
+ * @param {CanvasRenderingContext2D} context of a canvas of the photo's proportions
+ * @param {HTMLImageElement} image @param {number[]} opacity of each patch @param {[number, number]} grid @param {string} paper
+ */
+export function paintBox(context, image, opacity, grid, paper) {
+  const { width, height } = context.canvas;
+  const edge = (place) => Math.round(place); // whole pixels: neighbours leave no seam
+  opacity.forEach((_, patch) => {
+    const [x, y, side] = boxPlaces(patch, grid, width);
+    const [left, top] = [edge(x), edge(y)];
+    context.drawImage(image, ...patchOf(image, patch, grid), left, top, edge(x + side) - left, edge(y + side) - top);
+  });
+  context.fillStyle = paper;
+  opacity.forEach((part, patch) => {
+    const [x, y, side] = boxPlaces(patch, grid, width);
+    const [left, top] = [edge(x), edge(y)];
+    context.globalAlpha = FAINT * (1 - part);
+    context.fillRect(left, top, edge(x + side) - left, Math.min(height, edge(y + side)) - top);
+  });
+  context.globalAlpha = 1;
 }
 
 /**

@@ -34,7 +34,7 @@ const topWeight = (layer, expert) => (expert === null ? strongest(layer).high
 
 /** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top @param {number | null} lit */
 function patchLook(state, layer, patch, top, lit) {
-  if (state.mode === "expert") return lit === null ? expertLook(state, layer, patch, top) : highlightLook(state, layer, patch, top, lit);
+  if (["expert", "regions"].includes(state.mode)) return lit === null ? expertLook(state, layer, patch, top) : highlightLook(state, layer, patch, top, lit);
   if (state.mode === "drops") return dropLook(layer, patch);
   if (state.mode === "takers") return takersLook(layer, patch);
   const entropy = state.mode === "entropy";
@@ -147,9 +147,9 @@ export class Stage {
       data-patch="${row * columns + column}"><span class="mv-mark" aria-hidden="true"></span></div>`;
     const line = (row) => html`<div role="row" class="mv-row">${[...Array(columns).keys()].map((column) => cell(row, column))}</div>`;
     fillBox(this.box, html`
-      <div class="mv-canvas" style="--columns:${columns};--rows:${rows};--aspect:${columns / rows}">
-        <img class="mv-picture" alt="" draggable="false">
-        <div class="mv-grid" role="grid" aria-label="Patches of ${pictureTitle(view)}, ${rows} rows and ${columns} columns"
+      <div class="mv-canvas" data-part="photo" style="--columns:${columns};--rows:${rows};--aspect:${columns / rows}">
+        <img class="mv-picture" data-part="image" alt="" draggable="false"><canvas data-part="contours" aria-hidden="true"></canvas>
+        <div class="mv-grid mv-detail" role="grid" aria-label="Patches of ${pictureTitle(view)}, ${rows} rows and ${columns} columns"
           aria-rowcount="${rows}" aria-colcount="${columns}">${[...Array(rows).keys()].map(line)}</div>
       </div>`);
     const cells = /** @type {NodeListOf<HTMLElement>} */ (this.box.querySelectorAll(".mv-cell"));
@@ -161,6 +161,7 @@ export class Stage {
     const { state, view } = this;
     const layer = view.layers[state.layer];
     this.box.firstElementChild?.classList.toggle("mv-grey", GREY_MODES.includes(state.mode));
+    this.box.firstElementChild?.classList.toggle("mv-contoured", state.mode === "regions"); // colours and numbers are there, unseen
     const looks = patchLooks(state, view, layer);
     this.cells.forEach((cell, patch) => {
       const look = looks[patch];
@@ -238,7 +239,7 @@ export function drawStrip(box, state) {
       <span class="mv-keys"><kbd>+</kbd> <kbd>−</kbd> change layer</span></div>
     <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
     <p class="mv-note">Below each: the experts of the patch there. Colours aren't comparable across layers<span>:
-      ${others} are different networks</span>.</p>
+      ${others} are different experts</span>.</p>
     <p class="mv-note mv-silent">${silentWords(state.view)}</p>
     ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how"><b>${where}</b>: ${words}</p>`)}`);
   box.style.setProperty("--under", `url("${underlay(state, state.view).source}")`);
@@ -303,10 +304,12 @@ export function drawLegend(box, state) {
   const { mode, currentLayer: layer } = state;
   const experts = layer.num_experts;
   const ramp = (low, high) => html`<span class="mv-ramp" aria-hidden="true"></span><span>${low} – ${high}</span>`;
+  const chips = () => hasColours(experts)
+    ? [...Array(experts).keys()].map((expert) => pickButton(layer, expert, state.highlight, chip(expert, experts), `chip-${expert}`))
+    : html`<span>More than ${PALETTE.length} experts: read the numbers, or highlight one in the load bars.</span>`;
   const key = {
-    expert: () => hasColours(experts)
-      ? [...Array(experts).keys()].map((expert) => pickButton(layer, expert, state.highlight, chip(expert, experts), `chip-${expert}`))
-      : html`<span>More than ${PALETTE.length} experts: read the numbers, or highlight one in the load bars.</span>`,
+    regions: chips,
+    expert: chips,
     entropy: () => ramp("0", `${fixed(Math.log2(experts), 1)} bits`),
     margin: () => ramp("0", "1"),
     drops: () => html`<span>×1: one of ${plural(layer.top_k, "choice")} dropped</span>`,

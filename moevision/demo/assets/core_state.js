@@ -18,7 +18,7 @@ export class ViewState {
     this.patch = null;
     this.hover = null;
     /** @type {Mode} */
-    this.mode = "expert";
+    this.mode = "regions";
     this.highlight = null;
     this.asSeen = false;
     this.strength = 0.65;
@@ -53,7 +53,7 @@ export class ViewState {
     this.hover = inside(this.hover, patches);
     const layer = this.currentLayer;
     this.highlight = inside(this.highlight, layer.num_experts);
-    if (!modesOf(layer).includes(this.mode)) this.mode = "expert";
+    if (!modesOf(layer).includes(this.mode)) this.mode = "regions";
   }
 
   get currentLayer() { return this.view.layers[this.layer]; }
@@ -85,7 +85,7 @@ export function readExpert(word, view) {
 export function readPlace(wish, view) {
   const found = view.layers.findIndex((entry) => String(entry.layer) === wish.layer);
   const layer = found < 0 ? null : found;
-  const place = { layer, patch: Number(wish.patch), mode: wish.mode ?? "expert", ...readExpert(wish.expert, view) };
+  const place = { layer, patch: Number(wish.patch), mode: wish.mode ?? "regions", ...readExpert(wish.expert, view) };
   // Of the single slots that earlier versions showed, what their expert reads.
   return wish.mode === "slots" ? { ...place, mode: "reads", layer, highlight: Number(wish.slot?.split(".")[0]) } : place;
 }

@@ -165,7 +165,7 @@ export class Time {
       <div class="mv-film">${this.shown.map(row)}
         <input type="range" min="0" max="${this.end}" step="1" data-change="moment" data-key="moment" aria-label="Moment of the training">
         <div><button type="button" class="mv-quiet mv-play" data-action="run" data-key="run"
-          aria-label="Play the training">Play</button><p>Bands: the share of patches that each network of ${name} takes, ${percent(1 / experts)} if all take alike.
+          aria-label="Play the training">Play</button><p>Bands: the share of patches that each expert of ${name} takes, ${percent(1 / experts)} if all take alike.
           Line: right answers. Both over ${this.shown[0].track.of} images.</p></div></div>`;
   }
 
@@ -188,7 +188,7 @@ export class Time {
     this.shown.forEach(({ track, loads }, row) => {
       const place = placeAt(track.steps, step);
       /** @type {HTMLElement} */ (nows[row]).style.left = `${(100 * step) / this.end}%`;
-      told[row].textContent = `${track.right[place]} of ${track.of} right, busiest network ${percent(Math.max(...loads[place]))}`;
+      told[row].textContent = `${track.right[place]} of ${track.of} right, busiest expert ${percent(Math.max(...loads[place]))}`;
     });
   }
 

@@ -7,7 +7,7 @@ import type { ViewState } from "./core_state.js";
 import type { Markup } from "./core_util.js";
 
 export type Kind = "token_choice" | "expert_choice" | "soft";
-export type Mode = "expert" | "reads" | "takers" | "entropy" | "margin" | "drops";
+export type Mode = "regions" | "expert" | "reads" | "takers" | "entropy" | "margin" | "drops";
 
 /** What there is to know about an MoE layer before an image is routed. */
 export interface Router {
@@ -237,19 +237,25 @@ export interface Own { id: number; name: string; data: string }
 /** What an address asks for, unchecked. */
 export type Wish = Partial<Record<string, string>>;
 
-/** What the opening needs of the page around it; one without a server has no `asker`, and nothing can be taken away. */
-export interface FlowHost {
-  core: { box(name: string): HTMLElement };
-  state: ViewState | null;
-  picture: Chosen;
-  own: Own[];
-  model: BootModel;
-  boot: Pick<Boot, "models">;
+/** What the page around photo and boxes adds to them. */
+export interface Opening {
+  /** Whether experts can be taken away: by `take`. */
+  able: boolean;
   away: [number, number][];
-  usual: string | null;
-  asker?: object;
-  toggleAway(layer: number, expert: number): unknown;
-  tellRoute?(view: View): unknown;
+  /** What the model says with all experts; null where it isn't known. */
+  usual: Guess | null;
+  /** What an image of several things is called. */
+  thing?: string;
+  /** What a patch is called, one and several. */
+  unit?: [string, string];
+  take(layer: number, expert: number): unknown;
+  /** Other images. */
+  choices(view: View): Fill;
+  /** What is said below the boxes. */
+  said(view: View): Fill;
+  /** What an expert is called, counted. */
+  nameOf?(layer: number, expert: number): string | null;
+  drawn?(view: View): unknown;
 }
 
 /** Whether a view isn't shown yet, and what of the page it changes; `wish`: of an address that is followed. */

@@ -1,21 +1,63 @@
-// The opening: regions, mosaics, and what a link takes away, by hand.
+// Photo and boxes: regions, headlines, and what a link takes away, by hand.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { awayWord, headlineOf, opensDoor, readAway } from "../../../moevision/demo/assets/app_flow.js";
-import { firstExperts, mosaicPlaces, patchOf, regionsOf } from "../../../moevision/demo/assets/core_mosaic.js";
+import { awayWord, opensDoor, readAway } from "../../../moevision/demo/assets/app_opening.js";
+import { opacityIn } from "../../../moevision/demo/assets/core_flow.js";
+import { boxPlaces, firstExperts, patchOf, regionsOf } from "../../../moevision/demo/assets/core_mosaic.js";
+import { goneWords, headlineOf } from "../../../moevision/demo/assets/core_words.js";
+import { mosaicPlaces } from "../../../docs/lesson/lesson_figures.js";
 
 test("a patch belongs to the first expert that computed it, or to none", () => {
   const layer = { experts: [[2, 0], [1, 3], [0, 1], []], kept: [[true, true], [false, true], [false, false], []] };
   assert.deepEqual(firstExperts(layer), [2, 3, null, null]);
 });
 
-test("an image that goes to one network as a whole is not shared", () => {
-  const view = { picture: { label: "cat" } };
-  assert.equal(headlineOf(view, { num_experts: 8, route_by: "token" }), "Eight small networks share this cat.");
-  assert.equal(headlineOf(view, { num_experts: 2, route_by: "image" }), "One of two small networks gets this cat.");
-  assert.equal(headlineOf({ picture: { label: null } }, { num_experts: 2, route_by: "image" }), "One of two small networks gets this photo.");
-  assert.equal(headlineOf({ picture: { label: "smileys" } }, { num_experts: 8, route_by: "token" }), "Eight small networks share this image.");
+const LAYERS = [{ layer: 0, num_experts: 8 }, { layer: 3, num_experts: 4 }];
+
+/** A view of an image with a label, of which the model says `now`. */
+const viewOf = (label, now = label, away = []) => ({ picture: { label }, layers: LAYERS, prediction: { moe: [{ class: now, p: 0.4 }] }, settings: { away } });
+
+test("an image that goes to one expert as a whole is not shared", () => {
+  const [tokens, images] = [{ num_experts: 8, route_by: "token", top_k: 2 }, { num_experts: 2, route_by: "image", top_k: 1 }];
+  assert.equal(headlineOf(viewOf("cat"), tokens), "Eight experts share this cat.");
+  assert.equal(headlineOf(viewOf("cat"), images), "One of two experts gets this cat.");
+  assert.equal(headlineOf(viewOf("cat"), { ...images, num_experts: 8, top_k: 2 }), "Two of eight experts get this cat.");
+  assert.equal(headlineOf(viewOf(null, "cat"), images), "One of two experts gets this photo.");
+  assert.equal(headlineOf(viewOf("smileys"), tokens, null, "page"), "Eight experts share this page.");
+});
+
+test("once an expert is away the headline is what came of it", () => {
+  const tokens = { num_experts: 8, route_by: "token", top_k: 2 };
+  const headline = (label, was, now, away = [[0, 2]]) => headlineOf(viewOf(label, now, away), tokens, was && { class: was, p: 0.8 });
+  assert.equal(headline("dog", "dog", "deer"), "Without expert 2 this dog becomes a deer.");
+  assert.equal(headline("dog", "dog", "airplane"), "Without expert 2 this dog becomes an airplane.");
+  assert.equal(headline("dog", "dog", "dog"), "Without expert 2 this dog stays a dog.");
+  assert.equal(headline("smileys", "smileys", "food", [[0, 6]]), "Without expert 6 the smileys become food.");
+  assert.equal(headline("dog", "cat", "deer"), "Without expert 2 the answer becomes deer."); // it wasn't right before
+  assert.equal(headline(null, "cat", "cat"), "Without expert 2 the answer stays cat.");
+  assert.equal(headline("dog", null, "deer"), "Without expert 2 the answer is deer."); // not yet known what it was
+});
+
+test("experts that are away are named as long as they are few and of one layer", () => {
+  const all = (layer, count) => [...Array(count).keys()].map((expert) => [layer, expert]);
+  assert.equal(goneWords([[0, 5], [0, 2]], LAYERS), "experts 2 and 5");
+  assert.equal(goneWords(all(0, 3), LAYERS), "experts 0, 1 and 2");
+  assert.equal(goneWords(all(0, 4), LAYERS), "four experts");
+  assert.equal(goneWords(all(3, 4), LAYERS), "all four experts");
+  assert.equal(goneWords([[0, 2], [3, 1]], LAYERS), "two experts");
+});
+
+test("a box shows first choices fully, later ones fainter, and of soft routers as much as a patch takes", () => {
+  const layer = { kind: "token_choice", num_experts: 3, experts: [[0, 1], [1, 0], [2, 1]], weights: [[0.9, 0.1], [0.6, 0.4], [0.5, 0.5]], kept: [[true, true], [true, true], [true, false]] };
+  assert.deepEqual(opacityIn(layer, 0).map((part) => (part > 0 && part < 1 ? "faint" : part)), [1, "faint", 0]);
+  assert.deepEqual(opacityIn(layer, 1).map((part) => (part > 0 && part < 1 ? "faint" : part)), ["faint", 1, 0]); // the last one was dropped
+  const soft = { ...layer, kind: "soft", experts: [[0, 1, 2], [1, 0, 2], [2, 0, 1]], weights: [[0.5, 0.3, 0.2], [0.4, 0.35, 0.25], [0.4, 0.3, 0.3]], kept: Array(3).fill([true, true, true]) };
+  assert.deepEqual(opacityIn(soft, 1), [0.6, 0.8, 0.6]); // of the largest weight, .5
+});
+
+test("a patch lies in its box where it lies in the photo", () => {
+  assert.deepEqual(boxPlaces(6, [2, 4], 100), [50, 25, 25]);
 });
 
 test("neighbours of one expert are a region, labelled where it is deepest", () => {

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { readIntervention } from "../../../moevision/demo/assets/app_address.js";
-import { answerWords, controlWords } from "../../../moevision/demo/assets/app_hand.js";
+import { answerWords, controlWords } from "../../../moevision/demo/assets/core_effect.js";
 
 const effect = (given) => ({
   before: [{ class: "cat", p: 0.9 }, { class: "dog", p: 0.1 }], after: [{ class: "cat", p: 0.6 }, { class: "dog", p: 0.4 }],

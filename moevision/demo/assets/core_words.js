@@ -1,0 +1,113 @@
+// What the page says of a view: its headline, which becomes the result once an expert is away, and what was changed.
+
+import { capital } from "./core_kinds.js";
+/** @import { Guess, Intervention, Layer, Router, View } from "./types.js" */
+
+const NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split(" ");
+/** @param {number} count */
+export const numberWord = (count) => NUMBERS[count] ?? String(count);
+
+/** @param {string} word */
+export const article = (word) => `${/^[aeiou]/i.test(word) ? "an" : "a"} ${word}`;
+
+/** Whether a class names many things, as "smileys" does, or a mass, as "food". @param {string} name */
+const many = (name) => /s$/.test(name) && name.length > 4;
+
+/** "2", "2 and 5", "2, 3 and 5". @param {(number | string)[]} list */
+export const listed = (list) => (list.length < 2 ? String(list[0] ?? "") : `${list.slice(0, -1).join(", ")} and ${list.at(-1)}`);
+
+/**
+ * "expert 2", "experts 2 and 5", "all eight experts", "five experts": those that are away, of one layer or of several.
+ * @param {[number, number][]} away @param {{ layer: number, num_experts: number }[]} layers
+ */
+export function goneWords(away, layers) {
+  const count = numberWord(away.length);
+  const [one] = layers.filter(({ layer }) => layer === away[0][0]);
+  const together = away.every(([layer]) => layer === away[0][0]);
+  if (together && away.length === one.num_experts) return `all ${count} experts`;
+  if (!together || away.length > 3) return `${count} experts`;
+  return `expert${away.length > 1 ? "s" : ""} ${listed(away.map(([, expert]) => expert).sort((a, b) => a - b))}`;
+}
+
+/**
+ * "Eight experts share this dog."; with some away what came of that: "Without expert 2 this dog becomes a deer."
+ * @param {Pick<View, "picture" | "layers" | "prediction" | "settings">} view @param {Pick<Layer, "num_experts" | "route_by" | "top_k">} layer
+ * @param {Guess | null} [usual] what the model says with all experts; null where it isn't known
+ * @param {string} [thing] what an image of several things is called
+ */
+export function headlineOf({ picture: { label }, layers, prediction, settings: { away = [] } }, { num_experts: experts, route_by: unit, top_k: k }, usual = null, thing = "image") {
+  const what = label === null ? "photo" : many(label) || label === "food" ? thing : label;
+  if (away.length) return `Without ${goneWords(away, layers)} ${outcome(prediction.moe[0].class, label, usual)}.`;
+  if (unit !== "image") return `${capital(numberWord(experts))} experts share this ${what}.`;
+  return `${capital(numberWord(k))} of ${numberWord(experts)} experts ${k === 1 ? "gets" : "get"} this ${what}.`;
+}
+
+/** @param {string} now @param {string | null} label @param {Guess | null} usual */
+function outcome(now, label, usual) {
+  if (!usual) return `the answer is ${now}`;
+  const was = usual.class;
+  if (label !== was) return `the answer ${was === now ? `stays ${was}` : `becomes ${now}`}`;
+  if (many(was)) return `the ${was} ${was === now ? "stay" : "become"} ${now}`;
+  if (was === "food") return `the food ${was === now ? "stays" : "becomes"} ${now}`;
+  const [old, next] = [was, now].map((name) => (many(name) ? name : article(name)));
+  return `this ${was} ${was === now ? `stays ${old}` : `becomes ${next}`}`;
+}
+
+/** What became of the patches of experts that are away, by the way in which the layer routes. */
+const WENT = {
+  token_choice: "went to the next-best experts. Nothing else changed.",
+  expert_choice: "keep the other experts that took them. Nothing else changed.",
+  soft: "take more from the other experts. Nothing else changed.",
+};
+
+/** What a patch of a photo is called, one and several. @type {[string, string]} */
+export const PATCH = ["patch", "patches"];
+
+/**
+ * The line below the headline.
+ * @param {View} view @param {Layer} layer @param {[string, string]} [unit] what a patch is called, one and several
+ */
+export function sentenceOf({ model: { grid: [rows, columns] }, settings: { away = [] } }, layer, [one, several] = PATCH) {
+  const { kind, top_k: k, route_by: routed, num_experts: experts, learned } = layer;
+  const here = away.filter(([where]) => where === layer.layer).length;
+  if (here === experts) return `Every ${one} skips this layer's experts. Nothing else changed.`;
+  if (away.length) return `${away.length === 1 ? "Its" : "Their"} ${several} ${WENT[kind]}`;
+  const few = `${numberWord(k)} expert${k === 1 ? "" : "s"}`;
+  if (routed === "image") return `A router looks at the whole image and sends it to ${few}.`;
+  if (kind === "soft") return `Each of ${rows * columns} ${several} takes something from all of them.`;
+  if (kind === "expert_choice") return `Each expert picks some of ${rows * columns} ${several}.`;
+  return `A ${learned ? "router" : "fixed rule"} sends each of ${rows * columns} ${several} to ${few}.${learned ? " Nobody told it which." : ""}`;
+}
+
+/** What a link or the details made of the trained model, but for experts that are away. @param {View} view */
+export function otherModel(view) {
+  const { model: { variant, accuracy_text: known }, settings: { intervention, noise, off_reason: off } } = view;
+  const words = [variant !== "trained" && `${capital(known)}.`, intervention && changedWords(view), off,
+    typeof noise === "number" && `The routers draw noise, as in training (draw ${noise}).`];
+  return words.filter(Boolean).join(" ");
+}
+
+/** What was changed about the model; empty where nothing was. @param {View} view */
+export function changedWords({ settings: { intervention, away = [] }, model: { routers } }) {
+  if (intervention) return interventionWords(intervention, routers);
+  return away.length ? `Without ${away.map(([layer, expert]) => `L${layer}·E${expert}`).join(", ")}.` : "";
+}
+
+/** @param {Intervention} given @param {Router[]} routers */
+function interventionWords({ kind, layer, expert, other, fill }, routers) {
+  const where = layer === null || layer === undefined ? "in every layer" : `in L${layer}`;
+  const way = routers.find((router) => router.layer === layer)?.kind ?? "token_choice";
+  if (kind === "random" && way !== "token_choice") return `${RANDOM_WORDS[way]}, ${where}.`;
+  if (kind === "random") return `Patches go to random experts ${where}.`;
+  if (kind === "swap") return `L${layer}·E${expert} and E${other} compute each other's ${way === "soft" ? "slots" : "patches"}.`;
+  if (kind === "force") return `Every patch ${where} goes to L${layer}·E${expert}.`;
+  return `Without L${layer}·E${expert}: its patches ${FILL_WORDS[fill][way]}.`;
+}
+
+/** A random routing, and what becomes of an absent expert's patches, by the way in which the layer routes. */
+export const RANDOM_WORDS = { token_choice: "Send patches to random experts", expert_choice: "Let experts take random patches", soft: "Deal the slots out to random experts" };
+export const FILL_WORDS = {
+  next_best: { token_choice: "go to their next-best expert", expert_choice: "keep the other experts that took them", soft: "take more from the other slots" },
+  zero: { token_choice: "get nothing in its place", expert_choice: "get nothing in its place", soft: "get nothing in its place" },
+};
+
