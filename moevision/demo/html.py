@@ -114,7 +114,8 @@ def _placeholder(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) ->
     images = "".join(f'<img src="{html.escape(source)}" alt="">' for source in sources)
     return (
         '<div class="mv-boot mv-flow"><div class="mv-flow-head"><div><h1>See inside a Mixture of Experts</h1>'
-        f'<p role="status">Opening the model…</p></div></div><div class="mv-flow-row">{images}</div></div>'
+        '<p role="status">Opening the model…</p><noscript><p>This page needs JavaScript.</p></noscript></div></div>'
+        f'<div class="mv-flow-row">{images}</div></div>'
     )
 
 

@@ -8,6 +8,7 @@ import { listenForFiles, ownHandlers, ownMemory } from "./app_own.js";
 import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
 import { asAskError, Asker, errorBox, slide } from "./app_server.js";
 import { closeMenuByClick, shareHandlers } from "./app_share.js";
+import { drawSorting, playSorting } from "./app_sorting.js";
 import { drawSimilar, sharpen, showLikes, showSimilar, timeSource } from "./app_similar.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
 import { cardLayout, Core, coreLayout } from "./core.js";
@@ -29,6 +30,7 @@ const NOTHING = { open: false, kind: null, wish: null };
 const appLayout = () => html`
   <div class="mv-progress" data-box="progress" hidden><i></i></div>
   <div data-box="trouble"></div><div data-box="own-error"></div><div data-box="blank" hidden></div>
+  <section class="mv-flow" aria-label="Where photos go" data-box="sorting" hidden></section>
   <div data-box="main">${coreLayout()}</div>
   <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door"
     aria-expanded="false">Look closer</button><span data-box="layer"></span></div>
@@ -81,6 +83,7 @@ export class App {
     this.page = null;
     this.plain = JSON.stringify(this.settings()); // of the view that comes with the page
     root.innerHTML = String(appLayout());
+    root.classList.toggle("mv-embed", new URLSearchParams(location.search).has("embed")); // photo and boxes only
     this.opening = new AppOpening(this);
     this.core = new Core(root, this.opening);
     this.core.timeSource = timeSource(this);
@@ -113,6 +116,7 @@ export class App {
       door: () => this.openDoor(!this.door),
       take: (button) => this.toggleAway(present(this.state).currentLayer.layer, Number(button.dataset.expert)),
       "put-back": () => this.chooseSettings({ away: [] }),
+      sort: () => playSorting(this),
       "as-is": () => { // the trained model, routed as it was trained to
         this.variant = this.model.variants[0];
         Object.assign(this, { topK: null, capacity: null, noise: null, intervention: null });
@@ -221,6 +225,7 @@ export class App {
     if (this.state?.view.picture.id !== picture) return; // another choice came between
     this.state?.set({ layer: model.layers.indexOf(away[0][0]) });
     await this.chooseSettings({ away });
+    this.core.box("main").scrollIntoView({ block: "start" });
     if (model !== before) this.notify(`Another model: ${model.title}.`);
   }
 
@@ -321,6 +326,8 @@ export class App {
       this.state.set({ view, ...other, ...start });
     }
     if (step !== undefined) this.core.time?.open(Number(step));
+    drawSorting(this);
+    if (first || kind === "model") playSorting(this);
     sharpen(this, view);
     drawHand(this);
     showLikes(this);

@@ -63,12 +63,13 @@ export class AppOpening {
     const mine = own.slice(0, 1).map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: picture.own === id }));
     const labels = [...new Set(model.examples.map(({ label }) => label))];
     const first = labels.map((label) => present(model.examples.find((one) => one.label === label)));
-    const known = [...new Set([...first, ...model.examples])].map(({ id, name, label, thumb }) => ({
-      action: "example", id, name: label ? `${label}, ${name}` : name, thumb, on: picture.id === id }));
+    const shown = model.examples.filter(({ id }) => id === picture.id);
+    const known = [...new Set([...first.slice(0, 1), ...shown, ...first, ...model.examples])].map(({ id, name, label, thumb }) => ({
+      action: "example", id, name: exampleName(label, name), thumb, on: picture.id === id }));
     const elsewhere = boot.models.filter((one) => one.id !== model.id && one.examples.length).sort((one, other) => Number(isOfEmoji(other)) - Number(isOfEmoji(one)));
     const other = elsewhere.slice(0, 1).map(({ id, title, examples: [{ thumb }] }) => ({ action: "model", id, name: title, thumb, on: false }));
-    const shown = [...[...mine, ...known].slice(0, THUMBS - other.length), ...other];
-    return html`<div class="mv-flow-pick" role="group" aria-label="Images">${shown.map(({ action, id, name, thumb, on }) => html`<button type="button"
+    const thumbs = [...[...mine, ...known].slice(0, THUMBS - other.length), ...other];
+    return html`<div class="mv-flow-pick" role="group" aria-label="Images">${thumbs.map(({ action, id, name, thumb, on }) => html`<button type="button"
       data-action="${action}" data-id="${id}" data-key="flow-${action}-${id}" aria-pressed="${on}" ${on && new Markup("disabled")}
       aria-label="${name}"><img src="${pictureSource(thumb)}" alt=""></button>`)}
       <button type="button" class="mv-button" data-action="choose" data-key="flow-choose">Your photo</button></div>`;
@@ -96,7 +97,7 @@ export class AppOpening {
     }
     const [[layer, expert]] = falls.away;
     const name = falls.away.length === 1 && app.model.card.names?.find((one) => one.layer === layer && one.expert === expert)?.name;
-    const whose = name ? `the ${name}’ expert` : goneWords(falls.away, layers);
+    const whose = name ? `the ${name}’ expert` : goneWords(falls.away, layers, app.state?.currentLayer.layer);
     return html`<button type="button" class="mv-primary" data-action="fall" data-key="fall">Take ${whose} away</button>
       <p class="mv-soft">or click any other.</p>`;
   }
@@ -118,6 +119,9 @@ export class AppOpening {
 
 /** @param {string} action @param {string} label */
 const actionButton = (action, label) => html`<button type="button" class="mv-button" data-action="${action}" data-key="said-${action}">${label}</button>`;
+
+/** "cat, chelsea.jpg" of cat/chelsea.jpg. @param {string | null} label @param {string} name */
+const exampleName = (label, name) => (label ? `${label}, ${name.split("/").at(-1)}` : name);
 
 /** @param {BootModel} model */
 export const isOfEmoji = ({ card }) => Boolean(card.data_kind?.startsWith("emoji"));

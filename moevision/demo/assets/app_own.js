@@ -121,7 +121,7 @@ async function takeFiles(app, given) {
     try {
       taken.push({ id: ++app.lastOwn, name: file.name, data: await shrinkPicture(file, app.boot.limits) });
     } catch (error) {
-      refused.push(error instanceof AskError ? error : new AskError(`This browser can't read ${files.length > 1 ? file.name : "that file"} as an image. JPEG, PNG and WebP work.`));
+      refused.push(error instanceof AskError ? error : new AskError(`This browser can't read ${files.length > 1 ? file.name : "that file"} as an image. JPEG, PNG, WebP, GIF and AVIF work; save HEIC of an iPhone as JPEG first.`));
     }
   }
   const kept = [...taken, ...app.own].slice(0, MOST_OWN);

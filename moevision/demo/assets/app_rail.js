@@ -27,7 +27,7 @@ export function drawHeader(box, app) {
     <div class="mv-model"><label><span class="mv-hidden">Model</span><select data-change="model" data-key="model">${options}</select></label>
       <p class="mv-soft"><b>${model.accuracy_texts[variant]}</b><br>${model.data_text}</p></div>
     <div class="mv-tools"><span class="mv-soft mv-asked" aria-hidden="true">${VARIANTS_ASK}</span>
-      <div class="mv-switch" role="group" aria-label="${VARIANTS_ASK}">${switches}</div>${shareMenu()}</div>`);
+      <div class="mv-switch" role="group" aria-label="${VARIANTS_ASK}">${switches}</div>${shareMenu(app)}</div>`);
 }
 
 /**

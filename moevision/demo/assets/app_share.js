@@ -17,11 +17,13 @@ const ITEMS = [
   ["link", "Copy link", "opens this view"],
   ["card", "Card (PNG)", "1200 × 630, for a post or a slide"],
   ["png", "Image (PNG)", "the stage as you see it"],
+  ["embed", "Frame (HTML)", "photo and boxes, to paste into a page of yours"],
   ["json", "Data (JSON)", "every number, schema moevision.view/2"],
   ["page", "Page (HTML)", "one file, works without a network"],
 ];
-export const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share</summary>
-  <div class="mv-menu-list">${ITEMS.map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}"
+/** Only a page that others can see is worth a frame. @param {App} app */
+export const shareMenu = ({ boot }) => html`<details class="mv-menu"><summary class="mv-button">Share</summary>
+  <div class="mv-menu-list">${ITEMS.filter(([kind]) => kind !== "embed" || boot.device || !boot.local).map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}"
     data-key="export-${kind}"><b>${title}</b><span class="mv-soft">${hint}</span></button>`)}</div></details>`;
 
 /**
@@ -55,6 +57,12 @@ export function shareHandlers(app) {
     "export-link": guarded(async () => {
       await copyText(location.href);
       return app.picture.kind === "upload" ? "Link copied. It can't carry your own image: it opens on an example." : "Link copied.";
+    }),
+    "export-embed": guarded(async () => {
+      const address = new URL(location.href);
+      address.searchParams.set("embed", "1");
+      await copyText(`<iframe src="${address.href.replaceAll("&", "&amp;")}" title="See inside a Mixture of Experts" width="100%" height="760" style="border:0"></iframe>`);
+      return "Frame copied: paste it into a page.";
     }),
     "export-png": saved("Image", "png", stagePng),
     "export-card": saved("Card", "card.png", (state) => cardOf(app, state)),

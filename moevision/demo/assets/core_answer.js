@@ -15,7 +15,7 @@ export function predictionColumn(title, top, label) {
 /** @param {HTMLElement} box @param {View} view */
 export function drawPrediction(box, view) {
   const { moe, dense } = view.prediction;
-  fillBox(box, html`<h2>Prediction</h2><div class="mv-two">
+  fillBox(box, (dense || moe.length > 2) && html`<h2>Prediction</h2><div class="mv-two">
     ${predictionColumn("with experts", moe, view.picture.label)}
     ${dense && predictionColumn(term("dense", "dense twin"), dense, view.picture.label)}</div>
     ${view.picture.credit && html`<details class="mv-note"><summary data-key="credit">Photo credit</summary>${view.picture.credit}</details>`}`);

@@ -160,8 +160,9 @@ export function headline({ routers, parameters }) {
   const experts = span(routers.map((router) => router.num_experts));
   const sizes = [...new Set(routers.map((router) => millions(router.expert_parameters)))].join(" or ");
   const chosen = span(routers.map((router) => router.top_k));
-  const who = routers.every(({ kind }) => kind === "token_choice") ? `; ${chosen} compute${chosen === "1" ? "s" : ""} each patch` : "";
-  return `${experts} experts share one image${who}. Each has ${sizes} of the model's ${millions(parameters)} parameters.`;
+  const unit = routers.every(({ route_by: by }) => by === "image") ? "image" : "patch";
+  const who = routers.every(({ kind }) => kind === "token_choice") ? `; ${chosen} compute${chosen === "1" ? "s" : ""} each ${unit}` : "";
+  return `${experts} experts share ${unit === "image" ? "all images" : "one image"}${who}. Each has ${sizes} of the model's ${millions(parameters)} parameters.`;
 }
 
 /**

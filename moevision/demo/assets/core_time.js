@@ -150,8 +150,6 @@ export class Time {
       const known = typeof about === "object" ? about : null;
       this.shown = Object.entries(known?.tracks ?? {}).map(([name, track]) => ({ name, track, loads: track.loads[state.layer] }));
       Object.assign(this, { steps: known?.tracks[variant].steps ?? [], total: known?.total_steps, pretrained: known?.pretrained });
-      // What stands below doesn't jump while the film gives way to a sentence.
-      this.box.style.minHeight = typeof about === "string" ? `${this.box.offsetHeight}px` : "";
       fillBox(this.box, typeof about === "string" ? html`<p class="mv-note">${about}</p>` : known && this.film());
     }
     this.mark();

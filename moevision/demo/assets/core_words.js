@@ -1,6 +1,7 @@
 // What the page says of a view: its headline, which becomes the result once an expert is away, and what was changed.
 
 import { capital } from "./core_kinds.js";
+import { present } from "./core_util.js";
 /** @import { Guess, Intervention, Layer, Router, View } from "./types.js" */
 
 const NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split(" ");
@@ -17,27 +18,30 @@ const many = (name) => /s$/.test(name) && name.length > 4;
 export const listed = (list) => (list.length < 2 ? String(list[0] ?? "") : `${list.slice(0, -1).join(", ")} and ${list.at(-1)}`);
 
 /**
- * "expert 2", "experts 2 and 5", "all eight experts", "five experts": those that are away, of one layer or of several.
- * @param {[number, number][]} away @param {{ layer: number, num_experts: number }[]} layers
+ * "expert 2", "experts 2 and 5 of L9", "all eight experts", "five experts": those that are away, of one layer or of several.
+ * @param {[number, number][]} away @param {{ layer: number, name: string, num_experts: number }[]} layers
+ * @param {number} [shown] the layer that needn't be named
  */
-export function goneWords(away, layers) {
+export function goneWords(away, layers, shown) {
+  const [[where]] = away;
   const count = numberWord(away.length);
-  const [one] = layers.filter(({ layer }) => layer === away[0][0]);
-  const together = away.every(([layer]) => layer === away[0][0]);
-  if (together && away.length === one.num_experts) return `all ${count} experts`;
-  if (!together || away.length > 3) return `${count} experts`;
-  return `expert${away.length > 1 ? "s" : ""} ${listed(away.map(([, expert]) => expert).sort((a, b) => a - b))}`;
+  if (away.some(([layer]) => layer !== where)) return `${count} experts`;
+  const one = present(layers.find(({ layer }) => layer === where));
+  const of = where === shown || layers.length === 1 ? "" : ` of ${one.name}`;
+  if (away.length === one.num_experts) return `all ${count} experts${of}`;
+  if (away.length > 3) return `${count} experts${of}`;
+  return `expert${away.length > 1 ? "s" : ""} ${listed(away.map(([, expert]) => expert).sort((a, b) => a - b))}${of}`;
 }
 
 /**
  * "Eight experts share this dog."; with some away what came of that: "Without expert 2 this dog becomes a deer."
- * @param {Pick<View, "picture" | "layers" | "prediction" | "settings">} view @param {Pick<Layer, "num_experts" | "route_by" | "top_k">} layer
+ * @param {Pick<View, "picture" | "layers" | "prediction" | "settings">} view @param {Pick<Layer, "layer" | "num_experts" | "route_by" | "top_k">} layer
  * @param {Guess | null} [usual] what the model says with all experts; null where it isn't known
  * @param {string} [thing] what an image of several things is called
  */
-export function headlineOf({ picture: { label }, layers, prediction, settings: { away = [] } }, { num_experts: experts, route_by: unit, top_k: k }, usual = null, thing = "image") {
+export function headlineOf({ picture: { label }, layers, prediction, settings: { away = [] } }, { layer, num_experts: experts, route_by: unit, top_k: k }, usual = null, thing = "image") {
   const what = label === null ? "photo" : many(label) || label === "food" ? thing : label;
-  if (away.length) return `Without ${goneWords(away, layers)} ${outcome(prediction.moe[0].class, label, usual)}.`;
+  if (away.length) return `Without ${goneWords(away, layers, layer)} ${outcome(prediction.moe[0].class, label, usual)}.`;
   if (unit !== "image") return `${capital(numberWord(experts))} experts share this ${what}.`;
   return `${capital(numberWord(k))} of ${numberWord(experts)} experts ${k === 1 ? "gets" : "get"} this ${what}.`;
 }

@@ -13,13 +13,13 @@ test("a patch belongs to the first expert that computed it, or to none", () => {
   assert.deepEqual(firstExperts(layer), [2, 3, null, null]);
 });
 
-const LAYERS = [{ layer: 0, num_experts: 8 }, { layer: 3, num_experts: 4 }];
+const LAYERS = [{ layer: 0, name: "L0", num_experts: 8 }, { layer: 3, name: "L3", num_experts: 4 }];
 
 /** A view of an image with a label, of which the model says `now`. */
 const viewOf = (label, now = label, away = []) => ({ picture: { label }, layers: LAYERS, prediction: { moe: [{ class: now, p: 0.4 }] }, settings: { away } });
 
 test("an image that goes to one expert as a whole is not shared", () => {
-  const [tokens, images] = [{ num_experts: 8, route_by: "token", top_k: 2 }, { num_experts: 2, route_by: "image", top_k: 1 }];
+  const [tokens, images] = [{ layer: 0, num_experts: 8, route_by: "token", top_k: 2 }, { num_experts: 2, route_by: "image", top_k: 1 }];
   assert.equal(headlineOf(viewOf("cat"), tokens), "Eight experts share this cat.");
   assert.equal(headlineOf(viewOf("cat"), images), "One of two experts gets this cat.");
   assert.equal(headlineOf(viewOf("cat"), { ...images, num_experts: 8, top_k: 2 }), "Two of eight experts get this cat.");
@@ -28,7 +28,7 @@ test("an image that goes to one expert as a whole is not shared", () => {
 });
 
 test("once an expert is away the headline is what came of it", () => {
-  const tokens = { num_experts: 8, route_by: "token", top_k: 2 };
+  const tokens = { layer: 0, num_experts: 8, route_by: "token", top_k: 2 };
   const headline = (label, was, now, away = [[0, 2]]) => headlineOf(viewOf(label, now, away), tokens, was && { class: was, p: 0.8 });
   assert.equal(headline("dog", "dog", "deer"), "Without expert 2 this dog becomes a deer.");
   assert.equal(headline("dog", "dog", "airplane"), "Without expert 2 this dog becomes an airplane.");
@@ -41,10 +41,11 @@ test("once an expert is away the headline is what came of it", () => {
 
 test("experts that are away are named as long as they are few and of one layer", () => {
   const all = (layer, count) => [...Array(count).keys()].map((expert) => [layer, expert]);
-  assert.equal(goneWords([[0, 5], [0, 2]], LAYERS), "experts 2 and 5");
-  assert.equal(goneWords(all(0, 3), LAYERS), "experts 0, 1 and 2");
-  assert.equal(goneWords(all(0, 4), LAYERS), "four experts");
-  assert.equal(goneWords(all(3, 4), LAYERS), "all four experts");
+  assert.equal(goneWords([[0, 5], [0, 2]], LAYERS, 0), "experts 2 and 5");
+  assert.equal(goneWords([[3, 1]], LAYERS, 0), "expert 1 of L3"); // another layer is shown
+  assert.equal(goneWords(all(0, 3), LAYERS, 0), "experts 0, 1 and 2");
+  assert.equal(goneWords(all(0, 4), LAYERS, 0), "four experts");
+  assert.equal(goneWords(all(3, 4), LAYERS, 3), "all four experts");
   assert.equal(goneWords([[0, 2], [3, 1]], LAYERS), "two experts");
 });
 

@@ -40,7 +40,7 @@ test("a view of a moment has the recorded numbers and no others", () => {
   assert.deepEqual([layer.counts, layer.requested], [[1, 0, 1], [1, 0, 1]]);
   assert.equal(layer.slowest, 1.5);
   assert.deepEqual([layer.probs, layer.margin, layer.entropy, layer.computation], [[], [], [], null]);
-  assert.deepEqual(modesOf(layer), ["expert"]);
+  assert.deepEqual(modesOf(layer), ["regions", "expert"]);
   assert.equal(past.picture, VIEW.picture);
   assert.equal(trainedView(past), VIEW);
   assert.equal(trainedView(VIEW), VIEW);

@@ -50,7 +50,7 @@ test("a choice that was dropped has no weight", () => {
 
 test("a state keeps every field in the range of its views, and tells what changed", () => {
   const state = new ViewState(view(), { layer: 7, patch: 99, mode: "slots" });
-  assert.deepEqual([state.layer, state.patch, state.mode], [1, null, "expert"]);
+  assert.deepEqual([state.layer, state.patch, state.mode], [1, null, "regions"]);
   const heard = [];
   state.subscribe((changed) => heard.push([...changed]));
   state.set({ patch: 3, layer: 1 });
@@ -63,9 +63,9 @@ test("a state keeps every field in the range of its views, and tells what change
 test("the heading counts what the model has", () => {
   const router = { num_experts: 8, top_k: 2, kind: "token_choice", expert_parameters: 66_000 };
   assert.equal(headline({ routers: [router, router], parameters: 1_700_000 }),
-    "8 networks share one image; 2 compute each patch. Each has 66\u00a0K of the model's 1.7\u00a0M parameters.");
+    "8 experts share one image; 2 compute each patch. Each has 66\u00a0K of the model's 1.7\u00a0M parameters.");
   assert.equal(headline({ routers: [{ ...router, num_experts: 4, expert_parameters: 2e6 }, { ...router, kind: "soft" }], parameters: 22e6 }),
-    "4 or 8 networks share one image. Each has 2.0\u00a0M or 66\u00a0K of the model's 22\u00a0M parameters.");
+    "4 or 8 experts share one image. Each has 2.0\u00a0M or 66\u00a0K of the model's 22\u00a0M parameters.");
 });
 
 test("what an expert reads is told in even shares, of each patch's first expert where none is chosen", () => {
