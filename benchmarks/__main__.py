@@ -55,6 +55,10 @@ PROVE = {
         "the fewest experts without which the bundled models answer otherwise",
         "demo.falls",
     ),
+    "names": (
+        "what the experts of emoji take, and what new pages cost without them",
+        "demo.names",
+    ),
     "flips": (
         "how many answers change without one expert, beside as much taken away at random",
         "demo.flips",

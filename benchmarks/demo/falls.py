@@ -6,8 +6,9 @@ For each of a model's first examples that it names right, all sets of at most th
 `falls` of card.json has the smallest set that makes another class the likeliest; of several of that size, the one by
 which the right class loses most. Where no set does, it has the answer without all experts of all layers.
 
-`matters` is the case that the explorer leads to: the strongest one with a single expert, among more examples. The
-record says of how many images it is the strongest, and how likely its class stays when as much is taken away at random.
+`matters` is the case that the explorer leads to: the strongest one with a single expert, among more examples. `chosen`
+says of how many, and in how many an answer changes; the record how likely its class stays when as much is taken away at
+random.
 Of pages of emoji `names.py` chooses it.
 
 Axes: I images, M sets of experts of a layer, E experts, C classes.
@@ -170,7 +171,8 @@ def strongest(explorer: Explorer, entry: Entry, examples: Sequence[PictureFacts]
     result = {"images": len(examples), "right": num_right, "flips": len(cases), "case": None}
     if cases:
         _, id, (layer, (expert,)) = max(cases)
-        result["case"] = case_of(explorer, entry, id, [[layer, expert]])
+        chosen = {"images": len(examples), "right": num_right, "change": len(cases)}
+        result["case"] = case_of(explorer, entry, id, [[layer, expert]]) | {"chosen": chosen}
         result["at_random"] = at_random(explorer, entry, result["case"])
     return result
 
