@@ -51,7 +51,14 @@ STUDY = {
 PROVE = {
     "resume": ("interrupted and resumed against uninterrupted, bit for bit", "reliability.resume"),
     "kill": ("the same with kill -9 at random moments", "reliability.kill"),
-    "matters": ("the expert without which a bundled model's answer changes most", "demo.matters"),
+    "falls": (
+        "the fewest experts without which the bundled models answer otherwise",
+        "demo.falls",
+    ),
+    "names": (
+        "what the experts of emoji take, and what new pages cost without them",
+        "demo.names",
+    ),
     "flips": (
         "how many answers change without one expert, beside as much taken away at random",
         "demo.flips",

@@ -25,7 +25,8 @@ that trained the runs stand in the runs' provenance and go to the card.
         --before WORK/class-experts-bundled-s0/start
 
 How far images of other things lie is measured, too; the share of them that this recognizes comes from
-`python -m benchmarks strangers run NAME`.
+`python -m benchmarks strangers run NAME`, and what the card says of single images and experts from
+`python -m benchmarks falls`, `names` and `sorting`.
 
 `--before` are models as `moevision upcycle` makes them, for the question what training added; without it the router is
 compared with that of a model with fresh weights.

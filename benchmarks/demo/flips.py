@@ -2,7 +2,7 @@
 
     python -m benchmarks flips --cifar path/to/cifar10 --out benchmarks/demo/flips.json
 
-The page opens with a photo whose answer changes: the strongest case that `matters.py` found among all bundled photos
+The page opens with a photo whose answer changes: the strongest case that `falls.py` found among all bundled photos
 and experts. This counts such cases among test images of CIFAR-10, 200 of each class. Each of the model's experts is
 taken away as a click takes it away (its patches go to their next-best expert), and for each of them as many assignments
 are taken away at random, so that both searches are as wide. Answers are kept as digits, one for each image.

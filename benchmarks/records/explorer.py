@@ -9,6 +9,7 @@ from typing import Any, cast
 from benchmarks.demo.flips import flipped
 
 Json = dict[str, Any]
+OPENING = "cifar10"  # the bundled model whose case opens README and the site
 STEPS = {
     "forward": "the model alone, one image",
     "first_page": "first page, after the server is up",
@@ -25,6 +26,8 @@ CROWDS = {
     "jpeg_400": "JPEG of 400 x 400, 97 KB",
 }
 MODELS = {"pets": "drawn pets", "cifar10": "CIFAR-10 photos", "cats_vs_dogs": "cats and dogs"}
+
+ALL_MODELS = {**MODELS, "cats_vs_dogs_two": "an expert for each class", "emoji": "pages of emoji"}
 
 
 def waiting(record: Json) -> list[Json]:
@@ -110,6 +113,7 @@ def opening(record: Json, card: Json) -> Json:
 
     A class with more than half of the probability is the answer.
     """
+    record = record["models"][OPENING]
     case = record["case"]
     assert case == card["matters"], "the explorer leads to another case than the record's"
     before, after = case["before"]["class"], case["after"]["class"]
@@ -125,10 +129,27 @@ def opening(record: Json, card: Json) -> Json:
 
 def bundled(record: Json) -> Json:
     """Of how many photos the opening's is the strongest, and what as much at random leaves of it."""
+    record = record["models"][OPENING]
     draws = record["at_random"]
     keep = sum(each > 0.5 for each in draws)
     before = record["case"]["before"]["class"]
     return {**record, "draws": len(draws), "keep": keep, "least": min(draws), "before": before}
+
+
+def fewest(record: Json) -> list[Json]:
+    """Of each model's examples that are named right, by how few experts away the answer changes."""
+    rows = []
+    for model, name in ALL_MODELS.items():
+        falls = record["models"][model]["falls"].values()
+        sizes = [len(one["away"] or ()) for one in falls]  # 0: no set of few
+        rows.append(
+            {
+                "name": name,
+                "right": len(sizes),
+                "cells": " | ".join(str(sizes.count(n)) for n in (1, 2, 3, 0)),
+            }
+        )
+    return rows
 
 
 def photos(record: Json) -> Json:

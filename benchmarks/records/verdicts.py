@@ -75,7 +75,11 @@ def expert_each(*runs: Json) -> Json:
 
 def seen_inside(record: Json) -> Json:
     """Whether an answer changes without some expert."""
-    return {"verdict": "an answer changes" if record["case"] else "no answer changes"}
+    return {
+        "verdict": "an answer changes"
+        if record["models"]["cifar10"]["case"]
+        else "no answer changes"
+    }
 
 
 def beside_dense(*records: Json) -> Json:

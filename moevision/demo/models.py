@@ -79,8 +79,19 @@ class Card:
     licence: str = ""  # of the weights
     data_kind: str = ""  # name of the dataset as `--data` takes it
     recognized: float | None = None  # share of strangers, images of other things, that it calls so
-    # The image and the expert without which its answer changes most.
+    # The image and the expert without which its answer changes most: `picture`, `away`, `before` and `after`. `chosen`
+    # says from how many images, how many of them are named right, and how many of these answers `change` so.
     matters: Json | None = None
+    # By id of an example: the fewest experts `away` without which its answer changes, `before` and `after`; where few
+    # don't do it `away` is None, and `all` the answer without all of them.
+    falls: dict[str, Json] = field(default_factory=dict)
+    # Experts that take mostly one part of the images: `layer`, `expert`, `name` (the part), `share` of its patches.
+    names: list[Json] = field(default_factory=list)
+    # By name what new images cost without these `experts`: accuracy [before, after] of the name's `own` class and of
+    # all `others`, and points that the own one loses with as many patches at random.
+    without: dict[str, Json] = field(default_factory=dict)
+    # Of a router of whole images: how many test images of each class each expert got.
+    sorting: Json | None = None
 
     def accuracy_text(self, variant: str) -> str:
         """As in "97.5 % of 832 test images right (dense twin: 97.1 %)"."""

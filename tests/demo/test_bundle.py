@@ -298,3 +298,45 @@ def test_a_damaged_summary(tiny_run, tmp_path):
         == summary["test"]["correct"] / summary["test"]["total"]
     )
     assert card_of_run("hf-hub:user/name").title == "name"
+
+
+# ---- what a card says of single examples
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """An explorer of the package's own models."""
+    explorer = Explorer(open_entries(None))
+    yield explorer
+    explorer.close()
+
+
+def answer_of(explorer, model, picture, away):
+    """The likeliest class of an example without those experts."""
+    asked = {"kind": "example", "id": picture}
+    view = explorer.answer("route", {"model": model, "picture": asked, "away": away})
+    return view["prediction"]["moe"][0]
+
+
+@pytest.mark.deep
+def test_a_cards_smallest_sets_are_what_the_explorer_answers(bundled):
+    """The last falling example of each model, and the first that stays; no single expert does what takes two."""
+    seen = set()
+    for model, entry in bundled.entries.items():
+        every = [[r.layer, e] for r in entry.facts.routers for e in range(r.num_experts)]
+        for id, fall in reversed(entry.card.falls.items()):
+            kind = (model, len(fall["away"] or ()))
+            if kind in seen:
+                continue
+            seen.add(kind)
+            if fall["away"] is None:
+                assert answer_of(bundled, model, id, every) == fall["all"]
+                continue
+            assert answer_of(bundled, model, id, []) == fall["before"]
+            assert answer_of(bundled, model, id, fall["away"]) == fall["after"]
+            assert fall["before"]["class"] != fall["after"]["class"]
+            if len(fall["away"]) > 1:
+                alone = {answer_of(bundled, model, id, [one])["class"] for one in every}
+                assert alone == {fall["before"]["class"]}
+    assert {model for model, _ in seen} == set(bundled.entries)
+    assert {size for _, size in seen} >= {0, 1}
