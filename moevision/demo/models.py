@@ -248,7 +248,8 @@ def _photos(folder: Path, model: SavedModel) -> PictureSet:
 def open_entries(
     model: str | None, data: str | None = None, root: str | None = None, *, home: Path | None = None
 ) -> list[Entry]:
-    """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones.
+    """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones, and
+    those that have an image whose answer changes without an expert.
 
     `data` and `root` are what the user said about images; None for the model's own, and for the folder `data`.
     """
@@ -273,9 +274,10 @@ def open_entries(
 
     first_is_drawn = data in DRAWN
 
-    def order(entry: Entry) -> tuple[bool, bool]:
+    def order(entry: Entry) -> tuple[bool, bool, bool]:
         is_drawn = entry.card.data_kind in DRAWN
-        return not entry.examples.has_pictures, is_drawn != first_is_drawn
+        has_none = entry.card.matters is None
+        return not entry.examples.has_pictures, is_drawn != first_is_drawn, has_none
 
     return sorted(entries, key=order)
 

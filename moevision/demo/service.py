@@ -88,7 +88,7 @@ class Explorer:
         """What the page needs to know before it asks for an image."""
         models = [_about(entry, self.times[id]) for id, entry in self.entries.items()]
         first = models[0]
-        examples = first["examples"]
+        opening = opening_example(first)
         # A user's model is alone, and the bundled ones crop.
         framing = self.entries[first["id"]].examples.framing
         fill = [str(round(255 * channel)) for channel in framing.mean]
@@ -108,7 +108,7 @@ class Explorer:
             "links": links(),
             "default": {
                 "model": first["id"],
-                "picture": examples[0]["id"] if examples else None,
+                "picture": opening["id"] if opening else None,
             },
         }
 
@@ -144,16 +144,20 @@ class Explorer:
         return self._boot
 
     def start_boot(self) -> Json:
-        """What the page needs of that to open: the examples of the first model only, unless `whole`."""
+        """What the page needs of that to open: all examples of the first model, one of each other, unless `whole`."""
         first, *others = self._boot["models"]
-        models = [first, *({**model, "examples": []} for model in others)]
+        models = [first]
+        for model in others:
+            opening = opening_example(model)
+            models.append({**model, "examples": [opening] if opening else []})
         return {**self._boot, "models": models, "whole": not others}
 
     def start_views(self) -> list[Json]:
-        """The view that the page opens with, of the first example; none where there is no image."""
-        model = self._boot["models"][0]
-        examples = model["examples"][:1]
-        return [self._example_view(model["id"], "trained", example["id"]) for example in examples]
+        """The view that the page opens with; none where there is no image."""
+        first = self._boot["default"]
+        if first["picture"] is None:
+            return []
+        return [self._example_view(first["model"], "trained", first["picture"])]
 
     def _example_view(self, model: str, variant: str, id: str) -> Json:
         picture = {"kind": "example", "id": id}
@@ -374,6 +378,13 @@ def error_json(error: Exception, name: str) -> Json:
         message = "The explorer stumbled over this request; its log on the server says where."
         code = "internal"
     return {"error": message, "code": code}
+
+
+def opening_example(model: Json) -> Json | None:
+    """The example that a model's page opens with: one whose answer changes without an expert, else the first."""
+    matters = model["card"]["matters"] or {}
+    chosen = [one for one in model["examples"] if one["id"] == matters.get("picture")]
+    return next(iter([*chosen, *model["examples"]]), None)
 
 
 def _about(entry: Entry, times: Times | None) -> Json:

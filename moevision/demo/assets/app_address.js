@@ -1,6 +1,6 @@
 // The address: what it asks for, what of that this server has, and writing the view into it, so that Back leads back.
 
-import { awayWord, BEHIND, opensDoor, readAway } from "./app_opening.js";
+import { awayWord, BEHIND, openingExample, opensDoor, readAway } from "./app_opening.js";
 import { chosenOwn, OWN } from "./app_own.js";
 import { limitable, otherK } from "./app_rail.js";
 import { asAskError } from "./app_server.js";
@@ -65,7 +65,7 @@ export function choose(app, wish) {
   const { models, default: first } = app.boot;
   const find = (id) => models.find((model) => model.id === id);
   const model = find(wish.model) ?? find(first?.model) ?? models[0];
-  const usual = model.examples.find(({ id }) => id === first?.picture) ?? model.examples[0];
+  const usual = model.examples.find(({ id }) => id === first?.picture) ?? openingExample(model);
   // The rail shows a few examples; a link may name any image that the server knows.
   const id = wish.picture ?? usual?.id;
   const [k, capacity] = [wish.k, wish.capacity].map(Number);

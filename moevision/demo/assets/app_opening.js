@@ -52,7 +52,7 @@ export class AppOpening {
   /** "smileys, 69 %"; "mixed" where the model's experts have counted names and this one has none. @param {number} layer @param {number} expert */
   nameOf(layer, expert) {
     const { names } = this.app.model.card;
-    if (!names) return null;
+    if (!names?.length) return null;
     const found = names.find((one) => one.layer === layer && one.expert === expert);
     return found ? `${found.name}, ${percent(found.share)}` : "mixed";
   }
@@ -67,7 +67,7 @@ export class AppOpening {
     const known = [...new Set([...first.slice(0, 1), ...shown, ...first, ...model.examples])].map(({ id, name, label, thumb }) => ({
       action: "example", id, name: exampleName(label, name), thumb, on: picture.id === id }));
     const elsewhere = boot.models.filter((one) => one.id !== model.id && one.examples.length).sort((one, other) => Number(isOfEmoji(other)) - Number(isOfEmoji(one)));
-    const other = elsewhere.slice(0, 1).map(({ id, title, examples: [{ thumb }] }) => ({ action: "model", id, name: title, thumb, on: false }));
+    const other = elsewhere.slice(0, 1).map((one) => ({ action: "model", id: one.id, name: one.title, thumb: openingExample(one).thumb, on: false }));
     const thumbs = [...[...mine, ...known].slice(0, THUMBS - other.length), ...other];
     return html`<div class="mv-flow-pick" role="group" aria-label="Images">${thumbs.map(({ action, id, name, thumb, on }) => html`<button type="button"
       data-action="${action}" data-id="${id}" data-key="flow-${action}-${id}" aria-pressed="${on}" ${on && new Markup("disabled")}
@@ -122,6 +122,9 @@ const actionButton = (action, label) => html`<button type="button" class="mv-but
 
 /** "cat, chelsea.jpg" of cat/chelsea.jpg. @param {string | null} label @param {string} name */
 const exampleName = (label, name) => (label ? `${label}, ${name.split("/").at(-1)}` : name);
+
+/** The image that a model opens with: one whose answer changes without an expert, else its first. @param {BootModel} model */
+export const openingExample = ({ card, examples }) => examples.find(({ id }) => id === card.matters?.picture) ?? examples[0];
 
 /** @param {BootModel} model */
 export const isOfEmoji = ({ card }) => Boolean(card.data_kind?.startsWith("emoji"));

@@ -7,7 +7,7 @@ import { article } from "./core_words.js";
 /** @import { App } from "./app.js" */
 /** @import { BootModel, Sorted, Sorting, View } from "./types.js" */
 
-const FLIGHT_MS = 700;
+const SORT_MS = 700;
 const BETWEEN_MS = 90; // from a photo that leaves to the next one
 
 /** How the test images of a model were sorted; null where nobody counted. @param {BootModel} model @returns {Sorting | null} */
@@ -21,7 +21,7 @@ export function drawSorting(app) {
   box.hidden = !sorting;
   app.root.classList.toggle("mv-sorting", Boolean(sorting));
   if (!sorting || !state || state.view.model.id !== model.id) return;
-  fillBox(box, layout(app, sorting, picture.kind === "upload" ? ownOf(state.view) : null));
+  fillBox(box, sortingLayout(app, sorting, picture.kind === "upload" ? ownOf(state.view) : null));
 }
 
 /** A visitor's photo and where it went. @param {View} view @returns {Sorted} */
@@ -39,12 +39,12 @@ export function playSorting(app) {
     const at = photo.getBoundingClientRect();
     const from = `translate(${left + width / 2 - at.left - at.width / 2}px, ${top - at.top}px) scale(.6)`;
     photo.animate([{ transform: from, opacity: 0 }, { opacity: 1, offset: 0.3 }, { transform: "none" }],
-      { duration: FLIGHT_MS, delay: BETWEEN_MS * place, easing: "ease-in-out", fill: "backwards" });
+      { duration: SORT_MS, delay: BETWEEN_MS * place, easing: "ease-in-out", fill: "backwards" });
   });
 }
 
 /** @param {App} app @param {Sorting} sorting @param {Sorted | null} own */
-function layout({ model, boot }, { classes, routes, agree, images, photos }, own) {
+function sortingLayout({ model, boot }, { classes, routes, agree, images, photos }, own) {
   const thumbs = new Map(model.examples.map(({ id, thumb, label }) => [id, { thumb, label }]));
   const known = photos.flatMap((photo) => (thumbs.has(photo.id) ? [{ ...photo, ...present(thumbs.get(photo.id)) }] : []));
   const experts = classes.map((_, expert) => expert);
@@ -52,7 +52,7 @@ function layout({ model, boot }, { classes, routes, agree, images, photos }, own
   const untold = boot.models.find(({ id, routers }) => id !== model.id && routers.every(({ route_by: by }) => by !== "image"));
   return html`<div class="mv-flow-head"><div><h1>${experts.map((expert) => `Expert ${expert} takes the ${classes[taken[expert]]}s.`).join(" ")}</h1>
       <p>${images} photos that the model had never seen. A router looks at each and sends it to one of ${experts.length} experts.</p></div></div>
-    <div class="mv-sorted">${experts.map((expert) => oneBox(expert, classes, routes, known, own))}</div>
+    <div class="mv-sorted">${experts.map((expert) => sortedBox(expert, classes, routes, known, own))}</div>
     <div class="mv-flow-say"><button type="button" class="mv-primary" data-action="choose" data-key="sort-own">Which one gets your photo?</button>
       <button type="button" class="mv-button" data-action="sort" data-key="sort-again">Sort them again</button>
       ${own && html`<p role="status"><b>Yours goes to expert ${own.expert}</b>, and the answer is ${own.answer}.</p>`}</div>
@@ -65,7 +65,7 @@ function layout({ model, boot }, { classes, routes, agree, images, photos }, own
 const mostOf = (routes, expert) => routes.map((row) => row[expert]).reduce((best, count, name, all) => (count > all[best] ? name : best), 0);
 
 /** @param {number} expert @param {string[]} classes @param {number[][]} routes @param {Sorted[]} known @param {Sorted | null} own */
-function oneBox(expert, classes, routes, known, own) {
+function sortedBox(expert, classes, routes, known, own) {
   const most = mostOf(routes, expert);
   const counts = routes.map((row) => row[expert]);
   const all = routes[most].reduce((sum, count) => sum + count, 0);
