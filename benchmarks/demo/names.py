@@ -12,6 +12,9 @@ Three fields of card.json, each from pages that the others don't use:
   expert named after its own group; of those whose answer changes it is the page whose class loses most. `chosen` says
   among how many: a page that was chosen shows what can happen, the others how often.
 
+`typed` of the record is for pages that a visitor types: how many pages are named right of which only the first emoji
+are there, and the other cells empty. Their class is what most of those emoji are, ties left out.
+
 Axes: I pages, N emoji of a page (16), E experts.
 """
 
@@ -35,7 +38,7 @@ from moevision.analysis.collect import network_input
 from moevision.analysis.effects import run_compared
 from moevision.analysis.intervention import Intervention, apply_edits
 from moevision.analysis.names import name_experts
-from moevision.data.emoji import GROUPS, EmojiPages, read_sheet
+from moevision.data.emoji import GROUPS, EmojiPages, draw_page, read_sheet
 from moevision.demo.models import Entry, open_entries
 from moevision.demo.service import Explorer
 from moevision.layers import forward_routing, moe_layers, routing_lock
@@ -45,6 +48,7 @@ MODEL = "emoji"
 NAMING_PAGES = 3_600  # of "val"
 SHOWN = 2_000  # test pages that the explorer shows: new ones come after them
 DRAWS = 20
+TYPED_PAGES = 1_800
 _BATCH = 200
 
 
@@ -160,7 +164,7 @@ def without_of(
 
 
 def chosen_page(
-    entry: Entry, explorer: Explorer, names: Sequence[dict[str, Any]]
+    entry: Entry, explorer: Explorer, names: Sequence[dict[str, Any]], among: int
 ) -> dict[str, Any]:
     """`matters` of card.json, with `chosen`: of how many pages `right`, of a `named` group, the answers `change`."""
     right = 0
@@ -192,6 +196,24 @@ def left(explorer: Explorer, entry: Entry, case: dict[str, Any]) -> float:
     return float(likelihood[case["before"]["class"]])
 
 
+@torch.inference_mode()
+def typed_pages(model: SavedModel, num_emoji: int, pages: int, seed: int = 0) -> float:
+    """Share of pages named right whose first cells have `num_emoji` emoji and whose others are empty."""
+    drawn = EmojiPages(4 * pages, model.image_size, seed, "test")
+    images = []
+    labels = []
+    characters = [one.character for one in read_sheet().emoji]
+    for index in range(len(drawn)):
+        emoji = [characters[number] for number in drawn.emoji(index)[:num_emoji]]
+        name = EmojiPages.most_common_class(emoji)
+        if name is not None and len(images) < pages:
+            images.append(draw_page(emoji))
+            labels.append(GROUPS.index(name))
+    batches = network_input(model, np.stack(images)).split(_BATCH)
+    found = torch.cat([model.net(x).argmax(-1) for x in batches])
+    return round(float((found.numpy() == np.array(labels)).mean()), 4)
+
+
 def record_of(options: Namespace) -> dict[str, Any]:
     """Name the experts, take them away, choose the page, and put all of it on the card."""
     (entry,) = (one for one in open_entries(None) if one.card.id == MODEL)
@@ -210,7 +232,8 @@ def record_of(options: Namespace) -> dict[str, Any]:
     explorer.close()
     fields = {"names": names, "without": without, "matters": matters}
     change_card(MODEL, **fields)
-    return {**fields, "at_random": control}
+    typed = {num: typed_pages(model, num, TYPED_PAGES) for num in (4, 8, 10, 12, 14, 16)}
+    return {**fields, "at_random": control, "typed": typed}
 
 
 def main() -> None:
