@@ -8,10 +8,10 @@ Three fields of card.json, each from pages that the others don't use:
 - `without`: accuracy on 9,000 test pages that the explorer doesn't show, before and after all experts of one name are
   taken away, on pages of that group and on all others. Beside it what the pages of the group lose, in points, when on
   each as many of its emoji, of any group, are sent past their expert at random: the mean of 20 draws.
-- `matters`: the page that the explorer opens with. Of the 2,000 test pages that it shows, each that is named right loses
-  the expert named after its own group; of those whose answer changes it is the page whose class loses most. `chosen`
-  says among how many: a page that was chosen shows what can happen, the others how often. Of the first 60 pages a single
-  one changes, from .38, which as many emoji at random do as well.
+- `matters`: the page that the explorer opens with. Of the 2,000 test pages that it shows, each that is named right
+  loses the expert named after its own group; of those whose answer changes it is the page whose class loses most.
+  `chosen` says among how many: a page that was chosen shows what can happen, the others how often. Of the first 60
+  pages a single one changes, from .38, which as many emoji at random do as well.
 
 `typed` of the record is for pages that a visitor types: how many pages are named right of which only the first emoji
 are there, and the other cells empty. Their class is what most of those emoji are, ties left out.
@@ -228,7 +228,7 @@ def record_of(options: Namespace) -> dict[str, Any]:
     without = without_of(model, new, names, DRAWS)
 
     explorer = Explorer([entry])
-    matters = chosen_page(entry, explorer, names, SHOWN)
+    matters = chosen_page(entry, explorer, names)
     control = at_random(explorer, entry, matters)
     explorer.close()
     fields = {"names": names, "without": without, "matters": matters}
