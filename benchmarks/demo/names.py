@@ -8,9 +8,10 @@ Three fields of card.json, each from pages that the others don't use:
 - `without`: accuracy on 9,000 test pages that the explorer doesn't show, before and after all experts of one name are
   taken away, on pages of that group and on all others. Beside it what the pages of the group lose, in points, when on
   each as many of its emoji, of any group, are sent past their expert at random: the mean of 20 draws.
-- `matters`: the page that the explorer opens with. Of the first 60 test pages that are named right, each loses the
-  expert named after its own group; of those whose answer changes it is the page whose class loses most. `chosen` says
-  among how many: a page that was chosen shows what can happen, the others how often.
+- `matters`: the page that the explorer opens with. Of the 2,000 test pages that it shows, each that is named right
+  loses the expert named after its own group; of those whose answer changes it is the page whose class loses most.
+  `chosen` says among how many: a page that was chosen shows what can happen, the others how often. Of the first 60
+  pages a single one changes, from .38, which as many emoji at random do as well.
 
 `typed` of the record is for pages that a visitor types: how many pages are named right of which only the first emoji
 are there, and the other cells empty. Their class is what most of those emoji are, ties left out.
@@ -164,13 +165,13 @@ def without_of(
 
 
 def chosen_page(
-    entry: Entry, explorer: Explorer, names: Sequence[dict[str, Any]], among: int
+    entry: Entry, explorer: Explorer, names: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """`matters` of card.json, with `chosen`: of how many pages `right`, of a `named` group, the answers `change`."""
     right = 0
     named = 0
     cases = []
-    for example in entry.examples.usable(0, among):
+    for example in entry.examples.usable(0, SHOWN):
         before = said(explorer, entry, example.id, [])
         if before["class"] != example.label:
             continue
@@ -183,7 +184,7 @@ def chosen_page(
                 cases.append((before["p"] - left(explorer, entry, case), case))
     changed = len({case["picture"] for _, case in cases})
     _, strongest = max(cases, key=lambda one: one[0])
-    base = {"images": among, "right": right, "named": named, "change": changed}
+    base = {"images": SHOWN, "right": right, "named": named, "change": changed}
     return {**strongest, "chosen": base}
 
 
@@ -227,7 +228,7 @@ def record_of(options: Namespace) -> dict[str, Any]:
     without = without_of(model, new, names, DRAWS)
 
     explorer = Explorer([entry])
-    matters = chosen_page(entry, explorer, names, options.among)
+    matters = chosen_page(entry, explorer, names)
     control = at_random(explorer, entry, matters)
     explorer.close()
     fields = {"names": names, "without": without, "matters": matters}
@@ -241,13 +242,6 @@ def main() -> None:
     parser = argument_parser("names", __doc__)
     add = parser.add_argument
     add("--pages", type=count, default=9_000, metavar="N", help="new pages (%(default)s)")
-    add(
-        "--among",
-        type=count,
-        default=60,
-        metavar="N",
-        help="shown pages, of which one is chosen (%(default)s)",
-    )
     add("--out", type=Path, metavar="FILE", help="write a record")
     options = parser.parse_args()
     origin = about()

@@ -23,7 +23,7 @@ Entries = Mapping[str, Entry]  # by the model's id
 # Characters of a text. The longest is an image's id: its kind and a file path, which Linux limits to 4096 bytes.
 MAX_TEXT = 4200
 MAX_TYPED = 400  # characters of a page that is typed
-# On a page with four cells empty 79 % are named right, with all full 91 %, with eight full 33 %: no training page has
+# On a page with four cells empty 79 % are named right, with all full 92 %, with eight full 32 %: no training page has
 # empty ones (benchmarks/demo/names.json).
 FEWEST_EMOJI = 12
 MOST_EMOJI = CELLS**2
