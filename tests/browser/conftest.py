@@ -6,6 +6,7 @@ What a page shows is compared with the service's own answer, which `ask` gets pa
 
 import base64
 import re
+import statistics
 import threading
 import time
 from contextlib import contextmanager
@@ -13,9 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from moevision.demo.html import app_page
 from tests.demo.conftest import (
     bundle,
     explorer,
+    games_home,
     home,
     make,
     photos_home,
@@ -160,6 +163,23 @@ def visits_at(new_visit):
         assert one.requests
 
 
+def answering(home, explorer):
+    """Has an explorer of this process answer what a visit asks below `home`, where nothing listens: for `visits_at`."""
+
+    def answer(route):
+        if route.request.method == "GET":
+            page = app_page(explorer.start_boot(), explorer.start_views())
+            rest = (
+                "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; "
+            )
+            headers = {"content-security-policy": rest + page.policy}
+            return route.fulfill(content_type="text/html", body=page.text, headers=headers)
+        name, question = asked_for(route.request), route.request.post_data_json
+        return route.fulfill(json=explorer.answer(name, question))
+
+    return lambda one: one.context.route(f"{home}**", answer)
+
+
 @pytest.fixture
 def visit(visits_at, server):
     return visits_at(server.url)
@@ -235,6 +255,36 @@ def alone(new_visit, page, folder):
     return visit
 
 
+def counts(page):
+    """Of how many patches each box's expert is the first; "away" where it is that, and a share of Soft MoE as it stands."""
+    texts = page.locator(".mv-flow-box [data-part=amount]").all_text_contents()
+    found = [re.match(r"(\d+) patch(?:es)?$", text) for text in texts]
+    return [
+        int(number[1]) if number else {"none": 0}.get(text, text)
+        for text, number in zip(texts, found, strict=True)
+    ]
+
+
+def firsts(ask, layer=1, **request):
+    """The first expert of each patch of the first image, and of how many patches each expert is that."""
+    shown = ask("route", picture=FIRST, **request)["layers"][layer]
+    first = [chosen[0] for chosen in shown["experts"]]
+    return first, [first.count(expert) for expert in range(shown["num_experts"])]
+
+
+def faded(page, first):
+    """Of each patch of a square grid whether the photo is faded there to the paper's colour, 82 % of it."""
+    alpha = """first => {
+      const canvas = document.querySelector('[data-part=contours]');
+      const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d', { willReadFrequently: true });
+      copy.drawImage(canvas, 0, 0);
+      const side = Math.sqrt(first.length);
+      const at = (patch) => [patch % side + .5, Math.floor(patch / side) + .8].map((part) => Math.floor(part * canvas.width / side));
+      return first.map((_, patch) => copy.getImageData(...at(patch), 1, 1).data[3]);
+    }"""
+    return [value == 209 for value in page.evaluate(alpha, first)]  # 255 · .82
+
+
 def experts_of(layer):
     """The number on every patch: its first expert in a layer of a view."""
     return [str(choices[0]) for choices in layer["experts"]]
@@ -260,6 +310,11 @@ def fills(page):
     return [(*values[:3], values[3] if len(values) > 3 else 1.0) for values in found]
 
 
+def told(page, selector):
+    """A text without its line breaks, and without those that keep a number beside its unit."""
+    return " ".join(page.text_content(selector).split())
+
+
 def said(page):
     """What a screen reader was told last."""
     return page.text_content("[data-live]")
@@ -271,6 +326,22 @@ def open_tab(page, name):
 
 def no_sideways_scroll(page):
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def result(effect):
+    """Target before -> after and the control's mean and spread, with as many digits as the spread leaves."""
+    before = effect["before"][0]["p"]
+    controls = [before + delta for delta in effect["control"]["delta_ps"]]
+    mean, spread = statistics.fmean(controls), statistics.stdev(controls)
+    digits = 1 if spread < 0.0095 else 0
+    old, now, mean, spread = (
+        f"{100 * p:.{digits}f} %" for p in (before, before + effect["delta_p"], mean, spread)
+    )
+    target, other = effect["target"], effect["after"][0]["class"]
+    told = f"{target} stays {now}" if old == now else f"{target} {old} → {now}"
+    moved = effect["moved"] + effect["moved_prefix"] > 0
+    control = f"As much at random: {mean} ± {spread}" if moved else "No patch changes its experts"
+    return f"{told}{'' if other == target else f', now {other}'}. {control}"
 
 
 def give(page, files, way="drop"):

@@ -234,7 +234,7 @@ def refuse(page, **asked):
 
 
 def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, ask):
-    """Another network, which fails, then another image: of that network."""
+    """Another variant, which fails, then another image: of that variant."""
     page = new_visit().open(server.url)
     refuse(page, variant="unbalanced")
     press(page, "[data-variant=unbalanced]", "[data-action=retry]")
@@ -416,7 +416,7 @@ def test_a_late_answer_does_not_bring_back_the_former_models_image(visit, empty_
     page = visit().page
     empty_stage(page)
     page.select_option("[data-change=model]", "pets")
-    page.wait_for_selector("[data-box=view]:visible")
+    page.wait_for_selector("[data-box=main]:visible")
     with page.expect_response(lambda response: asked_for(response.request) == "route"):
         page.evaluate("""() => {
             document.querySelectorAll("[data-action=example]")[4].click();
@@ -425,18 +425,17 @@ def test_a_late_answer_does_not_bring_back_the_former_models_image(visit, empty_
             models.dispatchEvent(new Event("change", { bubbles: true }));
         }""")
     page.wait_for_timeout(200)  # ms; an answer is shown in far less
-    assert page.is_hidden("[data-box=view]")
+    assert page.is_hidden("[data-box=main]")
     assert page.is_visible("[data-box=blank]")
 
 
 def test_the_first_screen_says_what_the_model_is_and_sees(visit, ask):
     view = ask("route", picture=FIRST)
     page = visit().page
-    header, verdict = page.text_content(".mv-header"), page.text_content(".mv-verdict")
+    header, answer = page.text_content(".mv-header"), page.text_content(".mv-flow-answer")
     assert view["model"]["accuracy_text"] in header
     assert view["model"]["data_text"] in header
-    assert view["prediction"]["moe"][0]["class"] in verdict
-    assert f"dense twin: {view['prediction']['dense'][0]['class']}" in verdict
+    assert says(answer, "The model says", view["prediction"]["moe"][0]["class"])
     bars = page.locator(".mv-box-prediction .mv-class").all_text_contents()
     top = [one["class"] for side in ("moe", "dense") for one in view["prediction"][side]]
     assert [bar.split()[0] for bar in bars] == top

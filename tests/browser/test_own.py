@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import MOBILE, change_answer, give, press, violations
+from tests.browser.conftest import MOBILE, change_answer, give, press, told, violations
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -40,7 +40,7 @@ def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(
     """The route of most patches in the middle, by hand from the view, and what `similar` says of it."""
     page = visit(door=False, reduced_motion="reduce").page
     page.set_input_files("[data-box=file]", files[:1])
-    page.wait_for_selector("[data-part=route] p")
+    page.wait_for_selector("[data-box=route] p")
     view = explorer.answer("route", page.visit.question("route"))
     first, second = ([choices[0] for choices in layer["experts"]] for layer in view["layers"])
     routes = Counter((first[patch], second[patch]) for patch in (5, 6, 9, 10))  # of 4 x 4
@@ -49,30 +49,30 @@ def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(
     if patches:
         page.wait_for_selector(".mv-route")
         label, most = Counter(patch["label"] for patch in patches).most_common(1)[0]
-        text = " ".join(page.text_content("[data-part=route] p").split())
+        text = told(page, "[data-box=route] p")
         way = " and ".join(
             f"{expert} in {layer['name']}"
             for expert, layer in zip(route, view["layers"], strict=True)
         )
-        expected = f"{count} squares in its middle go to {way}, as do these of other images"
+        expected = f"{count} patches in its middle go to {way}, as do these of other images"
         assert text == f"{expected}, {most} of {len(patches)} of {label}:" or len(
             set(routes.values())
         ) < len(routes)
         assert page.locator(".mv-route img").count() == min(8, len(patches))
     names = view["model"]["class_names"]
-    told = " ".join(page.text_content("[data-part=route]").split())
-    assert f"It knows {', '.join(names[:-1])} and {names[-1]}, and nothing else." in told
+    knows = f"It knows {', '.join(names[:-1])} and {names[-1]}, and nothing else."
+    assert knows in told(page, "[data-box=route]")
     # All classes have a bar, and a stranger is told of in words: noise is none of the pets.
     bars = page.locator(".mv-flow-answer li > span").all_text_contents()
     assert sorted(bars) == sorted(names)
-    assert page.text_content("[data-part=said]").startswith(view["picture"]["unlike"][:40])
+    assert told(page, "[data-box=said]").startswith(view["picture"]["unlike"])
     assert violations(page) == []
     press(
         page,
-        "[data-part=route] ~ *, .mv-flow-box:not([disabled]) >> nth=0",
-        "[data-action=put-back]",
+        "[data-box=route] ~ *, .mv-flow-box:not([disabled]) >> nth=0",
+        "[data-box=said] [data-action=put-back]",
     )
-    assert page.text_content("[data-part=route]") == ""  # of the whole model
+    assert page.text_content("[data-box=route]") == ""  # of the whole model
 
 
 def test_a_server_that_fails_to_tell_the_route_is_told_of(new_visit, server, files):
@@ -82,8 +82,8 @@ def test_a_server_that_fails_to_tell_the_route_is_told_of(new_visit, server, fil
         page, "similar", lambda _: {"error": "The explorer stumbled over this.", "code": "internal"}
     )
     page.set_input_files("[data-box=file]", files[:1])
-    page.wait_for_selector("[data-part=route] [role=alert]:has-text('stumbled over this')")
-    assert says(page.text_content("[data-part=route]"), "knows cat, dog")
+    page.wait_for_selector("[data-box=route] [role=alert]:has-text('stumbled over this')")
+    assert says(page.text_content("[data-box=route]"), "knows cat, dog")
 
 
 def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):

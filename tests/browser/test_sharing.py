@@ -100,14 +100,13 @@ def test_a_notebook_shows_the_same_view(new_visit, pixels, make):
     marks = frame.locator(".mv-mark").all_text_contents()
     assert marks == [str(choices[0]) for choices in view.to_json()["layers"][-1]["experts"]]
     assert frame.locator("[data-live]").text_content().startswith("row 2, column 2")
-    assert (
-        "· " not in frame.locator(".mv-header p").text_content()
-    )  # nothing is told of an unnamed model's accuracy
-    assert "top-2 of 4 experts" in frame.locator(".mv-header").text_content()
+    foot = frame.locator(".mv-footnote").text_content()
+    assert says(foot, "top-2 of 4 experts")
+    assert "accuracy" not in foot  # nothing is told of an unnamed model's
     assert one.complaints == []
 
 
-VIEW_ENDS = "document.querySelector('.mv-center').getBoundingClientRect().bottom"
+VIEW_ENDS = "document.querySelector('.mv-flow').getBoundingClientRect().bottom"
 
 
 @pytest.mark.parametrize("width", [760, 940, 1200, 1440])
@@ -179,7 +178,7 @@ def test_a_link_reproduces_the_view(visit):
     for selector in pressed:
         data = "element => JSON.stringify([element.dataset, element.ariaLabel])"
         assert other.locator(selector).evaluate(data) == page.locator(selector).evaluate(data)
-    for box in (".mv-box-where", ".mv-box-verdict", ".mv-box-loads"):
+    for box in (".mv-box-where", ".mv-flow-answer", ".mv-box-loads"):
         assert other.text_content(box) == page.text_content(box)
 
 

@@ -1,7 +1,6 @@
 """The scrubber over the recorded moments of a training: what it shows is the file's, and no step asks the server."""
 
 import json
-import re
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from moevision.models.history import RoutingHistory
 from tests.browser.conftest import (
     alone,
+    counts,
     fills,
     no_sideways_scroll,
     numbers,
@@ -53,10 +53,11 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded):
         weights = recorded.weights[3][moment, image].astype(float)
         assert [fill[3] for fill in fills(page)] == pytest.approx(0.65 * weights.max(-1), abs=0.005)
         p = recorded.probabilities[moment, image].astype(float)
-        said = re.sub(r"\s+", " ", page.text_content(".mv-verdict")).strip()
-        assert said.lower().startswith(
-            f"{words}: {recorded.class_names[p.argmax()]} {100 * p.max():.0f} %"
-        )
+        best = page.locator(".mv-flow-answer li").first
+        assert page.text_content("[data-part=when]") == words
+        assert says(page.text_content(".mv-flow-answer"), "The model said")
+        assert best.get_attribute("data-class") == recorded.class_names[p.argmax()]
+        assert best.locator("b").text_content() == f"{100 * p.max():.0f} %"
         counts = [str(count) for count in np.count_nonzero(weights, axis=0)]
         assert page.locator(".mv-loadcount").all_text_contents() == counts
         page.keyboard.press("ArrowRight")
@@ -94,13 +95,8 @@ def test_the_boxes_follow_the_moment(photos, recorded):
     image = image_of(page, recorded)
     scrub(page, "Home", "before training")
     first = recorded.first_choice(3)[0, image].tolist()
-    expected = [
-        str(first.count(expert) or "none") for expert in range(recorded.weights[3].shape[-1])
-    ]
-    page.wait_for_function(
-        "all => [...document.querySelectorAll('.mv-flow-box small')].map(one => one.textContent).join() === all",
-        arg=",".join(expected),
-    )
+    page.wait_for_selector(".mv-past")
+    assert counts(page) == [first.count(expert) for expert in range(recorded.weights[3].shape[-1])]
 
 
 def told(page):
@@ -114,7 +110,7 @@ def words(history, moment, layer=1):
         name.split("/")[0] == said for name, said in zip(history.image_names, best, strict=True)
     )
     taken = np.count_nonzero(history.weights[(1, 3)[layer]][moment], axis=(0, 1))
-    return f"{right} of 3 right, busiest network {100 * taken.max() / taken.sum():.0f} %"
+    return f"{right} of 3 right, busiest expert {100 * taken.max() / taken.sum():.0f} %"
 
 
 def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos_home):
@@ -153,7 +149,7 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     assert [low - high for high, low in first] == pytest.approx(100 * loads / loads.sum(), abs=0.2)
     page.select_option("[data-change=flow-layer]", "0")
     page.wait_for_function(
-        "document.querySelector('.mv-film').textContent.includes('network of L1')"
+        "document.querySelector('.mv-film').textContent.includes('expert of L1')"
     )
     assert told(page) == [words(recorded, 1, 0), words(other, 1, 0)]
 
@@ -238,25 +234,19 @@ def test_a_moment_can_not_be_changed(photos, recorded):
     """Its network wasn't kept: what is taken away would be of the trained model, as if it had been of this one."""
     page = photos().page
     scrub(page, "Home", "before training")
-    before = [
-        page.locator(".mv-flow-answer").inner_text(),
-        page.locator(".mv-flow-box small").all_text_contents(),
-    ]
+    before = [page.locator(".mv-flow-answer").inner_text(), counts(page)]
     asked = len(page.visit.asked)
     for control in (".mv-flow-box:not(:disabled)", "[data-part=photo]", "[data-action=hand]"):
         page.locator(control).first.click()
         page.wait_for_selector(".mv-toast:visible")
         assert says(page.text_content(".mv-toast"), "Only the trained")
         page.evaluate("document.querySelector('.mv-toast').hidden = true")
-    assert says(page.text_content("[data-part=said]"), "Only the trained")
+    assert says(page.text_content("[data-box=said]"), "Only the trained")
     assert "Take it away" not in page.locator(".mv-flow-box").first.get_attribute("aria-label")
     assert page.text_content("[data-part=when]") == "before training"
-    now = [
-        page.locator(".mv-flow-answer").inner_text(),
-        page.locator(".mv-flow-box small").all_text_contents(),
-    ]
+    now = [page.locator(".mv-flow-answer").inner_text(), counts(page)]
     assert (now, len(page.visit.asked)) == (before, asked)
-    page.click("[data-part=said] [data-action=to-trained]")
+    page.click("[data-box=said] [data-action=to-trained]")
     page.wait_for_function(
         "document.querySelector('[data-part=when]').textContent === 'after training'"
     )
