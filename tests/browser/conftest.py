@@ -31,10 +31,13 @@ from tests.demo.conftest import (
 from tests.demo.serving import asked_for
 from tests.needs import chromium
 
+CONTROLLED = ".mv-flow-say:has-text('at random')"
+AWAY = ".mv-flow-box[aria-pressed=true]"
 SERVER_CALL = re.compile(r"/api/\w+$")
 WIDE = {"width": 1440, "height": 900}
 PHONE = {"width": 390, "height": 844}
 MOBILE = {"viewport": PHONE, "has_touch": True, "is_mobile": True}
+CHANGED = "[data-box=said] [data-action=as-is]"  # seen beside what isn't as it was trained
 FIRST = {"kind": "example", "id": "pets/test/0"}
 
 
@@ -255,8 +258,14 @@ def alone(new_visit, page, folder):
     return visit
 
 
+def take_away(page, expert):
+    """Click an expert's box, and wait until it is away."""
+    box = f".mv-flow-box[data-expert='{expert}']"
+    press(page, box, f"{box}[aria-pressed=true]")
+
+
 def counts(page):
-    """Of how many patches each box's expert is the first; "away" where it is that, and a share of Soft MoE as it stands."""
+    """Of how many patches each box's expert is the first; "away", and a share of Soft MoE, as they stand there."""
     texts = page.locator(".mv-flow-box [data-part=amount]").all_text_contents()
     found = [re.match(r"(\d+) patch(?:es)?$", text) for text in texts]
     return [
@@ -279,7 +288,8 @@ def faded(page, first):
       const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d', { willReadFrequently: true });
       copy.drawImage(canvas, 0, 0);
       const side = Math.sqrt(first.length);
-      const at = (patch) => [patch % side + .5, Math.floor(patch / side) + .8].map((part) => Math.floor(part * canvas.width / side));
+      const at = (patch) => [patch % side + .5, Math.floor(patch / side) + .8]
+        .map((part) => Math.floor(part * canvas.width / side));
       return first.map((_, patch) => copy.getImageData(...at(patch), 1, 1).data[3]);
     }"""
     return [value == 209 for value in page.evaluate(alpha, first)]  # 255 · .82

@@ -9,6 +9,8 @@ from moevision.demo.html import app_page, flow_html, read_css
 from moevision.demo.models import bundled_folders, open_entries
 from moevision.demo.service import Explorer, opening_example
 from tests.browser.conftest import (
+    AWAY,
+    CONTROLLED,
     FIRST,
     MOBILE,
     SERVER_CALL,
@@ -19,6 +21,7 @@ from tests.browser.conftest import (
     press,
     result,
     saved,
+    take_away,
     told,
     violations,
 )
@@ -80,10 +83,8 @@ def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer)
     assert says(text, "Four experts share", "this cat.")
     assert 30 < len(words(text)) <= WORDS, text
     assert 5 < len(controls) <= CONTROLS, controls
-    photo, row = (
-        page.locator(each).bounding_box() for each in ("[data-part=photo]", ".mv-flow-row")
-    )
-    assert photo["width"] >= 0.45 * row["width"]
+    photo = page.locator("[data-part=photo]").bounding_box()
+    assert photo["width"] >= 0.45 * page.locator(".mv-flow-row").bounding_box()["width"]
     assert photo["y"] + photo["height"] <= 900
     assert violations(page) == []
     assert no_sideways_scroll(page)
@@ -128,8 +129,8 @@ def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled,
 
 def test_a_phone_shows_the_photo_first(visit):
     page = visit(door=False, **MOBILE).page
-    assert page.locator("[data-part=photo]").bounding_box()["y"] <= 300
-    assert page.locator("[data-part=photo]").bounding_box()["width"] >= 350
+    photo = page.locator("[data-part=photo]").bounding_box()
+    assert (photo["y"] <= 300, photo["width"] >= 350) == (True, True)
     assert no_sideways_scroll(page)
 
 
@@ -139,9 +140,7 @@ def test_each_box_has_its_patches(newcomer, ask):
     assert counts(page) == each
     page.select_option("[data-change=flow-layer]", "0")
     _, each = firsts(ask, 0)
-    page.wait_for_function(
-        "document.querySelector('.mv-flow-boxes').getAttribute('aria-label').includes('L1')"
-    )
+    page.wait_for_selector(".mv-flow-boxes[aria-label*=L1]")
     assert counts(page) == each
 
 
@@ -159,59 +158,33 @@ def test_experts_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     page = newcomer.page
     _, each = firsts(ask)
     gone = each.index(max(each))
-    press(
-        page,
-        f".mv-flow-box[data-expert='{gone}']",
-        f".mv-flow-box[data-expert='{gone}'][aria-pressed=true]",
-    )
+    take_away(page, gone)
     _, moved = firsts(ask, away=[[3, gone]])
-    assert moved[gone] == 0
-    assert counts(page) == [
-        "away" if expert == gone else count for expert, count in enumerate(moved)
-    ]
-    page.wait_for_function(
-        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
-    )
-    measured = ask(
-        "what_if", picture=FIRST, intervention={"kind": "ablate", "layer": 3, "expert": gone}
-    )
+    moved[gone] = "away"
+    assert counts(page) == moved
+    page.wait_for_selector(CONTROLLED)
+    change = {"kind": "ablate", "layer": 3, "expert": gone}
+    measured = ask("what_if", picture=FIRST, intervention=change)
     assert told(page, ".mv-flow-say p") == f"1 expert away: {result(measured)}."
     assert page.locator(".mv-flow-answer em").count() == measured["control"]["n"]
-    other = moved.index(max(moved))
-    press(
-        page,
-        f".mv-flow-box[data-expert='{other}']",
-        f".mv-flow-box[data-expert='{other}'][aria-pressed=true]",
-    )
+    other = next(box for box, count in enumerate(moved) if count and box != gone)
+    take_away(page, other)
     assert "2 experts away" in page.text_content(".mv-flow-say")
-    page.wait_for_function(
-        "away => new URLSearchParams(location.search).get('away') === away",
-        arg=f"3.{gone}_3.{other}",
-    )
+    page.wait_for_function("away => location.search.includes(away)", arg=f"3.{gone}_3.{other}")
     link = page.url
-    press(
-        page,
-        "[data-box=said] [data-action=put-back]",
-        ".mv-flow-box[aria-pressed=true]",
-        state="detached",
-    )
+    press(page, "[data-box=said] [data-action=put-back]", AWAY, state="detached")
     assert counts(page) == each
     page.goto(link)
-    page.wait_for_selector(".mv-flow-box[aria-pressed=true]")
-    assert page.locator(".mv-flow-box[aria-pressed=true]").count() == 2
-    page.go_back()
+    page.wait_for_selector(AWAY)
+    assert page.locator(AWAY).count() == 2
 
 
 def test_without_any_expert_the_layer_adds_nothing(newcomer, ask):
     page = newcomer.page
     everything = ask("route", picture=FIRST, away=[[3, expert] for expert in range(4)])
     assert not any(any(row) for row in everything["layers"][1]["kept"])
-    page.goto(
-        page.url.partition("?")[0] + "?away=" + "_".join(f"3.{expert}" for expert in range(4))
-    )
-    page.wait_for_function(
-        "document.querySelector('.mv-flow-say')?.textContent.includes('4 experts away')"
-    )
+    page.goto(page.url.partition("?")[0] + "?away=3.0_3.1_3.2_3.3")
+    page.wait_for_selector(".mv-flow-say:has-text('4 experts away')")
     assert counts(page) == ["away"] * 4
 
 
@@ -234,9 +207,8 @@ REPORT = (ROOT / "moevision" / "analysis" / "templates" / "page.css").read_text(
 def test_a_framed_view_is_seen_whole_at_any_width(new_visit, ask, width, sheet):
     """In a report's column and in anybody's page: a frame can't ask its view how high it is, nor may that grow."""
     view = flow_html(ask("route", picture=FIRST))
-    page = new_visit(
-        door=False, viewport={"width": width, "height": 900}, reduced_motion="reduce"
-    ).page
+    size = {"width": width, "height": 900}
+    page = new_visit(door=False, viewport=size, reduced_motion="reduce").page
     style = f"<style>{read_css(('explorer_base.css',))}{sheet}</style>"
     page.set_content(
         f'<!doctype html>{style}<body class="mv"><div class="page"><nav></nav><main>{view}</main></div>'
@@ -272,9 +244,7 @@ def test_an_own_photo_gets_an_answer_with_all_classes(newcomer, tmp_path):
     page = newcomer.page
     Image.new("RGB", (80, 60), "teal").save(tmp_path / "own.png")
     page.set_input_files("[data-box=file]", tmp_path / "own.png")
-    page.wait_for_function(
-        "document.querySelector('.mv-flow h1').textContent.includes('this photo')"
-    )
+    page.wait_for_selector("h1:has-text('this photo')")
     assert page.locator(".mv-flow-answer li").count() == 8
     assert page.get_attribute("[data-key^=flow-own]", "aria-pressed") == "true"
     assert page.is_disabled("[data-key^=flow-own]")  # what is shown is no choice
@@ -306,14 +276,10 @@ def test_a_model_without_images_asks_for_one(new_visit, server, empty_stage):
 def test_the_control_of_one_expert_is_asked_for_once(visit, ask):
     _, each = firsts(ask)
     page = visit(f"?away=3.{each.index(max(each))}", door=False).page
-    page.wait_for_function(
-        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
-    )
+    page.wait_for_selector(CONTROLLED)
     page.select_option("[data-change=flow-layer]", "0")
     page.select_option("[data-change=flow-layer]", "1")
-    page.wait_for_function(
-        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
-    )
+    page.wait_for_selector(CONTROLLED)
     assert page.visit.asked.count("what_if") == 1
 
 
@@ -338,9 +304,7 @@ def test_who_clicks_on_waits_for_no_control(visit, ask):
         }""",
         most,
     )
-    one.page.wait_for_function(
-        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
-    )
+    one.page.wait_for_selector(CONTROLLED)
     assert [asked["intervention"]["expert"] for asked in one.questions("what_if")] == [other]
 
 
@@ -389,9 +353,7 @@ def test_the_opening_says_what_is_not_the_trained_model(visit, ask, query, words
     best = page.locator(".mv-flow-answer b").first
     assert best.text_content() == shown_share(ask("route", picture=FIRST, **asked))
     page.click("[data-action=as-is]")
-    page.wait_for_function(
-        "() => document.querySelector('.mv-flow-answer p').innerText === 'The model says'"
-    )
+    page.wait_for_selector(".mv-flow-answer p:text-is('The model says')")
     assert best.text_content() == shown_share(ask("route", picture=FIRST))
     page.wait_for_function("() => !/variant|do=|k=|capacity/.test(location.search)")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.browser.conftest import FIRST, experts_of, fills, numbers, press
+from tests.browser.conftest import CHANGED, FIRST, experts_of, fills, numbers, press
 from tests.demo.test_computation import unpacked
 from tests.shared import says
 
@@ -45,7 +45,7 @@ def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask):
     assert "route" not in page.visit.asked  # the view that came with the page has no limit
     assert set(numbers(page)) == {""}
     page.check("[data-change=limit]")
-    page.wait_for_selector("[role=note]")
+    page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["capacity"] == 1
     layer = ask("route", picture=FIRST, capacity=1.0)["layers"][1]
     dropped = [kept.count(False) for kept in layer["kept"]]
@@ -62,12 +62,12 @@ def test_another_k_is_marked(visit, ask):
     page = visit().page
     assert page.locator(".mv-off:visible").count() == 0
     page.press("[data-change=topk]", "ArrowRight")
-    page.wait_for_selector("[role=note]")
+    page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["top_k"] == 3
     assert page.locator(".mv-off:visible").text_content() == OFF
-    assert says(page.text_content("[role=note]"), "training distribution", "top-2", "k = 3")
+    assert says(page.text_content("[data-box=said]"), "training distribution", "top-2", "k = 3")
     assert page.locator(".mv-card-rows [data-expert]:not(.mv-away)").count() == 3
-    press(page, "[data-action=as-trained]", "[role=note]", state="detached")
+    press(page, "[data-action=as-trained]", CHANGED, state="detached")
     assert page.visit.question("route")["top_k"] is None
     assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
 
@@ -78,7 +78,7 @@ def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask):
 
     page = visit("?patch=5").page
     page.check("[data-change=noise]")
-    page.wait_for_selector("[role=note]")
+    page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["noise"] == 1
     assert "draw 1" in page.text_content("[data-part=noise]")
     assert numbers(page) == drawn(1)
@@ -96,16 +96,16 @@ def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask):
         for text in page.locator("[data-n=share]").all_text_contents()
     ]
     assert shown == pytest.approx(100 * noisy / noisy.sum(), abs=0.51)
-    press(page, "[data-action=redraw]", "[role=note]:has-text('draw 2')")
+    press(page, "[data-action=redraw]", "[data-box=said]:has-text('draw 2')")
     page.wait_for_function("location.search.includes('noise=2')")
     assert numbers(page) == drawn(2)
     page.click("[data-key=chip-1]")
     press(page, ".mv-box-hand [data-kind=force]", ".mv-results:has-text('measured without noise')")
     assert "what_if" not in page.visit.asked
-    page.click("[data-action=calm]")
+    page.uncheck("[data-change=noise]")
     page.wait_for_selector(".mv-results[role=note]")  # measured
     assert page.visit.question("what_if")["noise"] is None
-    press(page, "[data-action=undo]", "[role=note]", state="detached")
+    press(page, "[data-action=undo]", ".mv-results", state="detached")
     page.click("[data-key=chip-1]")
     assert not page.is_checked("[data-change=noise]")
     assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])

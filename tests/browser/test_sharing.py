@@ -11,6 +11,7 @@ from PIL import Image
 
 from moevision.data import SyntheticPets
 from tests.browser.conftest import (
+    CHANGED,
     FIRST,
     alone,
     experts_of,
@@ -73,7 +74,7 @@ def test_the_saved_page_works_alone(visit, new_visit, ask, tmp_path):
 
 def test_the_saved_page_says_that_an_expert_is_away(visit, new_visit, tmp_path):
     page = alone(new_visit, visit("?away=3.1").page, tmp_path).page
-    assert "Changed model. Without L3·E1." in page.text_content("[role=note]")
+    assert page.text_content("h1").startswith("Without expert 1 ")
 
 
 def test_the_saved_page_is_of_the_image_on_the_stage(visit, hold):
@@ -158,7 +159,7 @@ def test_a_link_reproduces_the_view(visit):
     press(page, ".mv-rail [data-action=example] >> nth=4", "[data-box=progress]", state="hidden")
     press(page, "[data-variant=untrained]", "[data-box=progress]", state="hidden")
     page.press("[data-change=topk]", "ArrowRight")
-    page.wait_for_selector("[role=note]")
+    page.wait_for_selector(CHANGED)
     page.click(".mv-layer[data-index='0']")
     page.click(".mv-cell[data-patch='11']")
     page.click("[data-mode=entropy]")
@@ -315,7 +316,7 @@ def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):
     with Image.open(io.BytesIO(base64.b64decode(seen.partition(",")[2]))) as picture:
         assert picture.size == (32, 32)
     assert says(one.page.get_attribute(".mv-picture", "alt"), "the model sees")
-    assert says(one.page.text_content("[role=note]"), "doesn't look like")
+    assert says(one.page.text_content("[data-box=said]"), "doesn't look like")
 
 
 @pytest.mark.parametrize("way", ["paste", "drop"])
