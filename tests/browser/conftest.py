@@ -219,6 +219,13 @@ def serious(page, part=None):
     return violations(page, part, ("serious", "critical"))
 
 
+def at(page, *words):
+    """Wait until the address has all these words."""
+    page.wait_for_function(
+        "words => words.every(word => location.search.includes(word))", arg=words
+    )
+
+
 def press(page, selector, then=None, *, until=None, state="visible"):
     """Click, and wait for what comes of it: an element in that state, or an expression that becomes true."""
     page.click(selector)
@@ -305,6 +312,17 @@ def answered(page):
     page.wait_for_selector("[data-box=main][aria-busy=true]", state="detached")
 
 
+def each(page, selector, what):
+    """An expression in `one`, of each element."""
+    return page.locator(selector).evaluate_all(f"all => all.map(one => {what})")
+
+
+def figures(page, name):
+    """All numbers of that name in the picture of the computation, in order."""
+    texts = page.locator(f".mv-box-card [data-n={name}]").all_text_contents()
+    return [float(text.replace("\N{MINUS SIGN}", "-").split()[0].rstrip("%")) for text in texts]
+
+
 def numbers(page):
     """The text on every patch of the first image."""
     answered(page)
@@ -314,8 +332,7 @@ def numbers(page):
 def fills(page):
     """Colour and opacity of every patch: [(r, g, b, a)]."""
     answered(page)
-    script = "cells => cells.map(cell => cell.style.backgroundColor)"
-    colours = page.eval_on_selector_all(".mv-cell", script)
+    colours = each(page, ".mv-cell", "one.style.backgroundColor")
     found = [[float(value) for value in re.findall(r"[\d.]+", colour)] for colour in colours]
     return [(*values[:3], values[3] if len(values) > 3 else 1.0) for values in found]
 
@@ -332,6 +349,14 @@ def said(page):
 
 def open_tab(page, name):
     press(page, f"[data-tab={name}]", ".mv-panel:not(:has(.mv-spinner))")
+
+
+def example(number):
+    """The button of a drawn pet in the rail; number i is of class i modulo 8."""
+    return f".mv-rail [data-id='pets/test/{number}']"
+
+
+RABBIT = ".mv-picture[alt*=rabbit]"  # number 2
 
 
 def no_sideways_scroll(page):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.browser.conftest import FIRST, experts_of, numbers, press, result, said, told
+from tests.browser.conftest import AWAY, FIRST, experts_of, numbers, press, result, said, told
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -16,26 +16,17 @@ TOP = "document.querySelector('.mv-canvas').getBoundingClientRect().top + scroll
 RANDOM = ".mv-settings [data-kind=random][data-layer='{}']"
 SWAP = (".mv-box-hand [data-action=hand-swap]", ".mv-box-hand [data-other='2']")
 ALL = {"kind": "random", "layer": None, "expert": None}
+SOME = "Patches go to random experts"
 CHANGES = [
     # What is clicked, the change that is asked for, its word in the address, and what is told
     ([FORCE], {"kind": "force"}, "force.3.1.next_best.0", "Every patch in L3 goes to L3·E1"),
-    (
-        [RANDOM.format(3)],
-        {**ALL, "layer": 3},
-        "random.3.any.next_best.0",
-        "Patches go to random experts in L3",
-    ),
-    (
-        [RANDOM.format("")],
-        ALL,
-        "random.all.any.next_best.0",
-        "Patches go to random experts in every layer",
-    ),
+    ([RANDOM.format(3)], {**ALL, "layer": 3}, "random.3.any.next_best.0", f"{SOME} in L3"),
+    ([RANDOM.format("")], ALL, "random.all.any.next_best.0", f"{SOME} in every layer"),
     (
         SWAP,
         {"kind": "swap", "other": 2},
         "swap.3.1-2.next_best.0",
-        "L3·E1 and E2 compute each other's patches",
+        "L3·E1 and E2 compute each other's",
     ),
 ]
 
@@ -103,19 +94,12 @@ def test_a_card_takes_its_expert_away_on_the_stage(visit, ask):
     change = {**FIELDS, "kind": "ablate"}
     effect = ask("what_if", picture=FIRST, intervention=change)
     one = visit()
-    press(
-        one.page,
-        ".mv-card >> nth=1 >> [data-action=take-away]",
-        ".mv-flow-box[data-expert='1'][aria-pressed=true]",
-    )
+    press(one.page, ".mv-card >> nth=1 >> [data-action=take-away]", f"{AWAY}[data-expert='1']")
     assert one.question("route")["away"] == [[3, 1]]
     one.page.wait_for_selector(".mv-results:has-text('As much at random:')")
     assert says(told(one.page, ".mv-results"), "Without L3·E1", result(effect))
     assert one.page.text_content("h1").startswith("Without expert 1 ")
     one.page.click("[data-action=hand-class]")
-    over = ask("class_effect", **{"class": effect["target"], "intervention": change})[
-        "class_effect"
-    ]
-    one.page.wait_for_selector(
-        f"[data-part=class]:has-text('Over {over['n']} images of {effect['target']}')"
-    )
+    name = effect["target"]
+    over = ask("class_effect", **{"class": name, "intervention": change})["class_effect"]
+    one.page.wait_for_selector(f"[data-part=class]:has-text('Over {over['n']} images of {name}')")

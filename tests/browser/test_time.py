@@ -1,7 +1,7 @@
 """The scrubber over the recorded moments of a training: what it shows is the file's, and no step asks the server."""
 
 import json
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 import numpy as np
 import pytest
@@ -9,7 +9,9 @@ import pytest
 from moevision.models.history import RoutingHistory
 from tests.browser.conftest import (
     alone,
+    at,
     counts,
+    each,
     fills,
     no_sideways_scroll,
     numbers,
@@ -27,9 +29,7 @@ WHEN = ["before training", "after 10 of 100 steps", "after training"]
 
 def scrub(page, key, words):
     page.press(SLIDER, key)
-    page.wait_for_function(
-        "words => document.querySelector('[data-part=when]').textContent === words", arg=words
-    )
+    page.wait_for_selector(f"[data-part=when]:text-is('{words}')")
 
 
 def first_choices(recorded, moment, image, layer=3):
@@ -119,19 +119,14 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     page = photos(reduced_motion="reduce", door=False).page
     page.wait_for_selector(SLIDER)
     tracks = page.locator(".mv-film > p").all_text_contents()
-    assert [track.split(":")[0] for track in tracks] == [
-        "With balance loss",
-        "Without balance loss",
-    ]
+    names = [track.split(":")[0] for track in tracks]
+    assert names == ["With balance loss", "Without balance loss"]
     assert told(page) == [words(recorded, 2), words(other, 2)]
     where = ".mv-chart > i"
     for moment, (key, left) in enumerate([("Home", 0), ("ArrowRight", 25), ("ArrowRight", 100)]):
         page.press(SLIDER, key)
         page.wait_for_selector(f"{SLIDER}[aria-valuetext='{WHEN[moment]}']")
-        assert (
-            page.eval_on_selector_all(where, "all => all.map(one => one.style.left)")
-            == [f"{left}%"] * 2
-        )
+        assert each(page, where, "one.style.left") == [f"{left}%"] * 2
         assert told(page) == [words(recorded, moment), words(other, moment)]
         thumb = page.locator(SLIDER).bounding_box()
         line = page.locator(where).first.bounding_box()
@@ -141,16 +136,12 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     page.mouse.click(thumb["x"] + 0.4 * thumb["width"], thumb["y"] + thumb["height"] / 2)
     page.wait_for_selector(f"{SLIDER}[aria-valuetext='{WHEN[1]}']")
     # The bands of each chart are one per expert; their heights at the first moment add up to all of it.
-    first = page.eval_on_selector_all(
-        ".mv-chart:first-child polygon",
-        "all => all.map(one => [one.points[0].y, one.points.getItem(one.points.numberOfItems - 1).y])",
-    )
+    ends = "[one.points[0].y, one.points.getItem(one.points.numberOfItems - 1).y]"
+    first = each(page, ".mv-chart:first-child polygon", ends)
     loads = np.count_nonzero(recorded.weights[3][0], axis=(0, 1))
     assert [low - high for high, low in first] == pytest.approx(100 * loads / loads.sum(), abs=0.2)
     page.select_option("[data-change=flow-layer]", "0")
-    page.wait_for_function(
-        "document.querySelector('.mv-film').textContent.includes('expert of L1')"
-    )
+    page.wait_for_selector(".mv-film:has-text('expert of L1')")
     assert told(page) == [words(recorded, 1, 0), words(other, 1, 0)]
 
 
@@ -181,10 +172,7 @@ def test_a_link_and_a_reload_carry_the_moment(photos, recorded):
     # Another example keeps the moment, and is a place in the history; a moment is none.
     other = page.get_attribute(".mv-rail [data-action=example] >> nth=1", "data-id")
     page.click(".mv-rail [data-action=example] >> nth=1")
-    page.wait_for_function(
-        "other => ['step=10', encodeURIComponent(other)].every(word => location.search.includes(word))",
-        arg=other,
-    )
+    at(page, "step=10", quote(other, safe=""))
     scrub(page, "Home", "before training")
     page.wait_for_function("location.search.includes('step=0')")
     assert page.evaluate("history.length") == start + 1
@@ -217,10 +205,7 @@ def test_without_motion_there_is_a_scrubber_and_no_play(photos):
     page = photos(reduced_motion="reduce").page
     assert page.locator("[data-action=run]:visible").count() == 0
     scrub(page, "Home", "before training")
-    assert (
-        page.eval_on_selector(".mv-cell", "cell => getComputedStyle(cell).transitionDuration")
-        == "0s"
-    )
+    assert {*each(page, ".mv-cell", "getComputedStyle(one).transitionDuration")} == {"0s"}
 
 
 @pytest.mark.parametrize("query", ["?k=1", "?do=ablate.3.1.zero.0", "?away=3.1"])
@@ -253,11 +238,8 @@ def test_a_moment_can_not_be_changed(photos, recorded):
     assert page.text_content("[data-part=when]") == "before training"
     page.click("[data-action=door]")
     refused("[data-action=hand]")
-    press(
-        page,
-        "[data-box=said] [data-action=to-trained]",
-        "[data-part=when]:text-is('after training')",
-    )
+    page.click("[data-box=said] [data-action=to-trained]")
+    page.wait_for_selector("[data-part=when]:text-is('after training')")
     page.locator(".mv-flow-box:not(:disabled)").first.click()
     page.wait_for_function("location.search.includes('away=')")
 
