@@ -182,7 +182,7 @@ def test_live_views_are_frames_that_may_load_nothing(report):
     assert len(frames) == 1 + bool(numbers["wrong"])
     for frame in frames:
         assert f'content="{OFFLINE}"' in frame
-        assert "startFlow(" in frame
+        assert "{ details: false }" in frame
 
 
 def test_mistakes_have_the_distance_of_their_routes_by_hand():

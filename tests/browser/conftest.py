@@ -6,6 +6,7 @@ What a page shows is compared with the service's own answer, which `ask` gets pa
 
 import base64
 import re
+import statistics
 import threading
 import time
 from contextlib import contextmanager
@@ -13,9 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from moevision.demo.html import app_page
 from tests.demo.conftest import (
     bundle,
     explorer,
+    games_home,
     home,
     make,
     photos_home,
@@ -28,10 +31,13 @@ from tests.demo.conftest import (
 from tests.demo.serving import asked_for
 from tests.needs import chromium
 
+CONTROLLED = ".mv-flow-say:has-text('at random')"
+AWAY = ".mv-flow-box[aria-pressed=true]"
 SERVER_CALL = re.compile(r"/api/\w+$")
 WIDE = {"width": 1440, "height": 900}
 PHONE = {"width": 390, "height": 844}
 MOBILE = {"viewport": PHONE, "has_touch": True, "is_mobile": True}
+CHANGED = "[data-box=said] [data-action=as-is]"  # seen beside what isn't as it was trained
 FIRST = {"kind": "example", "id": "pets/test/0"}
 
 
@@ -160,6 +166,23 @@ def visits_at(new_visit):
         assert one.requests
 
 
+def answering(home, explorer):
+    """Has an explorer of this process answer what a visit asks below `home`, where nothing listens: for `visits_at`."""
+
+    def answer(route):
+        if route.request.method == "GET":
+            page = app_page(explorer.start_boot(), explorer.start_views())
+            rest = (
+                "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; "
+            )
+            headers = {"content-security-policy": rest + page.policy}
+            return route.fulfill(content_type="text/html", body=page.text, headers=headers)
+        name, question = asked_for(route.request), route.request.post_data_json
+        return route.fulfill(json=explorer.answer(name, question))
+
+    return lambda one: one.context.route(f"{home}**", answer)
+
+
 @pytest.fixture
 def visit(visits_at, server):
     return visits_at(server.url)
@@ -194,6 +217,13 @@ def violations(page, part=None, impacts=("minor", "moderate", "serious", "critic
 def serious(page, part=None):
     """What keeps people out."""
     return violations(page, part, ("serious", "critical"))
+
+
+def at(page, *words):
+    """Wait until the address has all these words."""
+    page.wait_for_function(
+        "words => words.every(word => location.search.includes(word))", arg=words
+    )
 
 
 def press(page, selector, then=None, *, until=None, state="visible"):
@@ -235,6 +265,43 @@ def alone(new_visit, page, folder):
     return visit
 
 
+def take_away(page, expert):
+    """Click an expert's box, and wait until it is away."""
+    box = f".mv-flow-box[data-expert='{expert}']"
+    press(page, box, f"{box}[aria-pressed=true]")
+
+
+def counts(page):
+    """Of how many patches each box's expert is the first; "away", and a share of Soft MoE, as they stand there."""
+    texts = page.locator(".mv-flow-box [data-part=amount]").all_text_contents()
+    found = [re.match(r"(\d+) patch(?:es)?$", text) for text in texts]
+    return [
+        int(number[1]) if number else {"none": 0}.get(text, text)
+        for text, number in zip(texts, found, strict=True)
+    ]
+
+
+def firsts(ask, layer=1, **request):
+    """The first expert of each patch of the first image, and of how many patches each expert is that."""
+    shown = ask("route", picture=FIRST, **request)["layers"][layer]
+    first = [chosen[0] for chosen in shown["experts"]]
+    return first, [first.count(expert) for expert in range(shown["num_experts"])]
+
+
+def faded(page, first):
+    """Of each patch of a square grid whether the photo is faded there to the paper's colour, 82 % of it."""
+    alpha = """first => {
+      const canvas = document.querySelector('[data-part=contours]');
+      const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d', { willReadFrequently: true });
+      copy.drawImage(canvas, 0, 0);
+      const side = Math.sqrt(first.length);
+      const at = (patch) => [patch % side + .5, Math.floor(patch / side) + .8]
+        .map((part) => Math.floor(part * canvas.width / side));
+      return first.map((_, patch) => copy.getImageData(...at(patch), 1, 1).data[3]);
+    }"""
+    return [value == 209 for value in page.evaluate(alpha, first)]  # 255 · .82
+
+
 def experts_of(layer):
     """The number on every patch: its first expert in a layer of a view."""
     return [str(choices[0]) for choices in layer["experts"]]
@@ -243,6 +310,17 @@ def experts_of(layer):
 def answered(page):
     """Wait for the view that was asked for last: it is drawn in one go, before the page says that it isn't busy."""
     page.wait_for_selector("[data-box=main][aria-busy=true]", state="detached")
+
+
+def each(page, selector, what):
+    """An expression in `one`, of each element."""
+    return page.locator(selector).evaluate_all(f"all => all.map(one => {what})")
+
+
+def figures(page, name):
+    """All numbers of that name in the picture of the computation, in order."""
+    texts = page.locator(f".mv-box-card [data-n={name}]").all_text_contents()
+    return [float(text.replace("\N{MINUS SIGN}", "-").split()[0].rstrip("%")) for text in texts]
 
 
 def numbers(page):
@@ -254,10 +332,14 @@ def numbers(page):
 def fills(page):
     """Colour and opacity of every patch: [(r, g, b, a)]."""
     answered(page)
-    script = "cells => cells.map(cell => cell.style.backgroundColor)"
-    colours = page.eval_on_selector_all(".mv-cell", script)
+    colours = each(page, ".mv-cell", "one.style.backgroundColor")
     found = [[float(value) for value in re.findall(r"[\d.]+", colour)] for colour in colours]
     return [(*values[:3], values[3] if len(values) > 3 else 1.0) for values in found]
+
+
+def told(page, selector):
+    """A text without its line breaks, and without those that keep a number beside its unit."""
+    return " ".join(page.text_content(selector).split())
 
 
 def said(page):
@@ -269,8 +351,32 @@ def open_tab(page, name):
     press(page, f"[data-tab={name}]", ".mv-panel:not(:has(.mv-spinner))")
 
 
+def example(number):
+    """The button of a drawn pet in the rail; number i is of class i modulo 8."""
+    return f".mv-rail [data-id='pets/test/{number}']"
+
+
+RABBIT = ".mv-picture[alt*=rabbit]"  # number 2
+
+
 def no_sideways_scroll(page):
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def result(effect):
+    """Target before -> after and the control's mean and spread, with as many digits as the spread leaves."""
+    before = effect["before"][0]["p"]
+    controls = [before + delta for delta in effect["control"]["delta_ps"]]
+    mean, spread = statistics.fmean(controls), statistics.stdev(controls)
+    digits = 1 if spread < 0.0095 else 0
+    old, now, mean, spread = (
+        f"{100 * p:.{digits}f} %" for p in (before, before + effect["delta_p"], mean, spread)
+    )
+    target, other = effect["target"], effect["after"][0]["class"]
+    told = f"{target} stays {now}" if old == now else f"{target} {old} → {now}"
+    moved = effect["moved"] + effect["moved_prefix"] > 0
+    control = f"As much at random: {mean} ± {spread}" if moved else "No patch changes its experts"
+    return f"{told}{'' if other == target else f', now {other}'}. {control}"
 
 
 def give(page, files, way="drop"):

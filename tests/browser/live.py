@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 OWN = {"pets": 16, "cifar10": 16, "cats_vs_dogs": 8}  # images
 BOX = ".mv-flow-box:not([disabled]):not([aria-pressed=true])"
-SAID = "[data-part=said] b"
+SAID = "[data-box=said] b"
 View = Mapping[str, Any]
 
 

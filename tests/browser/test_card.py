@@ -9,7 +9,7 @@ import pytest
 from moevision.demo import route_image
 from moevision.demo.html import view_html
 from moevision.layers import ROUTERS
-from tests.browser.conftest import no_sideways_scroll, violations
+from tests.browser.conftest import each, figures, no_sideways_scroll, told, violations
 from tests.demo.test_computation import shaken, unpacked
 from tests.shared import says
 
@@ -40,29 +40,15 @@ def card(new_visit, make, pixels, tmp_path):
         assert one.strangers("file:") == []
 
 
-def shown(page, name):
-    """All numbers of that name in the picture, in order."""
-    texts = page.locator(f".mv-box-card [data-n={name}]").all_text_contents()
-    return [float(text.replace("\N{MINUS SIGN}", "-").split()[0].rstrip("%")) for text in texts]
-
-
-def told(page):
-    return " ".join(page.text_content("[data-part=told]").split())
-
-
-def said(page):
-    return " ".join(page.text_content("[data-part=say]").split())
-
-
 def adds_up(page):
     """The sums of the picture, with the numbers that stand there and nothing else; 0.00051: the last figure rounded."""
-    gates, given, others = shown(page, "gate"), shown(page, "given"), shown(page, "others")
-    (total,) = shown(page, "total")
+    gates, given, others = figures(page, "gate"), figures(page, "given"), figures(page, "others")
+    (total,) = figures(page, "total")
     assert total == pytest.approx(
         sum(g * y for g, y in zip(gates, given, strict=True)) + sum(others), abs=5.1e-4
     )
-    (before,), (after,) = shown(page, "before"), shown(page, "after")
-    scale = shown(page, "scale") or [1]
+    (before,), (after,) = figures(page, "before"), figures(page, "after")
+    scale = figures(page, "scale") or [1]
     assert after == pytest.approx(total * scale[0] + before, abs=5.1e-4)
     return total, after
 
@@ -77,14 +63,14 @@ def test_the_numbers_on_the_screen_add_up_and_are_the_views(card, arguments):
         for name, value in layer["computation"].items()
         if value and "data" in value
     }
-    scores = shown(page, "score")
+    scores = figures(page, "score")
     assert scores == pytest.approx(numbers["scores"][PATCH].tolist(), abs=0.0051)
     shares = np.exp(scores) / np.exp(scores).sum()
-    assert shown(page, "share") == pytest.approx(100 * shares, abs=0.5 + 100 * 0.01)
+    assert figures(page, "share") == pytest.approx(100 * shares, abs=0.5 + 100 * 0.01)
     of = layer["computation"]["channels"]
     experts, weights = layer["experts"][PATCH], layer["weights"][PATCH]
     order = np.argsort(experts)
-    assert shown(page, "gate") == pytest.approx(np.array(weights)[order], abs=5.1e-4)
+    assert figures(page, "gate") == pytest.approx(np.array(weights)[order], abs=5.1e-4)
     options = page.locator("[data-change=channel] option").all_text_contents()
     assert [int(text) for text in options] == of["index"]
     for place in (0, 5):
@@ -94,16 +80,16 @@ def test_the_numbers_on_the_screen_add_up_and_are_the_views(card, arguments):
             name: unpacked(of[name])[PATCH]
             for name in ("read", "outputs", "total", "before", "after")
         }
-        assert shown(page, "read") == pytest.approx([rows["read"][place]], abs=5.1e-4)
-        assert shown(page, "given") == pytest.approx(rows["outputs"][order, place], abs=5.1e-4)
+        assert figures(page, "read") == pytest.approx([rows["read"][place]], abs=5.1e-4)
+        assert figures(page, "given") == pytest.approx(rows["outputs"][order, place], abs=5.1e-4)
         assert total == pytest.approx(rows["total"][place], abs=3e-3)
         assert after == pytest.approx(rows["after"][place], abs=3e-3)
-        assert f"Number {of['index'][place]}: " in told(page)
-    assert (len(shown(page, "scale")) == 1) == ("init_values" in arguments)
-    assert says(said(page), f"{len(experts)} of 4", "experts ran")
+        assert f"Number {of['index'][place]}: " in told(page, "[data-part=told]")
+    assert (len(figures(page, "scale")) == 1) == ("init_values" in arguments)
+    assert says(told(page, "[data-part=say]"), f"{len(experts)} of 4", "experts ran")
     missing = 1 - sum(weights)
     if missing > 0.005:
-        assert says(said(page), f"The other {missing:.2f}", "left out")
+        assert says(told(page, "[data-part=say]"), f"The other {missing:.2f}", "left out")
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -112,15 +98,15 @@ def test_every_router_is_drawn_in_its_own_words_and_adds_up(card, router):
     assert page.locator("[data-change=noise]").count() == 0  # nobody is there who could draw it
     ran = sum(layer["kept"][PATCH])
     for step in ("scores", "shares", "kept", *(["weights"] if ran else [])):
-        assert " ".join(layer["steps"][step].split()) in said(page)
+        assert " ".join(layer["steps"][step].split()) in told(page, "[data-part=say]")
     expected = {"soft": "All 4 experts ran, each on its slots"}.get(
         router, f"{ran or 'None'} of 4 experts ran"
     )
-    assert expected in said(page)
+    assert expected in told(page, "[data-part=say]")
     assert page.locator(".mv-network").count() == ran
     adds_up(page)
-    assert ran or says(told(page), "No expert took")
-    assert len(shown(page, "score")) == (4 if layer["learned"] else 0)
+    assert ran or says(told(page, "[data-part=told]"), "No expert took")
+    assert len(figures(page, "score")) == (4 if layer["learned"] else 0)
 
 
 def test_a_full_expert_is_told_with_the_weight_that_it_turned_away(card, make, pixels):
@@ -131,8 +117,8 @@ def test_a_full_expert_is_told_with_the_weight_that_it_turned_away(card, make, p
     page.click(f".mv-cell[data-patch='{patch}']")
     expert, weight = layer["experts"][patch][0], layer["weights"][patch][0]
     assert f"{weight:.2f} full" in page.text_content(".mv-part-kept")
-    assert says(said(page), f"{weight:.2f}", f"L3·E{expert}'s", "was full")
-    assert says(said(page), "1 of 4", "experts ran")
+    assert says(told(page, "[data-part=say]"), f"{weight:.2f}", f"L3·E{expert}'s", "was full")
+    assert says(told(page, "[data-part=say]"), "1 of 4", "experts ran")
     adds_up(page)
 
 
@@ -141,9 +127,7 @@ def test_many_experts_of_a_patch_are_one_term(card):
     assert page.locator(".mv-network").count() == 5
     assert "2 others" in page.text_content(".mv-part-kept")
     adds_up(page)
-    rows = page.locator(".mv-card-rows [data-expert]").evaluate_all(
-        "all => all.map(one => Number(one.dataset.expert))"
-    )
+    rows = each(page, ".mv-card-rows [data-expert]", "Number(one.dataset.expert)")
     assert len(rows) == 8
     assert set(layer["experts"][PATCH]) <= set(rows)
     assert says(page.text_content(".mv-part-rows"), "4 more experts")
@@ -163,7 +147,9 @@ def test_pointer_and_keys_choose_patch_and_number(card):
     page.mouse.click(place["x"] + 0.1 * place["width"], place["y"] + 0.6 * place["height"])
     assert page.get_attribute(".mv-pinned", "data-patch") == "8"
     page.hover(".mv-part-sum [data-at='3']")
-    assert told(page).startswith(f"Number {layer['computation']['channels']['index'][3]}: ")
+    assert told(page, "[data-part=told]").startswith(
+        f"Number {layer['computation']['channels']['index'][3]}: "
+    )
     assert (
         page.locator(".mv-box-card .mv-at").count()
         == page.locator(".mv-box-card .mv-cells").count()

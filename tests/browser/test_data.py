@@ -4,12 +4,10 @@ from urllib.parse import quote
 
 import pytest
 
-from moevision.demo.html import app_page
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
-from tests.browser.conftest import no_sideways_scroll
+from tests.browser.conftest import answering, no_sideways_scroll
 from tests.demo.conftest import HOSTILE
-from tests.demo.serving import asked_for
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -27,24 +25,7 @@ def scored(scored_run):
 @pytest.fixture
 def visit_run(visits_at, scored):
     """Opens visits of an explorer that answers in this process."""
-
-    def answer(route):
-        if route.request.method == "GET":
-            document = app_page(scored.start_boot(), scored.start_views())
-            policy = (
-                "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; "
-            )
-            policy += document.policy
-            return route.fulfill(
-                content_type="text/html",
-                body=document.text,
-                headers={"content-security-policy": policy},
-            )
-        return route.fulfill(
-            json=scored.answer(asked_for(route.request), route.request.post_data_json)
-        )
-
-    return visits_at(HOME, lambda one: one.context.route(f"{HOME}**", answer))
+    return visits_at(HOME, answering(HOME, scored))
 
 
 def first_card(page, list_name):

@@ -1,4 +1,4 @@
-"""The opening: few words, one photo, its patches in the boxes of their networks; one network away, and several."""
+"""The opening: few words, one photo, its patches in the boxes of their experts; one expert away, and several."""
 
 from pathlib import Path
 
@@ -7,23 +7,30 @@ from PIL import Image
 
 from moevision.demo.html import app_page, flow_html, read_css
 from moevision.demo.models import bundled_folders, open_entries
-from moevision.demo.service import Explorer
+from moevision.demo.service import Explorer, opening_example
 from tests.browser.conftest import (
+    AWAY,
+    CONTROLLED,
     FIRST,
     MOBILE,
     SERVER_CALL,
+    counts,
+    faded,
+    firsts,
     no_sideways_scroll,
     press,
+    result,
     saved,
+    take_away,
+    told,
     violations,
 )
-from tests.browser.test_hand import result
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 ROOT = Path(__file__).parents[2]
-WORDS, CONTROLS = 70, 12
+WORDS, IN_A_BOX, CONTROLS = 70, 6, 16
 CONTROL = ":is(button, select, input, summary, a[href]):not(:disabled)"
 # What is seen without scrolling; a screen reader's words are no text to be read.
 SEEN = """selector => [...document.querySelectorAll(selector)].filter((one) => {
@@ -31,7 +38,7 @@ SEEN = """selector => [...document.querySelectorAll(selector)].filter((one) => {
   return one.checkVisibility({ visibilityProperty: true }) && width > 1 && bottom > 0 && top < innerHeight;
 })"""
 READ = f"""() => ({SEEN})('.mv :is(h1, h2, p, li, button, label)')
-  .filter((one) => !one.parentElement.closest('p, li, button, label'))
+  .filter((one) => !one.closest('.mv-flow-box') && !one.parentElement.closest('p, li, button, label'))
   .map((one) => one.querySelector('select') ? `${{one.firstChild.textContent}} L3` : one.innerText)
   .join(' ')"""
 FRAMES = """async () => {
@@ -46,6 +53,23 @@ FRAMES = """async () => {
 LANDED = "[data-part=air][hidden]"
 
 
+def first_screen(page):
+    """Its text without what stands in the boxes, the most words of a box, and its controls, boxes included."""
+    text, boxes, controls = (
+        page.evaluate(script)
+        for script in (
+            READ,
+            f"() => ({SEEN})('.mv-flow-box').map((one) => one.innerText)",
+            f"() => ({SEEN})('.mv {CONTROL}').map((one) => one.ariaLabel ?? one.textContent)",
+        )
+    )
+    return text, max(map(len, map(words, boxes))), controls
+
+
+def words(text):
+    return [word for word in text.split() if any(map(str.isalnum, word))]
+
+
 @pytest.fixture
 def newcomer(visit):
     one = visit(door=False, reduced_motion="reduce")
@@ -53,32 +77,14 @@ def newcomer(visit):
     return one
 
 
-def experts(ask, layer=1, **request):
-    """The network of each patch, and how many each network has."""
-    shown = ask("route", picture=FIRST, **request)["layers"][layer]
-    first = [chosen[0] for chosen in shown["experts"]]
-    return first, [first.count(expert) for expert in range(shown["num_experts"])]
-
-
-def counts(page):
-    return [
-        int(text) if text.isdigit() else text
-        for text in page.locator(".mv-flow-box small").all_text_contents()
-    ]
-
-
 def test_the_first_screen_has_few_words_and_controls_and_a_large_photo(newcomer):
     page = newcomer.page
-    text = page.evaluate(READ)
-    assert says(text, "Four small networks", "this cat.")
-    words = [word for word in text.split() if any(map(str.isalnum, word))]
-    assert 30 < len(words) <= WORDS, text
-    controls = page.evaluate(f"() => ({SEEN})('.mv {CONTROL}').map((one) => one.textContent)")
+    text, _, controls = first_screen(page)
+    assert says(text, "Four experts share", "this cat.")
+    assert 30 < len(words(text)) <= WORDS, text
     assert 5 < len(controls) <= CONTROLS, controls
-    photo, row = (
-        page.locator(each).bounding_box() for each in ("[data-part=photo]", ".mv-flow-row")
-    )
-    assert photo["width"] >= 0.45 * row["width"]
+    photo = page.locator("[data-part=photo]").bounding_box()
+    assert photo["width"] >= 0.45 * page.locator(".mv-flow-row").bounding_box()["width"]
     assert photo["y"] + photo["height"] <= 900
     assert violations(page) == []
     assert no_sideways_scroll(page)
@@ -95,7 +101,7 @@ def bundled():
 
     def document(model):
         ordered = sorted(boot["models"], key=lambda one: one["id"] != model)
-        picture = {"kind": "example", "id": ordered[0]["examples"][0]["id"]}
+        picture = {"kind": "example", "id": opening_example(ordered[0])["id"]}
         view = explorer.answer("route", {"model": model, "picture": picture})
         first = {"model": model, "picture": picture["id"]}
         return app_page({**boot, "models": ordered, "default": first, "whole": True}, [view]).text
@@ -114,106 +120,71 @@ def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled,
     )
     page.goto("http://localhost/")
     page.wait_for_selector(LANDED, state="attached")
-    text = page.evaluate(READ)
-    assert len([word for word in text.split() if any(map(str.isalnum, word))]) <= WORDS, text
-    controls = page.evaluate(f"() => ({SEEN})('.mv {CONTROL}').map((one) => one.textContent)")
+    text, in_a_box, controls = first_screen(page)
+    boxes = page.locator(".mv-flow-box").count()
+    assert len(words(text)) + boxes <= WORDS, text  # one box is read as one
+    assert in_a_box <= IN_A_BOX
     assert 3 < len(controls) <= CONTROLS, controls
 
 
 def test_a_phone_shows_the_photo_first(visit):
     page = visit(door=False, **MOBILE).page
-    assert page.locator("[data-part=photo]").bounding_box()["y"] <= 300
-    assert page.locator("[data-part=photo]").bounding_box()["width"] >= 350
+    photo = page.locator("[data-part=photo]").bounding_box()
+    assert (photo["y"] <= 300, photo["width"] >= 350) == (True, True)
     assert no_sideways_scroll(page)
 
 
 def test_each_box_has_its_patches(newcomer, ask):
     page = newcomer.page
-    _, each = experts(ask)
-    assert counts(page) == [count or "none" for count in each]
+    _, each = firsts(ask)
+    assert counts(page) == each
     page.select_option("[data-change=flow-layer]", "0")
-    _, each = experts(ask, 0)
-    page.wait_for_function(
-        "document.querySelector('.mv-flow-boxes').getAttribute('aria-label').includes('L1')"
-    )
-    assert counts(page) == [count or "none" for count in each]
+    _, each = firsts(ask, 0)
+    page.wait_for_selector(".mv-flow-boxes[aria-label*=L1]")
+    assert counts(page) == each
 
 
 def test_pointing_at_a_box_leaves_its_part_of_the_photo(newcomer, ask):
-    """Everything else is faded to the paper's colour, 82 % of it."""
     page = newcomer.page
-    first, each = experts(ask)
+    first, each = firsts(ask)
     expert = each.index(max(each))
-    alpha = f"""() => {{
-      const canvas = document.querySelector('[data-part=contours]');
-      const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d', {{ willReadFrequently: true }});
-      copy.drawImage(canvas, 0, 0);
-      const side = canvas.width / 4;
-      const at = (patch) => [patch % 4 + .5, Math.floor(patch / 4) + .8].map((part) => Math.floor(part * side));
-      return {first}.map((_, patch) => copy.getImageData(...at(patch), 1, 1).data[3]);
-    }}"""
     page.hover(f".mv-flow-box[data-expert='{expert}']")
-    found = page.evaluate(alpha)
-    assert [value == 209 for value in found] == [mine != expert for mine in first]  # 255 · .82
+    assert faded(page, first) == [mine != expert for mine in first]
     page.mouse.move(5, 5)
-    assert 209 not in page.evaluate(alpha)
+    assert not any(faded(page, first))
 
 
-def test_networks_are_taken_away_one_by_one_and_put_back(newcomer, ask):
+def test_experts_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     page = newcomer.page
-    _, each = experts(ask)
+    _, each = firsts(ask)
     gone = each.index(max(each))
-    press(
-        page,
-        f".mv-flow-box[data-expert='{gone}']",
-        f".mv-flow-box[data-expert='{gone}'][aria-pressed=true]",
-    )
-    _, moved = experts(ask, away=[[3, gone]])
-    assert moved[gone] == 0
-    assert counts(page) == [
-        "away" if expert == gone else count or "none" for expert, count in enumerate(moved)
-    ]
-    page.wait_for_function(
-        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
-    )
-    measured = ask(
-        "what_if", picture=FIRST, intervention={"kind": "ablate", "layer": 3, "expert": gone}
-    )
-    said = page.text_content(".mv-flow-say p").replace(
-        "\xa0", " "
-    )  # no line ends between a number and its %
-    assert said == f"1 network away: {result(measured)}."
+    take_away(page, gone)
+    _, moved = firsts(ask, away=[[3, gone]])
+    moved[gone] = "away"
+    assert counts(page) == moved
+    page.wait_for_selector(CONTROLLED)
+    change = {"kind": "ablate", "layer": 3, "expert": gone}
+    measured = ask("what_if", picture=FIRST, intervention=change)
+    assert told(page, ".mv-flow-say p") == f"1 expert away: {result(measured)}."
     assert page.locator(".mv-flow-answer em").count() == measured["control"]["n"]
-    other = moved.index(max(moved))
-    press(
-        page,
-        f".mv-flow-box[data-expert='{other}']",
-        f".mv-flow-box[data-expert='{other}'][aria-pressed=true]",
-    )
-    assert "2 networks away" in page.text_content(".mv-flow-say")
-    page.wait_for_function(
-        "away => new URLSearchParams(location.search).get('away') === away",
-        arg=f"3.{gone}_3.{other}",
-    )
+    other = next(box for box, count in enumerate(moved) if count and box != gone)
+    take_away(page, other)
+    assert "2 experts away" in page.text_content(".mv-flow-say")
+    page.wait_for_function("away => location.search.includes(away)", arg=f"3.{gone}_3.{other}")
     link = page.url
-    press(page, "[data-action=put-back]", ".mv-flow-box[aria-pressed=true]", state="detached")
-    assert counts(page) == [count or "none" for count in each]
+    press(page, "[data-box=said] [data-action=put-back]", AWAY, state="detached")
+    assert counts(page) == each
     page.goto(link)
-    page.wait_for_selector(".mv-flow-box[aria-pressed=true]")
-    assert page.locator(".mv-flow-box[aria-pressed=true]").count() == 2
-    page.go_back()
+    page.wait_for_selector(AWAY)
+    assert page.locator(AWAY).count() == 2
 
 
-def test_without_any_network_the_layer_adds_nothing(newcomer, ask):
+def test_without_any_expert_the_layer_adds_nothing(newcomer, ask):
     page = newcomer.page
     everything = ask("route", picture=FIRST, away=[[3, expert] for expert in range(4)])
     assert not any(any(row) for row in everything["layers"][1]["kept"])
-    page.goto(
-        page.url.partition("?")[0] + "?away=" + "_".join(f"3.{expert}" for expert in range(4))
-    )
-    page.wait_for_function(
-        "document.querySelector('.mv-flow-say')?.textContent.includes('4 networks away')"
-    )
+    page.goto(page.url.partition("?")[0] + "?away=3.0_3.1_3.2_3.3")
+    page.wait_for_selector(".mv-flow-say:has-text('4 experts away')")
     assert counts(page) == ["away"] * 4
 
 
@@ -236,9 +207,8 @@ REPORT = (ROOT / "moevision" / "analysis" / "templates" / "page.css").read_text(
 def test_a_framed_view_is_seen_whole_at_any_width(new_visit, ask, width, sheet):
     """In a report's column and in anybody's page: a frame can't ask its view how high it is, nor may that grow."""
     view = flow_html(ask("route", picture=FIRST))
-    page = new_visit(
-        door=False, viewport={"width": width, "height": 900}, reduced_motion="reduce"
-    ).page
+    size = {"width": width, "height": 900}
+    page = new_visit(door=False, viewport=size, reduced_motion="reduce").page
     style = f"<style>{read_css(('explorer_base.css',))}{sheet}</style>"
     page.set_content(
         f'<!doctype html>{style}<body class="mv"><div class="page"><nav></nav><main>{view}</main></div>'
@@ -257,8 +227,7 @@ def test_a_framed_view_shows_the_layer_that_is_chosen(new_visit, ask):
     frame = page.frame_locator("iframe")
     for layer in (0, 1):
         frame.locator("[data-change=flow-layer]").select_option(str(layer))
-        shown = frame.locator(".mv-flow-box small").all_text_contents()
-        assert [int(text) if text.isdigit() else 0 for text in shown] == experts(ask, layer)[1]
+        assert counts(frame) == firsts(ask, layer)[1]
 
 
 @pytest.mark.alone
@@ -275,9 +244,7 @@ def test_an_own_photo_gets_an_answer_with_all_classes(newcomer, tmp_path):
     page = newcomer.page
     Image.new("RGB", (80, 60), "teal").save(tmp_path / "own.png")
     page.set_input_files("[data-box=file]", tmp_path / "own.png")
-    page.wait_for_function(
-        "document.querySelector('.mv-flow h1').textContent.includes('this photo')"
-    )
+    page.wait_for_selector("h1:has-text('this photo')")
     assert page.locator(".mv-flow-answer li").count() == 8
     assert page.get_attribute("[data-key^=flow-own]", "aria-pressed") == "true"
     assert page.is_disabled("[data-key^=flow-own]")  # what is shown is no choice
@@ -306,23 +273,19 @@ def test_a_model_without_images_asks_for_one(new_visit, server, empty_stage):
     assert page.is_hidden("[data-box=flow]")  # it would show the former model's image
 
 
-def test_the_control_of_one_network_is_asked_for_once(visit, ask):
-    _, each = experts(ask)
+def test_the_control_of_one_expert_is_asked_for_once(visit, ask):
+    _, each = firsts(ask)
     page = visit(f"?away=3.{each.index(max(each))}", door=False).page
-    page.wait_for_function(
-        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
-    )
+    page.wait_for_selector(CONTROLLED)
     page.select_option("[data-change=flow-layer]", "0")
     page.select_option("[data-change=flow-layer]", "1")
-    page.wait_for_function(
-        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
-    )
+    page.wait_for_selector(CONTROLLED)
     assert page.visit.asked.count("what_if") == 1
 
 
 def test_who_clicks_on_waits_for_no_control(visit, ask):
-    """One network away, another one too, the first one back: only what is looked at then is measured."""
-    _, each = experts(ask)
+    """One expert away, another one too, the first one back: only what is looked at then is measured."""
+    _, each = firsts(ask)
     most = each.index(max(each))
     one = visit(door=False)
     other = one.page.evaluate(
@@ -341,9 +304,7 @@ def test_who_clicks_on_waits_for_no_control(visit, ask):
         }""",
         most,
     )
-    one.page.wait_for_function(
-        "document.querySelector('.mv-flow-say').textContent.includes('at random')"
-    )
+    one.page.wait_for_selector(CONTROLLED)
     assert [asked["intervention"]["expert"] for asked in one.questions("what_if")] == [other]
 
 
@@ -386,15 +347,13 @@ CHANGED = [
 def test_the_opening_says_what_is_not_the_trained_model(visit, ask, query, words, asked):
     """A link may show any of these to somebody who doesn't know of it; one click shows the model as it is."""
     page = visit(query, door=False, reduced_motion="reduce").page
-    assert words in page.text_content("[data-part=said]")
+    assert words in page.text_content("[data-box=said]")
     model = asked.get("variant", "changed")
     assert " ".join(page.text_content(".mv-flow-answer p").split()) == f"The {model} model says"
     best = page.locator(".mv-flow-answer b").first
     assert best.text_content() == shown_share(ask("route", picture=FIRST, **asked))
     page.click("[data-action=as-is]")
-    page.wait_for_function(
-        "() => document.querySelector('.mv-flow-answer p').innerText === 'The model says'"
-    )
+    page.wait_for_selector(".mv-flow-answer p:text-is('The model says')")
     assert best.text_content() == shown_share(ask("route", picture=FIRST))
     page.wait_for_function("() => !/variant|do=|k=|capacity/.test(location.search)")
 

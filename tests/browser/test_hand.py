@@ -1,10 +1,9 @@
 """An expert in the hand: what is changed on the stage is told there, beside its control, and undone there."""
 
-import statistics
-
 import pytest
 
-from tests.browser.conftest import FIRST, experts_of, numbers, press, said
+from tests.browser.conftest import AWAY, FIRST, experts_of, numbers, press, result, said, told
+from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
@@ -14,45 +13,20 @@ FORCE = ".mv-box-hand [data-kind=force]"
 TOP = "document.querySelector('.mv-canvas').getBoundingClientRect().top + scrollY"
 
 
-def result(effect):
-    """Target before -> after and the control's mean and spread, with as many digits as the spread leaves."""
-    before = effect["before"][0]["p"]
-    controls = [before + delta for delta in effect["control"]["delta_ps"]]
-    mean, spread = statistics.fmean(controls), statistics.stdev(controls)
-    digits = 1 if spread < 0.0095 else 0
-    old, now, mean, spread = (
-        f"{100 * p:.{digits}f} %" for p in (before, before + effect["delta_p"], mean, spread)
-    )
-    target, other = effect["target"], effect["after"][0]["class"]
-    told = f"{target} stays {now}" if old == now else f"{target} {old} → {now}"
-    moved = effect["moved"] + effect["moved_prefix"] > 0
-    control = f"As much at random: {mean} ± {spread}" if moved else "No patch changes its experts"
-    return f"{told}{'' if other == target else f', now {other}'}. {control}"
-
-
 RANDOM = ".mv-settings [data-kind=random][data-layer='{}']"
 SWAP = (".mv-box-hand [data-action=hand-swap]", ".mv-box-hand [data-other='2']")
 ALL = {"kind": "random", "layer": None, "expert": None}
+SOME = "Patches go to random experts"
 CHANGES = [
     # What is clicked, the change that is asked for, its word in the address, and what is told
     ([FORCE], {"kind": "force"}, "force.3.1.next_best.0", "Every patch in L3 goes to L3·E1"),
-    (
-        [RANDOM.format(3)],
-        {**ALL, "layer": 3},
-        "random.3.any.next_best.0",
-        "Patches go to random experts in L3",
-    ),
-    (
-        [RANDOM.format("")],
-        ALL,
-        "random.all.any.next_best.0",
-        "Patches go to random experts in every layer",
-    ),
+    ([RANDOM.format(3)], {**ALL, "layer": 3}, "random.3.any.next_best.0", f"{SOME} in L3"),
+    ([RANDOM.format("")], ALL, "random.all.any.next_best.0", f"{SOME} in every layer"),
     (
         SWAP,
         {"kind": "swap", "other": 2},
         "swap.3.1-2.next_best.0",
-        "L3·E1 and E2 compute each other's patches",
+        "L3·E1 and E2 compute each other's",
     ),
 ]
 
@@ -71,9 +45,10 @@ def test_an_expert_is_changed_told_linked_and_undone(visit, ask, buttons, change
     assert page.visit.asked.count("route") == 1  # which is shown while the effect is measured
     text = page.text_content(".mv-results")
     assert words in text
-    assert result(expected) in " ".join(text.split())
+    assert result(expected) in told(page, ".mv-results")
     assert result(expected) in said(page)
-    assert "changed model" in page.text_content(".mv-verdict")
+    assert says(page.text_content(".mv-flow-answer"), "The changed model says")
+    assert words in told(page, "[data-box=said]")
     assert page.evaluate(TOP) == top  # nothing jumps
     assert numbers(page) == ["1"] * 16  # of the expert in the hand alone
     page.wait_for_function("word => location.search.includes(`do=${word}`)", arg=word)
@@ -119,21 +94,12 @@ def test_a_card_takes_its_expert_away_on_the_stage(visit, ask):
     change = {**FIELDS, "kind": "ablate"}
     effect = ask("what_if", picture=FIRST, intervention=change)
     one = visit()
-    press(
-        one.page,
-        ".mv-card >> nth=1 >> [data-action=take-away]",
-        ".mv-flow-box[data-expert='1'][aria-pressed=true]",
-    )
+    press(one.page, ".mv-card >> nth=1 >> [data-action=take-away]", f"{AWAY}[data-expert='1']")
     assert one.question("route")["away"] == [[3, 1]]
     one.page.wait_for_selector(".mv-results:has-text('As much at random:')")
-    text = " ".join(one.page.text_content(".mv-results").split())
-    assert "Without L3·E1" in text
-    assert "changed model" in one.page.text_content(".mv-verdict")
-    assert result(effect) in text
+    assert says(told(one.page, ".mv-results"), "Without L3·E1", result(effect))
+    assert one.page.text_content("h1").startswith("Without expert 1 ")
     one.page.click("[data-action=hand-class]")
-    over = ask("class_effect", **{"class": effect["target"], "intervention": change})[
-        "class_effect"
-    ]
-    one.page.wait_for_selector(
-        f"[data-part=class]:has-text('Over {over['n']} images of {effect['target']}')"
-    )
+    name = effect["target"]
+    over = ask("class_effect", **{"class": name, "intervention": change})["class_effect"]
+    one.page.wait_for_selector(f"[data-part=class]:has-text('Over {over['n']} images of {name}')")

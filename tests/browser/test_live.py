@@ -86,7 +86,7 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
             page.visit.open(
                 f"{page.url.partition('?')[0]}?model={model}&away={layers[-1]}.3_{layers[0]}.1"
             )
-        page.wait_for_selector(f"{SAID}:has-text('{len(away)} network')")
+        page.wait_for_selector(f"{SAID}:has-text('{len(away)} expert')")
         found = view_of(page)
         picture = {"kind": "example", "id": found["picture"]["id"]}
         expected = whole.answer("route", {"model": model, "picture": picture, "away": away})
@@ -105,7 +105,9 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
                 (layer["layer"], expert) for row in layer["experts"] for expert in row
             }.isdisjoint(map(tuple, away))
     press(
-        page, "[data-action=put-back]", "[data-part=said]:has-text('Click a box to take it away')"
+        page,
+        "[data-box=said] [data-action=put-back]",
+        "[data-box=said]:has-text('to take it away')",
     )
     assert view_of(page)["layers"][0]["computation"] is not None
 
@@ -113,7 +115,7 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
 def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live, whole):
     cards = {one["id"]: one["card"]["matters"] for one in whole.boot({})["models"]}
     page = visit_live().page
-    press(page, "[data-action=matters]", f"{SAID}:has-text('1 network away: now')")
+    press(page, "[data-action=matters]", f"{SAID}:has-text('1 expert away: now')")
     telling = next(found for found in cards.values() if found)
     assert f"now {telling['after']['class']}" in page.text_content(SAID)
     page.wait_for_selector("[data-box=toast]:has-text('Another model: CIFAR-10 photos.')")
@@ -139,7 +141,7 @@ def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live,
 
 def test_on_a_phone_nothing_is_cut_off(visit_live):
     page = visit_live("?model=pets", viewport={"width": 390, "height": 844}, door=False).page
-    press(page, f"{BOX} >> nth=0", f"{SAID}:has-text('1 network away')")
+    press(page, f"{BOX} >> nth=0", f"{SAID}:has-text('1 expert away')")
     assert no_sideways_scroll(page)
 
 

@@ -5,9 +5,12 @@ import re
 import pytest
 
 from tests.browser.conftest import (
+    CHANGED,
     FIRST,
     PHONE,
+    RABBIT,
     SERVER_CALL,
+    example,
     experts_of,
     no_sideways_scroll,
     numbers,
@@ -42,7 +45,7 @@ def test_warnings_keep_these_manners(visit, size):
         "?capacity=0.5&k=1&mode=drops&do=ablate.1.0.zero.0&tab=classes", **size, then=".mv-heat"
     ).page
     page.wait_for_selector(".mv-results[role=note]")
-    assert page.locator("[role=note]").count() == 2  # off the distribution, and changed
+    assert page.is_visible(CHANGED)  # off the distribution, and changed
     assert says(page.locator(".mv-results").text_content(), "at random")
     assert serious(page) == []
     assert no_sideways_scroll(page)
@@ -55,19 +58,10 @@ def test_the_keyboard_reaches_everything(visit):
         page.keyboard.press("Tab")
         data = page.evaluate("({ ...document.activeElement.dataset })")
         reached |= {data.get("action"), data.get("change"), "patch" if "patch" in data else None}
-    wanted = {
-        "patch",
-        "example",
-        "choose",
-        "topk",
-        "limit",
-        "variant",
-        "mode",
-        "layer",
-        "highlight",
-        "model",
-    }
-    assert wanted | {"strength", "unpin", "similar", "tab"} <= reached
+    wanted = (
+        "take fly door patch example choose topk limit variant mode layer highlight model unpin"
+    )
+    assert {*wanted.split(), "strength", "similar", "tab"} <= reached
     assert page.locator(".mv-cell[tabindex='0']").count() == 1
     page.press("[role=tab][aria-selected=true]", "ArrowRight")
     assert page.evaluate("document.activeElement.dataset.tab") == "classes"
@@ -145,27 +139,22 @@ def test_the_grid_is_told_to_a_screen_reader(visit):
     assert grid.get_attribute("aria-rowcount") == "4"
     assert grid.locator("> [role=row]").count() == 4
     assert grid.locator("> [role=row] > [role=gridcell]").count() == 16
-    labels = page.eval_on_selector_all(
-        "[role=gridcell]", "cells => cells.map(cell => cell.getAttribute('aria-label'))"
-    )
-    assert all(
-        re.fullmatch(r"row \d, column \d: expert \d, weight \d\.\d\d", label) for label in labels
-    )
+    labels = page.locator("[role=gridcell]").evaluate_all("all => all.map(one => one.ariaLabel)")
+    spoken = re.compile(r"row \d, column \d: expert \d, weight \d\.\d\d")
+    assert all(map(spoken.fullmatch, labels))
 
 
 def test_who_may_show_the_page_in_a_frame(new_visit, server):
     """A notebook on this computer may, another website may not (clickjacking)."""
-    with site(
-        f"<!doctype html><iframe src='{server.url}' width=1200 height=800></iframe>".encode()
-    ) as port:
+    frame = f"<!doctype html><iframe src='{server.url}' width=1200 height=800></iframe>"
+    with site(frame.encode()) as port:
         for name, allowed in (("localhost", True), ("evil.localhost", False)):
             one = new_visit()
             one.page.goto(f"http://{name}:{port}/")
             if allowed:
                 one.page.frame_locator("iframe").locator(".mv-flow-box").first.wait_for()
-            assert (
-                any("frame-ancestors" in complaint for complaint in one.complaints) is not allowed
-            )
+            refused = any("frame-ancestors" in complaint for complaint in one.complaints)
+            assert refused is not allowed
 
 
 def test_a_login_works_and_complains_about_nothing(new_visit, server):
@@ -184,7 +173,7 @@ def test_a_login_works_and_complains_about_nothing(new_visit, server):
 def test_a_shared_page_asks_no_server_of_gradios(new_visit, server):
     one = new_visit()
     one.open(server.doors["shared"])
-    press(one.page, ".mv-rail [data-action=example] >> nth=2", ".mv-picture[alt*=rabbit]")
+    press(one.page, example(2), RABBIT)
     assert one.complaints == []
     assert one.strangers(server.doors["shared"]) == []
 
@@ -192,11 +181,11 @@ def test_a_shared_page_asks_no_server_of_gradios(new_visit, server):
 def test_a_server_that_is_gone_gets_a_sentence_and_a_way_on(new_visit, server):
     page = new_visit().open(server.url)
     page.route(SERVER_CALL, lambda route: route.abort())
-    press(page, ".mv-rail [data-action=example] >> nth=2", "[data-action=retry]")
+    press(page, example(2), "[data-action=retry]")
     assert "doesn't answer" in page.text_content("[role=alert]")
     page.unroute(SERVER_CALL)
     press(page, "[data-action=retry]", "[data-action=retry]", state="detached")
-    page.wait_for_selector(".mv-picture[alt*=rabbit]")  # image i has label i mod 8
+    page.wait_for_selector(RABBIT)  # image i has label i mod 8
 
 
 def test_a_busy_server_is_asked_again(new_visit, server):
@@ -207,15 +196,12 @@ def test_a_busy_server_is_asked_again(new_visit, server):
         if asked_for(route.request) == "route":
             routes.append(route)
             if len(routes) == 1:
-                route.fulfill(json={"error": "Many people are asking.", "code": "busy"})
-                return
-        route.continue_()
+                return route.fulfill(json={"error": "Many people are asking.", "code": "busy"})
+        return route.continue_()
 
     page.route(SERVER_CALL, busy_once)
-    press(
-        page, ".mv-rail [data-action=example] >> nth=2", "[data-box=toast]:has-text('Many people')"
-    )
-    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    press(page, example(2), "[data-box=toast]:has-text('Many people')")
+    page.wait_for_selector(RABBIT)
     assert len(routes) == 2
     assert page.locator("[role=alert]").count() == 0
 
@@ -224,42 +210,35 @@ def refuse(page, **asked):
     """Every question about a view that asks for this goes unanswered, until `page.unroute(SERVER_CALL)`."""
 
     def handle(route):
-        refused = (
-            asked_for(route.request) == "route"
-            and asked.items() <= route.request.post_data_json.items()
-        )
+        given = route.request.post_data_json
+        refused = asked_for(route.request) == "route" and asked.items() <= given.items()
         return route.abort() if refused else route.continue_()
 
     page.route(SERVER_CALL, handle)
 
 
 def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, ask):
-    """Another network, which fails, then another image: of that network."""
+    """Another variant, which fails, then another image: of that variant."""
     page = new_visit().open(server.url)
     refuse(page, variant="unbalanced")
     press(page, "[data-variant=unbalanced]", "[data-action=retry]")
     page.unroute(SERVER_CALL)
-    press(
-        page,
-        "[data-action=example][data-id='pets/test/6']",
-        "[data-action=retry]",
-        state="detached",
-    )
-    layer = ask("route", picture={**FIRST, "id": "pets/test/6"}, variant="unbalanced")["layers"][1]
-    assert numbers(page) == experts_of(layer)
+    press(page, example(6), "[data-action=retry]", state="detached")
+    view = ask("route", picture={**FIRST, "id": "pets/test/6"}, variant="unbalanced")
+    assert numbers(page) == experts_of(view["layers"][1])
 
 
 def test_back_to_an_image_that_failed_before_shows_it(new_visit, server):
     """Rabbit, then another; the rabbit again, which fails; back to where it was seen."""
     page = new_visit().open(server.url + "?picture=pets/test/2")
     page.wait_for_function("location.search.includes('patch=')")
-    press(page, "[data-action=example][data-id='pets/test/5']", ".mv-picture[alt*=fox]")
+    press(page, example(5), ".mv-picture[alt*=fox]")
     page.wait_for_function("location.search.includes('test%2F5')")
     refuse(page)
-    press(page, "[data-action=example][data-id='pets/test/2']", "[data-action=retry]")
+    press(page, example(2), "[data-action=retry]")
     page.unroute(SERVER_CALL)
     page.go_back()
-    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    page.wait_for_selector(RABBIT)
 
 
 def test_a_model_without_pictures_says_how_to_bring_some(visit):
@@ -296,9 +275,8 @@ def test_forward_after_a_reload_finds_the_other_models_images(visit, hold):
     before_photos(page)
     held = hold(page, "boot")
     page.go_forward()
-    page.wait_for_selector(
-        "[data-box=main][aria-busy=true]"
-    )  # it says so while the other model's images are fetched
+    # It says so while the other model's images are fetched.
+    page.wait_for_selector("[data-box=main][aria-busy=true]")
     held.release()
     page.wait_for_selector("[data-box=main][aria-busy=false]")
     assert page.is_visible("[data-action=example][data-id^='photo/']")
@@ -311,9 +289,9 @@ def test_an_image_that_is_chosen_while_forward_waits_stands(visit, hold):
     held = hold(page, "boot")
     page.go_forward()
     held.wait()
-    press(page, "[data-action=example][data-id='pets/test/2']", ".mv-picture[alt*=rabbit]")
+    press(page, example(2), RABBIT)
     held.release()
-    assert page.locator(".mv-picture[alt*=rabbit]").count() == 1
+    assert page.locator(RABBIT).count() == 1
     assert page.eval_on_selector("[data-change=model]", "select => select.value") == "pets"
     page.wait_for_function(
         "location.search.includes('model=pets') && location.search.includes('test%2F2')"
@@ -329,7 +307,7 @@ def test_of_two_models_the_last_one_is_shown_though_both_wait(visit, hold):
     page.wait_for_selector("[data-box=main][aria-busy=false]")
     held.release()
     assert page.eval_on_selector("[data-change=model]", "select => select.value") == "pets"
-    assert page.is_visible("[data-action=example][data-id='pets/test/2']")
+    assert page.is_visible(example(2))
 
 
 def test_forward_to_images_that_do_not_come_can_be_tried_again(new_visit, server):
@@ -348,16 +326,12 @@ def test_forward_to_images_that_do_not_come_can_be_tried_again(new_visit, server
 
 def test_an_image_that_is_chosen_on_the_way_back_is_an_entry_of_its_own(visit, hold):
     page = visit(until="location.search.includes('test%2F0')").page
-    press(
-        page,
-        "[data-action=example][data-id='pets/test/4']",
-        until="location.search.includes('test%2F4')",
-    )
+    press(page, example(4), until="location.search.includes('test%2F4')")
     page.wait_for_selector("[data-box=main][aria-busy=false]")
     held = hold(page, "route")
     page.go_back()
     held.wait()
-    page.click("[data-action=example][data-id='pets/test/6']")
+    page.click(example(6))
     held.wait(2)
     held.release()
     page.wait_for_function("location.search.includes('test%2F6')")
@@ -371,10 +345,10 @@ def test_a_click_before_a_links_image_came_stands(new_visit, server, hold):
     held = hold(page, "route")
     page.goto(server.url + "?picture=pets/test/5")
     held.wait()
-    page.click("[data-action=example][data-id='pets/test/2']")
+    page.click(example(2))
     held.wait(2)
     held.release()
-    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    page.wait_for_selector(RABBIT)
     assert page.is_hidden("[data-box=toast]")
 
 
@@ -416,7 +390,7 @@ def test_a_late_answer_does_not_bring_back_the_former_models_image(visit, empty_
     page = visit().page
     empty_stage(page)
     page.select_option("[data-change=model]", "pets")
-    page.wait_for_selector("[data-box=view]:visible")
+    page.wait_for_selector("[data-box=main]:visible")
     with page.expect_response(lambda response: asked_for(response.request) == "route"):
         page.evaluate("""() => {
             document.querySelectorAll("[data-action=example]")[4].click();
@@ -425,18 +399,17 @@ def test_a_late_answer_does_not_bring_back_the_former_models_image(visit, empty_
             models.dispatchEvent(new Event("change", { bubbles: true }));
         }""")
     page.wait_for_timeout(200)  # ms; an answer is shown in far less
-    assert page.is_hidden("[data-box=view]")
+    assert page.is_hidden("[data-box=main]")
     assert page.is_visible("[data-box=blank]")
 
 
 def test_the_first_screen_says_what_the_model_is_and_sees(visit, ask):
     view = ask("route", picture=FIRST)
     page = visit().page
-    header, verdict = page.text_content(".mv-header"), page.text_content(".mv-verdict")
+    header, answer = page.text_content(".mv-header"), page.text_content(".mv-flow-answer")
     assert view["model"]["accuracy_text"] in header
     assert view["model"]["data_text"] in header
-    assert view["prediction"]["moe"][0]["class"] in verdict
-    assert f"dense twin: {view['prediction']['dense'][0]['class']}" in verdict
+    assert says(answer, "The model says", view["prediction"]["moe"][0]["class"])
     bars = page.locator(".mv-box-prediction .mv-class").all_text_contents()
     top = [one["class"] for side in ("moe", "dense") for one in view["prediction"][side]]
     assert [bar.split()[0] for bar in bars] == top
@@ -457,9 +430,8 @@ def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, ask):
             assert text in shown
             assert not [other for other in others if other in shown]
         rows = page.locator(".mv-card-table dt").all_text_contents()
-        assert (
-            ("seed" in rows) == ("recipe" in rows) == (name == "trained")
-        )  # this card has one recipe only
+        # This card has one recipe only.
+        assert ("seed" in rows) == ("recipe" in rows) == (name == "trained")
         assert ("recipe, trained" in rows) == (name != "trained")
 
 

@@ -6,6 +6,7 @@ from moevision.demo.galleries import Galleries
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import (
+    CHANGED,
     FIRST,
     PHONE,
     fills,
@@ -92,9 +93,9 @@ def test_what_may_be_changed_where_experts_choose(visit):
     assert page.locator("[data-change=limit]").count() == 0
     assert "on average" in page.text_content(".mv-settings")
     page.press("[data-change=topk]", "ArrowRight")
-    page.wait_for_selector("[role=note]")
+    page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["top_k"] == 2
-    assert says(page.text_content("[role=note]"), "Trained with 1", "k = 2")
+    assert says(page.text_content("[data-box=said]"), "Trained with 1", "k = 2")
     assert page.locator(".mv-loadcount").all_text_contents() == ["8"] * 4
     press(
         page, ".mv-box-hand [data-action=take]", ".mv-results[role=note]:has-text('Without L3·E1')"

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from tests.browser.conftest import FIRST, experts_of, fills, numbers, press
+from tests.browser.conftest import (
+    CHANGED,
+    FIRST,
+    each,
+    example,
+    experts_of,
+    figures,
+    fills,
+    numbers,
+    press,
+)
 from tests.demo.test_computation import unpacked
 from tests.shared import says
 
@@ -21,17 +31,13 @@ def test_entropy_and_margin_stand_in_the_patches(visit, ask, mode):
     # One decimal is shown.
     assert [float(text) for text in numbers(page)] == pytest.approx(layer[mode], abs=0.0501)
     opacities = [fill[3] for fill in fills(page)]
-    assert sorted(range(16), key=lambda patch: opacities[patch])[-1] == max(
-        range(16), key=lambda p: layer[mode][p]
-    )
+    assert opacities.index(max(opacities)) == layer[mode].index(max(layer[mode]))
 
 
 def test_loads_beside_the_equal_share(visit, ask):
     layer = ask("route", picture=FIRST)["layers"][1]
     page = visit().page
-    assert page.locator(".mv-loadcount").all_text_contents() == [
-        str(count) for count in layer["counts"]
-    ]
+    assert each(page, ".mv-loadcount", "Number(one.textContent)") == layer["counts"]
     assert sum(layer["counts"]) == 16 * 2
     text = page.text_content(".mv-box-loads")
     assert f"{max(layer['counts']) / 8:.2f}" in text
@@ -45,7 +51,7 @@ def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask):
     assert "route" not in page.visit.asked  # the view that came with the page has no limit
     assert set(numbers(page)) == {""}
     page.check("[data-change=limit]")
-    page.wait_for_selector("[role=note]")
+    page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["capacity"] == 1
     layer = ask("route", picture=FIRST, capacity=1.0)["layers"][1]
     dropped = [kept.count(False) for kept in layer["kept"]]
@@ -62,12 +68,12 @@ def test_another_k_is_marked(visit, ask):
     page = visit().page
     assert page.locator(".mv-off:visible").count() == 0
     page.press("[data-change=topk]", "ArrowRight")
-    page.wait_for_selector("[role=note]")
+    page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["top_k"] == 3
     assert page.locator(".mv-off:visible").text_content() == OFF
-    assert says(page.text_content("[role=note]"), "training distribution", "top-2", "k = 3")
+    assert says(page.text_content("[data-box=said]"), "training distribution", "top-2", "k = 3")
     assert page.locator(".mv-card-rows [data-expert]:not(.mv-away)").count() == 3
-    press(page, "[data-action=as-trained]", "[role=note]", state="detached")
+    press(page, "[data-action=as-trained]", CHANGED, state="detached")
     assert page.visit.question("route")["top_k"] is None
     assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
 
@@ -78,34 +84,28 @@ def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask):
 
     page = visit("?patch=5").page
     page.check("[data-change=noise]")
-    page.wait_for_selector("[role=note]")
+    page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["noise"] == 1
     assert "draw 1" in page.text_content("[data-part=noise]")
     assert numbers(page) == drawn(1)
     values = {name: unpacked(value)[5] for name, value in one_layer(ask, noise=1).items()}
-    shown = [
-        text.replace(MINUS, "-").split()
-        for text in page.locator("[data-n=score]").all_text_contents()
-    ]
+    texts = page.locator("[data-n=score]").all_text_contents()
+    shown = [text.replace(MINUS, "-").split() for text in texts]
     assert [float(clean) for clean, _ in shown] == pytest.approx(values["scores"], abs=0.0051)
     assert [float(noise) for _, noise in shown] == pytest.approx(values["noise"], abs=0.0051)
     assert says(page.text_content("[data-part=say]"), "noise of size", "1/4")
     noisy = np.exp(values["scores"] + values["noise"])
-    shown = [
-        float(text.removesuffix(" %"))
-        for text in page.locator("[data-n=share]").all_text_contents()
-    ]
-    assert shown == pytest.approx(100 * noisy / noisy.sum(), abs=0.51)
-    press(page, "[data-action=redraw]", "[role=note]:has-text('draw 2')")
+    assert figures(page, "share") == pytest.approx(100 * noisy / noisy.sum(), abs=0.51)
+    press(page, "[data-action=redraw]", "[data-box=said]:has-text('draw 2')")
     page.wait_for_function("location.search.includes('noise=2')")
     assert numbers(page) == drawn(2)
     page.click("[data-key=chip-1]")
     press(page, ".mv-box-hand [data-kind=force]", ".mv-results:has-text('measured without noise')")
     assert "what_if" not in page.visit.asked
-    page.click("[data-action=calm]")
+    page.uncheck("[data-change=noise]")
     page.wait_for_selector(".mv-results[role=note]")  # measured
     assert page.visit.question("what_if")["noise"] is None
-    press(page, "[data-action=undo]", "[role=note]", state="detached")
+    press(page, "[data-action=undo]", ".mv-results", state="detached")
     page.click("[data-key=chip-1]")
     assert not page.is_checked("[data-change=noise]")
     assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
@@ -121,26 +121,14 @@ def test_one_switch_shows_the_unbalanced_and_the_untrained_model(visit, ask):
     for variant in ("unbalanced", "untrained"):
         page.click(f"[data-variant={variant}]")
         layer = ask("route", picture=FIRST, variant=variant)["layers"][1]
-        page.wait_for_function(
-            "want => [...document.querySelectorAll('.mv-mark')].map(mark => mark.textContent).join() === want",
-            arg=",".join(str(choices[0]) for choices in layer["experts"]),
-        )
-        assert (
-            page.locator("[data-variant][aria-pressed=true]").get_attribute("data-variant")
-            == variant
-        )
+        assert numbers(page) == experts_of(layer)
+        pressed = each(page, "[data-variant][aria-pressed=true]", "one.dataset.variant")
+        assert pressed == [variant]
 
 
 def test_the_latest_of_two_quick_choices_wins(visit, ask):
     one = visit()
-    ids = [
-        one.page.locator("[data-action=example]").nth(index).get_attribute("data-id")
-        for index in (3, 5)
-    ]
-    one.page.evaluate(
-        "ids => ids.forEach(id => document.querySelector(`[data-id='${id}']`).click())", ids
-    )
-    one.page.wait_for_selector("[data-box=progress]", state="hidden")
-    assert numbers(one.page) == experts_of(
-        ask("route", picture={"kind": "example", "id": ids[1]})["layers"][1]
-    )
+    click = "all => all.forEach(one => document.querySelector(one).click())"
+    one.page.evaluate(click, [example(3), example(5)])
+    view = ask("route", picture={**FIRST, "id": "pets/test/5"})
+    assert numbers(one.page) == experts_of(view["layers"][1])

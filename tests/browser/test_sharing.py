@@ -11,6 +11,7 @@ from PIL import Image
 
 from moevision.data import SyntheticPets
 from tests.browser.conftest import (
+    CHANGED,
     FIRST,
     alone,
     experts_of,
@@ -73,7 +74,7 @@ def test_the_saved_page_works_alone(visit, new_visit, ask, tmp_path):
 
 def test_the_saved_page_says_that_an_expert_is_away(visit, new_visit, tmp_path):
     page = alone(new_visit, visit("?away=3.1").page, tmp_path).page
-    assert "Changed model. Without L3·E1." in page.text_content("[role=note]")
+    assert page.text_content("h1").startswith("Without expert 1 ")
 
 
 def test_the_saved_page_is_of_the_image_on_the_stage(visit, hold):
@@ -100,14 +101,13 @@ def test_a_notebook_shows_the_same_view(new_visit, pixels, make):
     marks = frame.locator(".mv-mark").all_text_contents()
     assert marks == [str(choices[0]) for choices in view.to_json()["layers"][-1]["experts"]]
     assert frame.locator("[data-live]").text_content().startswith("row 2, column 2")
-    assert (
-        "· " not in frame.locator(".mv-header p").text_content()
-    )  # nothing is told of an unnamed model's accuracy
-    assert "top-2 of 4 experts" in frame.locator(".mv-header").text_content()
+    foot = frame.locator(".mv-footnote").text_content()
+    assert says(foot, "top-2 of 4 experts")
+    assert "accuracy" not in foot  # nothing is told of an unnamed model's
     assert one.complaints == []
 
 
-VIEW_ENDS = "document.querySelector('.mv-center').getBoundingClientRect().bottom"
+VIEW_ENDS = "document.querySelector('.mv-flow').getBoundingClientRect().bottom"
 
 
 @pytest.mark.parametrize("width", [760, 940, 1200, 1440])
@@ -159,7 +159,7 @@ def test_a_link_reproduces_the_view(visit):
     press(page, ".mv-rail [data-action=example] >> nth=4", "[data-box=progress]", state="hidden")
     press(page, "[data-variant=untrained]", "[data-box=progress]", state="hidden")
     page.press("[data-change=topk]", "ArrowRight")
-    page.wait_for_selector("[role=note]")
+    page.wait_for_selector(CHANGED)
     page.click(".mv-layer[data-index='0']")
     page.click(".mv-cell[data-patch='11']")
     page.click("[data-mode=entropy]")
@@ -179,7 +179,7 @@ def test_a_link_reproduces_the_view(visit):
     for selector in pressed:
         data = "element => JSON.stringify([element.dataset, element.ariaLabel])"
         assert other.locator(selector).evaluate(data) == page.locator(selector).evaluate(data)
-    for box in (".mv-box-where", ".mv-box-verdict", ".mv-box-loads"):
+    for box in (".mv-box-where", ".mv-flow-answer", ".mv-box-loads"):
         assert other.text_content(box) == page.text_content(box)
 
 
@@ -316,7 +316,7 @@ def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):
     with Image.open(io.BytesIO(base64.b64decode(seen.partition(",")[2]))) as picture:
         assert picture.size == (32, 32)
     assert says(one.page.get_attribute(".mv-picture", "alt"), "the model sees")
-    assert says(one.page.text_content("[role=note]"), "doesn't look like")
+    assert says(one.page.text_content("[data-box=said]"), "doesn't look like")
 
 
 @pytest.mark.parametrize("way", ["paste", "drop"])

@@ -1,8 +1,7 @@
 """The scrubber over the recorded moments of a training: what it shows is the file's, and no step asks the server."""
 
 import json
-import re
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 import numpy as np
 import pytest
@@ -10,6 +9,9 @@ import pytest
 from moevision.models.history import RoutingHistory
 from tests.browser.conftest import (
     alone,
+    at,
+    counts,
+    each,
     fills,
     no_sideways_scroll,
     numbers,
@@ -27,9 +29,7 @@ WHEN = ["before training", "after 10 of 100 steps", "after training"]
 
 def scrub(page, key, words):
     page.press(SLIDER, key)
-    page.wait_for_function(
-        "words => document.querySelector('[data-part=when]').textContent === words", arg=words
-    )
+    page.wait_for_selector(f"[data-part=when]:text-is('{words}')")
 
 
 def first_choices(recorded, moment, image, layer=3):
@@ -53,10 +53,11 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded):
         weights = recorded.weights[3][moment, image].astype(float)
         assert [fill[3] for fill in fills(page)] == pytest.approx(0.65 * weights.max(-1), abs=0.005)
         p = recorded.probabilities[moment, image].astype(float)
-        said = re.sub(r"\s+", " ", page.text_content(".mv-verdict")).strip()
-        assert said.lower().startswith(
-            f"{words}: {recorded.class_names[p.argmax()]} {100 * p.max():.0f} %"
-        )
+        best = page.locator(".mv-flow-answer li").first
+        assert page.text_content("[data-part=when]") == words
+        assert says(page.text_content(".mv-flow-answer"), "The model said")
+        assert best.get_attribute("data-class") == recorded.class_names[p.argmax()]
+        assert best.locator("b").text_content() == f"{100 * p.max():.0f} %"
         counts = [str(count) for count in np.count_nonzero(weights, axis=0)]
         assert page.locator(".mv-loadcount").all_text_contents() == counts
         page.keyboard.press("ArrowRight")
@@ -82,7 +83,7 @@ def test_nothing_of_another_moment_stands_there(photos, recorded):
     told = page.locator(".mv-then li").evaluate_all("rows => rows.map(row => row.textContent)")
     assert told == [f"{e} weight {weights[e]:.2f}" for e in np.argsort(-weights)[:2]]
     assert page.locator(".mv-facts, .mv-box-similar button").count() == 0
-    assert page.locator("[data-mode]:visible").all_text_contents() == ["Expert"]
+    assert page.locator("[data-mode]:visible").all_text_contents() == ["Regions", "Each patch"]
     below = "getComputedStyle(document.querySelector('.mv-panel'), '::before').content"
     assert "the trained model" in page.evaluate(below)
     press(page, "[data-action=to-trained]", ".mv-part")
@@ -94,13 +95,8 @@ def test_the_boxes_follow_the_moment(photos, recorded):
     image = image_of(page, recorded)
     scrub(page, "Home", "before training")
     first = recorded.first_choice(3)[0, image].tolist()
-    expected = [
-        str(first.count(expert) or "none") for expert in range(recorded.weights[3].shape[-1])
-    ]
-    page.wait_for_function(
-        "all => [...document.querySelectorAll('.mv-flow-box small')].map(one => one.textContent).join() === all",
-        arg=",".join(expected),
-    )
+    page.wait_for_selector(".mv-past")
+    assert counts(page) == [first.count(expert) for expert in range(recorded.weights[3].shape[-1])]
 
 
 def told(page):
@@ -114,7 +110,7 @@ def words(history, moment, layer=1):
         name.split("/")[0] == said for name, said in zip(history.image_names, best, strict=True)
     )
     taken = np.count_nonzero(history.weights[(1, 3)[layer]][moment], axis=(0, 1))
-    return f"{right} of 3 right, busiest network {100 * taken.max() / taken.sum():.0f} %"
+    return f"{right} of 3 right, busiest expert {100 * taken.max() / taken.sum():.0f} %"
 
 
 def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos_home):
@@ -123,19 +119,14 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     page = photos(reduced_motion="reduce", door=False).page
     page.wait_for_selector(SLIDER)
     tracks = page.locator(".mv-film > p").all_text_contents()
-    assert [track.split(":")[0] for track in tracks] == [
-        "With balance loss",
-        "Without balance loss",
-    ]
+    names = [track.split(":")[0] for track in tracks]
+    assert names == ["With balance loss", "Without balance loss"]
     assert told(page) == [words(recorded, 2), words(other, 2)]
     where = ".mv-chart > i"
     for moment, (key, left) in enumerate([("Home", 0), ("ArrowRight", 25), ("ArrowRight", 100)]):
         page.press(SLIDER, key)
         page.wait_for_selector(f"{SLIDER}[aria-valuetext='{WHEN[moment]}']")
-        assert (
-            page.eval_on_selector_all(where, "all => all.map(one => one.style.left)")
-            == [f"{left}%"] * 2
-        )
+        assert each(page, where, "one.style.left") == [f"{left}%"] * 2
         assert told(page) == [words(recorded, moment), words(other, moment)]
         thumb = page.locator(SLIDER).bounding_box()
         line = page.locator(where).first.bounding_box()
@@ -145,16 +136,12 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     page.mouse.click(thumb["x"] + 0.4 * thumb["width"], thumb["y"] + thumb["height"] / 2)
     page.wait_for_selector(f"{SLIDER}[aria-valuetext='{WHEN[1]}']")
     # The bands of each chart are one per expert; their heights at the first moment add up to all of it.
-    first = page.eval_on_selector_all(
-        ".mv-chart:first-child polygon",
-        "all => all.map(one => [one.points[0].y, one.points.getItem(one.points.numberOfItems - 1).y])",
-    )
+    ends = "[one.points[0].y, one.points.getItem(one.points.numberOfItems - 1).y]"
+    first = each(page, ".mv-chart:first-child polygon", ends)
     loads = np.count_nonzero(recorded.weights[3][0], axis=(0, 1))
     assert [low - high for high, low in first] == pytest.approx(100 * loads / loads.sum(), abs=0.2)
     page.select_option("[data-change=flow-layer]", "0")
-    page.wait_for_function(
-        "document.querySelector('.mv-film').textContent.includes('network of L1')"
-    )
+    page.wait_for_selector(".mv-film:has-text('expert of L1')")
     assert told(page) == [words(recorded, 1, 0), words(other, 1, 0)]
 
 
@@ -185,10 +172,7 @@ def test_a_link_and_a_reload_carry_the_moment(photos, recorded):
     # Another example keeps the moment, and is a place in the history; a moment is none.
     other = page.get_attribute(".mv-rail [data-action=example] >> nth=1", "data-id")
     page.click(".mv-rail [data-action=example] >> nth=1")
-    page.wait_for_function(
-        "other => ['step=10', encodeURIComponent(other)].every(word => location.search.includes(word))",
-        arg=other,
-    )
+    at(page, "step=10", quote(other, safe=""))
     scrub(page, "Home", "before training")
     page.wait_for_function("location.search.includes('step=0')")
     assert page.evaluate("history.length") == start + 1
@@ -221,10 +205,7 @@ def test_without_motion_there_is_a_scrubber_and_no_play(photos):
     page = photos(reduced_motion="reduce").page
     assert page.locator("[data-action=run]:visible").count() == 0
     scrub(page, "Home", "before training")
-    assert (
-        page.eval_on_selector(".mv-cell", "cell => getComputedStyle(cell).transitionDuration")
-        == "0s"
-    )
+    assert {*each(page, ".mv-cell", "getComputedStyle(one).transitionDuration")} == {"0s"}
 
 
 @pytest.mark.parametrize("query", ["?k=1", "?do=ablate.3.1.zero.0", "?away=3.1"])
@@ -235,31 +216,30 @@ def test_of_a_changed_model_nothing_was_recorded(photos, query):
 
 
 def test_a_moment_can_not_be_changed(photos, recorded):
-    """Its network wasn't kept: what is taken away would be of the trained model, as if it had been of this one."""
-    page = photos().page
+    """Its experts weren't kept: what is taken away would be of the trained model, as if it had been of this one."""
+    page = photos(door=False).page
     scrub(page, "Home", "before training")
-    before = [
-        page.locator(".mv-flow-answer").inner_text(),
-        page.locator(".mv-flow-box small").all_text_contents(),
-    ]
-    asked = len(page.visit.asked)
-    for control in (".mv-flow-box:not(:disabled)", "[data-part=photo]", "[data-action=hand]"):
+
+    def refused(control):
         page.locator(control).first.click()
         page.wait_for_selector(".mv-toast:visible")
         assert says(page.text_content(".mv-toast"), "Only the trained")
         page.evaluate("document.querySelector('.mv-toast').hidden = true")
-    assert says(page.text_content("[data-part=said]"), "Only the trained")
+
+    def shown():
+        return page.locator(".mv-flow-answer").inner_text(), counts(page), len(page.visit.asked)
+
+    before = shown()
+    refused(".mv-flow-box:not(:disabled)")
+    refused("[data-part=photo]")
+    assert shown() == before
+    assert says(page.text_content("[data-box=said]"), "Only the trained")
     assert "Take it away" not in page.locator(".mv-flow-box").first.get_attribute("aria-label")
     assert page.text_content("[data-part=when]") == "before training"
-    now = [
-        page.locator(".mv-flow-answer").inner_text(),
-        page.locator(".mv-flow-box small").all_text_contents(),
-    ]
-    assert (now, len(page.visit.asked)) == (before, asked)
-    page.click("[data-part=said] [data-action=to-trained]")
-    page.wait_for_function(
-        "document.querySelector('[data-part=when]').textContent === 'after training'"
-    )
+    page.click("[data-action=door]")
+    refused("[data-action=hand]")
+    page.click("[data-box=said] [data-action=to-trained]")
+    page.wait_for_selector("[data-part=when]:text-is('after training')")
     page.locator(".mv-flow-box:not(:disabled)").first.click()
     page.wait_for_function("location.search.includes('away=')")
 

@@ -104,6 +104,66 @@ def write_bundle(
     return folder
 
 
+def write_game(home: Path, id, facts=None, *, data_kind="synthetic_pets", **arguments) -> Path:
+    """A bundled model whose random weights are so large that its answers differ, with further `facts` on its card."""
+    folder = write_bundle(home, id, data_kind, twins=False, **arguments)
+    model = make_model(**arguments)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in model.net.parameters():
+            if value.ndim > 1:
+                value += 0.2 * torch.randn(value.shape, generator=generator)
+    save_model(model, folder / "trained")
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps({**card, **(facts or {})}))
+    return folder
+
+
+# Found by trying all sets of at most three experts of a layer: these answers fall without one, without two, never.
+FALLS = {
+    "pets/test/11": {"away": [[1, 0]]},
+    "pets/test/2": {"away": [[1, 2], [1, 3]]},
+    "pets/test/5": {"away": None},
+}
+# Made up: 37 of 40 cats go to expert 0, and so do 4 of 42 dogs.
+SORTING = {
+    "classes": ["cat", "dog"],
+    "routes": [[37, 3], [4, 38]],
+    "agree": 82,
+    "images": 82,
+    "photos": [
+        {"id": f"data/{name}/{index}.png", "expert": expert, "answer": CLASSES[expert]}
+        for name, index, expert in (("cat", 0, 0), ("dog", 1, 1), ("cat", 8, 0), ("dog", 9, 0))
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def games_home(tmp_path_factory):
+    """ "game", whose answers fall without few experts; "many" with 32 experts; "two", a router of whole images."""
+    home = tmp_path_factory.mktemp("games")
+    write_game(
+        home, "game", {"falls": FALLS, "matters": {"picture": "pets/test/11", "away": [[1, 0]]}}
+    )
+    write_game(home, "many", num_experts=32)
+    image = {"num_classes": 2, "num_experts": 2, "top_k": 1, "route_by": "image"}
+    folder = write_game(home, "two", {"sorting": SORTING}, data_kind="cats_vs_dogs", **image)
+    write_examples(folder, (0, 1, 8, 9))
+    return home
+
+
+def write_examples(folder: Path, indices) -> None:
+    """Drawn images in the place of a model's photos."""
+    pets = SyntheticPets(max(indices) + 1, PHOTO_PX, split="val")
+    sources = {}
+    for index in indices:
+        name = f"{CLASSES[pets.label(index)]}/{index}.png"
+        (folder / "examples" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pets.image(index)).save(folder / "examples" / name)
+        sources[name] = {"author": "Ann", "licence": "CC0", "source": "drawn", "changes": ""}
+    (folder / "examples" / "SOURCES.json").write_text(json.dumps(sources))
+
+
 STEPS, TOTAL_STEPS = (0, 10, 40), 100
 PHOTOS, PHOTO_PX = 3, 96
 
@@ -114,14 +174,7 @@ def write_photos(home: Path, id="snaps") -> Path:
     At the moments of a training before the last one stand models of other seeds.
     """
     folder = write_bundle(home, id, "cats_vs_dogs", seed=20, twins=False)
-    pets = SyntheticPets(PHOTOS, PHOTO_PX, split="val")
-    sources = {}
-    for index in range(PHOTOS):
-        name = f"{CLASSES[pets.label(index)]}/{index}.png"
-        (folder / "examples" / name).parent.mkdir(parents=True)
-        Image.fromarray(pets.image(index)).save(folder / "examples" / name)
-        sources[name] = {"author": "Ann", "licence": "CC0", "source": "drawn", "changes": ""}
-    (folder / "examples" / "SOURCES.json").write_text(json.dumps(sources))
+    write_examples(folder, range(PHOTOS))
     save_model(make_model(21), folder / "unbalanced")
     pictures = open_pictures(folder / "examples", SIZE, split="all", class_names=CLASSES)
     names = tuple(map(pictures.picture_name, range(PHOTOS)))

@@ -62,8 +62,8 @@ const TRIED = 3; // routes, of which the first that some patch of the model's im
  * @param {App} app @param {View} view
  */
 export async function tellRoute(app, view) {
-  const tell = (words) => app.state?.view === view && fillBox(app.core.box("flow").querySelector("[data-part=route]"), words);
-  if (view.picture.id !== null || view.moment || view.settings.away?.length) return;
+  const tell = (words) => app.state?.view === view && fillBox(app.core.box("route"), words);
+  if (view.picture.id !== null || view.moment || view.settings.away?.length) return void tell("");
   const { id: model, variant, class_names: names } = view.model;
   const knows = html`<p class="mv-soft">It knows ${names.length > 1 && `${names.slice(0, -1).join(", ")} and `}${names.at(-1)}, and
     nothing else.</p>`;
