@@ -207,7 +207,9 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
 
 def _page_metadata(title: str) -> str:
     """Icon and description of a served page, for browser tabs, search engines and previews of shared links."""
-    description = "Eight experts share one photo: see which of them computes each patch, and take them away."
+    description = (
+        "Eight experts share one photo: see which of them computes each patch, and take them away."
+    )
     colours = ("0072B2", "E69F00", "CC79A7", "009E73")  # of the first experts in assets/palette.js
     squares = ""
     for index, colour in enumerate(colours):
