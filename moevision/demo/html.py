@@ -219,7 +219,7 @@ def _page_metadata(title: str) -> str:
         f"<link rel=\"icon\" href=\"data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 15'%3E"
         f'{squares}%3C/svg%3E"><meta name="description" content="{description}">'
         f'<meta property="og:type" content="website"><meta property="og:title" content="{title}">'
-        f'<meta property="og:description" content="{description}">'
+        f'<meta property="og:description" content="{description}"><meta name="twitter:card" content="summary">'
     )
 
 
