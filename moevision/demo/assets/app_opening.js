@@ -70,7 +70,8 @@ export class AppOpening {
       action: "example", id, name: exampleName(label, name), thumb, on: picture.id === id }));
     const elsewhere = boot.models.filter((one) => one.id !== model.id && one.examples.length).sort((one, other) => Number(isOfEmoji(other)) - Number(isOfEmoji(one)));
     const other = elsewhere.slice(0, 1).map((one) => ({ action: "model", id: one.id, name: one.title, thumb: one.examples[0].thumb, on: false }));
-    const thumbs = [...[...mine, ...known].slice(0, THUMBS - other.length), ...other];
+    const room = THUMBS - other.length - Number(isOfEmoji(model)); // its field takes the place of one
+    const thumbs = [...[...mine, ...known].slice(0, room), ...other];
     return html`<div class="mv-flow-pick" role="group" aria-label="Images">${thumbs.map(({ action, id, name, thumb, on }) => html`<button type="button"
       data-action="${action}" data-id="${id}" data-key="flow-${action}-${id}" aria-pressed="${on}" ${on && new Markup("disabled")}
       aria-label="${name}"><img src="${pictureSource(thumb)}" alt=""></button>`)}
