@@ -14,6 +14,8 @@ from tests.browser.conftest import (
     CHANGED,
     FIRST,
     alone,
+    at,
+    each,
     experts_of,
     fills,
     give,
@@ -39,11 +41,7 @@ def test_nothing_is_saved_before_an_image_is_chosen(visit, empty_stage):
     empty_stage(page)
     for kind in ("png", "json", "page"):
         page.click(".mv-menu summary")
-        press(
-            page,
-            f"[data-action=export-{kind}]",
-            "[data-box=toast]:has-text('Nothing is on the stage yet')",
-        )
+        press(page, f"[data-action=export-{kind}]", ".mv-toast:has-text('Nothing is on the stage')")
 
 
 def test_the_stage_is_saved_as_png(visit):
@@ -92,9 +90,8 @@ def test_a_notebook_shows_the_same_view(new_visit, pixels, make):
     from moevision.demo import route_image
 
     view = route_image(make(), pixels)
-    one = new_visit(
-        offline=True, door=False
-    )  # a sandboxed frame has no storage to note an earlier visit in
+    # A sandboxed frame has no storage to note an earlier visit in.
+    one = new_visit(offline=True, door=False)
     one.page.set_content(f"<h1>notebook</h1>{view._repr_html_()}")
     frame = one.page.frame_locator("iframe")
     frame.locator(".mv-cell[data-patch='5']").click()
@@ -122,9 +119,8 @@ def test_a_notebook_shows_all_of_the_view_at_once(new_visit, width):
     page.set_content(f"<style>body {{ margin: 0 }}</style>{view._repr_html_()}")
     page.frame_locator("iframe").locator(".mv-cell").first.wait_for()
     page_of_view = page.frames[1]
-    seen = (
-        "document.documentElement.scrollHeight" if width >= 1200 else VIEW_ENDS
-    )  # the picture of the sums is scrolled to
+    # On a narrow screen the picture of the sums is scrolled to.
+    seen = "document.documentElement.scrollHeight" if width >= 1200 else VIEW_ENDS
     assert page_of_view.evaluate(f"{seen} <= window.innerHeight")
     assert page_of_view.evaluate(f"{VIEW_ENDS} <= 1000")
     assert page_of_view.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -165,20 +161,15 @@ def test_a_link_reproduces_the_view(visit):
     page.click("[data-mode=entropy]")
     open_tab(page, "classes")
     words = ["variant=untrained", "k=3", "layer=1", "patch=11", "mode=entropy", "tab=classes"]
-    page.wait_for_function(
-        "words => words.every(word => location.search.includes(word))", arg=words
-    )
+    at(page, *words)
     other = visit("?" + page.url.partition("?")[2]).page
     assert numbers(other) == numbers(page)
     pressed = (
-        ".mv-pinned",
-        ".mv-layer[aria-pressed=true]",
-        "[data-mode][aria-pressed=true]",
-        "[role=tab][aria-selected=true]",
+        ".mv-pinned, :is(.mv-layer, [data-mode])[aria-pressed=true], [role=tab][aria-selected=true]"
     )
-    for selector in pressed:
-        data = "element => JSON.stringify([element.dataset, element.ariaLabel])"
-        assert other.locator(selector).evaluate(data) == page.locator(selector).evaluate(data)
+    data = "[one.dataset, one.ariaLabel]"
+    assert each(other, pressed, data) == each(page, pressed, data)
+    assert page.locator(pressed).count() == 4
     for box in (".mv-box-where", ".mv-flow-answer", ".mv-box-loads"):
         assert other.text_content(box) == page.text_content(box)
 
@@ -189,35 +180,33 @@ def test_back_and_forward_walk_through_what_was_looked_at(visit, tmp_path):
     page = visit("?patch=3").page
     start = page.evaluate("history.length")
 
-    def settled(words):
-        page.wait_for_function(
-            "words => words.every(word => location.search.includes(word))", arg=words
-        )
+    def settled(*words):
+        at(page, *words)
         page.wait_for_selector("[data-box=progress]", state="hidden")
         return page.get_attribute(".mv-picture", "src")
 
-    first = settled(["picture=pets%2Ftest%2F0"])
+    first = settled("picture=pets%2Ftest%2F0")
     page.click("[data-action=example][data-id='pets/test/4']")
-    second = settled(["picture=pets%2Ftest%2F4"])
+    second = settled("picture=pets%2Ftest%2F4")
     page.click(".mv-layer[data-index='0']")  # no place of its own
-    settled(["layer=1"])
+    settled("layer=1")
     page.set_input_files("[data-box=file]", file)
     page.wait_for_function(SENT)
     own = page.get_attribute(".mv-picture", "src")
     assert len({first, second, own}) == 3
     open_tab(page, "about")
-    settled(["tab=about"])
+    settled("tab=about")
     assert page.evaluate("history.length") == start + 3
     page.go_back()
     page.wait_for_selector(".mv-card")
     assert page.get_attribute(".mv-picture", "src") == own
     page.go_back()
-    assert settled(["picture=pets%2Ftest%2F4", "layer=1"]) == second
+    assert settled("picture=pets%2Ftest%2F4", "layer=1") == second
     page.go_back()
-    assert settled(["picture=pets%2Ftest%2F0", "layer=3", "patch=3"]) == first
+    assert settled("picture=pets%2Ftest%2F0", "layer=3", "patch=3") == first
     assert page.locator(".mv-pinned").get_attribute("data-patch") == "3"
     page.go_forward()
-    assert settled(["picture=pets%2Ftest%2F4"]) == second
+    assert settled("picture=pets%2Ftest%2F4") == second
     page.go_forward()
     page.wait_for_function(SENT)
     page.wait_for_function("own => document.querySelector('.mv-picture').src === own", arg=own)
@@ -245,14 +234,14 @@ def test_a_link_reproduces_an_intervention(visit, ask):
     assert says(page.text_content("[role=note]"), "get nothing")
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
-        "?picture=pets/test/999999",
-        "?model=nothing&variant=odd&layer=77&patch=-5&mode=x&k=99&capacity=1e9&tab=zz&do=ablate.9.9",
-        "?layer=<img src=x onerror=alert(1)>&patch=1e3&k=NaN&do=<b>",
-    ],
+STRANGE = (
+    "?picture=pets/test/999999",
+    "?model=nothing&variant=odd&layer=77&patch=-5&mode=x&k=99&capacity=1e9&tab=zz&do=ablate.9.9",
+    "?layer=<img src=x onerror=alert(1)>&patch=1e3&k=NaN&do=<b>",
 )
+
+
+@pytest.mark.parametrize("query", STRANGE)
 def test_a_link_from_elsewhere_still_opens(visit, ask, query):
     page = visit(query).page
     assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
