@@ -59,6 +59,10 @@ PROVE = {
         "what the experts of emoji take, and what new pages cost without them",
         "demo.names",
     ),
+    "sorting": (
+        "which expert gets which test photos, of the bundled router of whole images",
+        "demo.sorting",
+    ),
     "flips": (
         "how many answers change without one expert, beside as much taken away at random",
         "demo.flips",

@@ -26,8 +26,14 @@ SIZE = {
     "moevision": (11, 16_070),  # impossible counts are refused where newer SciPy takes them
     "moevision/analysis": (14, 49_830),  # names of experts
     "moevision/commands": (9, 9_590),  # fit says what the experts of emoji take
-    "moevision/data": (15, 32_470),  # pages of emoji, and what drawn data sets have in common
-    "moevision/demo": (15, 27_733),  # a card says of examples by how few experts they fall
+    "moevision/data": (
+        15,
+        32_850,
+    ),  # pages of emoji that somebody types: one emoji told from the next
+    "moevision/demo": (
+        15,
+        28_040,
+    ),  # cards say by how few experts an example falls; pages that a visitor types
     "moevision/layers": (10, 15_732),
     "moevision/models": (10, 18_519),  # fixed rules refuse dropped patches
     "moevision/train": (20, 48_550),  # resume as it was

@@ -152,6 +152,39 @@ def fewest(record: Json) -> list[Json]:
     return rows
 
 
+def without_names(record: Json) -> list[Json]:
+    """What new pages of emoji cost without the experts of one name, by group."""
+    rows = []
+    for group, found in record["without"].items():
+        shares = [one["share"] for one in record["names"] if one["name"] == group]
+        own, others = (
+            " → ".join(f"{100 * each:.1f}" for each in found[which]) for which in ("own", "others")
+        )
+        experts = ", ".join(map(str, found["experts"]))
+        cells = [experts, f"{max(shares):.0%}", own, others, f"{found['random']:.1f}"]
+        rows.append({"name": group, "pages": found["pages"], "cells": " | ".join(cells)})
+    return rows
+
+
+def page_of_emoji(record: Json) -> Json:
+    """The page that the explorer opens, of how many it was chosen, and what as much at random leaves of its answer."""
+    case = record["matters"]
+    keep = sum(each > 0.5 for each in record["at_random"])
+    ((_, expert),) = case["away"]
+    return {**case, "expert": expert, "keep": keep, "draws": len(record["at_random"])}
+
+
+def typed_pages(record: Json) -> Json:
+    """Right answers by how many cells of a page are full."""
+    return {"cells": " | ".join(f"{share:.0%}" for share in record["typed"].values())}
+
+
+def sorted_photos(record: Json) -> Json:
+    """How many photos of each class went to each expert."""
+    (cat, cat_wrong), (dog_wrong, dog) = record["routes"]
+    return {**record, "cat": cat, "cat_wrong": cat_wrong, "dog": dog, "dog_wrong": dog_wrong}
+
+
 def photos(record: Json) -> Json:
     """What the browser complained of over all views."""
     complaints = sum(record[kind]["complaints"] for kind in ("bundled", "unseen"))

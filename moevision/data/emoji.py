@@ -11,7 +11,9 @@ model knows of "test" beyond "unseen" it has learned by heart.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moevision.data.drawn import ByteImage, DrawnImages, generator_for
+from moevision.errors import UserError, escape_controls
 
 GROUPS: Final[tuple[str, ...]] = (
     "smileys",
@@ -41,6 +44,13 @@ KIND_SIZE: Final = 12  # emoji that a subgroup of Unicode needs to be one of `Em
 _SHEET_COLUMNS = 44
 _BACKGROUND = 128
 _ASSETS = Path(__file__).parent / "assets"
+_STYLE = "\ufe0f"  # asks for a coloured picture; people's keyboards send it or don't
+# What changes the character before it: style, keycap, skin tone, tag.
+_CHANGED = r"[\ufe0e\ufe0f\u20e3\U0001F3FB-\U0001F3FF\U000E0020-\U000E007F]*"
+# One emoji as people see it: two letters of a flag, or characters that joiners (U+200D) tie together.
+_ONE_EMOJI = re.compile(
+    rf"(?:[\U0001F1E6-\U0001F1FF]{{2}}|\S){_CHANGED}(?:\u200d\S{_CHANGED})*", re.DOTALL
+)
 
 
 class Emoji(NamedTuple):
@@ -110,7 +120,7 @@ class EmojiPages(DrawnImages):
 
     def image(self, index: int) -> ByteImage:
         """The page, uint8 [S, S, 3] in RGB order."""
-        return self._resized(draw_page(*self._draw(index)), Image.Resampling.BICUBIC)
+        return self._resized(draw_cells(*self._draw(index)), Image.Resampling.BICUBIC)
 
     def part_mask(self, index: int) -> ByteImage:
         """The group of each pixel's emoji, uint8 [S, S], an index into `parts`."""
@@ -153,6 +163,25 @@ class EmojiPages(DrawnImages):
         """The class of each emoji of the sheet, int64 [M]; -1: on no page."""
         return read_sheet().groups
 
+    @classmethod
+    def most_common_class(cls, emoji: Sequence[str]) -> str | None:
+        """The name of the class that most of these emoji are of; None if two are as common."""
+        labels = cls.classes_of_emoji()[numbers_of(emoji)]
+        counts = np.bincount(labels[labels >= 0], minlength=len(cls.classes))
+        (most,) = np.nonzero(counts == counts.max())
+        return cls.classes[most[0]] if len(most) == 1 else None
+
+    @classmethod
+    def known_emoji(cls, limit: int) -> dict[str, list[str]]:
+        """By class up to `limit` emoji that training pages have, in Unicode's order."""
+        members, sizes = cls._members(False)
+        emoji = read_sheet().emoji
+        known = {}
+        for label, name in enumerate(cls.classes):
+            rows = members[label][: min(limit, sizes[label])]
+            known[name] = [emoji[row].character for row in rows]
+        return known
+
     def _resized(self, page: ByteImage, resampling: Image.Resampling) -> ByteImage:
         if self.image_size == len(page):
             return page
@@ -176,7 +205,38 @@ class EmojiKinds(EmojiPages):
         return read_sheet().kinds
 
 
-def draw_page(numbers: NDArray[np.int64], shifts: NDArray[np.int64] | None = None) -> ByteImage:
+def split_emoji(text: str) -> list[str]:
+    """The emoji of a text as people see them, without white space; whether there are such emoji is not asked."""
+    return _ONE_EMOJI.findall(text)
+
+
+def draw_page(emoji: Sequence[str]) -> ByteImage:
+    """A page of 1 to 16 emoji such as "🐶", row by row, uint8 [64, 64, 3]; cells without one stay empty.
+
+    Each lies in the middle of its cell. A UserError names one that the sheet doesn't have.
+    """
+    return draw_cells(numbers_of(emoji))
+
+
+def numbers_of(emoji: Sequence[str]) -> NDArray[np.int64]:
+    """The numbers of 1 to 16 emoji in the sheet; a UserError names one that it doesn't have."""
+    if not 1 <= len(emoji) <= CELLS**2:
+        raise UserError(f"A page has 1 to {CELLS**2} emoji, not {len(emoji)}.")
+    known = _numbers_by_character()
+    for one in emoji:
+        if one.replace(_STYLE, "") not in known:
+            raise UserError(
+                f"There is no emoji {escape_controls(one[:20])!r} on the sheet: choose another one, without skin tone."
+            )
+    return np.array([known[one.replace(_STYLE, "")] for one in emoji])
+
+
+@cache
+def _numbers_by_character() -> dict[str, int]:
+    return {one.character.replace(_STYLE, ""): row for row, one in enumerate(_read_table())}
+
+
+def draw_cells(numbers: NDArray[np.int64], shifts: NDArray[np.int64] | None = None) -> ByteImage:
     """A page of up to 16 emoji, uint8 [64, 64, 3]; `shifts` [16, 2] in px, down and to the right; None: in the middle.
 
     What leaves its cell is cut off, as a patch of the model would see it.

@@ -38,6 +38,7 @@ from moevision.words import percent
 CLASS_PICTURES = 50
 MIN_CLASS_PICTURES = 20
 MORE_EXAMPLES = 24  # at a time
+OFFERED_EMOJI = 24  # of a class
 # Views of examples as the model was trained to route them, about 0.1 MB each.
 CACHED_VIEWS = 64
 SURE = 0.8  # share of strangers from which on one is called so without "may"
@@ -64,6 +65,7 @@ class Explorer:
             self.route,
             self.history,
             self.sharp,
+            self.emoji,
             self.examples,
             self.data,
             self.what_if,
@@ -193,6 +195,16 @@ class Explorer:
         examples = read.entry(request, self.entries, "picture").examples
         return {"src": examples.sharp(read.text(request, "picture"))}
 
+    def emoji(self, request: Any) -> Json:
+        """Emoji to type a page with, some of each class, and how many a page has."""
+        pages = read.emoji_pages(read.entry(request, self.entries))
+        known = pages.known_emoji(OFFERED_EMOJI)
+        return {
+            "groups": [{"name": name, "emoji": emoji} for name, emoji in known.items()],
+            "fewest": read.FEWEST_EMOJI,
+            "most": read.MOST_EMOJI,
+        }
+
     def data(self, request: Any) -> Json:
         """The head of a list that ranks the run's training images by a score, of all classes or of one."""
         entry = read.entry(request, self.entries, "list", "class")
@@ -269,8 +281,11 @@ class Explorer:
         image = read.image_request(request, self.entries)
         id = image.picture.id
         view = self._view(image)
-        sharp = image.entry.examples.sharp(id) if id else request["picture"]["data"].sharp
-        view["picture"]["sharp"] = sharp
+        upload = request["picture"].get("data")
+        if id:
+            view["picture"]["sharp"] = image.entry.examples.sharp(id)
+        else:  # a typed page has no more pixels than the model sees
+            view["picture"]["sharp"] = upload and upload.sharp
 
         history = None
         facts = image.variant.facts

@@ -15,10 +15,14 @@ from moevision.data.emoji import (
     EmojiKinds,
     EmojiPages,
     ceiling,
+    draw_cells,
     draw_page,
+    numbers_of,
     read_sheet,
+    split_emoji,
 )
 from moevision.data.open import open_collection
+from moevision.errors import UserError
 
 
 def test_the_sheet_has_distinct_emoji_of_nine_groups() -> None:
@@ -113,7 +117,7 @@ def test_who_knows_every_emoji_names_nearly_every_page(
 def test_every_emoji_lies_in_its_cell_moved_by_two_pixels_at_most() -> None:
     pages = EmojiPages(30)
     pictures = read_sheet().pictures
-    background = int(draw_page(np.array([], int))[0, 0, 0])
+    background = int(draw_cells(np.array([], int))[0, 0, 0])
     for index in range(30):
         page, numbers = pages.image(index), pages.emoji(index)
         for cell, number in enumerate(numbers):
@@ -144,3 +148,72 @@ def test_it_is_a_data_set_by_its_name(data: type[EmojiPages]) -> None:
     sample = collection.samples["test"][3]
     drawn = data(4, split="test").image(3)
     np.testing.assert_array_equal(np.asarray(collection.open(sample)), drawn)
+
+
+# ---- pages of chosen emoji
+
+
+def test_a_page_of_given_emoji_has_them_in_the_middle_of_their_cells() -> None:
+    """The first cell is the dog's picture of the sheet, the second the cat's, the third is empty."""
+    sheet = read_sheet()
+    dog, cat = ([one.character for one in sheet.emoji].index(one) for one in "🐶🐱")
+    page = draw_page(["🐶", "🐱"])
+    assert np.array_equal(page[:CELL, :CELL], sheet.pictures[dog])
+    assert np.array_equal(page[:CELL, CELL : 2 * CELL], sheet.pictures[cat])
+    assert (page[:CELL, 2 * CELL :] == page[-1, -1]).all()
+
+
+def test_the_sheets_own_emoji_are_told_apart_in_one_text() -> None:
+    """Families, flags, keycaps and tags among them; with the sign for a coloured picture or without."""
+    characters = [one.character for one in read_sheet().emoji]
+    assert split_emoji(" ".join(characters)) == split_emoji("".join(characters)) == characters
+    for start in range(0, len(characters), 16):
+        numbers = list(range(len(characters)))[start : start + 16]
+        few = characters[start : start + 16]
+        assert numbers_of(few).tolist() == numbers
+        assert numbers_of([one.replace("\ufe0f", "") for one in few]).tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("🐶👍🏽", "'👍🏽'"),  # a skin tone belongs to the hand before it
+        ("🇽🇽", "'🇽🇽'"),
+        ("👨\u200d🐶", "'👨\\u200d🐶'"),
+        ("🐶x", "'x'"),
+        ("\ud83d", r"\ud83d"),
+        ("\x00", r"\x00"),
+        ("\u200d", r"\u200d"),
+    ],
+)
+def test_an_emoji_that_the_sheet_has_not_is_named(text: str, named: str) -> None:
+    with pytest.raises(UserError) as refused:
+        draw_page(split_emoji(text))
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize("emoji", [[], ["🐶"] * 17])
+def test_a_page_has_one_to_sixteen_emoji(emoji: list[str]) -> None:
+    with pytest.raises(UserError, match="1 to 16"):
+        draw_page(emoji)
+
+
+def test_the_class_of_a_page_is_what_most_of_its_emoji_are() -> None:
+    assert EmojiPages.most_common_class(["🐶", "🐱", "🍎"]) == "animals"
+    assert EmojiPages.most_common_class(["🐶", "🍎"]) is None
+    assert EmojiKinds.most_common_class(["🐶", "🐱", "🍎"]) == "animal-mammal"
+    assert EmojiKinds.most_common_class(["🏁"]) is None  # of a kind with few emoji
+
+
+def test_emoji_to_choose_from_are_those_of_training() -> None:
+    held_out = {
+        one.character
+        for one, out in zip(read_sheet().emoji, read_sheet().held_out, strict=True)
+        if out
+    }
+    known = EmojiPages.known_emoji(24)
+    assert list(known) == list(GROUPS)
+    for name, emoji in known.items():
+        assert len(set(emoji)) == 24
+        assert not held_out & set(emoji)
+        assert EmojiPages.most_common_class(emoji[:16]) == name

@@ -33,6 +33,23 @@ NOT_A_NAME = [
     "pets/test/3\n",
     "🦊",
 ]
+TYPED = [
+    "🐶" * 12,
+    "🐶" * 11,
+    "🐶" * 100_000,
+    "👍🏽" * 12,
+    "🇽🇽" * 12,
+    "👨\u200d" * 12,
+    "\u200d" * 400,
+    "\ufe0f" * 400,
+    "\ud83d" * 12,
+    "\x00" * 12,
+    "\x1b[31m" * 12,
+    "\u202e" * 12,
+    "<script>" * 12,
+    "",
+    " " * 12,
+]
 NOT_A_NUMBER = [
     "NaN",
     "Infinity",
@@ -184,6 +201,10 @@ def calls() -> list[tuple[str, str]]:
         found.append(
             body(json.dumps({"model": "pets", "layer": 1, "expert": 0, "class": name}), "cell")
         )
+    # Typed pages, of a model that knows no emoji.
+    found.append(body(json.dumps({"model": "pets"}), "emoji"))
+    for text in TYPED:
+        found.append(body(json.dumps({**ROUTE, "picture": {"kind": "page", "text": text}})))
     for number in NOT_A_NUMBER:
         found += [
             body(json.dumps(ROUTE)[:-1] + f', "{field}": {number}}}')
