@@ -21,6 +21,7 @@ from tests.browser.conftest import (
     no_sideways_scroll,
     press,
     serious,
+    take_away,
     told,
 )
 from tests.demo.conftest import FALLS, SORTING
@@ -56,7 +57,13 @@ def play(visits_at, entries):
         first = replace(first, card=replace(first.card, **(card or {})))
         explorer = Explorer([first, *others])
         options = {"door": False, "reduced_motion": "reduce", **options}
-        begin = visits_at(HOME, answering(HOME, explorer))
+
+        def before(one):
+            answering(HOME, explorer)(one)
+            if first.card.sorting:
+                one.shown = ".mv-sorted"
+
+        begin = visits_at(HOME, before)
         page = begin(f"?{urlencode(query)}" if query else "", **options).page
         page.visit.explorer = explorer
         return page
@@ -116,7 +123,9 @@ def test_who_takes_more_away_than_it_takes_is_told(play):
     page = play("game")  # opens on the photo whose answer falls, in its layer
     take(page, RESULTS[0][2])
     assert "Fewest" not in told(page, "[data-box=said]")
-    press(page, ".mv-flow-box[data-expert='1']", "text=You: 2. Fewest: 1.")
+    page.select_option("[data-change=flow-layer]", "1")
+    take_away(page, 1)
+    assert "You: 2. Fewest: 1." in told(page, "[data-box=said]")
     press(page, "[data-box=said] [data-action=put-back]", PRIMARY)
     assert page.is_hidden("[data-box=badge]")
 
