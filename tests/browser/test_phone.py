@@ -41,12 +41,8 @@ def test_the_page_is_short_and_a_patch_is_told_of_below_the_stage(visit):
     assert violations(page, ".mv-box-where") == []
     page.keyboard.press("Escape")
     assert page.locator(".mv-pinned").count() == 0
-    assert (
-        page.eval_on_selector_all(
-            ".mv :is(button, select, summary):not(.mv-quiet, .mv-term)", TOO_SMALL
-        )
-        == []
-    )
+    controls = ".mv :is(button, select, summary):not(.mv-quiet, .mv-term)"
+    assert page.eval_on_selector_all(controls, TOO_SMALL) == []
 
 
 @pytest.mark.parametrize("width", [360, 390, 412])
