@@ -103,7 +103,7 @@ def test_what_may_be_changed_where_experts_choose(visit):
 
 def test_soft_patches_take_from_every_expert(visit, ask):
     layer = ask("soft", "route")["layers"][1]
-    page = visit("?model=soft&patch=5").page
+    page = visit("?model=soft&patch=5&mode=expert").page
     assert numbers(page) == [str(experts[0]) for experts in layer["experts"]]
     assert f"all {6 * SLOTS} slots" in page.text_content(".mv-box-legend")
     assert "false" not in page.text_content(".mv-box-card")  # it has no switch for noise
