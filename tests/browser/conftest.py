@@ -359,6 +359,12 @@ def example(number):
 RABBIT = ".mv-picture[alt*=rabbit]"  # number 2
 
 
+def clipped(page, selector):
+    """Classes of the elements that are wider than their place."""
+    wide = each(page, selector, "one.scrollWidth > one.clientWidth + 1 && `.${one.className}`")
+    return [name for name in wide if name]
+
+
 def no_sideways_scroll(page):
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 

@@ -178,16 +178,6 @@ def test_a_shared_page_asks_no_server_of_gradios(new_visit, server):
     assert one.strangers(server.doors["shared"]) == []
 
 
-def test_a_server_that_is_gone_gets_a_sentence_and_a_way_on(new_visit, server):
-    page = new_visit().open(server.url)
-    page.route(SERVER_CALL, lambda route: route.abort())
-    press(page, example(2), "[data-action=retry]")
-    assert "doesn't answer" in page.text_content("[role=alert]")
-    page.unroute(SERVER_CALL)
-    press(page, "[data-action=retry]", "[data-action=retry]", state="detached")
-    page.wait_for_selector(RABBIT)  # image i has label i mod 8
-
-
 def test_a_busy_server_is_asked_again(new_visit, server):
     page = new_visit().open(server.url)
     routes = []

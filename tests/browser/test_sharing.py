@@ -15,10 +15,10 @@ from tests.browser.conftest import (
     FIRST,
     alone,
     at,
+    clipped,
     each,
     experts_of,
     fills,
-    give,
     numbers,
     open_tab,
     press,
@@ -121,8 +121,7 @@ def test_a_notebook_shows_all_of_the_view_at_once(new_visit, width):
     page_of_view = page.frames[1]
     assert page_of_view.evaluate(f"{VIEW_ENDS} <= window.innerHeight")
     assert page_of_view.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    wide = "elements => elements.filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.className)"
-    assert page_of_view.eval_on_selector_all(".mv-side div, .mv-side ol", wide) == []
+    assert clipped(page_of_view, ".mv-side div, .mv-side ol") == []
 
 
 def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, tmp_path):
@@ -305,22 +304,13 @@ def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):
     assert says(one.page.text_content("[data-box=said]"), "doesn't look like")
 
 
-@pytest.mark.parametrize("way", ["paste", "drop"])
-def test_a_picture_can_be_pasted_and_dropped(visit, way, tmp_path):
-    page = visit().page
-    Image.new("RGB", (40, 40), "teal").save(tmp_path / "own.png")
-    give(page, [tmp_path / "own.png"], way)
-    page.wait_for_function(SENT)
-    assert page.visit.question("route")["picture"]["kind"] == "upload"
-
-
 def test_an_image_that_shows_nothing_and_a_file_that_is_none_get_a_sentence(visit, tmp_path):
     Image.new("RGB", (3000, 3)).save(tmp_path / "line.png")
     (tmp_path / "notes.png").write_text("no image")
     for name, words in (("line.png", "3000 × 3 px"), ("notes.png", "can't read")):
-        page = visit().page
+        page = visit(door=False).page
         page.set_input_files("[data-box=file]", tmp_path / name)
-        page.wait_for_selector("[role=alert]")
+        page.wait_for_selector("[role=alert]:visible")
         assert says(page.text_content("[role=alert]"), words)
         assert "route" not in page.visit.asked
 
