@@ -48,8 +48,7 @@ def test_the_stage_is_saved_as_png(visit):
     file = saved(visit().page, "png")
     assert file.suggested_filename.startswith("moevision_pets_")
     with Image.open(file.path()) as picture:
-        assert picture.format == "PNG"
-        assert picture.size == (1024, 1024 + 76)  # the caption
+        assert (picture.format, picture.size) == ("PNG", (1024, 1024 + 76))  # the caption
         assert len(picture.convert("RGB").getcolors(2**24)) > 100
 
 
@@ -59,20 +58,18 @@ def test_the_view_is_saved_as_json(visit, ask):
     assert data == ask("route", picture=FIRST)
 
 
-def test_the_saved_page_works_alone(visit, new_visit, ask, tmp_path):
-    one = alone(new_visit, visit().page, tmp_path)
+def test_the_saved_page_works_alone_and_says_that_an_expert_is_away(
+    visit, new_visit, ask, tmp_path
+):
+    one = alone(new_visit, visit("?away=3.1").page, tmp_path)
     page = one.page
+    assert page.text_content("h1").startswith("Without expert 1 ")
     page.click(".mv-cell[data-patch='5']")
     assert said(page).startswith("row 2, column 2: expert")
     page.keyboard.press("-")
-    assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][0])
+    assert numbers(page) == experts_of(ask("route", picture=FIRST, away=[[3, 1]])["layers"][0])
     assert one.complaints == []
     assert one.strangers(one.address) == []
-
-
-def test_the_saved_page_says_that_an_expert_is_away(visit, new_visit, tmp_path):
-    page = alone(new_visit, visit("?away=3.1").page, tmp_path).page
-    assert page.text_content("h1").startswith("Without expert 1 ")
 
 
 def test_the_saved_page_is_of_the_image_on_the_stage(visit, hold):
