@@ -168,7 +168,7 @@ def test_a_light_runs_along_the_lines_where_motion_is_wanted(card):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("width", [320, 1440])
 def test_axe_finds_nothing_and_nothing_scrolls_sideways(card, scheme, width):
     size = {"width": width, "height": 844}
     page, _ = card(color_scheme=scheme, viewport=size, reduced_motion="reduce")
