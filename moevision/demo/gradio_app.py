@@ -16,21 +16,22 @@ open any file of the computer that a request names: so its preprocessing is off,
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
 from moevision.data.images import BadImageError, read_image
 from moevision.demo import requests as read
 from moevision.demo.examples import sharp_data_uri
-from moevision.demo.facts import SHARP_PX
-from moevision.demo.html import flow_html
+from moevision.demo.facts import SHARP_PX, Pixels
+from moevision.demo.html import flow_html, links
 from moevision.demo.models import Entry, open_entries
 from moevision.demo.service import error_json
 from moevision.demo.view import Settings, route_image
-from moevision.demo.wire import MAX_BYTES, RequestError, open_data_uri, open_upload
+from moevision.demo.wire import MAX_BYTES, Json, RequestError, open_data_uri, open_upload
 from moevision.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ TITLE = "See inside a Mixture of Experts"
 LEAD = (
     "Small networks share one photo. Which of them computes each patch, and what if some were away?"
 )
+Known = Mapping[tuple[str, bytes], Pixels | None]  # pixels of examples, by model and image
 # One image at a time: a request to /run doesn't wait in Gradio's queue.
 _DECODING = threading.Lock()
 
@@ -49,7 +51,8 @@ _DECODING = threading.Lock()
 def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
     """A Gradio app: an image and a model in, the likeliest classes and the flow of the patches out.
 
-    Its endpoint is `route(image, model, away) -> label, view`. A UserError if there is no such model, or no experts.
+    Its endpoint is `route(image, model, away) -> label, view, routing`. A UserError if there is no such model, or no
+    experts.
 
     In Blocks of your own, Gradio deletes uploads only if those have a `delete_cache`; `launch(max_file_size="8mb")`
     refuses larger files before they are stored.
@@ -60,67 +63,136 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
     """
     import gradio as gr
 
-    entries = {entry.card.title: entry for entry in open_entries(model, data)}
-    titles = list(entries)
-    rows = examples(entries)
+    asked = Asked({entry.card.title: entry for entry in open_entries(model, data)})
+    first, answered = asked.first()
+    titles = list(asked.entries)
     app: gr.Blocks
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE_S
     ) as app:
-        gr.Markdown(f"# {TITLE}\n{LEAD}")
+        gr.Markdown(f"# {TITLE}\n{LEAD} {whole_explorer()}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                image = gr.Image(type="filepath", image_mode=None, label="Your photo", height=240)
-                label = gr.Label(num_top_classes=5, label="The model says")
+                image = gr.Image(
+                    first.image,
+                    type="filepath",
+                    format="png",  # lossless: an example is routed as `moevision demo` routes it
+                    image_mode=None,
+                    label="Your photo",
+                    height=240,
+                )
+                label = gr.Label(answered.classes, num_top_classes=5, label="The model says")
                 choice = gr.Dropdown(
                     titles, value=titles[0], label="Model", visible=len(titles) > 1
                 )
-                names = list(experts(entries[titles[0]]))
-                ablated = gr.Dropdown(names, value=[], multiselect=True, label="Take away")
+                expert_choice = partial(gr.Dropdown, value=[], multiselect=True, label="Take away")
+                ablated = expert_choice(asked.experts_of(titles[0]))
+                # A program may name the experts of any model.
+                every = dict.fromkeys(name for title in titles for name in asked.experts_of(title))
+                away = expert_choice(list(every), visible=False)
+                routing = gr.JSON(label="The experts of each patch", visible=False)
             with gr.Column(scale=3, min_width=320):
-                view = gr.HTML(label="The flow of the patches")
-                gr.Examples([list(row) for row in rows], [image, choice], label="Examples")
+                view = gr.HTML(answered.view, label="The flow of the patches")
+                samples = [[row.image, row.model] for row in asked.rows]
+                gr.Examples(samples, [image, choice], label="Examples")
 
         choice.change(
-            lambda title: gr.Dropdown(list(experts(entries[title])), value=[]),
+            lambda title: gr.Dropdown(asked.experts_of(title), value=[]),
             choice,
             ablated,
             api_visibility="private",
         )
-        listen = partial(
-            gr.on,
-            inputs=[image, choice, ablated],
-            outputs=[label, view],
-            preprocess=False,
-            concurrency_id="route",
-        )
-        listen(
-            [image.change, ablated.change],
-            partial(answer_page, entries),
-            api_visibility="private",
-        )
-        listen([], partial(answer, entries), api_name="route")  # of programs
-        if rows:
-            app.load(lambda: rows[0], None, [image, choice], api_visibility="private")
+        listen = partial(gr.on, preprocess=False, concurrency_id="route")
+        page = {"inputs": [image, choice, ablated], "outputs": [label, view]}
+        program = {"inputs": [image, choice, away], "outputs": [label, view, routing]}
+        listen([image.change, ablated.change], asked.page, **page, api_visibility="private")
+        listen([], asked.program, **program, api_name="route")
     return app
 
 
-def answer_page(entries: dict[str, Entry], image: Any, model: Any, ablated: Any) -> tuple[Any, str]:
+class Asked:
+    """What the app shows, and what its listeners call."""
+
+    def __init__(self, entries: dict[str, Entry]) -> None:
+        self.entries = entries  # by title
+        self.rows = examples(entries)
+        self.known = {(row.model, row.image.tobytes()): row.pixels for row in self.rows}
+
+    def first(self) -> tuple[Example, Answer]:
+        """What stands there before a visitor comes: in somebody's Blocks no event tells that the page has opened."""
+        title = next(iter(self.entries))
+        shown = next(iter(self.rows), Example(None, title, None))
+        return shown, route(self.entries, shown.image, shown.model, [], shown.pixels)
+
+    def experts_of(self, title: str) -> list[str]:
+        """The names of a model's experts."""
+        return list(experts(self.entries[title]))
+
+    def page(self, image: Any, model: Any, away: Any) -> tuple[Any, str]:
+        """What the page shows."""
+        return answer_page(self.entries, image, model, away, self.known)
+
+    def program(self, image: Any, model: Any, away: Any) -> Answer:
+        """Route an image: the likeliest classes, the flow of its patches as HTML, and the experts of each patch.
+
+        `model` is one of the titles. `away` names experts to take away, such as "L9·E3" or "L9.E3". An image that
+        can't be used, and an expert that the model doesn't have, are errors that say so.
+        """
+        return answer(self.entries, image, model, away, self.known)
+
+
+class Answer(NamedTuple):
+    """What is said about an image; empty without one."""
+
+    classes: dict[str, float] | None  # the likeliest ones with their probabilities
+    view: str  # the flow of the patches as HTML
+    # `grid` of patches, and of each of the `layers` the `experts` and `weights` of each patch
+    routing: Json | None
+
+
+class Example(NamedTuple):
+    """An image to choose."""
+
+    image: Any  # in as many pixels as there are
+    model: str  # its title
+    pixels: Pixels | None  # as `moevision demo` gives them to the model
+
+
+def whole_explorer() -> str:
+    """Where the rest of the explorer is."""
+    live = links()["live"]
+    if live:
+        return f"[The whole explorer]({live})."
+    return "The whole explorer: `moevision demo`."
+
+
+def answer_page(
+    entries: dict[str, Entry], image: Any, model: Any, ablated: Any, known: Known | None = None
+) -> tuple[Any, str]:
     """`answer` to the page, where experts of the model before stay chosen until their list has changed."""
     if isinstance(model, str) and model in entries and isinstance(ablated, list):
         names = list(experts(entries[model]))
         ablated = [name for name in ablated if name in names]
-    return answer(entries, image, model, ablated)
+    classes, view, _ = answer(entries, image, model, ablated, known)
+    return classes, view
 
 
-def answer(entries: dict[str, Entry], image: Any, model: Any, away: Any) -> tuple[Any, str]:
-    """`route` of what a request says, which nobody has looked at yet; a `gradio.Error` says what is wrong with it."""
+def answer(
+    entries: dict[str, Entry], image: Any, model: Any, away: Any, known: Known | None = None
+) -> Answer:
+    """`route` of what a request says, which nobody has looked at yet; a `gradio.Error` says what is wrong with it.
+
+    `known` has the pixels of examples, by model and bytes of the image.
+    """
     import gradio as gr
 
     try:
         title = read.choice({"model": model}, "model", tuple(entries))
         photo = uploaded_image(image, entries[title].facts.image_size)
-        return route(entries, photo, title, away or [])
+        pixels = None
+        if photo is not None and known:
+            pixels = known.get((title, photo.tobytes()))
+        return route(entries, photo, title, away or [], pixels)
     except UserError as error:
         message = error_json(error, "route")["error"]
         raise gr.Error(message, print_exception=False) from error
@@ -154,11 +226,15 @@ def uploaded_image(sent: Any, image_size: int) -> Image.Image | None:
 
 
 def route(
-    entries: dict[str, Entry], image: Image.Image | None, model: str, away: list[str]
-) -> tuple[Any, str]:
-    """Classes with their probabilities, and the view as HTML; nothing without an image.
+    entries: dict[str, Entry],
+    image: Image.Image | None,
+    model: str,
+    away: list[str],
+    pixels: Pixels | None = None,
+) -> Answer:
+    """What the model says about an image, and about its `pixels` as it sees them, if these are known.
 
-    `away` names experts as `experts` does; a RequestError names one that the model doesn't have.
+    `away` names experts as `experts` does, or with a dot; a RequestError names one that the model doesn't have.
     """
     trained = entries[model].variants["trained"]
     pairs = experts(entries[model])
@@ -166,8 +242,10 @@ def route(
         raise RequestError(
             f"Experts to take away are a list of names such as {next(iter(pairs))!r}."
         )
+    chosen = []
     for name in away:
-        if not isinstance(name, str) or name not in pairs:
+        pair = pairs.get(str(name).replace(".", "·"))
+        if pair is None:
             ranges = [
                 f"{layer.name}·E0 to {layer.name}·E{layer.num_experts - 1}"
                 for layer in trained.facts.routers
@@ -175,18 +253,26 @@ def route(
             raise RequestError(
                 f"There is no expert {str(name)[:40]!r} in {model}: its experts are {', '.join(ranges)}."
             )
-    ablated = read.ablated_experts([pairs[name] for name in away], trained.facts)
+        chosen.append(pair)
+    ablated = read.ablated_experts(chosen, trained.facts)
     if image is None:
-        return None, ""
+        return Answer(None, "", None)
 
     settings = Settings(ablated_experts=ablated)
-    view = route_image(trained.saved, image, settings=settings, facts=trained.facts).to_json()
+    seen = image if pixels is None else pixels
+    view = route_image(trained.saved, seen, settings=settings, facts=trained.facts).to_json()
     view["picture"]["name"] = "your photo"
     view["picture"]["sharp"] = sharp_data_uri(
         image, trained.saved.image_size, trained.saved.framing
     )
-    probabilities = {row["class"]: row["p"] for row in view["prediction"]["moe"]}
-    return probabilities, flow_html(view)
+    layers = [
+        {name: layer[name] for name in ("name", "experts", "weights")} for layer in view["layers"]
+    ]
+    return Answer(
+        classes={row["class"]: row["p"] for row in view["prediction"]["moe"]},
+        view=flow_html(view),
+        routing={"grid": list(trained.facts.grid), "layers": layers},
+    )
 
 
 def experts(entry: Entry) -> dict[str, list[int]]:
@@ -198,11 +284,11 @@ def experts(entry: Entry) -> dict[str, list[int]]:
     }
 
 
-def examples(entries: dict[str, Entry]) -> list[tuple[Image.Image, str]]:
-    """The first images of each model's data, in as many pixels as there are, with the model's title."""
+def examples(entries: dict[str, Entry]) -> list[Example]:
+    """The first images of each model's data."""
     rows = []
     for title, entry in entries.items():
         for picture in entry.examples.usable(0, NUM_EXAMPLES):
-            original = entry.examples.original(picture.id)
-            rows.append((original or Image.fromarray(picture.pixels), title))
+            original = entry.examples.original(picture.id) or Image.fromarray(picture.pixels)
+            rows.append(Example(original, title, picture.pixels))
     return rows

@@ -47,21 +47,27 @@ def read_asset(name: str) -> str:
 
 
 def links() -> dict[str, str | None]:
-    """Links to the lesson and the code from `[project.urls]` (None if it has none), and a BibTeX entry to cite."""
+    """Links from `[project.urls]`, None if it has none, and a BibTeX entry to cite.
+
+    They lead to the lesson, the code, and `live`, the explorer without a server.
+    """
     urls = dict(url.split(", ", 1) for url in metadata("moevision").get_all("Project-URL") or ())
     code = urls.get("Repository")
 
-    lesson = urls.get("Documentation")
+    site = urls.get("Documentation", "").rstrip("/")
+    lesson = None
+    live = None
+    if site:
+        lesson = f"{site}/lesson.html"
+        live = f"{site}/live/"
     if lesson_file():
         lesson = "lesson.html"
-    elif lesson:
-        lesson = f"{lesson.rstrip('/')}/lesson.html"
 
     title = "moevision: sparse vision transformers whose routing can be seen"  # as in CITATION.cff
     citation = f"@software{{moevision,\n  title = {{{title}}},\n  version = {{{__version__}}},"
     if code:
         citation += f"\n  url = {{{code}}},"
-    return {"lesson": lesson, "code": code, "cite": citation + "\n}"}
+    return {"lesson": lesson, "code": code, "live": live, "cite": citation + "\n}"}
 
 
 class Document(NamedTuple):

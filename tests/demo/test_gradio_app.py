@@ -21,6 +21,7 @@ from PIL import Image
 from moevision.data.synthetic import SyntheticPets
 from moevision.demo.gradio_app import answer, answer_page, examples, experts, route
 from moevision.demo.models import open_entries
+from moevision.demo.service import Explorer
 from moevision.demo.view import route_image
 from moevision.demo.wire import MAX_BYTES
 from tests.demo import hostile
@@ -47,18 +48,22 @@ def shown(page):
 def test_the_answer_is_the_models_with_and_without_an_expert(entries):
     title, entry = next(iter(entries.items()))
     photo, saved = Image.new("RGB", (90, 64), LION), entry.variants["trained"].saved
-    label, page = route(entries, photo, title, [])
+    label, page, routing = route(entries, photo, title, [])
     expected = route_image(saved, photo).to_json()
     assert label == {one["class"]: one["p"] for one in expected["prediction"]["moe"]}
     assert shown(page)["layers"] == expected["layers"]
     assert page.startswith("<iframe")
     assert 'sandbox="allow-scripts"' in page
-    label, page = route(entries, photo, title, ["L3·E1"])
+    label, page, routing = route(entries, photo, title, ["L3·E1"])
     with ablate(saved.net, 3, 1):
         expected = route_image(saved, photo).to_json()
     assert label == {one["class"]: one["p"] for one in expected["prediction"]["moe"]}
     assert shown(page)["settings"]["away"] == [[3, 1]]
-    assert route(entries, None, title, []) == (None, "")
+    assert routing["layers"][1]["experts"] == expected["layers"][1]["experts"]
+    assert routing["layers"][1]["weights"] == expected["layers"][1]["weights"]
+    assert routing["grid"] == expected["model"]["grid"]
+    assert route(entries, photo, title, ["L3.E1"]) == (label, page, routing)  # as the page's links
+    assert route(entries, None, title, []) == (None, "", None)
 
 
 def data_uri(image):
@@ -76,7 +81,8 @@ def test_what_is_transparent_is_white(entries):
 WRONG_AWAY = [
     (["L3·E4"], "no expert 'L3·E4'"),
     (["L1·E0", "L5·E99"], "no expert 'L5·E99'"),
-    (["L3.E1"], "no expert 'L3.E1'"),  # as the page's addresses have it
+    (["L3.E4"], "no expert 'L3.E4'"),
+    (["L3E1"], "no expert 'L3E1'"),
     ([""], "no expert ''"),
     (["x" * 9999], "no expert 'xxxx"),
     ([3, 1], "no expert '3'"),
@@ -102,9 +108,8 @@ def test_an_expert_that_is_not_there_is_named(entries, away, words):
 
 def test_the_page_may_keep_the_experts_of_the_model_before_for_a_moment(entries):
     title, photo = next(iter(entries)), data_uri(Image.new("RGB", (90, 64), LION))
-    assert answer_page(entries, photo, title, ["L3·E1", "L9·E9"]) == answer(
-        entries, photo, title, ["L3·E1"]
-    )
+    kept = answer(entries, photo, title, ["L3·E1"])
+    assert answer_page(entries, photo, title, ["L3·E1", "L9·E9"]) == (kept.classes, kept.view)
 
 
 @pytest.mark.parametrize("model", ["nope", "", None, 3, ["The pets"], {"The pets": 1}])
@@ -116,8 +121,8 @@ def test_a_model_that_is_not_there_is_a_sentence(entries, model):
 
 def test_examples_are_as_large_as_their_data(entries):
     found = examples(entries)
-    assert [title for _, title in found] == ["The pets"] * 3  # the other model has none here
-    assert found[0][0].size == (672, 672)  # drawn
+    assert [one.model for one in found] == ["The pets"] * 3  # the other model has none here
+    assert found[0].image.size == (672, 672)  # drawn
     assert list(experts(next(iter(entries.values()))))[:5] == [
         "L1·E0",
         "L1·E1",
@@ -125,6 +130,57 @@ def test_examples_are_as_large_as_their_data(entries):
         "L1·E3",
         "L3·E0",
     ]
+
+
+def test_an_example_is_routed_as_the_page_routes_it(entries):
+    """Made smaller from many pixels it would be another image than the one drawn small."""
+    title, entry = next(iter(entries.items()))
+    example, facts = examples(entries)[0], entry.examples.usable(0, 1)[0]
+    known = {(example.model, example.image.tobytes()): example.pixels}
+    view = Explorer([entry]).route({"picture": {"kind": "example", "id": facts.id}})
+    found = answer(entries, data_uri(example.image), title, [], known)
+    assert found.classes == {one["class"]: one["p"] for one in view["prediction"]["moe"]}
+    assert found.routing["layers"][0]["experts"] == view["layers"][0]["experts"]
+
+
+WITHIN = """
+import json, sys
+import gradio as gr
+from moevision.demo import blocks
+
+inner = blocks()
+with gr.Blocks() as mine, gr.Tab("Routing"):
+    inner.render()
+json.dump({"components": mine.config["components"], "api": mine.get_api_info()}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def within():
+    """What Gradio says of Blocks in whose tab the app is; in a process of its own, since Blocks leave loops open."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHIN], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_within_other_blocks_it_opens_filled(within):
+    kinds = ("image", "label", "html")
+    shown = [one for one in within["components"] if one["type"] in kinds]
+    values = {one["type"]: one["props"].get("value") for one in shown}
+    assert values["image"]["path"].endswith(".png")
+    assert values["label"]["confidences"]
+    assert "<iframe" in values["html"]
+
+
+def test_the_endpoint_is_named_and_typed(within):
+    ((name, endpoint),) = within["api"]["named_endpoints"].items()
+    assert name == "/route"
+    assert endpoint["description"].startswith("Route an image")
+    image, model, away = endpoint["parameters"]
+    assert [one["parameter_name"] for one in (image, model, away)] == ["image", "model", "away"]
+    assert {"L9·E3", "L0·E2"} <= set(away["type"]["items"]["enum"])  # of two models
+    assert [one["component"] for one in endpoint["returns"]] == ["Label", "Html", "Json"]
 
 
 class Asking:
@@ -292,11 +348,12 @@ def test_app_py_has_a_typed_endpoint():
             "Dropdown",
             "Dropdown",
         ]
-        label, page = client.predict(
+        label, page, routing = client.predict(
             handle_file(ROOT / "docs/img/pets.jpg"), "Drawn pets", ["L1·E3"], api_name="/route"
         )
         assert label["label"] in SyntheticPets.classes
         assert shown(page)["settings"]["away"] == [[1, 3]]
+        assert all(3 not in experts for experts in routing["layers"][0]["experts"])
         asking, before, start = (
             Asking(f"http://127.0.0.1:{port}"),
             peak_mb(process),

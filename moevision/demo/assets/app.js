@@ -3,7 +3,8 @@
 import { choose, followAddress, goTo, PLACE, readAddress, writeAddress } from "./app_address.js";
 import { server } from "./app_fetch.js";
 import { drawHand, handActions, measure, spokenResult } from "./app_hand.js";
-import { allExperts, AppOpening, doorMemory, isAway, opensDoor, PAST_WORDS, tellingCase } from "./app_opening.js";
+import { allExperts, isOfEmoji } from "./app_models.js";
+import { AppOpening, doorMemory, isAway, opensDoor, PAST_WORDS, tellingCase } from "./app_opening.js";
 import { listenForFiles, ownHandlers, ownMemory } from "./app_own.js";
 import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
 import { asAskError, Asker, errorBox, slide } from "./app_server.js";
@@ -11,6 +12,7 @@ import { closeMenuByClick, shareHandlers } from "./app_share.js";
 import { drawSorting, playSorting } from "./app_sorting.js";
 import { drawSimilar, sharpen, showLikes, showSimilar, timeSource } from "./app_similar.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
+import { listenForPicker, typedHandlers } from "./app_typed.js";
 import { cardLayout, Core, coreLayout } from "./core.js";
 import { keepOriginal, pictureTitle } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
@@ -71,6 +73,8 @@ export class App {
     this.door = opensDoor(readAddress()) || doorMemory.read();
     /** @type {[number, number][]} layer and number of each expert that is away */
     this.away = [];
+    /** @type {{ fewest: number, most: number } | null} how many emoji a typed page has */
+    this.typing = null;
     this.ticket = 0;
     /** @type {Pending} what was asked for and isn't shown yet */
     this.pending = NOTHING;
@@ -106,9 +110,9 @@ export class App {
   }
 
   connect() {
-    const [rail, own] = [railHandlers(this), ownHandlers(this)];
+    const [rail, own, typed] = [railHandlers(this), ownHandlers(this), typedHandlers(this)];
     const { actions, changes } = this.core;
-    Object.assign(actions, rail.actions, own.actions, shareHandlers(this), handActions(this), ...this.tabs.map((tab) => tab.actions), {
+    Object.assign(actions, rail.actions, own.actions, typed.actions, shareHandlers(this), handActions(this), ...this.tabs.map((tab) => tab.actions), {
       tab: (button) => this.openTab(button.dataset.tab),
       model: (button) => this.chooseModel(button.dataset.id),
       retry: () => (this.pending.wish ? followAddress(this) : this.load("model")),
@@ -129,11 +133,12 @@ export class App {
       redraw: () => this.chooseSettings({ noise: (this.noise ?? 0) + 1 }),
       similar: () => showSimilar(this),
     });
-    Object.assign(changes, rail.changes, own.changes, ...this.tabs.map((tab) => tab.changes));
+    Object.assign(changes, rail.changes, own.changes, typed.changes, ...this.tabs.map((tab) => tab.changes));
     // A slider that was in the hand isn't drawn anew; what it chose is, a moment after it was let go.
     this.core.box("settings").addEventListener("change", () => setTimeout(() => this.drawFrame(), 200));
     changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
+    listenForPicker(this);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
     addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && goTo(this, state[PLACE]));
     closeMenuByClick(this.root);
@@ -143,8 +148,9 @@ export class App {
 
   /** What the server is asked about the image that is chosen. */
   question() {
-    const { kind, id, data } = this.picture;
-    return { ...this.settings(), picture: kind === "example" ? { kind, id } : { kind, data } };
+    const { kind, id, text, data } = this.picture;
+    const picture = { example: { kind, id }, page: { kind, text } }[kind] ?? { kind, data };
+    return { ...this.settings(), picture };
   }
 
   /**
@@ -242,8 +248,8 @@ export class App {
     }
     const { picture } = this;
     choose(this, { model: id });
-    // A visitor's own image goes along; an example belongs to its model.
-    if (picture.kind === "upload") this.picture = picture;
+    // A visitor's own image goes along, if it isn't a page of emoji that is wanted; an example belongs to its model.
+    if (picture.kind === "upload" && !isOfEmoji(this.model)) this.picture = picture;
     return this.load("model");
   }
 

@@ -1,6 +1,7 @@
 // The address: what it asks for, what of that this server has, and writing the view into it, so that Back leads back.
 
-import { awayWord, BEHIND, openingExample, opensDoor, readAway } from "./app_opening.js";
+import { isOfEmoji, openingExample } from "./app_models.js";
+import { awayWord, BEHIND, opensDoor, readAway } from "./app_opening.js";
 import { chosenOwn, OWN } from "./app_own.js";
 import { limitable, otherK } from "./app_rail.js";
 import { asAskError } from "./app_server.js";
@@ -11,7 +12,7 @@ import { asAskError } from "./app_server.js";
 /** Which entry of the history this is. */
 export const PLACE = "moevision.place";
 /** Of links that name a second image, the first one is shown. */
-const LINK_KEYS = ["model", "picture", "layer", "away", ...BEHIND];
+const LINK_KEYS = ["model", "picture", "page", "layer", "away", ...BEHIND];
 
 /** What the address asks for: texts, checked by whoever uses them. */
 export function readAddress() {
@@ -64,7 +65,8 @@ function readNoise(word, model) {
 export function choose(app, wish) {
   const { models, default: first } = app.boot;
   const find = (id) => models.find((model) => model.id === id);
-  const model = find(wish.model) ?? find(first?.model) ?? models[0];
+  const typed = wish.page === undefined ? undefined : find(wish.model) ?? models.find(isOfEmoji);
+  const model = typed ?? find(wish.model) ?? find(first?.model) ?? models[0];
   const usual = model.examples.find(({ id }) => id === first?.picture) ?? openingExample(model);
   // The rail shows a few examples; a link may name any image that the server knows.
   const id = wish.picture ?? usual?.id;
@@ -76,7 +78,7 @@ export function choose(app, wish) {
   Object.assign(app, {
     model,
     variant: model.variants.find((name) => name === wish.variant) ?? model.variants[0],
-    picture: id ? { kind: "example", id } : { kind: "none" },
+    picture: typed && isOfEmoji(typed) ? { kind: "page", text: wish.page } : id ? { kind: "example", id } : { kind: "none" },
     door: app.door || opensDoor(wish),
     away: readAway(word, model),
     topK: Number.isInteger(k) && k >= 1 && k <= model.max_top_k ? otherK(model, k) : null,
@@ -163,7 +165,7 @@ function arrive(app) {
  */
 function entryText({ searchParams: found }, own) {
   const expert = found.get("expert")?.split(".")[1]; // its layer isn't a place of its own
-  return JSON.stringify([["model", "variant", "picture", "do", "away", "tab"].map((key) => found.get(key)), expert, own]);
+  return JSON.stringify([["model", "variant", "picture", "page", "do", "away", "tab"].map((key) => found.get(key)), expert, own]);
 }
 
 /** What the address says of a state. @param {ViewState} state @returns {Record<string, unknown>} */
@@ -186,6 +188,7 @@ export function writeAddress(app) {
     model: app.model.id,
     variant: app.variant === "trained" ? null : app.variant,
     picture: picture.kind === "example" ? picture.id : null,
+    page: picture.kind === "page" ? picture.text : null,
     patch: app.door ? state?.patch : null,
     k: app.topK,
     capacity: app.capacity,

@@ -1,6 +1,8 @@
 // What the app adds to photo and boxes: other images, one thing to try, and what came of it.
 
+import { allExperts, isOfEmoji, openingExample } from "./app_models.js";
 import { tellRoute } from "./app_own.js";
+import { typedField } from "./app_typed.js";
 import { answerWords, controlWords, effectOf } from "./core_effect.js";
 import { html, Markup, percent, pictureSource, present } from "./core_util.js";
 import { goneWords, otherModel, PATCH } from "./core_words.js";
@@ -72,7 +74,7 @@ export class AppOpening {
     return html`<div class="mv-flow-pick" role="group" aria-label="Images">${thumbs.map(({ action, id, name, thumb, on }) => html`<button type="button"
       data-action="${action}" data-id="${id}" data-key="flow-${action}-${id}" aria-pressed="${on}" ${on && new Markup("disabled")}
       aria-label="${name}"><img src="${pictureSource(thumb)}" alt=""></button>`)}
-      <button type="button" class="mv-button" data-action="choose" data-key="flow-choose">Your photo</button></div>`;
+      ${isOfEmoji(model) ? typedField(this.app) : html`<button type="button" class="mv-button" data-action="choose" data-key="flow-choose">Your photo</button>`}</div>`;
   }
 
   /** @param {View} view */
@@ -123,12 +125,6 @@ const actionButton = (action, label) => html`<button type="button" class="mv-but
 /** "cat, chelsea.jpg" of cat/chelsea.jpg. @param {string | null} label @param {string} name */
 const exampleName = (label, name) => (label ? `${label}, ${name.split("/").at(-1)}` : name);
 
-/** The image that a model opens with: one whose answer changes without an expert, else its first. @param {BootModel} model */
-export const openingExample = ({ card, examples }) => examples.find(({ id }) => id === card.matters?.picture) ?? examples[0];
-
-/** @param {BootModel} model */
-export const isOfEmoji = ({ card }) => Boolean(card.data_kind?.startsWith("emoji"));
-
 /** The case in which one expert less changes the answer most: of this model, else of the next that has one. @param {App} app */
 export const tellingCase = ({ model, boot, picture }) => [model, ...boot.models].find(({ id, card }) => card.matters && (id !== model.id || card.matters.picture !== picture.id));
 
@@ -173,9 +169,6 @@ export const doorMemory = {
 export const opensDoor = (wish) => BEHIND.some((key) => wish[key] !== undefined);
 
 // ---- experts that are away --------------------------------------------------------------------------------------
-
-/** Layer and number of all experts. @param {BootModel} model @returns {[number, number][]} */
-export const allExperts = ({ routers }) => routers.flatMap(({ layer, num_experts: experts }) => [...Array(experts).keys()].map((expert) => /** @type {[number, number]} */ ([layer, expert])));
 
 /** @param {App} app @param {number} layer @param {number} expert */
 export const isAway = (app, layer, expert) => app.away.some(([where, which]) => where === layer && which === expert);

@@ -1,6 +1,7 @@
 // The visitor's own images: up to a dozen, kept as long as the browser's tab, and whose route their patches take.
 
 import { asAskError, AskError, errorBox } from "./app_server.js";
+import { isOfEmoji } from "./app_models.js";
 import { firstExperts } from "./core_mosaic.js";
 import { chip, fillBox, html, pictureSource } from "./core_util.js";
 import { shrinkPicture } from "./own_file.js";
@@ -128,8 +129,16 @@ async function takeFiles(app, given) {
   if (files.length > MOST_OWN || kept.length < taken.length + app.own.length) app.notify(`There is room for ${MOST_OWN} images; the oldest made way.`);
   app.own = kept;
   ownMemory.keep(kept);
-  if (taken.length) await app.choosePicture(chosenOwn(taken[0]));
+  if (taken.length) await showOwn(app, chosenOwn(taken[0]));
   if (refused.length) fillBox(app.core.box("own-error"), html`${refused.map((error) => errorBox(error))}`);
+}
+
+/** A photo is for a model of photos. @param {App} app @param {Chosen} own */
+function showOwn(app, own) {
+  const other = isOfEmoji(app.model) && app.boot.models.find((model) => !isOfEmoji(model));
+  if (!other) return app.choosePicture(own);
+  app.picture = own;
+  return app.chooseModel(other.id);
 }
 
 /** @param {App} app */
@@ -138,7 +147,7 @@ export function ownHandlers(app) {
     actions: {
       own: (button) => {
         const own = app.own.find(({ id }) => id === Number(button.dataset.id));
-        return own && app.choosePicture(chosenOwn(own));
+        return own && showOwn(app, chosenOwn(own));
       },
       forget: () => {
         app.own = [];

@@ -229,8 +229,8 @@ export interface Boot {
 
 export interface Limits { max_bytes: number; max_pixels: number; min_side: number; max_aspect: number; fit: "crop" | "pad" | "squash"; fill: string }
 
-/** What stands on a stage: an example of the model's data, a visitor's own image (`own` is its id), or nothing yet. */
-export interface Chosen { kind: "example" | "upload" | "none"; id?: string; data?: string; name?: string; own?: number }
+/** What is shown: an example of the model's data, a visitor's own image (`own` is its id), a page of emoji that was typed, or nothing yet. */
+export interface Chosen { kind: "example" | "upload" | "page" | "none"; id?: string; text?: string; data?: string; name?: string; own?: number }
 /** A visitor's image as a data address. */
 export interface Own { id: number; name: string; data: string }
 
