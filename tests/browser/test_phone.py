@@ -82,8 +82,7 @@ def test_the_stage_stands_early_on_a_slow_network(new_visit, opening):
     network.send("Network.emulateNetworkConditions", limits)
     start = time.monotonic()
     one.page.goto(address, wait_until="commit")
-    seen = "[...document.querySelectorAll('.mv-boot img')].map((one) => one.naturalWidth)"
-    one.page.wait_for_function(f"String({seen}) === '96'")
+    one.page.wait_for_function("document.querySelector('.mv-boot img')?.naturalWidth > 0")
     assert one.page.locator(".mv-flow-box").count() == 0
     one.page.wait_for_selector(".mv-flow-box")
     assert time.monotonic() - start < WITHIN_S
