@@ -337,7 +337,7 @@ def fills(page):
     return [(*values[:3], values[3] if len(values) > 3 else 1.0) for values in found]
 
 
-def told(page, selector):
+def told(page, selector="[data-box=said]"):
     """A text without its line breaks, and without those that keep a number beside its unit."""
     return " ".join(page.text_content(selector).split())
 
@@ -357,6 +357,12 @@ def example(number):
 
 
 RABBIT = ".mv-picture[alt*=rabbit]"  # number 2
+
+
+def clipped(page, selector):
+    """Classes of the elements that are wider than their place."""
+    wide = each(page, selector, "one.scrollWidth > one.clientWidth + 1 && `.${one.className}`")
+    return [name for name in wide if name]
 
 
 def no_sideways_scroll(page):

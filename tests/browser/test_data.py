@@ -42,18 +42,15 @@ def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored):
     card = first_card(page, "Doubtful labels")
     assert says(page.text_content(".mv-panel .mv-lead"), "no verdicts")
     assert page.locator(".mv-ranked li").count() == len(doubtful)
-    assert (
-        card.text_content()
-        == f"cat{doubtful[0]['value']}right {doubtful[0]['right']} of {doubtful[0]['visits']} times"
-    )
+    first = doubtful[0]
+    shown = f"cat{first['value']}right {first['right']} of {first['visits']} times"
+    assert card.text_content() == shown
     assert HOSTILE in card.get_attribute("aria-label")
     card.focus()
     page.keyboard.press("Enter")
     page.wait_for_function(SHOWN)
     assert page.locator(FIRST).get_attribute("aria-pressed") == "true"
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith(
-        "Open cat/<img"
-    )
+    assert page.evaluate("document.activeElement.ariaLabel").startswith("Open cat/<img")
     assert HOSTILE in page.locator(".mv-picture").get_attribute("alt")
     assert page.visit.question("route")["picture"] == {"kind": "example", "id": f"train/{HOSTILE}"}
     page.select_option("[data-change=data-class]", "cat")
@@ -70,9 +67,8 @@ def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored):
 
 
 def test_a_link_of_the_page_of_data_score_on_a_phone(visit_run):
-    page = visit_run(
-        f"?picture={quote(f'train/{HOSTILE}')}&tab=data&list=nope&class=nope", **PHONE
-    ).page
+    link = f"?picture={quote(f'train/{HOSTILE}')}&tab=data&list=nope&class=nope"
+    page = visit_run(link, **PHONE).page
     assert first_card(page, "Doubtful labels").get_attribute("aria-pressed") == "true"
     assert page.locator(".mv-canvas").count() == 1
     assert no_sideways_scroll(page)

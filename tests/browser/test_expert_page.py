@@ -38,9 +38,8 @@ def test_what_was_measured_and_named_is_told(new_visit, server):
         "without": {**without, "strongest_class": "<b>cat", "strongest_delta_logit": -1.25},
     }
     page = new_visit().page
-    change_answer(
-        page, "experts", lambda data: {**data, "experts": [card | told for card in data["experts"]]}
-    )
+    name = "experts"
+    change_answer(page, name, lambda data: {**data, name: [card | told for card in data[name]]})
     page.visit.open(server.url + "?expert=L3.E1")
     page.wait_for_selector(".mv-alone")
     assert says(page.text_content(".mv-called"), "whisker: 45 %", "everything: 13 %")
@@ -70,9 +69,8 @@ def test_silent_experts_and_the_lens_are_the_views(visit, ask):
     assert len(rows) == len(view["lens"]) == 4
     for row, top in zip(rows, view["lens"], strict=True):
         assert row.locator(".mv-class").text_content() == top[0]["class"]
-        assert float(row.locator(".mv-num").text_content().removesuffix(" %")) == pytest.approx(
-            100 * top[0]["p"], abs=0.51
-        )
+        shown = float(row.locator(".mv-num").text_content().removesuffix(" %"))
+        assert shown == pytest.approx(100 * top[0]["p"], abs=0.51)
     names = [row.locator("span").first.text_content() for row in rows]
     assert names == ["block 0", "L1", "block 2", "L3"]
     assert "untrained readout" in page.text_content(".mv-box-lens")

@@ -8,7 +8,7 @@ import pytest
 
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
-from tests.browser.conftest import no_sideways_scroll, press
+from tests.browser.conftest import each, no_sideways_scroll, press
 from tests.browser.live import (
     BOX,
     OWN,
@@ -69,9 +69,8 @@ def test_own_images_are_decided_as_by_python(model, visit_live, whole):
     assert found["probability_difference"] <= 0.02
     assert one.page.locator(".mv-older").locator("visible=true").count() == 0
     stranger = bring(one.page, own_images("pets" if model == "cats_vs_dogs" else "cats_vs_dogs")[0])
-    expected = whole.answer(
-        "route", {"model": model, "picture": {"kind": "upload", "data": stranger}}
-    )
+    upload = {"kind": "upload", "data": stranger}
+    expected = whole.answer("route", {"model": model, "picture": upload})
     assert view_of(one.page)["picture"]["unlike"] == expected["picture"]["unlike"]
 
 
@@ -83,9 +82,8 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
     page = visit_live(f"?model={model}&away={layers[-1]}.3").page
     for away in ([[layers[-1], 3]], [[layers[-1], 3], [layers[0], 1]]):
         if len(away) > 1:
-            page.visit.open(
-                f"{page.url.partition('?')[0]}?model={model}&away={layers[-1]}.3_{layers[0]}.1"
-            )
+            home = page.url.partition("?")[0]
+            page.visit.open(f"{home}?model={model}&away={layers[-1]}.3_{layers[0]}.1")
         page.wait_for_selector(f"{SAID}:has-text('{len(away)} expert')")
         found = view_of(page)
         picture = {"kind": "example", "id": found["picture"]["id"]}
@@ -104,11 +102,7 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
             assert {
                 (layer["layer"], expert) for row in layer["experts"] for expert in row
             }.isdisjoint(map(tuple, away))
-    press(
-        page,
-        "[data-box=said] [data-action=put-back]",
-        "[data-box=said]:has-text('to take it away')",
-    )
+    press(page, "[data-box=said] [data-action=put-back]", "[data-box=badge]", state="hidden")
     assert view_of(page)["layers"][0]["computation"] is not None
 
 
@@ -119,10 +113,7 @@ def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live,
     telling = next(found for found in cards.values() if found)
     assert f"now {telling['after']['class']}" in page.text_content(SAID)
     page.wait_for_selector("[data-box=toast]:has-text('Another model: CIFAR-10 photos.')")
-    assert page.locator("[role=tab]").evaluate_all("all => all.map(one => one.dataset.tab)") == [
-        "experts",
-        "about",
-    ]
+    assert each(page, "[role=tab]", "one.dataset.tab") == ["experts", "about"]
     press(page, "[data-tab=experts]", ".mv-cards .mv-crop")
     for absent in (
         "[data-action=export-page]",

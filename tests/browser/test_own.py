@@ -53,6 +53,8 @@ def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(
     page = visit(door=False, reduced_motion="reduce").page
     page.set_input_files("[data-box=file]", files[:1])
     page.wait_for_selector("[data-box=route] p")
+    assert told(page, "h1").endswith("share this photo.")
+    assert page.is_disabled("[data-key^=flow-own][aria-pressed=true]")  # it is shown: no choice
     view = explorer.answer("route", page.visit.question("route"))
     first, second = ([choices[0] for choices in layer["experts"]] for layer in view["layers"])
     routes = Counter((first[patch], second[patch]) for patch in (5, 6, 9, 10))  # of 4 x 4
@@ -132,10 +134,12 @@ def test_a_dozen_fit_and_a_broken_one_is_named(visit, files, tmp_path):
     assert "room for 12 images" in page.text_content(".mv-toast")
 
 
-def test_several_can_be_dropped(visit, files):
+@pytest.mark.parametrize("way", ["paste", "drop"])
+def test_several_can_be_pasted_and_dropped(visit, files, way):
     page = visit().page
-    give(page, files[:2])
-    page.wait_for_selector(".mv-own [aria-pressed=true]")
+    give(page, files[:2], way)
+    page.wait_for_selector(on_stage(files[0]))
+    assert page.visit.question("route")["picture"]["kind"] == "upload"
     assert names(page) == [file.name for file in files[:2]]
 
 

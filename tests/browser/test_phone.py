@@ -41,12 +41,8 @@ def test_the_page_is_short_and_a_patch_is_told_of_below_the_stage(visit):
     assert violations(page, ".mv-box-where") == []
     page.keyboard.press("Escape")
     assert page.locator(".mv-pinned").count() == 0
-    assert (
-        page.eval_on_selector_all(
-            ".mv :is(button, select, summary):not(.mv-quiet, .mv-term)", TOO_SMALL
-        )
-        == []
-    )
+    controls = ".mv :is(button, select, summary):not(.mv-quiet, .mv-term)"
+    assert page.eval_on_selector_all(controls, TOO_SMALL) == []
 
 
 @pytest.mark.parametrize("width", [360, 390, 412])
@@ -86,8 +82,7 @@ def test_the_stage_stands_early_on_a_slow_network(new_visit, opening):
     network.send("Network.emulateNetworkConditions", limits)
     start = time.monotonic()
     one.page.goto(address, wait_until="commit")
-    seen = "[...document.querySelectorAll('.mv-boot img')].map((one) => one.naturalWidth)"
-    one.page.wait_for_function(f"String({seen}) === '96'")
+    one.page.wait_for_function("document.querySelector('.mv-boot img')?.naturalWidth > 0")
     assert one.page.locator(".mv-flow-box").count() == 0
     one.page.wait_for_selector(".mv-flow-box")
     assert time.monotonic() - start < WITHIN_S

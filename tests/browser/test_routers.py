@@ -9,10 +9,12 @@ from tests.browser.conftest import (
     CHANGED,
     FIRST,
     PHONE,
+    at,
+    each,
+    figures,
     fills,
     no_sideways_scroll,
     numbers,
-    press,
     said,
     serious,
 )
@@ -51,9 +53,7 @@ def shown_numbers(page):
 
 
 def visible_modes(page):
-    return page.locator("[data-mode]:visible").evaluate_all(
-        "buttons => buttons.map(one => one.dataset.mode)"
-    )
+    return each(page, "[data-mode]:visible", "one.dataset.mode")
 
 
 def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask):
@@ -64,10 +64,8 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask):
         for e in layer["experts"]
     ]
     assert numbers(page) == texts
-    nobody, several = (
-        texts.index("–"),
-        next(patch for patch, text in enumerate(texts) if "+" in text),
-    )
+    nobody = texts.index("–")
+    several = next(patch for patch, text in enumerate(texts) if "+" in text)
     page.click(f".mv-cell[data-patch='{nobody}']")
     assert says(said(page), "no expert took")
     card = page.text_content(".mv-box-card")
@@ -76,7 +74,7 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask):
     page.click(f".mv-cell[data-patch='{several}']")
     took = page.locator(".mv-card-rows [data-expert]:not(.mv-away) .mv-chip").all_text_contents()
     assert took == [str(expert) for expert in sorted(layer["experts"][several])]
-    assert visible_modes(page) == ["expert", "takers", "entropy", "margin"]
+    assert visible_modes(page) == ["regions", "expert", "takers", "entropy", "margin"]
     page.click("[data-mode=takers]")
     assert numbers(page) == [str(len(experts)) for experts in layer["experts"]]
     # 16 patches, 4 experts that take 4 each
@@ -86,9 +84,8 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask):
 
 def test_what_may_be_changed_where_experts_choose(visit):
     page = visit("?model=choice&expert=L3.E1").page
-    assert (
-        page.locator(".mv-box-hand [data-kind]").count() == 0
-    )  # no token has a first choice: nothing can be forced
+    # No token has a first choice: nothing can be forced.
+    assert page.locator(".mv-box-hand [data-kind]").count() == 0
     assert page.locator(".mv-box-hand [data-action]").count() == 2  # take away, swap
     assert page.locator("[data-change=limit]").count() == 0
     assert "on average" in page.text_content(".mv-settings")
@@ -97,35 +94,28 @@ def test_what_may_be_changed_where_experts_choose(visit):
     assert page.visit.question("route")["top_k"] == 2
     assert says(page.text_content("[data-box=said]"), "Trained with 1", "k = 2")
     assert page.locator(".mv-loadcount").all_text_contents() == ["8"] * 4
-    press(
-        page, ".mv-box-hand [data-action=take]", ".mv-results[role=note]:has-text('Without L3·E1')"
-    )
+    page.click(".mv-box-hand [data-action=take]")
+    page.wait_for_selector(".mv-results[role=note]:has-text('Without L3·E1')")
     assert page.visit.question("route")["away"] == [[3, 1]]
-    assert page.visit.question("what_if")["intervention"] == {
-        "kind": "ablate",
-        "layer": 3,
-        "expert": 1,
-    }
+    change = {"kind": "ablate", "layer": 3, "expert": 1}
+    assert page.visit.question("what_if")["intervention"] == change
 
 
 def test_soft_patches_take_from_every_expert(visit, ask):
     layer = ask("soft", "route")["layers"][1]
-    page = visit("?model=soft&patch=5").page
+    page = visit("?model=soft&patch=5&mode=expert").page
     assert numbers(page) == [str(experts[0]) for experts in layer["experts"]]
     assert f"all {6 * SLOTS} slots" in page.text_content(".mv-box-legend")
     assert "false" not in page.text_content(".mv-box-card")  # it has no switch for noise
-    shown = [
-        float(text.removesuffix(" %"))
-        for text in page.locator("[data-n=share]").all_text_contents()
-    ]
+    shown = figures(page, "share")
     weights = dict(zip(layer["experts"][5], layer["weights"][5], strict=True))
     assert shown == pytest.approx([100 * weights[expert] for expert in range(6)], abs=0.0551)
     assert sum(shown) == pytest.approx(100, abs=0.6)
-    assert visible_modes(page) == ["expert", "reads", "entropy", "margin"]
+    assert visible_modes(page) == ["regions", "expert", "reads", "entropy", "margin"]
     # the other layer has a router of its own, and its own number of experts
     page.keyboard.press("-")
     page.click(".mv-layer[data-index='0']")
-    assert visible_modes(page) == ["expert", "entropy", "margin", "drops"]
+    assert visible_modes(page) == ["regions", "expert", "entropy", "margin", "drops"]
     assert page.locator(".mv-loadbar").count() == 4
     assert says(page.text_content(".mv-settings"), "all slots")
 
@@ -134,9 +124,7 @@ def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask):
     layer = ask("soft", "route")["layers"][1]
     page = visit("?model=soft&patch=5").page
     page.click("[data-mode=reads]")
-    first = [
-        experts[0] for experts in layer["experts"]
-    ]  # of each patch, as long as no expert is in the hand
+    first = [experts[0] for experts in layer["experts"]]  # as long as no expert is in the hand
     means = [sum(row) / 16 for row in layer["reads"]]
     expected = [layer["reads"][expert][patch] / means[expert] for patch, expert in enumerate(first)]
     assert shown_numbers(page) == pytest.approx(expected, abs=0.0505)
@@ -145,9 +133,7 @@ def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask):
     assert shown_numbers(page) == pytest.approx([value / means[4] for value in reads], abs=0.0505)
     opacities = [fill[3] for fill in fills(page)]
     assert opacities.index(max(opacities)) == reads.index(max(reads))
-    page.wait_for_function(
-        "location.search.includes('mode=reads') && location.search.includes('expert=L3.E4')"
-    )
+    at(page, "mode=reads", "expert=L3.E4")
     numbers = shown_numbers(page)
     page.reload()
     page.wait_for_selector("[data-mode=reads][aria-pressed=true]")
@@ -161,8 +147,7 @@ def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious_in_either(visit, scheme):
     for query in ("?model=soft&mode=reads&expert=L3.E1", "?model=choice&mode=takers"):
-        page = visit(
-            query, color_scheme=scheme, reduced_motion="reduce", viewport=PHONE, then=".mv-card"
-        ).page
+        look = {"color_scheme": scheme, "reduced_motion": "reduce", "viewport": PHONE}
+        page = visit(query, then=".mv-card", **look).page
         assert serious(page) == []
         assert no_sideways_scroll(page)

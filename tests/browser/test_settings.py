@@ -71,7 +71,7 @@ def test_another_k_is_marked(visit, ask):
     page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["top_k"] == 3
     assert page.locator(".mv-off:visible").text_content() == OFF
-    assert says(page.text_content("[data-box=said]"), "training distribution", "top-2", "k = 3")
+    assert says(page.text_content("[data-box=said]"), "top-2", "k = 3")
     assert page.locator(".mv-card-rows [data-expert]:not(.mv-away)").count() == 3
     press(page, "[data-action=as-trained]", CHANGED, state="detached")
     assert page.visit.question("route")["top_k"] is None

@@ -6,7 +6,7 @@ import io
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import alone
+from tests.browser.conftest import alone, each
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
@@ -29,13 +29,8 @@ def test_an_example_lies_sharp_under_the_patches(photos):
     page = photos.page
     sharp = page.get_attribute(".mv-picture", "src")
     assert size_of(sharp) == (96, 96)
-    zooms = page.eval_on_selector_all(
-        ".mv-zoom", "all => all.map(one => one.style.backgroundImage)"
-    )
-    strip = page.eval_on_selector(
-        ".mv-layer canvas", "canvas => getComputedStyle(canvas).backgroundImage"
-    )
-    assert {*zooms, strip} == {f'url("{sharp}")'}
+    under = each(page, ".mv-zoom, .mv-layer canvas", "getComputedStyle(one).backgroundImage")
+    assert {*under} == {f'url("{sharp}")'}
     page.press("[data-change=as-seen]", "Space")
     seen = page.get_attribute(".mv-picture", "src")
     assert size_of(seen) == (32, 32)
@@ -43,24 +38,18 @@ def test_an_example_lies_sharp_under_the_patches(photos):
     assert page.locator(".mv-zoom.mv-sharp").count() == 0
     # Another image and back: what is here isn't asked for again.
     page.click(".mv-rail [data-action=example] >> nth=1")
-    page.wait_for_function(
-        "src => document.querySelector('.mv-picture').getAttribute('src') !== src", arg=seen
-    )
+    page.wait_for_function("src => document.querySelector('.mv-picture').src !== src", arg=seen)
     page.uncheck("[data-change=as-seen]")
     page.wait_for_selector(SHARP)
     page.click(".mv-rail [data-action=example] >> nth=0")
-    page.wait_for_function(
-        "src => document.querySelector('.mv-picture').getAttribute('src') === src", arg=sharp
-    )
+    page.wait_for_function("src => document.querySelector('.mv-picture').src === src", arg=sharp)
     assert len(photos.questions("sharp")) == 2
 
 
 def test_an_exported_page_is_sharp(photos, new_visit, tmp_path):
     one = alone(new_visit, photos.page, tmp_path)
     one.page.wait_for_selector(SHARP)
-    assert one.page.get_attribute(".mv-picture", "src") == photos.page.get_attribute(
-        ".mv-picture", "src"
-    )
+    assert each(one.page, ".mv-picture", "one.src") == each(photos.page, ".mv-picture", "one.src")
     assert one.complaints == []
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from moevision.analysis.plots import EXPERT_COLOURS
-from tests.browser.conftest import FIRST, experts_of, fills, numbers, open_tab, press, said
+from tests.browser.conftest import FIRST, each, experts_of, fills, numbers, open_tab, press, said
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -37,13 +37,12 @@ def test_overlay_shows_expert_and_weight_of_every_patch_in_every_layer(quiet, la
     for index, layer in enumerate(layers):
         page.click(f".mv-layer[data-index='{index}']")
         assert numbers(page) == experts_of(layer)
-        for fill, choices, weights in zip(
-            fills(page), layer["experts"], layer["weights"], strict=True
-        ):
-            assert fill[:3] == rgb(EXPERT_COLOURS[choices[0]])
-            assert fill[3] == pytest.approx(
-                weights[0] * STRENGTH, abs=0.005
-            )  # browsers keep 8 bits
+        shown = fills(page)
+        assert [fill[:3] for fill in shown] == [
+            rgb(EXPERT_COLOURS[choices[0]]) for choices in layer["experts"]
+        ]
+        weights = [STRENGTH * weights[0] for weights in layer["weights"]]
+        assert [fill[3] for fill in shown] == pytest.approx(weights, abs=0.005)  # 8 bits
         pressed = page.locator(".mv-layer[aria-pressed=true]").get_attribute("data-index")
         assert pressed == str(index)
     assert says(page.text_content(".mv-box-strip"), "aren't comparable")
@@ -54,10 +53,7 @@ def test_the_picture_is_large_and_crisp(quiet):
     assert page.locator(".mv-canvas").bounding_box()["width"] >= 448
     page.check("[data-change=as-seen]")
     page.wait_for_selector(".mv-picture:not(.mv-sharp)")
-    assert (
-        page.eval_on_selector(".mv-picture", "img => getComputedStyle(img).imageRendering")
-        == "pixelated"
-    )
+    assert each(page, ".mv-picture", "getComputedStyle(one).imageRendering") == ["pixelated"]
 
 
 def test_a_click_pins_and_arrows_move(quiet, layers):
@@ -126,15 +122,11 @@ def test_one_expert_can_be_highlighted(quiet, layers):
     layer = layers[1]
     uses = [3 in choices for choices in layer["experts"]]
     assert 0 < sum(uses) < 16
-    weight = [
-        dict(zip(*both, strict=True)).get(3, 0)
-        for both in zip(layer["experts"], layer["weights"], strict=True)
-    ]
+    pairs = zip(layer["experts"], layer["weights"], strict=True)
+    weight = [STRENGTH * dict(zip(*both, strict=True)).get(3, 0) for both in pairs]
     assert len(set(weight)) > 2
     # As without highlighting: the stronger, the more of the patch is the expert's.
-    assert [fill[3] for fill in fills(page)] == pytest.approx(
-        [one * STRENGTH for one in weight], abs=0.005
-    )
+    assert [fill[3] for fill in fills(page)] == pytest.approx(weight, abs=0.005)
     page.click(".mv-loadbar[data-expert='3']")
     assert all(fill[3] > 0 for fill in fills(page))
 
@@ -145,6 +137,5 @@ def test_patches_with_the_same_path_come_when_asked_for(visit, ask, layers):
     assert "similar" not in one.asked
     press(one.page, "[data-action=similar]", ".mv-box-similar :is(.mv-crop, .mv-note)")
     assert one.question("similar")["path"] == path
-    assert one.page.locator(".mv-box-similar .mv-crop").count() == len(
-        ask("similar", path=path)["patches"]
-    )
+    patches = ask("similar", path=path)["patches"]
+    assert one.page.locator(".mv-box-similar .mv-crop").count() == len(patches)

@@ -1,10 +1,10 @@
 """M3 to M5: experts, classes and comparisons say what the service says."""
 
-import re
+from urllib.parse import urlencode
 
 import pytest
 
-from tests.browser.conftest import change_answer, press
+from tests.browser.conftest import at, change_answer, each, press
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -14,9 +14,7 @@ def test_cards_show_the_heaviest_and_random_patches(visit, ask):
     answer = ask("experts", layer=3)
     page = visit(then=".mv-card").page
     cards = page.locator(".mv-card").all()
-    assert [card.locator("h2").text_content() for card in cards] == [
-        f"L3·E{expert}" for expert in range(4)
-    ]
+    assert each(page, ".mv-card h2", "one.textContent") == ["L3·E0", "L3·E1", "L3·E2", "L3·E3"]
     for card, expert in zip(cards, answer["experts"], strict=True):
         counts = [gallery.locator("img").count() for gallery in card.locator(".mv-gallery").all()]
         assert counts == [len(expert["top"]), len(expert["random"])] == [8, 8]
@@ -27,11 +25,7 @@ def test_a_patch_on_a_card_opens_its_picture(visit, ask):
     patch = ask("experts", layer=3)["experts"][0]["random"][0]
     page = visit(then=".mv-card").page
     page.locator(".mv-card").first.locator(".mv-gallery").nth(1).locator("button").first.click()
-    page.wait_for_function(
-        "([picture, patch]) => { const found = new URLSearchParams(location.search);"
-        " return found.get('picture') === picture && found.get('patch') === String(patch); }",
-        arg=[patch["picture"], patch["patch"]],
-    )
+    at(page, urlencode({"picture": patch["picture"]}), f"patch={patch['patch']}")
     assert page.locator(".mv-pinned").get_attribute("data-patch") == str(patch["patch"])
 
 
@@ -48,7 +42,7 @@ def test_a_change_of_layer_finds_its_cards_in_the_page(visit):
     assert len(one.asked) == before
 
 
-def test_while_another_network_is_waited_for_the_cards_are_of_the_one_that_is_shown(visit, hold):
+def test_while_another_variant_is_waited_for_the_cards_are_of_the_one_that_is_shown(visit, hold):
     one = visit()
     one.page.wait_for_selector(".mv-card")
     held = hold(one.page, "route")
@@ -95,31 +89,20 @@ def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
 
     page = visit().page
     open_changed_classes(page, say_so)
-    styles = page.eval_on_selector_all(
-        ".mv-heat td", "cells => cells.map(cell => cell.getAttribute('style'))"
-    )
+    styles = each(page, ".mv-heat td", "one.getAttribute('style')")
     assert [bool(style) for style in styles] == [flag for row in flags for flag in row]
-    signs = page.eval_on_selector_all(
-        ".mv-heat td", "cells => cells.map(cell => cell.querySelector('sup')?.textContent)"
-    )
+    signs = each(page, ".mv-heat td", "one.querySelector('sup')?.textContent")
     excess = [value for row in layer["excess"] for value in row]
     for sign, style, value in zip(signs, styles, excess, strict=True):
         assert sign == (None if not style else "+" if value > 0 else "−")
-    shown = [
-        float(re.match(r"\s*(\d+)", text)[1])
-        for text in page.locator(".mv-heat td").all_text_contents()
-    ]
-    assert shown == pytest.approx(
-        [100 * share for row in layer["share"] for share in row], abs=0.51
-    )
+    shares = [100 * share for row in layer["share"] for share in row]
+    assert each(page, ".mv-heat td", "parseInt(one.textContent)") == pytest.approx(shares, abs=0.51)
     told = [one["sentence"] for one in layer["answers"]]
-    assert page.locator(".mv-answer").all_text_contents() == [
-        sentence.replace("`", "") for sentence in told
-    ]
+    shown = page.locator(".mv-answer").all_text_contents()
+    assert shown == [sentence.replace("`", "") for sentence in told]
     assert page.locator(".mv-answer code").count() == "".join(told).count("`") / 2
-    assert page.locator(".mv-panel").text_content().count("bits") == sum(
-        one["sentence"].count("bits") for one in layer["answers"]
-    )  # one kind of them
+    bits = "".join(told).count("bits")
+    assert page.locator(".mv-panel").text_content().count("bits") == bits  # one kind of them
 
 
 def test_the_heatmap_sorts_and_opens_the_pictures_of_a_cell(visit, ask):
@@ -132,16 +115,12 @@ def test_the_heatmap_sorts_and_opens_the_pictures_of_a_cell(visit, ask):
     assert names == [answer["class_names"][row] for row in rows]
     page.click("[data-action=sort-class][data-class='0']")
     columns = sorted(range(4), key=lambda expert: -excess[0][expert])
-    assert page.locator(".mv-heat thead .mv-chip").all_text_contents() == [
-        str(expert) for expert in columns
-    ]
+    assert each(page, ".mv-heat thead .mv-chip", "Number(one.textContent)") == columns
     press(page, "[data-action=cell] >> nth=0", ".mv-thumbs img")
     asked = page.visit.question("cell")
     assert (asked["class"], asked["expert"]) == (answer["class_names"][rows[0]], columns[0])
-    pictures = ask("cell", **{name: asked[name] for name in ("layer", "expert", "class")})[
-        "pictures"
-    ]
-    assert page.locator(".mv-thumbs img").count() == len(pictures) > 0
+    cell = ask("cell", **{name: asked[name] for name in ("layer", "expert", "class")})
+    assert page.locator(".mv-thumbs img").count() == len(cell["pictures"]) > 0
 
 
 def test_two_classes_are_compared(visit, ask):
@@ -153,9 +132,7 @@ def test_two_classes_are_compared(visit, ask):
     press(page, "[data-action=compare-run]", ".mv-forest")
     rows = [row for layer in answer["layers"] for row in layer["experts"]]
     assert len(rows) == 8
-    stands = page.eval_on_selector_all(
-        ".mv-forest li", "rows => rows.map(row => row.classList.contains('mv-stands'))"
-    )
+    stands = each(page, ".mv-forest li", "one.classList.contains('mv-stands')")
     assert stands == [row["significant"] for row in rows]
     shown = page.locator(".mv-forest .mv-num").all_text_contents()
     points = [float(text.removesuffix(" pts").replace("−", "-")) for text in shown]
@@ -201,6 +178,5 @@ def test_mistakes_are_shown_with_their_routes(visit):
     press(page, "[data-action=mistakes]", "[data-part=cell]:has-text('4 of cat, called <b>dog')")
     text = " ".join(page.text_content("[data-part=cell]").split())
     assert says(text, "of cat", "of <b>dog", "L1 0.25", "0.10")
-    press(
-        page, "[data-part=cell] [data-action=example]", until="location.search.includes('test%2F8')"
-    )
+    page.click("[data-part=cell] [data-action=example]")
+    at(page, "test%2F8")

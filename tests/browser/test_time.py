@@ -58,8 +58,10 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded):
         assert says(page.text_content(".mv-flow-answer"), "The model said")
         assert best.get_attribute("data-class") == recorded.class_names[p.argmax()]
         assert best.locator("b").text_content() == f"{100 * p.max():.0f} %"
-        counts = [str(count) for count in np.count_nonzero(weights, axis=0)]
-        assert page.locator(".mv-loadcount").all_text_contents() == counts
+        first = recorded.first_choice(3)[moment, image].tolist()
+        assert counts(page) == [first.count(expert) for expert in range(4)]
+        loads = np.count_nonzero(weights, axis=0).tolist()
+        assert each(page, ".mv-loadcount", "Number(one.textContent)") == loads
         page.keyboard.press("ArrowRight")
         page.wait_for_timeout(200)
     # The last moment is the model itself, with all that is known of it.
@@ -80,23 +82,14 @@ def test_nothing_of_another_moment_stands_there(photos, recorded):
     assert page.locator(".mv-part").count() == 0
     assert says(page.text_content(".mv-box-card h2"), "before training")
     weights = recorded.weights[3][0, image, patch].astype(float)
-    told = page.locator(".mv-then li").evaluate_all("rows => rows.map(row => row.textContent)")
-    assert told == [f"{e} weight {weights[e]:.2f}" for e in np.argsort(-weights)[:2]]
+    then = page.locator(".mv-then li").all_text_contents()
+    assert then == [f"{e} weight {weights[e]:.2f}" for e in np.argsort(-weights)[:2]]
     assert page.locator(".mv-facts, .mv-box-similar button").count() == 0
     assert page.locator("[data-mode]:visible").all_text_contents() == ["Regions", "Each patch"]
     below = "getComputedStyle(document.querySelector('.mv-panel'), '::before').content"
     assert "the trained model" in page.evaluate(below)
     press(page, "[data-action=to-trained]", ".mv-part")
     assert page.evaluate(below) == "none"
-
-
-def test_the_boxes_follow_the_moment(photos, recorded):
-    page = photos(reduced_motion="reduce", until="location.search.includes('picture=')").page
-    image = image_of(page, recorded)
-    scrub(page, "Home", "before training")
-    first = recorded.first_choice(3)[0, image].tolist()
-    page.wait_for_selector(".mv-past")
-    assert counts(page) == [first.count(expert) for expert in range(recorded.weights[3].shape[-1])]
 
 
 def told(page):
@@ -186,15 +179,11 @@ def test_a_link_and_a_reload_carry_the_moment(photos, recorded):
 
 def test_play_runs_through_the_moments(photos):
     page = photos().page
-    words = "[data-part=when]"
-    page.evaluate(
-        """words => {
-          window.seen = [];
-          new MutationObserver(() => window.seen.push(document.querySelector(words).textContent))
-            .observe(document.querySelector(words), { childList: true });
-        }""",
-        words,
-    )
+    page.evaluate("""() => {
+      const words = document.querySelector("[data-part=when]");
+      window.seen = [];
+      new MutationObserver(() => seen.push(words.textContent)).observe(words, { childList: true });
+    }""")
     press(page, "[data-action=run]", until="window.seen.at(-1) === 'after training'")
     seen = page.evaluate("window.seen.filter((word, at) => word !== window.seen[at - 1])")
     assert [word for word in seen if word != "loading…"] == WHEN
