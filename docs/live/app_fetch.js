@@ -3,6 +3,7 @@
 // app_fetch.js, and answers as demo/service.py does; the views are those of demo/view.py.
 
 import { pictureSource } from "../../moevision/demo/assets/core_util.js";
+import { drawPage, readPage } from "./pages.js";
 import { normalized, squarePixels } from "./pixels.js";
 /** @import { Layer, Server, View } from "../../moevision/demo/assets/types.js" */
 
@@ -110,7 +111,9 @@ async function route(question) {
     return { ...known, layers: layers.map((own, place) => ({ ...view.layers[place], ...own })), lens: null, prediction: { ...known.prediction, moe }, settings };
   }
   const side = model.image_size;
-  const image = await pixelsOf(known ? known.picture.src : picture.data);
+  const typed = picture.kind === "page" ? await typedPage(id, picture.text) : null;
+  if (typed?.error) return typed;
+  const image = typed?.image ?? await pixelsOf(known ? known.picture.src : picture.data);
   const pixels = squarePixels(image, side);
   const experts = Math.max(...model.routers.map(({ num_experts: count }) => count));
   const gone = new Uint8Array(experts * model.layers.length);
@@ -120,9 +123,17 @@ async function route(question) {
   if (problem) { console.warn(`moevision: ${id} did not run`, problem); return FAILED; }
   const far = outputs.distance && outputs.distance.data[0] > 1;
   return /** @type {View} */ ({ ...view, layers: view.layers.map((facts) => layerOf(facts, outputs)), lens: null,
-    picture: known?.picture ?? { id: null, name: "your image", label: null, src: sourceOf(pixels, side), unlike: far ? unlike : null, credit: null },
+    picture: known?.picture ?? { id: null, name: typed?.name ?? "your image", label: typed?.label ?? null, src: sourceOf(pixels, side), unlike: far ? unlike : null, credit: null },
     prediction: { moe: guesses(model.class_names, outputs.logits.data), dense: known?.prediction?.dense ?? null },
     settings });
+}
+
+/** @param {string} model @param {string} text */
+async function typedPage(model, text) {
+  const sheet = await recall("sheet", model);
+  if (sheet.error) return sheet;
+  const page = readPage(text, sheet);
+  return "error" in page ? { ...page, code: "bad_request" } : { ...page, image: drawPage(page.numbers, sheet, await pixelsOf(sheet.src)) };
 }
 
 /**
@@ -155,5 +166,6 @@ export const server = {
   sharp: async (/** @type {any} */ { model, picture }) => (boot.recorded.includes(keyOf("sharp", model, picture)) ? recall("sharp", model, picture) : { src: null }),
   history: async (/** @type {any} */ { model, picture }) => recall("history", model, picture),
   experts: async (/** @type {any} */ { model, layer }) => recall("experts", model, layer),
+  emoji: async (/** @type {any} */ { model }) => recall("emoji", model),
   what_if: async () => UNANSWERED,
 };

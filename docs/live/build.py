@@ -15,9 +15,11 @@ stores it, in bfloat16 or in eight bits, and multiplied out when it is opened: i
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import gzip
 import html
+import io
 import re
 import shutil
 import subprocess
@@ -26,6 +28,7 @@ import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -35,6 +38,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from moevision.data.emoji import CELL, EmojiPages, read_sheet
 from moevision.demo.facts import LayerFacts
 from moevision.demo.html import app_page, read_asset, without_comments
 from moevision.demo.models import Entry, bundled_folder, open_entries
@@ -238,6 +242,8 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
             answers[key("history", model, id)] = _answer(explorer, "history", request)
         if is_large:
             answers[key("without", model, id)] = _without(explorer, entry, id)
+    if entry.card.data_kind == EmojiPages.name:
+        answers |= _typing(explorer, model)
     for layer in about["layers"]:
         request = {"model": model, "variant": "trained", "layer": layer}
         answers[key("experts", model, layer)] = _answer(explorer, "experts", request)
@@ -249,6 +255,26 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
         pictures = [entry.examples.find(id) for id in sorted(others)]
         answers[key("pictures", model)] = {picture.id: picture.to_json() for picture in pictures}
     return {name: answer for name, answer in answers.items() if answer != {"src": None}}
+
+
+def _typing(explorer: Explorer, model: str) -> dict[str, Json]:
+    """What a page needs to draw emoji that a visitor types: which to offer, and the sheet with all of them."""
+    offered = _answer(explorer, "emoji", {"model": model})
+    file = files("moevision") / "data" / "assets" / "emoji.png"
+    picture = base64.b64encode(file.read_bytes()).decode()
+    with Image.open(io.BytesIO(file.read_bytes())) as sheet:
+        columns = sheet.width // CELL
+    return {
+        key("emoji", model): offered,
+        key("sheet", model): {
+            "src": f"data:image/png;base64,{picture}",
+            "cell": CELL,
+            "columns": columns,
+            "emoji": [(one.character, one.group) for one in read_sheet().emoji],
+            "fewest": offered["fewest"],
+            "most": offered["most"],
+        },
+    }
 
 
 def _without(explorer: Explorer, entry: Entry, id: str) -> Json:
