@@ -161,10 +161,8 @@ def answering(home, explorer):
     def answer(route):
         if route.request.method == "GET":
             page = app_page(explorer.start_boot(), explorer.start_views())
-            rest = (
-                "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'"
-            )
-            headers = {"content-security-policy": f"{rest}; {page.policy}"}
+            own = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'"
+            headers = {"content-security-policy": f"{own}; {page.policy}"}
             return route.fulfill(content_type="text/html", body=page.text, headers=headers)
         name, question = asked_for(route.request), route.request.post_data_json
         return route.fulfill(json=explorer.answer(name, question))
@@ -197,9 +195,8 @@ def violations(page, part=None, impacts=("minor", "moderate", "serious", "critic
     """What axe-core finds on the page, or in a part of it."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = [
-        one for one in Axe().run(page, part).response["violations"] if one["impact"] in impacts
-    ]
+    rules = Axe().run(page, part).response["violations"]
+    found = [one for one in rules if one["impact"] in impacts]
     return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
 
 
