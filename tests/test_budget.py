@@ -32,8 +32,8 @@ SIZE = {
     ),  # pages of emoji that somebody types: one emoji told from the next
     "moevision/demo": (
         15,
-        28_040,
-    ),  # cards say by how few experts an example falls; pages that a visitor types
+        28_625,
+    ),  # cards of examples and experts, typed pages, experts as the Gradio app's JSON
     "moevision/layers": (10, 15_732),
     "moevision/models": (10, 18_519),  # fixed rules refuse dropped patches
     "moevision/train": (20, 48_550),  # resume as it was

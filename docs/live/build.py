@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
+import html
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -42,6 +45,9 @@ from moevision.models.io import SavedModel
 from moevision.models.safe_files import PACKED, SCALE
 
 HERE: Final = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # the one place that holds the site's address
+from address import address  # noqa: E402
+
 ORT: Final = "onnxruntime-web@1.30.0"
 ORT_SCRIPT: Final = "ort.wasm.bundle.min.mjs"
 ORT_FILES: Final = (ORT_SCRIPT, "ort-wasm-simd-threaded.wasm")
@@ -54,6 +60,10 @@ POLICY: Final = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; worker-src 'self'; "
     "base-uri 'none'; form-action 'none'"
 )
+CARD: Final = "card.jpg"  # what a shared link shows
+CARD_SIZE: Final = (1200, 630)
+LARGE_CARD: Final = 'name="twitter:card" content="summary_large_image"'
+PAPER, INK, GREY = "#fbfbf9", "#1b1c1e", "#6b6d70"
 NO_SERVER: Final = "changing k or capacity takes the server that moevision demo starts"
 LEFT_OUT: Final = (
     "cats_vs_dogs_two"  # most of it is the photo model, which the page would fetch twice
@@ -96,7 +106,52 @@ def build(out: Path, ort: Path | None = None) -> None:
     )
     policy = f"{POLICY}; {page.policy} 'self' 'wasm-unsafe-eval'"
     head = f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    (out / "index.html").write_text(page.text.replace('<meta charset="utf-8">', head, 1), "utf-8")
+    head += shared(entries, out, address().site)
+    text = page.text.replace('name="twitter:card" content="summary"', LARGE_CARD, 1)
+    (out / "index.html").write_text(text.replace('<meta charset="utf-8">', head, 1), "utf-8")
+
+
+# ---- what a link to the page shows where it is shared ---------------------------------------------------------------
+
+
+def shared(entries: Sequence[Entry], out: Path, site: str) -> str:
+    """Write the picture of the first case that the cards tell, and return what the page's head says of it."""
+    told = next((entry for entry in entries if entry.card.matters), None)
+    if told is None:
+        return ""
+    share_card(told).save(out / CARD, quality=88)
+    live = f"{site.rstrip('/')}/live/" if site else ""
+    width, height = CARD_SIZE
+    properties = {"image": live + CARD, "image:width": width, "image:height": height}
+    if live:
+        properties["url"] = live
+    return "".join(
+        f'\n<meta property="og:{name}" content="{html.escape(str(value))}">'
+        for name, value in properties.items()
+    )
+
+
+def share_card(entry: Entry) -> Image.Image:
+    """A case of a card as a picture of 1200 x 630: the image, the expert that goes, the answer before and after."""
+    case = cast(Json, entry.card.matters)
+    picture = entry.examples.find(case["picture"])
+    original = entry.examples.original(picture.id) or Image.fromarray(picture.pixels)
+    _, height = CARD_SIZE
+    ((_, expert),) = case["away"]
+    before, after = case["before"], case["after"]
+
+    card = Image.new("RGB", CARD_SIZE, PAPER)
+    card.paste(ImageOps.fit(original.convert("RGB"), (height, height)), (0, 0))
+    draw = ImageDraw.Draw(card)
+    left = height + 48
+    headline = f"Without expert {expert}:\nnot {before['class']},\nbut {after['class']}."
+    draw.multiline_text((left, 70), headline, INK, ImageFont.load_default(56), spacing=14)
+    answers = f"{before['class']} {before['p']:.0%}, then {after['class']} {after['p']:.0%}"
+    draw.text((left, 420), answers, INK, ImageFont.load_default(32))
+    draw.text(
+        (left, 530), "moevision: see inside\na Mixture of Experts", GREY, ImageFont.load_default(28)
+    )
+    return card
 
 
 def read_module(name: str) -> str:

@@ -46,7 +46,7 @@ class Examples:
     """The images of a model: its data's, as it sees them (S px), and those of its run, if that kept scores.
 
     `credits` are of images that the package carries, by their names. They and drawn ones have no photos of gradio's
-    beside them.
+    beside them. `opening` is the id of the one that comes first, if it is among them.
     """
 
     def __init__(
@@ -56,8 +56,10 @@ class Examples:
         credits: Mapping[str, str] | None = None,
         scored: ScoredRun | None = None,
         framing: Framing = CROP,
+        opening: str | None = None,
     ) -> None:
         self.pictures = pictures
+        self.opening = opening
         self.image_size = image_size
         self.credits = credits or {}
         self.scored = scored
@@ -79,12 +81,13 @@ class Examples:
 
     @cached_property
     def all_ids(self) -> list[str]:
-        """All images of the model's data: classes take turns. `usable` takes out those that can't be used."""
+        """All images of the model's data, `opening` first; classes take turns. `usable` removes those it can't use."""
         pictures = self.pictures
         if pictures is None:
             return []
         labels = list(map(pictures.label, range(len(pictures))))
-        return [self.id_of(pictures, index) for index in interleave_by_class(labels)]
+        ids = [self.id_of(pictures, index) for index in interleave_by_class(labels)]
+        return sorted(ids, key=lambda id: id != self.opening)
 
     def on_first_screen(self) -> list[PictureFacts]:
         """The first images that can be used, then gradio's photos."""

@@ -96,17 +96,7 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
                 samples = [[row.image, row.model] for row in asked.rows]
                 gr.Examples(samples, [image, choice], label="Examples")
 
-        choice.change(
-            lambda title: gr.Dropdown(asked.experts_of(title), value=[]),
-            choice,
-            ablated,
-            api_visibility="private",
-        )
-        listen = partial(gr.on, preprocess=False, concurrency_id="route")
-        page = {"inputs": [image, choice, ablated], "outputs": [label, view]}
-        program = {"inputs": [image, choice, away], "outputs": [label, view, routing]}
-        listen([image.change, ablated.change], asked.page, **page, api_visibility="private")
-        listen([], asked.program, **program, api_name="route")
+        asked.listen([image, choice, ablated], [image, choice, away], [label, view, routing])
     return app
 
 
@@ -127,6 +117,22 @@ class Asked:
     def experts_of(self, title: str) -> list[str]:
         """The names of a model's experts."""
         return list(experts(self.entries[title]))
+
+    def listen(self, shown: list[Any], sent: list[Any], outputs: list[Any]) -> None:
+        """Answer the page's image, model and experts as they change, and those that a program sends."""
+        import gradio as gr
+
+        image, choice, ablated = shown
+        choice.change(
+            lambda title: gr.Dropdown(self.experts_of(title), value=[]),
+            choice,
+            ablated,
+            api_visibility="private",
+        )
+        on = partial(gr.on, preprocess=False, concurrency_id="route")
+        changes = [image.change, ablated.change]
+        on(changes, self.page, shown, outputs[:2], api_visibility="private")
+        on([], self.program, sent, outputs, api_name="route")
 
     def page(self, image: Any, model: Any, away: Any) -> tuple[Any, str]:
         """What the page shows."""

@@ -207,7 +207,9 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
 
 def _page_metadata(title: str) -> str:
     """Icon and description of a served page, for browser tabs, search engines and previews of shared links."""
-    description = "Eight experts share one photo: see which of them computes each patch, and take them away."
+    description = (
+        "Eight experts share one photo: see which of them computes each patch, and take them away."
+    )
     colours = ("0072B2", "E69F00", "CC79A7", "009E73")  # of the first experts in assets/palette.js
     squares = ""
     for index, colour in enumerate(colours):
@@ -217,7 +219,7 @@ def _page_metadata(title: str) -> str:
         f"<link rel=\"icon\" href=\"data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 15'%3E"
         f'{squares}%3C/svg%3E"><meta name="description" content="{description}">'
         f'<meta property="og:type" content="website"><meta property="og:title" content="{title}">'
-        f'<meta property="og:description" content="{description}">'
+        f'<meta property="og:description" content="{description}"><meta name="twitter:card" content="summary">'
     )
 
 

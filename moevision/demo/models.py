@@ -248,8 +248,7 @@ def _photos(folder: Path, model: SavedModel) -> PictureSet:
 def open_entries(
     model: str | None, data: str | None = None, root: str | None = None, *, home: Path | None = None
 ) -> list[Entry]:
-    """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones, and
-    those that have an image whose answer changes without an expert.
+    """The model of that address, or all bundled ones: photos before drawn ones, and then those whose `card.matters`.
 
     `data` and `root` are what the user said about images; None for the model's own, and for the folder `data`.
     """
@@ -296,11 +295,18 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
     elif (folder / SOURCES).is_file():
         pictures = _photos(folder, trained)
         credits = credits_of(folder / SOURCES)
-    examples = Examples(pictures, trained.image_size, credits, framing=trained.framing)
+    # Other images are not those of the card and of the history, whatever their names.
+    are_known = credits is not None or card.data_kind in DRAWN
+    examples = Examples(
+        pictures,
+        trained.image_size,
+        credits,
+        framing=trained.framing,
+        opening=card.matters["picture"] if are_known and card.matters else None,
+    )
 
     histories = {}
-    # Other images are not those of the history, whatever their names.
-    if credits is not None or card.data_kind in DRAWN:
+    if are_known:
         for variant, name in HISTORIES.items():
             if variant in models and (folder / name).is_file():
                 histories[variant] = folder / name

@@ -90,7 +90,7 @@ class Explorer:
         """What the page needs to know before it asks for an image."""
         models = [_about(entry, self.times[id]) for id, entry in self.entries.items()]
         first = models[0]
-        opening = opening_example(first)
+        examples = first["examples"]
         # A user's model is alone, and the bundled ones crop.
         framing = self.entries[first["id"]].examples.framing
         fill = [str(round(255 * channel)) for channel in framing.mean]
@@ -110,7 +110,7 @@ class Explorer:
             "links": links(),
             "default": {
                 "model": first["id"],
-                "picture": opening["id"] if opening else None,
+                "picture": examples[0]["id"] if examples else None,
             },
         }
 
@@ -148,10 +148,7 @@ class Explorer:
     def start_boot(self) -> Json:
         """What the page needs of that to open: all examples of the first model, one of each other, unless `whole`."""
         first, *others = self._boot["models"]
-        models = [first]
-        for model in others:
-            opening = opening_example(model)
-            models.append({**model, "examples": [opening] if opening else []})
+        models = [first, *({**model, "examples": model["examples"][:1]} for model in others)]
         return {**self._boot, "models": models, "whole": not others}
 
     def start_views(self) -> list[Json]:
@@ -393,13 +390,6 @@ def error_json(error: Exception, name: str) -> Json:
         message = "The explorer stumbled over this request; its log on the server says where."
         code = "internal"
     return {"error": message, "code": code}
-
-
-def opening_example(model: Json) -> Json | None:
-    """The example that a model's page opens with: one whose answer changes without an expert, else the first."""
-    matters = model["card"]["matters"] or {}
-    chosen = [one for one in model["examples"] if one["id"] == matters.get("picture")]
-    return next(iter([*chosen, *model["examples"]]), None)
 
 
 def _about(entry: Entry, times: Times | None) -> Json:

@@ -141,3 +141,19 @@ def test_the_page_is_the_explorers_with_another_who_answers() -> None:
 def test_names_of_recorded_answers_are_files_of_the_folder() -> None:
     assert live.key("route", "pets", "pets/test/4") == "route-pets-pets_test_4"
     assert live.key("sharp", "cats", "data/a b.jpg") == "sharp-cats-data_a_b.jpg"
+
+
+def test_a_shared_link_shows_a_case_of_the_cards(tmp_path):
+    """The photo stands at the left; the page names the picture by its address where there is one."""
+    entries = [entry for entry in open_entries(None) if entry.card.id == "cifar10"]
+    head = live.shared(entries, tmp_path, "https://example.org/moevision/")
+    assert 'og:image" content="https://example.org/moevision/live/card.jpg"' in head
+    assert 'og:url" content="https://example.org/moevision/live/"' in head
+    with Image.open(tmp_path / "card.jpg") as card:
+        assert card.size == (1200, 630)
+        assert card.getpixel((1190, 10)) == (251, 251, 249)  # paper, beside the photo
+        assert np.asarray(card.crop((0, 0, 630, 630))).std() > 30
+    assert (tmp_path / "card.jpg").stat().st_size < 300_000
+    assert "og:url" not in live.shared(entries, tmp_path, "")
+    page = app_page({"models": []}, [], read=live.read_module).text
+    assert live.LARGE_CARD in page.replace('name="twitter:card" content="summary"', live.LARGE_CARD)

@@ -3,7 +3,7 @@
 import { choose, followAddress, goTo, PLACE, readAddress, writeAddress } from "./app_address.js";
 import { server } from "./app_fetch.js";
 import { drawHand, handActions, measure, spokenResult } from "./app_hand.js";
-import { allExperts, isOfEmoji } from "./app_models.js";
+import { allExperts, fallOf, isOfEmoji } from "./app_models.js";
 import { AppOpening, doorMemory, isAway, opensDoor, PAST_WORDS, tellingCase } from "./app_opening.js";
 import { listenForFiles, ownHandlers, ownMemory } from "./app_own.js";
 import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
@@ -208,13 +208,13 @@ export class App {
 
   /** The place of the layer in which the fewest experts change the answer of this example; null where none was found. */
   fallingLayer() {
-    const [[layer] = [null]] = this.model.card.falls?.[this.picture.id ?? ""]?.away ?? [];
+    const [[layer] = [null]] = fallOf(this.model, this.picture.id)?.away ?? [];
     return layer === null ? null : this.model.layers.indexOf(layer);
   }
 
   /** The fewest experts without which the answer of this example changes, in the layer where they are. */
   takeFewest() {
-    const { away } = this.model.card.falls[present(this.picture.id)];
+    const { away } = present(fallOf(this.model, this.picture.id));
     this.state?.set({ layer: this.fallingLayer(), highlight: null });
     return this.chooseSettings({ away });
   }

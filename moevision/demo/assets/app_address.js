@@ -1,6 +1,6 @@
 // The address: what it asks for, what of that this server has, and writing the view into it, so that Back leads back.
 
-import { isOfEmoji, openingExample } from "./app_models.js";
+import { isOfEmoji } from "./app_models.js";
 import { awayWord, BEHIND, opensDoor, readAway } from "./app_opening.js";
 import { chosenOwn, OWN } from "./app_own.js";
 import { limitable, otherK } from "./app_rail.js";
@@ -67,7 +67,7 @@ export function choose(app, wish) {
   const find = (id) => models.find((model) => model.id === id);
   const typed = wish.page === undefined ? undefined : find(wish.model) ?? models.find(isOfEmoji);
   const model = typed ?? find(wish.model) ?? find(first?.model) ?? models[0];
-  const usual = model.examples.find(({ id }) => id === first?.picture) ?? openingExample(model);
+  const usual = model.examples.find(({ id }) => id === first?.picture) ?? model.examples[0];
   // The rail shows a few examples; a link may name any image that the server knows.
   const id = wish.picture ?? usual?.id;
   const [k, capacity] = [wish.k, wish.capacity].map(Number);

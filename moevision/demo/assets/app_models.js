@@ -1,9 +1,12 @@
-// What a model of the page is: which image it opens with, what its images are, which experts it has.
+// What is known of a model: what its images are, which experts it has, and without which of them an answer falls.
 
 /** @import { BootModel } from "./types.js" */
 
-/** The image that a model opens with: one whose answer changes without an expert, else its first. @param {BootModel} model */
-export const openingExample = ({ card, examples }) => examples.find(({ id }) => id === card.matters?.picture) ?? examples[0];
+/**
+ * By how few experts the answer for an example falls, where that was searched: { away, ... }; away is null where few don't do it.
+ * @param {BootModel} model @param {string | null | undefined} id of the example
+ */
+export const fallOf = ({ card }, id) => (id ? card.falls?.[id] ?? (card.matters?.picture === id ? card.matters : undefined) : undefined);
 
 /** @param {BootModel} model */
 export const isOfEmoji = ({ card }) => Boolean(card.data_kind?.startsWith("emoji"));

@@ -1,6 +1,6 @@
 // What the app adds to photo and boxes: other images, one thing to try, and what came of it.
 
-import { allExperts, isOfEmoji, openingExample } from "./app_models.js";
+import { allExperts, fallOf, isOfEmoji } from "./app_models.js";
 import { tellRoute } from "./app_own.js";
 import { typedField } from "./app_typed.js";
 import { answerWords, controlWords, effectOf } from "./core_effect.js";
@@ -69,8 +69,9 @@ export class AppOpening {
     const known = [...new Set([...first.slice(0, 1), ...shown, ...first, ...model.examples])].map(({ id, name, label, thumb }) => ({
       action: "example", id, name: exampleName(label, name), thumb, on: picture.id === id }));
     const elsewhere = boot.models.filter((one) => one.id !== model.id && one.examples.length).sort((one, other) => Number(isOfEmoji(other)) - Number(isOfEmoji(one)));
-    const other = elsewhere.slice(0, 1).map((one) => ({ action: "model", id: one.id, name: one.title, thumb: openingExample(one).thumb, on: false }));
-    const thumbs = [...[...mine, ...known].slice(0, THUMBS - other.length), ...other];
+    const other = elsewhere.slice(0, 1).map((one) => ({ action: "model", id: one.id, name: one.title, thumb: one.examples[0].thumb, on: false }));
+    const room = THUMBS - other.length - Number(isOfEmoji(model)); // its field takes the place of one
+    const thumbs = [...[...mine, ...known].slice(0, room), ...other];
     return html`<div class="mv-flow-pick" role="group" aria-label="Images">${thumbs.map(({ action, id, name, thumb, on }) => html`<button type="button"
       data-action="${action}" data-id="${id}" data-key="flow-${action}-${id}" aria-pressed="${on}" ${on && new Markup("disabled")}
       aria-label="${name}"><img src="${pictureSource(thumb)}" alt=""></button>`)}
@@ -89,7 +90,7 @@ export class AppOpening {
   /** The one thing to try: the fewest experts without which the answer changes, where that was searched. @param {View} view */
   invitation({ picture: { id }, layers }) {
     const { app } = this;
-    const falls = id === null ? undefined : app.model.card.falls?.[id];
+    const falls = fallOf(app.model, id);
     const other = tellingCase(app);
     const another = other && html` ${actionButton("matters", "See one that changes")}`;
     if (!falls) return html`<p>Click an expert to take it away.</p>${another}`;
@@ -130,7 +131,7 @@ export const tellingCase = ({ model, boot, picture }) => [model, ...boot.models]
 
 /** How many experts were needed, where it was searched. @param {App} app @param {View} view @param {[number, number][]} away @param {Guess | null} usual */
 function fewest({ model }, { picture: { id }, prediction }, away, usual) {
-  const falls = id === null ? undefined : model.card.falls?.[id];
+  const falls = fallOf(model, id);
   if (!falls?.away || !usual || prediction.moe[0].class === usual.class) return "";
   return away.length > falls.away.length ? `You: ${away.length}. Fewest: ${falls.away.length}.` : "";
 }

@@ -3,7 +3,7 @@
 
 import { firstExperts } from "./core_mosaic.js";
 import { chip, expertColour, fillBox, html, percent, pictureSource, present } from "./core_util.js";
-import { article } from "./core_words.js";
+import { article, numberWord } from "./core_words.js";
 /** @import { App } from "./app.js" */
 /** @import { BootModel, Sorted, Sorting, View } from "./types.js" */
 
@@ -51,7 +51,7 @@ function sortingLayout({ model, boot }, { classes, routes, agree, images, photos
   const taken = experts.map((expert) => mostOf(routes, expert));
   const untold = boot.models.find(({ id, routers }) => id !== model.id && routers.every(({ route_by: by }) => by !== "image"));
   return html`<div class="mv-flow-head"><div><h1>${experts.map((expert) => `Expert ${expert} takes the ${classes[taken[expert]]}s.`).join(" ")}</h1>
-      <p>${images} photos that the model had never seen. A router looks at each and sends it to one of ${experts.length} experts.</p></div></div>
+      <p>${images} photos that the model had never seen. A router looks at each and sends it to one of ${numberWord(experts.length)} experts.</p></div></div>
     <div class="mv-sorted">${experts.map((expert) => sortedBox(expert, classes, routes, known, own))}</div>
     <div class="mv-flow-say"><button type="button" class="mv-primary" data-action="choose" data-key="sort-own">Which one gets your photo?</button>
       <button type="button" class="mv-button" data-action="sort" data-key="sort-again">Sort them again</button>
