@@ -47,9 +47,8 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"]
-        )
+        flags = ["--no-sandbox", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=chromium(), args=flags)
         yield browser
         browser.close()
 
@@ -58,14 +57,10 @@ class Visit:
     """A page in a profile of its own, with everything that it asked for and complained about."""
 
     def __init__(self, browser, *, door=True, **options):
-        self.context = browser.new_context(
-            **{"viewport": WIDE, "accept_downloads": True, **options}
-        )
-        if door:  # as it was left at an earlier visit
+        self.context = browser.new_context(**{"viewport": WIDE, **options})
+        if door:  # as it was left at an earlier visit; a sandboxed frame has no storage
             keep = "localStorage.setItem('moevision.door', 'open')"
-            self.context.add_init_script(
-                f"try {{ {keep} }} catch {{}}"
-            )  # a sandboxed frame has no storage
+            self.context.add_init_script(f"try {{ {keep} }} catch {{}}")
         self.shown = ".mv-cell" if door else ".mv-flow-box"
         self.context.set_default_timeout(120_000)  # ms; a busy machine may take most of it
         self.page = self.context.new_page()
@@ -95,12 +90,9 @@ class Visit:
         return self.page
 
     def _calls(self):
-        posts = [
-            request
-            for request in self.requests
-            if request.method == "POST" and SERVER_CALL.search(request.url)
-        ]
-        return [(asked_for(post), post.post_data_json) for post in posts]
+        posts = [request for request in self.requests if request.method == "POST"]
+        calls = [post for post in posts if SERVER_CALL.search(post.url)]
+        return [(asked_for(call), call.post_data_json) for call in calls]
 
     @property
     def asked(self):
@@ -117,11 +109,8 @@ class Visit:
 
     def strangers(self, home):
         """Addresses elsewhere that were asked for."""
-        return [
-            request.url
-            for request in self.requests
-            if not request.url.startswith((home, "data:", "blob:"))
-        ]
+        known = (home, "data:", "blob:")
+        return [each.url for each in self.requests if not each.url.startswith(known)]
 
 
 @pytest.fixture
@@ -172,10 +161,8 @@ def answering(home, explorer):
     def answer(route):
         if route.request.method == "GET":
             page = app_page(explorer.start_boot(), explorer.start_views())
-            rest = (
-                "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; "
-            )
-            headers = {"content-security-policy": rest + page.policy}
+            own = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'"
+            headers = {"content-security-policy": f"{own}; {page.policy}"}
             return route.fulfill(content_type="text/html", body=page.text, headers=headers)
         name, question = asked_for(route.request), route.request.post_data_json
         return route.fulfill(json=explorer.answer(name, question))
@@ -208,9 +195,8 @@ def violations(page, part=None, impacts=("minor", "moderate", "serious", "critic
     """What axe-core finds on the page, or in a part of it."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = [
-        one for one in Axe().run(page, part).response["violations"] if one["impact"] in impacts
-    ]
+    rules = Axe().run(page, part).response["violations"]
+    found = [one for one in rules if one["impact"] in impacts]
     return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
 
 
@@ -221,9 +207,8 @@ def serious(page, part=None):
 
 def at(page, *words):
     """Wait until the address has all these words."""
-    page.wait_for_function(
-        "words => words.every(word => location.search.includes(word))", arg=words
-    )
+    there = "words => words.every(word => location.search.includes(word))"
+    page.wait_for_function(there, arg=words)
 
 
 def press(page, selector, then=None, *, until=None, state="visible"):
@@ -275,10 +260,8 @@ def counts(page):
     """Of how many patches each box's expert is the first; "away", and a share of Soft MoE, as they stand there."""
     texts = page.locator(".mv-flow-box [data-part=amount]").all_text_contents()
     found = [re.match(r"(\d+) patch(?:es)?$", text) for text in texts]
-    return [
-        int(number[1]) if number else {"none": 0}.get(text, text)
-        for text, number in zip(texts, found, strict=True)
-    ]
+    pairs = zip(texts, found, strict=True)
+    return [int(number[1]) if number else {"none": 0}.get(text, text) for text, number in pairs]
 
 
 def firsts(ask, layer=1, **request):

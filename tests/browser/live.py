@@ -33,16 +33,8 @@ View = Mapping[str, Any]
 @contextmanager
 def served(folder: Path, port: int) -> Iterator[str]:
     """The address of a folder's parent, so that the folder lies below a path, by `python -m http.server`."""
-    command = [
-        sys.executable,
-        "-m",
-        "http.server",
-        str(port),
-        "--bind",
-        "127.0.0.1",
-        "--directory",
-        str(folder.parent),
-    ]
+    options = ["--bind", "127.0.0.1", "--directory", str(folder.parent)]
+    command = [sys.executable, "-m", "http.server", str(port), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     home = f"http://127.0.0.1:{port}/{folder.name}/"
     try:
@@ -108,9 +100,8 @@ def compared(page: Page, explorer: Explorer, model: str) -> dict[str, Any]:
     for file in own_images(model):
         data = bring(page, file)
         found = view_of(page)
-        expected = explorer.answer(
-            "route", {"model": model, "picture": {"kind": "upload", "data": data}}
-        )
+        upload = {"kind": "upload", "data": data}
+        expected = explorer.answer("route", {"model": model, "picture": upload})
         best, own = (view["prediction"]["moe"][0] for view in (found, expected))
         same += best["class"] == own["class"]
         apart = max(apart, abs(best["p"] - own["p"]))

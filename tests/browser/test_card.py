@@ -58,11 +58,8 @@ MODELS = ({}, {"init_values": 0.1}, {"num_shared_experts": 2}, {"top_k": 4})
 @pytest.mark.parametrize("arguments", MODELS, ids=str)
 def test_the_numbers_on_the_screen_add_up_and_are_the_views(card, arguments):
     page, layer = card(arguments)
-    numbers = {
-        name: unpacked(value)
-        for name, value in layer["computation"].items()
-        if value and "data" in value
-    }
+    given = layer["computation"].items()
+    numbers = {name: unpacked(one) for name, one in given if one and "data" in one}
     scores = figures(page, "score")
     assert scores == pytest.approx(numbers["scores"][PATCH].tolist(), abs=0.0051)
     shares = np.exp(scores) / np.exp(scores).sum()
@@ -76,10 +73,8 @@ def test_the_numbers_on_the_screen_add_up_and_are_the_views(card, arguments):
     for place in (0, 5):
         page.select_option("[data-change=channel]", index=place)
         total, after = adds_up(page)
-        rows = {
-            name: unpacked(of[name])[PATCH]
-            for name in ("read", "outputs", "total", "before", "after")
-        }
+        names = ("read", "outputs", "total", "before", "after")
+        rows = {name: unpacked(of[name])[PATCH] for name in names}
         assert figures(page, "read") == pytest.approx([rows["read"][place]], abs=5.1e-4)
         assert figures(page, "given") == pytest.approx(rows["outputs"][order, place], abs=5.1e-4)
         assert total == pytest.approx(rows["total"][place], abs=3e-3)
@@ -99,12 +94,8 @@ def test_every_router_is_drawn_in_its_own_words_and_adds_up(card, router):
     ran = sum(layer["kept"][PATCH])
     for step in ("scores", "shares", "kept", *(["weights"] if ran else [])):
         assert " ".join(layer["steps"][step].split()) in told(page, "[data-part=say]")
-    words = (
-        "All 4 experts ran, each on its slots"
-        if router == "soft"
-        else f"{ran or 'None'} of 4 experts ran"
-    )
-    assert words in told(page, "[data-part=say]")
+    words = {"soft": "All 4 experts ran, each on its slots"}
+    assert words.get(router, f"{ran or 'None'} of 4 experts ran") in told(page, "[data-part=say]")
     assert page.locator(".mv-network").count() == ran
     adds_up(page)
     assert ran or says(told(page, "[data-part=told]"), "No expert took")

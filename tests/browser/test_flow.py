@@ -7,7 +7,7 @@ from PIL import Image
 
 from moevision.demo.html import app_page, flow_html, read_css
 from moevision.demo.models import bundled_folders, open_entries
-from moevision.demo.service import Explorer, opening_example
+from moevision.demo.service import Explorer
 from tests.browser.conftest import (
     AWAY,
     CONTROLLED,
@@ -97,7 +97,7 @@ def bundled():
 
     def document(model):
         ordered = sorted(boot["models"], key=lambda one: one["id"] != model)
-        picture = {"kind": "example", "id": opening_example(ordered[0])["id"]}
+        picture = {"kind": "example", "id": ordered[0]["examples"][0]["id"]}
         view = explorer.answer("route", {"model": model, "picture": picture})
         first = {"model": model, "picture": picture["id"]}
         return app_page({**boot, "models": ordered, "default": first, "whole": True}, [view]).text

@@ -26,7 +26,7 @@ CHANGES = [
         SWAP,
         {"kind": "swap", "other": 2},
         "swap.3.1-2.next_best.0",
-        "L3·E1 and E2 compute each other's",
+        "E1 and E2 compute each other's",
     ),
 ]
 

@@ -99,9 +99,8 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
             assert np.allclose(layer["margin"], other["margin"], atol=1e-2)
             assert np.allclose(layer["entropy"], other["entropy"], atol=1e-2)
             assert [len(row) for row in layer["weights"]] == [len(row) for row in other["weights"]]
-            assert {
-                (layer["layer"], expert) for row in layer["experts"] for expert in row
-            }.isdisjoint(map(tuple, away))
+            used = {(layer["layer"], expert) for row in layer["experts"] for expert in row}
+            assert used.isdisjoint(map(tuple, away))
     press(page, "[data-box=said] [data-action=put-back]", "[data-box=badge]", state="hidden")
     assert view_of(page)["layers"][0]["computation"] is not None
 
@@ -115,16 +114,10 @@ def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live,
     page.wait_for_selector("[data-box=toast]:has-text('Another model: CIFAR-10 photos.')")
     assert each(page, "[role=tab]", "one.dataset.tab") == ["experts", "about"]
     press(page, "[data-tab=experts]", ".mv-cards .mv-crop")
-    for absent in (
-        "[data-action=export-page]",
-        "[data-action=hand]",
-        "[data-change=topk]",
-        "[data-action=more]",
-    ):
-        assert page.locator(absent).locator("visible=true").count() == 0, absent
-    page.click(
-        ".mv-cards .mv-crop button >> nth=0"
-    )  # an image of which pixels alone are there, or an example
+    absent = "[data-action=export-page], [data-action=hand], [data-change=topk], [data-action=more]"
+    assert page.locator(absent).locator("visible=true").count() == 0
+    # An image of which pixels alone are there, or an example.
+    page.click(".mv-cards .mv-crop button >> nth=0")
     page.wait_for_selector("[data-box=progress]", state="hidden")
     assert page.locator("[data-box=trouble] .mv-state").count() == 0
     assert says(page.text_content("[data-box=rail]"), "on this device")

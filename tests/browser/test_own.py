@@ -46,9 +46,7 @@ def names(page):
     return each(page, ".mv-own button", "one.ariaLabel.slice(11)")
 
 
-def test_an_own_image_is_told_of_by_its_route_and_by_what_the_model_knows(
-    visit, ask, files, explorer
-):
+def test_an_own_image_is_told_of_by_its_route_and_what_the_model_knows(visit, ask, files, explorer):
     """The route of most patches in the middle, by hand from the view, and what `similar` says of it."""
     page = visit(door=False, reduced_motion="reduce").page
     page.set_input_files("[data-box=file]", files[:1])
@@ -153,9 +151,10 @@ def test_a_phone_offers_its_camera_and_a_desk_does_not(visit):
         phone.click(".mv-camera")
 
 
-@pytest.mark.parametrize(
-    "kept", ["{", "[]", '[{"id": "x"}]', json.dumps([{"id": 1, "name": "a", "data": "http://x"}])]
-)
+KEPT = ("{", "[]", '[{"id": "x"}]', '[{"id": 1, "name": "a", "data": "http://x"}]')
+
+
+@pytest.mark.parametrize("kept", KEPT)
 def test_strange_storage_is_no_image(visit, new_visit, server, kept):
     one = new_visit()
     one.context.add_init_script(f"sessionStorage.setItem('moevision.own', {json.dumps(kept)})")

@@ -38,9 +38,8 @@ def test_overlay_shows_expert_and_weight_of_every_patch_in_every_layer(quiet, la
         page.click(f".mv-layer[data-index='{index}']")
         assert numbers(page) == experts_of(layer)
         shown = fills(page)
-        assert [fill[:3] for fill in shown] == [
-            rgb(EXPERT_COLOURS[choices[0]]) for choices in layer["experts"]
-        ]
+        colours = [rgb(EXPERT_COLOURS[choices[0]]) for choices in layer["experts"]]
+        assert [fill[:3] for fill in shown] == colours
         weights = [STRENGTH * weights[0] for weights in layer["weights"]]
         assert [fill[3] for fill in shown] == pytest.approx(weights, abs=0.005)  # 8 bits
         pressed = page.locator(".mv-layer[aria-pressed=true]").get_attribute("data-index")

@@ -166,13 +166,8 @@ def test_mistakes_are_shown_with_their_routes(visit):
     """The model of the tests says one class for all: let the service say that it made a mistake."""
     layers = [{"name": "L1", "to_label": 0.25, "to_other": 0.1}]
     pictures = [{"id": "pets/test/8", "thumb": "data:image/png;base64,AA=="}]
-    group = {
-        "label": "cat",
-        "called": "<b>dog",
-        "images": 4,
-        "layers": layers,
-        "pictures": pictures,
-    }
+    group = {"label": "cat", "called": "<b>dog", "images": 4}
+    group |= {"layers": layers, "pictures": pictures}
     page = visit("?tab=classes").page
     change_answer(page, "mistakes", lambda _: {"groups": [group]})
     press(page, "[data-action=mistakes]", "[data-part=cell]:has-text('4 of cat, called <b>dog')")
