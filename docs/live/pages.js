@@ -15,23 +15,32 @@ const STYLE = /\ufe0f/g; // asks for a coloured picture; people's keyboards send
 export function readPage(text, { emoji, fewest, most }) {
   const typed = emojiOf(text);
   if (typed.length < fewest || typed.length > most) {
-    return { error: `A page needs ${fewest} to ${most} emoji, not ${typed.length}: the model learned from full ones, and of emptier ones it knows little.` };
+    return {
+      error: `A page needs ${fewest} to ${most} emoji, not ${typed.length}: the model learned from full ones, and of emptier ones it knows little.`,
+    };
   }
   const places = new Map(emoji.map(([character], number) => [character.replace(STYLE, ""), number]));
   const numbers = typed.map((one) => places.get(one.replace(STYLE, "")) ?? -1);
   const unknown = typed[numbers.indexOf(-1)];
-  if (unknown !== undefined) return { error: `There is no emoji '${unknown}' on the sheet: choose another one, without skin tone.` };
+  if (unknown !== undefined)
+    return { error: `There is no emoji '${unknown}' on the sheet: choose another one, without skin tone.` };
   const groups = numbers.map((number) => emoji[number][1]);
   const count = (group) => groups.filter((one) => one === group).length;
   const [first, second] = [...new Set(groups)].sort((one, other) => count(other) - count(one));
-  return { numbers, name: typed.join(""), label: second !== undefined && count(first) === count(second) ? null : first };
+  return {
+    numbers,
+    name: typed.join(""),
+    label: second !== undefined && count(first) === count(second) ? null : first,
+  };
 }
 
 /** The page in the sheet's own pixels. @param {number[]} numbers @param {Sheet} sheet @param {ImageData} pixels of the sheet */
 export function drawPage(numbers, { cell, columns }, pixels) {
   const side = CELLS * cell;
   const page = new ImageData(side, side);
-  page.data.forEach((_, place) => { page.data[place] = place % 4 === 3 ? 255 : EMPTY; });
+  page.data.forEach((_, place) => {
+    page.data[place] = place % 4 === 3 ? 255 : EMPTY;
+  });
   numbers.forEach((number, place) => {
     const [fromX, fromY] = [(number % columns) * cell, Math.floor(number / columns) * cell];
     const [toX, toY] = [(place % CELLS) * cell, Math.floor(place / CELLS) * cell];

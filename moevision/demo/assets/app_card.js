@@ -22,7 +22,8 @@ export async function loadPicture(source) {
 }
 
 /** @param {HTMLCanvasElement} canvas @returns {Promise<Blob>} */
-export const canvasPng = (canvas) => new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("no PNG")))));
+export const canvasPng = (canvas) =>
+  new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("no PNG")))));
 
 /**
  * The card of what is shown.
@@ -49,7 +50,8 @@ export async function sharePng(state, { usual = null, thing, control = "", addre
   paintBoxes(context, picture, view, layer, left, top - 8);
 
   paragraph(context, ["moevision", address].filter(Boolean).join(" · "), left, TALL - MARGIN + 12, 19, "600", INK);
-  if (view.picture.credit) paragraph(context, `photo: ${view.picture.credit}`, left, TALL - MARGIN - 10, 12, "400", SOFT);
+  if (view.picture.credit)
+    paragraph(context, `photo: ${view.picture.credit}`, left, TALL - MARGIN - 10, 12, "400", SOFT);
   return canvasPng(context.canvas);
 }
 
@@ -71,10 +73,15 @@ function paintPhoto(context, picture, { model: { grid } }, layer) {
 function paintBoxes(context, picture, { model: { grid }, settings: { away = [] } }, layer, left, top) {
   const gone = away.filter(([where]) => where === layer.layer).map(([, expert]) => expert);
   const busy = (expert) => (gone.includes(expert) ? Infinity : layer.counts[expert]);
-  const shown = [...Array(layer.num_experts).keys()].sort((one, other) => busy(other) - busy(one)).slice(0, SHOWN).sort((one, other) => one - other);
+  const shown = [...Array(layer.num_experts).keys()]
+    .sort((one, other) => busy(other) - busy(one))
+    .slice(0, SHOWN)
+    .sort((one, other) => one - other);
   shown.forEach((expert, place) => {
     const [x, y] = [left + (place % COLUMNS) * (BOX + BETWEEN), top + Math.floor(place / COLUMNS) * (BOX + BETWEEN)];
-    const small = brush(Object.assign(document.createElement("canvas"), { width: BOX, height: Math.round((BOX * grid[0]) / grid[1]) }));
+    const small = brush(
+      Object.assign(document.createElement("canvas"), { width: BOX, height: Math.round((BOX * grid[0]) / grid[1]) }),
+    );
     paintBox(small, picture, opacityIn(layer, expert), grid, PAPER);
     context.drawImage(small.canvas, x, y, BOX, BOX);
     context.setLineDash(gone.includes(expert) ? [7, 5] : []);
@@ -91,7 +98,12 @@ function paintBoxes(context, picture, { model: { grid }, settings: { away = [] }
  * @param {CanvasRenderingContext2D} context @param {string} text @param {number} left @param {number} top @param {number} size @param {string} weight @param {string} colour
  */
 export function paragraph(context, text, left, top, size, weight, colour) {
-  Object.assign(context, { font: `${weight} ${size}px Arial, sans-serif`, fillStyle: colour, textAlign: "left", textBaseline: "alphabetic" });
+  Object.assign(context, {
+    font: `${weight} ${size}px Arial, sans-serif`,
+    fillStyle: colour,
+    textAlign: "left",
+    textBaseline: "alphabetic",
+  });
   const lines = [""];
   text.split(" ").forEach((word) => {
     const longer = `${lines.at(-1)} ${word}`.trim();

@@ -6,10 +6,14 @@
  * By how few experts the answer for an example falls, where that was searched: { away, ... }; away is null where few don't do it.
  * @param {BootModel} model @param {string | null | undefined} id of the example
  */
-export const fallOf = ({ card }, id) => (id ? card.falls?.[id] ?? (card.matters?.picture === id ? card.matters : undefined) : undefined);
+export const fallOf = ({ card }, id) =>
+  id ? (card.falls?.[id] ?? (card.matters?.picture === id ? card.matters : undefined)) : undefined;
 
 /** @param {BootModel} model */
 export const isOfEmoji = ({ card }) => Boolean(card.data_kind?.startsWith("emoji"));
 
 /** Layer and number of all experts. @param {BootModel} model @returns {[number, number][]} */
-export const allExperts = ({ routers }) => routers.flatMap(({ layer, num_experts: experts }) => [...Array(experts).keys()].map((expert) => /** @type {[number, number]} */ ([layer, expert])));
+export const allExperts = ({ routers }) =>
+  routers.flatMap(({ layer, num_experts: experts }) =>
+    [...Array(experts).keys()].map((expert) => /** @type {[number, number]} */ ([layer, expert])),
+  );

@@ -21,18 +21,32 @@ export class AppOpening {
     this.whole = null;
   }
 
-  get able() { return !this.app.state?.view.moment; }
-  get away() { return this.app.away; }
-  get usual() { return this.whole?.guess ?? null; }
-  get thing() { return isOfEmoji(this.app.model) ? "page" : "image"; }
+  get able() {
+    return !this.app.state?.view.moment;
+  }
+  get away() {
+    return this.app.away;
+  }
+  get usual() {
+    return this.whole?.guess ?? null;
+  }
+  get thing() {
+    return isOfEmoji(this.app.model) ? "page" : "image";
+  }
   /** @returns {[string, string]} */
-  get unit() { return isOfEmoji(this.app.model) ? ["emoji", "emoji"] : PATCH; }
+  get unit() {
+    return isOfEmoji(this.app.model) ? ["emoji", "emoji"] : PATCH;
+  }
 
   /** @param {number} layer @param {number} expert */
-  take(layer, expert) { return this.app.toggleAway(layer, expert); }
+  take(layer, expert) {
+    return this.app.toggleAway(layer, expert);
+  }
 
   /** @param {View} view */
-  drawn(view) { return tellRoute(this.app, view); }
+  drawn(view) {
+    return tellRoute(this.app, view);
+  }
 
   /**
    * What the model says of the image of a view with all experts: said already, or asked for.
@@ -62,28 +76,59 @@ export class AppOpening {
   /** Other images: the visitor's own, the model's, and one of another model. */
   choices() {
     const { picture, own, model, boot } = this.app;
-    const mine = own.slice(0, 1).map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: picture.own === id }));
+    const mine = own
+      .slice(0, 1)
+      .map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: picture.own === id }));
     const labels = [...new Set(model.examples.map(({ label }) => label))];
     const first = labels.map((label) => present(model.examples.find((one) => one.label === label)));
     const shown = model.examples.filter(({ id }) => id === picture.id);
-    const known = [...new Set([...first.slice(0, 1), ...shown, ...first, ...model.examples])].map(({ id, name, label, thumb }) => ({
-      action: "example", id, name: exampleName(label, name), thumb, on: picture.id === id }));
-    const elsewhere = boot.models.filter((one) => one.id !== model.id && one.examples.length).sort((one, other) => Number(isOfEmoji(other)) - Number(isOfEmoji(one)));
-    const other = elsewhere.slice(0, 1).map((one) => ({ action: "model", id: one.id, name: one.title, thumb: one.examples[0].thumb, on: false }));
+    const known = [...new Set([...first.slice(0, 1), ...shown, ...first, ...model.examples])].map(
+      ({ id, name, label, thumb }) => ({
+        action: "example",
+        id,
+        name: exampleName(label, name),
+        thumb,
+        on: picture.id === id,
+      }),
+    );
+    const elsewhere = boot.models
+      .filter((one) => one.id !== model.id && one.examples.length)
+      .sort((one, other) => Number(isOfEmoji(other)) - Number(isOfEmoji(one)));
+    const other = elsewhere
+      .slice(0, 1)
+      .map((one) => ({ action: "model", id: one.id, name: one.title, thumb: one.examples[0].thumb, on: false }));
     const room = THUMBS - other.length - Number(isOfEmoji(model)); // its field takes the place of one
     const thumbs = [...[...mine, ...known].slice(0, room), ...other];
-    return html`<div class="mv-flow-pick" role="group" aria-label="Images">${thumbs.map(({ action, id, name, thumb, on }) => html`<button type="button"
-      data-action="${action}" data-id="${id}" data-key="flow-${action}-${id}" aria-pressed="${on}" ${on && new Markup("disabled")}
-      aria-label="${name}"><img src="${pictureSource(thumb)}" alt=""></button>`)}
-      ${isOfEmoji(model) ? typedField(this.app) : html`<button type="button" class="mv-button" data-action="choose" data-key="flow-choose">Your photo</button>`}</div>`;
+    return html`<div class="mv-flow-pick" role="group" aria-label="Images">
+      ${thumbs.map(
+        ({ action, id, name, thumb, on }) =>
+          html`<button
+            type="button"
+            data-action="${action}"
+            data-id="${id}"
+            data-key="flow-${action}-${id}"
+            aria-pressed="${on}"
+            ${on && new Markup("disabled")}
+            aria-label="${name}"
+          >
+            <img src="${pictureSource(thumb)}" alt="" />
+          </button>`,
+      )}
+      ${isOfEmoji(model) ? typedField(this.app) : html`<button type="button" class="mv-button" data-action="choose" data-key="flow-choose">Your photo</button>`}
+    </div>`;
   }
 
   /** @param {View} view */
   said(view) {
-    if (view.moment) return html`<p>${PAST_WORDS}</p>${actionButton("to-trained", "Show the trained model")}`;
+    if (view.moment)
+      return html`<p>${PAST_WORDS}</p>
+        ${actionButton("to-trained", "Show the trained model")}`;
     const special = otherModel(view);
-    if (view.settings.away?.length) return html`${special && html`<p>${special}</p>`}${this.result(view, view.settings.away)}`;
-    if (special) return html`<p><b>${special}</b></p>${actionButton("as-is", "Show the trained model")}`;
+    if (view.settings.away?.length)
+      return html`${special && html`<p>${special}</p>`}${this.result(view, view.settings.away)}`;
+    if (special)
+      return html`<p><b>${special}</b></p>
+        ${actionButton("as-is", "Show the trained model")}`;
     return html`${view.picture.unlike && html`<p>${view.picture.unlike}</p>`}${this.invitation(view)}`;
   }
 
@@ -93,13 +138,17 @@ export class AppOpening {
     const falls = fallOf(app.model, id);
     const other = tellingCase(app);
     const another = other && html` ${actionButton("matters", "See one that changes")}`;
-    if (!falls) return html`<p>Click an expert to take it away.</p>${another}`;
+    if (!falls)
+      return html`<p>Click an expert to take it away.</p>
+        ${another}`;
     if (!falls.away) {
       return html`<p>No expert, nor any two or three of a layer, changes this answer.</p>
         ${actionButton("all-away", `Take all ${allExperts(app.model).length} away`)}${another}`;
     }
     const [[layer, expert]] = falls.away;
-    const name = falls.away.length === 1 && app.model.card.names?.find((one) => one.layer === layer && one.expert === expert)?.name;
+    const name =
+      falls.away.length === 1 &&
+      app.model.card.names?.find((one) => one.layer === layer && one.expert === expert)?.name;
     const whose = name ? `the ${name}’ expert` : goneWords(falls.away, layers, app.state?.currentLayer.layer);
     return html`<button type="button" class="mv-primary" data-action="fall" data-key="fall">Take ${whose} away</button>
       <p class="mv-soft">or click any other.</p>`;
@@ -110,24 +159,32 @@ export class AppOpening {
     const { app, usual } = this;
     const effect = effectOf(view);
     const [best] = view.prediction.moe;
-    const told = effect ? answerWords(effect) : `${best.class === usual?.class ? "still" : "now"} ${best.class}, ${percent(best.p)}`;
+    const told = effect
+      ? answerWords(effect)
+      : `${best.class === usual?.class ? "still" : "now"} ${best.class}, ${percent(best.p)}`;
     const control = effect && html` <span class="mv-soft">${controlWords(effect).replaceAll(" %", "\u00a0%")}.</span>`;
     const finding = [fewest(app, view, away, usual), needless(view, away, usual), record(app, away)].filter(Boolean);
     return html`<p><b>${away.length} ${away.length === 1 ? "expert" : "experts"} away: ${told}.</b>${control}</p>
       ${finding.map((words) => html`<p class="mv-soft">${words}</p>`)}
-      <div class="mv-flow-do"><button type="button" class="mv-primary" data-action="share-card" data-key="share-card">Share this card</button>
-        ${actionButton("put-back", away.length > 1 ? "Put all back" : "Put it back")}</div>`;
+      <div class="mv-flow-do">
+        <button type="button" class="mv-primary" data-action="share-card" data-key="share-card">Share this card</button>
+        ${actionButton("put-back", away.length > 1 ? "Put all back" : "Put it back")}
+      </div>`;
   }
 }
 
 /** @param {string} action @param {string} label */
-const actionButton = (action, label) => html`<button type="button" class="mv-button" data-action="${action}" data-key="said-${action}">${label}</button>`;
+const actionButton = (action, label) =>
+  html`<button type="button" class="mv-button" data-action="${action}" data-key="said-${action}">${label}</button>`;
 
 /** "cat, chelsea.jpg" of cat/chelsea.jpg. @param {string | null} label @param {string} name */
 const exampleName = (label, name) => (label ? `${label}, ${name.split("/").at(-1)}` : name);
 
 /** The case in which one expert less changes the answer most: of this model, else of the next that has one. @param {App} app */
-export const tellingCase = ({ model, boot, picture }) => [model, ...boot.models].find(({ id, card }) => card.matters && (id !== model.id || card.matters.picture !== picture.id));
+export const tellingCase = ({ model, boot, picture }) =>
+  [model, ...boot.models].find(
+    ({ id, card }) => card.matters && (id !== model.id || card.matters.picture !== picture.id),
+  );
 
 /** How many experts were needed, where it was searched. @param {App} app @param {View} view @param {[number, number][]} away @param {Guess | null} usual */
 function fewest({ model }, { picture: { id }, prediction }, away, usual) {
@@ -137,17 +194,38 @@ function fewest({ model }, { picture: { id }, prediction }, away, usual) {
 }
 
 /** Whether the answer is the same without a layer. @param {View} view @param {[number, number][]} away @param {Guess | null} usual */
-function needless({ layers, prediction: { moe: [best] } }, away, usual) {
-  const whole = layers.filter(({ layer, num_experts: experts }) => away.filter(([where]) => where === layer).length === experts);
-  if (!usual || best.class !== usual.class || !whole.length || whole.reduce((sum, { num_experts: count }) => sum + count, 0) !== away.length) return "";
+function needless(
+  {
+    layers,
+    prediction: {
+      moe: [best],
+    },
+  },
+  away,
+  usual,
+) {
+  const whole = layers.filter(
+    ({ layer, num_experts: experts }) => away.filter(([where]) => where === layer).length === experts,
+  );
+  if (
+    !usual ||
+    best.class !== usual.class ||
+    !whole.length ||
+    whole.reduce((sum, { num_experts: count }) => sum + count, 0) !== away.length
+  )
+    return "";
   const names = whole.map(({ name }) => name);
   return `All of ${names.join(" and ")} away: still ${best.class}. This answer doesn't need ${names.length > 1 ? "these layers" : "this layer"}.`;
 }
 
 /** What the same change does over new pages, where that was measured. @param {App} app @param {[number, number][]} away */
 function record({ model }, away) {
-  const gone = away.map(([, expert]) => expert).sort().join();
-  const [name, found] = Object.entries(model.card.without ?? {}).find(([, { experts }]) => [...experts].sort().join() === gone) ?? [];
+  const gone = away
+    .map(([, expert]) => expert)
+    .sort()
+    .join();
+  const [name, found] =
+    Object.entries(model.card.without ?? {}).find(([, { experts }]) => [...experts].sort().join() === gone) ?? [];
   if (!found) return "";
   const change = ([before, after]) => `${percent(before).replace(" %", "")} → ${percent(after)}`;
   return `On ${found.pages.toLocaleString("en")} new pages: ${name} ${change(found.own)} right, all others ${change(found.others)}.`;
@@ -157,13 +235,42 @@ function record({ model }, away) {
 
 const DOOR_KEY = "moevision.door";
 /** What only the details show: a link that names it opens them. */
-export const BEHIND = ["variant", "picture2", "step", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "list", "class", "level"];
+export const BEHIND = [
+  "variant",
+  "picture2",
+  "step",
+  "expert",
+  "patch",
+  "mode",
+  "slot",
+  "k",
+  "capacity",
+  "noise",
+  "do",
+  "tab",
+  "list",
+  "class",
+  "level",
+];
 
 /** Private windows may refuse storage; then it lasts as long as the page. */
 export const doorMemory = {
-  read() { try { return localStorage.getItem(DOOR_KEY) !== null; } catch { return false; } },
+  read() {
+    try {
+      return localStorage.getItem(DOOR_KEY) !== null;
+    } catch {
+      return false;
+    }
+  },
   /** @param {boolean} open */
-  keep(open) { try { if (open) localStorage.setItem(DOOR_KEY, "open"); else localStorage.removeItem(DOOR_KEY); } catch { /* nothing to keep it in */ } },
+  keep(open) {
+    try {
+      if (open) localStorage.setItem(DOOR_KEY, "open");
+      else localStorage.removeItem(DOOR_KEY);
+    } catch {
+      /* nothing to keep it in */
+    }
+  },
 };
 
 /** @param {Wish} wish */
@@ -178,7 +285,12 @@ export const isAway = (app, layer, expert) => app.away.some(([where, which]) => 
  * @param {string | undefined} word @param {BootModel} model @returns {[number, number][]} */
 export function readAway(word, model) {
   const pairs = (word ?? "").split("_").map((one) => one.split(".").map(Number));
-  const sound = pairs.filter(([layer, expert]) => expert >= 0 && expert < (model.routers.find((one) => one.layer === layer)?.num_experts ?? 0) && Number.isInteger(expert));
+  const sound = pairs.filter(
+    ([layer, expert]) =>
+      expert >= 0 &&
+      expert < (model.routers.find((one) => one.layer === layer)?.num_experts ?? 0) &&
+      Number.isInteger(expert),
+  );
   return /** @type {[number, number][]} */ ([...new Map(sound.map((pair) => [pair.join("."), pair])).values()]);
 }
 

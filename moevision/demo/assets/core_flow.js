@@ -116,7 +116,8 @@ export class Flow {
     fillBox(core.box("boxes"), boxesOf(opening, view, layer));
     this.tell();
     fillBox(core.box("layer"), layerChoice(view, layer));
-    const moved = before ? this.first.map((expert, patch) => (expert === was[patch] ? -1 : patch)).filter((patch) => patch >= 0 && before[patch]) : [];
+    const changed = [...this.first.keys()].filter((patch) => this.first[patch] !== was[patch]);
+    const moved = before ? changed.filter((patch) => before[patch]) : [];
     Object.assign(this, { flying: new Set(still() ? [] : moved), veil: 1 });
     if (before) this.paint(); // the same image is there at once: nothing blinks
     opening.drawn?.(view);
@@ -125,13 +126,16 @@ export class Flow {
     if (first && !still()) return this.play();
     if (!before || still()) return undefined;
     const to = this.places();
-    return this.fly(moved.filter((patch) => to[patch]).map((patch) => ({ patch, from: present(before[patch]), to: present(to[patch]), start: 0, ms: SHORT_MS })));
+    const flight = (patch) => ({ patch, from: present(before[patch]), to: present(to[patch]), start: 0, ms: SHORT_MS });
+    return this.fly(moved.filter((patch) => to[patch]).map(flight));
   }
 
   /** The words around the picture, again when more is known: what as much at random did, or what was said before. */
   tell() {
     const { view, layer, opening, core } = this;
-    fillBox(core.box("head"), html`<div><h1>${headlineOf(view, layer, opening.usual, opening.thing)}</h1><p>${sentenceOf(view, layer, opening.unit)}</p></div>${opening.choices(view)}`);
+    const headline = headlineOf(view, layer, opening.usual, opening.thing);
+    fillBox(core.box("head"), html`<div><h1>${headline}</h1><p>${sentenceOf(view, layer, opening.unit)}</p></div>
+      ${opening.choices(view)}`);
     const badge = core.box("badge");
     badge.hidden = !view.settings.away?.length;
     fillBox(badge, badgeOf(view, opening.usual));
@@ -160,12 +164,13 @@ export class Flow {
   places() {
     const home = this.box.getBoundingClientRect();
     const { grid } = this.view.model;
-    const corners = new Map(this.boxes().map((one) => [Number(one.dataset.expert), present(one.querySelector("canvas")).getBoundingClientRect()]));
+    const corner = (one) => present(one.querySelector("canvas")).getBoundingClientRect();
+    const corners = new Map(this.boxes().map((one) => [Number(one.dataset.expert), corner(one)]));
     return this.first.map((expert, patch) => {
-      const corner = expert === null ? undefined : corners.get(expert);
-      if (!corner) return null;
-      const [x, y, side] = boxPlaces(patch, grid, corner.width);
-      return [corner.left - home.left + x, corner.top - home.top + y, side];
+      const box = expert === null ? undefined : corners.get(expert);
+      if (!box) return null;
+      const [x, y, side] = boxPlaces(patch, grid, box.width);
+      return [box.left - home.left + x, box.top - home.top + y, side];
     });
   }
 
@@ -180,7 +185,9 @@ export class Flow {
     const width = contours.clientWidth * scale;
     Object.assign(contours, { width, height: (width * grid[0]) / grid[1] }); // which also clears it
     contours.style.opacity = String(this.veil);
-    if (core.state.mode === "regions") paintRegions(brush(contours), layer, this.first, grid, { side: width / grid[1], unit: scale, lit: this.lit, paper });
+    if (core.state.mode === "regions") {
+      paintRegions(brush(contours), layer, this.first, grid, { side: width / grid[1], unit: scale, lit: this.lit, paper });
+    }
     this.boxes().forEach((one) => {
       const canvas = /** @type {HTMLCanvasElement} */ (one.querySelector("canvas"));
       const side = Math.round(canvas.clientWidth * scale);
@@ -203,7 +210,8 @@ export class Flow {
       if (!to) return;
       const [row, column] = [Math.floor(patch / columns), patch % columns];
       const start = SPREAD_MS * (0.75 * (row / rows) + 0.25 * (column / columns));
-      flights.push({ patch, from: [photo.left - home.left + column * side, photo.top - home.top + row * side, side], to, start, ms: FLIGHT_MS });
+      const from = [photo.left - home.left + column * side, photo.top - home.top + row * side, side];
+      flights.push({ patch, from, to, start, ms: FLIGHT_MS });
     });
     this.veil = 0;
     return this.fly(flights);
@@ -277,15 +285,20 @@ function answerOf(view, usual) {
   const [best, ...others] = moe;
   const second = others.find((one) => one.class === usual?.class) ?? others[0];
   const rows = label === null ? moe : [best, second].filter(Boolean);
-  const row = ({ class: name, p }) => html`<li data-class="${name}"><span>${name}${name === label && html`<span title="its label" aria-label=", its label"> ✓</span>`}</span>
+  const mark = html`<span title="its label" aria-label=", its label"> ✓</span>`;
+  const row = ({ class: name, p }) => html`<li data-class="${name}"><span>${name}${name === label && mark}</span>
     <i class="mv-bar mv-accent"><i style="width:${100 * p}%"></i></i><b class="mv-num">${percent(p)}</b></li>`;
   const which = view.model.variant !== "trained" ? `${view.model.variant} ` : otherModel(view) && "changed ";
-  return html`<p>The ${which}model ${view.moment ? "said" : "says"}</p><ul class="${rows.length > 2 && "mv-flow-all"}">${rows.map(row)}</ul>`;
+  return html`<p>The ${which}model ${view.moment ? "said" : "says"}</p>
+    <ul class="${rows.length > 2 && "mv-flow-all"}">${rows.map(row)}</ul>`;
 }
 
 /** @param {View} view @param {Layer} layer */
-const layerChoice = (view, layer) => view.layers.length > 1 && html`<label class="mv-flow-layer">Layer <select data-change="flow-layer" data-key="flow-layer">${view.layers.map(({ name }, index) => html`<option
-  value="${index}" ${new Markup(name === layer.name ? "selected" : "")}>${name}</option>`)}</select></label>`;
+function layerChoice(view, layer) {
+  const option = ({ name }, index) => html`<option value="${index}" ${new Markup(name === layer.name ? "selected" : "")}>${name}</option>`;
+  return view.layers.length > 1 && html`<label class="mv-flow-layer">Layer
+    <select data-change="flow-layer" data-key="flow-layer">${view.layers.map(option)}</select></label>`;
+}
 
 // ---- the boxes ------------------------------------------------------------------------------------------------------
 
@@ -311,8 +324,9 @@ function boxesOf(opening, view, layer) {
   const { num_experts: experts } = layer;
   const across = experts > 8 ? 8 : Math.min(4, experts);
   const [rows, columns] = view.model.grid;
-  return html`<div class="mv-flow-boxes ${experts > 8 && "mv-many"}" style="--across:${across};--aspect:${columns / rows}" role="group"
-    aria-label="Experts of ${layer.name}">${[...Array(experts).keys()].map((expert) => oneBox(opening, layer, expert))}</div>`;
+  const boxes = [...Array(experts).keys()].map((expert) => oneBox(opening, layer, expert));
+  return html`<div class="mv-flow-boxes ${experts > 8 && "mv-many"}" style="--across:${across};--aspect:${columns / rows}"
+    role="group" aria-label="Experts of ${layer.name}">${boxes}</div>`;
 }
 
 /** @param {Opening} opening @param {Layer} layer @param {number} expert */
@@ -322,10 +336,12 @@ function oneBox(opening, layer, expert) {
   const idle = !gone && layer.kind !== "soft" && layer.counts[expert] === 0;
   const name = opening.nameOf?.(layer.layer, expert);
   const words = [`Expert ${expert}: ${amount}`, also, name].filter(Boolean).join(", ");
-  return html`<button type="button" class="mv-flow-box" data-action="take" data-expert="${expert}" data-key="flow-${expert}" style="--own:${expertColour(expert, layer.num_experts)}"
-    ${opening.able && html`aria-pressed="${gone}"`} ${idle && new Markup("disabled")} aria-label="${words}${opening.able && `. ${gone ? "Put it back" : "Take it away"}`}">
-    <canvas aria-hidden="true"></canvas><span>${chip(expert, layer.num_experts, "mv-box-chip")}<small>${name && html`<b>${name}</b>`}<span data-part="amount">${amount}</span>
-    ${also && html`<em>${also}</em>`}</small></span></button>`;
+  const click = opening.able && `. ${gone ? "Put it back" : "Take it away"}`;
+  return html`<button type="button" class="mv-flow-box" data-action="take" data-expert="${expert}" data-key="flow-${expert}"
+    style="--own:${expertColour(expert, layer.num_experts)}" aria-label="${words}${click}"
+    ${opening.able && html`aria-pressed="${gone}"`} ${idle && new Markup("disabled")}><canvas aria-hidden="true"></canvas>
+    <span>${chip(expert, layer.num_experts, "mv-box-chip")}<small>${name && html`<b>${name}</b>`}
+      <span data-part="amount">${amount}</span>${also && html`<em>${also}</em>`}</small></span></button>`;
 }
 
 /**
@@ -336,5 +352,7 @@ function amountOf(layer, expert, unit) {
   if (layer.kind === "soft") return [percent(expertShares(layer)[expert]), "of the output"];
   const first = firstExperts(layer).filter((mine) => mine === expert).length;
   const later = layer.counts[expert] - first;
-  return [first ? plural(first, ...unit) : "none", later > 0 && `${layer.kind === "token_choice" && layer.top_k === 2 ? "second" : "also"} for ${later}`];
+  const rank = layer.kind === "token_choice" && layer.top_k === 2 ? "second" : "also";
+  if (layer.route_by === "image") return [first ? "this image" : later ? "second" : "none", ""];
+  return [first ? plural(first, ...unit) : "none", later > 0 && `${rank} for ${later}`];
 }

@@ -15,7 +15,8 @@ export const article = (word) => `${/^[aeiou]/i.test(word) ? "an" : "a"} ${word}
 const many = (name) => /s$/.test(name) && name.length > 4;
 
 /** "2", "2 and 5", "2, 3 and 5". @param {(number | string)[]} list */
-export const listed = (list) => (list.length < 2 ? String(list[0] ?? "") : `${list.slice(0, -1).join(", ")} and ${list.at(-1)}`);
+export const listed = (list) =>
+  list.length < 2 ? String(list[0] ?? "") : `${list.slice(0, -1).join(", ")} and ${list.at(-1)}`;
 
 /**
  * "expert 2", "experts 2 and 5 of L9", "all eight experts", "five experts": those that are away, of one layer or of several.
@@ -39,9 +40,15 @@ export function goneWords(away, layers, shown) {
  * @param {Guess | null} [usual] what the model says with all experts; null where it isn't known
  * @param {string} [thing] what an image of several things is called
  */
-export function headlineOf({ picture: { label }, layers, prediction, settings: { away = [] } }, { layer, num_experts: experts, route_by: unit, top_k: k }, usual = null, thing = "image") {
+export function headlineOf(
+  { picture: { label }, layers, prediction, settings: { away = [] } },
+  { layer, num_experts: experts, route_by: unit, top_k: k },
+  usual = null,
+  thing = "image",
+) {
   const what = label === null ? "photo" : many(label) || label === "food" ? thing : label;
-  if (away.length) return `Without ${goneWords(away, layers, layer)} ${outcome(prediction.moe[0].class, label, usual)}.`;
+  if (away.length)
+    return `Without ${goneWords(away, layers, layer)} ${outcome(prediction.moe[0].class, label, usual)}.`;
   if (unit !== "image") return `${capital(numberWord(experts))} experts share this ${what}.`;
   return `${capital(numberWord(k))} of ${numberWord(experts)} experts ${k === 1 ? "gets" : "get"} this ${what}.`;
 }
@@ -71,7 +78,16 @@ export const PATCH = ["patch", "patches"];
  * The line below the headline.
  * @param {View} view @param {Layer} layer @param {[string, string]} [unit] what a patch is called, one and several
  */
-export function sentenceOf({ model: { grid: [rows, columns] }, settings: { away = [] } }, layer, [one, several] = PATCH) {
+export function sentenceOf(
+  {
+    model: {
+      grid: [rows, columns],
+    },
+    settings: { away = [] },
+  },
+  layer,
+  [one, several] = PATCH,
+) {
   const { kind, top_k: k, route_by: routed, num_experts: experts, learned } = layer;
   const here = away.filter(([where]) => where === layer.layer).length;
   if (here === experts) return `Every ${one} skips this layer's experts. Nothing else changed.`;
@@ -85,9 +101,16 @@ export function sentenceOf({ model: { grid: [rows, columns] }, settings: { away 
 
 /** What a link or the details made of the trained model, but for experts that are away. @param {View} view */
 export function otherModel(view) {
-  const { model: { variant, accuracy_text: known }, settings: { intervention, noise, off_reason: off } } = view;
-  const words = [variant !== "trained" && `${capital(known)}.`, intervention && changedWords(view), off,
-    typeof noise === "number" && `The routers draw noise, as in training (draw ${noise}).`];
+  const {
+    model: { variant, accuracy_text: known },
+    settings: { intervention, noise, off_reason: off },
+  } = view;
+  const words = [
+    variant !== "trained" && `${capital(known)}.`,
+    intervention && changedWords(view),
+    off,
+    typeof noise === "number" && `The routers draw noise, as in training (draw ${noise}).`,
+  ];
   return words.filter(Boolean).join(" ");
 }
 
@@ -103,15 +126,27 @@ function interventionWords({ kind, layer, expert, other, fill }, routers) {
   const way = routers.find((router) => router.layer === layer)?.kind ?? "token_choice";
   if (kind === "random" && way !== "token_choice") return `${RANDOM_WORDS[way]}, ${where}.`;
   if (kind === "random") return `Patches go to random experts ${where}.`;
-  if (kind === "swap") return `L${layer}·E${expert} and E${other} compute each other's ${way === "soft" ? "slots" : "patches"}.`;
+  if (kind === "swap")
+    return `L${layer}·E${expert} and E${other} compute each other's ${way === "soft" ? "slots" : "patches"}.`;
   if (kind === "force") return `Every patch ${where} goes to L${layer}·E${expert}.`;
   return `Without L${layer}·E${expert}: its patches ${FILL_WORDS[fill][way]}.`;
 }
 
 /** A random routing, and what becomes of an absent expert's patches, by the way in which the layer routes. */
-export const RANDOM_WORDS = { token_choice: "Send patches to random experts", expert_choice: "Let experts take random patches", soft: "Deal the slots out to random experts" };
-export const FILL_WORDS = {
-  next_best: { token_choice: "go to their next-best expert", expert_choice: "keep the other experts that took them", soft: "take more from the other slots" },
-  zero: { token_choice: "get nothing in its place", expert_choice: "get nothing in its place", soft: "get nothing in its place" },
+export const RANDOM_WORDS = {
+  token_choice: "Send patches to random experts",
+  expert_choice: "Let experts take random patches",
+  soft: "Deal the slots out to random experts",
 };
-
+export const FILL_WORDS = {
+  next_best: {
+    token_choice: "go to their next-best expert",
+    expert_choice: "keep the other experts that took them",
+    soft: "take more from the other slots",
+  },
+  zero: {
+    token_choice: "get nothing in its place",
+    expert_choice: "get nothing in its place",
+    soft: "get nothing in its place",
+  },
+};
