@@ -10,7 +10,7 @@ pytestmark = pytest.mark.needs("chromium", "playwright")
 FIELDS = {"layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
 
 FORCE = ".mv-box-hand [data-kind=force]"
-TOP = "document.querySelector('.mv-canvas').getBoundingClientRect().top + scrollY"
+TOP = "document.querySelector('.mv-flow-row').getBoundingClientRect().top + scrollY"  # the photo sticks
 
 
 RANDOM = ".mv-settings [data-kind=random][data-layer='{}']"

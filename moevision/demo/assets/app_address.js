@@ -17,8 +17,9 @@ const LINK_KEYS = ["model", "picture", "page", "layer", "away", ...BEHIND];
 /** What the address asks for: texts, checked by whoever uses them. */
 export function readAddress() {
   const found = new URLSearchParams(location.search);
+  const ofGrid = found.has("embed") ? ["mode", "slot"] : []; // which isn't there
   /** @type {Wish} */
-  const wish = Object.fromEntries([...found].filter(([key]) => LINK_KEYS.includes(key)));
+  const wish = Object.fromEntries([...found].filter(([key]) => LINK_KEYS.includes(key) && !ofGrid.includes(key)));
   return wish;
 }
 
