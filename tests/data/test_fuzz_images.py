@@ -24,6 +24,7 @@ from PIL import Image
 
 from moevision.data.images import BadImageError, safe_open
 from tests.data.test_images import FORMATS, encoded, mutate, png_chunk, reason, rgb_png
+from tests.shared import succeeded
 
 pytestmark = [
     pytest.mark.deep,
@@ -39,6 +40,7 @@ OPEN_ALL = """
 import json, resource, sys, time
 from pathlib import Path
 from moevision.data.images import BadImageError, safe_open
+from tests.shared import succeeded
 def kb(name):
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 before = kb("VmRSS")
@@ -122,8 +124,7 @@ def test_mutated_images_through_fit(
         (folder / f"{number:04d}.png").write_bytes(data)
     unreadable = sum(not readable(file) for file in (tmp_path / "photos").rglob("*.png"))
     options = ("--data.max_bad_fraction=1", "--trainer.max_epochs=1", "--name=fuzzed")
-    outcome = cli("fit", "photos", *tiny[:-2], *options, "--trainer.enable_progress_bar=false")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", "photos", *tiny[:-2], *options, "--trainer.enable_progress_bar=false"))
     listed = (tmp_path / "runs" / "fuzzed" / "bad_images.csv").read_text().splitlines()
     assert len(listed) - 1 == unreadable > 30
 

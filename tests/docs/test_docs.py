@@ -28,7 +28,7 @@ from moevision.config import options
 from moevision.train.recipe import shipped_configs
 from tests.forks import Forked
 from tests.needs import chromium
-from tests.shared import TINY, draw_folder, run_cli
+from tests.shared import TINY, draw_folder, run_cli, succeeded
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -346,8 +346,7 @@ def test_commands_run(
         ]
     if verb == "analyze":
         rest += ["--quick", "--permutations=20", "--limit=20"]
-    outcome = run_cli(verb, *rest)
-    assert outcome.code == 0, outcome.err
+    succeeded(run_cli(verb, *rest))
 
 
 def test_the_yaml_of_the_docs_has_keys_that_exist() -> None:

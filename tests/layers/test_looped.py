@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
-from moevision.errors import UserError
 from moevision.layers.cpu import looped_mlps
 
 pytestmark = pytest.mark.deep
@@ -29,12 +27,11 @@ COUNTS = {
     "hundreds": [1025, 1, 512],
 }
 every_counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-both_paths = pytest.mark.parametrize(
-    "counts", [COUNTS["unequal"], COUNTS["equal"]], ids=["looped", "batched"]
-)
-every_activation = pytest.mark.parametrize(
-    "act", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh(), nn.Sigmoid()], ids=str
-)
+PATHS = (COUNTS["unequal"], COUNTS["equal"])
+both_paths = pytest.mark.parametrize("counts", PATHS, ids=["looped", "batched"])
+ACTIVATIONS = (nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh(), nn.Sigmoid())
+every_activation = pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
+WITHOUT = ((False, False), (True, False), (False, True))  # biases of the first and second product
 
 
 def plain(
@@ -95,9 +92,19 @@ def check(
             torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
-@every_counts
-def test_values_and_all_five_gradients_are_autograds(counts: list[int]) -> None:
-    check(counts, nn.GELU(), leaves(counts))
+@pytest.mark.parametrize(
+    ("counts", "act", "biases"),
+    [
+        *((counts, nn.GELU(), (True, True)) for counts in COUNTS.values()),
+        *((counts, act, (True, True)) for counts in PATHS for act in ACTIVATIONS),
+        *((counts, nn.GELU(), biases) for counts in PATHS for biases in WITHOUT),
+    ],
+    ids=str,
+)
+def test_values_and_all_five_gradients_are_autograds(
+    counts: list[int], act: nn.Module, biases: tuple[bool, bool]
+) -> None:
+    check(counts, act, leaves(counts, biases))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -143,18 +150,6 @@ def test_grouped_mm_or_not_every_width_is_right(
         )  # rows' and hidden gradient, both weights'; the first two products add a bias
     else:
         assert len(used) < 4
-
-
-@pytest.mark.parametrize("biases", [(False, False), (True, False), (False, True)])
-@both_paths
-def test_without_biases(counts: list[int], biases: tuple[bool, bool]) -> None:
-    check(counts, nn.GELU(), leaves(counts, biases))
-
-
-@every_activation
-@both_paths
-def test_every_plain_activation(counts: list[int], act: nn.Module) -> None:
-    check(counts, act, leaves(counts))
 
 
 @pytest.mark.parametrize("learned", [[0], [1], [2], [3], [4], [0, 4], [1, 2], [3, 4]])
@@ -229,14 +224,6 @@ def test_where_nothing_is_learned_the_second_product_needs_no_memory_for_the_fir
         assert not alive_at_the_end(rows, parameters)
 
 
-@both_paths
-def test_gradients_of_gradients_are_refused(counts: list[int]) -> None:
-    inputs = leaves(counts)
-    out = looped_mlps(inputs[0], counts, nn.GELU(), *inputs[1:])
-    with pytest.raises(UserError, match='backend="dense"'):
-        torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
-
-
 @pytest.mark.parametrize(
     "finish", [Tensor.sum, lambda out: (out.t() @ out).sum()], ids=["expanded", "transposed"]
 )
@@ -264,14 +251,6 @@ def test_a_backward_pass_leaves_everything_as_it_was(counts: list[int], act: nn.
     second = torch.autograd.grad(out, inputs, given)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     assert all(torch.equal(x, y) for x, y in zip((*inputs, out, given), before, strict=True))
-
-
-@both_paths
-def test_activation_checkpointing_gives_the_same_gradients(counts: list[int]) -> None:
-    def checkpointed(*arguments: object) -> Tensor:
-        return checkpoint(looped_mlps, *arguments, use_reentrant=False)
-
-    check(counts, nn.GELU(), leaves(counts), checkpointed)
 
 
 @both_paths

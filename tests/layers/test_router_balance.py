@@ -70,6 +70,8 @@ def test_routers_that_need_no_loss_have_none() -> None:
         assert router.default_losses.keys() <= router.losses, name
         needs_none = name not in ("noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "cosine")
         assert (router.default_losses == {}) is needs_none, name
+        if name in ("switch", "sigmoid"):
+            assert router.default_losses == {"load_balancing": 0.05}
 
 
 def balanced_layer(**options: float) -> MoEMlp:

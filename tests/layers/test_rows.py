@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from moevision.errors import UserError
 from moevision.layers import cpu
 from moevision.layers.cpu import sum_rows, take_rows
 
@@ -176,17 +175,3 @@ def test_a_gradient_of_token_0_that_is_not_finite_reaches_its_copies_only(bad: f
     assert not rows.grad[position[0]].isfinite().any()
     assert rows.grad[is_padding].isnan().all()
     assert torch.equal(rows.grad[position[1:]], torch.ones(8, 2, WIDTH, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("function", ["take", "sum"])
-def test_gradients_of_gradients_are_refused(function: str) -> None:
-    token, position, _ = layout(9, 2, 0)
-    x = draw(torch.float64, 9 if function == "take" else 18, WIDTH, seed=4).requires_grad_()
-    weight = torch.ones(9, 2, dtype=torch.float64)
-    out = (
-        take_rows(x, token, position)
-        if function == "take"
-        else sum_rows(x, weight, token, position)
-    )
-    with pytest.raises(UserError, match='backend="dense"'):
-        torch.autograd.grad(out.square().sum(), x, create_graph=True)

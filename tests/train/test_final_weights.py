@@ -26,7 +26,7 @@ from moevision.train.finish import (
 )
 from moevision.train.processes import Interrupted
 from moevision.train.report import BALANCED, LOSS, read_summary
-from tests.shared import missing
+from tests.shared import missing, succeeded
 from tests.train.quiet import logged
 
 EPOCHS = ("--trainer.max_epochs=3",)
@@ -124,8 +124,7 @@ def test_the_last_weights_are_tested_unless_the_best_are_better(
         "_validate",
         lambda *given: known.append(real(*given)) or (GOOD, GOOD)[len(known) - 1],
     )
-    outcome = cli("fit", drawn_pets, *tiny, *EPOCHS, *average, f"--runs_root={tmp_path}")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, *EPOCHS, *average, f"--runs_root={tmp_path}"))
     run = tmp_path / "pets"
     accuracy = logged(run, "val/top1")
     assert len(accuracy) == 3  # the passes are no validations of the training
@@ -160,8 +159,7 @@ def test_an_image_that_one_of_the_two_passes_can_not_read_leaves_the_best_epoch(
 
     monkeypatch.setattr(finish, "_validate", damage)
     options = ("--data.cache_mb=0", "--data.max_bad_fraction=1", f"--runs_root={tmp_path}/runs")
-    outcome = cli("fit", pets, *tiny, *EPOCHS, *options)
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", pets, *tiny, *EPOCHS, *options))
     summary = read_summary(tmp_path / "runs/pets/summary.json")
     assert summary.test.checkpoint == BEST
     assert not missing(summary.test.weights, "4 and 3 validation images")
@@ -239,8 +237,7 @@ def test_the_lowest_loss_may_choose(cli, tiny, drawn_pets, tmp_path):
         "--trainer.max_epochs=6",
         "--early_stopping.patience=1",
     )
-    outcome = cli("fit", drawn_pets, *tiny, *options, f"--runs_root={tmp_path}")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, *options, f"--runs_root={tmp_path}"))
     run = tmp_path / "pets"
     losses = logged(run, "val/loss")
     lowest_so_far = [loss == min(losses[: place + 1]) for place, loss in enumerate(losses)]

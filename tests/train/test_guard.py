@@ -20,7 +20,7 @@ from moevision.train.guard import (
     note_event,
 )
 from moevision.train.processes import callback_of
-from tests.shared import missing
+from tests.shared import missing, succeeded
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 
 # name: (fault, which batches are left out with it, epochs, batches per epoch and per update, compared after so many
@@ -163,8 +163,7 @@ def test_the_command_line_says_what_was_left_out(
 ) -> None:
     """Two updates of six (24 images in batches of 8, two epochs) are refused, and one return takes one back."""
     strike("nan_loss@1, nan_input@2, nan_weight@4")
-    outcome = cli("fit", drawn_pets, *tiny, "--runs_root", tmp_path, "--ema.decay=0.9")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, "--runs_root", tmp_path, "--ema.decay=0.9"))
     run = tmp_path / "pets"
     summary = (run / "summary.md").read_text()
     assert not missing(summary, "- 2 updates left", "not finite", "- 1 return to")
@@ -190,8 +189,7 @@ def test_the_guard_can_be_switched_off(
     cli: Callable[..., Any], tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path
 ) -> None:
     options = (f"--runs_root={tmp_path}", "--guard.enabled=false", "--trainer.max_epochs=1")
-    outcome = cli("fit", drawn_pets, *tiny, *options)
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, *options))
     metrics = (tmp_path / "pets" / "metrics.csv").read_text()
     assert "guard/skipped" not in metrics
     assert "train/update_norm" in metrics
