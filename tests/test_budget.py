@@ -170,17 +170,8 @@ def test_what_a_path_is_is_soon_known(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_analyze_crosses_few_files(tmp_path: Path) -> None:
-    model = ROOT / "moevision" / "demo" / "models" / "pets" / "trained"
-    options = (
-        "--data",
-        "synthetic_pets",
-        "--out",
-        str(tmp_path),
-        "--limit",
-        "40",
-        "--permutations",
-        "20",
-    )
+    model = str(ROOT / "moevision" / "demo" / "models" / "pets" / "trained")
+    images = ["--data=synthetic_pets", "--limit=20", f"--out={tmp_path}"]
     with Trip() as trip:
-        moevision_command(["analyze", str(model), *options])
+        moevision_command(["analyze", model, *images, "--permutations=20"])
     assert 20 < len(set(trip.way)) <= ANALYZE_FILES, sorted(set(trip.way))

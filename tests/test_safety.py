@@ -832,9 +832,10 @@ def test_a_model_inside_a_model_is_not_fetched_either(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize("kind", KINDS)
-def test_nor_does_one_of_two_hundred(kind: str, tiny_run: Path, tmp_path: Path) -> None:
-    outcomes = open_mutated(kind, 200, tiny_run, tmp_path)
-    assert outcomes["predict, export: refused"] >= 100
+def test_nor_does_one_of_sixty(kind: str, tiny_run: Path, tmp_path: Path) -> None:
+    """Every change of `mutate_config` and `mutate_tensors` several times, alone and with others."""
+    outcomes = open_mutated(kind, 60, tiny_run, tmp_path)
+    assert outcomes["predict, export: refused"] >= 30
     assert outcomes["predict, export: opened"] >= 2
 
 
