@@ -1,7 +1,7 @@
 """The guide "In your own training loop": its code runs as it stands there, and does what its table says."""
 
+import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from moevision import MoEMlp
 from tests.docs.test_docs import DOCS, python_blocks, run
+from tests.forks import Forked
 
 GUIDE = DOCS / "guides" / "own-loop.md"
 LOOP, PRETRAINED, OWN_MODEL, LIGHTNING, TRANSFORMERS, SAVE = python_blocks(GUIDE)
@@ -147,9 +148,10 @@ def test_two_processes_are_one_with_the_whole_batch(
     alone = [str(script), str(tmp_path)]
     monkeypatch.setattr(sys, "argv", alone)
     runpy.run_path(alone[0])
-    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *alone]
-    done = subprocess.run([sys.executable, *together], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *alone]
+    process = Forked(together, tmp_path, os.environ, others=2)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
     one, *both = (
         torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
     )

@@ -127,16 +127,9 @@ def interrupt(
 
 
 def end_one(
-    folder: Path,
-    name: str,
-    *arguments: str,
-    until: str | None = None,
-    first: bool = False,
-    number: int = signal.SIGKILL,
-    says: str = "was killed",
-    code: int = 2,
+    folder: Path, name: str, *arguments: str, until: str | None = None, first: bool = False
 ) -> str:
-    """End one of two processes; all that was said, once somebody has said these words and all have ended.
+    """Kill one of two processes; all that was said, once somebody has said so and all have ended.
 
     It ends when the file `until` of the run is there; None: the second process, in a new interpreter, at once.
     """
@@ -148,15 +141,13 @@ def end_one(
             (folder / "runs" / name / until).exists if until else lambda: len(others(process)) == 2
         )
         wait_until(process, there)
-        os.kill(others(process)[0 if first else 1], number)
-        hear(process, says)
+        os.kill(others(process)[0 if first else 1], signal.SIGKILL)
+        hear(process, "was killed")
         said, _ = process.communicate(timeout=WAIT_S)
     finally:
         _end(process)
-    assert process.returncode == code, said[-3000:]
-    assert (
-        "Traceback" not in said or number == signal.SIGINT
-    )  # which Python itself answers before it knows us
+    assert process.returncode == 2, said[-3000:]
+    assert "Traceback" not in said
     return said
 
 
@@ -319,20 +310,11 @@ def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path
     assert said.index("can't be bit-identical") < said.index("test images right")
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "number", "says"),
-    [
-        ("killed-early", TWO, signal.SIGKILL, KILLED),
-        ("sharded-early", SHARDED, signal.SIGKILL, KILLED),
-    ],
-)
-def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(
-    work: Path, name: str, options: tuple[str, ...], number: int, says: str
-) -> None:
+def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path) -> None:
     """Before it can join the first one, which waits for it in a call that no signal interrupts."""
-    said = end_one(work, name, *options, number=number, says=says)
-    assert said.splitlines()[-1] == f"moevision: {says}"
-    assert not list((work / "runs").glob(f"{name}*")), "nothing of worth was in it"
+    said = end_one(work, "killed-early", *TWO)
+    assert said.splitlines()[-1] == f"moevision: {KILLED}"
+    assert not list((work / "runs").glob("killed-early*")), "nothing of worth was in it"
 
 
 @pytest.mark.parametrize(
