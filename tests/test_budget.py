@@ -60,7 +60,7 @@ def house() -> dict[str, Any]:
     return count(ROOT)
 
 
-def test_folders_keep_to_their_size(house: dict[str, Any]) -> None:
+def test_folders_keep_to_their_size(house):
     found = {folder: [0, 0] for folder in SIZE}
     for name, size in house["folders"].items():
         room = found.setdefault("/".join(name.split("/")[:2]), [0, 0])
@@ -74,22 +74,22 @@ def test_folders_keep_to_their_size(house: dict[str, Any]) -> None:
     assert over == {}, "found, allowed: modules, tokens"
 
 
-def test_sentences_are_no_denser(house: dict[str, Any]) -> None:
+def test_sentences_are_no_denser(house):
     assert {name: house[name] for name, limit in MOST.items() if house[name] > limit} == {}
     assert len(house["long_functions"]) <= LONG_FUNCTIONS, house["long_functions"]
 
 
-def test_no_folder_is_crowded_and_no_modules_import_one_another(house: dict[str, Any]) -> None:
+def test_no_folder_is_crowded_and_no_modules_import_one_another(house):
     assert house["largest_folder"] <= LARGEST_FOLDER
     assert len(house["circles"]) <= CIRCLES, house["circles"]
 
 
-def test_a_circle_is_found() -> None:
+def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-def test_tokens_are_what_the_code_says() -> None:
+def test_tokens_are_what_the_code_says():
     """`def f ( x ) : return x + 1` has 10, an f-string is one more; docstrings, comments and breaks have none."""
     assert tokens("def f(x):\n    return x + 1\n") == 10
     assert (
@@ -101,7 +101,7 @@ def test_tokens_are_what_the_code_says() -> None:
     assert tokens('f"{x} and {f(y)}"\n') == 1
 
 
-def test_a_function_is_as_dense_as_its_body() -> None:
+def test_a_function_is_as_dense_as_its_body():
     """`x = 1` has 3 tokens, `return x + y` 4, `def g():` 5: a body's lines, without the signature's two."""
     source = '@cache\ndef f(a,\n      b):\n    """Doc."""\n    x = 1\n\n    def g():\n        return x + y\n'
     outer, inner = functions("module", source)
@@ -114,19 +114,19 @@ def test_a_function_is_as_dense_as_its_body() -> None:
     assert (inner.name, inner.body_tokens, inner.body_lines, inner.density) == ("module.g", 4, 1, 4)
 
 
-def test_fit_has_few_options(cli) -> None:
+def test_fit_has_few_options(cli):
     options = set(re.findall(r"^  (?:-\w \w+, )?(--[\w.-]+)", cli("fit", "--help-all").out, re.M))
     assert 30 < len(options) <= FIT_OPTIONS
 
 
-def test_docs_keep_to_their_words() -> None:
+def test_docs_keep_to_their_words():
     pages = [CHECKOUT / "README.md", *(CHECKOUT / "docs").rglob("*.md")]
     words = [len(page.read_text(encoding="utf-8").split()) for page in pages]
     assert sum(words) <= DOCS_WORDS
     assert sum(words[1:]) <= SITE_WORDS
 
 
-def test_the_pages_keep_to_their_lines() -> None:
+def test_the_pages_keep_to_their_lines():
     """moevision/**/*.js and *.css, docs/live/*.js and *.css; types (*.d.ts) are no lines of the page."""
     files = [
         file
@@ -144,18 +144,18 @@ def test_the_pages_keep_to_their_lines() -> None:
 
 
 @pytest.mark.parametrize("router", ["noisy_top_k", "expert_choice"])
-def test_a_forward_pass_crosses_few_files(router: str) -> None:
+def test_a_forward_pass_crosses_few_files(router):
     way = forward_trip(router=router).way
     assert 2 < len(set(way)) <= FORWARD_FILES, way
 
 
-def test_a_training_batch_crosses_few_files(tmp_path: Path) -> None:
+def test_a_training_batch_crosses_few_files(tmp_path):
     way = batch_trip(tmp_path).way
     assert 5 < len(set(way)) <= BATCH_FILES, sorted(set(way))
     assert len(way) - 1 <= BATCH_HOPS, way
 
 
-def test_what_a_path_is_is_soon_known(tmp_path: Path) -> None:
+def test_what_a_path_is_is_soon_known(tmp_path):
     """From `fit`'s choices to where the folder's images are listed."""
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -169,7 +169,7 @@ def test_what_a_path_is_is_soon_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-def test_analyze_crosses_few_files(tmp_path: Path) -> None:
+def test_analyze_crosses_few_files(tmp_path):
     model = str(ROOT / "moevision" / "demo" / "models" / "pets" / "trained")
     images = ["--data=synthetic_pets", "--limit=20", f"--out={tmp_path}"]
     with Trip() as trip:

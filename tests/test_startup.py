@@ -51,7 +51,7 @@ def output(program: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("code", "arguments"), ANSWERS, ids=[*ANSWERED, *REFUSED])
-def test_an_answer_is_quick(code: int, arguments: list[str]) -> None:
+def test_an_answer_is_quick(code, arguments):
     def cpu_seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run("-m", "moevision", *arguments)
@@ -65,7 +65,7 @@ def test_an_answer_is_quick(code: int, arguments: list[str]) -> None:
     assert min(taken) <= HELP_S
 
 
-def test_answers_load_nothing_heavy() -> None:
+def test_answers_load_nothing_heavy():
     program = f"""
 import contextlib, io, sys
 from moevision.cli import main
@@ -89,7 +89,7 @@ print(json.dumps(marks))
 """
 
 
-def test_the_import_costs_little_more_than_timm() -> None:
+def test_the_import_costs_little_more_than_timm():
     """After timm, which moevision imports, so that the second number is all that it adds."""
 
     def cpu_seconds() -> list[float]:
@@ -161,14 +161,14 @@ for name, program in {programs!r}.items():
 
 
 @pytest.mark.needs("transformers")
-def test_names_are_known_however_they_are_imported() -> None:
+def test_names_are_known_however_they_are_imported():
     programs = {name: program for name, (program, _) in PROGRAMS.items()}
     assert output(IN_FORKS.format(programs=programs)) == [
         line for name, (_, said) in PROGRAMS.items() for line in (f"== {name}", said)
     ]
 
 
-def test_nothing_watches_imports() -> None:
+def test_nothing_watches_imports():
     """timm stays as it is for whoever imports it: no finder of ours stands in front of Python's."""
     program = """
 import sys

@@ -101,9 +101,7 @@ def check(
     ],
     ids=str,
 )
-def test_values_and_all_five_gradients_are_autograds(
-    counts: list[int], act: nn.Module, biases: tuple[bool, bool]
-) -> None:
+def test_values_and_all_five_gradients_are_autograds(counts, act, biases):
     check(counts, act, leaves(counts, biases))
 
 
@@ -113,13 +111,13 @@ def test_values_and_all_five_gradients_are_autograds(
 )
 @every_counts
 def test_grouped_mm_or_not_every_width_is_right(
-    counts: list[int],
-    width: int,
-    hidden: int,
-    out: int,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    counts,
+    width,
+    hidden,
+    out,
+    dtype,
+    monkeypatch,
+):
     """`grouped_mm` wants rows of whole 16 bytes, no float64: widths that fit, those that don't, against float64."""
     used: list[torch.Size] = []
     grouped_mm = F.grouped_mm
@@ -154,9 +152,7 @@ def test_grouped_mm_or_not_every_width_is_right(
 
 @pytest.mark.parametrize("learned", [[0], [1], [2], [3], [4], [0, 4], [1, 2], [3, 4]])
 @both_paths
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(
-    counts: list[int], learned: list[int]
-) -> None:
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(counts, learned):
     inputs = leaves(counts)
     for index, x in enumerate(inputs):
         x.requires_grad_(index in learned)
@@ -166,7 +162,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(
 
 
 @both_paths
-def test_nothing_is_kept_where_nothing_is_learned(counts: list[int]) -> None:
+def test_nothing_is_kept_where_nothing_is_learned(counts):
     inputs, kept = leaves(counts), []
     frozen = [x.detach() for x in inputs]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -207,8 +203,8 @@ class EveryOperation(TorchDispatchMode):
 
 @both_paths
 def test_where_nothing_is_learned_the_second_product_needs_no_memory_for_the_first(
-    counts: list[int],
-) -> None:
+    counts,
+):
     """The hidden values before the activation are gone when the last operation is done."""
     rows, *parameters = leaves(counts)
     frozen_rows, *frozen = [x.detach() for x in (rows, *parameters)]
@@ -228,9 +224,7 @@ def test_where_nothing_is_learned_the_second_product_needs_no_memory_for_the_fir
     "finish", [Tensor.sum, lambda out: (out.t() @ out).sum()], ids=["expanded", "transposed"]
 )
 @both_paths
-def test_any_layout_of_the_incoming_gradient(
-    counts: list[int], finish: Callable[[Tensor], Tensor]
-) -> None:
+def test_any_layout_of_the_incoming_gradient(counts, finish):
     """The sum's gradient is one number expanded to [R, out]."""
     actual, expected = leaves(counts), leaves(counts)
     finish(looped_mlps(actual[0], counts, nn.GELU(), *actual[1:])).backward()
@@ -241,7 +235,7 @@ def test_any_layout_of_the_incoming_gradient(
 
 @every_activation
 @both_paths
-def test_a_backward_pass_leaves_everything_as_it_was(counts: list[int], act: nn.Module) -> None:
+def test_a_backward_pass_leaves_everything_as_it_was(counts, act):
     """Nothing is written over a tensor that somebody else holds."""
     inputs = leaves(counts)
     out = looped_mlps(inputs[0], counts, act, *inputs[1:])
@@ -254,7 +248,7 @@ def test_a_backward_pass_leaves_everything_as_it_was(counts: list[int], act: nn.
 
 
 @both_paths
-def test_float32_weights_of_bfloat16_rows_get_float32_gradients(counts: list[int]) -> None:
+def test_float32_weights_of_bfloat16_rows_get_float32_gradients(counts):
     """As under autocast; bfloat16 keeps 8 bits, and about five roundings follow one another."""
     rows, *parameters = [
         x.detach().float().bfloat16().float().requires_grad_() for x in leaves(counts)

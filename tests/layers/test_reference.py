@@ -54,7 +54,7 @@ def gradients(layer: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("backend", ["auto", "loop", "dense", "grouped"])
-def test_the_layer_is_the_reference(backend: str, top_k: int, train: bool) -> None:
+def test_the_layer_is_the_reference(backend, top_k, train):
     """In float64, `grouped` in float32. With k = 1 both gate with the probability among all experts."""
     dtype, tolerance = (torch.float32, 1e-4) if backend == "grouped" else (torch.float64, 1e-10)
     reference, layer = twins(top_k, backend, dtype, train=train)

@@ -24,12 +24,12 @@ X = tokens([4.0, 2.0, 1.0]).log()  # softmax: 4/7, 2/7, 1/7
         *((name, [24 / 59, 20 / 59, 15 / 59]) for name in ("sigmoid", "bias_balanced")),
     ],
 )
-def test_probabilities(router: str, expected: list[float]) -> None:
+def test_probabilities(router, expected):
     """A softmax, or shares of the sigmoids 4/5, 2/3, 1/2."""
     close(run(times_e_plus_1(router, 3), X)[1].probs, [[expected]])
 
 
-def test_sigmoids_too_small_for_a_float_still_share_the_weight() -> None:
+def test_sigmoids_too_small_for_a_float_still_share_the_weight():
     """Far below 0 a sigmoid is an exponential. Those of -800, -800 - ln 3 and -900 stand as 3 : 1 : 0."""
     x = tokens([-800.0, -800 - math.log(3), -900.0])
     out, routing = run(times_e_plus_1("sigmoid", 3, top_k=2), x)
@@ -38,7 +38,7 @@ def test_sigmoids_too_small_for_a_float_still_share_the_weight() -> None:
     close(out, 5 / 4 * x)  # 3/4 · 1 + 1/4 · 2
 
 
-def test_bias_step() -> None:
+def test_bias_step():
     """Counts 6, 2, 1 of mean 3: signs of mean - count are -1, 1, 1, of mean 1/3; re-centred -4/3, 2/3, 2/3, times γ.
 
     Counts 4, 3, 2 have the signs -1, 0, 1, which need no re-centring; equal counts change nothing.
@@ -64,7 +64,7 @@ def test_bias_step() -> None:
 PAIR = tokens([math.log(4) - 1, math.log(2) + 1, 0.5], [math.log(4) + 1, math.log(2) - 1, -0.5])
 
 
-def test_an_image_decides_once_by_the_mean_of_its_tokens() -> None:
+def test_an_image_decides_once_by_the_mean_of_its_tokens():
     """Switch: both tokens go to expert 0 with 4/7. By token the first goes to 1: log 2 + 1 > log 4 - 1."""
     assert run(times_e_plus_1("switch", 3), PAIR)[1].expert_index.tolist() == [[[1], [0]]]
     out, routing = run(times_e_plus_1("switch", 3, route_by="image"), PAIR)
@@ -83,7 +83,7 @@ def cosine_layer(temperature: float, **options: object) -> MoEMlp:
     return layer
 
 
-def test_cosine_starts_at_temperature_2_and_is_clamped_at_100() -> None:
+def test_cosine_starts_at_temperature_2_and_is_clamped_at_100():
     """Tutel: init_t = 0.5, so exp(temperature) = 2 at the start, and never more than 100 in use."""
     layer = MoEMlp(2, 2, dtype=torch.float64, num_experts=3, router="cosine")
     close(layer.router.temperature.exp(), torch.full_like(layer.router.temperature, 2.0))
@@ -92,7 +92,7 @@ def test_cosine_starts_at_temperature_2_and_is_clamped_at_100() -> None:
         close(routing.logits, [[[scale, 0.0, -scale]]], 1e-9)
 
 
-def test_expert_choice_normalised_where_a_weight_is_too_small_for_a_float() -> None:
+def test_expert_choice_normalised_where_a_weight_is_too_small_for_a_float():
     """Expert 2's softmax is 0 for all tokens; it takes the first, which then gets 0, not 0/0."""
     x = tokens([0, 5, -900], [9, 0, -900], [0, 9, -900])
     out, routing = run(times_e_plus_1("expert_choice", 3, top_k=1, normalize_gates=True), x)
@@ -102,7 +102,7 @@ def test_expert_choice_normalised_where_a_weight_is_too_small_for_a_float() -> N
 
 
 @pytest.mark.parametrize("normalize", [None, True])
-def test_a_token_that_no_expert_takes_gets_nothing(normalize: bool | None) -> None:
+def test_a_token_that_no_expert_takes_gets_nothing(normalize):
     """Tenths as above; token 0 is below two others for each expert: 0 takes 1 and 3, 1 takes 1 and 2, 2 takes 2 and 3.
 
     Nothing divides by its weight of 0: the gradient is finite too.
@@ -119,7 +119,7 @@ def test_a_token_that_no_expert_takes_gets_nothing(normalize: bool | None) -> No
     assert torch.isfinite(x.grad).all()
 
 
-def test_expert_choice_takes_earlier_tokens_of_equal_ones() -> None:
+def test_expert_choice_takes_earlier_tokens_of_equal_ones():
     """Six equal tokens, C = ceil(6 · 1 / 4) = 2: every expert takes tokens 0 and 1."""
     routing = run(
         times_e_plus_1("expert_choice", 4, top_k=1), torch.ones(1, 6, 4, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_expert_choice_takes_earlier_tokens_of_equal_ones() -> None:
     ("num_tokens", "k", "num_experts", "capacity"),
     [(4, 1, 3, 2), (16, 2, 4, 8), (17, 2, 4, 9), (5, 4, 4, 5), (1, 1, 4, 1)],
 )
-def test_expert_choice_capacity(num_tokens: int, k: int, num_experts: int, capacity: int) -> None:
+def test_expert_choice_capacity(num_tokens, k, num_experts, capacity):
     """C = min(N, ceil(N k / E)): 4/3 -> 2, 8, 34/4 -> 9, never more than N, at least 1."""
     layer = times_e_plus_1("expert_choice", num_experts, top_k=k)
     routing = run(layer, torch.randn(2, num_tokens, num_experts, dtype=torch.float64))[1]
@@ -139,7 +139,7 @@ def test_expert_choice_capacity(num_tokens: int, k: int, num_experts: int, capac
     assert routing.counts().tolist() == [2 * capacity] * num_experts
 
 
-def test_soft_starts_at_scale_1_and_survives_a_zero_token() -> None:
+def test_soft_starts_at_scale_1_and_survives_a_zero_token():
     """rsqrt(|x|² + 1e-6) of a zero token is 1000, its logits are 0: it takes all slots alike."""
     layer = MoEMlp(
         4, 4, dtype=torch.float64, num_experts=3, router="soft", slots_per_expert=2
@@ -170,7 +170,7 @@ def test_soft_starts_at_scale_1_and_survives_a_zero_token() -> None:
         ("position", 3, [1 / 3, 1 / 3, 1 / 3]),
     ],
 )
-def test_gates_of_another_k(router: str, k: int, expected: list[float]) -> None:
+def test_gates_of_another_k(router, k, expected):
     """As an intervention asks, of logits ln 4, ln 2, 0: softmax 4/7, 2/7, 1/7; sigmoids 4/5, 2/3 = 12 : 10, and 1/2."""
     layer = times_e_plus_1(router, 3)
     close(layer.router.gates(X, X[..., :k]), [[expected]])
@@ -182,7 +182,7 @@ def test_gates_of_another_k(router: str, k: int, expected: list[float]) -> None:
 CROWD = tokens([6, 4], [9, 1], [7, 3], [8, 2]).log()
 
 
-def test_capacity_has_a_factor_for_training_and_one_for_evaluation() -> None:
+def test_capacity_has_a_factor_for_training_and_one_for_evaluation():
     """`eval_capacity_factor=None` is dropless, whatever training does."""
     layer = times_e_plus_1("vmoe_top_k", 2, top_k=1, capacity_factor=0.5, noise="none")
     assert run(layer, CROWD)[1].counts().tolist() == [4, 0]
@@ -194,7 +194,7 @@ def test_capacity_has_a_factor_for_training_and_one_for_evaluation() -> None:
     assert run(both.train(), CROWD)[1].counts().tolist() == [1, 0]
 
 
-def test_a_dropped_token_still_passes_the_shared_expert() -> None:
+def test_a_dropped_token_still_passes_the_shared_expert():
     """shared(x) = x here, so the first token is .6 x + x, the last one only x."""
     layer = times_e_plus_1("vmoe_top_k", 2, top_k=1, eval_capacity_factor=0.5, num_shared_experts=1)
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_a_dropped_token_still_passes_the_shared_expert() -> None:
     close(out, torch.tensor([1.6, 1, 1, 1], dtype=torch.float64).view(1, 4, 1) * CROWD)
 
 
-def test_shared_experts_are_one_dense_mlp_of_their_width() -> None:
+def test_shared_experts_are_one_dense_mlp_of_their_width():
     layer = MoEMlp(8, 6, num_experts=4, top_k=2, num_shared_experts=3)
     assert (layer.shared.fc1.in_features, layer.shared.fc1.out_features) == (8, 18)
     assert (layer.shared.fc2.in_features, layer.shared.fc2.out_features) == (18, 8)
@@ -214,7 +214,7 @@ def test_shared_experts_are_one_dense_mlp_of_their_width() -> None:
 
 @pytest.mark.parametrize("priority", [False, True])
 @pytest.mark.parametrize("whole_batch", [False, True])
-def test_choices_that_were_dropped_before_take_no_room(priority: bool, whole_batch: bool) -> None:
+def test_choices_that_were_dropped_before_take_no_room(priority, whole_batch):
     """All four want expert 0 of 2, which computes C = ceil(1 · 4 / 2) = 2; without the first one the next two fit."""
     kept = torch.tensor([[[False], [True], [True], [True]]])
     left = within_capacity(

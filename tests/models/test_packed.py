@@ -56,7 +56,7 @@ def folder(saved_model: Path) -> Path:
     return saved_model
 
 
-def test_a_packed_model_is_loaded_as_any_other(tiny_run: Path, folder: Path) -> None:
+def test_a_packed_model_is_loaded_as_any_other(tiny_run, folder):
     """In float32, whole steps exactly, with its temperature and names; nothing is kept beside the model."""
     before, after = load_model(str(tiny_run)), load_model(str(folder))
     assert replace(after, net=before.net) == before
@@ -72,14 +72,14 @@ def test_a_packed_model_is_loaded_as_any_other(tiny_run: Path, folder: Path) -> 
         assert (after.net(images) - before.net(images)).abs().max() < 0.05
 
 
-def test_another_class_count_and_size_are_timms(folder: Path) -> None:
+def test_another_class_count_and_size_are_timms(folder):
     net = create_from(folder, 3, 64)
     assert torch.equal(net.state_dict()[EXPERTS], unpack(folder / PACKED)[EXPERTS])
     with torch.no_grad():
         assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
-def test_saved_again_it_is_in_timms_format(folder: Path, tmp_path: Path) -> None:
+def test_saved_again_it_is_in_timms_format(folder, tmp_path):
     """And alone timm refuses the packed file, also where it would let weights be missing."""
     for options in ({}, {"num_classes": 3}):
         with pytest.raises(RuntimeError, match="No suitable checkpoints"):
@@ -90,7 +90,7 @@ def test_saved_again_it_is_in_timms_format(folder: Path, tmp_path: Path) -> None
     assert all(torch.equal(value, plain[name]) for name, value in model.net.state_dict().items())
 
 
-def test_timms_own_file_comes_first(tiny_run: Path, folder: Path) -> None:
+def test_timms_own_file_comes_first(tiny_run, folder):
     assert weights_of(folder) == weights_file(str(folder)) == folder / PACKED
     shutil.copyfile(tiny_run / "model" / "model.safetensors", folder / "model.safetensors")
     assert weights_of(folder) == folder / "model.safetensors"
@@ -100,7 +100,7 @@ def test_timms_own_file_comes_first(tiny_run: Path, folder: Path) -> None:
     )
 
 
-def test_what_two_models_share_is_stored_once(folder: Path, tmp_path: Path) -> None:
+def test_what_two_models_share_is_stored_once(folder, tmp_path):
     """The second has other experts and another classifier: these alone lie in its file, in 31 steps on either side."""
     one, two = tmp_path / "one" / "trained", tmp_path / "two" / "trained"
     shutil.copytree(folder, one)
@@ -148,7 +148,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_what_does_not_fit_is_one_sentence(what: str, folder: Path) -> None:
+def test_what_does_not_fit_is_one_sentence(what, folder):
     name, value, said = HOSTILE[what]
     stored = load_file(folder / PACKED)
     if value == "cut":
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_one_sentence(what: str, folder: Path) -> None:
         load_model(str(folder))
 
 
-def test_a_damaged_file_is_one_sentence(folder: Path) -> None:
+def test_a_damaged_file_is_one_sentence(folder):
     data = (folder / PACKED).read_bytes()
     for damaged in (b"", data[:-8], data + b"x", data[:20]):
         (folder / PACKED).write_bytes(damaged)

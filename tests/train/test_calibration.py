@@ -1,7 +1,6 @@
 """The temperature, against a data set whose temperature is known, and the error that is left."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +63,7 @@ def test_what_can_not_be_fitted():
     assert fit_temperature(np.array([[1.0, np.inf]]), np.array([0])) is None
 
 
-def test_the_error_that_a_run_reports(tiny_run: Path):
+def test_the_error_that_a_run_reports(tiny_run):
     """arXiv:1706.04599, eq. 3, from the predictions beside it, whose probabilities have four digits."""
     predictions = read_csv(tiny_run / "predictions_test.csv")
     rows = [(float(row["probability"]), int(row["correct"])) for row in predictions]

@@ -205,7 +205,7 @@ def differing(run: Path, other: Path) -> list[str]:
     return [name for name in SAME if (run / name).read_bytes() != (other / name).read_bytes()]
 
 
-def test_one_run_folder_and_one_voice(work: Path, whole: tuple[Path, str]) -> None:
+def test_one_run_folder_and_one_voice(work, whole):
     """Every file is there once, as from one process, and nothing is said twice."""
     run, said = whole
     assert not [path for path in (work / "runs").iterdir() if path.name.startswith("whole-")]
@@ -224,7 +224,7 @@ def test_one_run_folder_and_one_voice(work: Path, whole: tuple[Path, str]) -> No
     assert len(json.loads((run / "sessions.json").read_text())) == 1
 
 
-def test_every_test_picture_is_predicted_once(whole: tuple[Path, str]) -> None:
+def test_every_test_picture_is_predicted_once(whole):
     """33 images over two processes, in the order of one; the summary counts what predictions_test.csv says."""
     rows = read_csv(whole[0] / "predictions_test.csv")
     data = ImageDataModule("synthetic_pets", image_size=32, train_size=8, val_size=8, test_size=33)
@@ -234,7 +234,7 @@ def test_every_test_picture_is_predicted_once(whole: tuple[Path, str]) -> None:
     assert (test["correct"], test["total"]) == (sum(int(row["correct"]) for row in rows), 33)
 
 
-def test_each_process_draws_numbers_of_its_own(whole: tuple[Path, str]) -> None:
+def test_each_process_draws_numbers_of_its_own(whole):
     """Both states are in the checkpoint, and they are not the same."""
     first, second = torch.load(whole[0] / "checkpoints" / "last.ckpt", weights_only=True)[
         "moevision"
@@ -253,15 +253,15 @@ def test_each_process_draws_numbers_of_its_own(whole: tuple[Path, str]) -> None:
     ],
 )
 def test_interrupted_and_resumed_is_uninterrupted(
-    work: Path,
-    whole: tuple[Path, str],
-    stopped: tuple[int, str],
-    name: str,
-    rows: int | None,
-    number: int,
-    everybody: bool,
-    code: int,
-) -> None:
+    work,
+    whole,
+    stopped,
+    name,
+    rows,
+    number,
+    everybody,
+    code,
+):
     """One process, or both as by Ctrl-C, are signalled; the command that is printed goes on, both processes again."""
     found, said = stopped
     if rows is not None:
@@ -277,7 +277,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
 
 @pytest.mark.usefixtures("stopped")
-def test_torchrun_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str]) -> None:
+def test_torchrun_goes_on_with_the_same_run(work, whole):
     """What our launcher began, torchrun ends; that it starts the same training, test_parallel_command.py tries."""
     fit(work, "--resume", "runs/launched", launcher=TORCHRUN, new=True)
     assert differing(work / "runs" / "launched", whole[0]) == []
@@ -295,7 +295,7 @@ def test_torchrun_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str])
 
 
 @pytest.mark.usefixtures("stopped")
-def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path) -> None:
+def test_a_changed_number_of_processes_is_said_before_training_starts(work):
     """With another number the order of the images is another one. One process instead of two takes as many steps.
 
     A step of two processes is 16 images, which are two batches of one; 18 steps in all.
@@ -310,7 +310,7 @@ def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path
     assert said.index("can't be bit-identical") < said.index("test images right")
 
 
-def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path) -> None:
+def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work):
     """Before it can join the first one, which waits for it in a call that no signal interrupts."""
     said = end_one(work, "killed-early", *TWO)
     assert said.splitlines()[-1] == f"moevision: {KILLED}"
@@ -321,9 +321,7 @@ def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path) 
     ("name", "options", "first", "says"),
     [("lost", TWO, False, KILLED), ("sharded-lost", SHARDED, True, FIRST_KILLED)],
 )
-def test_another_process_that_dies_is_said_in_one_sentence(
-    work: Path, name: str, options: tuple[str, ...], first: bool, says: str
-) -> None:
+def test_another_process_that_dies_is_said_in_one_sentence(work, name, options, first, says):
     """The other one ends with the command that goes on, not with a traceback."""
     more = ("--trainer.max_epochs=300", "--checkpoint.every_steps=3")
     said = end_one(work, name, *options, *more, until="checkpoints/last.ckpt", first=first)

@@ -69,14 +69,14 @@ def fill(disk: Path) -> None:
     "before", ["save_model", "csv_text", "plot_confusion", "_write_summary", "model_card"]
 )
 def test_a_disk_that_is_full_when_the_report_is_written(
-    before: str,
-    cli: Cli,
-    tiny: tuple[str, ...],
-    drawn_pets: Path,
-    whole: Path,
-    small_disk: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    before,
+    cli,
+    tiny,
+    drawn_pets,
+    whole,
+    small_disk,
+    monkeypatch,
+):
     """One sentence with the command that ends the job; it trains no step, and all is as it would have been."""
     with monkeypatch.context() as patched:
         real = getattr(finish, before)
