@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,23 +101,26 @@ def test_timms_own_file_comes_first(tiny_run, folder):
     )
 
 
-def test_what_two_models_share_is_stored_once(folder, tmp_path):
-    """The second has other experts and another classifier: these alone lie in its file, in 31 steps on either side."""
-    one, two = tmp_path / "one" / "trained", tmp_path / "two" / "trained"
+def two_that_share(folder, home, pack):
+    """A packed model, and a second one with other experts and another classifier, which `pack` packs as its rest."""
+    one, two = home / "one" / "trained", home / "two" / "trained"
     shutil.copytree(folder, one)
     model = load_model(str(one))
-    changed = {
-        name
-        for name, _ in model.net.named_parameters()
-        if name.startswith(("blocks.1.mlp.", "head."))
-    }
+    names = [name for name, _ in model.net.named_parameters()]
+    changed = {name for name in names if name.startswith(("blocks.1.mlp.", "head."))}
     for name in changed:
         model.net.get_parameter(name).data.mul_(1.1)
     save_model(model, two)
-    pack_folder(two, levels=31, rest=one.parent)
+    pack(two, rest=one.parent)
     stored = load_file(two / PACKED)
     assert {name.removesuffix(SCALE) for name in stored} == changed
     assert int(stored[EXPERTS].abs().max()) == 31
+    return one, two, changed
+
+
+def test_what_two_models_share_is_stored_once(folder, tmp_path):
+    """What differs lies alone in the second's file, in 31 steps on either side."""
+    one, two, changed = two_that_share(folder, tmp_path, partial(pack_folder, levels=31))
     first, second = (load_model(str(where)).net.state_dict() for where in (one, two))
     assert torch.equal(second[EXPERTS], unpack(two / PACKED)[EXPERTS])
     assert (second[EXPERTS] - 1.1 * first[EXPERTS]).abs().max() < first[EXPERTS].abs().max() / 31
