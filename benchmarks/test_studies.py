@@ -3,7 +3,7 @@
 import json
 import math
 from argparse import Namespace
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,16 +112,9 @@ def test_holms_adjustment() -> None:
     assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-@dataclass(frozen=True)
-class Job:
-    """A run by its name."""
-
-    name: str
-
-
 def test_a_run_is_a_line_and_is_not_repeated(tmp_path, capsys) -> None:
     """The second call does the run that the first one's limit left, the third finds nothing."""
-    jobs = [Job("first"), Job("second")]
+    jobs = [SimpleNamespace(name=name) for name in ("first", "second")]
     for limit, printed in ((1, "first: 1\n"), (0, "second: 1\n"), (0, "")):
         options = Namespace(limit=limit, out=tmp_path / "runs.jsonl", work=tmp_path)
         queue.do_runs(
