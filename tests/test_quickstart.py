@@ -10,9 +10,8 @@ pytestmark = pytest.mark.deep
 
 
 @pytest.mark.filterwarnings("default")
-def test_quickstart(tmp_path, monkeypatch):
+def test_quickstart(tmp_path, own_folder):
     """At least 95 % of 2 000 test images; in each MoE layer no dead expert and max/mean load at most 1.5."""
-    monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", "quickstart"]) == 0
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
     assert summary["test"]["total"] == 2000

@@ -3,8 +3,6 @@
 What must be refused is made here byte by byte from the format's description, not by the code under test.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """Colours and counts of the figures: numbers worked out by hand, published values, and sums that must come out."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The figures say what the arrays say: numbers, colours and marks are read back from what was drawn."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from concurrent.futures import ThreadPoolExecutor

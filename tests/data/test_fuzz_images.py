@@ -4,8 +4,6 @@ Each run is a process of its own under a limit on its address space (RLIMIT_AS),
 in the decoder, and under a time limit. What mutation is, and which formats there are, stands in test_images.py.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import random
@@ -112,9 +110,8 @@ def test_a_thousand_mutated_images(tmp_path):
     assert slowest < 10
 
 
-def test_mutated_images_through_fit(cli, tiny, tmp_path, monkeypatch):
+def test_mutated_images_through_fit(cli, tiny, tmp_path, own_folder):
     """Training goes on without the unreadable ones, and says which they are."""
-    monkeypatch.chdir(tmp_path)
     for number, data in enumerate(fuzzed(120)):
         folder = tmp_path / "photos" / ("cat" if number % 2 else "dog")
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,5 @@
 """safe_open: any image file comes out as the RGB image a viewer shows, or as one BadImageError."""
 
-from __future__ import annotations
-
 import functools
 import io
 import os

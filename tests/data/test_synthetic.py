@@ -1,7 +1,5 @@
 """SyntheticPets: reproducible, balanced, masks that fit, and no way to the class but by looking at shapes."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle

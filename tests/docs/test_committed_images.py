@@ -9,8 +9,6 @@ is new or has changed is an error until somebody has looked at it:
 Photos in a bundled model's examples/ need no line: its SOURCES.json has theirs, with a licence.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The way of tokens to experts' rows and back, for any choices, with every kind of padding."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import pytest

@@ -1,7 +1,5 @@
 """Gates that nobody learns: each rule, recomputed; what they look at and what they must not look at."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """The experts' loop with a backward pass of its own, against the same products left to autograd."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -344,17 +344,6 @@ def test_an_intervention_decides_and_is_recorded(backend):
     assert routings[0].counts().tolist() == [0, 0, 0, 0, 14]
 
 
-def test_weights_and_biases_have_names_that_weight_decay_understands():
-    names = dict(make().named_parameters())
-    assert {
-        "experts.fc1.weight",
-        "experts.fc1.bias",
-        "experts.fc2.weight",
-        "experts.fc2.bias",
-    } < set(names)
-    assert names["experts.fc1.weight"].shape == (5, 24, 16)
-
-
 @pytest.mark.parametrize("backend", ["auto", "loop", "grouped", "dense"])
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,7 +1,5 @@
 """The layer equals `reference.py`: output, losses and every gradient, with the same weights and the same noise."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

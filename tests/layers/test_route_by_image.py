@@ -4,9 +4,6 @@ What the router decides about one token is tested in test_router_oracle.py. In t
 one number per image and expert.
 """
 
-from __future__ import annotations
-
-import copy
 from typing import Any
 
 import pytest
@@ -18,7 +15,6 @@ from moevision.layers import (
     MoEMlp,
     Routing,
     forward_routing,
-    record_routing,
 )
 from moevision.losses import (
     importance_loss,
@@ -199,12 +195,3 @@ def test_the_mean_is_taken_in_float32():
     )
     assert many.dtype is torch.float32
     torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-6)
-
-
-def test_recorded_routing_is_detached_and_copied_as_any():
-    layer = make("noisy_top_k", {})
-    with record_routing(layer) as routings:
-        layer(images())
-    assert not routings[0].detach().combine_weight.requires_grad
-    assert routings[0].detach().route_by == "image"
-    torch.testing.assert_close(copy.deepcopy(layer).eval()(images()), layer.eval()(images()))

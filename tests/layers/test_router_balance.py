@@ -1,7 +1,5 @@
 """What balances a router: its losses over the pieces of a batch, and the bias that moves instead of a loss."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 
 import pytest

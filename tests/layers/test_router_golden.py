@@ -4,8 +4,6 @@ The experts are linear: expert e multiplies its input by e + 1, so that an outpu
 which weights. A linear router has the identity as its weight: the token is its own logits.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -4,8 +4,6 @@ Gradients are compared with the transcription's central differences, so that not
 Choices are made by sorting; the inputs keep every margin far above the step, so no choice flips within it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What every router promises, whatever its rule: independence, order, room, precision, copies."""
 
-from __future__ import annotations
-
 import copy
 import io
 import math

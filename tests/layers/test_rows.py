@@ -3,8 +3,6 @@
 The layout is drawn: each token's K rows lie anywhere among R rows, and the rows between them are padding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

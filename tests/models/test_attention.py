@@ -1,7 +1,5 @@
 """Fused and plain attention: the same numbers, and each where it is the faster."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning as L

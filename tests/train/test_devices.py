@@ -248,9 +248,8 @@ def test_an_update_that_is_not_finite_changes_nothing(device, expert, tmp_path):
 
 
 @DEVICES
-def test_fit_trains_there_and_its_model_answers_here(device, cli, tiny, tmp_path, monkeypatch):
+def test_fit_trains_there_and_its_model_answers_here(device, cli, tiny, own_folder):
     """In fp32: a CPU gives the test images the classes that were written at the end of the training."""
-    monkeypatch.chdir(tmp_path)
     options = (
         "--data.train_size=32",
         "--data.val_size=8",

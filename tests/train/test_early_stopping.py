@@ -35,9 +35,8 @@ def test_it_stops_and_says_so(stopped):
 @pytest.mark.deep
 @pytest.mark.parametrize("where", ["in the second epoch", "after the decision"])
 def test_a_resumed_run_stops_where_the_whole_one_does(
-    cli, tiny, drawn_pets, stopped, where, monkeypatch, tmp_path
+    cli, tiny, drawn_pets, stopped, where, monkeypatch, own_folder
 ):
-    monkeypatch.chdir(tmp_path)
     if where == "in the second epoch":
         real, name, owner = Stopwatch.on_train_batch_end, "on_train_batch_end", Stopwatch
         due = lambda trainer: trainer.global_step == 5  # noqa: E731

@@ -181,9 +181,8 @@ def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(
 
 
 def test_a_run_that_is_stopped_while_it_chooses_goes_on(
-    cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path
+    cli, tiny, drawn_pets, first_is_best, monkeypatch, own_folder
 ):
-    monkeypatch.chdir(tmp_path)
 
     def stop(*given):
         raise Interrupted(15)

@@ -25,17 +25,9 @@ from tests.shared import missing
     ids=["--ntasks", "--ntasks-per-node"],
 )
 def test_a_batch_script_of_slurm_without_srun(
-    job,
-    devices,
-    said,
-    cli,
-    tiny,
-    drawn_pets,
-    monkeypatch,
-    tmp_path,
+    job, devices, said, cli, tiny, drawn_pets, monkeypatch, own_folder
 ):
     """One process runs, and would wait for the others or train alone on an image of two."""
-    monkeypatch.chdir(tmp_path)
     for name, value in {
         "JOB_NAME": "train.sh",
         "JOB_ID": "7",
@@ -62,16 +54,9 @@ def test_a_batch_script_of_slurm_without_srun(
     ("asked", "number"), [((), 1), (("--trainer.devices=1",), 1), (("--trainer.devices=3",), 3)]
 )
 def test_as_many_processes_as_devices(
-    asked,
-    number,
-    cli,
-    tiny,
-    drawn_pets,
-    monkeypatch,
-    tmp_path,
+    asked, number, cli, tiny, drawn_pets, monkeypatch, own_folder
 ):
     """Also where a run with three of them goes on, and says nothing of them."""
-    monkeypatch.chdir(tmp_path)
     started = list[int]()
 
     def start(devices: int) -> None:

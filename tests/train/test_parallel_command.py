@@ -208,14 +208,7 @@ def test_a_sharded_run_goes_on_in_one_process(work):
         ),
     ],
 )
-def test_what_can_not_work_is_refused(
-    options,
-    says,
-    cli,
-    tmp_path,
-    monkeypatch,
-):
-    monkeypatch.chdir(tmp_path)
+def test_what_can_not_work_is_refused(options, says, cli, tmp_path, monkeypatch, own_folder):
     monkeypatch.setattr(
         training, "start_processes", lambda number: None
     )  # this one stands for each of them

@@ -159,8 +159,7 @@ def test_a_resumed_run_has_the_same_file(
 
 
 @pytest.mark.parametrize("fault", ["none", "broken", "missing"])
-def test_what_cannot_be_recorded(cli, tiny, drawn_pets, tmp_path, monkeypatch, fault):
-    monkeypatch.chdir(tmp_path)
+def test_what_cannot_be_recorded(cli, tiny, drawn_pets, tmp_path, fault, own_folder):
     folder = tmp_path / "shown"
     if fault != "missing":
         folder.mkdir()

@@ -96,13 +96,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
 
 
-def test_a_download_that_breaks_off_goes_on(hub, monkeypatch):
-    impatient(monkeypatch)
-    hub.breaks[:] = [100_000]
-    assert choose_start(AUTO, IMAGES).weights is not None
-    assert hub.ranges == ["", "bytes=100000-"]
-
-
 def test_a_download_that_is_given_up_leaves_nothing_half(hub, monkeypatch):
     impatient(monkeypatch)
     hub.breaks[:] = [100_000] + [0] * 20
@@ -310,8 +303,7 @@ def test_who_names_a_model_is_not_asked(drawn_pets, hub, monkeypatch):
     assert hub.asked == []
 
 
-def test_the_command_line(drawn_pets, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_command_line(drawn_pets, own_folder):
     said = resolved(drawn_pets, "--pretrained=none", "--dense", "--compile", "--force")
     full = {"model.arch.twin": "active_flops", "model.compile": True, "check_memory": False}
     assert full.items() <= said.items()
@@ -342,9 +334,8 @@ def test_a_dataset_with_a_recipe_from_scratch_gets_another_for_pretrained_weight
     assert found["data.path"] == "imagenette"
 
 
-def test_clusters_of_untrained_layers_are_refused(cli, drawn_pets, tmp_path, monkeypatch):
+def test_clusters_of_untrained_layers_are_refused(cli, drawn_pets, tmp_path, own_folder):
     """It was left out without a word."""
-    monkeypatch.chdir(tmp_path)
     refused(
         cli(
             "fit", drawn_pets, "--pretrained=none", "--data.image_size=32", "--router_start=cluster"

@@ -81,9 +81,8 @@ def test_odd_records_are_one_sentence(part, name, value, run, cli, tmp_path):
     assert "last.ckpt" in outcome.err or "test_vit_moe" in outcome.err
 
 
-def test_other_images_are_tested_under_the_classes_of_the_model(run, cli, tmp_path, monkeypatch):
+def test_other_images_are_tested_under_the_classes_of_the_model(run, cli, own_folder):
     """The run's eight test images as a folder: its classes are in alphabetical order, and nothing is cut off."""
-    monkeypatch.chdir(tmp_path)
     pets = SyntheticPets(8, 32, 0, "test")
     assert [*pets.classes] != sorted(pets.classes)
     for index in range(8):

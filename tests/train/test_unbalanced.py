@@ -79,9 +79,8 @@ def test_balanced_classes_go_by_accuracy(tiny_run):
 
 @pytest.mark.parametrize("earlier_version", [False, True])
 def test_a_run_that_goes_on_keeps_its_choice(
-    cli, tiny, two_to_one, earlier_version, monkeypatch, send_signal, tmp_path
+    cli, tiny, two_to_one, earlier_version, monkeypatch, send_signal, own_folder
 ):
-    monkeypatch.chdir(tmp_path)
     if earlier_version:
         monkeypatch.setattr(training, "is_unbalanced", lambda counts: False)
     send_signal(3)  # of 4, two an epoch
