@@ -254,17 +254,17 @@ def test_a_damaged_best_is_replaced_by_the_last(tmp_path):
     files = SafeCheckpointIO()
     for name in (LAST, BEST):
         files.save_checkpoint({"global_step": 1, "weight": torch.ones(64)}, tmp_path / name)
-    path, words = final_checkpoint(tmp_path)
+    path, words, _ = final_checkpoint(tmp_path)
     assert path == tmp_path / BEST
     assert "best validation epoch" in words
     whole = (tmp_path / BEST).read_bytes()
     place = whole.index(torch.ones(64).numpy().tobytes())
     (tmp_path / BEST).write_bytes(whole[:place] + b"\x01" + whole[place + 1 :])
-    path, words = final_checkpoint(tmp_path)
+    path, words, _ = final_checkpoint(tmp_path)
     assert path == tmp_path / LAST
     assert not missing(words, "best.ckpt", "damaged")
     (tmp_path / BEST).unlink()
-    path, words = final_checkpoint(tmp_path)
+    path, words, _ = final_checkpoint(tmp_path)
     assert path == tmp_path / LAST
     assert "no best.ckpt" in words
 
