@@ -23,18 +23,18 @@ CHECKOUT = Path(__file__).parents[1]
 
 SIZE = {
     # folder, with those below: (modules, tokens)  # what raised it last
-    "moevision": (11, 16_070),  # impossible counts are refused where newer SciPy takes them
-    "moevision/analysis": (14, 49_830),  # names of experts
-    "moevision/commands": (9, 9_590),  # fit says what the experts of emoji take
-    "moevision/data": (15, 32_470),  # pages of emoji, and what drawn data sets have in common
+    "moevision": (11, 16_061),  # impossible counts are refused where newer SciPy takes them
+    "moevision/analysis": (14, 49_802),  # names of experts
+    "moevision/commands": (9, 9_581),  # fit says what the experts of emoji take
+    "moevision/data": (15, 32_461),  # pages of emoji, and what drawn data sets have in common
     "moevision/demo": (15, 27_683),  # the card of a run that may be anybody's
-    "moevision/layers": (10, 15_732),
-    "moevision/models": (10, 18_519),  # fixed rules refuse dropped patches
-    "moevision/train": (20, 48_550),  # resume as it was
+    "moevision/layers": (10, 15_722),
+    "moevision/models": (10, 18_509),  # fixed rules refuse dropped patches
+    "moevision/train": (20, 48_547),  # resume as it was
 }
 MOST = {
-    "tokens_a_line": 9.18,
-    "median_tokens_a_line_of_functions": 9.14,
+    "tokens_a_line": 9.17,
+    "median_tokens_a_line_of_functions": 9.13,
     "conditional_expressions_per_1000_lines": 19.4,
 }
 LONG_FUNCTIONS = 0

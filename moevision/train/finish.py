@@ -638,14 +638,14 @@ def _validate(training: Training, checkpoint: Path) -> Validated:
 def final_checkpoint(folder: Path) -> FinalWeights:
     """The checkpoint to test if nothing is compared: best.ckpt, or last.ckpt if that one is missing or damaged."""
     best, last = folder / BEST, folder / LAST
-    if not best.exists():  # a training that ends within its first epoch
+    if best.exists():
+        verified = verify(best)
+        if verified.fault is None:
+            return FinalWeights(best, "the weights of the best validation epoch", verified.step)
+        print_rank0(f"warning: {best} {verified.fault}: {LAST} is tested instead.")
+        description = "the weights of the last epoch, because best.ckpt was damaged"
+    else:  # a training that ends within its first epoch
         description = "the weights of the last step, because there is no best.ckpt"
-        return FinalWeights(last, description, verify(last).step)
-    verified = verify(best)
-    if verified.fault is None:
-        return FinalWeights(best, "the weights of the best validation epoch", verified.step)
-    print_rank0(f"warning: {best} {verified.fault}: {LAST} is tested instead.")
-    description = "the weights of the last epoch, because best.ckpt was damaged"
     return FinalWeights(last, description, verify(last).step)
 
 

@@ -193,15 +193,23 @@ PYTHON = [
 ]
 
 
+@pytest.fixture(scope="module")
+def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the guide "Serve it" exports."""
+    file = tmp_path_factory.mktemp("exported") / "pets.onnx"
+    assert main(["export", str(tiny_run), "--out", str(file)]) == 0
+    return file
+
+
 @pytest.mark.parametrize("path", PYTHON)
-def test_python_runs(path, workspace, monkeypatch):
+def test_python_runs(path, workspace, monkeypatch, request):
     """One page after the other, each in a namespace of its own."""
     blocks = [block for block in python_blocks(path) if not block.startswith(SCRIPTS)]
     if any('"images.npy"' in block for block in blocks):
         command = ["runs/pets", "path/to/images", "--features", "images.npy", "--out", "images.csv"]
         assert main(["predict", *command]) == 0
     if any("onnxruntime" in block for block in blocks):
-        assert main(["export", "runs/pets", "--out", "pets.onnx"]) == 0
+        shutil.copy(request.getfixturevalue("exported"), "pets.onnx")
     if any("load_dataset" in block for block in blocks):
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workspace / "cache")
     from moevision.layers import ROUTERS
@@ -308,6 +316,7 @@ ELSEWHERE = {
     "birds.yaml": "written by the reader; its keys are checked below",
     "runs/photos": "docs/tutorial.py ran it; its output is checked by test_tutorial.py",
     "my_fit.py": "above",
+    "--out pets.onnx": "above",
     ">": "a shell's redirection",
 }
 JOURNEY = [
