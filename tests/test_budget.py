@@ -33,7 +33,7 @@ SIZE = {
     "moevision/train": (20, 48_547),  # resume as it was
 }
 MOST = {
-    "tokens_a_line": 9.17,
+    "tokens_a_line": 9.18,
     "median_tokens_a_line_of_functions": 9.13,
     "conditional_expressions_per_1000_lines": 19.4,
 }
