@@ -156,7 +156,7 @@ def view_html(
     start_call = "startStatic(document.querySelector('[data-mv]'), VIEW, { moments: HISTORY });"
     script = script_of("core.js", start_call, VIEW=view, HISTORY=history)
     page = document(title, read_css(CORE_STYLES), _EMPTY_MAIN, script)
-    return page if full_page else _iframe(page, 1420)
+    return page if full_page else _iframe(page, 1900)
 
 
 def flow_html(view: Mapping[str, Any]) -> str:

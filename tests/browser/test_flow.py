@@ -31,7 +31,7 @@ from tests.shared import says
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 ROOT = Path(__file__).parents[2]
-WORDS, IN_A_BOX, CONTROLS = 70, 6, 16
+WORDS, IN_A_BOX, CONTROLS = 70, 6, 14
 SORTING_WORDS = 110  # of the page of sorted photos, which says what it doesn't show
 CONTROL = ":is(button, select, input, summary, a[href]):not(:disabled)"
 # What is seen without scrolling; a screen reader's words are no text to be read.
