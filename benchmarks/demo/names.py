@@ -13,7 +13,8 @@ Three fields of card.json, each from pages that the others don't use:
   `chosen` says among how many: a page that was chosen shows what can happen, the others how often. Of the first 60
   pages a single one changes, from .38, which as many emoji at random do as well.
 
-`without_all` of the record is the accuracy on those 9,000 pages with all experts, and with none of the layer's.
+`without_all` of the record is the accuracy on those 9,000 pages with all experts, and with none of the layer's: of all
+pages, and by group.
 
 `typed` of the record is for pages that a visitor types: how many pages are named right of which only the first emoji
 are there, and the other cells empty. Their class is what most of those emoji are, ties left out.
@@ -167,12 +168,16 @@ def without_of(
 
 
 def without_all_of(model: SavedModel, pages: Pages) -> dict[str, Any]:
-    """Accuracy with all experts, and where every emoji skips them."""
+    """Accuracy with all experts and where every emoji skips them: `[before, after]` of all pages and of each group's."""
     (layer,) = moe_layers(model.net)
     everything = range(layer.router.num_experts)
     right = [answers(model, pages, away) == pages.labels for away in ((), everything)]
-    before, after = (round(float(each.mean()), 4) for each in right)
-    return {"before": before, "after": after, "pages": len(pages.labels)}
+
+    def shares(chosen: NDArray[np.bool_]) -> list[float]:
+        return [round(float(each[chosen].mean()), 4) for each in right]
+
+    groups = {name: shares(pages.labels == group) for group, name in enumerate(GROUPS)}
+    return {"all": shares(pages.labels >= 0), "groups": groups, "pages": len(pages.labels)}
 
 
 def chosen_page(
