@@ -32,7 +32,7 @@ SIZE = {
     ),  # pages of emoji that somebody types: one emoji told from the next
     "moevision/demo": (
         15,
-        28_625,
+        28_893,
     ),  # cards of examples and experts, typed pages, experts as the Gradio app's JSON
     "moevision/layers": (10, 15_732),
     "moevision/models": (10, 18_519),  # fixed rules refuse dropped patches

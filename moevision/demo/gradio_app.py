@@ -25,9 +25,9 @@ from PIL import Image
 
 from moevision.data.images import BadImageError, read_image
 from moevision.demo import requests as read
-from moevision.demo.examples import sharp_data_uri
+from moevision.demo.examples import sharp_data_uri, thumbnail_uri
 from moevision.demo.facts import SHARP_PX, Pixels
-from moevision.demo.html import flow_html, links
+from moevision.demo.html import flow_html, links, sorting_html
 from moevision.demo.models import Entry, open_entries
 from moevision.demo.service import error_json
 from moevision.demo.view import Settings, route_image
@@ -40,9 +40,7 @@ if TYPE_CHECKING:
 NUM_EXAMPLES = 3  # of a model
 DELETE_CACHE_S = (600, 3600)  # every ten minutes Gradio deletes uploads older than an hour
 TITLE = "See inside a Mixture of Experts"
-LEAD = (
-    "Small networks share one photo. Which of them computes each patch, and what if some were away?"
-)
+LEAD = "Experts share one photo. Which of them computes each patch, and what if some were away?"
 Known = Mapping[tuple[str, bytes], Pixels | None]  # pixels of examples, by model and image
 # One image at a time: a request to /run doesn't wait in Gradio's queue.
 _DECODING = threading.Lock()
@@ -63,7 +61,11 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
     """
     import gradio as gr
 
-    asked = Asked({entry.card.title: entry for entry in open_entries(model, data)})
+    entries = open_entries(model, data)
+    entries.sort(
+        key=lambda entry: entry.card.sorting is None
+    )  # cats to one expert, dogs to the other
+    asked = Asked({entry.card.title: entry for entry in entries})
     first, answered = asked.first()
     titles = list(asked.entries)
     app: gr.Blocks
@@ -276,9 +278,21 @@ def route(
     ]
     return Answer(
         classes={row["class"]: row["p"] for row in view["prediction"]["moe"]},
-        view=flow_html(view),
+        view=view_of(entries[model], view),
         routing={"grid": list(trained.facts.grid), "layers": layers},
     )
+
+
+def view_of(entry: Entry, view: Json) -> str:
+    """The flow of the patches; of a router of whole photos the boxes that it sorts them into."""
+    sorting = entry.card.sorting
+    if sorting is None or view["settings"]["away"]:
+        return flow_html(view)
+    photos = []
+    for photo in sorting["photos"]:
+        picture = entry.examples.find(photo["id"])
+        photos.append({**photo, "label": picture.label, "thumb": thumbnail_uri(picture.pixels)})
+    return sorting_html(view, sorting, photos)
 
 
 def experts(entry: Entry) -> dict[str, list[int]]:

@@ -172,6 +172,18 @@ def flow_html(view: Mapping[str, Any]) -> str:
     return _iframe(document("Routing", style, _EMPTY_MAIN, script), 700, rows)
 
 
+def sorting_html(
+    view: Mapping[str, Any], sorting: Mapping[str, Any], photos: Sequence[Mapping[str, Any]]
+) -> str:
+    """Whole photos sorted into the boxes of two experts, and the view's image among them, as an iframe.
+
+    `sorting` is that of the model's card, and `photos` are its photos with `thumb` and `label`.
+    """
+    start_call = "startSorting(document.querySelector('[data-mv]'), VIEW, SORTING, PHOTOS);"
+    script = script_of("app_sorting.js", start_call, VIEW=view, SORTING=sorting, PHOTOS=photos)
+    return _iframe(document("Routing", read_css(CORE_STYLES), _EMPTY_MAIN, script), 700, rows=2)
+
+
 def _iframe(page: str, height: int, rows: float = 0) -> str:
     """A document as an iframe of `height` px: a sandboxed document can't tell its height to the page around it.
 

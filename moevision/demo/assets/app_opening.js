@@ -59,13 +59,17 @@ export class AppOpening {
     if (!away) this.whole = { question, guess: view.prediction.moe[0] };
     if (!away || this.whole?.question === question) return;
     this.whole = null;
-    const { prediction } = await app.asker.ask("route", whole).catch(() => ({ prediction: null })); // the trouble is said where the view is
+    const failed = () => ({ prediction: null }); // the trouble is said where the view is
+    const { prediction } = await app.asker.ask("route", whole).catch(failed);
     if (app.state?.view !== view || !prediction) return;
     this.whole = { question, guess: prediction.moe[0] };
     app.core.flow.tell();
   }
 
-  /** "smileys, 69 %"; "mixed" where the model's experts have counted names and this one has none. @param {number} layer @param {number} expert */
+  /**
+   * "smileys, 69 %"; "mixed" where the model's experts have counted names and this one has none.
+   * @param {number} layer @param {number} expert
+   */
   nameOf(layer, expert) {
     const { names } = this.app.model.card;
     if (!names?.length) return null;
@@ -132,7 +136,7 @@ export class AppOpening {
     return html`${view.picture.unlike && html`<p>${view.picture.unlike}</p>`}${this.invitation(view)}`;
   }
 
-  /** The one thing to try: the fewest experts without which the answer changes, where that was searched. @param {View} view */
+  /** The one thing to try: the fewest experts that change the answer, where that was searched. @param {View} view */
   invitation({ picture: { id }, layers }) {
     const { app } = this;
     const falls = fallOf(app.model, id);
@@ -186,7 +190,10 @@ export const tellingCase = ({ model, boot, picture }) =>
     ({ id, card }) => card.matters && (id !== model.id || card.matters.picture !== picture.id),
   );
 
-/** How many experts were needed, where it was searched. @param {App} app @param {View} view @param {[number, number][]} away @param {Guess | null} usual */
+/**
+ * How many experts were needed, where it was searched.
+ * @param {App} app @param {View} view @param {[number, number][]} away @param {Guess | null} usual
+ */
 function fewest({ model }, { picture: { id }, prediction }, away, usual) {
   const falls = fallOf(model, id);
   if (!falls?.away || !usual || prediction.moe[0].class === usual.class) return "";

@@ -306,7 +306,9 @@ export function startStatic(root, view, { moments = null, details = true } = {})
   if (view.picture.sharp) keepOriginal(view, view.picture.sharp);
   const core = new Core(root, onlyLooked(view));
   if (moments) core.timeSource = { about: () => moments, get: () => Promise.resolve(moments) };
-  core.attach(new ViewState(view, details ? placeAsked(view) : { layer: null }));
+  const [[gone] = [null]] = view.settings.away ?? []; // the layer where an expert is away is the one to show
+  const layer = gone === null ? null : view.model.layers.indexOf(gone);
+  core.attach(new ViewState(view, details ? placeAsked(view) : { layer }));
   if (!details) return core;
   const openMoment = () => core.time?.open(Number(addressed().step ?? core.time.steps.at(-1)));
   openMoment();

@@ -1,4 +1,4 @@
-// The photo and the experts that share it: patches fly into boxes, one for each expert, and a click takes an expert away.
+// The photo and the experts that share it: patches fly into boxes, one for each expert; a click takes an expert away.
 
 import { effectOf } from "./core_effect.js";
 import { expertShares, patchWeights, plural, strongest } from "./core_kinds.js";
@@ -160,7 +160,7 @@ export class Flow {
     this.paint();
   }
 
-  /** Where each patch lies in the box of its first expert, in CSS pixels of the section: [x, y, side]; null without one. */
+  /** Where each patch lies in its first expert's box, in CSS pixels of the section: [x, y, side]; null without one. */
   places() {
     const home = this.box.getBoundingClientRect();
     const { grid } = this.view.model;
@@ -277,7 +277,7 @@ function badgeOf({ prediction: { moe: [best] } }, usual) {
 }
 
 /**
- * The likeliest class, and beside it what the model said with all experts, else the next one; of an own image all classes.
+ * The likeliest class, and beside it what the model said with all experts, else the next; of an own image all classes.
  * @param {View} view @param {Opening["usual"]} usual
  */
 function answerOf(view, usual) {
@@ -295,7 +295,8 @@ function answerOf(view, usual) {
 
 /** @param {View} view @param {Layer} layer */
 function layerChoice(view, layer) {
-  const option = ({ name }, index) => html`<option value="${index}" ${new Markup(name === layer.name ? "selected" : "")}>${name}</option>`;
+  const selected = (name) => new Markup(name === layer.name ? "selected" : "");
+  const option = ({ name }, index) => html`<option value="${index}" ${selected(name)}>${name}</option>`;
   return view.layers.length > 1 && html`<label class="mv-flow-layer">Layer
     <select data-change="flow-layer" data-key="flow-layer">${view.layers.map(option)}</select></label>`;
 }
@@ -306,8 +307,8 @@ function layerChoice(view, layer) {
 const LATER = 0.42;
 
 /**
- * [P] how strongly an expert's box shows each patch: 1 where it is the first choice, less where it is a later one; where
- * every patch takes from all experts (Soft MoE), as much as it takes.
+ * [P] how strongly an expert's box shows each patch: 1 where it is the first choice, less where it is a later one;
+ * where every patch takes from all experts (Soft MoE), as much as it takes.
  * @param {Layer} layer @param {number} expert
  */
 export function opacityIn(layer, expert) {

@@ -12,7 +12,8 @@ const FAINT = 0.88;
  * [P] the expert that does most of each patch; null where none computes it.
  * @param {Layer} layer @returns {(number | null)[]}
  */
-export const firstExperts = ({ experts, kept }) => experts.map((chosen, patch) => chosen.find((_, rank) => kept[patch][rank]) ?? null);
+export const firstExperts = ({ experts, kept }) =>
+  experts.map((chosen, patch) => chosen.find((_, rank) => kept[patch][rank]) ?? null);
 
 /**
  * Neighbours that went to the same expert, and the patch of each region that lies deepest inside.
@@ -22,7 +23,12 @@ export const firstExperts = ({ experts, kept }) => experts.map((chosen, patch) =
 export function regionsOf(first, [rows, columns]) {
   const around = (cell) => {
     const [row, column] = [Math.floor(cell / columns), cell % columns];
-    return [row > 0 && cell - columns, row < rows - 1 && cell + columns, column > 0 && cell - 1, column < columns - 1 && cell + 1].map((near) => (near === false ? -1 : near));
+    return [
+      row > 0 && cell - columns,
+      row < rows - 1 && cell + columns,
+      column > 0 && cell - 1,
+      column < columns - 1 && cell + 1,
+    ].map((near) => (near === false ? -1 : near));
   };
   const seen = new Set();
   const regions = [];
@@ -30,8 +36,14 @@ export function regionsOf(first, [rows, columns]) {
     if (expert === null || seen.has(start)) return;
     const cells = [start];
     seen.add(start);
-    for (const cell of cells) { // grows while it is walked
-      around(cell).forEach((near) => { if (near >= 0 && first[near] === expert && !seen.has(near)) { seen.add(near); cells.push(near); } });
+    for (const cell of cells) {
+      // grows while it is walked
+      around(cell).forEach((near) => {
+        if (near >= 0 && first[near] === expert && !seen.has(near)) {
+          seen.add(near);
+          cells.push(near);
+        }
+      });
     }
     regions.push({ expert, cells, label: deepest(cells, around) });
   });
@@ -90,7 +102,14 @@ export function paintRegions(context, layer, first, grid, { side, unit, lit, pap
     if (cells.length < LABELLED && labelled.has(expert)) return;
     if (lit !== null && lit !== expert) return;
     labelled.add(expert);
-    paintLabel(context, layer, expert, ((label % columns) + 0.5) * side, (Math.floor(label / columns) + 0.5) * side, 24 * unit);
+    paintLabel(
+      context,
+      layer,
+      expert,
+      ((label % columns) + 0.5) * side,
+      (Math.floor(label / columns) + 0.5) * side,
+      24 * unit,
+    );
   });
 }
 
@@ -148,5 +167,10 @@ export function paintBox(context, image, opacity, grid, paper) {
 export function patchOf({ naturalWidth: width, naturalHeight: height }, patch, [rows, columns]) {
   const square = Math.min(width, height);
   const [w, h] = [square / columns, square / rows];
-  return /** @type {[number, number, number, number]} */ ([(width - square) / 2 + (patch % columns) * w, (height - square) / 2 + Math.floor(patch / columns) * h, w, h]);
+  return /** @type {[number, number, number, number]} */ ([
+    (width - square) / 2 + (patch % columns) * w,
+    (height - square) / 2 + Math.floor(patch / columns) * h,
+    w,
+    h,
+  ]);
 }

@@ -19,7 +19,7 @@ export const listed = (list) =>
   list.length < 2 ? String(list[0] ?? "") : `${list.slice(0, -1).join(", ")} and ${list.at(-1)}`;
 
 /**
- * "expert 2", "experts 2 and 5 of L9", "all eight experts", "five experts": those that are away, of one layer or of several.
+ * "expert 2", "experts 2 and 5 of L9", "all eight experts", "five experts": those that are away.
  * @param {[number, number][]} away @param {{ layer: number, name: string, num_experts: number }[]} layers
  * @param {number} [shown] the layer that needn't be named
  */

@@ -259,7 +259,7 @@ export interface Opening {
 }
 
 /** Where the test images of a router of whole images went: [class][expert]; on how many route and answer agree. */
-export interface Sorting { classes: string[]; routes: number[][]; agree: number; images: number; photos: { id: string; expert: number; answer: string }[] }
+export interface Sorting { layer: number; classes: string[]; routes: number[][]; agree: number; images: number; photos: { id: string; expert: number; answer: string }[] }
 export interface Sorted { id: string; expert: number; answer: string; thumb: string; label: string | null }
 
 /** Whether a view isn't shown yet, and what of the page it changes; `wish`: of an address that is followed. */
