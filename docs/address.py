@@ -4,8 +4,8 @@
     python docs/address.py https://… --pypi                          # the package is on PyPI, too
     python docs/address.py                                           # fills in again what pyproject.toml says
 
-Filled in are README between `<!-- address -->` and `<!-- /address -->`, docs/index.md, both between `<!-- live -->` and
-`<!-- /live -->`, CITATION.cff, and the first cells of the notebooks. The site takes it when it is built (docs/hooks.py), and so does the README in a package, whose
+Filled in are README between `<!-- address -->` and `<!-- /address -->`, docs/index.md, both between `<!--live-->` and
+`<!--/live-->`, CITATION.cff, and the first cells of the notebooks. The site takes it when it is built (docs/hooks.py), and so does the README in a package, whose
 links PyPI can't follow otherwise (docs/packaged.py). Without an address all of them speak of a copy of the repository;
 tests/docs/test_address.py holds every file to what is written here.
 """
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[1]
 _MARKED = re.compile(r"(<!-- address -->).*?(<!-- /address -->)", re.DOTALL)
-_LIVE = re.compile(r"(<!-- live -->).*?(<!-- /live -->)", re.DOTALL)
+_LIVE = re.compile(r"(<!--live-->).*?(<!--/live-->)", re.DOTALL)
 _URLS = re.compile(r"^\[project\.urls\]\n(?:[^\[\n].*\n)*\n?", re.M)
 _CITED = re.compile(r"^(?:repository-code|url): .*\n", re.M)
 _COLAB = re.compile(r"\[Open in Colab\]\([^)]*\)\n*")
