@@ -86,7 +86,7 @@ def film(page: Page, url: str) -> None:
     page.evaluate(f"document.querySelector('{FALL}').click()")
     page.wait_for_selector(f"{box}[aria-pressed=true]")
     run(700, 600)
-    page.locator("[data-box=said]").get_by_text("at random").wait_for()
+    page.locator("[data-box=said]").get_by_text("at random").first.wait_for()
     run(FRAME, 3000)
     frames[0].save(
         IMAGES / "flow.webp",
