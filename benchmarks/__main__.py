@@ -33,16 +33,8 @@ STUDY = {
     ),
     "quickstart": ("CPU seconds and accuracy of the first command, float32 and AVX2", "quickstart"),
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
-    "places": (
-        "train with a classifier that reads every place, and test it on shifted images",
-        "places",
-    ),
     "curve": ("what fewer, chosen training images cost a run", "curve"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
-    "balance": (
-        "each expert's load over a training, without and with a balance loss",
-        "balance.load",
-    ),
     "strangers": (
         "how many images of other things the bundled models recognize as such",
         "strangers",
@@ -62,10 +54,6 @@ PROVE = {
     "sorting": (
         "which expert gets which test photos, of the bundled router of whole images",
         "demo.sorting",
-    ),
-    "flips": (
-        "how many answers change without one expert, beside as much taken away at random",
-        "demo.flips",
     ),
     "demo-live": (
         "the explorer without a server: its size, its times, its answers beside Python's",

@@ -53,12 +53,13 @@ def test_every_step_leaves_a_record_and_is_done_once(tmp_path):
     ]
     assert "nowhere') must name a folder of images" in lines[-1][3]
 
-    done, lines = gpu(out, "--dry-run")
+    # Of the tests those of networks: the tier that they belong to runs all of them.
+    done, lines = gpu(out, "--dry-run", PYTEST_ADDOPTS="-k test_a_network_computes")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line[:2] for line in lines[4:]] == [["tests", "ok"], ["epoch", "ok"]]
     suite = ElementTree.parse(out / "tests.xml").getroot()[0]
     assert (suite.get("name"), suite.get("failures"), suite.get("errors")) == ("dry-run", "0", "0")
-    assert int(suite.get("tests", 0)) > 20
+    assert int(suite.get("tests", 0)) > 10
     records = [
         json.loads((out / name).read_text())
         for name in ("benchmark-layer.json", "benchmark-train.json")

@@ -96,7 +96,8 @@ class _Waiting(subprocess.Popen[bytes]):
         **output: Any,
     ) -> None:
         assert set(output.values()) <= {None}
-        self._told = (args[args.index("-m") :], env, start_new_session)
+        command = [each for each in args[1:] if each != "-u"]
+        self._told = (command, env, start_new_session)
         super().__init__(args)
 
     def _execute_child(self, *_: Any) -> None:

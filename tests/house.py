@@ -9,8 +9,6 @@ skipped, no `# fmt: skip`), so that a number moves only when the code says somet
 - An import inside a function or under TYPE_CHECKING counts as any other, also in circles.
 """
 
-from __future__ import annotations
-
 import ast
 import io
 import re

@@ -59,7 +59,7 @@ def run(program: str, monkeypatch: pytest.MonkeyPatch, switch: str | None = None
 
 
 @glibc
-def test_memory_that_is_kept_is_not_handed_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_kept_is_not_handed_out_again(monkeypatch):
     """Without it every page is faulted in each time, huge pages of 2 MiB at the least: 5 · 64 / 2 = 160 faults."""
     kept, faults = run(FAULTS, monkeypatch)
     assert kept == "True"
@@ -70,7 +70,7 @@ def test_memory_that_is_kept_is_not_handed_out_again(monkeypatch: pytest.MonkeyP
 
 
 @glibc
-def test_no_size_is_too_large_to_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_size_is_too_large_to_be_kept(monkeypatch):
     """3 GiB: more than an int's 2 GiB, which the threshold once was."""
     grown, left = (int(word) for word in run(TRIMMED, monkeypatch))
     if grown < 2.5 * 2**30:  # a part may have been free before
@@ -79,7 +79,7 @@ def test_no_size_is_too_large_to_be_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("refused", ["switch", "platform", "library", "call"])
-def test_it_says_when_it_could_not(refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_when_it_could_not(refused, monkeypatch):
     class Library:
         """glibc in which no call succeeds, or another C library."""
 

@@ -21,6 +21,7 @@ from moevision.data.transforms import normalize
 from moevision.demo.models import open_entries
 from moevision.models.io import load_model
 from moevision.train.report import gather_facts, model_card, read_summary
+from tests.shared import succeeded
 
 FORMATS = Path(__file__).parent / "fixtures" / "formats"
 VERSIONS = sorted(path.name for path in FORMATS.iterdir() if path.is_dir())
@@ -88,8 +89,7 @@ def test_a_run_folder_predicts_as_it_did(cli, there, tested):
 
 
 def test_a_run_folder_is_analyzed(cli, there):
-    outcome = cli("analyze", "runs/finished", "--quick", "--out", "again")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("analyze", "runs/finished", "--quick", "--out", "again"))
     before, now = (
         json.loads((there / name / "report.json").read_text()) for name in ("report", "again")
     )
@@ -110,8 +110,7 @@ def test_the_explorer_takes_a_run_folder(there):
 
 def test_options_that_are_gone_are_left_out(cli, there):
     """Every config.yaml of 0.1 has `fault`, which nobody set."""
-    outcome = cli("fit", "--config=runs/interrupted/config.yaml", "--print_config")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("fit", "--config=runs/interrupted/config.yaml", "--print_config"))
     assert "\nfault:" not in outcome.out
     assert "batch_size: 8" in outcome.out
 

@@ -74,7 +74,7 @@ def violations(unit: str, source: str, package: str) -> set[str]:
     return units_of(imported_modules(source, package)) - MAY_IMPORT[unit] - {unit}
 
 
-def test_imports_point_one_way() -> None:
+def test_imports_point_one_way():
     offenders = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         below = path.relative_to(PACKAGE)
@@ -108,13 +108,11 @@ def test_imports_point_one_way() -> None:
         ("efficiency", "import moevision", "moevision", {"__init__"}),
     ],
 )
-def test_the_rule_sees_every_kind_of_import(
-    unit: str, source: str, package: str, expected: set[str]
-) -> None:
+def test_the_rule_sees_every_kind_of_import(unit, source, package, expected):
     assert violations(unit, source, package) == expected
 
 
-def test_only_parallel_imports_what_divides_tensors() -> None:
+def test_only_parallel_imports_what_divides_tensors():
     """Nothing of moevision.train.parallel is imported before somebody asks for it."""
     known, inside = modules(PACKAGE.parent), "moevision.train.parallel"
     for name, path in known.items():
@@ -127,7 +125,7 @@ def test_only_parallel_imports_what_divides_tensors() -> None:
             assert not [other for other in found if other.startswith(inside)], name
 
 
-def test_the_picture_has_no_cycle() -> None:
+def test_the_picture_has_no_cycle():
     order: list[str] = []
     left = dict(MAY_IMPORT)
     while left:
@@ -137,7 +135,7 @@ def test_the_picture_has_no_cycle() -> None:
         left = {unit: needs for unit, needs in left.items() if unit not in free}
 
 
-def test_the_products_tests_stand_without_the_benchmarks() -> None:
+def test_the_products_tests_stand_without_the_benchmarks():
     """Benchmarks use what is in tests/, not the other way round."""
     using = {}
     for path in sorted(Path(__file__).parent.rglob("*.py")):

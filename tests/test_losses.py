@@ -64,13 +64,13 @@ def balance(layers: int = 1, **weights: float) -> Balance:
     return Balance(model, AuxLossWeights(**{**off, **weights}), num_classes=2)
 
 
-def test_importance_golden() -> None:
+def test_importance_golden():
     """Column sums 1.7, 1.1, 1.2: mean 4/3, squared deviations .1344, .0544, .0178 -> .0689 / 1.7778 = .03875."""
     for rule in ("shazeer", "vmoe"):
         assert float(importance_loss(dense_gates(GATES), rule)) == pytest.approx(0.03875)
 
 
-def test_load_balancing_golden() -> None:
+def test_load_balancing_golden():
     """Top-1 counts 2, 0, 2 -> f = .5, 0, .5; P = .425, .275, .3; 3 (.2125 + 0 + .15) = 1.0875."""
     routing = dense_gates(GATES)
     first = {
@@ -79,7 +79,7 @@ def test_load_balancing_golden() -> None:
     assert float(load_balancing_loss(replace(routing, **first))) == pytest.approx(1.0875)
 
 
-def test_load_golden() -> None:
+def test_load_golden():
     """The same input under both rules; V-MoE's own test suite has its number, .48573865 in float32."""
     assert float(load_loss(example())) == pytest.approx(0.144936, abs=1e-6)
     assert float(load_loss(example(), "vmoe")) == pytest.approx(0.485738, abs=1e-6)
@@ -87,7 +87,7 @@ def test_load_golden() -> None:
 
 @pytest.mark.parametrize("rule", ["shazeer", "vmoe"])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_load_is_the_definition(rule: str, top_k: int) -> None:
+def test_load_is_the_definition(rule, top_k):
     """Appendix A of arXiv:1701.06538, expert by expert: sort the others, take their k-th, evaluate the normal CDF."""
     rng = np.random.default_rng(0)
     logits, noise, std = (
@@ -110,7 +110,7 @@ def test_load_is_the_definition(rule: str, top_k: int) -> None:
     assert float(load_loss(routing, rule)) == pytest.approx(load.var() / load.mean() ** 2, rel=1e-9)
 
 
-def test_z_loss_by_hand() -> None:
+def test_z_loss_by_hand():
     """logsumexp of (ln 1, ln 1, ln 2) is ln 4, of (0, 0, 0) it is ln 3: the mean of their squares."""
     logits = torch.tensor([[1.0, 1.0, 2.0], [1.0, 1.0, 1.0]], dtype=torch.float64).log()
     routing = routing_from(logits, torch.zeros_like(logits), 1.0, 1)
@@ -134,7 +134,7 @@ def told(scores: list[list[float]], tokens: int = 5) -> Routing:
     return decision.for_tokens(tokens)
 
 
-def test_label_loss_by_hand() -> None:
+def test_label_loss_by_hand():
     """Four experts, the first two of class 0: shares of the classes are .3 and .7, then .625 and .375."""
     routing = told([[1, 2, 3, 4], [4, 1, 1, 2]])
     value = label_loss(routing, F.one_hot(torch.tensor([1, 0]), 2))
@@ -145,7 +145,7 @@ def test_label_loss_by_hand() -> None:
     )
 
 
-def test_label_loss_of_tokens_is_their_mean() -> None:
+def test_label_loss_of_tokens_is_their_mean():
     """One image of class 1, whose three tokens give that class .5, .75 and .9."""
     logits = torch.tensor([[1.0, 1.0], [1.0, 3.0], [1.0, 9.0]], dtype=torch.float64).log()
     routing = routing_from(logits, torch.zeros_like(logits), 1.0, 1)
@@ -155,8 +155,8 @@ def test_label_loss_of_tokens_is_their_mean() -> None:
 
 @pytest.mark.parametrize("route_by", ["token", "image"])
 def test_micro_batches_have_the_label_loss_and_its_gradient_of_the_whole_batch(
-    route_by: str,
-) -> None:
+    route_by,
+):
     """As a function of two sums, as the z loss is: the last value is the batch's, and so is the sum of gradients."""
     torch.manual_seed(0)
     router = build_router(
@@ -178,19 +178,19 @@ def test_micro_batches_have_the_label_loss_and_its_gradient_of_the_whole_batch(
         torch.testing.assert_close(router.weight.grad, expected)
 
 
-def test_experts_that_no_class_can_share_are_refused() -> None:
+def test_experts_that_no_class_can_share_are_refused():
     with pytest.raises(UserError, match=r"5 .* 8 experts .* multiple of 5"):
         Balance(MoEMlp(8, 8, num_experts=8), AuxLossWeights(label=0.1), num_classes=5)
 
 
 @pytest.mark.parametrize("router", ["soft", "hash", "random", "position"])
-def test_a_router_without_scores_that_learn_cannot_be_told_the_class(router: str) -> None:
+def test_a_router_without_scores_that_learn_cannot_be_told_the_class(router):
     layer = MoEMlp(8, 8, num_experts=4, router=router)
     with pytest.raises(UserError, match=r"the label loss .* vmoe_top_k"):
         Balance(layer, AuxLossWeights(label=0.1), num_classes=2)
 
 
-def test_balance_takes_the_labels_or_refuses_a_loss_of_them() -> None:
+def test_balance_takes_the_labels_or_refuses_a_loss_of_them():
     Balance(MoEMlp(8, 8), AuxLossWeights(label=0.0))
     with pytest.raises(UserError, match="Balance num_classes"):
         Balance(MoEMlp(8, 8), AuxLossWeights(label=0.1))
@@ -199,7 +199,7 @@ def test_balance_takes_the_labels_or_refuses_a_loss_of_them() -> None:
 
 
 @pytest.mark.parametrize("loss", [importance_loss, load_loss, load_balancing_loss, z_loss])
-def test_gradients_are_finite_at_perfect_balance(loss: object) -> None:
+def test_gradients_are_finite_at_perfect_balance(loss):
     """Each of three tokens prefers another expert; CV² is 0 there and its square root has no gradient."""
     logits = torch.eye(3, dtype=torch.float64, requires_grad=True)
     value = loss(routing_from(logits, torch.zeros(3, 3, dtype=torch.float64), 1.0, 1))  # type: ignore[operator]
@@ -207,7 +207,7 @@ def test_gradients_are_finite_at_perfect_balance(loss: object) -> None:
     assert torch.isfinite(logits.grad).all()
 
 
-def test_vanishing_noise_keeps_gradients_finite() -> None:
+def test_vanishing_noise_keeps_gradients_finite():
     router = build_router("noisy_top_k", 4, 3, 1, dtype=torch.float64)
     nn.init.normal_(router.weight)
     nn.init.constant_(router.noise_weight, -500.0)  # softplus underflows to 0 for positive tokens
@@ -216,7 +216,7 @@ def test_vanishing_noise_keeps_gradients_finite() -> None:
     assert torch.isfinite(router.noise_weight.grad).all()
 
 
-def test_noise_below_a_millionth_counts_as_a_millionth() -> None:
+def test_noise_below_a_millionth_counts_as_a_millionth():
     """Two scores 5e-7 apart without noise: Φ(± .5) = .6915, .3085, CV² = (.1915 / .5)² = .1466; a step would have 1."""
     logits = torch.tensor([[0.0, -5e-7]], dtype=torch.float64)
     routing = routing_from(logits, torch.zeros_like(logits), 0.0, 1)
@@ -224,25 +224,25 @@ def test_noise_below_a_millionth_counts_as_a_millionth() -> None:
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (4, 4)])
-def test_load_loss_is_zero_where_it_is_undefined(num_experts: int, top_k: int) -> None:
+def test_load_loss_is_zero_where_it_is_undefined(num_experts, top_k):
     routing = build_router("noisy_top_k", 8, num_experts, top_k)(torch.randn(2, 5, 8))
     assert float(load_loss(routing)) == 0.0
 
 
-def test_uniform_routing_scores_one() -> None:
+def test_uniform_routing_scores_one():
     """E Σ f P with f = P = 1/E is 1, whatever E and K."""
     logits = torch.zeros(4, 4, dtype=torch.float64)
     routing = routing_from(logits, torch.eye(4, dtype=torch.float64), 1.0, 1)
     assert float(load_balancing_loss(routing)) == pytest.approx(1.0)
 
 
-def test_load_loss_needs_noise() -> None:
+def test_load_loss_needs_noise():
     routing = build_router("noisy_top_k", 8, 4, 2).eval()(torch.randn(2, 5, 8))
     with pytest.raises(UserError, match="training mode"):
         load_loss(routing)
 
 
-def test_a_loss_that_the_router_cannot_supply_is_an_error_at_start() -> None:
+def test_a_loss_that_the_router_cannot_supply_is_an_error_at_start():
     layer = MoEMlp(8, 8)
     Balance(layer, AuxLossWeights(load=0.1))
     layer.router.noise = "none"
@@ -250,7 +250,7 @@ def test_a_loss_that_the_router_cannot_supply_is_an_error_at_start() -> None:
         Balance(layer, AuxLossWeights(load=0.1))
 
 
-def test_the_loss_is_the_weighted_sum_of_layer_means() -> None:
+def test_the_loss_is_the_weighted_sum_of_layer_means():
     router = build_router("noisy_top_k", 8, 4, 2)
     layers = [router(torch.randn(2, 5, 8)) for _ in range(3)]
     both = balance(3, importance=0.1, z=0.01)
@@ -261,7 +261,7 @@ def test_the_loss_is_the_weighted_sum_of_layer_means() -> None:
     assert total.item() == pytest.approx(0.1 * importance + 0.01 * z)
 
 
-def test_no_weight_means_no_loss() -> None:
+def test_no_weight_means_no_loss():
     router = build_router("noisy_top_k", 8, 4, 2)
     for losses, routings in (
         (balance(), [router(torch.randn(2, 5, 8))]),
@@ -289,7 +289,7 @@ def accumulated_gradient(
 
 
 @pytest.mark.parametrize("name", ["importance", "load", "load_balancing", "z"])
-def test_micro_batches_that_are_alike_have_the_gradient_of_the_whole_window(name: str) -> None:
+def test_micro_batches_that_are_alike_have_the_gradient_of_the_whole_window(name):
     """K copies of 3 images: without the factor m the gradient would be (1 + 1/2 + ... + 1/K) / K of it, .21 for 16."""
     router, x = random_router(), torch.randn(3, 5, 8, dtype=torch.float64)
     routing: Routing = router(x)
@@ -302,7 +302,7 @@ def test_micro_batches_that_are_alike_have_the_gradient_of_the_whole_window(name
 
 
 @pytest.mark.parametrize("name", ["importance", "load", "load_balancing"])
-def test_accumulated_gradient_is_about_that_of_the_whole_batch(name: str) -> None:
+def test_accumulated_gradient_is_about_that_of_the_whole_batch(name):
     """512 images of tokens with a common direction, so that experts are unbalanced, in up to 16 micro-batches.
 
     Its projection on the gradient of the whole batch; without the factor m it would fall to a fifth for 16.
@@ -315,7 +315,7 @@ def test_accumulated_gradient_is_about_that_of_the_whole_batch(name: str) -> Non
         assert 0.9 < float(found @ expected / expected.square().sum()) < 1.1, parts
 
 
-def test_a_window_that_is_cut_short_counts_as_its_cross_entropy() -> None:
+def test_a_window_that_is_cut_short_counts_as_its_cross_entropy():
     """3 of 8 micro-batches, each divided by 8 as Lightning does: 3/8 of the gradient of those three alone."""
     router = random_router()
     three: Routing = router(torch.randn(12, 5, 8, dtype=torch.float64))

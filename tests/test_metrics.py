@@ -10,7 +10,7 @@ from moevision.losses import RoutingStatistics
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("num_experts", [1, 4])
-def test_loads_of_one_layer_and_of_one_expert(num_layers: int, num_experts: int) -> None:
+def test_loads_of_one_layer_and_of_one_expert(num_layers, num_experts):
     """torchmetrics hands back the state of one layer, or of one expert, without its axes."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(
@@ -47,7 +47,7 @@ def _floor(images: int, tokens: int, together: bool) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_the_floor_of_cv_squared_is_its_mean_under_balance(together: bool) -> None:
+def test_the_floor_of_cv_squared_is_its_mean_under_balance(together):
     """400 draws of 50 images with 16 tokens: 3/800 if independent, 16 times that if an image's agree."""
     torch.manual_seed(0)
     measured, floor = torch.tensor([_floor(50, 16, together) for _ in range(400)]).mean(0).tolist()
@@ -56,11 +56,11 @@ def test_the_floor_of_cv_squared_is_its_mean_under_balance(together: bool) -> No
     assert floor == pytest.approx(expected, rel=0.1)
 
 
-def test_the_floor_of_one_image_takes_its_choices_as_independent() -> None:
+def test_the_floor_of_one_image_takes_its_choices_as_independent():
     assert _floor(1, 16, together=False)[1] == pytest.approx(3 / 16)
 
 
-def test_tokens_without_an_expert_are_those_whose_choices_all_were_dropped() -> None:
+def test_tokens_without_an_expert_are_those_whose_choices_all_were_dropped():
     """Of 2 images with 3 tokens and 2 choices: one token lost both choices, two lost one."""
     expert = torch.tensor([0, 1]).expand(2, 3, 2)
     kept = torch.tensor([[[1, 1], [0, 0], [0, 1]], [[1, 1], [1, 1], [1, 0]]]).bool()
@@ -74,7 +74,7 @@ def test_tokens_without_an_expert_are_those_whose_choices_all_were_dropped() -> 
     assert load.counts == [4, 4, 0, 0]
 
 
-def test_entropy_is_in_bits() -> None:
+def test_entropy_is_in_bits():
     """Half of the tokens are undecided between 4 experts (2 bits), half between 2 (1 bit)."""
     probs = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]]])
     zeros, expert, ones = torch.zeros(1, 2, 4), torch.tensor([[[0], [1]]]), torch.ones(1, 2, 1)

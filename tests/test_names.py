@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +103,11 @@ def run(home: Path, outcome: Outcome) -> Path:
     return next((home / "runs").iterdir())
 
 
-def test_fit_says_nothing_that_steers(outcome: Outcome) -> None:
+def test_fit_says_nothing_that_steers(outcome):
     assert_harmless_outcome(outcome)
 
 
-def test_every_file_of_the_run_is_harmless(run: Path, folder: Path) -> None:
+def test_every_file_of_the_run_is_harmless(run, folder):
     texts = [file for file in run.rglob("*") if file.suffix in (".csv", ".json", ".md", ".yaml")]
     assert {file.name for file in texts} >= {
         "splits.csv",
@@ -132,7 +131,7 @@ def test_every_file_of_the_run_is_harmless(run: Path, folder: Path) -> None:
     ]
 
 
-def test_ids_round_trip_and_the_split_is_read_back(run: Path, folder: Path) -> None:
+def test_ids_round_trip_and_the_split_is_read_back(run, folder):
     collection = read_folder(folder)
     ids = {sample.sample_id for sample in collection.samples["all"]}
     assert collection.class_names == ["\\x1b[2Jca\\u202et", "=1+1", "d\\udcffg"]
@@ -143,7 +142,7 @@ def test_ids_round_trip_and_the_split_is_read_back(run: Path, folder: Path) -> N
     assert splits.samples == drawn.samples
 
 
-def test_splits_of_older_runs_hold_names_as_they_are(folder: Path, tmp_path: Path) -> None:
+def test_splits_of_older_runs_hold_names_as_they_are(folder, tmp_path):
     collection = read_folder(folder)
     samples = [
         sample
@@ -162,9 +161,7 @@ def test_splits_of_older_runs_hold_names_as_they_are(folder: Path, tmp_path: Pat
     assert class_names == collection.class_names[:2]
 
 
-def test_an_interrupted_run_goes_on(
-    folder: Path, run: Path, send_signal: Callable, strike: Callable, own_folder: None
-) -> None:
+def test_an_interrupted_run_goes_on(folder, run, send_signal, strike, own_folder):
     """guard.csv and the checkpoint hold names of images; the last line can be typed."""
     strike("nan_loss@2, nan_loss@3")
     send_signal(6)
@@ -181,7 +178,7 @@ def test_an_interrupted_run_goes_on(
     assert (stopped / "splits.csv").read_bytes() == (run / "splits.csv").read_bytes()
 
 
-def test_predict(run: Path, folder: Path, tmp_path: Path) -> None:
+def test_predict(run, folder, tmp_path):
     outcome = run_cli("predict", run / "model", folder, "--format", "json")
     assert_harmless_outcome(outcome)
     rows = json.loads(outcome.out)
@@ -201,7 +198,7 @@ def test_predict(run: Path, folder: Path, tmp_path: Path) -> None:
         assert {cell[:1] for cell in (rows[0]["path"], rows[0]["class"], rows[0]["top5"])} == {"'"}
 
 
-def test_verbs_say_so_when_something_of_such_a_name_is_missing(folder: Path) -> None:
+def test_verbs_say_so_when_something_of_such_a_name_is_missing(folder):
     for arguments in (
         ("predict", folder / "gone\x1b[0m", "x.png"),
         ("info", folder / "gone\x1b[0m[/red]"),
@@ -219,7 +216,7 @@ def test_verbs_say_so_when_something_of_such_a_name_is_missing(folder: Path) -> 
         assert_harmless(outcome.out + outcome.err, arguments[0])
 
 
-def test_info(run: Path) -> None:
+def test_info(run):
     model = run / "[bold]" / "mo\x1b[/]"
     shutil.copytree(run / "model", model)
     for form in ("table", "json"):
@@ -228,7 +225,7 @@ def test_info(run: Path) -> None:
     assert json.loads(outcome.out)["model"] == str(model)
 
 
-def test_analyze_knows_the_run_s_own_classes(run: Path, tmp_path: Path) -> None:
+def test_analyze_knows_the_run_s_own_classes(run, tmp_path):
     out = tmp_path / "report\x1b"
     options = ("--limit", "20", "--permutations", "20", "--quick")
     with warnings.catch_warnings(record=True) as caught:
@@ -249,7 +246,7 @@ def test_analyze_knows_the_run_s_own_classes(run: Path, tmp_path: Path) -> None:
     }
 
 
-def test_the_explorer_names_pictures_in_json(run: Path) -> None:
+def test_the_explorer_names_pictures_in_json(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
         [entry] = open_entries(str(run))
@@ -261,12 +258,12 @@ def test_the_explorer_names_pictures_in_json(run: Path) -> None:
     assert_harmless(f"{entry.card} {entry.facts.title} {entry.facts.data_text}", "card")
 
 
-def test_the_card_leaves_file_names_out() -> None:
+def test_the_card_leaves_file_names_out():
     sentence = "2 images came later and are left out (for example cat/my (1) photo.png)"
     assert without_example(sentence) == "2 images came later and are left out"
 
 
-def test_names_that_look_alike_in_a_file_are_refused(tmp_path: Path) -> None:
+def test_names_that_look_alike_in_a_file_are_refused(tmp_path):
     root = hostile_folder(tmp_path / "pets", per_class=2)
     shutil.copytree(root / CLASSES[0], root / "\\x1b[2Jca\\u202et")
     with pytest.raises(UserError, match="look the same"):
@@ -285,7 +282,7 @@ def test_names_that_look_alike_in_a_file_are_refused(tmp_path: Path) -> None:
         ("a\\x1b", "a\\x1b"),
     ],
 )
-def test_shown(name: str, seen: str) -> None:
+def test_shown(name, seen):
     assert escape_controls(name) == seen == escape_controls(seen)
     assert (
         escape_csv_cell(escape_csv_cell(f"={name}")) == escape_csv_cell(f"={name}") == f"'={seen}"
@@ -294,16 +291,16 @@ def test_shown(name: str, seen: str) -> None:
     assert_harmless(json_text([name], indent=2), name)
 
 
-def test_hashes_of_ordinary_names_are_as_ever() -> None:
+def test_hashes_of_ordinary_names_are_as_ever():
     assert name_bytes("Käfer 雪.png") == "Käfer 雪.png".encode()
     assert len({name_bytes(name) for name in ("\udcc3\udca4", "ä", "\ud800", "\udcff")}) == 4
 
 
-def test_class_names_of_a_dataset_in_python_compare_equal() -> None:
+def test_class_names_of_a_dataset_in_python_compare_equal():
     assert labels_in(("\x1bcat", "dog"), ["\\x1bcat", "dog"]) == (("\\x1bcat", "dog"), [0, 1])
 
 
-def test_dollar_signs_in_a_class_name_are_no_mathematics() -> None:
+def test_dollar_signs_in_a_class_name_are_no_mathematics():
     effect = np.array([[1.0, 0.1], [0.2, 2.0]])
     figure = plot_effects(
         [effect], [np.zeros_like(effect)], ["L1"], ["$^{$", "dog"], what="tokens move"

@@ -1,7 +1,6 @@
 """The README's first command keeps its promise: `moevision fit --config quickstart`, whole."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +10,8 @@ pytestmark = pytest.mark.deep
 
 
 @pytest.mark.filterwarnings("default")
-def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart(tmp_path, own_folder):
     """At least 95 % of 2 000 test images; in each MoE layer no dead expert and max/mean load at most 1.5."""
-    monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", "quickstart"]) == 0
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
     assert summary["test"]["total"] == 2000

@@ -3,8 +3,6 @@
 What must be refused is made here byte by byte from the format's description, not by the code under test.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -114,9 +112,7 @@ ON_MODELS = ("predict", "info", "analyze", "demo", "export", "upcycle")
 @pytest.mark.parametrize(
     "verb", [verb for verb in ON_MODELS if find_spec(VERBS[verb][1].split(":")[0])]
 )
-def test_no_verb_on_models_reads_a_pickle(
-    verb: str, cli: Cli, saved_model: Path, drawn_pets: Path, tmp_path: Path
-) -> None:
+def test_no_verb_on_models_reads_a_pickle(verb, cli, saved_model, drawn_pets, tmp_path):
     """As a checkpoint, under timm's name for pickled weights, and under a false name."""
     evil = evil_checkpoint(tmp_path / "evil.ckpt")
     others = {"predict": [drawn_pets], "export": ["--out", "new.onnx"], "upcycle": ["--out", "new"]}
@@ -130,17 +126,13 @@ def test_no_verb_on_models_reads_a_pickle(
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
-def test_a_checkpoint_is_data_only(
-    verb: str, cli: Cli, tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_data_only(verb, cli, tiny, drawn_pets, tmp_path):
     """Even where a .ckpt is taken, nothing in it is called."""
     evil = evil_checkpoint(tmp_path / "evil.ckpt")
     refused(cli(verb, drawn_pets, *tiny, "--ckpt_path", evil), "evil.ckpt")
 
 
-def test_going_on_with_a_run_never_runs_a_pickle(
-    cli: Cli, tiny: tuple[str, ...], tiny_run: Path, drawn_pets: Path
-) -> None:
+def test_going_on_with_a_run_never_runs_a_pickle(cli, tiny, tiny_run, drawn_pets):
     """In the place of last.ckpt; what is no checkpoint is named, and auto begins afresh."""
     run = Path("runs/pets")
     (run / "checkpoints").mkdir(parents=True)
@@ -152,15 +144,13 @@ def test_going_on_with_a_run_never_runs_a_pickle(
     assert "last.ckpt" in outcome.err
 
 
-def test_the_payload_works(tmp_path: Path) -> None:
+def test_the_payload_works(tmp_path):
     """Unpickled, it does run: the tests of this file would see it."""
     torch.load(evil_checkpoint(tmp_path / "evil.ckpt"), weights_only=False)
     Path("a pickle was run").unlink()
 
 
-def test_the_hub_is_asked_for_safetensors_only(
-    hub: FakeHub, saved_model: Path, tmp_path: Path
-) -> None:
+def test_the_hub_is_asked_for_safetensors_only(hub, saved_model, tmp_path):
     """A repository that has only a pickle, then one with both."""
     config = (saved_model / "config.json").read_bytes()
     pickled = evil_checkpoint(tmp_path / "evil.bin").read_bytes()
@@ -176,9 +166,7 @@ def test_the_hub_is_asked_for_safetensors_only(
     assert not any("pytorch_model" in path for _, path in hub.asked)
 
 
-def test_without_the_hub_it_is_said_so(
-    hub: FakeHub, saved_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_hub_it_is_said_so(hub, saved_model, monkeypatch):
     """What the hub doesn't have; then it has gone, with nothing or only config.json in the cache."""
     hub.private |= {"you/half": False, "you/without": False}
     config = {"config.json": (saved_model / "config.json").read_bytes()}
@@ -200,9 +188,7 @@ def test_without_the_hub_it_is_said_so(
             load_model(f"hf-hub:{name}")
 
 
-def test_a_checkpoint_asks_no_hub(
-    hub: FakeHub, cli: Cli, tiny: tuple[str, ...], saved_model: Path, drawn_pets: Path
-) -> None:
+def test_a_checkpoint_asks_no_hub(hub, cli, tiny, saved_model, drawn_pets):
     """A training that began on the hub keeps what its checkpoints need; of other checkpoints the cache has it, or none.
 
     The model's architecture stands in the hub's config.json, its weights in the checkpoint.
@@ -227,9 +213,7 @@ def test_a_checkpoint_asks_no_hub(
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
 @pytest.mark.parametrize("everything", [True, False])
-def test_whole_numbers_are_no_weights(
-    saved_model: Path, dtype: torch.dtype, everything: bool
-) -> None:
+def test_whole_numbers_are_no_weights(saved_model, dtype, everything):
     """Neither all of them nor one; BatchNorm's counter is one, and the model loads with it."""
     file = saved_model / "model.safetensors"
     weights = load_file(file)
@@ -247,7 +231,7 @@ def test_whole_numbers_are_no_weights(
             call()
 
 
-def test_a_timm_name_means_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timm_name_means_safetensors(tmp_path, monkeypatch):
     """Its file is fetched, checked and given to timm; what is published only as a pickle or archive is refused."""
     net = timm.create_model("test_vit", num_classes=1000)
     save_file(net.state_dict(), tmp_path / "model.safetensors")
@@ -284,7 +268,7 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in read_header(file).items()}
 
 
-def test_a_header_says_what_safetensors_says(saved_model: Path, tmp_path: Path) -> None:
+def test_a_header_says_what_safetensors_says(saved_model, tmp_path):
     """Independent source: the safetensors library; and a file without what is wrong with the bombs."""
     file = saved_model / "model.safetensors"
     assert shapes_in(file) == {name: tuple(t.shape) for name, t in load_file(file).items()}
@@ -318,7 +302,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("what", BOMBS)
-def test_header_bombs(what: str, saved_model: Path) -> None:
+def test_header_bombs(what, saved_model):
     weights = saved_model / "model.safetensors"
     weights.write_bytes(BOMBS[what])
     with pytest.raises(UserError, match=r"can't be loaded|damaged|values"):
@@ -339,9 +323,7 @@ EXPERTS, VARIANCE = "blocks.1.mlp.experts.fc1.weight", "patch_embed.backbone.0.b
         (VARIANCE, -1, f"its variance {VARIANCE} is negative"),
     ],
 )
-def test_weights_that_give_no_numbers_are_refused(
-    name: str, value: float, said: str, saved_model: Path
-) -> None:
+def test_weights_that_give_no_numbers_are_refused(name, value, said, saved_model):
     weights = load_file(saved_model / "model.safetensors")
     weights[name].view(-1)[5] = value
     save_file(weights, saved_model / "model.safetensors")
@@ -371,7 +353,7 @@ HUGE: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("what", HUGE)
-def test_a_config_takes_no_more_memory_than_its_weights(what: str, saved_model: Path) -> None:
+def test_a_config_takes_no_more_memory_than_its_weights(what, saved_model):
     """The limit of the process would stop the allocation, and with it the test: 700 MB for what holds 0.1 million."""
     change_config(saved_model, "model_args", **HUGE[what])
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -407,9 +389,7 @@ FOREIGN: list[tuple[str, dict[str, object], str]] = [
 
 
 @pytest.mark.parametrize(("where", "changes", "words"), FOREIGN)
-def test_what_a_config_may_not_say(
-    where: str, changes: dict[str, object], words: str, saved_model: Path
-) -> None:
+def test_what_a_config_may_not_say(where, changes, words, saved_model):
     change_config(saved_model, where, **changes)
     with pytest.raises(UserError, match=r"can't be (loaded|used)") as caught:
         load_model(str(saved_model))
@@ -431,7 +411,7 @@ NO_DEVIATIONS = [[0, 0.2, 0.2], [-0.2, 0.2, 0.2], [1e-30, 1, 1]]
         *(("std", value) for value in NO_DEVIATIONS),
     ],
 )
-def test_colours_that_are_none_are_refused(name: str, value: object, saved_model: Path) -> None:
+def test_colours_that_are_none_are_refused(name, value, saved_model):
     change_config(saved_model, "pretrained_cfg", **{name: value})
     said = f"can't be used: its {name} is .* and must be three numbers"
     with pytest.raises(UserError, match=said):
@@ -439,7 +419,7 @@ def test_colours_that_are_none_are_refused(name: str, value: object, saved_model
 
 
 @pytest.mark.parametrize("side", [0, -32, 4097, 224.5, "x", None])
-def test_a_side_that_no_image_has_is_refused(side: object, tmp_path: Path) -> None:
+def test_a_side_that_no_image_has_is_refused(side, tmp_path):
     """A convolutional network takes any side, and a large one would take memory that no file holds."""
     net = timm.create_model("test_resnet", num_classes=2)
     save_model(SavedModel(net, ["a", "b"], 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), tmp_path)
@@ -451,7 +431,7 @@ def test_a_side_that_no_image_has_is_refused(side: object, tmp_path: Path) -> No
         load_model(str(tmp_path))
 
 
-def test_whole_numbers_are_colours(saved_model: Path) -> None:
+def test_whole_numbers_are_colours(saved_model):
     """As a person writes them."""
     change_config(saved_model, "pretrained_cfg", mean=[0, 0, 0], std=[1, 1, 1])
     saved = load_model(str(saved_model))
@@ -477,9 +457,7 @@ LIMITS: list[tuple[dict[str, object], dict[str, object], str]] = [
 
 
 @pytest.mark.parametrize(("allowed", "too_much", "words"), LIMITS)
-def test_where_a_config_becomes_too_much(
-    allowed: dict[str, object], too_much: dict[str, object], words: str, tmp_path: Path
-) -> None:
+def test_where_a_config_becomes_too_much(allowed, too_much, words, tmp_path):
     file = tmp_path / "config.json"
     for changes in (allowed, too_much):
         config = {"architecture": "test_vit", **changes}
@@ -493,7 +471,7 @@ def test_where_a_config_becomes_too_much(
     )
 
 
-def test_where_weights_are_said_to_lie_is_not_looked_at(saved_model: Path) -> None:
+def test_where_weights_are_said_to_lie_is_not_looked_at(saved_model):
     """The folder's own safetensors are read, whatever config.json says about files and addresses."""
     sources = hostile_sources(saved_model)
     evil_checkpoint(Path(str(sources["file"])))
@@ -504,7 +482,7 @@ def test_where_weights_are_said_to_lie_is_not_looked_at(saved_model: Path) -> No
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
-def test_names_cannot_steer_a_terminal(saved_model: Path) -> None:
+def test_names_cannot_steer_a_terminal(saved_model):
     change_config(saved_model, label_names=["\x1b[2Jcat", "dog\u202egod"])
     assert load_model(str(saved_model)).class_names == ["\\x1b[2Jcat", "dog\\u202egod"]
 
@@ -532,7 +510,7 @@ def opened(folder: Path) -> SavedModel | None:
         return None
 
 
-def test_a_mutated_config_gives_a_model_or_a_user_error(saved_model: Path) -> None:
+def test_a_mutated_config_gives_a_model_or_a_user_error(saved_model):
     """Any value anywhere; a model that loads also takes an image."""
     rng, file = random.Random(0), saved_model / "config.json"
     kept, refusals = file.read_text(), 0
@@ -554,7 +532,7 @@ def test_a_mutated_config_gives_a_model_or_a_user_error(saved_model: Path) -> No
 
 
 @pytest.mark.deep
-def test_a_mutated_weights_file_gives_a_model_or_a_user_error(saved_model: Path) -> None:
+def test_a_mutated_weights_file_gives_a_model_or_a_user_error(saved_model):
     """Flipped, cut and inserted bytes, most of them in the header."""
     rng, weights = random.Random(0), saved_model / "model.safetensors"
     kept = weights.read_bytes()
@@ -633,7 +611,7 @@ def hostile_sources(folder: Path) -> dict[str, object]:
     }
 
 
-def test_timm_has_no_place_of_weights_that_is_not_known_here() -> None:
+def test_timm_has_no_place_of_weights_that_is_not_known_here():
     """Its own list of them, and all fields of its description that `has_weights` or a loader reads."""
     from timm.models._builder import _PRETRAINED_SOURCE_KEYS
 
@@ -801,14 +779,14 @@ KINDS = ("safetensors", "int8", "rest", "checkpoint")
 
 @pytest.mark.whole
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_mutated_model_reaches_the_network(kind: str, tiny_run: Path, tmp_path: Path) -> None:
+def test_no_mutated_model_reaches_the_network(kind, tiny_run, tmp_path):
     """Every verb gets a model, or one sentence; `rest` stands for sharded weights, which nothing here reads."""
     outcomes = open_mutated(kind, 10, tiny_run, tmp_path)
     assert outcomes["predict, export: refused"] >= 3
     assert outcomes.total() == 10 * len(OPENS)
 
 
-def test_a_model_inside_a_model_is_not_fetched_either(tmp_path: Path) -> None:
+def test_a_model_inside_a_model_is_not_fetched_either(tmp_path):
     """The first part of this architecture is a ResNet, which timm fetches from the hub under pretrained=True."""
     name, arguments = (
         "vit_small_resnet26d_224",
@@ -832,16 +810,17 @@ def test_a_model_inside_a_model_is_not_fetched_either(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize("kind", KINDS)
-def test_nor_does_one_of_two_hundred(kind: str, tiny_run: Path, tmp_path: Path) -> None:
-    outcomes = open_mutated(kind, 200, tiny_run, tmp_path)
-    assert outcomes["predict, export: refused"] >= 100
+def test_nor_does_one_of_sixty(kind, tiny_run, tmp_path):
+    """Every change of `mutate_config` and `mutate_tensors` several times, alone and with others."""
+    outcomes = open_mutated(kind, 60, tiny_run, tmp_path)
+    assert outcomes["predict, export: refused"] >= 30
     assert outcomes["predict, export: opened"] >= 2
 
 
 # --- JSON, YAML and what lies in a folder
 
 
-def test_json_that_is_refused(tmp_path: Path) -> None:
+def test_json_that_is_refused(tmp_path):
     """Each kind of file that is read says so in its own words; a terabyte of zeros takes no room, and isn't read."""
     file = tmp_path / "x.json"
     for text in (b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 99_999, b"1" * 5_000):
@@ -855,7 +834,7 @@ def test_json_that_is_refused(tmp_path: Path) -> None:
         read_json(file)
 
 
-def test_a_card_of_another_form(tmp_path: Path) -> None:
+def test_a_card_of_another_form(tmp_path):
     card = tmp_path / "card.json"
     card.write_text('{"id": "x", "title": "X"}')
     assert read_card(card).title == "X"
@@ -867,7 +846,7 @@ def test_a_card_of_another_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX files")
-def test_only_regular_files_are_read(name: str, saved_model: Path, tmp_path: Path) -> None:
+def test_only_regular_files_are_read(name, saved_model, tmp_path):
     """A pipe would wait for ever, a device never ends; a link is followed, and what it leads to is judged."""
     file = saved_model / name
     kept = tmp_path / "kept"
@@ -894,7 +873,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
-def test_yaml_that_is_refused(tmp_path: Path) -> None:
+def test_yaml_that_is_refused(tmp_path):
     file = tmp_path / "config.yaml"
     for text in (
         LAUGHS,
@@ -954,7 +933,7 @@ CALLABLES = {
 
 @pytest.mark.parametrize("what", CALLABLES)
 @pytest.mark.parametrize("trial", ["fast_dev_run: 1", "fast_dev_run: false"])
-def test_a_configuration_calls_no_function(what: str, trial: str, cli: Cli) -> None:
+def test_a_configuration_calls_no_function(what, trial, cli):
     """Without a trial config.yaml would be written, which can't hold a function."""
     text = CONFIG.format(CALLABLES[what]).replace("fast_dev_run: 1", trial)
     Path("evil.yaml").write_text(text)
@@ -971,7 +950,7 @@ def evil_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("what", NAMED)
-def test_a_configuration_imports_nothing_foreign(what: str, cli: Cli, evil_module: Path) -> None:
+def test_a_configuration_imports_nothing_foreign(what, cli, evil_module):
     (evil_module / "evil.yaml").write_text(CONFIG.format(NAMED[what]))
     refused(cli("fit", "--config", "evil.yaml"))
     outcome = cli("fit", "synthetic_pets", "--trainer.callbacks=[{class_path: evilmod.Evil}]")
@@ -981,7 +960,7 @@ def test_a_configuration_imports_nothing_foreign(what: str, cli: Cli, evil_modul
     assert not (evil_module / "runs").exists()
 
 
-def test_lightnings_own_parts_may_be_named(cli: Cli) -> None:
+def test_lightnings_own_parts_may_be_named(cli):
     stopping = "callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/top1}}]"
     Path("good.yaml").write_text(CONFIG.format(stopping))
     succeeded(cli("fit", "--config", "good.yaml"))
@@ -990,7 +969,7 @@ def test_lightnings_own_parts_may_be_named(cli: Cli) -> None:
 @pytest.mark.parametrize(
     "text", [LAUGHS, "a: " + "[" * 20_000, "model: http://localhost:1/evil.yaml", "x" * 2**21]
 )
-def test_configuration_bombs(text: str, cli: Cli) -> None:
+def test_configuration_bombs(text, cli):
     """A few lines that stand for billions of values, nesting, an address, and a long file."""
     Path("evil.yaml").write_text(text)
     refused(cli("fit", "--config", "evil.yaml"))

@@ -51,7 +51,7 @@ def output(program: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("code", "arguments"), ANSWERS, ids=[*ANSWERED, *REFUSED])
-def test_an_answer_is_quick(code: int, arguments: list[str]) -> None:
+def test_an_answer_is_quick(code, arguments):
     def cpu_seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run("-m", "moevision", *arguments)
@@ -65,7 +65,7 @@ def test_an_answer_is_quick(code: int, arguments: list[str]) -> None:
     assert min(taken) <= HELP_S
 
 
-def test_answers_load_nothing_heavy() -> None:
+def test_answers_load_nothing_heavy():
     program = f"""
 import contextlib, io, sys
 from moevision.cli import main
@@ -89,7 +89,7 @@ print(json.dumps(marks))
 """
 
 
-def test_the_import_costs_little_more_than_timm() -> None:
+def test_the_import_costs_little_more_than_timm():
     """After timm, which moevision imports, so that the second number is all that it adds."""
 
     def cpu_seconds() -> list[float]:
@@ -121,6 +121,29 @@ print(net.moe_config["num_experts"])
 """
 
 
+BUILT = """
+config = transformers.TimmWrapperConfig(architecture="test_vit_moe", num_labels=2)
+print(transformers.TimmWrapperForImageClassification(config).timm_model.moe_config["num_experts"])
+"""
+PUBLIC = """
+import moevision
+for name in (*moevision.__all__, "analysis", "data", "demo", "layers", "losses", "models", "train"):
+    assert name in dir(moevision), name
+    assert getattr(moevision, name) is not None
+try:
+    moevision.nothing
+except AttributeError as error:
+    print(error)
+"""
+NO_NAME = "module 'moevision' has no attribute 'nothing'"
+PROGRAMS = {
+    # After `import moevision.models`, or the first use of a public name, timm knows ours.
+    **{name: (f"{imports}\n{KNOWN}", "3") for name, imports in ORDERS.items()},
+    # So does transformers, whichever is imported first.
+    "ours, transformers": (f"import moevision.models, transformers{BUILT}", "4"),
+    "transformers, ours": (f"import transformers, moevision.models{BUILT}", "4"),
+    "public names without an import of their own": (PUBLIC, NO_NAME),
+}
 # Each program runs in a fork of a process that has imported what timm needs, neither timm nor moevision.
 IN_FORKS = """
 import os, sys
@@ -137,15 +160,15 @@ for name, program in {programs!r}.items():
 """
 
 
-def test_timm_knows_the_names() -> None:
-    """After `import moevision.models`, or the first use of a public name."""
-    programs = {name: f"{imports}\n{KNOWN}" for name, imports in ORDERS.items()}
+@pytest.mark.needs("transformers")
+def test_names_are_known_however_they_are_imported():
+    programs = {name: program for name, (program, _) in PROGRAMS.items()}
     assert output(IN_FORKS.format(programs=programs)) == [
-        line for name in ORDERS for line in (f"== {name}", "3")
+        line for name, (_, said) in PROGRAMS.items() for line in (f"== {name}", said)
     ]
 
 
-def test_nothing_watches_imports() -> None:
+def test_nothing_watches_imports():
     """timm stays as it is for whoever imports it: no finder of ours stands in front of Python's."""
     program = """
 import sys
@@ -154,35 +177,3 @@ import moevision
 print(sys.meta_path == before, "timm" in sys.modules)
 """
     assert output(program) == ["True False"]
-
-
-BUILT = """
-config = transformers.TimmWrapperConfig(architecture="test_vit_moe", num_labels=2)
-print(transformers.TimmWrapperForImageClassification(config).timm_model.moe_config["num_experts"])
-"""
-
-
-@pytest.mark.needs("transformers")
-def test_transformers_builds_our_models() -> None:
-    """Whichever is imported first."""
-    orders = ("import moevision.models, transformers", "import transformers, moevision.models")
-    assert output(IN_FORKS.format(programs={order: f"{order}{BUILT}" for order in orders})) == [
-        f"== {orders[0]}",
-        "4",
-        f"== {orders[1]}",
-        "4",
-    ]
-
-
-def test_public_names_are_there_without_an_import_of_their_own() -> None:
-    program = """
-import moevision
-for name in (*moevision.__all__, "analysis", "data", "demo", "layers", "losses", "models", "train"):
-    assert name in dir(moevision), name
-    assert getattr(moevision, name) is not None
-try:
-    moevision.nothing
-except AttributeError as error:
-    print(error)
-"""
-    assert output(program) == ["module 'moevision' has no attribute 'nothing'"]

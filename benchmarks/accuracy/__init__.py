@@ -27,20 +27,6 @@ from moevision.errors import UserError
 from moevision.files import write_text_atomic
 
 
-def read_finished(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """summary.json and provenance.json of a finished run folder.
-
-    Raises:
-        UserError: if it isn't finished.
-    """
-    if not (run / "summary.json").is_file():
-        raise UserError(f"{run} has no summary.json: its training isn't finished.")
-    summary, provenance = (
-        json.loads((run / name).read_text()) for name in ("summary.json", "provenance.json")
-    )
-    return summary, provenance
-
-
 def class_shares(run: Path, data: str) -> dict[int, list[list[float]]]:
     """Of each layer the share [C, E] of each class's choices that falls on each expert, over the test images."""
     trace = collect_routing(run, data, progress=False)
@@ -57,7 +43,11 @@ def record_of(run: Path, *, classes: bool = False) -> dict[str, Any]:
     Raises:
         UserError: if it isn't finished.
     """
-    summary, provenance = read_finished(run)
+    if not (run / "summary.json").is_file():
+        raise UserError(f"{run} has no summary.json: its training isn't finished.")
+    summary, provenance = (
+        json.loads((run / name).read_text()) for name in ("summary.json", "provenance.json")
+    )
     test, cost, images = summary["test"], summary["cost"], summary["steps"] * summary["batch_size"]
     shares = class_shares(run, summary["data"]) if classes else {}
     flops = (

@@ -1,6 +1,5 @@
 """How a model is packed into eight bits: rounded to whole steps, so that its layers answer as they did."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,9 @@ from benchmarks.demo import packed
 from benchmarks.demo.packed import compensated, input_products, nearest, pack, pack_folder
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
-from moevision.models.io import load_model, save_model, unpack
+from moevision.models.io import load_model, unpack
 from moevision.models.safe_files import PACKED, SCALE
+from tests.models.test_packed import two_that_share
 
 EXPERTS, ROUTER = "blocks.1.mlp.experts.fc1.weight", "blocks.1.mlp.router.weight"
 
@@ -95,22 +95,5 @@ def test_small_tensors_and_what_is_no_matrix_stay(folder: Path) -> None:
     ]
 
 
-def test_what_two_models_share_is_packed_once(
-    folder: Path, drawn_pets: Path, tmp_path: Path
-) -> None:
-    """The second has other experts and another classifier: these alone lie in its file, in 31 steps on either side."""
-    one, two = tmp_path / "one" / "trained", tmp_path / "two" / "trained"
-    shutil.copytree(folder, one)
-    model = load_model(str(one))
-    changed = {
-        name
-        for name, _ in model.net.named_parameters()
-        if name.startswith(("blocks.1.mlp.", "head."))
-    }
-    for name in changed:
-        model.net.get_parameter(name).data.mul_(1.1)
-    save_model(model, two)
-    pack_folder(two, str(drawn_pets), rest=one.parent)
-    stored = load_file(two / PACKED)
-    assert {name.removesuffix(SCALE) for name in stored} == changed
-    assert int(stored[EXPERTS].abs().max()) == 31
+def test_what_two_models_share_is_packed_once(folder, drawn_pets: Path, tmp_path: Path) -> None:
+    two_that_share(folder, tmp_path, lambda two, rest: pack_folder(two, str(drawn_pets), rest=rest))

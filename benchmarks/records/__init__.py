@@ -36,7 +36,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property, reduce
+from functools import cache, cached_property, reduce
 from importlib import import_module
 from pathlib import Path
 from string import Formatter
@@ -156,18 +156,18 @@ def claims_of(entry: Mapping[str, Any]) -> Iterator[Claim]:
 
 @dataclass(frozen=True)
 class Page:
-    """A page with its claims, its words that aren't measured, and what frozen studies say in it."""
+    """A page with its claims and its words that aren't measured."""
 
     path: Path
     claims: Sequence[Claim] = ()
     not_measured: Mapping[str, str] = field(default_factory=dict)
-    frozen: Sequence[str] = ()
 
     @property
     def accounted(self) -> list[str]:
         """Everything in it that comes from a record or needs none, the longest text first."""
         texts = [text for claim in self.claims for text in claim.texts]
-        return sorted([*texts, *self.frozen, *self.not_measured], key=len, reverse=True)
+        texts += frozen_statements().get(self.path, [])
+        return sorted([*texts, *self.not_measured], key=len, reverse=True)
 
     @property
     def text(self) -> str:
@@ -200,12 +200,19 @@ def statements_of(script: Path) -> dict[str, list[str]]:
     return statements
 
 
-def checked_pages() -> list[Page]:
-    """All pages, with what their files and the frozen studies say of them."""
-    statements, pages = defaultdict(list), []
+@cache
+def frozen_statements() -> dict[Path, list[str]]:
+    """Page -> texts of all frozen studies; computed when the first page asks, not where tests are collected."""
+    statements = defaultdict(list)
     for script in SCRIPTS:
         for page, texts in statements_of(script).items():
-            statements[page] += texts
+            statements[ROOT / page] += texts
+    return dict(statements)
+
+
+def checked_pages() -> list[Page]:
+    """All pages, with what their files say of them."""
+    pages = []
     for path in all_pages():
         file = file_of(path)
         own = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -215,8 +222,7 @@ def checked_pages() -> list[Page]:
             assert lines, f"{path} has no line like {expression}"
             not_measured |= dict.fromkeys(lines, why)
         claims = [claim for entry in own.get("claim", []) for claim in claims_of(entry)]
-        frozen = statements[path.relative_to(ROOT).as_posix()]
-        pages.append(Page(path, claims, not_measured, frozen))
+        pages.append(Page(path, claims, not_measured))
     return pages
 
 

@@ -6,7 +6,7 @@ import re
 from statistics import median
 from typing import Any, cast
 
-from benchmarks.demo.flips import flipped
+import numpy as np
 
 Json = dict[str, Any]
 OPENING = "cifar10"  # the bundled model whose case opens README and the site
@@ -95,6 +95,12 @@ def live(record: Json) -> list[Json]:
         own = record["models"][model]
         rows.append({**own, "name": name, "cold": median(own["cold_s"])})
     return rows
+
+
+def flipped(record: Json, kind: str) -> np.ndarray:
+    """[N] whether an image's answer is another one without some expert (`without`), or `at_random`."""
+    own = np.array(list(record["all"]))
+    return np.any([np.array(list(other)) != own for other in record[kind].values()], axis=0)
 
 
 def of_flips(record: Json) -> Json:

@@ -27,6 +27,7 @@ from benchmarks.records import (
     trees_of,
     unclaimed,
 )
+from benchmarks.records.explorer import flipped
 from tests.needs import PHOTO_MODEL
 
 WITHOUT_COMMIT: set[str] = {
@@ -296,3 +297,13 @@ def test_a_text_divides_and_takes_rows_and_several_records(tmp_path: Path) -> No
     assert Claim("{0[ms]*2:.0f}, {1[ms]}", (f"{record}#moe-*",)).texts == ["3000, 3000"]
     with pytest.raises(LookupError, match="there is no"):
         load([f"{record}#dense-*"])
+
+
+def test_an_answer_flips_if_any_expert_changes_it() -> None:
+    record = {
+        "all": "0123",
+        "without": {"a": "0124", "b": "1123"},
+        "at_random": {"a": "0123", "b": "0103"},
+    }
+    assert flipped(record, "without").tolist() == [True, False, False, True]
+    assert flipped(record, "at_random").tolist() == [False, False, True, False]

@@ -41,7 +41,7 @@ from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 from moevision.models.ood import IMAGES, MahalanobisOOD, fit_ood, linear_head
 from moevision.stats import PairedDifference, paired_difference, paired_macro_difference
-from moevision.train.checkpoint import BEST, LAST, PRETRAINED_CONFIG, check_checkpoint, verify
+from moevision.train.checkpoint import BEST, LAST, PRETRAINED_CONFIG, verify
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import RecordRouting, StopEarly, Stopwatch, WeightEMA, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves
@@ -204,7 +204,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         return None
 
     # Rank 0 writes.
-    _export_model(training, weights.checkpoint)
+    _export_model(training, weights.step)
     _write_predictions(run_dir, tested, data.class_names)
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     plot_confusion(tested.labels, tested.predictions, data.class_names, run_dir / "confusion.png")
@@ -257,7 +257,8 @@ def _gather_columns(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, npt.ND
     return {name: column[order] for name, column in columns.items()}
 
 
-def _export_model(training: Training, checkpoint: Path) -> None:
+def _export_model(training: Training, step: int) -> None:
+    """Write `model/` with the tested weights, and close the history of the routing at their step."""
     task, data, trainer = training.task, training.data, training.trainer
     model = SavedModel(
         net=task.net,
@@ -272,7 +273,7 @@ def _export_model(training: Training, checkpoint: Path) -> None:
     save_model(model, training.run_dir / "model")
     recorder = callback_of(trainer, RecordRouting)
     if recorder is not None:
-        recorder.finish(trainer, task, check_checkpoint(str(checkpoint))["global_step"])
+        recorder.finish(trainer, task, step)
 
 
 def _write_predictions(run_dir: Path, tested: TestedImages, classes: Sequence[str]) -> None:
@@ -542,10 +543,11 @@ def _write_summary(summary: RunSummary, run_dir: Path) -> None:
 
 
 class FinalWeights(NamedTuple):
-    """The checkpoint that is tested, and a description of its weights for the summary."""
+    """The checkpoint that is tested, a description of its weights for the summary, and their optimizer step."""
 
     checkpoint: Path
     description: str
+    step: int
 
 
 class Validated(NamedTuple):
@@ -566,26 +568,24 @@ def choose_weights(training: Training) -> FinalWeights:
     default: FinalWeights = broadcast_from_rank0(lambda: final_checkpoint(folder))
     if default.checkpoint != best or not schedule_ended(training.trainer):
         return default
-    if broadcast_from_rank0(lambda: verify(last)).fault is not None:
+    verified_last = broadcast_from_rank0(lambda: verify(last))
+    if verified_last.fault is not None:
         return default
 
     monitor = cast(str, training.settings.checkpoint.monitor)
-    best_step = int(check_checkpoint(str(best))["global_step"])
-    last_step = int(check_checkpoint(str(last))["global_step"])
+    best_step, last_step = default.step, verified_last.step
     if best_step == last_step:
-        return FinalWeights(
-            last, f"the weights of the last epoch, which are the best by {monitor} too"
-        )
+        description = f"the weights of the last epoch, which are the best by {monitor} too"
+        return FinalWeights(last, description, last_step)
     print_rank0(
         f"The last weights, or the best epoch's (step {best_step:,})? Both classify the validation images."
     )
     best_images, last_images = _validate(training, best), _validate(training, last)
     num_best, num_last = len(best_images.labels), len(last_images.labels)
     if num_best != num_last:  # a file that was damaged in between
-        return FinalWeights(
-            best,
-            f"the weights of the best validation epoch, because these and the last could read {num_best:,} and "
-            f"{num_last:,} validation images and can't be compared",
+        return default._replace(
+            description="the weights of the best validation epoch, because these and the last could read "
+            f"{num_best:,} and {num_last:,} validation images and can't be compared"
         )
     gain, error = gain_of(best_images, last_images, monitor)
 
@@ -598,8 +598,8 @@ def choose_weights(training: Training) -> FinalWeights:
         f"{error_text})"
     )
     if gain > error:
-        return FinalWeights(best, f"the weights of the best validation epoch: {comparison}")
-    return FinalWeights(last, f"the weights of the last epoch: {comparison}")
+        return default._replace(description=f"{default.description}: {comparison}")
+    return FinalWeights(last, f"the weights of the last epoch: {comparison}", last_step)
 
 
 def gain_of(best: Validated, last: Validated, monitor: str) -> tuple[float, float]:
@@ -638,13 +638,15 @@ def _validate(training: Training, checkpoint: Path) -> Validated:
 def final_checkpoint(folder: Path) -> FinalWeights:
     """The checkpoint to test if nothing is compared: best.ckpt, or last.ckpt if that one is missing or damaged."""
     best, last = folder / BEST, folder / LAST
-    if not best.exists():  # a training that ends within its first epoch
-        return FinalWeights(last, "the weights of the last step, because there is no best.ckpt")
-    fault = verify(best).fault
-    if fault is None:
-        return FinalWeights(best, "the weights of the best validation epoch")
-    print_rank0(f"warning: {best} {fault}: {LAST} is tested instead.")
-    return FinalWeights(last, "the weights of the last epoch, because best.ckpt was damaged")
+    if best.exists():
+        verified = verify(best)
+        if verified.fault is None:
+            return FinalWeights(best, "the weights of the best validation epoch", verified.step)
+        print_rank0(f"warning: {best} {verified.fault}: {LAST} is tested instead.")
+        description = "the weights of the last epoch, because best.ckpt was damaged"
+    else:  # a training that ends within its first epoch
+        description = "the weights of the last step, because there is no best.ckpt"
+    return FinalWeights(last, description, verify(last).step)
 
 
 def checkpoint_of_run(run_dir: Path) -> Path:

@@ -56,7 +56,7 @@ def saved(router, **options) -> SavedModel:
 
 
 @pytest.mark.parametrize("router", STEPPED)
-def test_every_step_takes_every_router(router) -> None:
+def test_every_step_takes_every_router(router):
     model = saved(router)
     pictures, trace = traced(model, 48)
     baselines = measure_baselines(model, pictures, trace, seeds=1)
@@ -104,7 +104,7 @@ ALONE = {
 
 
 @pytest.mark.parametrize("router", ALONE)
-def test_rows_of_one_picture_are_as_if_alone(router) -> None:
+def test_rows_of_one_picture_are_as_if_alone(router):
     """The control's draws are one batch; they don't share a batch's capacity, and colour gates look at the image."""
     model, image = saved(router, **ALONE[router]), PETS.image(5)
     change = Intervention("ablate", layer=1, expert=2)
@@ -118,13 +118,13 @@ def test_rows_of_one_picture_are_as_if_alone(router) -> None:
             assert delta == pytest.approx(float((after - before)[found.target]), abs=1e-5)
 
 
-def test_an_untrained_router_has_no_bias_left() -> None:
+def test_an_untrained_router_has_no_bias_left():
     model = saved("bias_balanced")
     moe_layers(model.net)[0].router.bias.fill_(3.0)
     assert not moe_layers(fresh_copy(model.net, 0))[0].router.bias.any()
 
 
-def test_the_rule_of_expert_choice() -> None:
+def test_the_rule_of_expert_choice():
     """One image, 3 patches, 2 experts, C = 1: the affinity is the softmax over experts, its best patch is taken.
 
     Scores differ by 2, -1 and 1, so expert 0 is wanted most by patch 0, expert 1 by patch 1. The scale is found so
@@ -139,7 +139,7 @@ def test_the_rule_of_expert_choice() -> None:
     np.testing.assert_allclose(chosen.amounts[0], [[p[0], 0], [0, p[1]], [0, 0]], rtol=1e-6)
 
 
-def test_the_rule_of_soft_moe() -> None:
+def test_the_rule_of_soft_moe():
     """Taking is a softmax over experts, by hand from ln 3."""
     scores = np.log(np.array([[[3.0, 1.0], [1.0, 1.0]]]))
     chosen = RoutingRule("soft", 2, 0, 1.0).apply(scores, 1.0)
@@ -147,7 +147,7 @@ def test_the_rule_of_soft_moe() -> None:
 
 
 @pytest.mark.deep
-def test_effects_without_a_control_are_measured_and_drawn() -> None:
+def test_effects_without_a_control_are_measured_and_drawn():
     """Images routed as a whole to one expert each: as many random choices are the ablation itself."""
     model = saved("vmoe_top_k", route_by="image", top_k=1)
     pictures, trace = traced(model, 48)
@@ -172,7 +172,7 @@ RAGGED = {
 
 @pytest.mark.deep
 @pytest.mark.parametrize("name", RAGGED)
-def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
+def test_layers_that_differ_are_drawn_side_by_side(name):
     routers, options = RAGGED[name]
     pictures, trace = traced(saved(routers, **options), 48)
     maps = {
@@ -209,7 +209,7 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
 @pytest.mark.parametrize(
     "kinds", [["soft"], ["expert_choice"], ["soft", "expert_choice", "token_choice"]]
 )
-def test_captions_add_what_differs(kinds) -> None:
+def test_captions_add_what_differs(kinds):
     caption = environment().get_template("captions.jinja").module.caption
     (plain, rest), words = (
         caption("load", ["token_choice"]).split(" <b>What"),
@@ -222,7 +222,7 @@ def test_captions_add_what_differs(kinds) -> None:
 
 
 @pytest.mark.deep
-def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch) -> None:
+def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch):
     """Its numbers and its page; the figures are drawn above."""
     monkeypatch.setattr("moevision.analysis.report.draw_figures", lambda *measured: iter(()))
     model = saved(["soft", "expert_choice"])
@@ -247,7 +247,7 @@ def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch) -> None:
     assert numbers["effects"]["what"].count(";") == 1
 
 
-def test_a_rule_has_the_capacity_of_expert_choice_and_none_for_soft() -> None:
+def test_a_rule_has_the_capacity_of_expert_choice_and_none_for_soft():
     """Of 16 patches each of 4 experts takes 16 · 2 / 4."""
     _, trace = traced(saved(["soft", "expert_choice"]), 48)
     assert [RoutingRule.of(layer).top_k for layer in trace.layers] == [0, 8]

@@ -30,7 +30,7 @@ def measured():
     return model, pictures, trace, measure_baselines(model, pictures, trace, seeds=2)
 
 
-def test_difference_interval_by_hand() -> None:
+def test_difference_interval_by_hand():
     a = Interval(0.5, 0.4, 0.6)
     # lower end of a - b: d - sqrt(0.1² + (high - value of b)²); with 0.24² it is 0.26 wide
     assert math.hypot(0.1, 0.24) == pytest.approx(0.26)
@@ -38,7 +38,7 @@ def test_difference_interval_by_hand() -> None:
     assert not a.significantly_above(Interval(0.241, 0.2, 0.481))
 
 
-def test_baselines_of_a_model(measured) -> None:
+def test_baselines_of_a_model(measured):
     _, _, trace, baselines = measured
     assert set(baselines) == {"untrained", "kmeans_input"}
     blocks = [layer.layer for layer in trace.layers]
@@ -53,7 +53,7 @@ def test_baselines_of_a_model(measured) -> None:
     assert all(len(each.images) == 30 for each in baselines["kmeans_input"])
 
 
-def test_clusters_are_fitted_on_every_patch_once_where_there_are_few(measured, monkeypatch) -> None:
+def test_clusters_are_fitted_on_every_patch_once_where_there_are_few(measured, monkeypatch):
     """30 images of 16 patches, fewer than the 20,000 that a clustering takes."""
     model, pictures, trace, _ = measured
     fitted = []
@@ -66,7 +66,7 @@ def test_clusters_are_fitted_on_every_patch_once_where_there_are_few(measured, m
     assert [len(tokens) for tokens in fitted] == [30 * 16, 30 * 16]  # two layers
 
 
-def test_clusters_are_the_nearest_means(measured) -> None:
+def test_clusters_are_the_nearest_means(measured):
     model, pictures, trace, baselines = measured
     found = baselines["kmeans_input"][0]
     (inputs,) = router_inputs(model, pictures, trace, found.images, 60)
@@ -78,7 +78,7 @@ def test_clusters_are_the_nearest_means(measured) -> None:
     assert adjusted_rand_score(first, nearest) > 0.8
 
 
-def test_a_fresh_copy_remembers_nothing() -> None:
+def test_a_fresh_copy_remembers_nothing():
     trained, other = small_net(), small_net(seed=1)
     for net in (trained, other):
         with torch.no_grad():
@@ -102,7 +102,7 @@ def test_a_fresh_copy_remembers_nothing() -> None:
 
 
 @pytest.mark.parametrize("base", ["beit_base_patch16_224", "vit_small_patch16_dinov3"])
-def test_a_fresh_copy_of_another_architecture_remembers_nothing(base: str) -> None:
+def test_a_fresh_copy_of_another_architecture_remembers_nothing(base):
     """BEiT and EVA (DINOv3) scale every block's outputs by 1 / sqrt(2 · number) as they draw weights, from std 0.02."""
     nets = []
     for seed in range(2):
@@ -126,7 +126,7 @@ def test_a_fresh_copy_of_another_architecture_remembers_nothing(base: str) -> No
 
 @pytest.mark.deep
 @pytest.mark.parametrize("labelled", [2, 4])
-def test_few_labelled_images_leave_out_what_they_cannot_ask(measured, labelled) -> None:
+def test_few_labelled_images_leave_out_what_they_cannot_ask(measured, labelled):
     """Of 40 images a few have a class; the clusters are measured on one half only."""
     model, pictures, whole, _ = measured
     labels = np.full(40, -1)
@@ -143,6 +143,6 @@ def test_few_labelled_images_leave_out_what_they_cannot_ask(measured, labelled) 
         assert ("clusters" in answers.controls) == (labelled == 4)
 
 
-def test_words_are_listed() -> None:
+def test_words_are_listed():
     words = [join_with_and(items) for items in ([], ["a"], ["a", "b"], ["a", "b", "c"])]
     assert words == ["", "a", "a and b", "a, b and c"]

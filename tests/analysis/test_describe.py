@@ -1,7 +1,5 @@
 """Colours and counts of the figures: numbers worked out by hand, published values, and sums that must come out."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
@@ -28,7 +26,7 @@ from moevision.analysis.plots import EXPERT_COLOURS, NEUTRAL, expert_colours, in
 from tests.analysis.conftest import trace_of
 
 
-def test_the_palette_is_okabe_and_itos_with_grey_for_black() -> None:
+def test_the_palette_is_okabe_and_itos_with_grey_for_black():
     # Okabe & Ito, "Color Universal Design", 2008: RGB of seven of the eight colours; then the grey of Tol's "bright".
     published = [(187, 187, 187), (230, 159, 0), (86, 180, 233), (0, 158, 115)]
     published += [(240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
@@ -48,13 +46,13 @@ def contrast(one: str, other: str) -> float:
 
 
 @given(st.integers(0, 0xFFFFFF))
-def test_the_ink_is_readable_on_any_colour(number: int) -> None:
+def test_the_ink_is_readable_on_any_colour(number):
     colour = f"#{number:06X}"
     # The two ratios multiply to 21 (1.05 / 0.05), so the better one is at least √21.
     assert contrast(ink_on(colour), colour) >= math.sqrt(21) - 2e-3
 
 
-def test_up_to_eight_experts_have_colours_and_more_have_numbers_on_grey() -> None:
+def test_up_to_eight_experts_have_colours_and_more_have_numbers_on_grey():
     assert expert_colours(8) == list(EXPERT_COLOURS)
     assert expert_colours(2) == list(EXPERT_COLOURS[:2])
     assert set(expert_colours(9)) == {NEUTRAL}
@@ -65,7 +63,7 @@ MASK = np.array([[0, 0, 1, 1], [0, 0, 1, 0], [0, 1, 2, 2], [1, 0, 2, 2]], dtype=
 FRACTIONS = np.array([[[1, 0, 0], [0.25, 0.75, 0], [0.5, 0.5, 0], [0, 0, 1]]])
 
 
-def test_part_fractions_by_hand() -> None:
+def test_part_fractions_by_hand():
     np.testing.assert_allclose(part_fractions(MASK, (2, 2), 3), FRACTIONS)
     # One row of two patches, each 4 high and 2 wide: the left half holds 6 zeros and 2 ones.
     np.testing.assert_allclose(part_fractions(MASK, (1, 2), 3)[0, 0], [0.75, 0.25, 0])
@@ -74,7 +72,7 @@ def test_part_fractions_by_hand() -> None:
     )  # the tie goes to the lower number
 
 
-def test_part_expert_table_by_hand() -> None:
+def test_part_expert_table_by_hand():
     choices = np.array([[[0, 1], [1, 0], [1, 2], [2, 1]]])
     # Part 0 has area 1 + 1/4 + 1/2: half of each patch's share goes to either choice.
     expected = np.array([
@@ -100,12 +98,12 @@ def masks_and_routing(follow: float, seed: int) -> tuple[np.ndarray, np.ndarray]
     return expert[..., None], np.stack([part == 0, part == 1], -1).astype(np.float64)
 
 
-def test_a_part_stands_out_where_routing_goes_by_it() -> None:
+def test_a_part_stands_out_where_routing_goes_by_it():
     choices, fractions = masks_and_routing(0.5, 0)
     assert part_stands_out(choices, fractions, 2).all()
 
 
-def test_a_part_does_not_stand_out_where_routing_goes_by_the_place_alone() -> None:
+def test_a_part_does_not_stand_out_where_routing_goes_by_the_place_alone():
     """Expert 1 gets 80 % of part 1 and half of everything, and yet knows nothing of parts."""
     found = []
     for seed in range(40):
@@ -135,7 +133,7 @@ def images_with_own_shares(rng, labels, lean=0.0, experts=6, patches=16):
     ]
 
 
-def test_shares_by_hand(make_trace) -> None:
+def test_shares_by_hand(make_trace):
     chosen = np.array([[0, 0, 1, 2], [0, 0, 0, 0], [1, 1, 1, 1]])[..., None]
     trace = make_trace(chosen, labels=[0, 0, 1], num_experts=3, grid=(2, 2))
     found = class_expert_map(trace, 1)
@@ -148,7 +146,7 @@ def test_shares_by_hand(make_trace) -> None:
     np.testing.assert_allclose(image_shares(takes), [[0.5, 0.5], [0.75, 0.25], [0.25, 0.75]])
 
 
-def test_maps_without_a_pattern_show_a_cell_in_one_of_twenty(make_trace) -> None:
+def test_maps_without_a_pattern_show_a_cell_in_one_of_twenty(make_trace):
     labels = np.arange(80) % 5
     false, largest_cells_above = 0, 0
     for seed in range(200):
@@ -165,7 +163,7 @@ def test_maps_without_a_pattern_show_a_cell_in_one_of_twenty(make_trace) -> None
     )  # a threshold for single cells would colour one in nearly every map
 
 
-def test_a_planted_preference_is_the_cell_that_stands_out(make_trace) -> None:
+def test_a_planted_preference_is_the_cell_that_stands_out(make_trace):
     labels = np.arange(200) % 5
     chosen = images_with_own_shares(np.random.default_rng(0), labels, lean=0.5)
     found = class_expert_map(make_trace(chosen, labels=labels, num_experts=6, grid=(4, 4)), 1)
@@ -174,7 +172,7 @@ def test_a_planted_preference_is_the_cell_that_stands_out(make_trace) -> None:
     assert (found.significant == (found.p_value < 0.05)).mean() > 0.95
 
 
-def test_a_class_without_pictures_is_null_in_json(make_trace) -> None:
+def test_a_class_without_pictures_is_null_in_json(make_trace):
     trace = make_trace(
         np.zeros((4, 4, 1), int),
         labels=[0, 2, 2, 0],

@@ -83,7 +83,7 @@ INTERVENTIONS = [
 @pytest.mark.parametrize(
     "intervention", INTERVENTIONS, ids=lambda value: f"{value.kind}-{value.fill}"
 )
-def test_before_and_after_are_two_forward_passes(intervention: Intervention) -> None:
+def test_before_and_after_are_two_forward_passes(intervention):
     model, image = make(), picture(0)
     found = effect(model, image, intervention)
     before, _ = run(model, image)
@@ -100,7 +100,7 @@ def test_before_and_after_are_two_forward_passes(intervention: Intervention) -> 
 
 
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
-def test_moved_counts_the_patches_of_the_expert(fill: str) -> None:
+def test_moved_counts_the_patches_of_the_expert(fill):
     """With a class token, whose choices are counted apart."""
     model, image = make(class_token=True, global_pool="token"), picture(1)
     routing = run(model, image)[1][0]
@@ -112,7 +112,7 @@ def test_moved_counts_the_patches_of_the_expert(fill: str) -> None:
         assert (found.moved_prefix, found.moved) == (int(uses[:1].sum()), int(uses[1:].sum()))
 
 
-def test_moved_by_other_kinds() -> None:
+def test_moved_by_other_kinds():
     """16 patches, 2 choices, 2 layers: k = 1 drops 32; force moves one choice of each patch without the expert."""
     model, image = make(), picture(1)
     routing = run(model, image)[1][0]
@@ -130,7 +130,7 @@ def test_moved_by_other_kinds() -> None:
 
 
 @pytest.mark.parametrize("layer", [1, None])
-def test_the_control_is_a_draw_one_at_a_time(layer: int | None) -> None:
+def test_the_control_is_a_draw_one_at_a_time(layer):
     """Each row of the batch equals a forward pass of its own with the same draw."""
     model, image = make(), picture(2)
     intervention = Intervention("random", layer=layer, seed=1)
@@ -155,7 +155,7 @@ def test_the_control_is_a_draw_one_at_a_time(layer: int | None) -> None:
 
 
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
-def test_taking_away_at_random_takes_exactly_so_many(fill: str) -> None:
+def test_taking_away_at_random_takes_exactly_so_many(fill):
     """From kept choices of prefix tokens and patches apart, evenly over 300 draws, and nothing else changes."""
     torch.manual_seed(0)
     router = build_router("noisy_top_k", 8, 5, 2, dtype=torch.float64).eval()
@@ -190,7 +190,7 @@ def test_taking_away_at_random_takes_exactly_so_many(fill: str) -> None:
 
 
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
-def test_the_control_of_layers_that_route_images_takes_whole_experts(fill: str) -> None:
+def test_the_control_of_layers_that_route_images_takes_whole_experts(fill):
     model, image = (
         make(route_by="image", top_k=2, class_token=True, global_pool="token"),
         picture(1),
@@ -213,7 +213,7 @@ def test_the_control_of_layers_that_route_images_takes_whole_experts(fill: str) 
     assert set(nearest) == {0, 1}  # either expert of the image
 
 
-def test_an_image_with_one_expert_has_no_control_of_its_absence() -> None:
+def test_an_image_with_one_expert_has_no_control_of_its_absence():
     """As many random choices are those of that expert: the control would be the ablation itself."""
     model, image = make(route_by="image", top_k=1), picture(1)
     change = Intervention("ablate", layer=1, expert=busiest(model, image))
@@ -237,7 +237,7 @@ def test_an_image_with_one_expert_has_no_control_of_its_absence() -> None:
     )
 
 
-def test_an_unused_expert_changes_nothing() -> None:
+def test_an_unused_expert_changes_nothing():
     model, image = make(num_experts=48, dtype=torch.float32), picture(3)
     routing = run(model, image)[1][1]
     unused = int((routing.requested_counts() == 0).nonzero()[0])
@@ -252,7 +252,7 @@ def test_an_unused_expert_changes_nothing() -> None:
     )
 
 
-def test_effects_are_measured_inside_open_interventions() -> None:
+def test_effects_are_measured_inside_open_interventions():
     model, image = make(), picture(4)
     away = busiest(model, image)
     with use_top_k(model.net, 1):
@@ -265,7 +265,7 @@ def test_effects_are_measured_inside_open_interventions() -> None:
     assert not torch.allclose(before, run(model, image)[0])
 
 
-def test_class_effect_is_the_mean_of_single_effects() -> None:
+def test_class_effect_is_the_mean_of_single_effects():
     """Cats are 1, 4, 7, ... here, class 0 of the model; image 4 can't be read. Batches of 4, 4 and 2."""
     model, pictures = make(), PICTURES
     change = Intervention("ablate", layer=1, expert=busiest(model, picture(1)))
@@ -288,7 +288,7 @@ def test_class_effect_is_the_mean_of_single_effects() -> None:
     assert singles[0].to_json()["target"] == "cat"
 
 
-def test_class_effect_of_some_pictures() -> None:
+def test_class_effect_of_some_pictures():
     model, change = make(), Intervention("force", layer=3, expert=0)
     found = class_effect(model, PICTURES, "dog", change, limit=4, seed=1)
     every = class_effect(model, PICTURES, "dog", change, limit=None)
@@ -298,7 +298,7 @@ def test_class_effect_of_some_pictures() -> None:
         assert np.abs(np.array(every.delta_logits) - delta).min() < 1e-12
 
 
-def test_a_batch_of_one_picture() -> None:
+def test_a_batch_of_one_picture():
     """The batch that is left over may have one image, which must not be taken for rows of the same image."""
     model, change = make(), Intervention("ablate", layer=1, expert=0)
     one_by_one = class_effect(model, PICTURES, "dog", change, batch_size=1)
@@ -309,7 +309,7 @@ def test_a_batch_of_one_picture() -> None:
     )
 
 
-def test_models_without_numbered_blocks() -> None:
+def test_models_without_numbered_blocks():
     """Where the block of a layer isn't known the image is repeated from the start."""
     model, image = make(), picture(2)
     expected = effect(model, image, Intervention("ablate", layer=3, expert=2))
@@ -325,7 +325,7 @@ def test_models_without_numbered_blocks() -> None:
     assert found.delta_logit == pytest.approx(expected.delta_logit, abs=1e-12)
 
 
-def test_plain_forward_passes_of_other_threads_are_left_alone() -> None:
+def test_plain_forward_passes_of_other_threads_are_left_alone():
     model = make()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     expected = model.net(x)
@@ -355,7 +355,7 @@ def a_result(**changes: object) -> Effect:
     return replace(result, **changes)
 
 
-def test_the_sentence_word_for_word() -> None:
+def test_the_sentence_word_for_word():
     """ln 62 - ln 81 = -0.27; mean of -0.05 and 0.01 is -0.02, their standard deviation 0.06/√2 = 0.04."""
     assert a_result().sentence == (
         "For this image: without L4·E3 (37 patches go to their next-best expert) cat falls from 0.81 to 0.62 "
@@ -389,7 +389,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("words", NAMED)
-def test_every_kind_is_named(words: str) -> None:
+def test_every_kind_is_named(words):
     assert effect_in_words(*NAMED[words]) == words
 
 
@@ -400,14 +400,14 @@ def test_every_kind_is_named(words: str) -> None:
         ("soft", "taking 3 random patch assignments of L1 away and sharing out their weight among the other experts"),
     ],
 )  # fmt: skip
-def test_the_control_is_named(routing: str, words: str) -> None:
+def test_the_control_is_named(routing, words):
     assert control_in_words(change("ablate", 0), 3, routing) == words
 
 
 @pytest.mark.parametrize(
     "intervention", INTERVENTIONS, ids=lambda value: f"{value.kind}-{value.fill}"
 )
-def test_json_says_everything(intervention: Intervention) -> None:
+def test_json_says_everything(intervention):
     model = make()
     found = effect(model, picture(1), intervention)
     written = json.loads(json.dumps(found.to_json(), allow_nan=False))

@@ -6,7 +6,6 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 import pytest
@@ -60,9 +59,7 @@ def numpy_choice(
 @pytest.mark.parametrize("away", [(2,), (2, 5), (0, 1, 2, 3)])
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("router", [*ROUTERS, "sigmoid"])
-def test_next_best_is_the_choice_among_the_others(
-    router: str, top_k: int, away: tuple[int, ...]
-) -> None:
+def test_next_best_is_the_choice_among_the_others(router, top_k, away):
     """Nested ablations are one choice without all of them."""
     layer, x = make_layer(router, top_k), tokens()
     _, free = routed(layer, x)
@@ -80,7 +77,7 @@ def test_next_best_is_the_choice_among_the_others(
     assert torch.equal(routing.probs, free.probs)
 
 
-def test_with_fewer_experts_than_choices_a_token_has_fewer() -> None:
+def test_with_fewer_experts_than_choices_a_token_has_fewer():
     """Five of six are away: the last one has the whole softmax over the chosen, and none is chosen twice."""
     layer, x = make_layer(), tokens()
     with intervene(layer, *(Intervention("ablate", layer=0, expert=expert) for expert in range(5))):
@@ -94,7 +91,7 @@ def test_with_fewer_experts_than_choices_a_token_has_fewer() -> None:
 
 @pytest.mark.parametrize("k", [1, 3, 6])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_other_k_is_the_model_built_with_that_k(router: str, k: int) -> None:
+def test_other_k_is_the_model_built_with_that_k(router, k):
     model, built = make_model(router=router), make_model(seed=1, router=router, top_k=k)
     built.load_state_dict(model.state_dict())
     expected, recorded = forward_routing(built, images())
@@ -113,7 +110,7 @@ def test_other_k_is_the_model_built_with_that_k(router: str, k: int) -> None:
 @pytest.mark.parametrize(
     ("router", "top_k"), [("noisy_top_k", 2), ("vmoe_top_k", 2), ("noisy_top_k", 1)]
 )
-def test_capacity_is_that_of_a_layer_built_with_it(router: str, top_k: int, factor: float) -> None:
+def test_capacity_is_that_of_a_layer_built_with_it(router, top_k, factor):
     """With batch priority, within each image: how such a layer drops is tested by hand in tests/layers."""
     layer, x = make_layer(router, top_k), tokens()
     options = {"eval_capacity_factor": factor, "batch_priority": True}
@@ -126,7 +123,7 @@ def test_capacity_is_that_of_a_layer_built_with_it(router: str, top_k: int, fact
     assert limited.kept.all() == (factor == 6.0)
 
 
-def test_force_puts_the_expert_first_with_the_first_choices_gate() -> None:
+def test_force_puts_the_expert_first_with_the_first_choices_gate():
     layer, x = make_layer(), tokens()
     _, free = routed(layer, x)
     with force(layer, 0, 4):
@@ -143,7 +140,7 @@ def test_force_puts_the_expert_first_with_the_first_choices_gate() -> None:
         torch.testing.assert_close(out[image, token], expected)
 
 
-def test_random_routes_are_even_distinct_and_repeatable() -> None:
+def test_random_routes_are_even_distinct_and_repeatable():
     """200 seeds x 9 positions x 2 choices on 6 experts: 600 each, standard deviation below sqrt(600 · 5/6) = 22."""
     layer, x = make_layer(), tokens()
     _, free = routed(layer, x)
@@ -162,7 +159,7 @@ def test_random_routes_are_even_distinct_and_repeatable() -> None:
         assert tuple(routed(layer, x)[1].expert_index[0].flatten().tolist()) in seen
 
 
-def test_random_routes_differ_between_layers() -> None:
+def test_random_routes_differ_between_layers():
     with random_route(model := make_model(), seed=3):
         _, routings = forward_routing(model, images())
     assert not torch.equal(routings[0].expert_index, routings[1].expert_index)
@@ -208,7 +205,7 @@ MIXING = ("ablate", "zero", "swap", "random")  # what has a meaning where tokens
         *itertools.product(("expert_choice", "soft"), MIXING),
     ],
 )
-def test_batch_mates_change_nothing(router: str, name: str) -> None:
+def test_batch_mates_change_nothing(router, name):
     """Exact in float64: every image alone, and in two batches; and every intervention changes something."""
     model, x = make_model(router=router), images(6)
     plain = model(x)
@@ -228,7 +225,7 @@ def test_batch_mates_change_nothing(router: str, name: str) -> None:
     assert torch.equal(model(x), plain)
 
 
-def test_rankings_compose_in_order_of_entry() -> None:
+def test_rankings_compose_in_order_of_entry():
     """Force 4 and then swap 4 and 1: all go to 1. Swap and then force 4: all go to 4."""
     layer, x = make_layer(), tokens()
     with force(layer, 0, 4), swap(layer, 0, 4, 1):
@@ -237,7 +234,7 @@ def test_rankings_compose_in_order_of_entry() -> None:
         assert (routed(layer, x)[1].expert_index[..., 0] == 4).all()
 
 
-def test_conditions_hold_inside_and_outside() -> None:
+def test_conditions_hold_inside_and_outside():
     """An ablated expert stays away and no expert exceeds its capacity, whatever is entered when."""
     layer, x = make_layer(), tokens()
     changes = [
@@ -264,7 +261,7 @@ def test_conditions_hold_inside_and_outside() -> None:
         assert torch.equal(routing.kept, results[0].kept)
 
 
-def test_training_works_under_an_intervention() -> None:
+def test_training_works_under_an_intervention():
     """Noise included: the gates have gradients, the ablated expert has none."""
     layer = make_layer().train()
     with ablate(layer, 0, 2):
@@ -275,7 +272,7 @@ def test_training_works_under_an_intervention() -> None:
     assert layer.router.weight.grad.any()
 
 
-def test_an_exception_restores_the_layer() -> None:
+def test_an_exception_restores_the_layer():
     model, x = make_model(), images(1)
     expected = model(x)
     with pytest.raises(RuntimeError), ablate(model, 1, 0), force(model, 3, 1):
@@ -291,7 +288,7 @@ def test_an_exception_restores_the_layer() -> None:
         thread.submit(forward_routing, model, x).result(WAIT_S)
 
 
-def test_other_threads_wait_or_see_no_intervention() -> None:
+def test_other_threads_wait_or_see_no_intervention():
     """While this thread holds an ablation a plain forward pass runs without it; recording and intervening wait."""
     model, x = make_model(), images(1)
     expected, away = model(x), busiest(model, 1)
@@ -316,7 +313,7 @@ def test_other_threads_wait_or_see_no_intervention() -> None:
     assert not torch.equal(ablated, expected)
 
 
-def test_copies_pickles_and_state_dicts_know_nothing_of_it() -> None:
+def test_copies_pickles_and_state_dicts_know_nothing_of_it():
     layer, x = make_layer(), tokens()
     expected, names = layer(x), list(layer.state_dict())
     with ablate(layer, 0, 2):
@@ -331,7 +328,7 @@ def test_copies_pickles_and_state_dicts_know_nothing_of_it() -> None:
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor"
 )  # the compiler looks at it after a graph break
-def test_compiled_code_obeys_without_being_compiled_again() -> None:
+def test_compiled_code_obeys_without_being_compiled_again():
     compilations: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
@@ -370,5 +367,5 @@ def test_compiled_code_obeys_without_being_compiled_again() -> None:
         {"kind": "capacity", "layer": 3, "factor": 1.25},
     ],
 )
-def test_json_says_what_belongs_to_the_kind(value: dict[str, Any]) -> None:
+def test_json_says_what_belongs_to_the_kind(value):
     assert Intervention(**value).to_json() == value

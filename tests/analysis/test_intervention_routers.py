@@ -69,9 +69,7 @@ def same_bits(one: Routing, other: Routing) -> bool:
 
 
 @pytest.mark.parametrize(("router", "options"), OPTIONS, ids=IDS)
-def test_an_open_scope_that_changes_nothing_changes_no_bit(
-    router: str, options: dict[str, object]
-) -> None:
+def test_an_open_scope_that_changes_nothing_changes_no_bit(router, options):
     model, x = make_model(router, **options), images()
     expected, before = forward_routing(model, x)
     with apply_edits(model, dict.fromkeys(moe_layers(model), lambda decision: decision)):
@@ -86,7 +84,7 @@ def test_an_open_scope_that_changes_nothing_changes_no_bit(
 @pytest.mark.parametrize(
     "router", [name for name in TOKEN_CHOICE if name != "colour"]
 )  # which needs an image
-def test_tokens_without_the_ablated_expert_keep_their_output(router: str, fill: str) -> None:
+def test_tokens_without_the_ablated_expert_keep_their_output(router, fill):
     """So an expert that no token uses changes nothing; the others' products have more rows, and may round otherwise."""
     layer = layer_of(router)
     before, routing = routed(layer, tokens())
@@ -101,7 +99,7 @@ def test_tokens_without_the_ablated_expert_keep_their_output(router: str, fill: 
         torch.testing.assert_close(after, before - part)
 
 
-def test_a_bias_chooses_and_makes_no_gate() -> None:
+def test_a_bias_chooses_and_makes_no_gate():
     """bias_balanced: the next best is found by s + b, the gates are s over the sum of the chosen s."""
     layer = layer_of("bias_balanced")
     layer.router.bias.copy_(torch.tensor([0.5, 0.0, -0.5, 0.25]))
@@ -125,9 +123,7 @@ def choice_of_experts(x: Tensor, layer: MoEMlp, count: int) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
-def test_an_ablated_expert_takes_no_token_and_nobody_takes_its_place(
-    fill: str, normalize: bool
-) -> None:
+def test_an_ablated_expert_takes_no_token_and_nobody_takes_its_place(fill, normalize):
     """9 tokens, 4 experts, K = 2: each takes ceil(4.5) = 5."""
     layer, x = layer_of("expert_choice", normalize_gates=normalize), tokens()
     before, _ = routed(layer, x)
@@ -150,7 +146,7 @@ def test_an_ablated_expert_takes_no_token_and_nobody_takes_its_place(
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("scale", [30, 3000])
-def test_experts_that_choose_by_tiny_weights(scale: int, normalize: bool) -> None:
+def test_experts_that_choose_by_tiny_weights(scale, normalize):
     """1 + w = 1, or w = 0, for most softmaxes w: an open scope changes no bit, an ablation divides no 0 by 0."""
     layer, x = layer_of("expert_choice", normalize_gates=normalize), scale * tokens()
     _, before = routed(layer, x)
@@ -163,9 +159,7 @@ def test_experts_that_choose_by_tiny_weights(scale: int, normalize: bool) -> Non
 @pytest.mark.parametrize(
     ("scope", "count"), [(use_top_k, {1: 3, 3: 7, 4: 9}), (limit_capacity, {0.5: 3, 1.5: 7})]
 )
-def test_another_k_and_another_capacity_are_other_numbers_of_tokens(
-    scope: object, count: dict[float, int]
-) -> None:
+def test_another_k_and_another_capacity_are_other_numbers_of_tokens(scope, count):
     """9 tokens, 4 experts: ceil(9 k / 4) for another k, ceil(f · 9 · 2 / 4) for a factor."""
     layer, x = layer_of("expert_choice"), tokens()
     for value, wanted in count.items():
@@ -182,7 +176,7 @@ def test_another_k_and_another_capacity_are_other_numbers_of_tokens(
 
 
 @pytest.mark.parametrize("router", ["noisy_top_k", "expert_choice", "soft"])
-def test_swap_is_exchanging_the_experts_weights(router: str) -> None:
+def test_swap_is_exchanging_the_experts_weights(router):
     layer, x = layer_of(router), tokens()
     before, _ = routed(layer, x)
     with swap(layer, 0, 1, 3):
@@ -194,7 +188,7 @@ def test_swap_is_exchanging_the_experts_weights(router: str) -> None:
     assert not torch.allclose(before, actual)
 
 
-def test_random_patches_for_experts() -> None:
+def test_random_patches_for_experts():
     """As many as before, the same for every image, weights by rank, and other ones for another seed."""
     layer, x = layer_of("expert_choice"), tokens()
     _, free = routed(layer, x)
@@ -223,7 +217,7 @@ def soft_output(
 
 
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
-def test_without_an_expert_of_soft_moe(fill: str) -> None:
+def test_without_an_expert_of_soft_moe(fill):
     """No token takes from its slots; `next_best` is the softmax over the other slots, `zero` leaves theirs."""
     layer, x = layer_of("soft", slots_per_expert=3), tokens()
     _, free = routed(layer, x)
@@ -242,7 +236,7 @@ def test_without_an_expert_of_soft_moe(fill: str) -> None:
     assert (routing.kept == torch.tensor([True, True, True, False])).all()
 
 
-def test_slots_dealt_out_at_random() -> None:
+def test_slots_dealt_out_at_random():
     """What slots read and give stays; which expert computes them changes, and every expert has as many as before."""
     layer, x = layer_of("soft", slots_per_expert=3), tokens()
     _, free = routed(layer, x)
@@ -262,7 +256,7 @@ def test_slots_dealt_out_at_random() -> None:
     torch.testing.assert_close(out, expected)
 
 
-def test_an_ablated_expert_stays_away_whatever_else_is_open() -> None:
+def test_an_ablated_expert_stays_away_whatever_else_is_open():
     for router in ("expert_choice", "soft"):
         layer = layer_of(router)
         with ablate(layer, 0, 2), swap(layer, 0, 1, 2), random_route(layer, seed=1):
@@ -271,7 +265,7 @@ def test_an_ablated_expert_stays_away_whatever_else_is_open() -> None:
         assert routing.expert_weights()[..., 1].any()
 
 
-def test_a_capacity_of_the_models_own_is_applied_to_what_is_left() -> None:
+def test_a_capacity_of_the_models_own_is_applied_to_what_is_left():
     """Tokens are their own logits; 4 tokens, 3 experts, k = 1, room for ceil(0.75 · 4 / 3) = 1; earlier ones first.
 
     Experts wanted: 0, 0, 1, 1, then 2. Tokens 0 and 2 have a place. Without expert 0 the first two want 1 (their second
@@ -299,7 +293,7 @@ def test_a_capacity_of_the_models_own_is_applied_to_what_is_left() -> None:
     ("router", "meaningless"),
     [("switch", []), ("expert_choice", ["force"]), ("soft", ["force", "top_k", "capacity"])],
 )
-def test_what_has_no_meaning_is_refused(router: str, meaningless: list[str]) -> None:
+def test_what_has_no_meaning_is_refused(router, meaningless):
     layer = layer_of(router)
     assert [kind for kind in get_args(Kind) if refusal(kind, layer.router)] == meaningless
     for kind in get_args(Kind):

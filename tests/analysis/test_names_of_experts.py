@@ -28,7 +28,7 @@ EMOJI = (
 )
 
 
-def test_an_expert_is_named_above_half() -> None:
+def test_an_expert_is_named_above_half():
     """Expert 0 has 3 of 5 patches of part 1, expert 1 two of four, expert 2 none."""
     choices = np.array([[0, 0, 0], [0, 0, 1], [1, 1, 1]])
     parts = np.array([[1, 1, 0], [1, 0, 1], [0, 0, 1]])
@@ -41,7 +41,7 @@ def test_an_expert_is_named_above_half() -> None:
     assert [name.is_named for name in names] == [True, False, False]
 
 
-def test_a_name_stands_beside_the_purest_cluster_of_that_name() -> None:
+def test_a_name_stands_beside_the_purest_cluster_of_that_name():
     experts = [
         ExpertName("ear", 0.6, 50),
         ExpertName("face", 0.75, 8),
@@ -70,7 +70,7 @@ def pages_run(tmp_path_factory: pytest.TempPathFactory, cli: Any) -> tuple[Any, 
 
 
 @pytest.mark.deep
-def test_fit_says_what_the_experts_of_drawn_images_take(pages_run: tuple[Any, Any]) -> None:
+def test_fit_says_what_the_experts_of_drawn_images_take(pages_run):
     outcome, run = pages_run
     text = outcome.out.split("What each expert takes")[1]
     lines = text.splitlines()
@@ -81,7 +81,7 @@ def test_fit_says_what_the_experts_of_drawn_images_take(pages_run: tuple[Any, An
 
 
 @pytest.mark.deep
-def test_names_are_counted_on_the_pages(pages_run: tuple[Any, Any]) -> None:
+def test_names_are_counted_on_the_pages(pages_run):
     """A patch is a cell: the table counted here from routes and groups has the same purest group."""
     from moevision.analysis.collect import collect_routing
 
@@ -107,7 +107,7 @@ def _groups(pages: EmojiPages, page: int) -> list[int]:
 
 
 @pytest.mark.deep
-def test_images_without_parts_have_no_names(pages_run: tuple[Any, Any], drawn_pets: Any) -> None:
+def test_images_without_parts_have_no_names(pages_run, drawn_pets):
     model = load_model(str(pages_run[1]))
     pictures = open_pictures(drawn_pets, model.image_size, split="all")
     assert names_in_layers(model, pictures) == []

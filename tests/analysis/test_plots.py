@@ -1,7 +1,5 @@
 """The figures say what the arrays say: numbers, colours and marks are read back from what was drawn."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +113,7 @@ def assert_readable_now(figure: Figure) -> None:
     assert all(lower.y1 <= upper.y0 + 3 for upper, lower in itertools.pairwise(lines))
 
 
-def test_overlay_shows_colour_number_and_weight_of_the_first_choice() -> None:
+def test_overlay_shows_colour_number_and_weight_of_the_first_choice():
     trace = make_trace()
     layer = trace.layers[1]
     layer.kept[1, 5, 0] = False
@@ -133,13 +131,13 @@ def test_overlay_shows_colour_number_and_weight_of_the_first_choice() -> None:
     assert "dog, predicted dog (33 %)" in heading_of(figure)
 
 
-def test_overlay_of_many_experts_is_grey() -> None:
+def test_overlay_of_many_experts_is_grey():
     figure = plots.plot_overlay(PICTURE, make_trace(experts=64), 0)
     cells = np.asarray(figure.axes[1].images[1].get_array()).reshape(16, 4)
     assert {to_hex(cell).upper() for cell in cells} == {NEUTRAL}
 
 
-def test_load_bars_have_the_shares_the_ideal_and_the_slowest() -> None:
+def test_load_bars_have_the_shares_the_ideal_and_the_slowest():
     figure = plots.plot_load([[10, 20, 30, 40], [25, 25, 25, 25]], ["L1", "L3"])
     bars = [
         patch.get_height() for patch in figure.axes[0].patches[4:]
@@ -150,7 +148,7 @@ def test_load_bars_have_the_shares_the_ideal_and_the_slowest() -> None:
     assert "max/mean load 1.00" in words(figure.axes[1])
 
 
-def test_load_bars_show_what_was_dropped() -> None:
+def test_load_bars_show_what_was_dropped():
     figure = plots.plot_load([[20, 20]], ["L1"], requested=[[60, 20]])
     heights = [patch.get_height() for patch in figure.axes[0].patches]
     np.testing.assert_allclose(
@@ -169,7 +167,7 @@ def class_map(share, significant, names, layer_name="L1"):
     )
 
 
-def test_only_significant_cells_are_coloured() -> None:
+def test_only_significant_cells_are_coloured():
     significant = np.array([[True, False, False], [False, True, False], [False, False, False]])
     figure = class_map(SHARE, significant, ["cat", "dog", "owl"])
     axes = figure.axes[0]
@@ -184,20 +182,20 @@ def test_only_significant_cells_are_coloured() -> None:
     assert "10.0 points" in heading_of(figure)
 
 
-def test_no_significant_cell_is_said_in_words() -> None:
+def test_no_significant_cell_is_said_in_words():
     figure = class_map(SHARE, np.zeros((3, 3), dtype=bool), ["a", "b", "c"])
     assert "no class" in heading_of(figure)
     assert len(figure.axes) == 1  # no colour bar without a coloured cell
 
 
-def test_a_class_without_images_is_left_out() -> None:
+def test_a_class_without_images_is_left_out():
     share = np.vstack([SHARE, np.full(3, np.nan)])
     figure = class_map(share, share > 0.5, ["cat", "dog", "owl", "ghost"])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "dog", "owl"]
     assert "1 of 9 cells" in heading_of(figure)
 
 
-def test_of_a_thousand_classes_those_with_the_largest_effect_are_shown() -> None:
+def test_of_a_thousand_classes_those_with_the_largest_effect_are_shown():
     rng = np.random.default_rng(0)
     share = np.full((1000, 8), 0.125)
     strong = rng.choice(1000, 25, replace=False)
@@ -210,7 +208,7 @@ def test_of_a_thousand_classes_those_with_the_largest_effect_are_shown() -> None
     assert "25 of 1000 classes" in heading_of(figure)
 
 
-def test_part_map_shares_areas_and_absent_parts() -> None:
+def test_part_map_shares_areas_and_absent_parts():
     # 8 patches of part a (6 to expert 0) and 2 of part c, all to expert 1; part b doesn't occur.
     figure = plots.plot_part_experts([[6, 2], [0, 0], [0, 2]], ["a", "b", "c"], layer_name="L1")
     axes = figure.axes[0]
@@ -222,7 +220,7 @@ def test_part_map_shares_areas_and_absent_parts() -> None:
     assert "Nothing is tested" in heading_of(figure)
 
 
-def test_gallery_shows_top_and_random_patches_and_an_idle_expert() -> None:
+def test_gallery_shows_top_and_random_patches_and_an_idle_expert():
     trace = make_trace(experts=4, layers=1)
     layer = trace.layers[0]
     layer.expert_index[layer.expert_index == 3] = 2  # nothing goes to expert 3
@@ -241,9 +239,7 @@ def test_gallery_shows_top_and_random_patches_and_an_idle_expert() -> None:
     ("experts", "top_k", "layers", "grid"),
     [(2, 1, 1, (2, 2)), (8, 2, 3, (8, 8)), (9, 3, 6, (7, 7)), (64, 4, 12, (14, 14))],
 )
-def test_all_sizes_are_readable(
-    experts: int, top_k: int, layers: int, grid: tuple[int, int]
-) -> None:
+def test_all_sizes_are_readable(experts, top_k, layers, grid):
     trace = make_trace(2, grid, experts, top_k, layers)
     picture = PICTURE[:28, :28].repeat(2, 0).repeat(2, 1)  # 56 pixels: a multiple of every grid
     names = [layer.name for layer in trace.layers]
@@ -259,13 +255,13 @@ def test_all_sizes_are_readable(
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
-def test_any_number_of_classes_is_readable(classes: int) -> None:
+def test_any_number_of_classes_is_readable(classes):
     share = np.random.default_rng(0).dirichlet(np.ones(8), classes)
     names = [f"{'a very long class name ' * (i % 3)}{i}" for i in range(classes)]
     assert_readable(class_map(share, share > 0.3, names, "L11"))
 
 
-def test_threads_draw_the_same_picture() -> None:
+def test_threads_draw_the_same_picture():
     trace = make_trace()
 
     def draw(_: int) -> bytes:
@@ -275,7 +271,7 @@ def test_threads_draw_the_same_picture() -> None:
         assert list(threads.map(draw, range(4))) == [draw(0)] * 4
 
 
-def test_a_figure_is_a_png_of_its_size() -> None:
+def test_a_figure_is_a_png_of_its_size():
     assert_readable(
         plots.plot_load([[30, 10]] * 4, ["L1, balanced", "L3, balanced", "L1, not balanced", "L3"])
     )
@@ -285,7 +281,7 @@ def test_a_figure_is_a_png_of_its_size() -> None:
         np.testing.assert_allclose(picture.size, figure.get_size_inches() * 200, atol=1)
 
 
-def test_wrap_keeps_words_whole_and_measures_the_font() -> None:
+def test_wrap_keeps_words_whole_and_measures_the_font():
     small, large = FontProperties(size=7), FontProperties(size=14)
     text = "one two three extraordinarily"
     assert wrap_text(text, 0.1, small) == text.split()  # nothing fits beside another word
@@ -295,7 +291,7 @@ def test_wrap_keeps_words_whole_and_measures_the_font() -> None:
     assert wrap_text(text * 9, 1.5, small) == wrap_text(text * 9, 3.0, large)
 
 
-def test_dollars_in_names_are_no_formula() -> None:
+def test_dollars_in_names_are_no_formula():
     figure = class_map(SHARE, SHARE > 0.5, ["$a$", "b^$", "$c_1$"], "$L$")
     assert_readable(figure)
     assert not any(
@@ -303,7 +299,7 @@ def test_dollars_in_names_are_no_formula() -> None:
     )
 
 
-def test_ticks_of_small_shares_are_told_apart() -> None:
+def test_ticks_of_small_shares_are_told_apart():
     # 64 equal loads of 1.5625 % have their ticks below 2.2 %: whole percents would say "2%" twice.
     figure = plots.plot_load(np.ones((1, 64)), ["L1"])
     figure.draw_without_rendering()

@@ -103,7 +103,7 @@ def answers(layer):
     return [answer.answer for answer in layer.answers]
 
 
-def test_a_foreign_model_whose_router_follows_the_class_against_the_clusters() -> None:
+def test_a_foreign_model_whose_router_follows_the_class_against_the_clusters():
     """Clusters follow the larger nuisance; the router found the class; and each expert is right about its class."""
     recording = recorded(Foreign(routes_by=0, biases=[-1.0, 1.0]), tokens_of(0))
     (found,) = three_questions(recording, **OPTIONS)
@@ -124,7 +124,7 @@ def test_a_foreign_model_whose_router_follows_the_class_against_the_clusters() -
     assert summary_lines([found]) == list(found.answers)
 
 
-def test_a_probe_that_tells_nothing_is_no_measure() -> None:
+def test_a_probe_that_tells_nothing_is_no_measure():
     """Of twenty images it told −0.005 bits, and 0.001 bits were called 0.1 % of them."""
     readings = measure_layer(recorded(Foreign(0, [-1.0, 1.0]), tokens_of(0)), 0, seed=0, **OPTIONS)
     assert "2 balanced groups" in experts_answer(readings).numbers[0]
@@ -133,7 +133,7 @@ def test_a_probe_that_tells_nothing_is_no_measure() -> None:
     assert "probe" not in experts_answer(without).numbers[0]
 
 
-def test_controls_of_one_half_are_guessed_from_within_it() -> None:
+def test_controls_of_one_half_are_guessed_from_within_it():
     """Clusters that are the classes, measured on the half they were not fitted on: all right, 1 bit, by both units."""
     measured = np.flatnonzero(halves_by_class(LABELS, 0))
     chosen = np.broadcast_to(LABELS[measured, None, None], (len(measured), PATCHES, 1)).astype(
@@ -156,7 +156,7 @@ def test_controls_of_one_half_are_guessed_from_within_it() -> None:
     ]  # the router, on the same images
 
 
-def test_a_router_that_equals_its_clusters_added_nothing() -> None:
+def test_a_router_that_equals_its_clusters_added_nothing():
     tokens = tokens_of(1)
     tokens[..., 1] /= 100  # the class is the largest difference now
     (found,) = three_questions(recorded(Foreign(0, [-1.0, 1.0]), tokens), **OPTIONS)
@@ -165,7 +165,7 @@ def test_a_router_that_equals_its_clusters_added_nothing() -> None:
     assert found.trainings[0] == pytest.approx(0, abs=0.01)
 
 
-def test_a_router_that_knows_no_class_and_experts_that_are_copies() -> None:
+def test_a_router_that_knows_no_class_and_experts_that_are_copies():
     (found,) = three_questions(recorded(Foreign(1, [0.5, 0.5]), tokens_of(2)), **OPTIONS)
     assert answers(found)[:2] == [NOT_SHOWN, NOT_SHOWN]
     assert "chance 50.0 %" in found.answers[0].sentence
@@ -181,7 +181,7 @@ def test_a_router_that_knows_no_class_and_experts_that_are_copies() -> None:
     assert found.swap.whole.points.high == pytest.approx(100 * 1.96 / (IMAGES + 2), abs=0.01)
 
 
-def test_every_training_stands_against_its_own_controls() -> None:
+def test_every_training_stands_against_its_own_controls():
     model, found_class = Foreign(0, [-1.0, 1.0]), tokens_of(3)
     similar = tokens_of(4)
     similar[..., 1] /= 100
@@ -197,7 +197,7 @@ def test_every_training_stands_against_its_own_controls() -> None:
     assert len(one.trainings) == 2
 
 
-def test_a_start_from_clusters_is_no_evidence_that_training_added() -> None:
+def test_a_start_from_clusters_is_no_evidence_that_training_added():
     (found,) = three_questions(
         recorded(Foreign(0, [-1.0, 1.0]), tokens_of(0), cluster_start=True), **OPTIONS
     )
@@ -210,7 +210,7 @@ def test_a_start_from_clusters_is_no_evidence_that_training_added() -> None:
     assert "1 of 2 trainings" in found.answers[1].sentence
 
 
-def test_what_is_missing_is_not_measured() -> None:
+def test_what_is_missing_is_not_measured():
     bare = Recording(
         LABELS, [RecordedLayer("L1", np.tile(LABELS[:, None, None], (1, 4, 1)), 2)], ["cat", "dog"]
     )
@@ -225,7 +225,7 @@ def test_what_is_missing_is_not_measured() -> None:
     assert "no logit reads" in found.answers[2].sentence
 
 
-def test_what_guesses_no_better_than_chance_is_at_most_a_little() -> None:
+def test_what_guesses_no_better_than_chance_is_at_most_a_little():
     """Of 100 images 50 are cats; from the expert 50.9 are guessed: 0.9 of the 50 that the majority gets wrong."""
     layer = RecordedLayer("L1", np.tile(LABELS[:, None, None], (1, PATCHES, 1)), 2)
     found = measure_layer(Recording(LABELS, [layer], ["cat", "dog"]), 0, seed=0, **OPTIONS)
@@ -237,7 +237,7 @@ def test_what_guesses_no_better_than_chance_is_at_most_a_little() -> None:
         assert f"guesses {100 * value:.1f} % right, chance 50.0 %" in answer.detail
 
 
-def test_a_negative_number_of_bits_has_a_minus_sign_and_zero_has_none() -> None:
+def test_a_negative_number_of_bits_has_a_minus_sign_and_zero_has_none():
     rng = np.random.default_rng(0)
     layer = RecordedLayer("L1", rng.integers(2, size=(IMAGES, PATCHES, 1)), 2, inputs=tokens_of(0))
     (found,) = three_questions(Recording(LABELS, [layer], ["cat", "dog"]), **OPTIONS)
@@ -246,7 +246,7 @@ def test_a_negative_number_of_bits_has_a_minus_sign_and_zero_has_none() -> None:
     assert "−0.000" not in told
 
 
-def test_a_little_is_a_small_share_of_what_the_input_tells() -> None:
+def test_a_little_is_a_small_share_of_what_the_input_tells():
     rng = np.random.default_rng(6)
     follows = rng.random((IMAGES * 4, PATCHES)) < 0.15
     labels = np.arange(IMAGES * 4) % 2
@@ -261,7 +261,7 @@ def test_a_little_is_a_small_share_of_what_the_input_tells() -> None:
     assert image.guess.value > found.readings[0].guess.value
 
 
-def test_load_by_hand() -> None:
+def test_load_by_hand():
     load = Load(np.array([0.5, 0.25, 0.25, 0.0]), np.full((2, 4), 0.25))
     assert load.max_over_mean == 2  # 0.5 over 1/4
     assert load.effective == pytest.approx(2**1.5)  # exp of the entropy, 1.5 bits
@@ -269,7 +269,7 @@ def test_load_by_hand() -> None:
     assert "2.8 of 4" in load.words
 
 
-def test_guess_by_hand() -> None:
+def test_guess_by_hand():
     """Both halves: expert 0 is mostly of class 0, expert 1 of class 1. Three of four patches of an image are so."""
     labels = np.array([0, 0, 1, 1, 0, 0, 1, 1])
     chosen = np.where(np.arange(4) < 3, labels[:, None], 1 - labels[:, None])
@@ -286,7 +286,7 @@ def test_guess_by_hand() -> None:
     )
 
 
-def test_a_guess_is_made_on_images_that_it_was_not_fitted_on() -> None:
+def test_a_guess_is_made_on_images_that_it_was_not_fitted_on():
     """An expert of its own for every image tells all about those images and nothing about others."""
     labels = np.arange(40) % 2
     counts = np.eye(40, dtype=np.float32)[:, None]
@@ -295,7 +295,7 @@ def test_a_guess_is_made_on_images_that_it_was_not_fitted_on() -> None:
     assert guess.value == chance == 0.5
 
 
-def test_intervals_by_hand_and_over_images() -> None:
+def test_intervals_by_hand_and_over_images():
     part, whole = np.array([1.0, 0.0, 1.0, 1.0]), np.ones(4)
     found = ratio_interval(part, whole)
     spread = math.sqrt(0.75 * 0.25 / 3)  # of a mean of four
@@ -323,7 +323,7 @@ def test_intervals_by_hand_and_over_images() -> None:
     assert found.high == pytest.approx(2 / 102 + z * math.sqrt(5 - 4 / 102) / 102)
 
 
-def test_the_probe_deals_balanced_groups() -> None:
+def test_the_probe_deals_balanced_groups():
     tokens, labels = tokens_of(7), np.broadcast_to(LABELS[:, None], (IMAGES, PATCHES))
     halves = np.arange(IMAGES) // 2 % 2 == 0
     groups = probe_groups(tokens, labels, 4, halves, seed=0)
@@ -334,7 +334,7 @@ def test_the_probe_deals_balanced_groups() -> None:
     assert sorted(tables.tolist()) == [0, 0, IMAGES * PATCHES / 4, IMAGES * PATCHES / 4]
 
 
-def test_object_background_parts_and_all_choices_are_named_apart() -> None:
+def test_object_background_parts_and_all_choices_are_named_apart():
     """The object's patches follow the class, the background's don't; the second choice knows nothing."""
     rng = np.random.default_rng(10)
     objects = np.broadcast_to(np.arange(PATCHES) < 4, (IMAGES, PATCHES))
@@ -365,7 +365,7 @@ def test_object_background_parts_and_all_choices_are_named_apart() -> None:
     assert "max/mean load" in text
 
 
-def test_routing_by_image_stands_beside_a_linear_probe() -> None:
+def test_routing_by_image_stands_beside_a_linear_probe():
     tokens = tokens_of(11).mean(1, keepdims=True)
     layer = RecordedLayer("L1", LABELS[:, None, None], 2, inputs=tokens, by_image=True)
     (found,) = three_questions(Recording(LABELS, [layer], ["a", "b"]), **OPTIONS)
@@ -373,7 +373,7 @@ def test_routing_by_image_stands_beside_a_linear_probe() -> None:
     assert "clusters" in found.controls
 
 
-def test_fewer_images_than_experts_are_not_compared_with_clusters() -> None:
+def test_fewer_images_than_experts_are_not_compared_with_clusters():
     layer = RecordedLayer(
         "L1", LABELS[:6, None, None], 8, inputs=tokens_of(11)[:6, :1], by_image=True
     )
@@ -389,7 +389,7 @@ def ours():
     return model, pictures, collect_routing(model, pictures, progress=False)
 
 
-def test_forced_routes_are_those_of_the_model_and_of_a_swap(ours) -> None:
+def test_forced_routes_are_those_of_the_model_and_of_a_swap(ours):
     model, pictures, trace = ours
     blocks, images = [layer.layer for layer in trace.layers], np.arange(6)
     own = np.asarray(trace.layers[1].expert_index)[images]
@@ -409,7 +409,7 @@ def test_forced_routes_are_those_of_the_model_and_of_a_swap(ours) -> None:
     assert np.abs(forced - logits).max() > 1e-3
 
 
-def test_a_model_of_ours_is_asked_everything(ours) -> None:
+def test_a_model_of_ours_is_asked_everything(ours):
     model, pictures, trace = ours
     baselines = measure_baselines(model, pictures, trace, seeds=1)
     parts = np.random.default_rng(0).integers(3, size=(len(trace), trace.grid[0] * trace.grid[1]))
@@ -438,9 +438,7 @@ def test_a_model_of_ours_is_asked_everything(ours) -> None:
     assert first.answers[2].answer == NOT_MEASURED
 
 
-def test_a_model_that_says_it_began_as_clusters_is_credited_with_no_training(
-    ours, tmp_path
-) -> None:
+def test_a_model_that_says_it_began_as_clusters_is_credited_with_no_training(ours, tmp_path):
     """Wherever it was copied to, without its run's folder."""
     model, pictures, trace = ours
     started = copy.deepcopy(model.net)
@@ -452,7 +450,7 @@ def test_a_model_that_says_it_began_as_clusters_is_credited_with_no_training(
         assert first.cluster_start is expected
 
 
-def test_an_interval_that_touches_zero_shows_nothing() -> None:
+def test_an_interval_that_touches_zero_shows_nothing():
     layer = RecordedLayer("L1", np.tile(LABELS[:, None, None], (1, PATCHES, 1)), 2)
     found = measure_layer(Recording(LABELS, [layer], ["cat", "dog"]), 0, seed=0, **OPTIONS)
     reading = replace(found.readings[0], bits=found.readings[0].bits._replace(low=0.0))

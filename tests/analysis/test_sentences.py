@@ -166,7 +166,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_named_with_the_way_on(ours: Ours, mistake: str) -> None:
+def test_a_mistake_is_named_with_the_way_on(ours, mistake):
     call, *fragments = MISTAKES[mistake]
     with pytest.raises(UserError) as caught:
         call(ours)

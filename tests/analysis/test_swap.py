@@ -74,7 +74,7 @@ def answered(recording, **options):
     return found, found.answers[2]
 
 
-def test_experts_that_are_copies_cost_nothing_when_exchanged() -> None:
+def test_experts_that_are_copies_cost_nothing_when_exchanged():
     """They all take back what the residual says too much of class 1, so that the layer contributes."""
     labels, choices = routed(np.random.default_rng(0), num_classes=2)
     found, answer = answered(
@@ -97,7 +97,7 @@ def test_experts_that_are_copies_cost_nothing_when_exchanged() -> None:
         assert cost.points.value == 0
 
 
-def test_experts_of_classes_are_found() -> None:
+def test_experts_of_classes_are_found():
     """Expert c says class c; two say nothing. Any two others have little to say about a class."""
     labels, choices = routed(np.random.default_rng(1))
     found, answer = answered(planted(SPEAKING, labels, choices))
@@ -114,7 +114,7 @@ def test_experts_of_classes_are_found() -> None:
     assert "their other choice" in answer.detail
 
 
-def test_a_layer_that_is_scaled_to_zero_contributes_nothing_and_claims_nothing() -> None:
+def test_a_layer_that_is_scaled_to_zero_contributes_nothing_and_claims_nothing():
     labels, choices = routed(np.random.default_rng(3))
     found, answer = answered(planted(SPEAKING, labels, choices, 1.0, scale=0.0))
     assert answer.answer == NOTHING
@@ -125,7 +125,7 @@ def test_a_layer_that_is_scaled_to_zero_contributes_nothing_and_claims_nothing()
     assert plain_answer([answer]) == f"{answer.sentence.split(' (')[0]}."
 
 
-def test_a_favourite_that_only_has_more_tokens_is_no_expert_of_its_class() -> None:
+def test_a_favourite_that_only_has_more_tokens_is_no_expert_of_its_class():
     """What experts say has nothing to do with classes, and half of all tokens go to the favourite.
 
     All tokens of the favourite cost more than those of others, and choices scattered over experts average out; as many
@@ -142,7 +142,7 @@ def test_a_favourite_that_only_has_more_tokens_is_no_expert_of_its_class() -> No
     assert "no more than" in answer.detail
 
 
-def test_two_experts_have_no_others_to_compare_with() -> None:
+def test_two_experts_have_no_others_to_compare_with():
     labels, choices = routed(np.random.default_rng(5), num_classes=2, num_experts=2, top_k=1)
     found, answer = answered(planted([[3.0, 0], [0, 3.0]], labels, choices))
     assert (answer.answer, found.swap.more, found.swap.same_patches) == (YES, None, None)
@@ -151,7 +151,7 @@ def test_two_experts_have_no_others_to_compare_with() -> None:
     assert swap_test(planted([[3.0, 0], [0, 3.0]], labels, both), 0) is None
 
 
-def test_a_loss_of_log_loss_alone_is_a_little() -> None:
+def test_a_loss_of_log_loss_alone_is_a_little():
     """The residual is right anyway; the experts only make it surer."""
     labels, choices = routed(np.random.default_rng(6))
     found, answer = answered(planted(SPEAKING, labels, choices, evidence=9.0))
@@ -160,7 +160,7 @@ def test_a_loss_of_log_loss_alone_is_a_little() -> None:
     assert answer.detail.startswith("in log-loss alone:")
 
 
-def test_every_cost_by_brute_force() -> None:
+def test_every_cost_by_brute_force():
     rng = np.random.default_rng(7)
     labels, choices = routed(rng, images=80)
     experts, ran = rng.normal(0, 3, (6, 4)), []
@@ -251,7 +251,7 @@ def test_every_cost_by_brute_force() -> None:
     )
 
 
-def test_routes_of_another_image_keep_their_place() -> None:
+def test_routes_of_another_image_keep_their_place():
     """Every image has routes of its own, and goes by those of exactly one other."""
     labels, ran = np.arange(40) % 2, []
     choices = np.random.default_rng(8).random((40, PATCHES, 13)).argsort(-1)[..., :2]
@@ -265,14 +265,14 @@ def test_routes_of_another_image_keep_their_place() -> None:
     assert sorted(taken) == sorted(taken.values()) == list(range(40))
 
 
-def test_a_limit_holds_whatever_the_number_of_classes() -> None:
+def test_a_limit_holds_whatever_the_number_of_classes():
     labels, ran = np.arange(150) % 50, []
     choices = np.tile(labels[:, None, None] % 8, (1, 4, 1))
     found = swap_test(planted(np.zeros((8, 50)), labels, choices, ran=ran), 0, limit=10)
     assert found.n_images == len(np.unique(ran[0][0])) == len(found.favourites) == 10
 
 
-def test_what_can_not_be_asked_says_why() -> None:
+def test_what_can_not_be_asked_says_why():
     """Of one expert there is no other; of one image of each class there is none to find the favourite on."""
     labels, choices = routed(np.random.default_rng(7))
     _, alone = answered(planted([[1.0] * 4], labels, np.zeros_like(choices[..., :1])))
@@ -287,7 +287,7 @@ def test_what_can_not_be_asked_says_why() -> None:
 
 
 @pytest.mark.parametrize("prefix", [{}, {"class_token": True, "global_pool": "token"}])
-def test_without_the_layer_and_without_an_expert_are_what_other_means_say(prefix) -> None:
+def test_without_the_layer_and_without_an_expert_are_what_other_means_say(prefix):
     """A hook that zeroes the layer's output, and `ablate`; every image twice, so that blocks before are shared."""
     model = saved(small_net(**prefix))
     pictures, trace = traced(model, 8)
@@ -312,7 +312,7 @@ def test_without_the_layer_and_without_an_expert_are_what_other_means_say(prefix
 @pytest.mark.parametrize(
     "options", [{"router": "colour"}, {"router": "vmoe_top_k", "capacity": "batch"}]
 )
-def test_rows_that_are_run_together_do_not_change_one_another(options) -> None:
+def test_rows_that_are_run_together_do_not_change_one_another(options):
     """A router that looks at the images again, and a capacity that a batch shares: beside rows without the layer."""
     if options.pop("capacity", None):
         options |= {"eval_capacity_factor": 0.7, "capacity_group": "batch"}
@@ -337,7 +337,7 @@ class Mine(Router):
         self.forward = router.forward
 
 
-def test_a_router_of_ones_own_without_gates_is_not_changed() -> None:
+def test_a_router_of_ones_own_without_gates_is_not_changed():
     net = timm.create_model("test_vit_moe", num_classes=8, stem="patch").eval()
     for layer in moe_layers(net):
         layer.router = Mine(layer.router)

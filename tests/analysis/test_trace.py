@@ -395,7 +395,7 @@ def test_a_progress_bar_only_where_it_takes_long(capfd, monkeypatch):
         assert ("routing" in captured.err) is seen
 
 
-def test_layer_inputs_are_what_the_router_sees() -> None:
+def test_layer_inputs_are_what_the_router_sees():
     model = saved(small_net())
     pets = SyntheticPets(3, 32, 0, "test")
     images = np.stack([pets.image(index) for index in range(3)])
@@ -442,7 +442,7 @@ MIXED = replace(
 )
 
 
-def test_expert_choice_counts_what_was_taken() -> None:
+def test_expert_choice_counts_what_was_taken():
     assert TAKEN.counts().tolist() == [[1, 2]]
     np.testing.assert_allclose(TAKEN.image_takes(), [[0.3, 1.3]], rtol=1e-6)
     assert TAKEN.first_choice().tolist() == [[1, -1, 1]]
@@ -453,7 +453,7 @@ def test_expert_choice_counts_what_was_taken() -> None:
     np.testing.assert_allclose(table, [[1, 1.5], [0, 0.5]])
 
 
-def test_soft_moe_reads_and_takes() -> None:
+def test_soft_moe_reads_and_takes():
     np.testing.assert_allclose(MIXED.counts(), [[0.3 + 0.6 + 0.1, 0.7 + 0.4 + 0.9]], rtol=1e-6)
     np.testing.assert_allclose(MIXED.image_takes(), MIXED.counts())
     np.testing.assert_allclose(image_shares(MIXED.image_takes()), [[1 / 3, 2 / 3]], rtol=1e-6)
@@ -463,7 +463,7 @@ def test_soft_moe_reads_and_takes() -> None:
     ]  # read most, though patch 2 takes more
 
 
-def test_random_patches_of_soft_moe_are_drawn_as_they_are_read() -> None:
+def test_random_patches_of_soft_moe_are_drawn_as_they_are_read():
     """3000 draws of one patch of expert 0: shares 0.2, 0.7, 0.1; standard deviation below 0.0084."""
     drawn = [random_patches(MIXED, 0, count=1, seed=seed)[0].patch for seed in range(3000)]
     np.testing.assert_allclose(
@@ -472,7 +472,7 @@ def test_random_patches_of_soft_moe_are_drawn_as_they_are_read() -> None:
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
-def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
+def test_a_trace_says_what_the_model_did(router, tmp_path):
     """Every router, with a class token; saved and loaded again."""
     model = saved(small_net(router, class_token=True, global_pool="token"))
     pictures = open_pictures(SyntheticPets(16, 32, 0, "test"), 32)
@@ -507,7 +507,7 @@ def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
     )
 
 
-def test_only_traces_of_other_kinds_say_so(make_trace) -> None:
+def test_only_traces_of_other_kinds_say_so(make_trace):
     """Files of token choice are as they always were, and a file without kinds is one."""
     plain = make_trace(np.zeros((2, 4, 1)), labels=[0, 1], num_experts=2, grid=(2, 2))
     assert "kinds" not in plain.metadata()
@@ -522,7 +522,7 @@ def test_only_traces_of_other_kinds_say_so(make_trace) -> None:
     assert chosen.layers[0].read_weight.shape == (1, 4, 1)
 
 
-def test_a_class_map_of_expert_choice_is_about_weights(make_trace) -> None:
+def test_a_class_map_of_expert_choice_is_about_weights(make_trace):
     """Both experts take one patch of every image; class 1 gives expert 1 nine times the weight of expert 0."""
     labels = np.arange(40) % 2
     trace = make_trace(np.zeros((40, 2, 2)), labels=labels, num_experts=2, grid=(1, 2))

@@ -96,7 +96,7 @@ def test_a_card_takes_its_expert_away_on_the_stage(visit, ask):
     one = visit()
     press(one.page, ".mv-card >> nth=1 >> [data-action=take-away]", f"{AWAY}[data-expert='1']")
     assert one.question("route")["away"] == [[3, 1]]
-    one.page.wait_for_selector(".mv-results:has-text('As much at random:')")
+    one.page.wait_for_selector(".mv-results:has-text('moved at random:')")
     assert says(told(one.page, ".mv-results"), "Without L3·E1", result(effect))
     assert one.page.text_content("h1").startswith("Without expert 1 ")
     one.page.click("[data-action=hand-class]")

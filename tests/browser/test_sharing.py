@@ -276,7 +276,7 @@ def test_a_link_with_a_change_opens_on_the_image_and_measures_then(new_visit, se
     assert says(one.page.text_content(".mv-results"), "Measuring it", "at random")
     assert one.page.locator(".mv-flow-box").count() == 4
     held.release()
-    one.page.wait_for_selector(".mv-results:has-text('As much at random:')")
+    one.page.wait_for_selector(".mv-results:has-text('moved at random:')")
     one.page.wait_for_function("location.search.includes('away=3.1')")  # as it is said today
     assert one.complaints == []
 

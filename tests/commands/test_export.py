@@ -21,9 +21,8 @@ from tests.shared import assert_names, succeeded
     "ignore::moevision.errors.DataWarning"
 )  # a copy of the run's images lacks the broken one
 def test_export_says_what_it_costs_and_how_to_run_it(
-    cli, tiny_run, drawn_pets, tmp_path, monkeypatch
+    cli, tiny_run, drawn_pets, tmp_path, own_folder
 ):
-    monkeypatch.chdir(tmp_path)
     outcome = succeeded(
         cli("export", tiny_run, "--out", "pets.onnx", "--data", drawn_pets, "--limit", 2)
     )

@@ -102,9 +102,8 @@ def test_the_same_seed_gives_the_same_file(cli, dense):
     assert one != other
 
 
-def test_class_names_are_kept(cli, tiny_run, tmp_path, monkeypatch):
+def test_class_names_are_kept(cli, tiny_run, own_folder):
     """The dense twin of a finished run: its classes are those of the folder."""
-    monkeypatch.chdir(tmp_path)
     succeeded(cli("upcycle", tiny_run / "twin", "--out", "moe"))
     assert load_model("moe").class_names == ["cat", "dog"]
 

@@ -25,7 +25,7 @@ from moevision.data.open import open_collection
 from moevision.errors import UserError
 
 
-def test_the_sheet_has_distinct_emoji_of_nine_groups() -> None:
+def test_the_sheet_has_distinct_emoji_of_nine_groups():
     sheet = read_sheet()
     assert len({one.character for one in sheet.emoji}) == len(sheet.emoji) == 1_892
     assert len({picture.tobytes() for picture in sheet.pictures}) == 1_892
@@ -36,7 +36,7 @@ def test_the_sheet_has_distinct_emoji_of_nine_groups() -> None:
     assert by_character["🇫🇷"][1:3] == ("flags", "country-flag")
 
 
-def test_kinds_are_the_subgroups_with_twelve_emoji() -> None:
+def test_kinds_are_the_subgroups_with_twelve_emoji():
     sheet = read_sheet()
     sizes = Counter(one.kind for one in sheet.emoji)
     assert len(KINDS) == 55
@@ -45,7 +45,7 @@ def test_kinds_are_the_subgroups_with_twelve_emoji() -> None:
     assert kinds == [KINDS[kind] if kind >= 0 else None for kind in sheet.kinds]
 
 
-def test_a_tenth_of_each_kind_is_held_out() -> None:
+def test_a_tenth_of_each_kind_is_held_out():
     sheet = read_sheet()
     kinds = np.array([one.kind for one in sheet.emoji])
     for kind in set(kinds):
@@ -56,13 +56,13 @@ def test_a_tenth_of_each_kind_is_held_out() -> None:
 
 @pytest.mark.parametrize("data", [EmojiPages, EmojiKinds])
 @pytest.mark.parametrize("split", EmojiPages.splits)
-def test_held_out_emoji_are_on_unseen_pages_alone(data: type[EmojiPages], split: str) -> None:
+def test_held_out_emoji_are_on_unseen_pages_alone(data, split):
     pages = data(200, split=split)
     numbers = np.concatenate([pages.emoji(index) for index in range(200)])
     assert set(read_sheet().held_out[numbers]) == {split == "unseen"}
 
 
-def test_a_page_depends_on_seed_split_and_index_alone() -> None:
+def test_a_page_depends_on_seed_split_and_index_alone():
     one, other = EmojiPages(20, seed=7), EmojiPages(5_000, seed=7)
     forward = [one.image(index) for index in range(20)]
     for index in reversed(range(20)):
@@ -71,13 +71,13 @@ def test_a_page_depends_on_seed_split_and_index_alone() -> None:
     assert len({page.image(3).tobytes() for page in pages}) == 8
 
 
-def test_the_drawing_is_the_same_on_every_machine() -> None:
+def test_the_drawing_is_the_same_on_every_machine():
     pages = EmojiPages(1_000, seed=7)
     pixels = b"".join(pages.image(index).tobytes() for index in range(5, 12))
     assert hashlib.sha256(pixels).hexdigest()[:16] == "482b4241fa533f8b"
 
 
-def test_labels_take_turns() -> None:
+def test_labels_take_turns():
     pages = EmojiPages(22)
     assert [pages.label(index) for index in range(22)] == [index % 9 for index in range(22)]
     assert pages.label(-1) == 21 % 9
@@ -86,9 +86,7 @@ def test_labels_take_turns() -> None:
 
 
 @pytest.mark.parametrize(("data", "share"), [(EmojiPages, 0.4), (EmojiKinds, 0.3)])
-def test_a_share_of_a_page_is_of_its_class_and_the_rest_of_any(
-    data: type[EmojiPages], share: float
-) -> None:
+def test_a_share_of_a_page_is_of_its_class_and_the_rest_of_any(data, share):
     pages = data(2_200)
     classes = data.classes_of_emoji()
     own = np.concatenate([classes[pages.emoji(i)] == pages.label(i) for i in range(2_200)])
@@ -98,9 +96,7 @@ def test_a_share_of_a_page_is_of_its_class_and_the_rest_of_any(
 
 
 @pytest.mark.parametrize(("data", "expected"), [(EmojiPages, 0.967), (EmojiKinds, 0.940)])
-def test_who_knows_every_emoji_names_nearly_every_page(
-    data: type[EmojiPages], expected: float
-) -> None:
+def test_who_knows_every_emoji_names_nearly_every_page(data, expected):
     """Counted on drawn pages, a tie of n classes as 1/n, beside what `ceiling` says of 200,000."""
     pages = data(3_300, split="test")
     classes = data.classes_of_emoji()
@@ -114,7 +110,7 @@ def test_who_knows_every_emoji_names_nearly_every_page(
     assert ceiling(data) == pytest.approx(expected, abs=0.001)
 
 
-def test_every_emoji_lies_in_its_cell_moved_by_two_pixels_at_most() -> None:
+def test_every_emoji_lies_in_its_cell_moved_by_two_pixels_at_most():
     pages = EmojiPages(30)
     pictures = read_sheet().pictures
     background = int(draw_cells(np.array([], int))[0, 0, 0])
@@ -134,7 +130,7 @@ def test_every_emoji_lies_in_its_cell_moved_by_two_pixels_at_most() -> None:
             assert any(np.array_equal(drawn, one) for one in moved), (index, cell)
 
 
-def test_the_part_mask_is_the_group_of_each_cell() -> None:
+def test_the_part_mask_is_the_group_of_each_cell():
     pages = EmojiPages(3, image_size=32)
     cells = pages.part_mask(2)[4::8, 4::8]  # a cell is 8 px then
     assert cells.ravel().tolist() == read_sheet().groups[pages.emoji(2)].tolist()
@@ -142,7 +138,7 @@ def test_the_part_mask_is_the_group_of_each_cell() -> None:
 
 
 @pytest.mark.parametrize("data", [EmojiPages, EmojiKinds])
-def test_it_is_a_data_set_by_its_name(data: type[EmojiPages]) -> None:
+def test_it_is_a_data_set_by_its_name(data):
     collection = open_collection(data.name, sizes={"train": 10, "val": 3, "test": 4})
     assert collection.class_names == list(data.classes)
     sample = collection.samples["test"][3]

@@ -4,8 +4,6 @@ Each run is a process of its own under a limit on its address space (RLIMIT_AS),
 in the decoder, and under a time limit. What mutation is, and which formats there are, stands in test_images.py.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import random
@@ -14,7 +12,6 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from PIL import Image
 
 from moevision.data.images import BadImageError, safe_open
 from tests.data.test_images import FORMATS, encoded, mutate, png_chunk, reason, rgb_png
+from tests.shared import succeeded
 
 pytestmark = [
     pytest.mark.deep,
@@ -39,6 +37,7 @@ OPEN_ALL = """
 import json, resource, sys, time
 from pathlib import Path
 from moevision.data.images import BadImageError, safe_open
+from tests.shared import succeeded
 def kb(name):
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 before = kb("VmRSS")
@@ -101,7 +100,7 @@ def open_all(folder: Path, spare_mb: int = SPARE_MB) -> tuple[int, int, float, f
     return opened, refused, growth, slowest
 
 
-def test_a_thousand_mutated_images(tmp_path: Path) -> None:
+def test_a_thousand_mutated_images(tmp_path):
     for number, data in enumerate(fuzzed(FUZZED)):
         (tmp_path / f"{number:04d}.img").write_bytes(data)
     opened, refused, _, slowest = open_all(tmp_path)
@@ -111,19 +110,15 @@ def test_a_thousand_mutated_images(tmp_path: Path) -> None:
     assert slowest < 10
 
 
-def test_mutated_images_through_fit(
-    cli: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mutated_images_through_fit(cli, tiny, tmp_path, own_folder):
     """Training goes on without the unreadable ones, and says which they are."""
-    monkeypatch.chdir(tmp_path)
     for number, data in enumerate(fuzzed(120)):
         folder = tmp_path / "photos" / ("cat" if number % 2 else "dog")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number:04d}.png").write_bytes(data)
     unreadable = sum(not readable(file) for file in (tmp_path / "photos").rglob("*.png"))
     options = ("--data.max_bad_fraction=1", "--trainer.max_epochs=1", "--name=fuzzed")
-    outcome = cli("fit", "photos", *tiny[:-2], *options, "--trainer.enable_progress_bar=false")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", "photos", *tiny[:-2], *options, "--trainer.enable_progress_bar=false"))
     listed = (tmp_path / "runs" / "fuzzed" / "bad_images.csv").read_text().splitlines()
     assert len(listed) - 1 == unreadable > 30
 
@@ -137,7 +132,7 @@ def readable(file: Path) -> bool:
 
 
 @pytest.mark.deep
-def test_the_largest_pictures_take_bounded_memory(tmp_path: Path) -> None:
+def test_the_largest_pictures_take_bounded_memory(tmp_path):
     """50 megapixels in a few KB are let in. Pillow holds a colour in 4 bytes and makes copies: 572 MB, 765 in a row."""
     side = 7_071  # 7071² is just below 50 million
     for name, mode, options in (
@@ -156,7 +151,7 @@ def test_the_largest_pictures_take_bounded_memory(tmp_path: Path) -> None:
     assert slowest < 10
 
 
-def test_too_little_memory_is_a_bad_image_error(tmp_path: Path) -> None:
+def test_too_little_memory_is_a_bad_image_error(tmp_path):
     """Not a MemoryError that ends a training: 200 MB are asked for, and 100 MB are left."""
     (tmp_path / "large.png").write_bytes(
         encoded(Image.new("RGB", (7_071, 7_071)), "PNG", compress_level=1)
@@ -169,7 +164,7 @@ SMALL = png_chunk(b"IDAT", zlib.compress(bytes(16 * 49))) + png_chunk(b"IEND", b
 HEADER = rgb_png(16, 16, b"")[:33]  # signature and IHDR
 
 
-def test_compressed_metadata_are_bounded(tmp_path: Path) -> None:
+def test_compressed_metadata_are_bounded(tmp_path):
     """Texts and colour profiles that would unfold to 200 MB, and pixels that go on behind the image's end."""
     bombs = {
         "zTXt": HEADER + png_chunk(b"zTXt", b"a\0\0" + ZEROS) + SMALL,
@@ -193,7 +188,7 @@ def scans(count: int, *, end: bytes = b"\xff\xd9") -> bytes:
     return whole[:-2] + last * count + end
 
 
-def test_a_jpeg_of_countless_scans_is_refused_at_once() -> None:
+def test_a_jpeg_of_countless_scans_is_refused_at_once():
     """Each scan costs a pass over the image: 200 000 of them in a file of 6 MB would take most of an hour."""
     start = time.process_time()
     assert "more than 100 scans" in reason(scans(200_000))
@@ -203,7 +198,7 @@ def test_a_jpeg_of_countless_scans_is_refused_at_once() -> None:
     assert time.process_time() - start < 2
 
 
-def test_repeated_exif_headers_are_refused_at_once() -> None:
+def test_repeated_exif_headers_are_refused_at_once():
     """Each would cost a copy of all that follow: 1.4 million of them, 8 MB, took minutes."""
     start = time.process_time()
     for count in (4, 1_400_000):
@@ -216,7 +211,7 @@ def test_repeated_exif_headers_are_refused_at_once() -> None:
     assert time.process_time() - start < 2
 
 
-def test_a_jpeg_of_ten_scans_and_a_video_behind_it_is_read() -> None:
+def test_a_jpeg_of_ten_scans_and_a_video_behind_it_is_read():
     """What phones write: an embedded preview, restart markers, and data behind the end that look like scans."""
     assert safe_open(io.BytesIO(scans(80))).size == (2_000, 2_000)
     behind = b"\xff\xd9" + b"\xff\xda\x00\x08" * 1_000

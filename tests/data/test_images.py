@@ -1,7 +1,5 @@
 """safe_open: any image file comes out as the RGB image a viewer shows, or as one BadImageError."""
 
-from __future__ import annotations
-
 import functools
 import io
 import os
@@ -67,7 +65,7 @@ def reason(data: bytes, **limits: int) -> str:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_plain_picture_keeps_its_pixels(tmp_path: Path, image_format: str) -> None:
+def test_plain_picture_keeps_its_pixels(tmp_path, image_format):
     picture = quadrants()
     path = tmp_path / "picture.dat"  # the name has no say in which decoder runs
     path.write_bytes(encoded(picture, image_format, **SHARPEST.get(image_format, {})))
@@ -80,7 +78,7 @@ def test_plain_picture_keeps_its_pixels(tmp_path: Path, image_format: str) -> No
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_once(image_format: str, orientation: int) -> None:
+def test_exif_orientation_is_applied_once(image_format, orientation):
     # Stored is the upright image under the inverse turn; numpy spells the turns of Exif 2.32, table 4.
     upright = np.asarray(quadrants())
     stored = {
@@ -103,7 +101,7 @@ def test_exif_orientation_is_applied_once(image_format: str, orientation: int) -
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF", "big-endian TIFF"])
-def test_sixteen_bit_grey_is_scaled_and_rounded_not_clipped(image_format: str) -> None:
+def test_sixteen_bit_grey_is_scaled_and_rounded_not_clipped(image_format):
     """257 steps of 16 bits are one of 8: 128 is nearer to 0, 129 to 1; 1000 / 257 = 3.89, 40000 / 257 = 155.6."""
     levels = np.array([[0, 128, 129, 257, 1000, 40_000, 65_406, 65_407, 65_535]], np.uint16)
     image = Image.fromarray(levels)
@@ -114,7 +112,7 @@ def test_sixteen_bit_grey_is_scaled_and_rounded_not_clipped(image_format: str) -
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
-def test_alpha_is_composited_on_white(image_format: str) -> None:
+def test_alpha_is_composited_on_white(image_format):
     pixels = np.array(
         [[(255, 0, 0, 0), (255, 0, 0, 255), (0, 0, 0, 51)]], np.uint8
     )  # 51 / 255 = 0.2
@@ -141,18 +139,18 @@ WHITE = (255, 255, 255)
         (KEYED, (9, 8, 7), WHITE),
     ],
 )
-def test_grey_bilevel_palette_and_their_transparency(image, transparency, colour) -> None:
+def test_grey_bilevel_palette_and_their_transparency(image, transparency, colour):
     options = {} if transparency is None else {"transparency": transparency}
     assert tuple(opened(encoded(image, "PNG", **options))[0, 0]) == colour
 
 
-def test_cmyk() -> None:
+def test_cmyk():
     red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     assert np.abs(opened(encoded(red, "JPEG", quality=100)) - (255, 0, 0)).max() < 10
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
-def test_of_several_frames_the_first_is_read(image_format: str) -> None:
+def test_of_several_frames_the_first_is_read(image_format):
     frames = [
         Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))
     ]
@@ -162,7 +160,7 @@ def test_of_several_frames_the_first_is_read(image_format: str) -> None:
     assert np.abs(opened(data)[4, 4] - (200, 0, 0)).max() <= 4 * (image_format == "MPO")
 
 
-def test_truncated_empty_and_non_image_files_say_what_is_wrong() -> None:
+def test_truncated_empty_and_non_image_files_say_what_is_wrong():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     for image_format in FORMATS:
         data = encoded(noise, image_format)
@@ -179,12 +177,12 @@ def test_truncated_empty_and_non_image_files_say_what_is_wrong() -> None:
         assert "is not a JPEG" in reason(data)
 
 
-def test_formats_without_a_known_range_are_refused() -> None:
+def test_formats_without_a_known_range_are_refused():
     for mode, value in (("F", 0.5), ("I", 70_000)):
         assert f"pixel format {mode}" in reason(encoded(Image.new(mode, (4, 4), value), "TIFF"))
 
 
-def test_giant_pictures_and_files_are_refused() -> None:
+def test_giant_pictures_and_files_are_refused():
     # There is a header and no pixel at all: decoding would say "damaged".
     assert "limit of 50,000,000" in reason(rgb_png(11_000, 11_000, b""))  # Pillow only warns here
     assert "limit of 50,000,000" in reason(rgb_png(16_384, 16_384, b""))  # and raises here
@@ -196,7 +194,7 @@ def test_giant_pictures_and_files_are_refused() -> None:
     assert opened(small, max_pixels=128, max_bytes=len(small)).shape == (8, 16, 3)
 
 
-def test_no_more_than_256_mib_are_read_and_one_byte_to_see_that_there_are_more() -> None:
+def test_no_more_than_256_mib_are_read_and_one_byte_to_see_that_there_are_more():
     class Asked(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
             self.size = size
@@ -207,7 +205,7 @@ def test_no_more_than_256_mib_are_read_and_one_byte_to_see_that_there_are_more()
     assert stream.size == 256 * 2**20 + 1
 
 
-def test_paths_that_are_no_readable_file(tmp_path: Path) -> None:
+def test_paths_that_are_no_readable_file(tmp_path):
     with refusal("no such file", kind=BadImageError) as error:
         safe_open(tmp_path / "missing.jpg")
     assert error.value.path == str(tmp_path / "missing.jpg")
@@ -219,13 +217,13 @@ def test_paths_that_are_no_readable_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX pipes")
-def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with refusal("not a regular file", kind=BadImageError):
         safe_open(tmp_path / "pipe.png")
 
 
-def test_threads_share_it_and_leave_pillow_as_it_was() -> None:
+def test_threads_share_it_and_leave_pillow_as_it_was():
     before = (Image.MAX_IMAGE_PIXELS, list(Image.ID))
     data = [encoded(quadrants(8 + 2 * i, 8), "PNG") for i in range(40)]
     with ThreadPoolExecutor(8) as pool:
@@ -250,7 +248,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_damaged_files_give_a_picture_or_a_bad_image_error(image_format: str) -> None:
+def test_damaged_files_give_a_picture_or_a_bad_image_error(image_format):
     rng = random.Random(f"damage {image_format}")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -273,7 +271,7 @@ def test_damaged_files_give_a_picture_or_a_bad_image_error(image_format: str) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_decompression_bomb_costs_no_memory() -> None:
+def test_a_decompression_bomb_costs_no_memory():
     rows = zlib.compress(bytes(11_000 * (1 + 11_000 * 3) // 100), 9) * 100
     bomb = rgb_png(11_000, 11_000, rows)
 
@@ -289,7 +287,7 @@ def test_a_decompression_bomb_costs_no_memory() -> None:
 @pytest.mark.parametrize(
     "name", ["a.jpg", "A.JPEG", "b/c.PnG", "d.webp", "e.bmp", "f.gif", "g.TIF", "h.d/x.jpe"]
 )
-def test_image_paths_are_recognised_by_suffix(name: str) -> None:
+def test_image_paths_are_recognised_by_suffix(name):
     assert is_image_path(name)
     assert is_image_path(Path(name))
     assert not is_image_path(f"{name}.json")
@@ -297,7 +295,7 @@ def test_image_paths_are_recognised_by_suffix(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "jpg", "b/.hidden.png", "a.svg"])
-def test_other_paths_are_no_images(name: str) -> None:
+def test_other_paths_are_no_images(name):
     assert not is_image_path(name)
 
 

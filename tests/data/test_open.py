@@ -23,8 +23,7 @@ from moevision.data.open import count_images, kind_of
         ("train", "", "folder"),
     ],
 )
-def test_kinds(tmp_path, monkeypatch, path, made, kind):
-    monkeypatch.chdir(tmp_path)
+def test_kinds(path, made, kind, own_folder):
     if made:
         Path(made).parent.mkdir(parents=True, exist_ok=True)
         Path(made).write_text("")

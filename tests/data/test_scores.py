@@ -1,7 +1,6 @@
 """The rows of scores: what visits add up to, what a checkpoint brings back, what they cost, and the table's file."""
 
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,7 +107,7 @@ def test_what_a_checkpoint_holds_follows_the_rows():
     assert not state["rows"].any()
 
 
-def test_memory_at_imagenets_size(tmp_path: Path):
+def test_memory_at_imagenets_size(tmp_path):
     """1.3 M images, two layers of 8 experts: 52 + 4 · 16 = 116 bytes each, 151 MB; a batch and the file add little."""
     count, experts = 1_300_000, {9: 8, 11: 8}
     keys = np.arange(count)
@@ -128,7 +127,7 @@ def test_memory_at_imagenets_size(tmp_path: Path):
 
 
 @pytest.mark.parametrize("experts", [{}, EXPERTS])
-def test_the_file_by_hand(tmp_path: Path, experts: dict[int, int]):
+def test_the_file_by_hand(tmp_path, experts):
     """Names that a spreadsheet would run are quoted as everywhere; without visits there are no scores."""
     found = sums(["=cmd.png", "b, c.png"], experts)
     found.add(*visit([0], [0.5, 0.25, 2.0, 0.125, 0]))

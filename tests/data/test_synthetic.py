@@ -1,7 +1,5 @@
 """SyntheticPets: reproducible, balanced, masks that fit, and no way to the class but by looking at shapes."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle
@@ -52,7 +50,7 @@ def drawn(pets: SyntheticPets) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.
     return images, np.array([pets.label(i) for i in range(len(pets))])
 
 
-def test_access_order_set_size_and_instance_do_not_matter() -> None:
+def test_access_order_set_size_and_instance_do_not_matter():
     one, other = SyntheticPets(100), SyntheticPets(5000)
     forward = [one.image(i) for i in range(20)]
     for i in reversed(range(20)):
@@ -62,7 +60,7 @@ def test_access_order_set_size_and_instance_do_not_matter() -> None:
 
 
 @pytest.mark.deep
-def test_another_process_draws_the_same_pictures() -> None:
+def test_another_process_draws_the_same_pictures():
     code = "from test_synthetic import fingerprint; print(fingerprint(range(5, 15)))"
     paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "123"}
@@ -72,7 +70,7 @@ def test_another_process_draws_the_same_pictures() -> None:
     assert there.stdout.strip() == fingerprint(range(5, 15))
 
 
-def test_seeds_splits_and_indices_give_different_pictures() -> None:
+def test_seeds_splits_and_indices_give_different_pictures():
     sets = [
         SyntheticPets(16, seed=s, split=split) for s in (0, 1) for split in ("train", "val", "test")
     ]
@@ -82,7 +80,7 @@ def test_seeds_splits_and_indices_give_different_pictures() -> None:
     assert len(scenes) == 6 * 16  # not the noise alone differs
 
 
-def test_interface() -> None:
+def test_interface():
     pets = SyntheticPets(21)
     assert len(pets) == 21
     image, label = pets[13]
@@ -98,7 +96,7 @@ def test_interface() -> None:
     assert len([label for _, label in pets]) == 21  # type: ignore[attr-defined]  # by __getitem__
 
 
-def test_classes_are_balanced() -> None:
+def test_classes_are_balanced():
     assert len(SyntheticPets.classes) == len(set(SyntheticPets.classes)) == 8
     assert {"cat", "dog"} <= set(SyntheticPets.classes)
     pets = SyntheticPets(803)
@@ -108,7 +106,7 @@ def test_classes_are_balanced() -> None:
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 96])
-def test_image_sizes(image_size: int) -> None:
+def test_image_sizes(image_size):
     pets = SyntheticPets(8, image_size)
     for i in range(8):
         image, mask = pets.image(i), pets.part_mask(i)
@@ -119,14 +117,14 @@ def test_image_sizes(image_size: int) -> None:
         assert image.std() > 10
 
 
-def test_the_scene_is_the_same_at_every_size() -> None:
+def test_the_scene_is_the_same_at_every_size():
     # The middle of pixel (i, j) of 32 x 32 is the middle of pixel (3i + 1, 3j + 1) of 96 x 96.
     small, large = SyntheticPets(40, 32), SyntheticPets(40, 96)
     same = [np.mean(small.part_mask(i) == large.part_mask(i)[1::3, 1::3]) for i in range(40)]
     assert np.mean(same) > 0.96  # thin outlines may fall to either side
 
 
-def test_mask_fits_the_picture() -> None:
+def test_mask_fits_the_picture():
     """Parts end where the image changes: the step across mask borders shrinks when the mask is moved."""
 
     def border_step(mask: npt.NDArray[np.uint8], grey: npt.NDArray[np.floating]) -> float:
@@ -145,7 +143,7 @@ def test_mask_fits_the_picture() -> None:
     assert np.mean(np.array(fitted) > moved) > 0.95
 
 
-def test_named_parts_look_as_named() -> None:
+def test_named_parts_look_as_named():
     pets = SyntheticPets(160)
     darker_pupils = whiter_whiskers = with_whiskers = 0
     for i in range(160):
@@ -161,7 +159,7 @@ def test_named_parts_look_as_named() -> None:
     assert whiter_whiskers > 0.85 * with_whiskers
 
 
-def test_every_animal_has_its_parts_and_only_those(masks: npt.NDArray[np.uint8]) -> None:
+def test_every_animal_has_its_parts_and_only_those(masks):
     for label, name in enumerate(SyntheticPets.classes):
         seen = {part for part, value in PART.items() if (masks[label::8] == value).any()}
         expected = set(PART)
@@ -174,7 +172,7 @@ def test_every_animal_has_its_parts_and_only_those(masks: npt.NDArray[np.uint8])
         assert seen == expected, name
 
 
-def test_the_head_is_large_and_never_hidden(masks: npt.NDArray[np.uint8]) -> None:
+def test_the_head_is_large_and_never_hidden(masks):
     for i, mask in enumerate(masks):
         rows, columns = np.nonzero(np.isin(mask, HEAD))
         extent = max(np.ptp(rows), np.ptp(columns)) + 1
@@ -190,9 +188,9 @@ def test_the_head_is_large_and_never_hidden(masks: npt.NDArray[np.uint8]) -> Non
 
 @pytest.mark.deep
 def test_colour_statistics_do_not_give_the_class_away(
-    train: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
-    held_out: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
-) -> None:
+    train,
+    held_out,
+):
     def colours(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return np.concatenate([images.mean(axis=(1, 2)), images.std(axis=(1, 2))], axis=1)
 
@@ -203,9 +201,9 @@ def test_colour_statistics_do_not_give_the_class_away(
 
 @pytest.mark.deep
 def test_raw_pixels_do_not_give_the_class_away(
-    train: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
-    held_out: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
-) -> None:
+    train,
+    held_out,
+):
     # C = 1e-3 is about the best of 1e-5 ... 1: the strongest linear classifier is the one that has to fail.
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=2000))
     seen, unseen = train[0].reshape(len(train[0]), -1), held_out[0].reshape(len(held_out[0]), -1)

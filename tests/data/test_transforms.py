@@ -1,5 +1,7 @@
 """Pixels are functions of (seed, epoch, index) and of nothing else, and each step does what torchvision's does."""
 
+import contextlib
+import math
 import random
 from collections import defaultdict
 from itertools import product
@@ -10,17 +12,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import stats
 from timm.data import create_transform
 from torchvision.transforms import Normalize, v2
 from torchvision.transforms.v2 import functional
 
 from moevision.config import Data, Framing
 from moevision.data.transforms import (
+    CROP_RATIO,
     TRIES,
+    BatchMixer,
     TrainTransform,
     base_pixels,
     erasing_boxes,
     hash_u64,
+    hash_u64_array,
     normalize,
     pad_crop_starts,
     resized_crop_boxes,
@@ -249,3 +255,218 @@ def test_normalize_by_hand():
     # (0 - 0.5) / 0.25, (0.2 - 0.2) / 0.5, (1 - 0) / 2
     torch.testing.assert_close(out.flatten(), torch.tensor([-2.0, 0.0, 0.5]))
     assert out.dtype == torch.float32
+
+
+# ---- mixtures are functions of (seed, epoch, index of the first image); their targets say what is in them
+
+
+def batch(size: int = 6, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) % classes
+
+
+def test_mixup_by_hand():
+    image, label = batch()
+    mixed, target = BatchMixer(0.8, 0.0, 4)(image, label, 3, 2, 17)
+    # The share is drawn from Beta(0.8, 0.8) with the generator that the key seeds (stream 2 is mixing).
+    with seeded_torch(hash_u64(3, 2, 2, 17)):
+        share = torch.distributions.Beta(torch.tensor([0.8]), torch.tensor([0.8])).sample().item()
+    neighbour = image.roll(1, 0)
+    torch.testing.assert_close(mixed, share * image + (1 - share) * neighbour)
+    one_hot = torch.nn.functional.one_hot(label, 4).float()
+    torch.testing.assert_close(target, share * one_hot + (1 - share) * one_hot.roll(1, 0))
+
+
+def test_cutmix_target_is_the_pasted_area():
+    image, label = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone(), torch.arange(4)
+    mixed, target = BatchMixer(0.0, 1.0, 4)(image, label, 0, 0, 1)
+    for row in range(4):
+        kept = (mixed[row, 0] == row).float().mean()
+        torch.testing.assert_close(target[row, row], kept)
+    assert 0 < kept < 1
+
+
+def test_with_both_each_batch_gets_one_of_the_two():
+    image, label = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone(), torch.arange(4)
+    mixer = BatchMixer(1.0, 1.0, 4)
+    # CutMix copies pixels, so only whole numbers remain; Mixup blends them.
+    pasted = [
+        bool((out == out.round()).all())
+        for out, _ in (mixer(image, label, 0, 0, i) for i in range(60))
+    ]
+    assert 15 < sum(pasted) < 45
+
+
+# ---- random numbers are functions of their key: those of many keys at once are those of each alone
+
+
+def splitmix64(*values: int) -> int:
+    """In Python's integers, chained over the values."""
+    state = 0
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) % 2**64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return state
+
+
+def test_hash_is_splitmix64():
+    # First output of SplitMix64 seeded with 0 and with 1234567 (published test vectors, e.g. Rosetta Code).
+    assert hash_u64(0) == 0xE220A8397B1DCDAF
+    assert hash_u64(1234567) == 6457827717110365317
+    assert hash_u64(-3, 2**64 - 1, 5) == splitmix64(-3, 2**64 - 1, 5)
+
+
+@given(
+    seed=st.integers(-(2**70), 2**70), many=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
+)
+def test_the_hash_of_arrays_is_that_of_their_elements(seed, many):
+    column, row = np.array(many, np.int64)[:, None], np.arange(3)[None, :]
+    expected = [[splitmix64(seed, value, number) for number in range(3)] for value in many]
+    assert hash_u64_array(seed, column, row).tolist() == expected
+
+
+def test_uniform_by_hand():
+    found = uniform(3, 7, np.array([4, 5]), np.array([10, 11]))
+    expected = [
+        [(splitmix64(7, a, b, number) >> 11) / 2**53 for number in range(3)]
+        for a, b in ((4, 10), (5, 11))
+    ]
+    assert found.tolist() == expected
+
+
+def test_no_number_reaches_one(monkeypatch):
+    monkeypatch.setattr(
+        "moevision.data.transforms.hash_u64_array", lambda *_: np.array([[0, 2**64 - 1]], np.uint64)
+    )
+    low, high = uniform(2, 0)[0]
+    assert (low, high) == (0.0, 1 - 2.0**-53)
+    assert all(np.floor(high * n) == n - 1 for n in range(1, 10_000))
+
+
+@pytest.mark.parametrize("stream", [1, 3, 4, 5, 6])
+def test_numbers_of_neighbouring_keys_are_uniform_and_independent(stream):
+    """Keys that count up are the hardest case for a hash. The seeds are fixed, so a passing test passes for ever."""
+    epoch, index = (grid.ravel() for grid in np.mgrid[:20, :2000])
+    u = uniform(4, 0, stream, epoch, index)
+    for column in u.T:
+        assert stats.kstest(column, "uniform").pvalue > 1e-3
+    by_epoch = u[:, 0].reshape(20, 2000)
+    pairs = [
+        *((u[:, a], u[:, b]) for a in range(4) for b in range(a)),  # numbers of one image
+        (by_epoch[:, 1:].ravel(), by_epoch[:, :-1].ravel()),  # neighbours in an epoch
+        (by_epoch[1:].ravel(), by_epoch[:-1].ravel()),  # one image in successive epochs
+        (u[:, 0], uniform(1, 1, stream, epoch, index)[:, 0]),  # successive seeds
+        (u[:, 0], uniform(1, 0, stream + 1, epoch, index)[:, 0]),  # successive streams
+    ]
+    for first, second in pairs:
+        table, _, _ = np.histogram2d(first, second, bins=8, range=[[0, 1], [0, 1]])
+        assert stats.chisquare(table.ravel()).pvalue > 1e-4
+
+
+def test_the_generator_is_put_back_after_an_error():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    with contextlib.suppress(RuntimeError), seeded_torch(7):
+        torch.rand(1)
+        raise RuntimeError
+    assert torch.equal(torch.rand(1), expected)
+
+
+# ---- crops and erased rectangles: torchvision's distributions, drawn for a whole batch at once
+
+KEYS = np.arange(4000)
+
+
+def draws(*, stream: int = 0) -> np.ndarray:
+    return uniform(4 * TRIES, 0, stream, KEYS).reshape(-1, TRIES, 4)
+
+
+def boxes_by_torchvision(
+    transform: v2.Transform, height: int, width: int, count: int = 4000
+) -> np.ndarray:
+    """(top, left, height, width) as torchvision draws them; a rectangle that isn't erased has height 0."""
+    picture = torch.zeros(3, height, width)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = [transform.make_params([picture]) for _ in range(count)]
+    if isinstance(transform, v2.RandomErasing):
+        return np.array(
+            [[p["i"], p["j"], p["h"], p["w"]] if p["v"] is not None else [0] * 4 for p in drawn]
+        )
+    return np.array([[p["top"], p["left"], p["height"], p["width"]] for p in drawn])
+
+
+def assert_same_distribution(ours: np.ndarray, theirs: np.ndarray, sides: tuple[int, int]) -> None:
+    """Position, size, area, shape and free space used: two-sample Kolmogorov-Smirnov, 4 000 each, fixed seeds."""
+
+    def views(boxes: np.ndarray) -> list[np.ndarray]:
+        top, left, height, width = boxes.T.astype(float)
+        free = [top / np.maximum(1, sides[0] - height), left / np.maximum(1, sides[1] - width)]
+        return [top, left, height, width, height * width, height / np.maximum(1, width), *free]
+
+    for mine, other in zip(views(ours), views(theirs), strict=True):
+        assert stats.ks_2samp(mine, other).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("size", [(147, 196), (147, 588), (32, 32), (4, 40)], ids=str)
+@pytest.mark.parametrize("scale", [0.08, 0.25, 0.9])
+def test_resized_crops_are_distributed_as_torchvision_s(size, scale):
+    ours = resized_crop_boxes(draws(), np.tile(size, (len(KEYS), 1)), (scale, 1.0))
+    theirs = boxes_by_torchvision(v2.RandomResizedCrop(8, (scale, 1.0)), *size)
+    assert_same_distribution(ours, theirs, size)
+
+
+@pytest.mark.parametrize("size", [8, 32, 224])
+def test_erased_rectangles_are_distributed_as_torchvision_s(size):
+    ours = erasing_boxes(draws(stream=1), size)
+    theirs = boxes_by_torchvision(v2.RandomErasing(p=1.0), size, size)
+    assert_same_distribution(ours, theirs, (size, size))
+
+
+def first_fit(u: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> list[int]:
+    """torchvision's loop over tries (v2.RandomResizedCrop.make_params), with the numbers handed in."""
+    for area, shape, top, left in u:
+        target = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+        ratio = math.exp(
+            math.log(CROP_RATIO[0]) + (math.log(CROP_RATIO[1]) - math.log(CROP_RATIO[0])) * shape
+        )
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return [math.floor(top * (height - h + 1)), math.floor(left * (width - w + 1)), h, w]
+    w, h = width, height
+    if width / height < min(CROP_RATIO):
+        h = round(w / min(CROP_RATIO))
+    elif width / height > max(CROP_RATIO):
+        w = round(h * max(CROP_RATIO))
+    return [(height - h) // 2, (width - w) // 2, h, w]
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=8),
+    scale=st.floats(0.01, 1.0),
+    key=st.integers(0, 10_000),
+)
+def test_a_batch_of_crops_is_the_loop_over_its_pictures(sizes, scale, key):
+    u = uniform(4 * TRIES, key, np.arange(len(sizes))).reshape(-1, TRIES, 4)
+    found = resized_crop_boxes(u, np.array(sizes), (scale, 1.0))
+    assert found.tolist() == [
+        first_fit(own, *size, (scale, 1.0)) for own, size in zip(u, sizes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("padding", [1, 4])
+def test_shifts_are_uniform(padding):
+    shifts = pad_crop_starts(uniform(2, 0, KEYS), padding)
+    values, counts = np.unique(shifts, axis=0, return_counts=True)
+    assert (shifts.min(), shifts.max(), len(values)) == (0, 2 * padding, (2 * padding + 1) ** 2)
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("shape", [0.0, 1.0], ids=["wide", "tall"])
+def test_an_erased_rectangle_lies_in_the_picture(shape):
+    """A third of the area at 3.3 to 1 is 104 long: the next try is taken, 2 % of it and nearly square."""
+    tries = np.array([[[1, shape, 0, 0], [0, 0.5, 0, 0]]])
+    assert erasing_boxes(tries, 100).tolist() == [[0, 0, 14, 14]]

@@ -32,14 +32,14 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_file_says_what_pyproject_says() -> None:
+def test_every_file_says_what_pyproject_says():
     expected = MODULE["filled"](address())
     assert [
         path for path, text in expected.items() if path.read_text(encoding="utf-8") != text
     ] == []
 
 
-def test_it_is_filled_in_everywhere_and_can_be_taken_back(copy: Path) -> None:
+def test_it_is_filled_in_everywhere_and_can_be_taken_back(copy):
     before = {path: path.read_text(encoding="utf-8") for path in copy.rglob("*") if path.is_file()}
     here = address(copy)
     changed = fill(THERE, copy)
@@ -70,7 +70,7 @@ def test_it_is_filled_in_everywhere_and_can_be_taken_back(copy: Path) -> None:
     assert {path: path.read_text(encoding="utf-8") for path in before} == before
 
 
-def test_on_pypi_readme_names_the_package(copy: Path) -> None:
+def test_on_pypi_readme_names_the_package(copy):
     fill(THERE._replace(pypi="https://pypi.org/project/moevision/"), copy)
     assert "`pip install moevision`" in (copy / "README.md").read_text()
 
@@ -79,9 +79,7 @@ def links(text: str) -> list[str]:
     return re.findall(r"\]\(([^)\s]+)\)", text)
 
 
-def test_a_package_shows_a_readme_whose_links_are_absolute(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_shows_a_readme_whose_links_are_absolute(copy, monkeypatch):
     """What hatchling asks for: as it is without an address, absolute with one; images as files, pages on the site."""
     hatchling = type("hatchling.metadata.plugin.interface", (), {"MetadataHookInterface": object})
     monkeypatch.setitem(sys.modules, hatchling.__name__, hatchling)
@@ -115,7 +113,7 @@ def test_a_package_shows_a_readme_whose_links_are_absolute(
     assert "https://github.com/owner/moe/blob/main/docs/results.md" in links(shown())
 
 
-def test_a_link_keeps_its_anchor() -> None:
+def test_a_link_keeps_its_anchor():
     text = "[a](docs/index.md) [b](docs/guides/serve.md#for-a-class) [c](https://x.org/a.md) "
     text += "[d](#look) ![e](docs/e.png)"
     assert links(MODULE["packaged"](text, THERE)) == [
@@ -127,7 +125,7 @@ def test_a_link_keeps_its_anchor() -> None:
     ]
 
 
-def test_no_page_has_a_made_up_address() -> None:
+def test_no_page_has_a_made_up_address():
     """Until there is one: neither a placeholder, nor a name on PyPI that nobody owns."""
     if address().pypi:
         return
@@ -137,7 +135,7 @@ def test_no_page_has_a_made_up_address() -> None:
     assert [path.name for path in pages if wrong.search(path.read_text(encoding="utf-8"))] == []
 
 
-def test_versions_agree() -> None:
+def test_versions_agree():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == moevision.__version__
     released = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
@@ -147,7 +145,7 @@ def test_versions_agree() -> None:
     assert numbers == sorted(numbers, reverse=True)  # the next release, or the newest
 
 
-def test_the_changelog_of_the_next_release_is_short() -> None:
+def test_the_changelog_of_the_next_release_is_short():
     found = re.search(
         r"^## \[Unreleased\]\n(.*?)^## \[", (ROOT / "CHANGELOG.md").read_text(), re.M | re.DOTALL
     )
@@ -159,7 +157,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_workflow_has_few_rights_and_an_end(path: Path) -> None:
+def test_a_workflow_has_few_rights_and_an_end(path):
     """Read-only by default; only the jobs that publish may ask for a token; every job has a limit of time."""
     flow = yaml.safe_load(path.read_text())
     assert flow["permissions"] == {"contents": "read"}
@@ -174,7 +172,7 @@ def test_a_workflow_has_few_rights_and_an_end(path: Path) -> None:
                 assert step["with"]["persist-credentials"] is False
 
 
-def test_workflows_train_with_options_that_exist() -> None:
+def test_workflows_train_with_options_that_exist():
     from tests.docs.test_docs import check_command
 
     called = re.compile(r"^ +(?:- run: )?(moevision [a-z]+ .*)$", re.M)

@@ -9,8 +9,6 @@ is new or has changed is an error until somebody has looked at it:
 Photos in a bundled model's examples/ need no line: its SOURCES.json has theirs, with a licence.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -123,7 +121,7 @@ def complaints(found: dict[str, list[str]], known: dict[str, dict[str, object]])
     return sorted(wrong)
 
 
-def test_every_committed_image_is_known() -> None:
+def test_every_committed_image_is_known():
     assert complaints(with_images(), json.loads(LIST.read_text())) == []
 
 
@@ -145,7 +143,7 @@ def add(repository: Path, name: str, data: bytes) -> None:
     subprocess.run(["git", "add", name], cwd=repository, check=True)
 
 
-def test_images_are_found_by_their_bytes_and_inside_other_files(repository: Path) -> None:
+def test_images_are_found_by_their_bytes_and_inside_other_files(repository):
     text = base64.b64encode(PIXEL).decode()
     outputs = [
         {"data": {"image/png": text}},
@@ -163,7 +161,7 @@ def test_images_are_found_by_their_bytes_and_inside_other_files(repository: Path
     assert found == {name: [digest] for name in ("photo.txt", "page.html", "look.ipynb")}
 
 
-def test_what_is_new_changed_gone_or_not_looked_at_is_said() -> None:
+def test_what_is_new_changed_gone_or_not_looked_at_is_said():
     shows = {"empty": "", "foreign": "photos from the web"}
     known: dict[str, dict[str, object]] = {
         name: {"shows": shows.get(name, "drawn"), "images": ["a"]}
@@ -201,7 +199,7 @@ def foreign_ids(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_opens_drawn_images_or_bundled_photos(path: Path) -> None:
+def test_a_notebook_opens_drawn_images_or_bundled_photos(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert foreign_data(code) == []
@@ -209,14 +207,14 @@ def test_a_notebook_opens_drawn_images_or_bundled_photos(path: Path) -> None:
     assert foreign_ids(shown) == []
 
 
-def test_screenshots_are_of_drawn_images_or_bundled_photos() -> None:
+def test_screenshots_are_of_drawn_images_or_bundled_photos():
     script = (ROOT / "docs" / "screenshots.py").read_text(encoding="utf-8")
     assert "picture=" in script
     assert foreign_ids(script) == []
     assert foreign_data(script) == []
 
 
-def test_foreign_images_are_seen() -> None:
+def test_foreign_images_are_seen():
     assert foreign_ids('{"picture":{"id":"photo/lion","name"') == ["photo/lion"]
     assert foreign_ids('{\\"picture\\": {\\"id\\": \\"data/cat/1.jpg\\"') == ["data/cat/1.jpg"]
     assert foreign_ids("?model=pets&picture=pets%2Ftest%2F0&layer=3") == []

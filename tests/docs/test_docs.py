@@ -28,7 +28,7 @@ from moevision.config import options
 from moevision.train.recipe import shipped_configs
 from tests.forks import Forked
 from tests.needs import chromium
-from tests.shared import TINY, draw_folder, run_cli
+from tests.shared import TINY, draw_folder, run_cli, succeeded
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -110,7 +110,7 @@ def check_command(command: str) -> None:
 
 
 @pytest.mark.parametrize("path", FRONT, ids=page_id)
-def test_words_are_plain(path: Path) -> None:
+def test_words_are_plain(path):
     text = prose(path)
     found = {
         match.group(): instead
@@ -120,7 +120,7 @@ def test_words_are_plain(path: Path) -> None:
     assert found == {}
 
 
-def test_contributing_names_files_that_are_there() -> None:
+def test_contributing_names_files_that_are_there():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     names = set(re.findall(r"`([\w/-]+(?:\.(?:py|md|toml|yml|yaml|cff)|/))`", text))
     names = {name for name in names if "NAME" not in name}
@@ -143,7 +143,7 @@ def _anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", [*FRONT, *NOTES, ROOT / "SECURITY.md"], ids=page_id)
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_lead_somewhere(path):
     text = re.sub(r"^```.*?^```|`[^`\n]+`", "", path.read_text(), flags=re.DOTALL | re.M)
     for link in re.findall(r"\]\((?!https?:|mailto:)([^)]+)\)", text):
         file, _, anchor = link.partition("#")
@@ -193,15 +193,23 @@ PYTHON = [
 ]
 
 
+@pytest.fixture(scope="module")
+def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the guide "Serve it" exports."""
+    file = tmp_path_factory.mktemp("exported") / "pets.onnx"
+    assert main(["export", str(tiny_run), "--out", str(file)]) == 0
+    return file
+
+
 @pytest.mark.parametrize("path", PYTHON)
-def test_python_runs(path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(path, workspace, monkeypatch, request):
     """One page after the other, each in a namespace of its own."""
     blocks = [block for block in python_blocks(path) if not block.startswith(SCRIPTS)]
     if any('"images.npy"' in block for block in blocks):
         command = ["runs/pets", "path/to/images", "--features", "images.npy", "--out", "images.csv"]
         assert main(["predict", *command]) == 0
     if any("onnxruntime" in block for block in blocks):
-        assert main(["export", "runs/pets", "--out", "pets.onnx"]) == 0
+        shutil.copy(request.getfixturevalue("exported"), "pets.onnx")
     if any("load_dataset" in block for block in blocks):
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workspace / "cache")
     from moevision.layers import ROUTERS
@@ -214,15 +222,13 @@ def test_python_runs(path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("block", python_blocks(ROOT / "README.md"))
-def test_python_of_the_readme_prints_something(
-    block: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_of_the_readme_prints_something(block, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     run(ROOT / "README.md", [block], {})
     assert capsys.readouterr().out
 
 
-def test_a_program_gets_an_answer(workspace: Path) -> None:
+def test_a_program_gets_an_answer(workspace):
     """The block of Serve it, asked of a server of the tiny run."""
     from tests.demo.serving import running
 
@@ -238,7 +244,7 @@ def test_a_program_gets_an_answer(workspace: Path) -> None:
     assert scope["found"]
 
 
-def test_a_router_of_ones_own_trains(workspace: Path) -> None:
+def test_a_router_of_ones_own_trains(workspace):
     blocks = python_blocks(DOCS / "guides" / "write-a-router.md")
     (workspace / "my_router.py").write_text(blocks[0])
     (workspace / "my_fit.py").write_text(
@@ -259,7 +265,7 @@ WITH_EXAMPLES = [
 
 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=page_id)
-def test_docstrings_run(path: Path, workspace: Path) -> None:
+def test_docstrings_run(path, workspace):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     module = importlib.import_module(name)
     scope = {"torch": importlib.import_module("torch"), **vars(module)}
@@ -278,11 +284,11 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("path", "command"), COMMANDS, ids=page_id)
-def test_commands_exist(path: Path, command: str) -> None:
+def test_commands_exist(path, command):
     check_command(command)
 
 
-def test_the_readme_has_the_commands_of_a_newcomer_and_of_a_developer() -> None:
+def test_the_readme_has_the_commands_of_a_newcomer_and_of_a_developer():
     shell = re.findall(r"^```sh\n(.*?)\n```", README.read_text(), re.M | re.S)
     found = {command.strip() for block in shell for command in block.split("&&")}
     assert {"pip install .", "moevision fit --config quickstart"} <= found
@@ -310,6 +316,7 @@ ELSEWHERE = {
     "birds.yaml": "written by the reader; its keys are checked below",
     "runs/photos": "docs/tutorial.py ran it; its output is checked by test_tutorial.py",
     "my_fit.py": "above",
+    "--out pets.onnx": "above",
     ">": "a shell's redirection",
 }
 JOURNEY = [
@@ -333,9 +340,7 @@ def journey(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("path", "command"), JOURNEY, ids=page_id)
-def test_commands_run(
-    path: Path, command: str, journey: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_run(path, command, journey, monkeypatch):
     """With smaller models and fewer images than the docs have."""
     monkeypatch.chdir(journey)
     verb, *rest = shlex.split(command)[1:]
@@ -346,11 +351,10 @@ def test_commands_run(
         ]
     if verb == "analyze":
         rest += ["--quick", "--permutations=20", "--limit=20"]
-    outcome = run_cli(verb, *rest)
-    assert outcome.code == 0, outcome.err
+    succeeded(run_cli(verb, *rest))
 
 
-def test_the_yaml_of_the_docs_has_keys_that_exist() -> None:
+def test_the_yaml_of_the_docs_has_keys_that_exist():
     for path in PAGES:
         for block in re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.DOTALL | re.M):
             for key in _keys(yaml.safe_load(block)):
@@ -368,7 +372,7 @@ def _keys(tree: dict[str, Any], before: str = "") -> Iterator[str]:
 # ---- the reference holds what the code has
 
 
-def test_every_option_is_in_the_reference() -> None:
+def test_every_option_is_in_the_reference():
     """Names and defaults of docs/reference/config.md are those of a run's config.yaml, but for Lightning's trainer."""
     rows = re.findall(
         r"^\| `([\w.]+)` \| (.*?) \|", (DOCS / "reference" / "config.md").read_text(), re.M
@@ -388,7 +392,7 @@ def test_every_option_is_in_the_reference() -> None:
         ), name
 
 
-def test_every_router_public_name_and_verb_is_in_the_reference() -> None:
+def test_every_router_public_name_and_verb_is_in_the_reference():
     import moevision
     from moevision.cli import VERBS
     from moevision.layers import ROUTERS
@@ -407,7 +411,7 @@ MODELS = re.findall(
 )
 
 
-def test_every_model_is_in_the_table() -> None:
+def test_every_model_is_in_the_table():
     import timm
 
     import moevision.models  # noqa: F401
@@ -416,7 +420,7 @@ def test_every_model_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("row", MODELS, ids=lambda row: row[0])
-def test_the_table_of_models(row: tuple[str, str, str, str]) -> None:
+def test_the_table_of_models(row):
     import timm
 
     import moevision.models  # noqa: F401
@@ -467,7 +471,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.needs("mkdocs")
-def test_the_site_builds_and_loads_nothing_from_elsewhere(site: Path) -> None:
+def test_the_site_builds_and_loads_nothing_from_elsewhere(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > len(PAGES)
     for page in pages:
@@ -483,7 +487,7 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(site: Path) -> None:
 
 
 @pytest.mark.needs("mkdocs")
-def test_every_link_of_the_site_leads_to_a_file(site: Path) -> None:
+def test_every_link_of_the_site_leads_to_a_file(site):
     dead = []
     for page in site.rglob("index.html"):
         text = re.sub(
@@ -499,7 +503,7 @@ def test_every_link_of_the_site_leads_to_a_file(site: Path) -> None:
 
 
 @pytest.mark.needs("mkdocs", "chromium", "playwright")
-def test_a_phone_shows_every_page_with_margins_and_none_scrolls_sideways(site: Path) -> None:
+def test_a_phone_shows_every_page_with_margins_and_none_scrolls_sideways(site):
     """At 390 px: what is too wide (code, formulas, a figure of four plots) scrolls by itself."""
     from playwright.sync_api import sync_playwright
 
@@ -522,13 +526,13 @@ def test_a_phone_shows_every_page_with_margins_and_none_scrolls_sideways(site: P
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
-def test_lists_within_lists_are_indented_as_the_site_needs(path: Path) -> None:
+def test_lists_within_lists_are_indented_as_the_site_needs(path):
     """By four spaces: a forge takes two or three, too, the site would number them on."""
     assert re.findall(r"^ {1,3}(?:[-*]|\d+\.) .*", prose(path), re.M) == []
 
 
 @pytest.mark.needs("mkdocs")
-def test_formulas_and_sources_are_in_the_pages(site: Path) -> None:
+def test_formulas_and_sources_are_in_the_pages(site):
     balance = (site / "concepts" / "balance" / "index.html").read_text()
     assert balance.count("<math") > 10
     assert "arithmatex" not in balance

@@ -1,7 +1,7 @@
 """The guide "In your own training loop": its code runs as it stands there, and does what its table says."""
 
+import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from moevision import MoEMlp
 from tests.docs.test_docs import DOCS, python_blocks, run
+from tests.forks import Forked
 
 GUIDE = DOCS / "guides" / "own-loop.md"
 LOOP, PRETRAINED, OWN_MODEL, LIGHTNING, TRANSFORMERS, SAVE = python_blocks(GUIDE)
@@ -65,7 +66,7 @@ def moved(model: torch.nn.Module, updates: int) -> bool:
     )
 
 
-def test_a_plain_loop_logs_its_losses_and_the_model_is_saved() -> None:
+def test_a_plain_loop_logs_its_losses_and_the_model_is_saved():
     scope = scope_of(LOOP, OWN_MODEL, SAVE)
     assert scope["net"][1].experts.fc1.weight.grad.abs().sum() > 0
     from moevision.models.io import load_model
@@ -77,7 +78,7 @@ def test_a_plain_loop_logs_its_losses_and_the_model_is_saved() -> None:
     assert scope["train"](scope["model"], scope["loader"]).keys() == {"importance", "load"}
 
 
-def test_experts_from_a_pretrained_model_start_as_copies_of_its_mlps() -> None:
+def test_experts_from_a_pretrained_model_start_as_copies_of_its_mlps():
     vit = scope_of(LOOP, PRETRAINED)["vit"]
     fresh = [module for module in vit.modules() if isinstance(module, MoEMlp)]
     assert len(fresh) == 2
@@ -86,7 +87,7 @@ def test_experts_from_a_pretrained_model_start_as_copies_of_its_mlps() -> None:
         assert all(torch.equal(first, other) for other in others)
 
 
-def test_a_lightning_module_moves_the_biases_once_per_update() -> None:
+def test_a_lightning_module_moves_the_biases_once_per_update():
     """Four batches, each a step of ± 0.001, re-centred; with two batches per update there are two."""
     scope = scope_of(LOOP, PRETRAINED, OWN_MODEL, LIGHTNING)
     assert moved(scope["classifier"], 4)
@@ -101,7 +102,7 @@ def test_a_lightning_module_moves_the_biases_once_per_update() -> None:
 
 @pytest.mark.needs("transformers", "accelerate")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-def test_transformers_trains_it_and_moves_the_biases_once_per_update() -> None:
+def test_transformers_trains_it_and_moves_the_biases_once_per_update():
     scope = scope_of(LOOP, OWN_MODEL, TRANSFORMERS)
     assert moved(scope["wrapped"], 4)  # 32 images in batches of 8
     again = scope["WithLoss"](
@@ -115,7 +116,7 @@ def test_transformers_trains_it_and_moves_the_biases_once_per_update() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_compiled_and_checkpointed_blocks_compute_the_same() -> None:
+def test_compiled_and_checkpointed_blocks_compute_the_same():
     """`aot_eager` traces and cuts as the default compiler does, and needs no C++ compiler; one dense block, one MoE."""
     scope = scope_of(LOOP, OWN_MODEL)
     batches = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(2)]
@@ -138,18 +139,17 @@ def test_compiled_and_checkpointed_blocks_compute_the_same() -> None:
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_two_processes_are_one_with_the_whole_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_are_one_with_the_whole_batch(tmp_path, monkeypatch):
     """Weights to 1e-9 in float64, biases exactly: losses and loads are those of all tokens."""
     script = tmp_path / "train.py"
     script.write_text("import os\n" + LOOP.partition("\n\n\nmodel = ")[0] + "\n" + PROCESSES)
     alone = [str(script), str(tmp_path)]
     monkeypatch.setattr(sys, "argv", alone)
     runpy.run_path(alone[0])
-    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *alone]
-    done = subprocess.run([sys.executable, *together], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *alone]
+    process = Forked(together, tmp_path, os.environ, others=2)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
     one, *both = (
         torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
     )
@@ -159,7 +159,7 @@ def test_two_processes_are_one_with_the_whole_batch(
     assert any(value.abs().sum() > 0 for name, value in one.items() if name.endswith("router.bias"))
 
 
-def test_a_left_out_update_moves_no_bias() -> None:
+def test_a_left_out_update_moves_no_bias():
     from moevision import MoEMlp, record_routing
     from moevision.losses import Balance
 

@@ -1,7 +1,5 @@
 """A layer whose output can be computed in one's head: expert e multiplies its input by e + 1."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -10,8 +10,6 @@ arXiv:2202.09368 §3; Soft MoE arXiv:2308.00951 §2; capacity and batch priority
 Axes: B images, N tokens, D width, H hidden width, E experts, K choices, C tokens of an expert, P slots of an expert.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

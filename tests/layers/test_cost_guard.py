@@ -75,9 +75,7 @@ def layer() -> MoEMlp:
     return MoEMlp(WIDTH, 2 * WIDTH, num_experts=EXPERTS, top_k=TOP_K, router="vmoe_top_k")
 
 
-def test_equal_groups_cost_six_batched_products(
-    layer: MoEMlp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_groups_cost_six_batched_products(layer, monkeypatch):
     """Two forward, with their biases; in the backward pass one for each input and each weight.
 
     Only the router uses plain ones, three.
@@ -89,9 +87,7 @@ def test_equal_groups_cost_six_batched_products(
     assert sum(calls.values()) <= 109  # 99 when this was written
 
 
-def test_unequal_groups_cost_two_products_per_expert_and_four_grouped_ones(
-    layer: MoEMlp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unequal_groups_cost_two_products_per_expert_and_four_grouped_ones(layer, monkeypatch):
     """Forward with a bias, backward without: `grouped_mm` adds none, and what it loops over starts no Python."""
     monkeypatch.setattr(cpu, "has_matrix_unit", lambda: False)
     calls = operations_of(layer).calls
@@ -100,7 +96,7 @@ def test_unequal_groups_cost_two_products_per_expert_and_four_grouped_ones(
     assert sum(calls.values()) <= 122  # 111 when this was written
 
 
-def test_rows_are_moved_five_times_and_scattered_never(layer: MoEMlp) -> None:
+def test_rows_are_moved_five_times_and_scattered_never(layer):
     """Gathered and summed forward; gathered twice and summed once in the backward pass; no zeros, no scatter-add."""
     calls = operations_of(layer).calls
     sums_of_biases = 2
@@ -111,7 +107,7 @@ def test_rows_are_moved_five_times_and_scattered_never(layer: MoEMlp) -> None:
     assert not out_of_place & {"index_add", "index_put", "cat", "slice_backward"}
 
 
-def test_copies_are_no_more_than_autocasts(layer: MoEMlp) -> None:
+def test_copies_are_no_more_than_autocasts(layer):
     """Numbers written by copies: casts of x, of the output and of each weight, there and back, and none besides."""
     written = operations_of(layer).written
     weights = sum(parameter.numel() for parameter in layer.experts.parameters())
@@ -128,13 +124,13 @@ def inference_of(layer: MoEMlp, tokens: int) -> Operations:
     return operations
 
 
-def test_one_image_costs_two_batched_products_and_no_sort(layer: MoEMlp) -> None:
+def test_one_image_costs_two_batched_products_and_no_sort(layer):
     calls = inference_of(layer, 64).calls
     assert (calls["baddbmm"], calls["addmm"], calls["sort"], calls["logsumexp"]) == (2, 0, 0, 0)
     assert sum(calls.values()) <= 40  # 34 when this was written
 
 
-def test_an_image_routed_as_a_whole_casts_the_weights_of_its_expert_alone() -> None:
+def test_an_image_routed_as_a_whole_casts_the_weights_of_its_expert_alone():
     layer = MoEMlp(
         WIDTH, 2 * WIDTH, num_experts=EXPERTS, top_k=1, router="switch", route_by="image"
     )
@@ -147,7 +143,7 @@ def test_an_image_routed_as_a_whole_casts_the_weights_of_its_expert_alone() -> N
 
 @pytest.mark.alone
 @pytest.mark.deep
-def test_the_ratio_to_a_dense_mlp_stays_in_bounds() -> None:
+def test_the_ratio_to_a_dense_mlp_stays_in_bounds():
     """Recorded are 1.3 to 1.7 (benchmarks/performance). Scatter-adds and one product after another had 2.4 on a machine
     with a matrix unit, the only kind on which they can be told from noise.
     """

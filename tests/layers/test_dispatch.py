@@ -1,7 +1,5 @@
 """The way of tokens to experts' rows and back, for any choices, with every kind of padding."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import pytest
@@ -76,7 +74,7 @@ EVEN = Case(
 @example(EVEN._replace(tokens=0))
 @example(EVEN._replace(matrix_unit=False))
 @example(EVEN._replace(grad=False))
-def test_every_choice_is_computed_once_by_its_expert(case: Case) -> None:
+def test_every_choice_is_computed_once_by_its_expert(case):
     dispatched, expert_index, x = case.dispatch(), case.expert_index()[0], case.x()
     counts, token, position = dispatched.counts, dispatched.token, dispatched.position
     assert token is not None
@@ -125,7 +123,7 @@ def lengths_of(wanted: list[int]) -> list[int]:
         ([2500, 1700], [2560, 2560]),  # 1.22
     ],
 )
-def test_lengths_computed_by_hand(wanted: list[int], expected: list[int]) -> None:
+def test_lengths_computed_by_hand(wanted, expected):
     """Sixteen sizes from one power of two to the next, and no fewer than 32 rows apart."""
     assert lengths_of(wanted) == expected
 
@@ -136,7 +134,7 @@ def test_lengths_computed_by_hand(wanted: list[int], expected: list[int]) -> Non
 @example(EVEN._replace(matrix_unit=False))
 @example(EVEN._replace(dtype=torch.float32))
 @example(EVEN._replace(skew=3.0))
-def test_groups_are_as_long_as_the_rule_says(case: Case) -> None:
+def test_groups_are_as_long_as_the_rule_says(case):
     """The rule in Python's integers."""
     case = case._replace(grad=True)
     choices = case.tokens * case.top_k
@@ -175,12 +173,12 @@ def test_groups_are_as_long_as_the_rule_says(case: Case) -> None:
     ],
 )
 def test_without_gradients_groups_are_equal_where_that_costs_less_than_calls(
-    wanted: list[int],
-    dtype: torch.dtype,
-    threads: int,
-    expected: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    wanted,
+    dtype,
+    threads,
+    expected,
+    monkeypatch,
+):
     index = torch.arange(len(wanted)).repeat_interleave(torch.tensor(wanted)).view(1, -1, 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(cpu, "has_matrix_unit", lambda: False)
@@ -196,7 +194,7 @@ def test_without_gradients_groups_are_equal_where_that_costs_less_than_calls(
     )
 
 
-def test_the_examples_take_every_path() -> None:
+def test_the_examples_take_every_path():
     """400 choices on 4 experts; the skewed ones aren't even enough for two fifths more."""
     changes = {
         "equal": {},
@@ -215,7 +213,7 @@ def test_the_examples_take_every_path() -> None:
 
 @settings(deadline=None)
 @given(cases)
-def test_experts_that_change_nothing_give_the_weighted_token(case: Case) -> None:
+def test_experts_that_change_nothing_give_the_weighted_token(case):
     """There and back: Σ_k weight_k · token over kept choices."""
     case = case._replace(dtype=torch.float32)
     routing = routing_of(case.expert_index(), case.num_experts)
@@ -227,7 +225,7 @@ def test_experts_that_change_nothing_give_the_weighted_token(case: Case) -> None
 
 @pytest.mark.parametrize("size", [cpu.FEW, 5000])
 @pytest.mark.parametrize("num_experts", [1, 2, 255, 256, 257, 1000])
-def test_the_order_is_that_of_a_stable_sort(num_experts: int, size: int) -> None:
+def test_the_order_is_that_of_a_stable_sort(num_experts, size):
     """A byte holds 256 experts; above that torch sorts. 300 was 44 in a byte."""
     expert = torch.randint(num_experts, (size,), generator=torch.Generator().manual_seed(0))
     expert[:2] = num_experts - 1
@@ -241,7 +239,7 @@ def test_the_order_is_that_of_a_stable_sort(num_experts: int, size: int) -> None
     assert torch.equal(order, cpu.sort_choices(expert, num_experts)[0])
 
 
-def test_compiled_code_sorts_and_pads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_sorts_and_pads_nothing(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(cpu, "np", None)  # nothing may call it
     compiled = EVEN.dispatch()
@@ -251,14 +249,14 @@ def test_compiled_code_sorts_and_pads_nothing(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(getattr(compiled, name), getattr(unpadded, name))
 
 
-def test_the_same_choices_give_the_same_rows() -> None:
+def test_the_same_choices_give_the_same_rows():
     first, second = EVEN.dispatch(), EVEN.dispatch()
     for name in ("rows", "counts", "token", "position"):
         assert torch.equal(getattr(first, name), getattr(second, name))
 
 
 @pytest.mark.parametrize(("pad", "expected"), [(True, [8, 8]), (False, [2, 1])])
-def test_few_choices_are_padded_unless_that_is_turned_off(pad: bool, expected: list[int]) -> None:
+def test_few_choices_are_padded_unless_that_is_turned_off(pad, expected):
     """Without gradients one product of groups of equal length is faster than two."""
     choices = torch.tensor([[[0], [0], [1]]])
     with torch.no_grad():

@@ -1,7 +1,5 @@
 """Gates that nobody learns: each rule, recomputed; what they look at and what they must not look at."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -40,7 +38,7 @@ def net_of(router: str) -> nn.Module:
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("router", HANDMADE)
-def test_gates_are_1_over_k_without_losses_or_parameters(router: str, k: int) -> None:
+def test_gates_are_1_over_k_without_losses_or_parameters(router, k):
     layer = layer_of(router, top_k=k)
     routing = route(layer, 3, 17)
     assert torch.equal(routing.combine_weight, torch.full((3, 17, k), 1 / k))
@@ -52,7 +50,7 @@ def test_gates_are_1_over_k_without_losses_or_parameters(router: str, k: int) ->
 
 
 @pytest.mark.parametrize("router", ["hash", "position"])
-def test_further_experts_are_the_next_ones(router: str) -> None:
+def test_further_experts_are_the_next_ones(router):
     """(e, e + 1, e + 2) mod E."""
     index = route(layer_of(router, top_k=3), 3, 17).expert_index
     assert torch.equal(index, (index[..., :1] + torch.arange(3)) % 4)
@@ -60,7 +58,7 @@ def test_further_experts_are_the_next_ones(router: str) -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("router", HANDMADE)
-def test_logits_are_minus_the_rank_and_10_more_for_the_chosen(router: str, k: int) -> None:
+def test_logits_are_minus_the_rank_and_10_more_for_the_chosen(router, k):
     """Of four experts with K = 2: 10, 9, -2, -3 in the order of choice, of which the first two are chosen."""
     routing = route(layer_of(router, top_k=k), 3, 17)
     ranked, order = routing.logits.sort(-1, descending=True)
@@ -70,7 +68,7 @@ def test_logits_are_minus_the_rank_and_10_more_for_the_chosen(router: str, k: in
 
 
 @pytest.mark.parametrize("router", HANDMADE)
-def test_only_the_position_counts_in_evaluation(router: str) -> None:
+def test_only_the_position_counts_in_evaluation(router):
     """All images, whatever is on them, are routed alike."""
     layer = layer_of(router, top_k=2)
     index = torch.cat([route(layer, 3, 17).expert_index, route(layer, 2, 17).expert_index])
@@ -78,7 +76,7 @@ def test_only_the_position_counts_in_evaluation(router: str) -> None:
     assert len(index[0].unique()) == 4
 
 
-def test_hash_is_the_same_in_training_and_separates_neighbours() -> None:
+def test_hash_is_the_same_in_training_and_separates_neighbours():
     layer = layer_of("hash", 8, top_k=1)
     index = route(layer, 1, 196).expert_index.flatten()
     assert torch.equal(route(layer.train(), 1, 196).expert_index.flatten(), index)
@@ -87,7 +85,7 @@ def test_hash_is_the_same_in_training_and_separates_neighbours() -> None:
     ).float().mean() > 0.8  # at random 7/8 of neighbours differ; bands would have 4 %
 
 
-def test_random_draws_anew_in_training_and_uniformly() -> None:
+def test_random_draws_anew_in_training_and_uniformly():
     """60 000 draws of K = 2 of 5: each expert 24 000 times (standard deviation 120), each of 20 pairs 3 000 (53)."""
     layer = layer_of("random", 5, top_k=2).train()
     torch.manual_seed(0)
@@ -111,7 +109,7 @@ def test_random_draws_anew_in_training_and_uniformly() -> None:
         (3, 4, [0, 1, 2]),
     ],
 )
-def test_position_makes_bands(patches: int, num_experts: int, bands: list[int]) -> None:
+def test_position_makes_bands(patches, num_experts, bands):
     assert (
         route(layer_of("position", num_experts, top_k=1), 1, patches)
         .expert_index.flatten()
@@ -120,7 +118,7 @@ def test_position_makes_bands(patches: int, num_experts: int, bands: list[int]) 
     )
 
 
-def test_position_counts_patches_not_prefix_tokens() -> None:
+def test_position_counts_patches_not_prefix_tokens():
     """The class token comes first and joins the first band; the four rows of the grid are the bands of four experts."""
     routing = forward_routing(net_of("position").eval(), torch.randn(2, 3, 32, 32))[1][0]
     assert (routing.grid, routing.num_prefix_tokens) == ((4, 4), 1)
@@ -139,7 +137,7 @@ def mosaic(images: int, seed: int) -> tuple[Tensor, Tensor]:
     return pictures + 0.3 * torch.randn(pictures.shape, generator=generator), which
 
 
-def test_colour_finds_the_clusters_of_the_first_training_batch() -> None:
+def test_colour_finds_the_clusters_of_the_first_training_batch():
     """Four colours far apart and four experts: patches share an expert exactly if they share a colour."""
     net, (pictures, which) = net_of("colour").train(), mosaic(8, 0)
     net(pictures)
@@ -156,7 +154,7 @@ def test_colour_finds_the_clusters_of_the_first_training_batch() -> None:
     assert torch.equal(router.centroids, before)
 
 
-def test_colour_is_the_nearest_centroid_in_numpy() -> None:
+def test_colour_is_the_nearest_centroid_in_numpy():
     """Mean of every patch's pixels; the class token has the mean of the image."""
     net, (pictures, _) = net_of("colour").eval(), mosaic(4, 2)
     centroids = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
@@ -175,7 +173,7 @@ def test_colour_is_the_nearest_centroid_in_numpy() -> None:
         np.testing.assert_array_equal(routing.expert_index[number, :, 0], expected)
 
 
-def test_colours_of_copies_are_their_own() -> None:
+def test_colours_of_copies_are_their_own():
     """A copy, a pickle and a reloaded model look at their own images with the centroids that were found."""
     net = net_of("colour").train()
     net(mosaic(8, 0)[0])
@@ -189,7 +187,7 @@ def test_colours_of_copies_are_their_own() -> None:
 
 
 @pytest.mark.parametrize("router", [*HANDMADE, "colour"])
-def test_the_rest_of_the_model_trains(router: str) -> None:
+def test_the_rest_of_the_model_trains(router):
     """Experts and head get gradients although nothing of the gate does."""
     torch.manual_seed(0)
     net = timm.create_model("test_vit_moe", router=router).train()
@@ -199,14 +197,14 @@ def test_the_rest_of_the_model_trains(router: str) -> None:
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-def test_hash_is_the_rank_of_a_fibonacci_hash_of_32_bits() -> None:
+def test_hash_is_the_rank_of_a_fibonacci_hash_of_32_bits():
     """Knuth, The Art of Computer Programming 3, 6.4: positions times 2³² / φ, modulo 2³², in order of size."""
     golden = np.arange(16, dtype=np.uint32) * np.uint32(2654435769)  # wraps
     routing = route(layer_of("hash", 8, top_k=1), 1, 16)
     assert routing.expert_index[0, :, 0].tolist() == (golden.argsort().argsort() * 8 // 16).tolist()
 
 
-def test_random_is_murmur_hash_in_evaluation() -> None:
+def test_random_is_murmur_hash_in_evaluation():
     """fmix32 of MurmurHash3 (A. Appleby, public domain) over E · position + expert + 1: a saved model routes alike."""
 
     def fmix32(h: int) -> int:

@@ -29,24 +29,24 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     has_matrix_unit.cache_clear()
 
 
-def test_torch_is_asked(machine: Machine) -> None:
+def test_torch_is_asked(machine):
     assert machine({"amx_bf16": True})
     for without in ({"amx_bf16": False, "avx512_bf16": True}, {"sve": True}, None):
         assert not machine(without)  # an ARM processor has no such key, an old torch doesn't say
 
 
 @pytest.mark.parametrize("allowed", ["AVX2", "avx512_core_bf16", "AVX10_1_512"])
-def test_onednn_may_not_use_it(machine: Machine, allowed: str) -> None:
+def test_onednn_may_not_use_it(machine, allowed):
     assert not machine({"amx_bf16": True}, allowed)
 
 
 @pytest.mark.parametrize("allowed", ["DEFAULT", "all", "AVX512_CORE_AMX", "avx512_core_amx_fp16"])
-def test_onednn_may_use_it_where_it_is(machine: Machine, allowed: str) -> None:
+def test_onednn_may_use_it_where_it_is(machine, allowed):
     assert machine({"amx_bf16": True}, allowed)
     assert not machine({"amx_bf16": False}, allowed)
 
 
-def test_the_answer_is_kept(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_answer_is_kept(machine, monkeypatch):
     """One answer per process, as oneDNN reads the variable once."""
     assert machine({"amx_bf16": True})
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")

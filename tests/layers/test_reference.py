@@ -1,7 +1,5 @@
 """The layer equals `reference.py`: output, losses and every gradient, with the same weights and the same noise."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,7 +52,7 @@ def gradients(layer: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("backend", ["auto", "loop", "dense", "grouped"])
-def test_the_layer_is_the_reference(backend: str, top_k: int, train: bool) -> None:
+def test_the_layer_is_the_reference(backend, top_k, train):
     """In float64, `grouped` in float32. With k = 1 both gate with the probability among all experts."""
     dtype, tolerance = (torch.float32, 1e-4) if backend == "grouped" else (torch.float64, 1e-10)
     reference, layer = twins(top_k, backend, dtype, train=train)

@@ -1,7 +1,5 @@
 """What balances a router: its losses over the pieces of a batch, and the bias that moves instead of a loss."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 
 import pytest
@@ -50,7 +48,7 @@ def decision(router: str) -> Routing:
 
 
 @pytest.mark.parametrize(("router", "loss"), PAIRS)
-def test_two_micro_batches_have_the_statistic_of_their_batch(router: str, loss: str) -> None:
+def test_two_micro_batches_have_the_statistic_of_their_batch(router, loss):
     """The second one's value is that of all 12 images; the first one's is that of its own 5."""
     whole = decision(router)
     off = dict.fromkeys(("importance", "load", "load_balancing", "z"), 0.0)
@@ -63,13 +61,15 @@ def test_two_micro_batches_have_the_statistic_of_their_batch(router: str, loss: 
     assert not torch.allclose(first, expected)
 
 
-def test_routers_that_need_no_loss_have_none() -> None:
+def test_routers_that_need_no_loss_have_none():
     """Balance is by construction, by the bias, or nobody's concern; every default can be supplied."""
     for name in ROUTERS:
         router = build_router(name, WIDTH, EXPERTS, None)
         assert router.default_losses.keys() <= router.losses, name
         needs_none = name not in ("noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "cosine")
         assert (router.default_losses == {}) is needs_none, name
+        if name in ("switch", "sigmoid"):
+            assert router.default_losses == {"load_balancing": 0.05}
 
 
 def balanced_layer(**options: float) -> MoEMlp:
@@ -77,7 +77,7 @@ def balanced_layer(**options: float) -> MoEMlp:
     return MoEMlp(WIDTH, 8, num_experts=EXPERTS, top_k=2, router="bias_balanced", **options)
 
 
-def test_the_bias_is_a_persistent_float32_buffer_without_gradient() -> None:
+def test_the_bias_is_a_persistent_float32_buffer_without_gradient():
     for dtype in (torch.bfloat16, torch.float64):
         layer = MoEMlp(WIDTH, 8, num_experts=EXPERTS, router="bias_balanced", dtype=dtype)
         assert layer.router.bias.dtype is torch.float32
@@ -87,7 +87,7 @@ def test_the_bias_is_a_persistent_float32_buffer_without_gradient() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_only_update_router_bias_moves_the_bias(training: bool) -> None:
+def test_only_update_router_bias_moves_the_bias(training):
     """Not a forward or backward pass, nor an optimizer step, however unbalanced the load is."""
     layer = balanced_layer().train(training)
     start = torch.tensor([0.4, -0.1, -0.1, -0.2])
@@ -99,7 +99,7 @@ def test_only_update_router_bias_moves_the_bias(training: bool) -> None:
     assert torch.equal(layer.router.bias, start)
 
 
-def test_counts_belong_to_layers() -> None:
+def test_counts_belong_to_layers():
     """One tensor per MoE layer, in order; a layer without a bias takes part in the numbering only."""
     layers = nn.Sequential(
         balanced_layer(), MoEMlp(WIDTH, 8, num_experts=EXPERTS, router="switch"), balanced_layer()
@@ -110,7 +110,7 @@ def test_counts_belong_to_layers() -> None:
     torch.testing.assert_close(layers[2].router.bias, torch.tensor([1e-3, 0, 0, -1e-3]))
 
 
-def test_the_bias_balances_a_skewed_router() -> None:
+def test_the_bias_balances_a_skewed_router():
     """Tokens with a common direction send nearly all to two experts; 500 steps of 0.002 spread them, without a loss."""
     layer, x = balanced_layer(bias_rate=0.002).eval(), torch.randn(8, 64, WIDTH) + 1.0
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_the_bias_balances_a_skewed_router() -> None:
     assert after.max() / after.mean() < 1.05
 
 
-def test_expert_choice_view_is_best_first_for_small_weights_too() -> None:
+def test_expert_choice_view_is_best_first_for_small_weights_too():
     """Both experts took the token, with 1e-9 and 1e-8: a difference that 1 + w does not have in float32."""
     logits = torch.zeros(1, 1, 2)
     weight = torch.tensor([[[1e-9], [1e-8]]])
@@ -136,7 +136,7 @@ def test_expert_choice_view_is_best_first_for_small_weights_too() -> None:
     assert routing.kept.tolist() == [[[True, True]]]
 
 
-def test_expert_choice_view_has_taken_experts_first_even_of_weight_0() -> None:
+def test_expert_choice_view_has_taken_experts_first_even_of_weight_0():
     """A weight can underflow; expert 2 took the token all the same, experts 0 and 1 did not."""
     logits = torch.zeros(1, 2, 3)
     index = torch.tensor([[[1], [1], [0]]])
@@ -147,7 +147,7 @@ def test_expert_choice_view_has_taken_experts_first_even_of_weight_0() -> None:
     assert routing.counts().tolist() == [1, 1, 1]
 
 
-def test_the_bias_stays_in_float32() -> None:
+def test_the_bias_stays_in_float32():
     """In bfloat16 steps of 1e-3 are lost beside a bias of .5."""
     counts = torch.tensor([70, 10, 10, 10])
     layers = [MoEMlp(8, 8, num_experts=4, router="bias_balanced", bias_rate=1e-3) for _ in range(2)]

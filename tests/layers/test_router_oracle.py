@@ -4,8 +4,6 @@ Gradients are compared with the transcription's central differences, so that not
 Choices are made by sorting; the inputs keep every margin far above the step, so no choice flips within it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -161,13 +159,13 @@ def run(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Routing]:
     return out, routings[0]
 
 
-def test_every_router_has_a_transcription() -> None:
+def test_every_router_has_a_transcription():
     assert {case.router for case in CASES.values()} | NO_TRANSCRIPTION == set(ROUTERS)
 
 
 @pytest.mark.parametrize("backend", ["loop", "dense"])
 @pytest.mark.parametrize("name", CASES)
-def test_output(name: str, backend: str) -> None:
+def test_output(name, backend):
     layer, x = make(CASES[name], backend), inputs()
     params = params_of(layer)
     expected = oracles.layer_output(x.numpy(), params, CASES[name].decide(x.numpy(), params))
@@ -176,7 +174,7 @@ def test_output(name: str, backend: str) -> None:
 
 @pytest.mark.whole  # every router is touched by `pytest`
 @pytest.mark.parametrize("name", CASES)
-def test_decision(name: str) -> None:
+def test_decision(name):
     """What is recorded is what was decided, and it agrees with the common view that everything downstream reads."""
     layer, x = make(CASES[name]), inputs()
     decision, routing = CASES[name].decide(x.numpy(), params_of(layer)), run(layer, x)[1].detach()
@@ -207,7 +205,7 @@ def test_decision(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_capacity_cases_drop_something(name: str) -> None:
+def test_capacity_cases_drop_something(name):
     """Else they would test nothing that the others don't."""
     if name.startswith("capacity"):
         layer, x = make(CASES[name]), inputs()
@@ -222,7 +220,7 @@ def differentiable(layer: MoEMlp) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("backend", ["loop", "dense"])
 @pytest.mark.parametrize("name", CASES)
-def test_gradients(name: str, backend: str) -> None:
+def test_gradients(name, backend):
     """d(Σ direction · output) / d(x and every parameter) against central differences of the transcription."""
     layer, x = make(CASES[name], backend), inputs().requires_grad_()
     direction = torch.randn(
@@ -248,7 +246,7 @@ def test_gradients(name: str, backend: str) -> None:
 @pytest.mark.parametrize(
     "router", ["noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "bias_balanced"]
 )
-def test_a_gate_of_value_1_has_the_gradient_of_the_probability(router: str) -> None:
+def test_a_gate_of_value_1_has_the_gradient_of_the_probability(router):
     """Of the gates of k = 1 with respect to the router, as they are and normalised."""
     gradients = []
     for normalize in (False, True):
@@ -262,7 +260,7 @@ def test_a_gate_of_value_1_has_the_gradient_of_the_probability(router: str) -> N
     assert gradients[0].norm() > 0.1
 
 
-def test_the_config_moe_vie_is_its_router() -> None:
+def test_the_config_moe_vie_is_its_router():
     """arXiv:2608.17402: one shared expert, and the 4 best of 32 by s + b, weighted by s / Σ s, s = sigmoid(W x)."""
     arch = yaml.safe_load(shipped_configs()["moe_vie"].read_text(encoding="utf-8"))["model"]["arch"]
     layers = moe_layers(build_model(MoEConfig(**arch), 2, 64))

@@ -1,7 +1,5 @@
 """What every router promises, whatever its rule: independence, order, room, precision, copies."""
 
-from __future__ import annotations
-
 import copy
 import io
 import math
@@ -44,20 +42,20 @@ def randn(*shape: int, seed: int = 5, dtype: torch.dtype = torch.float64) -> Ten
     ("router", "options"),
     [*((name, {}) for name in LAYER_ROUTERS), *((name, CAPPED) for name in TOKEN_CHOICE)],
 )
-def test_an_image_does_not_depend_on_its_batch_mates(router: str, options: dict[str, Any]) -> None:
+def test_an_image_does_not_depend_on_its_batch_mates(router, options):
     """Exact in float64."""
     layer, x = make(router, **options), randn(6, 17, WIDTH)
     torch.testing.assert_close(layer(x)[:2], layer(x[:2]), rtol=0, atol=1e-14)
 
 
-def test_capacity_of_the_batch_does_depend_on_batch_mates() -> None:
+def test_capacity_of_the_batch_does_depend_on_batch_mates():
     """What the default protects from, and the reason why it must be asked for."""
     layer, x = make("vmoe_top_k", **CAPPED, capacity_group="batch"), randn(6, 17, WIDTH)
     assert not torch.allclose(layer(x)[:2], layer(x[:2]))
 
 
 @pytest.mark.parametrize("router", LAYER_ROUTERS)
-def test_evaluation_is_deterministic_and_draws_no_random_number(router: str) -> None:
+def test_evaluation_is_deterministic_and_draws_no_random_number(router):
     layer, x = make(router), randn(3, 17, WIDTH)
     state = torch.get_rng_state()
     first = layer(x)
@@ -71,9 +69,7 @@ def test_evaluation_is_deterministic_and_draws_no_random_number(router: str) -> 
 )
 @settings(max_examples=10, deadline=None)
 @given(order=st.permutations(range(9)))
-def test_tokens_may_come_in_any_order(
-    router: str, options: dict[str, Any], order: list[int]
-) -> None:
+def test_tokens_may_come_in_any_order(router, options, order):
     """f(x[perm]) = f(x)[perm]: a learned router looks at content only. (By position in the image, others don't.)"""
     layer, x = make(router, **options), randn(2, 9, WIDTH)
     torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order], rtol=1e-12, atol=1e-13)
@@ -88,9 +84,7 @@ def test_tokens_may_come_in_any_order(
     group=st.sampled_from(["image", "batch"]),
     tokens=st.integers(1, 12),
 )
-def test_an_expert_is_full_before_it_drops_anything(
-    router: str, k: int, factor: float, priority: bool, group: str, tokens: int
-) -> None:
+def test_an_expert_is_full_before_it_drops_anything(router, k, factor, priority, group, tokens):
     """In every group: kept = min(requested, capacity), the better choices of a token first."""
     k = 1 if router == "switch" else k
     layer = make(
@@ -113,7 +107,7 @@ def test_an_expert_is_full_before_it_drops_anything(
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("router", LAYER_ROUTERS)
-def test_a_decision_is_well_formed(router: str, k: int) -> None:
+def test_a_decision_is_well_formed(router, k):
     """Different experts, the largest weight first, nothing negative, probabilities that sum to 1, weights at most 1."""
     k = 1 if router == "switch" else k
     layer = make(router, top_k=k).train()
@@ -146,7 +140,7 @@ def expected_rows(routing: Routing, k: int) -> int:
 
 
 @pytest.mark.parametrize("router", TOKEN_CHOICE)
-def test_gates_are_the_recorded_weights(router: str) -> None:
+def test_gates_are_the_recorded_weights(router):
     """`gates` is what interventions compute another k with; for the router's own k it must give its own weights."""
     layer = make(router).train()
     routing = run(layer, randn(2, 9, WIDTH))[1]
@@ -156,7 +150,7 @@ def test_gates_are_the_recorded_weights(router: str) -> None:
 
 
 @pytest.mark.parametrize("router", LEARNED)
-def test_bf16_autocast_leaves_the_decision_in_float32(router: str) -> None:
+def test_bf16_autocast_leaves_the_decision_in_float32(router):
     layer, x = make(router, torch.float32), randn(4, 33, WIDTH, dtype=torch.float32)
     plain = run(layer, x)[1]
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,7 +163,7 @@ def test_bf16_autocast_leaves_the_decision_in_float32(router: str) -> None:
 
 
 @pytest.mark.parametrize("router", LEARNED)
-def test_gradients_reach_every_parameter_of_the_router_in_training(router: str) -> None:
+def test_gradients_reach_every_parameter_of_the_router_in_training(router):
     layer = make(router).train()
     run(layer, randn(2, 9, WIDTH))[0].square().sum().backward()
     for name, parameter in layer.router.named_parameters():
@@ -178,7 +172,7 @@ def test_gradients_reach_every_parameter_of_the_router_in_training(router: str) 
 
 
 @pytest.mark.parametrize("router", LAYER_ROUTERS)
-def test_copies_pickles_and_state_dicts_compute_the_same(router: str) -> None:
+def test_copies_pickles_and_state_dicts_compute_the_same(router):
     layer, x = make(router), randn(2, 17, WIDTH)
     if router == "bias_balanced":
         update_router_bias(layer, [torch.tensor([5, 0, 0, 1])])
@@ -211,7 +205,7 @@ class Block(nn.Module):
         ("soft", {"slots_per_expert": 2}),
     ],
 )
-def test_compiled_blocks_compute_the_same(router: str, options: dict[str, Any]) -> None:
+def test_compiled_blocks_compute_the_same(router, options):
     """aot_eager: traced and differentiated ahead of time, without the minutes of code generation."""
     torch._dynamo.reset()
     x, results = randn(2, 12, WIDTH), []
@@ -229,7 +223,7 @@ def test_compiled_blocks_compute_the_same(router: str, options: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("router", ["vmoe_top_k", "bias_balanced", "expert_choice", "soft"])
-def test_fine_grained_experts_in_every_backend(router: str) -> None:
+def test_fine_grained_experts_in_every_backend(router):
     """E = 64, K = 16 (DeepSeekMoE's idea): values and the router's gradient."""
     options = {"num_experts": 64} if router == "soft" else {"num_experts": 64, "top_k": 16}
     x, results = randn(2, 20, WIDTH, dtype=torch.float32), []

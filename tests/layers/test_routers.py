@@ -1,12 +1,15 @@
-"""Routers against hand-derived numbers, an independent NumPy transcription, and their promises."""
+"""Routers in training: noise and jitter, the start, gates, precision."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from moevision.layers import TopKRouter, build_router
+from moevision.layers import MoEMlp, TopKRouter, build_router
 from moevision.layers.cpu import softmax_over_experts
+from tests.layers.linear_experts import run, times_e_plus_1
+
+EXPERTS = 4
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -27,7 +30,7 @@ def trained(
 
 
 @pytest.mark.parametrize("name", ["noisy_top_k", "vmoe_top_k"])
-def test_the_choice_is_that_of_the_equations_with_the_same_noise(name: str) -> None:
+def test_the_choice_is_that_of_the_equations_with_the_same_noise(name):
     """arXiv:1701.06538, eq. 3-5; V-MoE's TOP_k(softmax(Wx + noise)), noise of std 1/E, not renormalised. In NumPy."""
     router, x = trained(name), torch.randn(2, 5, 16, dtype=torch.float64)
     torch.manual_seed(7)
@@ -47,7 +50,7 @@ def test_the_choice_is_that_of_the_equations_with_the_same_noise(name: str) -> N
     np.testing.assert_allclose(routing.combine_weight.detach(), gates, rtol=1e-12)
 
 
-def test_a_router_s_own_gates_count_with_and_without_gradients() -> None:
+def test_a_router_s_own_gates_count_with_and_without_gradients():
     """Without noise and normalisation evaluation may take the probabilities, but not in the place of other gates."""
 
     class EqualGates(TopKRouter):
@@ -61,7 +64,7 @@ def test_a_router_s_own_gates_count_with_and_without_gradients() -> None:
     assert router(x).combine_weight.eq(0.5).all()
 
 
-def test_initial_router_is_all_noise_and_balanced() -> None:
+def test_initial_router_is_all_noise_and_balanced():
     """Shazeer, appendix A: W_g = W_noise = 0, so the noise has std softplus(0) = ln 2 and loads are equal."""
     torch.manual_seed(0)
     routing = build_router("noisy_top_k", 16, 8, 2)(torch.randn(16, 64, 16))
@@ -74,7 +77,7 @@ def test_initial_router_is_all_noise_and_balanced() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_at_least_float32_with_autocast_off(dtype: torch.dtype) -> None:
+def test_at_least_float32_with_autocast_off(dtype):
     router = build_router("noisy_top_k", 16, 4, 2).eval()
     torch.nn.init.normal_(router.weight)
     x = torch.randn(1, 50, 16).to(dtype)
@@ -86,7 +89,7 @@ def test_at_least_float32_with_autocast_off(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 5), (1, 1, 8), (3, 4, 1), (0, 4, 3)])
-def test_the_softmax_across_tokens_is_the_softmax_over_experts(shape: tuple[int, int, int]) -> None:
+def test_the_softmax_across_tokens_is_the_softmax_over_experts(shape):
     """Value and gradient, also of logits so large that exp would overflow."""
     logits = 300 * torch.randn(
         shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
@@ -102,3 +105,34 @@ def test_the_softmax_across_tokens_is_the_softmax_over_experts(shape: tuple[int,
     for actual, expected in zip(results[:2], results[2:], strict=True):
         assert actual[0].shape == shape
         torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("router", ["vmoe_top_k", "cosine", "expert_choice"])
+def test_fixed_noise_has_a_standard_deviation_of_1_over_e(router):
+    """40 000 draws: their standard deviation is within 2 % of 1/E (three standard errors are 1 %)."""
+    layer = MoEMlp(8, 8, dtype=torch.float64, num_experts=EXPERTS, router=router).train()
+    torch.manual_seed(0)
+    routing = run(layer, torch.randn(10, 1000, 8, dtype=torch.float64))[1].detach()
+    noise = routing.noisy_logits - routing.logits
+    assert float(noise.std()) == pytest.approx(1 / EXPERTS, rel=0.02)
+    assert abs(float(noise.mean())) < 0.005
+    assert float(routing.noise_std.flatten()[0]) == 1 / EXPERTS
+
+
+def test_jitter_multiplies_the_routers_input_only():
+    """Switch: U(0.99, 1.01) for every feature. With W = I the logits are the jittered input itself, while the output
+    stays a multiple of the clean token. The variance of U is 0.02² / 12."""
+    layer, x = (
+        times_e_plus_1("switch", EXPERTS, noise="jitter").train(),
+        torch.rand(4, 2500, EXPERTS, dtype=torch.float64) + 1,
+    )
+    torch.manual_seed(0)
+    out, routing = run(layer, x)
+    jitter = (routing.noisy_logits / x).detach()
+    assert float(jitter.min()) >= 0.99
+    assert float(jitter.max()) <= 1.01
+    assert float(jitter.mean()) == pytest.approx(1, abs=2e-4)
+    assert float(jitter.var()) == pytest.approx(0.02**2 / 12, rel=0.03)
+    multiple = (out / x).detach()
+    torch.testing.assert_close(multiple, multiple[..., :1].expand_as(multiple))
+    assert torch.equal(run(layer.eval(), x)[1].noisy_logits, x)

@@ -19,7 +19,7 @@ def model() -> nn.Module:
     return net
 
 
-def test_forward_routing_returns_what_each_layer_decided(model: nn.Module) -> None:
+def test_forward_routing_returns_what_each_layer_decided(model):
     x = torch.randn(2, 3, 32, 32)
     logits, routings = forward_routing(model, x)
     assert torch.equal(logits, model(x))
@@ -28,7 +28,7 @@ def test_forward_routing_returns_what_each_layer_decided(model: nn.Module) -> No
     assert all(routing.counts().sum() == 2 * 16 * 2 for routing in routings)
 
 
-def test_prefix_tokens_are_routed_and_counted_apart() -> None:
+def test_prefix_tokens_are_routed_and_counted_apart():
     net = timm.create_model("test_vit_moe", class_token=True, global_pool="token").eval()
     _, routings = forward_routing(net, torch.randn(1, 3, 32, 32))
     assert routings[0].logits.shape[1] == 17
@@ -36,21 +36,21 @@ def test_prefix_tokens_are_routed_and_counted_apart() -> None:
     assert routings[0].grid == (4, 4)
 
 
-def test_patch_dropping_leaves_no_grid() -> None:
+def test_patch_dropping_leaves_no_grid():
     net = timm.create_model("test_vit_moe", patch_drop_rate=0.5).train()
     _, routings = forward_routing(net, torch.randn(1, 3, 32, 32))
     assert routings[0].logits.shape[1] == 8
     assert routings[0].grid is None
 
 
-def test_nothing_is_kept_outside_the_scope(model: nn.Module) -> None:
+def test_nothing_is_kept_outside_the_scope(model):
     with record_routing(model) as routings:
         model(torch.randn(1, 3, 32, 32))
     model(torch.randn(1, 3, 32, 32))
     assert len(routings) == 2
 
 
-def test_scopes_nest(model: nn.Module) -> None:
+def test_scopes_nest(model):
     x = torch.randn(1, 3, 32, 32)
     with record_routing(model) as outer:
         model(x)
@@ -62,7 +62,7 @@ def test_scopes_nest(model: nn.Module) -> None:
     assert outer[2] is inner[0]
 
 
-def test_an_exception_closes_the_scope(model: nn.Module) -> None:
+def test_an_exception_closes_the_scope(model):
     with pytest.raises(RuntimeError), record_routing(model):
         model(torch.randn(1, 5, 32, 32))  # five channels
     model(torch.randn(1, 3, 32, 32))
@@ -71,7 +71,7 @@ def test_an_exception_closes_the_scope(model: nn.Module) -> None:
     assert routings == []
 
 
-def test_threads_do_not_mix_their_records(model: nn.Module) -> None:
+def test_threads_do_not_mix_their_records(model):
     """Each thread routes images of its own and must see exactly those."""
     pictures = [torch.randn(1, 3, 32, 32) for _ in range(4)]
     expected = [forward_routing(model, picture)[1] for picture in pictures]
@@ -95,7 +95,7 @@ def test_threads_do_not_mix_their_records(model: nn.Module) -> None:
     assert wrong == []
 
 
-def test_detached_records_hold_no_graph(model: nn.Module) -> None:
+def test_detached_records_hold_no_graph(model):
     _, routings = forward_routing(model.train(), torch.randn(1, 3, 32, 32))
     model.eval()
     assert routings[0].logits.requires_grad

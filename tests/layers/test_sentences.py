@@ -90,7 +90,7 @@ ROWS |= {
 
 
 @pytest.mark.parametrize(("call", "names"), ROWS.values(), ids=ROWS)
-def test_the_sentence_names(call: Callable[[], Any], names: list[str]) -> None:
+def test_the_sentence_names(call, names):
     with pytest.raises(UserError) as caught:
         call()
     sentence = str(caught.value)

@@ -5,8 +5,6 @@ can be uploaded and loaded with the real client libraries and without a network.
 and can be made to break off. The paths are those of huggingface_hub 2.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

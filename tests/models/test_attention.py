@@ -1,8 +1,5 @@
 """Fused and plain attention: the same numbers, and each where it is the faster."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -53,7 +50,7 @@ def step(model: nn.Module, fused: bool) -> tuple[FusedCalls, list[Tensor]]:
     ]
 
 
-def test_both_compute_the_same() -> None:
+def test_both_compute_the_same():
     """float32: rounding differs, nothing else does."""
     model = vit()
     fused_calls, fused = step(model, True)
@@ -67,7 +64,7 @@ def test_both_compute_the_same() -> None:
     assert torch.equal(back[0], fused[0])
 
 
-def test_what_the_environment_forbids_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_environment_forbids_stays_plain(monkeypatch):
     """As TIMM_FUSED_ATTN=0 does."""
     monkeypatch.setattr("timm.layers.config._USE_FUSED_ATTN", 0)
     model = vit()
@@ -88,12 +85,12 @@ def test_what_the_environment_forbids_stays_plain(monkeypatch: pytest.MonkeyPatc
         ("mps", torch.bfloat16, 64, False),
     ],
 )
-def test_the_rule(device: str, dtype: torch.dtype, tokens: int, unfused: bool) -> None:
+def test_the_rule(device, dtype, tokens, unfused):
     assert trains_unfused(device, dtype, tokens) == unfused
     assert trains_unfused(torch.device(device), dtype, tokens) == unfused
 
 
-def test_patches_are_counted_where_there_are_any() -> None:
+def test_patches_are_counted_where_there_are_any():
     """(32 / 8)² patches, whatever share of them training drops."""
     assert num_patches(vit()) == 16
     dropping = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, patch_drop_rate=0.5)
@@ -102,9 +99,7 @@ def test_patches_are_counted_where_there_are_any() -> None:
 
 
 @pytest.mark.parametrize(("precision", "trains_fused"), [("bf16-mixed", False), ("32-true", True)])
-def test_a_training_uses_each_where_it_is_the_faster(
-    precision: Any, trains_fused: bool, tmp_path: Path
-) -> None:
+def test_a_training_uses_each_where_it_is_the_faster(precision, trains_fused, tmp_path):
     """Two epochs, so that training follows validation, which always uses the fused kernel."""
     L.seed_everything(0, verbose=False)
     task = ClassificationTask(arch=MoEConfig(name="test_vit_moe"), num_classes=8, image_size=32)

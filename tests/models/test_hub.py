@@ -27,8 +27,8 @@ torch.save(logits(), f"{sys.argv[1]}/offline.pt")
 
 @pytest.mark.deep
 def test_uploaded_by_hf_and_loaded_it_is_the_same_model(
-    tiny_run: Path, distant_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_run, distant_model, tmp_path, monkeypatch
+):
     """Loaded by timm in a process of its own, then offline from its cache; by moevision with its distances."""
     folder = shutil.copytree(distant_model, tmp_path / "model")
     shutil.copy(tiny_run / "model" / "README.md", folder)

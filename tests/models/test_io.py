@@ -84,7 +84,7 @@ OWN_NAMES = {"own name": ("test_vit_moe", {}), "DeiT": ("vit_moe", DEIT)}
 
 @pytest.mark.parametrize("arguments", OWN_NAMES.values(), ids=OWN_NAMES)
 @pytest.mark.parametrize("router", ROUTERS)
-def test_every_router(router: str, arguments: tuple[str, dict], tmp_path: Path) -> None:
+def test_every_router(router, arguments, tmp_path):
     """`vit_moe` with a class token; its address is the base's name."""
     name, base = arguments
     net = timm.create_model(name, router=router, num_experts=4, num_classes=5, **base)
@@ -128,14 +128,14 @@ def held(layer: nn.Module) -> tuple:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("arguments", OWN_NAMES.values(), ids=OWN_NAMES)
-def test_every_option(arguments: tuple[str, dict], options: dict, tmp_path: Path) -> None:
+def test_every_option(arguments, options, tmp_path):
     name, base = arguments
     net = trained(timm.create_model(name, num_classes=5, **base, **options))
     back = equal_after_a_round_trip(net, tmp_path)
     assert list(map(held, moe_layers(net))) == list(map(held, moe_layers(back.net)))
 
 
-def test_a_model_converted_in_python_with_everything(tmp_path: Path) -> None:
+def test_a_model_converted_in_python_with_everything(tmp_path):
     vit = timm.create_model("deit_tiny_patch16_224", num_classes=5, **{**DEIT, "base": None})
     net = convert_to_moe(vit, [0, 2], **PER_LAYER, num_shared_experts=1, capacity_factor=1.5)
     equal_after_a_round_trip(trained(net), tmp_path)
@@ -155,9 +155,7 @@ GIVEN = {
 )
 @pytest.mark.parametrize("arguments", OWN_NAMES.values(), ids=OWN_NAMES)
 @pytest.mark.parametrize("dense", ["no layers", "active_flops", "total_params"])
-def test_a_dense_model_under_a_name_of_ours_is_converted(
-    dense: str, arguments: tuple[str, dict[str, object]], options: dict[str, object], tmp_path: Path
-) -> None:
+def test_a_dense_model_under_a_name_of_ours_is_converted(dense, arguments, options, tmp_path):
     """Its record spoke of the dense model, and the saved folder could not be loaded."""
     name, base = arguments
     net = timm.create_model(
@@ -170,14 +168,14 @@ def test_a_dense_model_under_a_name_of_ours_is_converted(
 
 
 @pytest.mark.parametrize("match", ["active_flops", "total_params"])
-def test_a_twin_that_is_given_no_experts_stays_a_twin(match: str, tmp_path: Path) -> None:
+def test_a_twin_that_is_given_no_experts_stays_a_twin(match, tmp_path):
     twin = dense_twin(timm.create_model("test_vit_moe", num_classes=5), match)
     net = convert_to_moe(twin, []).eval()
     save_model(as_saved(net), tmp_path)
     assert torch.equal(load_model(str(tmp_path)).net(images()), net(images()))
 
 
-def test_a_conversion_that_fails_changes_nothing() -> None:
+def test_a_conversion_that_fails_changes_nothing():
     """The last layer can't be made."""
     net = timm.create_model("test_vit")
     before = [block.mlp for block in net.blocks]
@@ -187,9 +185,7 @@ def test_a_conversion_that_fails_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("arguments", OWN_NAMES.values(), ids=OWN_NAMES)
-def test_soft_keeps_its_slots_at_another_image_size(
-    arguments: tuple[str, dict[str, object]], tmp_path: Path
-) -> None:
+def test_soft_keeps_its_slots_at_another_image_size(arguments, tmp_path):
     """K · tokens / E slots at 32 px (8 for 16 tokens, 9 for 17, rounded up) stay so many at 64 and at 96 px."""
     name, base = arguments
     net = timm.create_model(name, router="soft", num_experts=4, num_classes=5, **base)
@@ -202,7 +198,7 @@ def test_soft_keeps_its_slots_at_another_image_size(
     assert torch.equal(moe_layers(larger)[0].router.mu, moe_layers(net)[0].router.mu)
 
 
-def test_bf16_weights_stay_what_they_are(tmp_path: Path) -> None:
+def test_bf16_weights_stay_what_they_are(tmp_path):
     """bf16 in the file; fp32 after loading, with the same values, so that .bfloat16() gives the model back."""
     net = trained(timm.create_model("test_vit_moe", num_classes=5)).bfloat16()
     save_model(as_saved(net), tmp_path)
@@ -219,7 +215,7 @@ def test_bf16_weights_stay_what_they_are(tmp_path: Path) -> None:
     assert torch.equal(back.bfloat16()(images().bfloat16()), net(images().bfloat16()))
 
 
-def test_weights_in_another_memory_order(tmp_path: Path) -> None:
+def test_weights_in_another_memory_order(tmp_path):
     net = trained(timm.create_model("test_vit_moe", num_classes=5)).to(
         memory_format=torch.channels_last
     )
@@ -232,7 +228,7 @@ def test_weights_in_another_memory_order(tmp_path: Path) -> None:
     )
 
 
-def test_weights_are_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_flushed_to_the_disk(tmp_path, monkeypatch):
     """Else a power cut after a finished run, whose summary is flushed, could leave an empty file of weights."""
     flushed: list[tuple[int, int]] = []
     real = os.fsync
@@ -245,7 +241,7 @@ def test_weights_are_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.needs("transformers")
 @pytest.mark.parametrize("model", OWN_NAMES.values(), ids=OWN_NAMES)
-def test_transformers_opens_it(model: tuple[str, dict[str, object]], tmp_path: Path) -> None:
+def test_transformers_opens_it(model, tmp_path):
     """Its wrapper builds the same network by timm and keeps the file's weights where they lie in it.
 
     So products may round otherwise there, in the last digits of fp32 logits of order 1.
@@ -268,7 +264,7 @@ def test_transformers_opens_it(model: tuple[str, dict[str, object]], tmp_path: P
 
 
 @pytest.mark.needs("transformers")
-def test_transformers_pipeline_answers_with_the_class_names(tmp_path: Path) -> None:
+def test_transformers_pipeline_answers_with_the_class_names(tmp_path):
     """The pipeline prepares the image as config.json says: bicubic to 32 px, then mean and standard deviation."""
     import transformers
 
@@ -285,7 +281,7 @@ def test_transformers_pipeline_answers_with_the_class_names(tmp_path: Path) -> N
     assert said == pytest.approx(dict(zip(WORDS, probabilities, strict=True)), abs=1e-6)
 
 
-def test_what_is_saved_tells_nothing_of_where(tmp_path: Path) -> None:
+def test_what_is_saved_tells_nothing_of_where(tmp_path):
     """A model that was loaded from a folder and saved again doesn't carry that folder's path."""
     save_model(
         as_saved(trained(timm.create_model("test_vit_moe", num_classes=5))), tmp_path / "secret"
@@ -307,7 +303,7 @@ def relabel(folder: Path, **labels: object) -> list[str]:
     return load_model(str(folder)).class_names
 
 
-def test_class_names_as_timm_writes_them(tmp_path: Path) -> None:
+def test_class_names_as_timm_writes_them(tmp_path):
     """A list, or a dict from index to name; names may be codes that `label_descriptions` explains."""
     save_model(
         as_saved(timm.create_model("test_vit_moe", num_classes=3), words=["cat", "dog", "owl"]),
@@ -329,7 +325,7 @@ def test_class_names_as_timm_writes_them(tmp_path: Path) -> None:
         assert relabel(tmp_path, **labels) == expected
 
 
-def test_a_dense_model_of_timm(tmp_path: Path) -> None:
+def test_a_dense_model_of_timm(tmp_path):
     """Not ours, but a model: everything that works without experts works with it."""
     net = timm.create_model("test_vit", num_classes=2).eval()
     timm.models.save_for_hf(net, tmp_path, safe_serialization=True)

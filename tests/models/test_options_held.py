@@ -132,13 +132,13 @@ def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save_model(describe(timm.create_model(name, num_classes=3, img_size=32)), Path(folder))
 
 
-def test_there_is_a_case_for_every_option() -> None:
+def test_there_is_a_case_for_every_option():
     assert {case.name for case in CASES} == {field.name for field in fields(MoEConfig)}
 
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.value}")
-def test_an_option_is_held_or_refused(case: Case, start: str) -> None:
+def test_an_option_is_held_or_refused(case, start):
     """By the model, and by the one that its configuration builds again; never dropped."""
     if case.name == "pretrained" and start != "scratch":
         pytest.skip("the start itself")

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def folder(saved_model: Path) -> Path:
     return saved_model
 
 
-def test_a_packed_model_is_loaded_as_any_other(tiny_run: Path, folder: Path) -> None:
+def test_a_packed_model_is_loaded_as_any_other(tiny_run, folder):
     """In float32, whole steps exactly, with its temperature and names; nothing is kept beside the model."""
     before, after = load_model(str(tiny_run)), load_model(str(folder))
     assert replace(after, net=before.net) == before
@@ -72,14 +73,14 @@ def test_a_packed_model_is_loaded_as_any_other(tiny_run: Path, folder: Path) -> 
         assert (after.net(images) - before.net(images)).abs().max() < 0.05
 
 
-def test_another_class_count_and_size_are_timms(folder: Path) -> None:
+def test_another_class_count_and_size_are_timms(folder):
     net = create_from(folder, 3, 64)
     assert torch.equal(net.state_dict()[EXPERTS], unpack(folder / PACKED)[EXPERTS])
     with torch.no_grad():
         assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
-def test_saved_again_it_is_in_timms_format(folder: Path, tmp_path: Path) -> None:
+def test_saved_again_it_is_in_timms_format(folder, tmp_path):
     """And alone timm refuses the packed file, also where it would let weights be missing."""
     for options in ({}, {"num_classes": 3}):
         with pytest.raises(RuntimeError, match="No suitable checkpoints"):
@@ -90,7 +91,7 @@ def test_saved_again_it_is_in_timms_format(folder: Path, tmp_path: Path) -> None
     assert all(torch.equal(value, plain[name]) for name, value in model.net.state_dict().items())
 
 
-def test_timms_own_file_comes_first(tiny_run: Path, folder: Path) -> None:
+def test_timms_own_file_comes_first(tiny_run, folder):
     assert weights_of(folder) == weights_file(str(folder)) == folder / PACKED
     shutil.copyfile(tiny_run / "model" / "model.safetensors", folder / "model.safetensors")
     assert weights_of(folder) == folder / "model.safetensors"
@@ -100,23 +101,26 @@ def test_timms_own_file_comes_first(tiny_run: Path, folder: Path) -> None:
     )
 
 
-def test_what_two_models_share_is_stored_once(folder: Path, tmp_path: Path) -> None:
-    """The second has other experts and another classifier: these alone lie in its file, in 31 steps on either side."""
-    one, two = tmp_path / "one" / "trained", tmp_path / "two" / "trained"
+def two_that_share(folder, home, pack):
+    """A packed model, and a second one with other experts and another classifier, which `pack` packs as its rest."""
+    one, two = home / "one" / "trained", home / "two" / "trained"
     shutil.copytree(folder, one)
     model = load_model(str(one))
-    changed = {
-        name
-        for name, _ in model.net.named_parameters()
-        if name.startswith(("blocks.1.mlp.", "head."))
-    }
+    names = [name for name, _ in model.net.named_parameters()]
+    changed = {name for name in names if name.startswith(("blocks.1.mlp.", "head."))}
     for name in changed:
         model.net.get_parameter(name).data.mul_(1.1)
     save_model(model, two)
-    pack_folder(two, levels=31, rest=one.parent)
+    pack(two, rest=one.parent)
     stored = load_file(two / PACKED)
     assert {name.removesuffix(SCALE) for name in stored} == changed
     assert int(stored[EXPERTS].abs().max()) == 31
+    return one, two, changed
+
+
+def test_what_two_models_share_is_stored_once(folder, tmp_path):
+    """What differs lies alone in the second's file, in 31 steps on either side."""
+    one, two, changed = two_that_share(folder, tmp_path, partial(pack_folder, levels=31))
     first, second = (load_model(str(where)).net.state_dict() for where in (one, two))
     assert torch.equal(second[EXPERTS], unpack(two / PACKED)[EXPERTS])
     assert (second[EXPERTS] - 1.1 * first[EXPERTS]).abs().max() < first[EXPERTS].abs().max() / 31
@@ -148,7 +152,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_what_does_not_fit_is_one_sentence(what: str, folder: Path) -> None:
+def test_what_does_not_fit_is_one_sentence(what, folder):
     name, value, said = HOSTILE[what]
     stored = load_file(folder / PACKED)
     if value == "cut":
@@ -159,7 +163,7 @@ def test_what_does_not_fit_is_one_sentence(what: str, folder: Path) -> None:
         load_model(str(folder))
 
 
-def test_a_damaged_file_is_one_sentence(folder: Path) -> None:
+def test_a_damaged_file_is_one_sentence(folder):
     data = (folder / PACKED).read_bytes()
     for damaged in (b"", data[:-8], data + b"x", data[:20]):
         (folder / PACKED).write_bytes(damaged)

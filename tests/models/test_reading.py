@@ -77,7 +77,7 @@ def pretrained(tmp_path: Path, **arch: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(("pool", "last"), [("avg", True), (None, False)])
-def test_routes_of_a_pretrained_start(pool: Any, last: bool, tmp_path: Path) -> None:
+def test_routes_of_a_pretrained_start(pool, last, tmp_path):
     """With a class token those of the last block aren't read; what is read moves the logits."""
     model = pretrained(tmp_path, moe_layers="last2", global_pool=pool)
     assert [layer.layer_index for layer in moe_layers(model)] == [1, 3]
@@ -89,14 +89,14 @@ def test_routes_of_a_pretrained_start(pool: Any, last: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "name", [pytest.param("cats_vs_dogs", marks=pytest.mark.needs("photos")), "cifar10", "pets"]
 )
-def test_every_route_of_a_bundled_model_moves_the_logits(name: str) -> None:
+def test_every_route_of_a_bundled_model_moves_the_logits(name):
     model = bundled_model(name).net
     read = routes_read(model)
     assert len(read) == 2
     assert read == [logits_move(model, layer) for layer in (0, 1)] == [True, True]
 
 
-def test_by_default_no_layer_is_unread() -> None:
+def test_by_default_no_layer_is_unread():
     """This class-token model does not read block 5: the last two odd blocks before it are taken."""
     net = vit(depth=6)
     assert [layer.layer_index for layer in moe_layers(upcycle(net, num_experts=4))] == [1, 3]
@@ -106,7 +106,7 @@ def test_by_default_no_layer_is_unread() -> None:
         collect_routing(named, SyntheticPets(4, 32, 0, "test"), progress=False)
 
 
-def test_the_last_block_stays_dense_where_only_the_class_token_is_read() -> None:
+def test_the_last_block_stays_dense_where_only_the_class_token_is_read():
     net = vit()
     assert read_layer_indices(net, "every2") == [1]
     assert read_layer_indices(net, "all") == [0, 1, 2]
@@ -117,7 +117,7 @@ def test_the_last_block_stays_dense_where_only_the_class_token_is_read() -> None
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_for_every_router(router: str) -> None:
+def test_for_every_router(router):
     """The class token alone, and all patches; in training mode too, and without a trace."""
     for pool, expected in (("token", [True, False]), ("avg", [True, True])):
         model = convert_to_moe(
@@ -131,7 +131,7 @@ def test_for_every_router(router: str) -> None:
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_image_that_decides_for_all_tokens_is_read() -> None:
+def test_an_image_that_decides_for_all_tokens_is_read():
     """The class token goes to the image's expert too; a dense model has no routes."""
     by_image = convert_to_moe(vit(), "every2", num_experts=4, route_by="image")
     assert routes_read(by_image) == [True, True]
@@ -141,14 +141,14 @@ def test_an_image_that_decides_for_all_tokens_is_read() -> None:
 @pytest.mark.parametrize(
     "name", [VIT, "vit_small_patch16_rope_224", "cait_xxs24_224", "xcit_nano_12_p16_224"]
 )
-def test_a_model_that_was_made_to_pool_opens_again(name: str, tmp_path: Path) -> None:
+def test_a_model_that_was_made_to_pool_opens_again(name, tmp_path):
     """Constructors of these four classes differ in what they call the norm behind the pooling, if they know one."""
     net = upcycle(pool_patches(vit(name)), num_experts=2).eval()
     save_model(describe(net), tmp_path)
     assert torch.equal(load_model(str(tmp_path)).net(image()), net(image()))
 
 
-def test_pooling_keeps_the_trained_norm_and_saves(tmp_path: Path) -> None:
+def test_pooling_keeps_the_trained_norm_and_saves(tmp_path):
     """The features are the mean of the normed patches, computed here by hand; the saved model is the model."""
     net = vit()
     with torch.no_grad():

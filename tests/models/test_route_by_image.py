@@ -68,16 +68,6 @@ def test_every_token_of_an_image_has_its_experts_and_images_differ():
         assert len(routing.expert_index[:, 0].unique(dim=0)) > 2
 
 
-def test_class_token_and_patches_decide_together():
-    """The router's input is the mean of all tokens that the layer receives."""
-    net, seen = model(), []
-    layer = moe_layers(net)[1]
-    layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    routing = forward_routing(net, images())[1][1]
-    expected = torch.nn.functional.linear(seen[0].mean(1), layer.router.weight)
-    torch.testing.assert_close(routing.logits[:, 5], expected)
-
-
 def test_it_is_saved_and_an_older_file_without_the_word_is_by_token(tmp_path):
     net = model()
     assert net.moe_config["route_by"] == "image"

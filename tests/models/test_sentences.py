@@ -192,7 +192,7 @@ ROWS = {f"{table}: {name}": row for table, rows in TABLES.items() for name, row 
 
 
 @pytest.mark.parametrize(("call", "names"), ROWS.values(), ids=ROWS)
-def test_the_sentence_names(call: Callable[[], Any], names: list[str]) -> None:
+def test_the_sentence_names(call, names):
     says(told_by(call), *names)
 
 
@@ -203,7 +203,7 @@ def opened(folder: Path) -> Callable[[], Any]:
     return lambda: load_model(str(folder))
 
 
-def test_files_that_do_not_fit(tmp_path: Path) -> None:
+def test_files_that_do_not_fit(tmp_path):
     weights = tmp_path / "vit.safetensors"
     safetensors.torch.save_file(vit().state_dict(), weights)
     pickled = tmp_path / "weights.pth"
@@ -246,7 +246,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", [{"embed_dim": 64}, {"num_experts": 5}, {"router": "soft"}, {"router": "of later"}]
 )
-def test_a_config_of_another_model(change: dict[str, Any], tmp_path: Path) -> None:
+def test_a_config_of_another_model(change, tmp_path):
     save_model(saved(moe()), tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
@@ -258,14 +258,14 @@ def test_a_config_of_another_model(change: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "name", ["patch_embed.backbone.0.bn.running_mean", "blocks.3.mlp.router.bias"]
 )
-def test_numbers_that_are_none(name: str, tmp_path: Path) -> None:
+def test_numbers_that_are_none(name, tmp_path):
     net = moe(router="bias_balanced")
     net.state_dict()[name][0] = torch.nan
     save_model(saved(net), tmp_path)
     says(told_by(opened(tmp_path)), name, "NaN")
 
 
-def test_a_pretrained_start_refuses_an_image_that_it_would_cut(tmp_path: Path) -> None:
+def test_a_pretrained_start_refuses_an_image_that_it_would_cut(tmp_path):
     """A checkpoint of such a run, from before it was refused, still goes on."""
     save_model(describe(timm.create_model("test_vit", img_size=32, num_classes=3)), tmp_path)
     config = MoEConfig(pretrained=str(tmp_path), num_experts=2)
@@ -289,7 +289,7 @@ def exported(tmp_path: Path, *, opset: int = 20, routes: bool = False, **options
 
 
 @pytest.mark.needs("onnx")
-def test_what_can_not_be_exported(tmp_path: Path) -> None:
+def test_what_can_not_be_exported(tmp_path):
     batch = {"router": "vmoe_top_k", "eval_capacity_factor": 1.0, "capacity_group": "batch"}
     assert "capacity_group='image'" in exported(tmp_path, **batch)
     for router in ("expert_choice", "soft"):
@@ -299,9 +299,7 @@ def test_what_can_not_be_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_package_is_named(
-    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named(package, tmp_path, monkeypatch):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         monkeypatch.setitem(sys.modules, name, None if name == package else json)
     says(exported(tmp_path, router="vmoe_top_k"), f"needs {package},", "pip install")

@@ -39,7 +39,7 @@ def distances(strangers: MahalanobisOOD, features: np.ndarray) -> np.ndarray:
     return strangers(torch.from_numpy(features)).numpy()
 
 
-def test_the_distance_is_mahalanobis_of_the_nearest_class(fitted: MahalanobisOOD) -> None:
+def test_the_distance_is_mahalanobis_of_the_nearest_class(fitted):
     """By its definition, sqrt((x - m)' S^-1 (x - m)), over the 95th percentile of it on validation images."""
     features, labels = drawn(600, 1)
     means = [features[labels == label].mean(0) for label in range(CLASSES)]
@@ -58,28 +58,28 @@ def test_the_distance_is_mahalanobis_of_the_nearest_class(fitted: MahalanobisOOD
 
 
 def test_a_twentieth_of_validation_is_refused_and_what_lies_elsewhere(
-    fitted: MahalanobisOOD,
-) -> None:
+    fitted,
+):
     assert (distances(fitted, drawn(400, 2)[0]) > 1).sum() == 20
     # new ones of the same kind: binomial(2000, 0.05) exceeds 0.075 in fewer than 1 of 10⁵ cases, and the 400 add theirs
     assert 0.03 < (distances(fitted, drawn(2000, 4)[0]) > 1).mean() < 0.08
     assert (distances(fitted, drawn(200, 5)[0][:, ::-1].copy()) > 1).mean() > 0.9
 
 
-def test_a_distance_does_not_depend_on_the_batch(fitted: MahalanobisOOD) -> None:
+def test_a_distance_does_not_depend_on_the_batch(fitted):
     features = drawn(9, 6)[0]
     alone = [float(distances(fitted, features[row : row + 1])[0]) for row in range(9)]
     np.testing.assert_allclose(distances(fitted, features), alone, rtol=1e-5)
 
 
-def test_classes_without_images_are_left_out() -> None:
+def test_classes_without_images_are_left_out():
     features, labels = drawn(300, 1)
     found = fit_ood(features, np.where(labels == 2, 7, labels), drawn(100, 2)[0])
     assert found.centers.shape == (CLASSES, D)
 
 
 @pytest.mark.parametrize("what", ["few", "NaN", "alike"])
-def test_what_can_not_be_known_is_not_said(what: str) -> None:
+def test_what_can_not_be_known_is_not_said(what):
     (features, labels), validation = drawn(100, 1), drawn(40, 2)[0]
     if what == "few":
         validation = validation[:19]
@@ -106,7 +106,7 @@ def model(tmp_path: Path) -> SavedModel:
     return saved
 
 
-def test_distances_travel_with_the_model(tmp_path: Path) -> None:
+def test_distances_travel_with_the_model(tmp_path):
     """`answers` has the model's own logits, before and after; to timm the folder is as any other."""
     saved = model(tmp_path)
     back, images = (
@@ -150,7 +150,7 @@ HOSTILE = {
 
 @pytest.mark.whole
 @pytest.mark.parametrize("damage", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_numbers_end_in_one_sentence(damage, tmp_path: Path) -> None:
+def test_hostile_numbers_end_in_one_sentence(damage, tmp_path):
     model(tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=FILE) as told:

@@ -49,7 +49,7 @@ def vit() -> nn.Module:
 
 @pytest.mark.parametrize("router", SUM_TO_ONE)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_step_zero_is_the_dense_model(vit: nn.Module, router: str, top_k: int) -> None:
+def test_step_zero_is_the_dense_model(vit, router, top_k):
     if router == "switch" and top_k == 2:
         pytest.skip("it has one choice")
     moe = upcycle(vit, router=router, top_k=top_k, num_experts=4, layers="all")
@@ -70,7 +70,7 @@ def test_step_zero_is_the_dense_model(vit: nn.Module, router: str, top_k: int) -
         {"reinit": 0.5},
     ],
 )
-def test_what_changes_the_output_reports_its_gap(vit: nn.Module, options: dict[str, Any]) -> None:
+def test_what_changes_the_output_reports_its_gap(vit, options):
     """The gap is that of the two models' logits, taken here by hand."""
     moe = upcycle(vit, layers="all", num_experts=4, **options).eval()
     gap = initial_output_difference(vit, moe, images())
@@ -100,9 +100,7 @@ def pets() -> tuple[nn.Module, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("options", "delta", "same"), GAPS, ids=[row[0] for row in GAPS])
-def test_the_table_in_the_docs(
-    pets: tuple[nn.Module, torch.Tensor], options: str, delta: str, same: str
-) -> None:
+def test_the_table_in_the_docs(pets, options, delta, same):
     """Two digits of the gap; one image may be a near tie that another machine rounds the other way."""
     dense, x = pets
     gap = initial_output_difference(dense, upcycle(dense, **eval(f"dict({options})")), x)
@@ -131,7 +129,7 @@ def deit() -> nn.Module:
 
 
 @pytest.mark.parametrize("row", COSTS, ids=[row[0] for row in COSTS])
-def test_the_costs_in_the_docs(deit: nn.Module, row: tuple[str, ...]) -> None:
+def test_the_costs_in_the_docs(deit, row):
     options: dict[str, Any] = {
         name.replace("-", "_"): int(value) if value.isdigit() else value
         for name, value in re.findall(r"--([\w-]+) (\w+)", row[0])
@@ -144,7 +142,7 @@ def test_the_costs_in_the_docs(deit: nn.Module, row: tuple[str, ...]) -> None:
     assert [float(cell) for cell in row[1:]] == [*parameters, *flops]
 
 
-def test_a_single_gate_of_one_still_learns(vit: nn.Module) -> None:
+def test_a_single_gate_of_one_still_learns(vit):
     """k = 1: the gate's value is 1 and its gradient that of the probability, so the router moves."""
     moe = upcycle(vit, top_k=1)
     logits, routings = forward_routing(moe, images())
@@ -175,9 +173,7 @@ ARCHITECTURES = [
 @pytest.mark.parametrize(
     ("name", "size", "options", "prefix"), ARCHITECTURES, ids=[row[0] for row in ARCHITECTURES]
 )
-def test_families_of_vits(
-    name: str, size: int, options: dict[str, Any], prefix: int, tmp_path: Path
-) -> None:
+def test_families_of_vits(name, size, options, prefix, tmp_path):
     """Equal at step 0, bit-equal after saving and loading, and routed over the patch grid."""
     dense = dense_vit(name, img_size=size, **options)
     moe = upcycle(dense, num_experts=4, top_k=2).eval()
@@ -193,7 +189,7 @@ def test_families_of_vits(
     assert routing.expert_weights().shape == (8, side * side + prefix, 4)
 
 
-def test_each_layer_can_have_its_own(vit: nn.Module) -> None:
+def test_each_layer_can_have_its_own(vit):
     options = {"num_experts": [4, 2], "top_k": [2, 1], "router": ["vmoe_top_k", "sigmoid"]}
     moe = upcycle(vit, layers=[0, 2], backend="dense", **options).eval()
     assert initial_output_difference(vit, moe, images()).max_logit < 1e-5
@@ -201,7 +197,7 @@ def test_each_layer_can_have_its_own(vit: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("match", ["active_flops", "total_params"])
-def test_a_dense_twin_of_ours_is_upcycled_under_its_own_name(match: Any, tmp_path: Path) -> None:
+def test_a_dense_twin_of_ours_is_upcycled_under_its_own_name(match, tmp_path):
     """It was built under a registered name, with a convolutional stem, and keeps both."""
     moe = timm.create_model(
         "test_vit_moe", num_classes=3
@@ -221,7 +217,7 @@ def test_a_dense_twin_of_ours_is_upcycled_under_its_own_name(match: Any, tmp_pat
     assert torch.equal(loaded(images()), up(images()))
 
 
-def test_the_source_is_left_as_it_was(vit: nn.Module) -> None:
+def test_the_source_is_left_as_it_was(vit):
     before = copy.deepcopy(vit.state_dict())
     upcycle(vit, reinit=1.0, num_classes=9)
     assert vit.num_classes == 5
@@ -229,7 +225,7 @@ def test_the_source_is_left_as_it_was(vit: nn.Module) -> None:
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
 
 
-def test_another_class_count_and_size_as_timm_does_it(vit: nn.Module, tmp_path: Path) -> None:
+def test_another_class_count_and_size_as_timm_does_it(vit, tmp_path):
     moe = upcycle(vit, num_classes=9, image_size=64).eval()
     assert moe(images(64)).shape == (8, 9)
     resampled = resample_abs_pos_embed(vit.pos_embed, [8, 8], [4, 4], num_prefix_tokens=1)
@@ -238,7 +234,7 @@ def test_another_class_count_and_size_as_timm_does_it(vit: nn.Module, tmp_path: 
     assert torch.equal(load_model(str(tmp_path)).net(images(64)), moe(images(64)))
 
 
-def test_reinit_draws_whole_hidden_units_anew(vit: nn.Module) -> None:
+def test_reinit_draws_whole_hidden_units_anew(vit):
     """A quarter of 128 units: their rows of fc1, biases and columns of fc2, with mean and spread of what was there."""
     (layer, *_) = moe_layers(upcycle(vit, reinit=0.25))
     dense, experts = vit.blocks[layer.layer_index].mlp, layer.experts
@@ -258,7 +254,7 @@ def test_reinit_draws_whole_hidden_units_anew(vit: nn.Module) -> None:
     torch.testing.assert_close(experts.fc2.bias, dense.fc2.bias.expand_as(experts.fc2.bias))
 
 
-def test_the_seed_decides_and_nothing_else_is_drawn(vit: nn.Module) -> None:
+def test_the_seed_decides_and_nothing_else_is_drawn(vit):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -294,7 +290,7 @@ def small_name(monkeypatch: pytest.MonkeyPatch) -> str:
     return "vit_tiny_patch16_224"
 
 
-def test_weights_from_a_file(vit: nn.Module, weight_file: Path, small_name: str) -> None:
+def test_weights_from_a_file(vit, weight_file, small_name):
     moe = upcycle(small_name, weights=weight_file, image_size=32)
     assert moe.num_classes == 5, "as many as the file has"
     assert initial_output_difference(vit, moe, images()).max_logit < 1e-5
@@ -307,7 +303,7 @@ def test_weights_from_a_file(vit: nn.Module, weight_file: Path, small_name: str)
     )
 
 
-def test_a_file_without_a_classifier(vit: nn.Module, small_name: str, tmp_path: Path) -> None:
+def test_a_file_without_a_classifier(vit, small_name, tmp_path):
     body = {name: value for name, value in vit.state_dict().items() if not name.startswith("head")}
     safetensors.torch.save_file(body, tmp_path / "body.safetensors")
     moe = upcycle(small_name, weights=tmp_path / "body.safetensors", image_size=32, num_classes=3)
@@ -315,7 +311,7 @@ def test_a_file_without_a_classifier(vit: nn.Module, small_name: str, tmp_path: 
     assert torch.equal(moe.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
 
 
-def test_folders(vit: nn.Module, tmp_path: Path) -> None:
+def test_folders(vit, tmp_path):
     """A model's folder, the run folder above it, and either with timm's prefix."""
     save_model(describe(vit), tmp_path / "run" / "model")
     for source in (
@@ -328,7 +324,7 @@ def test_folders(vit: nn.Module, tmp_path: Path) -> None:
     assert create_from(tmp_path / "run", load_weights=False).num_classes == 5
 
 
-def test_fit_uses_the_same_code(vit: nn.Module, tmp_path: Path) -> None:
+def test_fit_uses_the_same_code(vit, tmp_path):
     """`--pretrained` normalises V-MoE's gates too, takes the options of upcycling, and rebuilds without weights."""
     save_model(describe(vit), tmp_path)
     config = MoEConfig(
@@ -350,9 +346,7 @@ def test_fit_uses_the_same_code(vit: nn.Module, tmp_path: Path) -> None:
     rebuilt.load_state_dict(moe.state_dict())
 
 
-def test_fit_takes_a_file_with_its_architecture(
-    weight_file: Path, small_name: str, vit: nn.Module
-) -> None:
+def test_fit_takes_a_file_with_its_architecture(weight_file, small_name, vit):
     config = MoEConfig(pretrained=str(weight_file), base=small_name)
     moe = build_model(config, num_classes=5, image_size=32)
     assert initial_output_difference(vit, moe, images()).max_logit < 1e-5
@@ -364,7 +358,7 @@ def test_fit_takes_a_file_with_its_architecture(
     assert build_model(config, num_classes=5, image_size=32, load_pretrained=False).num_classes == 5
 
 
-def test_a_file_of_halves_at_another_size(tmp_path: Path) -> None:
+def test_a_file_of_halves_at_another_size(tmp_path):
     """float16 at 160 px: the weights arrive in float32, with the positions of 96 px."""
     dense = timm.create_model("test_vit", num_classes=0)
     halves = {name: values.half() for name, values in dense.state_dict().items()}
@@ -381,7 +375,7 @@ def test_a_file_of_halves_at_another_size(tmp_path: Path) -> None:
 # ---- the first blocks of a model
 
 
-def test_the_first_blocks_compute_what_they_computed(vit: nn.Module) -> None:
+def test_the_first_blocks_compute_what_they_computed(vit):
     """Norm and classifier then read the third block's output."""
     vit, x = copy.deepcopy(vit).double(), images().double()
     moe = upcycle(vit, depth=3, layers=[2], num_experts=4, top_k=1).eval()
@@ -393,7 +387,7 @@ def test_the_first_blocks_compute_what_they_computed(vit: nn.Module) -> None:
     assert len(vit.blocks) == 4, "the source is left as it was"
 
 
-def test_the_first_blocks_save_and_load(tmp_path: Path) -> None:
+def test_the_first_blocks_save_and_load(tmp_path):
     net = first_blocks(timm.create_model("vit_tiny_patch16_224", **SMALL, num_classes=5).eval(), 3)
     assert len(net.feature_info) == 3
     save_model(describe(net), tmp_path / "dense")
@@ -407,7 +401,7 @@ def test_the_first_blocks_save_and_load(tmp_path: Path) -> None:
     assert torch.equal(load_model(str(tmp_path / "moe")).net(x), moe(x))
 
 
-def test_stochastic_depth_is_spaced_over_the_blocks_that_stay() -> None:
+def test_stochastic_depth_is_spaced_over_the_blocks_that_stay():
     def rates(net: nn.Module) -> list[float]:
         return [getattr(block.drop_path1, "drop_prob", 0.0) for block in net.blocks]
 
@@ -420,7 +414,7 @@ def test_stochastic_depth_is_spaced_over_the_blocks_that_stay() -> None:
 
 
 @pytest.mark.parametrize("twin", [None, "active_flops"])
-def test_a_config_says_all_of_it(twin: Any, tmp_path: Path) -> None:
+def test_a_config_says_all_of_it(twin, tmp_path):
     """Depth, placement, width, pooling; the dense fine-tune keeps the depth; a checkpoint rebuilds the same tensors."""
     source = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "depth": 12})
     save_model(describe(source), tmp_path)

@@ -22,7 +22,7 @@ def images(size: int = 32, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def test_zero_moe_layers_is_timms_vit() -> None:
+def test_zero_moe_layers_is_timms_vit():
     """Same names, same random numbers, same output as the timm class with the same arguments."""
     torch.manual_seed(0)
     ours = VisionTransformerMoE(moe_layers=[], **SMALL_VIT).eval()
@@ -32,7 +32,7 @@ def test_zero_moe_layers_is_timms_vit() -> None:
     assert torch.equal(ours(images()), theirs(images()))
 
 
-def test_placements() -> None:
+def test_placements():
     """every2 = 1, 3, 5, ...; last2 = the last two of those, not the last two blocks."""
     assert moe_layer_indices("every2", 8) == [1, 3, 5, 7]
     assert moe_layer_indices("last2", 8) == [5, 7]
@@ -40,7 +40,7 @@ def test_placements() -> None:
     assert moe_layer_indices([4, 0, 4], 6) == [0, 4]
 
 
-def test_micro_model_has_the_documented_size() -> None:
+def test_micro_model_has_the_documented_size():
     """D 192, depth 6: 12 D² per block = 2.65 M without biases; 3 MoE layers add 6 idle experts of 2·192·384 each."""
     model = timm.create_model(
         "vit_moe_micro_patch4_32", num_classes=10, stem="patch", class_token=False
@@ -51,7 +51,7 @@ def test_micro_model_has_the_documented_size() -> None:
 
 
 @pytest.mark.parametrize(("match", "hidden"), [("active_flops", 2 * 64), ("total_params", 4 * 64)])
-def test_dense_twin(match: str, hidden: int) -> None:
+def test_dense_twin(match, hidden):
     """test_vit_moe: D 32, mlp_ratio 4, K 2 -> one expert has 64 hidden units; E = 4."""
     model = timm.create_model("test_vit_moe", num_classes=3)
     twin = dense_twin(model, match)
@@ -64,8 +64,8 @@ def test_dense_twin(match: str, hidden: int) -> None:
 
 @pytest.mark.parametrize("expert_drop", [None, 0.4])
 def test_a_twin_has_the_dropout_of_its_model_and_not_that_of_experts(
-    expert_drop: float | None,
-) -> None:
+    expert_drop,
+):
     model = timm.create_model("test_vit_moe", proj_drop_rate=0.1, expert_drop=expert_drop)
     assert moe_layers(model)[0].experts.drop.p == (expert_drop or 0.1)
     assert {(block.mlp.drop1.p, block.mlp.drop2.p) for block in dense_twin(model).blocks} == {
@@ -73,7 +73,7 @@ def test_a_twin_has_the_dropout_of_its_model_and_not_that_of_experts(
     }
 
 
-def test_a_head_with_a_token_of_its_own_is_counted() -> None:
+def test_a_head_with_a_token_of_its_own_is_counted():
     """SigLIP pools by attention, whose query is a parameter: beside the model's, 2 D² for it and 2 N · 2 D² for keys.
 
     The rest of that head: 2 · 2 N D of attention, 2 D² behind it, 2 · 2 D · 4 D of its MLP.
@@ -95,25 +95,25 @@ def test_a_head_with_a_token_of_its_own_is_counted() -> None:
 @pytest.mark.parametrize(
     "name", ["test_vit_moe", "vit_moe_tiny_patch16_224", "vit_moe_base_patch16_224"]
 )
-def test_meta_device(name: str) -> None:
+def test_meta_device(name):
     model = timm.create_model(name, device="meta")
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
 
 
-def test_names_are_registered() -> None:
+def test_names_are_registered():
     names = set(timm.list_models("*vit_moe*", module="vit_moe"))
     expected = {"test_vit_moe", "vit_moe", "vit_moe_micro_patch4_32", *HYBRIDS}
     expected |= {f"vit_moe_{size}_patch16_224" for size in ("tiny", "small", "base")}
     assert names == expected
 
 
-def test_the_conv_stem_keeps_the_patch_grid() -> None:
+def test_the_conv_stem_keeps_the_patch_grid():
     for patch_size, size in ((4, 32), (8, 64), (16, 64)):
         model = timm.create_model("test_vit_moe", stem="conv", patch_size=patch_size, img_size=size)
         assert model.patch_embed(images(size)).shape == (2, (size // patch_size) ** 2, 32)
 
 
-def test_the_command_line_takes_every_stem() -> None:
+def test_the_command_line_takes_every_stem():
     """It refused those of the hybrids."""
     (taken, _) = get_args(get_type_hints(MoEConfig)["stem"])
     assert set(get_args(taken)) == {"patch", *STEMS}
@@ -121,7 +121,7 @@ def test_the_command_line_takes_every_stem() -> None:
 
 @pytest.mark.parametrize("stem", ["stages", "wide_stages"])
 @pytest.mark.parametrize(("patch_size", "size"), [(4, 32), (8, 32), (16, 64), (32, 128)])
-def test_the_stages_keep_the_patch_grid(stem: str, patch_size: int, size: int) -> None:
+def test_the_stages_keep_the_patch_grid(stem, patch_size, size):
     """When the pixels of a patch change, the centre of the tokens that move lies in that patch."""
     model = (
         timm.create_model("test_vit_moe", stem=stem, patch_size=patch_size, img_size=size)
@@ -143,7 +143,7 @@ def test_the_stages_keep_the_patch_grid(stem: str, patch_size: int, size: int) -
 @pytest.mark.parametrize(
     ("stem", "widths"), [("stages", [8, 16, 32]), ("wide_stages", [16, 32, 32])]
 )
-def test_stages_are_plain_convolutions(stem: str, widths: list[int]) -> None:
+def test_stages_are_plain_convolutions(stem, widths):
     """By hand, from the weights: convolution, BatchNorm, GELU; pooling; residual pairs before or after pooling."""
     model = timm.create_model("test_vit_moe", stem=stem, patch_size=4).double().eval()
     for norm in (
@@ -181,7 +181,7 @@ HYBRIDS = [f"vit_moe_hybrid_{size}" for size in SIZES]
 
 
 @pytest.mark.parametrize("name", ["test_vit_moe", *HYBRIDS])
-def test_timms_contract_is_kept(name: str) -> None:
+def test_timms_contract_is_kept(name):
     """Features, other sizes, another head, copies; the twin has no experts and as many FLOPs."""
     size = timm.get_pretrained_cfg(name).input_size[-1]
     model = timm.create_model(name, num_classes=10, router="vmoe_top_k").eval()
@@ -201,7 +201,7 @@ def test_timms_contract_is_kept(name: str) -> None:
     assert forward_routing(model, images(2 * size))[1][0].grid == (2 * side, 2 * side)
 
 
-def test_predictions_do_not_depend_on_batch_mates() -> None:
+def test_predictions_do_not_depend_on_batch_mates():
     """The whole model, stem and all, in float64; routers moved off their zero start so that choices are real."""
     torch.manual_seed(0)
     model = timm.create_model("test_vit_moe", num_classes=3).double().eval()
@@ -253,7 +253,7 @@ def dropping() -> nn.Module:
 @pytest.mark.parametrize(
     ("blocks", "calls"), [(False, 1), (True, 2), ([1, 2], 2), ([0], 1), ([], 1)]
 )
-def test_gradients_are_the_same(blocks: bool | list[int], calls: int) -> None:
+def test_gradients_are_the_same(blocks, calls):
     net = dropping()
     names = list(net.state_dict())
     checkpoint_blocks(net, blocks)
@@ -265,7 +265,7 @@ def test_gradients_are_the_same(blocks: bool | list[int], calls: int) -> None:
     assert times == calls
 
 
-def test_chosen_blocks_keep_less() -> None:
+def test_chosen_blocks_keep_less():
     def kept(blocks: bool | list[int]) -> int:
         net = dropping()
         checkpoint_blocks(net, blocks)
@@ -274,7 +274,7 @@ def test_chosen_blocks_keep_less() -> None:
     assert kept(True) == kept([0, 1, 2, 3]) < kept([1, 3]) < kept([1]) < kept(False)
 
 
-def test_a_copy_computes_with_weights_of_its_own() -> None:
+def test_a_copy_computes_with_weights_of_its_own():
     net = dropping().eval()
     checkpoint_blocks(net, [1])
     copied = copy.deepcopy(net)

@@ -8,8 +8,6 @@ of a spike) and `:blockB`, `:expertE`, `:rankR`, which narrow it down to a block
 error injection and torchft's EventInjector, what the training counted can be compared with what was done to it.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ from `last.ckpt`. Compared are all weights, buffers, moments, schedules and aver
 `python -m benchmarks resume` runs every cell.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import tempfile

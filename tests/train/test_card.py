@@ -45,7 +45,7 @@ def header(card: str) -> dict[str, Any]:
     return yaml.safe_load(found[1])
 
 
-def test_fit_leaves_the_card_beside_the_model(tiny_run: Path, facts: Facts) -> None:
+def test_fit_leaves_the_card_beside_the_model(tiny_run, facts):
     """Written anew once the twin is known; the twin's own card is that of a dense model."""
     written = (tiny_run / "model" / "README.md").read_text()
     assert written == model_card(facts)
@@ -56,7 +56,7 @@ def test_fit_leaves_the_card_beside_the_model(tiny_run: Path, facts: Facts) -> N
     assert "dense twin" not in twin
 
 
-def test_the_header_is_what_the_hub_expects(tiny_run: Path, facts: Facts) -> None:
+def test_the_header_is_what_the_hub_expects(tiny_run, facts):
     card = ModelCard(model_card(facts))
     test = json.loads((tiny_run / "summary.json").read_text())["test"]
     (result,) = card.data.eval_results
@@ -74,7 +74,7 @@ def test_the_header_is_what_the_hub_expects(tiny_run: Path, facts: Facts) -> Non
     assert "datasets" not in header(str(card))
 
 
-def test_the_header_names_data_and_start_that_the_hub_knows(facts: Facts) -> None:
+def test_the_header_names_data_and_start_that_the_hub_knows(facts):
     """Addresses as huggingface.co has them; timm's own record names the licence of its weights."""
     start = WeightsOrigin(
         "deit_tiny_patch16_224", "timm/deit_tiny_patch16_224.fb_in1k", "apache-2.0"
@@ -92,7 +92,7 @@ def test_the_header_names_data_and_start_that_the_hub_knows(facts: Facts) -> Non
     assert drawn.data.eval_results[0].dataset_type == "synthetic_pets"
 
 
-def test_what_was_measured_is_in_it(tiny_run: Path, facts: Facts) -> None:
+def test_what_was_measured_is_in_it(tiny_run, facts):
     card, summary = model_card(facts), json.loads((tiny_run / "summary.json").read_text())
     test, cost = summary["test"], summary["cost"]
     assert (
@@ -115,7 +115,7 @@ def test_what_was_measured_is_in_it(tiny_run: Path, facts: Facts) -> None:
     assert "Classes: cat, dog." in card
 
 
-def test_what_was_not_measured_is_said(facts: Facts) -> None:
+def test_what_was_not_measured_is_said(facts):
     card = model_card(facts)
     limits = card.partition("## Limits")[2].partition("##")[0]
     for words in ("spread over seeds", "specialize in", "Energy"):
@@ -127,7 +127,7 @@ def test_what_was_not_measured_is_said(facts: Facts) -> None:
     assert any("dense twin" in line and "not measured" in line for line in alone.splitlines())
 
 
-def test_routers_that_choose_otherwise(tiny_run: Path, facts: Facts, tmp_path: Path) -> None:
+def test_routers_that_choose_otherwise(tiny_run, facts, tmp_path):
     torch.manual_seed(0)
     net = timm.create_model(
         "test_vit_moe", num_classes=2, router=["soft", "expert_choice"], capacity_factor=None
@@ -143,7 +143,7 @@ def test_routers_that_choose_otherwise(tiny_run: Path, facts: Facts, tmp_path: P
     assert not missing(card, "every token", "of all experts")
 
 
-def test_a_model_by_image_says_so(facts: Facts) -> None:
+def test_a_model_by_image_says_so(facts):
     by_image = "By image: one choice per image and layer, for all its tokens."
     assert by_image not in model_card(facts)
     card = model_card(facts | {"options": {**facts["options"], "route_by": "image"}})
@@ -151,7 +151,7 @@ def test_a_model_by_image_says_so(facts: Facts) -> None:
     assert "| route by | image |" in card
 
 
-def test_nothing_private(tiny_run: Path, facts: Facts) -> None:
+def test_nothing_private(tiny_run, facts):
     """No path of this computer, no name of an image; a class name can't break the table that it stands in."""
     note = "3 pictures stand in several classes as byte-identical files (for example dog/jane doe.png): keep each"
     odd = facts | {
@@ -182,11 +182,11 @@ def test_nothing_private(tiny_run: Path, facts: Facts) -> None:
         ("quickstart", "quickstart"),
     ],
 )
-def test_paths_are_shortened(word: str, shown: str) -> None:
+def test_paths_are_shortened(word, shown):
     assert without_path(word) == shown
 
 
-def test_terms_are_known_or_said_to_be_unknown() -> None:
+def test_terms_are_known_or_said_to_be_unknown():
     """A folder that bears a name is not the dataset."""
     for name in DATASET_NAMES:
         assert terms_of(name).terms != UNKNOWN, name
@@ -197,9 +197,7 @@ def test_terms_are_known_or_said_to_be_unknown() -> None:
     assert terms_of("/home/jane/cifar10").title == "own images (a folder called “cifar10”)"
 
 
-def test_the_program_in_the_card_works(
-    tiny_run: Path, drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_program_in_the_card_works(tiny_run, drawn_pets, tmp_path, monkeypatch):
     """Run as a reader would, in the folder of the card: the same classes as `moevision predict`, and the routing."""
     shutil.copytree(tiny_run / "model", tmp_path / "model")
     picture = next((drawn_pets / "cat").iterdir())
@@ -218,11 +216,11 @@ def test_the_program_in_the_card_works(
     assert lines[2:] == ["1 (4, 4) torch.Size([1, 16, 4])", "3 (4, 4) torch.Size([1, 16, 4])"]
 
 
-def test_the_program_of_a_dense_model_asks_for_no_routing(facts: Facts) -> None:
+def test_the_program_of_a_dense_model_asks_for_no_routing(facts):
     assert "forward_routing" not in model_card(facts | {"blocks": []})
 
 
-def test_start_from_pretrained_weights(tiny_run: Path, facts: Facts, tmp_path: Path) -> None:
+def test_start_from_pretrained_weights(tiny_run, facts, tmp_path):
     """What timm's registry says of its own weights; of a folder only the name."""
     shutil.copytree(
         tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("twin", "checkpoints")
@@ -243,7 +241,7 @@ def test_start_from_pretrained_weights(tiny_run: Path, facts: Facts, tmp_path: P
         assert gather_facts(tmp_path / "run", facts["summary"])["start"] == start
 
 
-def test_a_summary_is_read_as_it_was_written(tiny_run: Path, facts: Facts) -> None:
+def test_a_summary_is_read_as_it_was_written(tiny_run, facts):
     given = json.loads((tiny_run / "summary.json").read_text())
     assert facts["summary"].test.correct == given["test"]["correct"]
     assert facts["summary"].twin.cost.total_parameters == given["twin"]["cost"]["total_parameters"]
@@ -252,9 +250,7 @@ def test_a_summary_is_read_as_it_was_written(tiny_run: Path, facts: Facts) -> No
     ]
 
 
-def test_a_test_loss_that_is_not_finite_lets_a_run_be_finished(
-    tiny_run: Path, facts: Facts, tmp_path: Path
-) -> None:
+def test_a_test_loss_that_is_not_finite_lets_a_run_be_finished(tiny_run, facts, tmp_path):
     """One test image whose logits aren't finite is enough. JSON has no NaN: summary.json says null."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     layers = [replace(layer, entropy_bits=math.nan) for layer in facts["summary"].layers]

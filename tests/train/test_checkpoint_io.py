@@ -154,7 +154,7 @@ def test_leftovers_go_and_what_lies_below_or_is_finished_stays(tmp_path):
     remove_leftovers(tmp_path / "nowhere")
 
 
-def test_a_sentence_about_a_checkpoint_is_not_said_twice() -> None:
+def test_a_sentence_about_a_checkpoint_is_not_said_twice():
     with pytest.raises(UserError) as one, explain_damaged_files("last.ckpt"):
         raise UserError("itself")
     assert str(one.value) == "itself"

@@ -127,16 +127,9 @@ def interrupt(
 
 
 def end_one(
-    folder: Path,
-    name: str,
-    *arguments: str,
-    until: str | None = None,
-    first: bool = False,
-    number: int = signal.SIGKILL,
-    says: str = "was killed",
-    code: int = 2,
+    folder: Path, name: str, *arguments: str, until: str | None = None, first: bool = False
 ) -> str:
-    """End one of two processes; all that was said, once somebody has said these words and all have ended.
+    """Kill one of two processes; all that was said, once somebody has said so and all have ended.
 
     It ends when the file `until` of the run is there; None: the second process, in a new interpreter, at once.
     """
@@ -148,15 +141,13 @@ def end_one(
             (folder / "runs" / name / until).exists if until else lambda: len(others(process)) == 2
         )
         wait_until(process, there)
-        os.kill(others(process)[0 if first else 1], number)
-        hear(process, says)
+        os.kill(others(process)[0 if first else 1], signal.SIGKILL)
+        hear(process, "was killed")
         said, _ = process.communicate(timeout=WAIT_S)
     finally:
         _end(process)
-    assert process.returncode == code, said[-3000:]
-    assert (
-        "Traceback" not in said or number == signal.SIGINT
-    )  # which Python itself answers before it knows us
+    assert process.returncode == 2, said[-3000:]
+    assert "Traceback" not in said
     return said
 
 
@@ -214,7 +205,7 @@ def differing(run: Path, other: Path) -> list[str]:
     return [name for name in SAME if (run / name).read_bytes() != (other / name).read_bytes()]
 
 
-def test_one_run_folder_and_one_voice(work: Path, whole: tuple[Path, str]) -> None:
+def test_one_run_folder_and_one_voice(work, whole):
     """Every file is there once, as from one process, and nothing is said twice."""
     run, said = whole
     assert not [path for path in (work / "runs").iterdir() if path.name.startswith("whole-")]
@@ -233,7 +224,7 @@ def test_one_run_folder_and_one_voice(work: Path, whole: tuple[Path, str]) -> No
     assert len(json.loads((run / "sessions.json").read_text())) == 1
 
 
-def test_every_test_picture_is_predicted_once(whole: tuple[Path, str]) -> None:
+def test_every_test_picture_is_predicted_once(whole):
     """33 images over two processes, in the order of one; the summary counts what predictions_test.csv says."""
     rows = read_csv(whole[0] / "predictions_test.csv")
     data = ImageDataModule("synthetic_pets", image_size=32, train_size=8, val_size=8, test_size=33)
@@ -243,7 +234,7 @@ def test_every_test_picture_is_predicted_once(whole: tuple[Path, str]) -> None:
     assert (test["correct"], test["total"]) == (sum(int(row["correct"]) for row in rows), 33)
 
 
-def test_each_process_draws_numbers_of_its_own(whole: tuple[Path, str]) -> None:
+def test_each_process_draws_numbers_of_its_own(whole):
     """Both states are in the checkpoint, and they are not the same."""
     first, second = torch.load(whole[0] / "checkpoints" / "last.ckpt", weights_only=True)[
         "moevision"
@@ -253,30 +244,22 @@ def test_each_process_draws_numbers_of_its_own(whole: tuple[Path, str]) -> None:
     assert first["numpy"] != second["numpy"]
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "number", "everybody", "code"),
-    [
-        ("mid-epoch", None, signal.SIGTERM, False, 143),
-        ("later", 18, signal.SIGINT, True, 130),
-        ("killed", 25, signal.SIGKILL, False, -9),
-    ],
-)
-def test_interrupted_and_resumed_is_uninterrupted(
-    work: Path,
-    whole: tuple[Path, str],
-    stopped: tuple[int, str],
-    name: str,
-    rows: int | None,
-    number: int,
-    everybody: bool,
-    code: int,
-) -> None:
-    """One process, or both as by Ctrl-C, are signalled; the command that is printed goes on, both processes again."""
+def test_ctrl_c_stops_both_processes_and_one_of_them_says_so(work):
+    found, said = interrupt(work, "later", rows=18, number=signal.SIGINT, everybody=True)
+    assert found == 130, said[-3000:]
+    assert said.splitlines()[-1].endswith("fit --resume runs/later")
+    assert said.count("Stopped by") == 1
+
+
+@pytest.mark.parametrize("name", ["mid-epoch", "killed"])
+def test_interrupted_and_resumed_is_uninterrupted(work, whole, stopped, name):
+    """One process is signalled, or killed; the command that is printed goes on, both processes again."""
     found, said = stopped
-    if rows is not None:
-        found, said = interrupt(work, name, rows=rows, number=number, everybody=everybody)
-    assert found == code, said[-3000:]
-    if code > 0:
+    if name == "killed":
+        found, said = interrupt(work, name, rows=25, number=signal.SIGKILL, everybody=False)
+        assert found == -signal.SIGKILL, said[-3000:]
+    else:
+        assert found == 143, said[-3000:]
         assert said.splitlines()[-1].endswith(f"fit --resume runs/{name}")
         assert said.count("Stopped by") == 1
     again = fit(work, "--resume", f"runs/{name}")
@@ -286,7 +269,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
 
 @pytest.mark.usefixtures("stopped")
-def test_torchrun_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str]) -> None:
+def test_torchrun_goes_on_with_the_same_run(work, whole):
     """What our launcher began, torchrun ends; that it starts the same training, test_parallel_command.py tries."""
     fit(work, "--resume", "runs/launched", launcher=TORCHRUN, new=True)
     assert differing(work / "runs" / "launched", whole[0]) == []
@@ -304,7 +287,7 @@ def test_torchrun_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str])
 
 
 @pytest.mark.usefixtures("stopped")
-def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path) -> None:
+def test_a_changed_number_of_processes_is_said_before_training_starts(work):
     """With another number the order of the images is another one. One process instead of two takes as many steps.
 
     A step of two processes is 16 images, which are two batches of one; 18 steps in all.
@@ -319,29 +302,18 @@ def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path
     assert said.index("can't be bit-identical") < said.index("test images right")
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "number", "says"),
-    [
-        ("killed-early", TWO, signal.SIGKILL, KILLED),
-        ("sharded-early", SHARDED, signal.SIGKILL, KILLED),
-    ],
-)
-def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(
-    work: Path, name: str, options: tuple[str, ...], number: int, says: str
-) -> None:
+def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work):
     """Before it can join the first one, which waits for it in a call that no signal interrupts."""
-    said = end_one(work, name, *options, number=number, says=says)
-    assert said.splitlines()[-1] == f"moevision: {says}"
-    assert not list((work / "runs").glob(f"{name}*")), "nothing of worth was in it"
+    said = end_one(work, "killed-early", *TWO)
+    assert said.splitlines()[-1] == f"moevision: {KILLED}"
+    assert not list((work / "runs").glob("killed-early*")), "nothing of worth was in it"
 
 
 @pytest.mark.parametrize(
     ("name", "options", "first", "says"),
     [("lost", TWO, False, KILLED), ("sharded-lost", SHARDED, True, FIRST_KILLED)],
 )
-def test_another_process_that_dies_is_said_in_one_sentence(
-    work: Path, name: str, options: tuple[str, ...], first: bool, says: str
-) -> None:
+def test_another_process_that_dies_is_said_in_one_sentence(work, name, options, first, says):
     """The other one ends with the command that goes on, not with a traceback."""
     more = ("--trainer.max_epochs=300", "--checkpoint.every_steps=3")
     said = end_one(work, name, *options, *more, until="checkpoints/last.ckpt", first=first)

@@ -49,7 +49,7 @@ def train(
             watch.on_validation_end(trainer, cast(Any, None))
 
 
-def test_share_by_hand(clock: Hand) -> None:
+def test_share_by_hand(clock):
     watch = Stopwatch()
     assert watch.data_wait is None, "nothing was trained yet"
     train(watch, clock, 10, wait_s=1.0, step_s=3.0)
@@ -70,11 +70,11 @@ def pets(**options: Any) -> ImageDataModule:
 
 
 @pytest.mark.parametrize("share", [None, 0.0, 0.03])
-def test_no_advice_where_none_is_needed(share: float | None) -> None:
+def test_no_advice_where_none_is_needed(share):
     assert data_wait_advice(share, pets()) == []
 
 
-def test_advice_names_what_helps() -> None:
+def test_advice_names_what_helps():
     (sentence,) = data_wait_advice(0.0312, pets(num_workers=1))
     assert not missing(sentence, "3 %", "--data.num_workers (now 1)")
     assert " or " not in sentence
@@ -84,7 +84,7 @@ def test_advice_names_what_helps() -> None:
     assert sorted(remedies, key=sentence.index) == list(remedies)
 
 
-def test_advice_is_given_once_and_early(clock: Hand, capsys: pytest.CaptureFixture[str]) -> None:
+def test_advice_is_given_once_and_early(clock, capsys):
     watch = Stopwatch()
     trainer = cast(Any, SimpleNamespace(is_global_zero=True, datamodule=pets()))
     for batches, told in ((5, 0), (5, 1), (5, 0)):  # 20 s, 40 s and 60 s of training
@@ -93,7 +93,7 @@ def test_advice_is_given_once_and_early(clock: Hand, capsys: pytest.CaptureFixtu
         assert capsys.readouterr().err.count("during 25 %") == told
 
 
-def test_a_run_reports_it(tiny_run: Any) -> None:
+def test_a_run_reports_it(tiny_run):
     summary = (tiny_run / "summary.md").read_text()
     assert "| waiting for data | " in summary
     assert "steps' time |" in summary

@@ -6,7 +6,7 @@ Every test runs on the CPU, so that it is known to work, and where there is CUDA
 import copy
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def differs(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @DEVICES
 @pytest.mark.parametrize("router", sorted({*ROUTERS} - {"random"}))
-def test_a_network_computes_as_on_the_cpu(router: str, device: str) -> None:
+def test_a_network_computes_as_on_the_cpu(router, device):
     """With the backend that the device gets, beside a loop over experts; logits and every gradient."""
     plain = build(router, backend="loop")
     moved = build(router).to(device)
@@ -118,9 +118,7 @@ def group(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(("replicated", "offload"), [(False, False), (True, False), (False, True)])
-def test_a_sharded_network_trains_as_a_plain_one(
-    group: str, optimizer: Any, replicated: bool, offload: bool
-) -> None:
+def test_a_sharded_network_trains_as_a_plain_one(group, optimizer, replicated, offload):
     """Three clipped steps, FSDP2 on one device: its hooks, DTensors, fused AdamW and gathered matrices of Muon."""
     plain = build("switch", num_shared_experts=1)
     sharded = copy.deepcopy(plain).to(group)
@@ -143,7 +141,7 @@ def test_a_sharded_network_trains_as_a_plain_one(
 
 @pytest.mark.deep
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
-def test_experts_that_are_gathered_in_bf16_give_the_same_logits(group: str) -> None:
+def test_experts_that_are_gathered_in_bf16_give_the_same_logits(group):
     """Autocast rounds them in any case, before they travel or after; gradients are rounded once more or not."""
     plain = build("switch").float().to(group)
     sharded = copy.deepcopy(plain)
@@ -165,7 +163,7 @@ def test_experts_that_are_gathered_in_bf16_give_the_same_logits(group: str) -> N
 
 @pytest.mark.deep
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
-def test_a_checkpoint_of_parts_comes_back(group: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_parts_comes_back(group, tmp_path):
     """Weights and moments, from a file into another network on the device."""
     files, states = SafeCheckpointIO(), []
     for number in range(2):
@@ -225,9 +223,7 @@ class Kept(L.Callback):
 @pytest.mark.deep
 @DEVICES
 @pytest.mark.parametrize("expert", [None, 1])
-def test_an_update_that_is_not_finite_changes_nothing(
-    device: str, expert: int | None, tmp_path: Path
-) -> None:
+def test_an_update_that_is_not_finite_changes_nothing(device, expert, tmp_path):
     """The third of four; weights, statistics and average, with FSDP2 (1) and without."""
     kept, averaged = Kept(), Averaged()
     try:
@@ -252,11 +248,8 @@ def test_an_update_that_is_not_finite_changes_nothing(
 
 
 @DEVICES
-def test_fit_trains_there_and_its_model_answers_here(
-    device: str, cli: Callable[..., Any], tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fit_trains_there_and_its_model_answers_here(device, cli, tiny, own_folder):
     """In fp32: a CPU gives the test images the classes that were written at the end of the training."""
-    monkeypatch.chdir(tmp_path)
     options = (
         "--data.train_size=32",
         "--data.val_size=8",
@@ -281,7 +274,7 @@ def test_fit_trains_there_and_its_model_answers_here(
 
 @pytest.mark.deep
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
-def test_muon_gathers_no_experts(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_gathers_no_experts(group, monkeypatch):
     """Experts [E, out, in] that are divided along E are whole matrices already."""
     gathered_dims: list[int] = []
     monkeypatch.setattr(

@@ -12,6 +12,7 @@ import pytest
 
 from moevision.train import finish
 from moevision.train.health import Stopwatch
+from tests.shared import succeeded
 
 pytestmark = pytest.mark.deep
 
@@ -31,8 +32,7 @@ def whole(
 ) -> Path:
     """The run folder of a training that had room; not to be changed."""
     root = tmp_path_factory.mktemp("whole")
-    outcome = cli("fit", drawn_pets, *tiny, f"--runs_root={root}")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, f"--runs_root={root}"))
     return root / "pets"
 
 
@@ -69,14 +69,14 @@ def fill(disk: Path) -> None:
     "before", ["save_model", "csv_text", "plot_confusion", "_write_summary", "model_card"]
 )
 def test_a_disk_that_is_full_when_the_report_is_written(
-    before: str,
-    cli: Cli,
-    tiny: tuple[str, ...],
-    drawn_pets: Path,
-    whole: Path,
-    small_disk: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    before,
+    cli,
+    tiny,
+    drawn_pets,
+    whole,
+    small_disk,
+    monkeypatch,
+):
     """One sentence with the command that ends the job; it trains no step, and all is as it would have been."""
     with monkeypatch.context() as patched:
         real = getattr(finish, before)
@@ -99,8 +99,7 @@ def test_a_disk_that_is_full_when_the_report_is_written(
     assert again.code == 2, "the disk is still full, and it is said again"
     assert again.err.splitlines()[-1].endswith(" fit --resume runs/full.")
     (small_disk / "filler").unlink()
-    outcome = cli("fit", "--resume", "runs/full")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("fit", "--resume", "runs/full"))
     assert trained == []
     for name in COMPARED:
         assert (Path("runs/full") / name).read_bytes() == (whole / name).read_bytes(), name

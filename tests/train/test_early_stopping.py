@@ -10,7 +10,7 @@ import pytest
 from moevision.config import EarlyStoppingConfig
 from moevision.train.health import StopEarly, Stopwatch
 from moevision.train.resume import ResumePoint
-from tests.shared import missing
+from tests.shared import missing, succeeded
 from tests.train.quiet import logged
 
 # A learning rate of next to nothing: no epoch is better than the first, so a patience of 2 stops after the third.
@@ -21,8 +21,7 @@ COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "s
 @pytest.fixture(scope="module")
 def stopped(cli, tiny, drawn_pets, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("stopped")
-    outcome = cli("fit", drawn_pets, *tiny, *STOPS, f"--runs_root={root}")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("fit", drawn_pets, *tiny, *STOPS, f"--runs_root={root}"))
     assert not missing(outcome.out + outcome.err, "3 of 6 epochs", "val/top1")
     return root / "pets"
 
@@ -36,9 +35,8 @@ def test_it_stops_and_says_so(stopped):
 @pytest.mark.deep
 @pytest.mark.parametrize("where", ["in the second epoch", "after the decision"])
 def test_a_resumed_run_stops_where_the_whole_one_does(
-    cli, tiny, drawn_pets, stopped, where, monkeypatch, tmp_path
+    cli, tiny, drawn_pets, stopped, where, monkeypatch, own_folder
 ):
-    monkeypatch.chdir(tmp_path)
     if where == "in the second epoch":
         real, name, owner = Stopwatch.on_train_batch_end, "on_train_batch_end", Stopwatch
         due = lambda trainer: trainer.global_step == 5  # noqa: E731
@@ -54,8 +52,7 @@ def test_a_resumed_run_stops_where_the_whole_one_does(
 
     monkeypatch.setattr(owner, name, once)
     assert cli("fit", drawn_pets, *tiny, *STOPS).code == 143
-    outcome = cli("fit", "--resume", "runs/pets")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", "--resume", "runs/pets"))
     run = Path("runs/pets")
     assert len(logged(run, "val/top1")) == 3
     for file in COMPARED[:3]:

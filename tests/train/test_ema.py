@@ -1,6 +1,5 @@
 """The moving average of the weights: what it is, what sees it, and what a checkpoint holds."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -34,7 +33,7 @@ class Weights(L.Callback):
         self.validated.append(pl_module.net.head.weight.detach().double().clone())
 
 
-def test_the_average_by_hand(tmp_path: Path) -> None:
+def test_the_average_by_hand(tmp_path):
     """Update n takes part with 1 - min(0.9, 1 - n^-0.75); the first is taken whole. Validation sees the average.
 
     n^-0.75 is 0.59 for the second update and 0.18 for the tenth, so the decay of 0.9 is not reached in six.
@@ -55,7 +54,7 @@ def test_the_average_by_hand(tmp_path: Path) -> None:
     "ignore:You're resuming from a checkpoint that ended before the epoch ended"
 )
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_checkpoint_holds_the_average_and_the_weights(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_average_and_the_weights(tmp_path):
     """`state_dict` is the average, which every loader gets; a training that goes on begins with both."""
     saving = ModelCheckpoint(
         tmp_path / "saved", filename="{step}", every_n_train_steps=4, save_top_k=-1
@@ -105,7 +104,7 @@ class Start(L.Callback):
         }
 
 
-def test_an_interrupted_validation_leaves_the_weights(tmp_path: Path) -> None:
+def test_an_interrupted_validation_leaves_the_weights(tmp_path):
     """Whatever saves after an error in a validation must find the weights in the model, not their average."""
     weights = Weights()
 
@@ -120,6 +119,6 @@ def test_an_interrupted_validation_leaves_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
-def test_a_decay_that_is_none(decay: float) -> None:
+def test_a_decay_that_is_none(decay):
     with pytest.raises(UserError, match="between 0 and 1"):
         WeightEMA(EmaConfig(decay=decay))

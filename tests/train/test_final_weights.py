@@ -26,7 +26,7 @@ from moevision.train.finish import (
 )
 from moevision.train.processes import Interrupted
 from moevision.train.report import BALANCED, LOSS, read_summary
-from tests.shared import missing
+from tests.shared import missing, succeeded
 from tests.train.quiet import logged
 
 EPOCHS = ("--trainer.max_epochs=3",)
@@ -124,8 +124,7 @@ def test_the_last_weights_are_tested_unless_the_best_are_better(
         "_validate",
         lambda *given: known.append(real(*given)) or (GOOD, GOOD)[len(known) - 1],
     )
-    outcome = cli("fit", drawn_pets, *tiny, *EPOCHS, *average, f"--runs_root={tmp_path}")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, *EPOCHS, *average, f"--runs_root={tmp_path}"))
     run = tmp_path / "pets"
     accuracy = logged(run, "val/top1")
     assert len(accuracy) == 3  # the passes are no validations of the training
@@ -160,8 +159,7 @@ def test_an_image_that_one_of_the_two_passes_can_not_read_leaves_the_best_epoch(
 
     monkeypatch.setattr(finish, "_validate", damage)
     options = ("--data.cache_mb=0", "--data.max_bad_fraction=1", f"--runs_root={tmp_path}/runs")
-    outcome = cli("fit", pets, *tiny, *EPOCHS, *options)
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", pets, *tiny, *EPOCHS, *options))
     summary = read_summary(tmp_path / "runs/pets/summary.json")
     assert summary.test.checkpoint == BEST
     assert not missing(summary.test.weights, "4 and 3 validation images")
@@ -183,9 +181,8 @@ def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(
 
 
 def test_a_run_that_is_stopped_while_it_chooses_goes_on(
-    cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path
+    cli, tiny, drawn_pets, first_is_best, monkeypatch, own_folder
 ):
-    monkeypatch.chdir(tmp_path)
 
     def stop(*given):
         raise Interrupted(15)
@@ -239,8 +236,7 @@ def test_the_lowest_loss_may_choose(cli, tiny, drawn_pets, tmp_path):
         "--trainer.max_epochs=6",
         "--early_stopping.patience=1",
     )
-    outcome = cli("fit", drawn_pets, *tiny, *options, f"--runs_root={tmp_path}")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, *options, f"--runs_root={tmp_path}"))
     run = tmp_path / "pets"
     losses = logged(run, "val/loss")
     lowest_so_far = [loss == min(losses[: place + 1]) for place, loss in enumerate(losses)]
@@ -258,17 +254,17 @@ def test_a_damaged_best_is_replaced_by_the_last(tmp_path):
     files = SafeCheckpointIO()
     for name in (LAST, BEST):
         files.save_checkpoint({"global_step": 1, "weight": torch.ones(64)}, tmp_path / name)
-    path, words = final_checkpoint(tmp_path)
+    path, words, _ = final_checkpoint(tmp_path)
     assert path == tmp_path / BEST
     assert "best validation epoch" in words
     whole = (tmp_path / BEST).read_bytes()
     place = whole.index(torch.ones(64).numpy().tobytes())
     (tmp_path / BEST).write_bytes(whole[:place] + b"\x01" + whole[place + 1 :])
-    path, words = final_checkpoint(tmp_path)
+    path, words, _ = final_checkpoint(tmp_path)
     assert path == tmp_path / LAST
     assert not missing(words, "best.ckpt", "damaged")
     (tmp_path / BEST).unlink()
-    path, words = final_checkpoint(tmp_path)
+    path, words, _ = final_checkpoint(tmp_path)
     assert path == tmp_path / LAST
     assert "no best.ckpt" in words
 

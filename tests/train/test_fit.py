@@ -1,13 +1,11 @@
 """One whole tiny `fit --with-twin`: every promised file of the run folder exists and says what it should."""
 
-import csv
 import hashlib
 import json
 import re
 import shlex
 import shutil
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ import torch
 import yaml
 from PIL import Image
 
-import moevision
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
 from moevision.config import flatten, options, parse_args, to_settings
@@ -41,10 +38,7 @@ from moevision.train.resume import lock_run_folder
 from moevision.train.start import epochs_for
 from tests.shared import assert_names, refused, succeeded
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def same_metrics(run, other):
@@ -158,25 +152,6 @@ def test_the_hash_of_the_model_is_recorded(tiny_run):
     )
 
 
-def test_the_bad_image_is_listed(tiny_run):
-    assert [(row["path"], row["split"]) for row in read_csv(tiny_run / "bad_images.csv")] == [
-        ("dog/broken.png", "train")
-    ]
-    assert_names((tiny_run / "summary.md").read_text(), "- 1 file", "be read")
-
-
-def test_provenance(tiny_run):
-    facts = json.loads((tiny_run / "provenance.json").read_text())
-    assert facts["moevision"] == moevision.__version__
-    assert facts["command"][:2] == ["moevision", "fit"]
-    assert facts["seed"] == 0
-    assert facts["libraries"]["torch"] == version("torch")
-    assert re.fullmatch(r"[0-9a-f]{64}", facts["data"]["file_list_sha256"])
-    twin = json.loads((tiny_run / "twin" / "provenance.json").read_text())
-    assert twin["data"] == facts["data"]
-    assert "active_flops" in twin["command"]
-
-
 def test_the_model_opens_with_timm_and_predicts_what_the_run_predicted(tiny_run):
     config = json.loads((tiny_run / "model" / "config.json").read_text())
     assert config["label_names"] == ["cat", "dog"]
@@ -192,15 +167,6 @@ def test_the_model_opens_with_timm_and_predicts_what_the_run_predicted(tiny_run)
             )
         assert config["label_names"][int(label)] == row["prediction"]
         assert float(probability) == pytest.approx(float(row["probability"]), abs=1e-4)
-
-
-def test_predict_says_the_same(cli, tiny_run):
-    known = {row["image"]: row for row in read_csv(tiny_run / "predictions_test.csv")}
-    pets = tiny_run.parent.parent / "pets"
-    outcome = succeeded(cli("predict", tiny_run, *(pets / name for name in known)))
-    for row, expected in zip(csv.DictReader(outcome.out.splitlines()), known.values(), strict=True):
-        assert row["class"] == expected["prediction"]
-        assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=2e-4)
 
 
 def test_scores_by_class_are_scikit_learns(cli, tiny_run):
@@ -268,9 +234,8 @@ def test_evaluating_the_checkpoint_again(cli, tiny_run):
         assert (folder / "splits.csv").read_text() == (tiny_run / "splits.csv").read_text()
 
 
-def test_evaluation_takes_the_test_images_of_the_run(cli, tiny_run, tmp_path, monkeypatch):
+def test_evaluation_takes_the_test_images_of_the_run(cli, tiny_run, own_folder):
     """Also of a copy, whole or not, since a split of its own would test with images of the training; of others all."""
-    monkeypatch.chdir(tmp_path)
     given = (
         "--runs_root=again",
         "--ckpt_path",
@@ -347,24 +312,19 @@ def test_the_split_of_the_run_is_used_again(cli, tiny_run):
     assert same_metrics(run, tiny_run)
 
 
-@pytest.mark.deep
-def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn_pets):
-    """Everything is in the checkpoint or beside it: neither a network nor the dense model's folder is needed again."""
-    timm.models.save_for_hf(
-        timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True
-    )
+@pytest.fixture
+def dense(own_folder) -> tuple[str, ...]:
+    """A model in the folder `dense`, and options of a short training that starts from it."""
+    net = timm.create_model("test_vit", img_size=32, num_classes=3)
+    timm.models.save_for_hf(net, "dense", safe_serialization=True)
     options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true")
-    succeeded(
-        cli(
-            "fit",
-            drawn_pets,
-            "--pretrained",
-            "dense",
-            *options,
-            "--name=up",
-            "--trainer.enable_progress_bar=false",
-        )
-    )
+    return ("--pretrained=dense", "--name=up", "--trainer.enable_progress_bar=false", *options)
+
+
+@pytest.mark.deep
+def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn_pets, dense):
+    """Everything is in the checkpoint or beside it: neither a network nor the dense model's folder is needed again."""
+    succeeded(cli("fit", drawn_pets, *dense))
     shutil.rmtree("dense")
     Path("runs/up/summary.json").unlink()
     best = "runs/up/checkpoints/best.ckpt"
@@ -376,78 +336,38 @@ def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn
         succeeded(cli(*arguments))
 
 
-def test_the_model_is_the_one_of_config_yaml(cli, drawn_pets):
+def test_the_model_is_the_one_of_config_yaml(cli, drawn_pets, dense):
     """With a configuration that names another architecture: its name is not recorded, and its sizes are refused."""
-    timm.models.save_for_hf(
-        timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True
-    )
-    arch = {
-        "name": "vit_moe",
-        "base": "vit_tiny_patch16_224",
-        "depth": 4,
-        "num_experts": 3,
-        "global_pool": "avg",
-    }
+    arch = {"name": "vit_moe", "base": "vit_tiny_patch16_224", "depth": 4}
+    arch |= {"num_experts": 3, "global_pool": "avg"}
     Path("mine.yaml").write_text(
         yaml.safe_dump({"model": {"arch": arch}, "data": {"image_size": 32, "batch_size": 8}})
     )
-    fit = (
-        "fit",
-        drawn_pets,
-        "--config=mine.yaml",
-        "--pretrained=dense",
-        "--trainer.max_epochs=1",
-        "--name=up",
-    )
+    fit = ("fit", drawn_pets, "--config=mine.yaml", *dense)
     refused(
         cli(*fit, "--model.arch.patch_size=8", "--model.arch.stem=conv"),
-        "--model.arch.stem null",
-        "is conv",
-        "--model.arch.patch_size null",
+        *("--model.arch.stem null", "is conv", "--model.arch.patch_size null"),
     )
     assert not Path("runs/up").exists()
-    succeeded(cli(*fit, "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"))
+    succeeded(cli(*fit))
     recorded = yaml.safe_load(Path("runs/up/config.yaml").read_text())["model"]["arch"]
     assert recorded["name"] is recorded["base"] is None
     again, trained = build_model(MoEConfig(**recorded), 2, 32), load_model("runs/up").net
     assert str(again) == str(trained)
-    assert (
-        len(trained.blocks),
-        trained.global_pool,
-        moe_layers(trained)[0].router.num_experts,
-    ) == (4, "avg", 3)
+    experts = moe_layers(trained)[0].router.num_experts
+    assert (len(trained.blocks), trained.global_pool, experts) == (4, "avg", 3)
 
 
-def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
-    timm.models.save_for_hf(
-        timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True
-    )
-    options = (
-        "--data.image_size=32",
-        "--trainer.max_epochs=1",
-        "--trainer.precision=32-true",
-        "--with-twin",
-    )
-    outcome = succeeded(
-        cli(
-            "fit",
-            drawn_pets,
-            "--pretrained",
-            "dense",
-            *options,
-            "--name=up",
-            "--trainer.enable_progress_bar=false",
-        )
-    )
+def test_a_pretrained_start_and_its_twin(cli, drawn_pets, dense):
+    outcome = succeeded(cli("fit", drawn_pets, *dense, "--with-twin"))
     assert "from scratch" not in outcome.out + outcome.err
     arguments = json.loads(Path("runs/up/model/config.json").read_text())["model_args"]
-    assert (arguments["base"], arguments["expert_hidden"]) == (
-        "test_vit",
-        192,
-    )  # 3 x width: test_vit's own MLP
+    # 3 x width: test_vit's own MLP
+    assert (arguments["base"], arguments["expert_hidden"]) == ("test_vit", 192)
     assert_names(Path("runs/up/summary.md").read_text(), "same pretrained weights", "active FLOPs")
+    moe = ("--pretrained=runs/up/model", "--name=moe")
     refused(
-        cli("fit", drawn_pets, "--pretrained", "runs/up/model", *options, "--name=moe"),
+        cli("fit", drawn_pets, *dense, *moe, "--with-twin"),
         "--with-twin or --dense",
         "leave it out",
     )
@@ -505,10 +425,7 @@ def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
         choose_recipe(str(draw(Path("photos"), classes=("cat",))))
 
 
-def test_a_limit_beyond_every_number_of_batches_is_none(
-    cli, tiny, drawn_pets, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_limit_beyond_every_number_of_batches_is_none(cli, tiny, drawn_pets, own_folder):
     limits = [f"--trainer.limit_{split}_batches=1e30" for split in ("train", "val", "test")]
     succeeded(cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", *limits))
     assert json.loads(Path("runs/pets/summary.json").read_text())["steps"] == 3

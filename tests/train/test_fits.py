@@ -44,9 +44,8 @@ def wide(tmp_path_factory):
 
 @pytest.mark.parametrize("fit", ["pad", pytest.param("squash", marks=pytest.mark.deep)])
 def test_every_use_of_a_model_prepares_images_as_its_training_did(
-    cli, wide, fit, tiny, tmp_path, monkeypatch
+    cli, wide, fit, tiny, tmp_path, own_folder
 ):
-    monkeypatch.chdir(tmp_path)
     succeeded(cli("fit", wide, *tiny, "--data.fit", fit, "--name=wide"))
     model = load_model("runs/wide")
     assert model.framing == Framing(fit, model.mean)
@@ -87,9 +86,8 @@ def test_every_use_of_a_model_prepares_images_as_its_training_did(
     assert load_model(str(tmp_path / "again")).fit == fit
 
 
-def test_the_example_of_a_server_prepares_images_so_too(tmp_path, monkeypatch):
+def test_the_example_of_a_server_prepares_images_so_too(tmp_path, monkeypatch, own_folder):
     """deploy/litserve_app.py, beside a package litserve that only has its class."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "litserve", SimpleNamespace(LitAPI=object))
     net = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
     save_model(

@@ -1,7 +1,5 @@
 """Tier 1 of the stability guard: a refused update is one that never was, bit for bit."""
 
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +18,7 @@ from moevision.train.guard import (
     note_event,
 )
 from moevision.train.processes import callback_of
-from tests.shared import missing
+from tests.shared import missing, succeeded
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 
 # name: (fault, which batches are left out with it, epochs, batches per epoch and per update, compared after so many
@@ -67,21 +65,19 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
         assert one == other, where
 
 
-# Muon brings moments of its own; which batches are left out is no business of the optimizer's.
-MUON_CASES = ("loss", "one expert's gradient", "a window that the epoch cuts short")
+# A bias is moved beside the optimizer, and Muon has moments of its own; which batches are left out concerns neither.
+OTHER_CASES = ("loss", "one expert's gradient", "a window that the epoch cuts short")
 
 
 @pytest.mark.parametrize(
     ("case", "router"),
     [
         *(pytest.param(case, NOISY, id=f"{case}-noise") for case in CASES),
-        *(pytest.param(case, BIASED, id=f"{case}-bias") for case in CASES),
-        *(pytest.param(case, MUON, id=f"{case}-Muon") for case in MUON_CASES),
+        *(pytest.param(case, BIASED, id=f"{case}-bias") for case in OTHER_CASES),
+        *(pytest.param(case, MUON, id=f"{case}-Muon") for case in OTHER_CASES),
     ],
 )
-def test_a_refused_update_never_existed(
-    case: str, router: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refused_update_never_existed(case, router, tmp_path, capsys):
     """The run without those batches, which then has others at its end, is in the same state after as many updates.
 
     State: weights, BatchNorm statistics, router biases, moments, step counts, schedule, moving average, random
@@ -110,13 +106,13 @@ def test_a_refused_update_never_existed(
     assert_same(struck.states.state, clean.states.state)
 
 
-def test_without_the_guard_one_nan_is_in_every_weight(tmp_path: Path) -> None:
+def test_without_the_guard_one_nan_is_in_every_weight(tmp_path):
     """What the guard is for: clipping multiplies every gradient by NaN, and training goes on without a word."""
     run = Run(tmp_path, batches(4), faults="nan_grad@2", guard=None, ema=False)
     assert not any(bool(weight.isfinite().all()) for weight in run.task.net.parameters())
 
 
-def test_every_refused_update_is_written_down(tmp_path: Path) -> None:
+def test_every_refused_update_is_written_down(tmp_path):
     """guard.csv names the step, the source and the eight images of the batch; batch 3 holds the numbers 16 to 23."""
     Run(tmp_path, batches(4), faults="nan_loss@3")
     rows = (tmp_path / "guard.csv").read_text().splitlines()
@@ -126,14 +122,14 @@ def test_every_refused_update_is_written_down(tmp_path: Path) -> None:
     ]
 
 
-def test_the_schedule_counts_applied_updates(tmp_path: Path) -> None:
+def test_the_schedule_counts_applied_updates(tmp_path):
     """Of six planned updates one is refused, so the schedule has made five steps."""
     run = Run(tmp_path, batches(6), faults="inf_grad@2")
     assert run.trainer.global_step == 6
     assert run.trainer.lr_scheduler_configs[0].scheduler.state_dict()["last_epoch"] == 5
 
 
-def test_a_guard_that_does_nothing_changes_nothing(tmp_path: Path) -> None:
+def test_a_guard_that_does_nothing_changes_nothing(tmp_path):
     """Without a fault the run with the guard ends where the run without it ends."""
     watched, alone = (
         Run(tmp_path, batches(4), guard=guard, after=4)
@@ -142,7 +138,7 @@ def test_a_guard_that_does_nothing_changes_nothing(tmp_path: Path) -> None:
     assert_same(watched.states.state, alone.states.state)
 
 
-def test_thresholds_are_those_of_the_page() -> None:
+def test_thresholds_are_those_of_the_page():
     """benchmarks/guard: 10 losses above the mean by 6 standard deviations; a snapshot in 100 updates, two are kept."""
     config = GuardConfig()
     assert (config.spike_updates, config.spike_sigmas) == (10, 6.0)
@@ -155,16 +151,15 @@ def test_thresholds_are_those_of_the_page() -> None:
 
 
 def test_the_command_line_says_what_was_left_out(
-    cli: Callable[..., Any],
-    tiny: tuple[str, ...],
-    drawn_pets: Path,
-    tmp_path: Path,
-    strike: Callable[[str], None],
-) -> None:
+    cli,
+    tiny,
+    drawn_pets,
+    tmp_path,
+    strike,
+):
     """Two updates of six (24 images in batches of 8, two epochs) are refused, and one return takes one back."""
     strike("nan_loss@1, nan_input@2, nan_weight@4")
-    outcome = cli("fit", drawn_pets, *tiny, "--runs_root", tmp_path, "--ema.decay=0.9")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, "--runs_root", tmp_path, "--ema.decay=0.9"))
     run = tmp_path / "pets"
     summary = (run / "summary.md").read_text()
     assert not missing(summary, "- 2 updates left", "not finite", "- 1 return to")
@@ -186,18 +181,15 @@ def test_the_command_line_says_what_was_left_out(
     ]
 
 
-def test_the_guard_can_be_switched_off(
-    cli: Callable[..., Any], tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path
-) -> None:
+def test_the_guard_can_be_switched_off(cli, tiny, drawn_pets, tmp_path):
     options = (f"--runs_root={tmp_path}", "--guard.enabled=false", "--trainer.max_epochs=1")
-    outcome = cli("fit", drawn_pets, *tiny, *options)
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, *options))
     metrics = (tmp_path / "pets" / "metrics.csv").read_text()
     assert "guard/skipped" not in metrics
     assert "train/update_norm" in metrics
 
 
-def test_what_the_summary_says_of_each_kind() -> None:
+def test_what_the_summary_says_of_each_kind():
     record = GuardRecord()
     assert record.sentences() == []
     record.add(Event(7, 0, "skip", "loss"))
@@ -208,16 +200,14 @@ def test_what_the_summary_says_of_each_kind() -> None:
     assert record.sentences()[1].startswith("1 return to")
 
 
-def test_a_thousand_events_are_kept_and_all_are_counted() -> None:
+def test_a_thousand_events_are_kept_and_all_are_counted():
     record = GuardRecord()
     for step in range(1002):
         record.add(Event(step, 0, "skip", "loss"))
     assert (record.skipped, record.sources["loss"], len(record.events)) == (1002, 1002, 1000)
 
 
-def test_the_terminal_hears_of_ten_events_and_each_names_256_images(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_terminal_hears_of_ten_events_and_each_names_256_images(tmp_path, capsys):
     record = GuardRecord()
     trainer: Any = SimpleNamespace(
         datamodule=None,
@@ -251,7 +241,7 @@ WINDOWS: dict[str, tuple[list[float], float, float | None, int, int]] = {
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_what_is_refused_and_what_it_counts_as(window: str, tmp_path: Path) -> None:
+def test_what_is_refused_and_what_it_counts_as(window, tmp_path):
     losses, norm, scale, skipped, overflows = WINDOWS[window]
     task, guard = tiny_task(), StabilityGuard()
     trainer: Any = SimpleNamespace(
@@ -280,7 +270,7 @@ def test_what_is_refused_and_what_it_counts_as(window: str, tmp_path: Path) -> N
     assert [event.samples for event in guard.record.events] == [("0", "1")] * skipped
 
 
-def test_snapshots_take_no_memory_after_the_training(tmp_path: Path) -> None:
+def test_snapshots_take_no_memory_after_the_training(tmp_path):
     kept = []
 
     class Kept(L.Callback):
@@ -292,7 +282,7 @@ def test_snapshots_take_no_memory_after_the_training(tmp_path: Path) -> None:
     assert (kept, len(run.guard.snapshots)) == ([1], 0)
 
 
-def test_the_loss_of_a_window_is_a_mean_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_of_a_window_is_a_mean_over_processes(monkeypatch):
     """Two processes that have the same losses, and the same norm."""
     monkeypatch.setattr(guard_module, "sum_numbers", lambda numbers, _: [2 * n for n in numbers])
     losses = [{"loss": torch.tensor(loss)} for loss in (1.0, 2.0)]

@@ -1,6 +1,5 @@
 """Tier 2 of the stability guard: back to the last good snapshot, forward with the data, and an end to it."""
 
-from pathlib import Path
 from statistics import fmean, pstdev
 from types import SimpleNamespace
 from typing import Any
@@ -68,7 +67,7 @@ CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] =
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_return_is_to_what_was(case: str, tmp_path: Path) -> None:
+def test_a_return_is_to_what_was(case, tmp_path):
     """The run is in the state of one that never saw the batches between the snapshot and the return, bit for bit."""
     faults, config, router, count, left, cause = CASES[case]
     every = batches(count)
@@ -101,7 +100,7 @@ def test_a_return_is_to_what_was(case: str, tmp_path: Path) -> None:
     assert_same(struck.states.last, clean.states.state)
 
 
-def test_a_training_that_never_recovers_ends_with_a_diagnosis(tmp_path: Path) -> None:
+def test_a_training_that_never_recovers_ends_with_a_diagnosis(tmp_path):
     """Two returns are one too many; what is left is finite, and it loads as plain data."""
     faults = "nan_weight@3, nan_weight@5:expert2"
     config = GuardConfig(max_rollbacks=1)
@@ -117,7 +116,7 @@ def test_a_training_that_never_recovers_ends_with_a_diagnosis(tmp_path: Path) ->
     assert "of blocks.1.mlp.experts.fc1.weight (expert 2)" in text
 
 
-def test_refusing_again_and_again_is_a_reason_to_return(tmp_path: Path) -> None:
+def test_refusing_again_and_again_is_a_reason_to_return(tmp_path):
     """Two refused updates of the last 100 are allowed here, and three were injected."""
     run = Run(
         tmp_path,
@@ -130,7 +129,7 @@ def test_refusing_again_and_again_is_a_reason_to_return(tmp_path: Path) -> None:
     assert not missing(source, "3 of", "last 4 updates", "cross-entropy")
 
 
-def test_a_return_names_no_images(tmp_path: Path) -> None:
+def test_a_return_names_no_images(tmp_path):
     """A weight turned bad by itself: those of the step at which it was noticed are no cause, and nobody looks there."""
     run = Run(tmp_path, batches(4), faults="nan_loss@2, nan_weight@3")
     assert [(event.kind, len(event.samples)) for event in run.record.events] == [
@@ -155,7 +154,7 @@ def standing_trainer(task: Any, **values: Any) -> Any:
     return SimpleNamespace(**{**own, "precision_plugin": plugin, "state": state, **values})
 
 
-def test_a_return_drops_the_gradients(tmp_path: Path) -> None:
+def test_a_return_drops_the_gradients(tmp_path):
     """They are of weights that are gone, and the next backward pass would add to them."""
     task = tiny_task()
     trainer = standing_trainer(task)
@@ -172,7 +171,7 @@ def test_a_return_drops_the_gradients(tmp_path: Path) -> None:
     )
 
 
-def test_when_there_is_a_state_to_judge_and_to_return_to() -> None:
+def test_when_there_is_a_state_to_judge_and_to_return_to():
     """Each of four reasons is enough to leave a weight alone that isn't finite."""
     task, swapped, guard = tiny_task(), WeightEMA(EmaConfig(decay=0.9)), StabilityGuard()
     swapped.swapped = True
@@ -198,7 +197,7 @@ def test_when_there_is_a_state_to_judge_and_to_return_to() -> None:
     assert torch.equal(task.net.head.weight.data, good)
 
 
-def test_a_checkpoint_is_of_the_state_that_was_returned_to() -> None:
+def test_a_checkpoint_is_of_the_state_that_was_returned_to():
     """Its optimizers and schedules, too, which Lightning has put into it before the state is looked at."""
     task, guard = tiny_task(), StabilityGuard()
     trainer = standing_trainer(task)
@@ -217,7 +216,7 @@ def test_a_checkpoint_is_of_the_state_that_was_returned_to() -> None:
     assert checkpoint["callbacks"][guard.state_key]["record"] == guard.record.state_dict()
 
 
-def test_large_numbers_are_finite() -> None:
+def test_large_numbers_are_finite():
     """The square of 1e30 isn't, in float32."""
     task = tiny_task()
     torch.nn.init.constant_(task.net.head.weight, 1e30)
@@ -225,7 +224,7 @@ def test_large_numbers_are_finite() -> None:
 
 
 @pytest.mark.parametrize("fault", ["nan_buffer@3", "nan_ema@3", "nan_weight@4:expert3"])
-def test_no_checkpoint_ever_holds_nan(fault: str, tmp_path: Path) -> None:
+def test_no_checkpoint_ever_holds_nan(fault, tmp_path):
     """A checkpoint after every step: the fault is found at the latest when it would be saved."""
     saving = ModelCheckpoint(
         tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1
@@ -246,7 +245,7 @@ def finite(state: Any) -> bool:
     return all(map(finite, state)) if isinstance(state, (list, tuple)) else True
 
 
-def test_when_a_loss_is_a_spike() -> None:
+def test_when_a_loss_is_a_spike():
     """Mean 2 and deviation 0.1 of twenty losses: 6 σ is 2.6; the floors are 2.5 and 2.1, and σ = 0 leaves the 25 %."""
     history = LossHistory(sigmas=6, patience=2, warmup=20)
     assert not history.add(1e9)  # nothing is known yet ...

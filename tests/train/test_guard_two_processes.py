@@ -51,7 +51,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, An
 
 
 @pytest.mark.parametrize("case", EXPECTED)
-def test_both_processes_decide_alike(case: str, two: dict[str, list[dict[str, Any]]]) -> None:
+def test_both_processes_decide_alike(case, two):
     """One process was struck; both count the same, and end finite with the same weights."""
     skipped, rollbacks, lost, source = EXPECTED[case]
     for state in two[case]:
@@ -77,24 +77,22 @@ def test_both_processes_decide_alike(case: str, two: dict[str, list[dict[str, An
 
 
 @pytest.mark.parametrize("case", ["clean", "EP 2, loss", "FSDP2, loss"])
-def test_an_update_of_the_average_is_its_formula(
-    case: str, two: dict[str, list[dict[str, Any]]]
-) -> None:
+def test_an_update_of_the_average_is_its_formula(case, two):
     """The average's own parts move by the weights' own parts: gathered, they are what whole tensors would give."""
     for state in two[case]:
         assert state["averaged"] < 1e-6
 
 
 def test_a_bad_buffer_of_another_process_changes_nothing(
-    two: dict[str, list[dict[str, Any]]],
-) -> None:
+    two,
+):
     for struck, clean in zip(two["buffer of another"], two["clean"], strict=True):
         assert all(
             torch.equal(tensor, struck["net"][name]) for name, tensor in clean["net"].items()
         )
 
 
-def test_the_pictures_of_both_processes_are_named(two: dict[str, list[dict[str, Any]]]) -> None:
+def test_the_pictures_of_both_processes_are_named(two):
     """The third batch of process 0 is the fifth of all, images 32 to 39; process 1 had the sixth."""
     (event,) = GuardRecord.from_state(two["loss"][0]["record"]).events
     assert event.samples == tuple(str(number) for number in range(32, 48))

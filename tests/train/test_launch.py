@@ -1,7 +1,6 @@
 """How the processes of a training are started, where no other test starts them."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,17 +25,9 @@ from tests.shared import missing
     ids=["--ntasks", "--ntasks-per-node"],
 )
 def test_a_batch_script_of_slurm_without_srun(
-    job: dict[str, str],
-    devices: int,
-    said: str,
-    cli: Any,
-    tiny: Any,
-    drawn_pets: Path,
-    monkeypatch: Any,
-    tmp_path: Path,
-) -> None:
+    job, devices, said, cli, tiny, drawn_pets, monkeypatch, own_folder
+):
     """One process runs, and would wait for the others or train alone on an image of two."""
-    monkeypatch.chdir(tmp_path)
     for name, value in {
         "JOB_NAME": "train.sh",
         "JOB_ID": "7",
@@ -63,16 +54,9 @@ def test_a_batch_script_of_slurm_without_srun(
     ("asked", "number"), [((), 1), (("--trainer.devices=1",), 1), (("--trainer.devices=3",), 3)]
 )
 def test_as_many_processes_as_devices(
-    asked: tuple[str, ...],
-    number: int,
-    cli: Any,
-    tiny: Any,
-    drawn_pets: Path,
-    monkeypatch: Any,
-    tmp_path: Path,
-) -> None:
+    asked, number, cli, tiny, drawn_pets, monkeypatch, own_folder
+):
     """Also where a run with three of them goes on, and says nothing of them."""
-    monkeypatch.chdir(tmp_path)
     started = list[int]()
 
     def start(devices: int) -> None:
@@ -92,7 +76,7 @@ def test_as_many_processes_as_devices(
         assert started == [3, 3]
 
 
-def test_two_devices_beside_apples_gpu_are_two_processes_on_the_cpu(monkeypatch: Any) -> None:
+def test_two_devices_beside_apples_gpu_are_two_processes_on_the_cpu(monkeypatch):
     """Lightning's `auto` would take the GPU, which can't be used."""
     started = list[int]()
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
@@ -102,7 +86,7 @@ def test_two_devices_beside_apples_gpu_are_two_processes_on_the_cpu(monkeypatch:
     assert started == [2]
 
 
-def test_several_machines_are_begun_by_others(cli: Any, tiny: Any, drawn_pets: Path) -> None:
+def test_several_machines_are_begun_by_others(cli, tiny, drawn_pets):
     outcome = cli("fit", drawn_pets, *tiny, "--trainer.accelerator=cpu", "--trainer.num_nodes=2")
     assert outcome.code == 2
     assert not missing(outcome.err.splitlines()[-1], "several machines", "torchrun", "srun")

@@ -3,7 +3,6 @@
 import ast
 import re
 from pathlib import Path
-from typing import Any
 
 import lightning
 import pytest
@@ -23,7 +22,7 @@ HOME = "train/lightning_internals.py"
 READS_THE_LOOP = "data/module.py"
 
 
-def test_the_version_is_the_one_that_was_read() -> None:
+def test_the_version_is_the_one_that_was_read():
     """Another one may count batches otherwise: read its loops, then `lightning_internals`, then change this."""
     assert lightning.__version__.startswith("2.6.")
 
@@ -44,7 +43,7 @@ def test_the_version_is_the_one_that_was_read() -> None:
         (RichProgressBar, "_get_train_description"),
     ],
 )
-def test_what_is_used_is_there(owner: Any, name: str) -> None:
+def test_what_is_used_is_there(owner, name):
     """As an attribute, or as one that its methods set."""
     source = Path(__import__("inspect").getfile(owner)).read_text()
     assert hasattr(owner, name) or f"self.{name}" in source
@@ -71,7 +70,7 @@ def foreign_attributes(tree: ast.AST) -> set[str]:
     return names - own
 
 
-def test_no_other_module_uses_them() -> None:
+def test_no_other_module_uses_them():
     private = private_names_of_lightning() | {"batch_progress", "epoch_progress"}
     assert "_should_check_val_fx" in private
     for path in PACKAGE.rglob("*.py"):

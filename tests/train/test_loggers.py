@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from moevision.files import read_csv
+from tests.shared import succeeded
 
 
 @pytest.mark.needs("tensorboard")
@@ -13,8 +14,7 @@ def test_a_run_with_tensorboard_keeps_its_own_files(cli, tiny, drawn_pets, tmp_p
 
     monkeypatch.chdir(tmp_path)
     logger = ("--trainer.logger={class_path: TensorBoardLogger, init_args: {save_dir: logs}}",)
-    outcome = cli("fit", drawn_pets, *tiny, *logger)
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, *logger))
     run = Path("runs/pets")
     assert {"config.yaml", "metrics.csv", "curves.png", "summary.md"} <= {
         file.name for file in run.iterdir()

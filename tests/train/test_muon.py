@@ -44,7 +44,7 @@ def maps(weight: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16), (3, 12, 20)])
-def test_orthogonal_is_the_nearest_orthogonal_matrix(shape: tuple[int, ...]) -> None:
+def test_orthogonal_is_the_nearest_orthogonal_matrix(shape):
     """U Vᵀ of the singular value decomposition; exactly the iterations' polynomial in float64."""
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -66,9 +66,7 @@ class OnGpu(torch.Tensor):
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_gpu_that_is_slow_in_bfloat16_multiplies_in_float32(
-    fast: bool, dtype: torch.dtype, monkeypatch: Any
-) -> None:
+def test_a_gpu_that_is_slow_in_bfloat16_multiplies_in_float32(fast, dtype, monkeypatch):
     """Those before Ampere emulate it."""
     seen = []
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: fast)
@@ -80,7 +78,7 @@ def test_a_gpu_that_is_slow_in_bfloat16_multiplies_in_float32(
     assert seen == [dtype]
 
 
-def test_products_in_bfloat16_point_where_those_in_float32_do() -> None:
+def test_products_in_bfloat16_point_where_those_in_float32_do():
     """bfloat16 has 8 bits: errors of 2⁻⁹ in each product. Muon multiplies so where it is told to, and nowhere else."""
 
     def updated(**options: bool) -> torch.Tensor:
@@ -96,7 +94,7 @@ def test_products_in_bfloat16_point_where_those_in_float32_do() -> None:
 
 
 @pytest.mark.parametrize(("precision", "bfloat16"), [("bf16-mixed", True), ("32-true", False)])
-def test_a_training_in_bfloat16_says_so(precision: str, bfloat16: bool) -> None:
+def test_a_training_in_bfloat16_says_so(precision, bfloat16):
     arch = MoEConfig(name="test_vit_moe")
     task = ClassificationTask(
         arch=arch, optim=OptimizerConfig("muon"), num_classes=3, image_size=32
@@ -120,7 +118,7 @@ def model() -> nn.Module:
     return net
 
 
-def test_updates_follow_the_definition() -> None:
+def test_updates_follow_the_definition():
     """Three steps in float64: v = β v + (1 - β) g; w -= lr (λ w + 0.2 sqrt(max(out, in)) O(β v + (1 - β) g))."""
     net, twin = model(), model()
     lr, decay, beta = 3e-3, 0.1, 0.95
@@ -168,7 +166,7 @@ def test_updates_follow_the_definition() -> None:
             torch.testing.assert_close(mine, theirs[1], rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_what_is_a_matrix() -> None:
+def test_what_is_a_matrix():
     """Every linear map and convolution but the first, the routers and the classifier."""
     expected = {f"blocks.{i}.attn.{name}.weight" for i in range(4) for name in ("qkv", "proj")}
     expected |= {f"blocks.{i}.mlp.{name}.weight" for i in (0, 2) for name in ("fc1", "fc2")}
@@ -192,7 +190,7 @@ def test_what_is_a_matrix() -> None:
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.75])
-def test_rates_and_decay_are_those_of_adamw(layer_decay: float | None) -> None:
+def test_rates_and_decay_are_those_of_adamw(layer_decay):
     """Groups are only cut in two; each parameter is in one."""
     net = model()
 
@@ -210,7 +208,7 @@ def test_rates_and_decay_are_those_of_adamw(layer_decay: float | None) -> None:
     assert not first["matrices"], "the first group is the one that reports show"
 
 
-def test_an_expert_without_tokens_only_decays() -> None:
+def test_an_expert_without_tokens_only_decays():
     """Made orthogonal, what is left of its momentum would be as long as a gradient, for some 300 updates."""
     experts = PackedLinear(2, 4, 6)
     optimizer = Muon([{"params": [experts.weight], "matrices": True}], lr=0.1, weight_decay=0.5)
@@ -224,7 +222,7 @@ def test_an_expert_without_tokens_only_decays() -> None:
         assert torch.allclose(experts.weight[1], decayed[1]) == (update >= 20)
 
 
-def test_weights_without_gradient_stay() -> None:
+def test_weights_without_gradient_stay():
     weight = nn.Parameter(torch.ones(4, 6))
     Muon([{"params": [weight], "matrices": True}], lr=0.1).step()
     assert torch.equal(weight, torch.ones(4, 6))

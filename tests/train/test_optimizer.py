@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -43,7 +42,7 @@ def rates(net: nn.Module, config: OptimizerConfig) -> dict[str, tuple[float, flo
     return found
 
 
-def test_layer_decay_by_hand() -> None:
+def test_layer_decay_by_hand():
     """Classifier 1, block 3 DECAY, ..., block 0 DECAY⁴, embedding DECAY⁵; experts and routers go with their block."""
     found = rates(tiny(), OptimizerConfig(lr=LR, layer_decay=DECAY))
     expected = {
@@ -63,7 +62,7 @@ def test_layer_decay_by_hand() -> None:
     assert set(found) == {name for name, _ in tiny().named_parameters()}
 
 
-def test_a_norm_before_pooling_belongs_to_the_last_block() -> None:
+def test_a_norm_before_pooling_belongs_to_the_last_block():
     """The class-token ViT has `norm` where test_vit_moe has `fc_norm`; a distilled DeiT has two heads."""
     net = tiny("deit_tiny_distilled_patch16_224", img_size=32, depth=2)
     found = rates(net, OptimizerConfig(lr=LR, layer_decay=DECAY))
@@ -73,7 +72,7 @@ def test_a_norm_before_pooling_belongs_to_the_last_block() -> None:
 
 
 @pytest.mark.parametrize("layer_decay", [None, DECAY])
-def test_weight_decay_spares_biases_norms_and_embeddings(layer_decay: float | None) -> None:
+def test_weight_decay_spares_biases_norms_and_embeddings(layer_decay):
     found = rates(tiny(), OptimizerConfig(lr=LR, weight_decay=0.1, layer_decay=layer_decay))
     for name, parameter in tiny().named_parameters():
         spared = parameter.ndim <= 1 or name.endswith(".bias") or name == "pos_embed"
@@ -82,7 +81,7 @@ def test_weight_decay_spares_biases_norms_and_embeddings(layer_decay: float | No
 
 
 @pytest.mark.parametrize("layer_decay", [None, DECAY])
-def test_every_group_follows_the_one_cycle_schedule(layer_decay: float | None) -> None:
+def test_every_group_follows_the_one_cycle_schedule(layer_decay):
     """OneCycleLR rises from peak / 25 along a cosine; at the end of the warm-up each group is at its own peak."""
     config = OptimizerConfig(lr=LR, warmup_fraction=0.2, layer_decay=layer_decay)
     optimizer, schedule = build_optimizer(tiny(), config, total_steps=11)
@@ -102,7 +101,7 @@ def test_every_group_follows_the_one_cycle_schedule(layer_decay: float | None) -
 
 @pytest.mark.parametrize("warmup_fraction", [0.0, 0.05, 0.1, 0.2, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1.0])
 @pytest.mark.parametrize("total_steps", range(1, 13))
-def test_any_number_of_steps_has_a_schedule(total_steps: int, warmup_fraction: float) -> None:
+def test_any_number_of_steps_has_a_schedule(total_steps, warmup_fraction):
     """It ends where it should, no rate is above the peak, and something is learned."""
     net = nn.Linear(1, 1)
     net.no_weight_decay = set  # type: ignore[assignment]
@@ -125,7 +124,7 @@ def learning(net: nn.Module) -> set[str]:
     return {name for name, parameter in net.named_parameters() if parameter.requires_grad}
 
 
-def test_freezing_the_first_blocks() -> None:
+def test_freezing_the_first_blocks():
     net = freeze_parameters(tiny(), 2)
     expected = {
         name
@@ -141,7 +140,7 @@ def test_freezing_the_first_blocks() -> None:
     assert learning(freeze_parameters(tiny(), None)) == {name for name, _ in net.named_parameters()}
 
 
-def test_freezing_all_but() -> None:
+def test_freezing_all_but():
     net = freeze_parameters(tiny(), "all_but_head")
     assert learning(net) == {"head.weight", "head.bias"}
     net = freeze_parameters(tiny(), "all_but_experts")
@@ -159,7 +158,7 @@ def test_freezing_all_but() -> None:
 
 
 @pytest.mark.parametrize("layer_decay", [None, DECAY])
-def test_what_is_frozen_is_not_optimized(layer_decay: float | None) -> None:
+def test_what_is_frozen_is_not_optimized(layer_decay):
     net = freeze_parameters(tiny(), "all_but_experts")
     assert set(rates(net, OptimizerConfig(layer_decay=layer_decay))) == learning(net)
 
@@ -179,7 +178,7 @@ def one_step(config: OptimizerConfig) -> tuple[dict[str, torch.Tensor], Classifi
     return before, task
 
 
-def test_a_frozen_stem_keeps_weights_and_statistics() -> None:
+def test_a_frozen_stem_keeps_weights_and_statistics():
     """BatchNorm of the stem would drift with every batch, though its weights are frozen; train() must not undo it."""
     before, task = one_step(OptimizerConfig(lr=LR, freeze="all_but_experts"))
     moved = {
@@ -220,7 +219,7 @@ def models_with_packed_biases() -> list[nn.Module]:
     ],
     ids=["layer decay", "one rate", "optimizer with layer decay", "optimizer"],
 )
-def test_timms_optimizers_spare_packed_biases(groups: Callable[..., list[dict[str, Any]]]) -> None:
+def test_timms_optimizers_spare_packed_biases(groups):
     """They are [E, out], which timm's layer-wise groups take for weights unless the model names them."""
     for net in models_with_packed_biases():
         decayed = {

@@ -48,7 +48,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "size", "layout"), COMPARED)
-def test_layouts_train_like_one_process(name: str, size: int, layout: int, compared: Path) -> None:
+def test_layouts_train_like_one_process(name, size, layout, compared):
     """16 images a step, float64, clipped: logits, balance loss, every gradient, their norm and the weights.
 
     AdamW divides by the root of the second moment, so that rounding in a gradient near 0 shows in its weight.
@@ -110,7 +110,7 @@ def planned_traffic(net: nn.Module, processes: int, layout: int) -> dict[str, li
 
 
 @pytest.mark.parametrize(("size", "layout"), CASES[COUNTED].layouts)
-def test_a_step_sends_what_is_planned(size: int, layout: int, compared: Path) -> None:
+def test_a_step_sends_what_is_planned(size, layout, compared):
     """Counted in the collectives of one process: bytes, to the last one, collectives and messages.
 
     The plan has no padding, and no collective of a few numbers. Of those a step here has two or three: the counts of
@@ -128,7 +128,7 @@ def test_a_step_sends_what_is_planned(size: int, layout: int, compared: Path) ->
     assert sent == planned
 
 
-def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> None:
+def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared):
     """Weights and both moments, by SHA-256; EP2 x FSDP2, EP2, none, EP2 + DDP, EP4.
 
     And the weights that each of them exports as a plain model.
@@ -139,12 +139,12 @@ def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> No
     assert newest_valid(compared / "checkpoints")[1] == []
 
 
-def test_norm_without_processes() -> None:
+def test_norm_without_processes():
     """3, 4 and 12: a 2-norm of 13."""
     assert float(total_norm([torch.tensor([3.0, 4.0]), torch.tensor([12.0])])) == 13
 
 
-def test_an_outline_takes_no_memory_and_is_filled_again() -> None:
+def test_an_outline_takes_no_memory_and_is_filled_again():
     net = build_model(MoEConfig("test_vit_moe"), 4, 32).eval()
     empty = outline(net)
     assert all(parameter.is_meta for parameter in empty.parameters())
@@ -152,7 +152,7 @@ def test_an_outline_takes_no_memory_and_is_filled_again() -> None:
     assert torch.equal(filled(empty, net.state_dict())(x), net(x))
 
 
-def test_the_part_of_the_second_process_begins_where_that_of_the_first_ends() -> None:
+def test_the_part_of_the_second_process_begins_where_that_of_the_first_ends():
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     try:
         part = torch.zeros(2, 3)

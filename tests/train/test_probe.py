@@ -46,9 +46,7 @@ def features_of(
     return tuple(torch.cat(part).numpy() for part in zip(*batches, strict=True))
 
 
-def test_the_probe_is_scikit_learns(
-    data: ImageDataModule, net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_probe_is_scikit_learns(data, net, monkeypatch):
     monkeypatch.setattr(start, "_STRENGTHS", (0.1,))
     found = fit_probe(net, data, CPU)
     assert found is not None
@@ -68,7 +66,7 @@ def test_the_probe_is_scikit_learns(
     )
 
 
-def test_a_classifier_that_is_as_good_is_kept(data: ImageDataModule, net: torch.nn.Module) -> None:
+def test_a_classifier_that_is_as_good_is_kept(data, net):
     first = fit_probe(net, data, CPU)
     assert first is not None
     start_with(net, first)
@@ -79,7 +77,7 @@ def test_a_classifier_that_is_as_good_is_kept(data: ImageDataModule, net: torch.
     assert "own classifier" in second.sentence()
 
 
-def test_nothing_else_changes(data: ImageDataModule, net: torch.nn.Module, tmp_path: Path) -> None:
+def test_nothing_else_changes(data, net, tmp_path):
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
     found = fit_probe(net.train(), data, CPU)
     assert found is not None
@@ -91,7 +89,7 @@ def test_nothing_else_changes(data: ImageDataModule, net: torch.nn.Module, tmp_p
     assert read_probe(tmp_path / "none") is None
 
 
-def test_a_class_without_training_images_is_never_chosen() -> None:
+def test_a_class_without_training_images_is_never_chosen():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 4)), rng.integers(0, 2, 60) * 2  # classes 0 and 2 of three
     x[y == 2] += 3
@@ -100,7 +98,7 @@ def test_a_class_without_training_images_is_never_chosen() -> None:
     assert set(start._classify(x, weight, bias)) == {0, 2}
 
 
-def test_a_start_with_experts_is_told(data: ImageDataModule, net: torch.nn.Module) -> None:
+def test_a_start_with_experts_is_told(data, net):
     """Its size is that of the model, whose classifier it is: 4 bytes for each parameter, experts counted one by one."""
     for model, experts in ((net, False), (upcycle(net, num_experts=4), True)):
         found = fit_probe(model, data, CPU)
@@ -112,11 +110,11 @@ def test_a_start_with_experts_is_told(data: ImageDataModule, net: torch.nn.Modul
 
 
 def test_it_takes_some_images_of_every_class(
-    data: ImageDataModule,
-    net: torch.nn.Module,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    data,
+    net,
+    monkeypatch,
+    capsys,
+):
     monkeypatch.setattr(start, "_MOST_IMAGES", {"train": 20, "val": 4, "test": 10})
     classes = [sample.label for sample in data.contents.datasets["train"].samples]
     read, loader = {}, data.plain_loader
@@ -132,7 +130,7 @@ def test_it_takes_some_images_of_every_class(
     assert not missing(said, "20 training", "4 validation", "10 test images")
 
 
-def test_it_is_tested_on_all_test_images() -> None:
+def test_it_is_tested_on_all_test_images():
     """As the models beside it: `fit` and `compare` would else recommend by different images."""
     read: dict[str, list[int]] = {}
     samples = [SimpleNamespace(label=label % 3) for label in range(5_000)]
@@ -149,7 +147,7 @@ def test_it_is_tested_on_all_test_images() -> None:
 
 
 @pytest.mark.parametrize("rare", [1, 3, 30])
-def test_a_rare_class_is_among_the_sampled_training_images(rare: int) -> None:
+def test_a_rare_class_is_among_the_sampled_training_images(rare):
     """Of 3,000 images beside 1 to 30 of a class that comes last, every tenth would leave out all or nearly all."""
     read: dict[str, list[int]] = {}
     samples = [SimpleNamespace(label=label) for label in [0] * 1500 + [1] * 1500 + [2] * rare]
@@ -179,7 +177,7 @@ def one_batch() -> dict[str, torch.Tensor]:
     return {"image": torch.zeros(1, 3, 32, 32), "label": torch.zeros(1), "index": torch.zeros(1)}
 
 
-def test_two_heads_have_no_probe(data: ImageDataModule) -> None:
+def test_two_heads_have_no_probe(data):
     net = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, num_classes=2, depth=1)
     assert linear_head(net) is None
     assert fit_probe(net, data, CPU) is None

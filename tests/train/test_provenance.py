@@ -26,7 +26,7 @@ def _git(folder: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def test_says_what_a_rerun_needs() -> None:
+def test_says_what_a_rerun_needs():
     command = ["moevision", "fit", "my photos", "--seed_everything", "3"]
     record = collect_provenance(
         command=command, seed=3, data_sha256="ab" * 32, extra={"backend": "grouped"}
@@ -46,13 +46,13 @@ def test_says_what_a_rerun_needs() -> None:
     )  # primitives only: nothing changes
 
 
-def test_start_time_is_utc() -> None:
+def test_start_time_is_utc():
     noon_in_tokyo = datetime(2026, 1, 2, 12, 0, tzinfo=timezone(timedelta(hours=9)))
     record = collect_provenance(command=["x"], seed=None, data_sha256=None, started=noon_in_tokyo)
     assert record["started_utc"] == "2026-01-02T03:00:00+00:00"
 
 
-def test_determinism_settings_follow_torch() -> None:
+def test_determinism_settings_follow_torch():
     assert not torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -71,7 +71,7 @@ def _strings(value: object) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def test_names_neither_user_nor_host_nor_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_neither_user_nor_host_nor_home(monkeypatch):
     real_host = platform.node()
     monkeypatch.setenv("USER", "ada-lovelace")
     monkeypatch.setenv("HOME", "/home/ada-lovelace")
@@ -84,7 +84,7 @@ def test_names_neither_user_nor_host_nor_home(monkeypatch: pytest.MonkeyPatch) -
     assert real_host not in said
 
 
-def test_git_state_of_a_checkout(tmp_path: Path) -> None:
+def test_git_state_of_a_checkout(tmp_path):
     package = tmp_path / "package"
     package.mkdir()
     (package / "code.py").write_text("x = 1\n")
@@ -102,7 +102,7 @@ def test_git_state_of_a_checkout(tmp_path: Path) -> None:
     assert git_state(package) == clean | {"dirty": True}
 
 
-def test_an_edited_configuration_is_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edited_configuration_is_dirty(tmp_path, monkeypatch):
     """Shipped configurations lie beside the package in a checkout: what ran isn't the commit's if one differs."""
     for name in ("package/code.py", "configs/quickstart.yaml", "README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -123,7 +123,7 @@ def test_an_edited_configuration_is_dirty(tmp_path: Path, monkeypatch: pytest.Mo
     assert dirty()
 
 
-def test_a_package_installed_inside_a_foreign_repository_has_no_commit(tmp_path: Path) -> None:
+def test_a_package_installed_inside_a_foreign_repository_has_no_commit(tmp_path):
     site_packages = tmp_path / ".venv" / "site-packages" / "moevision"
     site_packages.mkdir(parents=True)
     (site_packages / "__init__.py").write_text("")
@@ -134,12 +134,12 @@ def test_a_package_installed_inside_a_foreign_repository_has_no_commit(tmp_path:
     assert git_state(site_packages) is None
 
 
-def test_no_git_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_git_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(tmp_path) is None
 
 
-def test_write_json_atomic_replaces_whole_files(tmp_path: Path) -> None:
+def test_write_json_atomic_replaces_whole_files(tmp_path):
     path = tmp_path / "new folder" / "a.json"
     write_json_atomic(path, {"a": [1, "ü", None]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": [1, "ü", None]}
@@ -154,13 +154,13 @@ def test_write_json_atomic_replaces_whole_files(tmp_path: Path) -> None:
     ]  # and no neighbour was left
 
 
-def test_file_names_that_are_not_unicode_stay_valid_json(tmp_path: Path) -> None:
+def test_file_names_that_are_not_unicode_stay_valid_json(tmp_path):
     command = ["moevision", b"caf\xe9".decode("utf-8", "surrogateescape")]
     write_json_atomic(tmp_path / "a.json", command)
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == command
 
 
-def test_a_failed_write_keeps_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_text(tmp_path, monkeypatch):
     path = tmp_path / "summary.md"
     write_text_atomic(path, "old")
 

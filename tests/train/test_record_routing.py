@@ -21,6 +21,7 @@ from moevision.models.io import load_model
 from moevision.train.checkpoint import verify
 from moevision.train.finish import checkpoint_of_run
 from moevision.train.health import RecordRoutingConfig, moments_for
+from tests.shared import succeeded
 
 # Two epochs of three or four batches of 8.
 OPTIONS = ("--record_routing.moments=4",)
@@ -47,8 +48,7 @@ def run(cli, tiny, drawn_pets, shown, tmp_path_factory) -> Path:
         f"--runs_root={root}",
         "--with-twin",
     )
-    outcome = cli("fit", drawn_pets, *options)
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *options))
     return root / "pets"
 
 
@@ -99,8 +99,7 @@ def test_recording_changes_no_training(run, cli, tiny, drawn_pets, tmp_path):
 def plain(cli, tiny, drawn_pets, tmp_path_factory) -> Path:
     """A run that says nothing about recording."""
     root = tmp_path_factory.mktemp("plain")
-    outcome = cli("fit", drawn_pets, *tiny, f"--runs_root={root}")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", drawn_pets, *tiny, f"--runs_root={root}"))
     return root / "pets"
 
 
@@ -155,14 +154,12 @@ def test_a_resumed_run_has_the_same_file(
     monkeypatch.chdir(tmp_path)
     send_signal(step)
     assert cli("fit", drawn_pets, *tiny, *OPTIONS, f"--record_routing.images={shown}").code == 143
-    outcome = cli("fit", "--resume", "runs/pets")
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", "--resume", "runs/pets"))
     assert Path("runs/pets", FILE).read_bytes() == (run / FILE).read_bytes()
 
 
 @pytest.mark.parametrize("fault", ["none", "broken", "missing"])
-def test_what_cannot_be_recorded(cli, tiny, drawn_pets, tmp_path, monkeypatch, fault):
-    monkeypatch.chdir(tmp_path)
+def test_what_cannot_be_recorded(cli, tiny, drawn_pets, tmp_path, fault, own_folder):
     folder = tmp_path / "shown"
     if fault != "missing":
         folder.mkdir()

@@ -94,8 +94,7 @@ STARTS = {
 
 
 @pytest.mark.parametrize("option", STARTS)
-def test_fit_says_so(cli, tiny, drawn_pets, tmp_path, monkeypatch, option):
-    monkeypatch.chdir(tmp_path)
+def test_fit_says_so(cli, tiny, drawn_pets, option, own_folder):
     refused(cli("fit", drawn_pets, "--pretrained=none", *tiny, option), *STARTS[option])
     assert not list(Path("runs").glob("*"))
 

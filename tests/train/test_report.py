@@ -71,7 +71,7 @@ def _colours(path: Path) -> set[tuple[int, ...]]:
 ORANGE_OF_THE_SECOND_LAYER = (0xD5, 0x5E, 0x00)
 
 
-def test_read_metrics_skips_empty_cells_and_sorts(tmp_path: Path) -> None:
+def test_read_metrics_skips_empty_cells_and_sorts(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,step,train/loss,val/top1\n0,2,0.5,\n0,1,0.7,\n0,2,,0.25\n,,,\n")
     curves = read_metrics(path)
@@ -80,7 +80,7 @@ def test_read_metrics_skips_empty_cells_and_sorts(tmp_path: Path) -> None:
     np.testing.assert_array_equal(curves["val/top1"], [[2], [0.25]])
 
 
-def test_loads_of_the_test_are_no_point_of_the_validation(tmp_path: Path) -> None:
+def test_loads_of_the_test_are_no_point_of_the_validation(tmp_path):
     """They are logged under one name, and the last line of a curve led to the test's."""
     path = tmp_path / "metrics.csv"
     path.write_text("step,val/top1,test/top1,moe/0/load_max\n3,0.5,,1.5\n7,0.6,,1.4\n8,,0.4,1.9\n")
@@ -89,7 +89,7 @@ def test_loads_of_the_test_are_no_point_of_the_validation(tmp_path: Path) -> Non
     np.testing.assert_array_equal(curves["test/top1"], [[8], [0.4]])
 
 
-def test_smooth_by_hand_and_over_gaps() -> None:
+def test_smooth_by_hand_and_over_gaps():
     """span 3: weight 1/2. Weighted means: 1; (.5*.5*1 + .5*3)/.75; NaN is passed over."""
     smoothed = moving_average(np.array([1.0, 3.0, np.nan, 5.0]), span=3)
     np.testing.assert_allclose(
@@ -107,16 +107,14 @@ def test_smooth_by_hand_and_over_gaps() -> None:
         (2, tuple(f"blocks.{i}.mlp" for i in range(12)), (1620, 1020)),
     ],
 )
-def test_curves_of_usual_and_odd_runs(
-    tmp_path: Path, epochs: int, layers: tuple[str, ...], size: tuple[int, int]
-) -> None:
+def test_curves_of_usual_and_odd_runs(tmp_path, epochs, layers, size):
     out = tmp_path / "curves.png"
     plot_curves(_write_csv(tmp_path / "metrics.csv", _rows(epochs, layers)), out)
     with Image.open(out) as picture:
         assert picture.size == size
 
 
-def test_curves_draw_every_layer(tmp_path: Path) -> None:
+def test_curves_draw_every_layer(tmp_path):
     """Without validation loss only a second MoE layer brings orange into the image."""
     for count in (1, 2):
         layers = tuple(f"blocks.{i}.mlp" for i in range(count))
@@ -126,7 +124,7 @@ def test_curves_draw_every_layer(tmp_path: Path) -> None:
     assert ORANGE_OF_THE_SECOND_LAYER in _colours(tmp_path / "2.png")
 
 
-def test_curves_survive_a_diverged_run(tmp_path: Path) -> None:
+def test_curves_survive_a_diverged_run(tmp_path):
     rows: list[Row] = [{"step": 0, "train/loss": 1.0}, {"step": 1, "train/loss": float("nan")}]
     rows += [{"step": 2, "train/loss": float("inf")}, {"step": 2, "val/top1": float("nan")}]
     plot_curves(_write_csv(tmp_path / "m.csv", rows), tmp_path / "curves.png")
@@ -137,11 +135,11 @@ def test_curves_survive_a_diverged_run(tmp_path: Path) -> None:
     ("values", "ends"), [((1.0, 1.0), (0.9, 1.0)), ((0.12, 0.87), (0.1, 0.9)), ((0.5,), (0.5, 0.6))]
 )
 def test_accuracy_is_drawn_in_its_own_range(
-    values: tuple[float, ...],
-    ends: tuple[float, float],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    values,
+    ends,
+    tmp_path,
+    monkeypatch,
+):
     """From the tenth below the lowest to the one above the highest, and never beyond 100 %."""
     figures: list[Figure] = []
     monkeypatch.setattr(plots, "save", lambda figure, out: figures.append(figure))
@@ -150,7 +148,7 @@ def test_accuracy_is_drawn_in_its_own_range(
     assert figures[0].axes[0].get_ylim() == pytest.approx(ends)
 
 
-def test_there_are_no_curves_where_nothing_was_logged(tmp_path: Path) -> None:
+def test_there_are_no_curves_where_nothing_was_logged(tmp_path):
     (tmp_path / "empty.csv").write_text("epoch,step\n0,1\n")
     plot_curves(
         tmp_path / "empty.csv", tmp_path / "curves.png"
@@ -158,7 +156,7 @@ def test_there_are_no_curves_where_nothing_was_logged(tmp_path: Path) -> None:
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_pictures_from_several_threads_equal_those_from_one(tmp_path: Path) -> None:
+def test_pictures_from_several_threads_equal_those_from_one(tmp_path):
     metrics = _write_csv(tmp_path / "m.csv", _rows(3, ("blocks.1.mlp",)))
     plot_curves(metrics, tmp_path / "alone.png")
     threads = [
@@ -174,7 +172,7 @@ def test_pictures_from_several_threads_equal_those_from_one(tmp_path: Path) -> N
     }
 
 
-def test_confusion_equals_sklearn_and_marks_empty_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_confusion_equals_sklearn_and_marks_empty_classes(monkeypatch):
     figures: list[Figure] = []
     monkeypatch.setattr(plots, "save", lambda figure, out: figures.append(figure))
     labels, predictions = np.array([0, 0, 0, 1, 3]), np.array([0, 1, 1, 1, 0])
@@ -199,7 +197,7 @@ def test_confusion_equals_sklearn_and_marks_empty_classes(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("classes", [2, 20, 37, 102])
-def test_confusion_of_few_and_many_classes(tmp_path: Path, classes: int) -> None:
+def test_confusion_of_few_and_many_classes(tmp_path, classes):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, 500)
     predictions = np.where(rng.random(500) < 0.7, labels, rng.integers(0, classes, 500))
@@ -263,16 +261,14 @@ def _lines(summary: RunSummary, folder: Path) -> list[str]:
     return (folder / "summary.md").read_text(encoding="utf-8").splitlines()
 
 
-def test_summary_says_how_long_training_waited_for_data(
-    summary: RunSummary, tmp_path: Path
-) -> None:
+def test_summary_says_how_long_training_waited_for_data(summary, tmp_path):
     row = "| waiting for data | {} |"
     assert row.format("not measured") in _lines(summary, tmp_path)
     text = _lines(replace(summary, data_wait=0.0123), tmp_path)
     assert any("| 1.2 % of" in line for line in text)
 
 
-def test_summary_states_result_interval_and_baseline(summary: RunSummary, tmp_path: Path) -> None:
+def test_summary_states_result_interval_and_baseline(summary, tmp_path):
     text = "\n".join(_lines(summary, tmp_path))
     low, high = accuracy_interval(150, 200)
     assert f"(150 of 200; 95 % interval {100 * low:.1f} % to {100 * high:.1f} %)" in text
@@ -285,7 +281,7 @@ def test_summary_states_result_interval_and_baseline(summary: RunSummary, tmp_pa
     assert "| dog | 62.5 % | – | – | – | 50 of 80 |" in text
 
 
-def test_summary_sets_loads_beside_their_chance_floor(summary: RunSummary, tmp_path: Path) -> None:
+def test_summary_sets_loads_beside_their_chance_floor(summary, tmp_path):
     """Mean 4 375, so max/mean is 8/7 and CV² (1 + 7/49) / 8 = 1/7; log2 of 8 is 3.
 
     Chance: variance 100/99 of the counts of an image for 7 of 8 experts, 100 · 7/8 · 100/99 ÷ 4 375² = 0.0000046.
@@ -294,7 +290,7 @@ def test_summary_sets_loads_beside_their_chance_floor(summary: RunSummary, tmp_p
     assert "no Mixture-of-Experts layer" in "\n".join(_lines(replace(summary, layers=()), tmp_path))
 
 
-def test_summary_of_a_twin_never_ranks_on_one_seed(summary: RunSummary, tmp_path: Path) -> None:
+def test_summary_of_a_twin_never_ranks_on_one_seed(summary, tmp_path):
     assert missing("\n".join(_lines(summary, tmp_path)), "its dense twin")
     pair = PairedDifference(-0.013, -0.034, 0.008, 200, 6, 9, 0.61)
     twin = TwinComparison(
@@ -309,7 +305,7 @@ def test_summary_of_a_twin_never_ranks_on_one_seed(summary: RunSummary, tmp_path
     assert not {"better", "worse", "beats", "wins", "outperforms"} & set(text.lower().split())
 
 
-def test_summary_lists_what_was_left_out(summary: RunSummary, tmp_path: Path) -> None:
+def test_summary_lists_what_was_left_out(summary, tmp_path):
     assert "- Bad images: none." in _lines(summary, tmp_path)
     bad = [(f"a/{i}.jpg", "truncated", "train") for i in range(12)]
     lines = _lines(replace(summary, bad_images=bad, notes=["a note"]), tmp_path)
@@ -318,22 +314,20 @@ def test_summary_lists_what_was_left_out(summary: RunSummary, tmp_path: Path) ->
     assert sum("truncated" in line for line in lines) == 10
 
 
-def test_summary_names_only_files_that_exist(summary: RunSummary, tmp_path: Path) -> None:
+def test_summary_names_only_files_that_exist(summary, tmp_path):
     (tmp_path / "curves.png").write_bytes(b"")
     text = "\n".join(_lines(summary, tmp_path))
     assert "- `curves.png`:" in text
     assert "- `confusion.png`:" not in text
 
 
-def test_next_commands_are_this_runs_own(summary: RunSummary, tmp_path: Path) -> None:
+def test_next_commands_are_this_runs_own(summary, tmp_path):
     run = tmp_path / "my run"
     lines = _lines(summary, run)
     assert any(f" predict '{run}/model' " in line for line in lines)  # quoted: the path has a space
 
 
-def test_many_classes_show_the_weakest_and_names_cannot_break_tables(
-    summary: RunSummary, tmp_path: Path
-) -> None:
+def test_many_classes_show_the_weakest_and_names_cannot_break_tables(summary, tmp_path):
     names = [f"a|b\n<i>{i}" for i in range(30)]
     per_class = [ClassScores(name, i, 30) for i, name in enumerate(names)]
     many = replace(
@@ -358,7 +352,7 @@ LABELS = np.array([0] * 90 + [1] * 10)
 NAMES = ("linear probe", "dense fine-tune", "Mixture of Experts")
 
 
-def test_the_simplest_that_is_not_shown_to_be_worse_is_recommended() -> None:
+def test_the_simplest_that_is_not_shown_to_be_worse_is_recommended():
     """McNemar's p by SciPy's binomial test of the images that one model alone gets right."""
     # Against the best, 10 : 1 and 6 : 1 of 100 images.
     best = [1] * 99 + [0]
@@ -388,7 +382,7 @@ def test_the_simplest_that_is_not_shown_to_be_worse_is_recommended() -> None:
 
 
 @pytest.mark.parametrize("errors", [1, 10])
-def test_without_a_dense_model_experts_are_not_recommended(errors: int) -> None:
+def test_without_a_dense_model_experts_are_not_recommended(errors):
     """Beside a linear probe alone: whether experts pay is what only a dense fine-tune can say."""
     models = [entry(NAMES[0], [0] * errors + [1] * (100 - errors)), entry(NAMES[2], [1] * 100)]
     said = choose(models, LABELS, unbalanced=False).sentence
@@ -400,7 +394,7 @@ def test_without_a_dense_model_experts_are_not_recommended(errors: int) -> None:
     assert "Use" not in given
 
 
-def test_where_classes_are_unbalanced_their_mean_decides() -> None:
+def test_where_classes_are_unbalanced_their_mean_decides():
     """Nine tenths of one class: the model that always answers it has the higher accuracy, and is not recommended."""
     always = entry("dense fine-tune", [1] * 90 + [0] * 10)
     fair = entry("Mixture of Experts", [1] * 78 + [0] * 12 + [1] * 10)
@@ -417,7 +411,7 @@ def test_where_classes_are_unbalanced_their_mean_decides() -> None:
     assert behind.high - behind.low == pytest.approx(2 * 1.959964 * spread, rel=1e-5)
 
 
-def test_an_interval_over_many_classes_is_about_its_estimate() -> None:
+def test_an_interval_over_many_classes_is_about_its_estimate():
     """100 classes of 10 images, in each 4 right in A alone and 1 in B alone: .3, and by hand .260 to .339."""
     a, b = (
         np.tile([1, 1, 1, 1, 0, 1, 1, 1, 1, 1], 100) > 0,
@@ -427,7 +421,7 @@ def test_an_interval_over_many_classes_is_about_its_estimate() -> None:
     assert (found.difference, found.low, found.high) == pytest.approx((0.3, 0.260, 0.339), abs=6e-4)
 
 
-def test_the_table_of_models_in_the_summary(tmp_path: Path, summary: RunSummary) -> None:
+def test_the_table_of_models_in_the_summary(tmp_path, summary):
     entries = [
         entry("linear probe", [1] * 90 + [0] * 10, ms=12.34),
         entry("Mixture of Experts", [1] * 99 + [0], ms=None),
@@ -470,7 +464,7 @@ def test_the_table_of_models_in_the_summary(tmp_path: Path, summary: RunSummary)
     assert f"give\n{advice} in place of `--with-twin`" in beside_twin
 
 
-def test_the_headline_ends_with_the_advice(summary: RunSummary, tmp_path: Path) -> None:
+def test_the_headline_ends_with_the_advice(summary, tmp_path):
     models = [entry(name, [1] * 100) for name in NAMES]
     chosen = replace(summary, choice=choose(models, LABELS, unbalanced=False))
     plain, advised = (RunResult(each, tmp_path, {}, {}).headline for each in (summary, chosen))

@@ -1,6 +1,5 @@
 """What is logged about updates and loads, and when a collapse of experts is said."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -8,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from moevision.config import FreezeAllBut
 from moevision.layers import moe_layers
 from moevision.train.health import RouterHealth
 from moevision.train.optim import freeze_parameters
@@ -37,7 +35,7 @@ class Seen(L.Callback):
         )
 
 
-def test_the_logged_numbers_by_hand(tmp_path: Path) -> None:
+def test_the_logged_numbers_by_hand(tmp_path):
     """‖w₃ - w₂‖, its share of ‖w₂‖, and max / mean - 1 of the counts of the third update."""
     seen = Seen()
     run = Run(tmp_path, batches(3), callbacks=(seen, RouterHealth()), log_every_n_steps=3)
@@ -53,7 +51,7 @@ def test_the_logged_numbers_by_hand(tmp_path: Path) -> None:
         )
 
 
-def test_nothing_is_logged_every_0_steps(tmp_path: Path) -> None:
+def test_nothing_is_logged_every_0_steps(tmp_path):
     """As in Lightning, 0 means never; the guard of this training would log too."""
     run = Run(tmp_path, batches(1), callbacks=(RouterHealth(),), log_every_n_steps=0)
     assert run.trainer.global_step == 1
@@ -71,12 +69,12 @@ def test_nothing_is_logged_every_0_steps(tmp_path: Path) -> None:
     ],
 )
 def test_a_collapse_is_said_with_advice(
-    router: dict[str, Any],
-    freeze: FreezeAllBut | None,
-    advice: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    router,
+    freeze,
+    advice,
+    monkeypatch,
+    capsys,
+):
     """Of loads 50, 52, 0, 2 the last two lie below a tenth of the mean, 26; it is said once for the layer.
 
     No advice balances a router that keeps its weights.

@@ -187,7 +187,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Fit:
     return Fit(tmp_path_factory.mktemp("whole"))
 
 
-def test_a_visit_by_hand() -> None:
+def test_a_visit_by_hand():
     """Logits ln 4, ln 2, ln 1, ln 1: p = 1/2, 1/4, 1/8, 1/8."""
     logits = torch.tensor([[4.0, 2.0, 1.0, 1.0]] * 2).log()
     first, second = visit_measures(logits, torch.tensor([0, 1])).tolist()
@@ -204,7 +204,7 @@ def test_a_visit_by_hand() -> None:
     assert half[1, 3].item() == pytest.approx(0.25, rel=0.01)
 
 
-def test_scores_are_those_of_the_papers(whole: Fit) -> None:
+def test_scores_are_those_of_the_papers(whole):
     """Over 12 steps; the experts over the last third, from step 8 on: every image once, and a third of them twice."""
     assert len(whole.witness.batches) == 12
     assert all(whole.witness.applied)
@@ -215,7 +215,7 @@ def test_scores_are_those_of_the_papers(whole: Fit) -> None:
     np.testing.assert_allclose(file.scores["aum"], whole.table.scores["aum"], rtol=1e-4)
 
 
-def test_training_is_the_same_without_scores(whole: Fit, tmp_path: Path) -> None:
+def test_training_is_the_same_without_scores(whole, tmp_path):
     """Weights, moments and the random generator, bit for bit."""
     other = Fit(tmp_path, data={"scores": False})
     assert (other.scores.sums, (tmp_path / FILE).exists()) == (None, False)
@@ -228,7 +228,7 @@ def test_training_is_the_same_without_scores(whole: Fit, tmp_path: Path) -> None
         assert all(torch.equal(mine[name], theirs[name]) for name in ("exp_avg", "exp_avg_sq"))
 
 
-def test_a_refused_window_counts_as_a_whole(tmp_path: Path) -> None:
+def test_a_refused_window_counts_as_a_whole(tmp_path):
     """Two micro-batches in each of 6 updates; batch 4 of 12 (from 1) is not finite, so 3 and 4 are no visits."""
     fit = Fit(
         tmp_path,
@@ -248,7 +248,7 @@ def test_a_refused_window_counts_as_a_whole(tmp_path: Path) -> None:
     assert_transcribed(fit.table, left, 6)
 
 
-def test_a_return_of_the_guard_takes_scores_back(tmp_path: Path) -> None:
+def test_a_return_of_the_guard_takes_scores_back(tmp_path):
     """Batch 7 (from 1) computes NaN: back to the snapshot after four updates; 5 and 6 are taken back, 7 is left out."""
     fit = Fit(tmp_path, faults="nan_weight@7")
     left = [*fit.witness.batches[:4], *fit.witness.batches[7:]]
@@ -256,7 +256,7 @@ def test_a_return_of_the_guard_takes_scores_back(tmp_path: Path) -> None:
     assert_transcribed(fit.table, left, 5)  # step 8 is the fifth that is left
 
 
-def test_a_return_while_saving_is_in_the_checkpoint(tmp_path: Path) -> None:
+def test_a_return_while_saving_is_in_the_checkpoint(tmp_path):
     """After six updates a weight turns bad and a checkpoint is asked for: it holds the state after four."""
 
     class Poison(L.Callback):
@@ -276,7 +276,7 @@ def test_a_return_while_saving_is_in_the_checkpoint(tmp_path: Path) -> None:
     assert fit.table.visits.sum() == 4 * BATCH
 
 
-def test_mixed_images_have_no_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixed_images_have_no_scores(tmp_path, capsys):
     fit = Fit(tmp_path, max_epochs=1, data={"mixup": 0.4})
     assert fit.scores.sums is None
     assert not (tmp_path / FILE).exists()
@@ -286,9 +286,7 @@ def test_mixed_images_have_no_scores(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_scores_of_half_a_training_are_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_of_half_a_training_are_none(tmp_path, capsys):
     """A checkpoint without scores, as of an earlier version, is gone on with without them."""
     file = tmp_path / "saved.ckpt"
 
@@ -304,7 +302,7 @@ def test_scores_of_half_a_training_are_none(
     assert not missing(capsys.readouterr().err, "no scores", "checkpoint has none")
 
 
-def test_many_images_are_scored_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_are_scored_if_asked_for(monkeypatch):
     """Many are 200,000, or here 20."""
     assert module._MAX_SCORED == 200_000
     monkeypatch.setattr(module, "_MAX_SCORED", 20)
@@ -322,7 +320,7 @@ def test_many_images_are_scored_if_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.deep
-def test_two_processes_have_the_scores_of_all(tmp_path: Path) -> None:
+def test_two_processes_have_the_scores_of_all(tmp_path):
     """25 images over two processes, 4 x 3 each an epoch: one is left out, another one each epoch."""
     from tests.forks import Forked
     from tests.shared import free_port

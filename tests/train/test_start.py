@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,7 +67,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
 # ---- what is fetched, and when
 
 
-def test_without_a_terminal_nothing_is_downloaded(hub: FakeHub) -> None:
+def test_without_a_terminal_nothing_is_downloaded(hub):
     weights, said = choose_start(None, IMAGES)
     assert weights is None
     assert hub.asked == []
@@ -75,7 +75,7 @@ def test_without_a_terminal_nothing_is_downloaded(hub: FakeHub) -> None:
     assert "--pretrained auto" in said
 
 
-def test_auto_downloads_once(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_downloads_once(hub, capsys):
     found, line = choose_start(AUTO, IMAGES)
     assert found is not None
     assert found.source == NAME
@@ -96,16 +96,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
 
 
-def test_a_download_that_breaks_off_goes_on(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    impatient(monkeypatch)
-    hub.breaks[:] = [100_000]
-    assert choose_start(AUTO, IMAGES).weights is not None
-    assert hub.ranges == ["", "bytes=100000-"]
-
-
-def test_a_download_that_is_given_up_leaves_nothing_half(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_is_given_up_leaves_nothing_half(hub, monkeypatch):
     impatient(monkeypatch)
     hub.breaks[:] = [100_000] + [0] * 20
     with pytest.raises(UserError, match=r"broke off .*same command again"):
@@ -121,9 +112,7 @@ def test_a_download_that_is_given_up_leaves_nothing_half(
 
 
 @pytest.mark.parametrize("nobody", ["refuses", "is silent", "HF_HUB_OFFLINE"])
-def test_offline_is_known_within_three_seconds(
-    nobody: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_is_known_within_three_seconds(nobody, monkeypatch):
     import socket
 
     silent = socket.create_server(("127.0.0.1", 0))  # takes connections and never answers
@@ -140,7 +129,7 @@ def test_offline_is_known_within_three_seconds(
     assert nobody != "HF_HUB_OFFLINE" or nobody in said
 
 
-def test_named_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_weights_that_cannot_be_had_are_an_error(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="can't be reached"):
         choose_start(NAME, IMAGES)
@@ -148,13 +137,13 @@ def test_named_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.Monke
         choose_start("deit_tny_patch16_224", IMAGES)
 
 
-def test_what_cannot_become_experts_is_not_even_downloaded(hub: FakeHub) -> None:
+def test_what_cannot_become_experts_is_not_even_downloaded(hub):
     with pytest.raises(UserError, match=r"ResNet .* transformer blocks"):
         choose_start("resnet18", IMAGES)
     assert hub.asked == []
 
 
-def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub) -> None:
+def test_a_licence_that_is_not_free_must_be_named(hub):
     hub.licence = "cc-by-nc-4.0"
     weights, said = choose_start(AUTO, IMAGES)
     assert weights is None
@@ -166,7 +155,7 @@ def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub) -> None:
     assert_names(said, "licence cc-by-nc-4.0", "which restricts")
 
 
-def test_what_is_lost_is_what_the_records_say() -> None:
+def test_what_is_lost_is_what_the_records_say():
     """Said where nothing could be had, not to who wants to start from scratch."""
     seeds = {
         "pretrained": ("folder-clusters", "folder-clusters-s1", "folder-clusters-s2"),
@@ -191,9 +180,7 @@ def test_what_is_lost_is_what_the_records_say() -> None:
 # ---- the question
 
 
-def test_yes_at_a_terminal(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_yes_at_a_terminal(hub, monkeypatch, capsys):
     waiting = typed(monkeypatch, "")
     found = choose_start(None, IMAGES).weights
     assert found is not None
@@ -203,9 +190,7 @@ def test_yes_at_a_terminal(
     assert_names(question, "500 images", f"Start from {NAME} (", "MB, licence apache-2.0)")
 
 
-def test_no_at_a_terminal_and_another_choice(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_no_at_a_terminal_and_another_choice(hub, monkeypatch, tmp_path):
     typed(monkeypatch, "n")
     assert choose_start(None, IMAGES).weights is None
     assert hub.ranges == []
@@ -240,9 +225,7 @@ def resolved(*arguments: object) -> dict[str, Any]:
     return flatten(asdict(settings))
 
 
-def test_a_file_of_weights(
-    weight_file: Path, drawn_pets: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_of_weights(weight_file, drawn_pets, capsys):
     found = recipe(drawn_pets, str(weight_file))
     assert found["model.arch.pretrained"] == str(weight_file)
     assert found["model.arch.base"] == "test_vit"
@@ -257,7 +240,7 @@ def test_a_file_of_weights(
     assert_names(said, "weights.safetensors as test_vit", "licence mit", "drawn at random")
 
 
-def test_sizes_follow_device_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_follow_device_and_weights(monkeypatch):
     def side(name: str, **options: Any) -> int:
         return int(
             start.image_side(timm.create_model(name, **options), options.get("img_size", 224))
@@ -270,7 +253,7 @@ def test_sizes_follow_device_and_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     assert side("vit_tiny_patch16_384", img_size=384) == 224
 
 
-def test_colours_and_heads_of_the_weights() -> None:
+def test_colours_and_heads_of_the_weights():
     """AugReg's colours, not ImageNet's; a distilled DeiT can't pool, and keeps its last block dense."""
     augreg = start.StartWeights("x", None, timm.create_model("vit_tiny_patch16_224", num_classes=0))
     assert pretrained_options(augreg, IMAGES)["data.mean"] == [0.5, 0.5, 0.5]
@@ -282,14 +265,12 @@ def test_colours_and_heads_of_the_weights() -> None:
 
 
 @pytest.mark.parametrize(("images", "epochs"), [(100, 20), (800, 10), (2_880, 3), (20_000, 3)])
-def test_epochs_follow_the_number_of_images(
-    monkeypatch: pytest.MonkeyPatch, images: int, epochs: int
-) -> None:
+def test_epochs_follow_the_number_of_images(monkeypatch, images, epochs):
     monkeypatch.setattr(start, "has_gpu", lambda: False)
     assert start.epochs_for(images) == epochs
 
 
-def test_a_slow_cpu_gets_the_smaller_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_cpu_gets_the_smaller_model(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for threads, images, expected in (
@@ -301,9 +282,7 @@ def test_a_slow_cpu_gets_the_smaller_model(monkeypatch: pytest.MonkeyPatch) -> N
         assert start.fitting(images)[0] == expected
 
 
-def test_who_names_a_model_is_not_asked(
-    drawn_pets: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_names_a_model_is_not_asked(drawn_pets, hub, monkeypatch):
     typed(monkeypatch)  # an answer would be an IndexError
     monkeypatch.setattr("moevision.train.recipe.memory_available_bytes", lambda: 2**30)
     deeper = recipe(drawn_pets, None, "--model.arch.depth", "4")
@@ -324,10 +303,7 @@ def test_who_names_a_model_is_not_asked(
     assert hub.asked == []
 
 
-def test_the_command_line(
-    drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_command_line(drawn_pets, own_folder):
     said = resolved(drawn_pets, "--pretrained=none", "--dense", "--compile", "--force")
     full = {"model.arch.twin": "active_flops", "model.compile": True, "check_memory": False}
     assert full.items() <= said.items()
@@ -347,8 +323,8 @@ def test_the_command_line(
 
 
 def test_a_dataset_with_a_recipe_from_scratch_gets_another_for_pretrained_weights(
-    weight_file: Path,
-) -> None:
+    weight_file,
+):
     """configs/imagenette.yaml is a hybrid under Muon: neither is for a ViT that was trained already."""
     for from_scratch in (resolved("imagenette"), resolved("imagenette", "--pretrained=none")):
         assert from_scratch["model.arch.name"] == "vit_moe_hybrid_patch16_128"
@@ -358,11 +334,8 @@ def test_a_dataset_with_a_recipe_from_scratch_gets_another_for_pretrained_weight
     assert found["data.path"] == "imagenette"
 
 
-def test_clusters_of_untrained_layers_are_refused(
-    cli: Callable[..., Any], drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clusters_of_untrained_layers_are_refused(cli, drawn_pets, tmp_path, own_folder):
     """It was left out without a word."""
-    monkeypatch.chdir(tmp_path)
     refused(
         cli(
             "fit", drawn_pets, "--pretrained=none", "--data.image_size=32", "--router_start=cluster"
@@ -376,9 +349,7 @@ def test_clusters_of_untrained_layers_are_refused(
 # ---- the whole way
 
 
-def test_fit_trains_from_a_download_that_broke_off(
-    cli: Callable[..., Any], drawn_pets: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fit_trains_from_a_download_that_broke_off(cli, drawn_pets, hub, monkeypatch):
     """The hub is asked for the rest, and the training starts from the whole of what it sent."""
     impatient(monkeypatch)
     hub.breaks[:] = [100_000]
@@ -421,9 +392,7 @@ def long_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("long_probe")
-def test_fit_from_a_file_with_its_twin(
-    cli: Callable[..., Any], drawn_pets: Path, weight_file: Path, tmp_path: Path
-) -> None:
+def test_fit_from_a_file_with_its_twin(cli, drawn_pets, weight_file, tmp_path):
     """Probe, head, experts whose routes all count, and one table that says which model to use.
 
     Experts are no exact copies, so that their features aren't those of the weights, which the probe is of.
@@ -488,9 +457,7 @@ def test_fit_from_a_file_with_its_twin(
 
 
 @pytest.mark.parametrize(("gib", "expected"), [(11.75, start.BASE), (10.75, start.SMALL)])
-def test_a_gpu_of_12_gib_gets_the_larger_model(
-    gib: float, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_of_12_gib_gets_the_larger_model(gib, expected, monkeypatch):
     """Torch sees 11.75 of them."""
     monkeypatch.undo()
     monkeypatch.setattr(start, "has_gpu", lambda: True)
@@ -501,8 +468,6 @@ def test_a_gpu_of_12_gib_gets_the_larger_model(
 
 
 @pytest.mark.parametrize(("gpu", "device"), [(True, "a GPU."), (False, "a CPU (threads: ")])
-def test_the_device_that_the_weights_suit_is_named(
-    gpu: bool, device: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_device_that_the_weights_suit_is_named(gpu, device, hub, monkeypatch):
     monkeypatch.setattr(start, "has_gpu", lambda: gpu)
     assert f"it suits {device}" in choose_start(AUTO, IMAGES).line

@@ -83,14 +83,14 @@ def loss_curve(folder: Path) -> list[float]:
     return losses.values
 
 
-def test_golden_loss_curve(tmp_path: Path) -> None:
+def test_golden_loss_curve(tmp_path):
     """Any change of model, loss, data, schedule or seed shows here; `python -m tests.golden.make` writes it anew."""
     expected = json.loads(GOLDEN.read_text())["losses"]
     assert loss_curve(tmp_path) == pytest.approx(expected, rel=1e-3)
     assert expected[-1] < expected[0] - 0.05
 
 
-def test_training_step_adds_the_weighted_balance_losses(tmp_path: Path) -> None:
+def test_training_step_adds_the_weighted_balance_losses(tmp_path):
     """Logged loss = cross-entropy + 0.3 · importance + 0.2 · load, from the logged parts."""
     task = task_of(aux=AuxLossWeights(importance=0.3, load=0.2))
     trainer = trainer_of(tmp_path, max_steps=1, limit_val_batches=0, log_every_n_steps=1)
@@ -108,7 +108,7 @@ def test_training_step_adds_the_weighted_balance_losses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.4], ids=["labels", "Mixup"])
-def test_training_step_tells_the_routers_the_class(mixup: float, tmp_path: Path) -> None:
+def test_training_step_tells_the_routers_the_class(mixup, tmp_path):
     """Logged loss = cross-entropy + 0.3 · label loss; with Mixup it is told the shares of both classes."""
     aux = AuxLossWeights(importance=0, load=0, label=0.3)
     task = ClassificationTask(arch=MoEConfig(name="test_vit_moe", num_experts=16), aux=aux)
@@ -129,12 +129,12 @@ def test_training_step_tells_the_routers_the_class(mixup: float, tmp_path: Path)
     )
 
 
-def test_experts_that_the_classes_cannot_share_are_refused_before_training() -> None:
+def test_experts_that_the_classes_cannot_share_are_refused_before_training():
     with pytest.raises(UserError, match=r"8 classes .* 4 experts"):
         task_of(aux=AuxLossWeights(label=1.0))
 
 
-def test_evaluation_counts_every_choice(tmp_path: Path) -> None:
+def test_evaluation_counts_every_choice(tmp_path):
     """16 test images of 16 patches with K = 2 are 512 choices in each of the layers 1 and 3."""
     task, data = task_of(), pets()
     trainer = trainer_of(tmp_path)
@@ -154,7 +154,7 @@ def test_evaluation_counts_every_choice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_the_loss_is_a_mean_over_images(split: Literal["val", "test"], tmp_path: Path) -> None:
+def test_the_loss_is_a_mean_over_images(split, tmp_path):
     """18 images in batches of 16 and 2: each image counts alike, so the mean over the two batches is another number."""
     task = task_of()
     torch.nn.init.normal_(
@@ -180,7 +180,7 @@ def test_the_loss_is_a_mean_over_images(split: Literal["val", "test"], tmp_path:
     assert float(trainer.callback_metrics[f"{split}/loss"]) == pytest.approx(of_images, rel=1e-5)
 
 
-def test_one_image_of_nan_makes_the_loss_nan(tmp_path: Path) -> None:
+def test_one_image_of_nan_makes_the_loss_nan(tmp_path):
     """18 images in batches of 16 and 2; one of the last two isn't finite."""
     task = task_of()
     rows = [
@@ -194,7 +194,7 @@ def test_one_image_of_nan_makes_the_loss_nan(tmp_path: Path) -> None:
     assert math.isnan(found["val/loss"])
 
 
-def test_a_checkpoint_is_self_contained_and_plain(tmp_path: Path) -> None:
+def test_a_checkpoint_is_self_contained_and_plain(tmp_path):
     """It loads under weights_only=True, given NumPy's numbers, too, and rebuilds the task with its dataclasses."""
     optim = OptimizerConfig(lr=np.float64(1e-3), weight_decay=np.float32(0.5))
     task = task_of(aux=AuxLossWeights(importance=0.3), optim=optim)
@@ -247,9 +247,7 @@ def deterministic(aux: AuxLossWeights) -> ClassificationTask:
         ({"importance": 1.0}, True, None),
     ],
 )
-def test_accumulation_has_the_gradient_of_the_full_batch(
-    weights: dict[str, float], alike: bool, class_weight: list[float] | None
-) -> None:
+def test_accumulation_has_the_gradient_of_the_full_batch(weights, alike, class_weight):
     """Four micro-batches of 4 images; importance is exact where they have the same load (else see test_losses.py).
 
     Each micro-batch is of one class: with class weights it has another sum of them than the others.
@@ -268,7 +266,7 @@ def test_accumulation_has_the_gradient_of_the_full_batch(
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "Mixup"])
-def test_class_weights_weigh_the_loss_of_an_image(soft: bool) -> None:
+def test_class_weights_weigh_the_loss_of_an_image(soft):
     """By hand: the mean over images of - Σ_c w_c · t_c · log p_c, with smoothed targets t = .9 · target + .1 / C."""
     task = task_of(3)
     task.class_weight = torch.tensor([0.5, 1.0, 4.0])
@@ -281,7 +279,7 @@ def test_class_weights_weigh_the_loss_of_an_image(soft: bool) -> None:
     torch.testing.assert_close(loss, each.sum() / 5)
 
 
-def test_classes_and_size_must_agree(tmp_path: Path) -> None:
+def test_classes_and_size_must_agree(tmp_path):
     other = ClassificationTask(MoEConfig(name="test_vit_moe"), num_classes=8, image_size=16)
     with pytest.raises(UserError, match=r"16 px, .* 8 and 32 px: .* --data\.image_size 16"):
         trainer_of(tmp_path).test(other, pets(), verbose=False)
@@ -291,7 +289,7 @@ def test_classes_and_size_must_agree(tmp_path: Path) -> None:
         trainer_of(tmp_path).test(ClassificationTask(), DataLoader([{}]))  # type: ignore[arg-type]
 
 
-def test_pretrained_starts_from_the_dense_weights(tmp_path: Path) -> None:
+def test_pretrained_starts_from_the_dense_weights(tmp_path):
     """Experts are copies, so the features before the (new) head equal the dense model's."""
     import timm
 
@@ -311,7 +309,7 @@ def test_pretrained_starts_from_the_dense_weights(tmp_path: Path) -> None:
     assert not moe_layers(twin)
 
 
-def test_experts_that_are_there_already_stay_as_they_are(tmp_path: Path) -> None:
+def test_experts_that_are_there_already_stay_as_they_are(tmp_path):
     """What they have may be said again; anything else would be ignored, and is refused."""
     import timm
 
@@ -357,7 +355,7 @@ def test_experts_that_are_there_already_stay_as_they_are(tmp_path: Path) -> None
         (MoEConfig(name="test_vit_moe", top_k=9), "choose top_k between 1 and 4"),
     ],
 )
-def test_models_that_do_not_exist(config: MoEConfig, message: str) -> None:
+def test_models_that_do_not_exist(config, message):
     with pytest.raises(UserError, match=message):
         build_model(config, num_classes=3, image_size=32)
 
@@ -365,9 +363,7 @@ def test_models_that_do_not_exist(config: MoEConfig, message: str) -> None:
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor"
 )  # the compiler looks at it after a graph break
-def test_each_block_is_compiled_and_trains_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_block_is_compiled_and_trains_alike(tmp_path, monkeypatch):
     """By dynamo alone: what inductor makes of it on a CPU takes minutes."""
     compiled: list[torch.nn.Module] = []
     real = torch.nn.Module.compile
@@ -397,9 +393,7 @@ def test_each_block_is_compiled_and_trains_alike(
         ({"router": "soft"}, False),  # its slots mix all tokens
     ],
 )
-def test_the_plan_says_where_routes_change_no_answer(
-    tmp_path: Path, options: dict[str, Any], said: bool
-) -> None:
+def test_the_plan_says_where_routes_change_no_answer(tmp_path, options, said):
     """timm's `test_vit` classifies by its class token, which reads no patch of the last block."""
     task = ClassificationTask(
         arch=MoEConfig(name="vit_moe", base="test_vit", **{"moe_layers": "all", **options}),
@@ -437,12 +431,12 @@ def test_the_plan_says_where_routes_change_no_answer(
     ],
 )
 def test_the_plan_counts_what_will_be_trained(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, Any],
-    batches: int,
-    words: str,
-) -> None:
+    tmp_path,
+    monkeypatch,
+    options,
+    batches,
+    words,
+):
     """44 images in batches of 8, each of which takes a minute, and a tenth more."""
     monkeypatch.setattr("moevision.train.recipe.seconds_per_batch", lambda *_: 60.0)
     counts = {"train": {"cat": 20, "dog": 24}}

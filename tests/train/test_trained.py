@@ -12,7 +12,7 @@ from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.models.io import load_model
 from moevision.train.checkpoint import load_trained
-from tests.shared import missing
+from tests.shared import missing, succeeded
 from tests.train.quiet import logged
 
 
@@ -81,9 +81,8 @@ def test_odd_records_are_one_sentence(part, name, value, run, cli, tmp_path):
     assert "last.ckpt" in outcome.err or "test_vit_moe" in outcome.err
 
 
-def test_other_images_are_tested_under_the_classes_of_the_model(run, cli, tmp_path, monkeypatch):
+def test_other_images_are_tested_under_the_classes_of_the_model(run, cli, own_folder):
     """The run's eight test images as a folder: its classes are in alphabetical order, and nothing is cut off."""
-    monkeypatch.chdir(tmp_path)
     pets = SyntheticPets(8, 32, 0, "test")
     assert [*pets.classes] != sorted(pets.classes)
     for index in range(8):
@@ -99,8 +98,7 @@ def test_other_images_are_tested_under_the_classes_of_the_model(run, cli, tmp_pa
         ("split", "test: 8 images, val of these data, which are not the run's.", "test"),
         ("split/val", "val: 8 images, all of these data, which are not the run's.", "validate"),
     ):
-        outcome = cli(split, folder, *given)
-        assert outcome.code == 0, outcome.err
+        outcome = succeeded(cli(split, folder, *given))
         assert said in outcome.out
         assert outcome.out.count(" images, ") == 1
     assert logged(Path("again/test-test"), "test/loss") == pytest.approx(

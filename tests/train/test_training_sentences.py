@@ -78,15 +78,13 @@ ROWS: list[tuple[Callable[[Path], Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("mistake", "names"), ROWS)
-def test_a_mistake_is_named(
-    mistake: Callable[[Path], Any], names: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_mistake_is_named(mistake, names, tmp_path):
     with pytest.raises(UserError) as error:
         mistake(tmp_path)
     assert not missing(str(error.value), *names), str(error.value)
 
 
-def test_the_same_without_the_mistake() -> None:
+def test_the_same_without_the_mistake():
     StabilityGuard(GuardConfig(spike_warmup=2))
     check_divides(2, 4)
     for net in (network(), network(backend="dense"), network(DENSE)):

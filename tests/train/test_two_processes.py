@@ -1,7 +1,6 @@
 """Two processes train like one: parameters, balance losses and router biases, over ranks and micro-batches."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +29,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Te
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_are_one(
-    case: str, two: dict[str, list[dict[str, Tensor]]], tmp_path: Path
-) -> None:
+def test_two_processes_are_one(case, two, tmp_path):
     """16 images per step: in one process at once, in two with one or two micro-batches each; float64, no noise.
 
     What is logged too, although the processes have different images: a mean over 8 here and 8 there is one over 16.
@@ -50,9 +47,7 @@ def test_two_processes_are_one(
             )
 
 
-def test_the_loss_of_two_processes_is_a_mean_over_images(
-    two: dict[str, list[dict[str, Tensor]]], tmp_path: Path
-) -> None:
+def test_the_loss_of_two_processes_is_a_mean_over_images(two, tmp_path):
     """11 images, six in one process and five in the other, in batches of 3, 3, 3 and 2; in one, of 4, 4 and 3."""
     states = [*two["loss"], evaluated_loss(tmp_path)]
     assert [state["sizes"].tolist() for state in states] == [[3, 3], [3, 2], [4, 4, 3]]
@@ -82,13 +77,13 @@ REDUCED = {
 
 
 @pytest.mark.parametrize("case", REDUCED)
-def test_reductions_are_bundled(case: str, two: dict[str, list[dict[str, Tensor]]]) -> None:
+def test_reductions_are_bundled(case, two):
     assert [state["reduced"].tolist() for state in two[case]] == [STEPS * REDUCED[case]] * 2
 
 
 def test_the_bias_counts_all_ranks_and_micro_batches_of_a_step(
-    two: dict[str, list[dict[str, Tensor]]],
-) -> None:
+    two,
+):
     """16 images of 16 patches with K = 2 are 512 choices in each layer, and three steps of the bias were made of them.
 
     One process's share, or the last micro-batch's, would be 256.
@@ -100,7 +95,7 @@ def test_the_bias_counts_all_ranks_and_micro_batches_of_a_step(
             assert float(state[name].sum()) == pytest.approx(0, abs=1e-6)
 
 
-def test_one_process_accumulates_the_bias_counts(tmp_path: Path) -> None:
+def test_one_process_accumulates_the_bias_counts(tmp_path):
     """Four micro-batches of four images move the bias as 16 images at once do."""
     whole, parts = train("bias", tmp_path), train("bias", tmp_path, micro_batches=4)
     assert torch.equal(parts["counts"], whole["counts"])

@@ -10,6 +10,7 @@ from moevision.train import fit as training
 from moevision.train.report import read_summary
 from moevision.train.task import MacroRecall
 from moevision.words import percent
+from tests.shared import succeeded
 from tests.train.quiet import logged
 
 BALANCED = "val/balanced_acc"
@@ -41,8 +42,7 @@ def recorded(run):
 
 
 def test_macro_recall_chooses_the_epoch_and_heads_the_result(cli, tiny, two_to_one, tmp_path):
-    outcome = cli("fit", two_to_one, *tiny, *STOPS, f"--runs_root={tmp_path}")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(cli("fit", two_to_one, *tiny, *STOPS, f"--runs_root={tmp_path}"))
     assert outcome.out.count("chosen by val/balanced_acc") == 1
     assert f"2 of 4 epochs: {BALANCED} was" in outcome.out + outcome.err
     run = tmp_path / "pets"
@@ -63,8 +63,9 @@ def test_macro_recall_chooses_the_epoch_and_heads_the_result(cli, tiny, two_to_o
     [("--checkpoint.monitor", "val/top1"), ("--early_stopping.monitor", BALANCED)],
 )
 def test_what_was_asked_for_goes_first(cli, tiny, two_to_one, asked, best, tmp_path):
-    outcome = cli("fit", two_to_one, *tiny, *STOPS, asked, "val/top1", f"--runs_root={tmp_path}")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(
+        cli("fit", two_to_one, *tiny, *STOPS, asked, "val/top1", f"--runs_root={tmp_path}")
+    )
     said = outcome.out + outcome.err
     assert "2 of 4 epochs: val/top1" in said
     assert ("is chosen by" in said) == ("\nbalanced accuracy " in said) == (best == BALANCED)
@@ -78,9 +79,8 @@ def test_balanced_classes_go_by_accuracy(tiny_run):
 
 @pytest.mark.parametrize("earlier_version", [False, True])
 def test_a_run_that_goes_on_keeps_its_choice(
-    cli, tiny, two_to_one, earlier_version, monkeypatch, send_signal, tmp_path
+    cli, tiny, two_to_one, earlier_version, monkeypatch, send_signal, own_folder
 ):
-    monkeypatch.chdir(tmp_path)
     if earlier_version:
         monkeypatch.setattr(training, "is_unbalanced", lambda counts: False)
     send_signal(3)  # of 4, two an epoch
@@ -101,8 +101,7 @@ def test_a_run_that_goes_on_keeps_its_choice(
     )
     assert refused.code == 2
     assert "--checkpoint.monitor" in refused.err
-    outcome = cli("fit", "--resume", run)
-    assert outcome.code == 0, outcome.err
+    succeeded(cli("fit", "--resume", run))
     assert best_of(run) == (first, pytest.approx(max(logged(run, first))))
     assert read_summary(run / "summary.json").monitor == first
 

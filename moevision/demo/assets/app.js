@@ -216,6 +216,8 @@ export class App {
   takeFewest() {
     const { away } = present(fallOf(this.model, this.picture.id));
     this.state?.set({ layer: this.fallingLayer(), highlight: null });
+    const head = this.core.box("head"); // what comes of it is said there
+    if (head.getBoundingClientRect().bottom < 0) head.scrollIntoView({ block: "start" });
     return this.chooseSettings({ away });
   }
 

@@ -67,14 +67,14 @@ export class AppOpening {
   }
 
   /**
-   * "smileys, 69 %"; "mixed" where the model's experts have counted names and this one has none.
+   * "69 % smileys"; "mixed" where the model's experts have counted names and this one has none.
    * @param {number} layer @param {number} expert
    */
   nameOf(layer, expert) {
     const { names } = this.app.model.card;
     if (!names?.length) return null;
     const found = names.find((one) => one.layer === layer && one.expert === expert);
-    return found ? `${found.name}, ${percent(found.share)}` : "mixed";
+    return found ? `${percent(found.share)} ${found.name}` : "mixed";
   }
 
   /** Other images: the visitor's own, the model's, and one of another model. */
@@ -167,7 +167,7 @@ export class AppOpening {
       ? answerWords(effect)
       : `${best.class === usual?.class ? "still" : "now"} ${best.class}, ${percent(best.p)}`;
     const control = effect && html` <span class="mv-soft">${controlWords(effect).replaceAll(" %", "\u00a0%")}.</span>`;
-    const finding = [fewest(app, view, away, usual), needless(view, away, usual), record(app, away)].filter(Boolean);
+    const finding = [fewest(app, view, away, usual), needless(view, away, usual), record(app, away), base(app, view)].filter(Boolean);
     return html`<p><b>${away.length} ${away.length === 1 ? "expert" : "experts"} away: ${told}.</b>${control}</p>
       ${finding.map((words) => html`<p class="mv-soft">${words}</p>`)}
       <div class="mv-flow-do">
@@ -223,6 +223,16 @@ function needless(
     return "";
   const names = whole.map(({ name }) => name);
   return `All of ${names.join(" and ")} away: still ${best.class}. This answer doesn't need ${names.length > 1 ? "these layers" : "this layer"}.`;
+}
+
+/**
+ * From how many images the opening's was chosen, and how many of these fall like it.
+ * @param {App} app @param {View} view
+ */
+function base({ model: { card } }, { picture: { id } }) {
+  if (!card.matters?.chosen || card.matters.picture !== id) return "";
+  const { right, named = right, change } = card.matters.chosen; // named: those whose class has an expert of its name
+  return `Chosen: of ${named.toLocaleString("en")} such images named right, ${change} fall by one expert.`;
 }
 
 /** What the same change does over new pages, where that was measured. @param {App} app @param {[number, number][]} away */

@@ -48,5 +48,5 @@ export function controlWords(effect) {
   if (!moves(effect)) return "No patch changes its experts, so there is nothing to compare with.";
   if (!effect.control) return NO_CONTROL;
   const { mean, spread, digits } = controlled(effect.control, effect.before);
-  return `As much at random: ${percent(mean, digits)} ± ${percent(spread, digits)}`;
+  return `As many patches moved at random: ${effect.target} ${percent(mean, digits)} ± ${percent(spread, digits)}`;
 }

@@ -19,10 +19,10 @@ test("the class that was predicted before is followed, and another answer is nam
 
 test("the control has mean and standard deviation, with the digits that the spread leaves", () => {
   // Deviations of 0.02 from the mean, two draws: the root of 2 · 0.0004 / 1 is 0.028.
-  assert.equal(controlWords(effect({})), "As much at random: 90 % ± 3 %");
+  assert.equal(controlWords(effect({})), "As many patches moved at random: cat 90 % ± 3 %");
   // 0.001 each: the root of 0.000002 is 0.0014.
   const close = effect({ control: { delta_ps: [0.009, 0.011] } });
-  assert.equal(controlWords(close), "As much at random: 91.0 % ± 0.1 %");
+  assert.equal(controlWords(close), "As many patches moved at random: cat 91.0 % ± 0.1 %");
   assert.equal(answerWords(close), "cat 90.0 % → 60.0 %");
   assert.match(controlWords(effect({ control: null })), /^No control/);
   assert.equal(answerWords(effect({ control: null })), "cat 90 % → 60 %");

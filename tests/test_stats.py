@@ -1,17 +1,23 @@
-"""Intervals against scipy, a published example and exact enumeration of every possible outcome."""
+"""Intervals and temperature against scipy, a published example and exact enumeration of every possible outcome."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
+from scipy.special import logsumexp, softmax
+from torchmetrics.functional.classification import multiclass_calibration_error
 
+from moevision.files import read_csv
 from moevision.stats import (
     accuracy_interval,
     detectable,
+    fit_temperature,
     mcnemar_p_value,
     paired_difference,
     paired_score,
@@ -28,7 +34,7 @@ def _vectors(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndar
     ("correct", "total"), [(0, 20), (1, 20), (13, 20), (20, 20), (965, 1000), (1, 1)]
 )
 @pytest.mark.parametrize("level", [0.9, 0.95, 0.99])
-def test_accuracy_interval_equals_scipy(correct: int, total: int, level: float) -> None:
+def test_accuracy_interval_equals_scipy(correct, total, level):
     expected = stats.binomtest(correct, total).proportion_ci(
         confidence_level=level, method="wilson"
     )
@@ -37,7 +43,7 @@ def test_accuracy_interval_equals_scipy(correct: int, total: int, level: float) 
     )
 
 
-def test_accuracy_interval_bounds_lie_z_standard_errors_away() -> None:
+def test_accuracy_interval_bounds_lie_z_standard_errors_away():
     z = stats.norm.ppf(0.975)
     for bound in accuracy_interval(70, 80):
         assert abs(70 / 80 - bound) == pytest.approx(
@@ -45,7 +51,7 @@ def test_accuracy_interval_bounds_lie_z_standard_errors_away() -> None:
         )
 
 
-def test_published_example_of_tango_interval() -> None:
+def test_published_example_of_tango_interval():
     """Airway hyper-responsiveness before and after stem cell transplantation, 21 children: 1, 1, 7, 12.
 
     Fagerland, Lydersen, Laake, Statistics in Medicine 33 (2014) 2850-2875 print for Tango's asymptotic score
@@ -63,9 +69,7 @@ def test_published_example_of_tango_interval() -> None:
 @pytest.mark.parametrize(
     ("only_a", "only_b", "n"), [(5, 3, 30), (0, 6, 25), (40, 10, 200), (9, 9, 40)]
 )
-def test_bounds_solve_the_score_equation_with_a_numeric_likelihood(
-    only_a: int, only_b: int, n: int
-) -> None:
+def test_bounds_solve_the_score_equation_with_a_numeric_likelihood(only_a, only_b, n):
     """scipy finds the constrained maximum instead of the quadratic; the score is then -+z at the bounds."""
     result = paired_difference(*_vectors(n - only_a - only_b, only_a, only_b, 0))
     z = stats.norm.ppf(0.975)
@@ -83,7 +87,7 @@ def test_bounds_solve_the_score_equation_with_a_numeric_likelihood(
         assert ((only_a - only_b) / n - bound) / standard_error == pytest.approx(expected, rel=1e-4)
 
 
-def test_without_a_discordant_image_the_interval_has_its_closed_form() -> None:
+def test_without_a_discordant_image_the_interval_has_its_closed_form():
     """only_a = only_b = 0: the score equation reduces to d^2 n = z^2 d (1 - d), so d = z^2 / (n + z^2)."""
     z2 = stats.norm.ppf(0.975) ** 2
     result = paired_difference(*_vectors(both=15, only_a=0, only_b=0, neither=5))
@@ -91,7 +95,7 @@ def test_without_a_discordant_image_the_interval_has_its_closed_form() -> None:
     assert result.p_value == 1.0
 
 
-def test_score_at_zero_is_mcnemars_chi_square() -> None:
+def test_score_at_zero_is_mcnemars_chi_square():
     assert paired_score(14, 5, 100, 0.0) ** 2 == pytest.approx((14 - 5) ** 2 / (14 + 5))
 
 
@@ -114,20 +118,18 @@ def _coverage(n: int, p_only_a: float, p_only_b: float) -> float:
 @pytest.mark.parametrize(
     ("p_only_a", "p_only_b"), [(0.05, 0.05), (0.15, 0.05), (0.3, 0.1), (0.02, 0.2)]
 )
-def test_coverage_is_nominal_from_100_images(p_only_a: float, p_only_b: float) -> None:
+def test_coverage_is_nominal_from_100_images(p_only_a, p_only_b):
     assert 0.945 <= _coverage(100, p_only_a, p_only_b) <= 0.96
 
 
-def test_coverage_of_small_lopsided_samples_is_as_documented() -> None:
+def test_coverage_of_small_lopsided_samples_is_as_documented():
     """The score interval is asymptotic: with 40 images and 2 % against 20 % it holds 93.0 %, not 95 %."""
     assert _coverage(40, 0.02, 0.2) == pytest.approx(0.930, abs=0.0005)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))
-def test_paired_difference_is_antisymmetric_and_ordered(
-    both: int, a: int, b: int, neither: int
-) -> None:
+def test_paired_difference_is_antisymmetric_and_ordered(both, a, b, neither):
     if both + a + b + neither == 0:
         return
     one = paired_difference(*_vectors(both, a, b, neither))
@@ -141,7 +143,7 @@ def test_paired_difference_is_antisymmetric_and_ordered(
 @pytest.mark.parametrize(
     ("only_a", "only_b"), [(0, 0), (0, 1), (3, 9), (8, 8), (300, 340), (2000, 2100)]
 )
-def test_mcnemar_equals_scipys_sign_test(only_a: int, only_b: int) -> None:
+def test_mcnemar_equals_scipys_sign_test(only_a, only_b):
     throws = only_a + only_b
     expected = stats.binomtest(only_a, throws, 0.5).pvalue if throws else 1.0
     assert mcnemar_p_value(only_a, only_b) == pytest.approx(expected, rel=1e-9)
@@ -150,13 +152,13 @@ def test_mcnemar_equals_scipys_sign_test(only_a: int, only_b: int) -> None:
         assert mcnemar_p_value(only_a, only_b) == pytest.approx(min(1.0, by_hand))
 
 
-def test_wrong_input_is_said() -> None:
+def test_wrong_input_is_said():
     for correct, total, level in ((1, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 95)):
         with pytest.raises(ValueError):  # noqa: PT011 (SciPy's words)
             accuracy_interval(correct, total, level)
 
 
-def test_detectable_difference_has_its_power() -> None:
+def test_detectable_difference_has_its_power():
     """By drawing: the share of significant tests is 80 %, three standard errors of 4 000 draws around it."""
     draws = np.random.default_rng(0).normal(detectable(6), 1, size=(4000, 6))
     assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05) == pytest.approx(
@@ -164,3 +166,67 @@ def test_detectable_difference_has_its_power() -> None:
     )
     assert detectable(8) == pytest.approx(1.16, abs=0.005)
     assert detectable(5, 0.05 / 4) == pytest.approx(2.48, abs=0.005)
+
+
+# ---- the temperature, against a data set whose temperature is known, and the error that is left
+
+
+def drawn(temperature, n=20_000, classes=4):
+    """Logits, and labels drawn from softmax(logits / temperature): that temperature is right."""
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.normal(size=(n, classes))
+    probabilities = softmax(logits / temperature, axis=1)
+    labels = (rng.random((n, 1)) > probabilities.cumsum(1)).sum(1)
+    return logits.astype(np.float32), labels
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_the_temperature_is_found_and_calibrates(temperature):
+    logits, labels = drawn(temperature)
+    found = fit_temperature(logits, labels)
+    assert found.images == len(labels)
+    assert found.temperature == pytest.approx(temperature, rel=0.05)
+
+    def error(t):
+        p = torch.from_numpy(softmax(logits / t, axis=1))
+        return multiclass_calibration_error(p, torch.from_numpy(labels), 4, n_bins=15)
+
+    assert error(found.temperature) < 0.02
+    if temperature != 1:
+        assert error(1.0) > 3 * error(found.temperature)
+
+
+def test_it_is_the_minimum_of_the_likelihood():
+    """On a grid; with many images Platt's target is 1 to four digits."""
+    logits, labels = drawn(1.7)
+    grid = np.geomspace(0.5, 5, 400)
+    losses = [
+        np.mean(logsumexp(logits / t, axis=1) - logits[np.arange(len(labels)), labels] / t)
+        for t in grid
+    ]
+    assert fit_temperature(logits, labels).temperature == pytest.approx(
+        grid[np.argmin(losses)], rel=0.02
+    )
+
+
+def test_few_images_that_are_all_right_make_nothing_certain():
+    """Ten of ten right: Platt's target is 11/12, and no probability may pass it by much."""
+    labels = np.array([0, 1] * 5)
+    logits = np.eye(2)[labels] * 4
+    found = fit_temperature(logits, labels)
+    assert softmax(logits / found.temperature, axis=1).max() == pytest.approx(11 / 12, abs=1e-3)
+
+
+def test_what_can_not_be_fitted():
+    assert fit_temperature(np.zeros((0, 3)), np.zeros(0, int)) is None
+    assert fit_temperature(np.array([[1.0, np.inf]]), np.array([0])) is None
+
+
+def test_the_error_that_a_run_reports(tiny_run):
+    """arXiv:1706.04599, eq. 3, from the predictions beside it, whose probabilities have four digits."""
+    predictions = read_csv(tiny_run / "predictions_test.csv")
+    rows = [(float(row["probability"]), int(row["correct"])) for row in predictions]
+    confidence, correct = np.array(rows).T
+    gaps = np.bincount((confidence * 15).astype(int).clip(max=14), confidence - correct)
+    reported = json.loads((tiny_run / "summary.json").read_text())["test"]["calibrated_ece"]
+    assert reported == pytest.approx(np.abs(gaps).sum() / len(rows), abs=1e-3)

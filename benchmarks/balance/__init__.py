@@ -1,1 +1,0 @@
-"""Load over a training, without and with a balance loss."""
