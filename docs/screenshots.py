@@ -95,7 +95,7 @@ def film(page: Page, url: str) -> None:
         duration=times,
         loop=0,
         quality=62,
-        method=6,
+        method=4,
     )
 
 
