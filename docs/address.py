@@ -4,8 +4,8 @@
     python docs/address.py https://… --pypi                          # the package is on PyPI, too
     python docs/address.py                                           # fills in again what pyproject.toml says
 
-Filled in are README between `<!-- address -->` and `<!-- /address -->`, docs/index.md, CITATION.cff, and the first
-cells of the notebooks. The site takes it when it is built (docs/hooks.py), and so does the README in a package, whose
+Filled in are README between `<!-- address -->` and `<!-- /address -->`, docs/index.md, both between `<!--live-->` and
+`<!--/live-->`, CITATION.cff, and the first cells of the notebooks. The site takes it when it is built (docs/hooks.py), and so does the README in a package, whose
 links PyPI can't follow otherwise (docs/packaged.py). Without an address all of them speak of a copy of the repository;
 tests/docs/test_address.py holds every file to what is written here.
 """
@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[1]
 _MARKED = re.compile(r"(<!-- address -->).*?(<!-- /address -->)", re.DOTALL)
+_LIVE = re.compile(r"(<!--live-->).*?(<!--/live-->)", re.DOTALL)
 _URLS = re.compile(r"^\[project\.urls\]\n(?:[^\[\n].*\n)*\n?", re.M)
 _CITED = re.compile(r"^(?:repository-code|url): .*\n", re.M)
 _COLAB = re.compile(r"\[Open in Colab\]\([^)]*\)\n*")
@@ -113,6 +114,13 @@ def in_start(text: str, there: Address) -> str:
     return _CLONE.sub(clone, text, count=1)
 
 
+def with_live(text: str, link: str) -> str:
+    """A page that leads to the explorer without a server, docs/live; without a link it says nothing of it."""
+    # In HTML: a line that begins with a comment isn't read as Markdown.
+    words = f'<b><a href="{link}">Try it</a>, nothing to install.</b>' if link else ""
+    return _LIVE.sub(rf"\g<1>{words}\g<2>", text)
+
+
 def in_citation(text: str, there: Address) -> str:
     """CITATION.cff with the repository's address behind the version."""
     lines = f"repository-code: {there.repository}\n" if there.repository else ""
@@ -139,13 +147,14 @@ def in_notebook(text: str, there: Address, name: str) -> str:
 
 def filled(there: Address, root: Path = ROOT) -> dict[Path, str]:
     """What every file that names the address should hold."""
+    live = f"{there.site.rstrip('/')}/live/" if there.site else ""
     readme, start, cited = root / "README.md", root / "docs" / "index.md", root / "CITATION.cff"
     shown = _MARKED.sub(rf"\g<1>{in_readme(there)}\g<2>", readme.read_text(encoding="utf-8"))
     files = {
         readme: _LESSON.sub(
-            f"]({there.site or 'docs/'}lesson.html)", shown
+            f"]({there.site or 'docs/'}lesson.html)", with_live(shown, live)
         ),  # a forge shows its source
-        start: in_start(start.read_text(encoding="utf-8"), there),
+        start: with_live(in_start(start.read_text(encoding="utf-8"), there), live),
         cited: in_citation(cited.read_text(encoding="utf-8"), there),
     }
     for path in sorted((root / "notebooks").glob("*.ipynb")):

@@ -8,7 +8,8 @@
 - Formulas become MathML when the site is built; browsers draw that by themselves.
 - Notebooks become pages with their saved outputs, under notebooks/, and their files lie beside them.
 - `explorer/` has pages that the explorer exports: the photo of concepts/five-looks.md, and the same without an expert.
-- With MOEVISION_LIVE in the environment `live/` has the explorer without a server (docs/live), which asks npm.
+- With MOEVISION_LIVE in the environment `live/` has the explorer without a server (docs/live), which asks npm; the first
+  page leads there.
 - Numbers stay with their units; in tables names of code may break at their dots and underscores on a phone.
 """
 
@@ -33,7 +34,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads this file by its path
-from address import address
+from address import address, with_live
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -124,6 +125,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     def moved(link: re.Match[str]) -> str:
         return posixpath.relpath(_uri(_target(here, link[1])), posixpath.dirname(uri) or ".")
 
+    if uri == "index.md":
+        markdown = with_live(markdown, "live/" if os.environ.get("MOEVISION_LIVE") else "")
     parts, last = [], 0
     for code in _CODE.finditer(markdown):
         parts += [

@@ -16,7 +16,7 @@ from playwright.sync_api import Page, sync_playwright
 
 IMAGES = Path(__file__).parent / "img"
 CHROMIUM = os.environ.get("MOEVISION_CHROMIUM", "/usr/bin/chromium")
-DRAWN = 6000  # ms until galleries and statistics are there
+DRAWN = 12000  # ms until galleries and statistics are there
 EMOJI = "?model=emoji"
 CAT = "?model=pets&picture=pets%2Ftest%2F0&layer=2&patch=36"
 
@@ -41,6 +41,8 @@ def shoot(page: Page, url: str) -> None:
     opened(page, url)
     save(page.screenshot(), "explorer.jpg")
     opened(page, url + EMOJI)
+    field = page.locator("[data-change=typed]")
+    field.evaluate("(field) => field.placeholder = 'Type your own page…'")  # few machines have the emoji's font
     save(page.screenshot(), "explorer-emoji.jpg")
     page.goto(url + CAT)  # its patch opens the details
     page.wait_for_timeout(DRAWN)
@@ -50,16 +52,14 @@ def shoot(page: Page, url: str) -> None:
 
 
 FRAME = 50  # ms
+FALL = "[data-action=fall]"  # the button that takes the fewest experts away
 
 
 def film(page: Page, url: str) -> None:
-    """flow.webp: the patches fly; one network's part; the answer that changes when that is taken away."""
+    """flow.webp: the patches fly; one expert's part; the headline and the answer once that is taken away."""
     opened(page, url)
-    page.click("[data-action=matters]")
-    page.wait_for_url("**away=*")
-    address, _, away = page.url.partition("&away=")
-    box = f".mv-flow-box[data-expert='{away.rpartition('.')[2]}']"
-    opened(page, address)
+    expert = page.inner_text(FALL).split()[2]  # "Take expert 2 away"
+    box = f".mv-flow-box[data-expert='{expert}']"
     page.clock.install()
     page.clock.pause_at(page.evaluate("Date.now()") + 1000)
     frames: list[Image.Image] = []
@@ -80,11 +80,13 @@ def film(page: Page, url: str) -> None:
     run(2200, 1200)
     page.hover(box)
     run(FRAME, 1600)
-    page.mouse.move(5, 5)
-    page.evaluate(f'document.querySelector("{box}").click()')
+    page.hover(FALL)
+    page.evaluate(f"document.querySelector('{FALL}').style.outline = '5px solid #f0b400'")
+    run(FRAME, 900)
+    page.evaluate(f"document.querySelector('{FALL}').click()")
     page.wait_for_selector(f"{box}[aria-pressed=true]")
     run(700, 600)
-    page.wait_for_selector("text=at random")
+    page.locator("[data-box=said]").get_by_text("at random").first.wait_for()
     run(FRAME, 3000)
     frames[0].save(
         IMAGES / "flow.webp",
@@ -93,7 +95,7 @@ def film(page: Page, url: str) -> None:
         duration=times,
         loop=0,
         quality=62,
-        method=6,
+        method=4,
     )
 
 

@@ -121,8 +121,8 @@ four: a hint, no verdict. For JSON, ONNX or a web service see [Serve a model](gu
 moevision demo runs/photos
 ```
 
-opens the explorer on the test photos; drop your own onto the page. Every patch flies to the network that computes it. Click a
-box to take that network away and see whether the answer changes. (The bars are the network's own probabilities; `predict`
+opens the explorer on the test photos; drop your own onto the page. Every patch flies to the expert that computes it; click a
+box to see the answer without that expert. (The bars are the model's own probabilities; `predict`
 calibrates them.)
 
 ![The explorer with the model of this page and one of the new photos](img/tutorial-explorer.jpg)

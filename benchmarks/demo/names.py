@@ -13,6 +13,9 @@ Three fields of card.json, each from pages that the others don't use:
   `chosen` says among how many: a page that was chosen shows what can happen, the others how often. Of the first 60
   pages a single one changes, from .38, which as many emoji at random do as well.
 
+`without_all` of the record is the accuracy on those 9,000 pages with all experts, and with none of the layer's: of all
+pages, and by group.
+
 `typed` of the record is for pages that a visitor types: how many pages are named right of which only the first emoji
 are there, and the other cells empty. Their class is what most of those emoji are, ties left out.
 
@@ -164,6 +167,19 @@ def without_of(
     return found
 
 
+def without_all_of(model: SavedModel, pages: Pages) -> dict[str, Any]:
+    """Accuracy with all experts and where every emoji skips them: `[before, after]` of all pages and of each group's."""
+    (layer,) = moe_layers(model.net)
+    everything = range(layer.router.num_experts)
+    right = [answers(model, pages, away) == pages.labels for away in ((), everything)]
+
+    def shares(chosen: NDArray[np.bool_]) -> list[float]:
+        return [round(float(each[chosen].mean()), 4) for each in right]
+
+    groups = {name: shares(pages.labels == group) for group, name in enumerate(GROUPS)}
+    return {"all": shares(pages.labels >= 0), "groups": groups, "pages": len(pages.labels)}
+
+
 def chosen_page(
     entry: Entry, explorer: Explorer, names: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -226,6 +242,7 @@ def record_of(options: Namespace) -> dict[str, Any]:
     last = SHOWN + options.pages
     new = Pages.of(model, EmojiPages(last, side, 0, "test"), range(SHOWN, last))
     without = without_of(model, new, names, DRAWS)
+    without_all = without_all_of(model, new)
 
     explorer = Explorer([entry])
     matters = chosen_page(entry, explorer, names)
@@ -234,7 +251,7 @@ def record_of(options: Namespace) -> dict[str, Any]:
     fields = {"names": names, "without": without, "matters": matters}
     change_card(MODEL, **fields)
     typed = {num: typed_pages(model, num, TYPED_PAGES) for num in (4, 8, 10, 12, 14, 16)}
-    return {**fields, "at_random": control, "typed": typed}
+    return {**fields, "without_all": without_all, "at_random": control, "typed": typed}
 
 
 def main() -> None:

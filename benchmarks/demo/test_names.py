@@ -23,6 +23,14 @@ def test_answers_without_experts_are_those_of_the_intervention() -> None:
     assert np.array_equal(answers(model, pages, [6, 7]), expected)
 
 
+def test_without_all_experts_a_layer_is_skipped() -> None:
+    model, pages = pages_of(18)
+    away = [Intervention("ablate", layer=0, expert=expert) for expert in range(8)]
+    with torch.inference_mode(), intervene(model.net, *away):
+        expected = model.net(pages.x).argmax(-1).numpy()
+    assert np.array_equal(answers(model, pages, range(8)), expected)
+
+
 def test_where_nothing_is_moved_at_random_a_page_stays() -> None:
     model, pages = pages_of(18)
     right = answers(model, pages) == pages.labels

@@ -172,6 +172,24 @@ def without_names(record: Json) -> list[Json]:
     return rows
 
 
+def without_any(record: Json, named: str, needs: str) -> Json:
+    """What new pages of emoji cost without any expert, and without those of the group `named` alone."""
+    alone, whole = record["without"][named], record["without_all"]
+    found = {"named": named, "pages": whole["pages"]}
+    shares = {"": whole["all"], "needs_": whole["groups"][needs]}
+    shares |= {"own_": alone["own"], "others_": alone["others"]}
+    for name, (before, after) in shares.items():
+        found |= {f"{name}before": 100 * before, f"{name}after": after}
+    none = whole["groups"][named][1]
+    hardly = found["before"] / 100 - found["after"] < 0.05
+    return {
+        **found,
+        "none": none,
+        "needed": "hardly needed" if hardly else "needed",
+        "wrong": "worse" if found["own_after"] < none else "no worse",
+    }
+
+
 def page_of_emoji(record: Json) -> Json:
     """The page that the explorer opens, of how many it was chosen, and what as much at random leaves of its answer."""
     case = record["matters"]

@@ -156,7 +156,7 @@ export function lessonSteps(lesson, sources) {
       choices: ["Nearly all cats' patches and no dog's", "Somewhat more of cats than of dogs", "The same of both"],
       right: 1,
       answer: html`<p><b>${percent(shares[0].share)} of the patches of ${shares[0].name}s and ${percent(shares[1].share)} of those of ${shares[1].name}s.</b> A fair share is ${percent(1 / experts, 1)}. One striking photo is a question, never an answer: count over many.</p>
-        <p>And always say the layer: ${layerExpert({ name: `L${earlier}` }, face)} is another network. Of the first photo’s patches ${numbers.same} have the same number in L${earlier} and L${layer}; by chance it would be ${fixed(numbers.chance, 1)}.</p>`,
+        <p>And always say the layer: ${layerExpert({ name: `L${earlier}` }, face)} is another expert. Of the first photo’s patches ${numbers.same} have the same number in L${earlier} and L${layer}; by chance it would be ${fixed(numbers.chance, 1)}.</p>`,
     },
     {
       title: "Misconception 2: tidy maps come from training",

@@ -49,6 +49,8 @@ def test_it_is_filled_in_everywhere_and_can_be_taken_back(copy):
     assert urls["Issues"] == "https://github.com/owner/moe/issues"
     index = (copy / "docs/index.md").read_text()
     assert says(index, "https://github.com/owner/moe && cd", "cd moe\npython3")
+    live = '<a href="https://owner.github.io/moe/live/">Try it</a>, nothing to install.'
+    assert all(live in (copy / name).read_text() for name in ("README.md", "docs/index.md"))
     assert (
         yaml.safe_load((copy / "CITATION.cff").read_text())["repository-code"]
         == "https://github.com/owner/moe"
