@@ -128,7 +128,7 @@ def test_who_takes_more_away_than_it_takes_is_told(play):
     page.keyboard.press("Enter")
     page.wait_for_selector(f"h1:text-is('{RESULTS[0][2]}')")
     assert "Fewest" not in told(page)
-    page.select_option("[data-change=flow-layer]", "1")
+    page.keyboard.press("+")  # the next layer
     take_away(page, 1)
     assert "You: 2. Fewest: 1." in told(page)
     press(page, "[data-box=said] [data-action=put-back]", PRIMARY)
