@@ -87,29 +87,39 @@ SIZES = (
     *("moe-8-half", "moe-16-half", "moe-64-half", "moe-32-full"),
     *("moe-8-full-k2", "moe-32-half-k2", "moe-16-full"),
 )
+NARROW, EXPERTS = ("dense-2", "dense-4"), ("moe-32-half",)
+
+
+def main_cells(seeds: int) -> list[Cell]:
+    """The primary contrasts and the lines of the doses."""
+    return [
+        Cell("textures", "4096", 6.4, NARROW, EXPERTS, seeds),
+        Cell("characters", "sound", 6.4, NARROW, EXPERTS, seeds),
+        *(Cell("textures", dose, 1.6, NARROW, EXPERTS, seeds) for dose in ("1024", "64", "4096")),
+        *(Cell("textures", dose, 6.4, NARROW, EXPERTS, seeds) for dose in ("64", "1024")),
+        Cell("photos", "", 16.0, (HIDDEN,), ("moe-32-half-hidden",), seeds, LOW_RATES),
+        Cell("mosaics", "1024", 21.0, (HIDDEN,), ("moe-8-full-hidden",), seeds, LOW_RATES),
+        Cell("characters", "radical", 6.4, NARROW, EXPERTS, seeds),
+    ]
+
+
 CELLS = (
-    Cell("textures", "4096", 6.4, WIDTHS, (*TWO, "moe-32-half-colour", "moe-32-half-position"), 5),
-    Cell("textures", "1024", 6.4, WIDTHS, TWO, 5),
-    Cell("textures", "64", 6.4, WIDTHS, TWO, 5),
-    *(
-        Cell("characters", kind, 6.4, WIDTHS[:2], ("moe-32-half",), 5)
-        for kind in ("sound", "radical", "random")
-    ),
-    Cell(
-        *("mosaics", "1024", 21.0, (HIDDEN,)),
-        ("moe-8-full-hidden", "moe-8-full-plain", "dense-4-plain"),
-        *(5, LOW_RATES),
-    ),
-    Cell("photos", "", 16.0, (HIDDEN,), ("moe-32-half-hidden",), 5, LOW_RATES),
+    *main_cells(3),
+    Cell("textures", "4096", 6.4, WIDTHS, ("moe-8-full", "moe-32-half-position"), 3),
+    Cell("mosaics", "1024", 21.0, (HIDDEN,), ("moe-8-full-plain",), 3, LOW_RATES),
+    *main_cells(5),
+    Cell("characters", "random", 6.4, NARROW, EXPERTS, 5),
+    Cell("textures", "4096", 6.4, WIDTHS, ("moe-32-half-colour", "moe-8-full-k2"), 3),
     Cell(
         *("photos", "", 16.0, (HIDDEN,)),
         ("dense-8-hidden-steps", "dense-16-hidden-steps", "dense-4-plain-steps"),
         *(3, LOW_RATES),
     ),
-    *(Cell("textures", dose, 1.6, WIDTHS[1:2], TWO[1:], 5) for dose in ("64", "1024", "4096")),
-    Cell("textures", "4096", 6.4, ("dense-4",), ("moe-32-half-hash", "moe-32-half-image"), 3),
-    Cell("textures", "4096", 6.4, ("dense-4",), SIZES, 3),
     Cell("textures", "4096", 25.6, WIDTHS[1:2], TWO[1:], 3),
+    Cell("textures", "4096", 6.4, WIDTHS, ("moe-32-half-hash", "moe-32-half-image"), 3),
+    Cell("textures", "4096", 6.4, WIDTHS, SIZES, 3),
+    Cell("mosaics", "1024", 21.0, (HIDDEN,), ("dense-4-plain",), 3, LOW_RATES),
+    *(Cell("textures", dose, 6.4, WIDTHS, TWO, 5) for dose in ("1024", "64")),
     Cell("textures", "4096", 6.4, ("dense-4",), ("dense-64-steps",), 3, (0.004, 0.008, 0.016)),
     *(Cell("textures", dose, 25.6, WIDTHS[1:2], TWO[1:], 3) for dose in ("1024", "16384")),
     Cell("textures", "16384", 6.4, WIDTHS[1:2], TWO[1:], 3),
