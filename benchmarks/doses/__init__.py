@@ -40,6 +40,9 @@ def main() -> None:
     keep_freed_memory()  # as in `moevision fit`
 
     refuse_changes(PROTOCOL, allowed=options.allow_dirty)
+    if options.verb == "price" and options.prices.exists():
+        price_more(options.prices, options.rounds)
+        return
     if options.verb == "price":
         step_ms = arms.measure_prices(runs.priced_arms(), steps=6, rounds=options.rounds)
         record = {"step_ms": step_ms, **about()}
@@ -53,3 +56,18 @@ def main() -> None:
         lambda run, record: f"{run.name}: {record.get('test_top1', record.get('val_top1')):.1%}",
         options,
     )
+
+
+def price_more(prices: Path, rounds: int) -> None:
+    """Arms without a price: in turns with `dense-2`, whose price times the ratio it is."""
+    record = json.loads(prices.read_text(encoding="utf-8"))
+    known = record["step_ms"]
+    new = [pair for pair in runs.priced_arms() if " ".join(pair) not in known]
+    beside = list(dict.fromkeys((task, "dense-2") for task, _ in new))
+    found = arms.measure_prices([*beside, *new], steps=6, rounds=rounds)
+    for task, arm in new:
+        ratio = found[f"{task} {arm}"] / found[f"{task} dense-2"]
+        known[f"{task} {arm}"] = round(ratio * known[f"{task} dense-2"], 2)
+    record["later"] = {"step_ms": found, **about()}
+    prices.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(found)

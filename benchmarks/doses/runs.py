@@ -14,7 +14,7 @@ from benchmarks.doses.tasks import Characters, Mosaics, Photos, Textures
 from benchmarks.routers.report import rate_beyond
 
 TUNING_SEED = 100
-WIDTHS = ("dense-2", "dense-4", "dense-8")
+WIDTHS = ("dense-1", "dense-2", "dense-4", "dense-8")
 TWO = ("moe-8-full", "moe-32-half")
 RATES = (0.008, 0.016, 0.032)
 LOW_RATES = (0.002, 0.004, 0.008)
@@ -87,7 +87,7 @@ SIZES = (
     *("moe-8-half", "moe-16-half", "moe-64-half", "moe-32-full"),
     *("moe-8-full-k2", "moe-32-half-k2", "moe-16-full"),
 )
-NARROW, EXPERTS = ("dense-2", "dense-4"), ("moe-32-half",)
+NARROW, EXPERTS = ("dense-1", "dense-2", "dense-4"), ("moe-32-half",)
 
 
 def main_cells(seeds: int) -> list[Cell]:
@@ -115,14 +115,14 @@ CELLS = (
         ("dense-8-hidden-steps", "dense-16-hidden-steps", "dense-4-plain-steps"),
         *(3, LOW_RATES),
     ),
-    Cell("textures", "4096", 25.6, WIDTHS[1:2], TWO[1:], 3),
+    Cell("textures", "4096", 25.6, NARROW[1:], EXPERTS, 3),
     Cell("textures", "4096", 6.4, WIDTHS, ("moe-32-half-hash", "moe-32-half-image"), 3),
     Cell("textures", "4096", 6.4, WIDTHS, SIZES, 3),
     Cell("mosaics", "1024", 21.0, (HIDDEN,), ("dense-4-plain",), 3, LOW_RATES),
     *(Cell("textures", dose, 6.4, WIDTHS, TWO, 5) for dose in ("1024", "64")),
     Cell("textures", "4096", 6.4, ("dense-4",), ("dense-64-steps",), 3, (0.004, 0.008, 0.016)),
-    *(Cell("textures", dose, 25.6, WIDTHS[1:2], TWO[1:], 3) for dose in ("1024", "16384")),
-    Cell("textures", "16384", 6.4, WIDTHS[1:2], TWO[1:], 3),
+    *(Cell("textures", dose, 25.6, NARROW[1:], EXPERTS, 3) for dose in ("1024", "16384")),
+    Cell("textures", "16384", 6.4, NARROW, EXPERTS, 3),
 )
 
 
