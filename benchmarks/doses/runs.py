@@ -105,10 +105,12 @@ def main_cells(seeds: int) -> list[Cell]:
 
 CELLS = (
     *main_cells(3),
+    Cell("characters", "sound", 6.4, ("dense-2",), EXPERTS, 3),
     Cell("textures", "4096", 6.4, WIDTHS, ("moe-8-full", "moe-32-half-position"), 3),
     Cell("mosaics", "1024", 21.0, (HIDDEN,), ("moe-8-full-plain",), 3, LOW_RATES),
     *main_cells(5),
-    Cell("characters", "random", 6.4, NARROW, EXPERTS, 5),
+    Cell("characters", "sound", 6.4, ("dense-2",), EXPERTS, 5),
+    Cell("characters", "random", 6.4, NARROW, EXPERTS, 3),
     Cell("textures", "4096", 6.4, WIDTHS, ("moe-32-half-colour", "moe-8-full-k2"), 3),
     Cell(
         *("photos", "", 16.0, (HIDDEN,)),
