@@ -38,7 +38,6 @@ STUDY = {
         "places",
     ),
     "curve": ("what fewer, chosen training images cost a run", "curve"),
-    "doses": ("how the gain of experts depends on what must be remembered", "doses"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "balance": (
         "each expert's load over a training, without and with a balance loss",
