@@ -1,23 +1,30 @@
 """Draw the site's figures from the committed records: `python docs/figures.py`.
 
-moe-block.svg is a drawing; load.svg shows benchmarks/balance/record.json, results.svg differences of docs/results.md.
+moe-block.svg is a drawing; load.svg shows benchmarks/balance/record.json, results.svg differences of docs/results.md,
+when-experts-pay.svg gains of experts_pay, doses and equal_time, without-its-experts.svg losses of experts_pay.
 Plain SVG text, so that `tests/docs/test_figures.py` can compare the files with what is drawn now.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent)]  # benchmarks/ is outside the package
 
+from benchmarks.doses import recompute as doses  # noqa: E402
 from benchmarks.equal_time import recompute as equal_time  # noqa: E402
+from benchmarks.experts_pay import recompute as experts_pay  # noqa: E402
 from benchmarks.records import load, trainings  # noqa: E402
 from benchmarks.sparsity import recompute as sparsity  # noqa: E402
 from benchmarks.upcycling import recompute as upcycling  # noqa: E402
@@ -335,10 +342,233 @@ def forest(found: Sequence[Effect]) -> str:
     return svg(width, bottom + 58, parts, "Differences in test accuracy that the studies measured")
 
 
+# ---- when experts pay
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Experts minus dense at equal time, in points, and the ends of its interval; `dose`: things to remember."""
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    dose: int = 0
+
+    @property
+    def color(self) -> str:
+        """Blue: experts are better; orange: worse; grey: neither is shown."""
+        return "#0072b2" if self.low > 0 else "#b84a00" if self.high < 0 else GREY
+
+
+def gain_of(name: str, ends: Sequence[float], dose: int = 0) -> Gain:
+    """From shares of the test images."""
+    mean, low, high = (100 * end for end in ends)
+    return Gain(name, mean, low, high, dose)
+
+
+def texture_gains() -> dict[float, list[Gain]]:
+    """CPU seconds of training -> the gains on textures."""
+    found: dict[float, list[Gain]] = {}
+    for cell in doses.texture_cells():
+        gain = gain_of("", cell.gain(doses.EXPERTS), int(cell.dose))
+        found.setdefault(cell.seconds, []).append(gain)
+    return found
+
+
+def other_gains() -> list[Gain]:
+    """The gains on everything else, the largest first."""
+    runs = experts_pay.read_runs()
+    pages = [experts_pay.Task(runs, name) for name in ("kinds", "groups")]
+    kinds, groups = (experts_pay.pays(task, experts_pay.best_moe(task)) for task in pages)
+    cifar10 = equal_time.interval(equal_time.decide(equal_time.read_runs())[1])
+    emoji = [gain_of("emoji, 55 kinds", kinds), gain_of("emoji, nine groups", groups)]
+    run = [gain_of(name, cell.gain(arm)) for name, cell, arm in doses.SHOWN]
+    found = [*run, *emoji, gain_of("photos, CIFAR-10", cifar10)]
+    return sorted(found, key=lambda gain: -gain.mean)
+
+
+def gains(textures: Mapping[float, Sequence[Gain]], others: Sequence[Gain]) -> str:
+    """Lines of the gain on textures by their number, one for each time; beside them other tasks on the same scale."""
+    left, right, strip, top, bottom = 56, 440, 478, 88, 470
+    every = [gain for line_of in textures.values() for gain in line_of] + list(others)
+    least = 10 * math.floor(min(gain.low for gain in every) / 10)
+    most = 10 * math.ceil(max(gain.high for gain in every) / 10)
+    fewest, largest = (
+        pick(gain.dose for line_of in textures.values() for gain in line_of) for pick in (min, max)
+    )
+
+    def x(dose: float) -> float:
+        return (
+            left + 14 + (right - left - 60) * math.log(dose / fewest) / math.log(largest / fewest)
+        )
+
+    def y(value: float) -> float:
+        return round(bottom - (bottom - top) * (value - least) / (most - least), 1)
+
+    parts = [
+        text(20, 34, "Experts − dense model at equal time, points of test accuracy", 19, bold=True)
+    ]
+    parts.append(text(left, 64, "M textures to remember; CPU seconds of training", 15, color=GREY))
+    parts.append(text(strip - 4, 64, "other tasks, each in one time", 15, color=GREY))
+    parts.append(text(780, bottom + 22, "bars: 95 % intervals, CIFAR-10: 97 %", 14, "end", GREY))
+    for value in range(least, most + 1, 10):
+        color, width = (GREY, 1.6) if value == 0 else (LINE, 0.8)
+        parts.append(line(left, y(value), strip + 40, y(value), color, width))
+        label = f"{value:+d}".replace("-", MINUS) if value else "0"
+        parts.append(text(left - 8, y(value) + 5, label, 14, "end", GREY))
+    for dose in sorted({gain.dose for line_of in textures.values() for gain in line_of}):
+        parts.append(
+            text(
+                x(dose),
+                bottom + 22,
+                f"{dose:,}" if dose > fewest else f"M = {dose}",
+                14,
+                "middle",
+                GREY,
+            )
+        )
+
+    for (seconds, found), color in zip(sorted(textures.items()), TIME_COLORS, strict=True):
+        path = " ".join(f"{x(gain.dose):.1f},{y(gain.mean)}" for gain in found)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.5"/>')
+        parts += [mark(x(gain.dose), gain, y, color) for gain in found]
+        peak = max(found, key=lambda gain: gain.mean)
+        parts.append(
+            text(x(peak.dose) + 10, y(peak.mean) - 8, f"{seconds:g} s", 15, color=color, bold=True)
+        )
+
+    heights = spread([y(gain.mean) for gain in others], 22, top, bottom)
+    for place, (gain, height) in enumerate(zip(others, heights, strict=True)):
+        middle = strip + 12 * (place % 3)
+        parts.append(line(middle + 8, y(gain.mean), strip + 48, height, LINE, 1))
+        parts.append(mark(middle, gain, y, gain.color))
+        parts.append(text(strip + 52, height + 5, gain.name, 15))
+        mean = f"{gain.mean:+.1f}".replace("-", MINUS)
+        parts.append(text(780, height + 5, mean, 15, "end", gain.color, bold=True))
+    return svg(800, 512, parts, "The gain of experts against how much must be remembered")
+
+
+TIME_COLORS = ("#56b4e9", "#0072b2")
+
+
+def mark(x: float, gain: Gain, y: Callable[[float], float], color: str) -> str:
+    """A dot and its interval."""
+    bar = line(x, y(gain.low), x, y(gain.high), color, 3, ' stroke-linecap="round"')
+    return f'{bar}<circle cx="{x:g}" cy="{y(gain.mean):g}" r="5.5" fill="{color}"/>'
+
+
+def spread(heights: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
+    """Increasing heights, moved as little as needed to be `gap` apart and to stay between top and bottom."""
+    found = list(heights)
+    for _ in range(200):
+        for place in range(len(found) - 1):
+            missing = gap - (found[place + 1] - found[place])
+            if missing > 0:
+                found[place] -= missing / 2
+                found[place + 1] += missing / 2
+        found = [min(max(height, top), bottom) for height in found]
+    return [round(height, 1) for height in found]
+
+
+# ---- what is missed without its experts
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Accuracy on a group's own pages and on all others, in percent, with all experts and without the group's.
+
+    `seeds`: in how many the group has an expert, and of how many.
+    """
+
+    group: str
+    seeds: str
+    own: tuple[float, float]
+    others: tuple[float, float]
+    at_random: float  # own pages, where as many emoji of any group are sent past their experts
+
+    @property
+    def lost(self) -> float:
+        """Points that its own pages lose."""
+        return self.own[0] - self.own[1]
+
+
+def losses(task: experts_pay.Task, arm: str) -> list[Loss]:
+    """Means over the seeds in which a group has an expert, the largest loss first."""
+    found = []
+    for place, group in enumerate(experts_pay.GROUPS):
+        runs = [run["knock_out"] for run in task.of_arm(arm)]
+        records = [record for record in runs if group in record["without"]]
+        if not records:
+            continue
+        before = [record["with_all"] for record in records]
+        without = [record["without"][group] for record in records]
+        after = [entry["accuracy_by_class"] for entry in without]
+        own, others = (
+            tuple(100 * fmean(of(row) for row in rows) for rows in (before, after))
+            for of in (itemgetter(place), partial(experts_pay.others, index=place))
+        )
+        at_random = own[0] - 100 * fmean(entry["random"] for entry in without)
+        seeds = f"{len(records)} of {len(runs)}"
+        found.append(Loss(group, seeds, own, others, at_random))
+    return sorted(found, key=lambda loss: -loss.lost)
+
+
+def missed(found: Sequence[Loss]) -> str:
+    """For each group the accuracy of its own pages: with all experts, without its own, with as many moved at random."""
+    left, right, top, row = 120, 530, 96, 44
+    bottom = top + row * len(found)
+    least = 10 * math.floor(min(loss.own[1] for loss in found) / 10)
+
+    def x(percent: float) -> float:
+        return round(left + (right - left) * (percent - least) / (100 - least), 1)
+
+    title = "A group's experts taken away: accuracy on pages of emoji, %"
+    parts = [text(20, 34, title, 19, bold=True)]
+    parts += [text(left, 66, "the group's own pages", 15, color=GREY)]
+    parts += [
+        text(690, 66, "all other pages", 15, "end", GREY),
+        text(780, 66, "seeds", 15, "end", GREY),
+    ]
+    for percent in range(least, 101, 10):
+        parts.append(line(x(percent), top - 14, x(percent), bottom - 14, LINE, 0.8))
+        parts.append(text(x(percent), bottom + 8, str(percent), 14, "middle", GREY))
+    for place, loss in enumerate(found):
+        y, (before, after) = top + 10 + row * place, loss.own
+        parts.append(text(left - 14, y + 5, loss.group, 16, "end"))
+        parts.append(line(x(before), y, x(after), y, MISSED, 4))
+        parts.append(f'<circle cx="{x(before):g}" cy="{y}" r="6.5" fill="{INK}"/>')
+        parts.append(f'<circle cx="{x(after):g}" cy="{y}" r="6.5" fill="{MISSED}"/>')
+        ring = f'fill="none" stroke="{GREY}" stroke-width="2"'
+        parts.append(f'<circle cx="{x(loss.at_random):g}" cy="{y}" r="10" {ring}/>')
+        change = f"{loss.others[0]:.0f} → {loss.others[1]:.0f}"
+        parts.append(text(690, y + 5, change, 16, "end", GREY))
+        parts.append(text(780, y + 5, loss.seeds, 16, "end", GREY))
+    y = bottom + 36
+    for start, words, drawn in (
+        (30, "all experts", f'r="6.5" fill="{INK}"'),
+        (160, "without its own", f'r="6.5" fill="{MISSED}"'),
+        (322, "with as many emoji, at random, sent past their experts", f'r="9" {ring}'),
+    ):
+        parts.append(f'<circle cx="{start}" cy="{y}" {drawn}/>')
+        parts.append(text(start + 16, y + 5, words, 15))
+    return svg(800, bottom + 58, parts, "What pages of emoji lose without a group's experts")
+
+
+MISSED = "#d55e00"
+
+
 def figures() -> dict[str, str]:
     """Each file's text by its name."""
     record = json.loads(BALANCE.read_text(encoding="utf-8"))
-    return {"moe-block.svg": blocks(), "load.svg": loads(record), "results.svg": forest(effects())}
+    groups = experts_pay.Task(experts_pay.read_runs(), "groups")
+    return {
+        "moe-block.svg": blocks(),
+        "load.svg": loads(record),
+        "results.svg": forest(effects()),
+        "when-experts-pay.svg": gains(texture_gains(), other_gains()),
+        "without-its-experts.svg": missed(losses(groups, experts_pay.named_arm(groups))),
+    }
 
 
 if __name__ == "__main__":

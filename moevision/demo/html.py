@@ -156,7 +156,7 @@ def view_html(
     start_call = "startStatic(document.querySelector('[data-mv]'), VIEW, { moments: HISTORY });"
     script = script_of("core.js", start_call, VIEW=view, HISTORY=history)
     page = document(title, read_css(CORE_STYLES), _EMPTY_MAIN, script)
-    return page if full_page else _iframe(page, 1420)
+    return page if full_page else _iframe(page, 1900)
 
 
 def flow_html(view: Mapping[str, Any]) -> str:
@@ -192,8 +192,8 @@ def _iframe(page: str, height: int, rows: float = 0) -> str:
     css_height = f"{height}px"
     if rows:
         # From 816 px on, the second term of min() is 0 or less, so `height` is used. Below, that term is very large, so
-        # the first one is used: photo (100vw), texts (330px) and boxes (34vw each).
-        css_height = f"max({height}px,min(100vw + 330px + {rows:g} * 34vw,(816px - 100vw) * 999))"
+        # the first one is used: photo (100vw), texts (370px) and boxes (34vw each).
+        css_height = f"max({height}px,min(100vw + 370px + {rows:g} * 34vw,(816px - 100vw) * 999))"
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
         f'style="width:100%;height:{css_height};border:1px solid #8884;border-radius:8px"></iframe>'

@@ -364,7 +364,9 @@ def result(effect):
     target, other = effect["target"], effect["after"][0]["class"]
     told = f"{target} stays {now}" if old == now else f"{target} {old} → {now}"
     moved = effect["moved"] + effect["moved_prefix"] > 0
-    control = f"As many patches moved at random: {target} {mean} ± {spread}" if moved else "No patch changes its experts"
+    control = f"As many patches moved at random: {target} {mean} ± {spread}"
+    if not moved:
+        control = "No patch changes its experts"
     return f"{told}{'' if other == target else f', now {other}'}. {control}"
 
 

@@ -31,7 +31,7 @@ from tests.shared import says
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 ROOT = Path(__file__).parents[2]
-WORDS, IN_A_BOX, CONTROLS = 70, 6, 16
+WORDS, IN_A_BOX, CONTROLS = 70, 7, 14
 SORTING_WORDS = 110  # of the page of sorted photos, which says what it doesn't show
 CONTROL = ":is(button, select, input, summary, a[href]):not(:disabled)"
 # What is seen without scrolling; a screen reader's words are no text to be read.
@@ -119,7 +119,7 @@ def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled,
     boxes = page.locator(".mv-flow-box:visible").count()  # each is read as one word
     assert len(words(text)) + boxes <= most, text
     assert in_a_box <= IN_A_BOX
-    assert 3 <= len(controls) <= CONTROLS, controls
+    assert 2 <= len(controls) <= CONTROLS, controls
 
 
 def test_a_phone_shows_the_photo_first(visit):
@@ -246,7 +246,7 @@ def test_a_model_without_images_asks_for_one(new_visit, server, empty_stage):
 
 def test_the_control_of_one_expert_is_asked_for_once(visit, ask):
     _, each = firsts(ask)
-    page = visit(f"?away=3.{each.index(max(each))}", door=False).page
+    page = visit(f"?away=3.{each.index(max(each))}").page
     page.wait_for_selector(CONTROLLED)
     page.select_option("[data-change=flow-layer]", "0")
     page.select_option("[data-change=flow-layer]", "1")

@@ -127,6 +127,7 @@ FALLS = {
 }
 # Made up: 37 of 40 cats go to expert 0, and so do 4 of 42 dogs.
 SORTING = {
+    "layer": 3,
     "classes": ["cat", "dog"],
     "routes": [[37, 3], [4, 38]],
     "agree": 82,

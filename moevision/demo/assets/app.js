@@ -35,7 +35,7 @@ const appLayout = () => html`
   <section class="mv-flow" aria-label="Where photos go" data-box="sorting" hidden></section>
   <div data-box="main">${coreLayout()}</div>
   <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door"
-    aria-expanded="false">Look closer</button><span data-box="layer"></span></div>
+    aria-expanded="false">Look closer</button><span class="mv-detail" data-box="layer"></span></div>
   <section class="mv-box-time" aria-label="The training" data-box="time"></section>
   <div class="mv-depth mv-detail" data-box="depth">
   <header class="mv-header" data-box="header"></header>${cardLayout()}
@@ -129,7 +129,6 @@ export class App {
       fall: () => this.takeFewest(),
       "all-away": () => this.chooseSettings({ away: allExperts(this.model) }),
       matters: () => this.showStrongest(),
-      calm: () => this.chooseSettings({ noise: null }),
       redraw: () => this.chooseSettings({ noise: (this.noise ?? 0) + 1 }),
       similar: () => showSimilar(this),
     });

@@ -147,7 +147,7 @@ export class AppOpening {
         ${another}`;
     if (!falls.away) {
       return html`<p>No expert, nor any two or three of a layer, changes this answer.</p>
-        ${actionButton("all-away", `Take all ${allExperts(app.model).length} away`)}${another}`;
+        ${actionButton("all-away", `Take all ${allExperts(app.model).length} away`)}`;
     }
     const [[layer, expert]] = falls.away;
     const name =
