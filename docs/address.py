@@ -5,9 +5,9 @@
     python docs/address.py                                           # fills in again what pyproject.toml says
 
 Filled in are README between `<!-- address -->` and `<!-- /address -->`, docs/index.md, both between `<!--live-->` and
-`<!--/live-->`, CITATION.cff, and the first cells of the notebooks. The site takes it when it is built (docs/hooks.py), and so does the README in a package, whose
-links PyPI can't follow otherwise (docs/packaged.py). Without an address all of them speak of a copy of the repository;
-tests/docs/test_address.py holds every file to what is written here.
+`<!--/live-->`, CITATION.cff, and the first cells of the notebooks. The site takes it when it is built (docs/hooks.py),
+and so does the README in a package, whose links PyPI can't follow otherwise (docs/packaged.py). Without an address all
+of them speak of a copy of the repository; tests/docs/test_address.py holds every file to what is written here.
 """
 
 from __future__ import annotations

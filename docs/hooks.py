@@ -8,8 +8,8 @@
 - Formulas become MathML when the site is built; browsers draw that by themselves.
 - Notebooks become pages with their saved outputs, under notebooks/, and their files lie beside them.
 - `explorer/` has pages that the explorer exports: the photo of concepts/five-looks.md, and the same without an expert.
-- With MOEVISION_LIVE in the environment `live/` has the explorer without a server (docs/live), which asks npm; the first
-  page leads there.
+- With MOEVISION_LIVE in the environment `live/` has the explorer without a server (docs/live), which asks npm; the
+  first page leads there.
 - Numbers stay with their units; in tables names of code may break at their dots and underscores on a phone.
 """
 

@@ -42,7 +42,8 @@ def shoot(page: Page, url: str) -> None:
     save(page.screenshot(), "explorer.jpg")
     opened(page, url + EMOJI)
     field = page.locator("[data-change=typed]")
-    field.evaluate("(field) => field.placeholder = 'Type your own page…'")  # few machines have the emoji's font
+    # Few machines have the emoji's font.
+    field.evaluate("(field) => field.placeholder = 'Type your own page…'")
     save(page.screenshot(), "explorer-emoji.jpg")
     page.goto(url + CAT)  # its patch opens the details
     page.wait_for_timeout(DRAWN)

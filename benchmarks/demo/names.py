@@ -168,7 +168,7 @@ def without_of(
 
 
 def without_all_of(model: SavedModel, pages: Pages) -> dict[str, Any]:
-    """Accuracy with all experts and where every emoji skips them: `[before, after]` of all pages and of each group's."""
+    """Accuracy with all experts, and where every emoji skips them: `[before, after]` of all pages and of each group."""
     (layer,) = moe_layers(model.net)
     everything = range(layer.router.num_experts)
     right = [answers(model, pages, away) == pages.labels for away in ((), everything)]
