@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
@@ -105,13 +106,11 @@ def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
     assert view_of(page)["layers"][0]["computation"] is not None
 
 
-def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live, whole):
-    cards = {one["id"]: one["card"]["matters"] for one in whole.boot({})["models"]}
+def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live, whole, tmp_path):
+    telling = whole.boot({})["models"][0]["card"]["matters"]
     page = visit_live().page
-    press(page, "[data-action=matters]", f"{SAID}:has-text('1 expert away: now')")
-    telling = next(found for found in cards.values() if found)
+    press(page, "[data-action=fall]", f"{SAID}:has-text('1 expert away: now')")
     assert f"now {telling['after']['class']}" in page.text_content(SAID)
-    page.wait_for_selector("[data-box=toast]:has-text('Another model: CIFAR-10 photos.')")
     assert each(page, "[role=tab]", "one.dataset.tab") == ["experts", "about"]
     press(page, "[data-tab=experts]", ".mv-cards .mv-crop")
     absent = "[data-action=export-page], [data-action=hand], [data-change=topk], [data-action=more]"
@@ -121,6 +120,13 @@ def test_one_that_matters_is_shown_and_what_takes_a_server_is_absent(visit_live,
     page.wait_for_selector("[data-box=progress]", state="hidden")
     assert page.locator("[data-box=trouble] .mv-state").count() == 0
     assert says(page.text_content("[data-box=rail]"), "on this device")
+    page.click("[data-key=said-put-back]")
+    page.wait_for_selector("[data-box=badge]", state="hidden")
+    Image.new("RGB", (80, 60), "teal").save(
+        tmp_path / "own.png"
+    )  # of this nobody knows what it falls by
+    page.set_input_files("[data-box=file]", tmp_path / "own.png")
+    press(page, "[data-action=matters]", f"{SAID}:has-text('now {telling['after']['class']}')")
 
 
 def test_on_a_phone_nothing_is_cut_off(visit_live):

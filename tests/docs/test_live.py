@@ -124,7 +124,7 @@ def test_the_page_is_the_explorers_with_another_who_answers() -> None:
     """Its own file stands in the place of the explorer's, and no two modules declare one name."""
     names = modules("app.js", live.read_module)
     own = {name for name in names if (SOURCES / name).exists()}
-    assert own == {"app_fetch.js", "pixels.js"}
+    assert own == {"app_fetch.js", "pages.js", "pixels.js"}
     others = {"worker.js", "types.d.ts", "ort.wasm.bundle.min.d.mts", "live.css", "build.py"}
     assert own | others == {file.name for file in SOURCES.iterdir() if file.is_file()}
     text = "\n".join(DOCS.sub("", live.read_module(name)) for name in names)
