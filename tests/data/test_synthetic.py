@@ -187,10 +187,7 @@ def test_the_head_is_large_and_never_hidden(masks):
 
 
 @pytest.mark.deep
-def test_colour_statistics_do_not_give_the_class_away(
-    train,
-    held_out,
-):
+def test_colour_statistics_do_not_give_the_class_away(train, held_out):
     def colours(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return np.concatenate([images.mean(axis=(1, 2)), images.std(axis=(1, 2))], axis=1)
 
@@ -200,10 +197,7 @@ def test_colour_statistics_do_not_give_the_class_away(
 
 
 @pytest.mark.deep
-def test_raw_pixels_do_not_give_the_class_away(
-    train,
-    held_out,
-):
+def test_raw_pixels_do_not_give_the_class_away(train, held_out):
     # C = 1e-3 is about the best of 1e-5 ... 1: the strongest linear classifier is the one that has to fail.
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=2000))
     seen, unseen = train[0].reshape(len(train[0]), -1), held_out[0].reshape(len(held_out[0]), -1)

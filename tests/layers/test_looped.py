@@ -108,14 +108,7 @@ def test_values_and_all_five_gradients_are_autograds(counts, act, biases):
     ("width", "hidden", "out"), [(8, 16, 24), (8, 12, 8), (5, 16, 8), (16, 8, 3), (5, 7, 4)]
 )
 @every_counts
-def test_grouped_mm_or_not_every_width_is_right(
-    counts,
-    width,
-    hidden,
-    out,
-    dtype,
-    monkeypatch,
-):
+def test_grouped_mm_or_not_every_width_is_right(counts, width, hidden, out, dtype, monkeypatch):
     """`grouped_mm` wants rows of whole 16 bytes, no float64: widths that fit, those that don't, against float64."""
     used: list[torch.Size] = []
     grouped_mm = F.grouped_mm
@@ -200,9 +193,7 @@ class EveryOperation(TorchDispatchMode):
 
 
 @both_paths
-def test_where_nothing_is_learned_the_second_product_needs_no_memory_for_the_first(
-    counts,
-):
+def test_where_nothing_is_learned_the_second_product_needs_no_memory_for_the_first(counts):
     """The hidden values before the activation are gone when the last operation is done."""
     rows, *parameters = leaves(counts)
     frozen_rows, *frozen = [x.detach() for x in (rows, *parameters)]

@@ -414,9 +414,7 @@ def test_the_layers_of_a_model_in_words():
 
 
 @pytest.mark.parametrize("bias", [(True, False), (False, True)])
-def test_each_product_of_the_shared_experts_has_its_own_bias_or_none(
-    bias,
-):
+def test_each_product_of_the_shared_experts_has_its_own_bias_or_none(bias):
     shared = MoEMlp(8, 16, num_experts=4, num_shared_experts=1, bias=bias).shared
     assert (shared.fc1.bias is not None, shared.fc2.bias is not None) == bias
 

@@ -76,14 +76,7 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @every_path
 @every_shape
 @every_dtype
-def test_take_rows(
-    dtype,
-    tokens,
-    top_k,
-    padding,
-    path,
-    take_path,
-):
+def test_take_rows(dtype, tokens, top_k, padding, path, take_path):
     """Copies, and the sum of the copies' gradients; a padding row's gradient may be anything (compiled code: zero)."""
     token, position, is_padding = layout(tokens, top_k, padding)
     x = draw(dtype, tokens, WIDTH, seed=2).requires_grad_()
@@ -102,14 +95,7 @@ def test_take_rows(
 @every_path
 @every_shape
 @every_dtype
-def test_sum_rows(
-    dtype,
-    tokens,
-    top_k,
-    padding,
-    path,
-    take_path,
-):
+def test_sum_rows(dtype, tokens, top_k, padding, path, take_path):
     """Value and both gradients; padding may be NaN, and its gradient is exactly 0. Every third weight is 0."""
     token, position, is_padding = layout(tokens, top_k, padding)
     rows = (

@@ -275,9 +275,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[SavedModel, Path
 
 @pytest.mark.deep
 @pytest.mark.needs("onnx")
-def test_what_is_needed_to_use_a_model_travels_in_the_file(
-    exported,
-):
+def test_what_is_needed_to_use_a_model_travels_in_the_file(exported):
     model, path, report = exported
     import onnxruntime
 
@@ -328,11 +326,7 @@ def odd_images(folder: Path) -> list[Path]:
 
 @pytest.mark.needs("onnx")
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
-def test_the_printed_script_answers_as_predict_does(
-    exported,
-    fit,
-    tmp_path,
-):
+def test_the_printed_script_answers_as_predict_does(exported, fit, tmp_path):
     model, file, _ = exported
     lines = template("run_exported.py.jinja").render(file=repr(str(file)), fit=fit, routes=False)
     images = odd_images(tmp_path)
@@ -351,12 +345,7 @@ def test_the_printed_script_answers_as_predict_does(
 @pytest.mark.deep
 @pytest.mark.needs("onnx")
 @pytest.mark.parametrize("error", [2e-4, math.nan])
-def test_a_file_that_answers_differently_is_not_kept(
-    error,
-    exported,
-    tmp_path,
-    monkeypatch,
-):
+def test_a_file_that_answers_differently_is_not_kept(error, exported, tmp_path, monkeypatch):
     (model, file, _), load = exported, export_module.load_exported
 
     def off_by_a_little(source):

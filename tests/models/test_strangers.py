@@ -57,9 +57,7 @@ def test_the_distance_is_mahalanobis_of_the_nearest_class(fitted):
     np.testing.assert_allclose(distances(fitted, others), nearest(others) / threshold, rtol=1e-4)
 
 
-def test_a_twentieth_of_validation_is_refused_and_what_lies_elsewhere(
-    fitted,
-):
+def test_a_twentieth_of_validation_is_refused_and_what_lies_elsewhere(fitted):
     assert (distances(fitted, drawn(400, 2)[0]) > 1).sum() == 20
     # new ones of the same kind: binomial(2000, 0.05) exceeds 0.075 in fewer than 1 of 10⁵ cases, and the 400 add theirs
     assert 0.03 < (distances(fitted, drawn(2000, 4)[0]) > 1).mean() < 0.08

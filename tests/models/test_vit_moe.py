@@ -63,9 +63,7 @@ def test_dense_twin(match, hidden):
 
 
 @pytest.mark.parametrize("expert_drop", [None, 0.4])
-def test_a_twin_has_the_dropout_of_its_model_and_not_that_of_experts(
-    expert_drop,
-):
+def test_a_twin_has_the_dropout_of_its_model_and_not_that_of_experts(expert_drop):
     model = timm.create_model("test_vit_moe", proj_drop_rate=0.1, expert_drop=expert_drop)
     assert moe_layers(model)[0].experts.drop.p == (expert_drop or 0.1)
     assert {(block.mlp.drop1.p, block.mlp.drop2.p) for block in dense_twin(model).blocks} == {

@@ -150,13 +150,7 @@ def test_thresholds_are_those_of_the_page():
     )
 
 
-def test_the_command_line_says_what_was_left_out(
-    cli,
-    tiny,
-    drawn_pets,
-    tmp_path,
-    strike,
-):
+def test_the_command_line_says_what_was_left_out(cli, tiny, drawn_pets, tmp_path, strike):
     """Two updates of six (24 images in batches of 8, two epochs) are refused, and one return takes one back."""
     strike("nan_loss@1, nan_input@2, nan_weight@4")
     succeeded(cli("fit", drawn_pets, *tiny, "--runs_root", tmp_path, "--ema.decay=0.9"))

@@ -83,9 +83,7 @@ def test_an_update_of_the_average_is_its_formula(case, two):
         assert state["averaged"] < 1e-6
 
 
-def test_a_bad_buffer_of_another_process_changes_nothing(
-    two,
-):
+def test_a_bad_buffer_of_another_process_changes_nothing(two):
     for struck, clean in zip(two["buffer of another"], two["clean"], strict=True):
         assert all(
             torch.equal(tensor, struck["net"][name]) for name, tensor in clean["net"].items()

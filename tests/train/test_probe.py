@@ -109,12 +109,7 @@ def test_a_start_with_experts_is_told(data, net):
         )
 
 
-def test_it_takes_some_images_of_every_class(
-    data,
-    net,
-    monkeypatch,
-    capsys,
-):
+def test_it_takes_some_images_of_every_class(data, net, monkeypatch, capsys):
     monkeypatch.setattr(start, "_MOST_IMAGES", {"train": 20, "val": 4, "test": 10})
     classes = [sample.label for sample in data.contents.datasets["train"].samples]
     read, loader = {}, data.plain_loader

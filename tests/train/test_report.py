@@ -134,12 +134,7 @@ def test_curves_survive_a_diverged_run(tmp_path):
 @pytest.mark.parametrize(
     ("values", "ends"), [((1.0, 1.0), (0.9, 1.0)), ((0.12, 0.87), (0.1, 0.9)), ((0.5,), (0.5, 0.6))]
 )
-def test_accuracy_is_drawn_in_its_own_range(
-    values,
-    ends,
-    tmp_path,
-    monkeypatch,
-):
+def test_accuracy_is_drawn_in_its_own_range(values, ends, tmp_path, monkeypatch):
     """From the tenth below the lowest to the one above the highest, and never beyond 100 %."""
     figures: list[Figure] = []
     monkeypatch.setattr(plots, "save", lambda figure, out: figures.append(figure))

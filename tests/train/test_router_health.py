@@ -68,13 +68,7 @@ def test_nothing_is_logged_every_0_steps(tmp_path):
         (NOISY, "all_but_head", ""),
     ],
 )
-def test_a_collapse_is_said_with_advice(
-    router,
-    freeze,
-    advice,
-    monkeypatch,
-    capsys,
-):
+def test_a_collapse_is_said_with_advice(router, freeze, advice, monkeypatch, capsys):
     """Of loads 50, 52, 0, 2 the last two lie below a tenth of the mean, 26; it is said once for the layer.
 
     No advice balances a router that keeps its weights.

@@ -322,9 +322,7 @@ def test_the_command_line(drawn_pets, own_folder):
     }
 
 
-def test_a_dataset_with_a_recipe_from_scratch_gets_another_for_pretrained_weights(
-    weight_file,
-):
+def test_a_dataset_with_a_recipe_from_scratch_gets_another_for_pretrained_weights(weight_file):
     """configs/imagenette.yaml is a hybrid under Muon: neither is for a ViT that was trained already."""
     for from_scratch in (resolved("imagenette"), resolved("imagenette", "--pretrained=none")):
         assert from_scratch["model.arch.name"] == "vit_moe_hybrid_patch16_128"

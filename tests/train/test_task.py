@@ -430,13 +430,7 @@ def test_the_plan_says_where_routes_change_no_answer(tmp_path, options, said):
         ({"max_epochs": 3, "max_steps": 40}, 15, "3 epochs of 44 images"),
     ],
 )
-def test_the_plan_counts_what_will_be_trained(
-    tmp_path,
-    monkeypatch,
-    options,
-    batches,
-    words,
-):
+def test_the_plan_counts_what_will_be_trained(tmp_path, monkeypatch, options, batches, words):
     """44 images in batches of 8, each of which takes a minute, and a tenth more."""
     monkeypatch.setattr("moevision.train.recipe.seconds_per_batch", lambda *_: 60.0)
     counts = {"train": {"cat": 20, "dog": 24}}

@@ -81,9 +81,7 @@ def test_reductions_are_bundled(case, two):
     assert [state["reduced"].tolist() for state in two[case]] == [STEPS * REDUCED[case]] * 2
 
 
-def test_the_bias_counts_all_ranks_and_micro_batches_of_a_step(
-    two,
-):
+def test_the_bias_counts_all_ranks_and_micro_batches_of_a_step(two):
     """16 images of 16 patches with K = 2 are 512 choices in each layer, and three steps of the bias were made of them.
 
     One process's share, or the last micro-batch's, would be 256.
