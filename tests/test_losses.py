@@ -154,9 +154,7 @@ def test_label_loss_of_tokens_is_their_mean():
 
 
 @pytest.mark.parametrize("route_by", ["token", "image"])
-def test_micro_batches_have_the_label_loss_and_its_gradient_of_the_whole_batch(
-    route_by,
-):
+def test_micro_batches_have_the_label_loss_and_its_gradient_of_the_whole_batch(route_by):
     """As a function of two sums, as the z loss is: the last value is the batch's, and so is the sum of gradients."""
     torch.manual_seed(0)
     router = build_router(

@@ -261,8 +261,9 @@ def _typing(explorer: Explorer, model: str) -> dict[str, Json]:
     """What a page needs to draw emoji that a visitor types: which to offer, and the sheet with all of them."""
     offered = _answer(explorer, "emoji", {"model": model})
     file = files("moevision") / "data" / "assets" / "emoji.png"
-    picture = base64.b64encode(file.read_bytes()).decode()
-    with Image.open(io.BytesIO(file.read_bytes())) as sheet:
+    data = file.read_bytes()
+    picture = base64.b64encode(data).decode()
+    with Image.open(io.BytesIO(data)) as sheet:
         columns = sheet.width // CELL
     return {
         key("emoji", model): offered,

@@ -12,6 +12,7 @@ from PIL import Image
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from tests.browser.conftest import (
+    CONTROLLED,
     MOBILE,
     PHONE,
     answered,
@@ -169,6 +170,15 @@ def test_experts_of_emoji_have_counted_names_and_a_record(play):
     take(page, RESULTS[0][2])
     record = "On 1,000 new pages: smileys 90 → 54 % right, all others 86 → 86 %."
     assert record in told(page)
+
+
+def test_what_is_being_typed_stays_while_the_control_comes(play):
+    """The words of the result are written again when as many moves at random were measured."""
+    page = play("game", card=EMOJI)
+    take(page, RESULTS[0][2])
+    page.locator("[data-change=typed]").press_sequentially("\N{DOG FACE}")
+    page.wait_for_selector(CONTROLLED)
+    assert page.input_value("[data-change=typed]") == "\N{DOG FACE}"
 
 
 def test_whole_photos_are_sorted_and_ones_own_with_them(play, tmp_path):

@@ -4,7 +4,7 @@ import { choose, followAddress, goTo, PLACE, readAddress, writeAddress } from ".
 import { server } from "./app_fetch.js";
 import { drawHand, handActions, measure, spokenResult } from "./app_hand.js";
 import { allExperts, fallOf, isOfEmoji } from "./app_models.js";
-import { AppOpening, doorMemory, isAway, opensDoor, PAST_WORDS, tellingCase } from "./app_opening.js";
+import { AppOpening, doorMemory, opensDoor, PAST_WORDS, tellingCase } from "./app_opening.js";
 import { listenForFiles, ownHandlers, ownMemory } from "./app_own.js";
 import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
 import { asAskError, Asker, errorBox, slide } from "./app_server.js";
@@ -14,6 +14,7 @@ import { drawSimilar, sharpen, showLikes, showSimilar, timeSource } from "./app_
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
 import { listenForPicker, typedHandlers } from "./app_typed.js";
 import { cardLayout, Core, coreLayout } from "./core.js";
+import { isAway } from "./core_kinds.js";
 import { keepOriginal, pictureTitle } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
 import { trainedView } from "./core_time.js";
@@ -202,7 +203,7 @@ export class App {
   /** @param {number} layer @param {number} expert */
   toggleAway(layer, expert) {
     const others = this.away.filter(([where, which]) => where !== layer || which !== expert);
-    return this.chooseSettings({ away: isAway(this, layer, expert) ? others : [...this.away, [layer, expert]] });
+    return this.chooseSettings({ away: isAway(this.away, layer, expert) ? others : [...this.away, [layer, expert]] });
   }
 
   /** The place of the layer in which the fewest experts change the answer of this example; null where none was found. */
@@ -424,7 +425,7 @@ export class App {
   takeAway(layer, expert) {
     this.core.box("flow").scrollIntoView({ block: "start" });
     this.state?.set({ layer: this.model.layers.indexOf(layer) });
-    return isAway(this, layer, expert) ? undefined : this.toggleAway(layer, expert);
+    return isAway(this.away, layer, expert) ? undefined : this.toggleAway(layer, expert);
   }
 
   /** @param {string | null} kind */

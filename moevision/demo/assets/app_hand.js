@@ -3,7 +3,7 @@
 
 import { asAskError, pause } from "./app_server.js";
 import { answerWords, controlWords, effectOf, effects, moves } from "./core_effect.js";
-import { capital } from "./core_kinds.js";
+import { capital, isAway } from "./core_kinds.js";
 import { chip, fillBox, fixed, html, layerExpert, present, signed } from "./core_util.js";
 import { changedWords } from "./core_words.js";
 /** @import { App } from "./app.js" */
@@ -88,7 +88,7 @@ function picked(app, layer, expert) {
   const { refused } = present(app.model.routers.find((one) => one.layer === layer.layer));
   const others = [...Array(layer.num_experts).keys()].filter((other) => other !== expert);
   const at = { layer: layer.layer, expert };
-  const away = app.away.some((pair) => pair.join() === [layer.layer, expert].join());
+  const away = isAway(app.away, layer.layer, expert);
   return html`<b>${layerExpert(layer, expert)}</b>
     <span class="mv-hand-row" role="group" aria-label="Change ${layerExpert(layer, expert)}">
     ${others.length > 0 && html`<button type="button" class="mv-button" data-action="take" data-expert="${expert}"

@@ -6,8 +6,11 @@
  * By how few experts the answer for an example falls, where that was searched: { away, ... }; away is null where few don't do it.
  * @param {BootModel} model @param {string | null | undefined} id of the example
  */
-export const fallOf = ({ card }, id) =>
-  id ? (card.falls?.[id] ?? (card.matters?.picture === id ? card.matters : undefined)) : undefined;
+export function fallOf({ card }, id) {
+  if (!id) return undefined;
+  const chosen = card.matters?.picture === id ? card.matters : undefined;
+  return card.falls?.[id] ?? chosen;
+}
 
 /** @param {BootModel} model */
 export const isOfEmoji = ({ card }) => Boolean(card.data_kind?.startsWith("emoji"));

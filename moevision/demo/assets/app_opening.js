@@ -24,9 +24,6 @@ export class AppOpening {
   get able() {
     return !this.app.state?.view.moment;
   }
-  get away() {
-    return this.app.away;
-  }
   get usual() {
     return this.whole?.guess ?? null;
   }
@@ -167,9 +164,9 @@ export class AppOpening {
       ? answerWords(effect)
       : `${best.class === usual?.class ? "still" : "now"} ${best.class}, ${percent(best.p)}`;
     const control = effect && html` <span class="mv-soft">${controlWords(effect).replaceAll(" %", "\u00a0%")}.</span>`;
-    const finding = [fewest(app, view, away, usual), needless(view, away, usual), record(app, away), base(app, view)].filter(Boolean);
+    const findings = [fewest(app, view, away, usual), needless(view, away, usual), record(app, away), chosenFrom(app, view)];
     return html`<p><b>${away.length} ${away.length === 1 ? "expert" : "experts"} away: ${told}.</b>${control}</p>
-      ${finding.map((words) => html`<p class="mv-soft">${words}</p>`)}
+      ${findings.filter(Boolean).map((words) => html`<p class="mv-soft">${words}</p>`)}
       <div class="mv-flow-do">
         <button type="button" class="mv-primary" data-action="share-card" data-key="share-card">Share this card</button>
         ${actionButton("put-back", away.length > 1 ? "Put all back" : "Put it back")}
@@ -200,36 +197,26 @@ function fewest({ model }, { picture: { id }, prediction }, away, usual) {
   return away.length > falls.away.length ? `You: ${away.length}. Fewest: ${falls.away.length}.` : "";
 }
 
-/** Whether the answer is the same without a layer. @param {View} view @param {[number, number][]} away @param {Guess | null} usual */
-function needless(
-  {
-    layers,
-    prediction: {
-      moe: [best],
-    },
-  },
-  away,
-  usual,
-) {
-  const whole = layers.filter(
-    ({ layer, num_experts: experts }) => away.filter(([where]) => where === layer).length === experts,
-  );
-  if (
-    !usual ||
-    best.class !== usual.class ||
-    !whole.length ||
-    whole.reduce((sum, { num_experts: count }) => sum + count, 0) !== away.length
-  )
-    return "";
-  const names = whole.map(({ name }) => name);
-  return `All of ${names.join(" and ")} away: still ${best.class}. This answer doesn't need ${names.length > 1 ? "these layers" : "this layer"}.`;
+/**
+ * Whether the answer is the same without all experts of a layer, and nothing else is away.
+ * @param {View} view @param {[number, number][]} away @param {Guess | null} usual
+ */
+function needless({ layers, prediction }, away, usual) {
+  const [best] = prediction.moe;
+  if (best.class !== usual?.class) return "";
+  const awayIn = ({ layer }) => away.filter(([where]) => where === layer).length;
+  const skipped = layers.filter((layer) => awayIn(layer) > 0);
+  if (skipped.some((layer) => awayIn(layer) < layer.num_experts)) return "";
+  const names = skipped.map(({ name }) => name).join(" and ");
+  const which = skipped.length > 1 ? "these layers" : "this layer";
+  return `All of ${names} away: still ${best.class}. This answer doesn't need ${which}.`;
 }
 
 /**
  * From how many images the opening's was chosen, and how many of these fall like it.
  * @param {App} app @param {View} view
  */
-function base({ model: { card } }, { picture: { id } }) {
+function chosenFrom({ model: { card } }, { picture: { id } }) {
   if (!card.matters?.chosen || card.matters.picture !== id) return "";
   const { right, named = right, change } = card.matters.chosen; // named: those whose class has an expert of its name
   return `Chosen: of ${named.toLocaleString("en")} such images named right, ${change} fall by one expert.`;
@@ -294,9 +281,6 @@ export const doorMemory = {
 export const opensDoor = (wish) => BEHIND.some((key) => wish[key] !== undefined);
 
 // ---- experts that are away --------------------------------------------------------------------------------------
-
-/** @param {App} app @param {number} layer @param {number} expert */
-export const isAway = (app, layer, expert) => app.away.some(([where, which]) => where === layer && which === expert);
 
 /** Experts that an address takes away, "9.3_9.4", as far as the model has them.
  * @param {string | undefined} word @param {BootModel} model @returns {[number, number][]} */

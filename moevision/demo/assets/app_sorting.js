@@ -87,7 +87,7 @@ function sortingActions({ model, boot }) {
     ${untold &&
     html`<p class="mv-soft">Untold, a router divides images in other ways:
       <button type="button" class="mv-quiet" data-action="model" data-id="${untold.id}" data-key="sort-untold">
-        see eight experts</button>.</p>`}</div>`;
+        see ${numberWord(untold.routers[0].num_experts)} experts</button>.</p>`}</div>`;
 }
 
 /** The class of which an expert has most. @param {number[][]} routes @param {number} expert */

@@ -23,7 +23,7 @@ export const typedField = ({ picture }) =>
     </details>`;
 
 /** @param {App} app @param {string} text */
-export const choosePage = (app, text) => app.choosePicture({ kind: "page", text });
+const choosePage = (app, text) => app.choosePicture({ kind: "page", text });
 
 /** What the emoji of a text are, as people see them. @param {string} text */
 export const emojiOf = (text) =>

@@ -229,10 +229,12 @@ export class Core {
   /** @param {Set<string>} changed */
   update(changed) {
     const has = (...names) => names.some((name) => changed.has(name));
-    if (has("view")) this.drawAll();
-    if (has("view", "layer")) this.flow.draw();
+    if (has("view")) {
+      this.drawAll();
+      return void this.flow.draw();
+    }
+    if (has("layer")) this.flow.draw();
     else if (has("mode", "highlight")) this.flow.paint();
-    if (has("view")) return undefined;
     if (has("layer", "mode", "highlight", "strength")) this.stage?.colour();
     if (has("asSeen")) this.drawPictures();
     if (has("patch", "hover")) this.stage?.outline();
@@ -304,7 +306,7 @@ export function startStatic(root, view, { moments = null, details = true } = {})
       patch. It doesn't show what attention or the residual path contribute, nor what caused the prediction. Schema ${view.schema}.</p>`}
     <div class="mv-hidden" aria-live="polite" data-live></div>`);
   if (view.picture.sharp) keepOriginal(view, view.picture.sharp);
-  const core = new Core(root, onlyLooked(view));
+  const core = new Core(root, ONLY_LOOKED);
   if (moments) core.timeSource = { about: () => moments, get: () => Promise.resolve(moments) };
   const [[gone] = [null]] = view.settings.away ?? []; // the layer where an expert is away is the one to show
   const layer = gone === null ? null : view.model.layers.indexOf(gone);
@@ -319,9 +321,14 @@ export function startStatic(root, view, { moments = null, details = true } = {})
   return core;
 }
 
-/** Where nobody can route the image again. @param {View} view @returns {Opening} */
-const onlyLooked = (view) => ({ able: false, away: view.settings.away ?? [], usual: null, take: () => undefined, choices: () => "",
-  said: (shown) => [otherModel(shown), shown.picture.unlike].filter(Boolean).map((words) => html`<p>${words}</p>`) });
+/** Where nobody can route the image again. @type {Opening} */
+const ONLY_LOOKED = {
+  able: false,
+  usual: null,
+  take: () => undefined,
+  choices: () => "",
+  said: (view) => [otherModel(view), view.picture.unlike].filter(Boolean).map((words) => html`<p>${words}</p>`),
+};
 
 /**
  * What an exported page is asked for behind the #, in the words of the explorer's links: #layer=9&expert=L9.E3&step=0.

@@ -1,7 +1,7 @@
 // The photo and the experts that share it: patches fly into boxes, one for each expert; a click takes an expert away.
 
 import { effectOf } from "./core_effect.js";
-import { expertShares, patchWeights, plural, strongest } from "./core_kinds.js";
+import { expertShares, isAway, patchWeights, plural, strongest } from "./core_kinds.js";
 import { boxPlaces, firstExperts, paintBox, paintRegions, patchOf } from "./core_mosaic.js";
 import { brush, chip, expertColour, fillBox, html, Markup, percent, present } from "./core_util.js";
 import { headlineOf, otherModel, PATCH, sentenceOf } from "./core_words.js";
@@ -19,7 +19,7 @@ const smooth = (share) => share * share * (3 - 2 * share);
 
 /** The places that `Flow` fills. */
 export const flowParts = {
-  head: html`<div class="mv-flow-head" data-box="head"></div>`,
+  head: html`<div class="mv-flow-head"><div data-box="head"></div><div data-box="choices"></div></div>`,
   badge: html`<p class="mv-flow-badge" data-box="badge" hidden></p>`,
   bar: html`<div class="mv-flow-bar"><button type="button" class="mv-button" data-action="fly" data-key="fly">Replay</button>
     <div class="mv-flow-answer" data-box="answer"></div></div>`,
@@ -39,6 +39,8 @@ export class Flow {
     this.pointed = null;
     /** @type {(number | null)[]} of what is drawn: the first expert of each patch */
     this.first = [];
+    /** @type {number[][]} [E][P] how strongly each expert's box shows each patch */
+    this.opacity = [];
     /** @type {Set<number>} patches in the air */
     this.flying = new Set();
     this.veil = 1; // how much of the contours is there
@@ -112,8 +114,10 @@ export class Flow {
     const before = this.drawn === drawn ? this.places() : null;
     const was = this.first;
     this.first = firstExperts(layer);
+    this.opacity = [...Array(layer.num_experts).keys()].map((expert) => opacityIn(layer, expert));
     Object.assign(this, { drawn, pointed: null });
     fillBox(core.box("boxes"), boxesOf(opening, view, layer));
+    fillBox(core.box("choices"), opening.choices(view)); // not again in `tell`: somebody may be typing there
     this.tell();
     fillBox(core.box("layer"), layerChoice(view, layer));
     const changed = [...this.first.keys()].filter((patch) => this.first[patch] !== was[patch]);
@@ -134,8 +138,7 @@ export class Flow {
   tell() {
     const { view, layer, opening, core } = this;
     const headline = headlineOf(view, layer, opening.usual, opening.thing);
-    fillBox(core.box("head"), html`<div><h1>${headline}</h1><p>${sentenceOf(view, layer, opening.unit)}</p></div>
-      ${opening.choices(view)}`);
+    fillBox(core.box("head"), html`<h1>${headline}</h1><p>${sentenceOf(view, layer, opening.unit)}</p>`);
     const badge = core.box("badge");
     badge.hidden = !view.settings.away?.length;
     fillBox(badge, badgeOf(view, opening.usual));
@@ -192,7 +195,7 @@ export class Flow {
       const canvas = /** @type {HTMLCanvasElement} */ (one.querySelector("canvas"));
       const side = Math.round(canvas.clientWidth * scale);
       Object.assign(canvas, { width: side, height: Math.round((side * grid[0]) / grid[1]) });
-      const opacity = opacityIn(layer, Number(one.dataset.expert)).map((part, patch) => (flying.has(patch) ? 0 : part));
+      const opacity = this.opacity[Number(one.dataset.expert)].map((part, patch) => (flying.has(patch) ? 0 : part));
       paintBox(brush(canvas), image, opacity, grid, paper);
     });
   }
@@ -325,14 +328,14 @@ function boxesOf(opening, view, layer) {
   const { num_experts: experts } = layer;
   const across = experts > 8 ? 8 : Math.min(4, experts);
   const [rows, columns] = view.model.grid;
-  const boxes = [...Array(experts).keys()].map((expert) => oneBox(opening, layer, expert));
+  const boxes = [...Array(experts).keys()].map((expert) => oneBox(opening, view, layer, expert));
   return html`<div class="mv-flow-boxes ${experts > 8 && "mv-many"}" style="--across:${across};--aspect:${columns / rows}"
     role="group" aria-label="Experts of ${layer.name}">${boxes}</div>`;
 }
 
-/** @param {Opening} opening @param {Layer} layer @param {number} expert */
-function oneBox(opening, layer, expert) {
-  const gone = opening.away.some(([where, which]) => where === layer.layer && which === expert);
+/** @param {Opening} opening @param {View} view @param {Layer} layer @param {number} expert */
+function oneBox(opening, view, layer, expert) {
+  const gone = isAway(view.settings.away, layer.layer, expert);
   const [amount, also] = gone ? ["away", ""] : amountOf(layer, expert, opening.unit ?? PATCH);
   const idle = !gone && layer.kind !== "soft" && layer.counts[expert] === 0;
   const name = opening.nameOf?.(layer.layer, expert);

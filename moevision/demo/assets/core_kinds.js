@@ -98,6 +98,12 @@ function takerCounts(layer) {
 }
 
 /**
+ * Whether an expert is among those that are away.
+ * @param {[number, number][] | undefined} away layer and number of each @param {number} layer @param {number} expert
+ */
+export const isAway = (away, layer, expert) => Boolean(away?.some(([where, which]) => where === layer && which === expert));
+
+/**
  * The experts of a layer that are taken away.
  * @param {View} given @param {Layer} given @returns {number[]}
  */

@@ -6,7 +6,7 @@ import { expertColour, inkOn, rgba } from "./core_util.js";
 /** Of how many patches a region has a label; of each expert the largest region always has one. */
 const LABELLED = 4;
 /** How much of the photo is faded where a box has no patch. */
-const FAINT = 0.88;
+const FADED = 0.88;
 
 /**
  * [P] the expert that does most of each patch; null where none computes it.
@@ -144,18 +144,13 @@ export function boxPlaces(patch, [, columns], width) {
  */
 export function paintBox(context, image, opacity, grid, paper) {
   const { width, height } = context.canvas;
-  const edge = (place) => Math.round(place); // whole pixels: neighbours leave no seam
-  opacity.forEach((_, patch) => {
-    const [x, y, side] = boxPlaces(patch, grid, width);
-    const [left, top] = [edge(x), edge(y)];
-    context.drawImage(image, ...patchOf(image, patch, grid), left, top, edge(x + side) - left, edge(y + side) - top);
-  });
   context.fillStyle = paper;
+  context.fillRect(0, 0, width, height);
   opacity.forEach((part, patch) => {
     const [x, y, side] = boxPlaces(patch, grid, width);
-    const [left, top] = [edge(x), edge(y)];
-    context.globalAlpha = FAINT * (1 - part);
-    context.fillRect(left, top, edge(x + side) - left, Math.min(height, edge(y + side)) - top);
+    const [left, top, right, bottom] = [x, y, x + side, y + side].map(Math.round); // neighbours leave no seam
+    context.globalAlpha = 1 - FADED * (1 - part);
+    context.drawImage(image, ...patchOf(image, patch, grid), left, top, right - left, bottom - top);
   });
   context.globalAlpha = 1;
 }

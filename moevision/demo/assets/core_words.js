@@ -9,13 +9,16 @@ const NUMBERS = "no one two three four five six seven eight nine ten eleven twel
 export const numberWord = (count) => NUMBERS[count] ?? String(count);
 
 /** @param {string} word */
-export const article = (word) => `${/^[aeiou]/i.test(word) ? "an" : "a"} ${word}`;
+const article = (word) => `${/^[aeiou]/i.test(word) ? "an" : "a"} ${word}`;
 
-/** Whether a class names many things, as "smileys" does, or a mass, as "food". @param {string} name */
-const many = (name) => /s$/.test(name) && name.length > 4;
+const MASSES = ["food", "travel"];
+/** Whether a class names many things, as "smileys" and "people" do. @param {string} name */
+const isPlural = (name) => name === "people" || (/s$/.test(name) && name.length > 4);
+/** Whether it names one thing, as "dog" does; "food" names no thing at all. @param {string} name */
+const isSingle = (name) => !isPlural(name) && !MASSES.includes(name);
 
 /** "2", "2 and 5", "2, 3 and 5". @param {(number | string)[]} list */
-export const listed = (list) =>
+const listed = (list) =>
   list.length < 2 ? String(list[0] ?? "") : `${list.slice(0, -1).join(", ")} and ${list.at(-1)}`;
 
 /**
@@ -46,7 +49,8 @@ export function headlineOf(
   usual = null,
   thing = "image",
 ) {
-  const what = label === null ? "photo" : many(label) || label === "food" ? thing : label;
+  const named = label === null || isSingle(label) ? label : thing;
+  const what = named ?? "photo";
   if (away.length)
     return `Without ${goneWords(away, layers, layer)} ${outcome(prediction.moe[0].class, label, usual)}.`;
   if (unit !== "image") return `${capital(numberWord(experts))} experts share this ${what}.`;
@@ -58,10 +62,8 @@ function outcome(now, label, usual) {
   if (!usual) return `the answer is ${now}`;
   const was = usual.class;
   if (label !== was) return `the answer ${was === now ? `stays ${was}` : `becomes ${now}`}`;
-  if (many(was)) return `the ${was} ${was === now ? "stay" : "become"} ${now}`;
-  if (was === "food") return `the food ${was === now ? "stays" : "becomes"} ${now}`;
-  const [old, next] = [was, now].map((name) => (many(name) ? name : article(name)));
-  return `this ${was} ${was === now ? `stays ${old}` : `becomes ${next}`}`;
+  const verb = `${was === now ? "stay" : "become"}${isPlural(was) ? "" : "s"}`;
+  return `${isSingle(was) ? "this" : "the"} ${was} ${verb} ${isSingle(now) ? article(now) : now}`;
 }
 
 /** What became of the patches of experts that are away, by the way in which the layer routes. */
@@ -133,12 +135,12 @@ function interventionWords({ kind, layer, expert, other, fill }, routers) {
 }
 
 /** A random routing, and what becomes of an absent expert's patches, by the way in which the layer routes. */
-export const RANDOM_WORDS = {
+const RANDOM_WORDS = {
   token_choice: "Send patches to random experts",
   expert_choice: "Let experts take random patches",
   soft: "Deal the slots out to random experts",
 };
-export const FILL_WORDS = {
+const FILL_WORDS = {
   next_best: {
     token_choice: "go to their next-best expert",
     expert_choice: "keep the other experts that took them",

@@ -241,7 +241,6 @@ export type Wish = Partial<Record<string, string>>;
 export interface Opening {
   /** Whether experts can be taken away: by `take`. */
   able: boolean;
-  away: [number, number][];
   /** What the model says with all experts; null where it isn't known. */
   usual: Guess | null;
   /** What an image of several things is called. */

@@ -25,6 +25,7 @@ test("an image that goes to one expert as a whole is not shared", () => {
   assert.equal(headlineOf(viewOf("cat"), { ...images, num_experts: 8, top_k: 2 }), "Two of eight experts get this cat.");
   assert.equal(headlineOf(viewOf(null, "cat"), images), "One of two experts gets this photo.");
   assert.equal(headlineOf(viewOf("smileys"), tokens, null, "page"), "Eight experts share this page.");
+  assert.equal(headlineOf(viewOf("people"), tokens, null, "page"), "Eight experts share this page.");
 });
 
 test("once an expert is away the headline is what came of it", () => {
@@ -34,6 +35,8 @@ test("once an expert is away the headline is what came of it", () => {
   assert.equal(headline("dog", "dog", "airplane"), "Without expert 2 this dog becomes an airplane.");
   assert.equal(headline("dog", "dog", "dog"), "Without expert 2 this dog stays a dog.");
   assert.equal(headline("smileys", "smileys", "food", [[0, 6]]), "Without expert 6 the smileys become food.");
+  assert.equal(headline("people", "people", "travel"), "Without expert 2 the people become travel.");
+  assert.equal(headline("food", "food", "food"), "Without expert 2 the food stays food.");
   assert.equal(headline("dog", "cat", "deer"), "Without expert 2 the answer becomes deer."); // it wasn't right before
   assert.equal(headline(null, "cat", "cat"), "Without expert 2 the answer stays cat.");
   assert.equal(headline("dog", null, "deer"), "Without expert 2 the answer is deer."); // not yet known what it was
