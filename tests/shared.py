@@ -20,11 +20,15 @@ import pytest
 
 from moevision.cli import main
 
-# A busy machine may take any time for an example.
-hypothesis.settings.register_profile(
-    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("busy")
+# A busy machine may take any time for an example. The same examples in every run: a change is refused for what it does,
+# not for what was drawn today; `--hypothesis-profile random` draws new ones.
+PATIENT: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("random", **PATIENT)
+hypothesis.settings.register_profile("same", derandomize=True, **PATIENT)
+hypothesis.settings.load_profile("same")
 
 # 32 px images, four experts: one epoch on 40 images takes a tenth of a second. fp32, so that a saved model, which
 # computes in fp32, can be compared with the run that made it.

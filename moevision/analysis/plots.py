@@ -226,11 +226,13 @@ def expert_colours(num_experts: int) -> list[str]:
 def ink_on(colour: str) -> str:
     """Black or white, whichever is read more easily on `colour` (`#RRGGBB`), by WCAG's relative luminance L.
 
-    The contrasts (L + 0.05) / 0.05 and 1.05 / (L + 0.05) are equal, √21 ≈ 4.58, at L = 0.179: more than level AA's 4.5.
+    The contrasts (L + 0.05) / 0.05 and 1.05 / (L + 0.05) are equal at L = √(1.05 · 0.05) − 0.05 ≈ 0.179; there they are
+    √21 ≈ 4.58, more than level AA's 4.5.
     """
     channels = rgb_of(colour)
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return "#000000" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "#FFFFFF"
+    luminance = linear @ (0.2126, 0.7152, 0.0722)
+    return "#000000" if luminance > (1.05 * 0.05) ** 0.5 - 0.05 else "#FFFFFF"
 
 
 # ---- figures of numbers
