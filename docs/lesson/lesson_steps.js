@@ -243,7 +243,7 @@ function sayNow({ model, pays }) {
     right: -1,
     answer: html`<ol class="ls-list"><li><b>Over how many images?</b></li><li><b>What do random directions show, and plain clusters?</b></li>
       <li><b>Does the answer change without it,</b> more than without as many random choices, on images that had no part in choosing it?</li></ol>
-      <p>And still: attention carries information past the experts, so where a patch goes is not why the model answers as it does. Type your own page of emoji in the <a data-explore>explorer</a>.</p>
+      <p>And still: attention carries information past the experts, so where a patch goes is not why the model answers as it does. Look further in the <a data-explore>explorer</a>.</p>
       <p><b>Do experts pay?</b> Where much must be remembered. At equal training time and ${pays.seeds} trainings each, the best arm with experts is ${pays.kinds} points from the strongest dense model if <b>55 kinds</b> of emoji are the classes, ${pays.groups} if the nine groups are. Behind convolutions, as in the model of this lesson, experts are ${pays.named} points from it.</p>
       <p>After the same number of steps, one training each, this model names ${percent(accuracy.moe, 1)} of ${model.test_images.toLocaleString("en")} pages right (${range(interval.moe)}), its dense twin ${percent(accuracy.dense, 1)} (${range(interval.dense)}): the intervals overlap.</p>`,
   };
