@@ -1,22 +1,21 @@
 """A lesson of 45 minutes as one HTML file that needs neither server nor network.
 
     python docs/lesson/build.py docs/lesson.html
-    python docs/lesson/build.py docs/lesson.html --measure    # its numbers anew first: 2 minutes on one core
+    python docs/lesson/build.py docs/lesson.html --measure    # its numbers anew first: half a minute on one core
 
-Text, toy and style lie beside this file; the page's base and a few helpers are the explorer's. `measure` makes all
-numbers: routing of three bundled photos as `route_image` exports it, recorded routing before the training, counts over
-all test photos (atlas.json), what happens to drawn pets when an expert is taken away, and the accuracies of
-benchmarks/sparsity. Which expert is taken away was chosen on validation images; what is reported was counted on test
-images.
+Text, toy and style lie beside this file; the view of a page and its boxes, and the page's base, are the explorer's.
+`measure` makes all numbers from the bundled model of emoji: views of one page, whole and without each expert, as
+`route_image` exports them; what every expert would make of every emoji of that page, so that a reader's own sorting is
+computed by the model's weights; and counts over test pages. Others are read: the page, its base rate and what a group's
+pages do without their expert are in the model's card, what experts bring in the record of benchmarks/experts_pay.
+
+Axes: I pages, P emoji of a page (a patch each), E experts, G groups, D width.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +24,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from moevision.analysis import Intervention, effect
-from moevision.analysis.collect import network_input
+from moevision.analysis.collect import layer_inputs, network_input
 from moevision.analysis.intervention import intervene, numbered_layers
-from moevision.data import SyntheticPets
-from moevision.demo.facts import model_input
+from moevision.data import EmojiPages
+from moevision.data.emoji import CELLS, GROUPS, draw_cells, read_sheet
+from moevision.demo.facts import ModelFacts, PictureFacts, describe
 from moevision.demo.html import (
     CORE_STYLES,
     document,
@@ -40,28 +39,29 @@ from moevision.demo.html import (
     script_of,
     without_comments,
 )
-from moevision.demo.models import SOURCES, bundled_folder, bundled_model, credits_of, read_card
-from moevision.demo.view import route_image
+from moevision.demo.models import bundled_folder, bundled_model, read_card
+from moevision.demo.view import Settings, route_image
+from moevision.demo.wire import data_uri, encode_float32
 from moevision.efficiency import measure_cost
 from moevision.errors import json_text
 from moevision.files import write_text_atomic
 from moevision.layers import forward_routing
-from moevision.models.history import RoutingHistory
 from moevision.models.io import SavedModel
-from moevision.models.safe_files import read_json
 
 HERE: Final = Path(__file__).resolve().parent
 ROOT: Final = HERE.parents[1]
 NUMBERS: Final = "lesson_numbers.json"
-PHOTOS: Final = ("cat/chelsea.jpg", "cat/gcompris_kitten.jpg", "dog/gcompris_shepherd.jpg")
-BLOCK: Final = "moe-block.svg"  # of docs/img/
-GATE_PATCH: Final = 66  # of the first photo, in the layer below: on the cat's nose
-LAYER: Final = 9
-PETS: Final = 400  # drawn images of each split
-GAME: Final = "dog/gcompris_shepherd.jpg"  # its pieces are given to experts by hand
-SIDE: Final = 4  # pieces in a row
+MODEL: Final = "emoji"
+PAGES: Final = 1000  # of the test split, over which is counted
+GATE_PATCH: Final = 12  # of the page: its router's choice is computed by hand
+SAMPLE: Final = CELLS**2  # emoji of an expert that are shown
+NAMED: Final = (
+    0.5  # an expert has a name where more of its emoji are of one group, as in the explorer
+)
+DRAWS: Final = 10  # of random directions, and of random routings
 _BATCH = 100
-Pixels = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+Json = dict[str, Any]
 
 
 def read_module(name: str) -> str:
@@ -72,19 +72,13 @@ def read_module(name: str) -> str:
 
 def lesson_html() -> str:
     """The page."""
-    home = bundled_folder("cats_vs_dogs") / "examples"
-    photos = {
-        name: f"data:image/jpeg;base64,{_base64((home / name).read_bytes())}" for name in PHOTOS
-    }
-    block = f"data:image/svg+xml;base64,{_base64((ROOT / 'docs' / 'img' / BLOCK).read_bytes())}"
     script = script_of(
         "lesson.js",
-        "startLesson(document.querySelector('[data-lesson]'), LESSON, PICTURES);",
+        "startLesson(document.querySelector('[data-lesson]'), LESSON);",
         read=read_module,
         LESSON=json.loads(read_module(NUMBERS)),
-        PICTURES={**photos, BLOCK: block},
     )
-    style = f"{read_css(CORE_STYLES[:1])}\n{without_comments(read_module('lesson.css'))}"
+    style = f"{read_css(CORE_STYLES)}\n{without_comments(read_module('lesson.css'))}"
     body = (
         '<main class="mv lesson" data-lesson><noscript>This lesson is computed in the page: allow its script.'
         "</noscript></main>"
@@ -92,305 +86,275 @@ def lesson_html() -> str:
     return document("Mixture of Experts in 45 minutes", style, body, script)
 
 
-def measure() -> dict[str, Any]:
+class Pages:
+    """Test pages of emoji, and what the model makes of them."""
+
+    def __init__(self, saved: SavedModel, first: int, count: int) -> None:
+        pages = EmojiPages(first + count, saved.image_size, split="test")
+        indices = range(first, first + count)
+        self.saved = saved
+        self.labels: Ints = np.array([pages.label(index) for index in indices])  # [I]
+        self.emoji: Ints = np.stack([pages.emoji(index) for index in indices])  # [I, P]
+        self.groups: Ints = read_sheet().groups[self.emoji]  # [I, P]
+        self.images = [pages.image(index) for index in indices]
+        self.input = network_input(saved, np.stack(self.images))
+
+    @torch.inference_mode()
+    def experts(self) -> Ints:
+        """The expert of each emoji [I, P]."""
+        routings = [
+            forward_routing(self.saved.net, batch)[1][0] for batch in self.input.split(_BATCH)
+        ]
+        return torch.cat([routing.expert_index[..., 0] for routing in routings]).numpy()
+
+    @torch.inference_mode()
+    def accuracy(self, *changes: Intervention) -> float:
+        """The share of pages that are named right under changes of the routing."""
+        with intervene(self.saved.net, *changes):
+            batches = self.input.split(_BATCH)
+            answers = torch.cat([self.saved.net(batch).argmax(1) for batch in batches])
+        return _rounded(float((answers.numpy() == self.labels).mean()))
+
+
+def measure() -> Json:
     """Every number of the lesson, as JSON."""
-    saved, folder = bundled_model("cats_vs_dogs"), bundled_folder("cats_vs_dogs")
-    card, atlas = read_card(folder / "card.json"), read_json(folder / "atlas.json")
-    history, credits = (
-        RoutingHistory.load(folder / "history.safetensors"),
-        credits_of(folder / SOURCES),
-    )
-    shares = next(layer for layer in atlas["layers"] if layer["layer"] == LAYER)["map"]
+    saved = bundled_model(MODEL)
+    card = read_card(bundled_folder(MODEL) / "card.json")
+    page = Pages(saved, int(card.matters["picture"].rpartition("/")[2]), 1)
+    test = Pages(saved, 0, PAGES)
+    experts = test.experts()
+    return {
+        "schema": "moevision.lesson/2",
+        "model": _model(saved, card),
+        "page": _page(page),
+        "views": _views(page, describe(saved, title=card.title)),
+        "sorting": _sorting(page),
+        "gate": _gate(page),
+        "taken": _taken(test, experts),
+        "guessed": _guessed(page, test, experts),
+        "right": _right(test),
+        "effects": [_effect(page, expert) for expert in range(_num_experts(saved))],
+        "without": card.without,
+        "chosen": card.matters["chosen"],
+        "pays": pays(),
+    }
+
+
+def _model(saved: SavedModel, card: Any) -> Json:
+    """Sizes of the model, and how often it and its dense twin are right."""
+    (layer,) = numbered_layers(saved.net).values()
+    _, hidden, width = layer.experts.fc1.weight.shape
     cost = measure_cost(saved.net, saved.image_size)
-    before, after = (
-        history.first_choice(LAYER)[moment].reshape(-1, *history.grid) for moment in (0, -1)
-    )
-    facts = route_image(saved, folder / "examples" / PHOTOS[0]).model
-    _, hidden, width = numbered_layers(saved.net)[LAYER].experts.fc1.weight.shape
     return {
-        "schema": "moevision.lesson/1",
-        "model": {
-            "title": card.title,
-            "data": card.data,
-            "grid": list(facts.grid),
-            "depth": len(saved.net.blocks),
-            "layers": list(numbered_layers(saved.net)),
-            "layer": LAYER,
-            "experts": facts.router(LAYER).num_experts,
-            "top_k": facts.router(LAYER).top_k,
-            "width": width,
-            "hidden": hidden,
-            "parameters": cost.total_parameters,
-            "active_parameters": cost.active_parameters,
-        },
-        "photos": [_photo(saved, folder, name, history, credits[name]) for name in PHOTOS],
-        "gate": _gate(saved, folder / "examples" / PHOTOS[0]),
-        "game": _game(saved, folder / "examples" / GAME),
-        "classes": {
-            "images": atlas["n_images"],
-            "names": shares["class_names"],
-            "share": np.round(shares["share"], 4).tolist(),
-        },
-        "neighbours": {
-            "photos": len(after),
-            "before": _neighbours(before),
-            "after": _neighbours(after),
-            "shuffled_before": _alike(before),
-            "shuffled_after": _alike(after),
-        },
-        "without": _without(),
-        "photos_without": _photos_without(saved, folder / "examples"),
-        "sparsity": sparsity(),
+        "title": card.title,
+        "data": card.data,
+        "licence": card.licence,
+        "image_size": saved.image_size,
+        "grid": [CELLS, CELLS],
+        "groups": list(GROUPS),
+        "experts": layer.router.num_experts,
+        "top_k": layer.router.top_k,
+        "width": width,
+        "hidden": hidden,
+        "parameters": cost.total_parameters,
+        "active_parameters": cost.active_parameters,
+        "accuracy": card.accuracy,
+        "accuracy_interval": card.accuracy_interval,
+        "test_images": card.test_images,
     }
 
 
-def _photo(
-    saved: SavedModel, folder: Path, name: str, history: RoutingHistory, credit: str
-) -> dict[str, Any]:
-    """Where the patches of a photo go: first choices as one digit per patch, by layer; and before the training."""
-    view = route_image(saved, folder / "examples" / name).to_json()
-    best = view["prediction"]["moe"][0]
-    before = history.first_choice(LAYER)[0][history.image_names.index(name)]
+def _page(page: Pages) -> Json:
+    """The emoji of the page that the explorer opens, and which of them have a face."""
+    emoji = [read_sheet().emoji[number] for number in page.emoji[0]]
     return {
-        "name": name,
-        "label": name.partition("/")[0],
-        "credit": credit,
-        "answer": best["class"],
-        "probability": round(best["p"], 4),
-        "first": {
-            str(layer["layer"]): _digits([experts[0] for experts in layer["experts"]])
-            for layer in view["layers"]
-        },
-        "before": _digits(before),
+        "group": GROUPS[page.labels[0]],
+        "names": [one.name for one in emoji],
+        "groups": [one.group for one in emoji],
+        "faces": [cell for cell, one in enumerate(emoji) if one.kind.startswith("face-")],
     }
 
 
-def _gate(saved: SavedModel, photo: Path) -> dict[str, Any]:
-    """Scores, softmax shares, kept experts and their weights of one patch."""
-    layer = route_image(saved, photo).layer(LAYER)
-    assert layer.computation is not None
-    return {
-        "patch": GATE_PATCH,
-        "scores": np.round(layer.computation.scores[GATE_PATCH].astype(float), 3).tolist(),
-        "shares": np.round(layer.probs[GATE_PATCH].astype(float), 4).tolist(),
-        "experts": layer.expert_index[GATE_PATCH].tolist(),
-        "weights": np.round(layer.combine_weight[GATE_PATCH].astype(float), 4).tolist(),
-    }
+def _views(page: Pages, facts: ModelFacts) -> Json:
+    """The page's view, and of the views without one expert what differs from it."""
+    picture = PictureFacts(page.images[0], name="a page of emoji", label=GROUPS[page.labels[0]])
 
+    def view(*ablated: Intervention) -> Json:
+        settings = Settings(ablated_experts=ablated)
+        return route_image(
+            page.saved, page.images[0], settings=settings, facts=facts, picture=picture
+        ).to_json()
 
-def _game(saved: SavedModel, photo: Path) -> dict[str, Any]:
-    """What each of 16 pieces of a photo adds to the score of its label, by the expert that gets the piece first.
-
-    The layer is the last and the classifier reads the mean over patches, so that the score is a sum over patches, and a
-    patch's part in it depends on its own experts alone. The four experts are those that get most of the photo.
-    """
-    net, label = saved.net, saved.class_names.index(photo.parent.name)
-    images = network_input(saved, np.stack([model_input(photo, saved.image_size)]))
-    weight, bias = (
-        (way[label] - way[1 - label]).detach() for way in (net.head.weight, net.head.bias)
-    )
-    rows, columns = net.patch_embed.grid_size
-
-    def by_piece(patches: torch.Tensor) -> npt.NDArray[np.float64]:
-        grid = patches.double().numpy().reshape(SIDE, rows // SIDE, SIDE, columns // SIDE, -1)
-        return grid.sum((1, 3)).reshape(SIDE * SIDE, -1)
-
-    def parts(
-        *changes: Intervention,
-    ) -> torch.Tensor:  # [patches] whose mean and the bias are the score
-        with torch.inference_mode(), intervene(net, *changes):
-            return net.forward_features(images)[0, net.num_prefix_tokens :] @ weight
-
-    with torch.inference_mode():
-        routing = forward_routing(net, images)[1][-1]
-    first = routing.expert_index[0, net.num_prefix_tokens :, 0]
-    experts = (
-        torch.bincount(first, minlength=routing.num_experts)
-        .argsort(descending=True, stable=True)[:4]
-        .tolist()
-    )
-    forced = torch.stack(
-        [parts(Intervention("force", layer=LAYER, expert=expert)) for expert in experts], -1
-    )
-    scores = by_piece(routing.logits[0, net.num_prefix_tokens :])[:, experts]
-    return {
-        "photo": GAME,
-        "label": photo.parent.name,
-        "side": SIDE,
-        "experts": experts,
-        "parts": np.round(by_piece(forced) / len(first), 5).tolist(),
-        "bias": round(float(bias), 5),
-        "own": {
-            "choice": scores.argmax(1).tolist(),
-            "answer": round(float(torch.sigmoid(parts().mean() + bias)), 4),
-        },
-    }
-
-
-def sparsity() -> dict[str, Any]:
-    """Test accuracy with experts and of the dense twin after equal steps, and the difference at equal time."""
-    sys.path[:0] = [str(ROOT)]  # benchmarks/ is outside the package
-    from benchmarks.sparsity.recompute import judged, read_runs, runs_of
-
-    records = read_runs()
-    runs = {arm: runs_of(records, arm) for arm in ("moe", "twin")}
-    at_equal_time = judged(records)["H2"]
-    low, high = at_equal_time.difference.interval
-    points = {"mean": at_equal_time.difference.mean, "low": low, "high": high}
-    words = {"positive": "better than", "negative": "worse than", "tie": "not told apart from"}
-    return {
-        "seeds": {arm: len(of_arm) for arm, of_arm in runs.items()},
-        "right": {
-            arm: round(statistics.fmean(run["test_top1"] for run in of_arm.values()), 4)
-            for arm, of_arm in runs.items()
-        },
-        "equal_time": {name: round(100 * value, 2) for name, value in points.items()},
-        "verdict": words[at_equal_time.verdict],
-    }
-
-
-def _neighbours(maps: npt.NDArray[np.int64]) -> float:
-    """Share of pairs of neighbours in [I, rows, columns] with the same expert: mean over images."""
-    pairs = [(maps[:, :, 1:] == maps[:, :, :-1]), (maps[:, 1:] == maps[:, :-1])]
-    return round(
-        float(np.concatenate([pair.reshape(len(maps), -1) for pair in pairs], 1).mean()), 4
-    )
-
-
-def _alike(maps: npt.NDArray[np.int64]) -> float:
-    """The same if the patches of every image were shuffled: chance that two of its patches have the same expert."""
-    counts = np.array([np.bincount(image.ravel(), minlength=maps.max() + 1) for image in maps])
-    total = counts.sum(1)
-    return round(float(((counts * (counts - 1)).sum(1) / (total * (total - 1))).mean()), 4)
-
-
-def _without() -> dict[str, Any]:
-    """Answers that change when an expert is taken away: the choice on validation images, the result on test images."""
-    saved = bundled_model("pets")
-    places = _experts(saved)
-    splits = {
-        split: SyntheticPets(PETS, saved.image_size, split=split) for split in ("val", "test")
-    }
-    images = {
-        split: np.stack([pets.image(index) for index in range(PETS)])
-        for split, pets in splits.items()
-    }
-    plain = {split: _answers(saved, pixels) for split, pixels in images.items()}
-    after = {
-        (split, *place): _answers(saved, pixels, *place)
-        for split, pixels in images.items()
-        for place in places
-    }
-    changed = {key: int((answers != plain[key[0]]).sum()) for key, answers in after.items()}
-    work = _work(saved, images["val"])
-    telling = max(places, key=lambda place: changed["val", *place])
-    quiet = max((place for place in places if changed["val", *place] == 0), key=work.__getitem__)
-    labels = np.array([splits["test"].label(index) for index in range(PETS)])
-    flipped = (after["test", *telling] != plain["test"]) & (plain["test"] == labels)
-    shown = int(np.flatnonzero(flipped)[0])
-    return {
-        "title": read_card(bundled_folder("pets") / "card.json").title,
-        "images": PETS,
-        "experts": [
-            {
-                "name": f"L{layer}·E{expert}",
-                "work": round(work[layer, expert], 4),
-                "changed_validation": changed["val", layer, expert],
-                "changed_test": changed["test", layer, expert],
-            }
-            for layer, expert in places
-        ],
-        "right_test": int((plain["test"] == labels).sum()),
-        "shown": {
-            "index": shown,
-            "label": saved.class_names[labels[shown]],
-            "src": _png(images["test"][shown]),
-        },
-        "telling": _one(saved, images["test"][shown], *telling),
-        "quiet": _one(saved, images["test"][shown], *quiet),
-    }
-
-
-def _one(saved: SavedModel, image: Pixels, layer: int, expert: int) -> dict[str, Any]:
-    """What taking an expert away does to one image, beside as many choices taken away at random."""
-    found = effect(saved, image, Intervention("ablate", layer=layer, expert=expert))
-    best = int(np.argmax(found.after))
-    assert found.control is not None  # the lesson's model routes patches
-    return {
-        "name": f"L{layer}·E{expert}",
-        "patches": found.moved,
-        "before": round(found.before[found.target], 4),
-        "after": round(found.after[found.target], 4),
-        "answer": saved.class_names[best],
-        "answer_probability": round(found.after[best], 4),
-        "random_mean": round(float(np.mean(found.control.delta_ps)), 4),
-        "random_sd": round(float(np.std(found.control.delta_ps, ddof=1)), 4),
-        "draws": len(found.control.delta_ps),
-    }
-
-
-def _photos_without(saved: SavedModel, home: Path) -> dict[str, int]:
-    """How often one of the bundled photos gets another answer when one expert is taken away."""
-    photos = sorted(home.glob("*/*.jpg"))
-    images = np.stack([model_input(photo, saved.image_size) for photo in photos])
-    plain, places = _answers(saved, images), _experts(saved)
-    changed = sum(int((_answers(saved, images, *place) != plain).sum()) for place in places)
-    return {"photos": len(photos), "removals": len(photos) * len(places), "changed": changed}
-
-
-def _experts(saved: SavedModel) -> list[tuple[int, int]]:
-    """Every (layer, expert) of a model."""
-    layers = numbered_layers(saved.net).items()
-    return [
-        (number, expert) for number, layer in layers for expert in range(layer.router.num_experts)
-    ]
-
-
-def _answers(saved: SavedModel, images: Pixels, *place: int) -> npt.NDArray[np.int64]:
-    """Predicted class of each image [I], without the expert of `place` (layer, expert) if one is given."""
-    return _changed(
-        saved, images, *([Intervention("ablate", layer=place[0], expert=place[1])] if place else [])
-    )
+    whole = view()
+    (layer,) = facts.layers
+    without = []
+    for expert in range(_num_experts(page.saved)):
+        changed = view(Intervention("ablate", layer=layer, expert=expert))
+        for one in changed["layers"]:
+            one["computation"] = None  # the picture of the sums is of the whole model
+        without.append({name: changed[name] for name in ("layers", "prediction", "settings")})
+    return {"all": whole, "without": without}
 
 
 @torch.inference_mode()
-def _changed(saved: SavedModel, images: Pixels, *changes: Intervention) -> npt.NDArray[np.int64]:
-    """Predicted class of each image [I] under changes of the routing."""
-    with intervene(saved.net, *changes):
-        batches = [
-            saved.net(batch).argmax(1) for batch in network_input(saved, images).split(_BATCH)
-        ]
-    return torch.cat(batches).numpy()
+def _sorting(page: Pages) -> Json:
+    """What each expert makes of each emoji of the page, and how the mean over them becomes an answer.
+
+    The model has one block, whose attention comes before its experts, and reads the mean over the emoji. So an emoji's
+    part in that mean depends on its own expert alone. A forced expert gets the gate of the emoji's first choice.
+    """
+    net, (layer,) = page.saved.net, numbered_layers(page.saved.net)
+    of_expert = []
+    for expert in range(_num_experts(page.saved)):
+        with intervene(net, Intervention("force", layer=layer, expert=expert)):
+            of_expert.append(net.forward_features(page.input)[0])  # [P, D]
+    parts = torch.stack(of_expert, 1)  # [P, E, D]
+
+    # The norm before the head has a weight and a bias for every channel: they go into the head.
+    norm, head = net.fc_norm, net.head
+    return {
+        "parts": encode_float32(parts.flatten(0, 1).numpy()),
+        "head": encode_float32((head.weight * norm.weight).numpy()),
+        "bias": encode_float32((head.bias + head.weight @ norm.bias).numpy()),
+        "eps": norm.eps,
+        "own": page.experts()[0].tolist(),
+    }
 
 
-def _work(saved: SavedModel, images: Pixels) -> dict[tuple[int, int], float]:
-    """Share of a layer's choices that each (layer, expert) gets."""
-    with torch.inference_mode():
-        passes = [
-            forward_routing(saved.net, batch)[1]
-            for batch in network_input(saved, images).split(_BATCH)
-        ]
-    found: dict[tuple[int, int], float] = {}
-    for place, number in enumerate(numbered_layers(saved.net)):
-        counts = torch.stack([routings[place].counts() for routings in passes]).sum(0).double()
-        found |= {
-            (number, expert): float(share) for expert, share in enumerate(counts / counts.sum())
-        }
-    return found
+def _gate(page: Pages) -> Json:
+    """Scores, softmax shares and the kept expert of one emoji."""
+    layer = route_image(page.saved, page.images[0]).layers[0]
+    assert layer.computation is not None
+    return {
+        "patch": GATE_PATCH,
+        "scores": np.round(layer.computation.scores[GATE_PATCH].astype(float), 4).tolist(),
+        "shares": np.round(layer.probs[GATE_PATCH].astype(float), 4).tolist(),
+        "expert": int(layer.expert_index[GATE_PATCH, 0]),
+        "weight": _rounded(float(layer.combine_weight[GATE_PATCH, 0])),
+    }
 
 
-def _digits(experts: Sequence[int] | npt.NDArray[np.int64]) -> str:
-    return "".join(str(int(expert)) for expert in experts)
+def _taken(test: Pages, experts: Ints) -> Json:
+    """What every expert takes: emoji by group, the name that they give it, and some at random to look at."""
+    num_experts = _num_experts(test.saved)
+    counts = _counted(experts, test.groups, num_experts)  # [E, G]
+    shares = counts / counts.sum(1, keepdims=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for expert in range(num_experts):
+        most = int(shares[expert].argmax())
+        taken = test.emoji[experts == expert]
+        sample = rng.choice(taken, SAMPLE, replace=False)
+        rows.append(
+            {
+                "expert": expert,
+                "group": GROUPS[most],
+                "share": _rounded(shares[expert, most]),
+                "named": bool(shares[expert, most] > NAMED),
+                "of_group": _rounded(counts[expert, most] / counts[:, most].sum()),
+                "load": _rounded(counts[expert].sum() / counts.sum()),
+                "sample": data_uri(draw_cells(sample)),
+                "sample_groups": [GROUPS[group] for group in read_sheet().groups[sample]],
+            }
+        )
+    return {"pages": len(experts), "experts": rows}
 
 
-def _png(pixels: Pixels) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{_base64(buffer.getvalue())}"
+def _guessed(page: Pages, test: Pages, experts: Ints) -> Json:
+    """How often an emoji's group is guessed right from its box: of the router, of random directions, of clusters.
+
+    A box is named by its most frequent group on the first half of the pages; guessed is on the second half. Random
+    directions and clusters read what the router reads.
+    """
+    from sklearn.cluster import KMeans
+
+    net, num_experts = test.saved.net, _num_experts(test.saved)
+    (read,) = layer_inputs(net, test.input).values()
+    (read_of_page,) = layer_inputs(net, page.input).values()
+    half = len(experts) // 2
+
+    directions = np.random.default_rng(0).normal(size=(DRAWS, read.shape[-1], num_experts))
+    clusters = KMeans(num_experts, n_init=4, random_state=0).fit(read[:half].flatten(0, 1).numpy())
+    by_cluster = clusters.predict(read.flatten(0, 1).numpy()).reshape(experts.shape)
+    by_chance = [
+        _guess(test, (read.numpy() @ direction).argmax(-1), half) for direction in directions
+    ]
+    return {
+        "pages": len(experts) - half,
+        "trained": _guess(test, experts, half),
+        "random": _rounded(float(np.mean(by_chance))),
+        "random_best": max(by_chance),
+        "clusters": _guess(test, by_cluster, half),
+        "chance": _rounded(np.bincount(test.groups[half:].ravel()).max() / test.groups[half:].size),
+        "draws": DRAWS,
+        "random_page": (read_of_page.numpy() @ directions[0]).argmax(-1)[0].tolist(),
+    }
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+def _guess(test: Pages, boxes: Ints, half: int) -> float:
+    """The share of emoji of the second half whose group is the most frequent one of their box in the first half."""
+    names = _counted(boxes[:half], test.groups[:half], _num_experts(test.saved)).argmax(1)
+    return _rounded(float((names[boxes[half:]] == test.groups[half:]).mean()))
+
+
+def _counted(boxes: Ints, groups: Ints, num_boxes: int) -> Ints:
+    """How many emoji of each group are in each box [E, G]."""
+    counts = np.zeros((num_boxes, len(GROUPS)), np.int64)
+    np.add.at(counts, (boxes.ravel(), groups.ravel()), 1)
+    return counts
+
+
+def _right(test: Pages) -> Json:
+    """Accuracy on test pages as the model is, with random experts, and with one expert for all emoji."""
+    (layer,) = numbered_layers(test.saved.net)
+    random = [
+        test.accuracy(Intervention("random", layer=layer, seed=seed)) for seed in range(DRAWS)
+    ]
+    return {
+        "pages": len(test.labels),
+        "all": test.accuracy(),
+        "random": _rounded(float(np.mean(random))),
+        "one": [
+            test.accuracy(Intervention("force", layer=layer, expert=expert))
+            for expert in range(_num_experts(test.saved))
+        ],
+    }
+
+
+def _effect(page: Pages, expert: int) -> Json:
+    """What taking an expert away does to the page, beside as many emoji sent past their expert at random."""
+    (layer,) = numbered_layers(page.saved.net)
+    change = Intervention("ablate", layer=layer, expert=expert)
+    return effect(page.saved, page.images[0], change).to_json()
+
+
+def pays() -> Json:
+    """What experts bring at equal time on pages of emoji, in points, by the record of benchmarks/experts_pay."""
+    sys.path[:0] = [str(ROOT)]  # benchmarks/ is outside the package
+    from benchmarks.experts_pay import recompute as study
+
+    runs = study.read_runs()
+    tasks = {name: study.Task(runs, name) for name in ("kinds", "groups")}
+    best = {name: study.best_moe(task) for name, task in tasks.items()}
+
+    def contrast(name: str, arm: str) -> str:
+        return study.pays(tasks[name], arm).text
+
+    return {
+        "seeds": len(tasks["kinds"].of_arm(best["kinds"])),
+        "kinds": contrast("kinds", best["kinds"]),
+        "groups": contrast("groups", best["groups"]),
+        "named": contrast("groups", study.named_arm(tasks["groups"])),
+    }
+
+
+def _num_experts(saved: SavedModel) -> int:
+    (layer,) = numbered_layers(saved.net).values()
+    return int(layer.router.num_experts)
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 4)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -401,7 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--measure", action="store_true", help="measure the numbers anew first")
     given = parser.parse_args(arguments)
     if given.measure:
-        write_text_atomic(HERE / NUMBERS, json_text(measure(), indent=1) + "\n")
+        rows = [f"{json_text(name)}: {json_text(value)}" for name, value in measure().items()]
+        write_text_atomic(HERE / NUMBERS, "{\n" + ",\n".join(rows) + "\n}\n")
     write_text_atomic(given.out, lesson_html())
 
 

@@ -1,28 +1,71 @@
 // The lesson as a page: steps with a prediction and an answer that waits, and a projector mode that shows one step at a
 // time in large type. Nothing is asked of a server, and nothing is kept.
 
-import { startHero, startSizes } from "./lesson_hero.js";
+import { paintCutouts } from "./lesson_figures.js";
+import { LessonFlow } from "./lesson_flow.js";
 import { Playground } from "./lesson_playground.js";
-import { RouterGame } from "./lesson_router.js";
-import { lessonSteps } from "./lesson_steps.js";
-import { clamp, html, present } from "../../moevision/demo/assets/core_util.js";
+import { startSizes } from "./lesson_sizes.js";
+import { SortingGame } from "./lesson_sorting.js";
+import { lessonSteps, tellingAndQuiet } from "./lesson_steps.js";
+import { clamp, html, pictureSource, present } from "../../moevision/demo/assets/core_util.js";
 /** @import { LessonNumbers, LessonStep } from "./types.js" */
 
-/**
- * @param {HTMLElement} root @param {LessonNumbers} numbers @param {Record<string, string>} pictures data address by name
- */
-export function startLesson(root, numbers, pictures) {
-  const steps = lessonSteps(numbers, pictures);
+/** @param {HTMLElement} root @param {LessonNumbers} numbers */
+export function startLesson(root, numbers) {
+  const steps = lessonSteps(numbers);
   root.innerHTML = String(html`${head(steps, numbers)}${steps.map(section)}${foot(numbers)}
     <nav class="ls-bar" aria-label="Projector"><button type="button" class="mv-button" data-go="back">Back</button><span class="mv-num" data-place></span>
       <button type="button" class="mv-primary" data-go="on">Next</button><button type="button" class="mv-quiet" data-projector>Leave the projector</button></nav>`).replace(/(?<=\d) (?=[%M])/g, "\u00a0"); // a number stays with its unit
   linkExplorer(root);
-  const { model, photos: [cat], game } = numbers;
-  startHero(root, pictures[cat.name], cat.first[model.layer], /** @type {[number, number]} */ (model.grid));
-  startSizes(root, model);
+  startSizes(root, numbers.model);
   new Playground(root);
-  new RouterGame(root, game);
-  new Lesson(root);
+  new SortingGame(root, numbers);
+  startCutouts(root, numbers);
+  new Lesson(root, new Flows(root, numbers));
+}
+
+/** @param {HTMLElement} root @param {LessonNumbers} numbers */
+function startCutouts(root, { views, model }) {
+  const image = new Image();
+  image.addEventListener("load", () => paintCutouts(root, image, model.grid));
+  image.src = pictureSource(views.all.picture.src);
+}
+
+/** The explorer's views, each made when its step is first seen: then the emoji fly. */
+class Flows {
+  /** @param {HTMLElement} root @param {LessonNumbers} numbers */
+  constructor(root, numbers) {
+    this.numbers = numbers;
+    /** @type {Map<Element, LessonFlow>} */
+    this.flows = new Map();
+    // That of the step where experts are taken away is a part of the question.
+    const seen = new IntersectionObserver((entries) => entries.forEach(({ isIntersecting, target }) => isIntersecting && this.at(target)));
+    seen.observe(present(root.querySelector("[data-flow=away]")));
+    addEventListener("beforeprint", () => root.querySelectorAll("[data-flow=away]").forEach((box) => this.at(box)));
+  }
+
+  /** @param {Element} box */
+  at(box) {
+    const { flow: name } = /** @type {HTMLElement} */ (box).dataset;
+    const known = this.flows.get(box);
+    if (known) return known;
+    const flow = new LessonFlow(/** @type {HTMLElement} */ (box), this.numbers, name === "card" ? { patch: this.numbers.gate.patch } : {});
+    this.flows.set(box, flow);
+    return flow;
+  }
+
+  /** What an answer shows: the flight, or what an expert's absence changes. @param {Element} step @param {boolean} open */
+  reveal(step, open) {
+    step.querySelectorAll("[data-flow]").forEach((box) => {
+      const { flow: name } = /** @type {HTMLElement} */ (box).dataset;
+      const known = this.flows.get(box);
+      if (name !== "away") return void (open && (known ? known.fly() : this.at(box)));
+      const flow = this.at(box);
+      flow.allow(open);
+      const { telling } = tellingAndQuiet(this.numbers);
+      if (open ? flow.away === null : flow.away !== null) flow.take(open ? telling : flow.away);
+    });
+  }
 }
 
 /** Of the site; the explorer, where it serves this page, puts its own address in the place. */
@@ -42,9 +85,9 @@ const total = (steps, of) => steps.reduce((sum, step) => sum + of(step), 0);
 const QUESTIONS = 5; // minutes
 
 /** @param {LessonStep[]} steps @param {LessonNumbers} numbers */
-const head = (steps, { model, without }) => html`<nav class="mv-site" aria-label="Pages"><a data-explore>Explorer</a><a aria-current="page" href="#step-1">Lesson</a></nav>
+const head = (steps, { model }) => html`<nav class="mv-site" aria-label="Pages"><a data-explore>Explorer</a><a aria-current="page" href="#step-1">Lesson</a></nav>
   <header class="ls-head"><h1>Mixture of Experts in ${total(steps, ({ minutes }) => minutes) + QUESTIONS} minutes</h1>
-  <p>Predict first, then look. The numbers are those of two models that moevision carries, ${model.title} and ${without.title}, and of a toy that trains in this page; others name their source. No network is needed.</p>
+  <p>Predict first, then look. The numbers are those of a model that moevision carries, “${model.title}”, and of a toy that trains in this page; others name their source. No network is needed.</p>
   <ol class="ls-plan">${steps.map(({ title, minutes, alone }, index) => html`<li data-number="${index + 1}" class="${alone ? "" : "ls-class"}"><a href="#step-${index + 1}">${title}</a> <span class="mv-soft mv-num">${minutes} min</span></li>`)}
     <li class="ls-class" data-number=""><span>Questions</span> <span class="mv-soft mv-num">${QUESTIONS} min</span></li></ol>
   <p class="ls-row"><button type="button" class="mv-button" data-alone aria-pressed="false">Alone, in ${total(steps, ({ alone = 0 }) => alone)} minutes</button>
@@ -70,14 +113,15 @@ const section = (step, index) => html`<section class="ls-step ${step.alone ? "" 
     <div class="ls-answer" id="answer-${index + 1}" hidden>${step.answer}</div></div></section>`;
 
 /** @param {LessonNumbers} numbers */
-const foot = ({ photos, model, classes, without }) => html`<footer class="ls-foot mv-note"><h2>Where this comes from</h2>
-  <p>Photos: ${photos.map(({ name, credit }) => `${name} (${credit})`).join("; ")}.</p>
-  <p>${model.title}: ${model.data}; step 7 counts ${classes.images} of the test photos. ${without.title}, of step 9: drawn by moevision’s code. One training each: another one deals other numbers. DeepSeek-V3: its report. CIFAR-10, in step 10: <code>benchmarks/sparsity</code> of moevision.</p></footer>`;
+const foot = ({ model, taken, guessed }) => html`<footer class="ls-foot mv-note"><h2>Where this comes from</h2>
+  <p>${model.title}: ${model.data}; ${model.licence}. The page of steps 1, 3, 5 and 7 is the one that the explorer opens with this model: step 7 says how it was chosen. Steps 1, 5 and 6 count on ${taken.pages.toLocaleString("en")} test pages, step 6 on ${guessed.pages} of them. One training: another one deals other boxes.</p>
+  <p>Step 8, “Do experts pay?”: <code>benchmarks/experts_pay</code> of moevision. DeepSeek-V3: its report.</p></footer>`;
 
 class Lesson {
-  /** @param {HTMLElement} root */
-  constructor(root) {
+  /** @param {HTMLElement} root @param {Flows} flows */
+  constructor(root, flows) {
     this.root = root;
+    this.flows = flows;
     this.sections = [...root.querySelectorAll(".ls-step")];
     this.all = this.sections;
     this.place = 0;
@@ -134,6 +178,7 @@ class Lesson {
     /** @type {HTMLElement} */ (present(step.querySelector(".ls-answer"))).hidden = !open;
     step.querySelectorAll("[data-right]").forEach((sign) => sign.toggleAttribute("hidden", !open));
     step.classList.toggle("ls-open", open);
+    this.flows.reveal(step, open);
   }
 
   /** On: the answer of this step, then the next step. Back: the step before. @param {number} by */

@@ -1,28 +1,9 @@
-// Figures of the lesson: a photo with its routing, tables. All of it is markup made from the lesson's numbers.
+// Figures of the lesson: what boxes hold of a page of emoji, and tables. All of it is markup made from the lesson's numbers.
 
-import { chip, html, inkOn, rgba } from "../../moevision/demo/assets/core_util.js";
+import { paintBox } from "../../moevision/demo/assets/core_mosaic.js";
+import { brush, chip, html } from "../../moevision/demo/assets/core_util.js";
 import { PALETTE } from "../../moevision/demo/assets/palette.js";
 /** @import { Fill } from "../../moevision/demo/assets/types.js" */
-
-const VEIL = 0.66; // of the expert's colour over the photo
-
-/**
- * A photo and its patches. The photo is cut to its central square, as the model does.
- * @param {{ src: string, grid: number[], about: string, caption: Fill }} photo
- * @param {{ first?: string, only?: number, marks?: Record<number, string> }} [over] the expert that each patch goes to
- *   first, one digit per patch; the one expert to show; letters on patches
- */
-export function photoFigure({ src, grid, about, caption }, { first, only, marks = {} } = {}) {
-  const cells = Array.from({ length: grid[0] * grid[1] }, (_, patch) => {
-    const letter = marks[patch] && html`<b>${marks[patch]}</b>`;
-    const expert = first === undefined ? undefined : Number(first[patch]);
-    if (expert === undefined || (only !== undefined && expert !== only)) return html`<i>${letter}</i>`;
-    const colour = PALETTE[expert];
-    return html`<i style="background:${rgba(colour, VEIL)};color:${inkOn(colour)}">${letter || expert}</i>`;
-  });
-  return html`<figure class="ls-figure"><div class="ls-photo" style="--columns:${grid[1]};aspect-ratio:${grid[1]}/${grid[0]}">
-    <img src="${src}" alt="${about}"><div class="ls-cells" aria-hidden="true">${cells}</div></div><figcaption>${caption}</figcaption></figure>`;
-}
 
 /**
  * A number stays with its unit.
@@ -31,35 +12,41 @@ export function photoFigure({ src, grid, about, caption }, { first, only, marks 
 const joined = (cell) => (typeof cell === "string" ? cell.replace(/(?<=\d) (?=%|points)/g, "\u00a0") : cell);
 
 /** @param {Fill[]} heads @param {Fill[][]} rows */
-export const table = (heads, rows) => html`<div class="ls-wide"><table class="ls-table"><thead><tr>${heads.map((head) => html`<th scope="col">${head}</th>`)}</tr></thead>
+export const table = (heads, rows) => html`<div class="ls-wide"><table class="ls-table"><thead><tr>${heads.map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
   <tbody>${rows.map(([first, ...rest]) => html`<tr><th scope="row">${first}</th>${rest.map((cell) => html`<td>${joined(cell)}</td>`)}</tr>`)}</tbody></table></div>`;
 
 /** @param {number} expert */
 export const expertMark = (expert) => chip(expert, PALETTE.length);
 
-/**
- * How many patches of a photo go to an expert first.
- * @param {string} first @param {number} expert
- */
-export const patchesOf = (first, expert) => [...first].filter((digit) => Number(digit) === expert).length;
+const CUTOUT = 240; // px of a canvas
 
 /**
- * Patches that have the same number in two layers, and how many that would be if the numbers had nothing in common.
- * @param {string} one @param {string} other @param {number} experts
+ * What one box holds of the page: its emoji at their places.
+ * @param {number} box @param {(number | null)[]} choice the box of each emoji
  */
-export function sameNumber(one, other, experts) {
-  const same = [...one].filter((digit, patch) => digit === other[patch]).length;
-  const both = Array.from({ length: experts }, (_, expert) => (patchesOf(one, expert) * patchesOf(other, expert)) / one.length);
-  return { same, chance: both.reduce((left, right) => left + right) };
-}
+export const cutout = (box, choice) =>
+  html`<canvas width="${CUTOUT}" height="${CUTOUT}" data-cutout="${box}" data-choice="${choice.join()}" aria-hidden="true"></canvas>`;
 
 /**
- * Where the patches of a mosaic lie: [x, y, side] of the patch at each place, in parts of the mosaic's width.
- * @param {number} count @param {number} height of the mosaic, over its width
+ * All boxes, as small copies of the page.
+ * @param {number[]} choice the box of each emoji @param {number} boxes @param {string} caption
  */
-export function mosaicPlaces(count, height) {
-  let columns = 4;
-  while (height > 0 && Math.ceil(count / columns) > columns * height) columns += 1; // in a box without room none fits
-  const side = 1 / columns;
-  return [...Array(count).keys()].map((place) => [(place % columns) * side, Math.floor(place / columns) * side, side]);
+export const boxesFigure = (choice, boxes, caption) => html`<figure class="ls-sorted"><figcaption>${caption}</figcaption><ul class="ls-cutouts">${Array.from({ length: boxes }, (_, box) => html`<li
+  style="--own:${PALETTE[box]}" aria-label="Box ${box}: ${emojiIn(choice, box)} emoji">${cutout(box, choice)}<span>${emojiIn(choice, box) || "none"}</span></li>`)}</ul></figure>`;
+
+/** @param {(number | null)[]} choice @param {number} box */
+export const emojiIn = (choice, box) => choice.filter((one) => one === box).length;
+
+/**
+ * Paint the cut-outs of a part of the page.
+ * @param {Element} root @param {HTMLImageElement} image the page @param {[number, number]} grid
+ */
+export function paintCutouts(root, image, grid) {
+  if (!image.naturalWidth) return;
+  const paper = getComputedStyle(root).getPropertyValue("--bg").trim();
+  root.querySelectorAll("canvas[data-cutout]").forEach((one) => {
+    const canvas = /** @type {HTMLCanvasElement} */ (one);
+    const { cutout: box, choice = "" } = canvas.dataset;
+    paintBox(brush(canvas), image, choice.split(",").map((mine) => Number(mine === box)), grid, paper);
+  });
 }

@@ -12,9 +12,12 @@ const SIDE = 480; // px of the canvas
 const HIGH = 150; // px of the curve
 const SPAN = 1.15; // the plane is shown from -SPAN to SPAN
 const TILES = 48; // in which the plane is coloured
+// The training goes by the clock, not by the frames that a busy machine can draw: a frame is worth the ticks since the last.
+const TICK_MS = 1000 / 60;
+const MOST_MS = 500; // that a frame makes up for: training takes time itself, and a page that slept doesn't run ahead
 // Most happens in the first steps, and in those after the slider was moved: these are shown slowly.
-const PACES = [[40, 1 / 4], [160, 1], [Infinity, 5]]; // until so many steps since then: steps per frame
-const FRAMES = 288; // that have a step, up to 800 steps: the width of the curve
+const PACES = [[40, 1 / 4], [160, 1], [Infinity, 5]]; // until so many steps since then: steps per tick
+const TICKS = 288; // that have a step, up to 800 steps: the width of the curve
 // After a press of Train and after a move of the slider: what the answer counts after; made at once where motion is unwanted.
 const SOME_STEPS = 800;
 
@@ -40,11 +43,13 @@ export class Playground {
     this.running = false;
     this.seed = 1;
     this.net = fresh(EXPERTS, this.seed);
-    /** @type {{ load: number[], right: number, balance: number }[]} at each frame */
+    /** @type {{ load: number[], right: number, balance: number }[]} at each tick that had a step */
     this.past = [];
     this.moved = 0; // the step at which the slider was moved last
     this.last = 0; // the step at which the training stops
-    this.due = 0; // part of a step that is waiting for its frame
+    this.due = 0; // part of a step that is waiting for its tick
+    this.drawn = 0; // when the last frame was, in ms
+    this.waiting = 0; // ms that are no tick yet
     root.addEventListener("click", (event) => this.onClick(/** @type {HTMLElement} */ (event.target)));
     this.find("[data-play=balance]").addEventListener("input", (event) => {
       this.rules.balance = BALANCES[Number(/** @type {HTMLInputElement} */ (event.target).value)];
@@ -84,21 +89,27 @@ export class Playground {
     this.last = this.net.steps + SOME_STEPS;
     this.running = true;
     if (stillWanted()) {
-      while (this.running) this.advance();
+      while (this.running) this.tick();
       this.draw();
-    } else if (asleep) requestAnimationFrame(() => this.frame());
+    } else if (asleep) {
+      [this.drawn, this.waiting] = [performance.now(), 0];
+      requestAnimationFrame(() => this.frame());
+    }
     this.settle();
   }
 
   frame() {
-    if (this.running) this.advance();
+    const now = performance.now();
+    this.waiting += Math.min(now - this.drawn, MOST_MS);
+    this.drawn = now;
+    for (; this.running && this.waiting >= TICK_MS; this.waiting -= TICK_MS) this.tick();
     this.draw();
     if (this.running) requestAnimationFrame(() => this.frame());
     else this.settle();
   }
 
-  /** What one frame is worth. */
-  advance() {
+  /** What one tick is worth. */
+  tick() {
     const since = this.net.steps - this.moved;
     this.due += present(PACES.find(([until]) => since < until))[1];
     for (; this.due >= 1; this.due -= 1) {
@@ -128,29 +139,29 @@ export class Playground {
   /** The loads so far as bands that fill the height, and the share of points that are told right. */
   drawCurve() {
     const pen = brush(/** @type {HTMLCanvasElement} */ (this.find("[data-curve]")));
-    const wide = SIDE / Math.max(FRAMES, this.past.length);
+    const wide = SIDE / Math.max(TICKS, this.past.length);
     pen.fillStyle = "#ffffff";
     pen.fillRect(0, 0, SIDE, HIGH);
-    this.past.forEach(({ load }, frame) => {
+    this.past.forEach(({ load }, tick) => {
       let top = 0;
       load.forEach((share, expert) => {
         pen.fillStyle = PALETTE[expert];
-        pen.fillRect(Math.floor(frame * wide), top * HIGH, Math.ceil(wide), share * HIGH + 0.5);
+        pen.fillRect(Math.floor(tick * wide), top * HIGH, Math.ceil(wide), share * HIGH + 0.5);
         top += share;
       });
     });
     pen.strokeStyle = "#111111";
     pen.lineWidth = 2.5;
     pen.beginPath();
-    this.past.forEach(({ right }, frame) => pen.lineTo((frame + 0.5) * wide, (1 - right) * HIGH + 1));
+    this.past.forEach(({ right }, tick) => pen.lineTo((tick + 0.5) * wide, (1 - right) * HIGH + 1));
     pen.stroke();
     pen.lineWidth = 1.5;
     pen.setLineDash([5, 4]);
-    this.past.forEach(({ balance }, frame) => {
-      if (balance === (this.past[frame - 1]?.balance ?? balance)) return;
+    this.past.forEach(({ balance }, tick) => {
+      if (balance === (this.past[tick - 1]?.balance ?? balance)) return;
       pen.beginPath();
-      pen.moveTo(frame * wide, 0);
-      pen.lineTo(frame * wide, HIGH);
+      pen.moveTo(tick * wide, 0);
+      pen.lineTo(tick * wide, HIGH);
       pen.stroke();
     });
     pen.setLineDash([]);

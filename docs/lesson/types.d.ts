@@ -1,62 +1,38 @@
 // Types of the lesson's script.
 
-import type { Fill } from "../../moevision/demo/assets/types";
+import type { Effect, Fill, Packed, View } from "../../moevision/demo/assets/types";
 
-/** A photo of the lesson: the expert of each patch's first choice as one digit, by layer; and before the training. */
-export interface LessonPhoto {
-  name: string;
-  label: string;
-  credit: string;
-  answer: string;
-  probability: number;
-  first: Record<number, string>;
-  before: string;
-}
+/** What a group's experts are missed for: accuracy before and after, on its own pages and on all others. */
+export interface LessonWithout { experts: number[]; own: [number, number]; others: [number, number]; random: number; pages: number }
+/** What an expert takes, over all pages that are counted. */
+export interface LessonTaken { expert: number; group: string; share: number; named: boolean; of_group: number; load: number; sample: string; sample_groups: string[] }
 
-/** What taking one expert away does to one image. */
-export interface LessonEffect {
-  name: string;
-  patches: number;
-  before: number;
-  after: number;
-  answer: string;
-  answer_probability: number;
-  random_mean: number;
-  random_sd: number;
-  draws: number;
-}
+/** What every expert makes of every emoji of the page, [P · E, D], and the classifier that reads the mean over emoji. */
+export interface LessonSorting { parts: Packed; head: Packed; bias: Packed; eps: number; own: number[] }
 
 /** The numbers of the lesson, as build.py measures them. */
 export interface LessonNumbers {
-  model: { title: string; data: string; grid: number[]; depth: number; layers: number[]; layer: number; experts: number; top_k: number; parameters: number; active_parameters: number; width: number; hidden: number };
-  photos: LessonPhoto[];
-  gate: { patch: number; scores: number[]; shares: number[]; experts: number[]; weights: number[] };
-  classes: { images: number; names: string[]; share: number[][] };
-  neighbours: { photos: number; before: number; after: number; shuffled_before: number; shuffled_after: number };
-  without: {
-    title: string;
-    images: number;
-    right_test: number;
-    experts: { name: string; work: number; changed_validation: number; changed_test: number }[];
-    shown: { index: number; label: string; src: string };
-    telling: LessonEffect;
-    quiet: LessonEffect;
+  model: {
+    title: string; data: string; licence: string; image_size: number; grid: [number, number]; groups: string[]; experts: number; top_k: number; width: number;
+    hidden: number; parameters: number; active_parameters: number; accuracy: { moe: number; dense: number };
+    accuracy_interval: { moe: [number, number]; dense: [number, number] }; test_images: number;
   };
-  game: LessonGame;
-  photos_without: { photos: number; removals: number; changed: number };
-  /** Of benchmarks/sparsity: after equal steps; points at equal time. */
-  sparsity: { seeds: { moe: number; twin: number }; right: { moe: number; twin: number }; equal_time: { mean: number; low: number; high: number }; verdict: string };
-}
-
-/** Pieces of a photo that are given to four experts: what each adds to the score of the label [16, 4]. */
-export interface LessonGame {
-  photo: string;
-  label: string;
-  side: number;
-  experts: number[];
-  parts: number[][];
-  bias: number;
-  own: { choice: number[]; answer: number };
+  page: { group: string; names: string[]; groups: string[]; faces: number[] };
+  /** The page's view, and what differs from it without each expert. */
+  views: { all: View; without: Pick<View, "layers" | "prediction" | "settings">[] };
+  sorting: LessonSorting;
+  gate: { patch: number; scores: number[]; shares: number[]; expert: number; weight: number };
+  taken: { pages: number; experts: LessonTaken[] };
+  /** How often an emoji's group is guessed right from its box. */
+  guessed: { pages: number; trained: number; random: number; random_best: number; clusters: number; chance: number; draws: number; random_page: number[] };
+  /** Accuracy on test pages: as the model is, with random experts, with one expert for everything. */
+  right: { pages: number; all: number; random: number; one: number[] };
+  effects: Omit<Effect, "view">[];
+  without: Record<string, LessonWithout>;
+  /** From how many pages the page was chosen. */
+  chosen: { images: number; right: number; named: number; change: number };
+  /** Of benchmarks/experts_pay, points from the strongest dense model at equal time: "+7.2 (+6.7 to +7.7)". */
+  pays: { seeds: number; kinds: string; groups: string; named: string };
 }
 
 /** A step of the lesson; `right` is the place of the right choice, -1 where there is none to choose. */

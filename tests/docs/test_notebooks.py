@@ -123,5 +123,7 @@ def test_a_notebook_runs(path):
     )
     assert 0 < cpu_s < LIMIT_S
     shown = [output for cell in code_cells(notebook) for output in cell.get("outputs", ())]
+    # A clean environment has no ipywidgets, which tqdm misses in a notebook.
+    assert not [one for one in shown if "IProgress" in one.get("text", "")]
     has_view = any("text/html" in output.get("data", {}) for output in shown)
     assert has_view or "02" in path.stem  # the explorer's view

@@ -1,11 +1,11 @@
-// The lesson's toy: its gradients, and that balancing does what the lesson says it does.
+// The lesson's toy: its gradients, and that balancing does what the lesson says it does; and a page sorted by hand.
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
-import { costOf } from "../../../docs/lesson/lesson_hero.js";
-import { bestNames, costOfChoice, randomCost } from "../../../docs/lesson/lesson_router.js";
-import { TOY } from "../../../docs/lesson/lesson_steps.js";
+import { costOf } from "../../../docs/lesson/lesson_sizes.js";
+import { answerOfChoice, costOfSorting, kindestExperts, randomSorting } from "../../../docs/lesson/lesson_sorting.js";
+import { lessonSteps, TOY } from "../../../docs/lesson/lesson_steps.js";
 import { COMMON, fresh, lossOf, route, sharing, spiral, train } from "../../../docs/lesson/lesson_toy.js";
 
 test("the gate is a softmax of which the top k are kept", () => {
@@ -51,7 +51,7 @@ for (const topK of [1, 2]) {
   });
 }
 
-test("the answer of step 6 counts what the toy does: it starts even, collapses, and recovers", () => {
+test("the answer of step 4 counts what the toy does: it starts even, collapses, and recovers", () => {
   const points = spiral(240, 1);
   const found = ["start", "without", "balanced"].map((name) => ({ name, atWork: [0, 0, 0, 0], right: 0, busiest: 0 }));
   for (let seed = 1; seed <= 30; seed += 1) {
@@ -83,20 +83,55 @@ test("the answer of step 6 counts what the toy does: it starts even, collapses, 
   assert.ok(found[0].busiest < 4 / 3 && found[1].atWork[3] === 0, JSON.stringify(found));
 });
 
-test("the router game adds up pieces, counts the fullest expert, and names boxes kindly", () => {
-  // Two pieces for two of four experts: the score is 0.5 + 1 + ln 3 - 1.5, of which the sigmoid is 3/4.
-  const parts = [[1, 0, 0, 0], [0, Math.log(3) - 1.5, 0, 0]];
-  const game = { photo: "", label: "dog", side: 1, experts: [0, 5, 6, 2], parts, bias: 0.5, own: { choice: [0, 0], answer: 0.5 } };
-  const cost = costOfChoice(game, [0, 1]);
-  assert.ok(Math.abs(cost.answer - 0.75) < 1e-12);
-  assert.deepEqual([cost.busiest, cost.alike], [2, 1]);
-  assert.deepEqual(bestNames([3, 3, 1, 0], [0, 0, 2, 1]), [0, 0, 2, 1]); // the same groups by other letters
-  assert.ok(randomCost(game).alike > 1); // chance is named as kindly
+const read = () => JSON.parse(readFileSync(new URL("../../../docs/lesson/lesson_numbers.json", import.meta.url), "utf8"));
+
+/** Numbers as the server packs them, in thousandths. @param {number[]} numbers @param {number[]} shape */
+const packed = (numbers, shape) => ({ unit: 0.001, shape, data: Buffer.from(Int16Array.from(numbers.map((one) => Math.round(one * 1000))).buffer).toString("base64") });
+
+test("a sorting by hand is a mean over emoji, normed and read", () => {
+  // Two emoji, two experts, two channels. Emoji 0 by expert 1 is [1, 3], emoji 1 by expert 0 [3, 9]: mean [2, 6], normed
+  // [-1, 1]. The first group reads the second channel times ln 3 / 2, the other one less the same: 3 to 1/3 is 9 to 1.
+  const parts = packed([[9, 9], [1, 3], [3, 9], [0, 0]].flat(), [4, 2]);
+  const half = Math.log(3) / 2;
+  const sorting = { parts, head: packed([-half, half, half, -half], [2, 2]), bias: packed([0, 0], [2]), eps: 0, own: [0, 0] };
+  const [first, second] = answerOfChoice(sorting, [1, 0]);
+  assert.ok(Math.abs(first - 0.9) < 1e-3 && Math.abs(first + second - 1) < 1e-12, String(first));
+  const cost = costOfSorting(sorting, [1, 0], 2);
+  assert.deepEqual([cost.busiest, cost.alike], [1, 1]);
 });
 
-test("of 64 experts two run: 8 times the parameters of 8, and 1.8 % more work", () => {
+test("letters are matched with experts as kindly as possible, each expert once", () => {
+  assert.deepEqual(kindestExperts([3, 3, 1, 0], [0, 0, 2, 1], 4), [0, 0, 2, 1]); // the same groups by other letters
+  // Box 0 shares two emoji with expert 5 and one with 2; box 1 shares two with 5, too, and none with another: 0 gives way.
+  const found = kindestExperts([0, 0, 0, 1, 1], [5, 5, 2, 5, 5], 8);
+  assert.deepEqual([found[2], found[3], found[4]], [2, 5, 5]);
+  assert.equal(new Set([found[0], found[3]]).size, 2);
+});
+
+test("the page of the lesson: the router's sorting gives the model's answer, and chance doesn't", () => {
+  const { sorting, model, page, views } = read();
+  const group = model.groups.indexOf(page.group);
+  const own = costOfSorting(sorting, sorting.own, model.experts);
+  const [best] = views.all.prediction.moe;
+  assert.equal(best.class, page.group);
+  assert.ok(Math.abs(own.answer[group] - best.p) < 0.01, String(own.answer[group]));
+  assert.equal(own.alike, sorting.own.length);
+  const chance = randomSorting(sorting, model.experts, group);
+  assert.ok(chance.answer < own.answer[group] - 0.2 && chance.alike < own.alike / 2, JSON.stringify(chance));
+});
+
+test("every question has choices that differ, and its right one among them", () => {
+  const steps = lessonSteps(read());
+  assert.equal(steps.length, 8);
+  steps.forEach(({ title, choices, right }) => {
+    assert.equal(new Set(choices).size, choices.length, title);
+    assert.ok(choices.length ? choices[right] : right === -1, title);
+  });
+});
+
+test("of 64 experts one or two run: 8 times the parameters of 8, and little more work", () => {
   const model = /** @type {any} */ ({ width: 384, hidden: 768, top_k: 2 });
-  const [few, many] = [8, 64].map((experts) => costOf(experts, model));
+  const [few, many] = [8, 64].map((count) => costOf(count, model));
   assert.equal(few.parameters, 8 * (384 * 768 * 2 + 768 + 384) + 384 * 8);
   assert.equal(many.parameters / few.parameters, 8);
   assert.equal(many.sparse - few.sparse, 56 * 384);
@@ -104,17 +139,8 @@ test("of 64 experts two run: 8 times the parameters of 8, and 1.8 % more work", 
   assert.equal(many.dense, 64 * 2 * 384 * 768);
 });
 
-test("a quarter of the experts' parameters runs, and random shares out more evenly than the model", () => {
-  const { game, model } = JSON.parse(readFileSync(new URL("../../../docs/lesson/lesson_numbers.json", import.meta.url), "utf8"));
+test("of the experts' parameters those of one run", () => {
+  const { model } = read();
   const idle = model.parameters - model.active_parameters;
-  assert.equal(idle, model.layers.length * (model.experts - model.top_k) * (2 * model.width * model.hidden + model.width + model.hidden));
-  assert.ok(randomCost(game).busiest < costOfChoice(game, game.own.choice).busiest);
-});
-
-test("the game's numbers: the model's own 16 pieces and every other way keep the answer", () => {
-  const { game } = JSON.parse(readFileSync(new URL("../../../docs/lesson/lesson_numbers.json", import.meta.url), "utf8"));
-  const worst = game.parts.map((piece) => piece.indexOf(Math.min(...piece)));
-  const [least, own] = [worst, game.own.choice].map((choice) => costOfChoice(game, choice).answer);
-  assert.ok(least > 0.5 && own > least, String([least, own]));
-  assert.ok(Math.abs(randomCost(game).answer - own) < 0.05);
+  assert.equal(idle, (model.experts - model.top_k) * (2 * model.width * model.hidden + model.width + model.hidden));
 });
