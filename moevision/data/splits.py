@@ -23,7 +23,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from moevision.data.collection import SPLITS, Collection, Sample, SplitSamples
+from moevision.data.collection import (
+    SPLITS,
+    Collection,
+    Sample,
+    SplitSamples,
+    quoted_names,
+)
 from moevision.errors import UserError, escape_csv_cell, name_bytes
 from moevision.files import csv_text, read_csv, write_text_atomic
 
@@ -214,14 +220,15 @@ def stratified_cut(
     for sample, group in zip(samples, groups_of_samples, strict=True):
         parts[part_of_group.get(group, "train")].append(sample)
 
-    for part, members in parts.items():
-        present = {sample.label for sample in members}
-        for label, label_groups in groups_of_label.items():
-            if label not in present:
-                raise UserError(
-                    f"class {class_names[label]!r} can't be in each of {', '.join(parts)}: {len(label_groups)} "
-                    f"independent images or groups of it leave none for {part}: add some or remove the class"
-                )
+    # Classes that are in fewer parts than there are.
+    places = {(part, sample.label) for part, members in parts.items() for sample in members}
+    part_counts = Counter(label for _, label in places)
+    lacking = [class_names[label] for label, count in part_counts.items() if count < len(parts)]
+    if lacking:
+        raise UserError(
+            f"class {quoted_names(sorted(lacking))} can't be in each of {', '.join(parts)}: it has too few independent "
+            "images or groups of them, add some or remove the class"
+        )
     return parts
 
 

@@ -52,6 +52,7 @@ from moevision.train.processes import (
     print_rank0,
 )
 from moevision.train.task import ClassificationTask
+from moevision.words import duration, percent
 
 MAX_DATA_WAIT: Final = 0.03  # of the training time: above it waiting for data is worth a remedy
 _SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
@@ -182,6 +183,46 @@ class StopEarly(EarlyStopping):
             f"Stopped early after {done}: {self.monitor} was no better than {float(self.best_score):.4f} in "
             f"{self.wait_count} validations. The learning rate had not come down to its end."
         ]
+
+
+class EpochLines(L.Callback):
+    """Says after each validation how far the training is, where no progress bar does."""
+
+    def __init__(self) -> None:
+        self._began_s = 0.0
+        self._first_step = 0
+        self._steps = math.inf  # of the whole training
+
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        self._began_s = time.monotonic()
+        self._first_step = trainer.global_step
+        self._steps = trainer.estimated_stepping_batches  # asks all processes
+
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+        steps_done = trainer.global_step - self._first_step
+        if trainer.state.fn is not TrainerFn.FITTING or not steps_done:
+            return
+        if trainer.progress_bar_callback is None:
+            print_rank0(self.line(trainer, steps_done))
+
+    def line(self, trainer: L.Trainer, steps_done: int) -> str:
+        """Epoch, validation, and how long the rest will take; `steps_done` are those of this session."""
+        accuracy, balanced, loss = (
+            float(trainer.callback_metrics[f"val/{name}"])
+            for name in ("top1", "balanced_acc", "loss")
+        )
+        text = f"epoch {trainer.current_epoch + 1}"
+        if trainer.max_epochs and trainer.max_epochs > 0:
+            text += f" of {trainer.max_epochs}"
+        text += f": validation {percent(accuracy)} right"
+        if percent(balanced) != percent(accuracy):
+            text += f" (balanced {percent(balanced)})"
+        text += f", loss {loss:.3f}"
+        if math.isfinite(self._steps):
+            seconds_per_step = (time.monotonic() - self._began_s) / steps_done
+            left_s = seconds_per_step * (self._steps - trainer.global_step)
+            text += f", {duration(left_s)} left"
+        return text
 
 
 def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
