@@ -63,6 +63,8 @@ _MAX_SPREAD = 0.5  # the largest possible standard deviation of numbers in [0, 1
 # Below this accuracy the lists rank mistakes of the model rather than of the images.
 _WEAK_ACCURACY = 0.6
 _MIN_VISITS = 3  # of an image during the training, for scores that need several
+# Of fewer visits the mean margin is largely that of the training's start: the finished model's list comes first.
+_MANY_VISITS = 10
 _TABLE_ROWS = 1000  # of a table of the page, at most
 _GROUP_IMAGES = 5  # images shown for each class or expert
 _MAX_GROUPS = 64  # classes or experts that are shown with images
@@ -676,7 +678,7 @@ _SCORE_LISTS = (
         name="Doubtful labels",
         title="Other images speak against the label",
         about="Lowest area under the margin: the logit of the label less the largest other one, mean over the "
-        "training. Wrong labels come first, and with them rare and ambiguous images.",
+        "training. Wrong labels, and with them rare and ambiguous images; of few visits many right labels.",
         score="aum",
         form="margin {:.2f}",
     ),
@@ -879,9 +881,14 @@ def ranked_lists(facts: ImageFacts, split: Ints, show: int) -> list[Ranked]:
     if is_grey.sum() > _MAX_GREY_SHARE * is_read.sum():
         is_grey[:] = False
     unreadable = np.array(sorted(facts.problems)[:show], np.int64)
-    return [
+    labels = [
         _by_score("doubtful", facts, show),
         Ranked.lowest("contradicted", facts.margin, show, "margin {:.2f}", split == 0),
+    ]
+    if facts.visits.max(initial=0) < _MANY_VISITS:
+        labels.reverse()
+    return [
+        *labels,
         _by_score("hardest", facts, show),
         _by_score("unsteady", facts, show),
         _unlike_class(facts, show),

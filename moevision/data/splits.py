@@ -220,16 +220,20 @@ def stratified_cut(
     for sample, group in zip(samples, groups_of_samples, strict=True):
         parts[part_of_group.get(group, "train")].append(sample)
 
-    # Classes that are in fewer parts than there are.
-    places = {(part, sample.label) for part, members in parts.items() for sample in members}
-    part_counts = Counter(label for _, label in places)
-    lacking = [class_names[label] for label, count in part_counts.items() if count < len(parts)]
-    if lacking:
-        raise UserError(
-            f"class {quoted_names(sorted(lacking))} can't be in each of {', '.join(parts)}: it has too few independent "
-            "images or groups of them, add some or remove the class"
-        )
+    _check_all_classes(parts, class_names)
     return parts
+
+
+def _check_all_classes(parts: SplitSamples, class_names: Sequence[str]) -> None:
+    """Raise a UserError if a part has no image of some classes."""
+    present = [{sample.label for sample in members} for members in parts.values()]
+    lacking = set.union(*present) - set.intersection(*present)
+    if lacking:
+        names = quoted_names([class_names[label] for label in sorted(lacking)])
+        raise UserError(
+            f"class {names} can't be in each of {', '.join(parts)}: too few independent images or groups of it, add "
+            "some or remove the class"
+        )
 
 
 def _nearest_groups(counts: Mapping[str, int], needed: int) -> list[str]:

@@ -48,6 +48,7 @@ from moevision.config import (
 )
 from moevision.data import ImageDataModule
 from moevision.data.folder import DATASET_NAMES, HF
+from moevision.data.scores import FILE as SCORES_FILE
 from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges, escape_controls
 from moevision.files import newest_config, write_text_atomic
 from moevision.layers import moe_layers
@@ -170,9 +171,11 @@ def fit(args: ParsedArgs) -> RunResult | None:
 def _print_what_to_do_next(training: Training, result: RunResult) -> None:
     run_dir = training.run_dir
     print_rank0(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
+    run = shell_word(str(run_dir))
+    if (run_dir / SCORES_FILE).is_file():
+        print_rank0(f"Look for wrong labels: moevision data score {run}")
     if not result.summary.layers:
         return
-    run = shell_word(str(run_dir))
     print_rank0(f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}")
     if not training.settings.with_twin and result.summary.choice is None:
         print_rank0(

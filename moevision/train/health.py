@@ -202,8 +202,8 @@ class EpochLines(L.Callback):
         steps_done = trainer.global_step - self._first_step
         if trainer.state.fn is not TrainerFn.FITTING or not steps_done:
             return
-        if trainer.progress_bar_callback is None:
-            print_rank0(self.line(trainer, steps_done))
+        if trainer.progress_bar_callback is None and trainer.is_global_zero:
+            print(self.line(trainer, steps_done), flush=True)
 
     def line(self, trainer: L.Trainer, steps_done: int) -> str:
         """Epoch, validation, and how long the rest will take; `steps_done` are those of this session."""

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,7 @@ def test_every_file_of_the_run_folder(tiny_run):
         "bad_images.csv",
         "curves.png",
         "confusion.png",
+        "mistakes.png",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "model/config.json",
@@ -90,7 +92,7 @@ def test_every_file_of_the_run_folder(tiny_run):
         assert {
             path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()
         } >= files
-    for name in ("curves.png", "confusion.png"):
+    for name in ("curves.png", "confusion.png", "mistakes.png"):
         with Image.open(tiny_run / name) as picture:
             assert min(picture.size) > 200
 
@@ -123,6 +125,18 @@ def test_predictions_agree_with_the_summary(tiny_run):
     assert f"recognised** ({right} of {len(predictions)};" in summary
     tested = next(row for row in reversed(read_csv(tiny_run / "metrics.csv")) if row["test/top1"])
     assert float(tested["test/top1"]) == pytest.approx(right / len(predictions))
+    wrong = Counter(
+        (row["label"], row["prediction"])
+        for row in predictions
+        if row["label"] != row["prediction"]
+    )
+    sizes = Counter(row["label"] for row in predictions)
+    (label, answer), times = wrong.most_common(1)[0]
+    sentence = f"{times} of {sizes[label]} test images of “{label}” were taken for “{answer}”"
+    assert sentence in summary
+    validated = [row["val/top1"] for row in read_csv(tiny_run / "metrics.csv") if row["val/top1"]]
+    told = json.loads((tiny_run / "summary.json").read_text())["validations"]
+    assert told == list(map(float, validated))
 
 
 def test_summary_has_loads_twin_and_next_commands(tiny_run):
