@@ -227,7 +227,7 @@ def stratified_cut(
 def _check_all_classes(parts: SplitSamples, class_names: Sequence[str]) -> None:
     """Raise a UserError if a part has no image of some classes."""
     present = [{sample.label for sample in members} for members in parts.values()]
-    lacking = set.union(*present) - set.intersection(*present)
+    lacking = present[0].union(*present) - present[0].intersection(*present)
     if lacking:
         names = quoted_names([class_names[label] for label in sorted(lacking)])
         raise UserError(
