@@ -188,41 +188,32 @@ class StopEarly(EarlyStopping):
 class EpochLines(L.Callback):
     """Says after each validation how far the training is, where no progress bar does."""
 
-    def __init__(self) -> None:
-        self._began_s = 0.0
-        self._first_step = 0
-        self._steps = math.inf  # of the whole training
-
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         self._began_s = time.monotonic()
         self._first_step = trainer.global_step
-        self._steps = trainer.estimated_stepping_batches  # asks all processes
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
-        steps_done = trainer.global_step - self._first_step
-        if trainer.state.fn is not TrainerFn.FITTING or not steps_done:
+        if trainer.state.fn is not TrainerFn.FITTING or trainer.sanity_checking:
             return
-        if trainer.progress_bar_callback is None and trainer.is_global_zero:
-            print(self.line(trainer, steps_done), flush=True)
+        steps = trainer.estimated_stepping_batches  # asks all processes
+        if trainer.progress_bar_callback is not None or not trainer.is_global_zero:
+            return
 
-    def line(self, trainer: L.Trainer, steps_done: int) -> str:
-        """Epoch, validation, and how long the rest will take; `steps_done` are those of this session."""
-        accuracy, balanced, loss = (
-            float(trainer.callback_metrics[f"val/{name}"])
-            for name in ("top1", "balanced_acc", "loss")
-        )
-        text = f"epoch {trainer.current_epoch + 1}"
-        if trainer.max_epochs and trainer.max_epochs > 0:
-            text += f" of {trainer.max_epochs}"
-        text += f": validation {percent(accuracy)} right"
-        if percent(balanced) != percent(accuracy):
-            text += f" (balanced {percent(balanced)})"
-        text += f", loss {loss:.3f}"
-        if math.isfinite(self._steps):
-            seconds_per_step = (time.monotonic() - self._began_s) / steps_done
-            left_s = seconds_per_step * (self._steps - trainer.global_step)
-            text += f", {duration(left_s)} left"
-        return text
+        epoch = f"epoch {trainer.current_epoch + 1}"
+        if (trainer.max_epochs or 0) > 0:
+            epoch += f" of {trainer.max_epochs}"
+        shares = [
+            float(trainer.callback_metrics[f"val/{name}"]) for name in ("top1", "balanced_acc")
+        ]
+        accuracy, balanced = map(percent, shares)
+        if balanced != accuracy:
+            accuracy += f" (balanced {balanced})"
+
+        steps_done = max(1, trainer.global_step - self._first_step)  # none behind a resume
+        seconds_per_step = (time.monotonic() - self._began_s) / steps_done
+        left_s = seconds_per_step * (steps - trainer.global_step)
+        left = f", {duration(left_s)} left" if math.isfinite(left_s) else ""
+        print(f"{epoch}: validation {accuracy}{left}", flush=True)
 
 
 def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
