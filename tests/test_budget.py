@@ -26,7 +26,7 @@ SIZE = {
     "moevision": (11, 16_495),  # what isn't there is said before torch; lines of progress in files
     "moevision/analysis": (14, 49_727),  # names of experts
     "moevision/commands": (9, 9_522),  # fit says what the experts of emoji take
-    "moevision/data": (15, 33_280),  # all problems of a folder at once; what the square leaves out
+    "moevision/data": (15, 33_292),  # all problems of a folder at once; what the square leaves out
     "moevision/demo": (15, 28_899),  # cards of examples and experts, typed pages, Gradio's JSON
     "moevision/layers": (10, 15_722),
     "moevision/models": (10, 18_514),  # fixed rules refuse dropped patches

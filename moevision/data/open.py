@@ -10,6 +10,7 @@ from typing import Literal
 from moevision.data.collection import (
     Collection,
     DrawnCollection,
+    access_error,
     explain_access_errors,
 )
 from moevision.data.folder import (
@@ -41,8 +42,10 @@ def kind_of(path: str) -> DataKind:
     location = Path(path).expanduser()
     if location.suffix.lower() == ".csv" and os.path.isfile(location):
         return "csv"
-    with explain_access_errors(location):
+    try:
         return "dataset" if is_saved_dataset(location) else "folder"
+    except OSError as error:
+        raise access_error(location, error) from error
 
 
 def open_collection(
