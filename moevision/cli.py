@@ -234,8 +234,11 @@ def _call(verb: str, arguments: list[str]) -> None:
             print(config.help_of(verb, everything=everything), end="")
             return
         args: Any = config.parse_args(verb, arguments)
+        if verb == "fit":
+            _check_images(args.folder)
     else:
         args = parsed(verb, arguments)
+        _check_paths(args)
 
     _, address = VERBS[verb]
     module, _, function = address.partition(":")
@@ -244,6 +247,29 @@ def _call(verb: str, arguments: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
         run(args)
+
+
+def _check_images(folder: str | None) -> None:
+    """Say what is wrong with a folder of images before torch is loaded, which takes seconds."""
+    from moevision.data.folder import check_images
+    from moevision.files import shipped_configs
+
+    if folder is not None and (Path(folder).exists() or folder not in shipped_configs()):
+        check_images(folder)
+
+
+def _check_paths(args: Namespace) -> None:
+    """The same of a model that isn't there, and of images to classify."""
+    from moevision.files import no_model
+
+    for path in getattr(args, "paths", []):
+        if not Path(path).exists():
+            raise UserError(f"There is no file or folder {path}.")
+    model = str(getattr(args, "model", None) or getattr(args, "run", "."))
+    # Names of timm have a _ or a digit and no slash, other addresses a colon.
+    is_path = model.isalpha() or ("/" in model and ":" not in model)
+    if is_path and not Path(model).exists():
+        raise UserError(no_model(model))
 
 
 def _show_warning(

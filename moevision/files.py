@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moevision.errors import UserError, json_text
+from moevision.errors import UserError, escape_controls, json_text
 
 
 def write_bytes_atomic(
@@ -41,6 +41,16 @@ def write_bytes_atomic(
     sync_folder(path.parent)
 
 
+PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of the configs in the installed package, or beside it in a checkout."""
+    inside = PACKAGE / "configs"
+    folder = inside if inside.is_dir() else PACKAGE.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def newest_config(run_dir: Path) -> Path:
     """The config of a run's latest start: the last config-N.yaml, which a resume with changed options writes.
 
@@ -49,6 +59,17 @@ def newest_config(run_dir: Path) -> Path:
     # By length first, so that config-10 comes after config-9.
     changed = sorted(run_dir.glob("config-*.yaml"), key=lambda file: (len(file.name), file.name))
     return changed[-1] if changed else run_dir / "config.yaml"
+
+
+def no_model(name: str) -> str:
+    """A sentence that says that there is no such run or model, and which runs there are."""
+    runs = sorted(file.parent.name for file in Path("runs").glob("*/config.yaml"))
+    hint = (
+        f"runs/ has {', '.join(map(escape_controls, runs[:8]))}"
+        if runs
+        else "give the folder that fit wrote"
+    )
+    return f"There is no run or model {name!r}: {hint}."
 
 
 def sync_file(path: Path) -> None:

@@ -6,8 +6,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+_LINE_EVERY_S = 20.0  # of what takes long, where the output is a file
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -74,3 +79,26 @@ def loading(message: str = "loading PyTorch") -> Iterator[None]:
 
     with Console(stderr=True).status(message):
         yield
+
+
+def with_progress(items: Iterable[T], task: str, total: int) -> Iterator[T]:
+    """Go through items, with a bar on a terminal; into a file goes a line now and then that says how far it is."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(items, task, total, console=console, transient=True)
+        return
+    began_s = told_s = time.monotonic()
+    for done, item in enumerate(items):
+        now_s = time.monotonic()
+        if now_s - told_s >= _LINE_EVERY_S:
+            told_s = now_s
+            left_s = (now_s - began_s) / done * (total - done)
+            print(
+                f"{task}: {percent(done / total, 0)}, {duration(left_s)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+        yield item

@@ -9,7 +9,7 @@ import timm
 import yaml
 from safetensors.torch import save_file
 
-from moevision.data.named import DATASET_NAMES
+from moevision.data.folder import DATASET_NAMES
 from moevision.train.recipe import find_config, shipped_configs
 from tests.shared import refused, succeeded
 

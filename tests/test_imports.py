@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": _DEMO,
     # The verbs name their modules in a table, demo's among them, which is imported when it is called.
     "commands": _DEMO | {"demo"},
-    "cli": {"__init__", "config", "errors", "words"},
+    # Folders and names of runs are checked before torch is imported.
+    "cli": {"__init__", "config", "data", "errors", "files", "words"},
     "__main__": {"cli"},
     "__init__": _NUMBERS | {"efficiency"},
 }

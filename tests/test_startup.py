@@ -89,6 +89,12 @@ print(json.dumps(marks))
 """
 
 
+@pytest.mark.parametrize("call", ["fit no/where", "predict nowhere x.png", "data score nowhere"])
+def test_what_is_not_there_is_said_before_torch_is_loaded(call):
+    program = f"import sys; from moevision.cli import main; print(main({call.split()}))"
+    assert output(f"{program}; print('torch' in sys.modules)")[-2:] == ["2", "False"]
+
+
 def test_the_import_costs_little_more_than_timm():
     """After timm, which moevision imports, so that the second number is all that it adds."""
 

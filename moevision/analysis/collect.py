@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from moevision import __version__
@@ -38,6 +36,7 @@ from moevision.layers import Routing, SoftRouting, forward_routing, moe_layers, 
 from moevision.layers.routing import evaluating
 from moevision.models.convert import layers_that_miss_classifier
 from moevision.models.io import SavedModel, best_device, describe, load_model
+from moevision.words import with_progress
 
 # Beginning of a warning; the report suppresses the warning by this text.
 UNREAD = "The classifier reads the class token alone, so the routes of patches"
@@ -72,7 +71,7 @@ def collect_routing(
         batch_size: images per forward pass.
         limit: take at most so many images, balanced by class.
         path: a file to save the trace to.
-        progress: show a progress bar where there are more than a few batches.
+        progress: say how far it is, on a terminal by a bar.
         split: which part of the data: test, val, train or all.
         seed: random seed of the split, of generated images and of the choice that `limit` makes.
         root: folder in which named datasets live.
@@ -258,12 +257,9 @@ class PictureReader:
     bad: list[tuple[str, str]] = field(default_factory=list)  # name and reason of unreadable ones
 
     def batches(self, progress: bool) -> Iterator[Batch]:
-        """All images in order, with a progress bar where there are more than a few batches."""
+        """All images in order; with `progress` it is said how far that is."""
         starts = range(0, len(self.pictures), self.batch_size)
-        hidden = not progress or len(starts) < 4
-        for start in track(
-            starts, "routing", console=Console(stderr=True), disable=hidden, transient=True
-        ):
+        for start in with_progress(starts, "routing", len(starts)) if progress else starts:
             images = []
             labels = []
             for index in range(start, min(start + self.batch_size, len(self.pictures))):

@@ -36,8 +36,6 @@ import numpy as np
 import torch
 from markupsafe import Markup
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import Progress
 from scipy.fft import dctn
 from scipy.ndimage import laplace
 from scipy.special import log_softmax
@@ -55,7 +53,7 @@ from moevision.files import csv_text, refuse_foreign, write_text_atomic
 from moevision.layers.routing import evaluating
 from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device, load_model
-from moevision.words import shell_word
+from moevision.words import shell_word, with_progress
 
 TABLE, PAGE, THUMBS = "images.csv", "page.html", "thumbs"
 THUMB: Final = 112  # px, the longer side of an image on the page
@@ -65,6 +63,8 @@ _MAX_SPREAD = 0.5  # the largest possible standard deviation of numbers in [0, 1
 # Below this accuracy the lists rank mistakes of the model rather than of the images.
 _WEAK_ACCURACY = 0.6
 _MIN_VISITS = 3  # of an image during the training, for scores that need several
+# Of fewer visits the mean margin is largely that of the training's start: the finished model's list comes first.
+_MANY_VISITS = 10
 _TABLE_ROWS = 1000  # of a table of the page, at most
 _GROUP_IMAGES = 5  # images shown for each class or expert
 _MAX_GROUPS = 64  # classes or experts that are shown with images
@@ -88,11 +88,7 @@ def score_run(
     images = images_of(run_dir)
     model = None if quick else load_model(str(run_dir))
 
-    is_hidden = quick or len(images) < 1000  # it takes a few seconds
-    with Progress(console=Console(stderr=True), transient=True, disable=is_hidden) as bar:
-        task = bar.add_task("looking at images", total=len(images))
-        facts = examine(images, scores, model, partial(bar.advance, task))
-
+    facts = examine(images, scores, model)
     page = {
         **page_facts(images, facts, show),
         "title": f"The images of {escape_controls(run_dir.resolve().name)}",
@@ -560,32 +556,26 @@ def _rows_or_nan(values: Array, rows: Ints) -> Floats:
     return selected
 
 
-def examine(
-    images: RunImages,
-    scores: Scores,
-    model: SavedModel | None,
-    advance: Callable[[int], object] = lambda _: None,
-) -> ImageFacts:
+def examine(images: RunImages, scores: Scores, model: SavedModel | None) -> ImageFacts:
     """Collect everything that is known about the images of a run, from the scores of its training and from the images.
 
-    With a model of None the images aren't opened. `advance` is called after each batch with its number of images.
+    With a model of None the images aren't opened.
     """
     facts = ImageFacts.of_scores(images, scores)
     if model is not None:
-        measure_images(images, model, facts, advance)
+        measure_images(images, model, facts)
         find_neighbours(images, facts)
     return facts
 
 
-def measure_images(
-    images: RunImages, model: SavedModel, facts: ImageFacts, advance: Callable[[int], object]
-) -> None:
+def measure_images(images: RunImages, model: SavedModel, facts: ImageFacts) -> None:
     """Open each image once, and fill in its measures and the model's prediction, or why it can't be read."""
     net = model.net.to(best_device())
     open_image = partial(_open_image, images.collection, model)
     threads = ThreadPoolExecutor(min(16, usable_cores()))
+    starts = range(0, len(images), _BATCH)
     with threads, evaluating(net), torch.inference_mode():
-        for start in range(0, len(images), _BATCH):
+        for start in with_progress(starts, "looking at images", len(starts)):
             batch = images.all[start : start + _BATCH]
             pixels: dict[int, Pixels] = {}
             for index, image in enumerate(threads.map(open_image, batch), start):
@@ -595,7 +585,6 @@ def measure_images(
                     facts.measures[index], pixels[index] = image
             if pixels:
                 predict(model, pixels, images.labels, facts)
-            advance(len(batch))
 
 
 def _open_image(
@@ -689,7 +678,7 @@ _SCORE_LISTS = (
         name="Doubtful labels",
         title="Other images speak against the label",
         about="Lowest area under the margin: the logit of the label less the largest other one, mean over the "
-        "training. Wrong labels come first, and with them rare and ambiguous images.",
+        "training. Wrong labels, and with them rare and ambiguous images; of few visits many right labels.",
         score="aum",
         form="margin {:.2f}",
     ),
@@ -892,9 +881,14 @@ def ranked_lists(facts: ImageFacts, split: Ints, show: int) -> list[Ranked]:
     if is_grey.sum() > _MAX_GREY_SHARE * is_read.sum():
         is_grey[:] = False
     unreadable = np.array(sorted(facts.problems)[:show], np.int64)
-    return [
+    labels = [
         _by_score("doubtful", facts, show),
         Ranked.lowest("contradicted", facts.margin, show, "margin {:.2f}", split == 0),
+    ]
+    if facts.visits.max(initial=0) < _MANY_VISITS:
+        labels.reverse()
+    return [
+        *labels,
         _by_score("hardest", facts, show),
         _by_score("unsteady", facts, show),
         _unlike_class(facts, show),

@@ -32,8 +32,8 @@ from moevision.data.collection import (
     interleave_by_class,
 )
 from moevision.data.drawn import DrawnImages
+from moevision.data.folder import DATASET_NAMES
 from moevision.data.images import BadImageError, upright_rgb
-from moevision.data.named import DATASET_NAMES
 from moevision.data.open import open_collection
 from moevision.data.splits import SplitSettings, is_copy, make_splits, read_splits
 from moevision.data.transforms import square_pixels

@@ -106,7 +106,7 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def analyze(args: Namespace) -> None:
-    """Write the report, and print the three answers and what it says of each layer."""
+    """Write the report, and print its three answers; the layers' numbers are in it."""
     from moevision.analysis import report  # scikit-learn and matplotlib come along
 
     options: dict[str, Any] = {}
@@ -122,9 +122,6 @@ def analyze(args: Namespace) -> None:
     verdict = report.analyze(settings, live=live_view)["verdict"]
     for answer in verdict["answers"]:
         print(escape_controls(answer["sentence"]))
-    for layer in verdict["layers"]:
-        for line in [*layer["sentences"], *layer["numbers"]]:
-            print(f"  {escape_controls(line)}")
     print(f"The report is {escape_controls(str(settings.out / 'report.html'))}")
 
 

@@ -15,8 +15,6 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from moevision.data.folder import unread_formats, walk
@@ -29,7 +27,7 @@ from moevision.models.io import SavedModel, best_device
 from moevision.models.ood import linear_head
 from moevision.train.checkpoint import load_trained
 from moevision.train.processes import print_rank0
-from moevision.words import loading
+from moevision.words import loading, with_progress
 
 UNSURE = "unsure"
 # Of probabilities that are NaN or infinite.
@@ -104,18 +102,11 @@ def _prepare_output(path: str | None, head: bytes, option: str) -> None:
 
 
 def _predict(model: SavedModel, files: Sequence[Path], args: Namespace) -> list[Prediction]:
-    """Classify batch by batch, with a progress bar where that takes long."""
+    """Classify batch by batch."""
     starts = range(0, len(files), args.batch_size)
-    progress = track(
-        starts,
-        "classifying",
-        console=Console(stderr=True),
-        disable=len(starts) < 4,
-        transient=True,
-    )
     with_features = args.features is not None
     predictions = []
-    for start in progress:
+    for start in with_progress(starts, "classifying", len(starts)):
         batch = files[start : start + args.batch_size]
         predictions += predict_batch(model, batch, args.precision, features=with_features)
     return predictions

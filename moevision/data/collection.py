@@ -19,15 +19,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moevision.data.drawn import DrawnImages
 from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.errors import UserError, escape_controls, escape_csv_cell, name_bytes
+
+if TYPE_CHECKING:  # it imports torch, and folders are checked before that
+    from moevision.data.drawn import DrawnImages
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
@@ -293,16 +295,26 @@ def check_same_classes(
     train: Path | str, train_classes: Iterable[str], other: Path | str, other_classes: Iterable[str]
 ) -> None:
     """Refuse splits with different classes, whose accuracies couldn't be compared with those on the training set."""
+    if differences := class_differences(train, train_classes, other, other_classes):
+        raise UserError("; ".join(differences))
+
+
+def class_differences(
+    train: Path | str, train_classes: Iterable[str], other: Path | str, other_classes: Iterable[str]
+) -> list[str]:
+    """What `check_same_classes` refuses, half a sentence each."""
     expected = set(train_classes)
     actual = set(other_classes)
+    differences = []
     if missing := sorted(expected - actual):
-        raise UserError(
+        differences.append(
             f"{other} has no images of the class {quoted_names(missing)}, which {train} has: add some there"
         )
     if surplus := sorted(actual - expected):
-        raise UserError(
+        differences.append(
             f"{other} has the class {quoted_names(surplus)}, which {train} lacks: add it there or remove it"
         )
+    return differences
 
 
 def check_splits(

@@ -24,8 +24,9 @@ from moevision.data.collection import (
     FileCollection,
     Sample,
     check_distinct,
-    check_same_classes,
+    class_differences,
     differ_in_case,
+    explain_access_errors,
     file_identity,
     quoted_names,
     readable_class_names,
@@ -33,14 +34,44 @@ from moevision.data.collection import (
 from moevision.data.images import is_image_path
 from moevision.errors import UserError
 
+HF = "hf:"  # prefix of `--data` for datasets on huggingface.co
+# By name, as `moevision.data.named` reads them; here, since folders are checked before torch is imported.
+DATASET_NAMES = (
+    "emoji",
+    "emoji_kinds",
+    "synthetic_pets",
+    "cifar10",
+    "imagenette",
+    "pets",
+    "pets_cat_dog",
+    "imagenet",
+)
+# Files that Hugging Face's `save_to_disk` writes.
+_SAVED_DATASET = ("dataset_dict.json", "state.json")
 # The end of an error message: the layouts that can be read.
 _LAYOUT = "expected one subfolder per class (cat/1.jpg, dog/7.jpg, ...), or train/ and val/ or test/ of such"
 
 
-def read_folder(root: Path) -> FileCollection:
+def is_saved_dataset(location: Path) -> bool:
+    """Whether a folder holds what Hugging Face's `save_to_disk` writes."""
+    return any((location / name).is_file() for name in _SAVED_DATASET)
+
+
+def check_images(path: str) -> None:
+    """Raise a UserError for a folder that can't be trained on, without torch; tables and names pass."""
+    location = Path(path).expanduser()
+    if path in DATASET_NAMES or path.startswith(HF):
+        return
+    with explain_access_errors(location):
+        if not location.is_file() and not is_saved_dataset(location):
+            read_folder(location, for_training=True)
+
+
+def read_folder(root: Path, *, for_training: bool = False) -> FileCollection:
     """Read a folder-per-class dataset, with or without train / val / test.
 
-    The collection's splits are those folders; one without them has the single split "all".
+    The collection's splits are those folders; one without them has the single split "all". For a training each class
+    needs an image for each split.
     """
     if not root.is_dir():
         raise UserError(_missing_folder_message(root))
@@ -62,11 +93,16 @@ def read_folder(root: Path) -> FileCollection:
         if "test" in files_by_split and not files_by_split["test"]:
             notes.append(f"{splits['test']} has no class folders, so it can't be used for testing")
             del files_by_split["test"]
-    _check_classes(train_folder, train_files, notes)
-    for split, folder in splits.items():
+    parts_of_train = 0
+    if for_training:  # splits that are missing are cut from it
+        parts_of_train = 1 + len({"val", "test"} - files_by_split.keys())
+    problems = _check_classes(train_folder, train_files, parts_of_train, notes)
+    for split in ("val", "test"):
         if split in files_by_split:
             nonempty = [name for name, class_files in files_by_split[split].items() if class_files]
-            check_same_classes(train_folder, train_files, folder, nonempty)
+            problems += class_differences(train_folder, train_files, splits[split], nonempty)
+    if problems:
+        raise UserError("; ".join([*problems, *notes]))
 
     # Labels are indices into the sorted class folders.
     class_folders = sorted(train_files)
@@ -288,14 +324,18 @@ def unread_formats(folder: Path, names: Iterable[str]) -> list[str]:
     ]
 
 
-def _check_classes(folder: Path, files_by_class: dict[str, list[str]], notes: list[str]) -> None:
-    """Raise a UserError unless there are at least two class folders and none is empty; it includes the `notes`."""
+def _check_classes(
+    folder: Path, files_by_class: dict[str, list[str]], parts: int, notes: list[str]
+) -> list[str]:
+    """The classes of too few images for so many parts; a UserError unless there are at least two class folders."""
     notes_suffix = "".join(f"; {note}" for note in notes)
     if not any(files_by_class.values()):
         num_loose = sum(is_image_path(entry) for entry in folder.iterdir())
         contents = (
             f"holds {num_loose} images but no class folders" if num_loose else "holds no images"
         )
+        if [*folder.glob("*.tar"), *folder.glob("*/*.tar")]:
+            notes_suffix += f"; tars in the WebDataset format are read as {HF}{folder}"
         raise UserError(f"{folder} {contents}: {_LAYOUT}{notes_suffix}")
 
     # All folders are named as splits, for example test and val without train.
@@ -316,10 +356,19 @@ def _check_classes(folder: Path, files_by_class: dict[str, list[str]], notes: li
         )
 
     empty = [name for name, files in files_by_class.items() if not files]
+    few = [name for name, files in files_by_class.items() if 0 < len(files) < parts]
+    problems = []
     if empty:
-        raise UserError(
-            f"no images in the class folder {quoted_names(empty)} of {folder}: fill or remove it{notes_suffix}"
+        problems.append(
+            f"no images in the class folder {quoted_names(empty)} of {folder}: fill it, or leave it out by a _ before "
+            "its name"
         )
+    if few:
+        problems.append(
+            f"fewer than {parts} images, one for each split, in the class folder {quoted_names(few)} of {folder}: add "
+            "some, or leave it out by a _ before its name"
+        )
+    return problems
 
 
 def _missing_folder_message(root: Path) -> str:
@@ -328,6 +377,8 @@ def _missing_folder_message(root: Path) -> str:
         return f"{root} is a configuration: give it by --config {root}"
     if root.is_file():
         return f"{root} is a file: unpack it and give the folder, {_LAYOUT}"
+    if similar := difflib.get_close_matches(str(root), DATASET_NAMES, n=1):
+        return f"there is no folder {root}: did you mean the dataset {similar[0]!r}?"
     parent = root.absolute().parent
     # The nearest ancestor that exists.
     while not parent.is_dir():
@@ -340,4 +391,4 @@ def _missing_folder_message(root: Path) -> str:
         hint = f"{parent} has the folders {quoted_names(folders)}"
     else:
         hint = f"{parent} has no folders"
-    return f"there is no folder {root}: {hint}; {_LAYOUT}"
+    return f"there is no folder {root}: {hint}; {_LAYOUT}; or a dataset's name: {', '.join(DATASET_NAMES)}"

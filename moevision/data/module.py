@@ -14,6 +14,7 @@ import math
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ from moevision.data.collection import (
     SplitSamples,
     check_same_classes,
 )
-from moevision.data.images import BadImageError
+from moevision.data.images import BadImageError, full_size
 from moevision.data.loader import (
     SHM,
     BadImage,
@@ -70,6 +71,7 @@ from moevision.errors import (
     name_bytes,
 )
 from moevision.files import csv_text, write_text_atomic
+from moevision.words import percent
 
 ClassCounts = dict[str, dict[str, int]]  # split -> class name -> images
 _MAX_SCORED = 200_000  # training images; from here on scores are kept only if asked for, since they take memory
@@ -78,6 +80,8 @@ _MAX_CLASS_RATIO = 3  # largest class over smallest, in images; above it there i
 _MAX_ROWS = 20  # of the table of classes
 _MAX_WORKERS = 256  # processes: no machine has use for more, and small ones end in swapping
 _NUM_PROBES = 32  # images that are read to estimate sizes
+_MEASURED = 100  # images whose shape is looked at
+_OBLONG = 0.05  # share cut off an image, and share of such images, above which it is said
 _SMALL_SIDE = 96  # px; in images up to this size objects fill the frame, so they are shifted ("pad") and not cropped
 _RANGES = (
     (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
@@ -360,6 +364,7 @@ class ImageDataModule(Data, LightningDataModule):
             f"{self.image_size} x {self.image_size} pixels, {storage}; augmentation {self.augment}, crop "
             f"{self.crop_mode}",
         ]
+        lines += self._describe_cut()
         lines += [f"warning: {sentence}" for sentence in contents.warnings]
         if bad := self.bad_images:
             path, reason, split = bad[0]
@@ -367,6 +372,25 @@ class ImageDataModule(Data, LightningDataModule):
                 f"warning: {len(bad)} of the images can't be used, the first ({split}) is {path}: {reason}"
             )
         return "\n".join(map(escape_controls, lines))
+
+    def _describe_cut(self) -> list[str]:
+        """What the central square of an image leaves out, by some training images, if many aren't square."""
+        dataset = self.contents.datasets["train"]
+        if self.fit != "crop" or not dataset.samples:
+            return []
+        cut = []
+        for sample in dataset.samples[:: math.ceil(len(dataset) / _MEASURED)]:
+            with suppress(BadImageError):
+                size, _ = full_size(dataset.collection.open(sample, self.image_size))
+                cut.append(1 - min(size) / max(size))
+        oblong = [share for share in cut if share > _OBLONG]
+        if len(oblong) <= _OBLONG * len(cut):
+            return []
+        return [
+            f"{percent(len(oblong) / len(cut), 0)} of the images aren't square: predictions see their central square, "
+            f"without {percent(fmean(oblong), 0)} of such an image. --data.fit pad keeps all of it, with borders, "
+            "squash squeezes it; details get smaller, so compare on validation."
+        ]
 
     @property
     def _order_seed(self) -> int:

@@ -25,12 +25,11 @@ from moevision.data.collection import (
 )
 from moevision.data.drawn import DrawnImages
 from moevision.data.emoji import EmojiKinds, EmojiPages
-from moevision.data.folder import read_folder
+from moevision.data.folder import HF, read_folder
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError, escape_controls
 from moevision.words import shell_word
 
-HF = "hf:"  # prefix of `--data` for datasets on huggingface.co
 UNKNOWN = "unknown: check before you publish"  # terms of use of the user's own images
 DRAWN: dict[str, type[DrawnImages]] = {
     kind.name: kind for kind in (EmojiPages, EmojiKinds, SyntheticPets)
@@ -214,7 +213,6 @@ NAMED = {
     ),
     "imagenet": Named("ImageNet-1k", _IMAGENET, "ILSVRC/imagenet-1k", 1_331_167, _imagenet),
 }
-DATASET_NAMES = tuple(NAMED)
 
 
 def terms_of(path: str) -> DataTerms:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +13,16 @@ from moevision.data.collection import (
     access_error,
     explain_access_errors,
 )
-from moevision.data.folder import read_folder, split_folders, walk
+from moevision.data.folder import (
+    DATASET_NAMES,
+    HF,
+    is_saved_dataset,
+    read_folder,
+    split_folders,
+    walk,
+)
 from moevision.data.images import is_image_path
-from moevision.data.named import DATASET_NAMES, DRAWN, DRAWN_SIZES, HF, NAMED, read_named
+from moevision.data.named import DRAWN, DRAWN_SIZES, NAMED, read_named
 from moevision.data.tables import Columns, count_rows, read_dataset, read_table
 from moevision.errors import UserError
 
@@ -37,12 +43,9 @@ def kind_of(path: str) -> DataKind:
     if location.suffix.lower() == ".csv" and os.path.isfile(location):
         return "csv"
     try:
-        # Files that Hugging Face's `save_to_disk` writes.
-        if any((location / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            return "dataset"
+        return "dataset" if is_saved_dataset(location) else "folder"
     except OSError as error:
         raise access_error(location, error) from error
-    return "folder"
 
 
 def open_collection(
@@ -74,22 +77,10 @@ def open_collection(
     if kind == "dataset":
         return read_dataset(path, columns, download=download)
 
-    try:
-        with explain_access_errors(location):
-            if kind == "csv":
-                return read_table(location, columns)
-            return read_folder(location)
-    except UserError as error:
-        # The error gets a hint at what may have been meant.
-        if kind == "folder" and [*location.glob("*.tar"), *location.glob("*/*.tar")]:
-            raise UserError(
-                f"{error}; tars in the WebDataset format are read as {HF}{path}"
-            ) from error
-        if os.path.exists(location) or isinstance(error.__cause__, OSError):
-            raise
-        similar = difflib.get_close_matches(path, DATASET_NAMES, n=1)
-        hint = f"did you mean {similar[0]!r}?" if similar else ", ".join(DATASET_NAMES)
-        raise UserError(f"{error}; or a dataset's name: {hint}") from None
+    with explain_access_errors(location):
+        if kind == "csv":
+            return read_table(location, columns)
+        return read_folder(location)
 
 
 def count_images(path: str | Path) -> int:

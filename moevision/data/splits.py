@@ -23,7 +23,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from moevision.data.collection import SPLITS, Collection, Sample, SplitSamples
+from moevision.data.collection import (
+    SPLITS,
+    Collection,
+    Sample,
+    SplitSamples,
+    quoted_names,
+)
 from moevision.errors import UserError, escape_csv_cell, name_bytes
 from moevision.files import csv_text, read_csv, write_text_atomic
 
@@ -214,15 +220,20 @@ def stratified_cut(
     for sample, group in zip(samples, groups_of_samples, strict=True):
         parts[part_of_group.get(group, "train")].append(sample)
 
-    for part, members in parts.items():
-        present = {sample.label for sample in members}
-        for label, label_groups in groups_of_label.items():
-            if label not in present:
-                raise UserError(
-                    f"class {class_names[label]!r} can't be in each of {', '.join(parts)}: {len(label_groups)} "
-                    f"independent images or groups of it leave none for {part}: add some or remove the class"
-                )
+    _check_all_classes(parts, class_names)
     return parts
+
+
+def _check_all_classes(parts: SplitSamples, class_names: Sequence[str]) -> None:
+    """Raise a UserError if a part has no image of some classes."""
+    present = [{sample.label for sample in members} for members in parts.values()]
+    lacking = present[0].union(*present) - present[0].intersection(*present)
+    if lacking:
+        names = quoted_names([class_names[label] for label in sorted(lacking)])
+        raise UserError(
+            f"class {names} can't be in each of {', '.join(parts)}: too few independent images or groups of it, add "
+            "some or remove the class"
+        )
 
 
 def _nearest_groups(counts: Mapping[str, int], needed: int) -> list[str]:

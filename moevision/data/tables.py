@@ -37,8 +37,9 @@ from moevision.data.collection import (
     differ_in_case,
     readable_class_names,
 )
+from moevision.data.folder import HF
 from moevision.data.images import BadImageError, read_image, safe_open
-from moevision.data.named import HF, fetching
+from moevision.data.named import fetching
 from moevision.errors import UserError, escape_controls
 
 # Names of the columns with the image (in a manifest: its path) and the label; None: found automatically.

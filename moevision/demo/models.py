@@ -37,7 +37,8 @@ from moevision.analysis.images import (
     run_folder,
 )
 from moevision.analysis.readings import fresh_copy
-from moevision.data.named import DATASET_NAMES, DRAWN
+from moevision.data.folder import DATASET_NAMES
+from moevision.data.named import DRAWN
 from moevision.data.scores import FILE as SCORES
 from moevision.demo.examples import Examples, ScoredRun
 from moevision.demo.facts import ModelFacts, describe, title_of

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from moevision.config import Fit, Framing
 from moevision.errors import UserError, escape_controls
-from moevision.files import sync_file, write_text_atomic
+from moevision.files import no_model, sync_file, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.ood import FILE as STRANGERS
 from moevision.models.ood import MahalanobisOOD, read_ood
@@ -330,10 +330,8 @@ def address_of(source: str) -> str:
     if ":" in source:
         return source
     if "/" in source or os.sep in source:
-        raise UserError(
-            f"There is no model at {source!r}: give a folder such as runs/NAME/model, or a timm name."
-        )
-    raise UserError(f"{unknown_name(source)} A saved model is a folder such as runs/NAME/model.")
+        raise UserError(no_model(source))
+    raise UserError(f"{no_model(source)} {unknown_name(source)}")
 
 
 def is_timm_name(address: str) -> bool:

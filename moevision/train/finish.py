@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -44,7 +45,7 @@ from moevision.stats import PairedDifference, paired_difference, paired_macro_di
 from moevision.train.checkpoint import BEST, LAST, PRETRAINED_CONFIG, verify
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import RecordRouting, StopEarly, Stopwatch, WeightEMA, data_wait_advice
-from moevision.train.plots import plot_confusion, plot_curves
+from moevision.train.plots import plot_confusion, plot_curves, plot_examples, read_metrics
 from moevision.train.processes import (
     broadcast_from_rank0,
     callback_of,
@@ -78,6 +79,7 @@ from moevision.words import percent, points
 _MONITOR_TEXTS = {"val/top1": "accuracy", BALANCED: "balanced accuracy", LOSS: "loss"}
 
 BadImages = Sequence[tuple[str, str, str]]  # path, reason, split
+_PAIRS, _EXAMPLES = 3, 5  # most frequent mistakes that summary.md tells, and images of each
 
 
 @dataclass
@@ -212,7 +214,8 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
 
     scores = _test_scores(training, tested, weights)
     _write_class_table(run_dir, scores.per_class)
-    summary = _summarize(training, effort, scores, bad_images)
+    mistakes = _most_frequent_mistakes(data, tested, run_dir / "mistakes.png")
+    summary = replace(_summarize(training, effort, scores, bad_images), mistakes=mistakes)
 
     correct = dict(zip(tested.samples, tested.correct.tolist(), strict=True))
     labels = dict(zip(tested.samples, tested.labels.tolist(), strict=True))
@@ -421,7 +424,36 @@ def _summarize(
         ms_per_image=_ms_per_image(training),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
         notes=notes,
+        validations=_validations(run_dir),
     )
+
+
+def _validations(run_dir: Path) -> list[float]:
+    """The accuracy at each validation of the training; empty if it ended before one."""
+    curve = read_metrics(run_dir / "metrics.csv").get("val/top1")
+    return [] if curve is None else curve.values.tolist()
+
+
+def _most_frequent_mistakes(
+    data: ImageDataModule, tested: TestedImages, out: Path
+) -> list[tuple[str, str, int, int]]:
+    """The pairs of classes for `RunSummary.mistakes`; the most certain of these mistakes are drawn to `out`."""
+    dataset = data.contents.datasets["test"]
+    row_of = {sample.sample_id: row for row, sample in enumerate(dataset.samples)}
+    wrong = np.flatnonzero(~tested.correct)
+    pairs = zip(tested.labels[wrong].tolist(), tested.predictions[wrong].tolist(), strict=True)
+
+    mistakes, examples = [], {}
+    for (label, answer), times in Counter(pairs).most_common(_PAIRS):
+        name, taken_for = data.class_names[label], data.class_names[answer]
+        mistakes.append((name, taken_for, times, int((tested.labels == label).sum())))
+
+        indices = wrong[(tested.labels[wrong] == label) & (tested.predictions[wrong] == answer)]
+        most_certain = indices[np.argsort(-tested.confidence[indices])][:_EXAMPLES].tolist()
+        images = [dataset.pixels(row_of[tested.samples[index]]) for index in most_certain]
+        examples[f"{name}, taken for {taken_for}"] = images
+    plot_examples(examples, out)
+    return mistakes
 
 
 def _fit_ood(training: Training) -> MahalanobisOOD | None:

@@ -15,6 +15,7 @@ import logging
 import re
 import secrets
 import shutil
+import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,8 @@ from moevision.config import (
     to_settings,
 )
 from moevision.data import ImageDataModule
-from moevision.data.named import DATASET_NAMES, HF
+from moevision.data.folder import DATASET_NAMES, HF
+from moevision.data.scores import FILE as SCORES_FILE
 from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges, escape_controls
 from moevision.files import newest_config, write_text_atomic
 from moevision.layers import moe_layers
@@ -65,6 +67,7 @@ from moevision.train.finish import (
 from moevision.train.guard import StabilityGuard, TrainingDiverged
 from moevision.train.health import (
     Calibrate,
+    EpochLines,
     RecordRouting,
     RouterHealth,
     StopEarly,
@@ -168,9 +171,11 @@ def fit(args: ParsedArgs) -> RunResult | None:
 def _print_what_to_do_next(training: Training, result: RunResult) -> None:
     run_dir = training.run_dir
     print_rank0(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
+    run = shell_word(str(run_dir))
+    if (run_dir / SCORES_FILE).is_file():
+        print_rank0(f"Look for wrong labels: moevision data score {run}")
     if not result.summary.layers:
         return
-    run = shell_word(str(run_dir))
     print_rank0(f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}")
     if not training.settings.with_twin and result.summary.choice is None:
         print_rank0(
@@ -262,7 +267,7 @@ def _best_checkpoint(settings: Settings, run_dir: Path) -> ModelCheckpoint:
 
 def _callbacks_of(settings: Settings, run_dir: Path, best: ModelCheckpoint) -> list[L.Callback]:
     """The callbacks between the one that saves and the one that ends an epoch, in their order."""
-    callbacks: list[L.Callback] = [LearningRateMonitor("step"), best]
+    callbacks: list[L.Callback] = [LearningRateMonitor("step"), best, EpochLines()]
     if settings.early_stopping.patience:
         callbacks.append(StopEarly(settings.early_stopping, settings.checkpoint.monitor))
     callbacks += [Calibrate(), ExampleScores()]
@@ -429,10 +434,14 @@ def _trainer(
             "metrics.csv is always written, the report is made of it: leave --trainer.logger false out."
         )
     loggers = [item for item in _as_list(arguments.get("logger")) if isinstance(item, Logger)]
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
     trainer = _make_trainer(
         arguments
         | {
             "default_root_dir": str(run_dir),
+            # In a file a bar is one long line; there `EpochLines` says how far the training is.
+            "enable_progress_bar": arguments.get("enable_progress_bar", is_terminal)
+            and is_terminal,
             "use_distributed_sampler": False,  # ImageDataModule shards by itself, and resumes where it stopped
             # The first one: Lightning takes the run folder from it.
             "logger": [RunLogger(run_dir), *loggers],

@@ -52,6 +52,7 @@ from moevision.train.processes import (
     print_rank0,
 )
 from moevision.train.task import ClassificationTask
+from moevision.words import duration, percent
 
 MAX_DATA_WAIT: Final = 0.03  # of the training time: above it waiting for data is worth a remedy
 _SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
@@ -182,6 +183,37 @@ class StopEarly(EarlyStopping):
             f"Stopped early after {done}: {self.monitor} was no better than {float(self.best_score):.4f} in "
             f"{self.wait_count} validations. The learning rate had not come down to its end."
         ]
+
+
+class EpochLines(L.Callback):
+    """Says after each validation how far the training is, where no progress bar does."""
+
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        self._began_s = time.monotonic()
+        self._first_step = trainer.global_step
+
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+        if trainer.state.fn is not TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        steps = trainer.estimated_stepping_batches  # asks all processes
+        if trainer.progress_bar_callback is not None or not trainer.is_global_zero:
+            return
+
+        epoch = f"epoch {trainer.current_epoch + 1}"
+        if (trainer.max_epochs or 0) > 0:
+            epoch += f" of {trainer.max_epochs}"
+        shares = [
+            float(trainer.callback_metrics[f"val/{name}"]) for name in ("top1", "balanced_acc")
+        ]
+        accuracy, balanced = map(percent, shares)
+        if balanced != accuracy:
+            accuracy += f" (balanced {balanced})"
+
+        steps_done = max(1, trainer.global_step - self._first_step)  # none behind a resume
+        seconds_per_step = (time.monotonic() - self._began_s) / steps_done
+        left_s = seconds_per_step * (steps - trainer.global_step)
+        left = f", {duration(left_s)} left" if math.isfinite(left_s) else ""
+        print(f"{epoch}: validation {accuracy}{left}", flush=True)
 
 
 def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -269,6 +269,28 @@ def plot_confusion(
     save(figure, out)
 
 
+def plot_examples(rows: Mapping[str, Sequence[npt.NDArray[np.uint8] | str]], out: Path) -> None:
+    """Draw rows of images, uint8 [3, S, S], below their titles; of one that can't be read there is only the reason."""
+    if not rows:
+        return
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(1.5 * columns, 1.8 * len(rows)), dpi=150, layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for row, (text, images) in zip(grid, rows.items(), strict=True):
+        title(row[0], _plain(text))
+        for axes, image in zip(row, images, strict=False):
+            if not isinstance(image, str):
+                axes.imshow(image.transpose(1, 2, 0))
+    save(figure, out)
+
+
+def _plain(text: str) -> str:
+    """Without a formula, which a dollar sign starts in matplotlib."""
+    return text.replace("$", r"\$")
+
+
 def _draw_cells(axes: Axes, row_fractions: npt.NDArray[np.float64]) -> AxesImage:
     """Colour the cells by `row_fractions` [C, C]."""
     axes.set_facecolor("#d9d9d9")  # visible in the rows of NaN
@@ -297,8 +319,7 @@ def _label_classes(
 
     axes.set_ylabel("true class (number of images)", **_LABEL)
     names = [name if len(name) <= 22 else f"{name[:21]}…" for name in class_names]
-    # Unescaped, a dollar sign starts a formula in matplotlib.
-    names = [name.replace("$", r"\$") for name in names]
+    names = list(map(_plain, names))
     names_with_counts = [
         f"{name} ({count:,})" for name, count in zip(names, images_per_class, strict=True)
     ]

@@ -30,11 +30,12 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from moevision.config import Options, ParsedArgs, Settings, parse_config, to_settings
 from moevision.data import ImageDataModule
-from moevision.data.named import DATASET_NAMES, DRAWN, HF, NAMED
+from moevision.data.folder import DATASET_NAMES, HF
+from moevision.data.named import DRAWN, NAMED
 from moevision.data.open import contains_path, count_images, kind_of, open_collection
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError, escape_controls
-from moevision.files import newest_config
+from moevision.files import newest_config, shipped_configs
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
 from moevision.models.config import DEFAULT_NAME
@@ -55,7 +56,6 @@ from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretra
 from moevision.train.task import ClassificationTask
 from moevision.words import shell_word
 
-PACKAGE = Path(__file__).resolve().parent.parent
 SCRATCH_MINIMUM = 200_000  # images below which `fit` starts from pretrained weights
 _PRETRAINED = "model.arch.pretrained"
 # Options that choose or shape the model: with one of them no pretrained model is chosen automatically.
@@ -98,13 +98,6 @@ def run_name(data: str) -> str:
     if escape_controls(name) == name:
         return name
     return escape_controls(name).replace("\\", "_")
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Name -> file of the configs in the installed package, or beside it in a checkout."""
-    inside = PACKAGE / "configs"
-    folder = inside if inside.is_dir() else PACKAGE.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(name: str) -> Path:
@@ -355,7 +348,8 @@ def weights_alone(
     if pretrained == AUTO:
         weights, line = choose_start(AUTO)
         say(line)
-        pretrained = NONE if weights is None else weights.source
+        assert weights is not None  # or an error was raised
+        pretrained = weights.source
     if pretrained == NONE:
         return {_PRETRAINED: None}
 

@@ -244,6 +244,9 @@ class RunSummary:
     expected_s: float | None = None
     # The metric that chose best.ckpt; None in earlier versions' summaries, which means val/top1.
     monitor: str | None = None
+    validations: Sequence[float] = ()  # accuracy at each validation of the training
+    # The most frequent mistakes of the test: class, what was answered, how often, test images of the class.
+    mistakes: Sequence[tuple[str, str, int, int]] = ()
 
     @property
     def unbalanced(self) -> bool:

@@ -4,7 +4,7 @@ Values of `--pretrained`, when there are few images:
 
 - not given: weights that suit the device, if they are in the hub's cache; otherwise the user is asked on a terminal
   whether to download them, and without a terminal the training starts from scratch;
-- `auto`: the same weights, downloaded without asking;
+- `auto`: the same weights, downloaded without asking, or an error;
 - a timm name, a file or a folder: these weights, or an error;
 - `none`: from scratch.
 
@@ -32,8 +32,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.progress import track
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
@@ -65,7 +63,7 @@ from moevision.models.safe_files import read_json, read_metadata, weights_of
 from moevision.models.upcycle import check_upcyclable
 from moevision.train.health import cpu_s
 from moevision.train.processes import has_gpu, print_rank0
-from moevision.words import percent
+from moevision.words import percent, with_progress
 
 AUTO, NONE = "auto", "none"
 # Least memory of a GPU that trains a ViT-B at 224 px: a GPU of 12 GiB, of which torch sees 11.75.
@@ -134,14 +132,19 @@ def choose_start(source: str | None, images: int = 0, base: str | None = None) -
     except UserError as error:
         reason = str(error).rstrip(".")
         if isinstance(error, HubUnreachableError):
-            reason += ", and no pretrained weights are in its cache; --pretrained FILE works"
-        return from_scratch(reason)
+            reason += (
+                ", and no pretrained weights are in its cache: where it can be, `hf download "
+                f"{weights.repository} config.json model.safetensors --local-dir weights`, then here "
+                "--pretrained weights"
+            )
+        return _without_weights(source, reason)
     for licence in (weights.licence, facts.licence):
         if licence and licence not in FREE_LICENCES:
-            return from_scratch(
+            reason = (
                 f"the licence of {weights.name}, {licence}, is not one that allows everything, so it is taken only if "
                 f"you name it: --pretrained {weights.name}"
             )
+            return _without_weights(source, reason)
 
     # The answer may also name other weights.
     answer = "yes" if source == AUTO else confirm_download(weights, facts, images)
@@ -151,6 +154,13 @@ def choose_start(source: str | None, images: int = 0, base: str | None = None) -
         return _start_from(answer)
     _download(weights, facts)
     return _start_unnamed(weights, images, "downloaded")
+
+
+def _without_weights(source: str | None, reason: str) -> ChosenStart:
+    """Start from scratch, unless weights were asked for: then a UserError says how to get them."""
+    if source == AUTO:
+        raise UserError(f"--pretrained {AUTO}: {reason}. From scratch: --pretrained {NONE}.")
+    return from_scratch(reason)
 
 
 def _first_cached(candidates: Sequence[Published]) -> Published | None:
@@ -467,18 +477,11 @@ def features_of(
     """
     net = net.to(device)
     dtype = next(net.parameters()).dtype
-    console = Console(stderr=True)
     features = {}
     for split, limit in limits.items():
         rows = _choose_rows(data, split, limit)
-        progress = track(
-            data.plain_loader(split, rows),
-            f"{split} images",
-            total=math.ceil(len(rows) / data.batch_size),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        total = math.ceil(len(rows) / data.batch_size)
+        progress = with_progress(data.plain_loader(split, rows), f"{split} images", total)
         batches: list[tuple[Tensor, Tensor, Tensor]] = []
         with evaluating(net):
             for batch in progress:

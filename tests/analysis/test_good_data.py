@@ -209,6 +209,14 @@ def test_a_weak_model_and_few_looks_are_said_above_the_lists(planted):
     assert 'class="note weak"' in render(facts, lambda _: {"src": None, "problem": "gone"})
 
 
+def test_of_few_visits_the_finished_model_s_list_comes_first(planted):
+    """Ten are not few."""
+    images, known = planted
+    for visits, first in ((9, "contradicted"), (10, "doubtful")):
+        facts = replace(known, visits=np.full_like(known.visits, visits))
+        assert next(iter(listed(images, facts))) == first
+
+
 def test_one_image_and_none_with_a_score(tmp_path):
     draw(tmp_path, "a/1.png", 0)
     images = images_in(tmp_path, ["a"], train=[("a/1.png", 0)])

@@ -360,7 +360,7 @@ def refused(outcome, *words):
 def test_what_it_refuses(cli, runs, tmp_path):
     model = shutil.copytree(runs[0] / "model", tmp_path / "model")
     data = "--data=synthetic_pets"
-    refused(cli("analyze", tmp_path / "nowhere", data), "nowhere", "give a folder such as")
+    refused(cli("analyze", tmp_path / "nowhere", data), "nowhere", "no run or model")
     refused(cli("analyze", model), "--data", "one subfolder per class")
     refused(cli("analyze", model, f"--data={tmp_path / 'none'}"), "none")
     elsewhere = cli("analyze", model, "--data=cifar10", f"--root={tmp_path}")

@@ -165,7 +165,7 @@ def test_ctrl_c_ends_any_verb_with_one_line(cli, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("moevision.commands.predict.run", stopped)
-    outcome = cli("predict", "model", "image.jpg")
+    outcome = cli("predict", "vit_tiny", __file__)
     assert (outcome.code, outcome.out) == (130, "")
     assert outcome.err.count("\n") == 2
     assert_names(outcome.err, "predict", "Ctrl-C")
@@ -180,7 +180,7 @@ def test_a_warning_about_the_images_has_one_line(cli, monkeypatch):
 
     monkeypatch.setattr("moevision.commands.info.run", warn)
     with pytest.warns(UserWarning, match="of a library") as others:
-        assert cli("info", "pets").err == "warning: 1 x .heic\n"
+        assert cli("info", "vit_tiny").err == "warning: 1 x .heic\n"
     assert len(others) == 1
 
 

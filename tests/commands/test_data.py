@@ -92,7 +92,7 @@ def test_lists_that_differ_lie_side_by_side(cli, tiny_run):
 
 
 def test_a_printed_command_can_be_typed(cli, draw, tiny_run):
-    draw(Path("my photos"), per_class=1)
+    draw(Path("my photos"), per_class=3)
     outcome = cli(
         "data", "prune", tiny_run, "--by", "random", "--keep", "0.5", "--out", "my list.csv"
     )

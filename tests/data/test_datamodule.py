@@ -382,6 +382,22 @@ def test_describe(image_folder):
     names(text, "2 classes from", "16 x 16", "kept in memory", "augmentation light", "crop pad")
 
 
+def test_what_the_central_square_leaves_out_is_said(image_folder):
+    """Of 30 x 20 pixels a third; nothing of squares, nor where `fit` keeps all of an image."""
+    oblong = image_folder({"cat": 30, "dog": 20}, size=(30, 20))
+    (line,) = [line for line in ready(oblong).describe().splitlines() if "such an image" in line]
+    names(line, "100 % of the images", "without 33 %", "--data.fit pad", "squash")
+    assert "such an image" not in ready(oblong, fit="pad").describe()
+    squares = image_folder({"cat": 30, "dog": 20}, name="squares")
+    assert "such an image" not in ready(squares).describe()
+
+
+def test_a_damaged_image_has_no_shape(image_folder):
+    root = image_folder({"cat": 30, "dog": 20}, size=(30, 20))
+    damage(root, ["cat/003.png"])
+    names(ready(root, cache_mb=0, max_bad_fraction=0.5).describe(), "100 % of the images")
+
+
 def test_file_list_sha256_by_hand(image_folder):
     data = ready(image_folder({"cat": 4, "dog": 4}))
     lines = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moevision.data import ImageDataModule, SyntheticPets
-from moevision.data.folder import read_folder
+from moevision.data.folder import check_images, read_folder
 from moevision.data.scores import Scores, apply_lists, choose_kept_images, prune
 from moevision.data.splits import Splits, SplitSettings, make_splits
 from tests.data.conftest import Folder, listed, names, opened, ready, refusal
@@ -60,6 +60,10 @@ def pipe(make: Folder, name: str) -> None:
 
 def cut(make: Folder, settings: dict[str, object]) -> None:
     make_splits(read_folder(make(PETS)), SplitSettings(**settings))
+
+
+def to_train(make: Folder, layout: dict[str, int | str]) -> None:
+    check_images(str(make(layout)))
 
 
 def small_class(make: Folder, layout: dict[str, int]) -> None:
@@ -126,7 +130,17 @@ def without_test(make: Folder, layout: dict[str, int]) -> None:
 MISTAKES = [
     (folder, {"cat": 4}, "only one class | 'cat' | needs two"),
     (folder, {"wrapped/cat": 4, "wrapped/dog": 4}, "did you mean | wrapped (it | 'cat', 'dog'"),
-    (folder, {"cat": 4, "dog": 0}, "class folder 'dog' | fill or remove"),
+    (folder, {"cat": 4, "dog": 0}, "class folder 'dog' | fill it | a _ before"),
+    (
+        to_train,
+        {"cat": 4, "dog": 0, "elk": 0, "fox": 2},
+        "'dog', 'elk' | fewer than 3 images | 'fox' | a _ before",
+    ),
+    (
+        to_train,
+        {**SPLIT, "train/elk": 1, "train/fox": 0, "val/cat": 1, "val/cow": 1},
+        "no images | 'fox' | fewer than 2 | 'elk' | val has no | 'dog', 'elk', 'fox' | 'cow' | lacks",
+    ),
     (folder, {"cat": 0, "dog": 0}, "holds no images | cat/1.jpg"),
     (folder, {".": 3}, "holds 3 images | no class folders | cat/1.jpg"),
     (folder, {**SPLIT, "val/cat": 2}, "val has no | 'dog' | add some"),
@@ -154,7 +168,7 @@ MISTAKES = [
     (path, "pictures/zebra/deeper", "no folder | 'cat', 'dog'"),
     (path, "pictures.zip", "is a file | unpack it"),
     (path, "birds.yaml", "configuration | --config | birds.yaml"),
-    (lambda make, name: opened(name), "cifar-10", "dataset's name | 'cifar10'?"),
+    (lambda make, name: opened(name), "cifar-10", "no folder | the dataset 'cifar10'?"),
     (missing, "imagenet", "ImageNet is not | train/ and val/"),
     *(
         (missing, name, f"{name} is not | fit {name} | --data.download true | --data.root")
@@ -203,7 +217,7 @@ MISTAKES = [
     ),
     (cut, {"test_fraction": -0.1}, "test_fraction -0.1 | below 1"),
     (cut, {"test_fraction": 0.0}, "test_fraction 0 | or add test/"),
-    (small_class, {"cat": 10, "dog": 2}, "'dog' | 2 independent | remove the class"),
+    (small_class, {"cat": 1, "dog": 2, "elk": 4}, "'cat', 'dog' | independent | remove the class"),
     (cut, {"group_by": "("}, "--data.group_by | regular expression"),
     (cut, {"group_by": r"\d"}, "--data.group_by | exactly one"),
     (cut, {"group_by": "(cat)/"}, "--data.group_by | 'dog/000.png' | every path"),

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from moevision.data.named import DATASET_NAMES, DRAWN
+from moevision.data.folder import DATASET_NAMES
+from moevision.data.named import DRAWN
 
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("committed_images.json")

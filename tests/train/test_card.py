@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard
 
 import moevision
 from moevision.commands.predict import predict_batch
-from moevision.data.named import DATASET_NAMES, UNKNOWN, terms_of
+from moevision.data.folder import DATASET_NAMES
+from moevision.data.named import UNKNOWN, terms_of
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.train.finish import _write_summary
 from moevision.train.report import (

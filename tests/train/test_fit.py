@@ -5,9 +5,13 @@ import json
 import re
 import shlex
 import shutil
+import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import lightning as L
 import numpy as np
 import pytest
 import timm
@@ -25,7 +29,9 @@ from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
 from moevision.models.ood import answers
+from moevision.train import fit as fit_module
 from moevision.train import recipe
+from moevision.train.lightning_internals import leave_epochs_uncounted
 from moevision.train.recipe import (
     choose_recipe,
     default_precision,
@@ -52,6 +58,12 @@ def test_the_output_says_what_happens(tiny_run):
     assert_names(text, "4 experts, 2 per", "noisy_top_k", "blocks 1, 3", "32-true, batch 8")
     assert_names(text, "plan: 2 epochs", "of 25 images", "images/s (by a")
     assert_names(text, "start: from scratch (--model.arch.name", "dog/broken.png")
+    told = re.findall(r"^epoch (\d) of 2: validation ([\d.]+) %.*, (\d+) s left$", text, re.M)
+    assert [epoch for epoch, _, _ in told][:2] == ["1", "2"]
+    assert told[1][2] == "0"
+    rows = read_csv(tiny_run / "metrics.csv")
+    shares = [float(row["val/top1"]) for row in rows if row["val/top1"]]
+    assert [float(share) for _, share, _ in told[:2]] == [round(100 * x, 1) for x in shares]
     assert "litlogger" not in text
 
 
@@ -68,6 +80,7 @@ def test_every_file_of_the_run_folder(tiny_run):
         "bad_images.csv",
         "curves.png",
         "confusion.png",
+        "mistakes.png",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "model/config.json",
@@ -77,7 +90,7 @@ def test_every_file_of_the_run_folder(tiny_run):
         assert {
             path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()
         } >= files
-    for name in ("curves.png", "confusion.png"):
+    for name in ("curves.png", "confusion.png", "mistakes.png"):
         with Image.open(tiny_run / name) as picture:
             assert min(picture.size) > 200
 
@@ -110,6 +123,18 @@ def test_predictions_agree_with_the_summary(tiny_run):
     assert f"recognised** ({right} of {len(predictions)};" in summary
     tested = next(row for row in reversed(read_csv(tiny_run / "metrics.csv")) if row["test/top1"])
     assert float(tested["test/top1"]) == pytest.approx(right / len(predictions))
+    wrong = Counter(
+        (row["label"], row["prediction"])
+        for row in predictions
+        if row["label"] != row["prediction"]
+    )
+    sizes = Counter(row["label"] for row in predictions)
+    (label, answer), times = wrong.most_common(1)[0]
+    sentence = f"{times} of {sizes[label]} test images of “{label}” were taken for “{answer}”"
+    assert sentence in summary
+    validated = [row["val/top1"] for row in read_csv(tiny_run / "metrics.csv") if row["val/top1"]]
+    told = json.loads((tiny_run / "summary.json").read_text())["validations"]
+    assert told == list(map(float, validated))
 
 
 def test_summary_has_loads_twin_and_next_commands(tiny_run):
@@ -625,12 +650,24 @@ def test_steps_that_are_asked_for_are_not_cut_by_epochs_that_nobody_gave(drawn_p
     assert end(drawn_pets, "--pretrained=none") == (100, -1)
 
 
-def test_of_steps_alone_the_progress_bar_counts_epochs_and_no_last_one(cli, tiny, drawn_pets):
-    """Lightning's own says "Epoch 0/-2"."""
+def test_of_steps_alone_epochs_are_counted_and_no_last_one(cli, tiny, drawn_pets, monkeypatch):
+    """Lightning's own bar says "Epoch 0/-2"; a file has lines in its place, though nobody asked for none."""
     options = [each for each in tiny if "max_epochs" not in each and "progress_bar" not in each]
-    outcome = succeeded(cli("fit", drawn_pets, *options, "--trainer.max_steps=1"))
-    assert re.search(r"Epoch 0 +\S", outcome.out)
-    assert "Epoch 0/" not in outcome.out
+    outcome = succeeded(cli("fit", drawn_pets, *options, "--trainer.max_steps=6"))
+    assert re.search(r"^epoch 1: validation .* left$", outcome.out, re.M)
+    assert "Epoch 0" not in outcome.out
+    trainer = L.Trainer(max_steps=1, logger=False, enable_checkpointing=False)
+    leave_epochs_uncounted(trainer)
+    assert trainer.progress_bar_callback._get_train_description(0).strip() == "Epoch 0"
+
+
+@pytest.mark.parametrize(("shown", "bar"), [("true", True), ("false", False)])
+def test_a_terminal_has_a_bar_unless_nobody_wants_one(tiny, drawn_pets, monkeypatch, shown, bar):
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
+    options = [drawn_pets, *tiny, f"--trainer.enable_progress_bar={shown}"]
+    settings = to_settings(resolved("fit", *options))
+    trainer = fit_module._trainer(settings, Path(), {}, [])
+    assert (trainer.progress_bar_callback is not None) is bar
 
 
 def test_a_config_replaces_the_recipe(drawn_pets):

@@ -22,7 +22,13 @@ from moevision.layers import moe_layers
 from moevision.models.convert import routes_read
 from moevision.models.io import PATIENCE_S, describe, from_clusters, load_model, save_model
 from moevision.train import health, start
-from moevision.train.recipe import choose_recipe, read_request, resolve_settings, resumed_settings
+from moevision.train.recipe import (
+    choose_recipe,
+    read_request,
+    resolve_settings,
+    resumed_settings,
+    weights_alone,
+)
 from moevision.train.start import AUTO, NONE, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
 from tests.shared import assert_names, refused, succeeded
@@ -121,12 +127,42 @@ def test_offline_is_known_within_three_seconds(nobody, monkeypatch):
     if nobody == "HF_HUB_OFFLINE":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     began = time.monotonic()
-    with silent:
-        weights, said = choose_start(AUTO, IMAGES)
-    assert weights is None
+    with silent, pytest.raises(UserError) as stopped:
+        choose_start(AUTO, IMAGES)
     assert time.monotonic() - began < PATIENCE_S + 2  # two seconds for a busy machine
-    assert_names(said, "start: from scratch", "be reached")
+    said = str(stopped.value)
     assert nobody != "HF_HUB_OFFLINE" or nobody in said
+    download = f"hf download {REPOSITORY} config.json model.safetensors --local-dir"
+    assert_names(said, "--pretrained auto", "be reached", download, f"--pretrained {NONE}")
+
+
+def test_at_a_terminal_nobody_is_stopped_by_a_hub_that_cannot_be_reached(monkeypatch):
+    """Where `auto` wasn't asked for."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(start, "_on_terminal", lambda: True)
+    weights, said = choose_start(None, IMAGES)
+    assert weights is None
+    assert_names(said, "start: from scratch", "be reached")
+
+
+def test_what_the_hub_s_own_program_fetched_is_a_start(hub, drawn_pets, tmp_path):
+    """The folder that the error of `auto` asks for: the hub's config.json and weights, in timm's form."""
+    net = timm.create_model("test_vit")
+    (tmp_path / "weights").mkdir()
+    config = {"architecture": "test_vit", "num_classes": 1000, "num_features": 64}
+    preprocessing = {"input_size": [3, 160, 160], "license": "apache-2.0", "num_classes": 1000}
+    text = json.dumps(config | {"pretrained_cfg": preprocessing})
+    (tmp_path / "weights" / "config.json").write_text(text)
+    save_file(net.state_dict(), tmp_path / "weights" / "model.safetensors")
+    recipe = resolved(drawn_pets, "--pretrained=weights")
+    assert recipe["model.arch.pretrained"] == "weights"
+    assert hub.asked == []
+
+
+def test_auto_with_a_configuration_stops_too(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="hf download"):
+        weights_alone(AUTO, {})
 
 
 def test_named_weights_that_cannot_be_had_are_an_error(monkeypatch):
@@ -145,10 +181,8 @@ def test_what_cannot_become_experts_is_not_even_downloaded(hub):
 
 def test_a_licence_that_is_not_free_must_be_named(hub):
     hub.licence = "cc-by-nc-4.0"
-    weights, said = choose_start(AUTO, IMAGES)
-    assert weights is None
-    assert "cc-by-nc-4.0" in said
-    assert f"--pretrained {NAME}" in said
+    with pytest.raises(UserError, match=f"cc-by-nc-4.0.*--pretrained {NAME}"):
+        choose_start(AUTO, IMAGES)
     assert hub.ranges == []  # nothing was fetched
     named, said = choose_start(NAME, IMAGES)
     assert named is not None

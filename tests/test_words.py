@@ -1,0 +1,31 @@
+"""What long work says of itself."""
+
+import pytest
+
+from moevision import words
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass: 15 for each item."""
+    seconds = iter(range(0, 10_000, 15))
+    monkeypatch.setattr(words.time, "monotonic", lambda: float(next(seconds)))
+
+
+def test_a_file_is_told_now_and_then_how_far_it_is(clock, capsys):
+    """By hand: items are looked at after 15, 30, 45, 60, 75 s, and told where 20 s have passed: at 30 and 60."""
+    assert list(words.with_progress("abcde", "looking", 5)) == list("abcde")
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["looking: 20 %, 2 min 0 s left", "looking: 60 %, 40 s left"]
+
+
+def test_nothing_is_told_of_what_is_quick(capsys):
+    assert list(words.with_progress([], "looking", 0)) == []
+    assert list(words.with_progress([1, 2], "looking", 2)) == [1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(clock, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any file for a terminal
+    monkeypatch.setattr(words.time, "monotonic", lambda: pytest.fail("no line"))
+    assert list(words.with_progress("abc", "looking", 3)) == list("abc")
