@@ -69,9 +69,6 @@ CARD_SIZE: Final = (1200, 630)
 LARGE_CARD: Final = 'name="twitter:card" content="summary_large_image"'
 PAPER, INK, GREY = "#fbfbf9", "#1b1c1e", "#6b6d70"
 NO_SERVER: Final = "changing k or capacity takes the server that moevision demo starts"
-LEFT_OUT: Final = (
-    "cats_vs_dogs_two"  # most of it is the photo model, which the page would fetch twice
-)
 _LARGE: Final = 8_000_000  # bytes of a model that takes its time
 _SMALLEST: Final = 256  # elements of a weight that is worth another type
 Json = dict[str, Any]
@@ -85,7 +82,7 @@ def build(out: Path, ort: Path | None = None) -> None:
         shutil.copy(folder / ORT_FILES[0], out)
         _pack(out / "ort.bin", (folder / ORT_FILES[1]).read_bytes())
     shutil.copy(HERE / "worker.js", out)
-    entries = [entry for entry in open_entries(None) if entry.card.id != LEFT_OUT]
+    entries = open_entries(None)
     explorer = Explorer(entries)
     notices = [bundled_folder(entry.card.id) / "NOTICE" for entry in entries]
     texts = [
@@ -186,6 +183,8 @@ def _boot(explorer: Explorer, entries: Sequence[Entry], sizes: Mapping[str, int]
             "variants": ["trained"],
             "num_examples": len(model["examples"]),
             "max_top_k": 0,
+            # Of one layer, the browser tries all sets in less than a second.
+            "can_search": model["can_search"] and len(model["layers"]) == 1,
             "score_lists": [],
             "device": {
                 "mean": entry.variants["trained"].saved.mean,

@@ -210,7 +210,7 @@ def test_whole_photos_are_sorted_and_ones_own_with_them(play, tmp_path):
 @pytest.mark.parametrize("query", [{"embed": 1}, {"embed": 1, "away": "1.0", "mode": "expert"}])
 def test_a_frame_has_photo_and_boxes_only(play, query):
     page = play("game", query=query)
-    rest = ".mv-flow-pick, .mv-flow-end, .mv-box-time, .mv-depth, .mv-footer, .mv-detail, .mv-cell"
+    rest = ".mv-flow-pick, .mv-flow-end, .mv-depth, .mv-footer, .mv-detail, .mv-cell"
     assert page.locator(f":is({rest}):visible").count() == 0
     assert page.locator(":is(.mv-canvas, .mv-flow-box):visible").count() == 5
     assert page.get_attribute("[data-mode=regions]", "aria-pressed") == "true"

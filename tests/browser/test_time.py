@@ -74,7 +74,6 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded):
 def test_nothing_of_another_moment_stands_there(photos, recorded):
     page = photos("?tab=about").page
     patch = int(page.get_attribute(".mv-pinned", "data-patch"))
-    assert page.locator(".mv-box-similar button:visible").count() == 1
     assert page.locator("[data-mode]:visible").count() > 1
     scrub(page, "Home", "before training")
     image = image_of(page, recorded)
@@ -84,7 +83,7 @@ def test_nothing_of_another_moment_stands_there(photos, recorded):
     weights = recorded.weights[3][0, image, patch].astype(float)
     then = page.locator(".mv-then li").all_text_contents()
     assert then == [f"{e} weight {weights[e]:.2f}" for e in np.argsort(-weights)[:2]]
-    assert page.locator(".mv-facts, .mv-box-similar button").count() == 0
+    assert page.locator(".mv-facts").count() == 0
     assert page.locator("[data-mode]:visible").all_text_contents() == ["Regions", "Each patch"]
     below = "getComputedStyle(document.querySelector('.mv-panel'), '::before').content"
     assert "the trained model" in page.evaluate(below)
@@ -109,7 +108,7 @@ def words(history, moment, layer=1):
 def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos_home):
     """10 of the 40 steps to the end are a quarter of the axis, in both trainings; keys go from moment to moment."""
     other = RoutingHistory.load(photos_home / "snaps" / "history_unbalanced.safetensors")
-    page = photos(reduced_motion="reduce", door=False).page
+    page = photos(reduced_motion="reduce").page
     page.wait_for_selector(SLIDER)
     tracks = page.locator(".mv-film > p").all_text_contents()
     names = [track.split(":")[0] for track in tracks]

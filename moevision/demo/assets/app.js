@@ -10,7 +10,7 @@ import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers 
 import { asAskError, Asker, errorBox, slide } from "./app_server.js";
 import { closeMenuByClick, shareHandlers } from "./app_share.js";
 import { drawSorting, playSorting } from "./app_sorting.js";
-import { drawSimilar, sharpen, showLikes, showSimilar, timeSource } from "./app_similar.js";
+import { sharpen, showLikes, timeSource } from "./app_later.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
 import { listenForPicker, typedHandlers } from "./app_typed.js";
 import { cardLayout, Core, coreLayout } from "./core.js";
@@ -37,7 +37,6 @@ const appLayout = () => html`
   <div data-box="main">${coreLayout()}</div>
   <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door"
     aria-expanded="false">Look closer</button><span class="mv-detail" data-box="layer"></span></div>
-  <section class="mv-box-time" aria-label="The training" data-box="time"></section>
   <div class="mv-depth mv-detail" data-box="depth">
   <header class="mv-header" data-box="header"></header>${cardLayout()}
   <div class="mv-columns"><nav class="mv-rail" aria-label="Images" data-box="rail"></nav>
@@ -131,7 +130,6 @@ export class App {
       "all-away": () => this.chooseSettings({ away: allExperts(this.model) }),
       matters: () => this.showStrongest(),
       redraw: () => this.chooseSettings({ noise: (this.noise ?? 0) + 1 }),
-      similar: () => showSimilar(this),
     });
     Object.assign(changes, rail.changes, own.changes, typed.changes, ...this.tabs.map((tab) => tab.changes));
     // A slider that was in the hand isn't drawn anew; what it chose is, a moment after it was let go.
@@ -208,13 +206,13 @@ export class App {
 
   /** The place of the layer in which the fewest experts change the answer of this example; null where none was found. */
   fallingLayer() {
-    const [[layer] = [null]] = fallOf(this.model, this.picture.id)?.away ?? [];
+    const [[layer] = [null]] = (this.opening.falls ?? fallOf(this.model, this.picture.id))?.away ?? [];
     return layer === null ? null : this.model.layers.indexOf(layer);
   }
 
   /** The fewest experts without which the answer of this example changes, in the layer where they are. */
   takeFewest() {
-    const { away } = present(fallOf(this.model, this.picture.id));
+    const { away } = present(this.opening.falls);
     this.state?.set({ layer: this.fallingLayer(), highlight: null });
     const head = this.core.box("head"); // what comes of it is said there
     if (head.getBoundingClientRect().bottom < 0) head.scrollIntoView({ block: "start" });
@@ -340,8 +338,8 @@ export class App {
     drawHand(this);
     showLikes(this);
     measure(this, view);
+    this.opening.search(view);
     this.announceResult(view);
-    drawSimilar(this);
     this.remember();
     this.refreshTab(first ? null : kind);
   }
@@ -355,7 +353,6 @@ export class App {
   /** @param {Set<string>} changed */
   follow(changed) {
     const has = (...names) => names.some((name) => changed.has(name));
-    if (has("patch", "view")) drawSimilar(this);
     if (has("layer", "highlight", "mode")) drawHand(this);
     if (has("layer")) showLikes(this);
     if (has("layer", "highlight")) this.refreshTab(has("layer") ? "layer" : "highlight");
@@ -383,7 +380,7 @@ export class App {
   /** The image and its routing, or what asks for an image. @param {boolean} is */
   showStage(is) {
     this.core.box("blank").hidden = is;
-    ["main", "time"].forEach((name) => { this.core.box(name).hidden = !is; });
+    this.core.box("main").hidden = !is;
   }
 
   /** @param {boolean} is */
