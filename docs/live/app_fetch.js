@@ -48,6 +48,16 @@ addEventListener("pointerover", ({ target }) => {
   run({ model: shown });
 });
 
+/** Models that have answered. */
+const ready = new Set();
+
+/** What a visitor waits for. @param {string} words */
+function tell(words) {
+  const toast = /** @type {HTMLElement} */ (document.querySelector("[data-box=toast]"));
+  toast.textContent = words;
+  toast.hidden = !words;
+}
+
 // ---- images
 
 /** @param {string} source */
@@ -119,7 +129,11 @@ async function route(question) {
   if (typed?.error) return typed;
   const image = typed?.image ?? await pixelsOf(known ? known.picture.src : picture.data);
   const pixels = squarePixels(image, model.image_size);
+  const large = model.device.bytes > SMALL && !ready.has(id);
+  if (large) tell(`Fetching the model, ${Math.round(model.device.bytes / 1e6)} MB, once.`);
   const { outputs, problem } = await computed(model, normalized(pixels, mean, std), away);
+  if (large) tell("");
+  ready.add(id);
   if (problem) { console.warn(`moevision: ${id} did not run`, problem); return FAILED; }
   const far = outputs.distance && outputs.distance.data[0] > 1;
   return /** @type {View} */ ({ ...view, layers: view.layers.map((facts) => layerOf(facts, outputs)), lens: null,
@@ -211,5 +225,6 @@ export const server = {
   experts: async (/** @type {any} */ { model, layer }) => recall("experts", model, layer),
   emoji: async (/** @type {any} */ { model }) => recall("emoji", model),
   fewest,
-  what_if: async () => UNANSWERED,
+  what_if: async (/** @type {any} */ { model, picture, away, intervention: one }) =>
+    recall("effect", model, picture.id, ...(one ? [one.layer, one.expert] : away.flat())),
 };

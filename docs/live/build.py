@@ -241,6 +241,14 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
             answers[key("history", model, id)] = _answer(explorer, "history", request)
         if is_large:
             answers[key("without", model, id)] = _without(explorer, entry, id)
+    for id, fall in falls_of(entry).items():
+        request = {
+            "model": model,
+            "picture": {"kind": "example", "id": id},
+            "away": fall["away"],
+        }
+        flat = [number for pair in fall["away"] for number in pair]
+        answers[key("effect", model, id, *flat)] = _answer(explorer, "what_if", request)
     if entry.card.data_kind == EmojiPages.name:
         answers |= _typing(explorer, model)
     for layer in about["layers"]:
@@ -254,6 +262,15 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
         pictures = [entry.examples.find(id) for id in sorted(others)]
         answers[key("pictures", model)] = {picture.id: picture.to_json() for picture in pictures}
     return {name: answer for name, answer in answers.items() if answer != {"src": None}}
+
+
+def falls_of(entry: Entry) -> dict[str, Any]:
+    """By id the examples whose answer few experts change, with those that are `away`."""
+    matters = entry.card.matters
+    falls = dict(entry.card.falls)
+    if matters is not None:
+        falls[matters["picture"]] = matters
+    return {id: fall for id, fall in falls.items() if fall["away"]}
 
 
 def _typing(explorer: Explorer, model: str) -> dict[str, Json]:

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from statistics import fmean, stdev
-from typing import cast
 
 import numpy as np
 import torch
@@ -210,7 +209,7 @@ def remove_by_row(is_away: Tensor) -> Edit:
 
     def edit(decision: Decision) -> Decision:
         removed = decision.removed | is_away[:, None, :].to(decision.removed.device)
-        return cast(Decision, replace(decision, removed=removed))
+        return replace(decision, removed=removed)
 
     return edit
 

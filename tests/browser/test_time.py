@@ -8,6 +8,7 @@ import pytest
 
 from moevision.models.history import RoutingHistory
 from tests.browser.conftest import (
+    MOBILE,
     alone,
     at,
     counts,
@@ -135,6 +136,27 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     page.keyboard.press("-")  # the layer before
     page.wait_for_selector(".mv-film:has-text('expert of L1')")
     assert told(page) == [words(recorded, 1, 0), words(other, 1, 0)]
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_the_film_plays_where_the_photo_is_in_sight(photos, phone):
+    """Both in one screen of 1440 x 900 and of 390 x 844, before and while it runs."""
+    page = photos(**(MOBILE if phone else {"viewport": {"width": 1440, "height": 900}})).page
+    parts = [".mv-flow-photo", "[data-action=run]", ".mv-chart"]
+    assert max(places(page, parts)) <= (844 if phone else 900)
+    before = page.locator("[data-action=run]").bounding_box()
+    press(page, "[data-action=run]", ".mv-past")
+    assert page.locator("[data-action=run]").bounding_box()["y"] == pytest.approx(
+        before["y"], abs=1
+    )
+    page.wait_for_selector("[data-action=run]:text-is('Play')")
+
+
+def places(page, selectors):
+    """Where each ends, in px from the top of the screen; none begins above it."""
+    boxes = [page.locator(selector).first.bounding_box() for selector in selectors]
+    assert all(box["y"] >= 0 for box in boxes)
+    return [box["y"] + box["height"] for box in boxes]
 
 
 def test_the_patches_follow_the_training_without_balance_loss_too(photos, recorded, photos_home):

@@ -64,7 +64,6 @@ export class App {
     this.lastOwn = Math.max(0, ...this.own.map(({ id }) => id));
     this.topK = null;
     this.capacity = null;
-    this.noise = null;
     /** @type {Intervention | null} */
     this.intervention = null;
     this.tab = "experts";
@@ -93,6 +92,7 @@ export class App {
     this.core.timeSource = timeSource(this);
     this.swapping = false;
     this.waiting = false;
+    this.leading = false;
     const ranks = boot.models.some(({ score_lists: lists }) => lists.length);
     const able = TABS.filter((Tab) => (boot.device ? SERVERLESS.includes(Tab.name) : Tab !== DataTab || ranks));
     /** @type {Tab[]} */
@@ -123,18 +123,16 @@ export class App {
       sort: () => playSorting(this),
       "as-is": () => { // the trained model, routed as it was trained to
         this.variant = this.model.variants[0];
-        Object.assign(this, { topK: null, capacity: null, noise: null, intervention: null });
+        Object.assign(this, { topK: null, capacity: null, intervention: null });
         return this.load("model");
       },
       fall: () => this.takeFewest(),
       "all-away": () => this.chooseSettings({ away: allExperts(this.model) }),
       matters: () => this.showStrongest(),
-      redraw: () => this.chooseSettings({ noise: (this.noise ?? 0) + 1 }),
     });
     Object.assign(changes, rail.changes, own.changes, typed.changes, ...this.tabs.map((tab) => tab.changes));
     // A slider that was in the hand isn't drawn anew; what it chose is, a moment after it was let go.
     this.core.box("settings").addEventListener("change", () => setTimeout(() => this.drawFrame(), 200));
-    changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
     listenForPicker(this);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
@@ -158,8 +156,8 @@ export class App {
   questionOf(view) { return present(this.asked.get(trainedView(view))); }
 
   settings() {
-    const { variant, capacity, intervention, noise, away } = this;
-    const asked = { model: this.model.id, variant, top_k: this.topK, capacity, intervention, noise };
+    const { variant, capacity, intervention, away } = this;
+    const asked = { model: this.model.id, variant, top_k: this.topK, capacity, intervention };
     return { ...asked, ...(away?.length && { away }) };
   }
 
@@ -224,10 +222,12 @@ export class App {
     const model = present(tellingCase(this));
     const { model: before } = this;
     const { picture, away } = model.card.matters;
+    this.leading = true; // what is seen on the way is no place to come back to
     this.away = [];
     if (this.state) this.state.set({ view: trainedView(this.state.view) });
     if (model.id !== this.model.id) await this.chooseModel(model.id);
     await this.openExample(picture);
+    this.leading = false;
     if (this.state?.view.picture.id !== picture) return; // another choice came between
     this.state?.set({ layer: model.layers.indexOf(away[0][0]) });
     await this.chooseSettings({ away });
@@ -362,7 +362,7 @@ export class App {
   /** Write the address a moment later: browsers refuse pages that rewrite it at every key press. */
   remember() {
     clearTimeout(this.remembering);
-    if (!this.pending.wish) this.remembering = setTimeout(() => writeAddress(this), 120);
+    if (!this.pending.wish && !this.leading) this.remembering = setTimeout(() => writeAddress(this), 120);
   }
 
   showBlank() {

@@ -30,8 +30,8 @@ const skipsLayer = ({ layers }, away) =>
  * @param {App} app @param {View} view
  */
 export async function measure(app, view) {
-  const question = view.moment || app.boot.device ? null : oneChange(app, view);
-  if (!question || question.noise !== null || effects.has(view)) return;
+  const question = view.moment ? null : oneChange(app, view);
+  if (!question || effects.has(view)) return;
   effects.set(view, null);
   const { ticket } = app;
   await pause(400);
@@ -118,8 +118,7 @@ function result(view) {
 
 /** @param {View} view */
 function line(view) {
-  const { noise, intervention } = view.settings;
-  if (!effects.has(view)) return typeof noise === "number" && intervention && "A change is measured without noise: turn the noise off.";
+  if (!effects.has(view)) return "";
   const effect = effects.get(view);
   if (!effect) return "Measuring it beside as much at random…";
   if (effect instanceof Error) return effect.message;
@@ -135,7 +134,7 @@ function line(view) {
  */
 async function tellClass(app) {
   const { view } = present(app.state);
-  const { picture, noise, ...asked } = /** @type {any} */ (oneChange(app, view));
+  const { picture, ...asked } = /** @type {any} */ (oneChange(app, view));
   const tell = (words) => app.state?.view === view && fillBox(app.core.box("hand").querySelector("[data-part=class]"), words);
   const target = effectOf(view)?.target;
   tell("Looking at them…");

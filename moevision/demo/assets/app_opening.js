@@ -280,7 +280,6 @@ export const BEHIND = [
   "slot",
   "k",
   "capacity",
-  "noise",
   "do",
   "tab",
   "list",
