@@ -46,7 +46,7 @@ from moevision.demo.service import Explorer, ood_sentence
 from moevision.errors import UserError, json_text
 from moevision.models.export import export_onnx
 from moevision.models.io import SavedModel
-from moevision.models.safe_files import PACKED, SCALE
+from moevision.models.safe_files import PACKED, SCALE, parts_of
 
 HERE: Final = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # the one place that holds the site's address
@@ -352,8 +352,9 @@ def stored(entry: Entry) -> SavedModel:
     saved = entry.variants["trained"].saved
     if not is_packed(entry):
         return saved
-    net, weights = copy.deepcopy(saved.net), load_file(packed_file(entry))
-    for name in [name.removesuffix(SCALE) for name in weights if name.endswith(SCALE)]:
+    net, weights = copy.deepcopy(saved.net), packed_weights(packed_file(entry))
+    scaled = [name.removesuffix(SCALE) for name in weights if name.endswith(SCALE)]
+    for name in sorted(set(scaled) & net.state_dict().keys()):
         owner, _, last = name.rpartition(".")
         module = net.get_submodule(owner)
         setattr(module, last, nn.Parameter(weights[name], requires_grad=False))
@@ -361,6 +362,17 @@ def stored(entry: Entry) -> SavedModel:
             module, last, _Unpacked(weights[name + SCALE]), unsafe=True
         )
     return replace(saved, net=net)
+
+
+def packed_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a packed file and, before them, of the bundled model whose rest it is."""
+    weights: dict[str, Tensor] = {}
+    for part in parts_of(file):
+        own = load_file(part)
+        for name in own:  # stored anew, perhaps without a scale
+            weights.pop(name + SCALE, None)
+        weights |= own
+    return weights
 
 
 def in_bfloat16(model: bytes) -> bytes:
