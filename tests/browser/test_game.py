@@ -131,7 +131,7 @@ def test_who_takes_more_away_than_it_takes_is_told(play):
     assert "Record" not in told(page)
     page.keyboard.press("+")  # the next layer
     take_away(page, 1)
-    assert "Record: fewest experts away: you 2, best 1." in told(page)
+    assert "Record: fewest experts away: you 1, best 1." in told(page)
     press(page, "[data-box=said] [data-action=put-back]", PRIMARY)
     assert page.is_hidden("[data-box=badge]")
 

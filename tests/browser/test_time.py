@@ -134,7 +134,7 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     loads = np.count_nonzero(recorded.weights[3][0], axis=(0, 1))
     assert [low - high for high, low in first] == pytest.approx(100 * loads / loads.sum(), abs=0.2)
     page.keyboard.press("-")  # the layer before
-    page.wait_for_selector(".mv-film:has-text('expert of L1')")
+    page.wait_for_selector(".mv-box-time:has-text('expert of L1')")
     assert told(page) == [words(recorded, 1, 0), words(other, 1, 0)]
 
 
@@ -227,7 +227,7 @@ def test_of_a_changed_model_nothing_was_recorded(photos, query):
 
 def test_a_moment_can_not_be_changed(photos, recorded):
     """Its experts weren't kept: what is taken away would be of the trained model, as if it had been of this one."""
-    page = photos(door=False).page
+    page = photos().page
     scrub(page, "Home", "before training")
 
     def refused(control):
@@ -246,7 +246,6 @@ def test_a_moment_can_not_be_changed(photos, recorded):
     assert says(page.text_content("[data-box=said]"), "Only the trained")
     assert "Take it away" not in page.locator(".mv-flow-box").first.get_attribute("aria-label")
     assert page.text_content("[data-part=when]") == "before training"
-    page.click("[data-action=door]")
     refused("[data-action=hand]")
     page.click("[data-box=said] [data-action=to-trained]")
     page.wait_for_selector("[data-part=when]:text-is('after training')")
