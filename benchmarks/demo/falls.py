@@ -19,123 +19,52 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.bundle import MODELS
 from benchmarks.harness import about, argument_parser, count, write_result
-from moevision.analysis.collect import network_input
-from moevision.analysis.intervention import (
-    Decision,
-    apply_edits,
-    numbered_layers,
-    per_image_capacity,
-    run_repeated,
-)
+from moevision.analysis.effects import ExpertSet, answers_without, expert_sets, fewest_experts
+from moevision.analysis.intervention import numbered_layers
 from moevision.demo.facts import PictureFacts
 from moevision.demo.models import Entry, open_entries
 from moevision.demo.service import Explorer
 from moevision.files import write_json_atomic
-from moevision.layers import routing_lock
 from moevision.models.io import SavedModel
 
 LARGEST = 3  # experts of a set
 SHOWN = 16  # examples with a smallest set
 CHOSEN_ELSEWHERE = "emoji"  # names.py chooses the page that the explorer leads to
-_BATCH = 64
-
-Away = tuple[int, tuple[int, ...]]  # the layer, and its experts that are taken away
 
 
 class Answers(NamedTuple):
     """What a model says about images, with all experts and without each set."""
 
     before: Tensor  # [I, C] probabilities
-    sets: list[Away]
+    sets: list[ExpertSet]
     without: Tensor  # [I, sets, C] probabilities
 
 
-@torch.inference_mode()
-def answers_without(model: SavedModel, images: Sequence[Any], largest: int) -> Answers:
+def all_answers(model: SavedModel, images: Sequence[Any], largest: int) -> Answers:
     """The answers without each set of at most `largest` experts of one layer; images are uint8 [S, S, 3]."""
-    net = model.net
-    before = []
-    without = []
-    sets: list[Away] = []
-    for layer, moe in numbered_layers(net).items():
-        sets += [(layer, chosen) for chosen in sets_of(moe.router.num_experts, largest)]
-
-    with routing_lock(net):
-        for image in images:
-            x = network_input(model, np.stack([image]))
-            before.append(net(x)[0].softmax(-1))
-            without.append(_without_each(net, x, largest))
+    answers = [answers_without(model, image, largest) for image in images]
+    before, without = zip(*answers, strict=True)
+    sets = expert_sets(numbered_layers(model.net), largest)
     return Answers(torch.stack(before), sets, torch.stack(without))
-
-
-def sets_of(num_experts: int, largest: int) -> list[tuple[int, ...]]:
-    """All sets of 1 to `largest` experts, the smaller ones first."""
-    sizes = range(1, min(largest, num_experts) + 1)
-    return [chosen for size in sizes for chosen in combinations(range(num_experts), size)]
-
-
-def _without_each(net: Any, x: Tensor, largest: int) -> Tensor:
-    """Probabilities [sets, C] of the image x [1, 3, S, S], several sets in a batch."""
-    rows = []
-    for moe in numbered_layers(net).values():
-        num_experts = moe.router.num_experts
-        sets = sets_of(num_experts, largest)
-        is_away = torch.zeros(len(sets), num_experts, dtype=torch.bool)  # [M, E]
-        for row, chosen in enumerate(sets):
-            is_away[row, list(chosen)] = True
-        for batch in is_away.split(_BATCH):
-            same_image = torch.zeros(len(batch), dtype=torch.int64)
-            with per_image_capacity(net), apply_edits(net, {moe: remove_by_row(batch)}):
-                rows.append(run_repeated(net, x, same_image, moe).softmax(-1))
-    return torch.cat(rows)
-
-
-def remove_by_row(is_away: Tensor) -> Any:
-    """An edit that takes other experts, `is_away` [M, E], away from each image of a batch."""
-
-    def edit(decision: Decision) -> Decision:
-        return replace(decision, removed=decision.removed | is_away[:, None, :])
-
-    return edit
-
-
-def smallest(before: Tensor, sets: Sequence[Away], without: Tensor) -> Away | None:
-    """The smallest set without which the answer is another one, the class before losing most; None without one.
-
-    `before` [C] and `without` [sets, C] are probabilities of one image.
-    """
-    own = int(before.argmax())
-    falling = [
-        (len(chosen), float(row[own]), layer, chosen)
-        for (layer, chosen), row in zip(sets, without, strict=True)
-        if int(row.argmax()) != own
-    ]
-    if not falling:
-        return None
-    _, _, layer, chosen = min(falling)
-    return layer, chosen
 
 
 def falls_of(explorer: Explorer, entry: Entry, examples: Sequence[PictureFacts]) -> dict[str, Any]:
     """`falls` of card.json: by example what is taken away, and the Explorer's own answers before and after."""
-    answers = answers_without(saved_of(entry), [one.pixels for one in examples], LARGEST)
+    answers = all_answers(saved_of(entry), [one.pixels for one in examples], LARGEST)
     falls = {}
     for example, before, without in zip(examples, answers.before, answers.without, strict=True):
         own = said(explorer, entry, example.id, [])
         if example.label not in (None, own["class"]):
             continue
-        found = smallest(before, answers.sets, without)
+        found = fewest_experts(before, answers.sets, without)
         if found is None:
             everything = [
                 [router.layer, expert]
@@ -154,7 +83,7 @@ def falls_of(explorer: Explorer, entry: Entry, examples: Sequence[PictureFacts])
 
 def strongest(explorer: Explorer, entry: Entry, examples: Sequence[PictureFacts]) -> dict[str, Any]:
     """The strongest case with a single expert away, None where no answer changes; and of how many it is that."""
-    answers = answers_without(saved_of(entry), [one.pixels for one in examples], 1)
+    answers = all_answers(saved_of(entry), [one.pixels for one in examples], 1)
     names = entry.facts.class_names
     cases = []
     num_right = 0
@@ -163,7 +92,7 @@ def strongest(explorer: Explorer, entry: Entry, examples: Sequence[PictureFacts]
         if example.label != names[own]:
             continue
         num_right += 1
-        found = smallest(before, answers.sets, without)
+        found = fewest_experts(before, answers.sets, without)
         if found is not None:
             row = answers.sets.index(found)
             cases.append((float(before[own] - without[row, own]), example.id, found))

@@ -36,10 +36,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.demo.falls import at_random, case_of, change_card, remove_by_row, said
+from benchmarks.demo.falls import at_random, case_of, change_card, said
 from benchmarks.harness import about, argument_parser, count, write_result
 from moevision.analysis.collect import network_input
-from moevision.analysis.effects import run_compared
+from moevision.analysis.effects import remove_by_row, run_compared
 from moevision.analysis.intervention import Intervention, apply_edits
 from moevision.analysis.names import name_experts
 from moevision.data.emoji import GROUPS, EmojiPages, draw_page, read_sheet

@@ -48,6 +48,16 @@ addEventListener("pointerover", ({ target }) => {
   run({ model: shown });
 });
 
+/** Models that have answered. */
+const ready = new Set();
+
+/** What a visitor waits for. @param {string} words */
+function tell(words) {
+  const toast = /** @type {HTMLElement} */ (document.querySelector("[data-box=toast]"));
+  toast.textContent = words;
+  toast.hidden = !words;
+}
+
 // ---- images
 
 /** @param {string} source */
@@ -89,12 +99,17 @@ function layerOf(facts, outputs) {
     requested: count(() => true), slowest };
 }
 
-/** @param {string[]} names @param {number[]} logits */
-function guesses(names, logits) {
+/** @param {number[]} logits */
+function softmax(logits) {
   const top = Math.max(...logits);
   const parts = logits.map((logit) => Math.exp(logit - top));
-  const all = sum(parts);
-  return names.map((name, place) => ({ class: name, p: parts[place] / all })).sort((a, b) => b.p - a.p).slice(0, TOP).map((one) => ({ ...one, p: round(one.p) }));
+  return parts.map((part) => part / sum(parts));
+}
+
+/** @param {string[]} names @param {number[]} logits */
+function guesses(names, logits) {
+  const probability = softmax(logits);
+  return names.map((name, place) => ({ class: name, p: probability[place] })).sort((a, b) => b.p - a.p).slice(0, TOP).map((one) => ({ ...one, p: round(one.p) }));
 }
 
 /** @param {any} question */
@@ -110,22 +125,64 @@ async function route(question) {
     const { layers, moe } = (await recall("without", id, picture.id))[away[0].join(".")];
     return { ...known, layers: layers.map((own, place) => ({ ...view.layers[place], ...own })), lens: null, prediction: { ...known.prediction, moe }, settings };
   }
-  const side = model.image_size;
   const typed = picture.kind === "page" ? await typedPage(id, picture.text) : null;
   if (typed?.error) return typed;
   const image = typed?.image ?? await pixelsOf(known ? known.picture.src : picture.data);
-  const pixels = squarePixels(image, side);
-  const experts = Math.max(...model.routers.map(({ num_experts: count }) => count));
-  const gone = new Uint8Array(experts * model.layers.length);
-  away.forEach(([layer, expert]) => { gone[model.layers.indexOf(layer) * experts + expert] = 1; });
-  const input = normalized(pixels, mean, std);
-  const { outputs, problem } = await run({ model: id, pixels: input, side, away: gone, experts }, [input.buffer]);
+  const pixels = squarePixels(image, model.image_size);
+  const large = model.device.bytes > SMALL && !ready.has(id);
+  if (large) tell(`Fetching the model, ${Math.round(model.device.bytes / 1e6)} MB, once.`);
+  const { outputs, problem } = await computed(model, normalized(pixels, mean, std), away);
+  if (large) tell("");
+  ready.add(id);
   if (problem) { console.warn(`moevision: ${id} did not run`, problem); return FAILED; }
   const far = outputs.distance && outputs.distance.data[0] > 1;
   return /** @type {View} */ ({ ...view, layers: view.layers.map((facts) => layerOf(facts, outputs)), lens: null,
-    picture: known?.picture ?? { id: null, name: typed?.name ?? "your image", label: typed?.label ?? null, src: sourceOf(pixels, side), unlike: far ? unlike : null, credit: null },
+    picture: known?.picture ?? { id: null, name: typed?.name ?? "your image", label: typed?.label ?? null, src: sourceOf(pixels, model.image_size), unlike: far ? unlike : null, credit: null },
     prediction: { moe: guesses(model.class_names, outputs.logits.data), dense: known?.prediction?.dense ?? null },
     settings });
+}
+
+/** What a model says without some experts. @param {any} model @param {Float32Array} pixels @param {number[][]} away */
+function computed(model, pixels, away) {
+  const experts = Math.max(...model.routers.map(({ num_experts: count }) => count));
+  const gone = new Uint8Array(experts * model.layers.length);
+  away.forEach(([layer, expert]) => { gone[model.layers.indexOf(layer) * experts + expert] = 1; });
+  return run({ model: model.id, pixels, side: model.image_size, away: gone, experts });
+}
+
+/**
+ * By how few experts of the only layer the answer for a typed page falls, as demo/service.py searches it.
+ * @param {any} question
+ */
+async function fewest({ model: id, picture }) {
+  if (picture.kind !== "page") return UNANSWERED;
+  const model = boot.models.find((one) => one.id === id);
+  const typed = await typedPage(id, picture.text);
+  if (typed.error) return typed;
+  const pixels = normalized(squarePixels(typed.image, model.image_size), model.device.mean, model.device.std);
+  const logits = async (away) => (await computed(model, pixels, away)).outputs?.logits.data ?? [];
+  const before = await logits([]);
+  const own = before.indexOf(Math.max(...before));
+  const [{ layer, num_experts: experts }] = model.routers;
+  for (const sets of setsOf(experts)) {
+    const answers = await Promise.all(sets.map(async (chosen) => {
+      const away = chosen.map((expert) => [layer, expert]);
+      return { away, probability: softmax(await logits(away)) };
+    }));
+    const changed = answers.filter(({ probability: p }) => p.indexOf(Math.max(...p)) !== own);
+    changed.sort((one, other) => one.probability[own] - other.probability[own]);
+    if (changed.length) return { away: changed[0].away };
+  }
+  return { away: null };
+}
+
+/** All sets of one, of two, and of three experts. @param {number} experts @returns {number[][][]} */
+export function setsOf(experts) {
+  const larger = (sets) => sets.flatMap((chosen) =>
+    [...Array(experts).keys()].filter((expert) => expert > (chosen.at(-1) ?? -1)).map((expert) => [...chosen, expert]));
+  const one = larger([[]]);
+  const two = larger(one);
+  return [one, two, larger(two)];
 }
 
 /** @param {string} model @param {string} text */
@@ -167,5 +224,7 @@ export const server = {
   history: async (/** @type {any} */ { model, picture }) => recall("history", model, picture),
   experts: async (/** @type {any} */ { model, layer }) => recall("experts", model, layer),
   emoji: async (/** @type {any} */ { model }) => recall("emoji", model),
-  what_if: async () => UNANSWERED,
+  fewest,
+  what_if: async (/** @type {any} */ { model, picture, away, intervention: one }) =>
+    recall("effect", model, picture.id, ...(one ? [one.layer, one.expert] : away.flat())),
 };

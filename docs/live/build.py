@@ -46,7 +46,7 @@ from moevision.demo.service import Explorer, ood_sentence
 from moevision.errors import UserError, json_text
 from moevision.models.export import export_onnx
 from moevision.models.io import SavedModel
-from moevision.models.safe_files import PACKED, SCALE
+from moevision.models.safe_files import PACKED, SCALE, parts_of
 
 HERE: Final = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # the one place that holds the site's address
@@ -69,9 +69,6 @@ CARD_SIZE: Final = (1200, 630)
 LARGE_CARD: Final = 'name="twitter:card" content="summary_large_image"'
 PAPER, INK, GREY = "#fbfbf9", "#1b1c1e", "#6b6d70"
 NO_SERVER: Final = "changing k or capacity takes the server that moevision demo starts"
-LEFT_OUT: Final = (
-    "cats_vs_dogs_two"  # most of it is the photo model, which the page would fetch twice
-)
 _LARGE: Final = 8_000_000  # bytes of a model that takes its time
 _SMALLEST: Final = 256  # elements of a weight that is worth another type
 Json = dict[str, Any]
@@ -85,7 +82,7 @@ def build(out: Path, ort: Path | None = None) -> None:
         shutil.copy(folder / ORT_FILES[0], out)
         _pack(out / "ort.bin", (folder / ORT_FILES[1]).read_bytes())
     shutil.copy(HERE / "worker.js", out)
-    entries = [entry for entry in open_entries(None) if entry.card.id != LEFT_OUT]
+    entries = open_entries(None)
     explorer = Explorer(entries)
     notices = [bundled_folder(entry.card.id) / "NOTICE" for entry in entries]
     texts = [
@@ -186,6 +183,8 @@ def _boot(explorer: Explorer, entries: Sequence[Entry], sizes: Mapping[str, int]
             "variants": ["trained"],
             "num_examples": len(model["examples"]),
             "max_top_k": 0,
+            # Of one layer, the browser tries all sets in less than a second.
+            "can_search": model["can_search"] and len(model["layers"]) == 1,
             "score_lists": [],
             "device": {
                 "mean": entry.variants["trained"].saved.mean,
@@ -242,6 +241,14 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
             answers[key("history", model, id)] = _answer(explorer, "history", request)
         if is_large:
             answers[key("without", model, id)] = _without(explorer, entry, id)
+    for id, fall in falls_of(entry).items():
+        request = {
+            "model": model,
+            "picture": {"kind": "example", "id": id},
+            "away": fall["away"],
+        }
+        flat = [number for pair in fall["away"] for number in pair]
+        answers[key("effect", model, id, *flat)] = _answer(explorer, "what_if", request)
     if entry.card.data_kind == EmojiPages.name:
         answers |= _typing(explorer, model)
     for layer in about["layers"]:
@@ -255,6 +262,15 @@ def _record(explorer: Explorer, entry: Entry) -> dict[str, Json]:
         pictures = [entry.examples.find(id) for id in sorted(others)]
         answers[key("pictures", model)] = {picture.id: picture.to_json() for picture in pictures}
     return {name: answer for name, answer in answers.items() if answer != {"src": None}}
+
+
+def falls_of(entry: Entry) -> dict[str, Any]:
+    """By id the examples whose answer few experts change, with those that are `away`."""
+    matters = entry.card.matters
+    falls = dict(entry.card.falls)
+    if matters is not None:
+        falls[matters["picture"]] = matters
+    return {id: fall for id, fall in falls.items() if fall["away"]}
 
 
 def _typing(explorer: Explorer, model: str) -> dict[str, Json]:
@@ -336,8 +352,9 @@ def stored(entry: Entry) -> SavedModel:
     saved = entry.variants["trained"].saved
     if not is_packed(entry):
         return saved
-    net, weights = copy.deepcopy(saved.net), load_file(packed_file(entry))
-    for name in [name.removesuffix(SCALE) for name in weights if name.endswith(SCALE)]:
+    net, weights = copy.deepcopy(saved.net), packed_weights(packed_file(entry))
+    scaled = [name.removesuffix(SCALE) for name in weights if name.endswith(SCALE)]
+    for name in sorted(set(scaled) & net.state_dict().keys()):
         owner, _, last = name.rpartition(".")
         module = net.get_submodule(owner)
         setattr(module, last, nn.Parameter(weights[name], requires_grad=False))
@@ -345,6 +362,17 @@ def stored(entry: Entry) -> SavedModel:
             module, last, _Unpacked(weights[name + SCALE]), unsafe=True
         )
     return replace(saved, net=net)
+
+
+def packed_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a packed file and, before them, of the bundled model whose rest it is."""
+    weights: dict[str, Tensor] = {}
+    for part in parts_of(file):
+        own = load_file(part)
+        for name in own:  # stored anew, perhaps without a scale
+            weights.pop(name + SCALE, None)
+        weights |= own
+    return weights
 
 
 def in_bfloat16(model: bytes) -> bytes:

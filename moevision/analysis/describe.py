@@ -24,7 +24,6 @@ C classes, S pixels of a side, R resamples or permutations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -190,32 +189,6 @@ def random_patches(
 def first_choice_paths(trace: RoutingTrace) -> Ints:
     """[I, P, L]: the expert that each patch gave most weight to in each MoE layer, in order of depth; -1 for none."""
     return np.stack([layer.first_choice() for layer in trace.layers], axis=-1)
-
-
-def patches_on_path(
-    trace: RoutingTrace, path: Sequence[int], *, label: int | None = None, count: int = 8
-) -> list[GalleryPatch]:
-    """Random patches whose first choice is `path` [L], at most one of each image as long as images suffice.
-
-    Only of images of one class, if `label` names it; in order of image and patch, with the weight of the last layer's
-    first choice.
-    """
-    on_path = (first_choice_paths(trace) == path).all(-1)
-    if label is not None:
-        on_path &= (trace.labels == label)[:, None]
-    images, patches = np.nonzero(on_path)
-    order = np.random.default_rng(0).permutation(len(images))
-
-    # One patch of each image first; an image's second patch only fills up.
-    _, first = np.unique(images[order], return_index=True)
-    is_first = np.isin(np.arange(len(order)), first)
-    by_preference = np.concatenate([order[is_first], order[~is_first]])
-    drawn = np.sort(by_preference[:count])
-
-    images = images[drawn]
-    patches = patches[drawn]
-    weights = trace.layers[-1].combine_weight[images, patches, 0]
-    return _as_patches(images, patches, weights)
 
 
 def _routed(layer: LayerTrace, expert: int) -> tuple[Ints, Ints, Floats]:

@@ -9,16 +9,19 @@ only one expert (K = 1), a random ablation is the ablation itself, so an ablatio
 Interventions that are already active, such as another k, stay active in the forward passes before and after.
 Every JSON object and sentence names the kind of intervention and, for an ablation, its fill.
 
+`answers_without` takes away each small set of experts, to find the smallest that changes an answer.
+
 Axes: B images of a batch, R rows of a batch of controls, I images of a class, N tokens (prefix tokens first), K
 choices, E experts, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from statistics import fmean, stdev
 
 import numpy as np
@@ -36,6 +39,7 @@ from moevision.analysis.intervention import (
     Intervention,
     apply_edits,
     computed_pairs,
+    numbered_layers,
     per_image_capacity,
     run_repeated,
 )
@@ -44,6 +48,8 @@ from moevision.errors import UserError
 from moevision.layers import MoEMlp, routing_lock
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel
+
+_SETS_AT_ONCE = 64
 
 MovedCounts = dict[MoEMlp, Tensor]
 """Layer, in order of depth -> [B, 2] int64: how many assignments of prefix tokens, and of patches, are taken away."""
@@ -55,11 +61,14 @@ def effect(
     image: Pixels,
     intervention: Intervention,
     *,
+    also: Sequence[Intervention] = (),
     target: int | str | None = None,
     num_controls: int = 20,
     seed: int = 0,
 ) -> Effect:
     """Measure what an intervention changes for one image, uint8 [S, S, 3] as the model, in eval mode, sees it.
+
+    If it is an ablation, `also` are further ones of the same fill that belong to the change.
 
     `target` is the class, as index or name, whose logit is measured; if None, the class that the model predicts without
     the intervention. The control is drawn `num_controls` times, at least 2, from `seed`. A UserError for a layer, an
@@ -69,7 +78,7 @@ def effect(
     x = network_input(model, np.stack([image]))  # [1, 3, S, S]
     with routing_lock(net):
         before = net(x)[0].double()  # [C]
-        after, moved, has_control = run_under(net, x, intervention)
+        after, moved, has_control = run_under(net, x, intervention, also)
         kinds: set[RoutingKind] = {layer.router.kind for layer in moved}
         index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
         moved_prefix, moved_patches = _sum_over_layers(moved)[0].tolist()  # [2]
@@ -96,6 +105,7 @@ def effect(
         moved_prefix=moved_prefix,
         control=control,
         routing=routing,
+        also=tuple(also),
     )
 
 
@@ -157,6 +167,68 @@ def class_effect(
         moved=fmean(moved_patches),
         unreadable=len(images) - len(delta_logits),
     )
+
+
+ExpertSet = tuple[int, tuple[int, ...]]
+"""A layer, by block number, and some of its experts."""
+
+
+def expert_sets(layers: Mapping[int, MoEMlp], largest: int) -> list[ExpertSet]:
+    """All sets of 1 to `largest` experts of one layer, layer after layer, the smaller ones first."""
+    return [
+        (layer, chosen)
+        for layer, moe in layers.items()
+        for size in range(1, min(largest, moe.router.num_experts) + 1)
+        for chosen in combinations(range(moe.router.num_experts), size)
+    ]
+
+
+@torch.inference_mode()
+def answers_without(model: SavedModel, image: Pixels, largest: int) -> tuple[Tensor, Tensor]:
+    """Probabilities [C] of an image, uint8 [S, S, 3], and [sets, C] without each of `expert_sets`, many in a batch."""
+    net = model.net
+    x = network_input(model, image[None])  # [1, 3, S, S]
+    layers = numbered_layers(net)
+    rows = []
+    with routing_lock(net):
+        before = net(x)[0].softmax(-1)
+        for layer, moe in layers.items():
+            sets = expert_sets({layer: moe}, largest)
+            is_away = torch.zeros(len(sets), moe.router.num_experts, dtype=torch.bool)  # [sets, E]
+            for row, (_, chosen) in enumerate(sets):
+                is_away[row, list(chosen)] = True
+            for batch in is_away.split(_SETS_AT_ONCE):
+                same_image = torch.zeros(len(batch), dtype=torch.int64)
+                with per_image_capacity(net), apply_edits(net, {moe: remove_by_row(batch)}):
+                    rows.append(run_repeated(net, x, same_image, moe).softmax(-1))
+    return before, torch.cat(rows)
+
+
+def remove_by_row(is_away: Tensor) -> Edit:
+    """An edit that takes other experts, `is_away` [B, E], away from each image of a batch."""
+
+    def edit(decision: Decision) -> Decision:
+        removed = decision.removed | is_away[:, None, :].to(decision.removed.device)
+        return replace(decision, removed=removed)
+
+    return edit
+
+
+def fewest_experts(before: Tensor, sets: Sequence[ExpertSet], without: Tensor) -> ExpertSet | None:
+    """The smallest set without which the class is another one, and of these that by which it loses most; or None.
+
+    `before` [C] and `without` [sets, C] are probabilities of one image.
+    """
+    own = int(before.argmax())
+    changing = [
+        (len(chosen), float(row[own]), layer, chosen)
+        for (layer, chosen), row in zip(sets, without, strict=True)
+        if int(row.argmax()) != own
+    ]
+    if not changing:
+        return None
+    _, _, layer, chosen = min(changing)
+    return layer, chosen
 
 
 def _images_of_class(pictures: PictureSet, name: str, limit: int | None, seed: int) -> list[int]:
@@ -241,9 +313,9 @@ def remove_random_experts(
 
 
 def run_under(
-    net: nn.Module, x: Tensor, intervention: Intervention
+    net: nn.Module, x: Tensor, intervention: Intervention, also: Sequence[Intervention] = ()
 ) -> tuple[Tensor, MovedCounts, bool]:
-    """Logits [B, C] under the intervention, how many assignments it takes from their experts, whether it has a control.
+    """Logits [B, C] under the interventions, how many assignments they move, whether there is a control.
 
     An ablation has no control where a layer gives each image a single expert, because a random draw from it would be
     the ablation itself. For an ablation only the assignments to the expert itself are counted. Others that are dropped
@@ -251,9 +323,16 @@ def run_under(
     """
     num_prefix_tokens = int(getattr(net, "num_prefix_tokens", 0))
     ablates = intervention.kind == "ablate"
+    edits_of_layer: dict[MoEMlp, list[Edit]] = {
+        layer: [] for layer in numbered_layers(net).values()
+    }
+    for one in (intervention, *also):
+        for layer, edit in one.edits(net).items():
+            edits_of_layer[layer].append(edit)
     edits = {
-        layer: _CountedEdit(edit, ablates, num_prefix_tokens)
-        for layer, edit in intervention.edits(net).items()
+        layer: _CountedEdit(layer_edits, ablates, num_prefix_tokens)
+        for layer, layer_edits in edits_of_layer.items()
+        if layer_edits
     }
     with apply_edits(net, edits):
         logits = net(x).double()
@@ -265,16 +344,18 @@ def run_under(
 
 @dataclass
 class _CountedEdit:
-    """An edit of a layer that also counts how many assignments it takes from their experts."""
+    """Edits of a layer, in turn, and how many assignments they take from their experts."""
 
-    edit: Edit
+    edits: list[Edit]
     ablates: bool
     num_prefix_tokens: int
     moved: Tensor = field(init=False)  # [B, 2] assignments of prefix tokens, and of patches
     one_expert: bool = False  # whether the layer gives an image one expert
 
     def __call__(self, decision: Decision) -> Decision:
-        after: Decision = self.edit(decision)
+        after = decision
+        for edit in self.edits:
+            after = edit(after)
         routing = decision.settle()
         # [B, N, E]: where an expert is no longer used
         is_gone = (
@@ -398,6 +479,7 @@ class Effect:
     # effect of taking the same number away at random; None where that would be the intervention itself (`run_under`)
     control: Control | None
     routing: RoutingKind = "token_choice"  # how the layers that it acts on route
+    also: tuple[Intervention, ...] = ()  # further ablations that belong to the change
 
     @property
     def before(self) -> tuple[float, ...]:
@@ -428,6 +510,9 @@ class Effect:
         if f"{before:.2f}" != f"{after:.2f}":
             outcome = f"{'falls' if after < before else 'rises'} from {before:.2f} to {after:.2f}"
         change = effect_in_words(self.intervention, self.moved, self.routing)
+        if self.also:
+            names = [f"L{one.layer}·E{one.expert}" for one in (self.intervention, *self.also)]
+            change = f"without {', '.join(names)} ({_count(self.moved, 'patch assignment')} moved)"
         name = self.class_names[self.target]
         sentence = f"For this image: {change} {name} {outcome} (logit {_signed(self.delta_logit)})"
 

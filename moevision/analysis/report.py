@@ -51,7 +51,6 @@ from moevision.analysis.describe import (
 )
 from moevision.analysis.effects import class_effect
 from moevision.analysis.images import (
-    EXPLORER,
     PictureSet,
     aligned_pictures,
     cached,
@@ -759,7 +758,7 @@ def render(
 
     views = [(title, Markup(view)) for title, view in live]
     filters: dict[str, Callable[..., Any]] = {"image": image, "shell_word": shell_word}
-    return render_page("report.html.jinja", filters, **numbers, explorer=EXPLORER, live=views)
+    return render_page("report.html.jinja", filters, **numbers, live=views)
 
 
 def render_page(template: str, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:

@@ -64,9 +64,11 @@ class Examples:
         self.credits = credits or {}
         self.scored = scored
         self.framing = framing
-        drawn = pictures is not None and tuple(pictures.part_names) == SyntheticPets.parts
-        self.prefix = "pets" if drawn else "data"
-        self.photos = {} if drawn or self.credits else photo_files()
+        parts = (
+            () if pictures is None else tuple(pictures.part_names)
+        )  # which only drawn images have
+        self.prefix = "pets" if parts == SyntheticPets.parts else "data"
+        self.photos = {} if parts or self.credits else photo_files()
         self._index: dict[str, int] = {}
         if pictures is not None:
             self._index = {self.id_of(pictures, index): index for index in range(len(pictures))}

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moevision.analysis.collect import collect_routing
-from moevision.analysis.describe import class_expert_map, image_shares, patches_on_path
+from moevision.analysis.describe import class_expert_map, image_shares
 from moevision.analysis.images import PictureSet, View, cached, open_pictures, patch_crop
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import three_questions
@@ -37,7 +37,6 @@ from moevision.models.history import RoutingHistory
 MAX_IMAGES = 400  # of a gallery
 MAX_FOLDER_IMAGES = 2000  # of a folder that the user named: all of it, as far as memory goes
 CELL_PICTURES = 12
-SIMILAR_PATCHES = 12
 CROP_PX = 40  # small patches are shown with more of what surrounds them
 _NO_PICTURES = "has no images here: start the explorer with --data DIR to give it some."
 T = TypeVar("T")
@@ -283,23 +282,6 @@ class AtlasPages:
             indices = group.pop("index")[:CELL_PICTURES]
             group["pictures"] = [_thumb(entry, gallery, index) for index in indices]
         return {"groups": groups}
-
-    def similar(self, request: Any) -> Json:
-        """Patches of other images that took the same path of first choices."""
-        entry, variant = read.model(request, self.entries, "path", "class")
-        path = read.path(request, variant.facts)
-        gallery = self._gallery(entry, variant)
-        label = None
-        if request.get("class") is not None:
-            names = gallery.trace.class_names
-            label = names.index(read.choice(request, "class", names))
-
-        matches = patches_on_path(gallery.trace, path, label=label, count=SIMILAR_PATCHES)
-        patches = [
-            (gallery.pictures.picture_name(index), index, patch, weight)
-            for index, patch, weight in matches
-        ]
-        return {"patches": _patches_in_context(entry, variant.facts, patches)}
 
     def _gallery(self, entry: Entry, variant: Variant) -> Gallery:
         gallery = self.galleries.gallery(variant)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 from moevision.analysis.intervention import Fill, Intervention, Kind
 from moevision.data.emoji import CELLS, EmojiPages, draw_page, split_emoji
 from moevision.data.named import DRAWN
-from moevision.demo.facts import LayerFacts, ModelFacts, PictureFacts, Pixels, model_input
+from moevision.demo.facts import ModelFacts, PictureFacts, Pixels, model_input
 from moevision.demo.models import Entry, Variant
 from moevision.demo.view import FILLS, KINDS, Settings
 from moevision.demo.wire import RequestError
@@ -252,19 +252,3 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
         fill=cast(Fill, fill),
         seed=whole_number(request, "seed", SEEDS, 0),
     )
-
-
-def path(request: Request, facts: ModelFacts) -> tuple[int, ...]:
-    """Read the field `path`: the index of one expert for each MoE layer, in order of depth."""
-    experts: Any = request.get("path")
-    is_list = isinstance(experts, list) and len(experts) == len(facts.routers)
-    if not is_list or not all(map(_is_expert, experts, facts.routers)):
-        ranges = [f"0 to {router.num_experts - 1} in {router.name}" for router in facts.routers]
-        raise RequestError(
-            f"The field 'path' must be a list of {len(ranges)} experts, one per MoE layer: {', '.join(ranges)}."
-        )
-    return tuple(experts)
-
-
-def _is_expert(value: Any, router: LayerFacts) -> bool:
-    return type(value) is int and value in range(router.num_experts)

@@ -7,6 +7,7 @@ JSON of its answer; `answer` turns every mistake of a visitor into `{"error": a 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,12 +19,27 @@ import torch
 
 from moevision import __version__
 from moevision.analysis.collect import network_input
-from moevision.analysis.effects import ClassEffect, class_effect, effect
+from moevision.analysis.effects import (
+    ClassEffect,
+    answers_without,
+    class_effect,
+    effect,
+    expert_sets,
+    fewest_experts,
+)
 from moevision.analysis.good_data import SCORE_LISTS, image_id
+from moevision.analysis.intervention import Intervention, numbered_layers
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.examples import Examples, sharp_data_uri, thumbnail_uri
-from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, SHARP_PX, PictureFacts, model_input
+from moevision.demo.facts import (
+    MAX_ASPECT,
+    MIN_SIDE,
+    SHARP_PX,
+    ModelFacts,
+    PictureFacts,
+    model_input,
+)
 from moevision.demo.galleries import AtlasPages, Galleries, Times
 from moevision.demo.html import links, view_html
 from moevision.demo.models import Entry, Variant
@@ -39,6 +55,8 @@ CLASS_PICTURES = 50
 MIN_CLASS_PICTURES = 20
 MORE_EXAMPLES = 24  # at a time
 OFFERED_EMOJI = 24  # of a class
+MOST_AWAY = 3  # experts of a set that is searched
+MOST_SEARCHED = 4e8  # sets times parameters: about a second of one thread
 # Views of examples as the model was trained to route them, about 0.1 MB each.
 CACHED_VIEWS = 64
 SURE = 0.8  # share of strangers from which on one is called so without "may"
@@ -69,6 +87,7 @@ class Explorer:
             self.examples,
             self.data,
             self.what_if,
+            self.fewest,
             self.class_effect,
             self.export_html,
             self.pages.experts,
@@ -76,7 +95,6 @@ class Explorer:
             self.pages.compare,
             self.pages.cell,
             self.pages.mistakes,
-            self.pages.similar,
         ]
         self.handlers = {handler.__name__: handler for handler in handlers}
 
@@ -238,9 +256,18 @@ class Explorer:
         return {"images": num_images, "entries": entries}
 
     def what_if(self, request: Any) -> Json:
-        """What an intervention changes about the prediction, beside its control; `route` has the view after it."""
+        """What an intervention changes about the prediction, beside its control; `route` has the view after it.
+
+        Without one, what all experts change together that are away.
+        """
         image = read.image_request(request, self.entries)
         change = image.settings.intervention
+        around = replace(image.settings, intervention=None)
+        also: tuple[Intervention, ...] = ()
+        if change is None and image.settings.ablated_experts:
+            change, *others = image.settings.ablated_experts
+            also = tuple(others)
+            around = replace(around, ablated_experts=())
         if change is None:
             raise RequestError("The field 'intervention' must say what to change.")
         if image.settings.noise is not None:
@@ -248,8 +275,27 @@ class Explorer:
                 "A change is measured without noise: the field 'noise' must be null."
             )
         model = image.variant.saved
-        with replace(image.settings, intervention=None).applied(model.net):
-            return effect(model, image.picture.pixels, change).to_json()
+        with around.applied(model.net):
+            return effect(model, image.picture.pixels, change, also=also).to_json()
+
+    def fewest(self, request: Any) -> Json:
+        """The fewest experts of one layer, at most three, without which an answer changes: `away`, or null for none."""
+        image = read.image_request(request, self.entries)
+        facts = image.variant.facts
+        if image.settings != Settings():
+            raise RequestError(
+                "The fewest experts are searched for in the model as it was trained."
+            )
+        if not can_search(facts):
+            raise RequestError(f"{facts.title} is too large for a search of every few experts.")
+        model = image.variant.saved
+        before, without = answers_without(model, image.picture.pixels, MOST_AWAY)
+        sets = expert_sets(numbered_layers(model.net), MOST_AWAY)
+        found = fewest_experts(before, sets, without)
+        if found is None:
+            return {"away": None}
+        layer, experts = found
+        return {"away": [[layer, expert] for expert in experts]}
 
     def class_effect(self, request: Any) -> Json:
         """What the same intervention changes over images of a class: `class_effect`, null if there are too few.
@@ -358,6 +404,13 @@ def ood_sentence(recognized: float | None) -> str:
     )
 
 
+def can_search(facts: ModelFacts) -> bool:
+    """Whether taking away every few experts of each layer takes about a second at most."""
+    sizes = range(1, MOST_AWAY + 1)
+    sets = sum(math.comb(router.num_experts, size) for router in facts.routers for size in sizes)
+    return sets * facts.parameters <= MOST_SEARCHED
+
+
 def brings_image(request: Any) -> bool:
     """Whether an image must be decoded for a request."""
     picture = request.get("picture") if isinstance(request, dict) else None
@@ -410,7 +463,7 @@ def _about(entry: Entry, times: Times | None) -> Json:
         "variants": list(entry.variants),
         "accuracy_texts": texts,
         "has_dense": entry.dense is not None or bool(entry.dense_answers),
-        "has_pictures": examples.has_pictures,
+        "can_search": can_search(entry.facts),
         "card": vars(entry.card),
         "history": None if times is None else times.about,
         "shown": entry.shown,

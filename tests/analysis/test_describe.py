@@ -18,7 +18,6 @@ from moevision.analysis.describe import (
     part_expert_table,
     part_fractions,
     part_stands_out,
-    patches_on_path,
     random_patches,
     top_patches,
 )
@@ -296,19 +295,3 @@ def test_paths_are_first_choices_by_layer():
     assert paths.shape == (IMAGES, PATCHES, 2)
     for place, layer in enumerate(layers):
         np.testing.assert_array_equal(paths[..., place], layer.expert_index[..., 0])
-
-
-def test_patches_on_a_path_take_it_and_spread_over_pictures():
-    trace = a_trace(random_layer(0, 1), random_layer(1, 3), labels=np.arange(IMAGES) % 2)
-    paths = first_choice_paths(trace)
-    for path in ((0, 0), (1, 2), (3, 1)):
-        for label in (None, 1):
-            on_path = (paths == path).all(-1) & np.isin(
-                trace.labels, [0, 1] if label is None else [label]
-            )[:, None]
-            found = patches_on_path(trace, path, label=label, count=5)
-            assert len(found) == min(5, on_path.sum())
-            assert all(on_path[patch.image, patch.patch] for patch in found)
-            assert len({(patch.image, patch.patch) for patch in found}) == len(found)
-            assert len({patch.image for patch in found}) == min(5, on_path.any(1).sum())
-    assert patches_on_path(trace, (0, 0), count=10_000) != []

@@ -1,7 +1,6 @@
 """An expert's page by its link, its share image, silent experts and the logit lens: what they say is the service's."""
 
 import pytest
-from PIL import Image
 
 from tests.browser.conftest import FIRST, change_answer, no_sideways_scroll, press
 from tests.shared import says
@@ -44,17 +43,6 @@ def test_what_was_measured_and_named_is_told(new_visit, server):
     page.wait_for_selector(".mv-alone")
     assert says(page.text_content(".mv-called"), "whisker: 45 %", "everything: 13 %")
     assert says(page.text_content(".mv-without"), "40 test images", "most for <b>cat, −1.25")
-
-
-def test_an_expert_is_saved_as_an_image(visit):
-    page = visit("?expert=L3.E1", then=".mv-alone").page
-    with page.expect_download() as waiting:
-        page.click("[data-action=save-expert]")
-    assert waiting.value.suggested_filename == "moevision_pets_L3-E1.png"
-    with Image.open(waiting.value.path()) as picture:
-        assert picture.format == "PNG"
-        assert picture.size == (1200, 600)
-        assert len(picture.convert("RGB").getcolors(2**24)) > 100
 
 
 def test_silent_experts_and_the_lens_are_the_views(visit, ask):

@@ -128,12 +128,56 @@ def test_who_takes_more_away_than_it_takes_is_told(play):
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.wait_for_selector(f"h1:text-is('{RESULTS[0][2]}')")
-    assert "Fewest" not in told(page)
+    assert "Record" not in told(page)
     page.keyboard.press("+")  # the next layer
     take_away(page, 1)
-    assert "You: 2. Fewest: 1." in told(page)
+    assert "Record: fewest experts away: you 1, best 1." in told(page)
     press(page, "[data-box=said] [data-action=put-back]", PRIMARY)
     assert page.is_hidden("[data-box=badge]")
+
+
+def test_of_an_image_that_no_card_tells_of_the_fewest_are_searched(play, entries):
+    """The first two of the explorer's images by its own search: one whose answer falls, and one whose doesn't."""
+    explorer = Explorer([entries["game"]])
+    ids = [one.id for one in entries["game"].examples.usable(0, 12) if one.id not in FALLS]
+    fewest = {
+        id: explorer.answer("fewest", {"picture": {"kind": "example", "id": id}})["away"]
+        for id in ids
+    }
+    falling = next(id for id in ids if fewest[id])
+    best = len(fewest[falling])
+    page = play("game", query={"picture": falling})
+    page.wait_for_selector(f"[data-box=said]:has-text('The fewest: {best}.')")
+    press(page, "[data-box=said] [data-action=fall]", "[data-box=said]:has-text('Record')")
+    assert page.visit.question("route")["away"] == fewest[falling]
+    assert f"Record: fewest experts away: you {best}, best {best}." in told(page)
+    assert page.visit.question("fewest") == {
+        "model": "game",
+        "picture": {"kind": "example", "id": falling},
+    }
+    still = [id for id in ids if fewest[id] is None]
+    if still:
+        page = play("game", query={"picture": still[0]})
+        page.wait_for_selector("[data-box=said]:has-text('nor any two or three')")
+
+
+def test_several_experts_away_stand_beside_as_many_patches_at_random(play):
+    page = play("game", query={"picture": "pets/test/2"})
+    take(page, RESULTS[1][2])
+    page.wait_for_selector(CONTROLLED)
+    picture = {"kind": "example", "id": "pets/test/2"}
+    asked = {"model": "game", "picture": picture, "away": FALLS["pets/test/2"]["away"]}
+    effect = page.visit.explorer.answer("what_if", asked)
+    mean = sum(effect["control"]["delta_ps"]) / effect["control"]["n"]
+    assert f"at random: {effect['target']} {100 * (effect['before'][0]['p'] + mean):.0f}" in told(
+        page
+    )
+
+
+def test_a_link_to_a_model_that_is_not_there_says_so(play):
+    page = play("game", query={"model": "<b>none"})
+    assert says(page.text_content(".mv-toast"), "no model <b>none")
+    assert says(told(page, "h1"), "share this")
 
 
 LATER = [("game", "second choice"), ("choice", "also"), ("soft", None), ("many", "second choice")]
@@ -210,7 +254,7 @@ def test_whole_photos_are_sorted_and_ones_own_with_them(play, tmp_path):
 @pytest.mark.parametrize("query", [{"embed": 1}, {"embed": 1, "away": "1.0", "mode": "expert"}])
 def test_a_frame_has_photo_and_boxes_only(play, query):
     page = play("game", query=query)
-    rest = ".mv-flow-pick, .mv-flow-end, .mv-box-time, .mv-depth, .mv-footer, .mv-detail, .mv-cell"
+    rest = ".mv-flow-pick, .mv-flow-end, .mv-depth, .mv-footer, .mv-detail, .mv-cell"
     assert page.locator(f":is({rest}):visible").count() == 0
     assert page.locator(":is(.mv-canvas, .mv-flow-box):visible").count() == 5
     assert page.get_attribute("[data-mode=regions]", "aria-pressed") == "true"

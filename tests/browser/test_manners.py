@@ -59,7 +59,7 @@ def test_the_keyboard_reaches_everything(visit):
         data = page.evaluate("({ ...document.activeElement.dataset })")
         reached |= {data.get("action"), data.get("change"), "patch" if "patch" in data else None}
     wanted = "take fly door patch example choose topk limit variant mode layer highlight model"
-    assert {*wanted.split(), "strength", "unpin", "similar", "tab"} <= reached
+    assert {*wanted.split(), "strength", "unpin", "tab"} <= reached
     assert page.locator(".mv-cell[tabindex='0']").count() == 1
     page.press("[role=tab][aria-selected=true]", "ArrowRight")
     assert page.evaluate("document.activeElement.dataset.tab") == "classes"

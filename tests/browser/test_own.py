@@ -1,7 +1,6 @@
 """One's own images: several at once, kept as long as the tab, and whose route their patches take."""
 
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from tests.browser.conftest import (
     told,
     violations,
 )
-from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
@@ -46,47 +44,23 @@ def names(page):
     return each(page, ".mv-own button", "one.ariaLabel.slice(11)")
 
 
-def test_an_own_image_is_told_of_by_its_route_and_what_the_model_knows(visit, ask, files, explorer):
-    """The route of most patches in the middle, by hand from the view, and what `similar` says of it."""
+def test_of_an_own_image_is_told_what_the_model_knows(visit, files, explorer):
     page = visit(door=False, reduced_motion="reduce").page
     page.set_input_files("[data-box=file]", files[:1])
-    page.wait_for_selector("[data-box=route] p")
+    page.wait_for_selector("[data-box=said]:has-text('nothing else')")
     assert told(page, "h1").endswith("share this photo.")
     assert page.is_disabled("[data-key^=flow-own][aria-pressed=true]")  # it is shown: no choice
     view = explorer.answer("route", page.visit.question("route"))
-    first, second = ([choices[0] for choices in layer["experts"]] for layer in view["layers"])
-    routes = Counter((first[patch], second[patch]) for patch in (5, 6, 9, 10))  # of 4 x 4
-    route, count = routes.most_common(1)[0]
-    patches = ask("similar", path=list(route))["patches"]
-    if patches:
-        page.wait_for_selector(".mv-route")
-        label, most = Counter(patch["label"] for patch in patches).most_common(1)[0]
-        text = told(page, "[data-box=route] p")
-        way = f"{route[0]} in L1 and {route[1]} in L3"
-        expected = f"{count} patches in its middle go to {way}, as do these of other images"
-        several = len(set(routes.values())) < len(routes)
-        assert several or text == f"{expected}, {most} of {len(patches)} of {label}:"
-        assert page.locator(".mv-route img").count() == min(8, len(patches))
     names = view["model"]["class_names"]
     knows = f"It knows {', '.join(names[:-1])} and {names[-1]}, and nothing else."
-    assert knows in told(page, "[data-box=route]")
+    assert knows in told(page, "[data-box=said]")
     # All classes have a bar, and a stranger is told of in words: noise is none of the pets.
     bars = page.locator(".mv-flow-answer li > span").all_text_contents()
     assert sorted(bars) == sorted(names)
     assert told(page, "[data-box=said]").startswith(view["picture"]["unlike"])
     assert violations(page) == []
     press(page, ".mv-flow-box:not([disabled]) >> nth=0", AWAY)
-    assert page.text_content("[data-box=route]") == ""  # of the whole model
-
-
-def test_a_server_that_fails_to_tell_the_route_is_told_of(new_visit, server, files):
-    page = new_visit(door=False).open(server.url)
-
-    trouble = {"error": "The explorer stumbled over this.", "code": "internal"}
-    change_answer(page, "similar", lambda _: trouble)
-    page.set_input_files("[data-box=file]", files[:1])
-    page.wait_for_selector("[data-box=route] [role=alert]:has-text('stumbled over this')")
-    assert says(page.text_content("[data-box=route]"), "knows cat, dog")
+    assert "nothing else" not in told(page, "[data-box=said]")  # of the whole model
 
 
 def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):

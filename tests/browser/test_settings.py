@@ -1,6 +1,5 @@
 """M7 to M9: other colourings, loads, capacity, k, and the switch between versions of the model."""
 
-import numpy as np
 import pytest
 
 from tests.browser.conftest import (
@@ -9,12 +8,10 @@ from tests.browser.conftest import (
     each,
     example,
     experts_of,
-    figures,
     fills,
     numbers,
     press,
 )
-from tests.demo.test_computation import unpacked
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -76,44 +73,6 @@ def test_another_k_is_marked(visit, ask):
     press(page, "[data-action=as-trained]", CHANGED, state="detached")
     assert page.visit.question("route")["top_k"] is None
     assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
-
-
-def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask):
-    def drawn(seed):
-        return experts_of(ask("route", picture=FIRST, noise=seed)["layers"][1])
-
-    page = visit("?patch=5").page
-    page.check("[data-change=noise]")
-    page.wait_for_selector(CHANGED)
-    assert page.visit.question("route")["noise"] == 1
-    assert "draw 1" in page.text_content("[data-part=noise]")
-    assert numbers(page) == drawn(1)
-    values = {name: unpacked(value)[5] for name, value in one_layer(ask, noise=1).items()}
-    texts = page.locator("[data-n=score]").all_text_contents()
-    shown = [text.replace(MINUS, "-").split() for text in texts]
-    assert [float(clean) for clean, _ in shown] == pytest.approx(values["scores"], abs=0.0051)
-    assert [float(noise) for _, noise in shown] == pytest.approx(values["noise"], abs=0.0051)
-    assert says(page.text_content("[data-part=say]"), "noise of size", "1/4")
-    noisy = np.exp(values["scores"] + values["noise"])
-    assert figures(page, "share") == pytest.approx(100 * noisy / noisy.sum(), abs=0.51)
-    press(page, "[data-action=redraw]", "[data-box=said]:has-text('draw 2')")
-    page.wait_for_function("location.search.includes('noise=2')")
-    assert numbers(page) == drawn(2)
-    page.click("[data-key=chip-1]")
-    press(page, ".mv-box-hand [data-kind=force]", ".mv-results:has-text('measured without noise')")
-    assert "what_if" not in page.visit.asked
-    page.uncheck("[data-change=noise]")
-    page.wait_for_selector(".mv-results[role=note]")  # measured
-    assert page.visit.question("what_if")["noise"] is None
-    press(page, "[data-action=undo]", ".mv-results", state="detached")
-    page.click("[data-key=chip-1]")
-    assert not page.is_checked("[data-change=noise]")
-    assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
-
-
-def one_layer(ask, **settings):
-    numbers = ask("route", picture=FIRST, **settings)["layers"][1]["computation"]
-    return {name: numbers[name] for name in ("scores", "noise")}
 
 
 def test_one_switch_shows_the_unbalanced_and_the_untrained_model(visit, ask):

@@ -39,17 +39,9 @@ SENT = "() => !location.search.includes('picture=')"  # one's own image is in no
 def test_nothing_is_saved_before_an_image_is_chosen(visit, empty_stage):
     page = visit().page
     empty_stage(page)
-    for kind in ("png", "json", "page"):
+    for kind in ("card", "json", "page"):
         page.click(".mv-menu summary")
         press(page, f"[data-action=export-{kind}]", ".mv-toast:has-text('Nothing is on the stage')")
-
-
-def test_the_stage_is_saved_as_png(visit):
-    file = saved(visit().page, "png")
-    assert file.suggested_filename.startswith("moevision_pets_")
-    with Image.open(file.path()) as picture:
-        assert (picture.format, picture.size) == ("PNG", (1024, 1024 + 76))  # the caption
-        assert len(picture.convert("RGB").getcolors(2**24)) > 100
 
 
 def test_the_view_is_saved_as_json(visit, ask):

@@ -3,7 +3,7 @@
 import pytest
 
 from moevision.analysis.plots import EXPERT_COLOURS
-from tests.browser.conftest import FIRST, each, experts_of, fills, numbers, open_tab, press, said
+from tests.browser.conftest import FIRST, each, experts_of, fills, numbers, open_tab, said
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -128,13 +128,3 @@ def test_one_expert_can_be_highlighted(quiet, layers):
     assert [fill[3] for fill in fills(page)] == pytest.approx(weight, abs=0.005)
     page.click(".mv-loadbar[data-expert='3']")
     assert all(fill[3] > 0 for fill in fills(page))
-
-
-def test_patches_with_the_same_path_come_when_asked_for(visit, ask, layers):
-    one = visit("?patch=9")
-    path = [layer["experts"][9][0] for layer in layers]
-    assert "similar" not in one.asked
-    press(one.page, "[data-action=similar]", ".mv-box-similar :is(.mv-crop, .mv-note)")
-    assert one.question("similar")["path"] == path
-    patches = ask("similar", path=path)["patches"]
-    assert one.page.locator(".mv-box-similar .mv-crop").count() == len(patches)

@@ -8,6 +8,7 @@ import pytest
 
 from moevision.models.history import RoutingHistory
 from tests.browser.conftest import (
+    MOBILE,
     alone,
     at,
     counts,
@@ -74,7 +75,6 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded):
 def test_nothing_of_another_moment_stands_there(photos, recorded):
     page = photos("?tab=about").page
     patch = int(page.get_attribute(".mv-pinned", "data-patch"))
-    assert page.locator(".mv-box-similar button:visible").count() == 1
     assert page.locator("[data-mode]:visible").count() > 1
     scrub(page, "Home", "before training")
     image = image_of(page, recorded)
@@ -84,7 +84,7 @@ def test_nothing_of_another_moment_stands_there(photos, recorded):
     weights = recorded.weights[3][0, image, patch].astype(float)
     then = page.locator(".mv-then li").all_text_contents()
     assert then == [f"{e} weight {weights[e]:.2f}" for e in np.argsort(-weights)[:2]]
-    assert page.locator(".mv-facts, .mv-box-similar button").count() == 0
+    assert page.locator(".mv-facts").count() == 0
     assert page.locator("[data-mode]:visible").all_text_contents() == ["Regions", "Each patch"]
     below = "getComputedStyle(document.querySelector('.mv-panel'), '::before').content"
     assert "the trained model" in page.evaluate(below)
@@ -109,7 +109,7 @@ def words(history, moment, layer=1):
 def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos_home):
     """10 of the 40 steps to the end are a quarter of the axis, in both trainings; keys go from moment to moment."""
     other = RoutingHistory.load(photos_home / "snaps" / "history_unbalanced.safetensors")
-    page = photos(reduced_motion="reduce", door=False).page
+    page = photos(reduced_motion="reduce").page
     page.wait_for_selector(SLIDER)
     tracks = page.locator(".mv-film > p").all_text_contents()
     names = [track.split(":")[0] for track in tracks]
@@ -134,8 +134,29 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     loads = np.count_nonzero(recorded.weights[3][0], axis=(0, 1))
     assert [low - high for high, low in first] == pytest.approx(100 * loads / loads.sum(), abs=0.2)
     page.keyboard.press("-")  # the layer before
-    page.wait_for_selector(".mv-film:has-text('expert of L1')")
+    page.wait_for_selector(".mv-box-time:has-text('expert of L1')")
     assert told(page) == [words(recorded, 1, 0), words(other, 1, 0)]
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_the_film_plays_where_the_photo_is_in_sight(photos, phone):
+    """Both in one screen of 1440 x 900 and of 390 x 844, before and while it runs."""
+    page = photos(**(MOBILE if phone else {"viewport": {"width": 1440, "height": 900}})).page
+    parts = [".mv-flow-photo", "[data-action=run]", ".mv-chart"]
+    assert max(places(page, parts)) <= (844 if phone else 900)
+    before = page.locator("[data-action=run]").bounding_box()
+    press(page, "[data-action=run]", ".mv-past")
+    assert page.locator("[data-action=run]").bounding_box()["y"] == pytest.approx(
+        before["y"], abs=1
+    )
+    page.wait_for_selector("[data-action=run]:text-is('Play')")
+
+
+def places(page, selectors):
+    """Where each ends, in px from the top of the screen; none begins above it."""
+    boxes = [page.locator(selector).first.bounding_box() for selector in selectors]
+    assert all(box["y"] >= 0 for box in boxes)
+    return [box["y"] + box["height"] for box in boxes]
 
 
 def test_the_patches_follow_the_training_without_balance_loss_too(photos, recorded, photos_home):
@@ -206,7 +227,7 @@ def test_of_a_changed_model_nothing_was_recorded(photos, query):
 
 def test_a_moment_can_not_be_changed(photos, recorded):
     """Its experts weren't kept: what is taken away would be of the trained model, as if it had been of this one."""
-    page = photos(door=False).page
+    page = photos().page
     scrub(page, "Home", "before training")
 
     def refused(control):
@@ -225,7 +246,6 @@ def test_a_moment_can_not_be_changed(photos, recorded):
     assert says(page.text_content("[data-box=said]"), "Only the trained")
     assert "Take it away" not in page.locator(".mv-flow-box").first.get_attribute("aria-label")
     assert page.text_content("[data-part=when]") == "before training"
-    page.click("[data-action=door]")
     refused("[data-action=hand]")
     page.click("[data-box=said] [data-action=to-trained]")
     page.wait_for_selector("[data-part=when]:text-is('after training')")

@@ -223,7 +223,6 @@ def calls() -> list[tuple[str, str]]:
         if number not in ("2.5", "-1", "99"):
             found.append(body(json.dumps(ROUTE)[:-1] + f', "capacity": {number}}}'))
         found.append(body(f'{{"model": "pets", "layer": {number}}}', "experts"))
-        found.append(body(f'{{"model": "pets", "path": [0, {number}]}}', "similar"))
         if number != "99":
             found.append(body(f'{{"model": "pets", "start": {number}}}', "examples"))
     for value in (
@@ -239,7 +238,7 @@ def calls() -> list[tuple[str, str]]:
         found += [body(value, name) for name in ("route", "what_if", "sharp", "cell", "compare")]
     found.append(body(json.dumps({"model": "pets", "a": "cat", "b": "cat"}), "compare"))
     found.append(body(json.dumps({"model": "pets", "a": "cat", "b": ["dog"]}), "compare"))
-    found.append(body(json.dumps({"model": "pets", "path": list(range(100_000))}), "similar"))
+    found.append(body(json.dumps({**ROUTE, "away": [[1, 0]]}), "fewest"))
     found.append(
         body(json.dumps({**ROUTE, "intervention": {**CHANGE, "fill": "rm -rf"}}), "what_if")
     )

@@ -94,7 +94,7 @@ REQUESTS = [
     ("sharp", {"model": "photos", "picture": "data/none.png"}, "no image 'data/none.png'"),
     ("history", {"model": "pets", "picture": "pets/test/0"}, "The pets", "not recorded"),
     ("data", {"model": "pets", "list": "doubtful"}, "The pets", "without scores"),
-    ("similar", {"model": "pets", "path": [0]}, "'path'", "0 to 3", "in L3"),
+    ("fewest", {**hostile.ROUTE, "away": [[1, 0]]}, "as it was trained"),
 ]
 
 

@@ -60,7 +60,7 @@ def test_boot_tells_everything_that_the_page_needs(explorer):
     pets, photos = boot["models"]
     assert (pets["id"], photos["id"]) == ("pets", "photos")
     assert pets["variants"] == ["trained", "unbalanced", "untrained"]
-    assert {pets["has_dense"], pets["has_pictures"]} == {True}
+    assert {pets["has_dense"], pets["can_search"]} == {True}
     assert not photos["has_pictures"]
     assert "accuracy_text" not in pets  # each variant has its own
     texts = {
@@ -453,18 +453,6 @@ def test_mistakes_are_those_of_the_trace_with_their_routes(explorer, monkeypatch
     assert told["to_other"] == pytest.approx(abs(wrong - other).sum() / 2)
 
 
-def test_similar_patches_took_the_path(explorer):
-    view = good(explorer, "route", picture=PICTURE)
-    path = [layer["experts"][5][0] for layer in view["layers"]]
-    page = good(explorer, "similar", model="pets", path=path, **{"class": None})
-    assert page["patches"]
-    for patch in page["patches"]:
-        other = good(explorer, "route", picture={"kind": "example", "id": patch["picture"]})
-        assert [layer["experts"][patch["patch"]][0] for layer in other["layers"]] == path
-    only = good(explorer, "similar", model="pets", path=path, **{"class": "cat"})
-    assert {patch["label"] for patch in only["patches"]} <= {"cat"}
-
-
 def test_export_is_one_page_without_a_network(explorer):
     page = good(explorer, "export_html", model="pets", picture=PICTURE)
     assert page["filename"] == "moevision-pets-bear-test-3.html"
@@ -489,7 +477,6 @@ def test_before_the_gallery_is_ready(home):
     explorer = Explorer(entries, Galleries(entries))  # never started
     assert explorer.answer("experts", {"model": "pets", "layer": 1})["status"] == "computing"
     assert explorer.answer("classes", {"model": "pets"})["status"] == "computing"
-    assert explorer.answer("similar", {"model": "pets", "path": [0, 0]})["code"] == "busy"
     request = {"model": "pets", "intervention": ABLATE, "class": "bear"}
     assert explorer.answer("class_effect", request) == {"class_effect": None, "without": None}
 

@@ -10,7 +10,7 @@ import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers 
 import { asAskError, Asker, errorBox, slide } from "./app_server.js";
 import { closeMenuByClick, shareHandlers } from "./app_share.js";
 import { drawSorting, playSorting } from "./app_sorting.js";
-import { drawSimilar, sharpen, showLikes, showSimilar, timeSource } from "./app_similar.js";
+import { sharpen, showLikes, timeSource } from "./app_later.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
 import { listenForPicker, typedHandlers } from "./app_typed.js";
 import { cardLayout, Core, coreLayout } from "./core.js";
@@ -37,7 +37,6 @@ const appLayout = () => html`
   <div data-box="main">${coreLayout()}</div>
   <div class="mv-flow-end"><button type="button" class="mv-button" data-action="door" data-key="door"
     aria-expanded="false">Look closer</button><span class="mv-detail" data-box="layer"></span></div>
-  <section class="mv-box-time" aria-label="The training" data-box="time"></section>
   <div class="mv-depth mv-detail" data-box="depth">
   <header class="mv-header" data-box="header"></header>${cardLayout()}
   <div class="mv-columns"><nav class="mv-rail" aria-label="Images" data-box="rail"></nav>
@@ -65,7 +64,6 @@ export class App {
     this.lastOwn = Math.max(0, ...this.own.map(({ id }) => id));
     this.topK = null;
     this.capacity = null;
-    this.noise = null;
     /** @type {Intervention | null} */
     this.intervention = null;
     this.tab = "experts";
@@ -94,6 +92,7 @@ export class App {
     this.core.timeSource = timeSource(this);
     this.swapping = false;
     this.waiting = false;
+    this.leading = false;
     const ranks = boot.models.some(({ score_lists: lists }) => lists.length);
     const able = TABS.filter((Tab) => (boot.device ? SERVERLESS.includes(Tab.name) : Tab !== DataTab || ranks));
     /** @type {Tab[]} */
@@ -124,19 +123,16 @@ export class App {
       sort: () => playSorting(this),
       "as-is": () => { // the trained model, routed as it was trained to
         this.variant = this.model.variants[0];
-        Object.assign(this, { topK: null, capacity: null, noise: null, intervention: null });
+        Object.assign(this, { topK: null, capacity: null, intervention: null });
         return this.load("model");
       },
       fall: () => this.takeFewest(),
       "all-away": () => this.chooseSettings({ away: allExperts(this.model) }),
       matters: () => this.showStrongest(),
-      redraw: () => this.chooseSettings({ noise: (this.noise ?? 0) + 1 }),
-      similar: () => showSimilar(this),
     });
     Object.assign(changes, rail.changes, own.changes, typed.changes, ...this.tabs.map((tab) => tab.changes));
     // A slider that was in the hand isn't drawn anew; what it chose is, a moment after it was let go.
     this.core.box("settings").addEventListener("change", () => setTimeout(() => this.drawFrame(), 200));
-    changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
     listenForPicker(this);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
@@ -160,8 +156,8 @@ export class App {
   questionOf(view) { return present(this.asked.get(trainedView(view))); }
 
   settings() {
-    const { variant, capacity, intervention, noise, away } = this;
-    const asked = { model: this.model.id, variant, top_k: this.topK, capacity, intervention, noise };
+    const { variant, capacity, intervention, away } = this;
+    const asked = { model: this.model.id, variant, top_k: this.topK, capacity, intervention };
     return { ...asked, ...(away?.length && { away }) };
   }
 
@@ -208,13 +204,13 @@ export class App {
 
   /** The place of the layer in which the fewest experts change the answer of this example; null where none was found. */
   fallingLayer() {
-    const [[layer] = [null]] = fallOf(this.model, this.picture.id)?.away ?? [];
+    const [[layer] = [null]] = (this.opening.falls ?? fallOf(this.model, this.picture.id))?.away ?? [];
     return layer === null ? null : this.model.layers.indexOf(layer);
   }
 
   /** The fewest experts without which the answer of this example changes, in the layer where they are. */
   takeFewest() {
-    const { away } = present(fallOf(this.model, this.picture.id));
+    const { away } = present(this.opening.falls);
     this.state?.set({ layer: this.fallingLayer(), highlight: null });
     const head = this.core.box("head"); // what comes of it is said there
     if (head.getBoundingClientRect().bottom < 0) head.scrollIntoView({ block: "start" });
@@ -226,10 +222,12 @@ export class App {
     const model = present(tellingCase(this));
     const { model: before } = this;
     const { picture, away } = model.card.matters;
+    this.leading = true; // what is seen on the way is no place to come back to
     this.away = [];
     if (this.state) this.state.set({ view: trainedView(this.state.view) });
     if (model.id !== this.model.id) await this.chooseModel(model.id);
     await this.openExample(picture);
+    this.leading = false;
     if (this.state?.view.picture.id !== picture) return; // another choice came between
     this.state?.set({ layer: model.layers.indexOf(away[0][0]) });
     await this.chooseSettings({ away });
@@ -340,8 +338,8 @@ export class App {
     drawHand(this);
     showLikes(this);
     measure(this, view);
+    this.opening.search(view);
     this.announceResult(view);
-    drawSimilar(this);
     this.remember();
     this.refreshTab(first ? null : kind);
   }
@@ -355,7 +353,6 @@ export class App {
   /** @param {Set<string>} changed */
   follow(changed) {
     const has = (...names) => names.some((name) => changed.has(name));
-    if (has("patch", "view")) drawSimilar(this);
     if (has("layer", "highlight", "mode")) drawHand(this);
     if (has("layer")) showLikes(this);
     if (has("layer", "highlight")) this.refreshTab(has("layer") ? "layer" : "highlight");
@@ -365,7 +362,7 @@ export class App {
   /** Write the address a moment later: browsers refuse pages that rewrite it at every key press. */
   remember() {
     clearTimeout(this.remembering);
-    if (!this.pending.wish) this.remembering = setTimeout(() => writeAddress(this), 120);
+    if (!this.pending.wish && !this.leading) this.remembering = setTimeout(() => writeAddress(this), 120);
   }
 
   showBlank() {
@@ -383,7 +380,7 @@ export class App {
   /** The image and its routing, or what asks for an image. @param {boolean} is */
   showStage(is) {
     this.core.box("blank").hidden = is;
-    ["main", "time"].forEach((name) => { this.core.box(name).hidden = !is; });
+    this.core.box("main").hidden = !is;
   }
 
   /** @param {boolean} is */

@@ -50,16 +50,6 @@ export function readIntervention(word, model) {
 }
 
 /**
- * Which draw of the routers' noise; null for none, and where no router has any.
- * @param {string | undefined} word @param {BootModel} model
- */
-function readNoise(word, model) {
-  const able = word !== undefined && model.routers.some(({ noise }) => noise !== "none");
-  const draw = Number(word);
-  return able && Number.isInteger(draw) && draw >= 0 && draw < 2 ** 31 ? draw : null;
-}
-
-/**
  * Take over what the address asks for, as far as this server has it.
  * @param {App} app @param {Wish} wish
  */
@@ -68,6 +58,7 @@ export function choose(app, wish) {
   const find = (id) => models.find((model) => model.id === id);
   const typed = wish.page === undefined ? undefined : find(wish.model) ?? models.find(isOfEmoji);
   const model = typed ?? find(wish.model) ?? find(first?.model) ?? models[0];
+  if (wish.model !== undefined && !find(wish.model)) app.notify(`There is no model ${wish.model} here.`);
   const usual = model.examples.find(({ id }) => id === first?.picture) ?? model.examples[0];
   // The rail shows a few examples; a link may name any image that the server knows.
   const id = wish.picture ?? usual?.id;
@@ -84,7 +75,6 @@ export function choose(app, wish) {
     away: readAway(word, model),
     topK: Number.isInteger(k) && k >= 1 && k <= model.max_top_k ? otherK(model, k) : null,
     capacity: limitable(model).length && capacity >= 0.25 && capacity <= 2 ? capacity : null,
-    noise: readNoise(wish.noise, model),
     intervention: gone ? null : change,
     ranked: { key: wish.list ?? null, only: wish.class ?? null },
   });
@@ -193,7 +183,6 @@ export function writeAddress(app) {
     patch: app.door ? state?.patch : null,
     k: app.topK,
     capacity: app.capacity,
-    noise: app.noise,
     do: app.intervention && interventionWord(app.intervention),
     away: awayWord(app.away),
     tab: app.tab === "experts" ? null : app.tab,

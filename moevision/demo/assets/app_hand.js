@@ -10,24 +10,28 @@ import { changedWords } from "./core_words.js";
 /** @import { ClassEffect, Fill, Intervention, Layer, View } from "./types.js" */
 
 /**
- * The question whose effect is measured: of an intervention, or of one expert that is away.
+ * The question whose effect is measured: of an intervention, or of the experts that are away.
  * @param {App} app @param {View} view
  */
 function oneChange(app, view) {
-  const { away, ...question } = app.questionOf(view);
-  if (question.intervention) return app.questionOf(view);
-  if (away?.length !== 1) return null;
+  const { away = [], ...question } = app.questionOf(view);
+  if (question.intervention || (away.length > 1 && !skipsLayer(view, away))) return app.questionOf(view);
+  if (away.length !== 1) return null;
   const [[layer, expert]] = away;
   return { ...question, intervention: { kind: "ablate", layer, expert } };
 }
+
+/** Of a layer without any expert all choices are moved, at random as well. @param {View} view @param {[number, number][]} away */
+const skipsLayer = ({ layers }, away) =>
+  layers.some(({ layer, num_experts: experts }) => away.filter(([where]) => where === layer).length === experts);
 
 /**
  * The view comes after one pass, the effect after many more: it is measured for who looks, not for who clicks on.
  * @param {App} app @param {View} view
  */
 export async function measure(app, view) {
-  const question = view.moment || app.boot.device ? null : oneChange(app, view);
-  if (!question || question.noise !== null || effects.has(view)) return;
+  const question = view.moment ? null : oneChange(app, view);
+  if (!question || effects.has(view)) return;
   effects.set(view, null);
   const { ticket } = app;
   await pause(400);
@@ -108,14 +112,13 @@ function result(view) {
   return html`<div class="mv-results" role="${known ? "note" : "status"}"><p><b>Changed model.</b> ${changedWords(view)}</p>
     <p>${line(view)}</p><div class="mv-hand-row"><button type="button" class="mv-button"
       data-action="${intervention ? "undo" : "put-back"}" data-key="hand-undo">Undo</button>
-    ${effectOf(view) && html`<button type="button" class="mv-quiet" data-action="hand-class" data-key="hand-class">
+    ${effectOf(view) && (intervention || view.settings.away?.length === 1) && html`<button type="button" class="mv-quiet" data-action="hand-class" data-key="hand-class">
       Over more images of ${effectOf(view)?.target}</button>`}</div><p data-part="class" aria-live="polite"></p></div>`;
 }
 
 /** @param {View} view */
 function line(view) {
-  const { noise, intervention } = view.settings;
-  if (!effects.has(view)) return typeof noise === "number" && intervention && "A change is measured without noise: turn the noise off.";
+  if (!effects.has(view)) return "";
   const effect = effects.get(view);
   if (!effect) return "Measuring it beside as much at random…";
   if (effect instanceof Error) return effect.message;
@@ -131,7 +134,7 @@ function line(view) {
  */
 async function tellClass(app) {
   const { view } = present(app.state);
-  const { picture, noise, ...asked } = /** @type {any} */ (oneChange(app, view));
+  const { picture, ...asked } = /** @type {any} */ (oneChange(app, view));
   const tell = (words) => app.state?.view === view && fillBox(app.core.box("hand").querySelector("[data-part=class]"), words);
   const target = effectOf(view)?.target;
   tell("Looking at them…");

@@ -1,7 +1,6 @@
 // What the app adds to photo and boxes: other images, one thing to try, and what came of it.
 
 import { allExperts, fallOf, isOfEmoji } from "./app_models.js";
-import { tellRoute } from "./app_own.js";
 import { typedField } from "./app_typed.js";
 import { answerWords, controlWords, effectOf } from "./core_effect.js";
 import { html, Markup, percent, pictureSource, present } from "./core_util.js";
@@ -19,6 +18,10 @@ export class AppOpening {
     this.app = app;
     /** @type {{ question: string, guess: Guess } | null} what the model said of an image with all experts */
     this.whole = null;
+    /** @type {Map<string, { away: [number, number][] | null }>} by how few experts an answer falls, searched here */
+    this.searched = new Map();
+    /** @type {Map<string, number>} with how few a visitor changed it */
+    this.least = new Map();
   }
 
   get able() {
@@ -40,11 +43,6 @@ export class AppOpening {
     return this.app.toggleAway(layer, expert);
   }
 
-  /** @param {View} view */
-  drawn(view) {
-    return tellRoute(this.app, view);
-  }
-
   /**
    * What the model says of the image of a view with all experts: said already, or asked for.
    * @param {View} view
@@ -61,6 +59,28 @@ export class AppOpening {
     if (app.state?.view !== view || !prediction) return;
     this.whole = { question, guess: prediction.moe[0] };
     app.core.flow.tell();
+  }
+
+  /** By how few experts the answer falls: as the model's card says, else as it was searched; undefined: not known. */
+  get falls() {
+    const { model, state } = this.app;
+    if (state?.view.model.id !== model.id) return undefined;
+    return fallOf(model, state.view.picture.id) ?? this.searched.get(imageKey(state.view));
+  }
+
+  /**
+   * Look for the fewest experts that change the answer for an image of which no card tells.
+   * @param {View} view
+   */
+  async search(view) {
+    const { app } = this;
+    const known = fallOf(app.model, view.picture.id) ?? this.searched.get(imageKey(view));
+    if (!app.model.can_search || known || view.moment || otherModel(view)) return;
+    const { model, picture } = app.questionOf(view);
+    const found = await app.asker.ask("fewest", { model, picture }).catch(() => null); // without it there is no record
+    if (!found) return;
+    this.searched.set(imageKey(view), found);
+    if (app.state && imageKey(app.state.view) === imageKey(view)) app.core.flow.tell();
   }
 
   /**
@@ -122,21 +142,22 @@ export class AppOpening {
   /** @param {View} view */
   said(view) {
     if (view.moment)
-      return html`<p>${PAST_WORDS}</p>
-        ${actionButton("to-trained", "Show the trained model")}`;
+      return html`<p class="mv-soft">Only the trained model can be changed.</p>
+        ${actionButton("to-trained", "Show it")}`;
     const special = otherModel(view);
     if (view.settings.away?.length)
       return html`${special && html`<p>${special}</p>`}${this.result(view, view.settings.away)}`;
     if (special)
       return html`<p><b>${special}</b></p>
         ${actionButton("as-is", "Show the trained model")}`;
-    return html`${view.picture.unlike && html`<p>${view.picture.unlike}</p>`}${this.invitation(view)}`;
+    return html`${view.picture.unlike && html`<p>${view.picture.unlike}</p>`}${this.invitation(view)}
+      ${view.picture.id === null && html`<p class="mv-soft">${knownWords(view.model.class_names)}</p>`}`;
   }
 
   /** The one thing to try: the fewest experts that change the answer, where that was searched. @param {View} view */
   invitation({ picture: { id }, layers }) {
     const { app } = this;
-    const falls = fallOf(app.model, id);
+    const { falls } = this;
     const other = tellingCase(app);
     const another = other && html` ${actionButton("matters", "See one that changes")}`;
     if (!falls)
@@ -145,6 +166,10 @@ export class AppOpening {
     if (!falls.away) {
       return html`<p>No expert, nor any two or three of a layer, changes this answer.</p>
         ${actionButton("all-away", `Take all ${allExperts(app.model).length} away`)}`;
+    }
+    if (!fallOf(app.model, id)) {
+      return html`<p>Click experts away until the answer changes. The fewest: ${falls.away.length}.</p>
+        ${actionButton("fall", "Show me")}`;
     }
     const [[layer, expert]] = falls.away;
     const name =
@@ -155,6 +180,16 @@ export class AppOpening {
       <p class="mv-soft">or click any other.</p>`;
   }
 
+  /** The fewest experts with which the visitor changed the answer, beside the fewest there are. @param {View} view @param {[number, number][]} away */
+  record(view, away) {
+    const { falls, usual } = this;
+    if (!falls?.away || !usual || view.prediction.moe[0].class === usual.class) return "";
+    const least = Math.min(away.length, this.least.get(imageKey(view)) ?? Infinity);
+    this.least.set(imageKey(view), least);
+    const isGame = !fallOf(this.app.model, view.picture.id) || away.length > falls.away.length;
+    return isGame && `Record: fewest experts away: you ${least}, best ${falls.away.length}.`;
+  }
+
   /** What came of it, beside as much at random. @param {View} view @param {[number, number][]} away */
   result(view, away) {
     const { app, usual } = this;
@@ -163,8 +198,8 @@ export class AppOpening {
     const told = effect
       ? answerWords(effect)
       : `${best.class === usual?.class ? "still" : "now"} ${best.class}, ${percent(best.p)}`;
-    const control = effect && html` <span class="mv-soft">${controlWords(effect).replaceAll(" %", "\u00a0%")}.</span>`;
-    const findings = [fewest(app, view, away, usual), needless(view, away, usual), record(app, away), chosenFrom(app, view)];
+    const control = effect && html` <span class="mv-soft">${controlWords(effect, this.unit).replaceAll(" %", "\u00a0%")}.</span>`;
+    const findings = [this.record(view, away), needless(view, away, usual), newPages(app, away), chosenFrom(app, view)];
     return html`<p><b>${away.length} ${away.length === 1 ? "expert" : "experts"} away: ${told}.</b>${control}</p>
       ${findings.filter(Boolean).map((words) => html`<p class="mv-soft">${words}</p>`)}
       <div class="mv-flow-do">
@@ -173,6 +208,9 @@ export class AppOpening {
       </div>`;
   }
 }
+
+/** Of an image that nobody labelled: which classes there are. @param {string[]} names */
+const knownWords = (names) => `It knows ${names.slice(0, -1).join(", ")} and ${names.at(-1)}, and nothing else.`;
 
 /** @param {string} action @param {string} label */
 const actionButton = (action, label) =>
@@ -187,15 +225,8 @@ export const tellingCase = ({ model, boot, picture }) =>
     ({ id, card }) => card.matters && (id !== model.id || card.matters.picture !== picture.id),
   );
 
-/**
- * How many experts were needed, where it was searched.
- * @param {App} app @param {View} view @param {[number, number][]} away @param {Guess | null} usual
- */
-function fewest({ model }, { picture: { id }, prediction }, away, usual) {
-  const falls = fallOf(model, id);
-  if (!falls?.away || !usual || prediction.moe[0].class === usual.class) return "";
-  return away.length > falls.away.length ? `You: ${away.length}. Fewest: ${falls.away.length}.` : "";
-}
+/** Which image of which model it is, whatever is away. @param {View} view */
+const imageKey = ({ model: { id }, picture: { src } }) => id + src;
 
 /**
  * Whether the answer is the same without all experts of a layer, and nothing else is away.
@@ -216,14 +247,14 @@ function needless({ layers, prediction }, away, usual) {
  * From how many images the opening's was chosen, and how many of these fall like it.
  * @param {App} app @param {View} view
  */
-function chosenFrom({ model: { card } }, { picture: { id } }) {
+function chosenFrom({ model: { card }, opening: { thing } }, { picture: { id } }) {
   if (!card.matters?.chosen || card.matters.picture !== id) return "";
   const { right, named = right, change } = card.matters.chosen; // named: those whose class has an expert of its name
-  return `Chosen: of ${named.toLocaleString("en")} such images named right, ${change} fall by one expert.`;
+  return `Chosen: of ${named.toLocaleString("en")} such ${thing}s named right, ${change} fall by one expert.`;
 }
 
 /** What the same change does over new pages, where that was measured. @param {App} app @param {[number, number][]} away */
-function record({ model }, away) {
+function newPages({ model }, away) {
   const gone = away
     .map(([, expert]) => expert)
     .sort()
@@ -249,7 +280,6 @@ export const BEHIND = [
   "slot",
   "k",
   "capacity",
-  "noise",
   "do",
   "tab",
   "list",

@@ -1,12 +1,11 @@
-// The visitor's own images: up to a dozen, kept as long as the browser's tab, and whose route their patches take.
+// The visitor's own images: up to a dozen, kept as long as the browser's tab.
 
-import { asAskError, AskError, errorBox } from "./app_server.js";
+import { AskError, errorBox } from "./app_server.js";
 import { isOfEmoji } from "./app_models.js";
-import { firstExperts } from "./core_mosaic.js";
-import { chip, fillBox, html, pictureSource } from "./core_util.js";
+import { fillBox, html, pictureSource } from "./core_util.js";
 import { shrinkPicture } from "./own_file.js";
 /** @import { App } from "./app.js" */
-/** @import { Chosen, GalleryPatch, Own, View } from "./types.js" */
+/** @import { Chosen, Own } from "./types.js" */
 
 const OWN_KEY = "moevision.own";
 export const MOST_OWN = 12;
@@ -36,57 +35,6 @@ export function ownStrip(app) {
     aria-label="Your image ${name}"><img src="${pictureSource(data)}" alt=""><span>${name}</span></button></li>`;
   return html`<ul class="mv-examples mv-own" aria-label="Your images">${app.own.map(thumb)}</ul>
     <button type="button" class="mv-quiet" data-action="forget" data-key="forget">Forget ${app.own.length > 1 ? "them" : "it"}</button>`;
-}
-
-/**
- * The routes through the layers that most patches in the middle half of an image take, the most frequent first.
- * @param {View} view @returns {{ path: number[], count: number }[]}
- */
-export function routesOf({ layers, model: { grid: [rows, columns] } }) {
-  const firsts = layers.map(firstExperts);
-  /** @type {Map<string, { path: number[], count: number }>} */
-  const found = new Map();
-  firsts[0].forEach((_, patch) => {
-    const [row, column] = [Math.floor(patch / columns), patch % columns];
-    const path = firsts.map((first) => first[patch]);
-    if (Math.abs(row + 0.5 - rows / 2) > rows / 4 || Math.abs(column + 0.5 - columns / 2) > columns / 4 || path.includes(null)) return;
-    const one = found.get(path.join()) ?? { path: /** @type {number[]} */ (path), count: 0 };
-    found.set(path.join(), { ...one, count: one.count + 1 });
-  });
-  return [...found.values()].sort((one, other) => other.count - one.count);
-}
-
-const TRIED = 3; // routes, of which the first that some patch of the model's images takes is told
-
-/**
- * Of an own image: what the model knows, and which patches of its images take the route of those in the middle.
- * @param {App} app @param {View} view
- */
-export async function tellRoute(app, view) {
-  const tell = (words) => app.state?.view === view && fillBox(app.core.box("route"), words);
-  if (view.picture.id !== null || view.moment || view.settings.away?.length) return void tell("");
-  const { id: model, variant, class_names: names } = view.model;
-  const knows = html`<p class="mv-soft">It knows ${names.length > 1 && `${names.slice(0, -1).join(", ")} and `}${names.at(-1)}, and
-    nothing else.</p>`;
-  tell(knows);
-  if (app.boot.device || !app.model.has_pictures || !view.layers.every(({ kind }) => kind === "token_choice")) return;
-  try {
-    for (const { path, count } of routesOf(view).slice(0, TRIED)) {
-      const { patches } = await app.asker.remember("similar", { model, variant, path, class: null });
-      if (patches.length) return void tell(html`${routeWords(view, path, count, patches)}${knows}`);
-    }
-  } catch (error) {
-    tell(html`${errorBox(asAskError(error))}${knows}`);
-  }
-}
-
-/** @param {View} view @param {number[]} path @param {number} count @param {GalleryPatch[]} patches */
-function routeWords({ layers }, path, count, patches) {
-  const labels = patches.map(({ label }) => label);
-  const most = [...new Set(labels)].sort((one, other) => labels.filter((each) => each === other).length - labels.filter((each) => each === one).length)[0];
-  const way = path.map((expert, place) => html`${place > 0 && " and "}${chip(expert, layers[place].num_experts)} in ${layers[place].name}`);
-  return html`<p>${count === 1 ? "A patch in its middle goes" : `${count} patches in its middle go`} to ${way}, as do these of other images, ${labels.filter((each) => each === most).length} of ${patches.length} of ${most}:</p>
-    <div class="mv-route">${patches.slice(0, 8).map(({ crop, label }) => html`<img src="${pictureSource(crop)}" alt="${label}">`)}</div>`;
 }
 
 /**

@@ -1,22 +1,16 @@
 // Taking the view elsewhere: a link, and what can be saved.
 
-import { canvasPng, loadPicture, sharePng } from "./app_card.js";
+import { sharePng } from "./app_card.js";
 import { asAskError, AskError } from "./app_server.js";
 import { controlWords, effectOf } from "./core_effect.js";
-import { MODES } from "./core_kinds.js";
-import { firstExperts, paintRegions } from "./core_mosaic.js";
-import { GREY_MODES, patchLooks, pictureTitle, underlay } from "./core_stage.js";
-import { momentWords } from "./core_time.js";
-import { brush, clamp, html, inkOn, percent, present, rgba } from "./core_util.js";
+import { html, present } from "./core_util.js";
 import { headlineOf } from "./core_words.js";
 /** @import { App } from "./app.js" */
 /** @import { ViewState } from "./core_state.js" */
-/** @import { Look } from "./types.js" */
 
 const ITEMS = [
   ["link", "Copy link", "opens this view"],
   ["card", "Card (PNG)", "1200 × 630, for a post or a slide"],
-  ["png", "Image (PNG)", "the stage as you see it"],
   ["embed", "Frame (HTML)", "photo and boxes, to paste into a page of yours"],
   ["json", "Data (JSON)", "every number, schema moevision.view/2"],
   ["page", "Page (HTML)", "one file, works without a network"],
@@ -64,7 +58,6 @@ export function shareHandlers(app) {
       await copyText(`<iframe src="${address.href.replaceAll("&", "&amp;")}" title="See inside a Mixture of Experts" width="100%" height="760" style="border:0"></iframe>`);
       return "Frame copied: paste it into a page.";
     }),
-    "export-png": saved("Image", "png", stagePng),
     "export-card": saved("Card", "card.png", (state) => cardOf(app, state)),
     "share-card": guarded(() => shareCard(app)),
     "export-json": saved("Data", "json", ({ view }) => new Blob([JSON.stringify(view, null, 1)], { type: "application/json" })),
@@ -79,7 +72,7 @@ export function shareHandlers(app) {
 function cardOf({ opening }, state) {
   const effect = effectOf(state.view);
   const elsewhere = !/^(localhost|127\.|\[::1\])/.test(location.hostname);
-  return sharePng(state, { usual: opening.usual, thing: opening.thing, control: effect ? controlWords(effect) : "", address: elsewhere ? location.host : "" });
+  return sharePng(state, { usual: opening.usual, thing: opening.thing, control: effect ? controlWords(effect, opening.unit) : "", address: elsewhere ? location.host : "" });
 }
 
 /** By the device's own menu where it has one for images, else as a file, with the link in the clipboard. @param {App} app */
@@ -123,68 +116,4 @@ export function download(blob, name) {
   link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-}
-
-// ---- PNG ----------------------------------------------------------------------------------------------------
-
-/**
- * The stage as an image of 1024 px with a caption that says what it is.
- * @param {ViewState} state
- */
-async function stagePng(state) {
-  const { view, currentLayer: layer } = state;
-  const [rows, columns] = view.model.grid;
-  const side = 1024 / columns;
-  const below = side * rows;
-  const canvas = document.createElement("canvas");
-  canvas.width = 1024;
-  canvas.height = below + 76 + (view.picture.credit ? 26 : 0);
-  const context = brush(canvas);
-  context.fillStyle = "#ffffff";
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  const { source, sharp } = underlay(state, view);
-  const picture = await loadPicture(source);
-  const [width, height] = [picture.naturalWidth, picture.naturalHeight];
-  const square = Math.min(width, height);
-  context.imageSmoothingEnabled = sharp;
-  if (GREY_MODES.includes(state.mode)) context.filter = "grayscale(1)";
-  context.drawImage(picture, (width - square) / 2, (height - square) / 2, square, square, 0, 0, 1024, below);
-  context.filter = "none";
-  if (state.mode === "regions") {
-    paintRegions(context, layer, firstExperts(layer), [rows, columns], { side, unit: 1.8, lit: state.highlight, paper: "#ffffff" });
-    context.textAlign = "left";
-    context.textBaseline = "alphabetic";
-  } else {
-    patchLooks(state, view, layer).forEach((look, patch) => {
-      paintPatch(context, look, (patch % columns) * side, Math.floor(patch / columns) * side, side);
-    });
-  }
-  const [best] = view.prediction.moe;
-  const when = view.moment ? `${momentWords(view.moment)}: ` : "prediction: ";
-  const write = (text, top, font, colour) => {
-    Object.assign(context, { font: `${font} Arial, sans-serif`, fillStyle: colour });
-    context.fillText(text, 12, below + top, 1000);
-  };
-  const title = [`${view.model.title}, ${view.model.variant}`, layer.name, MODES[state.mode].label.toLowerCase(), pictureTitle(view)].join(" · ");
-  write(title, 32, "600 22px", "#1d1d1b");
-  write(`${when}${best.class} ${percent(best.p)} · ${layer.words} · moevision`, 60, "18px", "#5c5c57");
-  if (view.picture.credit) write(`photo: ${view.picture.credit}`, 86, "18px", "#5c5c57");
-  return canvasPng(canvas);
-}
-
-/**
- * @param {CanvasRenderingContext2D} context @param {Look} look @param {number} x @param {number} y
- * @param {number} side
- */
-function paintPatch(context, look, x, y, side) {
-  context.fillStyle = rgba(look.colour, look.alpha);
-  context.fillRect(x, y, side, side);
-  if (!look.text || look.faint) return;
-  const size = clamp(side * 0.24, 10, 26);
-  context.font = `700 ${size}px Arial, sans-serif`;
-  const width = context.measureText(look.text).width + size * 0.7;
-  context.fillStyle = look.chip === null ? "#ffffff" : look.colour;
-  context.fillRect(x + side - width, y + side - size * 1.3, width, size * 1.3);
-  context.fillStyle = look.chip === null ? "#1d1d1b" : inkOn(look.colour);
-  context.fillText(look.text, x + side - width + size * 0.35, y + side - size * 0.3);
 }

@@ -67,10 +67,12 @@ function sortingLayout({ classes, routes, agree, images }, photos, own) {
   const experts = classes.map((_, expert) => expert);
   const headline = experts.map((expert) => `Expert ${expert} takes the ${classes[mostOf(routes, expert)]}s.`);
   const all = own ? [...photos, own] : photos;
+  const fullest = Math.max(...experts.map((expert) => all.filter((one) => one.expert === expert).length));
+  const across = Math.max(3, Math.min(4, Math.ceil(fullest / 3))); // few photos are shown large
   return html`<div class="mv-flow-head"><div><h1>${headline.join(" ")}</h1>
       <p>${images} photos that the model had never seen. A router looks at each and sends it to one of
         ${numberWord(experts.length)} experts.</p></div></div>
-    <div class="mv-sorted">${experts.map((expert) => sortedBox(expert, classes, routes, all))}</div>
+    <div class="mv-sorted" style="--across:${across}">${experts.map((expert) => sortedBox(expert, classes, routes, all))}</div>
     <p class="mv-told" role="status">${own && html`<b>Yours goes to expert ${own.expert}</b>, and the answer is ${own.answer}. `}Told which is
       which while it learned. The answer follows the route on ${agree} of ${images} photos: a ${classes[1]} that goes
       to the ${classes[0]}s' expert is called a ${classes[0]} too.</p>`;

@@ -26,7 +26,8 @@ export const coreLayout = () => html`
           <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
         ${box("legend")}${box("where")}${box("hand")}</div></div>
       <div class="mv-flow-right">${flowParts.boxes}
-        <div class="mv-detail mv-side">${box("prediction")}${box("loads")}${box("strip")}${box("similar")}${box("lens")}</div></div>
+        <section class="mv-detail mv-box-time" aria-label="The training" data-box="time"></section>
+        <div class="mv-detail mv-side">${box("prediction")}${box("loads")}${box("strip")}${box("lens")}</div></div>
     </div>${flowParts.air}
   </section>`;
 
@@ -301,7 +302,7 @@ export function startStatic(root, view, { moments = null, details = true } = {})
   root.classList.toggle("mv-framed", window.self !== window.top);
   root.classList.toggle("mv-open", details);
   const about = [view.model.title, view.model.accuracy_text, ...routingWords(view.layers).map(([where, words]) => `${where}: ${words}`)];
-  root.innerHTML = String(html`${coreLayout()}<div class="mv-flow-end" data-box="layer"></div>${box("time")}${cardLayout()}
+  root.innerHTML = String(html`${coreLayout()}<div class="mv-flow-end" data-box="layer"></div>${cardLayout()}
     ${details && html`<p class="mv-note mv-footnote">${pictureTitle(view)}. ${about.filter(Boolean).join(" · ")}.<br>Routing shows which expert computes a
       patch. It doesn't show what attention or the residual path contribute, nor what caused the prediction. Schema ${view.schema}.</p>`}
     <div class="mv-hidden" aria-live="polite" data-live></div>`);

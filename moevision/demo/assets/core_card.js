@@ -27,12 +27,11 @@ const NETWORK = (() => {
 export class Card {
   /**
    * @param {HTMLElement} box @param {ViewState} state
-   * @param {Handlers} changes what fields do: "noise" where a server can route the image again
+   * @param {Handlers} changes what fields do
    */
   constructor(box, state, changes) {
     this.box = box;
     this.state = state;
-    this.changes = changes;
     /** @type {number | null} the place of the number that is followed; null: that which changes most */
     this.at = null;
     this.wiring = 0;
@@ -113,8 +112,7 @@ export class Card {
         ${channels.before && channels.after && channels.scale && html`${channels.scale.some((one) => one !== 1) && part("scale", "× layer scale", vector("scale", channels.scale, at))}
         ${part("before", "+ the stream", vector("before", channels.before, at))}${part("after", "goes on", vector("after", channels.after, at))}`}</div>
       <p class="mv-told" data-part="told">${sumWords(layer, computed, channels, at)}</p>
-      <p class="mv-note" data-part="say">${words(layer, computed)} ${computed.missing.join(" ")} ${sparsityWords(view, layer, patch)}</p>
-      <div class="mv-card-noise" data-part="noise">${this.noise(view, layer)}</div>`;
+      <p class="mv-note" data-part="say">${words(layer, computed)} ${computed.missing.join(" ")} ${sparsityWords(view, layer, patch)}</p>`;
   }
 
   /** @param {View} view @param {number} row @param {number} column */
@@ -148,14 +146,6 @@ export class Card {
     };
     return html`<ol class="mv-card-rows ${likes && "mv-liked"} ${!layer.learned && "mv-ruled"}">${layer.learned && html`<li class="mv-row-head" aria-hidden="true">${likes && html`<span>likes most</span>`}<span></span><span>score</span><span></span><span>share</span><span></span></li>`}
       ${shown.map(row)}</ol>${layer.num_experts > shown.length && html`<p class="mv-note">${layer.num_experts - shown.length} more experts aren't shown.</p>`}`;
-  }
-
-  /** The switch of the noise, for routers that have some. @param {View} view @param {Layer} layer */
-  noise(view, layer) {
-    const draw = view.settings.noise ?? null;
-    if (!("noise" in this.changes) || !layer.noise || layer.noise === "none") return "";
-    return html`<label class="mv-check"><input type="checkbox" data-change="noise" data-key="noise" ${new Markup(draw === null ? "" : "checked")}>Noise, as in training</label>
-      ${draw !== null && html`<span class="mv-soft">draw ${draw}</span> <button type="button" class="mv-quiet" data-action="redraw" data-key="redraw">Draw again</button>`}`;
   }
 
   // ---- lines between the parts ------------------------------------------------------------------------------------

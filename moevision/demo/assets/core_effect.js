@@ -1,6 +1,7 @@
 // What one change did to a view's answer, beside as many random changes: measured by the server after the view is there.
 
 import { percent } from "./core_util.js";
+import { PATCH } from "./core_words.js";
 /** @import { Effect, View } from "./types.js" */
 
 /** @type {WeakMap<View, Effect | Error | null>} null while it is measured */
@@ -43,10 +44,10 @@ export function answerWords(effect) {
   return old === now ? `${target} stays ${now}${other}` : `${target} ${old} → ${now}${other}`;
 }
 
-/** @param {Effect} effect */
-export function controlWords(effect) {
-  if (!moves(effect)) return "No patch changes its experts, so there is nothing to compare with.";
+/** @param {Effect} effect @param {[string, string]} [unit] what a patch is called, one and several */
+export function controlWords(effect, [one, several] = PATCH) {
+  if (!moves(effect)) return `No ${one} changes its experts, so there is nothing to compare with.`;
   if (!effect.control) return NO_CONTROL;
   const { mean, spread, digits } = controlled(effect.control, effect.before);
-  return `As many patches moved at random: ${effect.target} ${percent(mean, digits)} ± ${percent(spread, digits)}`;
+  return `As many ${several} moved at random: ${effect.target} ${percent(mean, digits)} ± ${percent(spread, digits)}`;
 }

@@ -23,8 +23,7 @@ export const flowParts = {
   badge: html`<p class="mv-flow-badge" data-box="badge" hidden></p>`,
   bar: html`<div class="mv-flow-bar"><button type="button" class="mv-button" data-action="fly" data-key="fly">Replay</button>
     <div class="mv-flow-answer" data-box="answer"></div></div>`,
-  boxes: html`<div data-box="boxes"></div><div class="mv-flow-say" role="status" data-box="said"></div>
-    <div data-box="route" aria-live="polite"></div>`,
+  boxes: html`<div data-box="boxes"></div><div class="mv-flow-say" role="status" data-box="said"></div>`,
   air: html`<canvas class="mv-flow-air" data-box="air" data-part="air" aria-hidden="true" hidden></canvas>`,
 };
 
@@ -124,7 +123,6 @@ export class Flow {
     const moved = before ? changed.filter((patch) => before[patch]) : [];
     Object.assign(this, { flying: new Set(still() ? [] : moved), veil: 1 });
     if (before) this.paint(); // the same image is there at once: nothing blinks
-    opening.drawn?.(view);
     await this.load();
     if (this.turn !== turn) return undefined; // drawn anew meanwhile
     if (first && !still()) return this.play();

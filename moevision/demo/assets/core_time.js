@@ -159,12 +159,13 @@ export class Time {
     const several = this.shown.length > 1;
     const { name, num_experts: experts } = this.state.currentLayer;
     const row = (one) => html`${chart(one, this.end)}<p>${several && html`<b>${BALANCE[one.name]}:</b> `}<span data-part="told"></span></p>`;
-    return html`<div class="mv-film-head"><h2>How ${several ? "they" : "it"} learned</h2><output class="mv-soft" data-part="when"></output></div>
+    return html`<div class="mv-film-head"><h2>How ${several ? "they" : "it"} learned</h2>
+        <button type="button" class="mv-quiet mv-play" data-action="run" data-key="run" aria-label="Play the training">Play</button>
+        <output class="mv-soft" data-part="when"></output></div>
       <div class="mv-film">${this.shown.map(row)}
-        <input type="range" min="0" max="${this.end}" step="1" data-change="moment" data-key="moment" aria-label="Moment of the training">
-        <div><button type="button" class="mv-quiet mv-play" data-action="run" data-key="run"
-          aria-label="Play the training">Play</button><p>Bands: the share of patches that each expert of ${name} takes, ${percent(1 / experts)} if all take alike.
-          Line: right answers. Both over ${this.shown[0].track.of} images.</p></div></div>`;
+        <input type="range" min="0" max="${this.end}" step="1" data-change="moment" data-key="moment" aria-label="Moment of the training"></div>
+      <p class="mv-note">Bands: the share that each expert of ${name} takes, ${percent(1 / experts)} if all take alike.
+        Line: right answers. Both over ${this.shown[0].track.of} images.</p>`;
   }
 
   /** @param {string} [words] in place of when it is */

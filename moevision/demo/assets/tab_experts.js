@@ -1,9 +1,8 @@
 // Tab "Experts": what each expert of the current layer is for, shown by what it computes.
 
 import { withoutWords } from "./app_hand.js";
-import { asAskError, emptyBox, waitingBox } from "./app_server.js";
+import { emptyBox, waitingBox } from "./app_server.js";
 import { chip, expertColour, fillBox, fixed, html, percent, pictureSource, present, signed } from "./core_util.js";
-import { calledWords, saveExpert } from "./tab_experts_image.js";
 /** @import { App } from "./app.js" */
 /** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Model, Router, ShareRow, Wanted } from "./types.js" */
 
@@ -32,6 +31,13 @@ function shareRows(title, rows, name, digits) {
 }
 
 /**
+ * "whisker: 45 %, its share of everything: 13 %"; empty where nothing stands out beyond chance.
+ * @param {Pick<ExpertCard, "called">} card
+ */
+export const calledWords = ({ called }) =>
+  (called ? `${called.name}: ${percent(called.share)}, its share of everything: ${percent(called.overall)}` : "");
+
+/**
  * One of a layer's cards, or the page of that expert.
  * @param {ExpertCard} card @param {ExpertsAnswer} layer @param {Router} router @param {boolean} alone
  */
@@ -54,7 +60,6 @@ function expertCard(card, layer, router, alone) {
     <div class="mv-two">${shareRows("Classes", card.classes, "class", soft ? 1 : 0)}${shareRows("Drawn parts", card.parts, "part", soft ? 1 : 0)}</div>
     <footer><button type="button" class="mv-button" data-action="take-away" data-layer="${layer.layer}" data-expert="${card.expert}"
       data-key="take-${card.expert}">Take it away</button>
-      ${alone && !withoutPictures && html`<button type="button" class="mv-button" data-action="save-expert" data-expert="${card.expert}" data-key="save-expert">Save as image</button>`}
       <button type="button" class="mv-quiet" data-action="highlight" data-expert="${card.expert}" data-key="show-${card.expert}">${alone ? `All experts of ${layer.name}` : "Its page"}</button></footer>
   </article>`;
 }
@@ -65,16 +70,11 @@ export class ExpertsTab {
     this.app = app;
     this.id = "experts";
     this.label = "Experts";
-    /** @type {any} what the cards that are shown were drawn from, and of which model they are */
-    this.answer = null;
-    /** @type {any} */
-    this.model = null;
     /** @type {string | null} model, variant and layer of the cards that are shown or waited for */
     this.key = null;
     this.follows = ["model", "layer", "highlight"];
     this.actions = {
       "take-away": (button) => app.takeAway(Number(button.dataset.layer), Number(button.dataset.expert)),
-      "save-expert": (button) => this.save(Number(button.dataset.expert)),
     };
   }
 
@@ -88,7 +88,6 @@ export class ExpertsTab {
     this.key = key;
     const answer = await app.asker.whenReady("experts", question, wanted);
     if (!wanted()) return;
-    Object.assign(this, { answer, model });
     if (!answer.experts.length) return fillBox(panel, emptyBox("No images of experts", answer.note || NO_PICTURES));
     this.fetchOtherLayers(model, layer.layer);
     const router = present(model.routers.find((one) => one.layer === layer.layer));
@@ -97,17 +96,6 @@ export class ExpertsTab {
     const shown = one === null ? answer.experts : answer.experts.filter(({ expert }) => expert === one);
     return fillBox(panel, html`<p class="mv-note mv-lead">${one === null && html`Experts of <b>${answer.name}</b>. `}${answer.note} ${hint}</p>
       <div class="mv-cards">${shown.map((card) => expertCard(card, answer, router, one !== null))}</div>`);
-  }
-
-  /** @param {number} expert */
-  async save(expert) {
-    const { app, answer, model } = this;
-    try {
-      await saveExpert(model, answer.experts.find((card) => card.expert === expert), answer);
-      app.notify("Image saved.");
-    } catch (error) {
-      app.notify(asAskError(error).message);
-    }
   }
 
   /**

@@ -203,7 +203,8 @@ export interface BootModel extends Model {
   variants: string[];
   accuracy_texts: Record<string, string>;
   has_dense: boolean;
-  has_pictures: boolean;
+  /** Whether the fewest experts that change an answer are searched for any image. */
+  can_search: boolean;
   card: Record<string, any>;
   history: Recorded | null;
   shown: string;
@@ -254,7 +255,6 @@ export interface Opening {
   said(view: View): Fill;
   /** What an expert is called, counted. */
   nameOf?(layer: number, expert: number): string | null;
-  drawn?(view: View): unknown;
 }
 
 /** Where the test images of a router of whole images went: [class][expert]; on how many route and answer agree. */

@@ -4,7 +4,7 @@ import { test } from "node:test";
 
 import { classWords, withoutWords } from "../../../moevision/demo/assets/app_hand.js";
 import { goneFrom, silentWords } from "../../../moevision/demo/assets/core_kinds.js";
-import { calledWords } from "../../../moevision/demo/assets/tab_experts_image.js";
+import { calledWords } from "../../../moevision/demo/assets/tab_experts.js";
 
 test("a name gives its counts, and nothing gives no name", () => {
   const called = { kind: /** @type {const} */ ("part"), name: "whisker", share: 0.4459, overall: 0.1287 };

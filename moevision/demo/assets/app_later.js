@@ -1,10 +1,7 @@
 // What comes when a view is there already, so that nobody waits for it: the image in more pixels, what experts like
-// most, moments of the training; and, by a button, patches of the model's images that take the same path.
+// most, and moments of the training.
 
-import { asAskError, errorBox, waitingBox } from "./app_server.js";
 import { hasOriginal, keepOriginal } from "./core_stage.js";
-import { fillBox, html, present } from "./core_util.js";
-import { gallery } from "./tab_experts.js";
 /** @import { App } from "./app.js" */
 /** @import { TimeSource, View } from "./types.js" */
 
@@ -18,34 +15,6 @@ export async function sharpen(app, view) {
   keepOriginal(view, src);
   if (app.state?.view.picture !== view.picture) return;
   app.core.drawPictures();
-}
-
-/** @param {App} app */
-export function drawSimilar({ state, model, core }) {
-  const { patch, view } = present(state);
-  // A path needs an expert in every layer; where experts choose, a patch may have none.
-  const wanted = model.has_pictures && !view.moment && patch !== null && view.layers.every((layer) => layer.experts[patch].length);
-  fillBox(core.box("similar"), wanted && html`<button type="button" class="mv-button" data-action="similar"
-    data-key="similar">Patches with the same path</button>`);
-}
-
-/** @param {App} app */
-export async function showSimilar({ state, asker, core }) {
-  const place = core.box("similar");
-  if (!state || state.patch === null) return;
-  const { view, patch } = state;
-  const wanted = () => state.patch === patch && state.view === view;
-  fillBox(place, waitingBox("Looking for patches with this path…"));
-  try {
-    const path = view.layers.map((layer) => layer.experts[patch][0]);
-    const { id: model, variant } = view.model;
-    const { patches } = await asker.remember("similar", { model, variant, path, class: null });
-    if (!wanted()) return;
-    fillBox(place, patches.length ? gallery("Patches with the same path", patches)
-      : html`<p class="mv-note">No patch of the model's images takes exactly this path.</p>`);
-  } catch (error) {
-    if (wanted()) fillBox(place, errorBox(asAskError(error), "similar"));
-  }
 }
 
 /**
