@@ -379,10 +379,10 @@ class MoEConfig(RouterOptions):
         "train the dense twin instead, matched in active_flops or total_params",
         rare=True,
     )
-    stem: Literal["patch", "conv", "stages", "wide_stages"] | None = option(
+    stem: Literal["patch", "conv", "conv_patch", "stages", "wide_stages"] | None = option(
         None,
-        "what cuts an image into tokens: patch, conv (strided convolutions), or stages or wide_stages (those of the "
-        "hybrids)",
+        "what cuts an image into tokens: patch, conv (strided convolutions), conv_patch (two of them, then patches), "
+        "or stages or wide_stages (those of the hybrids)",
     )
     patch_size: int | None = option(None, "side of a patch in pixels", chosen="8")
     embed_dim: int | None = option(None, "width of a token")

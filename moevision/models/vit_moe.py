@@ -79,6 +79,27 @@ def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     return partial(_embed, backbone)
 
 
+def conv_patch_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
+    """A constructor for timm's `embed_layer`: the first two convolutions of `conv_stem`, then timm's patch embedding.
+
+    The convolutions, of D/4 and D/2 channels, halve the image twice; a patch of what they made is a quarter as large. A
+    token sees edges and corners wherever they lie in its patch, and what the patch shows is left to the blocks.
+    """
+    if patch_size % 4 or embed_dim % 4:
+        raise UserError(
+            f"stem='conv_patch' needs a patch size and a width divisible by 4: "
+            f"they are {patch_size} and {embed_dim}."
+        )
+
+    def backbone(in_chans: int, **factory: Any) -> nn.Module:
+        return nn.Sequential(
+            _conv(in_chans, embed_dim // 4, stride=2, **factory),
+            _conv(embed_dim // 4, embed_dim // 2, stride=2, **factory),
+        )
+
+    return partial(_embed, backbone, projected_patch=patch_size // 4)
+
+
 def stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     """A constructor for timm's `embed_layer`: the first stages of a small ResNet, as fast CIFAR-10 recipes use them.
 
@@ -155,6 +176,7 @@ class Residual(nn.Module):
 
 STEMS: dict[str, Callable[[int, int], Callable[..., HybridEmbed]]] = {
     "conv": conv_stem,
+    "conv_patch": conv_patch_stem,
     "stages": stage_stem,
     "wide_stages": wide_stage_stem,
 }
@@ -178,21 +200,22 @@ def _halvings(stem: str, patch_size: int) -> int:
 def _embed(
     make_backbone: Callable[..., nn.Module],
     *,
+    projected_patch: int | None = None,
     in_chans: int,
     patch_size: int,
     embed_dim: int,
     bias: bool,
     **options: Any,
 ) -> HybridEmbed:
-    # timm passes patch_size and bias to every embed_layer. They aren't needed here: the backbone already reduces the
-    # image to one token per patch, and its convolutions have their own biases.
+    # timm passes patch_size and bias to every embed_layer. They aren't needed here: the backbone has reduced the image,
+    # to one token per patch, or so far that squares of `projected_patch` of its outputs are projected to one.
     factory = {name: options[name] for name in ("device", "dtype") if name in options}
     return HybridEmbed(
         make_backbone(in_chans, **factory),
-        patch_size=1,
+        patch_size=projected_patch or 1,
         in_chans=in_chans,
         embed_dim=embed_dim,
-        proj=False,
+        proj=projected_patch is not None,
         **options,
     )
 
@@ -206,8 +229,8 @@ class VisionTransformerMoE(VisionTransformer):
     The arguments are those of timm's VisionTransformer, those of `convert_to_moe` (without `copy_weights`; `layers` is
     called `moe_layers`, and an empty list gives timm's ViT), and two more:
 
-    - `stem`: `patch` (timm's patch embedding), `conv` (arXiv:2106.14881), `stages` or `wide_stages` (for hybrids that
-      learn small images from scratch).
+    - `stem`: `patch` (timm's patch embedding), `conv` (arXiv:2106.14881), `conv_patch` (its first half, then patches),
+      `stages` or `wide_stages` (for hybrids that learn small images from scratch).
     - `twin`: build the dense model that matches this one in `active_flops` or `total_params` instead.
 
     Raises:

@@ -1,6 +1,7 @@
 """The models keep timm's contract and reduce to timm's ViT."""
 
 import copy
+import math
 from typing import get_args, get_type_hints
 
 import pytest
@@ -117,7 +118,7 @@ def test_the_command_line_takes_every_stem():
     assert set(get_args(taken)) == {"patch", *STEMS}
 
 
-@pytest.mark.parametrize("stem", ["stages", "wide_stages"])
+@pytest.mark.parametrize("stem", ["conv_patch", "stages", "wide_stages"])
 @pytest.mark.parametrize(("patch_size", "size"), [(4, 32), (8, 32), (16, 64), (32, 128)])
 def test_the_stages_keep_the_patch_grid(stem, patch_size, size):
     """When the pixels of a patch change, the centre of the tokens that move lies in that patch."""
@@ -136,6 +137,21 @@ def test_the_stages_keep_the_patch_grid(stem, patch_size, size):
     places = torch.arange(side).double()
     centre = torch.stack([moved.sum(1) @ places, moved.sum(0) @ places]) / moved.sum()
     assert centre.round().tolist() == [row, column]
+
+
+def test_patches_of_convolutions_by_hand():
+    """conv_patch: two 3x3 convolutions of stride 2, each with BatchNorm and GELU; then squares of what they made."""
+    model = timm.create_model("test_vit_moe", stem="conv_patch", patch_size=8).double().eval()
+    y = x = images().double()
+    for layer in model.patch_embed.backbone:
+        y = nn.functional.conv2d(y, layer.conv.weight, stride=2, padding=1)
+        y = nn.functional.gelu(
+            y / math.sqrt(1 + layer.bn.eps)
+        )  # its running mean is 0, the variance 1
+    assert y.shape == (2, 16, 8, 8)  # D / 2 channels, a quarter of the 32 px
+    projection = model.patch_embed.proj
+    y = nn.functional.conv2d(y, projection.weight, projection.bias, stride=2)
+    torch.testing.assert_close(model.patch_embed(x), y.flatten(2).mT)
 
 
 @pytest.mark.parametrize(
