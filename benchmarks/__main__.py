@@ -47,10 +47,6 @@ PROVE = {
         "the fewest experts without which the bundled models answer otherwise",
         "demo.falls",
     ),
-    "experts-pay": (
-        "pages of emoji: whether experts pay, have names, and are missed",
-        "experts_pay",
-    ),
     "names": (
         "what the experts of emoji take, and what new pages cost without them",
         "demo.names",
