@@ -388,9 +388,9 @@ def of_needed(groups: Task) -> str:
     shares = fmean(named_share(run["experts"]) for run in runs)
     return (
         f"`{RECIPE}` is right on {100 * with_layer:.1f} % of the pages, on {100 * without:.1f} % without any expert. "
-        f"{100 * shares:.0f} % of its experts have names; without them a group's pages lose {away.text} points more than "
-        f"with as many emoji moved at random, and the same emoji lose {emoji.text} points more away from them than away "
-        "from other experts"
+        f"{100 * shares:.0f} % of its experts have names; without them a group's pages lose {away.text} points more "
+        f"than with as many emoji moved at random, and the same emoji lose {emoji.text} points more away from them "
+        "than away from other experts"
     )
 
 

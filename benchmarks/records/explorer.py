@@ -172,22 +172,15 @@ def without_names(record: Json) -> list[Json]:
     return rows
 
 
-def without_any(record: Json, named: str, needs: str) -> Json:
+def without_any(record: Json, named: str) -> Json:
     """What new pages of emoji cost without any expert, and without those of the group `named` alone."""
     alone, whole = record["without"][named], record["without_all"]
     found = {"named": named, "pages": whole["pages"]}
-    shares = {"": whole["all"], "needs_": whole["groups"][needs]}
-    shares |= {"own_": alone["own"], "others_": alone["others"]}
+    shares = {"": whole["all"], "own_": alone["own"], "others_": alone["others"]}
     for name, (before, after) in shares.items():
         found |= {f"{name}before": 100 * before, f"{name}after": after}
-    none = whole["groups"][named][1]
     hardly = found["before"] / 100 - found["after"] < 0.05
-    return {
-        **found,
-        "none": none,
-        "needed": "hardly needed" if hardly else "needed",
-        "wrong": "worse" if found["own_after"] < none else "no worse",
-    }
+    return {**found, "needed": "hardly needed" if hardly else "needed"}
 
 
 def page_of_emoji(record: Json) -> Json:
