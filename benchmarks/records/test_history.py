@@ -33,6 +33,10 @@ MEASURED_AGAIN = {
     "quickstart/runs.jsonl before-s0 2026-11-30T03:50:00+00:00",  # d2e111bf
     "quickstart/runs.jsonl now-s0 2026-11-30T03:49:58+00:00",
     "strangers/runs.jsonl pets 2026-11-29T20:48:16+00:00",  # 9f00d148
+    "quickstart/runs.jsonl emoji-s0 2026-12-01T20:51:26+00:00",  # 4c0e8026
+    "quickstart/runs.jsonl emoji-s1 2026-12-01T20:58:55+00:00",
+    "quickstart/runs.jsonl emoji-s2 2026-12-01T21:04:53+00:00",
+    "strangers/runs.jsonl emoji 2026-12-01T21:27:03+00:00",  # a44c1feb
     "specialization/scratch.jsonl pets 2026-11-29T10:31:34+00:00",  # a3e625d8
     "specialization/scratch.jsonl cifar10 2026-11-29T10:31:34+00:00",
     "specialization/scratch.jsonl cats_vs_dogs 2026-11-29T10:40:57+00:00",
