@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -225,23 +226,25 @@ def saved_model(tiny_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
 
 
-@pytest.fixture
-def send_signal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def signal_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
     """Let this process, which trains, get a signal after a step; afterwards no more."""
     from moevision.train.health import Stopwatch
 
-    def after(step: int, number: int = signal.SIGTERM) -> None:
-        real = Stopwatch.on_train_batch_end
+    real = Stopwatch.on_train_batch_end
 
-        def once(self: Stopwatch, trainer: Any, *rest: Any) -> None:
-            real(self, trainer, *rest)
-            if trainer.global_step == step:
-                monkeypatch.setattr(Stopwatch, "on_train_batch_end", real)
-                os.kill(os.getpid(), number)
+    def once(self: Stopwatch, trainer: Any, *rest: Any) -> None:
+        real(self, trainer, *rest)
+        if trainer.global_step == step:
+            monkeypatch.setattr(Stopwatch, "on_train_batch_end", real)
+            os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(Stopwatch, "on_train_batch_end", once)
+    monkeypatch.setattr(Stopwatch, "on_train_batch_end", once)
 
-    return after
+
+@pytest.fixture
+def send_signal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`signal_after` for one test."""
+    return partial(signal_after, monkeypatch)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import statistics
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,14 +90,47 @@ def test_the_loss_is_better_where_it_is_lower():
 # ---- whole trainings
 
 
-@pytest.fixture
-def first_is_best(monkeypatch):
+def let_first_be_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """best.ckpt is the first epoch's, whatever its validation says."""
-    monkeypatch.setattr(
-        ModelCheckpoint,
-        "check_monitor_top_k",
-        lambda self, trainer, current=None: trainer.current_epoch == 0,
-    )
+
+    def is_first(self, trainer, current=None):
+        return trainer.current_epoch == 0
+
+    monkeypatch.setattr(ModelCheckpoint, "check_monitor_top_k", is_first)
+
+
+@pytest.fixture(scope="module")
+def stopped(cli, tiny, drawn_pets, tmp_path_factory):
+    """Run folder of a training that was stopped while it chose; each is trained once, and not to be changed."""
+
+    def stop(*given):
+        raise Interrupted(15)
+
+    @cache
+    def train(*options):
+        home = tmp_path_factory.mktemp("choosing")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.chdir(home)
+            let_first_be_best(patched)
+            patched.setattr(finish, "_validate", stop)
+            assert cli("fit", drawn_pets, *tiny, *EPOCHS, *options).code == 143
+        return home / "runs" / "pets"
+
+    return train
+
+
+@pytest.fixture
+def choose(cli, stopped, monkeypatch, own_folder):
+    """The run folder of such a training that went on, where `validate` stands for each of the two passes."""
+
+    def go_on(validate, *options):
+        run = Path(shutil.copytree(stopped(*options), "runs/pets"))
+        let_first_be_best(monkeypatch)
+        monkeypatch.setattr(finish, "_validate", validate)
+        succeeded(cli("fit", "--resume", run))
+        return run
+
+    return go_on
 
 
 def weights_of(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -113,19 +147,16 @@ def is_exported(run: Path, name: str) -> bool:
 
 
 @pytest.mark.parametrize("average", [(), ("--ema.decay=0.5",)])
-def test_the_last_weights_are_tested_unless_the_best_are_better(
-    cli, tiny, drawn_pets, first_is_best, average, monkeypatch, tmp_path
-):
+def test_the_last_weights_are_tested_unless_the_best_are_better(choose, average):
     """What the two passes find is what the training's own validations of these epochs logged."""
     known: list[Validated] = []
     real = finish._validate
-    monkeypatch.setattr(
-        finish,
-        "_validate",
-        lambda *given: known.append(real(*given)) or (GOOD, GOOD)[len(known) - 1],
-    )
-    succeeded(cli("fit", drawn_pets, *tiny, *EPOCHS, *average, f"--runs_root={tmp_path}"))
-    run = tmp_path / "pets"
+
+    def validate(*given):
+        known.append(real(*given))
+        return GOOD
+
+    run = choose(validate, *average)
     accuracy = logged(run, "val/top1")
     assert len(accuracy) == 3  # the passes are no validations of the training
     assert [each.correct.mean() for each in known] == pytest.approx([accuracy[0], accuracy[-1]])
@@ -147,9 +178,10 @@ def test_the_last_weights_are_tested_unless_the_best_are_better(
 
 
 def test_an_image_that_one_of_the_two_passes_can_not_read_leaves_the_best_epoch(
-    cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path
+    cli, tiny, drawn_pets, monkeypatch, tmp_path
 ):
     """A file that is damaged between them makes their results of different length."""
+    let_first_be_best(monkeypatch)
     pets, real = shutil.copytree(drawn_pets, tmp_path / "pets"), finish._validate
 
     def damage(training, checkpoint):
@@ -165,34 +197,15 @@ def test_an_image_that_one_of_the_two_passes_can_not_read_leaves_the_best_epoch(
     assert not missing(summary.test.weights, "4 and 3 validation images")
 
 
-def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(
-    cli, tiny, drawn_pets, first_is_best, monkeypatch, tmp_path
-):
+def test_the_best_epoch_is_tested_where_it_is_shown_to_be_better(choose):
     answers = [GOOD, BAD]
-    monkeypatch.setattr(finish, "_validate", lambda *given: answers.pop(0))
-    assert cli("fit", drawn_pets, *tiny, *EPOCHS, f"--runs_root={tmp_path}").code == 0
-    run = tmp_path / "pets"
+    run = choose(lambda *given: answers.pop(0))
     assert is_exported(run, BEST)
     assert not is_exported(run, LAST)
     text = (run / "summary.md").read_text()
     assert not missing(text, "best validation epoch: ", "4 validation images", "by +100.0 points")
     assert RoutingHistory.load(run / FILE).steps[-1] == 3  # what came after isn't shown
     assert checkpoint_of_run(run) == run / "checkpoints" / BEST
-
-
-def test_a_run_that_is_stopped_while_it_chooses_goes_on(
-    cli, tiny, drawn_pets, first_is_best, monkeypatch, own_folder
-):
-
-    def stop(*given):
-        raise Interrupted(15)
-
-    with monkeypatch.context() as context:
-        context.setattr(finish, "_validate", stop)
-        assert cli("fit", drawn_pets, *tiny, *EPOCHS).code == 143
-    assert cli("fit", "--resume", "runs/pets").code == 0
-    assert len(logged(Path("runs/pets"), "val/top1")) == 3
-    assert "on 4 validation images" in Path("runs/pets/summary.md").read_text()
 
 
 def test_test_and_validate_of_a_run_take_what_was_tested(tmp_path):

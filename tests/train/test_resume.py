@@ -45,7 +45,7 @@ from moevision.train.resume import (
     lock_run_folder,
     without_resume,
 )
-from tests.shared import assert_names, refused, succeeded
+from tests.shared import assert_names, refused, signal_after, succeeded
 from tests.train import resume_matrix as matrix
 
 COMPARED = (
@@ -57,7 +57,7 @@ COMPARED = (
     "scores.csv",
 )
 # 24 training images, batches of 8, two epochs: six steps.
-LATE = 5
+LATE, LAST = 5, 6
 GO_ON = "moevision fit --resume runs/pets"
 OTHER = matrix.Setting("other", arch={"proj_drop_rate": 0.2})
 
@@ -73,14 +73,38 @@ def whole(cli, tiny, drawn_pets, tmp_path_factory) -> Path:
     return root / "pets"
 
 
+@pytest.fixture(scope="module")
+def stopped_runs(cli, tiny, drawn_pets, tmp_path_factory):
+    """Run folder of a training that was asked to stop after a step; each is trained once, and not to be changed."""
+
+    @cache
+    def train(step, *options):
+        home = tmp_path_factory.mktemp("stopped")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.chdir(home)
+            signal_after(patched, step)
+            outcome = cli("fit", drawn_pets, *tiny, *options)
+        assert outcome.code == 143, outcome.err
+        assert_names(outcome.err, "Stopped by SIGTERM.", GO_ON)
+        return home / "runs" / "pets"
+
+    return train
+
+
 @pytest.fixture
-def interrupted(cli, tiny, drawn_pets, send_signal) -> Path:
+def stopped(stopped_runs):
+    """A copy of such a run as runs/pets."""
+
+    def copy(step, *options):
+        return Path(shutil.copytree(stopped_runs(step, *options), "runs/pets"))
+
+    return copy
+
+
+@pytest.fixture
+def interrupted(stopped) -> Path:
     """A run folder whose training was asked to stop in the second epoch."""
-    send_signal(LATE)
-    outcome = cli("fit", drawn_pets, *tiny)
-    assert outcome.code == 143, outcome.err
-    assert_names(outcome.err, "Stopped by SIGTERM.", GO_ON)
-    return Path("runs/pets")
+    return stopped(LATE)
 
 
 def differing(run: Path, other: Path) -> list[str]:
@@ -270,7 +294,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(cli, tiny, drawn_pets, mo
     assert not list(Path("runs").iterdir())
 
 
-def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
+def test_changes_are_listed_or_refused(cli, interrupted, monkeypatch, send_signal):
     before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
     for option in (
         "--data.batch_size=4",
@@ -289,8 +313,9 @@ def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
         monkeypatch.context() as patched
     ):  # not really: two threads on a busy core wait for each other
         patched.setattr(torch, "get_num_threads", lambda: threads + 1)
+        send_signal(LAST)
         outcome = cli("fit", "--resume", interrupted, "--data.num_workers=1", "--data.seed=0")
-    assert outcome.code == 0, outcome.err
+    assert outcome.code == 143, outcome.err
     assert outcome.err.count("changed:") == 1
     change = "--data.num_workers was 0, now 1"
     assert_names(outcome.err, change, f"(OMP_NUM_THREADS) was {threads}")
@@ -354,7 +379,8 @@ def test_another_seed_is_another_order_and_a_run_of_an_earlier_version_keeps_its
     assert (run / "splits.csv").read_bytes() == (whole / "splits.csv").read_bytes()
     # There the order followed --data.seed, and nothing else was written down.
     (run / "config.yaml").write_text(config.replace("  order_seed: 3\n", ""))
-    assert cli("fit", "--resume", run).code == 0
+    send_signal(LAST)
+    assert cli("fit", "--resume", run).code == 143
     assert seeds == [3, 0]
 
 
@@ -407,7 +433,9 @@ def test_other_images_under_the_same_names_are_said(cli, tiny, drawn_pets, send_
     assert cli("fit", "./pets", *tiny).code == 143
     changed = sorted(pets.rglob("*.png"))[0]
     changed.write_bytes(changed.read_bytes() + b"0")
-    outcome = succeeded(cli("fit", "--resume", "runs/pets"))
+    send_signal(LAST)
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 143
     assert_names(outcome.err, "image files", "other sizes")
 
 
@@ -468,9 +496,9 @@ def test_a_full_disk(cli, tiny, drawn_pets, monkeypatch, whole):
     assert differing(Path("runs/pets"), whole) == []
 
 
-def test_a_twin_is_gone_on_with(cli, tiny, drawn_pets, send_signal):
-    send_signal(10**6)
-    assert cli("fit", drawn_pets, *tiny, "--with-twin", "--name=one").code == 0
+def test_a_twin_is_gone_on_with(cli, tiny, tiny_run):
+    """Stopped within it, and compared with the same training that nobody stopped."""
+    options = (*tiny, "--with-twin", "--data.max_bad_fraction=0.2", "--runs_root=runs")
     real, calls = Stopwatch.on_train_batch_end, iter(range(100))
 
     def in_the_twin(self, trainer, *rest):
@@ -480,34 +508,39 @@ def test_a_twin_is_gone_on_with(cli, tiny, drawn_pets, send_signal):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Stopwatch, "on_train_batch_end", in_the_twin)
-        outcome = cli("fit", drawn_pets, *tiny, "--with-twin", "--name=two")
+        outcome = cli("fit", tiny_run.parents[1] / "pets", *options)
     assert outcome.code == 143
-    assert outcome.err.splitlines()[-1] == GO_ON.replace("pets", "two")
-    outcome = succeeded(cli("fit", "--resume", "runs/two"))
-    assert_names(outcome.err, "with runs/two/twin", "last.ckpt, step 4")
-    one, two = (
-        json.loads(Path(f"runs/{name}/twin/provenance.json").read_text())["command"]
-        for name in ("one", "two")
-    )
-    assert [word.replace("two", "one") for word in two] == one
-    for name in ("metrics.csv", "predictions_test.csv", "model/model.safetensors"):
-        for folder in ("", "twin/"):
-            assert (
-                Path(f"runs/one/{folder}{name}").read_bytes()
-                == Path(f"runs/two/{folder}{name}").read_bytes()
-            )
-    assert "is finished" in cli("fit", "--resume", "runs/two").err
-
-
-def test_a_learning_rate_that_will_not_come_down_is_told(cli, tiny, drawn_pets, send_signal):
-    """A run of more steps, as fewer processes take in its epochs, goes on with six."""
-    send_signal(1)
-    assert cli("fit", drawn_pets, *tiny).code == 143
-    last = Path("runs/pets/checkpoints/last.ckpt")
-    checkpoint = torch.load(last, weights_only=True)
-    checkpoint["lr_schedulers"][0]["total_steps"] = 12
-    torch.save(checkpoint, last)
+    assert outcome.err.splitlines()[-1] == GO_ON
     outcome = succeeded(cli("fit", "--resume", "runs/pets"))
+    assert_names(outcome.err, "with runs/pets/twin", "last.ckpt, step 4")
+
+    def command(run):
+        words = json.loads((run / "twin" / "provenance.json").read_text())["command"]
+        return [word for word in words if not word.startswith("--runs_root=")]
+
+    run = Path("runs/pets")
+    assert command(run) == command(tiny_run)
+    for name in ("metrics.csv", "predictions_test.csv", "model/model.safetensors"):
+        for folder in ("", "twin"):
+            assert (run / folder / name).read_bytes() == (tiny_run / folder / name).read_bytes()
+    assert "is finished" in cli("fit", "--resume", run).err
+
+
+def change_checkpoint(run, change):
+    """Change what last.ckpt holds."""
+    last = run / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, last)
+
+
+def test_a_learning_rate_that_will_not_come_down_is_told(cli, stopped, send_signal):
+    """A run of more steps, as fewer processes take in its epochs, goes on with six."""
+    run = stopped(1)
+    change_checkpoint(run, lambda state: state["lr_schedulers"][0].update(total_steps=12))
+    send_signal(2)
+    outcome = cli("fit", "--resume", run)
+    assert outcome.code == 143
     assert_names(outcome.err, "after 12 steps", "training has 6", "not come down")
 
 
@@ -519,7 +552,9 @@ def test_an_image_that_is_gone_is_why_there_are_fewer_steps(cli, tiny, drawn_pet
     with Path("runs/pets/splits.csv").open(newline="") as file:
         gone = next(row["path"] for row in csv.DictReader(file) if row["split"] == "train")
     (pets / gone).unlink()
-    outcome = succeeded(cli("fit", "--resume", "runs/pets"))
+    send_signal(2)
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 143
     assert_names(outcome.err, "warning: ", "after 6 steps", "training has 4", "training images (or")
     assert_names(outcome.err, "Put them back")
     assert "processes" not in outcome.err
@@ -532,17 +567,14 @@ def test_an_image_that_is_gone_is_why_there_are_fewer_steps(cli, tiny, drawn_pet
         (1, ["training images (or", "Put them back"]),
     ],
 )
-def test_a_learning_rate_that_has_come_down_names_the_cause(
-    cli, tiny, drawn_pets, send_signal, before, causes
-):
+def test_a_learning_rate_that_has_come_down_names_the_cause(cli, stopped, before, causes):
     """The checkpoint is of a training of five steps, and there are six."""
-    send_signal(1)
-    assert cli("fit", drawn_pets, *tiny).code == 143
-    last = Path("runs/pets/checkpoints/last.ckpt")
-    checkpoint = torch.load(last, weights_only=True)
-    checkpoint["lr_schedulers"][0]["total_steps"] = 5
-    checkpoint["ImageDataModule"]["world_size"] = before
-    torch.save(checkpoint, last)
+
+    def of_five_steps(state):
+        state["lr_schedulers"][0]["total_steps"] = 5
+        state["ImageDataModule"]["world_size"] = before
+
+    change_checkpoint(stopped(1), of_five_steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the run began with world_size 2")
         outcome = cli("fit", "--resume", "runs/pets")
@@ -551,17 +583,14 @@ def test_a_learning_rate_that_has_come_down_names_the_cause(
 
 
 @pytest.mark.filterwarnings("ignore:the run began with world_size 2")
-def test_a_twin_has_the_images_of_a_step_of_a_run_gone_on_with_by_fewer_processes(
-    cli, tiny, drawn_pets, send_signal
-):
+def test_a_twin_has_the_images_of_a_step_of_a_run_gone_on_with_by_fewer_processes(cli, stopped):
     """The run was begun by two processes of 8 images each; by one, each step of it and of its twin has two batches."""
-    send_signal(1)
-    assert cli("fit", drawn_pets, *tiny, "--with-twin").code == 143
-    last = Path("runs/pets/checkpoints/last.ckpt")
-    checkpoint = torch.load(last, weights_only=True)
-    checkpoint["ImageDataModule"]["world_size"] = 2
-    checkpoint["moevision"]["fingerprint"] |= {"world_size": 2, "images_per_step": 16}
-    torch.save(checkpoint, last)
+
+    def by_two_processes(state):
+        state["ImageDataModule"]["world_size"] = 2
+        state["moevision"]["fingerprint"] |= {"world_size": 2, "images_per_step": 16}
+
+    change_checkpoint(stopped(1, "--with-twin"), by_two_processes)
     succeeded(cli("fit", "--resume", "runs/pets"))
     run, twin = (
         json.loads(Path(f"runs/pets/{folder}summary.json").read_text()) for folder in ("", "twin/")
@@ -732,10 +761,9 @@ def test_a_refused_resume_touches_nothing(cli, tiny, drawn_pets, whole):
     )
 
 
-def test_a_refused_resume_leaves_a_training_twin_alone(cli, tiny, drawn_pets):
+def test_a_refused_resume_leaves_a_training_twin_alone(cli, whole):
     """The run is finished, and somebody trains in its twin's folder."""
-    assert cli("fit", drawn_pets, *tiny).code == 0
-    twin = Path("runs/pets/twin")
+    twin = Path(shutil.copytree(whole, "runs/pets")) / "twin"
     twin.mkdir()
     (twin / ".metrics.csv.7.tmp").write_text("of another process")
     (twin / "splits.csv").write_text("as it was")
