@@ -1,11 +1,21 @@
 """A short version of `python -m benchmarks demo-load`: visitors at once get their own answers."""
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks.demo import load as demo_load
+from moevision.demo.gate import Serving
+from moevision.demo.server import Server
 from moevision.demo.wire import encode_float32
-from tests.demo.conftest import explorer, home, photos_home, routers_home, server  # noqa: F401  (fixtures)
+from tests.demo.conftest import explorer, home  # noqa: F401  (fixtures)
+
+
+@pytest.fixture(scope="module")
+def server(explorer):
+    """The explorer behind its web page, in a thread of this process."""
+    with Server(explorer, Serving(public=True)) as server:
+        yield server
 
 
 def test_five_seconds_of_visitors(explorer, server):

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 from html import unescape
 from pathlib import Path
 
@@ -143,53 +143,13 @@ def test_an_example_is_routed_as_the_page_routes_it(entries):
     assert found.routing["layers"][0]["experts"] == view["layers"][0]["experts"]
 
 
-WITHIN = """
-import json, sys
-import gradio as gr
-from moevision.demo import blocks
-
-inner = blocks()
-with gr.Blocks() as mine, gr.Tab("Routing"):
-    inner.render()
-json.dump({"components": mine.config["components"], "api": mine.get_api_info()}, sys.stdout)
-"""
-
-
-@pytest.fixture(scope="module")
-def within():
-    """What Gradio says of Blocks in whose tab the app is; in a process of its own, since Blocks leave loops open."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITHIN], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout)
-
-
-def test_within_other_blocks_it_opens_filled(within):
-    kinds = ("image", "label", "html")
-    shown = [one for one in within["components"] if one["type"] in kinds]
-    values = {one["type"]: one["props"].get("value") for one in shown}
-    assert values["image"]["path"].endswith(".png")
-    assert values["label"]["confidences"]
-    assert "<iframe" in values["html"]
-
-
-def test_the_endpoint_is_named_and_typed(within):
-    ((name, endpoint),) = within["api"]["named_endpoints"].items()
-    assert name == "/route"
-    assert endpoint["description"].startswith("Route an image")
-    image, model, away = endpoint["parameters"]
-    assert [one["parameter_name"] for one in (image, model, away)] == ["image", "model", "away"]
-    assert {"L9·E3", "L0·E2"} <= set(away["type"]["items"]["enum"])  # of two models
-    assert [one["component"] for one in endpoint["returns"]] == ["Label", "Html", "Json"]
-
-
 class Asking:
     """What a program that knows no manners asks of a launched app."""
 
     def __init__(self, url):
         self.http = httpx.Client(base_url=f"{url}/gradio_api/", timeout=300)
-        config = self.http.get("../config").json()
-        dropdowns = [one for one in config["components"] if one["type"] == "dropdown"]
+        self.components = self.http.get("../config").json()["components"]
+        dropdowns = [one for one in self.components if one["type"] == "dropdown"]
         self.model = dropdowns[0]["props"]["choices"][0][0]
 
     def upload(self, data, name="photo.png"):
@@ -207,6 +167,7 @@ class Asking:
 
 SERVE = """
 import sys, threading
+import gradio as gr
 from PIL import ImageFile
 from moevision.demo import gradio_app
 
@@ -216,32 +177,63 @@ def noted(image):
     return load(image)
 
 gradio_app.DELETE_CACHE_S = (1, 1)
-app = gradio_app.blocks()
-_, url, _ = app.launch(prevent_thread_lock=True, quiet=True)
+alone, inner = gradio_app.blocks(), gradio_app.blocks()
+with gr.Blocks() as within, gr.Tab("Routing"):
+    inner.render()
+for app, name, port in ((alone, "alone", sys.argv[2]), (within, "within", sys.argv[3])):
+    app.launch(server_port=int(port), prevent_thread_lock=True, quiet=True)
+    print("door", name, app.local_url)
 ImageFile.ImageFile.load = noted
-print("The explorer is at", url, flush=True)
+print("The explorer is at", within.local_url, flush=True)
 try:
     threading.Event().wait()
 except KeyboardInterrupt:
-    app.close()
+    for app in (alone, within):
+        app.close()
 """
 
 
-@contextmanager
-def launch(files):
-    """The app in a process that notes the sizes of images that Pillow decodes, and deletes uploads after a second."""
-    env = {"GRADIO_TEMP_DIR": str(files / "uploads"), "GRADIO_SERVER_PORT": str(free_port())}
-    with running("-c", SERVE, str(files / "decoded"), env=env) as server:
-        asking = Asking(server.url.rstrip("/"))
-        asking.decoded = files / "decoded"
-        with closing(asking.http):
-            yield asking
+@pytest.fixture(scope="module")
+def apps(tmp_path_factory):
+    """Two apps in a process that notes the sizes of images that Pillow decodes: alone, and in a tab of other Blocks.
+
+    The one alone deletes uploads after a second.
+    """
+    files = tmp_path_factory.mktemp("gradio")
+    arguments = (str(files / "decoded"), str(free_port()), str(free_port()))
+    env = {"GRADIO_TEMP_DIR": str(files / "uploads")}
+    with running("-c", SERVE, *arguments, env=env) as server:
+        found = {name: Asking(url.rstrip("/")) for name, url in server.doors.items()}
+        found["within"].decoded = files / "decoded"
+        yield found
+        for asking in found.values():
+            asking.http.close()
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    with launch(tmp_path_factory.mktemp("gradio")) as asking:
-        yield asking
+def launched(apps):
+    return apps["within"]
+
+
+@pytest.mark.deep
+def test_within_other_blocks_it_opens_filled(launched):
+    kinds = ("image", "label", "html")
+    shown = [one for one in launched.components if one["type"] in kinds]
+    values = {one["type"]: one["props"].get("value") for one in shown}
+    assert values["image"]["path"].endswith(".png")
+    assert values["label"]["confidences"]
+    assert "<iframe" in values["html"]
+
+
+@pytest.mark.deep
+def test_the_endpoint_is_named_and_typed(launched):
+    ((name, endpoint),) = launched.http.get("info").json()["named_endpoints"].items()
+    assert name == "/route"
+    assert endpoint["description"].startswith("Route an image")
+    image, model, away = endpoint["parameters"]
+    assert [one["parameter_name"] for one in (image, model, away)] == ["image", "model", "away"]
+    assert {"L9·E3", "L0·E2"} <= set(away["type"]["items"]["enum"])  # of two models
+    assert [one["component"] for one in endpoint["returns"]] == ["Label", "Html", "Json"]
 
 
 @pytest.fixture
@@ -306,17 +298,17 @@ def test_odd_images_are_sentences(launched):
 
 
 @pytest.mark.deep
-def test_uploads_are_deleted_and_examples_are_not(tmp_path):
-    """An app of its own: gradio 6.31 deletes nothing more once a file has arrived while it went through the list."""
-    with launch(tmp_path) as asking:
-        path = Path(asking.upload(hostile.picture_bytes("PNG", (41, 31))))
-        examples = {file for file in path.parents[1].rglob("*.*") if file != path}
-        assert examples
-        end = time.monotonic() + 60
-        while path.exists() and time.monotonic() < end:
-            time.sleep(0.2)
-        assert says(asking.ask({"path": str(path)}), "no longer", "choose it again")
-        assert all(file.exists() for file in examples)
+def test_uploads_are_deleted_and_examples_are_not(apps):
+    """In an app that gets one: gradio 6.31 deletes no more once a file has arrived while it went through the list."""
+    asking = apps["alone"]
+    path = Path(asking.upload(hostile.picture_bytes("PNG", (41, 31))))
+    examples = {file for file in path.parents[1].rglob("*.*") if file != path}
+    assert examples
+    end = time.monotonic() + 60
+    while path.exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert says(asking.ask({"path": str(path)}), "no longer", "choose it again")
+    assert all(file.exists() for file in examples)
 
 
 def peak_mb(process):

@@ -41,10 +41,11 @@ OPTIONS = (
     # A capacity of the batch in training only is no obstacle.
     {"router": "vmoe_top_k", "capacity_factor": 1.0, "capacity_group": "batch"},
 )
+# What is exported, and the opset: the smallest and the largest among them.
 CASES = {
-    "each kind": {"router": list(KINDS)},
-    "all other routers": {"router": OTHERS},
-    "every option": OPTIONS,
+    "each kind": ({"router": list(KINDS)}, 20),
+    "all other routers": ({"router": OTHERS}, 18),
+    "every option": (OPTIONS, 23),
 }
 QUICK = ("each kind",)
 
@@ -93,34 +94,19 @@ def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.needs("onnx")
-def test_a_second_output_is_the_distance(tmp_path):
-    """For any batch size, and the file says what it is."""
-    model, path = with_distances(tiny(router="vmoe_top_k")), tmp_path / "model"
-    assert export_onnx(model, path).max_logit_delta <= 1e-4
-    assert "nearest class" in exported_facts(model)["distance"]
-    assert exported_facts(replace(model, strangers=None))["distance"] is None
-    run = export_module.load_exported(path)
-    for batch in (1, 3):
-        with torch.no_grad():
-            expected = answers(model.net, model.strangers, pictures(3)[:batch])
-        for found, own in zip(run(pictures(3)[:batch]), expected, strict=True):
-            torch.testing.assert_close(found, own, rtol=0, atol=1e-4)
-    # whoever asks for the logits alone gets them
-    torch.testing.assert_close(
-        run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4
-    )
-
-
-@pytest.mark.needs("onnx")
 @pytest.mark.parametrize(
     "case",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.deep) for name in CASES],
 )
 def test_the_file_answers_as_the_model(case, tmp_path):
-    chosen = CASES[case]
+    import onnx
+
+    chosen, opset = CASES[case]
     model, path = tiny(**chosen) if isinstance(chosen, dict) else tiny(*chosen), tmp_path / "model"
     before = copy.deepcopy(model.net.state_dict())
-    report = export_onnx(model, path)
+    report = export_onnx(model, path, opset=opset)
+    versions = {entry.domain: entry.version for entry in onnx.load(path).opset_import}
+    assert versions[""] == opset
     assert report == ExportReport(path, path.stat().st_size, 4, report.max_logit_delta, 1)
     assert report.max_logit_delta <= 1e-4
 
@@ -144,25 +130,22 @@ def test_the_file_answers_as_the_model(case, tmp_path):
 ROUTED = ["sigmoid", "bias_balanced", "cosine", "random", "colour"]
 
 
+@pytest.mark.deep
 @pytest.mark.needs("onnx")
 @pytest.mark.parametrize(
     ("layers", "known"),
     [
         pytest.param(
-            [{"router": "vmoe_top_k"}, {"router": "noisy_top_k", "num_experts": 3}],
-            True,
-            id="distance",
-        ),
-        pytest.param({"router": ROUTED}, False, id="other gates", marks=pytest.mark.deep),
-        pytest.param(
             [
+                {"router": "vmoe_top_k"},
+                {"router": "noisy_top_k", "num_experts": 3},
                 {"router": "vmoe_top_k", "eval_capacity_factor": 0.75},
                 {"router": "sigmoid", "route_by": "image"},
             ],
-            False,
-            id="capacity, and by image",
-            marks=pytest.mark.deep,
+            True,
+            id="distance, capacity, and by image",
         ),
+        pytest.param({"router": ROUTED}, False, id="other gates"),
     ],
 )
 def test_routes_and_experts_that_are_away_are_those_of_torch(layers, known, tmp_path):
@@ -234,6 +217,25 @@ def test_routes_and_experts_that_are_away_are_those_of_torch(layers, known, tmp_
 
 
 @pytest.mark.needs("onnx")
+def test_a_second_output_is_the_distance(exported):
+    """For any batch size, and the file says what it is."""
+    model, path, _ = exported
+    assert "nearest class" in exported_facts(model)["distance"]
+    assert exported_facts(replace(model, strangers=None))["distance"] is None
+    run = export_module.load_exported(path)
+    for batch in (1, 3):
+        with torch.no_grad():
+            expected = answers(model.net, model.strangers, pictures(3)[:batch])
+        for found, own in zip(run(pictures(3)[:batch]), expected, strict=True):
+            torch.testing.assert_close(found, own, rtol=0, atol=1e-4)
+    # whoever asks for the logits alone gets them
+    torch.testing.assert_close(
+        run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.deep
+@pytest.mark.needs("onnx")
 def test_fp16_halves_the_file_and_answers_nearly_the_same(exported, tmp_path):
     """Eleven bits of a number are left: logits of a few units move by less than a hundredth."""
     (model, _, whole), path = exported, tmp_path / "model"
@@ -248,23 +250,18 @@ def test_fp16_halves_the_file_and_answers_nearly_the_same(exported, tmp_path):
     assert next(model.net.parameters()).dtype == torch.float32
 
 
-@pytest.mark.deep
-@pytest.mark.needs("onnx")
-def test_a_converted_timm_model_can_be_exported_after_saving(tmp_path):
-    deit = timm.create_model("deit_tiny_patch16_224", **SMALL_VIT).eval()
-    net = with_character(moevision.convert_to_moe(deit, "every2", 4, router="vmoe_top_k")).eval()
-    save_model(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.2,) * 3), tmp_path / "model")
-    model = load_model(str(tmp_path / "model"))
-    export_onnx(model, tmp_path / "file")
-    torch.testing.assert_close(
-        run_onnx(tmp_path / "file", pictures(3)), net(pictures(3)), rtol=0, atol=1e-4
-    )
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[SavedModel, Path, ExportReport]:
-    """One file for several tests, written with pictures to compare and under an open recorder, which sees nothing."""
-    model, path = tiny(router="vmoe_top_k", top_k=1), tmp_path_factory.mktemp("exported") / "model"
+    """One file for several tests, of a converted timm model that was saved and loaded.
+
+    Written with pictures to compare and under an open recorder, which sees nothing.
+    """
+    home = tmp_path_factory.mktemp("exported")
+    deit = timm.create_model("deit_tiny_patch16_224", **SMALL_VIT)
+    moe = moevision.convert_to_moe(deit, "every2", 4, 1, router="vmoe_top_k")
+    net = with_character(moe).eval()
+    save_model(SavedModel(net, NAMES, 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)), home / "saved")
+    model, path = with_distances(load_model(str(home / "saved"))), home / "model"
     with moevision.record_routing(model.net) as routings:
         report = export_onnx(model, path, pictures=pictures(40))
         assert routings == []
@@ -286,7 +283,8 @@ def test_what_is_needed_to_use_a_model_travels_in_the_file(exported):
     entries = [
         (entry.name, entry.shape) for entry in (*session.get_inputs(), *session.get_outputs())
     ]
-    assert entries == [("image", ["batch", 3, 32, 32]), ("logits", ["batch", 3])]
+    outputs = [("logits", ["batch", 3]), ("distance", ["batch"])]
+    assert entries == [("image", ["batch", 3, 32, 32]), *outputs]
     assert (report.pictures, report.top1_agreement) == (44, 1)  # the given pictures too
     assert facts == exported_facts(model)
     assert "resize the short side to 32 px (bicubic" in facts["preprocessing"]
@@ -294,7 +292,7 @@ def test_what_is_needed_to_use_a_model_travels_in_the_file(exported):
     assert (facts["mean"], facts["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
     assert (facts["interpolation"], facts["crop_pct"]) == ("bicubic", 1.0)
     assert (facts["moe_config"]["router"], facts["moe_config"]["num_experts"]) == ("vmoe_top_k", 4)
-    assert facts["architecture"] == "test_vit_moe"
+    assert facts["architecture"] == "vit_moe"
     here = str(Path(moevision.__file__).parent).encode()
     assert (
         here not in path.read_bytes()
@@ -350,7 +348,8 @@ def test_a_file_that_answers_differently_is_not_kept(error, exported, tmp_path, 
 
     def off_by_a_little(source):
         run = load(source)
-        return lambda images: run(images) + torch.tensor([0, error, 0])
+        off = torch.tensor([0, error, 0])
+        return lambda images: (run(images)[0] + off, *run(images)[1:])
 
     monkeypatch.setattr(export_module, "load_exported", off_by_a_little)
     monkeypatch.setattr(export_module, "_to_bytes", lambda *_: file.read_bytes())
@@ -373,22 +372,6 @@ def test_a_model_that_torch_can_not_trace_is_refused(tmp_path):
         export_onnx(model, tmp_path / "model.onnx")
     assert caught.value.__cause__ is not None
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.deep
-@pytest.mark.needs("onnx")
-@pytest.mark.parametrize("opset", [18, 23])
-def test_the_smallest_and_the_largest_opset(opset, tmp_path):
-    import onnx
-
-    path, model = tmp_path / "model.onnx", tiny(router="expert_choice")
-    export_onnx(model, path, opset=opset)
-    assert [entry.version for entry in onnx.load(path).opset_import if entry.domain == ""] == [
-        opset
-    ]
-    torch.testing.assert_close(
-        run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4
-    )
 
 
 @pytest.mark.deep
