@@ -41,7 +41,7 @@ def whole(work: Path) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def stopped(work: Path) -> Path:
-    """The run folder of a training that was stopped after three steps of 18."""
+    """The run folder of a training that was stopped after three steps of 12."""
     process = start(
         work, "synthetic_pets", *SHARDED, "--name=stopped", "--checkpoint.every_steps=3"
     )
@@ -162,7 +162,7 @@ def test_a_run_goes_on_under_another_layout(name, expert, work):
 @pytest.mark.deep
 @pytest.mark.usefixtures("stopped")
 def test_a_sharded_run_goes_on_in_one_process(work):
-    """Half of the processes sum the gradients of two batches each: 18 steps of 16 images, as they were to be."""
+    """Half of the processes sum the gradients of two batches each: 12 steps of 16 images, as they were to be."""
     said = fit(
         work,
         "--resume",
@@ -173,7 +173,7 @@ def test_a_sharded_run_goes_on_in_one_process(work):
     )
     assert "(--trainer.devices) was 2, now 1" in said
     summary = json.loads((work / "runs" / "alone" / "summary.json").read_text())
-    assert (summary["steps"], summary["batch_size"]) == (18, 16)
+    assert (summary["steps"], summary["batch_size"]) == (12, 16)
     assert (work / "runs" / "alone" / "checkpoints" / "last.ckpt").is_file()
 
 
