@@ -515,7 +515,7 @@ def test_a_mutated_config_gives_a_model_or_a_user_error(saved_model):
     rng, file = random.Random(0), saved_model / "config.json"
     kept, refusals = file.read_text(), 0
     paths = [path for path in places(json.loads(kept)) if path]
-    for _ in range(60):
+    for _ in range(40):
         config = json.loads(kept)
         *above, last = rng.choice(paths)
         target = config
@@ -528,7 +528,7 @@ def test_a_mutated_config_gives_a_model_or_a_user_error(saved_model):
         if model is not None:
             logits = model.net(torch.zeros(1, 3, model.image_size, model.image_size))
             assert logits.shape == (1, len(model.class_names))
-    assert 20 <= refusals < 60
+    assert 12 <= refusals < 40
 
 
 @pytest.mark.deep
@@ -754,10 +754,10 @@ def write_mutated(kind: str, run: Path, folder: Path, case: int) -> str:
     return str(home)
 
 
-def open_mutated(kind: str, cases: int, run: Path, home: Path) -> Counter[str]:
-    """Open so many mutated models of a format in each way; how often each opened one, or refused it."""
+def open_mutated(kind: str, cases: range, run: Path, home: Path) -> Counter[str]:
+    """Open these mutated models of a format in each way; how often each opened one, or refused it."""
     outcomes: Counter[str] = Counter()
-    for case in range(cases):
+    for case in cases:
         folder = home / f"{kind}-{case}"
         folder.mkdir()
         address = write_mutated(kind, run, folder, case)
@@ -781,9 +781,9 @@ KINDS = ("safetensors", "int8", "rest", "checkpoint")
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_mutated_model_reaches_the_network(kind, tiny_run, tmp_path):
     """Every verb gets a model, or one sentence; `rest` stands for sharded weights, which nothing here reads."""
-    outcomes = open_mutated(kind, 10, tiny_run, tmp_path)
+    outcomes = open_mutated(kind, range(6), tiny_run, tmp_path)
     assert outcomes["predict, export: refused"] >= 3
-    assert outcomes.total() == 10 * len(OPENS)
+    assert outcomes.total() == 6 * len(OPENS)
 
 
 def test_a_model_inside_a_model_is_not_fetched_either(tmp_path):
@@ -810,11 +810,11 @@ def test_a_model_inside_a_model_is_not_fetched_either(tmp_path):
 
 @pytest.mark.deep
 @pytest.mark.parametrize("kind", KINDS)
-def test_nor_does_one_of_sixty(kind, tiny_run, tmp_path):
-    """Every change of `mutate_config` and `mutate_tensors` several times, alone and with others."""
-    outcomes = open_mutated(kind, 60, tiny_run, tmp_path)
-    assert outcomes["predict, export: refused"] >= 30
-    assert outcomes["predict, export: opened"] >= 2
+def test_nor_does_another_one(kind, tiny_run, tmp_path):
+    """In the hundred of all formats is every change of `mutate_config` and `mutate_tensors`, alone and with others."""
+    outcomes = open_mutated(kind, range(6, 35), tiny_run, tmp_path)
+    assert outcomes["predict, export: refused"] >= 12
+    assert outcomes["predict, export: opened"] >= 1
 
 
 # --- JSON, YAML and what lies in a folder

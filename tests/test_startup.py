@@ -109,7 +109,6 @@ ORDERS = {
     "timm before": "import timm\nimport moevision.models",
     "timm after": "import moevision.models\nimport timm",
     "a public name": "import moevision\nmoevision.forward_routing",
-    "a public name imported": "from moevision import MoEMlp",
 }
 KNOWN = """
 import timm
@@ -126,6 +125,9 @@ config = transformers.TimmWrapperConfig(architecture="test_vit_moe", num_labels=
 print(transformers.TimmWrapperForImageClassification(config).timm_model.moe_config["num_experts"])
 """
 PUBLIC = """
+from moevision import MoEMlp
+import timm
+assert timm.list_models("vit_moe_*")
 import moevision
 for name in (*moevision.__all__, "analysis", "data", "demo", "layers", "losses", "models", "train"):
     assert name in dir(moevision), name
@@ -142,7 +144,7 @@ PROGRAMS = {
     # So does transformers, whichever is imported first.
     "ours, transformers": (f"import moevision.models, transformers{BUILT}", "4"),
     "transformers, ours": (f"import transformers, moevision.models{BUILT}", "4"),
-    "public names without an import of their own": (PUBLIC, NO_NAME),
+    "a public name imported, and all without an import of their own": (PUBLIC, NO_NAME),
 }
 # Each program runs in a fork of a process that has imported what timm needs, neither timm nor moevision.
 IN_FORKS = """
