@@ -373,8 +373,8 @@ def of_recipe(groups: Task) -> str:
     """What the recipe gains over dense models in the time of the study."""
     same_stem = interval(groups.contrast(RECIPE, groups.strongest_dense(stem_of(RECIPE))))
     return (
-        f"in 15 CPU seconds this recipe is {same_stem.text} points from the strongest dense model of its stem, and "
-        f"{pays(groups, RECIPE).text} from that of all stems"
+        f"in 15 CPU seconds `--config emoji` is {same_stem.text} points from the strongest dense model of its stem, "
+        f"and {pays(groups, RECIPE).text} from that of all stems"
     )
 
 
@@ -435,8 +435,8 @@ def row_of_results(kinds: Task, said: str, cost: str) -> str:
     """The row of docs/results.md."""
     verdict = "yes, on pages made for it" if is_shown(kinds) else "not shown"
     return (
-        f"| They help where much must be remembered | {verdict} | On pages of emoji, {said}. The recipe whose experts "
-        f"are needed: {cost} ([experts_pay](../benchmarks/experts_pay/README.md)). |"
+        f"| They help where much must be remembered | {verdict} | On pages of emoji, {said}; "
+        f"{cost} ([experts_pay](../benchmarks/experts_pay/README.md)). |"
     )
 
 
