@@ -43,7 +43,9 @@ CIRCLES = 0
 FIT_OPTIONS = 96  # of `moevision fit --help-all`
 PAGE_LINES = 6_673  # scripts and style sheets, docs/live with them; last: second ways to save and to find left
 LONG_PAGE_LINES = 365  # of these, over 120 characters: none in style sheets; 678 in all before the page was cut down
-DOCS_WORDS = 25_866  # README.md, docs/**/*.md; last: stem conv_patch, and what its experts are needed for
+DOCS_WORDS = (
+    25_866  # README.md, docs/**/*.md; last: stem conv_patch, and what its experts are needed for
+)
 SITE_WORDS = 24_750  # without README
 
 FORWARD_FILES = 5
