@@ -261,7 +261,11 @@ def counts(page):
     texts = page.locator(".mv-flow-box [data-part=amount]").all_text_contents()
     found = [re.match(r"(\d+) patch(?:es)?$", text) for text in texts]
     pairs = zip(texts, found, strict=True)
-    return [int(number[1]) if number else {"none": 0}.get(text, text) for text, number in pairs]
+    is_first_of_none = re.compile(r"none$|(second choice|also) for ")
+    return [
+        int(number[1]) if number else 0 if is_first_of_none.match(text) else text
+        for text, number in pairs
+    ]
 
 
 def firsts(ask, layer=1, **request):

@@ -350,11 +350,12 @@ function oneBox(opening, view, layer, expert) {
  * How much an expert computes, and what else it does less of.
  * @param {Layer} layer @param {number} expert @param {[string, string]} unit
  */
-function amountOf(layer, expert, unit) {
+export function amountOf(layer, expert, unit) {
   if (layer.kind === "soft") return [percent(expertShares(layer)[expert]), "of the output"];
   const first = firstExperts(layer).filter((mine) => mine === expert).length;
   const later = layer.counts[expert] - first;
   const rank = layer.kind === "token_choice" && layer.top_k === 2 ? "second choice" : "also";
   if (layer.route_by === "image") return [first ? "this image" : later ? "second" : "none", ""];
-  return [first ? plural(first, ...unit) : "none", later > 0 && `${rank} for ${later}`];
+  const also = later > 0 && `${rank} for ${later}`;
+  return first ? [plural(first, ...unit), also] : [also || "none", ""];
 }

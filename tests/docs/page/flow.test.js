@@ -3,14 +3,19 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { awayWord, opensDoor, readAway } from "../../../moevision/demo/assets/app_opening.js";
-import { opacityIn } from "../../../moevision/demo/assets/core_flow.js";
+import { amountOf, opacityIn } from "../../../moevision/demo/assets/core_flow.js";
 import { boxPlaces, firstExperts, patchOf, regionsOf } from "../../../moevision/demo/assets/core_mosaic.js";
 import { goneWords, headlineOf } from "../../../moevision/demo/assets/core_words.js";
-import { mosaicPlaces } from "../../../docs/lesson/lesson_figures.js";
 
 test("a patch belongs to the first expert that computed it, or to none", () => {
   const layer = { experts: [[2, 0], [1, 3], [0, 1], []], kept: [[true, true], [false, true], [false, false], []] };
   assert.deepEqual(firstExperts(layer), [2, 3, null, null]);
+});
+
+test("an expert that is nobody's first choice but somebody's second isn't called idle", () => {
+  const layer = { kind: "token_choice", top_k: 2, counts: [2, 3, 1, 0], experts: [[0, 1], [0, 1], [1, 2]], kept: [[true, true], [true, true], [true, true]] };
+  const words = [0, 1, 2, 3].map((expert) => amountOf(layer, expert, ["patch", "patches"]));
+  assert.deepEqual(words, [["2 patches", false], ["1 patch", "second choice for 2"], ["second choice for 1", ""], ["none", ""]]);
 });
 
 const LAYERS = [{ layer: 0, name: "L0", num_experts: 8 }, { layer: 3, name: "L3", num_experts: 4 }];
@@ -75,18 +80,6 @@ test("neighbours of one expert are a region, labelled where it is deepest", () =
   assert.deepEqual(regions.map(({ expert, cells }) => [expert, cells.length]), [[1, 10], [0, 2], [0, 1], [2, 1], [0, 1]]);
   assert.equal(regions[0].label, 6); // 5 and 6 have four neighbours of their own
   assert.deepEqual(regions[1].cells, [12, 13]); // a corner is no neighbour
-});
-
-test("a mosaic has at least four columns and fits into its box", () => {
-  assert.deepEqual(mosaicPlaces(2, 1), [[0, 0, 0.25], [0.25, 0, 0.25]]);
-  for (const [count, height] of [[1, 1], [16, 1], [17, 1], [69, 1.4], [144, 0.8], [400, 1.4]]) {
-    const places = mosaicPlaces(count, height);
-    assert.equal(places.length, count);
-    assert.ok(places.every(([x, y, side]) => x + side <= 1 + 1e-9 && y + side <= height + 1e-9));
-  }
-  assert.equal(mosaicPlaces(9, 0).length, 9); // a box without room ends, too
-  assert.equal(mosaicPlaces(16, 1)[0][2], 1 / 4);
-  assert.equal(mosaicPlaces(17, 1)[0][2], 1 / 5);
 });
 
 test("a patch is cut from the central square of a picture", () => {
