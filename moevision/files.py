@@ -67,7 +67,7 @@ def no_model(name: str) -> str:
     hint = (
         f"runs/ has {', '.join(map(escape_controls, runs[:8]))}"
         if runs
-        else "give the folder that fit wrote"
+        else "give a folder that fit wrote, such as runs/NAME/model"
     )
     return f"There is no run or model {name!r}: {hint}."
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 _LINE_EVERY_S = 20.0  # of what takes long, where the output is a file
+_WORTH_A_BAR = 4  # items
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -88,7 +89,8 @@ def with_progress(items: Iterable[T], task: str, total: int) -> Iterator[T]:
 
     console = Console(stderr=True)
     if console.is_terminal:
-        yield from track(items, task, total, console=console, transient=True)
+        is_short = total < _WORTH_A_BAR
+        yield from track(items, task, total, console=console, transient=True, disable=is_short)
         return
     began_s = told_s = time.monotonic()
     for done, item in enumerate(items):

@@ -94,6 +94,7 @@ def score_run(
         "title": f"The images of {escape_controls(run_dir.resolve().name)}",
         "command": escape_controls(command),
         "quick": quick,
+        "explorer": EXPLORER,
         "explorer_command": f"moevision demo {shell_word(escape_controls(str(run_dir)))}",
         "version": __version__,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),

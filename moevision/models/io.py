@@ -331,7 +331,7 @@ def address_of(source: str) -> str:
         return source
     if "/" in source or os.sep in source:
         raise UserError(no_model(source))
-    raise UserError(f"{no_model(source)} {unknown_name(source)}")
+    raise UserError(no_model(source) + _similar_names(source))
 
 
 def is_timm_name(address: str) -> bool:
@@ -354,11 +354,14 @@ def architecture_of(file: str | Path) -> str:
 
 def unknown_name(name: str) -> str:
     """A sentence that says there is no such model, and which ones are near."""
+    return f"There is no model {name!r}.{_similar_names(name)}"
+
+
+def _similar_names(name: str) -> str:
     bare = name.split(".")[0]
     names = timm.list_models("*vit*") + timm.list_models("*deit*")
     near = difflib.get_close_matches(bare, names, n=4, cutoff=0.5)
-    hint = f" Did you mean {', '.join(near)}?" if near else " See `timm.list_models('*vit*')`."
-    return f"There is no model {name!r}.{hint}"
+    return f" Did you mean {', '.join(near)}?" if near else " See `timm.list_models('*vit*')`."
 
 
 def _create_from_file(

@@ -71,9 +71,6 @@ def test_layers_of_one_model_may_differ(make, pixels):
         assert read.intervention(change, facts).expert == last
         with pytest.raises(RequestError, match=f"from 0 to {last}"):
             read.intervention({**change, "expert": last + 1}, facts)
-    assert read.path({"path": [3, 5]}, facts) == (3, 5)
-    with pytest.raises(RequestError, match=r"3 in L1.*5 in L3"):
-        read.path({"path": [4, 5]}, facts)
     view = route_image(model, pixels, settings=Settings(top_k=3)).to_json()
     assert [len(choices) for choices in view["layers"][0]["experts"]] == [3] * 16
     assert [layer["top_k"] for layer in view["layers"]] == [3, 1]

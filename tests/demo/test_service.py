@@ -61,7 +61,6 @@ def test_boot_tells_everything_that_the_page_needs(explorer):
     assert (pets["id"], photos["id"]) == ("pets", "photos")
     assert pets["variants"] == ["trained", "unbalanced", "untrained"]
     assert {pets["has_dense"], pets["can_search"]} == {True}
-    assert not photos["has_pictures"]
     assert "accuracy_text" not in pets  # each variant has its own
     texts = {
         name: variant.facts.accuracy_text

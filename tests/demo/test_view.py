@@ -261,7 +261,7 @@ def test_what_can_not_be_routed(make, model, pixels, tmp_path):
             route_image(model, bad)
     with pytest.raises(UserError, match="no such file"):
         route_image(model, tmp_path / "none.png")
-    with pytest.raises(UserError, match="no model"):
+    with pytest.raises(UserError, match="no run or model"):
         route_image(str(tmp_path / "nowhere"), pixels)
     dropping = make(patch_drop_rate=0.5)
     dropping.net.train()
