@@ -373,8 +373,8 @@ def of_recipe(groups: Task) -> str:
     """What the recipe gains over dense models in the time of the study."""
     same_stem = interval(groups.contrast(RECIPE, groups.strongest_dense(stem_of(RECIPE))))
     return (
-        f"in 15 CPU seconds `--config emoji` is {same_stem.text} points from the strongest dense model of its stem, "
-        f"and {pays(groups, RECIPE).text} from that of all stems"
+        f"in 15 CPU seconds these experts are {same_stem.text} points from the best dense model behind the same "
+        f"convolutions, and {pays(groups, RECIPE).text} from the best behind more of them"
     )
 
 

@@ -250,7 +250,7 @@ function needless({ layers, prediction }, away, usual) {
 function chosenFrom({ model: { card }, opening: { thing } }, { picture: { id } }) {
   if (!card.matters?.chosen || card.matters.picture !== id) return "";
   const { right, named = right, change } = card.matters.chosen; // named: those whose class has an expert of its name
-  return `Chosen: of ${named.toLocaleString("en")} such ${thing}s named right, ${change} fall by one expert.`;
+  return `This ${thing} was chosen: of ${named.toLocaleString("en")} right ones, ${change} change without one expert.`;
 }
 
 /** What the same change does over new pages, where that was measured. @param {App} app @param {[number, number][]} away */

@@ -98,7 +98,9 @@ export function sentenceOf(
   if (routed === "image") return `A router looks at the whole image and sends it to ${few}.`;
   if (kind === "soft") return `Each of ${rows * columns} ${several} takes something from all of them.`;
   if (kind === "expert_choice") return `Each expert picks some of ${rows * columns} ${several}.`;
-  return `A ${learned ? "router" : "fixed rule"} sends each of ${rows * columns} ${several} to ${few}.${learned ? " Nobody told it which." : ""}`;
+  const untold = learned ? " Nobody told it which." : "";
+  const asked = several === "emoji" ? " The model then says what most are." : "";
+  return `A ${learned ? "router" : "fixed rule"} sends each of ${rows * columns} ${several} to ${few}.${untold}${asked}`;
 }
 
 /** What a link or the details made of the trained model, but for experts that are away. @param {View} view */
