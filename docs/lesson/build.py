@@ -165,13 +165,14 @@ def _model(saved: SavedModel, card: Any) -> Json:
 
 
 def _page(page: Pages) -> Json:
-    """The emoji of the page that the explorer opens, and which of them have a face."""
+    """The emoji of the page that the explorer opens, and which of them are of the page's own group."""
     emoji = [read_sheet().emoji[number] for number in page.emoji[0]]
+    group = GROUPS[page.labels[0]]
     return {
-        "group": GROUPS[page.labels[0]],
+        "group": group,
         "names": [one.name for one in emoji],
         "groups": [one.group for one in emoji],
-        "faces": [cell for cell, one in enumerate(emoji) if one.kind.startswith("face-")],
+        "of_group": [cell for cell, one in enumerate(emoji) if one.group == group],
     }
 
 
@@ -344,7 +345,7 @@ def pays() -> Json:
         "seeds": len(tasks["kinds"].of_arm(best["kinds"])),
         "kinds": contrast("kinds", best["kinds"]),
         "groups": contrast("groups", best["groups"]),
-        "named": contrast("groups", study.named_arm(tasks["groups"])),
+        "named": contrast("groups", study.RECIPE),
     }
 
 

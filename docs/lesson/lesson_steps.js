@@ -27,16 +27,16 @@ export const TOY = {
 };
 
 /**
- * Of the page's faces, how many the expert has that has most of them, and where the others went.
+ * Of the emoji of the page's own group, how many the expert has that has most of them, and where the others went.
  * @param {LessonNumbers} lesson
  */
-export function facesOf({ page, sorting: { own }, model }) {
+export function ofGroup({ page, sorting: { own }, model }) {
   const counts = Array(model.experts).fill(0);
-  page.faces.forEach((emoji) => { counts[own[emoji]] += 1; });
+  page.of_group.forEach((emoji) => { counts[own[emoji]] += 1; });
   const most = Math.max(...counts);
   const expert = counts.indexOf(most);
-  const others = page.faces.filter((emoji) => own[emoji] !== expert).map((emoji) => ({ name: page.names[emoji], expert: own[emoji] }));
-  return { all: page.faces.length, most, expert, others };
+  const others = page.of_group.filter((emoji) => own[emoji] !== expert).map((emoji) => ({ name: page.names[emoji], expert: own[emoji] }));
+  return { all: page.of_group.length, most, expert, others };
 }
 
 /**
@@ -68,7 +68,7 @@ export const lessonSteps = (lesson) => [
 /** @param {LessonNumbers} lesson @returns {LessonStep} */
 function sortYourself(lesson) {
   const { model, page, right } = lesson;
-  const { all, most, expert, others } = facesOf(lesson);
+  const { all, most, expert, others } = ofGroup(lesson);
   const where = others.map(({ name, expert: other }) => html` The ${name} is with expert ${other}.`);
   return {
     title: "Sort them yourself",
@@ -78,7 +78,7 @@ function sortYourself(lesson) {
     text: html`<p>A small model looks at a page of ${page.names.length} emoji and says what most of them are: smileys, people, animals, food …, ${numberWord(model.groups.length)} groups.</p>
       <p>Each emoji is computed by <b>one of ${numberWord(model.experts)}</b> small networks, the <b>experts</b>; a <b>router</b> decides which. Be the router: choose a box and click the emoji that one expert should compute. No need to fill all boxes.</p>`,
     figure: html`${flowBox("router")}<p class="ls-yours">Your boxes</p>${sortingBox(lesson)}`,
-    question: `${capital(numberWord(all))} of these emoji have a face. How many of them does the router send to one and the same expert?`,
+    question: `${capital(numberWord(all))} of these emoji are ${page.group}. How many of them does the router send to one and the same expert?`,
     choices: [`All ${numberWord(all)}`, capital(numberWord(most)), "Two, as chance would"],
     right: 1,
     answer: html`<p><b>${capital(numberWord(most))} of ${numberWord(all)}, to expert ${expert}.</b>${where}</p>
@@ -152,7 +152,7 @@ const trainARouter = () => ({
 /** @param {LessonNumbers} lesson @returns {LessonStep} */
 function notOnePage(lesson) {
   const { taken, sorting: { own } } = lesson;
-  const { expert } = facesOf(lesson);
+  const { expert } = ofGroup(lesson);
   const claimed = taken.experts[expert];
   const named = taken.experts.filter((one) => one.named).length;
   return {
@@ -209,7 +209,8 @@ function takeOneAway(lesson) {
   };
   const group = present(Object.entries(without).find(([, { experts }]) => experts.includes(telling)));
   const [name, found] = group;
-  const [other, spared] = present(Object.entries(without).find(([, { own: [before, after] }]) => after >= before) ?? Object.entries(without)[0]);
+  const lost = ([, { own: [before, after] }]) => before - after;
+  const [other, spared] = present(Object.entries(without).sort((one, next) => lost(one) - lost(next))[0]);
   return {
     title: "Take one away",
     minutes: 4,
@@ -223,7 +224,7 @@ function takeOneAway(lesson) {
     right: pair.indexOf(telling),
     answer: html`${table(["without", "the answer", "as many emoji moved at random"], [telling, quiet].map(row))}
       <p>One page is no count, and this one was <b>chosen</b>: of ${chosen.named.toLocaleString("en")} such pages named right, ${chosen.change} fall by one expert. Over ${found.pages.toLocaleString("en")} new pages, without expert ${telling}: ${name} ${change(found.own)} right, all others ${change(found.others)}.</p>
-      <p>A name doesn’t mean an expert is missed: without that of ${other}, their pages go ${change(spared.own)}.</p>`,
+      <p>A name doesn’t say how much an expert is missed: without that of ${other}, their pages go ${change(spared.own)}.</p>`,
   };
 }
 

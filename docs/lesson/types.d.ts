@@ -17,7 +17,7 @@ export interface LessonNumbers {
     hidden: number; parameters: number; active_parameters: number; accuracy: { moe: number; dense: number };
     accuracy_interval: { moe: [number, number]; dense: [number, number] }; test_images: number;
   };
-  page: { group: string; names: string[]; groups: string[]; faces: number[] };
+  page: { group: string; names: string[]; groups: string[]; of_group: number[] };
   /** The page's view, and what differs from it without each expert. */
   views: { all: View; without: Pick<View, "layers" | "prediction" | "settings">[] };
   sorting: LessonSorting;

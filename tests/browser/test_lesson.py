@@ -142,7 +142,7 @@ def test_emoji_are_sorted_by_hand_and_then_fly_to_the_routers_boxes(lesson):
         page.click(f"[data-emoji='{emoji}']")
         if emoji == 14:
             assert says(said.text_content(), "Box D", "1 of 16 left")
-    assert page.get_attribute("[data-emoji='5']", "aria-label") == "pouch: box B"
+    assert page.get_attribute("[data-emoji='5']", "aria-label") == "spaghetti: box B"
     assert says(said.text_content(), "Your sorting", "%")
     rows = page.locator("[data-game-costs] tbody tr")
     firsts = ["you", "the router", "chance, mean of 200"]
@@ -154,7 +154,7 @@ def test_emoji_are_sorted_by_hand_and_then_fly_to_the_routers_boxes(lesson):
     page.locator("#step-1 [data-choice]").nth(0).click()
     page.locator("#step-1 [data-reveal]").click()
     assert says(router.locator("h1").text_content(), "Eight experts share this page")
-    assert router.locator(".mv-flow-box[data-expert='6']").text_content().split("smileys")[1]
+    assert router.locator(".mv-flow-box[data-expert='2']").text_content().split("symbols")[1]
     assert (
         page.locator("#step-1 [aria-pressed=true][data-choice='0']").count() == 1
     )  # a wrong guess stays
@@ -170,14 +170,14 @@ def test_an_expert_is_taken_away_and_the_headline_is_the_result(lesson):
     flow.locator(".mv-flow-box[data-expert='1']").click()  # before the answer nothing happens
     assert says(flow.locator("h1").text_content(), "Eight experts")
     page.locator("#step-7 [data-reveal]").click()
-    assert flow.locator("h1").text_content() == "Without expert 6 the smileys become food."
-    assert says(flow.locator(".mv-flow-say").text_content(), "smileys", "at random", "put it back")
+    assert flow.locator("h1").text_content() == "Without expert 2 the symbols become food."
+    assert says(flow.locator(".mv-flow-say").text_content(), "symbols", "at random", "put it back")
     flow.locator(".mv-flow-box[data-expert='1']").click()
-    assert flow.locator("h1").text_content() == "Without expert 1 the smileys stay smileys."
+    assert flow.locator("h1").text_content() == "Without expert 1 the symbols stay symbols."
     flow.locator(".mv-flow-box[data-expert='1']").click()
     assert says(flow.locator("h1").text_content(), "Eight experts")
     page.locator("#step-7 [data-reveal]").click()
-    flow.locator(".mv-flow-box[data-expert='6']").click()
+    flow.locator(".mv-flow-box[data-expert='2']").click()
     assert says(flow.locator("h1").text_content(), "Eight experts")
     assert page.visit.complaints == []
 

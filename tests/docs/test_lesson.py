@@ -96,10 +96,10 @@ def test_the_page_of_the_lesson_is_the_one_that_the_explorer_opens(numbers, card
 
 
 def test_steps_have_a_right_and_a_wrong_choice(numbers):
-    """The words of steps 1 and 7 hold: most faces, not all, go together; a busy expert isn't missed."""
-    own, faces = numbers["sorting"]["own"], numbers["page"]["faces"]
-    counts = np.bincount([own[face] for face in faces])
-    assert 2 < counts.max() < len(faces)
+    """The words of steps 1 and 7 hold: most symbols, not all, go together; a busy expert isn't missed."""
+    own, symbols = numbers["sorting"]["own"], numbers["page"]["of_group"]
+    counts = np.bincount([own[symbol] for symbol in symbols])
+    assert 2 < counts.max() < len(symbols)
     claimed = numbers["taken"]["experts"][counts.argmax()]
     assert claimed["group"] == numbers["page"]["group"]
     assert claimed["named"]
@@ -128,17 +128,17 @@ def test_the_layers_below_sort_and_clusters_do_it_best(numbers):
 
 def test_it_matters_who_computes_what(numbers):
     right = numbers["right"]
-    assert max(right["one"]) < right["random"] < right["all"]
+    assert max(max(right["one"]), right["random"]) < right["all"] / 2
 
 
 def test_counts_are_the_models(numbers):
     """On fewer pages than were counted."""
     few = lesson.Pages(bundled_model(lesson.MODEL), 0, 200)
     experts = few.experts()
-    smileys = experts == numbers["taken"]["experts"][6]["expert"]
-    group = lesson.GROUPS.index(numbers["taken"]["experts"][6]["group"])
-    assert (few.groups[smileys] == group).mean() == pytest.approx(
-        numbers["taken"]["experts"][6]["share"], abs=0.06
+    symbols = experts == numbers["taken"]["experts"][2]["expert"]
+    group = lesson.GROUPS.index(numbers["taken"]["experts"][2]["group"])
+    assert (few.groups[symbols] == group).mean() == pytest.approx(
+        numbers["taken"]["experts"][2]["share"], abs=0.06
     )
     assert few.accuracy() == pytest.approx(numbers["right"]["all"], abs=0.06)
 
