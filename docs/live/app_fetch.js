@@ -2,6 +2,7 @@
 // in the browser (worker.js). An own image goes to that worker and nowhere else. It stands in for the explorer's own
 // app_fetch.js, and answers as demo/service.py does; the views are those of demo/view.py.
 
+import { softmax } from "../../moevision/demo/assets/core_numbers.js";
 import { pictureSource } from "../../moevision/demo/assets/core_util.js";
 import { drawPage, readPage } from "./pages.js";
 import { normalized, squarePixels } from "./pixels.js";
@@ -97,13 +98,6 @@ function layerOf(facts, outputs) {
   const slowest = round((Math.max(...counts) * counts.length) / (sum(counts) || 1));
   return { ...facts, experts, weights: weights.map((row) => row.map(round)), kept, probs: probs.map((row) => row.map(round)), margin, entropy, counts,
     requested: count(() => true), slowest };
-}
-
-/** @param {number[]} logits */
-function softmax(logits) {
-  const top = Math.max(...logits);
-  const parts = logits.map((logit) => Math.exp(logit - top));
-  return parts.map((part) => part / sum(parts));
 }
 
 /** @param {string[]} names @param {number[]} logits */

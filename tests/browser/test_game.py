@@ -180,6 +180,10 @@ def test_a_link_to_a_model_that_is_not_there_says_so(play):
     assert says(told(page, "h1"), "share this")
 
 
+def plural_patches(count):
+    return "1 patch" if count == 1 else f"{count} patches"
+
+
 LATER = [("game", "second choice"), ("choice", "also"), ("soft", None), ("many", "second choice")]
 
 
@@ -199,8 +203,9 @@ def test_a_box_tells_of_later_choices_and_is_never_shut_with_work(play, model, w
     assert counts(page) == first
     for expert, box in enumerate(page.locator(".mv-flow-box").all()):
         later = layer["counts"][expert] - first[expert]
-        found = box.locator("em").all_text_contents()
-        assert found == ([f"{word} for {later}"] if later else [])
+        found = box.locator("em, [data-part=amount]").all_text_contents()
+        amount = [plural_patches(first[expert])] if first[expert] else []
+        assert found == (amount + ([f"{word} for {later}"] if later else []) or ["none"])
         assert shut[expert] == (layer["counts"][expert] == 0)
 
 

@@ -167,6 +167,7 @@ def test_the_fewest_experts_of_a_typed_page_are_pythons(visit_live, whole, emoji
         return
     page.wait_for_selector(f"[data-box=said]:has-text('The fewest: {len(away)}.')")
     press(page, "[data-action=fall]", "[data-box=said]:has-text('Record')")
+    page.click("[data-action=door]")
     assert view_of(page)["settings"]["away"] == away
 
 

@@ -59,7 +59,10 @@ BUILT: dict[str, Row] = {
     "K above E": (lambda: moe(num_experts=2, top_k=3), ["top_k=3", "num_experts=2", "1 and 2"]),
     "stem": (lambda: moe(stem="resnet"), ["'resnet'", "'patch'", "'wide_stages'"]),
     "patch of a stem": (lambda: moe(stem="stages", patch_size=2), ["'stages'", "4 px"]),
-    "no quarters": (lambda: moe(stem="conv_patch", patch_size=6), ["'conv_patch'", "6", "by 4"]),
+    "no quarters": (
+        lambda: moe(stem="conv_patch", patch_size=6, img_size=30),
+        ["'conv_patch'", "6", "by 4"],
+    ),
     "no power of two": (lambda: moe(patch_size=12, img_size=48), ["patch_size=12", "power of two"]),
     "twin": (lambda: moe(twin="flops"), ["flops", "active_flops", "total_params"]),
     "twin of widths": (lambda: moe(twin=[64, 32]), ["[64, 32]", "active_flops"]),

@@ -351,7 +351,7 @@ def test_experts_that_are_there_already_stay_as_they_are(tmp_path):
         (MoEConfig(name="vit_moe_micro_patch4"), "Did you mean vit_moe_micro_patch4_32"),
         (MoEConfig(name="deit_tiny_patch16_224"), "is a dense model"),
         (MoEConfig(pretrained="deit_tiny_patch16"), "Did you mean deit_tiny_patch16_224"),
-        (MoEConfig(pretrained="/nowhere/model"), "There is no model"),
+        (MoEConfig(pretrained="/nowhere/model"), "There is no run or model"),
         (MoEConfig(name="test_vit_moe", top_k=9), "choose top_k between 1 and 4"),
     ],
 )

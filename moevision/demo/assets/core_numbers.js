@@ -60,7 +60,7 @@ function channelsOf({ of, hidden, index, scale, outputs, ...vectors }, patch) {
 }
 
 /** @param {number[]} scores */
-function softmax(scores) {
+export function softmax(scores) {
   const top = Math.max(...scores);
   const parts = scores.map((score) => Math.exp(score - top));
   const sum = parts.reduce((total, part) => total + part, 0);
