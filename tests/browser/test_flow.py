@@ -119,7 +119,7 @@ def test_the_first_screen_of_every_bundled_model_is_as_short(new_visit, bundled,
     boxes = page.locator(".mv-flow-box:visible").count()  # each is read as one word
     assert len(words(text)) + boxes <= most, text
     assert in_a_box <= IN_A_BOX
-    assert 1 <= len(controls) <= CONTROLS, controls
+    assert 2 <= len(controls) <= CONTROLS, controls
 
 
 def test_a_phone_shows_the_photo_first(visit):

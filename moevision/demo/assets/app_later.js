@@ -32,8 +32,7 @@ export async function showLikes({ state, asker, core, door }) {
 }
 
 /** @param {View} given */
-const asTrained = ({ settings: { off_distribution: off, capacity, noise, away } }) =>
-  !off && capacity === null && typeof noise !== "number" && !away?.length;
+const asTrained = ({ settings: { off_distribution: off, capacity, away } }) => !off && capacity === null && !away?.length;
 
 /**
  * Which images have recorded moments of the training, and where they come from.

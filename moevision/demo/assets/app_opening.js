@@ -74,10 +74,9 @@ export class AppOpening {
    */
   async search(view) {
     const { app } = this;
-    const known = fallOf(app.model, view.picture.id) ?? this.searched.get(imageKey(view));
-    if (!app.model.can_search || known || view.moment || otherModel(view)) return;
+    if (!app.model.can_search || this.falls || view.moment || otherModel(view)) return;
     const { model, picture } = app.questionOf(view);
-    const found = await app.asker.ask("fewest", { model, picture }).catch(() => null); // without it there is no record
+    const found = await app.asker.remember("fewest", { model, picture }).catch(() => null); // without it there is no record
     if (!found) return;
     this.searched.set(imageKey(view), found);
     if (app.state && imageKey(app.state.view) === imageKey(view)) app.core.flow.tell();
