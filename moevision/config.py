@@ -50,7 +50,7 @@ FreezeAllBut = Literal["all_but_experts", "all_but_head"]
 Fit = Literal["crop", "pad", "squash"]
 
 
-Options = Mapping[str, Any]
+Options = dict[str, Any]
 """Values of some options by their dotted names, such as `data.image_size`."""
 
 
@@ -302,7 +302,7 @@ class RouterOptions:
                 "capacity_group='batch', or leave the capacity out."
             )
 
-    def non_default(self) -> dict[str, Any]:
+    def non_default(self) -> Options:
         """The options that were set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
@@ -891,9 +891,9 @@ def _build(cls: type, prefix: str, values: Options) -> Any:
     return cls(**arguments)
 
 
-def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: Mapping[str, Any], prefix: str = "") -> Options:
     """The values of a nested configuration by their dotted names, known or not."""
-    values: dict[str, Any] = {}
+    values: Options = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name not in options():
@@ -903,7 +903,7 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def parse_config(content: Any, source: str) -> dict[str, Any]:
+def parse_config(content: Any, source: str) -> Options:
     """The options that the content of a YAML file gives, by their dotted names.
 
     A key that isn't known and has no value is ignored, and so are those in `WRITTEN`: earlier versions wrote some.
@@ -931,7 +931,7 @@ def parse_config(content: Any, source: str) -> dict[str, Any]:
         raise
 
 
-def _parse_values(values: Options) -> dict[str, Any]:
+def _parse_values(values: Options) -> Options:
     """The values in the types of their options."""
     return dict(vars(_parser().parse_object(dict(values), defaults=False).as_flat()))
 
@@ -944,7 +944,7 @@ class ParsedArgs(NamedTuple):
 
     folder: str | None  # what stands right after the verb
     configs: list[str]  # what follows --config
-    options: dict[str, Any]  # the others by their dotted names
+    options: Options  # the others by their dotted names
     prints: bool  # whether the settings are to be printed and nothing else is to be done
     command: list[str]  # the command line as typed, the program first
 

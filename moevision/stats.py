@@ -23,14 +23,15 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import logsumexp
 from scipy.stats import binom, binomtest, nct, norm
 from scipy.stats import t as student
+
+from moevision.types import Array, Flags, Ints
 
 LEVEL, POWER = 0.05, 0.8
 _Z = float(norm.ppf(1 - LEVEL / 2))
@@ -68,9 +69,7 @@ class PairedDifference:
         return (self.high - self.low) / 2 / _Z
 
 
-def paired_difference(
-    correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_]
-) -> PairedDifference:
+def paired_difference(correct_a: Flags, correct_b: Flags) -> PairedDifference:
     """Compare two models on the same images: difference of accuracies, Tango's 95 % interval, McNemar's p.
 
     `correct_a` and `correct_b` [n] say whether each model classified image i correctly.
@@ -104,9 +103,9 @@ def _tango_bound(only_a: int, only_b: int, n: int, z: float) -> float:
 
 
 def paired_macro_difference(
-    correct_a: npt.NDArray[np.bool_],
-    correct_b: npt.NDArray[np.bool_],
-    labels: npt.NDArray[np.int64],
+    correct_a: Flags,
+    correct_b: Flags,
+    labels: Ints,
 ) -> PairedDifference:
     """Compare the balanced accuracy of two models on the same images: the mean over classes of paired differences.
 
@@ -270,7 +269,7 @@ class Calibration(NamedTuple):
     images: int
 
 
-def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Calibration | None:
+def fit_temperature(logits: Array, labels: Array) -> Calibration | None:
     """The temperature, 0.05 to 20, of the smallest negative log-likelihood of logits [n, C] and labels [n].
 
     None without images or with logits that aren't finite.

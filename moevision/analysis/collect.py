@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from moevision import __version__
 from moevision.analysis.images import Data, PictureSet, find_images, open_pictures
-from moevision.analysis.information import Array, Pixels
 from moevision.analysis.trace import RoutingTrace, metadata_of
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
@@ -36,6 +35,7 @@ from moevision.layers import Routing, SoftRouting, forward_routing, moe_layers, 
 from moevision.layers.routing import evaluating
 from moevision.models.convert import layers_that_miss_classifier
 from moevision.models.io import SavedModel, best_device, describe, load_model
+from moevision.types import Array, Json, Pixels
 from moevision.words import with_progress
 
 # Beginning of a warning; the report suppresses the warning by this text.
@@ -159,7 +159,7 @@ def _output_names(count: int, *candidates: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"class {index}" for index in range(count))
 
 
-def _provenance(net: nn.Module) -> dict[str, Any]:
+def _provenance(net: nn.Module) -> Json:
     """Time, device, library versions and a checksum of the weights, for the metadata of a trace."""
     versions = {
         "moevision": __version__,
@@ -176,7 +176,7 @@ def _provenance(net: nn.Module) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _arrays_of_batch(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any]]:
+def _arrays_of_batch(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], Json]:
     """The arrays of a trace for the images of one batch, and its metadata about layers and patch grid."""
     dtype = next(net.parameters()).dtype
     output, routings = forward_routing(net, batch.images.to(best_device(), dtype))
@@ -322,7 +322,7 @@ def model_title(model: SavedModel | nn.Module | str | Path) -> str:
         path = path.resolve()
         return path.parent.name if path.name == "model" else path.name
     net = model.net if isinstance(model, SavedModel) else model
-    config: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
+    config: Json = getattr(net, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(net).__name__)
 
 

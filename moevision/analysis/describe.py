@@ -25,24 +25,14 @@ C classes, S pixels of a side, R resamples or permutations.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from moevision.analysis.information import (
-    Array,
-    Flags,
-    Floats,
-    Ints,
-    Json,
-    Numbers,
-    Pixels,
-    choice_counts,
-    permuted_labels,
-    sums_by_class,
-)
+from moevision.analysis.information import Numbers, choice_counts, permuted_labels, sums_by_class
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
+from moevision.types import Array, Flags, Floats, Ints, Json, Pixels
 
 if TYPE_CHECKING:
     from moevision.analysis.images import PictureSet
@@ -62,7 +52,7 @@ def part_fractions(part_masks: Pixels, grid: tuple[int, int], num_parts: int) ->
 
 def majority_part(fractions: Floats) -> Ints:
     """[I, P]: the part with most pixels in each patch (the lower number of two that tie), from `part_fractions`."""
-    return cast(Ints, fractions.argmax(-1).astype(np.int16))
+    return fractions.argmax(-1).astype(np.int16)
 
 
 def part_expert_table(
@@ -109,13 +99,13 @@ def part_stands_out(
     spread = permuted.std(0, ddof=1)
     largest = _deviations(permuted, mean, spread).max((1, 2))  # [R]
     threshold = np.quantile(largest, _LEVEL, method="higher")
-    return cast(Flags, _deviations(observed, mean, spread) > threshold)
+    return _deviations(observed, mean, spread) > threshold
 
 
 def _expert_shares(area: Floats, shares: Floats) -> Floats:
     """[parts, E] each expert's share of a part, from areas [I, P, parts] and shares of patches [I · P, E]."""
     table = area.reshape(len(shares), -1).T @ shares
-    return cast(Floats, table / np.maximum(table.sum(1, keepdims=True), 1e-12))
+    return table / np.maximum(table.sum(1, keepdims=True), 1e-12)
 
 
 def _deviations(shares: Floats, mean: Floats, spread: Floats) -> Floats:

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import PictureSet
-from moevision.analysis.information import Json, Pixels
 from moevision.analysis.intervention import (
     Decision,
     Edit,
@@ -48,6 +47,7 @@ from moevision.errors import UserError
 from moevision.layers import MoEMlp, routing_lock
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel
+from moevision.types import Json, Pixels
 
 _SETS_AT_ONCE = 64
 

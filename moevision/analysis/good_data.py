@@ -43,7 +43,7 @@ from scipy.special import log_softmax
 from moevision import __version__
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import EXPLORER, data_settings
-from moevision.analysis.information import Array, Flags, Floats, Ints, Json, Pixels, as_json
+from moevision.analysis.information import as_json
 from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.data.images import BadImageError, full_size
 from moevision.data.scores import FILE, SCORES, Scores
@@ -53,6 +53,7 @@ from moevision.files import csv_text, refuse_foreign, write_text_atomic
 from moevision.layers.routing import evaluating
 from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device, load_model
+from moevision.types import Array, Flags, Floats, Ints, Json, Pixels
 from moevision.words import shell_word, with_progress
 
 TABLE, PAGE, THUMBS = "images.csv", "page.html", "thumbs"
@@ -640,8 +641,7 @@ def _margins(probabilities: Floats, labels: Ints) -> Floats:
     of_label = probabilities[rows, labels]
     others = probabilities.copy()
     others[rows, labels] = 0  # the smallest value, so that the label's isn't the maximum
-    margins: Floats = of_label - others.max(1)
-    return margins
+    return of_label - others.max(1)
 
 
 # ---- ranked lists

@@ -21,7 +21,6 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moevision.analysis.information import Pixels
 from moevision.config import CROP, Framing
 from moevision.data.collection import (
     SPLITS,
@@ -41,6 +40,7 @@ from moevision.errors import DataWarning, UserError, escape_controls, name_bytes
 from moevision.files import newest_config
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_yaml
+from moevision.types import Pixels
 
 if TYPE_CHECKING:
     from moevision.analysis.trace import RoutingTrace

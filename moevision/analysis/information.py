@@ -43,16 +43,9 @@ from statistics import NormalDist
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from moevision.errors import UserError
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.floating[Any]]
-Ints = npt.NDArray[np.integer[Any]]
-Flags = npt.NDArray[np.bool_]
-Pixels = npt.NDArray[np.uint8]
-Json = dict[str, Any]
+from moevision.types import Array, Flags, Floats, Ints, Json
 
 _CHUNK_CELLS = 1 << 22  # numbers per chunk of permuted labels or tables: 16 MiB of float32
 LEVEL = 0.95  # of all intervals
@@ -223,7 +216,7 @@ def mutual_information_bits(table: Floats | Ints) -> Floats:
     rows = _n_log2_n(table.sum(-1)).sum(-1)
     columns = _n_log2_n(table.sum(-2)).sum(-1)
     bits = cells + _n_log2_n(total) - (rows + columns)
-    return cast(Floats, np.maximum(_ratio(bits, total), 0.0))
+    return np.maximum(_ratio(bits, total), 0.0)
 
 
 def entropy_bits(counts: Floats | Ints) -> float:
@@ -253,7 +246,7 @@ def second_order_bias(sums: Floats, squares: Floats, images_of_class: Ints) -> F
     expert_variance = variance.sum(1)  # [R, E]
     expert_terms = _ratio(expert_variance, sums.sum(1)).sum(1)
     total = sums[0].sum()
-    return cast(Floats, (cell_terms - expert_terms) / (2 * math.log(2) * total))
+    return (cell_terms - expert_terms) / (2 * math.log(2) * total)
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:

@@ -17,9 +17,9 @@ import numpy as np
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.describe import fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet
-from moevision.analysis.information import Ints
 from moevision.analysis.readings import RecordedLayer, cluster_choices, recording_of
 from moevision.models.io import SavedModel
+from moevision.types import Ints
 from moevision.words import percent
 
 NAMED_ABOVE = 0.5  # share of an expert's patches that show one part

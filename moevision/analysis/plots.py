@@ -36,11 +36,11 @@ from PIL import Image
 
 from moevision.analysis.describe import ExpertGallery, layer_gallery
 from moevision.analysis.images import PictureSet, patch_crop
-from moevision.analysis.information import Flags, Floats, Pixels
 from moevision.analysis.readings import Load
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import escape_controls
 from moevision.layers.routing import Kind as RoutingKind
+from moevision.types import Flags, Floats, Pixels
 from moevision.words import percent
 
 EXPERT_COLOURS: Final = (

@@ -38,11 +38,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from moevision.analysis.information import (
-    Flags,
-    Floats,
     Interval,
-    Ints,
-    Json,
     Numbers,
     halves_by_class,
     paired_interval,
@@ -59,6 +55,7 @@ from moevision.analysis.readings import (
     measure_layer,
 )
 from moevision.errors import UserError
+from moevision.types import Flags, Floats, Ints, Json
 from moevision.words import percent, signed
 
 Question = Literal["experts", "training", "function"]

@@ -35,13 +35,8 @@ from torch import nn
 from moevision.analysis.collect import collect_routing, layer_inputs, network_input
 from moevision.analysis.images import PictureSet, aligned_pictures, cached, read_images
 from moevision.analysis.information import (
-    Array,
     Estimate,
-    Flags,
-    Floats,
     Interval,
-    Ints,
-    Json,
     Numbers,
     choice_counts,
     class_information,
@@ -64,6 +59,7 @@ from moevision.layers import moe_layers
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.convert import routes_read
 from moevision.models.io import SavedModel, from_clusters
+from moevision.types import Array, Flags, Floats, Ints, Json
 
 if TYPE_CHECKING:
     from sklearn.cluster import KMeans
@@ -449,7 +445,7 @@ class Clustering:
 def nearness(kmeans: KMeans, tokens: Floats) -> Floats:
     """[..., E] negative squared distance of tokens [..., D] to the centre of each cluster."""
     distance = kmeans.transform(tokens.reshape(-1, tokens.shape[-1]))
-    return cast(Floats, -np.square(distance).reshape(*tokens.shape[:-1], -1))
+    return -np.square(distance).reshape(*tokens.shape[:-1], -1)
 
 
 def fit_clusters(tokens: Floats, num_clusters: int, seed: int) -> KMeans:
@@ -928,7 +924,7 @@ def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, s
         group_of_token = np.empty(len(order), np.int64)
         group_of_token[order] = np.arange(len(order)) * num_groups // max(1, len(order))
         groups[in_test] = group_of_token.reshape(-1, patches)
-    return cast(Floats, (groups[..., None] == np.arange(num_groups)).astype(np.float32))
+    return (groups[..., None] == np.arange(num_groups)).astype(np.float32)
 
 
 def _folds(halves: Flags) -> Iterator[tuple[Flags, Flags]]:

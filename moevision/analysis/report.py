@@ -57,7 +57,7 @@ from moevision.analysis.images import (
     pictures_for,
     run_folder,
 )
-from moevision.analysis.information import Floats, Ints, Json, Pixels, as_json
+from moevision.analysis.information import as_json
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, plain_answer, summary_lines, three_questions
 from moevision.analysis.readings import measure_baselines, recording_of
@@ -77,6 +77,7 @@ from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.convert import routes_read
 from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json, read_yaml
+from moevision.types import Floats, Ints, Json, Pixels
 from moevision.words import shell_word
 
 # Of report.json; the number rises with a change that older readers would misread.
@@ -612,8 +613,7 @@ def wrong_routes(trace: RoutingTrace, least: int = 3) -> list[Json]:
 def _first_shares(layer: LayerTrace, images: Ints) -> Floats:
     """[E] share of the patches of some images whose first choice is each expert."""
     first = layer.expert_index[images, :, 0]
-    shares: Floats = np.bincount(first.ravel(), minlength=layer.num_experts) / first.size
-    return shares
+    return np.bincount(first.ravel(), minlength=layer.num_experts) / first.size
 
 
 def live_views(
@@ -817,7 +817,7 @@ def claim_folder(out: str | Path) -> Path:
     return folder
 
 
-def former_report(folder: Path) -> dict[str, Any] | None:
+def former_report(folder: Path) -> Json | None:
     """The contents of report.json in a folder; None if there is no report."""
     try:
         numbers = read_json(folder / NUMBERS)

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from moevision.analysis.information import Array, Flags, Floats, Ints
 from moevision.errors import UserError, escape_controls
 from moevision.files import write_bytes_atomic
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.layers.routing import RouteBy
 from moevision.models.safe_files import parse_json, read_metadata
+from moevision.types import Array, Flags, Floats, Ints, Json
 
 LAYER_ARRAYS = ("expert_index", "kept", "combine_weight", "probs", "margin", "entropy_bits")
 
@@ -185,7 +185,7 @@ class RoutingTrace:
     grid: tuple[int, int]
     model: str
     data: str
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Json = field(default_factory=dict)
     prediction_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -21,7 +21,6 @@ from statistics import fmean, stdev
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -45,6 +44,7 @@ from moevision.stats import (
 )
 from moevision.train.report import RunSummary, read_summary, template
 from moevision.train.resume import is_finished, is_free, resume_command
+from moevision.types import Flags, Json
 from moevision.words import duration, flops, percent, points
 
 PREDICTIONS: Final = "predictions_test.csv"
@@ -86,7 +86,7 @@ class FinishedRun:
     options: Mapping[str, Any]  # dotted option name -> value
     images: tuple[str, ...]  # [n] names
     labels: tuple[str, ...]  # [n] names of the true classes
-    correct: npt.NDArray[np.bool_]  # [n] whether the predicted class is the true one
+    correct: Flags  # [n] whether the predicted class is the true one
 
     @property
     def name(self) -> str:
@@ -451,7 +451,7 @@ def _accuracy(side: Sequence[FinishedRun]) -> str:
     return f"{percent(accuracies[0])} ({percent(low)} to {percent(high)})"
 
 
-def facts(comparison: Comparison) -> dict[str, Any]:
+def facts(comparison: Comparison) -> Json:
     """The whole comparison as JSON primitives; differences are shares, null where they are NaN."""
     sentences, notes = comparison_text(comparison)
     pairs = zip(comparison.a, comparison.b, comparison.by_seed, strict=True)
@@ -478,7 +478,7 @@ def _null_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _facts_of_run(run: FinishedRun) -> dict[str, Any]:
+def _facts_of_run(run: FinishedRun) -> Json:
     summary = run.summary
     return {
         "run": os.fspath(run.folder),

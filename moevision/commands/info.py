@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import timm
 from rich.console import Console
@@ -22,6 +22,7 @@ from moevision.errors import escape_controls
 from moevision.layers import describe_moe, moe_layers
 from moevision.models.convert import dense_arguments, dense_twin, one_or_list
 from moevision.models.io import SavedModel, describe, is_timm_name, load_model
+from moevision.types import Json, TimmModel
 from moevision.words import loading
 
 
@@ -31,7 +32,7 @@ def run(args: Namespace) -> None:
         saved = load_any(args.model)
         costs = compare_costs(saved.net, saved.image_size)
     layers = moe_layers(saved.net)
-    facts: dict[str, Any] = {
+    facts: Json = {
         "model": args.model,
         "classes": len(saved.class_names),
         "image_size": saved.image_size,
@@ -80,10 +81,10 @@ def compare_costs(net: nn.Module, image_size: int) -> dict[str, ModelCost]:
     return costs
 
 
-def _plain_vit(net: nn.Module) -> nn.Module:
+def _plain_vit(net: TimmModel) -> nn.Module:
     """The architecture without experts, with timm's own MLPs."""
     arguments = dense_arguments(net) | {"num_classes": net.num_classes, "moe_layers": []}
-    return timm.create_model(cast(Any, net).pretrained_cfg["architecture"], **arguments)
+    return timm.create_model(net.pretrained_cfg["architecture"], **arguments)
 
 
 def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from moevision.models.io import SavedModel, best_device
 from moevision.models.ood import linear_head
 from moevision.train.checkpoint import load_trained
 from moevision.train.processes import print_rank0
+from moevision.types import Floats
 from moevision.words import loading, with_progress
 
 UNSURE = "unsure"
@@ -47,7 +47,7 @@ class Prediction:
     error: str = ""
     # above 1: out of distribution (`moevision.models.ood`); None: not measured
     distance: float | None = None
-    feature: npt.NDArray[np.float32] | None = None  # [D] input of the classifier, if requested
+    feature: Floats | None = None  # [D] input of the classifier, if requested
 
     def is_unsure(self, threshold: float | None) -> bool:
         """Whether there is a prediction, and its highest probability is below the threshold (None: never)."""
@@ -202,7 +202,7 @@ def _classify(
     net = model.net.to(device)
     images = images.to(device)
     distances: Sequence[float | None] = [None] * len(files)
-    rows: Sequence[npt.NDArray[np.float32] | None] = [None] * len(files)  # [D] each
+    rows: Sequence[Floats | None] = [None] * len(files)  # [D] each
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         if model.strangers is None and not features:
             logits = net(images)  # [B, C]

@@ -29,6 +29,7 @@ from moevision.models.upcycle import (
     upcycle,
 )
 from moevision.models.vit_moe import MOE_ARGUMENTS
+from moevision.types import Json
 from moevision.words import loading, shell_word
 
 # Images of SyntheticPets on which outputs are compared; a forward pass of them takes seconds even with a large ViT.
@@ -44,7 +45,7 @@ def run(args: Namespace) -> None:
     moe = _convert(dense, args)
     saved = describe(moe.eval())
 
-    record: dict[str, Any] = {"source": args.model, "moe_config": moe.moe_config}
+    record: Json = {"source": args.model, "moe_config": moe.moe_config}
     if args.router_start == "cluster":
         record["router_start"] = _start_from_clusters(saved, args)
     with loading("measuring"):
@@ -102,7 +103,7 @@ def _convert(dense: Any, args: Namespace) -> Any:
         return upcycle(dense, **arguments | options)
 
 
-def _start_from_clusters(saved: SavedModel, args: Namespace) -> dict[str, Any]:
+def _start_from_clusters(saved: SavedModel, args: Namespace) -> Json:
     """Initialise the routers with clusters of their inputs on the images of --data; the entry of the record."""
     root = {} if args.root is None else {"root": args.root}
     pictures = open_pictures(
@@ -135,7 +136,7 @@ def _print_next(console: Console, saved: SavedModel, out: Path) -> None:
     console.print(f"\nnext: {escape_controls(command)}", markup=False, soft_wrap=True)
 
 
-def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
+def measure(dense: nn.Module, saved: SavedModel) -> Json:
     """Cost before and after, and the difference of the outputs on SyntheticPets.
 
     Noise would hide differences: its patches are all alike, so that routers which mix or drop tokens change little.
@@ -155,7 +156,7 @@ def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
     }
 
 
-def _print_upcycling(console: Console, record: dict[str, Any]) -> None:
+def _print_upcycling(console: Console, record: Json) -> None:
     config = record["moe_config"]
     gap = record["step0_gap"]
     say = partial(console.print, markup=False, soft_wrap=True)

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.errors import UserError, escape_controls, escape_csv_cell, name_bytes
+from moevision.types import Pixels
 
 if TYPE_CHECKING:  # it imports torch, and folders are checked before that
     from moevision.data.drawn import DrawnImages
@@ -149,9 +149,9 @@ class FileCollection(Collection):
 class ArrayCollection(Collection):
     """Images held as arrays, uint8 [n, H, W, 3] per split; sample ids are ``split/number``."""
 
-    arrays: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    arrays: dict[str, Pixels] = field(default_factory=dict)
 
-    def _pixels(self, sample: Sample) -> NDArray[np.uint8]:
+    def _pixels(self, sample: Sample) -> Pixels:
         split, number = sample.sample_id.rsplit("/", 1)
         return np.asarray(self.arrays[split][int(number)])
 
@@ -198,7 +198,7 @@ class DrawnCollection(Collection):
             images = type(images)(len(images), side, images.seed, images.split)
         return Image.fromarray(images.image(number))
 
-    def part_mask(self, sample: Sample) -> NDArray[np.uint8]:
+    def part_mask(self, sample: Sample) -> Pixels:
         """The part at each pixel, uint8 [S, S], an index into `part_names`."""
         images, number = self._find(sample)
         return images.part_mask(number)

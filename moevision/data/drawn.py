@@ -6,15 +6,12 @@ import hashlib
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import numpy as np
 from numpy.random import PCG64, Generator
-from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
 from moevision.errors import UserError
-
-ByteImage = NDArray[np.uint8]
+from moevision.types import Pixels
 
 
 class DrawnImages(ABC, Dataset[tuple[Image.Image, int]]):
@@ -62,11 +59,11 @@ class DrawnImages(ABC, Dataset[tuple[Image.Image, int]]):
         return Image.fromarray(self.image(index)), self.label(index)
 
     @abstractmethod
-    def image(self, index: int) -> ByteImage:
+    def image(self, index: int) -> Pixels:
         """The image, uint8 [S, S, 3] in RGB order."""
 
     @abstractmethod
-    def part_mask(self, index: int) -> ByteImage:
+    def part_mask(self, index: int) -> Pixels:
         """The part at the middle of each pixel, uint8 [S, S], an index into `parts`."""
 
     def label(self, index: int) -> int:

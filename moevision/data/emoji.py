@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from moevision.data.drawn import ByteImage, DrawnImages, generator_for
+from moevision.data.drawn import DrawnImages, generator_for
 from moevision.errors import UserError, escape_controls
+from moevision.types import Flags, Ints, Pixels
 
 GROUPS: Final[tuple[str, ...]] = (
     "smileys",
@@ -65,11 +65,11 @@ class Emoji(NamedTuple):
 class Sheet(NamedTuple):
     """All emoji, M of them; an emoji's number is its row in `assets/emoji.tsv`."""
 
-    pictures: ByteImage  # [M, 16, 16, 3]
+    pictures: Pixels  # [M, 16, 16, 3]
     emoji: list[Emoji]
-    groups: NDArray[np.int64]  # [M], indices into `GROUPS`
-    kinds: NDArray[np.int64]  # [M], indices into `KINDS`; -1: of a smaller one
-    held_out: NDArray[np.bool_]  # [M], never trained on
+    groups: Ints  # [M], indices into `GROUPS`
+    kinds: Ints  # [M], indices into `KINDS`; -1: of a smaller one
+    held_out: Flags  # [M], never trained on
 
 
 @cache
@@ -118,22 +118,22 @@ class EmojiPages(DrawnImages):
     splits = ("train", "val", "test", "unseen")  # "unseen": only emoji that the others never have
     share: ClassVar[float] = 0.4  # of a page's emoji that are of its own class for certain
 
-    def image(self, index: int) -> ByteImage:
+    def image(self, index: int) -> Pixels:
         """The page, uint8 [S, S, 3] in RGB order."""
         return self._resized(draw_cells(*self._draw(index)), Image.Resampling.BICUBIC)
 
-    def part_mask(self, index: int) -> ByteImage:
+    def part_mask(self, index: int) -> Pixels:
         """The group of each pixel's emoji, uint8 [S, S], an index into `parts`."""
         groups = read_sheet().groups[self.emoji(index)].astype(np.uint8)
         mask = groups.reshape(CELLS, CELLS).repeat(CELL, 0).repeat(CELL, 1)
         return self._resized(mask, Image.Resampling.NEAREST)
 
-    def emoji(self, index: int) -> NDArray[np.int64]:
+    def emoji(self, index: int) -> Ints:
         """The number of every cell's emoji in the sheet, int64 [16], row by row."""
         numbers, _ = self._draw(index)
         return numbers
 
-    def _draw(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _draw(self, index: int) -> tuple[Ints, Ints]:
         """The emoji of the cells, int64 [16], and how far each lies from its middle, int64 [16, 2]."""
         rng = self.generator(index)
         is_own = rng.random(CELLS**2) < self.share
@@ -148,7 +148,7 @@ class EmojiPages(DrawnImages):
 
     @classmethod
     @cache
-    def _members(cls, held_out: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _members(cls, held_out: bool) -> tuple[Ints, Ints]:
         """Of each class the emoji that are held out, or those that aren't: numbers [C, n], and how many [C]."""
         is_allowed = read_sheet().held_out == held_out
         classes = cls.classes_of_emoji()
@@ -159,7 +159,7 @@ class EmojiPages(DrawnImages):
         return np.array([np.resize(numbers, sizes.max()) for numbers in members]), sizes
 
     @classmethod
-    def classes_of_emoji(cls) -> NDArray[np.int64]:
+    def classes_of_emoji(cls) -> Ints:
         """The class of each emoji of the sheet, int64 [M]; -1: on no page."""
         return read_sheet().groups
 
@@ -182,7 +182,7 @@ class EmojiPages(DrawnImages):
             known[name] = [emoji[row].character for row in rows]
         return known
 
-    def _resized(self, page: ByteImage, resampling: Image.Resampling) -> ByteImage:
+    def _resized(self, page: Pixels, resampling: Image.Resampling) -> Pixels:
         if self.image_size == len(page):
             return page
         side = (self.image_size, self.image_size)
@@ -200,7 +200,7 @@ class EmojiKinds(EmojiPages):
     share = 0.3
 
     @classmethod
-    def classes_of_emoji(cls) -> NDArray[np.int64]:
+    def classes_of_emoji(cls) -> Ints:
         """The kind of each emoji of the sheet, int64 [M]; -1: on no page."""
         return read_sheet().kinds
 
@@ -210,7 +210,7 @@ def split_emoji(text: str) -> list[str]:
     return _ONE_EMOJI.findall(text)
 
 
-def draw_page(emoji: Sequence[str]) -> ByteImage:
+def draw_page(emoji: Sequence[str]) -> Pixels:
     """A page of 1 to 16 emoji such as "🐶", row by row, uint8 [64, 64, 3]; cells without one stay empty.
 
     Each lies in the middle of its cell. A UserError names one that the sheet doesn't have.
@@ -218,7 +218,7 @@ def draw_page(emoji: Sequence[str]) -> ByteImage:
     return draw_cells(numbers_of(emoji))
 
 
-def numbers_of(emoji: Sequence[str]) -> NDArray[np.int64]:
+def numbers_of(emoji: Sequence[str]) -> Ints:
     """The numbers of 1 to 16 emoji in the sheet; a UserError names one that it doesn't have."""
     if not 1 <= len(emoji) <= CELLS**2:
         raise UserError(f"A page has 1 to {CELLS**2} emoji, not {len(emoji)}.")
@@ -236,7 +236,7 @@ def _numbers_by_character() -> dict[str, int]:
     return {one.character.replace(_STYLE, ""): row for row, one in enumerate(_read_table())}
 
 
-def draw_cells(numbers: NDArray[np.int64], shifts: NDArray[np.int64] | None = None) -> ByteImage:
+def draw_cells(numbers: Ints, shifts: Ints | None = None) -> Pixels:
     """A page of up to 16 emoji, uint8 [64, 64, 3]; `shifts` [16, 2] in px, down and to the right; None: in the middle.
 
     What leaves its cell is cut off, as a patch of the model would see it.

@@ -34,7 +34,6 @@ from moevision.data.collection import Collection, Sample
 from moevision.data.images import BadImageError
 from moevision.data.transforms import (
     BatchMixer,
-    Pixels,
     TrainTransform,
     base_pixels,
     base_side,
@@ -44,6 +43,7 @@ from moevision.data.transforms import (
     stack,
 )
 from moevision.limits import usable_cores
+from moevision.types import Pixels, State
 
 SHM = Path("/dev/shm")  # through which Linux' data workers hand over batches
 Key = tuple[int, int]  # epoch, index
@@ -360,9 +360,9 @@ class ImageLoader(DataLoader[Batch]):
                 yield batch
 
     # That these two exist tells Lightning that a resumed epoch goes on where it stopped, else it warns that it doesn't.
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Empty: the position is in `ImageDataModule`'s state."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Nothing to restore, see `state_dict`."""

@@ -71,6 +71,7 @@ from moevision.errors import (
     name_bytes,
 )
 from moevision.files import csv_text, write_text_atomic
+from moevision.types import State
 from moevision.words import percent
 
 ClassCounts = dict[str, dict[str, int]]  # split -> class name -> images
@@ -472,7 +473,7 @@ class ImageDataModule(Data, LightningDataModule):
         batches = BatchSampler(indices, self.batch_size, drop_last=False)
         return ImageLoader(dataset, batch_sampler=batches, **self._loader_options())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The next training batch as {epoch, batch}, with {batch_size, world_size}, which it is counted in."""
         sampler = self.sampler
         epoch, start = self._start if sampler is None else (sampler.epoch, sampler.start)
@@ -490,7 +491,7 @@ class ImageDataModule(Data, LightningDataModule):
             "world_size": world_size,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Let training go on at the position `state_dict`; warns if batch size or number of processes changed."""
         _, world_size = self._rank_and_world()
         for name, value in {"batch_size": self.batch_size, "world_size": world_size}.items():

@@ -49,16 +49,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from moevision.data.collection import Sample
 from moevision.data.splits import Splits
 from moevision.errors import UserError, escape_csv_cell, name_bytes
 from moevision.files import csv_text, read_csv, write_text_atomic
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
-Mask = NDArray[np.bool_]
+from moevision.types import Array, Flags, Floats, Ints, State
 
 FILE = "scores.csv"
 # The columns that are measured at each visit, in this order.
@@ -156,7 +152,7 @@ class ScoreSums:
             rows["shares"] += (shares - rows["shares"]) / rows["routed"][:, None]
         self.rows[index] = rows
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The state for a checkpoint; its tensor of rows shares memory with `rows`."""
         data = torch.from_numpy(self.rows.view(np.uint8).reshape(len(self.rows), -1))  # [n, bytes]
         return {"keys": torch.from_numpy(self.keys.copy()), "rows": data, "layout": self._layout()}
@@ -203,7 +199,7 @@ class ScoreSums:
         )
 
 
-def _nan_where(is_unknown: Mask, values: NDArray[Any]) -> Floats:
+def _nan_where(is_unknown: Flags, values: Array) -> Floats:
     return np.where(is_unknown, np.nan, values).astype(np.float32)
 
 
@@ -278,7 +274,7 @@ class Scores:
 class KeepMask:
     """Which of n images are kept, why, and under which labels."""
 
-    keep: Mask  # [n]
+    keep: Flags  # [n]
     reason: list[str]  # of each image
     # row -> class, for images that a person relabelled
     new_label: dict[int, str] = field(default_factory=dict)
@@ -431,7 +427,7 @@ def class_shares(scores: Scores, mask: KeepMask) -> list[Share]:
     ]
 
 
-def expert_shares(scores: Scores, keep: Mask) -> list[Share]:
+def expert_shares(scores: Scores, keep: Flags) -> list[Share]:
     """Each expert's share of the token choices of its layer, before and after; empty if no routing was counted."""
     result = []
     for block, shares in scores.experts.items():

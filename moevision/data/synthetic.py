@@ -30,17 +30,14 @@ from typing import Any
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 from numpy.random import Generator
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from moevision.data.drawn import ByteImage, DrawnImages
+from moevision.data.drawn import DrawnImages
+from moevision.types import Array, Floats, Ints, Pixels
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.intp]
 Points = Floats  # [n, 2]
 Affine = Floats  # [2, 3], a 2 x 2 matrix and an offset
 Polygon = tuple[int, Points]  # region id, vertices [n, 2] in frame coordinates
-FloatImage = NDArray[Any]  # float32 [S, S] or [S, S, 3]
 Pair = tuple[float, float]
 
 CLASSES = ("cat", "dog", "rabbit", "bear", "mouse", "fox", "pig", "owl")
@@ -335,7 +332,7 @@ class Scene:
     # (region id, vertices [n, 2] in frame coordinates) in painting order
     polygons: list[Polygon]
     palette: Floats  # RGB 0-255 of every slot, [slots, 3]
-    scenery: FloatImage  # coarse grid of background colours, float32 [4, 4, 3]
+    scenery: Array  # coarse grid of background colours, float32 [4, 4, 3]
     to_face: Affine  # from frame coordinates to face coordinates, for shading
     # (direction, frequency, phase, strength) of the stripes of coat and background, [2, 4]
     ripples: Floats
@@ -500,7 +497,7 @@ def region_map(scene: Scene, image_size: int) -> Image.Image:
     return canvas
 
 
-def _render(scene: Scene, image_size: int, rng: Generator) -> ByteImage:
+def _render(scene: Scene, image_size: int, rng: Generator) -> Pixels:
     """Colours and lights the scene: uint8 [S, S, 3]. The generator is used for the pixel noise only."""
     regions = region_map(scene, image_size)
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
@@ -524,7 +521,7 @@ def _render(scene: Scene, image_size: int, rng: Generator) -> ByteImage:
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-def _coat_shade(scene: Scene, x: FloatImage, y: FloatImage) -> FloatImage:
+def _coat_shade(scene: Scene, x: Array, y: Array) -> Array:
     """How much lighter or darker the coat is at each pixel: float32 [S, S]."""
     (xx, xy, x0), (yx, yy, y0) = scene.to_face.astype(np.float32)
     face_x = xx * x + xy * y + x0  # [S, S]
@@ -535,7 +532,7 @@ def _coat_shade(scene: Scene, x: FloatImage, y: FloatImage) -> FloatImage:
     return np.asarray(roundness + _stripes(face_x, face_y, scene.ripples[0]))
 
 
-def _coverage(regions: Image.Image, region_ids: Sequence[int]) -> FloatImage:
+def _coverage(regions: Image.Image, region_ids: Sequence[int]) -> Array:
     """Share of each pixel that these regions cover: float32 [S, S] in 0-1."""
     lookup = np.zeros(256, np.uint8)
     lookup[region_ids] = 255
@@ -543,7 +540,7 @@ def _coverage(regions: Image.Image, region_ids: Sequence[int]) -> FloatImage:
     return np.asarray(covered.reduce(OVERSAMPLING), np.float32) / np.float32(255)
 
 
-def _coloured(regions: Image.Image, palette: Floats) -> FloatImage:
+def _coloured(regions: Image.Image, palette: Floats) -> Array:
     """Palette colours of the region map, averaged down: float32 [S, S, 3]; black where the backdrop is added later."""
     # One row per region id: the slot's colour, whatever the part.
     colours = np.repeat(palette, len(PARTS), axis=0).astype(np.uint8)
@@ -553,18 +550,18 @@ def _coloured(regions: Image.Image, palette: Floats) -> FloatImage:
     return np.asarray(regions.convert("RGB").reduce(OVERSAMPLING), np.float32)
 
 
-def _scenery(grid: FloatImage, image_size: int) -> FloatImage:
+def _scenery(grid: Array, image_size: int) -> Array:
     """The coarse grid of colours as a smooth backdrop: float32 [S, S, 3]."""
     small = Image.fromarray(np.clip(grid, 0, 255).astype(np.uint8))
     return np.asarray(small.resize((image_size, image_size), Image.Resampling.BICUBIC), np.float32)
 
 
-def _project(direction: float, x: FloatImage, y: FloatImage) -> FloatImage:
+def _project(direction: float, x: Array, y: Array) -> Array:
     """Length of the points (x, y) along a direction, an angle."""
     return np.asarray(np.cos(direction) * x + np.sin(direction) * y)
 
 
-def _stripes(x: FloatImage, y: FloatImage, ripple: Floats) -> FloatImage:
+def _stripes(x: Array, y: Array, ripple: Floats) -> Array:
     """Wavy stripes around 0, float32 [S, S]; a sampled strength of 0 or less means none, so that many are plain."""
     direction, frequency, phase, strength = ripple.tolist()
     if strength <= 0:
@@ -581,12 +578,12 @@ class SyntheticPets(DrawnImages):
     classes = CLASSES
     parts = PARTS
 
-    def image(self, index: int) -> ByteImage:
+    def image(self, index: int) -> Pixels:
         """The image, uint8 [S, S, 3] in RGB order."""
         scene, rng = self._scene(index)
         return _render(scene, self.image_size, rng)
 
-    def part_mask(self, index: int) -> ByteImage:
+    def part_mask(self, index: int) -> Pixels:
         """The part at the middle of each pixel, uint8 [S, S], an index into `parts`."""
         scene, _ = self._scene(index)
         regions = np.asarray(region_map(scene, self.image_size), np.uint8)  # [3 S, 3 S]

@@ -41,6 +41,7 @@ from moevision.data.folder import HF
 from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.named import fetching
 from moevision.errors import UserError, escape_controls
+from moevision.types import Json
 
 # Names of the columns with the image (in a manifest: its path) and the label; None: found automatically.
 Columns = tuple[str | None, str | None]
@@ -382,7 +383,7 @@ def _refuse_addresses(folder: Path, path: str) -> None:
 
     card = folder / "README.md"
     settings_file = folder / ".huggingface.yaml"
-    settings: dict[str, Any] = {}
+    settings: Json = {}
     if card.is_file():
         settings |= DatasetCard.load(card).data.to_dict()
     if settings_file.is_file():

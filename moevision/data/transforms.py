@@ -34,11 +34,9 @@ from torchvision.transforms import v2
 
 from moevision.config import CROP, Data, Framing
 from moevision.data.images import full_size
+from moevision.types import Flags, Floats, Ints, Pixels
 
 CropMode = Literal["pad", "random_resized"]
-Pixels = NDArray[np.uint8]
-Uniform = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Boxes = Ints  # [B, 4]: top, left, height, width in pixels
 Bounds = tuple[float, float]  # smallest, largest
 Size = tuple[int, int]  # width, height
@@ -138,11 +136,11 @@ class BatchKeys:
     epoch: Ints  # [B]
     index: Ints  # [B]
 
-    def uniform(self, count: int, stream: int) -> Uniform:
+    def uniform(self, count: int, stream: int) -> Floats:
         """float64 [B, count] random numbers in [0, 1), from one of the streams."""
         return uniform(count, self.seed, stream, self.epoch, self.index)
 
-    def rectangles(self, stream: int) -> Uniform:
+    def rectangles(self, stream: int) -> Floats:
         """float64 [B, T, 4] in [0, 1): area, shape, top and left of each try."""
         return self.uniform(4 * TRIES, stream).reshape(-1, TRIES, 4)
 
@@ -296,12 +294,12 @@ class BatchMixer:
 # torchvision's v2.RandomCrop, v2.RandomResizedCrop and v2.RandomErasing.
 
 
-def pad_crop_starts(u: Uniform, padding: int) -> Ints:
+def pad_crop_starts(u: Floats, padding: int) -> Ints:
     """[B, 2] top and left of crops from padded images, uniform in 0 ... 2 · padding; u is [B, 2]."""
     return np.floor(u * (2 * padding + 1)).astype(np.int64)
 
 
-def resized_crop_boxes(u: Uniform, sizes: Ints, scale: Bounds) -> Boxes:
+def resized_crop_boxes(u: Floats, sizes: Ints, scale: Bounds) -> Boxes:
     """[B, 4] crops of random area and shape; the largest central one where no try fits.
 
     `sizes` [B, 2] are heights and widths of the images; u is [B, T, 4]: area, shape, top, left of each try; `scale` the
@@ -312,7 +310,7 @@ def resized_crop_boxes(u: Uniform, sizes: Ints, scale: Bounds) -> Boxes:
     return _first_that_fits(u, fits, sides, sizes, _central(sizes))
 
 
-def erasing_boxes(u: Uniform, size: int) -> Boxes:
+def erasing_boxes(u: Floats, size: int) -> Boxes:
     """[B, 4] rectangles to erase in images of ``size`` x ``size``; empty ones (height 0) where no try fits.
 
     ``u`` is [B, T, 4]: area, shape, top, left of each try.
@@ -323,7 +321,7 @@ def erasing_boxes(u: Uniform, size: int) -> Boxes:
     return _first_that_fits(u, fits, sides, sizes, np.zeros((len(u), 4), np.int64))
 
 
-def _sides(u: Uniform, sizes: Ints, scale: Bounds, ratio: Bounds) -> Ints:
+def _sides(u: Floats, sizes: Ints, scale: Bounds, ratio: Bounds) -> Ints:
     """[B, T, 2] the two sides of random rectangles; their quotient, first / second, lies within `ratio`.
 
     The area is uniform between the shares `scale` of the image's, the quotient is log-uniform. `sizes` is [B, 2], u is
@@ -336,13 +334,10 @@ def _sides(u: Uniform, sizes: Ints, scale: Bounds, ratio: Bounds) -> Ints:
     quotient = np.exp(low + (high - low) * u[..., 1])  # [B, T]
     # np.rint rounds halves to even numbers like Python's round, which torchvision uses.
     squares = np.stack([product * quotient, product / quotient], axis=2)
-    sides: Ints = np.rint(np.sqrt(squares)).astype(np.int64)
-    return sides
+    return np.rint(np.sqrt(squares)).astype(np.int64)
 
 
-def _first_that_fits(
-    u: Uniform, fits: NDArray[np.bool_], sides: Ints, sizes: Ints, fallback: Boxes
-) -> Boxes:
+def _first_that_fits(u: Floats, fits: Flags, sides: Ints, sizes: Ints, fallback: Boxes) -> Boxes:
     """[B, 4] the first try of each image that fits, at a uniform position; `fallback` [B, 4] where none fits.
 
     u is [B, T, 4], `fits` [B, T], `sides` [B, T, 2] height and width of each try, `sizes` [B, 2] those of the images.
@@ -401,7 +396,7 @@ def hash_u64_array(*values: _Key) -> NDArray[np.uint64]:
     return state
 
 
-def uniform(count: int, *key: _Key) -> Uniform:
+def uniform(count: int, *key: _Key) -> Floats:
     """float64 [B, count], uniform in [0, 1): ``count`` numbers for each key; its parts are integers or arrays [B].
 
     The upper 53 bits of ``hash_u64``, as many as float64 represents exactly.

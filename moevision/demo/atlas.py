@@ -35,10 +35,10 @@ from moevision.analysis.describe import (
     part_stands_out,
 )
 from moevision.analysis.information import as_json
-from moevision.demo.wire import Json
 from moevision.errors import UserError, json_text
 from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
+from moevision.types import Array, Flags, Floats, Json
 
 if TYPE_CHECKING:
     from moevision.analysis.describe import ClassExpertMap
@@ -127,8 +127,7 @@ def build_atlas(
 def _rounded(atlas: Json) -> Json:
     """The same with real numbers of four decimals."""
     text = json_text(as_json(atlas))
-    rounded: Json = json.loads(text, parse_float=lambda number: round(float(number), _DIGITS))
-    return rounded
+    return json.loads(text, parse_float=lambda number: round(float(number), _DIGITS))
 
 
 def counted_name(expert: Json) -> Json | None:
@@ -217,11 +216,11 @@ class PartShares:
     share: npt.NDArray[
         Any
     ]  # [parts, E] share of each part's area that an expert got; nan without area
-    excess: npt.NDArray[Any]  # [parts, E] share minus that of all parts together
-    significant: npt.NDArray[np.bool_]  # [parts, E] whether it is beyond chance
+    excess: Array  # [parts, E] share minus that of all parts together
+    significant: Flags  # [parts, E] whether it is beyond chance
 
     @classmethod
-    def of(cls, layer: LayerTrace, fractions: npt.NDArray[np.float32]) -> PartShares:
+    def of(cls, layer: LayerTrace, fractions: Floats) -> PartShares:
         """Count the choices of the layer's patches, `fractions` of which the parts cover."""
         index = np.asarray(layer.expert_index)
         table = part_expert_table(index, fractions, layer.num_experts, layer.requested_share)

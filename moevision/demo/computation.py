@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moevision.demo.wire import Floats, Json, encode_float32, to_numpy
+from moevision.demo.wire import encode_float32, to_numpy
 from moevision.layers import (
     ExpertChoiceRouting,
     MoEMlp,
@@ -29,6 +29,7 @@ from moevision.layers import (
     moe_layers,
     routing_lock,
 )
+from moevision.types import Floats, Json
 
 MAX_CHANNELS = 8  # of a vector; more can't be drawn legibly
 

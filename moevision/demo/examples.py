@@ -29,10 +29,11 @@ from moevision.data.collection import SPLITS, interleave_by_class
 from moevision.data.images import BadImageError, safe_open
 from moevision.data.scores import FILE, Scores
 from moevision.data.synthetic import SyntheticPets
-from moevision.demo.facts import SHARP_PX, PictureFacts, Pixels, model_input, sharp_square
+from moevision.demo.facts import SHARP_PX, PictureFacts, model_input, sharp_square
 from moevision.demo.wire import RequestError, data_uri
 from moevision.errors import DataWarning, UserError, escape_controls, escape_csv_cell
 from moevision.models.io import SavedModel
+from moevision.types import Pixels
 
 EXAMPLES = 12
 THUMB_PX = 96

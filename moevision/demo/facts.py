@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -30,13 +29,14 @@ from moevision.analysis.intervention import refusal
 from moevision.config import CROP, Framing
 from moevision.data.images import BadImageError, full_size, safe_open, upright_rgb
 from moevision.data.transforms import square_pixels
-from moevision.demo.wire import Floats, Json, data_uri, to_numpy
+from moevision.demo.wire import data_uri, to_numpy
 from moevision.errors import UserError, escape_controls
 from moevision.layers import MoEMlp, Routing, SoftRouting, forward_routing, routing_lock
 from moevision.layers.moe import moe_layers
 from moevision.layers.routing import Kind, RouteBy
 from moevision.models.convert import routes_read
 from moevision.models.io import SavedModel
+from moevision.types import Floats, Json, Pixels
 
 # Phrases for routers that are fixed rules and learn nothing, by router name.
 RULES = {
@@ -148,8 +148,7 @@ def _layer_facts(
 
 
 def _capacity_factor(router: Any, name: str) -> float | None:
-    factor: float | None = getattr(getattr(router, "options", None), name, None)
-    return factor
+    return getattr(getattr(router, "options", None), name, None)
 
 
 def common(values: Iterable[int]) -> int | None:
@@ -163,7 +162,6 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-Pixels = npt.NDArray[np.uint8]
 MIN_SIDE = 16
 """Shortest side of an image in pixels: below it a patch would show one or two pixels, enlarged."""
 MAX_ASPECT = 20

@@ -28,11 +28,12 @@ from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.atlas import build_atlas, compare_by_atlas, counted_name, load_atlas
 from moevision.demo.examples import thumbnail_uri
-from moevision.demo.facts import ModelFacts, PictureFacts, Pixels
+from moevision.demo.facts import ModelFacts, PictureFacts
 from moevision.demo.models import Entry, Variant
 from moevision.demo.view import top_classes
-from moevision.demo.wire import Json, RequestError, data_uri, encode_float16
+from moevision.demo.wire import RequestError, data_uri, encode_float16
 from moevision.models.history import RoutingHistory
+from moevision.types import Json, Pixels
 
 MAX_IMAGES = 400  # of a gallery
 MAX_FOLDER_IMAGES = 2000  # of a folder that the user named: all of it, as far as memory goes
@@ -221,8 +222,7 @@ class AtlasPages:
         if atlas is None or (change.kind, change.fill) != ("ablate", "next_best"):
             return None
         experts = _layer_of(atlas, change.layer)["experts"]
-        effect: Json | None = experts[change.expert].get("without")
-        return effect
+        return experts[change.expert].get("without")
 
     def classes(self, request: Any) -> Json:
         """Class x expert maps of all layers, and how much experts tell about classes and places."""
@@ -343,8 +343,7 @@ class AtlasPages:
 
 
 def _layer_of(atlas: Json, block: int | None) -> Json:
-    layer: Json = next(layer for layer in atlas["layers"] if layer["layer"] == block)
-    return layer
+    return next(layer for layer in atlas["layers"] if layer["layer"] == block)
 
 
 def _class_layer(layer: Json, address: str) -> Json:

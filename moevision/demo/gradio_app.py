@@ -26,13 +26,14 @@ from PIL import Image
 from moevision.data.images import BadImageError, read_image
 from moevision.demo import requests as read
 from moevision.demo.examples import sharp_data_uri, thumbnail_uri
-from moevision.demo.facts import SHARP_PX, Pixels
+from moevision.demo.facts import SHARP_PX
 from moevision.demo.html import flow_html, links, sorting_html
 from moevision.demo.models import Entry, open_entries
 from moevision.demo.service import error_json
 from moevision.demo.view import Settings, route_image
-from moevision.demo.wire import MAX_BYTES, Json, RequestError, open_data_uri, open_upload
+from moevision.demo.wire import MAX_BYTES, RequestError, open_data_uri, open_upload
 from moevision.errors import UserError
+from moevision.types import Json, Pixels
 
 if TYPE_CHECKING:
     import gradio as gr

@@ -42,11 +42,11 @@ from moevision.data.named import DRAWN
 from moevision.data.scores import FILE as SCORES
 from moevision.demo.examples import Examples, ScoredRun
 from moevision.demo.facts import ModelFacts, describe, title_of
-from moevision.demo.wire import Floats, Json
 from moevision.errors import DataWarning, UserError, escape_controls
 from moevision.models.history import FILE
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.safe_files import read_json
+from moevision.types import Floats, Json
 from moevision.words import percent, shell_word
 
 SOURCES = Path("examples/SOURCES.json")

@@ -47,9 +47,10 @@ from moevision.demo.gate import (
     parse_host_port,
 )
 from moevision.demo.html import OFFLINE, app_page, lesson_page, login_page
-from moevision.demo.wire import MAX_CHARACTERS, Json, RequestError
+from moevision.demo.wire import MAX_CHARACTERS, RequestError
 from moevision.errors import UserError
 from moevision.limits import usable_cores
+from moevision.types import Json
 
 if TYPE_CHECKING:
     from moevision.demo.service import Explorer

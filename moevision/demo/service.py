@@ -45,10 +45,11 @@ from moevision.demo.html import links, view_html
 from moevision.demo.models import Entry, Variant
 from moevision.demo.requests import ImageRequest, Upload
 from moevision.demo.view import Settings, route_image
-from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, Code, Json, RequestError, open_data_uri
+from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, Code, RequestError, open_data_uri
 from moevision.errors import UserError
 from moevision.layers import routing_lock
 from moevision.models.ood import REFUSED, answers
+from moevision.types import Json
 from moevision.words import percent
 
 CLASS_PICTURES = 50

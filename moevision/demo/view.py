@@ -29,7 +29,6 @@ from moevision.demo.facts import (
     LayerFacts,
     ModelFacts,
     PictureFacts,
-    Pixels,
     describe,
     model_input,
     noise_of_training,
@@ -38,10 +37,11 @@ from moevision.demo.facts import (
     title_of,
 )
 from moevision.demo.html import VIEW_SCHEMA, view_html
-from moevision.demo.wire import Array, Floats, Json, to_numpy
+from moevision.demo.wire import to_numpy
 from moevision.errors import UserError
 from moevision.layers import Routing, SoftRouting, routing_lock
 from moevision.models.io import SavedModel, load_model
+from moevision.types import Array, Floats, Json, Pixels
 
 KINDS = ("ablate", "force", "swap", "random")
 FILLS = ("next_best", "zero")

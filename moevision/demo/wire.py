@@ -18,10 +18,8 @@ from torch import Tensor
 
 from moevision.data.images import JPEG, BadImageError, safe_open
 from moevision.errors import UserError
+from moevision.types import Array, Floats, Json, Pixels
 
-Json = dict[str, Any]
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float32]
 MAX_BYTES = 8 * 1024 * 1024
 MAX_PIXELS = 50_000_000  # of a JPEG, which is decoded in fewer
 MAX_PIXELS_WHOLE = 16_000_000  # of any other format: 0.25 GB and a second
@@ -44,7 +42,7 @@ class RequestError(UserError):
 LOSSLESS = {"format": "webp", "lossless": True, "method": 1, "quality": 20}
 
 
-def data_uri(pixels: npt.NDArray[np.uint8], **options: Any) -> str:
+def data_uri(pixels: Pixels, **options: Any) -> str:
     """An image, uint8 [H, W, 3], as `data:image/...;base64,...`; `options` are those of Pillow, `LOSSLESS` if none."""
     options = options or LOSSLESS
     buffer = io.BytesIO()

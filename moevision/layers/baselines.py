@@ -15,16 +15,17 @@ Shapes: B images, N tokens of an image (prefix tokens first), D width, E experts
 from __future__ import annotations
 
 from functools import partialmethod
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moevision.errors import UserError
 from moevision.layers.routing import Router, Routing, at_least_float32
 from moevision.layers.words import by_rule
+from moevision.types import TimmModel
 
 _CHOSEN_BONUS = 10.0  # added to the logits of the chosen experts
 _GOLDEN_RATIO = 2_654_435_769  # 2³² / φ: Fibonacci hashing (Knuth, TAOCP 3, §6.4) spreads consecutive numbers evenly
@@ -155,10 +156,10 @@ class ColourRouter(HandmadeRouter):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool, device=device))
         self._colours: Tensor | None = None
 
-    def look(self, patch_embed: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def look(self, patch_embed: TimmModel, arguments: tuple[Tensor, ...]) -> None:
         """Store the mean colour of every patch; a forward pre-hook of timm's `PatchEmbed`."""
         images = arguments[0].detach().float()  # [B, 3, H, W]
-        grid_size = tuple(cast(Any, patch_embed).grid_size)
+        grid_size = tuple(patch_embed.grid_size)
         patch_means = F.adaptive_avg_pool2d(images, grid_size)  # [B, 3, rows, columns]
         self._colours = patch_means.flatten(2).mT  # [B, P, 3]
         if self.training and not self._colours.is_meta and not self.fitted:

@@ -62,8 +62,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map rows [R, D] -> [R, D]."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class ReferenceMoE(nn.Module):

@@ -21,6 +21,7 @@ from moevision.models.io import architecture_of, config_file, create_from, unkno
 from moevision.models.safe_files import CONFIG
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
+from moevision.types import TimmModel
 
 DEFAULT_NAME = "vit_moe_micro_patch4_32"
 _OF_THE_WEIGHTS = ("name", "base", "stem", "patch_size", "embed_dim", "num_heads", "mlp_ratio")
@@ -130,10 +131,10 @@ def _refuse_other_sizes(config: MoEConfig) -> None:
         )
 
 
-def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
+def _refuse_other_experts(config: MoEConfig, source: TimmModel) -> None:
     """Experts that come with the weights are trained as they came."""
     widths = [layer.experts.fc1.out_features for layer in moe_layers(source)]
-    pretrained = {**cast(Any, source).moe_config, "expert_hidden": one_or_list(widths, None)}
+    pretrained = {**source.moe_config, "expert_hidden": one_or_list(widths, None)}
 
     different = []
     for name in ("moe_layers", *MOE_ARGUMENTS, "upcycle_reinit"):
@@ -141,7 +142,7 @@ def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
         if setting is None:
             continue
         if name == "moe_layers":
-            value = moe_layer_indices(setting, len(cast(Any, source).blocks))
+            value = moe_layer_indices(setting, len(source.blocks))
         elif isinstance(setting, list):
             value = one_or_list(setting, None)
         if value != pretrained.get(name):

@@ -4,9 +4,6 @@ A class-token head reads one token. The last block's output for patches then rea
 gradient from the classification loss and change no answer. There are two remedies: pool over the patches, or leave the
 last block dense.
 
-The names `untyped_vit` and `untyped_model` are the model itself as `Any`, for attributes that `nn.Module` doesn't
-declare.
-
 Axes: B images, N tokens (prefix tokens such as the class token first, then patches), D width, H hidden width of one
 expert, E experts, K choices of a token.
 """
@@ -30,6 +27,7 @@ from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, rout
 from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter
 from moevision.layers.experts import Backend
 from moevision.layers.routing import evaluating, routed_unit
+from moevision.types import TimmModel
 
 Match = Literal["active_flops", "total_params"]
 
@@ -56,7 +54,7 @@ def moe_layer_indices(moe_layers: str | Sequence[int], depth: int) -> list[int]:
 
 
 def convert_to_moe(
-    vit: nn.Module,
+    vit: TimmModel,
     layers: str | Sequence[int] = "every2",
     num_experts: int | Sequence[int] = 8,
     top_k: int | Sequence[int] | None = None,
@@ -104,8 +102,7 @@ def convert_to_moe(
         raise UserError(
             "A shared expert on top of copies would double the output: leave num_shared_experts out."
         )
-    untyped_vit = cast(Any, vit)
-    indices = moe_layer_indices(layers, len(untyped_vit.blocks))
+    indices = moe_layer_indices(layers, len(vit.blocks))
     per_layer = {
         "num_experts": num_experts,
         "top_k": top_k,
@@ -132,12 +129,12 @@ def convert_to_moe(
     _check_patch_drop(vit, moes)
 
     for moe in moes:
-        untyped_vit.blocks[moe.layer_index].mlp = moe
-        moe.router.num_prefix_tokens = int(untyped_vit.num_prefix_tokens)
+        vit.blocks[moe.layer_index].mlp = moe
+        moe.router.num_prefix_tokens = int(vit.num_prefix_tokens)
         if moe.router.sees_image:
             # The router gets the image by a hook on patch_embed, which runs once per forward pass, outside of compiled
             # and checkpointed blocks.
-            untyped_vit.patch_embed.register_forward_pre_hook(moe.router.look)
+            vit.patch_embed.register_forward_pre_hook(moe.router.look)
     _exclude_biases_from_decay(vit)
 
     # Record the arguments that build this model again.
@@ -188,18 +185,18 @@ def _check_patch_drop(vit: nn.Module, moes: Sequence[MoEMlp]) -> None:
         )
 
 
-def _exclude_biases_from_decay(vit: nn.Module) -> None:
+def _exclude_biases_from_decay(vit: TimmModel) -> None:
     """Add the experts' biases to `no_weight_decay()`: as they have two dimensions, timm would take them for weights."""
     names: set[str] = set(getattr(vit, "no_weight_decay", set)())
     for name, module in vit.named_modules():
         if isinstance(module, PackedLinear):
             names.add(f"{name}.bias")
     # A partial of the names alone: a function that refers to the model would make a reference cycle.
-    cast(Any, vit).no_weight_decay = partial(set, names)
+    vit.no_weight_decay = partial(set, names)
 
 
 def _layer_arguments(
-    vit: nn.Module, indices: list[int], per_layer: dict[str, Any], options: dict[str, Any]
+    vit: TimmModel, indices: list[int], per_layer: dict[str, Any], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Arguments of `MoEMlp` for each layer: its values of `per_layer`, and the options that its router can use."""
     count = len(indices)
@@ -208,7 +205,7 @@ def _layer_arguments(
     # An option that only some routers can use is left out for the others; one that none can use is refused by them.
     useful = {name for router in columns["router"] for name in router_kind(router).options}
 
-    tokens = cast(Any, vit).patch_embed.num_patches + cast(Any, vit).num_prefix_tokens
+    tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
     layers = []
     for position in range(count):
         arguments = {name: values[position] for name, values in columns.items()}
@@ -263,9 +260,9 @@ def one_or_list(values: list[Any], default: Any) -> Any:
     return values[0] if all(value == values[0] for value in values) else values
 
 
-def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
+def plain_mlp(vit: TimmModel, index: int) -> nn.Linear:
     """The layer fc1 of a block's MLP; a UserError if that isn't a plain two-layer MLP."""
-    mlp: Any = getattr(cast(Any, vit).blocks[index], "mlp", None)
+    mlp: Any = getattr(vit.blocks[index], "mlp", None)
     if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity):
         return mlp.fc1
     problem = "no MLP of its own"
@@ -285,32 +282,31 @@ def dense_arguments(vit: nn.Module) -> dict[str, Any]:
     return arguments
 
 
-def _record_model_arguments(vit: nn.Module, moe_config: dict[str, Any]) -> None:
+def _record_model_arguments(vit: TimmModel, moe_config: dict[str, Any]) -> None:
     """Set `moe_config` and timm's attributes: the name and arguments with which timm builds the model again."""
-    untyped_vit = cast(Any, vit)
     arguments = dense_arguments(vit)
-    untyped_vit.moe_config = moe_config
+    vit.moe_config = moe_config
     pretrained_cfg = getattr(vit, "pretrained_cfg", None)
     if pretrained_cfg is None:
         # Timm is just building the model under a registered name, and records the arguments afterwards. Only the number
         # of slots is added, so that it doesn't change with the image size.
         if "slots_per_expert" in moe_config:
-            untyped_vit._model_args = {"slots_per_expert": moe_config["slots_per_expert"]}
+            vit._model_args = {"slots_per_expert": moe_config["slots_per_expert"]}
         return
     name = str(pretrained_cfg["architecture"])
     if not name.startswith(("vit_moe", "test_vit_moe")):
         arguments["base"] = name
-        untyped_vit.pretrained_cfg = {**pretrained_cfg, "architecture": "vit_moe"}
-        untyped_vit.default_cfg = untyped_vit.pretrained_cfg
+        vit.pretrained_cfg = {**pretrained_cfg, "architecture": "vit_moe"}
+        vit.default_cfg = vit.pretrained_cfg
     elif not moe_config["moe_layers"]:  # unchanged, a twin for instance
         return
     arguments |= {name: value for name, value in moe_config.items() if value is not None}
-    untyped_vit._model_args = arguments
+    vit._model_args = arguments
 
 
-def _moe_like(vit: nn.Module, index: int, arguments: dict[str, Any], copy_weights: bool) -> MoEMlp:
+def _moe_like(vit: TimmModel, index: int, arguments: dict[str, Any], copy_weights: bool) -> MoEMlp:
     """A MoE layer in place of a block's MLP: same widths, activation, dropout, device, dtype and mode."""
-    mlp = cast(Any, vit).blocks[index].mlp
+    mlp = vit.blocks[index].mlp
     moe = MoEMlp(
         mlp.fc1.in_features,
         out_features=mlp.fc2.out_features,
@@ -358,7 +354,7 @@ def reads_class_token_only(vit: nn.Module) -> bool:
     return getattr(vit, "global_pool", None) == "token"
 
 
-def pool_patches(vit: nn.Module) -> nn.Module:
+def pool_patches(vit: TimmModel) -> nn.Module:
     """Let the classifier of a timm ViT read the mean of all patches instead of the class token, in place.
 
     The final norm stays in front of the pooling, where its trained weights belong. The classifier starts anew. A model
@@ -366,29 +362,28 @@ def pool_patches(vit: nn.Module) -> nn.Module:
     """
     if not reads_class_token_only(vit):
         return vit
-    untyped_vit = cast(Any, vit)
     try:
-        untyped_vit.reset_classifier(untyped_vit.num_classes, global_pool="avg")
+        vit.reset_classifier(vit.num_classes, global_pool="avg")
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(
             f"{type(vit).__name__} can't pool over patches ({error}): leave --model.arch.global_pool out."
         ) from error
 
     # Recorded for building the model again, with the norm before the pooling, where timm would put it behind.
-    untyped_vit._model_args = {**getattr(vit, "_model_args", {}), "global_pool": "avg"}
+    vit._model_args = {**getattr(vit, "_model_args", {}), "global_pool": "avg"}
     if hasattr(vit, "fc_norm"):
         argument = "use_fc_norm" if isinstance(vit, Eva) else "fc_norm"
-        untyped_vit._model_args[argument] = False
+        vit._model_args[argument] = False
     return vit
 
 
-def read_layer_indices(vit: nn.Module, layers: str | Sequence[int]) -> list[int]:
+def read_layer_indices(vit: TimmModel, layers: str | Sequence[int]) -> list[int]:
     """As `moe_layer_indices`, but only blocks of which the routes of patches reach the classifier.
 
     A named placement leaves out the last block where only the class token is read; `last2` is then the last two odd
     blocks before it. A list is taken as it is.
     """
-    depth = len(cast(Any, vit).blocks)
+    depth = len(vit.blocks)
     if isinstance(layers, str) and reads_class_token_only(vit):
         return moe_layer_indices(layers, depth - 1)
     return moe_layer_indices(layers, depth)
@@ -432,16 +427,15 @@ def routes_read(model: nn.Module) -> list[bool]:
     return read
 
 
-def pooled(net: nn.Module, images: Tensor) -> Tensor:
+def pooled(net: TimmModel, images: Tensor) -> Tensor:
     """The input [B, D] of the classifier of a timm model, for images [B, 3, H, W]."""
-    model = cast(Any, net)
-    tokens = model.forward_features(images)
-    return cast(Tensor, model.forward_head(tokens, pre_logits=True))
+    tokens = net.forward_features(images)
+    return net.forward_head(tokens, pre_logits=True)
 
 
-def _noise_image(model: nn.Module) -> Tensor:
+def _noise_image(model: TimmModel) -> Tensor:
     """[1, 3, H, W] of the size and dtype that a model takes, on its device."""
-    size = cast(Any, model).patch_embed.img_size or (224, 224)
+    size = model.patch_embed.img_size or (224, 224)
     noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     return noise.to(next(model.parameters()))
 
@@ -452,7 +446,7 @@ def layers_that_miss_classifier(model: nn.Module) -> list[int]:
     return [cast(int, layer.layer_index) for layer, is_read in layers if not is_read]
 
 
-def block_to_pool(model: nn.Module) -> int | None:
+def block_to_pool(model: TimmModel) -> int | None:
     """Index of the last block if its patches choose experts, the classifier doesn't read them, and pooling is possible.
 
     Determined from the model's structure; `layers_that_miss_classifier` measures it by a pass over an image.
@@ -462,7 +456,7 @@ def block_to_pool(model: nn.Module) -> int | None:
         return None
     if hasattr(model, "dist_token") or not reads_class_token_only(model):
         return None  # a distilled model can't pool
-    last_index = len(cast(Any, model).blocks) - 1
+    last_index = len(model.blocks) - 1
     return last_index if last.layer_index == last_index else None
 
 
@@ -495,15 +489,13 @@ def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
     return twin
 
 
-def make_dense(model: nn.Module, match: Match) -> None:
+def make_dense(model: TimmModel, match: Match) -> None:
     """Replace the MoE layers of `model` by dense MLPs, in place; `match` and errors are those of `dense_twin`."""
     if match not in get_args(Match):
         raise UserError(f"There is no twin {match!r}: choose {' or '.join(get_args(Match))}.")
-    untyped_model = cast(Any, model)
+    model.patch_embed._forward_pre_hooks.clear()  # by which routers get the image
 
-    untyped_model.patch_embed._forward_pre_hooks.clear()  # by which routers get the image
-
-    for index, block in enumerate(untyped_model.blocks):
+    for index, block in enumerate(model.blocks):
         moe = block.mlp
         if not isinstance(moe, MoEMlp):
             continue
@@ -511,7 +503,7 @@ def make_dense(model: nn.Module, match: Match) -> None:
         hidden = (experts + moe.num_shared_experts) * moe.experts.fc1.out_features
         block.mlp = _mlp_like(moe, hidden)
         scale_by_depth(model, block.mlp, index)
-    untyped_model.moe_config = {**untyped_model.moe_config, "twin": match}
+    model.moe_config = {**model.moe_config, "twin": match}
 
 
 def _mlp_like(moe: MoEMlp, hidden_features: int) -> Mlp:

@@ -35,6 +35,7 @@ from moevision.files import write_bytes_atomic
 from moevision.layers import Backend, Routing, moe_layers, record_routing, routing_lock
 from moevision.models.io import SavedModel
 from moevision.models.ood import REFUSED, MahalanobisOOD, answers
+from moevision.types import Json
 
 Dtype = Literal["fp32", "fp16"]
 Runner = Callable[..., Any]
@@ -179,7 +180,7 @@ def _check_exportable(net: nn.Module, opset: int, routes: bool) -> None:
             )
 
 
-def exported_facts(model: SavedModel) -> dict[str, Any]:
+def exported_facts(model: SavedModel) -> Json:
     """The file's metadata, JSON-ready: the classes, the preparation of an image, and the MoE's configuration."""
     # Images are prepared as `square_pixels` does it in training and prediction. The model's timm configuration isn't
     # used: it describes how the pretrained weights were trained.
@@ -198,7 +199,7 @@ def exported_facts(model: SavedModel) -> dict[str, Any]:
             "The second output, [batch]: how far an image lies from the nearest class; above 1 lie "
             f"{REFUSED:.0%} of the validation images, and images of other things."
         )
-    pretrained_cfg = cast(dict[str, Any], getattr(model.net, "pretrained_cfg", {}))
+    pretrained_cfg = cast(Json, getattr(model.net, "pretrained_cfg", {}))
     return {
         "class_names": model.class_names,
         "image_size": side,
@@ -288,7 +289,7 @@ def _set_backend(net: nn.Module, backend: Backend) -> None:
         layer.experts.backend = backend
 
 
-def _to_bytes(net: _Exported, facts: dict[str, Any], opset: int) -> bytes:
+def _to_bytes(net: _Exported, facts: Json, opset: int) -> bytes:
     """The ONNX file of a network, with `facts` as its metadata."""
     side = int(facts["image_size"])
     # Two images, since torch.export would take a batch size of 1 for a constant.
@@ -324,7 +325,7 @@ def _to_bytes(net: _Exported, facts: dict[str, Any], opset: int) -> bytes:
         assert onnx_program is not None  # only the exporter without dynamo returns None
         for name, value in facts.items():
             onnx_program.model.metadata_props[name] = json.dumps(value, ensure_ascii=False)
-        return cast(bytes, onnx_program.model_proto.SerializeToString())
+        return onnx_program.model_proto.SerializeToString()
 
 
 def _remove_stack_traces(program: torch.export.ExportedProgram) -> None:

@@ -48,6 +48,7 @@ from moevision.models.safe_files import (
     weights_of,
 )
 from moevision.models.vit_moe import NO_SOURCE  # registers the vit_moe names
+from moevision.types import TimmModel
 from moevision.words import shell_word
 
 ImageSize = int | tuple[int, int]
@@ -392,25 +393,23 @@ def _create_from_file(
     return reshape(model, num_classes, None)
 
 
-def reshape(net: nn.Module, num_classes: int | None, image_size: ImageSize | None) -> nn.Module:
+def reshape(net: TimmModel, num_classes: int | None, image_size: ImageSize | None) -> nn.Module:
     """Change class count and image size as timm does, in place: a new classifier, resampled position embeddings."""
-    state = cast(Any, net)
     if image_size is not None:
-        state.set_input_size(img_size=image_size)
-    if num_classes is not None and state.num_classes != num_classes:
-        state.reset_classifier(num_classes)
+        net.set_input_size(img_size=image_size)
+    if num_classes is not None and net.num_classes != num_classes:
+        net.reset_classifier(num_classes)
     return net
 
 
-def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
+def first_blocks(vit: TimmModel, depth: int) -> nn.Module:
     """Keep the first `depth` transformer blocks of a timm ViT, with everything around them, in place.
 
     The final norm and the classifier then read another block's output than they were trained on, so the cut model has
     to be trained on. Stochastic depth grows to its full rate at the new last block.
     """
-    state = cast(Any, vit)
     name = type(vit).__name__
-    blocks = state.blocks
+    blocks = vit.blocks
     if not 1 <= depth <= len(blocks):
         raise UserError(
             f"depth is {depth}, and the pretrained model has {len(blocks)} blocks: use 1 to {len(blocks)}."
@@ -428,9 +427,9 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
         if isinstance(module, DropPath):
             module.drop_prob *= growth
 
-    state.blocks = blocks[:depth]
-    state.feature_info = state.feature_info[:depth]
-    state._model_args = {**getattr(vit, "_model_args", {}), "depth": depth}
+    vit.blocks = blocks[:depth]
+    vit.feature_info = vit.feature_info[:depth]
+    vit._model_args = {**getattr(vit, "_model_args", {}), "depth": depth}
     return vit
 
 
@@ -446,8 +445,7 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     if weights:
         file = str(fetch_weights(address))
         options["pretrained_cfg_overlay"] = {"file": file, "custom_load": False}
-    net: nn.Module = timm.create_model(address, pretrained=weights, **options)
-    return net
+    return timm.create_model(address, pretrained=weights, **options)
 
 
 def _local_folder(address: str, *, weights: bool) -> Path | None:
@@ -483,7 +481,7 @@ def _open_folder(folder: Path, address: str, *, weights: bool = True, **options:
         # The path in this computer's cache means nothing to a reader of the model's facts.
         repository = address.split(":", 1)[1]
         net.pretrained_cfg.update(source="hf-hub", hf_hub_id=repository, file=None)
-    return cast(nn.Module, net)
+    return net
 
 
 def _with_measurements(saved: SavedModel, folder: Path) -> SavedModel:

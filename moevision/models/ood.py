@@ -12,7 +12,7 @@ Shapes: B batch, n training images, m validation images, D width of the feature,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from moevision.errors import UserError
 from moevision.models.convert import pooled
 from moevision.models.safe_files import read_header
+from moevision.types import Array, Floats, TimmModel
 
-Floats = npt.NDArray[np.float64]
 FILE: Final = "strangers.safetensors"
 REFUSED: Final = 0.05
 """Fraction of the validation images that lies above the threshold."""
@@ -57,9 +57,7 @@ class MahalanobisOOD(nn.Module):
         return distances.amin(-1)
 
 
-def fit_ood(
-    features: Floats, labels: npt.NDArray[Any], validation: Floats
-) -> MahalanobisOOD | None:
+def fit_ood(features: Floats, labels: Array, validation: Floats) -> MahalanobisOOD | None:
     """Fit the classes to training features [n, D] with labels [n], and the threshold to validation features [m, D].
 
     The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004, Journal of Multivariate Analysis
@@ -96,16 +94,16 @@ def fit_ood(
     return MahalanobisOOD(mean, whitening / threshold, centers / threshold)
 
 
-def answers(net: nn.Module, strangers: MahalanobisOOD, images: Tensor) -> tuple[Tensor, Tensor]:
+def answers(net: TimmModel, strangers: MahalanobisOOD, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [B, classes] of preprocessed images [B, 3, H, W], and each image's distance to the nearest class, [B]."""
     features = pooled(net, images)
-    classifier = cast(Any, net).get_classifier()
+    classifier = net.get_classifier()
     return classifier(features), strangers(features)
 
 
-def linear_head(net: nn.Module) -> nn.Linear | None:
+def linear_head(net: TimmModel) -> nn.Linear | None:
     """The classifier of a timm model if it is one linear layer, of which `pooled` is the input; else None."""
-    head = cast(Any, net).get_classifier()
+    head = net.get_classifier()
     return head if isinstance(head, nn.Linear) else None
 
 

@@ -21,12 +21,13 @@ import sys
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 from safetensors import SafetensorError, safe_open
 
 from moevision.errors import UserError
+from moevision.types import Json, TimmModel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -101,7 +102,7 @@ def parse_json(data: bytes, name: str) -> Any:
         ) from error
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> Json:
     """The keys and plain values of a YAML file, such as a run's config.yaml; raises the errors of `read_json`."""
     try:
         content = parse_yaml(read_bytes(Path(path), MAX_YAML_BYTES).decode("utf-8"))
@@ -169,7 +170,7 @@ def _header_of(path: str | Path) -> tuple[dict[str, TensorEntry], dict[str, str]
 # ---- a saved model
 
 
-def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
+def check_model_folder(folder: Path, *, weights: bool = True) -> Json:
     """Check a saved model's config.json and (if `weights`) its weights; the content of the config.json."""
     config = read_config(folder / CONFIG)
     if not weights:
@@ -241,7 +242,7 @@ def _scale_fits(values: TensorEntry, scale: TensorEntry) -> bool:
     return values.shape[:-1] == scale.shape[:-1] and parts > 0 and values.shape[-1] % parts == 0
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> Json:
     """The config.json of a model in timm's format, checked; raises the errors of `read_json`."""
     config = read_json(file)
     try:
@@ -333,7 +334,7 @@ def check_fit(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
     return net
 
 
-def fill(net: nn.Module, weights: dict[str, Tensor]) -> None:
+def fill(net: TimmModel, weights: dict[str, Tensor]) -> None:
     """Load weights into a model as timm does: adapted to its image size, number of classes and current tensor names.
 
     `create_model(pretrained=True)` does this too, but may access the network: where the folder has no weights, and for
@@ -346,13 +347,12 @@ def fill(net: nn.Module, weights: dict[str, Tensor]) -> None:
     # By timm's convention a model's module may define this function, which converts weights of other sizes and of
     # earlier versions.
     convert_weights = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-    timm_model = cast(Any, net)  # with timm's attributes, which nn.Module lacks
-    config = timm_model.pretrained_cfg | NO_SOURCE
+    config = net.pretrained_cfg | NO_SOURCE
     config["state_dict"] = timm.models.clean_state_dict(weights)
     timm.models.load_pretrained(
         net,
         config,
-        num_classes=timm_model.num_classes,
+        num_classes=net.num_classes,
         in_chans=config["input_size"][0],
         filter_fn=convert_weights,
     )

@@ -36,6 +36,7 @@ from moevision.models.convert import (
     read_layer_indices,
 )
 from moevision.models.io import ImageSize, create_from, first_blocks, reshape
+from moevision.types import TimmModel
 
 
 def upcycle(
@@ -175,10 +176,10 @@ def load_dense(
         return create_from(source, num_classes, image_size, weights=weights, depth=depth)
 
 
-def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
+def check_upcyclable(vit: TimmModel, layers: str | Sequence[int]) -> None:
     """Raise a UserError with the reason if the MLPs of these blocks can't become experts."""
     check_convertible(vit)
-    indices = moe_layer_indices(layers, len(cast(Any, vit).blocks))
+    indices = moe_layer_indices(layers, len(vit.blocks))
     if not indices:
         raise UserError(
             f"No block of {type(vit).__name__} was chosen: name at least one in layers."
@@ -218,7 +219,7 @@ _KMEANS_STEPS = 50
 
 @torch.no_grad()
 def start_routers(
-    model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0
+    model: TimmModel, batches: Iterable[Tensor], *, seed: int = 0
 ) -> dict[int, list[float]]:
     """Initialise the routers of a model from clusters of their own input, in place.
 
@@ -270,7 +271,7 @@ def start_routers(
         shares[cast(int, layer.layer_index)] = (sizes / sizes.sum()).tolist()
 
     # Saved with the model, since what such a router separates is not an effect of training.
-    cast(Any, model).router_start = "cluster"
+    model.router_start = "cluster"
     return shares
 
 
@@ -306,7 +307,7 @@ class RouterInput:
         """[T, features] float64: the router's features of the collected units, which it multiplies with its rows."""
         units = torch.cat(self.batches)[: self.limit]
         router = copy.deepcopy(self.layer.router).cpu().double()
-        return cast(Tensor, router.features(units))
+        return router.features(units)
 
 
 def _run_until_full(

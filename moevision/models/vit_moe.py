@@ -27,6 +27,7 @@ from moevision.config import RouterOptions
 from moevision.errors import UserError
 from moevision.layers import Routing, forward_routing
 from moevision.models.convert import Match, convert_to_moe, make_dense
+from moevision.types import TimmModel
 
 MOE_ARGUMENTS = (
     "num_experts",
@@ -170,8 +171,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, width, H, W] -> [B, width, H, W]."""
-        out: Tensor = x + self.conv2(self.conv1(x))
-        return out
+        return x + self.conv2(self.conv1(x))
 
 
 STEMS: dict[str, Callable[[int, int], Callable[..., HybridEmbed]]] = {
@@ -364,10 +364,7 @@ def _register(name: str) -> None:
         arguments = {"img_size": size, **arguments}
 
     def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-        model: VisionTransformerMoE = _build(
-            VisionTransformerMoE, name, pretrained, arguments | kwargs
-        )
-        return model
+        return _build(VisionTransformerMoE, name, pretrained, arguments | kwargs)
 
     create.__name__ = name
     create.__qualname__ = name
@@ -395,8 +392,7 @@ def vit_moe(
             )
         no_weights = {**NO_SOURCE, "tag": None, "architecture": "vit_moe"}
         kwargs["pretrained_cfg"] = base_cfg.to_dict() | no_weights
-    model: nn.Module = _build(_convert_base, "vit_moe", pretrained, {**kwargs, "base": base})
-    return model
+    return _build(_convert_base, "vit_moe", pretrained, {**kwargs, "base": base})
 
 
 def _convert_base(base: str, twin: Match | None = None, **kwargs: Any) -> nn.Module:
@@ -446,21 +442,20 @@ def num_patches(model: nn.Module) -> int | None:
 # `forward`, which wraps its method, so that no name of a module or weight changes.
 
 
-def checkpoint_blocks(net: nn.Module, blocks: bool | Sequence[int]) -> None:
+def checkpoint_blocks(net: TimmModel, blocks: bool | Sequence[int]) -> None:
     """Checkpoint blocks of a timm ViT: less memory, more time (arXiv:1604.06174).
 
     `blocks` is True for all, False for none, or a list of indices.
     """
-    vit = cast(Any, net)
     chosen = set[int]() if isinstance(blocks, bool) else set(blocks)
-    missing = chosen - set(range(len(vit.blocks)))
+    missing = chosen - set(range(len(net.blocks)))
     if missing:
         raise UserError(
             f"--model.grad_checkpointing names block {min(missing)}, and the model has blocks 0 to "
-            f"{len(vit.blocks) - 1}."
+            f"{len(net.blocks) - 1}."
         )
-    vit.set_grad_checkpointing(blocks is True)
-    for index, block in enumerate(vit.blocks):
+    net.set_grad_checkpointing(blocks is True)
+    for index, block in enumerate(net.blocks):
         vars(block).pop("forward", None)  # of an earlier call
         if index in chosen:
             block.forward = partial(_checkpointed, block.forward)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from moevision.models.io import (
 )
 from moevision.models.safe_files import check_arguments
 from moevision.train.processes import broadcast_from_rank0
+from moevision.types import State
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 # A folder beside them, with the config.json of the model that training started from.
@@ -135,7 +136,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+        self, checkpoint: State, path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write a checkpoint. An OSError if the disk refuses it; the file that was there before then stays."""
         path = Path(path)
@@ -151,7 +152,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         weights_only: bool | None = None,
         *,
         mmap: bool = False,
-    ) -> dict[str, Any]:
+    ) -> State:
         """Read a checkpoint, never by unpickling; `weights_only` is there for Lightning's sake, `mmap` as above.
 
         Every process of a training must call it; the first one compares the checksums.
@@ -161,10 +162,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
         if fault is not None:
             raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
         with explain_damaged_files(path):
-            return cast(dict[str, Any], load_archive(path, map_location or "cpu", mmap=mmap))
+            return load_archive(path, map_location or "cpu", mmap=mmap)
 
 
-def check_checkpoint(name: str) -> dict[str, Any]:
+def check_checkpoint(name: str) -> State:
     """The content of a checkpoint, on the disk until it is used; a UserError if it is missing, damaged or foreign."""
     if not Path(name).exists():
         raise UserError(f"There is no checkpoint {name}: look in runs/NAME/checkpoints/.")
@@ -175,7 +176,7 @@ def check_checkpoint(name: str) -> dict[str, Any]:
         raise UserError(
             f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/."
         )
-    return cast(dict[str, Any], checkpoint)
+    return checkpoint
 
 
 # ---- the model that a training has so far

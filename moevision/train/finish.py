@@ -27,7 +27,6 @@ from typing import Any, NamedTuple, cast
 
 import lightning as L
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.stats import sem
 from torch import Tensor
@@ -74,6 +73,7 @@ from moevision.train.report import (
 from moevision.train.resume import RunStart, Session
 from moevision.train.start import features_of, read_probe, weights_file
 from moevision.train.task import ClassificationTask
+from moevision.types import Array, Flags, Floats, Ints
 from moevision.words import percent, points
 
 _MONITOR_TEXTS = {"val/top1": "accuracy", BALANCED: "balanced accuracy", LOSS: "loss"}
@@ -177,14 +177,14 @@ class TestedImages(NamedTuple):
     """Predictions of the tested weights for the n test images, in the order of the test set."""
 
     samples: list[str]  # stable ids
-    labels: npt.NDArray[np.int64]  # [n]
-    predictions: npt.NDArray[np.int64]  # [n]
-    confidence: npt.NDArray[np.float64]  # [n] the calibrated probability of the prediction
+    labels: Ints  # [n]
+    predictions: Ints  # [n]
+    confidence: Floats  # [n] the calibrated probability of the prediction
 
     @property
-    def correct(self) -> npt.NDArray[np.bool_]:
+    def correct(self) -> Flags:
         """[n]: whether each image was classified correctly."""
-        return cast(npt.NDArray[np.bool_], self.labels == self.predictions)
+        return self.labels == self.predictions
 
 
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:
@@ -251,7 +251,7 @@ def _gather_tested_images(task: ClassificationTask, data: ImageDataModule) -> Te
     )
 
 
-def _gather_columns(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, npt.NDArray[Any]]:
+def _gather_columns(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Array]:
     """Concatenate the batches of all processes: an array [n] per output name, sorted by the images' `index`."""
     arrays = [{name: x.cpu().numpy() for name, x in batch.items()} for batch in batches]
     gathered = list(chain.from_iterable(gather_objects(arrays)))
@@ -585,9 +585,9 @@ class FinalWeights(NamedTuple):
 class Validated(NamedTuple):
     """Results of one checkpoint on the n validation images, in the order of the validation set."""
 
-    correct: npt.NDArray[np.bool_]  # [n]
-    loss: npt.NDArray[np.float64]  # [n]
-    labels: npt.NDArray[np.int64]  # [n]
+    correct: Flags  # [n]
+    loss: Floats  # [n]
+    labels: Ints  # [n]
 
 
 def choose_weights(training: Training) -> FinalWeights:

@@ -18,7 +18,7 @@ import shutil
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -40,6 +40,7 @@ from moevision.config import (
     CLASSES,
     EmaConfig,
     GuardConfig,
+    Options,
     ParsedArgs,
     Settings,
     flatten,
@@ -188,7 +189,7 @@ class Prepared(NamedTuple):
 
     task: ClassificationTask
     data: ImageDataModule
-    trainer_parts: dict[str, Any]
+    trainer_parts: Options
     callbacks: list[L.Callback]
 
 
@@ -360,7 +361,7 @@ def watching(ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
     return [*average, *guards, RouterHealth()]
 
 
-def instantiated(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def instantiated(arguments: Options) -> Options:
     """What arguments of the Trainer that may name a class stand for, such as a logger by the name of its class."""
     named = {name: arguments[name] for name in CLASSES if arguments.get(name) is not None}
     if not named:
@@ -404,7 +405,7 @@ def _functions(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _strategy_of(settings: Settings) -> dict[str, Any]:
+def _strategy_of(settings: Settings) -> Options:
     """The Trainer's arguments for --parallel; a UserError if --trainer.strategy says something else."""
     config = settings.parallel
     if config.layout is None:
@@ -425,7 +426,7 @@ def _strategy_of(settings: Settings) -> dict[str, Any]:
 
 
 def _trainer(
-    settings: Settings, run_dir: Path, parts: Mapping[str, Any], callbacks: list[L.Callback]
+    settings: Settings, run_dir: Path, parts: Options, callbacks: list[L.Callback]
 ) -> L.Trainer:
     """A Trainer that logs to and saves in the run folder; `parts` are instances of what its options name."""
     arguments = {**settings.trainer, **parts}
@@ -464,7 +465,7 @@ def _trainer(
     return trainer
 
 
-def _make_trainer(arguments: dict[str, Any]) -> L.Trainer:
+def _make_trainer(arguments: Options) -> L.Trainer:
     if arguments.get("accelerator", "auto") == "auto" and torch.backends.mps.is_available():
         arguments["accelerator"] = "cpu"  # `auto` would take Apple's GPU
     try:
@@ -474,7 +475,7 @@ def _make_trainer(arguments: dict[str, Any]) -> L.Trainer:
         raise UserError(f"The Trainer does not take these options: {error}") from error
 
 
-def start_one_each(arguments: Mapping[str, Any]) -> None:
+def start_one_each(arguments: Options) -> None:
     """Run this command in a process for each device that the Trainer's arguments ask for.
 
     Not where torchrun, SLURM or this function has started them. Ends with these processes. A UserError for devices that
@@ -768,7 +769,7 @@ class Evaluated(NamedTuple):
     """A checkpoint to evaluate, and what it says of its model."""
 
     path: str
-    model_options: dict[str, Any]
+    model_options: Options
     num_classes: int | None  # as trained
     image_size: int | None  # as trained
     class_names: list[str] | None  # 0.1 wrote none
@@ -882,8 +883,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _yaml(settings: Settings) -> str:
-    text: str = yaml.safe_dump(asdict(settings), sort_keys=False)
-    return text
+    return yaml.safe_dump(asdict(settings), sort_keys=False)
 
 
 @contextmanager

@@ -52,6 +52,7 @@ from moevision.train.processes import (
 from moevision.train.report import template
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
+from moevision.types import State
 
 DIAGNOSIS, GUARD_CSV = "divergence.md", "guard.csv"
 _SKIP_PERIOD = 100  # updates over which `max_skips` counts refused ones
@@ -195,7 +196,7 @@ class StabilityGuard(L.Callback):
     def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
         self._roll_back_if_bad(trainer, task)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
         if not self._roll_back_if_bad(trainer, task):
             return
         # The checkpoint is from before the rollback, but its weights are the live tensors, which were restored.
@@ -209,7 +210,7 @@ class StabilityGuard(L.Callback):
             task.update_gate = None
             self.snapshots.clear()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         # Python primitives only. Snapshots aren't saved: a resumed run begins by taking one.
         return {
             "record": self.record.state_dict(),
@@ -219,7 +220,7 @@ class StabilityGuard(L.Callback):
             "returns": list(self._rollback_steps),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         self.record = GuardRecord.from_state(state_dict["record"])
         self._losses.load_state_dict(state_dict["losses"])
         self._num_applied = int(state_dict["applied"])
@@ -355,10 +356,10 @@ class LossHistory:
             self.good.append(loss)
         return self.suspicious >= self.patience
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"good": list(self.good), "suspicious": self.suspicious}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         self.good = deque(state["good"], maxlen=_NUM_GOOD_LOSSES)
         self.suspicious = int(state["suspicious"])
 
@@ -482,7 +483,7 @@ class GuardRecord:
         ]
         write_text_atomic(folder / GUARD_CSV, csv_text(_COLUMNS, rows))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Python primitives only, so that a checkpoint loads under `weights_only=True`."""
         return {
             **vars(self),

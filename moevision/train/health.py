@@ -52,6 +52,7 @@ from moevision.train.processes import (
     print_rank0,
 )
 from moevision.train.task import ClassificationTask
+from moevision.types import State
 from moevision.words import duration, percent
 
 MAX_DATA_WAIT: Final = 0.03  # of the training time: above it waiting for data is worth a remedy
@@ -99,13 +100,13 @@ class Stopwatch(L.Callback):
         self._run_started -= run_s
         self._cpu_started -= cpu_s
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {
             name: getattr(self, name)
             for name in ("train_s", "images", "run_s", "cpu_s", "data_wait_s")
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         self.train_s = state_dict["train_s"]
         self.images = state_dict["images"]
         # Version 0.1 had neither of these.
@@ -395,13 +396,13 @@ class WeightEMA(L.Callback):
             weight.copy_(copy)
         self.swapped = not self.swapped
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"updates": self.updates}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         self.updates = int(state_dict["updates"])
 
-    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
         if self._average is None:
             return
         network = cast(nn.Module, self.network).state_dict()
@@ -412,7 +413,7 @@ class WeightEMA(L.Callback):
         checkpoint["state_dict"] = average
         checkpoint["current_model_state"] = current
 
-    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
         # The model has just loaded the average.
         if trainer.state.fn is not TrainerFn.FITTING:
             return

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from moevision.files import write_text_atomic
+from moevision.types import State
 
 
 def command_of_this_process() -> list[str]:
@@ -109,7 +110,7 @@ def between_batches(trainer: L.Trainer) -> Iterator[None]:
         progress.is_last_batch = is_last_batch
 
 
-def start_at_next_epoch(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+def start_at_next_epoch(trainer: L.Trainer, checkpoint: State) -> None:
     """Go on behind an epoch that has ended also where --trainer.max_steps counts steps.
 
     There Lightning 2.6 (`_FitLoop.restarting`) takes every checkpoint for one from within an epoch: it would end that
@@ -121,7 +122,7 @@ def start_at_next_epoch(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     epochs["completed"] = epochs["processed"]
 
 
-def set_batches_done(checkpoint: dict[str, Any], batches: int) -> None:
+def set_batches_done(checkpoint: State, batches: int) -> None:
     """Let Lightning go on behind so many batches of the epoch."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     progress["current"] = dict.fromkeys(progress["current"], batches)

@@ -12,7 +12,7 @@ experts [E, out, in] are E maps, where timm's own `Muon` (1.0.31) takes them for
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from timm.models import group_parameters
@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from moevision.config import FreezeAllBut, OptimizerConfig, OptimizerName
 from moevision.errors import UserError
 from moevision.layers import PackedLinear, moe_layers
+from moevision.types import TimmModel
 
 # Coefficients of five Newton-Schulz iterations, x <- a x + b (x xᵀ) x + c (x xᵀ)² x, each fitted to what the one
 # before leaves (https://leloykun.github.io/ponder/muon-opt-coeffs).
@@ -69,12 +70,12 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(net: TimmModel, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Parameters that learn, grouped by weight decay and (with layer_decay) learning rate; the classifier's first.
 
     Under Muon, groups with `matrices: True` hold what it moves.
     """
-    spared = cast(Any, net).no_weight_decay()
+    spared = net.no_weight_decay()
     groups: list[dict[str, Any]]
     if config.layer_decay is None:
         # By keyword: what the third place means differs between timm releases.
@@ -124,16 +125,15 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
     return net
 
 
-def _behind_layer(net: nn.Module, frozen: int) -> set[nn.Parameter]:
+def _behind_layer(net: TimmModel, frozen: int) -> set[nn.Parameter]:
     """The parameters behind so many frozen layers."""
-    model = cast(Any, net)
-    depth = len(model.blocks)
+    depth = len(net.blocks)
     if not 0 <= frozen <= depth:
         raise UserError(
             f"freeze={frozen} does not fit {depth} blocks: give 0 (the embedding only) to {depth}."
         )
     # timm's layers: 0 is the embedding, 1 to depth are the blocks, the last of them with the norm behind it.
-    layer_of = group_parameters(net, model.group_matcher(coarse=False), reverse=True)
+    layer_of = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
     return {parameter for name, parameter in net.named_parameters() if layer_of[name] > frozen}
 
 
@@ -150,8 +150,8 @@ def _parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
     return {parameter for module in modules for parameter in module.parameters()}
 
 
-def _heads(net: nn.Module) -> list[nn.Module]:
-    classifier = cast(Any, net).get_classifier()
+def _heads(net: TimmModel) -> list[nn.Module]:
+    classifier = net.get_classifier()
     # A distilled DeiT has two.
     return list(classifier) if isinstance(classifier, tuple) else [classifier]
 

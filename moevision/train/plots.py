@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
@@ -26,6 +25,7 @@ from scipy.signal import lfilter
 from sklearn.metrics import confusion_matrix
 
 from moevision.files import read_csv, write_bytes_atomic
+from moevision.types import Floats, Ints, Pixels
 from moevision.words import percent
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -45,8 +45,8 @@ _MAX_CLASSES_WITH_NAMES = 60  # class names on its axes
 class Curve(NamedTuple):
     """One metric at S steps."""
 
-    steps: npt.NDArray[np.float64]  # [S]
-    values: npt.NDArray[np.float64]  # [S]
+    steps: Floats  # [S]
+    values: Floats  # [S]
 
 
 def plot_curves(metrics_csv: Path, out: Path) -> None:
@@ -112,7 +112,7 @@ def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
     return curves
 
 
-def moving_average(values: npt.NDArray[np.float64], span: float) -> npt.NDArray[np.float64]:
+def moving_average(values: Floats, span: float) -> Floats:
     """Exponential moving average with weight 2 / (span + 1) on the newest value, without start-up bias.
 
     Non-finite values become NaN (a gap in the line) and have no influence on later averages. `values` and result: [S].
@@ -197,7 +197,7 @@ def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
     values = val.values  # [S], and one of the test
     note = "validation"
     if np.isfinite(values).any():
-        note += f", best {percent(np.nanmax(values))}"
+        note += f", best {percent(float(np.nanmax(values)))}"
     if test is not None:
         accuracy = test.values[-1]
         _dashed_line(axes, accuracy)
@@ -239,8 +239,8 @@ def _draw_rate(axes: Axes, rate: Curve) -> None:
 
 
 def plot_confusion(
-    labels: npt.NDArray[np.integer],
-    predictions: npt.NDArray[np.integer],
+    labels: Ints,
+    predictions: Ints,
     class_names: list[str],
     out: Path,
 ) -> None:
@@ -259,7 +259,7 @@ def plot_confusion(
     axes = figure.add_subplot()
     cells = _draw_cells(axes, row_fractions)
     _label_classes(axes, class_names, images_per_class)
-    accuracy = percent(np.mean(np.equal(labels, predictions)))
+    accuracy = percent(float(np.mean(np.equal(labels, predictions))))
     title(axes, f"{images_per_class.sum():,} images, {accuracy} correct")
 
     if len(class_names) <= _MAX_CLASSES_WITH_PERCENT:
@@ -269,7 +269,7 @@ def plot_confusion(
     save(figure, out)
 
 
-def plot_examples(rows: Mapping[str, Sequence[npt.NDArray[np.uint8] | str]], out: Path) -> None:
+def plot_examples(rows: Mapping[str, Sequence[Pixels | str]], out: Path) -> None:
     """Draw rows of images, uint8 [3, S, S], below their titles; of one that can't be read there is only the reason."""
     if not rows:
         return
@@ -291,7 +291,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _draw_cells(axes: Axes, row_fractions: npt.NDArray[np.float64]) -> AxesImage:
+def _draw_cells(axes: Axes, row_fractions: Floats) -> AxesImage:
     """Colour the cells by `row_fractions` [C, C]."""
     axes.set_facecolor("#d9d9d9")  # visible in the rows of NaN
     axes.spines[:].set_visible(False)
@@ -304,9 +304,7 @@ def _draw_cells(axes: Axes, row_fractions: npt.NDArray[np.float64]) -> AxesImage
     return axes.imshow(masked, cmap="Blues", norm=norm, interpolation="nearest")
 
 
-def _label_classes(
-    axes: Axes, class_names: Sequence[str], images_per_class: npt.NDArray[np.integer]
-) -> None:
+def _label_classes(axes: Axes, class_names: Sequence[str], images_per_class: Ints) -> None:
     num_classes = len(class_names)
     only_percent = _MAX_CLASSES_WITH_COUNTS < num_classes <= _MAX_CLASSES_WITH_PERCENT
     unit = " (% of the true class)" if only_percent else ""
@@ -335,9 +333,7 @@ def _label_classes(
     axes.set_yticks(range(num_classes), names_with_counts, fontsize=fontsize)
 
 
-def _write_cells(
-    axes: Axes, counts: npt.NDArray[np.integer], row_fractions: npt.NDArray[np.float64]
-) -> None:
+def _write_cells(axes: Axes, counts: Ints, row_fractions: Floats) -> None:
     """Write percentages into the cells; cells of 0 images stay empty, so that confusions stand out."""
     for row, column in np.argwhere(row_fractions > 0):  # False for NaN
         fraction = row_fractions[row, column]

@@ -36,6 +36,7 @@ from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError, escape_controls_of_lines
 from moevision.losses import sum_over_ranks
 from moevision.train.lightning_internals import command_of_this_process
+from moevision.types import State
 
 _Callback = TypeVar("_Callback")
 _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH --signal=USR1@120`
@@ -296,7 +297,7 @@ def _exit_code(codes: dict[int, int]) -> int:
     return failures[0] if failures else USER_ERROR
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> State:
     """The states of this process's random generators, made of tensors, lists, numbers and strings only."""
     version, internal_state, next_gauss = random.getstate()
     generator, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)
@@ -317,7 +318,7 @@ def seed_per_rank(rank: int) -> None:
     torch.manual_seed(seed)
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
+def restore_random_state(state: State) -> None:
     """Restore every generator; those of CUDA only if the number of devices is the same as when they were saved."""
     version, internal_state, next_gauss = state["python"]
     random.setstate((version, tuple(internal_state), next_gauss))

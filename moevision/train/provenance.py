@@ -20,6 +20,7 @@ import torch
 
 from moevision import __version__, package_version
 from moevision.limits import total_memory_bytes, usable_cores
+from moevision.types import Json
 
 if TYPE_CHECKING:
     import lightning as L
@@ -50,7 +51,7 @@ def collect_provenance(
     data_sha256: str | None,
     started: datetime | None = None,
     extra: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """What a reader needs to repeat this run, as JSON primitives; `extra` are further ones, kept under `run`."""
     memory = total_memory_bytes()
     return {
@@ -94,7 +95,7 @@ def collect_provenance(
     }
 
 
-def git_state(folder: Path, *others: Path) -> dict[str, Any] | None:
+def git_state(folder: Path, *others: Path) -> Json | None:
     """Commit and dirty flag of the checkout that `folder` is a tracked part of; None if there is none.
 
     Tracked: a wheel inside somebody else's repository must not be labelled with that one's commit. `dirty` means that a
@@ -183,7 +184,7 @@ def fingerprint(
     }
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(then: Json, now: Json) -> list[str]:
     """A phrase for everything that is not as it was, such as `the number of threads was 4, now 1`.
 
     What `then` doesn't know, as the sizes in old checkpoints, isn't compared.

@@ -15,13 +15,12 @@ import difflib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -135,11 +134,11 @@ class Request:
     has_config: bool  # whether --config is given
     pretrained: str | None  # --pretrained; None: it wasn't given
     resume: str | None  # --resume: a run folder, or `auto`
-    config: dict[str, Any]  # the options in the files of --config
-    command_line: dict[str, Any]  # all other options of the command line
+    config: Options  # the options in the files of --config
+    command_line: Options  # all other options of the command line
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         """Options of the configs and the command line, which takes precedence."""
         return {**self.config, **self.command_line}
 
@@ -152,9 +151,9 @@ class Request:
         return Path(self.options.get("runs_root", "runs"), name)
 
     @property
-    def trainer(self) -> dict[str, Any]:
+    def trainer(self) -> Options:
         """Arguments of the Trainer (accelerator, devices, machines), including those recorded by a resumed run."""
-        recorded: dict[str, Any] = {}
+        recorded: Options = {}
         config = self.run_dir / "config.yaml"
         if self.resume is not None and config.is_file():
             recorded = read_config(config)
@@ -184,7 +183,7 @@ def read_request(verb: str, args: ParsedArgs) -> Request:
             config_names = [images]
             images = None
 
-    config: dict[str, Any] = {}
+    config: Options = {}
     for name in config_names:
         config |= read_config(find_config(name))
 
@@ -224,14 +223,14 @@ def resolve_settings(request: Request, say: Callable[[str], None] = print_rank0)
     is_fit = request.verb == "fit"
     config = request.config
     command_line = request.command_line
-    recorded: dict[str, Any] = {}
+    recorded: Options = {}
     if not is_fit and not request.has_config:
         recorded = _options_of_run(command_line.get("ckpt_path"))
     if not request.has_config and not recorded and "data.path" not in command_line:
         raise UserError(_no_images_message(request))
 
-    recipe: dict[str, Any] = {}
-    weights: dict[str, Any] = {}
+    recipe: Options = {}
+    weights: Options = {}
     with trains_on({**recorded, **request.options}.get("trainer.accelerator")):
         if is_fit and request.images is not None and not request.has_config:
             recipe = broadcast_from_rank0(
@@ -257,7 +256,7 @@ def resumed_settings(request: Request) -> tuple[Settings, Settings]:
     Nothing is chosen automatically: the recorded settings include the choices of the run's first start.
     """
     recorded = read_config(recorded_config(request.run_dir))
-    weights: dict[str, Any] = {}
+    weights: Options = {}
     if request.pretrained not in (None, AUTO, NONE):
         weights = weights_alone(request.pretrained, request.command_line)
     return to_settings(recorded), to_settings({**recorded, **request.options, **weights})
@@ -272,7 +271,7 @@ def recorded_config(run_dir: Path) -> Path:
     return config
 
 
-def _options_of_run(checkpoint: str | None) -> dict[str, Any]:
+def _options_of_run(checkpoint: str | None) -> Options:
     """The options of the run that a checkpoint is from, for its evaluation; empty if it is in no run folder."""
     if not checkpoint or Path(os.path.abspath(checkpoint)).parent.name != "checkpoints":
         return {}
@@ -284,7 +283,7 @@ def _options_of_run(checkpoint: str | None) -> dict[str, Any]:
     return {**read_config(newest_config(run_dir)), **one_process}
 
 
-def _without_epochs(options: dict[str, Any]) -> dict[str, Any]:
+def _without_epochs(options: Options) -> Options:
     """If these options give max_steps alone, clear max_epochs, so that other sources' epochs don't end the training."""
     if options.get("trainer.max_steps", -1) > 0:
         return {"trainer.max_epochs": None, **options}
@@ -323,7 +322,7 @@ def _check_image_options(folder: str | None, command_line: Options, config: Opti
         )
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> Options:
     """The options of a config file, by their dotted names."""
     options = parse_config(read_yaml(file), str(file))
     if options.pop("resume", None) is not None:
@@ -340,7 +339,7 @@ def run_of_checkpoint(checkpoint: str) -> Path:
 
 def weights_alone(
     pretrained: str, options: Options, say: Callable[[str], None] = print_rank0
-) -> dict[str, Any]:
+) -> Options:
     """The options that `--pretrained` stands for, without a recipe.
 
     They replace the model's name and base of a config. `options` are those of the command line, which are not replaced.
@@ -364,14 +363,15 @@ def weights_alone(
 def choose_recipe(
     path: str,
     pretrained: str | None = None,
-    options: Mapping[str, Any] = {},
+    options: Options | None = None,
     say: Callable[[str], None] = print_rank0,
-) -> dict[str, Any]:
+) -> Options:
     """Options that suit the images in a folder or of a named dataset, by their number, free memory and the device.
 
     `pretrained` is `--pretrained` (None: pretrained weights if there are few images and no model is given), `options`
     are those of the command line, on which the choices depend.
     """
+    options = options or {}
     images = count_images(path)
     # The first option that chooses or shapes the model, if any is given.
     model_option = next((name for name in _MODEL_OPTIONS if options.get(name) is not None), None)
@@ -428,7 +428,7 @@ def _check_readable(path: str, options: Options) -> None:
     )
 
 
-def _loading_options(path: str, options: Options) -> dict[str, Any]:
+def _loading_options(path: str, options: Options) -> Options:
     """Options of the images' crop, cache and worker processes on this machine."""
     devices = options.get("trainer.devices", 1)
     if not isinstance(devices, int) or devices < 1:  # auto, -1 or a list: assume all GPUs
@@ -444,14 +444,12 @@ def _loading_options(path: str, options: Options) -> dict[str, Any]:
     }
 
 
-def _options_from_scratch(
-    images: int, model_option: str | None, options: Options
-) -> dict[str, Any]:
+def _options_from_scratch(images: int, model_option: str | None, options: Options) -> Options:
     """Options of a training from scratch: a hybrid model, small enough for a CPU, with Muon.
 
     A model that the user names is trained with AdamW instead.
     """
-    recipe: dict[str, Any] = {}
+    recipe: Options = {}
     if model_option not in ("model.arch.name", "model.arch.base"):
         recipe = {"model.arch.name": "vit_moe_hybrid_patch8_32", "model.optim.name": "muon"}
     elif options.get("data.image_size") is None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, select_autoescape
@@ -39,6 +38,7 @@ from moevision.stats import (
     paired_macro_difference,
     shown_to_differ,
 )
+from moevision.types import Flags, Ints, Json
 from moevision.words import duration, flops, percent, points, shell_word
 
 # Values of --checkpoint.monitor; balanced accuracy (macro recall) replaces accuracy if classes are unbalanced.
@@ -271,7 +271,7 @@ class ComparedModel(NamedTuple):
     """One of the models to choose from, with its results on the n test images that all of them classified."""
 
     name: str
-    correct: npt.NDArray[np.bool_]  # [n]
+    correct: Flags  # [n]
     ms_per_image: float | None
     mbytes: float
     train_s: float
@@ -279,14 +279,14 @@ class ComparedModel(NamedTuple):
 
 def choose(
     models: Sequence[ComparedModel],
-    labels: npt.NDArray[np.int64],
+    labels: Ints,
     *,
     unbalanced: bool,
     experts_given: bool = False,
 ) -> Recommendation:
     """Recommend one of `models`, sorted from the simplest on, by the same n test images with `labels` [n]."""
 
-    def balanced_accuracy(correct: npt.NDArray[np.bool_]) -> float:
+    def balanced_accuracy(correct: Flags) -> float:
         return float(np.mean([correct[labels == label].mean() for label in np.unique(labels)]))
 
     measure = balanced_accuracy if unbalanced else np.mean
@@ -314,7 +314,7 @@ def choose(
 def read_summary(file: Path) -> RunSummary:
     """Read the summary.json of a run folder; a UserError if it isn't there, or another version wrote it."""
     try:
-        summary: dict[str, Any] = read_json(file)
+        summary: Json = read_json(file)
         summary.pop("next_commands", None)  # version 0.1 wrote it
         summary["cost"] = ModelCost(**summary["cost"])
         summary["layers"] = [
@@ -345,7 +345,7 @@ def read_summary(file: Path) -> RunSummary:
         ) from error
 
 
-def _with_nan(values: dict[str, Any], name: str) -> dict[str, Any]:
+def _with_nan(values: Json, name: str) -> Json:
     """A copy of `values`, with NaN at `name` if that was null there: JSON has no NaN."""
     if values[name] is None:
         return values | {name: math.nan}
@@ -409,7 +409,7 @@ class WeightsOrigin(NamedTuple):
     licence: str = ""
 
 
-def gather_facts(run_dir: Path, summary: RunSummary) -> dict[str, Any]:
+def gather_facts(run_dir: Path, summary: RunSummary) -> Json:
     """Gather what the template `card.md.jinja` needs about the model of a finished run."""
     model = load_model(str(run_dir))
     provenance = read_json(run_dir / "provenance.json")
@@ -456,7 +456,7 @@ def _architecture(net: nn.Module) -> str:
     return f"{name} ({base} with experts)" if base else name
 
 
-def _moe_blocks(net: nn.Module) -> list[dict[str, Any]]:
+def _moe_blocks(net: nn.Module) -> list[Json]:
     """A row per MoE layer for the card's table."""
     layers = moe_layers(net)
     routers = dict(getattr(net, "moe_config", {})).get("router", "unknown")
@@ -496,7 +496,7 @@ def _weights_origin(run_dir: Path) -> WeightsOrigin:
     return WeightsOrigin(source, weights.hf_hub_id or "", weights.license or "")
 
 
-def model_card(facts: dict[str, Any]) -> str:
+def model_card(facts: Json) -> str:
     """The card as Markdown, from `gather_facts`; the same facts always give the same text."""
     summary: RunSummary = facts["summary"]
     terms = terms_of(summary.data)

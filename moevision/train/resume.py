@@ -63,6 +63,7 @@ from moevision.train.recipe import (
     resumed_settings,
 )
 from moevision.train.start import PROBE_FILE, Probe
+from moevision.types import Json, State
 from moevision.words import shell_word
 
 OPTION, AUTO = "--resume", "auto"
@@ -125,13 +126,13 @@ class ResumePoint(L.Callback):
         self.path = folder / LAST
         self.config = config
         self.interruption = interruption
-        self.fingerprint: dict[str, Any] = {}
+        self.fingerprint: Json = {}
         self.began = False
         self._saved_s = time.monotonic()  # time and step of the last save
         self._saved_step = -1
         self._deadline_s = float("inf")  # by --trainer.max_time
         # From the checkpoint, a dictionary per process, until they are restored.
-        self._random_states: list[dict[str, Any]] | None = None
+        self._random_states: list[State] | None = None
         self._is_resumed = False
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
@@ -209,7 +210,7 @@ class ResumePoint(L.Callback):
     def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
         self.interruption.training = False
 
-    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
         """Add random states, the number of rows in metrics.csv, the fingerprint, and what `load_trained` needs."""
         data = data_of(trainer)
         checkpoint[MARK] = {
@@ -223,7 +224,7 @@ class ResumePoint(L.Callback):
             },
         }
 
-    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
         """Cut metrics.csv to the rows that it had at the checkpoint, and adapt paths if the run folder was moved."""
         for name, state in checkpoint.get("callbacks", {}).items():
             if name.startswith("ModelCheckpoint"):
@@ -260,7 +261,7 @@ class EpochEnd(Checkpoint):
             self.point.interruption.stop()
 
 
-def _restore_loader_position(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+def _restore_loader_position(trainer: L.Trainer, checkpoint: State) -> None:
     """If batch size or number of processes changed, convert the number of batches done in this epoch.
 
     It becomes that of new batches which hold the same number of images, for the data and for Lightning.
@@ -281,7 +282,7 @@ def _restore_loader_position(trainer: L.Trainer, checkpoint: dict[str, Any]) -> 
     set_batches_done(checkpoint, batch)
 
 
-def _rewrite_checkpoint_paths(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _rewrite_checkpoint_paths(state: State, folder: Path) -> State:
     """ModelCheckpoint's state with its paths moved to `folder`: it drops its best score if dirpath has changed."""
     old = state.get("dirpath")
     if not old or Path(old) == folder:
@@ -307,7 +308,7 @@ class RunStart:
     run_dir: Path
     checkpoint: Path | None = None
     step: int = 0
-    fingerprint: dict[str, Any] = field(default_factory=dict)
+    fingerprint: Json = field(default_factory=dict)
 
 
 def find_run_start(run_dir: Path, *, fresh_if_none: bool) -> RunStart:

@@ -27,6 +27,7 @@ from moevision.data.scores import FILE, MEASURES, Scores, ScoreSums, keys_of
 from moevision.layers import Routing, moe_layers
 from moevision.train.processes import data_of, gather_objects, is_trial, print_rank0
 from moevision.train.task import Batch
+from moevision.types import State
 
 
 class ExampleScores(L.Callback):
@@ -44,7 +45,7 @@ class ExampleScores(L.Callback):
         self._window: list[tuple[Tensor, Tensor]] = []
         self._routed_from = float("inf")  # the step at which counting of experts begins
 
-    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
         if trainer.state.fn is TrainerFn.FITTING:
             self._saved = checkpoint["callbacks"].get(self.state_key, {})
 
@@ -122,7 +123,7 @@ class ExampleScores(L.Callback):
         labels = [data.class_names[sample.label] for sample in samples]
         return cast(ScoreSums, self.sums).table([sample.sample_id for sample in samples], labels)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The rows; a rollback of the guard changes them in place while a checkpoint is being made."""
         return {} if self.sums is None else self.sums.state_dict()
 

@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from moevision.config import Options
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
@@ -63,6 +63,7 @@ from moevision.models.safe_files import read_json, read_metadata, weights_of
 from moevision.models.upcycle import check_upcyclable
 from moevision.train.health import cpu_s
 from moevision.train.processes import has_gpu, print_rank0
+from moevision.types import Floats, Ints, TimmModel
 from moevision.words import percent, with_progress
 
 AUTO, NONE = "auto", "none"
@@ -297,7 +298,7 @@ def epochs_for(images: int) -> int:
     return min(max_epochs, max(min_epochs, round(images_in_all / max(1, images))))
 
 
-def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
+def pretrained_options(weights: StartWeights, images: int) -> Options:
     """Command-line options that suit pretrained weights.
 
     A dense model is upcycled: the last two blocks of odd index get four experts each with top_k 1, which costs as much
@@ -306,7 +307,7 @@ def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
     """
     net = weights.net
     saved = describe(net)
-    options: dict[str, Any] = {
+    options: Options = {
         "model.arch.pretrained": weights.source,
         "data.image_size": image_side(net, saved.image_size),
         "data.batch_size": min(64 if has_gpu() else 32, max(8, images // 20)),
@@ -333,7 +334,7 @@ def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
     return options
 
 
-def image_side(net: nn.Module, side: int) -> int:
+def image_side(net: TimmModel, side: int) -> int:
     """Side of the training images in pixels, for a model whose own image size is `side`.
 
     On a CPU about 112 and on a GPU about 224, a multiple of the patch size. Models of a smaller size, and models that
@@ -342,7 +343,7 @@ def image_side(net: nn.Module, side: int) -> int:
     target = 224 if has_gpu() else 112
     if side <= target or moe_layers(net):
         return side
-    patch_size = int(cast(Any, net).patch_embed.patch_size[0])
+    patch_size = int(net.patch_embed.patch_size[0])
     return max(1, round(target / patch_size)) * patch_size
 
 
@@ -354,8 +355,6 @@ PROBE_FILE = "probe.json"
 _MOST_IMAGES = {"train": 2_000, "val": 500, "test": sys.maxsize}
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse penalties, for features of unit variance
 _ABSENT_LOGIT = -20.0  # of a class without a training image
-_Floats = npt.NDArray[np.float64]
-_Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -456,9 +455,9 @@ def fit_probe(
 class Features(NamedTuple):
     """Pooled features [n, D] of images of a split, their labels [n] and their indices [n] in it."""
 
-    features: _Floats
-    labels: _Integers
-    indices: _Integers
+    features: Floats
+    labels: Ints
+    indices: Ints
 
 
 @torch.no_grad()
@@ -517,7 +516,7 @@ def _choose_rows(data: ImageDataModule, split: str, limit: int) -> list[int]:
     return sorted(order[positions].tolist())
 
 
-def _evenly_spaced(length: int, count: int) -> _Integers:
+def _evenly_spaced(length: int, count: int) -> Ints:
     """At most `count` evenly spaced positions in a sequence of some length."""
     return np.linspace(0, length - 1, min(count, length)).round().astype(int)
 
@@ -532,12 +531,12 @@ def start_with(net: nn.Module, probe: Probe) -> None:
         head.bias.copy_(bias)
 
 
-def _best_regression(train: Features, val: Features, classes: int) -> tuple[_Floats, _Floats]:
+def _best_regression(train: Features, val: Features, classes: int) -> tuple[Floats, Floats]:
     """Weights [C, D] and biases [C] for raw features, with the penalty that is best on validation images.
 
     Of equally good penalties the strongest is taken.
     """
-    best: tuple[_Floats, _Floats] | None = None
+    best: tuple[Floats, Floats] | None = None
     most_correct = -1
     for strength in _STRENGTHS:
         weight, bias = _fit_regression(train, strength, classes)
@@ -548,7 +547,7 @@ def _best_regression(train: Features, val: Features, classes: int) -> tuple[_Flo
     return best
 
 
-def _fit_regression(train: Features, strength: float, classes: int) -> tuple[_Floats, _Floats]:
+def _fit_regression(train: Features, strength: float, classes: int) -> tuple[Floats, Floats]:
     """Logistic regression on standardized features, as weights [C, D] and biases [C] for raw ones."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -577,10 +576,10 @@ def _fit_regression(train: Features, strength: float, classes: int) -> tuple[_Fl
     return weight, bias
 
 
-def _count_correct(images: Features, weight: _Floats, bias: _Floats | float) -> int:
+def _count_correct(images: Features, weight: Floats, bias: Floats | float) -> int:
     return int((_classify(images.features, weight, bias) == images.labels).sum())
 
 
-def _classify(x: _Floats, weight: _Floats, bias: _Floats | float) -> _Integers:
+def _classify(x: Floats, weight: Floats, bias: Floats | float) -> Ints:
     """The most likely class [n] for features x [n, D]."""
-    return cast(_Integers, (x @ weight.T + bias).argmax(1))
+    return (x @ weight.T + bias).argmax(1)

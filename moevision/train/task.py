@@ -45,6 +45,7 @@ from moevision.models.vit_moe import (
 from moevision.train.checkpoint import plain
 from moevision.train.optim import LOCAL, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.processes import mean_over_processes, print_rank0
+from moevision.types import State
 
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]
@@ -218,7 +219,7 @@ class ClassificationTask(L.LightningModule):
             )
         print_rank0(f"warning: the {lengths}, so that it does not come down to its end: {cause}.")
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: State) -> None:
         self._resumed_world_size = checkpoint.get("ImageDataModule", {}).get("world_size")
 
     def choose_attention(self) -> None:
@@ -228,7 +229,7 @@ class ClassificationTask(L.LightningModule):
         is_unfused = tokens is not None and trains_unfused(self.device, dtype, tokens)
         set_fused_attention(self.net, not is_unfused)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: State) -> None:
         # A state dict stays one: it has metadata as an attribute.
         for part in checkpoint.keys() - {"state_dict"}:
             # NumPy's numbers, given in Python, would make the checkpoint unreadable.
@@ -242,7 +243,7 @@ class ClassificationTask(L.LightningModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, C] of images [B, 3, H, W]."""
-        return cast(Tensor, self.net(image))
+        return self.net(image)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy (soft targets under Mixup/CutMix) plus weighted losses of the routers."""

@@ -49,6 +49,7 @@ from moevision.train.parallel.parts import (
     outline,
 )
 from moevision.train.task import ClassificationTask
+from moevision.types import State
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
@@ -196,15 +197,13 @@ class MoEParallelStrategy(ModelParallelStrategy):
             optimizer.load_state_dict(state)
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+        self, checkpoint: State, filepath: Any, storage_options: Any | None = None
     ) -> None:
         whole = gathered(checkpoint)
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(whole, filepath)
 
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> State:
         self._shard()
         task = self._task
         learning = [p for group in parameter_groups(task.net, task.optim) for p in group["params"]]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,7 @@ from moevision.layers.cpu import padded_counts, sum_rows, take_rows
 from moevision.layers.moe import LocalDispatcher
 from moevision.layers.routing import Dispatched, Routing
 from moevision.train.parallel.parts import local_shard
+from moevision.types import TimmModel
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def share_buffers(net: nn.Module) -> None:
 
 
 def shard(
-    net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *, offload: bool = False
+    net: TimmModel, layout: Layout, gathered: torch.dtype | None = None, *, offload: bool = False
 ) -> nn.Module:
     """Divide a timm model over the processes of a layout, in place; all of them have the same weights before.
 
@@ -151,7 +152,7 @@ def shard(
             shard_over(same_experts, layer.experts, mp_policy=cast_experts)
         elif gathered is not None and layer.experts.backend != "dense":  # which bypasses it
             shard_over(layout.world, layer.experts, mp_policy=cast_experts)
-    for block in cast(Any, net).blocks:
+    for block in net.blocks:
         shard_over(layout.world, block)
     # True: after a forward pass without a backward pass the state must be that of the shards, too.
     shard_over(layout.world, net, reshard_after_forward=True)

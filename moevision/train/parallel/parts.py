@@ -25,6 +25,7 @@ from torch.utils._pytree import SequenceKey, tree_map_only, tree_map_with_path
 
 from moevision.layers.experts import local
 from moevision.train import optim
+from moevision.types import State
 
 if TYPE_CHECKING:
     pass
@@ -175,7 +176,7 @@ _TemplateOf = Callable[[KeyPath], Tensor | None]
 """Gives the tensor by whose division the one at a path is divided; None where that stays whole."""
 
 
-def divide(checkpoint: dict[str, Any], template_of: _TemplateOf) -> dict[str, Any]:
+def divide(checkpoint: State, template_of: _TemplateOf) -> State:
     """A checkpoint, the same on all processes, with each tensor divided as its template; without one it stays whole."""
 
     def divide_value(pytree_keys: tuple[Any, ...], value: Any) -> Any:
@@ -187,8 +188,7 @@ def divide(checkpoint: dict[str, Any], template_of: _TemplateOf) -> dict[str, An
         template = template_of(path)
         return value if template is None else shard_like(value, template)
 
-    result: dict[str, Any] = tree_map_with_path(divide_value, checkpoint)
-    return result
+    return tree_map_with_path(divide_value, checkpoint)
 
 
 def like_these(weights: Mapping[str, Tensor], optimized: Sequence[Tensor]) -> _TemplateOf:
