@@ -7,8 +7,9 @@ names load on first use, so that `moevision demo --help` is quick.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from moevision import lazy_names
 
 if TYPE_CHECKING:
     from moevision.demo.gradio_app import blocks
@@ -23,10 +24,4 @@ _NAMES = {
     "view": ("RoutingView", "route_image"),
 }
 
-
-def __getattr__(name: str) -> object:
-    """Import the module that defines ``name``."""
-    for module, names in _NAMES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _NAMES)
