@@ -39,9 +39,9 @@ from torch import Tensor
 from benchmarks.demo.falls import at_random, case_of, change_card, said
 from benchmarks.harness import about, argument_parser, count, write_result
 from moevision.analysis.collect import network_input
+from moevision.analysis.describe import name_experts
 from moevision.analysis.effects import remove_by_row, run_compared
 from moevision.analysis.intervention import Intervention, apply_edits
-from moevision.analysis.names import name_experts
 from moevision.data.emoji import GROUPS, EmojiPages, draw_page, read_sheet
 from moevision.demo.models import Entry, open_entries
 from moevision.demo.service import Explorer

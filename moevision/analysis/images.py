@@ -33,7 +33,7 @@ from moevision.data.collection import (
 from moevision.data.drawn import DrawnImages
 from moevision.data.folder import DATASET_NAMES
 from moevision.data.images import BadImageError, upright_rgb
-from moevision.data.open import open_collection
+from moevision.data.named import open_collection
 from moevision.data.splits import SplitSettings, is_copy, make_splits, read_splits
 from moevision.data.transforms import square_pixels
 from moevision.errors import DataWarning, UserError, escape_controls, name_bytes

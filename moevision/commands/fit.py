@@ -40,8 +40,8 @@ def pages_of(run_dir: Path) -> type[EmojiPages] | None:
 def what_experts_take(run_dir: Path, data: type[EmojiPages]) -> str:
     """The experts' names on test pages, and the accuracy on emoji that training never showed, as lines."""
     from moevision.analysis.collect import collect_routing
+    from moevision.analysis.describe import describe_names, names_in_layers
     from moevision.analysis.images import open_pictures
-    from moevision.analysis.names import describe_names, names_in_layers
     from moevision.models.io import load_model
 
     model = load_model(str(run_dir))

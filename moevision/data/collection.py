@@ -2,7 +2,7 @@
 
 A `Collection` lists its samples by the splits in which the dataset is published. Which images are used for training,
 validation and test is decided in ``splits.py``, how pixels are prepared in ``transforms.py``. A sample is named by its
-path relative to the collection's root, which stays the same across runs and machines. ``open.py`` finds the collection
+path relative to the collection's root, which stays the same across runs and machines. ``named.py`` finds the collection
 for a path or a dataset's name.
 """
 

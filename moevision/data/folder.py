@@ -33,6 +33,7 @@ from moevision.data.collection import (
 )
 from moevision.data.images import is_image_path
 from moevision.errors import UserError
+from moevision.words import shell_word
 
 HF = "hf:"  # prefix of `--data` for datasets on huggingface.co
 # By name, as `moevision.data.named` reads them; here, since folders are checked before torch is imported.
@@ -50,6 +51,12 @@ DATASET_NAMES = (
 _SAVED_DATASET = ("dataset_dict.json", "state.json")
 # The end of an error message: the layouts that can be read.
 _LAYOUT = "expected one subfolder per class (cat/1.jpg, dog/7.jpg, ...), or train/ and val/ or test/ of such"
+
+
+def fetching(name: str, root: str | Path = "data") -> str:
+    """The command that downloads a dataset, for messages of all commands: only `fit` downloads."""
+    where = "" if str(root) == "data" else f" --data.root {shell_word(str(root))}"
+    return f"`moevision fit {name} --data.download true{where}`"
 
 
 def is_saved_dataset(location: Path) -> bool:

@@ -47,7 +47,7 @@ from moevision.data.loader import (
     eval_batches,
     fitting_workers,
 )
-from moevision.data.open import open_collection
+from moevision.data.named import open_collection
 from moevision.data.scores import apply_lists
 from moevision.data.splits import (
     Splits,

@@ -37,9 +37,8 @@ from moevision.data.collection import (
     differ_in_case,
     readable_class_names,
 )
-from moevision.data.folder import HF
+from moevision.data.folder import HF, fetching
 from moevision.data.images import BadImageError, read_image, safe_open
-from moevision.data.named import fetching
 from moevision.errors import UserError, escape_controls
 from moevision.types import Json
 

@@ -30,8 +30,14 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from moevision.config import Options, ParsedArgs, Settings, parse_config, to_settings
 from moevision.data import ImageDataModule
 from moevision.data.folder import DATASET_NAMES, HF
-from moevision.data.named import DRAWN, NAMED
-from moevision.data.open import contains_path, count_images, kind_of, open_collection
+from moevision.data.named import (
+    DRAWN,
+    NAMED,
+    contains_path,
+    count_images,
+    kind_of,
+    open_collection,
+)
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError, escape_controls
 from moevision.files import newest_config, shipped_configs

@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moevision.analysis.images import open_pictures
-from moevision.analysis.names import (
+from moevision.analysis.describe import (
     ExpertName,
     LayerNames,
     describe_names,
     name_experts,
     names_in_layers,
 )
+from moevision.analysis.images import open_pictures
 from moevision.data import EmojiPages
 from moevision.data.emoji import GROUPS
 from moevision.models.io import load_model

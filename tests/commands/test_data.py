@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from moevision.data.named import fetching
+from moevision.data.folder import fetching
 from moevision.files import read_csv
 from tests.shared import assert_names, refused
 

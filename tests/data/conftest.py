@@ -12,7 +12,7 @@ from PIL import Image
 
 from moevision.data import ImageDataModule
 from moevision.data.collection import Collection, Sample
-from moevision.data.open import open_collection
+from moevision.data.named import open_collection
 from moevision.data.splits import Splits
 from moevision.errors import UserError
 from tests.shared import missing

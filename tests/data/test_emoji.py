@@ -21,7 +21,7 @@ from moevision.data.emoji import (
     read_sheet,
     split_emoji,
 )
-from moevision.data.open import open_collection
+from moevision.data.named import open_collection
 from moevision.errors import UserError
 
 

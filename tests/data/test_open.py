@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moevision.data.open import count_images, kind_of
+from moevision.data.named import count_images, kind_of
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moevision.data.open import count_images, open_collection
+from moevision.data.named import count_images, open_collection
 from moevision.data.scores import keys_of
 from moevision.data.splits import SplitSettings, make_splits
 from moevision.errors import escape_csv_cell

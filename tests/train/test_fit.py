@@ -22,7 +22,7 @@ from PIL import Image
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures, read_images
 from moevision.config import flatten, options, parse_args, to_settings
-from moevision.data.open import contains_path
+from moevision.data.named import contains_path
 from moevision.errors import UserError
 from moevision.files import read_csv
 from moevision.layers import moe_layers
