@@ -6,7 +6,6 @@ use of a public name, registers the `vit_moe*` names with timm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -55,28 +54,15 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def lazy_names(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], object]:
-    """The `__getattr__` of a package: a name of `names`, by module, is imported on its first use."""
-
-    def load(name: str) -> object:
-        for module, of_module in names.items():
-            if name in of_module:
-                return getattr(import_module(f"{package}.{module}"), name)
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
-
-    return load
-
-
-_load_name = lazy_names(__name__, _NAMES)
-
-
 def __getattr__(name: str) -> object:
     """Import a public name, or a module of the package, on its first use."""
+    for module, names in _NAMES.items():
+        if name in names:
+            import_module(f"{__name__}.models")
+            return getattr(import_module(f"{__name__}.{module}"), name)
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
-    if name in __all__:
-        import_module(f"{__name__}.models")
-    return _load_name(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -11,9 +11,8 @@ The names below load on first use, so that a trace can be collected without figu
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from moevision import lazy_names
 
 if TYPE_CHECKING:
     from moevision.analysis.collect import Table, collect_routing
@@ -61,4 +60,10 @@ __all__ = [
     "three_questions",
 ]
 
-__getattr__ = lazy_names(__name__, _NAMES)
+
+def __getattr__(name: str) -> object:
+    """Import the module that defines ``name``."""
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,9 +5,8 @@ The names below load on first use, so that opening one image doesn't import Ligh
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from moevision import lazy_names
 
 if TYPE_CHECKING:
     from moevision.data.emoji import EmojiKinds, EmojiPages
@@ -24,17 +23,18 @@ __all__ = [
     "safe_open",
 ]
 
-_NAMES = {
-    "images": (
-        "BadImageError",
-        "safe_open",
-    ),
-    "module": ("ImageDataModule",),
-    "emoji": (
-        "EmojiKinds",
-        "EmojiPages",
-    ),
-    "synthetic": ("SyntheticPets",),
+_HOME = {
+    "BadImageError": "images",
+    "ImageDataModule": "module",
+    "EmojiKinds": "emoji",
+    "EmojiPages": "emoji",
+    "SyntheticPets": "synthetic",
+    "safe_open": "images",
 }
 
-__getattr__ = lazy_names(__name__, _NAMES)
+
+def __getattr__(name: str) -> object:
+    """Import the module that defines ``name``."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -7,9 +7,8 @@ names load on first use, so that `moevision demo --help` is quick.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from moevision import lazy_names
 
 if TYPE_CHECKING:
     from moevision.demo.gradio_app import blocks
@@ -24,4 +23,10 @@ _NAMES = {
     "view": ("RoutingView", "route_image"),
 }
 
-__getattr__ = lazy_names(__name__, _NAMES)
+
+def __getattr__(name: str) -> object:
+    """Import the module that defines ``name``."""
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

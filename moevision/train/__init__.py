@@ -5,9 +5,8 @@ The names below load on first use, so that a look at the machine or at a config 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from moevision import lazy_names
 
 if TYPE_CHECKING:
     from moevision.train.guard import StabilityGuard
@@ -15,6 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ClassificationTask", "StabilityGuard"]
 
-_NAMES = {"task": ("ClassificationTask",), "guard": ("StabilityGuard",)}
+_HOME = {"ClassificationTask": "task", "StabilityGuard": "guard"}
 
-__getattr__ = lazy_names(__name__, _NAMES)
+
+def __getattr__(name: str) -> object:
+    """Import the module that defines ``name``."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
