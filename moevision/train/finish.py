@@ -43,7 +43,7 @@ from moevision.models.ood import IMAGES, MahalanobisOOD, fit_ood, linear_head
 from moevision.stats import PairedDifference, paired_difference, paired_macro_difference
 from moevision.train.checkpoint import BEST, LAST, PRETRAINED_CONFIG, verify
 from moevision.train.guard import StabilityGuard
-from moevision.train.health import RecordRouting, StopEarly, Stopwatch, WeightEMA, data_wait_advice
+from moevision.train.health import StopEarly, Stopwatch, data_wait_advice
 from moevision.train.plots import plot_confusion, plot_curves, plot_examples, read_metrics
 from moevision.train.processes import (
     broadcast_from_rank0,
@@ -206,7 +206,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         return None
 
     # Rank 0 writes.
-    _export_model(training, weights.step)
+    _export_model(training)
     _write_predictions(run_dir, tested, data.class_names)
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     plot_confusion(tested.labels, tested.predictions, data.class_names, run_dir / "confusion.png")
@@ -260,9 +260,9 @@ def _gather_columns(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Array]
     return {name: column[order] for name, column in columns.items()}
 
 
-def _export_model(training: Training, step: int) -> None:
-    """Write `model/` with the tested weights, and close the history of the routing at their step."""
-    task, data, trainer = training.task, training.data, training.trainer
+def _export_model(training: Training) -> None:
+    """Write `model/` with the tested weights."""
+    task, data = training.task, training.data
     model = SavedModel(
         net=task.net,
         class_names=data.class_names,
@@ -274,9 +274,6 @@ def _export_model(training: Training, step: int) -> None:
         fit=data.fit,
     )
     save_model(model, training.run_dir / "model")
-    recorder = callback_of(trainer, RecordRouting)
-    if recorder is not None:
-        recorder.finish(trainer, task, step)
 
 
 def _write_predictions(run_dir: Path, tested: TestedImages, classes: Sequence[str]) -> None:
@@ -321,7 +318,7 @@ def _test_scores(training: Training, tested: TestedImages, weights: FinalWeights
     train_counts = data.class_counts["train"]
     majority = max(train_counts, key=lambda name: train_counts[name])
     description = weights.description
-    if callback_of(training.trainer, WeightEMA) is not None:
+    if training.settings.ema.decay is not None:
         description = f"the moving average (EMA) of {description}"
     scores = TestScores(
         correct=int(tested.correct.sum()),

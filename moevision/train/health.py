@@ -467,6 +467,7 @@ class RecordRouting(L.Callback):
         self._images: Tensor | None = None
         self._history = RoutingHistory((), (), 0)
         self._planned: list[int] = []
+        self._loaded_step = 0  # of the checkpoint whose weights the model has
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         if self._begin(trainer, task):
@@ -534,14 +535,18 @@ class RecordRouting(L.Callback):
         self._history = self._history.plus(step, moment)
         self._history.save(self.file)
 
-    def finish(self, trainer: L.Trainer, task: ClassificationTask, step: int) -> None:
-        """Record the model that is saved, which is of that step, and drop what was recorded after it.
+    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
+        self._loaded_step = int(checkpoint["global_step"])
 
-        The first process is alone here, and a training that ended in an earlier command can't be begun by it.
+    def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
+        """Record the model that was tested, which is the one that is saved, and drop what was recorded after its step.
+
+        Of several processes only those of this training have images: one that ended in an earlier command can't be
+        begun by the first process alone.
         """
         if self._images is not None or (trainer.world_size == 1 and self._begin(trainer, task)):
-            self._history = self._history.until(step - 1)
-            self._add(task, step)
+            self._history = self._history.until(self._loaded_step - 1)
+            self._add(task, self._loaded_step)
 
 
 def moments_for(steps: int, batch_size: int, images: int) -> int:
