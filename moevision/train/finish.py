@@ -25,9 +25,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import lightning as L
 import numpy as np
 import torch
+from lightning import Trainer
 from scipy.stats import sem
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
@@ -96,7 +96,7 @@ class Training:
     run_dir: Path
     task: ClassificationTask
     data: ImageDataModule
-    trainer: L.Trainer
+    trainer: Trainer
     stopwatch: Stopwatch
     started: datetime
     expected_s: float | None = None
@@ -646,7 +646,7 @@ def gain_of(best: Validated, last: Validated, monitor: str) -> tuple[float, floa
     return pair.difference, pair.standard_error
 
 
-def schedule_ended(trainer: L.Trainer) -> bool:
+def schedule_ended(trainer: Trainer) -> bool:
     """Whether training did all its epochs or steps, so that the learning-rate schedule was completed."""
     return trainer.current_epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
 

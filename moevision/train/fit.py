@@ -27,11 +27,11 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import lightning as L
 import torch
 import torch.distributed as dist
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from lightning import Callback, Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -190,7 +190,7 @@ class Prepared(NamedTuple):
     task: ClassificationTask
     data: ImageDataModule
     trainer_parts: Options
-    callbacks: list[L.Callback]
+    callbacks: list[Callback]
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -206,7 +206,7 @@ def train(
     settings: Settings,
     session: Session,
     start: RunStart | None,
-    callbacks: Sequence[L.Callback] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> Training:
     """Prepare a training, say what it will do, and train; a new run folder is removed if it can't begin.
 
@@ -266,9 +266,9 @@ def _best_checkpoint(settings: Settings, run_dir: Path) -> ModelCheckpoint:
     )
 
 
-def _callbacks_of(settings: Settings, run_dir: Path, best: ModelCheckpoint) -> list[L.Callback]:
+def _callbacks_of(settings: Settings, run_dir: Path, best: ModelCheckpoint) -> list[Callback]:
     """The callbacks between the one that saves and the one that ends an epoch, in their order."""
-    callbacks: list[L.Callback] = [LearningRateMonitor("step"), best, EpochLines()]
+    callbacks: list[Callback] = [LearningRateMonitor("step"), best, EpochLines()]
     if settings.early_stopping.patience:
         callbacks.append(StopEarly(settings.early_stopping, settings.checkpoint.monitor))
     callbacks += [Calibrate(), ExampleScores()]
@@ -331,7 +331,7 @@ def _seed(settings: Settings) -> None:
         settings.seed_everything = broadcast_from_rank0(lambda: secrets.randbelow(2**31))
     check_ranges(settings, [(*SEED, ("seed_everything",))], "--")
     if settings.seed_everything is not False:
-        L.seed_everything(settings.seed_everything, workers=True)
+        seed_everything(settings.seed_everything, workers=True)
 
 
 def _task(settings: Settings) -> ClassificationTask:
@@ -354,7 +354,7 @@ def _new_folder(settings: Settings, session: Session, suffix: str = "") -> Path:
     return Path(broadcast_from_rank0(new))
 
 
-def watching(ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
+def watching(ema: EmaConfig, guard: GuardConfig) -> list[Callback]:
     """Moving average, guard, router health, in this order: each sees what those before it did."""
     average = [WeightEMA(ema)] if ema.decay is not None else []
     guards = [StabilityGuard(guard)] if guard.enabled else []
@@ -369,8 +369,8 @@ def instantiated(arguments: Options) -> Options:
 
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(ALLOWED))
     parser = ArgumentParser(exit_on_error=False)
-    others = set(signature(L.Trainer).parameters) - set(CLASSES)
-    parser.add_class_arguments(L.Trainer, skip=others, instantiate=False)
+    others = set(signature(Trainer).parameters) - set(CLASSES)
+    parser.add_class_arguments(Trainer, skip=others, instantiate=False)
     try:
         parsed = parser.parse_object(named)
         function = next(_functions(parsed), None)
@@ -426,8 +426,8 @@ def _strategy_of(settings: Settings) -> Options:
 
 
 def _trainer(
-    settings: Settings, run_dir: Path, parts: Options, callbacks: list[L.Callback]
-) -> L.Trainer:
+    settings: Settings, run_dir: Path, parts: Options, callbacks: list[Callback]
+) -> Trainer:
     """A Trainer that logs to and saves in the run folder; `parts` are instances of what its options name."""
     arguments = {**settings.trainer, **parts}
     if arguments.get("logger") is False:
@@ -465,11 +465,11 @@ def _trainer(
     return trainer
 
 
-def _make_trainer(arguments: Options) -> L.Trainer:
+def _make_trainer(arguments: Options) -> Trainer:
     if arguments.get("accelerator", "auto") == "auto" and torch.backends.mps.is_available():
         arguments["accelerator"] = "cpu"  # `auto` would take Apple's GPU
     try:
-        return L.Trainer(**arguments)
+        return Trainer(**arguments)
     # The last: an accelerator that isn't there.
     except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
         raise UserError(f"The Trainer does not take these options: {error}") from error
@@ -494,7 +494,7 @@ def start_one_each(arguments: Options) -> None:
         start_processes(trainer.num_devices)
 
 
-def _check_processes(trainer: L.Trainer) -> None:
+def _check_processes(trainer: Trainer) -> None:
     """Refuse a Trainer that expects other processes than there are."""
     met = dist.get_world_size() if several_processes() else 1
     expected = (
@@ -507,7 +507,7 @@ def _check_processes(trainer: L.Trainer) -> None:
         )
 
 
-def _read_data(data: ImageDataModule, trainer: L.Trainer, verb: str, *, moved: bool) -> None:
+def _read_data(data: ImageDataModule, trainer: Trainer, verb: str, *, moved: bool) -> None:
     """Read the data, the first process first; `moved`: they are a run's, and may have been moved since."""
     data.processes = trainer.num_devices
     try:
@@ -522,7 +522,7 @@ def _read_data(data: ImageDataModule, trainer: L.Trainer, verb: str, *, moved: b
         ) from error
 
 
-def keep_images_per_step(start: RunStart | None, data: ImageDataModule, trainer: L.Trainer) -> None:
+def keep_images_per_step(start: RunStart | None, data: ImageDataModule, trainer: Trainer) -> None:
     """On another number of processes: sum the gradients of as many batches as make a step of as many images."""
     images = 0
     if start is not None:

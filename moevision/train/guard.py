@@ -28,9 +28,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
-import lightning as L
 import numpy as np
 import torch
+from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -76,7 +76,7 @@ class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
     exit_code = DIVERGED
 
 
-class StabilityGuard(L.Callback):
+class StabilityGuard(Callback):
     """Watches the updates of a `ClassificationTask`; must follow `WeightEMA` and `ExampleScores` in the callbacks.
 
     `record` counts skips and rollbacks; `snapshots` are the states to return to, the newest last.
@@ -100,28 +100,26 @@ class StabilityGuard(L.Callback):
 
     # -- Lightning's hooks, in the order of their calls
 
-    def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, task: Any, stage: str) -> None:
         if stage != "fit":
             return
         task.update_gate = lambda norm: self._refuse_update(trainer, task, norm)
         self.snapshots.clear()
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
         if (source := find_nonfinite(trainer, task)) is not None:
             raise UserError(
                 f"The training would begin with numbers that are not finite ({source})."
             )
         self._take_snapshot(trainer, task)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, task: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window_start = WindowStart(task.net)
             self._indices = []
         self._indices.append(batch["index"])
 
-    def _refuse_update(self, trainer: L.Trainer, task: ClassificationTask, norm: Tensor) -> bool:
+    def _refuse_update(self, trainer: Trainer, task: ClassificationTask, norm: Tensor) -> bool:
         """Whether to refuse the update of this window; called after its last backward pass and before clipping.
 
         `norm` is the norm of all gradients. If the update is refused, the window's start is restored.
@@ -148,7 +146,7 @@ class StabilityGuard(L.Callback):
             note_event(self.record, trainer, "skip", source, torch.cat(self._indices).tolist())
         return True
 
-    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, task: Any, *_: Any) -> None:
         cause = self._find_rollback_cause(trainer, task)
         self._loss, self._bad_state = None, None
         if cause is not None:
@@ -158,7 +156,7 @@ class StabilityGuard(L.Callback):
             task.log("guard/skipped", float(self.record.skipped))
             task.log("guard/rollbacks", float(self.record.rollbacks))
 
-    def _find_rollback_cause(self, trainer: L.Trainer, task: ClassificationTask) -> str | None:
+    def _find_rollback_cause(self, trainer: Trainer, task: ClassificationTask) -> str | None:
         """Why training must roll back after this batch; None if it needn't. May take a snapshot."""
         if self._loss is not None and task.update_applied:
             self._num_applied += 1
@@ -175,7 +173,7 @@ class StabilityGuard(L.Callback):
         )
 
     def _judge_applied_update(
-        self, trainer: L.Trainer, task: ClassificationTask, loss: float
+        self, trainer: Trainer, task: ClassificationTask, loss: float
     ) -> str | None:
         """Look for a loss spike and, if a snapshot is due, for a bad state: the cause, else take the snapshot."""
         limit = self._losses.threshold
@@ -190,13 +188,13 @@ class StabilityGuard(L.Callback):
             self._take_snapshot(trainer, task)
         return cause
 
-    def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, task: Any) -> None:
         self._roll_back_if_bad(trainer, task)
 
-    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_end(self, trainer: Trainer, task: Any) -> None:
         self._roll_back_if_bad(trainer, task)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, task: Any, checkpoint: State) -> None:
         if not self._roll_back_if_bad(trainer, task):
             return
         # The checkpoint is from before the rollback, but its weights are the live tensors, which were restored.
@@ -205,7 +203,7 @@ class StabilityGuard(L.Callback):
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in schedules]
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
-    def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, task: Any, stage: str) -> None:
         if stage == "fit":
             task.update_gate = None
             self.snapshots.clear()
@@ -229,7 +227,7 @@ class StabilityGuard(L.Callback):
 
     # -- rollback
 
-    def _roll_back_if_bad(self, trainer: L.Trainer, task: Any) -> bool:
+    def _roll_back_if_bad(self, trainer: Trainer, task: Any) -> bool:
         """Roll back if a weight or buffer isn't finite; whether it did. Nothing is checked where it makes no sense."""
         is_fit = trainer.state.fn is TrainerFn.FITTING
         # In a validation that was interrupted the network holds the average: no training has changed it.
@@ -245,11 +243,11 @@ class StabilityGuard(L.Callback):
             self._roll_back(trainer, task, cause)
         return cause is not None
 
-    def _take_snapshot(self, trainer: L.Trainer, task: ClassificationTask) -> None:
+    def _take_snapshot(self, trainer: Trainer, task: ClassificationTask) -> None:
         guard_state = (self._num_applied, self._losses.state_dict())
         self.snapshots.append(TrainingSnapshot(trainer, task, guard_state))
 
-    def _roll_back(self, trainer: L.Trainer, task: ClassificationTask, cause: str) -> None:
+    def _roll_back(self, trainer: Trainer, task: ClassificationTask, cause: str) -> None:
         """Return to the newest snapshot, or to an older one if it was restored before; give up after too many times."""
         if self.snapshots[-1].restored and len(self.snapshots) > 1:
             self.snapshots.pop()
@@ -269,7 +267,7 @@ class StabilityGuard(L.Callback):
         if len(self._rollback_steps) > self.config.max_rollbacks:
             self._give_up(trainer, cause)
 
-    def _give_up(self, trainer: L.Trainer, cause: str) -> NoReturn:
+    def _give_up(self, trainer: Trainer, cause: str) -> NoReturn:
         """Save the last good state, write the diagnosis, and end the training."""
         folder = Path(trainer.default_root_dir)
         checkpoint = folder / "checkpoints" / "diverged.ckpt"
@@ -293,7 +291,7 @@ class WindowNumbers(NamedTuple):
     mean_loss: float  # meaningful if the losses are finite
 
     @classmethod
-    def of(cls, trainer: L.Trainer, task: ClassificationTask, norm: Tensor) -> WindowNumbers:
+    def of(cls, trainer: Trainer, task: ClassificationTask, norm: Tensor) -> WindowNumbers:
         """Read them with one copy from the device and one all-reduce; every process must call it."""
         losses = torch.stack([micro_batch["loss"].float() for micro_batch in task.evidence])
         norm_and_losses = torch.cat([norm.detach().float().reshape(1), losses.to(norm.device)])
@@ -371,7 +369,7 @@ class TrainingSnapshot:
     everything is copied both when it is saved and when it is restored. `extra` is any data of the caller, not copied.
     """
 
-    def __init__(self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None) -> None:
+    def __init__(self, trainer: Trainer, task: ClassificationTask, extra: Any = None) -> None:
         self.restored = 0  # number of calls of `restore`
         self.extra = extra
         self._tensors = _copy_to_cpu(_trained_tensors(trainer, task))
@@ -379,7 +377,7 @@ class TrainingSnapshot:
         self._random = random_state()
 
     @torch.no_grad()
-    def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
+    def restore(self, trainer: Trainer, task: ClassificationTask) -> None:
         """Restore the training state and drop the gradients; may be called repeatedly."""
         tensors = _trained_tensors(trainer, task)
         for tensor, saved in zip(tensors, self._tensors, strict=True):
@@ -393,7 +391,7 @@ class TrainingSnapshot:
         self.restored += 1
 
 
-def _stateful_parts(trainer: L.Trainer) -> list[Any]:
+def _stateful_parts(trainer: Trainer) -> list[Any]:
     """What has `state_dict` and `load_state_dict`: optimizers, schedules, precision, weight average and scores."""
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     parts = [*trainer.optimizers, *schedules, trainer.precision_plugin]
@@ -406,7 +404,7 @@ def _stateful_parts(trainer: L.Trainer) -> list[Any]:
     return parts
 
 
-def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.nn.Module]:
+def _networks(trainer: Trainer, task: ClassificationTask) -> dict[str, torch.nn.Module]:
     """The trained network, and its moving average if there is one; the keys are prefixes for names of tensors."""
     networks = {"": task.net}
     average = callback_of(trainer, WeightEMA)
@@ -415,7 +413,7 @@ def _networks(trainer: L.Trainer, task: ClassificationTask) -> dict[str, torch.n
     return networks
 
 
-def _trained_tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
+def _trained_tensors(trainer: Trainer, task: ClassificationTask) -> list[Tensor]:
     """All weights and buffers of the networks; of sharded ones the shard of this process."""
     tensors: list[Tensor] = []
     for net in _networks(trainer, task).values():
@@ -509,7 +507,7 @@ def _count_of(count: int, noun: str) -> str:
 
 def note_event(
     record: GuardRecord,
-    trainer: L.Trainer,
+    trainer: Trainer,
     kind: str,
     source: str | None,
     indices: Sequence[int] = (),
@@ -566,7 +564,7 @@ def find_nonfinite_source(task: ClassificationTask) -> str | None:
     return _describe_tensors("gradient", _select_nonfinite(gradients))
 
 
-def find_nonfinite(trainer: L.Trainer, task: ClassificationTask) -> str | None:
+def find_nonfinite(trainer: Trainer, task: ClassificationTask) -> str | None:
     """Describe the weights, saved buffers or averages that aren't finite on any process; None if all are finite.
 
     Every process must call it, and gets the same answer.

@@ -19,9 +19,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final, cast
 
-import lightning as L
 import numpy as np
 import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.utils import ModelEmaV3
@@ -67,7 +67,7 @@ def cpu_s() -> float:
     return time.process_time() + times.children_user + times.children_system
 
 
-class Stopwatch(L.Callback):
+class Stopwatch(Callback):
     """Seconds and images of training proper, over all sessions of a run: validation is left out."""
 
     def __init__(self) -> None:
@@ -113,20 +113,20 @@ class Stopwatch(L.Callback):
         self.data_wait_s = state_dict.get("data_wait_s") or 0.0
         self.add(state_dict["run_s"], state_dict.get("cpu_s") or 0.0)
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
         """Where a run goes on within an epoch, no epoch starts."""
         self._start(trainer)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, task: Any) -> None:
         self._start(trainer)
 
-    def _start(self, trainer: L.Trainer) -> None:
+    def _start(self, trainer: Trainer) -> None:
         self._started = time.monotonic()
         self._waited = getattr(trainer.train_dataloader, "wait_s", 0.0)
 
     def on_train_batch_end(
         self,
-        trainer: L.Trainer,
+        trainer: Trainer,
         task: Any,
         outputs: Any,
         batch: Any,
@@ -138,10 +138,10 @@ class Stopwatch(L.Callback):
         self.train_s += self._started - earlier
         self.data_wait_s += self._waited - waited_earlier
 
-    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, task: Any) -> None:
         self._start(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, task: Any) -> None:
         if not self._advised and self.train_s >= _SETTLED_S and trainer.is_global_zero:
             self._advised = True
             for sentence in data_wait_advice(self.data_wait, data_of(trainer)):
@@ -162,17 +162,17 @@ class StopEarly(EarlyStopping):
             strict=False,
         )
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
         """Train no further epoch if the checkpoint was saved after the decision to stop."""
         if self.wait_count >= self.patience:
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_end(self, trainer: Trainer, task: Any) -> None:
         if trainer.is_global_zero:
             for sentence in self.sentences(trainer):
                 print_rank0(sentence)
 
-    def sentences(self, trainer: L.Trainer) -> list[str]:
+    def sentences(self, trainer: Trainer) -> list[str]:
         """The sentence for summary.md, if training ended before its last step."""
         steps, planned = trainer.global_step, trainer.estimated_stepping_batches
         if self.wait_count < self.patience or steps >= planned:
@@ -186,14 +186,14 @@ class StopEarly(EarlyStopping):
         ]
 
 
-class EpochLines(L.Callback):
+class EpochLines(Callback):
     """Says after each validation how far the training is, where no progress bar does."""
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
         self._began_s = time.monotonic()
         self._first_step = trainer.global_step
 
-    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, task: Any) -> None:
         if trainer.state.fn is not TrainerFn.FITTING or trainer.sanity_checking:
             return
         steps = trainer.estimated_stepping_batches  # asks all processes
@@ -232,13 +232,13 @@ def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
     ]
 
 
-def is_logged(trainer: L.Trainer, step: int) -> bool:
+def is_logged(trainer: Trainer, step: int) -> bool:
     """Whether the numbers of this step, counted from 1, are logged; none where --trainer.log_every_n_steps is 0."""
     every: int = cast(Any, trainer).log_every_n_steps
     return every != 0 and step % every == 0
 
 
-class RouterHealth(L.Callback):
+class RouterHealth(Callback):
     """Logs `train/update_norm`, `train/update_ratio`, `moe/<layer>/max_violation`; warns of collapse once per layer."""
 
     def __init__(self) -> None:
@@ -248,12 +248,12 @@ class RouterHealth(L.Callback):
         self._warned: set[int | None] = set()  # blocks
 
     def on_before_optimizer_step(
-        self, trainer: L.Trainer, task: Any, optimizer: torch.optim.Optimizer
+        self, trainer: Trainer, task: Any, optimizer: torch.optim.Optimizer
     ) -> None:
         if is_logged(trainer, trainer.global_step + 1):
             self._weights_before = [x.detach().clone() for x in _learning_parameters(task)]
 
-    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, task: Any, *_: Any) -> None:
         before, self._weights_before = self._weights_before, []
         if not task.update_applied:
             return
@@ -311,14 +311,14 @@ class RouterHealth(L.Callback):
             )
 
 
-def _learning_parameters(module: L.LightningModule) -> list[Tensor]:
+def _learning_parameters(module: LightningModule) -> list[Tensor]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 # ---- a moving average of the weights
 
 
-class WeightEMA(L.Callback):
+class WeightEMA(Callback):
     """Keeps `ema = decay · ema + (1 - decay) · weights` over every *applied* update, by timm's `ModelEmaV3`.
 
     The first update copies the weights. With the warm-up the decay of update u = 2, 3, ... is `1 - u^-0.75`, at most
@@ -342,12 +342,12 @@ class WeightEMA(L.Callback):
         """The averaged network (the weights in training, while `swapped`); None before the training."""
         return None if self._average is None else self._average.module
 
-    def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, task: Any) -> None:
         if self._average is None:
             self._begin(trainer, task)
         cast(nn.Module, self.network).to(task.device)
 
-    def _begin(self, trainer: L.Trainer, task: Any) -> None:
+    def _begin(self, trainer: Trainer, task: Any) -> None:
         net = task.net
         sharded = parallel_strategy(trainer)
         if sharded is not None:
@@ -362,25 +362,25 @@ class WeightEMA(L.Callback):
             foreach=sharded is None,  # torch's functions on lists of tensors want one mesh
         )
 
-    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, task: Any, *_: Any) -> None:
         if task.update_applied:
             self.updates += 1
             cast(ModelEmaV3, self._average).update(task.net, self.updates)
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, task: Any) -> None:
         if self._average is not None and trainer.state.fn is TrainerFn.FITTING:
             self._swap(task)
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, task: Any) -> None:
         if self.swapped:
             self._swap(task)
 
-    def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, task: Any, exception: BaseException) -> None:
         """Put the weights back if a validation was interrupted, before anything saves them."""
         if self.swapped:
             self._swap(task)
 
-    def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, task: Any) -> None:
         task.net.load_state_dict(cast(nn.Module, self.network).state_dict())
         self._average = None  # another fit begins with what the model then holds
 
@@ -402,7 +402,7 @@ class WeightEMA(L.Callback):
     def load_state_dict(self, state_dict: State) -> None:
         self.updates = int(state_dict["updates"])
 
-    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, task: Any, checkpoint: State) -> None:
         if self._average is None:
             return
         network = cast(nn.Module, self.network).state_dict()
@@ -413,7 +413,7 @@ class WeightEMA(L.Callback):
         checkpoint["state_dict"] = average
         checkpoint["current_model_state"] = current
 
-    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, task: Any, checkpoint: State) -> None:
         # The model has just loaded the average.
         if trainer.state.fn is not TrainerFn.FITTING:
             return
@@ -421,10 +421,10 @@ class WeightEMA(L.Callback):
         task.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
 
 
-class Calibrate(L.Callback):
+class Calibrate(Callback):
     """Fits the temperature on the validation images when a trained model is tested."""
 
-    def on_test_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_test_start(self, trainer: Trainer, task: Any) -> None:
         set_fused_attention(task.net, True)  # as in validation
         loader = data_of(trainer).val_dataloader()
         limit = trainer.limit_val_batches
@@ -454,7 +454,7 @@ MOMENTS: Final = 24
 _COST = 0.01  # of the training's work: the most that moments take whose number nobody gave
 
 
-class RecordRouting(L.Callback):
+class RecordRouting(Callback):
     """Records routing by the weights in training (not their average), in evaluation mode; at last by the saved model.
 
     A resumed run drops what was recorded after the checkpoint that it goes on from. Of several processes the first one
@@ -469,15 +469,15 @@ class RecordRouting(L.Callback):
         self._planned: list[int] = []
         self._loaded_step = 0  # of the checkpoint whose weights the model has
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
         if self._begin(trainer, task):
             self._record_if_due(trainer, task)
 
-    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, task: Any, *_: Any) -> None:
         if self._images is not None:
             self._record_if_due(trainer, task)
 
-    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_end(self, trainer: Trainer, task: Any) -> None:
         if self._images is not None:
             self._record(trainer, task)
 
@@ -485,7 +485,7 @@ class RecordRouting(L.Callback):
     def _last(self) -> int:
         return self._history.steps[-1] if len(self._history) else -1
 
-    def _begin(self, trainer: L.Trainer, task: ClassificationTask) -> bool:
+    def _begin(self, trainer: Trainer, task: ClassificationTask) -> bool:
         total = trainer.estimated_stepping_batches  # asks all processes
         is_alone = trainer.is_global_zero and parallel_strategy(trainer) is None
         has_end = total != float("inf")
@@ -514,11 +514,11 @@ class RecordRouting(L.Callback):
                 self._history = earlier
         return True
 
-    def _record_if_due(self, trainer: L.Trainer, task: Any) -> None:
+    def _record_if_due(self, trainer: Trainer, task: Any) -> None:
         if any(self._last < planned <= trainer.global_step for planned in self._planned):
             self._record(trainer, task)
 
-    def _record(self, trainer: L.Trainer, task: Any) -> None:
+    def _record(self, trainer: Trainer, task: Any) -> None:
         if trainer.global_step > self._last:
             with trainer.precision_plugin.forward_context():
                 self._add(task, trainer.global_step)
@@ -535,10 +535,10 @@ class RecordRouting(L.Callback):
         self._history = self._history.plus(step, moment)
         self._history.save(self.file)
 
-    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, task: Any, checkpoint: State) -> None:
         self._loaded_step = int(checkpoint["global_step"])
 
-    def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_test_end(self, trainer: Trainer, task: Any) -> None:
         """Record the model that was tested, which is the one that is saved, and drop what was recorded after its step.
 
         Of several processes only those of this training have images: one that ended in an earlier command can't be

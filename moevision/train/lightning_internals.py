@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
+from lightning import Trainer
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 from lightning.pytorch.loggers import CSVLogger
@@ -86,7 +86,7 @@ class MetricsFile(ExperimentWriter):
 
 
 @contextmanager
-def between_batches(trainer: L.Trainer) -> Iterator[None]:
+def between_batches(trainer: Trainer) -> Iterator[None]:
     """Inside, Lightning's loops are as they were before the next batch was fetched.
 
     A batch that is counted as fetched and not as done would be left out. Where a validation was due after the step,
@@ -110,7 +110,7 @@ def between_batches(trainer: L.Trainer) -> Iterator[None]:
         progress.is_last_batch = is_last_batch
 
 
-def start_at_next_epoch(trainer: L.Trainer, checkpoint: State) -> None:
+def start_at_next_epoch(trainer: Trainer, checkpoint: State) -> None:
     """Go on behind an epoch that has ended also where --trainer.max_steps counts steps.
 
     There Lightning 2.6 (`_FitLoop.restarting`) takes every checkpoint for one from within an epoch: it would end that
@@ -129,7 +129,7 @@ def set_batches_done(checkpoint: State, batches: int) -> None:
     progress["is_last_batch"] = False
 
 
-def leave_epochs_uncounted(trainer: L.Trainer) -> None:
+def leave_epochs_uncounted(trainer: Trainer) -> None:
     """Let the progress bar of a training that counts steps say `Epoch 0`, where it would say `Epoch 0/-2`."""
     if trainer.max_epochs in (None, -1) and trainer.progress_bar_callback is not None:
         cast(Any, trainer.progress_bar_callback)._get_train_description = "Epoch {:<4}".format

@@ -23,10 +23,10 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
-import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning import Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import Tensor
@@ -350,23 +350,23 @@ def has_gpu() -> bool:
     return _accelerator.get() != "cpu" and torch.cuda.is_available()
 
 
-def callback_of(trainer: L.Trainer, callback_type: type[_Callback]) -> _Callback | None:
+def callback_of(trainer: Trainer, callback_type: type[_Callback]) -> _Callback | None:
     """The first callback of this type that the trainer has; None without."""
     callbacks = cast(Any, trainer).callbacks
     return next((callback for callback in callbacks if isinstance(callback, callback_type)), None)
 
 
-def data_of(trainer: L.Trainer) -> Any:
+def data_of(trainer: Trainer) -> Any:
     """The `ImageDataModule` of a training; None if it was started with data loaders instead."""
     return cast(Any, trainer).datamodule
 
 
-def is_trial(trainer: L.Trainer) -> bool:
+def is_trial(trainer: Trainer) -> bool:
     """Whether this is only a test that everything runs (--trainer.fast_dev_run)."""
     return bool(cast(Any, trainer).fast_dev_run)
 
 
-def parallel_strategy(trainer: L.Trainer) -> Any:
+def parallel_strategy(trainer: Trainer) -> Any:
     """The `MoEParallelStrategy` of this trainer; None where every process has all weights."""
     # Only that strategy has this attribute.
     return trainer.strategy if hasattr(trainer.strategy, "replicated") else None

@@ -23,7 +23,7 @@ from moevision.limits import total_memory_bytes, usable_cores
 from moevision.types import Json
 
 if TYPE_CHECKING:
-    import lightning as L
+    from lightning import Trainer
 
     from moevision.data import ImageDataModule
 
@@ -147,7 +147,7 @@ def gpu_names() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
-def device_name(trainer: L.Trainer) -> str:
+def device_name(trainer: Trainer) -> str:
     """The device's name for people."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
@@ -157,9 +157,7 @@ def device_name(trainer: L.Trainer) -> str:
     return device.type
 
 
-def fingerprint(
-    trainer: L.Trainer, task: Any, data: ImageDataModule
-) -> dict[str, str | int | bool]:
+def fingerprint(trainer: Trainer, task: Any, data: ImageDataModule) -> dict[str, str | int | bool]:
     """The hardware, software, options and data that numbers depend on, as primitives.
 
     Of the images the hashes tell the list with splits and labels, and the sizes in bytes: another one of the same size

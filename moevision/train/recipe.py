@@ -22,9 +22,9 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from moevision.config import Options, ParsedArgs, Settings, parse_config, to_settings
@@ -473,7 +473,7 @@ def _options_from_scratch(images: int, model_option: str | None, options: Option
     }
 
 
-def batches_of_epoch(data: ImageDataModule, trainer: L.Trainer) -> int:
+def batches_of_epoch(data: ImageDataModule, trainer: Trainer) -> int:
     """Number of batches that each process trains on in an epoch."""
     batches = data.train_batches(trainer.world_size)
     limit = trainer.limit_train_batches
@@ -482,7 +482,7 @@ def batches_of_epoch(data: ImageDataModule, trainer: L.Trainer) -> int:
     return min(batches, limit)
 
 
-def check_window(data: ImageDataModule, trainer: L.Trainer) -> None:
+def check_window(data: ImageDataModule, trainer: Trainer) -> None:
     """Raise a UserError if a step would accumulate the gradients of more batches than an epoch has.
 
     At the end of an epoch Lightning makes the step with the batches that it has, but still divides the gradient by
@@ -496,7 +496,7 @@ def check_window(data: ImageDataModule, trainer: L.Trainer) -> None:
         )
 
 
-def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str]:
+def planned_batches(data: ImageDataModule, trainer: Trainer) -> tuple[int, str]:
     """Batches of the whole training on each process, and a description such as `3 epochs of 800 images`."""
     window = trainer.accumulate_grad_batches
     batch_size = data.batch_size * trainer.world_size
@@ -520,7 +520,7 @@ def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str
 def describe_plan(
     task: ClassificationTask,
     data: ImageDataModule,
-    trainer: L.Trainer,
+    trainer: Trainer,
     expected_s: float | None = None,
     before_s: float = 0.0,
 ) -> str:
@@ -605,13 +605,13 @@ def describe_model(task: ClassificationTask) -> str:
     return f"{name} with {describe_moe(layers)}" if layers else f"dense twin of {name}"
 
 
-def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
+def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: Trainer) -> float:
     """Expected time of the training, with 10 % added for validation and loading."""
     batches, _ = planned_batches(data, trainer)
     return batches * seconds_per_batch(task, data, trainer) * 1.1
 
 
-def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
+def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: Trainer) -> float:
     """Time of a forward and backward pass of one batch of noise, on a copy of the model.
 
     The fastest of three passes, or of up to eight within ten seconds, without the first.
@@ -642,7 +642,7 @@ def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: 
 _FP32_WEIGHTS = ("32-true", "bf16-mixed", "16-mixed")
 
 
-def describe_memory(task: ClassificationTask, trainer: L.Trainer) -> str | None:
+def describe_memory(task: ClassificationTask, trainer: Trainer) -> str | None:
     """A line that says how much memory weights, gradients and moments need in each process; None: not known."""
     capacity, _ = _memory(trainer)
     if capacity is None or trainer.precision not in _FP32_WEIGHTS:
@@ -652,7 +652,7 @@ def describe_memory(task: ClassificationTask, trainer: L.Trainer) -> str | None:
     return f"{where}: weights, gradients and moments {size / 1e9:.2f} of {capacity / 1e9:.1f} GB, without activations"
 
 
-def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool = False) -> None:
+def check_memory(task: ClassificationTask, trainer: Trainer, *, goes_on: bool = False) -> None:
     """Raise a UserError for a training whose weights, gradients and moments alone are larger than the memory."""
     capacity, where = _memory(trainer)
     model_bytes = state_bytes(task, trainer)
@@ -674,7 +674,7 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool 
     )
 
 
-def state_bytes(task: ClassificationTask, trainer: L.Trainer) -> tuple[int, int]:
+def state_bytes(task: ClassificationTask, trainer: Trainer) -> tuple[int, int]:
     """Bytes of fp32 weights, their moving average, gradients and moments, all in fp32: (all but experts, experts)."""
     expert_ids = {id(p) for layer in moe_layers(task.net) for p in layer.experts.parameters()}
     muon_matrices = matrices_of(task.net) if task.optim.name == "muon" else set[str]()
@@ -694,7 +694,7 @@ def state_bytes(task: ClassificationTask, trainer: L.Trainer) -> tuple[int, int]
     return dense, experts
 
 
-def _bytes_of_process(model_bytes: tuple[int, int], trainer: L.Trainer) -> tuple[float, float]:
+def _bytes_of_process(model_bytes: tuple[int, int], trainer: Trainer) -> tuple[float, float]:
     """The part of `model_bytes` (`state_bytes`) that one process holds.
 
     FSDP shards everything, expert parallelism only the experts; with any other strategy each process holds everything.
@@ -708,12 +708,12 @@ def _bytes_of_process(model_bytes: tuple[int, int], trainer: L.Trainer) -> tuple
     return dense / shards, experts / max(shards, getattr(strategy, "expert", 1))
 
 
-def _offloads(trainer: L.Trainer) -> bool:
+def _offloads(trainer: Trainer) -> bool:
     """Whether weights and moments are in main memory while the GPU doesn't need them."""
     return getattr(trainer.strategy, "offload", False)
 
 
-def _memory(trainer: L.Trainer) -> tuple[int | None, str]:
+def _memory(trainer: Trainer) -> tuple[int | None, str]:
     """Size in bytes (None: unknown) and name of the memory of one process: its GPU's, or its share of the machine's."""
     device = trainer.strategy.root_device
     if device.type == "cuda" and not _offloads(trainer):

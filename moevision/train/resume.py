@@ -23,9 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, Timer
 
 from moevision.config import CheckpointConfig, Settings, flatten
@@ -115,7 +115,7 @@ _STALE_FILES = ("splits.csv", "bad_images.csv", PROBE_FILE, "config-*.yaml")
 _PATIENCE_S = 10.0  # how long to wait for the lock of a training that is about to end
 
 
-class ResumePoint(L.Callback):
+class ResumePoint(Callback):
     """Saves `last.ckpt` between steps, stops there on a signal, and restores state that Lightning doesn't.
 
     It must be the first callback, and `EpochEnd` the last. `fingerprint` has what the results depend on, for a
@@ -135,7 +135,7 @@ class ResumePoint(L.Callback):
         self._random_states: list[State] | None = None
         self._is_resumed = False
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
         """Restore the random generators; from here on signals take effect at the end of a step.
 
         A training that starts afresh deletes rows of metrics.csv from an attempt that ended without a checkpoint.
@@ -150,23 +150,21 @@ class ResumePoint(L.Callback):
         self.interruption.listen()  # again: Lightning has just set its own handlers for SIGTERM and SIGUSR1
         self.interruption.training = True
 
-    def _restore_random_generators(self, trainer: L.Trainer) -> None:
+    def _restore_random_generators(self, trainer: Trainer) -> None:
         states, self._random_states = self._random_states, None
         if states is not None and len(states) == trainer.world_size:
             restore_random_state(states[trainer.global_rank])
         elif trainer.world_size > 1:
             seed_per_rank(trainer.global_rank)
 
-    def _replace_timer(self, trainer: L.Trainer) -> None:
+    def _replace_timer(self, trainer: Trainer) -> None:
         """Take over --trainer.max_time from Lightning's timer, which would end a training as if it were complete."""
         timer = callback_of(trainer, Timer)
         if timer is not None:
             cast(Any, trainer).callbacks.remove(timer)
             self._deadline_s = time.monotonic() + (timer.time_remaining() or 0)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, task: Any, batch: Any, batch_idx: int) -> None:
         """Save if a save is due, and stop on a signal or after --trainer.max_time."""
         if batch_idx % trainer.accumulate_grad_batches:
             return  # within an accumulated step: gradients aren't saved
@@ -177,14 +175,14 @@ class ResumePoint(L.Callback):
         if must_stop:
             self.interruption.stop()
 
-    def is_due(self, trainer: L.Trainer) -> bool:
+    def is_due(self, trainer: Trainer) -> bool:
         """Whether a save is due; all processes get the same answer."""
         is_due = time.monotonic() - self._saved_s >= 60 * self.config.every_minutes
         if self.config.every_steps is not None:
             is_due |= trainer.global_step - self._saved_step >= self.config.every_steps
         return trainer.strategy.reduce_boolean_decision(is_due, all=False)
 
-    def must_stop(self, trainer: L.Trainer) -> bool:
+    def must_stop(self, trainer: Trainer) -> bool:
         """Whether to stop; all processes get the same answer."""
         is_overdue = time.monotonic() >= self._deadline_s and trainer.is_global_zero
         if is_overdue and trainer.global_step < trainer.estimated_stepping_batches:
@@ -192,25 +190,25 @@ class ResumePoint(L.Callback):
         stop = self.interruption.requested is not None or self.interruption.by != ""
         return trainer.strategy.reduce_boolean_decision(stop, all=False)
 
-    def save(self, trainer: L.Trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
         """Write `last.ckpt`; every process must call it."""
         trainer.save_checkpoint(self.path)
         self._note_save(trainer)
 
-    def _note_save(self, trainer: L.Trainer) -> None:
+    def _note_save(self, trainer: Trainer) -> None:
         self._saved_s = time.monotonic()
         self._saved_step = trainer.global_step
 
-    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_end(self, trainer: Trainer, task: Any) -> None:
         """From here on signals take effect at once, since everything is saved."""
         self.interruption.training = False
         if self.interruption.requested is not None:
             self.interruption.stop()
 
-    def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, task: Any, exception: BaseException) -> None:
         self.interruption.training = False
 
-    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, task: Any, checkpoint: State) -> None:
         """Add random states, the number of rows in metrics.csv, the fingerprint, and what `load_trained` needs."""
         data = data_of(trainer)
         checkpoint[MARK] = {
@@ -224,7 +222,7 @@ class ResumePoint(L.Callback):
             },
         }
 
-    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, task: Any, checkpoint: State) -> None:
         """Cut metrics.csv to the rows that it had at the checkpoint, and adapt paths if the run folder was moved."""
         for name, state in checkpoint.get("callbacks", {}).items():
             if name.startswith("ModelCheckpoint"):
@@ -242,7 +240,7 @@ class ResumePoint(L.Callback):
             file.cut(saved.get("metrics_rows") or 0)
 
 
-def _metrics_files(trainer: L.Trainer) -> list[MetricsFile]:
+def _metrics_files(trainer: Trainer) -> list[MetricsFile]:
     """The metrics.csv of the run on rank 0, which writes it; an empty list on other ranks."""
     if not trainer.is_global_zero:
         return []
@@ -255,13 +253,13 @@ class EpochEnd(Checkpoint):
     def __init__(self, point: ResumePoint) -> None:
         self.point = point
 
-    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, task: Any) -> None:
         self.point.save(trainer)
         if self.point.must_stop(trainer):
             self.point.interruption.stop()
 
 
-def _restore_loader_position(trainer: L.Trainer, checkpoint: State) -> None:
+def _restore_loader_position(trainer: Trainer, checkpoint: State) -> None:
     """If batch size or number of processes changed, convert the number of batches done in this epoch.
 
     It becomes that of new batches which hold the same number of images, for the data and for Lightning.

@@ -17,8 +17,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
+from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -30,7 +30,7 @@ from moevision.train.task import Batch
 from moevision.types import State
 
 
-class ExampleScores(L.Callback):
+class ExampleScores(Callback):
     """Keeps scores of the images of an `ImageDataModule` and writes `scores.csv` when training ends.
 
     In the list of callbacks it comes before the `StabilityGuard`, whose snapshots hold the rows. Every process has all
@@ -45,11 +45,11 @@ class ExampleScores(L.Callback):
         self._window: list[tuple[Tensor, Tensor]] = []
         self._routed_from = float("inf")  # the step at which counting of experts begins
 
-    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: State) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, task: Any, checkpoint: State) -> None:
         if trainer.state.fn is TrainerFn.FITTING:
             self._saved = checkpoint["callbacks"].get(self.state_key, {})
 
-    def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, task: Any) -> None:
         data = data_of(trainer)
         saved, self._saved = self._saved, None
         self.sums = None
@@ -73,33 +73,31 @@ class ExampleScores(L.Callback):
         self.sums = sums
         task.observer = partial(self._observe, trainer)
 
-    def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, task: Any, stage: str) -> None:
         if stage == "fit":
             task.observer = None
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
         # Experts hardly change in the last third; a training without an end has none.
         steps = trainer.estimated_stepping_batches if self.sums is not None else float("inf")
         self._routed_from = steps
         if isfinite(steps):
             self._routed_from = steps - steps // 3
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, task: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window = []
 
     @torch.no_grad()
     def _observe(
-        self, trainer: L.Trainer, batch: Batch, logits: Tensor, routings: Sequence[Routing]
+        self, trainer: Trainer, batch: Batch, logits: Tensor, routings: Sequence[Routing]
     ) -> None:
         measures = [visit_measures(logits, batch["label"])]
         if trainer.global_step >= self._routed_from:
             measures += [visit_shares(routing) for routing in routings]
         self._window.append((batch["index"], torch.cat(measures, 1)))
 
-    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, task: Any, *_: Any) -> None:
         if self.sums is None or not task.update_applied:
             return
         for visits in self._window:
@@ -111,7 +109,7 @@ class ExampleScores(L.Callback):
             self.sums.add(indices.numpy(), measures.numpy(), shares.numpy() if has_shares else None)
         self._window = []
 
-    def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, task: Any) -> None:
         """Write the table, after the guard's last check."""
         if self.sums is not None and trainer.is_global_zero and not is_trial(trainer):
             table = self.table(data_of(trainer))

@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, cast
 
-import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -54,7 +54,7 @@ Observer = Callable[[Batch, Tensor, Sequence[Routing]], None]
 """Called with every training batch: the batch, its logits [B, C] and what each MoE layer decided, detached."""
 
 
-def check_trainer(trainer: L.Trainer) -> None:
+def check_trainer(trainer: Trainer) -> None:
     """Refuse options of the Trainer that mean nothing for this task."""
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise UserError(
@@ -74,7 +74,7 @@ def check_trainer(trainer: L.Trainer) -> None:
     check_ranges(trainer, ranges, "--trainer.")
 
 
-class ClassificationTask(L.LightningModule):
+class ClassificationTask(LightningModule):
     """Train and evaluate an image classifier with MoE layers.
 
     Args are those of `moevision.config.Model`, which says what they are.

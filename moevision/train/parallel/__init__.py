@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import lightning as L
 import torch
+from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         """What follows --parallel on the command line."""
         return f"ddp --parallel.expert {self.expert}" if self.replicated else "fsdp"
 
-    def check(self, trainer: L.Trainer) -> None:
+    def check(self, trainer: Trainer) -> None:
         """Raise a UserError for one process, a number of them that `expert` doesn't divide, or another precision."""
         processes = trainer.num_nodes * trainer.num_devices
         if processes == 1:
@@ -88,7 +88,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
             )
 
     def check_fit(
-        self, trainer: L.Trainer, task: ClassificationTask, data: ImageDataModule, *, records: bool
+        self, trainer: Trainer, task: ClassificationTask, data: ImageDataModule, *, records: bool
     ) -> None:
         """Raise a UserError, before anything is trained, for what a sharded fit can't do; `data` are set up.
 
@@ -141,7 +141,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         set_process_group(self, "cpu:gloo,cuda:nccl" if needs_gloo else None)
         super().setup_environment()
 
-    def setup(self, trainer: L.Trainer) -> None:
+    def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self._shard()
