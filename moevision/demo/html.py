@@ -19,15 +19,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
+
 from moevision import __version__
 from moevision.errors import json_text
 
 CORE_STYLES = ("explorer_base.css", "explorer_flow.css", "explorer_stage.css")
 APP_STYLES = ("explorer.css", "explorer_tabs.css")
-# The same background as that of `.mv` (--bg in explorer_base.css), which is narrower than a wide screen.
-_PAGE_STYLE = (
-    "body{margin:0;background:#fbfbf9}@media(prefers-color-scheme:dark){body{background:#131417}}\n"
-)
 _EMPTY_MAIN = '<main class="mv" data-mv></main>'
 VIEW_SCHEMA = "moevision.view/2"
 OFFLINE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -91,7 +89,9 @@ def app_page(
     """
     start_call = "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS);"
     script = script_of("app.js", start_call, read=read, BOOT=boot, VIEWS=views)
-    body = f'<main class="mv" data-mv>{_placeholder(boot, views)}</main>'
+    thumbs = {row["id"]: row["thumb"] for model in boot["models"] for row in model["examples"]}
+    sources = [thumbs.get(view["picture"]["id"], "") for view in views]
+    body = _render("opening.html.jinja", sources=sources)
     css = read_css((*CORE_STYLES, *APP_STYLES)) + style
     text = document("See inside a Mixture of Experts", css, body, script, policy="")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -100,29 +100,8 @@ def app_page(
 
 def login_page(query: str, wrong: bool) -> str:
     """The form that asks for user and password; `wrong` shows an error, and `query` is kept for the page after it."""
-    alert = '<p role="alert">Incorrect credentials.</p>' if wrong else ""
-    # Label, name, type and autocomplete.
-    field = '<p><label>{0}<br><input name="{1}" type="{2}" autocomplete="{3}" required></label></p>'
-    body = (
-        f'<main class="mv"><h1>moevision explorer</h1>{alert}<form method="post" action="login?{html.escape(query)}">'
-        + field.format("User", "username", "text", "username")
-        + field.format("Password", "password", "password", "current-password")
-        + '<p><button class="mv-button">Log in</button></p></form></main>'
-    )
+    body = _render("login.html.jinja", query=query, wrong=wrong)
     return document("moevision explorer", read_css(CORE_STYLES), body, "", policy="")
-
-
-def _placeholder(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str:
-    """The first screen until the script runs: small thumbnails in the positions of the images."""
-    examples = [example for model in boot["models"] for example in model["examples"]]
-    thumbs = {example["id"]: example["thumb"] for example in examples}
-    sources = [thumbs.get(view["picture"]["id"], "") for view in views]
-    images = "".join(f'<img src="{html.escape(source)}" alt="">' for source in sources)
-    return (
-        '<div class="mv-boot mv-flow"><div class="mv-flow-head"><div><h1>See inside a Mixture of Experts</h1>'
-        '<p role="status">Opening the model…</p><noscript><p>This page needs JavaScript.</p></noscript></div></div>'
-        f'<div class="mv-flow-row">{images}</div></div>'
-    )
 
 
 def lesson_file() -> Path | None:
@@ -206,33 +185,22 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
     `policy` is its Content-Security-Policy, by default one that loads nothing. It is empty for a page that a server
     sends with a policy of its own; such a page has a description and an icon instead.
     """
-    meta = _page_metadata(title)
-    if policy:
-        meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{meta}\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_PAGE_STYLE}{style}</style></head>\n"
-        f"<body>{body}\n<script>{script}</script></body></html>\n"
+    return _render(
+        "page.html.jinja", title=title, style=style, body=body, script=script, policy=policy
     )
 
 
-def _page_metadata(title: str) -> str:
-    """Icon and description of a served page, for browser tabs, search engines and previews of shared links."""
-    description = (
-        "Eight experts share one photo: see which of them computes each patch, and take them away."
+def _render(template: str, **values: Any) -> str:
+    """A template filled with values, which are HTML or escaped there."""
+    folder = Path(__file__).with_name("templates")
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    colours = ("0072B2", "E69F00", "CC79A7", "009E73")  # of the first experts in assets/palette.js
-    squares = ""
-    for index, colour in enumerate(colours):
-        row, column = divmod(index, 2)
-        squares += f"%3Crect x='{8 * column}' y='{8 * row}' width='7' height='7' rx='1.5' fill='%23{colour}'/%3E"
-    return (
-        f"<link rel=\"icon\" href=\"data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 15'%3E"
-        f'{squares}%3C/svg%3E"><meta name="description" content="{description}">'
-        f'<meta property="og:type" content="website"><meta property="og:title" content="{title}">'
-        f'<meta property="og:description" content="{description}"><meta name="twitter:card" content="summary">'
-    )
+    return pages.get_template(template).render(values)
 
 
 def script_of(
