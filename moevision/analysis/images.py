@@ -30,7 +30,7 @@ from moevision.data.collection import (
     Sample,
     interleave_by_class,
 )
-from moevision.data.drawn import DrawnImages
+from moevision.data.emoji import DrawnImages
 from moevision.data.folder import DATASET_NAMES
 from moevision.data.images import BadImageError, upright_rgb
 from moevision.data.named import open_collection

@@ -29,7 +29,7 @@ from moevision.errors import UserError, escape_controls, escape_csv_cell, name_b
 from moevision.types import Pixels
 
 if TYPE_CHECKING:  # it imports torch, and folders are checked before that
-    from moevision.data.drawn import DrawnImages
+    from moevision.data.emoji import DrawnImages
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {

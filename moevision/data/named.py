@@ -27,8 +27,7 @@ from moevision.data.collection import (
     access_error,
     explain_access_errors,
 )
-from moevision.data.drawn import DrawnImages
-from moevision.data.emoji import EmojiKinds, EmojiPages
+from moevision.data.emoji import DrawnImages, EmojiKinds, EmojiPages
 from moevision.data.folder import (
     DATASET_NAMES,
     HF,

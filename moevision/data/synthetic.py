@@ -32,7 +32,7 @@ import yaml  # type: ignore[import-untyped]
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from moevision.data.drawn import DrawnImages
+from moevision.data.emoji import DrawnImages
 from moevision.types import Array, Floats, Ints, Pixels
 
 Points = Floats  # [n, 2]

@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
         """Weight [E', out, in] and bias [E', out] of the E' experts in this process, in `dtype` if one is given.
 
         Every backend gets the parameters from here, so that a matrix product never has a sharded operand. E' is E
-        unless experts are distributed over processes (`moevision.train.parallel.layout`).
+        unless experts are distributed over processes (`moevision.train.parallel`).
         """
         weight = local(self.weight)
         bias = None if self.bias is None else local(self.bias)

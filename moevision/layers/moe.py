@@ -3,7 +3,7 @@
 `reference.py` computes the same in simple code, slowly and without options.
 
 The dispatcher has no parameters. It alone knows in which process each expert is: with `LocalDispatcher` all are in this
-one, and `moevision.train.parallel.layout` has the dispatcher for experts that are spread over processes.
+one, and `moevision.train.parallel` has the dispatcher for experts that are spread over processes.
 
 Axes: B images, N tokens of an image, T = B·N tokens, D width, E experts, K choices of a token, R rows (for token choice
 T·K and padding), `out` the width of the output.

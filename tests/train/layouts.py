@@ -37,7 +37,7 @@ from moevision.models.io import describe, save_model
 from moevision.models.vit_moe import checkpoint_blocks
 from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.optim import OptimizerConfig, OptimizerName, build_optimizer
-from moevision.train.parallel.layout import Layout, same_everywhere, shard
+from moevision.train.parallel import Layout, same_everywhere, shard
 from moevision.train.parallel.parts import (
     SHARDED,
     clip,

@@ -25,8 +25,7 @@ from moevision.models.io import load_model
 from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.health import WeightEMA
 from moevision.train.optim import OptimizerConfig, build_optimizer
-from moevision.train.parallel import parts
-from moevision.train.parallel.layout import Layout, shard
+from moevision.train.parallel import Layout, parts, shard
 from moevision.train.parallel.parts import (
     clip,
     divide,

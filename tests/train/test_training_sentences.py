@@ -14,7 +14,7 @@ from moevision.models.config import build_model
 from moevision.train.checkpoint import check_checkpoint, load_trained
 from moevision.train.guard import StabilityGuard
 from moevision.train.optim import freeze_parameters, parameter_groups
-from moevision.train.parallel.layout import check_divides, check_network
+from moevision.train.parallel import check_divides, check_network
 from moevision.train.report import read_summary
 from tests.shared import missing
 from tests.train.guarded import Run, batches, tiny_task

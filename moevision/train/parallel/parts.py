@@ -13,7 +13,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,6 @@ from torch.utils._pytree import SequenceKey, tree_map_only, tree_map_with_path
 from moevision.layers.experts import local
 from moevision.train import optim
 from moevision.types import State
-
-if TYPE_CHECKING:
-    pass
 
 
 def is_sharded(net: nn.Module) -> bool:
