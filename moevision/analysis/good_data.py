@@ -29,7 +29,7 @@ from importlib.resources import files
 from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlencode
 
 import numpy as np
@@ -56,7 +56,7 @@ from moevision.types import Array, Flags, Floats, Ints, Json, Pixels
 from moevision.words import shell_word, with_progress
 
 TABLE, PAGE, THUMBS = "images.csv", "page.html", "thumbs"
-THUMB: Final = 112  # px, the longer side of an image on the page
+THUMB = 112  # px, the longer side of an image on the page
 # The map: columns are bins of the mean probability of the label, rows are bins of its standard deviation.
 _MAP_COLUMNS, _MAP_ROWS = 24, 16
 _MAX_SPREAD = 0.5  # the largest possible standard deviation of numbers in [0, 1]
@@ -111,8 +111,8 @@ def score_run(
 
 # ---- measures of the pixels of one image
 
-SIDE: Final = 224
-MEASURES: Final = np.dtype(
+SIDE = 224
+MEASURES = np.dtype(
     [
         ("width", np.int32),
         ("height", np.int32),
@@ -125,9 +125,9 @@ MEASURES: Final = np.dtype(
     ]
 )
 """Measures of one image, 33 bytes; `read` says whether it could be decoded, `has_hash` whether `hash` is meaningful."""
-_GRID: Final = 32
+_GRID = 32
 # Standard deviation of the 32 x 32 luma, in grey levels, below which the bits of a perceptual hash are only noise.
-_MIN_CONTRAST: Final = 2.0
+_MIN_CONTRAST = 2.0
 
 
 def image_measures(image: Image.Image) -> Array:
@@ -194,9 +194,9 @@ def perceptual_hash(luma: Image.Image) -> tuple[np.uint64, bool]:
 ORDERS, WINDOW = 16, 16
 # How many of 64 bits may differ: in any pair, and in a pair whose features are not compared.
 MOST_BITS, SURE_BITS = 10, 4
-AGREE: Final = 0.7  # least cosine; of 60 000 CIFAR-10 images, pairs of 7 to 10 bits below it are no copies, by eye
-CELL: Final = 16_384
-WIDTH: Final = 64  # dimensions of the features kept for an image: 128 bytes
+AGREE = 0.7  # least cosine; of 60 000 CIFAR-10 images, pairs of 7 to 10 bits below it are no copies, by eye
+CELL = 16_384
+WIDTH = 64  # dimensions of the features kept for an image: 128 bytes
 _COMPARED_ROWS = 1024  # rows of a cell's matrix of cosines that are computed at once
 _KMEANS_ITERATIONS = 5
 
@@ -698,7 +698,7 @@ _SCORE_LISTS = (
         form="EL2N {:.2g}",
     ),
 )
-SCORE_LISTS: Final = {ranking.key: ranking for ranking in _SCORE_LISTS}
+SCORE_LISTS = {ranking.key: ranking for ranking in _SCORE_LISTS}
 
 
 def lowest_rows(values: Array, count: int, among: Flags | None = None) -> Ints:

@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from operator import methodcaller
-from typing import Any, Final, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 }
 _NO_FIRST_CHOICE = "so no token has a first choice to be changed"
 # Why a kind of intervention has no meaning for a kind of router.
-_REFUSALS: Final[dict[tuple[RoutingKind, Kind], str]] = {
+_REFUSALS: dict[tuple[RoutingKind, Kind], str] = {
     ("expert_choice", "force"): f"its experts choose their tokens, {_NO_FIRST_CHOICE}",
     ("soft", "force"): f"every token takes from all slots, {_NO_FIRST_CHOICE}",
     ("soft", "top_k"): "every token takes from all slots, so there is no k to be changed",
@@ -624,7 +624,7 @@ class SlotWeights(Decision):
         )
 
 
-_DECISIONS: Final[dict[str, type[Decision]]] = {
+_DECISIONS: dict[str, type[Decision]] = {
     "token_choice": Ranking,
     "expert_choice": TokenLists,
     "soft": SlotWeights,

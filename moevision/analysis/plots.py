@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,7 @@ from moevision.layers.routing import Kind as RoutingKind
 from moevision.types import Flags, Floats, Pixels
 from moevision.words import percent
 
-EXPERT_COLOURS: Final = (
+EXPERT_COLOURS = (
     "#0072B2",  # blue
     "#D55E00",  # vermillion
     "#009E73",  # bluish green
@@ -55,27 +55,27 @@ EXPERT_COLOURS: Final = (
 )
 """Colour of expert 0, 1, ... in a layer of up to eight experts."""
 
-NEUTRAL: Final = "#C9CDD2"  # every expert of a layer with more than eight
-COLUMN_INCHES: Final = 3.5
-PAGE_INCHES: Final = 7.2
-INK: Final = "#333333"
-SOFT: Final = "#6B6B6B"
-RULE: Final = "#BBBBBB"
-GRID: Final = "#E8E8E8"
-BLANK: Final = "#F1F2F4"  # cells that hold nothing worth a colour
+NEUTRAL = "#C9CDD2"  # every expert of a layer with more than eight
+COLUMN_INCHES = 3.5
+PAGE_INCHES = 7.2
+INK = "#333333"
+SOFT = "#6B6B6B"
+RULE = "#BBBBBB"
+GRID = "#E8E8E8"
+BLANK = "#F1F2F4"  # cells that hold nothing worth a colour
 SMALL, NORMAL, LARGE = 6.5, 7.5, 8.5  # points
 Style = dict[str, Any]  # keyword arguments of matplotlib
-SOFT_TEXT: Final[Style] = {"fontsize": SMALL, "color": SOFT}
+SOFT_TEXT: Style = {"fontsize": SMALL, "color": SOFT}
 _LINE_INCHES = 0.145
 _CHIPS = 20  # experts: up to here each has a chip at the edge of a map
 
-BELOW_ABOVE: Final = LinearSegmentedColormap.from_list(
+BELOW_ABOVE = LinearSegmentedColormap.from_list(
     "moevision_below_above", ["#8A3F00", "#D98A4E", "#F7F7F7", "#5FA3CC", "#00466F"]
 )
 """Brown below, white at, blue above the value to compare with; told apart under every common colour vision."""
 
 NOTEBOOK_DPI = 110  # sharp enough on a screen, and small in a saved notebook
-_LARGE: Final = 100_000  # bytes
+_LARGE = 100_000  # bytes
 
 
 class NotebookFigure(Figure):
@@ -579,7 +579,7 @@ _PER_ROW = 4  # panels side by side
 _MOST_EXPERTS = 16
 # In patches: between top and random ones, the width of the expert's name, the height of a row.
 _GAP, _NAME, _ROW = 0.5, 1.5, 1.06
-_OVERLAY_NOTES: Final[dict[RoutingKind, str]] = {
+_OVERLAY_NOTES: dict[RoutingKind, str] = {
     "token_choice": "Colour and number: the patch's first choice; opacity: grows with its gate weight; × dropped by "
     "capacity.",
     "expert_choice": "Experts choose: colour and number are the expert with the largest weight of those that took the "

@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Final, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 from scipy.special import log_softmax
@@ -66,12 +66,12 @@ NOT_SHOWN = "not shown"
 NOT_MEASURED = "not measured"
 NOTHING = "the layer contributes nothing"
 _STRONGEST_FIRST = (YES, A_LITTLE_WORD, NOT_SHOWN, NOTHING, NOT_MEASURED)
-LEADS: Final[dict[Question, str]] = {
+LEADS: dict[Question, str] = {
     "experts": "Classes go to different experts",
     "training": "Training the router added to that",
     "function": "The experts do different things",
 }
-_CONTROLS: Final = {
+_CONTROLS = {
     "before": ("The router before training", "before training it told"),
     "untrained": (
         "The same model with fresh weights, in place of the router before training",

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -84,7 +84,7 @@ from moevision.words import shell_word
 SCHEMA = "moevision.report/1"
 HTML, NUMBERS, TRACE, FIGURES = "report.html", "report.json", "trace.safetensors", "figures"
 LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
-HERE: Final = Path(__file__).parent
+HERE = Path(__file__).parent
 # Figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels.
 _CSS_PER_PIXEL = 0.6
 _NUM_STAGES = 7  # of `analyze`

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -47,8 +47,8 @@ from moevision.train.resume import is_finished, is_free, resume_command
 from moevision.types import Flags, Json
 from moevision.words import duration, flops, percent, points
 
-PREDICTIONS: Final = "predictions_test.csv"
-_SCHEMA: Final = "moevision.compare/1"
+PREDICTIONS = "predictions_test.csv"
+_SCHEMA = "moevision.compare/1"
 # A recipe is the options that decide how a model is trained, except for the seed. An option that may change when a run
 # is resumed (`is_free`) isn't part of a recipe. These prefixes of option names are the exceptions.
 # Not part of a recipe although not free: the seeds, and options that only observe the training.

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, Final, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.random import PCG64, Generator
@@ -108,7 +108,7 @@ def generator_for(key: str) -> Generator:
 
 # ---- pages of emoji
 
-GROUPS: Final[tuple[str, ...]] = (
+GROUPS: tuple[str, ...] = (
     "smileys",
     "people",
     "animals",
@@ -119,11 +119,11 @@ GROUPS: Final[tuple[str, ...]] = (
     "symbols",
     "flags",
 )
-CELL: Final = 16  # px of an emoji
-CELLS: Final = 4  # emoji in a row, and rows
-SHIFT: Final = 2  # px that an emoji lies from the middle of its cell at most
-HELD_OUT: Final = 0.1  # of each kind's emoji
-KIND_SIZE: Final = 12  # emoji that a subgroup of Unicode needs to be one of `EmojiKinds`
+CELL = 16  # px of an emoji
+CELLS = 4  # emoji in a row, and rows
+SHIFT = 2  # px that an emoji lies from the middle of its cell at most
+HELD_OUT = 0.1  # of each kind's emoji
+KIND_SIZE = 12  # emoji that a subgroup of Unicode needs to be one of `EmojiKinds`
 _SHEET_COLUMNS = 44
 _BACKGROUND = 128
 _ASSETS = Path(__file__).parent / "assets"
@@ -166,7 +166,7 @@ def _large_kinds() -> tuple[str, ...]:
     return tuple(kind for kind, size in sizes.items() if size >= KIND_SIZE)
 
 
-KINDS: Final = _large_kinds()
+KINDS = _large_kinds()
 
 
 @cache

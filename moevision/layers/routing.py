@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,7 +34,7 @@ from moevision.layers.experts import Experts
 
 Kind = Literal["token_choice", "expert_choice", "soft"]
 JITTER = 0.01  # Switch Transformer, table 1 and its released code
-STEPS: Final = ("scores", "shares", "kept", "weights")
+STEPS = ("scores", "shares", "kept", "weights")
 Explanation = dict[str, str]
 """For each of `STEPS`, the steps of a router's decision, one or two sentences on what the router does there."""
 

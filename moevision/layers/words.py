@@ -10,14 +10,12 @@ Texts that are appended to another one begin with a space and are empty where th
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from moevision.layers.routing import JITTER, Explanation, routed_unit
 
-ONE_DIRECTION: Final = "The patch is compared with one learned direction per expert."
-ANGLE: Final = (
-    "The angle between the patch and one learned direction per expert, times a learned scale."
-)
+ONE_DIRECTION = "The patch is compared with one learned direction per expert."
+ANGLE = "The angle between the patch and one learned direction per expert, times a learned scale."
 
 
 def by_softmax(

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,9 @@ from moevision.layers.routing import evaluating
 from moevision.models.safe_files import parse_json, read_header, read_metadata
 from moevision.types import Ints
 
-SCHEMA: Final = "moevision.history/1"
+SCHEMA = "moevision.history/1"
 """Version of the file; a change that an older reader would misread raises the number."""
-FILE: Final = "routing_history.safetensors"
+FILE = "routing_history.safetensors"
 _BATCH = 16
 Half = npt.NDArray[np.float16]
 
@@ -181,8 +181,8 @@ class RoutingHistory:
         return history
 
 
-_KEY: Final = "history"
-_HEADER_FIELDS: Final = (
+_KEY = "history"
+_HEADER_FIELDS = (
     "steps",
     "total_steps",
     "pretrained",

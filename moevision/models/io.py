@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -55,8 +55,8 @@ ImageSize = int | tuple[int, int]
 Colour = tuple[float, float, float]
 FOLDER = "local-dir:"
 HUB = ("hf-hub:", "hf_hub:")
-MAX_SIDE_PX: Final = 4096  # of a model's input: one image takes 200 MB in float32
-MAX_COLOUR: Final = 1e4  # of a channel's mean and deviation, in units of the brightest pixel
+MAX_SIDE_PX = 4096  # of a model's input: one image takes 200 MB in float32
+MAX_COLOUR = 1e4  # of a channel's mean and deviation, in units of the brightest pixel
 # `fit` in timm's words.
 _CROP_MODES: dict[Fit, str] = {"crop": "center", "pad": "border", "squash": "squash"}
 

@@ -12,7 +12,6 @@ Shapes: B batch, n training images, m validation images, D width of the feature,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +24,12 @@ from moevision.models.convert import pooled
 from moevision.models.safe_files import read_header
 from moevision.types import Array, Floats, TimmModel
 
-FILE: Final = "strangers.safetensors"
-REFUSED: Final = 0.05
+FILE = "strangers.safetensors"
+REFUSED = 0.05
 """Fraction of the validation images that lies above the threshold."""
 # Most images of a split that a training run measures for `fit_ood`; of the training split 10 per class if that is more.
-IMAGES: Final = 1_000
-MIN_VALIDATION: Final = 20  # 5 % of fewer images are less than one
+IMAGES = 1_000
+MIN_VALIDATION = 20  # 5 % of fewer images are less than one
 
 
 class MahalanobisOOD(nn.Module):

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 from safetensors import SafetensorError, safe_open
@@ -39,11 +39,11 @@ WEIGHTS = "model.safetensors"
 PACKED = "model.int8"
 SCALE = ".scale"  # ends the name of a tensor of scales
 REST = "rest"  # key in the header of a packed file, see `parts_of`
-MAX_JSON_BYTES: Final = 16 * 2**20  # the names of ImageNet-21k's 21 841 classes take 3 MB
-MAX_YAML_BYTES: Final = 2**20
-MAX_LAYERS: Final = 512
+MAX_JSON_BYTES = 16 * 2**20  # the names of ImageNet-21k's 21 841 classes take 3 MB
+MAX_YAML_BYTES = 2**20
+MAX_LAYERS = 512
 # Elements that a model may have beyond those in its file: buffers that aren't saved, such as masks. 64 MB in fp32.
-_SPARE_ELEMENTS: Final = 16 * 2**20
+_SPARE_ELEMENTS = 16 * 2**20
 _ARCHITECTURE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
 # Arguments of `timm.create_model` rather than of a model: sources of weights, and wrappers around the model.
 _TIMM_ARGUMENTS = re.compile(

@@ -17,7 +17,7 @@ import time
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ from moevision.train.task import ClassificationTask
 from moevision.types import State
 from moevision.words import duration, percent
 
-MAX_DATA_WAIT: Final = 0.03  # of the training time: above it waiting for data is worth a remedy
+MAX_DATA_WAIT = 0.03  # of the training time: above it waiting for data is worth a remedy
 _SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
 _PATIENCE = 100  # updates that are summed before a layer is judged
 _STARVED = 0.1  # of the mean load: an expert below it hardly learns
@@ -450,7 +450,7 @@ class Calibrate(Callback):
 
 # ---- how routing forms: `fit --record_routing`; its file is described in `models.history`
 
-MOMENTS: Final = 24
+MOMENTS = 24
 _COST = 0.01  # of the training's work: the most that moments take whose number nobody gave
 
 

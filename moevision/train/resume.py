@@ -286,17 +286,14 @@ def _rewrite_checkpoint_paths(state: State, folder: Path) -> State:
     if not old or Path(old) == folder:
         return state
 
-    def move_path(value: Any) -> Any:
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):  # also `best_k_models`: scores by paths
+            return {moved(key): moved(entry) for key, entry in value.items()}
         if isinstance(value, str) and value.startswith(old):
             return str(folder) + value.removeprefix(old)
         return value
 
-    def move_entry(value: Any) -> Any:
-        if isinstance(value, dict):  # `best_k_models`: scores by paths
-            return {move_path(path): move_path(score) for path, score in value.items()}
-        return move_path(value)
-
-    return {name: move_entry(value) for name, value in state.items()}
+    return moved(state)
 
 
 @dataclass(frozen=True)
