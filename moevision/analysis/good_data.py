@@ -38,6 +38,7 @@ from markupsafe import Markup
 from PIL import Image, ImageOps
 from scipy.fft import dctn
 from scipy.ndimage import laplace
+from scipy.special import log_softmax
 
 from moevision import __version__
 from moevision.analysis.collect import network_input
@@ -395,22 +396,32 @@ def class_doubt(x: Floats, labels: Ints) -> Floats:
 
     With x [n, H] the experts' shares in each image, it measures how little these fit the image's class; with x the
     pooled features of a dense model it is the control for that. 0: x fits the label without doubt. NaN where x has NaN,
-    and everywhere without two classes, or with no more images than classes.
+    and everywhere if there is only one class.
     """
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # slow to import
-
     doubt = np.full(len(x), np.nan, np.float32)
     rows = np.flatnonzero(~np.isnan(x).any(1))
     classes, class_index = np.unique(labels[rows], return_inverse=True)  # [C], [rows]
-    if not 2 <= len(classes) < len(rows):
+    if len(classes) < 2:
         return doubt
 
-    # The shares of a layer sum to 1, so the covariance of all classes is singular: shrinkage makes it invertible.
-    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=1e-3)
-    model.fit(x[rows].astype(np.float64), class_index)
+    counts = np.bincount(class_index)  # [C]
+    means = np.zeros((len(classes), x.shape[1]))  # [C, H]
+    np.add.at(means, class_index, x[rows])
+    means /= counts[:, None]
+
+    deviations = x[rows] - means[class_index]  # [rows, H]
+    covariance = deviations.T @ deviations / len(rows)  # [H, H], shared by all classes
+    # The shares of a layer sum to 1, so the covariance is singular: a ridge makes it invertible.
+    ridge = 1e-3 * np.trace(covariance) / len(covariance) + 1e-12
+    covariance += np.eye(len(covariance)) * ridge
+
+    # The discriminant of class c is x · Σ⁻¹ μ_c - ½ μ_c · Σ⁻¹ μ_c + ln of its prior.
+    weight = np.linalg.solve(covariance, means.T)  # [H, C]
+    bias = np.log(counts / len(rows)) - 0.5 * (means * weight.T).sum(1)  # [C]
+
     for start in range(0, len(rows), _DOUBT_BATCH):
         block = rows[start : start + _DOUBT_BATCH]
-        log_p = model.predict_log_proba(x[block])  # [block, C]
+        log_p = log_softmax(x[block] @ weight + bias, axis=1)  # [block, C]
         own_class = class_index[start : start + _DOUBT_BATCH, None]
         doubt[block] = -np.take_along_axis(log_p, own_class, 1)[:, 0]
     return doubt
