@@ -55,7 +55,8 @@ def part_fractions(part_masks: Pixels, grid: tuple[int, int], num_parts: int) ->
 
 def majority_part(fractions: Floats) -> Ints:
     """[I, P]: the part with most pixels in each patch (the lower number of two that tie), from `part_fractions`."""
-    return fractions.argmax(-1).astype(np.int16)
+    result: Ints = fractions.argmax(-1).astype(np.int16)
+    return result
 
 
 def part_expert_table(
@@ -102,13 +103,15 @@ def part_stands_out(
     spread = permuted.std(0, ddof=1)
     largest = _deviations(permuted, mean, spread).max((1, 2))  # [R]
     threshold = np.quantile(largest, _LEVEL, method="higher")
-    return _deviations(observed, mean, spread) > threshold
+    result: Flags = _deviations(observed, mean, spread) > threshold
+    return result
 
 
 def _expert_shares(area: Floats, shares: Floats) -> Floats:
     """[parts, E] each expert's share of a part, from areas [I, P, parts] and shares of patches [I · P, E]."""
     table = area.reshape(len(shares), -1).T @ shares
-    return table / np.maximum(table.sum(1, keepdims=True), 1e-12)
+    result: Floats = table / np.maximum(table.sum(1, keepdims=True), 1e-12)
+    return result
 
 
 def _deviations(shares: Floats, mean: Floats, spread: Floats) -> Floats:

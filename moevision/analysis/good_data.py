@@ -641,7 +641,8 @@ def _margins(probabilities: Floats, labels: Ints) -> Floats:
     of_label = probabilities[rows, labels]
     others = probabilities.copy()
     others[rows, labels] = 0  # the smallest value, so that the label's isn't the maximum
-    return of_label - others.max(1)
+    result: Floats = of_label - others.max(1)
+    return result
 
 
 # ---- ranked lists

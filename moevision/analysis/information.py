@@ -246,7 +246,8 @@ def second_order_bias(sums: Floats, squares: Floats, images_of_class: Ints) -> F
     expert_variance = variance.sum(1)  # [R, E]
     expert_terms = _ratio(expert_variance, sums.sum(1)).sum(1)
     total = sums[0].sum()
-    return (cell_terms - expert_terms) / (2 * math.log(2) * total)
+    result: Floats = (cell_terms - expert_terms) / (2 * math.log(2) * total)
+    return result
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:

@@ -288,7 +288,7 @@ def run_repeated(model: nn.Module, x: Tensor, rows: Tensor, first: MoEMlp) -> Te
     # A router that reads the input images needs as many of them as there are rows, also in later blocks.
     sees_image = any(layer.router.sees_image for layer in moe_layers(model))
     if blocks is None or first.layer_index is None or sees_image:
-        return model(x[rows])
+        return cast(Tensor, model(x[rows]))
 
     def repeat(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # Another thread's plain forward pass doesn't wait for the lock and must stay as it is.
@@ -297,7 +297,7 @@ def run_repeated(model: nn.Module, x: Tensor, rows: Tensor, first: MoEMlp) -> Te
         return (inputs[0][rows], *inputs[1:])
 
     with blocks[first.layer_index].register_forward_pre_hook(repeat):
-        return model(x)
+        return cast(Tensor, model(x))
 
 
 @dataclass(frozen=True)

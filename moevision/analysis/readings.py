@@ -445,7 +445,8 @@ class Clustering:
 def nearness(kmeans: KMeans, tokens: Floats) -> Floats:
     """[..., E] negative squared distance of tokens [..., D] to the centre of each cluster."""
     distance = kmeans.transform(tokens.reshape(-1, tokens.shape[-1]))
-    return -np.square(distance).reshape(*tokens.shape[:-1], -1)
+    result: Floats = -np.square(distance).reshape(*tokens.shape[:-1], -1)
+    return result
 
 
 def fit_clusters(tokens: Floats, num_clusters: int, seed: int) -> KMeans:
@@ -924,7 +925,8 @@ def probe_groups(inputs: Floats, target: Ints, num_groups: int, halves: Flags, s
         group_of_token = np.empty(len(order), np.int64)
         group_of_token[order] = np.arange(len(order)) * num_groups // max(1, len(order))
         groups[in_test] = group_of_token.reshape(-1, patches)
-    return (groups[..., None] == np.arange(num_groups)).astype(np.float32)
+    result: Floats = (groups[..., None] == np.arange(num_groups)).astype(np.float32)
+    return result
 
 
 def _folds(halves: Flags) -> Iterator[tuple[Flags, Flags]]:

@@ -296,4 +296,5 @@ def full_size(image: Image.Image) -> tuple[tuple[int, int], int]:
     The last column and row of a reduced image may cover less than a whole pixel: boxes in it are those of the full
     image divided by the reduction.
     """
-    return image.info.get(_FULL_SIZE, (image.size, 1))
+    result: tuple[tuple[int, int], int] = image.info.get(_FULL_SIZE, (image.size, 1))
+    return result

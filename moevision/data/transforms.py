@@ -334,7 +334,8 @@ def _sides(u: Floats, sizes: Ints, scale: Bounds, ratio: Bounds) -> Ints:
     quotient = np.exp(low + (high - low) * u[..., 1])  # [B, T]
     # np.rint rounds halves to even numbers like Python's round, which torchvision uses.
     squares = np.stack([product * quotient, product / quotient], axis=2)
-    return np.rint(np.sqrt(squares)).astype(np.int64)
+    result: Ints = np.rint(np.sqrt(squares)).astype(np.int64)
+    return result
 
 
 def _first_that_fits(u: Floats, fits: Flags, sides: Ints, sizes: Ints, fallback: Boxes) -> Boxes:

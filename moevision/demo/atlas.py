@@ -127,7 +127,8 @@ def build_atlas(
 def _rounded(atlas: Json) -> Json:
     """The same with real numbers of four decimals."""
     text = json_text(as_json(atlas))
-    return json.loads(text, parse_float=lambda number: round(float(number), _DIGITS))
+    result: Json = json.loads(text, parse_float=lambda number: round(float(number), _DIGITS))
+    return result
 
 
 def counted_name(expert: Json) -> Json | None:

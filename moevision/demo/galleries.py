@@ -222,7 +222,8 @@ class AtlasPages:
         if atlas is None or (change.kind, change.fill) != ("ablate", "next_best"):
             return None
         experts = _layer_of(atlas, change.layer)["experts"]
-        return experts[change.expert].get("without")
+        result: Json | None = experts[change.expert].get("without")
+        return result
 
     def classes(self, request: Any) -> Json:
         """Class x expert maps of all layers, and how much experts tell about classes and places."""

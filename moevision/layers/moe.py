@@ -191,7 +191,8 @@ class MoEMlp(Recordable):
 
         if shared is not None:
             mixed = mixed + shared
-        return self.drop(mixed.view(*x.shape[:-1], mixed.shape[-1]))
+        result: Tensor = self.drop(mixed.view(*x.shape[:-1], mixed.shape[-1]))
+        return result
 
     def _shared_output(self, x: Tensor) -> Tensor | None:
         """The output [T, out_features] of the shared experts for x [T, D]; None without them."""

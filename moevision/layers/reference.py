@@ -62,7 +62,8 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map rows [R, D] -> [R, D]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        result: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return result
 
 
 class ReferenceMoE(nn.Module):

@@ -155,7 +155,7 @@ def convert_to_moe(
     if any(slots):
         moe_config["slots_per_expert"] = one_or_list(slots, None)
     _record_model_arguments(vit, moe_config)
-    return vit
+    return cast(nn.Module, vit)
 
 
 def check_convertible(vit: nn.Module) -> None:
@@ -361,7 +361,7 @@ def pool_patches(vit: TimmModel) -> nn.Module:
     that doesn't read the class token stays as it is.
     """
     if not reads_class_token_only(vit):
-        return vit
+        return cast(nn.Module, vit)
     try:
         vit.reset_classifier(vit.num_classes, global_pool="avg")
     except (AssertionError, TypeError, ValueError) as error:
@@ -374,7 +374,7 @@ def pool_patches(vit: TimmModel) -> nn.Module:
     if hasattr(vit, "fc_norm"):
         argument = "use_fc_norm" if isinstance(vit, Eva) else "fc_norm"
         vit._model_args[argument] = False
-    return vit
+    return cast(nn.Module, vit)
 
 
 def read_layer_indices(vit: TimmModel, layers: str | Sequence[int]) -> list[int]:
@@ -430,7 +430,8 @@ def routes_read(model: nn.Module) -> list[bool]:
 def pooled(net: TimmModel, images: Tensor) -> Tensor:
     """The input [B, D] of the classifier of a timm model, for images [B, 3, H, W]."""
     tokens = net.forward_features(images)
-    return net.forward_head(tokens, pre_logits=True)
+    result: Tensor = net.forward_head(tokens, pre_logits=True)
+    return result
 
 
 def _noise_image(model: TimmModel) -> Tensor:

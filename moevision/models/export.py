@@ -325,7 +325,8 @@ def _to_bytes(net: _Exported, facts: Json, opset: int) -> bytes:
         assert onnx_program is not None  # only the exporter without dynamo returns None
         for name, value in facts.items():
             onnx_program.model.metadata_props[name] = json.dumps(value, ensure_ascii=False)
-        return onnx_program.model_proto.SerializeToString()
+        result: bytes = onnx_program.model_proto.SerializeToString()
+        return result
 
 
 def _remove_stack_traces(program: torch.export.ExportedProgram) -> None:

@@ -399,7 +399,7 @@ def reshape(net: TimmModel, num_classes: int | None, image_size: ImageSize | Non
         net.set_input_size(img_size=image_size)
     if num_classes is not None and net.num_classes != num_classes:
         net.reset_classifier(num_classes)
-    return net
+    return cast(nn.Module, net)
 
 
 def first_blocks(vit: TimmModel, depth: int) -> nn.Module:
@@ -415,7 +415,7 @@ def first_blocks(vit: TimmModel, depth: int) -> nn.Module:
             f"depth is {depth}, and the pretrained model has {len(blocks)} blocks: use 1 to {len(blocks)}."
         )
     if depth == len(blocks):
-        return vit
+        return cast(nn.Module, vit)
     if moe_layers(vit):
         raise UserError(
             f"{name} has experts, and only a dense model can be cut to its first blocks: leave depth out."
@@ -430,7 +430,7 @@ def first_blocks(vit: TimmModel, depth: int) -> nn.Module:
     vit.blocks = blocks[:depth]
     vit.feature_info = vit.feature_info[:depth]
     vit._model_args = {**getattr(vit, "_model_args", {}), "depth": depth}
-    return vit
+    return cast(nn.Module, vit)
 
 
 def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Module:
@@ -481,7 +481,7 @@ def _open_folder(folder: Path, address: str, *, weights: bool = True, **options:
         # The path in this computer's cache means nothing to a reader of the model's facts.
         repository = address.split(":", 1)[1]
         net.pretrained_cfg.update(source="hf-hub", hf_hub_id=repository, file=None)
-    return net
+    return cast(nn.Module, net)
 
 
 def _with_measurements(saved: SavedModel, folder: Path) -> SavedModel:

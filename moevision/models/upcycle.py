@@ -307,7 +307,8 @@ class RouterInput:
         """[T, features] float64: the router's features of the collected units, which it multiplies with its rows."""
         units = torch.cat(self.batches)[: self.limit]
         router = copy.deepcopy(self.layer.router).cpu().double()
-        return router.features(units)
+        result: Tensor = router.features(units)
+        return result
 
 
 def _run_until_full(

@@ -171,7 +171,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, width, H, W] -> [B, width, H, W]."""
-        return x + self.conv2(self.conv1(x))
+        result: Tensor = x + self.conv2(self.conv1(x))
+        return result
 
 
 STEMS: dict[str, Callable[[int, int], Callable[..., HybridEmbed]]] = {
@@ -364,7 +365,10 @@ def _register(name: str) -> None:
         arguments = {"img_size": size, **arguments}
 
     def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-        return _build(VisionTransformerMoE, name, pretrained, arguments | kwargs)
+        result: VisionTransformerMoE = _build(
+            VisionTransformerMoE, name, pretrained, arguments | kwargs
+        )
+        return result
 
     create.__name__ = name
     create.__qualname__ = name
@@ -392,7 +396,8 @@ def vit_moe(
             )
         no_weights = {**NO_SOURCE, "tag": None, "architecture": "vit_moe"}
         kwargs["pretrained_cfg"] = base_cfg.to_dict() | no_weights
-    return _build(_convert_base, "vit_moe", pretrained, {**kwargs, "base": base})
+    result: nn.Module = _build(_convert_base, "vit_moe", pretrained, {**kwargs, "base": base})
+    return result
 
 
 def _convert_base(base: str, twin: Match | None = None, **kwargs: Any) -> nn.Module:

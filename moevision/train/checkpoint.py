@@ -162,7 +162,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         if fault is not None:
             raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
         with explain_damaged_files(path):
-            return load_archive(path, map_location or "cpu", mmap=mmap)
+            result: State = load_archive(path, map_location or "cpu", mmap=mmap)
+            return result
 
 
 def check_checkpoint(name: str) -> State:
@@ -176,7 +177,7 @@ def check_checkpoint(name: str) -> State:
         raise UserError(
             f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/."
         )
-    return checkpoint
+    return cast(State, checkpoint)
 
 
 # ---- the model that a training has so far

@@ -184,7 +184,8 @@ class TestedImages(NamedTuple):
     @property
     def correct(self) -> Flags:
         """[n]: whether each image was classified correctly."""
-        return self.labels == self.predictions
+        result: Flags = self.labels == self.predictions
+        return result
 
 
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:

@@ -883,7 +883,8 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _yaml(settings: Settings) -> str:
-    return yaml.safe_dump(asdict(settings), sort_keys=False)
+    result: str = yaml.safe_dump(asdict(settings), sort_keys=False)
+    return result
 
 
 @contextmanager

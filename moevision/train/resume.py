@@ -293,7 +293,8 @@ def _rewrite_checkpoint_paths(state: State, folder: Path) -> State:
             return str(folder) + value.removeprefix(old)
         return value
 
-    return moved(state)
+    result: State = moved(state)
+    return result
 
 
 @dataclass(frozen=True)

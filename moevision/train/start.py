@@ -582,4 +582,5 @@ def _count_correct(images: Features, weight: Floats, bias: Floats | float) -> in
 
 def _classify(x: Floats, weight: Floats, bias: Floats | float) -> Ints:
     """The most likely class [n] for features x [n, D]."""
-    return (x @ weight.T + bias).argmax(1)
+    result: Ints = (x @ weight.T + bias).argmax(1)
+    return result

@@ -243,7 +243,8 @@ class ClassificationTask(LightningModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, C] of images [B, 3, H, W]."""
-        return self.net(image)
+        result: Tensor = self.net(image)
+        return result
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy (soft targets under Mixup/CutMix) plus weighted losses of the routers."""

@@ -194,7 +194,7 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return net
+    return cast(nn.Module, net)
 
 
 def _divide_experts(layer: MoEMlp, mesh: DeviceMesh) -> None:

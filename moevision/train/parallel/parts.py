@@ -185,7 +185,8 @@ def divide(checkpoint: State, template_of: _TemplateOf) -> State:
         template = template_of(path)
         return value if template is None else shard_like(value, template)
 
-    return tree_map_with_path(divide_value, checkpoint)
+    result: State = tree_map_with_path(divide_value, checkpoint)
+    return result
 
 
 def like_these(weights: Mapping[str, Tensor], optimized: Sequence[Tensor]) -> _TemplateOf:
