@@ -24,12 +24,12 @@ CHECKOUT = Path(__file__).parents[1]
 SIZE = {
     # folder, with those below: (modules, tokens)  # what raised it last
     "moevision": (11, 16_511),  # what isn't there is said before torch; lines of progress in files
-    "moevision/analysis": (14, 50_131),  # fewest experts for a typed page; a control of several
+    "moevision/analysis": (14, 50_425),  # patch_contributions, and its image
     "moevision/commands": (9, 9_522),  # fit says what the experts of emoji take
     "moevision/data": (15, 33_292),  # all problems of a folder at once; what the square leaves out
     "moevision/demo": (15, 28_899),  # cards of examples and experts, typed pages, Gradio's JSON
     "moevision/layers": (10, 15_722),
-    "moevision/models": (10, 18_652),  # stem conv_patch
+    "moevision/models": (11, 19_095),  # shares of patches in logits
     "moevision/train": (20, 49_354),  # epochs in files; the most frequent mistakes with images
 }
 MOST = {
