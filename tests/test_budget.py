@@ -23,9 +23,9 @@ CHECKOUT = Path(__file__).parents[1]
 
 SIZE = {
     # folder, with those below: (modules, tokens)  # what raised it last
-    "moevision": (11, 16_511),  # what isn't there is said before torch; lines of progress in files
+    "moevision": (11, 16_525),  # predict --heat
     "moevision/analysis": (14, 50_425),  # patch_contributions, and its image
-    "moevision/commands": (9, 9_522),  # fit says what the experts of emoji take
+    "moevision/commands": (9, 9_994),  # predict --heat: names that can't leave the folder
     "moevision/data": (15, 33_292),  # all problems of a folder at once; what the square leaves out
     "moevision/demo": (15, 28_899),  # cards of examples and experts, typed pages, Gradio's JSON
     "moevision/layers": (10, 15_722),
