@@ -32,7 +32,7 @@ class PatchShares(NamedTuple):
         """[B, P] shares of the likeliest class's logit minus the second's (of one class: of its logit)."""
         logits = self.patches.sum(1) + self.prefix + self.bias
         best = logits.topk(min(2, logits.shape[1])).indices[:, None]  # [B, 1, 2]
-        shares = self.patches.take_along_dim(best, -1)  # [B, P, 2]
+        shares = self.patches.gather(-1, best.expand(-1, self.patches.shape[1], -1))  # [B, P, 2]
         return shares[..., 0] - shares[..., 1:].sum(-1)
 
 
