@@ -338,6 +338,12 @@ def _predict(add: Add) -> None:
         metavar="FILE.npy",
         help="also write the pooled features, records of path and feature",
     )
+    add(
+        "--heat",
+        metavar="DIR",
+        help="also write each image with its patches in blue where the answer rests on them, in brown where the second "
+        "class does; attention has mixed the patches before",
+    )
     add("--unsure", type=_probability, metavar="P", help='answer "unsure" where no class reaches P')
 
 

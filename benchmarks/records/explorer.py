@@ -272,3 +272,25 @@ def most_above(record: Json) -> Json:
     parts = [part for card in cards for part in card["parts"]]
     part = cast(Json, max(parts, key=lambda part: part["above"]))
     return {**part, "overall": part["share"] - part["above"]}
+
+
+def deletions(record: Json) -> Json:
+    """By replacement and model: what deleting patches costs beyond chance, with 95 % intervals, and where it fails."""
+
+    def interval(values: list[float], sign: int = 1) -> str:
+        mean, *ends = (sign * value for value in values)
+        low, high = sorted(ends)
+        return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+
+    found: Json = {}
+    for model, by_fill in record["models"].items():
+        for fill, told in by_fill.items():
+            found.setdefault(fill, {})[model] = {
+                "top": interval(told["random_minus_top"]),
+                "lowest": interval(told["lowest_minus_random"]),
+                # what the rival finds beyond the shares
+                "rival": interval(told["gradient_fill_minus_top"], -1),
+                "worse": 1 - told["top_below_random"],
+            }
+        found["images"] = told["images"]
+    return found

@@ -116,8 +116,8 @@ async function route(question) {
   const { mean, std, unlike, view } = model.device;
   const settings = { ...view.settings, away, off_distribution: away.length > 0 };
   if (away.length === 1 && boot.recorded.includes(keyOf("without", id, picture.id))) {
-    const { layers, moe } = (await recall("without", id, picture.id))[away[0].join(".")];
-    return { ...known, layers: layers.map((own, place) => ({ ...view.layers[place], ...own })), lens: null, prediction: { ...known.prediction, moe }, settings };
+    const { layers, moe, shares } = (await recall("without", id, picture.id))[away[0].join(".")];
+    return { ...known, layers: layers.map((own, place) => ({ ...view.layers[place], ...own })), lens: null, shares, prediction: { ...known.prediction, moe }, settings };
   }
   const typed = picture.kind === "page" ? await typedPage(id, picture.text) : null;
   if (typed?.error) return typed;
@@ -130,7 +130,7 @@ async function route(question) {
   ready.add(id);
   if (problem) { console.warn(`moevision: ${id} did not run`, problem); return FAILED; }
   const far = outputs.distance && outputs.distance.data[0] > 1;
-  return /** @type {View} */ ({ ...view, layers: view.layers.map((facts) => layerOf(facts, outputs)), lens: null,
+  return /** @type {View} */ ({ ...view, layers: view.layers.map((facts) => layerOf(facts, outputs)), lens: null, shares: outputs.shares?.data.map(round) ?? null,
     picture: known?.picture ?? { id: null, name: typed?.name ?? "your image", label: typed?.label ?? null, src: sourceOf(pixels, model.image_size), unlike: far ? unlike : null, credit: null },
     prediction: { moe: guesses(model.class_names, outputs.logits.data), dense: known?.prediction?.dense ?? null },
     settings });

@@ -311,6 +311,7 @@ def _without(explorer: Explorer, entry: Entry, id: str) -> Json:
             answers[f"{router.layer}.{expert}"] = {
                 "layers": layers,
                 "moe": view["prediction"]["moe"],
+                "shares": view["shares"],
             }
     return answers
 

@@ -3,7 +3,7 @@
 - images and traces: `images`, `collect` (run the model), `trace`, `describe` (counts, galleries, classes)
 - is it more than chance: `questions` (three answers about any model, the swap test), from `readings` of what is
   recorded of it and of its baselines; `information`
-- what if: `intervention`, `effects`
+- what if, and what an answer rests on: `intervention`, `effects`
 - what it looks like: `plots` (all figures) and `report` (`moevision analyze`); `good_data` (`moevision data score`)
 
 The names below load on first use, so that a trace can be collected without figures or statistics being imported.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moevision.analysis.collect import Table, collect_routing
     from moevision.analysis.describe import class_expert_map
-    from moevision.analysis.effects import class_effect, effect
+    from moevision.analysis.effects import class_effect, effect, patch_contributions
     from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
     from moevision.analysis.questions import three_questions
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "collect": ("Table", "collect_routing"),
     "describe": ("class_expert_map",),
-    "effects": ("class_effect", "effect"),
+    "effects": ("class_effect", "effect", "patch_contributions"),
     "images": ("PictureSet", "open_pictures", "patch_crop"),
     "intervention": ("Intervention", "intervene"),
     "questions": ("three_questions",),
@@ -55,6 +55,7 @@ __all__ = [
     "intervene",
     "measure_baselines",
     "open_pictures",
+    "patch_contributions",
     "patch_crop",
     "recording_of",
     "three_questions",

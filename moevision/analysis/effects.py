@@ -10,9 +10,10 @@ Interventions that are already active, such as another k, stay active in the for
 Every JSON object and sentence names the kind of intervention and, for an ablation, its fill.
 
 `answers_without` takes away each small set of experts, to find the smallest that changes an answer.
+`patch_contributions` says what the answer rests on, without changing anything.
 
-Axes: B images of a batch, R rows of a batch of controls, I images of a class, N tokens (prefix tokens first), K
-choices, E experts, C classes.
+Axes: B images of a batch, R rows of a batch of controls, I images of a class, N tokens (prefix tokens first), P
+patches, K choices, E experts, C classes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from statistics import fmean, stdev
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,6 +49,7 @@ from moevision.errors import UserError
 from moevision.layers import MoEMlp, routing_lock
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel
+from moevision.models.shares import PatchShares, patch_shares
 from moevision.types import Json, Pixels
 
 _SETS_AT_ONCE = 64
@@ -80,7 +83,7 @@ def effect(
         before = net(x)[0].double()  # [C]
         after, moved, has_control = run_under(net, x, intervention, also)
         kinds: set[RoutingKind] = {layer.router.kind for layer in moved}
-        index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
+        index = int(before.argmax()) if target is None else class_index(model.class_names, target)
         moved_prefix, moved_patches = _sum_over_layers(moved)[0].tolist()  # [2]
         # Where layers are of several kinds, the sentences speak of tokens that choose experts.
         routing = kinds.pop() if len(kinds) == 1 else "token_choice"
@@ -110,6 +113,38 @@ def effect(
 
 
 @torch.inference_mode()
+def patch_contributions(
+    model: SavedModel, images: Sequence[Pixels], classes: Sequence[int | str] | None = None
+) -> PatchShares:
+    """The exact share of each patch in the logits of images, uint8 [S, S, 3] as the model sees them.
+
+    `patches.sum(1) + prefix + bias` are the logits [B, C]; `margins()` are the shares [B, P] in the likeliest class's
+    logit minus the second's. A share belongs to a token after all blocks: attention has mixed the patches before.
+
+    Args:
+        model: one whose classifier is linear in the mean of the patches; a LayerNorm may be before or behind the mean.
+        images: all in one batch.
+        classes: those to report, as indices or names; all if None.
+
+    Raises:
+        UserError: for another classifier, or a class that the model doesn't have.
+
+    Examples:
+        >>> from moevision.demo import bundled_model
+        >>> model = bundled_model("pets")
+        >>> shares = patch_contributions(model, [np.zeros((64, 64, 3), np.uint8)], ["cat"])
+        >>> shares.patches.shape
+        torch.Size([1, 64, 1])
+    """
+    tokens = cast(Any, model.net).forward_features(network_input(model, np.stack(images)))
+    shares = patch_shares(model.net, tokens)
+    if classes is None:
+        return shares
+    indices = [class_index(model.class_names, name) for name in classes]
+    return PatchShares(*(part[..., indices] for part in shares))
+
+
+@torch.inference_mode()
 def class_effect(
     model: SavedModel,
     pictures: PictureSet,
@@ -127,7 +162,7 @@ def class_effect(
     layer, an expert or a class that the model doesn't have, and if no image of the class can be read.
     """
     net = model.net
-    index = _class_index(model.class_names, target)
+    index = class_index(model.class_names, target)
     name = model.class_names[index]
     images = _images_of_class(pictures, name, limit, seed)
 
@@ -259,7 +294,8 @@ def _sum_over_layers(moved: MovedCounts) -> Tensor:
     return torch.stack(list(moved.values())).sum(0)
 
 
-def _class_index(class_names: Sequence[str], target: int | str) -> int:
+def class_index(class_names: Sequence[str], target: int | str) -> int:
+    """The index of a class, given as index or name; a UserError if the model has no such class."""
     if isinstance(target, str) and target in class_names:
         return list(class_names).index(target)
     if isinstance(target, int) and 0 <= target < len(class_names):

@@ -753,3 +753,22 @@ def _draw_patch(axes: Axes, crop: Pixels, x: float, y: float) -> None:
         frame = Rectangle(corner, side, side, fill=False, zorder=3)
         frame.set(edgecolor=colour, linewidth=linewidth)
         axes.add_patch(frame)
+
+
+# ---- what an answer rests on
+
+_STRONGEST = 0.85  # opacity of the strongest patch, under which the photo stays visible
+
+
+def heat_image(pixels: Pixels, shares: Floats, grid: tuple[int, int]) -> Image.Image:
+    """A photo [H, W, 3] in grey, and on it each patch by its share [P]: blue above 0, brown below.
+
+    The largest share has the strongest colour, so that two images can't be compared.
+    """
+    relative = shares / max(np.abs(shares).max(), np.finfo(np.float32).tiny)  # -1 to 1
+    colours = BELOW_ABOVE(0.5 + np.sign(relative) / 3, bytes=True)  # [P, 4]
+    colours[:, 3] = np.round(255 * _STRONGEST * np.abs(relative))
+    patches = Image.fromarray(colours.reshape(*grid, 4))
+    photo = Image.fromarray(pixels).convert("L").convert("RGBA")
+    overlay = patches.resize(photo.size, Image.Resampling.NEAREST)
+    return Image.alpha_composite(photo, overlay).convert("RGB")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from moevision.data.folder import unread_formats, walk
@@ -24,6 +26,7 @@ from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_
 from moevision.models.convert import pooled
 from moevision.models.io import SavedModel, best_device
 from moevision.models.ood import linear_head
+from moevision.models.shares import shares_refusal
 from moevision.train.checkpoint import load_trained
 from moevision.train.processes import print_rank0
 from moevision.types import Floats
@@ -35,6 +38,8 @@ NO_NUMBER = "the model's answer is no number: its weights are too large, or dama
 # By these bytes near the start a file is recognized as an earlier output, which may be overwritten.
 JSON_HEAD = b'[\n  {\n    "path": '  # of --format json
 NPY_HEAD = b"('feature', '<f4', ("  # of --features
+HEAT_HEAD = b"What an answer of moevision rests on"  # of an image of --heat
+HEAT_SIDE = 448  # pixels
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,9 @@ def run(args: Namespace) -> None:
     # Now, so that an error doesn't come after hours of classifying.
     _prepare_output(args.out, JSON_HEAD if is_json else to_csv([]).encode(), "--out")
     _prepare_output(args.features, NPY_HEAD, "--features")
+    heat_files = {} if args.heat is None else _prepare_heat(model, files, args)
 
-    predictions = _predict(model, files, args)
+    predictions = _predict(model, files, args, heat_files)
 
     calibrated = model.temperature is not None
     text = to_csv(predictions, args.unsure)
@@ -101,14 +107,69 @@ def _prepare_output(path: str | None, head: bytes, option: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
-def _predict(model: SavedModel, files: Sequence[Path], args: Namespace) -> list[Prediction]:
-    """Classify batch by batch."""
+def _prepare_heat(model: SavedModel, files: Sequence[Path], args: Namespace) -> dict[Path, Path]:
+    """The files of `heat_files_of`, each of which may be written; a UserError where the model has no shares."""
+    reason = shares_refusal(model.net)
+    if reason is not None:
+        raise UserError(reason)
+    if any(Path(args.heat).is_relative_to(path) for path in args.paths):
+        raise UserError(
+            f"{args.heat} lies among the images, and would be classified next time: give --heat another place."
+        )
+    heat_files = heat_files_of(files, Path(args.heat))
+    for heat_file in heat_files.values():
+        _prepare_output(str(heat_file), HEAT_HEAD, "--heat")
+    return heat_files
+
+
+def heat_files_of(files: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """By image the file in `folder` for it: its name and `.png`, with a number where several are alike.
+
+    Of the name letters, digits, dots and hyphens stay, and of a long one the end.
+    """
+    heat_files = {}
+    counts: Counter[str] = Counter()
+    for file in dict.fromkeys(files):
+        safe_name = re.sub(r"[^\w.-]", "_", file.name)
+        name = safe_name.encode()[-200:].decode(errors="ignore")
+        key = name.casefold()  # to some systems upper and lower case are the same
+        counts[key] += 1
+        if counts[key] > 1:
+            name += f"~{counts[key]}"
+        heat_files[file] = folder / f"{name}.png"
+    return heat_files
+
+
+def write_heat(model: SavedModel, file: Path, heat_file: Path) -> None:
+    """Write an image with what its answer rests on, as a file that `_prepare_output` recognizes."""
+    from moevision.analysis.effects import patch_contributions
+    from moevision.analysis.plots import heat_image
+
+    image = safe_open(file, HEAT_SIDE)
+    pixels = square_pixels(image, model.image_size, model.framing)
+    shown = square_pixels(image, HEAT_SIDE, model.framing)
+    (shares,) = patch_contributions(model, [pixels]).margins().numpy(force=True)
+    grid = cast(Any, model.net).patch_embed.grid_size
+    mark = PngInfo()
+    mark.add_text("Description", HEAT_HEAD.decode())
+    data = io.BytesIO()
+    heat_image(shown, shares, grid).save(data, "png", pnginfo=mark)
+    write_bytes_atomic(heat_file, data.getvalue())
+
+
+def _predict(
+    model: SavedModel, files: Sequence[Path], args: Namespace, heat_files: Mapping[Path, Path]
+) -> list[Prediction]:
+    """Classify batch by batch; `heat_files` are to be written, by image."""
     starts = range(0, len(files), args.batch_size)
     with_features = args.features is not None
     predictions = []
     for start in with_progress(starts, "classifying", len(starts)):
         batch = files[start : start + args.batch_size]
         predictions += predict_batch(model, batch, args.precision, features=with_features)
+        for file, prediction in zip(batch, predictions[start:], strict=True):
+            if heat_files and not prediction.error:
+                write_heat(model, file, heat_files[file])
     return predictions
 
 

@@ -41,6 +41,7 @@ from moevision.demo.wire import to_numpy
 from moevision.errors import UserError
 from moevision.layers import Routing, SoftRouting, routing_lock
 from moevision.models.io import SavedModel, load_model
+from moevision.models.shares import patch_shares, shares_refusal
 from moevision.types import Array, Floats, Json, Pixels
 
 KINDS = ("ablate", "force", "swap", "random")
@@ -228,6 +229,7 @@ class RoutingView:
         dense_probabilities: [C] predicted by its dense twin; None without one.
         settings: changes to the routing.
         lens: [blocks, C] logit-lens probabilities after each block (see `lens`); None for a network without blocks.
+        shares: [P] of each patch in the likeliest class's logit minus the second's; None where the classifier has none.
     """
 
     model: ModelFacts
@@ -237,6 +239,7 @@ class RoutingView:
     dense_probabilities: Floats | None = field(default=None, repr=False)
     settings: Settings = field(default_factory=Settings)
     lens: Floats | None = field(default=None, repr=False)
+    shares: Floats | None = field(default=None, repr=False)
 
     def layer(self, block_index: int) -> LayerView:
         """The view of the MoE layer in that block."""
@@ -260,6 +263,7 @@ class RoutingView:
             "layers": [layer.to_json() for layer in self.layers],
             "prediction": prediction,
             "lens": after_blocks,
+            "shares": None if self.shares is None else _round(self.shares).tolist(),
             "settings": self.settings.to_json(self.model),
         }
 
@@ -330,6 +334,7 @@ def route_image(
         dense_probabilities=dense_probabilities,
         settings=settings,
         lens=softmax(lens(model.net, outputs)) if outputs else None,
+        shares=margin_shares(model.net, outputs),
     )
 
 
@@ -388,6 +393,14 @@ def block_outputs(net: nn.Module) -> Iterator[list[Tensor]]:
 def lens(net: Any, outputs: list[Tensor]) -> Tensor:
     """Logits [blocks, C] of the head after each block, of outputs [1, N, D]; the last row is the model's prediction."""
     return torch.cat([net.forward_head(net.norm(output)) for output in outputs])
+
+
+@torch.inference_mode()
+def margin_shares(net: Any, outputs: list[Tensor]) -> Floats | None:
+    """[P] share of each patch in the margin of the answer, of outputs [1, N, D] of the blocks; None without any."""
+    if shares_refusal(net) is not None:
+        return None
+    return to_numpy(patch_shares(net, net.norm(outputs[-1])).margins()[0])
 
 
 def _reads(routing: SoftRouting) -> Array:

@@ -34,7 +34,8 @@ from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
 from moevision.layers import Backend, Routing, moe_layers, record_routing, routing_lock
 from moevision.models.io import SavedModel
-from moevision.models.ood import REFUSED, MahalanobisOOD, answers
+from moevision.models.ood import REFUSED, MahalanobisOOD
+from moevision.models.shares import patch_shares, shares_refusal
 from moevision.types import Json
 
 Dtype = Literal["fp32", "fp16"]
@@ -78,6 +79,8 @@ def export_onnx(
     `probs.3` [B, P, E]. A second input disables experts for all images: `away` bool [M, E], one row per MoE layer in
     order of depth; E is the largest number of experts of any layer. Tokens of a disabled expert go to the next best,
     as under `moevision.analysis.Intervention("ablate", …)`; a choice for which no expert is left has the weight 0.
+    The last output is `shares` [B, P], each patch's share in the margin of the answer, where a classifier has them
+    (`moevision.models.shares`).
 
     The items of `exported_facts(model)` become the file's `metadata_props`, each as JSON. Before the file is written to
     `path`, onnxruntime runs it, and its outputs are compared with the model's on four images of seeded noise and on
@@ -230,6 +233,7 @@ class _Exported(nn.Module):
         self.strangers = strangers
         self.dtype = next(net.parameters()).dtype
         self.layers = moe_layers(net) if routes else []
+        self.has_shares = routes and shares_refusal(net) is None
         most_experts = max((layer.router.num_experts for layer in self.layers), default=0)
         self.none_away = torch.zeros(len(self.layers), most_experts, dtype=torch.bool)  # [M, E]
 
@@ -240,6 +244,8 @@ class _Exported(nn.Module):
             names.append("distance")
         for layer in self.layers:
             names += [f"{kind}.{layer.layer_index}" for kind in ("experts", "weights", "probs")]
+        if self.has_shares:
+            names.append("shares")
         return names
 
     def forward(self, image: Tensor, away: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -253,11 +259,12 @@ class _Exported(nn.Module):
         image = image.to(self.dtype)
         try:
             with record_routing(self.net) as routings:
-                if self.strangers is None:
-                    outputs = [self.net(image).float()]
-                else:
-                    logits, distance = answers(self.net, self.strangers, image)
-                    outputs = [logits.float(), distance]
+                net = cast(Any, self.net)
+                tokens = net.forward_features(image)
+                outputs = [net.forward_head(tokens).float()]
+                if self.strangers is not None:
+                    features = net.forward_head(tokens, pre_logits=True)
+                    outputs.append(self.strangers(features))
         finally:
             for layer in self.layers:
                 layer.intervention = None
@@ -267,6 +274,8 @@ class _Exported(nn.Module):
             # [B, N, K] or [B, N, E] -> the same of the patches, [B, P, ...]
             for token_values in (routing.expert_index, weight, routing.probs):
                 outputs.append(token_values[:, routing.num_prefix_tokens :])
+        if self.has_shares:
+            outputs.append(patch_shares(net, tokens).margins().float())
         return tuple(outputs)
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch

@@ -1,20 +1,24 @@
 """`predict`: its two formats, what it finds, and what it says about files and models that can't be used."""
 
 import csv
+import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from moevision.analysis.collect import network_input
-from moevision.commands.predict import NO_NUMBER, images_at, predict_batch
-from moevision.models.io import load_model
+from moevision.analysis.plots import BELOW_ABOVE, heat_image
+from moevision.commands.predict import HEAT_SIDE, NO_NUMBER, images_at, predict_batch
+from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.ood import FILE, pooled
 from tests.shared import assert_names, refused, succeeded
 
@@ -352,3 +356,144 @@ def test_unsure_answers(cli, tiny_run, drawn_pets):
         assert (row["probability"], row["top5"]) == (before["probability"], before["top5"])
     by_csv = table(cli("predict", tiny_run, drawn_pets, *options).out)
     assert [row["class"] for row in by_csv] == [row["class"] for row in rows]
+
+
+# ---- --heat
+
+
+def heat(cli, model, folder, *paths, expected=0):
+    outcome = cli("predict", model, *paths, "--heat", folder)
+    assert outcome.code == expected, outcome.err
+    return outcome
+
+
+def test_heat_writes_an_image_for_each_and_the_table_stays(cli, tiny_run, drawn_pets, tmp_path):
+    files = drawn(drawn_pets, 3)
+    (tmp_path / "bad.png").write_bytes(b"x")
+    folder = tmp_path / "new" / "heat"
+    told = heat(cli, tiny_run, folder, *files, tmp_path / "bad.png")
+    assert told.out == cli("predict", tiny_run, *files, tmp_path / "bad.png").out
+    names = sorted(file.name for file in folder.iterdir())
+    assert names == sorted(f"{file.name}.png" for file in files), "and none of the unreadable one"
+    for name in names:
+        with Image.open(folder / name) as image:
+            assert (image.size, image.mode) == ((HEAT_SIDE, HEAT_SIDE), "RGB")
+    heat(cli, tiny_run, folder, *files)  # its own files may be replaced
+
+
+def test_heat_is_blue_for_the_answer_and_brown_for_the_second_class(
+    cli, tiny_run, drawn_pets, tmp_path
+):
+    """Shares recomputed from the pooled tokens: the strongest patch, and on which side of grey each is."""
+    (file,) = drawn(drawn_pets, 1)
+    heat(cli, tiny_run, tmp_path / "heat", file)
+    net = load_model(str(tiny_run)).net
+    x = network_input(load_model(str(tiny_run)), np.array(Image.open(file))[None])
+    with torch.no_grad():
+        tokens = net.forward_features(x)[0, net.num_prefix_tokens :]
+        best, second = net(x)[0].topk(2).indices.tolist()
+        tokens = tokens - tokens.mean(-1, keepdim=True)
+        if isinstance(net.fc_norm, torch.nn.LayerNorm):
+            tokens = tokens * net.fc_norm.weight
+        shares = tokens @ (net.head.weight[best] - net.head.weight[second])
+    rows, columns = net.patch_embed.grid_size
+    with Image.open(tmp_path / "heat" / f"{file.name}.png") as image:
+        cells = np.asarray(image, np.int64).reshape(
+            rows, HEAT_SIDE // rows, columns, HEAT_SIDE // columns, 3
+        )
+    red_green_blue = cells.mean((1, 3)).reshape(-1, 3)
+    blueness = torch.from_numpy(red_green_blue[:, 2] - red_green_blue[:, 0])
+    strong = shares.abs() > shares.abs().max() / 10
+    assert (blueness[strong].sign() == shares[strong].sign()).all()
+    assert blueness.abs().argmax() == shares.abs().argmax()
+
+
+def test_heat_keeps_to_its_folder_whatever_files_are_called(cli, tiny_run, drawn_pets, tmp_path):
+    """Alike in two folders, alike but for case, hostile, long, and no Unicode: as many images, none elsewhere."""
+    (source,) = drawn(drawn_pets, 1)
+    names = [
+        "a/cat.png",
+        "b/cat.png",
+        "c/CAT.png",
+        "a/cat.png~2.png",
+        "a/..png",
+        "a/-rf \x1b[2J\n.png",
+    ]
+    names += [f"a/{'é' * 120}.png", f"b/{'é' * 120}.png", "a/%2e%2e%2f$(x).png", "a/猫.png"]
+    files = [tmp_path / "in" / name for name in names]
+    files.append(tmp_path / "in" / "a" / os.fsdecode(b"caf\xe9.png"))
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, file)
+    folder = tmp_path / "out" / "heat"
+    heat(cli, tiny_run, folder, *files, files[0])
+    written = [file.name for file in folder.iterdir()]
+    assert len({name.casefold() for name in written}) == len(written) == len(files)
+    assert {"cat.png.png", "cat.png~2.png", "CAT.png~3.png", "猫.png.png"} <= {*written}
+    assert all(re.fullmatch(r"[\w.~-]+\.png", name) for name in written), written
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["heat"]
+
+
+def test_heat_is_tried_before_images_are_classified(
+    cli, tiny_run, saved_model, drawn_pets, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "moevision.commands.predict.predict_batch", lambda *batch, **more: pytest.fail("too late")
+    )
+    (file,) = drawn(drawn_pets, 1)
+    folder = tmp_path / "heat"
+    folder.mkdir()
+    own = folder / f"{file.name}.png"
+    shutil.copy(file, own)
+    before = own.read_bytes()
+    refused(cli("predict", tiny_run, file, "--heat", folder), str(own), "give --heat another place")
+    assert own.read_bytes() == before
+    for place in (file, file / "heat"):
+        refused(cli("predict", tiny_run, file, "--heat", place), "another place")
+    for place in (drawn_pets, drawn_pets / "heat"):
+        told = refused(cli("predict", tiny_run, drawn_pets, "--heat", place), "among the images")
+        assert not told.out
+    assert not (drawn_pets / "heat").exists()
+
+
+def test_heat_of_a_folder_that_can_not_be_written(cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
+    def write(path, data):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("moevision.commands.predict.write_bytes_atomic", write)
+    (file,) = drawn(drawn_pets, 1)
+    told = heat(cli, tiny_run, tmp_path / "heat", file, expected=2)
+    assert_names(told.err, f"{file.name}.png: Permission denied", "another place")
+
+
+def test_heat_of_a_model_that_reads_the_class_token(cli, drawn_pets, tmp_path):
+    net = timm.create_model(
+        "test_vit_moe", num_classes=2, global_pool="token", class_token=True
+    ).eval()
+    save_model(SavedModel(net, ["cat", "dog"], 32, (0.5,) * 3, (0.5,) * 3), tmp_path / "model")
+    told = cli("predict", tmp_path / "model", *drawn(drawn_pets, 1), "--heat", tmp_path / "heat")
+    refused(told, "VisionTransformerMoE has global_pool='token'", "--model.arch.global_pool avg")
+    assert not (tmp_path / "heat").exists()
+
+
+def test_heat_of_an_answer_that_is_no_number(cli, saved_model, drawn_pets, tmp_path):
+    weights = load_file(saved_model / "model.safetensors")
+    weights["head.weight"].fill_(3e38)
+    save_file(weights, saved_model / "model.safetensors")
+    told = cli("predict", saved_model, *drawn(drawn_pets, 1), "--heat", tmp_path / "heat")
+    assert NO_NUMBER in told.out
+    assert list((tmp_path / "heat").iterdir()) == []
+
+
+@pytest.mark.parametrize("shares", [[0.0] * 4, [1.0, -1.0, 0.5, 0.0]])
+def test_a_heat_image_by_hand(shares):
+    """Grey where a patch has no share; else opacity .85 of the largest, of blue or of brown."""
+    photo = np.full((4, 4, 3), 100, np.uint8)
+    image = np.asarray(heat_image(photo, np.array(shares, np.float32), (2, 2)), np.float64)
+    colours = {1: BELOW_ABOVE(5 / 6), -1: BELOW_ABOVE(1 / 6), 0: (0, 0, 0)}
+    for place, share in enumerate(shares):
+        row, column = divmod(place, 2)
+        opacity = 0.85 * abs(share)
+        colour = 255 * np.array(colours[int(np.sign(share))][:3])
+        expected = opacity * colour + (1 - opacity) * 100
+        np.testing.assert_allclose(image[2 * row, 2 * column], expected, atol=1.5)

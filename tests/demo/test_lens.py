@@ -1,12 +1,17 @@
-"""The logit lens against a direct computation in float64: layer norm, pooling and head written out, block by block."""
+"""The logit lens against a direct computation in float64: layer norm, pooling and head written out, block by block.
+
+And what the answer rests on, patch by patch, by the same means.
+"""
 
 import numpy as np
 import pytest
 import torch
 
 from moevision.analysis.collect import network_input
+from moevision.analysis.intervention import Intervention
 from moevision.demo import route_image
-from moevision.demo.view import LENS_TOP, block_outputs, lens
+from moevision.demo.view import LENS_TOP, Settings, block_outputs, lens
+from moevision.layers import moe_layers
 
 POOLED = {"mean": {}, "class token": {"class_token": True, "global_pool": "token"}}
 
@@ -71,3 +76,39 @@ def test_a_view_has_the_likeliest_classes_of_each_block(model, pixels):
         assert [row["class"] for row in rows] == [model.class_names[index] for index in best]
         assert [row["p"] for row in rows] == pytest.approx(p[best].tolist(), abs=6e-5)
     assert shown["lens"][-1][0] == shown["prediction"]["moe"][0]
+
+
+# ---- shares of patches in the margin
+
+
+@pytest.mark.parametrize("ablated", [(), (Intervention("ablate", layer=1, expert=0),)])
+def test_shares_are_those_of_the_answer_that_is_shown(make, pixels, ablated):
+    """By hand, from the tokens of a pass under the same intervention: they sum to the margin but for the biases."""
+    model = make()
+    with torch.no_grad():
+        for layer in moe_layers(model.net):
+            for parameter in layer.router.parameters():
+                parameter.normal_()
+        model.net.head.weight.normal_()
+    settings = Settings(ablated_experts=ablated)
+    view = route_image(model, pixels, settings=settings).to_json()
+    x = network_input(model, pixels[None])
+    with torch.no_grad(), settings.applied(model.net):
+        tokens = model.net.forward_features(x)[0].double()
+        best, second = model.net(x)[0].topk(2).indices.tolist()
+    assert view["prediction"]["moe"][1]["class"] == model.class_names[second]
+
+    pooled = tokens.mean(0)
+    norm, weight = model.net.fc_norm, model.net.head.weight.double()
+    if isinstance(norm, torch.nn.LayerNorm):
+        tokens = (tokens - tokens.mean(-1, keepdim=True)) / (
+            ((pooled - pooled.mean()) ** 2).mean() + norm.eps
+        ).sqrt()
+        tokens = tokens * norm.weight
+    expected = tokens @ (weight[best] - weight[second]) / len(tokens)
+    assert view["shares"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_classifier_without_shares_has_none(make, pixels):
+    net = make(class_token=True, global_pool="token")
+    assert route_image(net, pixels).to_json()["shares"] is None

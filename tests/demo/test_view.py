@@ -100,7 +100,9 @@ def test_the_schema_is_complete_and_plain_json(model, pixels):
     view = route_image(model, pixels).to_json()
     assert json.loads(json.dumps(view, allow_nan=False)) == view
     assert view["schema"] == "moevision.view/2"
-    assert set(view) == {"schema", "model", "picture", "layers", "prediction", "settings", "lens"}
+    assert set(view) == {
+        *("schema", "model", "picture", "layers", "prediction", "settings", "lens", "shares")
+    }
     facts = {
         "id",
         "title",

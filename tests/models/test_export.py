@@ -24,6 +24,7 @@ from moevision.models import export as export_module
 from moevision.models.export import ExportReport, export_onnx, exported_facts
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.ood import answers, fit_ood, pooled
+from moevision.models.shares import patch_shares
 from moevision.train.report import template
 from tests.shared import SMALL_VIT
 
@@ -176,6 +177,11 @@ def test_routes_and_experts_that_are_away_are_those_of_torch(layers, known, tmp_
         answer = run(pictures(3), away)
         torch.testing.assert_close(answer[0], logits, rtol=0, atol=1e-4)
         routes = answer[2 if known else 1 :]
+        *routes, shares = routes
+        with torch.no_grad(), intervene(model.net, *changes):
+            tokens = model.net.forward_features(pictures(3))
+        expected = patch_shares(model.net, tokens).margins()
+        torch.testing.assert_close(shares, expected, rtol=0, atol=1e-4)
         assert len(routes) == 3 * len(sizes)
         for place, routing in enumerate(routings):
             index, weights, probs = routes[3 * place : 3 * place + 3]
@@ -208,12 +214,8 @@ def test_routes_and_experts_that_are_away_are_those_of_torch(layers, known, tmp_
             ("image", ["batch", 3, 32, 32]),
             ("away", [len(sizes), max(sizes)]),
         ]
-        assert [one.name for one in session.get_outputs()][:4] == [
-            "logits",
-            "experts.0",
-            "weights.0",
-            "probs.0",
-        ]
+        names = [one.name for one in session.get_outputs()]
+        assert [*names[:4], names[-1]] == ["logits", "experts.0", "weights.0", "probs.0", "shares"]
 
 
 @pytest.mark.needs("onnx")
@@ -391,3 +393,11 @@ def test_the_preparation_is_that_of_predict():
         facts = exported_facts(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.5,) * 3))
         assert (facts["interpolation"], facts["crop_pct"]) == ("bicubic", 1.0)
         assert "resize the short side to 32 px (bicubic" in facts["preprocessing"]
+
+
+@pytest.mark.deep
+@pytest.mark.needs("onnx")
+def test_routes_of_a_classifier_without_shares(tmp_path):
+    model = tiny(router="vmoe_top_k", class_token=True, global_pool="token")
+    export_onnx(model, tmp_path / "model.onnx", routes=True)
+    assert len(export_module.load_exported(tmp_path / "model.onnx")(pictures(2))) == 1 + 3 * 2

@@ -5,7 +5,7 @@
 import { drawLens, drawLoads, drawPrediction } from "./core_answer.js";
 import { Card } from "./core_card.js";
 import { Flow, flowParts } from "./core_flow.js";
-import { describePatch, MODES, modesOf, routingWords } from "./core_kinds.js";
+import { describePatch, MODES, modesIn, routingWords } from "./core_kinds.js";
 import { drawLegend, drawStrip, drawWhere, frameStrip, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
 import { Time } from "./core_time.js";
@@ -217,7 +217,7 @@ export class Core {
 
   drawControls() {
     const { state, root } = this;
-    const modes = modesOf(state.currentLayer);
+    const modes = modesIn(state.view, state.currentLayer);
     root.querySelectorAll("[data-mode]").forEach((button) => {
       button.setAttribute("aria-pressed", String(button.dataset.mode === state.mode));
       button.hidden = !modes.includes(button.dataset.mode);

@@ -12,6 +12,7 @@ export const MODES = {
   entropy: { label: "Entropy" },
   margin: { label: "Margin" },
   drops: { label: "Drops" },
+  rests: { label: "What the answer rests on" },
 };
 
 /**
@@ -25,6 +26,12 @@ export function modesOf({ kind, learned, ...layer }) {
   if (kind === "expert_choice") return [...experts, "takers", "entropy", "margin"];
   return learned ? [...experts, "entropy", "margin", "drops"] : [...experts, "drops"];
 }
+
+/**
+ * The same of a layer in its view, and what the answer rests on where the classifier says it; no moment of the training does.
+ * @param {View} view @param {Layer} layer @returns {string[]}
+ */
+export const modesIn = ({ shares }, layer) => (shares && !layer.past ? [...modesOf(layer), "rests"] : modesOf(layer));
 
 /**
  * What the router's numbers are called. Sigmoids don't compete, so only their shares add up to 1.
@@ -211,6 +218,8 @@ export function modeHint(view, layer, mode) {
       : layer.kind === "expert_choice" ? "bits: how evenly the patch suits the experts" : "bits: how undecided the router is about the patch"),
     margin: () => `best minus second-best ${affinity(layer)}`,
     drops: () => (droppedChoices(view, layer) || layer.capacity !== null ? "choices that an expert's capacity turned away" : "no choice is dropped here"),
+    rests: () => `blue speaks for ${view.prediction.moe[0].class}, brown for ${view.prediction.moe[1]?.class ?? "nothing"} · number: a patch's share in their
+      logits' difference, in hundredths · not what these pixels did alone: attention has mixed the patches before`,
   }[mode]();
 }
 

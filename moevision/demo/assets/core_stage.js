@@ -2,7 +2,7 @@
 
 import { capital, describePatch, goneFrom, modeHint, patchWeights, plural, readShares, routingWords, silentWords, strongest } from "./core_kinds.js";
 import {
-  brush, chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pickButton, pictureSource, rgba, rowColumn, SCALE_COLOUR, term,
+  brush, chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pickButton, pictureSource, present, rgba, rowColumn, SCALE_COLOUR, signed, term,
 } from "./core_util.js";
 import { PALETTE } from "./palette.js";
 /** @import { ViewState } from "./core_state.js" */
@@ -14,6 +14,7 @@ import { PALETTE } from "./palette.js";
  */
 export function patchLooks(state, view, layer) {
   if (state.mode === "reads") return readLooks(state, layer);
+  if (state.mode === "rests") return shareLooks(state, present(view.shares));
   const lit = litExpert(state, view, layer);
   const top = layer.kind === "soft" ? topWeight(layer, lit) : 1;
   return layer.experts.map((_, patch) => patchLook(state, layer, patch, top, lit));
@@ -75,6 +76,16 @@ function readLooks({ highlight, strength }, layer) {
   }));
 }
 
+const [FOR_COLOUR, AGAINST_COLOUR] = ["#3f84ad", "#bf7134"]; // as `predict --heat` has them
+
+/** @param {ViewState} state @param {number[]} shares */
+function shareLooks({ strength }, shares) {
+  const most = Math.max(...shares.map(Math.abs), 1e-9);
+  return shares.map((share) => ({
+    colour: share < 0 ? AGAINST_COLOUR : FOR_COLOUR, alpha: clamp((0.85 * Math.abs(share) / most) * (strength / 0.65), 0, 1), text: signed(100 * share, 0), chip: null,
+  }));
+}
+
 /** @param {Layer} layer @param {number} patch */
 function takersLook(layer, patch) {
   const most = Math.max(1, ...layer.experts.map(({ length }) => length));
@@ -91,7 +102,7 @@ function dropLook(layer, patch) {
 
 const DROP_COLOUR = "#b3261e";
 // A scale in one colour is read more easily on a grey image.
-export const GREY_MODES = ["reads", "takers"];
+export const GREY_MODES = ["reads", "takers", "rests"];
 const NOBODY_COLOUR = "#808080";
 
 const originals = new WeakMap();
@@ -314,6 +325,7 @@ export function drawLegend(box, state) {
     margin: () => ramp("0", "1"),
     drops: () => html`<span>×1: one of ${plural(layer.top_k, "choice")} dropped</span>`,
     takers: () => ramp("0", Math.max(...layer.experts.map(({ length }) => length))),
+    rests: () => html`<span>${signed(100 * Math.min(...present(state.view.shares)), 0)} – ${signed(100 * Math.max(...present(state.view.shares)), 0)}</span>`,
     reads: () => ramp(...readEnds(readShares(layer, state.highlight)).map((share) => `${fixed(share)} ×`)),
   }[mode]();
   fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint">${legendHint(state)}</span>`);

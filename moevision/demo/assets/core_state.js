@@ -1,6 +1,6 @@
 // What is being looked at. Parts of the page subscribe and draw themselves; nobody else is told.
 
-import { modesOf } from "./core_kinds.js";
+import { modesIn } from "./core_kinds.js";
 /** @import { Fields, Mode, View, Wish } from "./types.js" */
 
 /**
@@ -53,7 +53,7 @@ export class ViewState {
     this.hover = inside(this.hover, patches);
     const layer = this.currentLayer;
     this.highlight = inside(this.highlight, layer.num_experts);
-    if (!modesOf(layer).includes(this.mode)) this.mode = "regions";
+    if (!modesIn(this.view, layer).includes(this.mode)) this.mode = "regions";
   }
 
   get currentLayer() { return this.view.layers[this.layer]; }

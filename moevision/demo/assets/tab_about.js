@@ -14,7 +14,7 @@ const ROUTING_TEXTS = {
 };
 
 const NOT_SHOWN = {
-  "Not what the model attends to.": "Attention mixes the patches in every block, and this page doesn't draw it.",
+  "Not what the model attends to.": "Attention mixes the patches in every block, and this page doesn't draw it. What the answer rests on is read off behind it.",
   "Not everything that happens to a patch.": "The residual path carries it past the experts unchanged; an expert only adds to it.",
   "Not pixels alone.": "A patch in a deep layer carries context from the whole image.",
   "Not a cause.": "Where patches go doesn't say what matters for the answer. Take an expert away, and read the effect beside its control.",

@@ -7,7 +7,7 @@ import type { ViewState } from "./core_state.js";
 import type { Markup } from "./core_util.js";
 
 export type Kind = "token_choice" | "expert_choice" | "soft";
-export type Mode = "regions" | "expert" | "reads" | "takers" | "entropy" | "margin" | "drops";
+export type Mode = "regions" | "expert" | "reads" | "takers" | "entropy" | "margin" | "drops" | "rests";
 
 /** What there is to know about an MoE layer before an image is routed. */
 export interface Router {
@@ -136,6 +136,8 @@ export interface View {
   prediction: { moe: Guess[]; dense: Guess[] | null };
   /** The likeliest classes after each block, by the logit lens; missing in earlier exports. */
   lens?: Guess[][] | null;
+  /** [P] share in the first guess's logit minus the second's; null or missing where a classifier has none. */
+  shares?: number[] | null;
   settings: {
     top_k: number | null;
     capacity: number | null;

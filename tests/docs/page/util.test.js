@@ -2,8 +2,9 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { headline, patchWeights, plural, readShares } from "../../../moevision/demo/assets/core_kinds.js";
+import { headline, modeHint, modesIn, patchWeights, plural, readShares } from "../../../moevision/demo/assets/core_kinds.js";
 import { readExpert, readPlace, ViewState } from "../../../moevision/demo/assets/core_state.js";
+import { patchLooks } from "../../../moevision/demo/assets/core_stage.js";
 import { fixed, html, inkOn, luminance, percent, pictureSource, rowColumn, signed } from "../../../moevision/demo/assets/core_util.js";
 import { PALETTE } from "../../../moevision/demo/assets/palette.js";
 
@@ -46,6 +47,28 @@ const view = () => ({ model: { grid: [2, 2] }, layers: [LAYER, LAYER] });
 test("a choice that was dropped has no weight", () => {
   assert.deepEqual(patchWeights(LAYER, 0), [0, 0, 0.7, 0]);
   assert.deepEqual(patchWeights(LAYER, 1), [0, 0.6, 0, 0.3]);
+});
+
+test("what the answer rests on is offered where the classifier says it, and of no moment of the training", () => {
+  assert.ok(modesIn({ shares: [1] }, LAYER).includes("rests"));
+  for (const shares of [undefined, null]) assert.ok(!modesIn({ shares }, LAYER).includes("rests"));
+  assert.ok(!modesIn({ shares: [1] }, { ...LAYER, past: true }).includes("rests"));
+  const state = new ViewState({ ...view(), shares: [1, -2, 0, 0.5] }, { mode: "rests" });
+  assert.equal(state.mode, "rests");
+  state.set({ view: view() });
+  assert.equal(state.mode, "regions");
+});
+
+test("a patch is blue by its share for the answer, brown against it, and clear at 0", () => {
+  const shares = [1, -2, 0, 0.5];
+  const prediction = { moe: [{ class: "<cat>", p: 1 }, { class: "dog", p: 0 }] };
+  const looks = patchLooks({ mode: "rests", strength: 0.65 }, { shares }, LAYER);
+  assert.deepEqual(looks.map(({ colour }) => colour === looks[0].colour), [true, false, true, true]);
+  assert.deepEqual(looks.map(({ alpha }) => fixed(alpha)), ["0.42", "0.85", "0.00", "0.21"]);
+  assert.deepEqual(looks.map(({ text }) => text), ["+100", "\u2212200", "0", "+50"]);
+  assert.ok(patchLooks({ mode: "rests", strength: 0.65 }, { shares: [0, 0] }, LAYER).every(({ alpha }) => alpha === 0));
+  assert.match(modeHint({ prediction }, LAYER, "rests"), /blue speaks for <cat>, brown for dog/);
+  assert.match(modeHint({ prediction: { moe: prediction.moe.slice(0, 1) } }, LAYER, "rests"), /attention has mixed/);
 });
 
 test("a state keeps every field in the range of its views, and tells what changed", () => {
