@@ -1,4 +1,4 @@
-"""M7 to M9: other colourings, loads, capacity, k, and the switch between versions of the model."""
+"""M7 to M9: other colourings, capacity, k, and the switch between versions of the model."""
 
 import pytest
 
@@ -31,17 +31,6 @@ def test_entropy_and_margin_stand_in_the_patches(visit, ask, mode):
     assert opacities.index(max(opacities)) == layer[mode].index(max(layer[mode]))
 
 
-def test_loads_beside_the_equal_share(visit, ask):
-    layer = ask("route", picture=FIRST)["layers"][1]
-    page = visit().page
-    assert each(page, ".mv-loadcount", "Number(one.textContent)") == layer["counts"]
-    assert sum(layer["counts"]) == 16 * 2
-    text = page.text_content(".mv-box-loads")
-    assert f"{max(layer['counts']) / 8:.2f}" in text
-    assert "equal share, 8 each" in text
-    assert page.locator(".mv-ideal").count() == 1
-
-
 def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask):
     page = visit("?mode=drops").page
     assert not page.is_checked("[data-change=limit]")
@@ -58,7 +47,6 @@ def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask):
     patch = dropped.index(max(dropped))
     page.click(f".mv-cell[data-patch='{patch}']")
     assert page.locator(".mv-part-kept .mv-lost-row").count() == dropped[patch]
-    assert f"Hatched: {sum(dropped)} dropped" in page.text_content(".mv-box-loads")
 
 
 def test_another_k_is_marked(visit, ask):

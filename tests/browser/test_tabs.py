@@ -4,7 +4,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from tests.browser.conftest import at, change_answer, each, press
+from tests.browser.conftest import at, change_answer, choose_layer, each, press
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -38,7 +38,8 @@ def test_a_change_of_layer_finds_its_cards_in_the_page(visit):
         one.page.wait_for_timeout(50)
     one.page.wait_for_timeout(1500)  # and answered
     before = len(one.asked)
-    press(one.page, ".mv-layer[data-index='0']", ".mv-card h2:has-text('L1·E0')")
+    choose_layer(one.page, 0)
+    one.page.wait_for_selector(".mv-card h2:has-text('L1·E0')")
     assert len(one.asked) == before
 
 
@@ -48,7 +49,8 @@ def test_while_another_variant_is_waited_for_the_cards_are_of_the_one_that_is_sh
     held = hold(one.page, "route")
     one.page.click("[data-variant=untrained]")
     held.wait()
-    press(one.page, ".mv-layer[data-index='0']", ".mv-card h2:has-text('L1·E0')")
+    choose_layer(one.page, 0)
+    one.page.wait_for_selector(".mv-card h2:has-text('L1·E0')")
     assert {question["variant"] for question in one.questions("experts")} == {"trained"}
     held.release()
 

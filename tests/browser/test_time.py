@@ -61,8 +61,6 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded):
         assert best.locator("b").text_content() == f"{100 * p.max():.0f} %"
         first = recorded.first_choice(3)[moment, image].tolist()
         assert counts(page) == [first.count(expert) for expert in range(4)]
-        loads = np.count_nonzero(weights, axis=0).tolist()
-        assert each(page, ".mv-loadcount", "Number(one.textContent)") == loads
         page.keyboard.press("ArrowRight")
         page.wait_for_timeout(200)
     # The last moment is the model itself, with all that is known of it.
@@ -269,10 +267,10 @@ def test_an_exported_page_has_the_scrubber_without_a_server(photos, new_visit, r
     assert numbers(page) == before
     assert page.get_attribute(".mv-pinned", "data-patch") == "2"
     page.evaluate("location.hash = '#expert=L3.E1'")
-    page.wait_for_selector(".mv-loadbar[aria-pressed=true][data-expert='1']")
+    page.wait_for_selector("[data-key=chip-1][aria-pressed=true]")
     assert page.locator(".mv-past").count() == 0
     page.evaluate("location.hash = '#layer=3'")
-    page.wait_for_selector(".mv-loadbar[aria-pressed=true]", state="detached")
+    page.wait_for_selector(".mv-legend-key [aria-pressed=true]", state="detached")
     assert numbers(page) == served.locator(".mv-mark").all_text_contents()
     assert page.visit.complaints == []
 

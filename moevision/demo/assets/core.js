@@ -2,11 +2,11 @@
 // and the Gradio frame use it alike. Everything here works on what is in the page already: no change of layer, no hover
 // and no click asks a server.
 
-import { drawLens, drawLoads, drawPrediction } from "./core_answer.js";
+import { drawLens, drawPrediction } from "./core_answer.js";
 import { Card } from "./core_card.js";
 import { Flow, flowParts } from "./core_flow.js";
 import { describePatch, MODES, modesOf, routingWords } from "./core_kinds.js";
-import { drawLegend, drawStrip, drawWhere, frameStrip, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
+import { drawLegend, drawWhere, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
 import { Time } from "./core_time.js";
 import { clamp, html, TERMS } from "./core_util.js";
@@ -27,7 +27,7 @@ export const coreLayout = () => html`
         ${box("legend")}${box("where")}${box("hand")}</div></div>
       <div class="mv-flow-right">${flowParts.boxes}
         <section class="mv-detail mv-box-time" aria-label="The training" data-box="time"></section>
-        <div class="mv-detail mv-side">${box("prediction")}${box("loads")}${box("strip")}${box("lens")}</div></div>
+        <div class="mv-detail mv-side">${box("prediction")}${box("lens")}</div></div>
     </div>${flowParts.air}
   </section>`;
 
@@ -79,7 +79,6 @@ export class Core {
 
   ownActions() {
     return {
-      layer: (button) => this.goToLayer(Number(button.dataset.index)),
       mode: (button) => this.state.set({ mode: button.dataset.mode }),
       play: () => this.card?.play(),
       fly: () => this.flow.play(),
@@ -190,7 +189,6 @@ export class Core {
     const { state } = this;
     this.stage = this.stage?.shows(state.view) ? this.stage.drawAgain() : new Stage(this.box("stage"), state);
     drawPrediction(this.box("prediction"), state.view);
-    drawStrip(this.box("strip"), state);
     drawLens(this.box("lens"), state.view);
     this.time?.draw();
     this.root.classList.toggle("mv-past", state.view.moment !== undefined);
@@ -199,20 +197,13 @@ export class Core {
   }
 
   drawLayer() {
-    drawLoads(this.box("loads"), this.state);
     drawLegend(this.box("legend"), this.state);
     this.drawPatch();
   }
 
   drawPatch() {
     this.card?.draw();
-    this.drawPointed();
-  }
-
-  /** What follows the pointer; the picture of the sums stays with the pinned patch. */
-  drawPointed() {
     drawWhere(this.box("where"), this.state);
-    frameStrip(this.box("strip"), this.state);
   }
 
   drawControls() {
@@ -240,11 +231,9 @@ export class Core {
     if (has("asSeen")) this.drawPictures();
     if (has("patch", "hover")) this.stage?.outline();
     if (has("layer")) this.time?.draw();
-    if (has("layer", "highlight")) drawLoads(this.box("loads"), this.state);
-    if (has("highlight")) drawWhere(this.box("where"), this.state);
     if (has("layer", "mode", "highlight")) drawLegend(this.box("legend"), this.state);
     if (has("layer", "patch", "mode")) this.drawPatch();
-    else if (has("hover")) this.drawPointed();
+    else if (has("hover", "highlight")) drawWhere(this.box("where"), this.state); // the sums stay with the pinned patch
     if (has("layer", "mode", "strength")) this.drawControls();
     return undefined;
   }
@@ -253,7 +242,6 @@ export class Core {
   drawPictures() {
     this.stage?.picture();
     this.flow.load();
-    drawStrip(this.box("strip"), this.state);
     this.drawPatch();
     this.drawControls();
   }

@@ -88,16 +88,6 @@ export function strongest(layer) {
 }
 
 /**
- * How many patches have 0, 1, 2, ... experts.
- * @param {Layer} layer
- */
-function takerCounts(layer) {
-  const counts = [];
-  layer.experts.forEach(({ length }) => { counts[length] = (counts[length] ?? 0) + 1; });
-  return [...counts].map((count) => count ?? 0);
-}
-
-/**
  * Whether an expert is among those that are away.
  * @param {[number, number][] | undefined} away layer and number of each @param {number} layer @param {number} expert
  */
@@ -119,28 +109,6 @@ export function goneFrom({ settings: { intervention, away = [] } }, { layer }) {
 function droppedChoices(view, layer) {
   const gone = goneFrom(view, layer);
   return layer.kept.flatMap((row, patch) => row.filter((kept, rank) => !kept && !gone.includes(layer.experts[patch][rank]))).length;
-}
-
-/**
- * The experts of each layer that no patch of the image goes to; empty where every layer is soft, and all run.
- * @param {View} view
- */
-export function silentWords(view) {
-  const layers = view.layers.filter(({ kind }) => kind !== "soft").map((layer) => {
-    const gone = goneFrom(view, layer);
-    const silent = layer.counts.flatMap((count, expert) => (count === 0 && !gone.includes(expert) ? [`E${expert}`] : []));
-    return `${layer.name} ${silent.join(", ") || "none"}`;
-  });
-  return layers.length ? `Silent in this image: ${layers.join(" · ")}.` : "";
-}
-
-/**
- * The experts that compute every patch besides the routed ones; empty where there are none.
- * @param {Layer} given
- */
-export function sharedWords({ num_shared_experts: shared }) {
-  if (!shared) return "";
-  return shared === 1 ? "Besides, 1 shared expert computes every patch." : `Besides, ${shared} shared experts compute every patch.`;
 }
 
 // ---- sentences ----------------------------------------------------------------------------------------------
@@ -231,24 +199,3 @@ function expertHint(view, layer) {
 
 /** @param {View} view @param {Layer} layer */
 const droppedFirst = (view, layer) => layer.kept.some(([first], patch) => !first && !goneFrom(view, layer).includes(layer.experts[patch][0]));
-
-/**
- * What the bars of a layer's load mean.
- * @param {View} view @param {Layer} layer
- */
-export function loadNote(view, layer) {
-  if (layer.kind === "soft") {
-    return `Every expert computes ${plural(layer.slots ?? 0, "slot")}, so the load is even by construction. Bars: the part of the patches' output that comes
-      from each expert. Dashed: equal parts.`;
-  }
-  if (layer.kind === "expert_choice") {
-    const patches = takerCounts(layer).flatMap((count, number) => (count ? [`${count} with ${number || "no"} expert${number === 1 ? "" : "s"}`] : []));
-    return `Experts choose, and each takes as many of the image's tokens as every other: the load is even by construction.
-      Patches: ${patches.join(", ")}.`;
-  }
-  const dropped = droppedChoices(view, layer);
-  const whose = layer.capacity === null || view.settings.capacity !== null ? "" : ` (the model's own limit is capacity factor ${layer.capacity})`;
-  const mean = layer.counts.reduce((sum, count) => sum + count, 0) / layer.num_experts;
-  return `Choices of this image's patches. Dashed: equal share, ${fixed(mean, mean % 1 ? 1 : 0)} each.
-    ${dropped > 0 ? `Hatched: ${dropped} dropped by capacity${whose}.` : ""}`;
-}

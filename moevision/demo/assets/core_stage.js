@@ -1,10 +1,9 @@
-// The stage: an image under a grid of patches, and the strip of layers beneath it.
+// The stage: an image under a grid of patches, and what is said of the patch that is pointed at.
 
-import { capital, describePatch, goneFrom, modeHint, patchWeights, plural, readShares, routingWords, silentWords, strongest } from "./core_kinds.js";
+import { describePatch, goneFrom, modeHint, patchWeights, plural, readShares, strongest } from "./core_kinds.js";
 import {
-  brush, chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pickButton, pictureSource, rgba, rowColumn, SCALE_COLOUR, term,
+  chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, pickButton, pictureSource, rgba, rowColumn, SCALE_COLOUR, term,
 } from "./core_util.js";
-import { PALETTE } from "./palette.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { Layer, View } from "./types.js" */
 
@@ -206,59 +205,9 @@ export function pictureTitle({ picture: { label, name } }) {
   return label && !name.startsWith(label) ? `${label}, ${name}` : name;
 }
 
-// ---- the strip of layers ------------------------------------------------------------------------------------
-
-/**
- * Thumbnails are drawn a cell per pixel and enlarged by the browser: cheap at any depth.
- * @param {HTMLCanvasElement} canvas @param {Layer} layer @param {[number, number]} given
- */
-function drawThumbnail(canvas, layer, [rows, columns]) {
-  const top = layer.kind === "soft" ? strongest(layer).high : 1;
-  canvas.width = columns;
-  canvas.height = rows;
-  const context = brush(canvas);
-  layer.experts.forEach(([first], patch) => {
-    if (first === undefined) return; // no expert took it
-    context.fillStyle = hasColours(layer.num_experts)
-      ? expertColour(first, layer.num_experts)
-      : `hsl(220 8% ${20 + (70 * first) / layer.num_experts}%)`;
-    context.globalAlpha = layer.kept[patch][0] ? 0.35 + (0.65 * layer.weights[patch][0]) / top : 0.1;
-    context.fillRect(patch % columns, Math.floor(patch / columns), 1, 1);
-  });
-}
-
-/** @param {HTMLElement} box @param {ViewState} state */
-export function drawStrip(box, state) {
-  const { layers, model } = state.view;
-  const item = ({ name }, index) => html`<button type="button" class="mv-layer" data-action="layer" data-index="${index}"
-    data-key="layer-${index}" aria-label="Layer ${name}"><canvas aria-hidden="true"></canvas><span>${name}</span>
-    <span class="mv-way"></span></button>`;
-  const others = layers.map((layer) => layerExpert(layer, 0)).join(" and ");
-  fillBox(box, html`
-    <div class="mv-strip-head"><h2>${term("layer", "Layers")}</h2>
-      <span class="mv-keys"><kbd>+</kbd> <kbd>−</kbd> change layer</span></div>
-    <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
-    <p class="mv-note">Below each: the experts of the patch there. Colours aren't comparable across layers<span>:
-      ${others} are different experts</span>.</p>
-    <p class="mv-note mv-silent">${silentWords(state.view)}</p>
-    ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how"><b>${where}</b>: ${words}</p>`)}`);
-  box.style.setProperty("--under", `url("${underlay(state, state.view).source}")`);
-  box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model.grid));
-  frameStrip(box, state);
-}
-
-/**
- * A change of layer moves the frame, and one of the patch its way through the layers: nothing is drawn again, the focus stays.
- * @param {HTMLElement} box @param {ViewState} state
- */
-export function frameStrip(box, { view, layer, shown: patch }) {
-  box.querySelectorAll(".mv-layer").forEach((button, index) => {
-    const { experts, num_experts: count } = view.layers[index];
-    button.setAttribute("aria-pressed", String(index === layer));
-    const taken = patch === null ? [] : experts[patch].slice(0, 2);
-    fillBox(button.querySelector(".mv-way"), html`${taken.map((expert) => chip(expert, count))}${patch !== null && !taken.length && "–"}`);
-  });
-}
+/** The experts of a patch in each layer. @param {View} view @param {number} patch */
+const wayOf = ({ layers }, patch) => layers.map(({ name, experts, num_experts: count }) => html`<span class="mv-way">${name}
+  ${experts[patch].slice(0, 2).map((expert) => chip(expert, count))}${!experts[patch].length && "–"}</span>`);
 
 /**
  * Which patch it is, its first expert, and how sure the router was.
@@ -284,8 +233,7 @@ export function drawWhere(box, state) {
       <b>${fixed(layer.entropy[patch])}</b> of ${of} bits</span>`}
     ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin"
       aria-label="Unpin">×</button>`}</p>
-    ${!layer.computation && !layer.past && html`<p class="mv-note mv-older">${capital(describePatch(view, layer, patch))}. This view
-      was saved before views carried how a patch was computed.</p>`}
+    ${view.layers.length > 1 && html`<p class="mv-note">${wayOf(view, patch)}</p>`}
     <p class="mv-note">${contextSentence(layer)}</p>`);
 }
 
@@ -304,9 +252,8 @@ export function drawLegend(box, state) {
   const { mode, currentLayer: layer } = state;
   const experts = layer.num_experts;
   const ramp = (low, high) => html`<span class="mv-ramp" aria-hidden="true"></span><span>${low} – ${high}</span>`;
-  const chips = () => hasColours(experts)
-    ? [...Array(experts).keys()].map((expert) => pickButton(layer, expert, state.highlight, chip(expert, experts), `chip-${expert}`))
-    : html`<span>More than ${PALETTE.length} experts: read the numbers, or highlight one in the load bars.</span>`;
+  const pick = (_, expert) => pickButton(layer, expert, state.highlight, chip(expert, experts), `chip-${expert}`);
+  const chips = () => Array.from({ length: experts }, pick);
   const key = {
     regions: chips,
     expert: chips,
@@ -314,7 +261,7 @@ export function drawLegend(box, state) {
     margin: () => ramp("0", "1"),
     drops: () => html`<span>×1: one of ${plural(layer.top_k, "choice")} dropped</span>`,
     takers: () => ramp("0", Math.max(...layer.experts.map(({ length }) => length))),
-    reads: () => ramp(...readEnds(readShares(layer, state.highlight)).map((share) => `${fixed(share)} ×`)),
+    reads: () => html`${chips()} ${ramp(...readEnds(readShares(layer, state.highlight)).map((share) => `${fixed(share)} ×`))}`,
   }[mode]();
   fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint">${legendHint(state)}</span>`);
 }
