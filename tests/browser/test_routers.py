@@ -17,6 +17,7 @@ from tests.browser.conftest import (
     numbers,
     said,
     serious,
+    take_away,
 )
 from tests.shared import says
 
@@ -83,15 +84,15 @@ def test_what_may_be_changed_where_experts_choose(visit):
     page = visit("?model=choice&expert=L3.E1").page
     # No token has a first choice: nothing can be forced.
     assert page.locator(".mv-box-hand [data-kind]").count() == 0
-    assert page.locator(".mv-box-hand [data-action]").count() == 2  # take away, swap
     assert page.locator("[data-change=limit]").count() == 0
     assert "on average" in page.text_content(".mv-settings")
     page.press("[data-change=topk]", "ArrowRight")
     page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["top_k"] == 2
     assert says(page.text_content("[data-box=said]"), "Trained with 1", "k = 2")
-    page.click(".mv-box-hand [data-action=take]")
-    page.wait_for_selector(".mv-results[role=note]:has-text('Without L3·E1')")
+    take_away(page, 1)
+    page.wait_for_selector("h1:has-text('Without expert 1')")
+    page.wait_for_selector("[data-box=said]:has-text('at random: ')")
     assert page.visit.question("route")["away"] == [[3, 1]]
     change = {"kind": "ablate", "layer": 3, "expert": 1}
     assert page.visit.question("what_if")["intervention"] == change

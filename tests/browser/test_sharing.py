@@ -25,6 +25,7 @@ from tests.browser.conftest import (
     press,
     said,
     saved,
+    take_away,
 )
 from tests.shared import says
 
@@ -216,7 +217,7 @@ def test_a_link_reproduces_an_intervention(visit, ask):
     change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "zero", "seed": 0}
     layer = ask("route", picture=FIRST, intervention=change)["layers"][1]
     assert numbers(page) == experts_of(layer)
-    assert says(page.text_content("[role=note]"), "get nothing")
+    assert says(page.text_content("[data-box=said]"), "get nothing")
 
 
 STRANGE = (
@@ -265,10 +266,10 @@ def test_a_link_with_a_change_opens_on_the_image_and_measures_then(new_visit, se
     one.open(server.url + "?do=ablate.3.1.next_best.0&tab=whatif")
     held.wait()
     assert numbers(one.page) == experts_of(ask("route", picture=FIRST, away=[[3, 1]])["layers"][1])
-    assert says(one.page.text_content(".mv-results"), "Measuring it", "at random")
+    assert says(one.page.text_content("[data-box=said]"), "Measuring it", "at random")
     assert one.page.locator(".mv-flow-box").count() == 4
     held.release()
-    one.page.wait_for_selector(".mv-results:has-text('moved at random:')")
+    one.page.wait_for_selector("[data-box=said]:has-text('moved at random:')")
     one.page.wait_for_function("location.search.includes('away=3.1')")  # as it is said today
     assert one.complaints == []
 
@@ -313,13 +314,11 @@ def test_three_tabs_stay_apart(visit, ask, tmp_path):
     for tab, number in zip(tabs[1:], (2, 5), strict=True):
         tab.goto(one.page.url.partition("?")[0] + f"?picture=pets/test/{number}")
         tab.wait_for_selector(".mv-cell")
-    tabs[1].click("[data-key=chip-1]")
-    tabs[1].click(".mv-box-hand [data-action=take]")
+    take_away(tabs[1], 1)
     tabs[2].set_input_files("[data-box=file]", file)
     tabs[2].wait_for_selector(".mv-own [aria-pressed=true]")
-    tabs[1].wait_for_selector(".mv-results[role=note]")
     changed = ask("route", picture={"kind": "example", "id": "pets/test/2"}, away=[[3, 1]])
     assert numbers(tabs[1]) == experts_of(changed["layers"][1])
     assert numbers(tabs[0]) == experts_of(ask("route", picture=FIRST)["layers"][1])
     assert [tab.locator(".mv-own button").count() for tab in tabs] == [0, 0, 1]
-    assert tabs[0].locator("[data-action=undo]").count() == 0
+    assert tabs[0].locator("[data-action=put-back]").count() == 0

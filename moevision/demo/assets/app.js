@@ -90,8 +90,6 @@ export class App {
     this.opening = new AppOpening(this);
     this.core = new Core(root, this.opening);
     this.core.timeSource = timeSource(this);
-    this.swapping = false;
-    this.waiting = false;
     this.leading = false;
     const ranks = boot.models.some(({ score_lists: lists }) => lists.length);
     const able = TABS.filter((Tab) => (boot.device ? SERVERLESS.includes(Tab.name) : Tab !== DataTab || ranks));
@@ -116,7 +114,6 @@ export class App {
       tab: (button) => this.openTab(button.dataset.tab),
       model: (button) => this.chooseModel(button.dataset.id),
       retry: () => (this.pending.wish ? followAddress(this) : this.load("model")),
-      undo: () => this.chooseSettings({ intervention: null }),
       door: () => this.openDoor(!this.door),
       take: (button) => this.toggleAway(present(this.state).currentLayer.layer, Number(button.dataset.expert)),
       "put-back": () => this.chooseSettings({ away: [] }),
@@ -353,7 +350,7 @@ export class App {
   /** @param {Set<string>} changed */
   follow(changed) {
     const has = (...names) => names.some((name) => changed.has(name));
-    if (has("layer", "highlight", "mode")) drawHand(this);
+    if (has("layer", "highlight")) drawHand(this);
     if (has("layer")) showLikes(this);
     if (has("layer", "highlight")) this.refreshTab(has("layer") ? "layer" : "highlight");
     if (has("view", "layer", "patch", "mode", "highlight")) this.remember();
@@ -385,8 +382,6 @@ export class App {
 
   /** @param {boolean} is */
   busy(is) {
-    this.waiting = is;
-    if (this.state) drawHand(this);
     this.core.box("main").setAttribute("aria-busy", String(is));
     slide(this.core.box("progress"), is);
   }

@@ -1,8 +1,10 @@
 // What the app adds to photo and boxes: other images, one thing to try, and what came of it.
 
+import { classPart } from "./app_hand.js";
 import { allExperts, fallOf, isOfEmoji } from "./app_models.js";
 import { typedField } from "./app_typed.js";
-import { answerWords, controlWords, effectOf } from "./core_effect.js";
+import { answerWords, controlWords, effectOf, effects } from "./core_effect.js";
+import { plural } from "./core_kinds.js";
 import { html, Markup, percent, pictureSource, present } from "./core_util.js";
 import { goneWords, otherModel, PATCH } from "./core_words.js";
 /** @import { App } from "./app.js" */
@@ -144,8 +146,8 @@ export class AppOpening {
       return html`<p class="mv-soft">Only the trained model can be changed.</p>
         ${actionButton("to-trained", "Show it")}`;
     const special = otherModel(view);
-    if (view.settings.away?.length)
-      return html`${special && html`<p>${special}</p>`}${this.result(view, view.settings.away)}`;
+    if (view.settings.away?.length || view.settings.intervention)
+      return html`${special && html`<p>${special}</p>`}${this.result(view, special)}`;
     if (special)
       return html`<p><b>${special}</b></p>
         ${actionButton("as-is", "Show the trained model")}`;
@@ -189,23 +191,35 @@ export class AppOpening {
     return isGame && `Record: fewest experts away: you ${least}, best ${falls.away.length}.`;
   }
 
-  /** What came of it, beside as much at random. @param {View} view @param {[number, number][]} away */
-  result(view, away) {
+  /** What came of it, beside as much at random. @param {View} view @param {string} special what else isn't as it was trained */
+  result(view, special) {
     const { app, usual } = this;
+    const { away = [] } = view.settings;
     const effect = effectOf(view);
     const [best] = view.prediction.moe;
     const told = effect
       ? answerWords(effect)
       : `${best.class === usual?.class ? "still" : "now"} ${best.class}, ${percent(best.p)}`;
-    const control = effect && html` <span class="mv-soft">${controlWords(effect, this.unit).replaceAll(" %", "\u00a0%")}.</span>`;
-    const findings = [this.record(view, away), needless(view, away, usual), newPages(app, away), chosenFrom(app, view)];
-    return html`<p><b>${away.length} ${away.length === 1 ? "expert" : "experts"} away: ${told}.</b>${control}</p>
-      ${findings.filter(Boolean).map((words) => html`<p class="mv-soft">${words}</p>`)}
+    const control = measured(view, this.unit);
+    const findings = away.length > 0 && [this.record(view, away), needless(view, away, usual), newPages(app, away), chosenFrom(app, view)];
+    return html`<p><b>${away.length > 0 && `${plural(away.length, "expert")} away: `}${told}.</b>
+        ${control && html`<span class="mv-soft">${control.replaceAll(" %", "\u00a0%")}</span>`}</p>
+      ${findings && findings.filter(Boolean).map((words) => html`<p class="mv-soft">${words}</p>`)}
+      ${classPart(view)}
       <div class="mv-flow-do">
         <button type="button" class="mv-primary" data-action="share-card" data-key="share-card">Share this card</button>
-        ${actionButton("put-back", away.length > 1 ? "Put all back" : "Put it back")}
+        ${away.length > 0 && actionButton("put-back", away.length > 1 ? "Put all back" : "Put it back")}
+        ${special && actionButton("as-is", "Show the trained model")}
       </div>`;
   }
+}
+
+/** What as much at random did: measured, being measured, or why it can't be. @param {View} view @param {[string, string]} unit */
+function measured(view, unit) {
+  const effect = effects.get(view);
+  if (effect === null) return "Measuring it beside as much at random…";
+  if (effect instanceof Error) return effect.message;
+  return effect ? `${controlWords(effect, unit)}.` : "";
 }
 
 /** Of an image that nobody labelled: which classes there are. @param {string[]} names */
