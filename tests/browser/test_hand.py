@@ -2,14 +2,24 @@
 
 import pytest
 
-from tests.browser.conftest import AWAY, CHANGED, FIRST, experts_of, numbers, press, result, said, told
+from tests.browser.conftest import (
+    AWAY,
+    CHANGED,
+    FIRST,
+    experts_of,
+    numbers,
+    press,
+    result,
+    said,
+    told,
+)
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
 FIELDS = {"layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
 
-MEASURED = "[data-box=said]:has-text('at random: ')"
+MEASURED = "[data-box=said] [data-part=class]"
 FORCE = ".mv-box-hand [data-kind=force]"
 TOP = "document.querySelector('.mv-flow-row').getBoundingClientRect().top + scrollY"  # the photo sticks
 

@@ -140,7 +140,7 @@ def test_a_link_reproduces_the_view(visit):
     page = visit().page
     press(page, ".mv-rail [data-action=example] >> nth=4", "[data-box=progress]", state="hidden")
     press(page, "[data-variant=untrained]", "[data-box=progress]", state="hidden")
-    page.press("[data-change=topk]", "ArrowRight")
+    page.select_option("[data-change=topk]", "3")
     page.wait_for_selector(CHANGED)
     choose_layer(page, 0)
     page.click(".mv-cell[data-patch='11']")

@@ -10,7 +10,7 @@ import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers 
 import { asAskError, Asker, errorBox, slide } from "./app_server.js";
 import { closeMenuByClick, shareHandlers } from "./app_share.js";
 import { drawSorting, playSorting } from "./app_sorting.js";
-import { sharpen, showLikes, timeSource } from "./app_later.js";
+import { sharpen, timeSource } from "./app_later.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
 import { listenForPicker, typedHandlers } from "./app_typed.js";
 import { cardLayout, Core, coreLayout } from "./core.js";
@@ -128,8 +128,6 @@ export class App {
       matters: () => this.showStrongest(),
     });
     Object.assign(changes, rail.changes, own.changes, typed.changes, ...this.tabs.map((tab) => tab.changes));
-    // A slider that was in the hand isn't drawn anew; what it chose is, a moment after it was let go.
-    this.core.box("settings").addEventListener("change", () => setTimeout(() => this.drawFrame(), 200));
     listenForFiles(this, this.root);
     listenForPicker(this);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
@@ -183,7 +181,6 @@ export class App {
     this.drawTabs();
     this.refreshTab(null);
     this.remember();
-    showLikes(this);
   }
 
   drawDoor() {
@@ -333,7 +330,6 @@ export class App {
     if (first || kind === "model") playSorting(this);
     sharpen(this, view);
     drawHand(this);
-    showLikes(this);
     measure(this, view);
     this.opening.search(view);
     this.announceResult(view);
@@ -351,7 +347,6 @@ export class App {
   follow(changed) {
     const has = (...names) => names.some((name) => changed.has(name));
     if (has("layer", "highlight")) drawHand(this);
-    if (has("layer")) showLikes(this);
     if (has("layer", "highlight")) this.refreshTab(has("layer") ? "layer" : "highlight");
     if (has("view", "layer", "patch", "mode", "highlight")) this.remember();
   }
@@ -390,8 +385,7 @@ export class App {
     drawHeader(this.core.box("header"), this);
     drawFooter(this.core.box("footer"), this);
     drawRail(this.core.box("rail"), this);
-    const settings = this.core.box("settings");
-    if (!settings.querySelector("input[type=range]:active")) drawSettings(settings, this); // it stays in the hand
+    drawSettings(this.core.box("settings"), this);
   }
 
   /** @param {string} text */

@@ -22,8 +22,7 @@ export const coreLayout = () => html`
     <div class="mv-flow-row">
       <div class="mv-flow-left"><div class="mv-flow-photo"><div data-box="stage"></div>${flowParts.badge}</div>${flowParts.bar}
         <div class="mv-detail"><div class="mv-toolbar">${modeSwitch()}
-          <label class="mv-check" data-box="as-seen" data-off><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label>
-          <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
+          <label class="mv-check" data-box="as-seen" data-off><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label></div>
         ${box("legend")}${box("where")}${box("hand")}</div></div>
       <div class="mv-flow-right">${flowParts.boxes}
         <section class="mv-detail mv-box-time" aria-label="The training" data-box="time"></section>
@@ -56,7 +55,6 @@ export class Core {
     this.actions = this.ownActions();
     /** @type {Handlers} what a field with `data-change` does. */
     this.changes = {
-      strength: (input) => this.state.set({ strength: input.value / 100 }),
       "as-seen": (input) => this.state.set({ asSeen: input.checked }),
       "flow-layer": (select) => this.state.set({ layer: Number(select.value), highlight: null }),
       moment: (input) => this.time?.slide(input),
@@ -84,7 +82,6 @@ export class Core {
       fly: () => this.flow.play(),
       run: () => this.time?.play(),
       "to-trained": () => this.time?.go(this.time.last),
-      unpin: () => this.state.set({ patch: null }),
       highlight: (button) => {
         const { state } = this;
         const expert = Number(button.dataset.expert);
@@ -214,8 +211,6 @@ export class Core {
       button.hidden = !modes.includes(button.dataset.mode);
     });
     this.box("as-seen").toggleAttribute("data-off", !hasOriginal(state.view)); // its place is kept: nothing moves
-    const slider = root.querySelector("[data-change=strength]");
-    if (slider) slider.value = state.strength * 100;
   }
 
   /** @param {Set<string>} changed */
@@ -227,14 +222,14 @@ export class Core {
     }
     if (has("layer")) this.flow.draw();
     else if (has("mode", "highlight")) this.flow.paint();
-    if (has("layer", "mode", "highlight", "strength")) this.stage?.colour();
+    if (has("layer", "mode", "highlight")) this.stage?.colour();
     if (has("asSeen")) this.drawPictures();
     if (has("patch", "hover")) this.stage?.outline();
     if (has("layer")) this.time?.draw();
     if (has("layer", "mode", "highlight")) drawLegend(this.box("legend"), this.state);
     if (has("layer", "patch", "mode")) this.drawPatch();
     else if (has("hover", "highlight")) drawWhere(this.box("where"), this.state); // the sums stay with the pinned patch
-    if (has("layer", "mode", "strength")) this.drawControls();
+    if (has("layer", "mode")) this.drawControls();
     return undefined;
   }
 

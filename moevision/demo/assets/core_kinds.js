@@ -2,15 +2,13 @@
 // here asks a layer: patches choose experts, experts choose patches, or slots mix all patches (Soft MoE).
 
 import { fixed, percent, present, rowColumn } from "./core_util.js";
-/** @import { Layer, Mode, Model, Router, View, Worded } from "./types.js" */
+/** @import { Layer, Mode, Router, View, Worded } from "./types.js" */
 
 export const MODES = {
   regions: { label: "Regions" },
   expert: { label: "Each patch" },
   reads: { label: "Reads" },
-  takers: { label: "How many" },
   entropy: { label: "Entropy" },
-  margin: { label: "Margin" },
   drops: { label: "Drops" },
 };
 
@@ -20,20 +18,10 @@ export const MODES = {
  */
 export function modesOf({ kind, learned, ...layer }) {
   const experts = ["regions", "expert"];
-  if ("past" in layer) return kind === "expert_choice" ? [...experts, "takers"] : experts;
-  if (kind === "soft") return [...experts, "reads", "entropy", "margin"];
-  if (kind === "expert_choice") return [...experts, "takers", "entropy", "margin"];
-  return learned ? [...experts, "entropy", "margin", "drops"] : [...experts, "drops"];
-}
-
-/**
- * What the router's numbers are called. Sigmoids don't compete, so only their shares add up to 1.
- * @param {Router | Layer} given
- */
-function affinity({ kind, router }) {
-  if (kind === "soft") return "share of an expert";
-  if (kind === "expert_choice") return "affinity";
-  return ["sigmoid", "bias_balanced"].includes(router) ? "share of affinity" : "router probability";
+  if ("past" in layer) return experts;
+  if (kind === "soft") return [...experts, "reads", "entropy"];
+  if (kind === "expert_choice") return [...experts, "entropy"];
+  return learned ? [...experts, "entropy", "drops"] : [...experts, "drops"];
 }
 
 /** @param {string} text */
@@ -126,20 +114,6 @@ export function routingWords(layers) {
 export const millions = (number) => (number >= 1e6 ? `${fixed(number / 1e6, number >= 1e7 ? 0 : 1)}\u00a0M` : `${Math.max(1, Math.round(number / 1e3))}\u00a0K`);
 
 /**
- * What the model is, in a sentence: how many experts, how large, and who computes a patch.
- * @param {Model} given
- */
-export function headline({ routers, parameters }) {
-  const span = (values) => [...new Set(values)].sort((a, b) => a - b).join(" or ");
-  const experts = span(routers.map((router) => router.num_experts));
-  const sizes = [...new Set(routers.map((router) => millions(router.expert_parameters)))].join(" or ");
-  const chosen = span(routers.map((router) => router.top_k));
-  const unit = routers.every(({ route_by: by }) => by === "image") ? "image" : "patch";
-  const who = routers.every(({ kind }) => kind === "token_choice") ? `; ${chosen} compute${chosen === "1" ? "s" : ""} each ${unit}` : "";
-  return `${experts} experts share ${unit === "image" ? "all images" : "one image"}${who}. Each has ${sizes} of the model's ${millions(parameters)} parameters.`;
-}
-
-/**
  * What a screen reader says about a patch.
  * @param {View} view @param {Layer} layer @param {number} patch
  */
@@ -174,10 +148,8 @@ export function modeHint(view, layer, mode) {
     regions: () => `regions whose patches have one ${layer.kind === "soft" ? "expert that gives them most" : "first expert"}`,
     expert: () => expertHint(view, layer),
     reads: () => "how much of what the expert in the hand, else the patch's first, reads comes from the patch, in even shares",
-    takers: () => "number of experts that took the patch",
     entropy: () => (layer.kind === "soft" ? "bits: how evenly a patch takes from the experts"
       : layer.kind === "expert_choice" ? "bits: how evenly the patch suits the experts" : "bits: how undecided the router is about the patch"),
-    margin: () => `best minus second-best ${affinity(layer)}`,
     drops: () => (droppedChoices(view, layer) || layer.capacity !== null ? "choices that an expert's capacity turned away" : "no choice is dropped here"),
   }[mode]();
 }

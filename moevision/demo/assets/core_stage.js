@@ -5,13 +5,13 @@ import {
   chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, pickButton, pictureSource, rgba, rowColumn, SCALE_COLOUR, term,
 } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
-/** @import { Layer, View } from "./types.js" */
+/** @import { Layer, Look, View } from "./types.js" */
 
 /**
  * [patches] fill and label of every patch in the present colouring: {colour, alpha, text, chip, ...}.
- * @param {ViewState} state @param {View} view @param {Layer} layer
+ * @param {ViewState} state @param {View} view @param {Layer} layer @returns {Look[]}
  */
-export function patchLooks(state, view, layer) {
+function patchLooks(state, view, layer) {
   if (state.mode === "reads") return readLooks(state, layer);
   const lit = litExpert(state, view, layer);
   const top = layer.kind === "soft" ? topWeight(layer, lit) : 1;
@@ -33,30 +33,28 @@ const topWeight = (layer, expert) => (expert === null ? strongest(layer).high
 
 /** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top @param {number | null} lit */
 function patchLook(state, layer, patch, top, lit) {
-  if (["expert", "regions"].includes(state.mode)) return lit === null ? expertLook(state, layer, patch, top) : highlightLook(state, layer, patch, top, lit);
+  if (["expert", "regions"].includes(state.mode)) return lit === null ? expertLook(layer, patch, top) : highlightLook(layer, patch, top, lit);
   if (state.mode === "drops") return dropLook(layer, patch);
-  if (state.mode === "takers") return takersLook(layer, patch);
-  const entropy = state.mode === "entropy";
-  const value = entropy ? layer.entropy[patch] : layer.margin[patch];
-  const share = clamp(entropy ? value / Math.log2(layer.num_experts) : value, 0, 1);
-  return { colour: SCALE_COLOUR, alpha: 0.06 + 0.8 * share, text: fixed(value, 1), chip: null };
+  const bits = layer.entropy[patch];
+  const share = clamp(bits / Math.log2(layer.num_experts), 0, 1);
+  return { colour: SCALE_COLOUR, alpha: 0.06 + 0.8 * share, text: fixed(bits, 1), chip: null };
 }
 
-/** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top */
-function expertLook(state, layer, patch, top) {
+/** @param {Layer} layer @param {number} patch @param {number} top */
+function expertLook(layer, patch, top) {
   const [expert] = layer.experts[patch];
-  if (expert === undefined) return { colour: NOBODY_COLOUR, alpha: 0.55 * state.strength, text: "–", chip: null };
+  if (expert === undefined) return { colour: NOBODY_COLOUR, alpha: 0.55 * STRENGTH, text: "–", chip: null };
   const kept = layer.kept[patch][0];
   const others = layer.kind === "expert_choice" ? layer.experts[patch].length - 1 : 0;
-  return { colour: expertColour(expert, layer.num_experts), alpha: kept ? (layer.weights[patch][0] / top) * state.strength : 0,
+  return { colour: expertColour(expert, layer.num_experts), alpha: kept ? (layer.weights[patch][0] / top) * STRENGTH : 0,
     text: others ? `${expert}+${others}` : String(expert), chip: expert, hatched: !kept };
 }
 
-/** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top @param {number} expert */
-function highlightLook(state, layer, patch, top, expert) {
+/** @param {Layer} layer @param {number} patch @param {number} top @param {number} expert */
+function highlightLook(layer, patch, top, expert) {
   const rank = layer.experts[patch].indexOf(expert);
   const uses = rank >= 0;
-  return { colour: expertColour(expert, layer.num_experts, uses), alpha: (patchWeights(layer, patch)[expert] / top) * state.strength,
+  return { colour: expertColour(expert, layer.num_experts, uses), alpha: (patchWeights(layer, patch)[expert] / top) * STRENGTH,
     text: String(expert), chip: expert, faint: !uses, hatched: uses && !layer.kept[patch][rank] };
 }
 
@@ -64,21 +62,14 @@ function highlightLook(state, layer, patch, top, expert) {
 const readEnds = (shares) => [Math.min(...shares), Math.max(...shares)];
 
 /** @param {ViewState} state @param {Layer} layer */
-function readLooks({ highlight, strength }, layer) {
+function readLooks({ highlight }, layer) {
   const shares = readShares(layer, highlight);
   const [low, high] = readEnds(shares);
   const digits = high - low < 0.5 ? 2 : 1; // more where all are nearly alike
   return shares.map((share) => ({
-    colour: SCALE_COLOUR, alpha: clamp((0.03 + (0.8 * (share - low)) / (high - low || 1)) * (strength / 0.65), 0, 1),
+    colour: SCALE_COLOUR, alpha: 0.03 + (0.8 * (share - low)) / (high - low || 1),
     text: fixed(share, digits), chip: null,
   }));
-}
-
-/** @param {Layer} layer @param {number} patch */
-function takersLook(layer, patch) {
-  const most = Math.max(1, ...layer.experts.map(({ length }) => length));
-  const { length } = layer.experts[patch];
-  return { colour: SCALE_COLOUR, alpha: length ? 0.06 + (0.8 * length) / most : 0, text: String(length), chip: null };
 }
 
 /** @param {Layer} layer @param {number} patch */
@@ -88,9 +79,9 @@ function dropLook(layer, patch) {
   return { colour: DROP_COLOUR, alpha: 0.7 * share, text: dropped ? `×${dropped}` : "", chip: null, hatched: dropped > 0 };
 }
 
+/** How opaque a patch with gate weight 1 is. */
+const STRENGTH = 0.65;
 const DROP_COLOUR = "#b3261e";
-// A scale in one colour is read more easily on a grey image.
-export const GREY_MODES = ["reads", "takers"];
 const NOBODY_COLOUR = "#808080";
 
 const originals = new WeakMap();
@@ -159,7 +150,8 @@ export class Stage {
   colour() {
     const { state, view } = this;
     const layer = view.layers[state.layer];
-    this.box.firstElementChild?.classList.toggle("mv-grey", GREY_MODES.includes(state.mode));
+    // A scale in one colour is read more easily on a grey image.
+    this.box.firstElementChild?.classList.toggle("mv-grey", state.mode === "reads");
     this.box.firstElementChild?.classList.toggle("mv-contoured", state.mode === "regions"); // colours and numbers are there, unseen
     const looks = patchLooks(state, view, layer);
     this.cells.forEach((cell, patch) => {
@@ -231,8 +223,7 @@ export function drawWhere(box, state) {
     ${layer.learned && !layer.past && html`<span class="mv-facts">${term("margin", "margin")}
       <b>${fixed(layer.margin[patch], layer.kind === "soft" ? 3 : 2)}</b> ${term("entropy", "entropy")}
       <b>${fixed(layer.entropy[patch])}</b> of ${of} bits</span>`}
-    ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin"
-      aria-label="Unpin">×</button>`}</p>
+    </p>
     ${view.layers.length > 1 && html`<p class="mv-note">${wayOf(view, patch)}</p>`}
     <p class="mv-note">${contextSentence(layer)}</p>`);
 }
@@ -258,9 +249,7 @@ export function drawLegend(box, state) {
     regions: chips,
     expert: chips,
     entropy: () => ramp("0", `${fixed(Math.log2(experts), 1)} bits`),
-    margin: () => ramp("0", "1"),
     drops: () => html`<span>×1: one of ${plural(layer.top_k, "choice")} dropped</span>`,
-    takers: () => ramp("0", Math.max(...layer.experts.map(({ length }) => length))),
     reads: () => html`${chips()} ${ramp(...readEnds(readShares(layer, state.highlight)).map((share) => `${fixed(share)} ×`))}`,
   }[mode]();
   fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint">${legendHint(state)}</span>`);
