@@ -1,6 +1,6 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
-import { choose, followAddress, goTo, PLACE, readAddress, writeAddress } from "./app_address.js";
+import { choose, followAddress, goTo, readAddress, writeAddress } from "./app_address.js";
 import { server } from "./app_fetch.js";
 import { drawHand, handActions, measure, spokenResult } from "./app_hand.js";
 import { allExperts, fallOf, isOfEmoji } from "./app_models.js";
@@ -81,7 +81,6 @@ export class App {
     this.asked = new WeakMap();
     /** @type {symbol | null} */
     this.panelTicket = null;
-    this.place = history.state?.[PLACE] ?? 0;
     /** @type {string | null} what this entry of the browser's history shows; null until that is written */
     this.page = null;
     this.plain = JSON.stringify(this.settings()); // of the view that comes with the page
@@ -131,7 +130,7 @@ export class App {
     listenForFiles(this, this.root);
     listenForPicker(this);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
-    addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && goTo(this, state[PLACE]));
+    addEventListener("popstate", () => goTo(this));
     closeMenuByClick(this.root);
   }
 

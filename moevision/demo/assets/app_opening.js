@@ -98,44 +98,21 @@ export class AppOpening {
   /** Other images: the visitor's own, the model's, and one of another model. */
   choices() {
     const { picture, own, model, boot } = this.app;
-    const mine = own
-      .slice(0, 1)
-      .map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: picture.own === id }));
+    const one = (action, id, name, thumb, on = false) => html`<button type="button" data-action="${action}" data-id="${id}"
+      data-key="flow-${action}-${id}" aria-pressed="${on}" ${on && new Markup("disabled")} aria-label="${name}">
+      <img src="${pictureSource(thumb)}" alt=""></button>`;
+    const mine = own.slice(0, 1).map(({ id, name, data }) => one("own", id, name, data, picture.own === id));
     const labels = [...new Set(model.examples.map(({ label }) => label))];
-    const first = labels.map((label) => present(model.examples.find((one) => one.label === label)));
+    const first = labels.map((label) => present(model.examples.find((example) => example.label === label)));
     const shown = model.examples.filter(({ id }) => id === picture.id);
-    const known = [...new Set([...first.slice(0, 1), ...shown, ...first, ...model.examples])].map(
-      ({ id, name, label, thumb }) => ({
-        action: "example",
-        id,
-        name: exampleName(label, name),
-        thumb,
-        on: picture.id === id,
-      }),
-    );
+    const inOrder = new Set([...first.slice(0, 1), ...shown, ...first, ...model.examples]);
+    const known = [...inOrder].map(({ id, name, label, thumb }) => one("example", id, exampleName(label, name), thumb, picture.id === id));
     const elsewhere = boot.models
-      .filter((one) => one.id !== model.id && one.examples.length)
-      .sort((one, other) => Number(isOfEmoji(other)) - Number(isOfEmoji(one)));
-    const other = elsewhere
-      .slice(0, 1)
-      .map((one) => ({ action: "model", id: one.id, name: one.title, thumb: one.examples[0].thumb, on: false }));
-    const room = THUMBS - other.length - Number(isOfEmoji(model)); // its field takes the place of one
-    const thumbs = [...[...mine, ...known].slice(0, room), ...other];
-    return html`<div class="mv-flow-pick" role="group" aria-label="Images">
-      ${thumbs.map(
-        ({ action, id, name, thumb, on }) =>
-          html`<button
-            type="button"
-            data-action="${action}"
-            data-id="${id}"
-            data-key="flow-${action}-${id}"
-            aria-pressed="${on}"
-            ${on && new Markup("disabled")}
-            aria-label="${name}"
-          >
-            <img src="${pictureSource(thumb)}" alt="" />
-          </button>`,
-      )}
+      .filter(({ id, examples }) => id !== model.id && examples.length)
+      .sort((some, other) => Number(isOfEmoji(other)) - Number(isOfEmoji(some)));
+    const another = elsewhere.slice(0, 1).map(({ id, title, examples }) => one("model", id, title, examples[0].thumb));
+    const room = THUMBS - another.length - Number(isOfEmoji(model)); // its field takes the place of one
+    return html`<div class="mv-flow-pick" role="group" aria-label="Images">${[...mine, ...known].slice(0, room)}${another}
       ${isOfEmoji(model) ? typedField(this.app) : html`<button type="button" class="mv-button" data-action="choose" data-key="flow-choose">Your photo</button>`}
     </div>`;
   }

@@ -4,7 +4,6 @@
 import { goneFrom } from "./core_kinds.js";
 import { computedPatch, sparsityWords } from "./core_numbers.js";
 import { underlay } from "./core_stage.js";
-import { patchMoments } from "./core_time.js";
 import { chip, clamp, expertColour, fillBox, fixed, html, Markup, percent, present, rowColumn, signed } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { Channels, Choice, Computed, Fill, Handlers, Layer, View } from "./types.js" */
@@ -53,11 +52,8 @@ export class Card {
   draw() {
     const { view, currentLayer: layer, patch } = this.state;
     const computed = patch === null ? null : computedPatch(view, layer, patch);
-    const past = view.moment && patch !== null;
-    this.box.hidden = !computed && !past;
-    if (computed && patch !== null) fillBox(this.box, this.picture(view, layer, patch, computed));
-    // At a moment of the training only the gates of a patch are known.
-    else fillBox(this.box, past && patchMoments(view, layer, patch));
+    this.box.hidden = !computed; // at a moment of the training it isn't known
+    fillBox(this.box, computed && patch !== null && this.picture(view, layer, patch, computed));
     cancelAnimationFrame(this.wiring); // measured once in a frame, when all of the page is written
     this.wiring = requestAnimationFrame(() => this.wire());
   }

@@ -1,7 +1,7 @@
 // How a layer routes, in words and numbers. The layers of one model may differ in router, experts and k, so everything
 // here asks a layer: patches choose experts, experts choose patches, or slots mix all patches (Soft MoE).
 
-import { fixed, percent, present, rowColumn } from "./core_util.js";
+import { fixed, present, rowColumn } from "./core_util.js";
 /** @import { Layer, Mode, Router, View, Worded } from "./types.js" */
 
 export const MODES = {
@@ -148,26 +148,16 @@ export function modeHint(view, layer, mode) {
     regions: () => `regions whose patches have one ${layer.kind === "soft" ? "expert that gives them most" : "first expert"}`,
     expert: () => expertHint(view, layer),
     reads: () => "how much of what the expert in the hand, else the patch's first, reads comes from the patch, in even shares",
-    entropy: () => (layer.kind === "soft" ? "bits: how evenly a patch takes from the experts"
-      : layer.kind === "expert_choice" ? "bits: how evenly the patch suits the experts" : "bits: how undecided the router is about the patch"),
+    entropy: () => "bits: how evenly the router shares the patch out",
     drops: () => (droppedChoices(view, layer) || layer.capacity !== null ? "choices that an expert's capacity turned away" : "no choice is dropped here"),
   }[mode]();
 }
 
 /** @param {View} view @param {Layer} layer */
 function expertHint(view, layer) {
-  if (layer.kind === "soft") {
-    const { low, high } = strongest(layer);
-    return `every patch takes from all ${layer.num_experts * (layer.slots ?? 0)} slots · colour and number: the expert with the largest share, `
-      + `${percent(low, 1)} to ${percent(high, 1)} here (even: ${percent(1 / layer.num_experts, 1)})`;
-  }
-  if (layer.kind === "expert_choice") {
-    const nobody = layer.experts.some(({ length }) => !length) ? " · –: no expert took it" : "";
-    return `colour and number: the expert with the largest weight · +1: one more took the patch${nobody}`;
-  }
-  const dropped = droppedFirst(view, layer) ? " · hatched: first choice dropped by capacity" : "";
-  return `colour and number: first-choice expert${layer.learned ? " · stronger colour: higher gate weight" : ", by a rule that nobody learned"}${dropped}`;
+  const { kind, learned, num_experts: experts, slots } = layer;
+  if (kind === "soft") return `every patch takes from all ${experts * (slots ?? 0)} slots · colour and number: the expert with the largest share`;
+  if (kind === "expert_choice") return "colour and number: the expert with the largest weight · +1: one more took the patch · –: none did";
+  const dropped = droppedChoices(view, layer) ? " · hatched: dropped by capacity" : "";
+  return `colour and number: first-choice expert${learned ? " · stronger colour: higher gate weight" : ", by a rule that nobody learned"}${dropped}`;
 }
-
-/** @param {View} view @param {Layer} layer */
-const droppedFirst = (view, layer) => layer.kept.some(([first], patch) => !first && !goneFrom(view, layer).includes(layer.experts[patch][0]));
