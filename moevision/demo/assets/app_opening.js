@@ -1,7 +1,7 @@
 // What the app adds to photo and boxes: other images, one thing to try, and what came of it.
 
 import { classPart } from "./app_hand.js";
-import { allExperts, fallOf, isOfEmoji } from "./app_models.js";
+import { allExperts, exampleName, fallOf, isOfEmoji } from "./app_models.js";
 import { typedField } from "./app_typed.js";
 import { answerWords, controlWords, effectOf, effects } from "./core_effect.js";
 import { plural } from "./core_kinds.js";
@@ -205,9 +205,6 @@ const knownWords = (names) => `It knows ${names.slice(0, -1).join(", ")} and ${n
 /** @param {string} action @param {string} label */
 const actionButton = (action, label) =>
   html`<button type="button" class="mv-button" data-action="${action}" data-key="said-${action}">${label}</button>`;
-
-/** "cat, chelsea.jpg" of cat/chelsea.jpg. @param {string | null} label @param {string} name */
-const exampleName = (label, name) => (label ? `${label}, ${name.split("/").at(-1)}` : name);
 
 /** The case in which one expert less changes the answer most: of this model, else of the next that has one. @param {App} app */
 export const tellingCase = ({ model, boot, picture }) =>

@@ -1,6 +1,7 @@
 // The rail on the left: images to look at, the visitor's own, and what may be changed about the routing.
 
 import { handButton } from "./app_hand.js";
+import { exampleName } from "./app_models.js";
 import { ownStrip } from "./app_own.js";
 import { asAskError } from "./app_server.js";
 import { shareMenu } from "./app_share.js";
@@ -76,7 +77,7 @@ function examples(app) {
   }
   const shown = app.picture;
   const thumb = ({ id, name, label, thumb: source }) => html`<li><button type="button" data-action="example" data-id="${id}" data-key="example-${id}"
-    aria-pressed="${shown.kind === "example" && shown.id === id}" aria-label="${label ? `${label}, ${name}` : name}">
+    aria-pressed="${shown.kind === "example" && shown.id === id}" aria-label="${exampleName(label, name)}">
     <img src="${pictureSource(source)}" alt=""><span>${label ?? name}</span></button></li>`;
   const { examples: here, num_examples: all, shown: which } = app.model;
   return html`${which && html`<p class="mv-soft mv-which">${which}</p>`}<ul class="mv-examples" data-box="examples">${here.map(thumb)}</ul>

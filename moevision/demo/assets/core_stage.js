@@ -222,8 +222,7 @@ export function drawWhere(box, state) {
       <span class="mv-soft">row ${row}, column ${column}</span></span>
     ${layer.learned && !layer.past && html`<span class="mv-facts">${term("margin", "margin")}
       <b>${fixed(layer.margin[patch], layer.kind === "soft" ? 3 : 2)}</b> ${term("entropy", "entropy")}
-      <b>${fixed(layer.entropy[patch])}</b> of ${of} bits</span>`}
-    </p>
+      <b>${fixed(layer.entropy[patch])}</b> of ${of} bits</span>`}</p>
     ${view.layers.length > 1 && html`<p class="mv-note">${wayOf(view, patch)}</p>`}
     <p class="mv-note">${contextSentence(layer)}</p>`);
 }

@@ -3,6 +3,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { classWords, withoutWords } from "../../../moevision/demo/assets/app_hand.js";
+import { exampleName } from "../../../moevision/demo/assets/app_models.js";
 import { goneFrom } from "../../../moevision/demo/assets/core_kinds.js";
 import { calledWords } from "../../../moevision/demo/assets/tab_experts.js";
 
@@ -30,4 +31,10 @@ test("experts that are away are those of both kinds, of one layer", () => {
   const several = { settings: { intervention: { kind: "ablate", layer: 1, expert: 2 }, away: [[1, 0], [3, 2]] } };
   assert.deepEqual(goneFrom(several, { layer: 1 }), [0, 2]);
   assert.deepEqual(goneFrom({ settings: { intervention: null } }, { layer: 1 }), []);
+});
+
+test("an example is called by its label once, and by its file without the folders", () => {
+  assert.equal(exampleName("cat", "cat, cat/chelsea.jpg"), "cat, chelsea.jpg");
+  assert.equal(exampleName("fox", "fox 5"), "fox, fox 5");
+  assert.equal(exampleName(null, "beach.jpg"), "beach.jpg");
 });
