@@ -90,12 +90,13 @@ def first_page(browser: Browser, address: str) -> tuple[Page, float]:
 
 def in_the_page(page: Page) -> dict[str, list[float]]:
     """Layer changes, patch clicks and new images."""
-    layers = page.locator(".mv-layer").count()
+    choice = "[data-change=flow-layer]"
+    layers = page.locator(f"{choice} option").count()
     patches = page.locator(".mv-cell").count()
     times: dict[str, list[float]] = {"layer_change": [], "patch_click": [], "new_picture": []}
     for step in range(REPEATS):
-        layer = f".mv-layer[data-index='{step % layers}']"
-        times["layer_change"].append(page.evaluate(MEASURE, [layer, ".mv-grid"]))
+        layer = str(step % layers)
+        times["layer_change"].append(page.evaluate(MEASURE, [choice, ".mv-grid", layer]))
         patch = f".mv-cell[data-patch='{step * 7 % patches}']"
         times["patch_click"].append(page.evaluate(MEASURE, [patch, ".mv-box-where"]))
     examples = page.eval_on_selector_all(

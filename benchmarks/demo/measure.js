@@ -1,5 +1,6 @@
-// Clicks in the page, so that no time of the remote control is measured, and waits until `changed` is another and painted.
-async ([selector, changed]) => {
+// Clicks in the page, or chooses a `value` of a list, so that no time of the remote control is measured, and waits until
+// `changed` is another and painted.
+async ([selector, changed, value]) => {
   const watch = () => document.querySelector(changed).outerHTML;
   const before = watch();
   const painted = () => new Promise((resolve) => requestAnimationFrame(() => {
@@ -9,7 +10,12 @@ async ([selector, changed]) => {
   }));
   await painted();
   const start = performance.now();
-  document.querySelector(selector).click();
+  const control = document.querySelector(selector);
+  if (value === undefined) control.click();
+  else {
+    control.value = value;
+    control.dispatchEvent(new Event("change", { bubbles: true }));
+  }
   do { await painted(); } while (watch() === before && performance.now() - start < 20000);
   return performance.now() - start;
 }

@@ -250,6 +250,11 @@ def alone(new_visit, page, folder):
     return visit
 
 
+def choose_layer(page, place):
+    """The place of a layer among those with experts, from 0."""
+    page.select_option("[data-change=flow-layer]", str(place))
+
+
 def take_away(page, expert):
     """Click an expert's box, and wait until it is away."""
     box = f".mv-flow-box[data-expert='{expert}']"

@@ -1,4 +1,4 @@
-"""An expert's page by its link, its share image, silent experts and the logit lens: what they say is the service's."""
+"""An expert's page by its link, its share image and the logit lens: what they say is the service's."""
 
 import pytest
 
@@ -45,14 +45,9 @@ def test_what_was_measured_and_named_is_told(new_visit, server):
     assert says(page.text_content(".mv-without"), "40 test images", "most for <b>cat, −1.25")
 
 
-def test_silent_experts_and_the_lens_are_the_views(visit, ask):
+def test_the_lens_is_the_views(visit, ask):
     view = ask("route", picture=FIRST)
     page = visit().page
-    silent = [
-        f"{layer['name']} {', '.join(f'E{e}' for e, count in enumerate(layer['counts']) if not count) or 'none'}"
-        for layer in view["layers"]
-    ]
-    assert page.text_content(".mv-silent") == f"Silent in this image: {' · '.join(silent)}."
     rows = page.locator(".mv-lens li").all()
     assert len(rows) == len(view["lens"]) == 4
     for row, top in zip(rows, view["lens"], strict=True):

@@ -8,7 +8,6 @@ from PIL import Image
 
 from tests.browser.conftest import (
     AWAY,
-    MOBILE,
     change_answer,
     each,
     example,
@@ -113,16 +112,6 @@ def test_several_can_be_pasted_and_dropped(visit, files, way):
     page.wait_for_selector(on_stage(files[0]))
     assert page.visit.question("route")["picture"]["kind"] == "upload"
     assert names(page) == [file.name for file in files[:2]]
-
-
-def test_a_phone_offers_its_camera_and_a_desk_does_not(visit):
-    desk = visit().page
-    assert desk.locator(".mv-camera:visible").count() == 0
-    phone = visit(**MOBILE).page
-    assert phone.locator(".mv-camera:visible").count() == 1
-    assert phone.get_attribute("[data-box=camera]", "capture") == "environment"
-    with phone.expect_file_chooser():
-        phone.click(".mv-camera")
 
 
 KEPT = ("{", "[]", '[{"id": "x"}]', '[{"id": 1, "name": "a", "data": "http://x"}]')

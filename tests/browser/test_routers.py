@@ -17,6 +17,7 @@ from tests.browser.conftest import (
     numbers,
     said,
     serious,
+    take_away,
 )
 from tests.shared import says
 
@@ -74,28 +75,22 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask):
     page.click(f".mv-cell[data-patch='{several}']")
     took = page.locator(".mv-card-rows [data-expert]:not(.mv-away) .mv-chip").all_text_contents()
     assert took == [str(expert) for expert in sorted(layer["experts"][several])]
-    assert visible_modes(page) == ["regions", "expert", "takers", "entropy", "margin"]
-    page.click("[data-mode=takers]")
-    assert numbers(page) == [str(len(experts)) for experts in layer["experts"]]
-    # 16 patches, 4 experts that take 4 each
-    assert page.locator(".mv-loadcount").all_text_contents() == ["4"] * 4
-    assert f"{texts.count('–')} with no expert" in page.text_content(".mv-box-loads")
+    assert visible_modes(page) == ["regions", "expert", "entropy"]
 
 
 def test_what_may_be_changed_where_experts_choose(visit):
     page = visit("?model=choice&expert=L3.E1").page
     # No token has a first choice: nothing can be forced.
     assert page.locator(".mv-box-hand [data-kind]").count() == 0
-    assert page.locator(".mv-box-hand [data-action]").count() == 2  # take away, swap
-    assert page.locator("[data-change=limit]").count() == 0
+    assert page.locator("[data-change=capacity]").count() == 0
     assert "on average" in page.text_content(".mv-settings")
-    page.press("[data-change=topk]", "ArrowRight")
+    page.select_option("[data-change=topk]", "2")
     page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["top_k"] == 2
     assert says(page.text_content("[data-box=said]"), "Trained with 1", "k = 2")
-    assert page.locator(".mv-loadcount").all_text_contents() == ["8"] * 4
-    page.click(".mv-box-hand [data-action=take]")
-    page.wait_for_selector(".mv-results[role=note]:has-text('Without L3·E1')")
+    take_away(page, 1)
+    page.wait_for_selector("h1:has-text('Without expert 1')")
+    page.wait_for_selector("[data-box=said] [data-part=class]")
     assert page.visit.question("route")["away"] == [[3, 1]]
     change = {"kind": "ablate", "layer": 3, "expert": 1}
     assert page.visit.question("what_if")["intervention"] == change
@@ -111,12 +106,11 @@ def test_soft_patches_take_from_every_expert(visit, ask):
     weights = dict(zip(layer["experts"][5], layer["weights"][5], strict=True))
     assert shown == pytest.approx([100 * weights[expert] for expert in range(6)], abs=0.0551)
     assert sum(shown) == pytest.approx(100, abs=0.6)
-    assert visible_modes(page) == ["regions", "expert", "reads", "entropy", "margin"]
+    assert visible_modes(page) == ["regions", "expert", "reads", "entropy"]
     # the other layer has a router of its own, and its own number of experts
     page.keyboard.press("-")
-    page.click(".mv-layer[data-index='0']")
-    assert visible_modes(page) == ["regions", "expert", "entropy", "margin", "drops"]
-    assert page.locator(".mv-loadbar").count() == 4
+    assert visible_modes(page) == ["regions", "expert", "entropy", "drops"]
+    assert page.locator(".mv-legend-key .mv-pick").count() == 4
     assert says(page.text_content(".mv-settings"), "all slots")
 
 
@@ -128,7 +122,7 @@ def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask):
     means = [sum(row) / 16 for row in layer["reads"]]
     expected = [layer["reads"][expert][patch] / means[expert] for patch, expert in enumerate(first)]
     assert shown_numbers(page) == pytest.approx(expected, abs=0.0505)
-    page.click("[data-key=load-4]")
+    page.click("[data-key=chip-4]")
     reads = layer["reads"][4]
     assert shown_numbers(page) == pytest.approx([value / means[4] for value in reads], abs=0.0505)
     opacities = [fill[3] for fill in fills(page)]
@@ -146,7 +140,7 @@ def test_the_image_is_coloured_by_what_an_expert_reads(visit, ask):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious_in_either(visit, scheme):
-    for query in ("?model=soft&mode=reads&expert=L3.E1", "?model=choice&mode=takers"):
+    for query in ("?model=soft&mode=reads&expert=L3.E1", "?model=choice&mode=expert"):
         look = {"color_scheme": scheme, "reduced_motion": "reduce", "viewport": PHONE}
         page = visit(query, then=".mv-card", **look).page
         assert serious(page) == []

@@ -1,4 +1,4 @@
-"""M7 to M9: other colourings, loads, capacity, k, and the switch between versions of the model."""
+"""M7 to M9: other colourings, capacity, k, and the switch between versions of the model."""
 
 import pytest
 
@@ -10,7 +10,6 @@ from tests.browser.conftest import (
     experts_of,
     fills,
     numbers,
-    press,
 )
 from tests.shared import says
 
@@ -20,34 +19,22 @@ MINUS = "\N{MINUS SIGN}"
 OFF = "off the training distribution"
 
 
-@pytest.mark.parametrize("mode", ["entropy", "margin"])
-def test_entropy_and_margin_stand_in_the_patches(visit, ask, mode):
+def test_entropy_stands_in_the_patches(visit, ask):
     layer = ask("route", picture=FIRST)["layers"][1]
     page = visit().page
-    page.click(f"[data-mode={mode}]")
+    page.click("[data-mode=entropy]")
     # One decimal is shown.
-    assert [float(text) for text in numbers(page)] == pytest.approx(layer[mode], abs=0.0501)
+    assert [float(text) for text in numbers(page)] == pytest.approx(layer["entropy"], abs=0.0501)
     opacities = [fill[3] for fill in fills(page)]
-    assert opacities.index(max(opacities)) == layer[mode].index(max(layer[mode]))
-
-
-def test_loads_beside_the_equal_share(visit, ask):
-    layer = ask("route", picture=FIRST)["layers"][1]
-    page = visit().page
-    assert each(page, ".mv-loadcount", "Number(one.textContent)") == layer["counts"]
-    assert sum(layer["counts"]) == 16 * 2
-    text = page.text_content(".mv-box-loads")
-    assert f"{max(layer['counts']) / 8:.2f}" in text
-    assert "equal share, 8 each" in text
-    assert page.locator(".mv-ideal").count() == 1
+    assert opacities.index(max(opacities)) == layer["entropy"].index(max(layer["entropy"]))
 
 
 def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask):
     page = visit("?mode=drops").page
-    assert not page.is_checked("[data-change=limit]")
+    assert page.input_value("[data-change=capacity]") == ""
     assert "route" not in page.visit.asked  # the view that came with the page has no limit
     assert set(numbers(page)) == {""}
-    page.check("[data-change=limit]")
+    page.select_option("[data-change=capacity]", "1")
     page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["capacity"] == 1
     layer = ask("route", picture=FIRST, capacity=1.0)["layers"][1]
@@ -58,19 +45,19 @@ def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask):
     patch = dropped.index(max(dropped))
     page.click(f".mv-cell[data-patch='{patch}']")
     assert page.locator(".mv-part-kept .mv-lost-row").count() == dropped[patch]
-    assert f"Hatched: {sum(dropped)} dropped" in page.text_content(".mv-box-loads")
 
 
 def test_another_k_is_marked(visit, ask):
     page = visit().page
     assert page.locator(".mv-off:visible").count() == 0
-    page.press("[data-change=topk]", "ArrowRight")
+    page.select_option("[data-change=topk]", "3")
     page.wait_for_selector(CHANGED)
     assert page.visit.question("route")["top_k"] == 3
     assert page.locator(".mv-off:visible").text_content() == OFF
     assert says(page.text_content("[data-box=said]"), "top-2", "k = 3")
     assert page.locator(".mv-card-rows [data-expert]:not(.mv-away)").count() == 3
-    press(page, "[data-action=as-trained]", CHANGED, state="detached")
+    page.select_option("[data-change=topk]", "")
+    page.wait_for_selector(CHANGED, state="detached")
     assert page.visit.question("route")["top_k"] is None
     assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
 

@@ -15,6 +15,7 @@ from tests.browser.conftest import (
     FIRST,
     alone,
     at,
+    choose_layer,
     clipped,
     each,
     experts_of,
@@ -24,6 +25,7 @@ from tests.browser.conftest import (
     press,
     said,
     saved,
+    take_away,
 )
 from tests.shared import says
 
@@ -128,9 +130,8 @@ def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, t
     page.goto((tmp_path / "view.html").as_uri())
     assert numbers(page) == experts_of(layer)
     assert {fill[:3] for fill in fills(page)} == {rgb(NEUTRAL)}
-    assert "read the numbers" in page.text_content(".mv-box-legend")
     expert = layer["experts"][0][0]
-    page.click(f".mv-loadbar[data-expert='{expert}']")
+    page.click(f"[data-key=chip-{expert}]")
     bright = [fill[:3] == rgb(EXPERT_COLOURS[0]) for fill in fills(page)]
     assert bright == [expert in choices for choices in layer["experts"]]
 
@@ -139,9 +140,9 @@ def test_a_link_reproduces_the_view(visit):
     page = visit().page
     press(page, ".mv-rail [data-action=example] >> nth=4", "[data-box=progress]", state="hidden")
     press(page, "[data-variant=untrained]", "[data-box=progress]", state="hidden")
-    page.press("[data-change=topk]", "ArrowRight")
+    page.select_option("[data-change=topk]", "3")
     page.wait_for_selector(CHANGED)
-    page.click(".mv-layer[data-index='0']")
+    choose_layer(page, 0)
     page.click(".mv-cell[data-patch='11']")
     page.click("[data-mode=entropy]")
     open_tab(page, "classes")
@@ -149,13 +150,13 @@ def test_a_link_reproduces_the_view(visit):
     at(page, *words)
     other = visit("?" + page.url.partition("?")[2]).page
     assert numbers(other) == numbers(page)
-    pressed = (
-        ".mv-pinned, :is(.mv-layer, [data-mode])[aria-pressed=true], [role=tab][aria-selected=true]"
-    )
+    pressed = ".mv-pinned, [data-mode][aria-pressed=true], [role=tab][aria-selected=true]"
     data = "[one.dataset, one.ariaLabel]"
     assert each(other, pressed, data) == each(page, pressed, data)
-    assert page.locator(pressed).count() == 4
-    for box in (".mv-box-where", ".mv-flow-answer", ".mv-box-loads"):
+    assert page.locator(pressed).count() == 3
+    for one in (page, other):
+        assert one.input_value("[data-change=flow-layer]") == "0"
+    for box in (".mv-box-where", ".mv-flow-answer", ".mv-flow-boxes"):
         assert other.text_content(box) == page.text_content(box)
 
 
@@ -173,7 +174,7 @@ def test_back_and_forward_walk_through_what_was_looked_at(visit, tmp_path):
     first = settled("picture=pets%2Ftest%2F0")
     page.click("[data-action=example][data-id='pets/test/4']")
     second = settled("picture=pets%2Ftest%2F4")
-    page.click(".mv-layer[data-index='0']")  # no place of its own
+    choose_layer(page, 0)  # no place of its own
     settled("layer=1")
     page.set_input_files("[data-box=file]", file)
     page.wait_for_function(SENT)
@@ -199,11 +200,11 @@ def test_back_and_forward_walk_through_what_was_looked_at(visit, tmp_path):
 
 def test_an_expert_has_a_link_and_a_place_in_the_history(visit):
     page = visit("?expert=L1.E2").page
-    pressed = ".mv-loadbar[aria-pressed=true]"
+    pressed = ".mv-legend-key [aria-pressed=true]"
     assert page.locator(pressed).get_attribute("data-expert") == "2"
-    assert page.locator(".mv-layer[aria-pressed=true]").get_attribute("data-index") == "0"
+    assert page.input_value("[data-change=flow-layer]") == "0"
     start = page.evaluate("history.length")
-    press(page, ".mv-loadbar[data-expert='3']", until="location.search.includes('expert=L1.E3')")
+    press(page, "[data-key=chip-3]", until="location.search.includes('expert=L1.E3')")
     page.click(".mv-cell[data-patch='5']")  # no place of its own
     page.wait_for_function("location.search.includes('patch=5')")
     assert page.evaluate("history.length") == start + 1
@@ -216,7 +217,7 @@ def test_a_link_reproduces_an_intervention(visit, ask):
     change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "zero", "seed": 0}
     layer = ask("route", picture=FIRST, intervention=change)["layers"][1]
     assert numbers(page) == experts_of(layer)
-    assert says(page.text_content("[role=note]"), "get nothing")
+    assert says(page.text_content("[data-box=said]"), "get nothing")
 
 
 STRANGE = (
@@ -265,10 +266,10 @@ def test_a_link_with_a_change_opens_on_the_image_and_measures_then(new_visit, se
     one.open(server.url + "?do=ablate.3.1.next_best.0&tab=whatif")
     held.wait()
     assert numbers(one.page) == experts_of(ask("route", picture=FIRST, away=[[3, 1]])["layers"][1])
-    assert says(one.page.text_content(".mv-results"), "Measuring it", "at random")
+    assert says(one.page.text_content("[data-box=said]"), "Measuring it", "at random")
     assert one.page.locator(".mv-flow-box").count() == 4
     held.release()
-    one.page.wait_for_selector(".mv-results:has-text('moved at random:')")
+    one.page.wait_for_selector("[data-box=said]:has-text('moved at random:')")
     one.page.wait_for_function("location.search.includes('away=3.1')")  # as it is said today
     assert one.complaints == []
 
@@ -313,13 +314,11 @@ def test_three_tabs_stay_apart(visit, ask, tmp_path):
     for tab, number in zip(tabs[1:], (2, 5), strict=True):
         tab.goto(one.page.url.partition("?")[0] + f"?picture=pets/test/{number}")
         tab.wait_for_selector(".mv-cell")
-    tabs[1].click("[data-key=chip-1]")
-    tabs[1].click(".mv-box-hand [data-action=take]")
+    take_away(tabs[1], 1)
     tabs[2].set_input_files("[data-box=file]", file)
     tabs[2].wait_for_selector(".mv-own [aria-pressed=true]")
-    tabs[1].wait_for_selector(".mv-results[role=note]")
     changed = ask("route", picture={"kind": "example", "id": "pets/test/2"}, away=[[3, 1]])
     assert numbers(tabs[1]) == experts_of(changed["layers"][1])
     assert numbers(tabs[0]) == experts_of(ask("route", picture=FIRST)["layers"][1])
     assert [tab.locator(".mv-own button").count() for tab in tabs] == [0, 0, 1]
-    assert tabs[0].locator("[data-action=undo]").count() == 0
+    assert tabs[0].locator("[data-action=put-back]").count() == 0

@@ -1,6 +1,6 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
-import { choose, followAddress, goTo, PLACE, readAddress, writeAddress } from "./app_address.js";
+import { choose, followAddress, goTo, readAddress, writeAddress } from "./app_address.js";
 import { server } from "./app_fetch.js";
 import { drawHand, handActions, measure, spokenResult } from "./app_hand.js";
 import { allExperts, fallOf, isOfEmoji } from "./app_models.js";
@@ -10,7 +10,7 @@ import { blankBox, drawFooter, drawHeader, drawRail, drawSettings, railHandlers 
 import { asAskError, Asker, errorBox, slide } from "./app_server.js";
 import { closeMenuByClick, shareHandlers } from "./app_share.js";
 import { drawSorting, playSorting } from "./app_sorting.js";
-import { sharpen, showLikes, timeSource } from "./app_later.js";
+import { sharpen, timeSource } from "./app_later.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
 import { listenForPicker, typedHandlers } from "./app_typed.js";
 import { cardLayout, Core, coreLayout } from "./core.js";
@@ -81,7 +81,6 @@ export class App {
     this.asked = new WeakMap();
     /** @type {symbol | null} */
     this.panelTicket = null;
-    this.place = history.state?.[PLACE] ?? 0;
     /** @type {string | null} what this entry of the browser's history shows; null until that is written */
     this.page = null;
     this.plain = JSON.stringify(this.settings()); // of the view that comes with the page
@@ -90,8 +89,6 @@ export class App {
     this.opening = new AppOpening(this);
     this.core = new Core(root, this.opening);
     this.core.timeSource = timeSource(this);
-    this.swapping = false;
-    this.waiting = false;
     this.leading = false;
     const ranks = boot.models.some(({ score_lists: lists }) => lists.length);
     const able = TABS.filter((Tab) => (boot.device ? SERVERLESS.includes(Tab.name) : Tab !== DataTab || ranks));
@@ -116,7 +113,6 @@ export class App {
       tab: (button) => this.openTab(button.dataset.tab),
       model: (button) => this.chooseModel(button.dataset.id),
       retry: () => (this.pending.wish ? followAddress(this) : this.load("model")),
-      undo: () => this.chooseSettings({ intervention: null }),
       door: () => this.openDoor(!this.door),
       take: (button) => this.toggleAway(present(this.state).currentLayer.layer, Number(button.dataset.expert)),
       "put-back": () => this.chooseSettings({ away: [] }),
@@ -131,12 +127,10 @@ export class App {
       matters: () => this.showStrongest(),
     });
     Object.assign(changes, rail.changes, own.changes, typed.changes, ...this.tabs.map((tab) => tab.changes));
-    // A slider that was in the hand isn't drawn anew; what it chose is, a moment after it was let go.
-    this.core.box("settings").addEventListener("change", () => setTimeout(() => this.drawFrame(), 200));
     listenForFiles(this, this.root);
     listenForPicker(this);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
-    addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && goTo(this, state[PLACE]));
+    addEventListener("popstate", () => goTo(this));
     closeMenuByClick(this.root);
   }
 
@@ -186,7 +180,6 @@ export class App {
     this.drawTabs();
     this.refreshTab(null);
     this.remember();
-    showLikes(this);
   }
 
   drawDoor() {
@@ -336,7 +329,6 @@ export class App {
     if (first || kind === "model") playSorting(this);
     sharpen(this, view);
     drawHand(this);
-    showLikes(this);
     measure(this, view);
     this.opening.search(view);
     this.announceResult(view);
@@ -353,8 +345,7 @@ export class App {
   /** @param {Set<string>} changed */
   follow(changed) {
     const has = (...names) => names.some((name) => changed.has(name));
-    if (has("layer", "highlight", "mode")) drawHand(this);
-    if (has("layer")) showLikes(this);
+    if (has("layer", "highlight")) drawHand(this);
     if (has("layer", "highlight")) this.refreshTab(has("layer") ? "layer" : "highlight");
     if (has("view", "layer", "patch", "mode", "highlight")) this.remember();
   }
@@ -385,8 +376,6 @@ export class App {
 
   /** @param {boolean} is */
   busy(is) {
-    this.waiting = is;
-    if (this.state) drawHand(this);
     this.core.box("main").setAttribute("aria-busy", String(is));
     slide(this.core.box("progress"), is);
   }
@@ -395,8 +384,7 @@ export class App {
     drawHeader(this.core.box("header"), this);
     drawFooter(this.core.box("footer"), this);
     drawRail(this.core.box("rail"), this);
-    const settings = this.core.box("settings");
-    if (!settings.querySelector("input[type=range]:active")) drawSettings(settings, this); // it stays in the hand
+    drawSettings(this.core.box("settings"), this);
   }
 
   /** @param {string} text */

@@ -9,8 +9,6 @@ import { asAskError } from "./app_server.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { BootModel, Intervention, View, Wish } from "./types.js" */
 
-/** Which entry of the history this is. */
-export const PLACE = "moevision.place";
 /** Of links that name a second image, the first one is shown. */
 const LINK_KEYS = ["model", "picture", "page", "layer", "away", ...BEHIND];
 
@@ -86,11 +84,11 @@ export function choose(app, wish) {
 
 /**
  * Back and Forward lead to a place of the history.
- * @param {App} app @param {number} place
+ * @param {App} app
  */
-export function goTo(app, place) {
+export function goTo(app) {
   app.tab = "experts"; // unless the address names another
-  Object.assign(app, { place, page: entryText(new URL(location.href), history.state?.[OWN] ?? null) });
+  app.page = entryText(new URL(location.href), history.state?.[OWN] ?? null);
   return followAddress(app);
 }
 
@@ -197,7 +195,6 @@ export function writeAddress(app) {
   const own = picture.own ?? null;
   const page = entryText(address, own);
   const moved = app.page !== null && app.page !== page;
-  if (moved) app.place += 1;
-  history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place, [OWN]: own }, "", address);
+  history[moved ? "pushState" : "replaceState"]({ ...history.state, [OWN]: own }, "", address);
   app.page = page;
 }

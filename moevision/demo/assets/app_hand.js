@@ -1,13 +1,12 @@
-// An expert in the hand: chosen under the image, every patch is sent to it, or it is swapped with another; and what one
-// change does to the answer, beside as many random changes. Taking experts away is the opening's (core_flow.js).
+// Changes of the routing other than taking experts away, which is the opening's (core_flow.js); and what one change does
+// to the answer, beside as many random changes.
 
 import { asAskError, pause } from "./app_server.js";
-import { answerWords, controlWords, effectOf, effects, moves } from "./core_effect.js";
-import { capital, isAway } from "./core_kinds.js";
-import { chip, fillBox, fixed, html, layerExpert, present, signed } from "./core_util.js";
+import { answerWords, controlWords, effectOf, effects } from "./core_effect.js";
+import { fillBox, fixed, html, present, signed } from "./core_util.js";
 import { changedWords } from "./core_words.js";
 /** @import { App } from "./app.js" */
-/** @import { ClassEffect, Fill, Intervention, Layer, View } from "./types.js" */
+/** @import { ClassEffect, Intervention, View } from "./types.js" */
 
 /**
  * The question whose effect is measured: of an intervention, or of the experts that are away.
@@ -38,7 +37,6 @@ export async function measure(app, view) {
   if (app.ticket !== ticket) return void effects.delete(view);
   effects.set(view, await app.asker.ask("what_if", question).catch(asAskError));
   if (app.state?.view !== view) return;
-  drawHand(app);
   app.core.flow.tell();
   app.announceResult(view);
 }
@@ -47,8 +45,8 @@ export async function measure(app, view) {
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 
 /** @param {any} given @returns {Intervention} */
-const wish = ({ kind, layer, expert, other }) => ({ kind, layer: layer === "" ? null : Number(layer),
-  expert: expert === "" ? null : Number(expert), ...(other === "" ? {} : { other: Number(other) }), fill: "next_best", seed: 0 });
+const wish = ({ kind, layer, expert }) => ({ kind, layer: layer === "" ? null : Number(layer),
+  expert: expert === "" ? null : Number(expert), fill: "next_best", seed: 0 });
 
 /** @param {App} app */
 export const handActions = (app) => ({
@@ -57,75 +55,26 @@ export const handActions = (app) => ({
     const wished = wish(button.dataset);
     return app.chooseSettings({ intervention: same(wished, app.intervention) ? null : wished });
   },
-  "hand-swap": () => { app.swapping = !app.swapping; drawHand(app); },
   "hand-class": () => tellClass(app),
 });
 
 /**
  * A button that changes the routing, or undoes that.
- * @param {App} app @param {string} label @param {{ kind: string, layer: number | null, expert?: number, other?: number }} given
- * @param {Fill} [mark] in the place of the label, which is spoken
+ * @param {App} app @param {string} label @param {{ kind: string, layer: number | null, expert?: number }} given
  */
-export function handButton({ intervention }, label, { kind, layer, expert, other }, mark) {
-  const data = { kind, layer: layer ?? "", expert: expert ?? "", other: other ?? "" };
-  return html`<button type="button" class="${mark ? "mv-pick" : "mv-button"}" data-action="hand" aria-label="${label}"
-    data-kind="${kind}" data-layer="${data.layer}" data-expert="${data.expert}" data-other="${data.other}"
-    data-key="hand-${kind}-${data.layer}-${data.other}" aria-pressed="${same(wish(data), intervention)}">${mark ?? label}</button>`;
+export function handButton({ intervention }, label, { kind, layer, expert }) {
+  const data = { kind, layer: layer ?? "", expert: expert ?? "" };
+  return html`<button type="button" class="mv-button" data-action="hand" data-kind="${kind}" data-layer="${data.layer}"
+    data-expert="${data.expert}" data-key="hand-${kind}-${data.layer}" aria-pressed="${same(wish(data), intervention)}">${label}</button>`;
 }
 
-/** @param {App} app */
+/** What can be done with the expert whose patches stand out. @param {App} app */
 export function drawHand(app) {
-  const state = present(app.state);
-  if (state.highlight === null) app.swapping = false;
-  const { currentLayer: layer, highlight: expert } = state;
+  const { currentLayer: { layer }, highlight: expert } = present(app.state);
   // While another model is on its way, the expert is still one of the model before.
-  const row = state.view.model.id !== app.model.id ? ""
-    : expert === null ? html`<span class="mv-soft">Click an expert to change it.</span>` : picked(app, layer, expert);
-  fillBox(app.core.box("hand"), html`<div class="mv-hand-row">${row}</div>${result(state.view)}`);
-}
-
-/**
- * The expert in the hand and what can be done with it.
- * @param {App} app @param {Layer} layer @param {number} expert
- */
-function picked(app, layer, expert) {
-  const { refused } = present(app.model.routers.find((one) => one.layer === layer.layer));
-  const others = [...Array(layer.num_experts).keys()].filter((other) => other !== expert);
-  const at = { layer: layer.layer, expert };
-  const away = isAway(app.away, layer.layer, expert);
-  return html`<b>${layerExpert(layer, expert)}</b>
-    <span class="mv-hand-row" role="group" aria-label="Change ${layerExpert(layer, expert)}">
-    ${others.length > 0 && html`<button type="button" class="mv-button" data-action="take" data-expert="${expert}"
-      data-key="hand-take" aria-pressed="${away}">Take away</button>`}
-    ${!("force" in refused) && handButton(app, "Send all here", { kind: "force", ...at })}
-    ${others.length > 0 && html`<button type="button" class="mv-button" data-action="hand-swap" data-key="hand-swap"
-      aria-expanded="${app.swapping}">Swap</button>`}
-    ${app.swapping && others.map((other) => handButton(app, `Swap with E${other}`, { kind: "swap", ...at, other },
-    chip(other, layer.num_experts)))}</span>`;
-}
-
-/** What was changed, and before → after beside the control. @param {View} view */
-function result(view) {
-  const { intervention } = view.settings;
-  if (!changedWords(view)) return "";
-  const known = effects.has(view) && effects.get(view) !== null;
-  return html`<div class="mv-results" role="${known ? "note" : "status"}"><p><b>Changed model.</b> ${changedWords(view)}</p>
-    <p>${line(view)}</p><div class="mv-hand-row"><button type="button" class="mv-button"
-      data-action="${intervention ? "undo" : "put-back"}" data-key="hand-undo">Undo</button>
-    ${effectOf(view) && (intervention || view.settings.away?.length === 1) && html`<button type="button" class="mv-quiet" data-action="hand-class" data-key="hand-class">
-      Over more images of ${effectOf(view)?.target}</button>`}</div><p data-part="class" aria-live="polite"></p></div>`;
-}
-
-/** @param {View} view */
-function line(view) {
-  if (!effects.has(view)) return "";
-  const effect = effects.get(view);
-  if (!effect) return "Measuring it beside as much at random…";
-  if (effect instanceof Error) return effect.message;
-  const { control } = effect;
-  if (!moves(effect) || !control) return html`<b>${answerWords(effect)}</b>. ${controlWords(effect)}`;
-  return html`<b>${answerWords(effect)}</b>. <button type="button" class="mv-term mv-soft"
-    data-tip="${capital(control.what)}, ${control.n} times: mean and standard deviation.">${controlWords(effect)}</button>`;
+  const router = app.model.routers.find((one) => one.layer === layer);
+  const able = expert !== null && router && !("force" in router.refused);
+  fillBox(app.core.box("hand"), able && handButton(app, `Send all patches to expert ${expert}`, { kind: "force", layer, expert }));
 }
 
 /**
@@ -135,13 +84,25 @@ function line(view) {
 async function tellClass(app) {
   const { view } = present(app.state);
   const { picture, ...asked } = /** @type {any} */ (oneChange(app, view));
-  const tell = (words) => app.state?.view === view && fillBox(app.core.box("hand").querySelector("[data-part=class]"), words);
+  const tell = (words) => { overClass.set(view, words); app.core.flow.tell(); };
   const target = effectOf(view)?.target;
   tell("Looking at them…");
   const answer = await app.asker.remember("class_effect", { ...asked, class: target }).catch(asAskError);
-  if (answer instanceof Error) return void tell(answer.message);
+  if (answer instanceof Error) return tell(answer.message);
   const { class_effect: found, without } = answer;
-  tell(found ? classWords(found) : withoutWords({ without }) || `There are too few images of ${target} here.`);
+  return tell(found ? classWords(found) : withoutWords({ without }) || `There are too few images of ${target} here.`);
+}
+
+/** @type {WeakMap<View, string>} */
+const overClass = new WeakMap();
+
+/** What its change does over more images, or a button that asks for it: for who looks closer. @param {View} view */
+export function classPart(view) {
+  const effect = effectOf(view);
+  const { intervention, away = [] } = view.settings;
+  if (!effect || !(intervention || away.length === 1)) return "";
+  return html`<p class="mv-soft mv-detail" data-part="class">${overClass.get(view) ?? html`<button type="button" class="mv-quiet"
+    data-action="hand-class" data-key="hand-class">Over more images of ${effect.target}</button>`}</p>`;
 }
 
 /** @param {ClassEffect} given */

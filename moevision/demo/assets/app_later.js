@@ -1,5 +1,4 @@
-// What comes when a view is there already, so that nobody waits for it: the image in more pixels, what experts like
-// most, and moments of the training.
+// What comes when a view is there already, so that nobody waits for it: the image in more pixels, and moments of the training.
 
 import { hasOriginal, keepOriginal } from "./core_stage.js";
 /** @import { App } from "./app.js" */
@@ -15,20 +14,6 @@ export async function sharpen(app, view) {
   keepOriginal(view, src);
   if (app.state?.view.picture !== view.picture) return;
   app.core.drawPictures();
-}
-
-/**
- * The patches that each expert likes most, beside its direction in the picture of the computation.
- * @param {App} app
- */
-export async function showLikes({ state, asker, core, door }) {
-  if (!state || !door) return;
-  const { view, currentLayer: layer } = state;
-  const { id: model, variant } = view.model;
-  const wanted = () => state.currentLayer === layer;
-  const question = { model, variant, layer: layer.layer };
-  const answer = await asker.whenReady("experts", question, wanted).catch(() => null); // the cards below say why
-  if (wanted() && answer?.experts.some(({ top }) => top.length)) core.card?.like(view, layer, answer.experts.map(({ top }) => top));
 }
 
 /** @param {View} given */

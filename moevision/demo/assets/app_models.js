@@ -20,3 +20,6 @@ export const allExperts = ({ routers }) =>
   routers.flatMap(({ layer, num_experts: experts }) =>
     [...Array(experts).keys()].map((expert) => /** @type {[number, number]} */ ([layer, expert])),
   );
+
+/** "cat, chelsea.jpg" of cat/chelsea.jpg. @param {string | null} label @param {string} name */
+export const exampleName = (label, name) => (label ? `${label}, ${name.split("/").at(-1)}` : name);

@@ -1,8 +1,10 @@
 // What the app adds to photo and boxes: other images, one thing to try, and what came of it.
 
-import { allExperts, fallOf, isOfEmoji } from "./app_models.js";
+import { classPart } from "./app_hand.js";
+import { allExperts, exampleName, fallOf, isOfEmoji } from "./app_models.js";
 import { typedField } from "./app_typed.js";
-import { answerWords, controlWords, effectOf } from "./core_effect.js";
+import { answerWords, controlWords, effectOf, effects } from "./core_effect.js";
+import { plural } from "./core_kinds.js";
 import { html, Markup, percent, pictureSource, present } from "./core_util.js";
 import { goneWords, otherModel, PATCH } from "./core_words.js";
 /** @import { App } from "./app.js" */
@@ -96,44 +98,21 @@ export class AppOpening {
   /** Other images: the visitor's own, the model's, and one of another model. */
   choices() {
     const { picture, own, model, boot } = this.app;
-    const mine = own
-      .slice(0, 1)
-      .map(({ id, name, data }) => ({ action: "own", id: String(id), name, thumb: data, on: picture.own === id }));
+    const one = (action, id, name, thumb, on = false) => html`<button type="button" data-action="${action}" data-id="${id}"
+      data-key="flow-${action}-${id}" aria-pressed="${on}" ${on && new Markup("disabled")} aria-label="${name}">
+      <img src="${pictureSource(thumb)}" alt=""></button>`;
+    const mine = own.slice(0, 1).map(({ id, name, data }) => one("own", id, name, data, picture.own === id));
     const labels = [...new Set(model.examples.map(({ label }) => label))];
-    const first = labels.map((label) => present(model.examples.find((one) => one.label === label)));
+    const first = labels.map((label) => present(model.examples.find((example) => example.label === label)));
     const shown = model.examples.filter(({ id }) => id === picture.id);
-    const known = [...new Set([...first.slice(0, 1), ...shown, ...first, ...model.examples])].map(
-      ({ id, name, label, thumb }) => ({
-        action: "example",
-        id,
-        name: exampleName(label, name),
-        thumb,
-        on: picture.id === id,
-      }),
-    );
+    const inOrder = new Set([...first.slice(0, 1), ...shown, ...first, ...model.examples]);
+    const known = [...inOrder].map(({ id, name, label, thumb }) => one("example", id, exampleName(label, name), thumb, picture.id === id));
     const elsewhere = boot.models
-      .filter((one) => one.id !== model.id && one.examples.length)
-      .sort((one, other) => Number(isOfEmoji(other)) - Number(isOfEmoji(one)));
-    const other = elsewhere
-      .slice(0, 1)
-      .map((one) => ({ action: "model", id: one.id, name: one.title, thumb: one.examples[0].thumb, on: false }));
-    const room = THUMBS - other.length - Number(isOfEmoji(model)); // its field takes the place of one
-    const thumbs = [...[...mine, ...known].slice(0, room), ...other];
-    return html`<div class="mv-flow-pick" role="group" aria-label="Images">
-      ${thumbs.map(
-        ({ action, id, name, thumb, on }) =>
-          html`<button
-            type="button"
-            data-action="${action}"
-            data-id="${id}"
-            data-key="flow-${action}-${id}"
-            aria-pressed="${on}"
-            ${on && new Markup("disabled")}
-            aria-label="${name}"
-          >
-            <img src="${pictureSource(thumb)}" alt="" />
-          </button>`,
-      )}
+      .filter(({ id, examples }) => id !== model.id && examples.length)
+      .sort((some, other) => Number(isOfEmoji(other)) - Number(isOfEmoji(some)));
+    const another = elsewhere.slice(0, 1).map(({ id, title, examples }) => one("model", id, title, examples[0].thumb));
+    const room = THUMBS - another.length - Number(isOfEmoji(model)); // its field takes the place of one
+    return html`<div class="mv-flow-pick" role="group" aria-label="Images">${[...mine, ...known].slice(0, room)}${another}
       ${isOfEmoji(model) ? typedField(this.app) : html`<button type="button" class="mv-button" data-action="choose" data-key="flow-choose">Your photo</button>`}
     </div>`;
   }
@@ -144,8 +123,8 @@ export class AppOpening {
       return html`<p class="mv-soft">Only the trained model can be changed.</p>
         ${actionButton("to-trained", "Show it")}`;
     const special = otherModel(view);
-    if (view.settings.away?.length)
-      return html`${special && html`<p>${special}</p>`}${this.result(view, view.settings.away)}`;
+    if (view.settings.away?.length || view.settings.intervention)
+      return html`${special && html`<p>${special}</p>`}${this.result(view, special)}`;
     if (special)
       return html`<p><b>${special}</b></p>
         ${actionButton("as-is", "Show the trained model")}`;
@@ -189,23 +168,35 @@ export class AppOpening {
     return isGame && `Record: fewest experts away: you ${least}, best ${falls.away.length}.`;
   }
 
-  /** What came of it, beside as much at random. @param {View} view @param {[number, number][]} away */
-  result(view, away) {
+  /** What came of it, beside as much at random. @param {View} view @param {string} special what else isn't as it was trained */
+  result(view, special) {
     const { app, usual } = this;
+    const { away = [] } = view.settings;
     const effect = effectOf(view);
     const [best] = view.prediction.moe;
     const told = effect
       ? answerWords(effect)
       : `${best.class === usual?.class ? "still" : "now"} ${best.class}, ${percent(best.p)}`;
-    const control = effect && html` <span class="mv-soft">${controlWords(effect, this.unit).replaceAll(" %", "\u00a0%")}.</span>`;
-    const findings = [this.record(view, away), needless(view, away, usual), newPages(app, away), chosenFrom(app, view)];
-    return html`<p><b>${away.length} ${away.length === 1 ? "expert" : "experts"} away: ${told}.</b>${control}</p>
-      ${findings.filter(Boolean).map((words) => html`<p class="mv-soft">${words}</p>`)}
+    const control = measured(view, this.unit);
+    const findings = away.length > 0 && [this.record(view, away), needless(view, away, usual), newPages(app, away), chosenFrom(app, view)];
+    return html`<p><b>${away.length > 0 && `${plural(away.length, "expert")} away: `}${told}.</b>
+        ${control && html`<span class="mv-soft">${control.replaceAll(" %", "\u00a0%")}</span>`}</p>
+      ${findings && findings.filter(Boolean).map((words) => html`<p class="mv-soft">${words}</p>`)}
+      ${classPart(view)}
       <div class="mv-flow-do">
         <button type="button" class="mv-primary" data-action="share-card" data-key="share-card">Share this card</button>
-        ${actionButton("put-back", away.length > 1 ? "Put all back" : "Put it back")}
+        ${away.length > 0 && actionButton("put-back", away.length > 1 ? "Put all back" : "Put it back")}
+        ${special && actionButton("as-is", "Show the trained model")}
       </div>`;
   }
+}
+
+/** What as much at random did: measured, being measured, or why it can't be. @param {View} view @param {[string, string]} unit */
+function measured(view, unit) {
+  const effect = effects.get(view);
+  if (effect === null) return "Measuring it beside as much at random…";
+  if (effect instanceof Error) return effect.message;
+  return effect ? `${controlWords(effect, unit)}.` : "";
 }
 
 /** Of an image that nobody labelled: which classes there are. @param {string[]} names */
@@ -214,9 +205,6 @@ const knownWords = (names) => `It knows ${names.slice(0, -1).join(", ")} and ${n
 /** @param {string} action @param {string} label */
 const actionButton = (action, label) =>
   html`<button type="button" class="mv-button" data-action="${action}" data-key="said-${action}">${label}</button>`;
-
-/** "cat, chelsea.jpg" of cat/chelsea.jpg. @param {string | null} label @param {string} name */
-const exampleName = (label, name) => (label ? `${label}, ${name.split("/").at(-1)}` : name);
 
 /** The case in which one expert less changes the answer most: of this model, else of the next that has one. @param {App} app */
 export const tellingCase = ({ model, boot, picture }) =>

@@ -103,7 +103,6 @@ export function ownHandlers(app) {
         app.drawFrame();
         app.remember();
       },
-      camera: () => app.core.box("camera").click(),
     },
     changes: { file: (input) => { const files = [...input.files]; input.value = ""; return takeFiles(app, files); } },
   };

@@ -1,15 +1,18 @@
 // The rail on the left: images to look at, the visitor's own, and what may be changed about the routing.
 
 import { handButton } from "./app_hand.js";
+import { exampleName } from "./app_models.js";
 import { ownStrip } from "./app_own.js";
 import { asAskError } from "./app_server.js";
 import { shareMenu } from "./app_share.js";
-import { capital, headline, routingWords } from "./core_kinds.js";
+import { capital } from "./core_kinds.js";
 import { fillBox, fixed, html, Markup, pictureSource, term } from "./core_util.js";
 /** @import { App } from "./app.js" */
-/** @import { BootModel, Router } from "./types.js" */
+/** @import { BootModel, Fill, Router } from "./types.js" */
 
 const VARIANTS_ASK = "What did training change?";
+/** Capacity factors to choose from, the first ones far below what a layer is trained with. */
+const CAPACITIES = [0.25, 0.5, 0.75, 1, 1.25, 1.5, 2];
 export const VARIANTS = {
   trained: { label: "Trained", tip: "The model as it was trained." },
   unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep experts balanced." },
@@ -23,7 +26,6 @@ export function drawHeader(box, app) {
   const switches = model.variants.map((name) => html`<button type="button" data-action="variant" data-variant="${name}" data-key="variant-${name}"
     data-tip="${VARIANTS[name]?.tip}" aria-pressed="${name === variant}">${VARIANTS[name]?.label ?? name}</button>`);
   fillBox(box, html`
-    <div class="mv-title"><h2>Patch by patch</h2><p class="mv-soft">${headline(model)}</p></div>
     <div class="mv-model"><label><span class="mv-hidden">Model</span><select data-change="model" data-key="model">${options}</select></label>
       <p class="mv-soft"><b>${model.accuracy_texts[variant]}</b><br>${model.data_text}</p></div>
     <div class="mv-tools"><span class="mv-soft mv-asked" aria-hidden="true">${VARIANTS_ASK}</span>
@@ -56,9 +58,7 @@ export function drawRail(box, app) {
     ${ownStrip(app)}
     ${examples(app)}
     <button type="button" class="mv-drop" data-action="choose" data-key="choose"><b>Your own images</b><span>Drop them, paste them, or choose files</span></button>
-    <button type="button" class="mv-button mv-camera" data-action="camera" data-key="camera">Take a photo</button>
     <input type="file" accept="image/*" multiple hidden data-change="file" data-box="file">
-    <input type="file" accept="image/*" capture="environment" hidden data-change="file" data-box="camera">
     <p class="mv-note">They ${app.boot.device ? "stay on this device" : app.boot.local ? "stay on this computer" : "are made small in your browser and stay between this page and the server"}; the browser forgets them with the tab.</p>`);
   const now = lists();
   if (now.length === places.length) now.forEach((list, place) => Object.assign(list, places[place]));
@@ -77,7 +77,7 @@ function examples(app) {
   }
   const shown = app.picture;
   const thumb = ({ id, name, label, thumb: source }) => html`<li><button type="button" data-action="example" data-id="${id}" data-key="example-${id}"
-    aria-pressed="${shown.kind === "example" && shown.id === id}" aria-label="${label ? `${label}, ${name}` : name}">
+    aria-pressed="${shown.kind === "example" && shown.id === id}" aria-label="${exampleName(label, name)}">
     <img src="${pictureSource(source)}" alt=""><span>${label ?? name}</span></button></li>`;
   const { examples: here, num_examples: all, shown: which } = app.model;
   return html`${which && html`<p class="mv-soft mv-which">${which}</p>`}<ul class="mv-examples" data-box="examples">${here.map(thumb)}</ul>
@@ -88,11 +88,10 @@ function examples(app) {
 export function drawSettings(box, app) {
   const { model, topK, capacity } = app;
   fillBox(box, html`<h2>Change the routing</h2>
-    ${routingWords(model.routers).map(([where, words]) => html`<p class="mv-note"><b>${where}</b>: ${words}</p>`)}
     ${changeable(model, "top_k").length > 0 && kControl(model, topK)}
     ${limitable(model).length > 0 && capacityControl(model, capacity)}
     ${refusals(model.routers, ["top_k", "capacity"]).map((sentence) => html`<p class="mv-note">${sentence}</p>`)}
-    ${(topK !== null || capacity !== null) && html`<button type="button" class="mv-quiet" data-action="as-trained" data-key="as-trained">as trained</button>`}
+    ${(topK !== null || capacity !== null) && html`<p class="mv-off">off the training distribution</p>`}
     ${!app.boot.device && randomControl(app)}`);
 }
 
@@ -118,25 +117,30 @@ const randomControl = (app) => html`<div class="mv-hand-row" role="group" aria-l
   ${app.model.routers.map(({ layer, name }) => handButton(app, name, { kind: "random", layer }))}
   ${app.model.routers.length > 1 && handButton(app, "all", { kind: "random", layer: null })}</div>`;
 
+/**
+ * A list of values of which one is the model's own.
+ * @param {Fill} label @param {string} change @param {[number | "", string][]} values "" is the model's own @param {number | null} chosen
+ */
+const choiceOf = (label, change, values, chosen) => html`<label class="mv-choice"><span>${label}</span> <select data-change="${change}"
+  data-key="${change}">${values.map(([value, words]) => html`<option value="${value}" ${new Markup(value === (chosen ?? "") ? "selected" : "")}>
+  ${words}</option>`)}</select></label>`;
+
 /** @param {BootModel} model @param {number | null} topK */
 function kControl(model, topK) {
-  const [first] = changeable(model, "top_k");
-  const mean = changeable(model, "top_k").some(({ kind }) => kind === "expert_choice") ? " on average" : "";
-  return html`<label class="mv-slider"><span>${term(mean ? "taken" : "topk", `Experts per patch${mean}`)} <output data-box="k-value">${kWords(model, topK)}</output></span>
-      <input type="range" min="1" max="${model.max_top_k}" step="1" value="${topK ?? first.top_k}" data-change="topk" data-key="topk" aria-label="Experts per patch${mean}"></label>
-    <p class="mv-off" data-box="k-mark" ${new Markup(topK === null ? "hidden" : "")}>off the training distribution</p>`;
+  const able = changeable(model, "top_k");
+  const mean = able.some(({ kind }) => kind === "expert_choice") ? " on average" : "";
+  const own = [...new Set(able.map((layer) => layer.top_k))];
+  const others = [...Array(model.max_top_k).keys()].map((less) => less + 1).filter((k) => otherK(model, k) !== null);
+  return choiceOf(term(mean ? "taken" : "topk", `Experts per patch${mean}`), "topk",
+    [["", `${own.join(" and ")}, as trained`], ...others.map((k) => /** @type {[number, string]} */ ([k, String(k)]))], topK);
 }
 
 /** @param {BootModel} model @param {number | null} capacity */
 function capacityControl(model, capacity) {
-  const own = [...new Set(limitable(model).map((layer) => layer.capacity))].filter((factor) => factor !== null);
-  const hidden = new Markup(capacity === null ? "hidden" : "");
-  const trained = capacity === null || limitable(model).every((layer) => layer.train_capacity === capacity);
-  return html`<label class="mv-check"><input type="checkbox" data-change="limit" data-key="limit" ${new Markup(capacity === null ? "" : "checked")}>
-      ${own.length ? `Another capacity than the model's own (factor ${own.join(" and ")})` : "Limit each expert's capacity"}</label>
-    <label class="mv-slider" ${hidden}><span>${term("capacity", "Capacity factor")} <output data-box="capacity-value">${fixed(capacity ?? 1)}</output></span>
-      <input type="range" min="0.25" max="2" step="0.05" value="${capacity ?? 1}" data-change="capacity" data-key="capacity" aria-label="Capacity factor"></label>
-    <p class="mv-off" ${new Markup(trained ? "hidden" : "")}>off the training distribution</p>`;
+  const own = [...new Set(limitable(model).map((layer) => layer.capacity ?? "no limit"))];
+  const others = [...new Set([...CAPACITIES, ...(capacity === null ? [] : [capacity])])].sort((one, other) => one - other);
+  return choiceOf(term("capacity", "Capacity factor"), "capacity",
+    [["", `${own.join(" and ")}, the model's own`], ...others.map((factor) => /** @type {[number, string]} */ ([factor, fixed(factor)]))], capacity);
 }
 
 /**
@@ -144,14 +148,6 @@ function capacityControl(model, capacity) {
  * @param {BootModel} model @param {number} k
  */
 export const otherK = (model, k) => (changeable(model, "top_k").every((layer) => layer.top_k === k) ? null : k);
-
-/** @param {BootModel} model @param {number | null} topK */
-function kWords(model, topK) {
-  const able = changeable(model, "top_k");
-  const trained = [...new Set(able.map((layer) => layer.top_k))];
-  if (topK !== null) return `${topK} instead of ${trained.join(" and ")}`;
-  return trained.length === 1 ? `${trained[0]}, as trained` : able.map((layer) => `${layer.top_k} in ${layer.name}`).join(", ");
-}
 
 /**
  * How many images of the model's data are in the rail; photos that come with a model aren't among them.
@@ -179,30 +175,16 @@ async function moreExamples(app) {
  * What the handlers of header and rail do; `app` keeps the choices and asks the server.
  * @param {App} app
  */
-export function railHandlers(app) {
-  let waiting;
-  const soon = (job) => { clearTimeout(waiting); waiting = setTimeout(job, 180); };
-  return {
-    actions: {
-      example: (button) => app.openExample(button.dataset.id, button.dataset.patch),
-      variant: (button) => { app.variant = button.dataset.variant; return app.load("model"); },
-      more: () => moreExamples(app),
-      choose: () => app.core.box("file").click(),
-      "as-trained": () => app.chooseSettings({ topK: null, capacity: null }),
-    },
-    changes: {
-      model: (select) => app.chooseModel(select.value),
-      limit: (input) => app.chooseSettings({ capacity: input.checked ? 1 : null }),
-      topk: (input) => {
-        const topK = otherK(app.model, Number(input.value));
-        app.core.box("k-value").textContent = kWords(app.model, topK);
-        app.core.box("k-mark").hidden = topK === null;
-        soon(() => app.chooseSettings({ topK }));
-      },
-      capacity: (input) => {
-        app.core.box("capacity-value").textContent = fixed(Number(input.value));
-        soon(() => app.chooseSettings({ capacity: Number(input.value) }));
-      },
-    },
-  };
-}
+export const railHandlers = (app) => ({
+  actions: {
+    example: (button) => app.openExample(button.dataset.id, button.dataset.patch),
+    variant: (button) => { app.variant = button.dataset.variant; return app.load("model"); },
+    more: () => moreExamples(app),
+    choose: () => app.core.box("file").click(),
+  },
+  changes: {
+    model: (select) => app.chooseModel(select.value),
+    topk: ({ value }) => app.chooseSettings({ topK: value === "" ? null : Number(value) }),
+    capacity: ({ value }) => app.chooseSettings({ capacity: value === "" ? null : Number(value) }),
+  },
+});

@@ -92,21 +92,13 @@ async function shareCard(app) {
   return copied ? "Card saved, link copied." : "Card saved.";
 }
 
-/**
- * The clipboard is only open to secure pages (https or loopback); a classroom's http address needs the old way.
- * @param {string} text
- */
+/** The clipboard is only open to secure pages (https or loopback). @param {string} text */
 async function copyText(text) {
-  if (navigator.clipboard && window.isSecureContext) {
-    try { return await navigator.clipboard.writeText(text); } catch { /* no permission: fall through to the old way */ }
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    throw new AskError("The browser doesn't let the page copy. The address bar holds the same link.");
   }
-  const field = document.createElement("textarea");
-  field.value = text;
-  document.body.append(field);
-  field.select();
-  const copied = document.execCommand("copy");
-  field.remove();
-  if (!copied) throw new AskError("The browser doesn't let the page copy. The address bar holds the same link.");
 }
 
 /** @param {Blob} blob @param {string} name */

@@ -2,11 +2,11 @@
 // and the Gradio frame use it alike. Everything here works on what is in the page already: no change of layer, no hover
 // and no click asks a server.
 
-import { drawLens, drawLoads, drawPrediction } from "./core_answer.js";
+import { drawLens, drawPrediction } from "./core_answer.js";
 import { Card } from "./core_card.js";
 import { Flow, flowParts } from "./core_flow.js";
 import { describePatch, MODES, modesIn, routingWords } from "./core_kinds.js";
-import { drawLegend, drawStrip, drawWhere, frameStrip, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
+import { drawLegend, drawWhere, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
 import { Time } from "./core_time.js";
 import { clamp, html, TERMS } from "./core_util.js";
@@ -22,12 +22,11 @@ export const coreLayout = () => html`
     <div class="mv-flow-row">
       <div class="mv-flow-left"><div class="mv-flow-photo"><div data-box="stage"></div>${flowParts.badge}</div>${flowParts.bar}
         <div class="mv-detail"><div class="mv-toolbar">${modeSwitch()}
-          <label class="mv-check" data-box="as-seen" data-off><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label>
-          <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
+          <label class="mv-check" data-box="as-seen" data-off><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label></div>
         ${box("legend")}${box("where")}${box("hand")}</div></div>
       <div class="mv-flow-right">${flowParts.boxes}
         <section class="mv-detail mv-box-time" aria-label="The training" data-box="time"></section>
-        <div class="mv-detail mv-side">${box("prediction")}${box("loads")}${box("strip")}${box("lens")}</div></div>
+        <div class="mv-detail mv-side">${box("prediction")}${box("lens")}</div></div>
     </div>${flowParts.air}
   </section>`;
 
@@ -56,7 +55,6 @@ export class Core {
     this.actions = this.ownActions();
     /** @type {Handlers} what a field with `data-change` does. */
     this.changes = {
-      strength: (input) => this.state.set({ strength: input.value / 100 }),
       "as-seen": (input) => this.state.set({ asSeen: input.checked }),
       "flow-layer": (select) => this.state.set({ layer: Number(select.value), highlight: null }),
       moment: (input) => this.time?.slide(input),
@@ -79,13 +77,11 @@ export class Core {
 
   ownActions() {
     return {
-      layer: (button) => this.goToLayer(Number(button.dataset.index)),
       mode: (button) => this.state.set({ mode: button.dataset.mode }),
       play: () => this.card?.play(),
       fly: () => this.flow.play(),
       run: () => this.time?.play(),
       "to-trained": () => this.time?.go(this.time.last),
-      unpin: () => this.state.set({ patch: null }),
       highlight: (button) => {
         const { state } = this;
         const expert = Number(button.dataset.expert);
@@ -190,7 +186,6 @@ export class Core {
     const { state } = this;
     this.stage = this.stage?.shows(state.view) ? this.stage.drawAgain() : new Stage(this.box("stage"), state);
     drawPrediction(this.box("prediction"), state.view);
-    drawStrip(this.box("strip"), state);
     drawLens(this.box("lens"), state.view);
     this.time?.draw();
     this.root.classList.toggle("mv-past", state.view.moment !== undefined);
@@ -199,20 +194,13 @@ export class Core {
   }
 
   drawLayer() {
-    drawLoads(this.box("loads"), this.state);
     drawLegend(this.box("legend"), this.state);
     this.drawPatch();
   }
 
   drawPatch() {
     this.card?.draw();
-    this.drawPointed();
-  }
-
-  /** What follows the pointer; the picture of the sums stays with the pinned patch. */
-  drawPointed() {
     drawWhere(this.box("where"), this.state);
-    frameStrip(this.box("strip"), this.state);
   }
 
   drawControls() {
@@ -223,8 +211,6 @@ export class Core {
       button.hidden = !modes.includes(button.dataset.mode);
     });
     this.box("as-seen").toggleAttribute("data-off", !hasOriginal(state.view)); // its place is kept: nothing moves
-    const slider = root.querySelector("[data-change=strength]");
-    if (slider) slider.value = state.strength * 100;
   }
 
   /** @param {Set<string>} changed */
@@ -236,16 +222,14 @@ export class Core {
     }
     if (has("layer")) this.flow.draw();
     else if (has("mode", "highlight")) this.flow.paint();
-    if (has("layer", "mode", "highlight", "strength")) this.stage?.colour();
+    if (has("layer", "mode", "highlight")) this.stage?.colour();
     if (has("asSeen")) this.drawPictures();
     if (has("patch", "hover")) this.stage?.outline();
     if (has("layer")) this.time?.draw();
-    if (has("layer", "highlight")) drawLoads(this.box("loads"), this.state);
-    if (has("highlight")) drawWhere(this.box("where"), this.state);
     if (has("layer", "mode", "highlight")) drawLegend(this.box("legend"), this.state);
     if (has("layer", "patch", "mode")) this.drawPatch();
-    else if (has("hover")) this.drawPointed();
-    if (has("layer", "mode", "strength")) this.drawControls();
+    else if (has("hover", "highlight")) drawWhere(this.box("where"), this.state); // the sums stay with the pinned patch
+    if (has("layer", "mode")) this.drawControls();
     return undefined;
   }
 
@@ -253,7 +237,6 @@ export class Core {
   drawPictures() {
     this.stage?.picture();
     this.flow.load();
-    drawStrip(this.box("strip"), this.state);
     this.drawPatch();
     this.drawControls();
   }

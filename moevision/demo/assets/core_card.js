@@ -4,10 +4,9 @@
 import { goneFrom } from "./core_kinds.js";
 import { computedPatch, sparsityWords } from "./core_numbers.js";
 import { underlay } from "./core_stage.js";
-import { patchMoments } from "./core_time.js";
-import { chip, clamp, expertColour, fillBox, fixed, html, Markup, percent, pictureSource, present, rowColumn, signed } from "./core_util.js";
+import { chip, clamp, expertColour, fillBox, fixed, html, Markup, percent, present, rowColumn, signed } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
-/** @import { Channels, Choice, Computed, Fill, GalleryPatch, Handlers, Layer, View } from "./types.js" */
+/** @import { Channels, Choice, Computed, Fill, Handlers, Layer, View } from "./types.js" */
 
 const MOST_ROWS = 8;
 const MOST_DRAWN = 4; // networks; the others of a patch are one term of the sum
@@ -35,11 +34,7 @@ export class Card {
     /** @type {number | null} the place of the number that is followed; null: that which changes most */
     this.at = null;
     this.wiring = 0;
-    /** @type {Map<string, GalleryPatch[][]>} what the experts of a layer like most */
-    this.likes = new Map();
     changes.channel = (select) => this.follow(Number(select.value));
-    box.addEventListener("click", (event) => this.pick(event));
-    box.addEventListener("keydown", (event) => this.press(event));
     box.addEventListener("pointermove", (event) => { // not what comes under the pointer because the page scrolls
       const cell = /** @type {HTMLElement} */ (event.target).closest?.("[data-at]");
       if (cell) this.follow(Number(/** @type {HTMLElement} */ (cell).dataset.at));
@@ -54,43 +49,11 @@ export class Card {
     this.draw();
   }
 
-  /** Another patch, where the small photo is clicked. @param {MouseEvent} event */
-  pick(event) {
-    const photo = /** @type {HTMLElement} */ (event.target).closest("[data-part=pick]");
-    if (!photo || event.detail === 0) return; // a key: which patch it is stays
-    const { left, top, width, height } = photo.getBoundingClientRect();
-    const [rows, columns] = this.state.view.model.grid;
-    const [row, column] = [((event.clientY - top) / height) * rows, ((event.clientX - left) / width) * columns];
-    this.state.set({ patch: clamp(Math.floor(row), 0, rows - 1) * columns + clamp(Math.floor(column), 0, columns - 1) });
-  }
-
-  /** @param {KeyboardEvent} event */
-  press(event) {
-    const { state } = this;
-    const [rows, columns] = state.view.model.grid;
-    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
-    if (!step || state.patch === null || !(/** @type {HTMLElement} */ (event.target).matches("[data-part=pick]"))) return;
-    event.preventDefault();
-    const to = state.patch + step;
-    const sideways = Math.abs(step) === 1 && Math.floor(to / columns) !== Math.floor(state.patch / columns);
-    if (to >= 0 && to < rows * columns && !sideways) state.set({ patch: to });
-  }
-
-  /** The patches that each expert of a layer likes most. @param {View} view @param {Layer} layer @param {GalleryPatch[][]} patches */
-  like(view, layer, patches) {
-    if (this.likes.has(layerKey(view, layer))) return; // drawn already
-    this.likes.set(layerKey(view, layer), patches);
-    this.draw();
-  }
-
   draw() {
     const { view, currentLayer: layer, patch } = this.state;
     const computed = patch === null ? null : computedPatch(view, layer, patch);
-    const past = view.moment && patch !== null;
-    this.box.hidden = !computed && !past;
-    if (computed && patch !== null) fillBox(this.box, this.picture(view, layer, patch, computed));
-    // At a moment of the training only the gates of a patch are known.
-    else fillBox(this.box, past && patchMoments(view, layer, patch));
+    this.box.hidden = !computed; // at a moment of the training it isn't known
+    fillBox(this.box, computed && patch !== null && this.picture(view, layer, patch, computed));
     cancelAnimationFrame(this.wiring); // measured once in a frame, when all of the page is written
     this.wiring = requestAnimationFrame(() => this.wire());
   }
@@ -119,10 +82,8 @@ export class Card {
   photo(view, row, column) {
     const [rows, columns] = view.model.grid;
     const { source, sharp } = underlay(this.state, view);
-    const frame = `left:${(100 * (column - 1)) / columns}%;top:${(100 * (row - 1)) / rows}%;width:${100 / columns}%;height:${100 / rows}%`;
-    return html`<button type="button" class="mv-pick-patch ${sharp && "mv-sharp"}" style="aspect-ratio:${columns / rows}" data-part="pick" data-key="pick-patch"
-        aria-label="Patch in row ${row}, column ${column}. Arrow keys choose another."><img src="${source}" alt=""><i style="${frame}"></i></button>
-      <div class="mv-zoom ${sharp && "mv-sharp"}" data-wire="patch" style="background-image:url('${source}');background-size:${100 * columns}% ${100 * rows}%;background-position:${inWindow(column, columns)}% ${inWindow(row, rows)}%"></div>`;
+    return html`<div class="mv-zoom ${sharp && "mv-sharp"}" data-wire="patch" style="background-image:url('${source}');background-size:${100 * columns}% ${100 * rows}%;background-position:${inWindow(column, columns)}% ${inWindow(row, rows)}%"></div>
+      <p class="mv-soft">row ${row}, column ${column}</p>`;
   }
 
   /** Scores and shares of the experts. @param {View} view @param {Layer} layer @param {Computed} computed */
@@ -130,7 +91,6 @@ export class Card {
     const { scores, noise, shares, sigmoid, bias, choices } = computed;
     const drawn = noise ? scores.map((score, each) => score + noise[each]) : scores;
     const reach = Math.max(...drawn.map(Math.abs), 1e-6);
-    const likes = this.likes.get(layerKey(view, layer));
     const shown = rowsOf(layer, computed);
     const row = (expert) => {
       const choice = choices.find((one) => one.expert === expert);
@@ -138,13 +98,12 @@ export class Card {
       const share = sigmoid ? fixed(shares[expert]) : percent(shares[expert], layer.kind === "soft" ? 1 : 0);
       const lost = (choice && !choice.kept && choice.weight >= 0.005) || goneFrom(view, layer).includes(expert);
       return html`<li data-expert="${expert}" data-wire="row-${expert}" class="${choice?.kept || lost ? "" : "mv-away"} ${lost ? "mv-lost-row" : ""}">
-        ${likes && html`<span class="mv-likes">${likes[expert].slice(0, 3).map(({ crop }) => html`<img src="${pictureSource(crop)}" alt="">`)}</span>`}
         ${chip(expert, layer.num_experts)}${layer.learned ? html`<span class="mv-score"><i style="left:${drawn[expert] < 0 ? 50 - half : 50}%;width:${half}%"></i></span>
         <span class="mv-num" data-n="score">${fixed(scores[expert])}${noise && html` <small>${signed(noise[expert]).replace(/^(?=\d)/, "+")}</small>`}</span>
         <span class="mv-share"><i style="width:${100 * clamp(shares[expert], 0, 1)}%;background:${expertColour(expert, layer.num_experts)}"></i></span>
         <span class="mv-num" data-n="share">${share}${lost && !choice && html` <small>away</small>`}${bias && html` <small>${signed(bias[expert], 3)}</small>`}</span>` : html`<span>${choice ? "the rule" : ""}</span>`}</li>`;
     };
-    return html`<ol class="mv-card-rows ${likes && "mv-liked"} ${!layer.learned && "mv-ruled"}">${layer.learned && html`<li class="mv-row-head" aria-hidden="true">${likes && html`<span>likes most</span>`}<span></span><span>score</span><span></span><span>share</span><span></span></li>`}
+    return html`<ol class="mv-card-rows ${!layer.learned && "mv-ruled"}">${layer.learned && html`<li class="mv-row-head" aria-hidden="true"><span></span><span>score</span><span></span><span>share</span><span></span></li>`}
       ${shown.map(row)}</ol>${layer.num_experts > shown.length && html`<p class="mv-note">${layer.num_experts - shown.length} more experts aren't shown.</p>`}`;
   }
 
@@ -198,9 +157,6 @@ export class Card {
 
 /** A background's position in percent counts in units of image minus window. @param {number} place from 1 @param {number} size */
 const inWindow = (place, size) => (100 * (place - 1)) / Math.max(1, size - 1);
-
-/** @param {View} view @param {Layer} layer */
-const layerKey = ({ model: { id, variant } }, layer) => [id, variant, layer.name].join();
 
 /** The choices that are drawn, in order of number. @param {Computed} computed */
 const drawnOf = ({ kept }) => [...kept].sort((one, other) => other.weight - one.weight).slice(0, MOST_DRAWN).sort((one, other) => one.expert - other.expert);

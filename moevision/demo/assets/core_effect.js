@@ -20,7 +20,7 @@ export function effectOf(view) {
 const NO_CONTROL = "No control: as many random choices are these, since an image has one expert";
 
 /** @param {Effect} effect */
-export const moves = ({ moved, moved_prefix: prefix }) => moved + prefix > 0;
+const moves = ({ moved, moved_prefix: prefix }) => moved + prefix > 0;
 
 /**
  * Mean and standard deviation of the control's probability of the class, and the digits that the spread leaves.
@@ -46,7 +46,7 @@ export function answerWords(effect) {
 
 /** @param {Effect} effect @param {[string, string]} [unit] what a patch is called, one and several */
 export function controlWords(effect, [one, several] = PATCH) {
-  if (!moves(effect)) return `No ${one} changes its experts, so there is nothing to compare with.`;
+  if (!moves(effect)) return `No ${one} changes its experts, so there is nothing to compare with`;
   if (!effect.control) return NO_CONTROL;
   const { mean, spread, digits } = controlled(effect.control, effect.before);
   return `As many ${several} moved at random: ${effect.target} ${percent(mean, digits)} ± ${percent(spread, digits)}`;

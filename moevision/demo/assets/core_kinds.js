@@ -1,16 +1,14 @@
 // How a layer routes, in words and numbers. The layers of one model may differ in router, experts and k, so everything
 // here asks a layer: patches choose experts, experts choose patches, or slots mix all patches (Soft MoE).
 
-import { fixed, percent, present, rowColumn } from "./core_util.js";
-/** @import { Layer, Mode, Model, Router, View, Worded } from "./types.js" */
+import { fixed, present, rowColumn } from "./core_util.js";
+/** @import { Layer, Mode, Router, View, Worded } from "./types.js" */
 
 export const MODES = {
   regions: { label: "Regions" },
   expert: { label: "Each patch" },
   reads: { label: "Reads" },
-  takers: { label: "How many" },
   entropy: { label: "Entropy" },
-  margin: { label: "Margin" },
   drops: { label: "Drops" },
   rests: { label: "What the answer rests on" },
 };
@@ -21,10 +19,10 @@ export const MODES = {
  */
 export function modesOf({ kind, learned, ...layer }) {
   const experts = ["regions", "expert"];
-  if ("past" in layer) return kind === "expert_choice" ? [...experts, "takers"] : experts;
-  if (kind === "soft") return [...experts, "reads", "entropy", "margin"];
-  if (kind === "expert_choice") return [...experts, "takers", "entropy", "margin"];
-  return learned ? [...experts, "entropy", "margin", "drops"] : [...experts, "drops"];
+  if ("past" in layer) return experts;
+  if (kind === "soft") return [...experts, "reads", "entropy"];
+  if (kind === "expert_choice") return [...experts, "entropy"];
+  return learned ? [...experts, "entropy", "drops"] : [...experts, "drops"];
 }
 
 /**
@@ -32,16 +30,6 @@ export function modesOf({ kind, learned, ...layer }) {
  * @param {View} view @param {Layer} layer @returns {string[]}
  */
 export const modesIn = ({ shares }, layer) => (shares && !layer.past ? [...modesOf(layer), "rests"] : modesOf(layer));
-
-/**
- * What the router's numbers are called. Sigmoids don't compete, so only their shares add up to 1.
- * @param {Router | Layer} given
- */
-function affinity({ kind, router }) {
-  if (kind === "soft") return "share of an expert";
-  if (kind === "expert_choice") return "affinity";
-  return ["sigmoid", "bias_balanced"].includes(router) ? "share of affinity" : "router probability";
-}
 
 /** @param {string} text */
 export const capital = (text) => text[0].toUpperCase() + text.slice(1);
@@ -95,16 +83,6 @@ export function strongest(layer) {
 }
 
 /**
- * How many patches have 0, 1, 2, ... experts.
- * @param {Layer} layer
- */
-function takerCounts(layer) {
-  const counts = [];
-  layer.experts.forEach(({ length }) => { counts[length] = (counts[length] ?? 0) + 1; });
-  return [...counts].map((count) => count ?? 0);
-}
-
-/**
  * Whether an expert is among those that are away.
  * @param {[number, number][] | undefined} away layer and number of each @param {number} layer @param {number} expert
  */
@@ -128,28 +106,6 @@ function droppedChoices(view, layer) {
   return layer.kept.flatMap((row, patch) => row.filter((kept, rank) => !kept && !gone.includes(layer.experts[patch][rank]))).length;
 }
 
-/**
- * The experts of each layer that no patch of the image goes to; empty where every layer is soft, and all run.
- * @param {View} view
- */
-export function silentWords(view) {
-  const layers = view.layers.filter(({ kind }) => kind !== "soft").map((layer) => {
-    const gone = goneFrom(view, layer);
-    const silent = layer.counts.flatMap((count, expert) => (count === 0 && !gone.includes(expert) ? [`E${expert}`] : []));
-    return `${layer.name} ${silent.join(", ") || "none"}`;
-  });
-  return layers.length ? `Silent in this image: ${layers.join(" · ")}.` : "";
-}
-
-/**
- * The experts that compute every patch besides the routed ones; empty where there are none.
- * @param {Layer} given
- */
-export function sharedWords({ num_shared_experts: shared }) {
-  if (!shared) return "";
-  return shared === 1 ? "Besides, 1 shared expert computes every patch." : `Besides, ${shared} shared experts compute every patch.`;
-}
-
 // ---- sentences ----------------------------------------------------------------------------------------------
 
 /**
@@ -163,20 +119,6 @@ export function routingWords(layers) {
 
 /** @param {number} number as in "7.7 M" */
 export const millions = (number) => (number >= 1e6 ? `${fixed(number / 1e6, number >= 1e7 ? 0 : 1)}\u00a0M` : `${Math.max(1, Math.round(number / 1e3))}\u00a0K`);
-
-/**
- * What the model is, in a sentence: how many experts, how large, and who computes a patch.
- * @param {Model} given
- */
-export function headline({ routers, parameters }) {
-  const span = (values) => [...new Set(values)].sort((a, b) => a - b).join(" or ");
-  const experts = span(routers.map((router) => router.num_experts));
-  const sizes = [...new Set(routers.map((router) => millions(router.expert_parameters)))].join(" or ");
-  const chosen = span(routers.map((router) => router.top_k));
-  const unit = routers.every(({ route_by: by }) => by === "image") ? "image" : "patch";
-  const who = routers.every(({ kind }) => kind === "token_choice") ? `; ${chosen} compute${chosen === "1" ? "s" : ""} each ${unit}` : "";
-  return `${experts} experts share ${unit === "image" ? "all images" : "one image"}${who}. Each has ${sizes} of the model's ${millions(parameters)} parameters.`;
-}
 
 /**
  * What a screen reader says about a patch.
@@ -213,10 +155,7 @@ export function modeHint(view, layer, mode) {
     regions: () => `regions whose patches have one ${layer.kind === "soft" ? "expert that gives them most" : "first expert"}`,
     expert: () => expertHint(view, layer),
     reads: () => "how much of what the expert in the hand, else the patch's first, reads comes from the patch, in even shares",
-    takers: () => "number of experts that took the patch",
-    entropy: () => (layer.kind === "soft" ? "bits: how evenly a patch takes from the experts"
-      : layer.kind === "expert_choice" ? "bits: how evenly the patch suits the experts" : "bits: how undecided the router is about the patch"),
-    margin: () => `best minus second-best ${affinity(layer)}`,
+    entropy: () => "bits: how evenly the router shares the patch out",
     drops: () => (droppedChoices(view, layer) || layer.capacity !== null ? "choices that an expert's capacity turned away" : "no choice is dropped here"),
     rests: () => `blue speaks for ${view.prediction.moe[0].class}, brown for ${view.prediction.moe[1]?.class ?? "nothing"} · number: a patch's share in their
       logits' difference, in hundredths · not what these pixels did alone: attention has mixed the patches before`,
@@ -225,39 +164,9 @@ export function modeHint(view, layer, mode) {
 
 /** @param {View} view @param {Layer} layer */
 function expertHint(view, layer) {
-  if (layer.kind === "soft") {
-    const { low, high } = strongest(layer);
-    return `every patch takes from all ${layer.num_experts * (layer.slots ?? 0)} slots · colour and number: the expert with the largest share, `
-      + `${percent(low, 1)} to ${percent(high, 1)} here (even: ${percent(1 / layer.num_experts, 1)})`;
-  }
-  if (layer.kind === "expert_choice") {
-    const nobody = layer.experts.some(({ length }) => !length) ? " · –: no expert took it" : "";
-    return `colour and number: the expert with the largest weight · +1: one more took the patch${nobody}`;
-  }
-  const dropped = droppedFirst(view, layer) ? " · hatched: first choice dropped by capacity" : "";
-  return `colour and number: first-choice expert${layer.learned ? " · stronger colour: higher gate weight" : ", by a rule that nobody learned"}${dropped}`;
-}
-
-/** @param {View} view @param {Layer} layer */
-const droppedFirst = (view, layer) => layer.kept.some(([first], patch) => !first && !goneFrom(view, layer).includes(layer.experts[patch][0]));
-
-/**
- * What the bars of a layer's load mean.
- * @param {View} view @param {Layer} layer
- */
-export function loadNote(view, layer) {
-  if (layer.kind === "soft") {
-    return `Every expert computes ${plural(layer.slots ?? 0, "slot")}, so the load is even by construction. Bars: the part of the patches' output that comes
-      from each expert. Dashed: equal parts.`;
-  }
-  if (layer.kind === "expert_choice") {
-    const patches = takerCounts(layer).flatMap((count, number) => (count ? [`${count} with ${number || "no"} expert${number === 1 ? "" : "s"}`] : []));
-    return `Experts choose, and each takes as many of the image's tokens as every other: the load is even by construction.
-      Patches: ${patches.join(", ")}.`;
-  }
-  const dropped = droppedChoices(view, layer);
-  const whose = layer.capacity === null || view.settings.capacity !== null ? "" : ` (the model's own limit is capacity factor ${layer.capacity})`;
-  const mean = layer.counts.reduce((sum, count) => sum + count, 0) / layer.num_experts;
-  return `Choices of this image's patches. Dashed: equal share, ${fixed(mean, mean % 1 ? 1 : 0)} each.
-    ${dropped > 0 ? `Hatched: ${dropped} dropped by capacity${whose}.` : ""}`;
+  const { kind, learned, num_experts: experts, slots } = layer;
+  if (kind === "soft") return `every patch takes from all ${experts * (slots ?? 0)} slots · colour and number: the expert with the largest share`;
+  if (kind === "expert_choice") return "colour and number: the expert with the largest weight · +1: one more took the patch · –: none did";
+  const dropped = droppedChoices(view, layer) ? " · hatched: dropped by capacity" : "";
+  return `colour and number: first-choice expert${learned ? " · stronger colour: higher gate weight" : ", by a rule that nobody learned"}${dropped}`;
 }

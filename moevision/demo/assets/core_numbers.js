@@ -2,6 +2,7 @@
 
 import { lostWords, millions } from "./core_kinds.js";
 import { fixed, layerExpert } from "./core_util.js";
+import { numberWord } from "./core_words.js";
 /** @import { Channels, Choice, Computed, Layer, Packed, PackedChannels, View } from "./types.js" */
 
 const unpacked = new WeakMap();
@@ -101,8 +102,6 @@ export function parametersRun({ model, layers }, patch) {
   return { run: model.parameters - idle, all: model.parameters };
 }
 
-const WORDS = "no one two three four five six seven eight nine".split(" ");
-
 /**
  * What sparsity means for a patch: said where it happens.
  * @param {View} view @param {Layer} layer @param {number} patch
@@ -116,5 +115,5 @@ export function sparsityWords(view, layer, patch) {
   const share = `${ran || "None"} of ${experts} experts ran for this patch`;
   const cost = `: ${millions(run)} of ${millions(all)} parameters`;
   if (!idle) return `${share}${cost}.`;
-  return `${share}${cost}; the other ${WORDS[idle] ?? idle} cost memory, no time.`;
+  return `${share}${cost}; the other ${numberWord(idle)} cost memory, no time.`;
 }

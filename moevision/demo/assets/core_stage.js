@@ -1,20 +1,19 @@
-// The stage: an image under a grid of patches, and the strip of layers beneath it.
+// The stage: an image under a grid of patches, and what is said of the patch that is pointed at.
 
-import { capital, describePatch, goneFrom, modeHint, patchWeights, plural, readShares, routingWords, silentWords, strongest } from "./core_kinds.js";
+import { describePatch, goneFrom, modeHint, patchWeights, plural, readShares, strongest } from "./core_kinds.js";
 import {
-  brush, chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pickButton, pictureSource, present, rgba, rowColumn, SCALE_COLOUR, signed, term,
+  chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, pickButton, pictureSource, present, rgba, rowColumn, SCALE_COLOUR, signed, term,
 } from "./core_util.js";
-import { PALETTE } from "./palette.js";
 /** @import { ViewState } from "./core_state.js" */
-/** @import { Layer, View } from "./types.js" */
+/** @import { Layer, Look, View } from "./types.js" */
 
 /**
  * [patches] fill and label of every patch in the present colouring: {colour, alpha, text, chip, ...}.
- * @param {ViewState} state @param {View} view @param {Layer} layer
+ * @param {ViewState} state @param {View} view @param {Layer} layer @returns {Look[]}
  */
 export function patchLooks(state, view, layer) {
   if (state.mode === "reads") return readLooks(state, layer);
-  if (state.mode === "rests") return shareLooks(state, present(view.shares));
+  if (state.mode === "rests") return shareLooks(present(view.shares));
   const lit = litExpert(state, view, layer);
   const top = layer.kind === "soft" ? topWeight(layer, lit) : 1;
   return layer.experts.map((_, patch) => patchLook(state, layer, patch, top, lit));
@@ -35,30 +34,28 @@ const topWeight = (layer, expert) => (expert === null ? strongest(layer).high
 
 /** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top @param {number | null} lit */
 function patchLook(state, layer, patch, top, lit) {
-  if (["expert", "regions"].includes(state.mode)) return lit === null ? expertLook(state, layer, patch, top) : highlightLook(state, layer, patch, top, lit);
+  if (["expert", "regions"].includes(state.mode)) return lit === null ? expertLook(layer, patch, top) : highlightLook(layer, patch, top, lit);
   if (state.mode === "drops") return dropLook(layer, patch);
-  if (state.mode === "takers") return takersLook(layer, patch);
-  const entropy = state.mode === "entropy";
-  const value = entropy ? layer.entropy[patch] : layer.margin[patch];
-  const share = clamp(entropy ? value / Math.log2(layer.num_experts) : value, 0, 1);
-  return { colour: SCALE_COLOUR, alpha: 0.06 + 0.8 * share, text: fixed(value, 1), chip: null };
+  const bits = layer.entropy[patch];
+  const share = clamp(bits / Math.log2(layer.num_experts), 0, 1);
+  return { colour: SCALE_COLOUR, alpha: 0.06 + 0.8 * share, text: fixed(bits, 1), chip: null };
 }
 
-/** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top */
-function expertLook(state, layer, patch, top) {
+/** @param {Layer} layer @param {number} patch @param {number} top */
+function expertLook(layer, patch, top) {
   const [expert] = layer.experts[patch];
-  if (expert === undefined) return { colour: NOBODY_COLOUR, alpha: 0.55 * state.strength, text: "–", chip: null };
+  if (expert === undefined) return { colour: NOBODY_COLOUR, alpha: 0.55 * STRENGTH, text: "–", chip: null };
   const kept = layer.kept[patch][0];
   const others = layer.kind === "expert_choice" ? layer.experts[patch].length - 1 : 0;
-  return { colour: expertColour(expert, layer.num_experts), alpha: kept ? (layer.weights[patch][0] / top) * state.strength : 0,
+  return { colour: expertColour(expert, layer.num_experts), alpha: kept ? (layer.weights[patch][0] / top) * STRENGTH : 0,
     text: others ? `${expert}+${others}` : String(expert), chip: expert, hatched: !kept };
 }
 
-/** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top @param {number} expert */
-function highlightLook(state, layer, patch, top, expert) {
+/** @param {Layer} layer @param {number} patch @param {number} top @param {number} expert */
+function highlightLook(layer, patch, top, expert) {
   const rank = layer.experts[patch].indexOf(expert);
   const uses = rank >= 0;
-  return { colour: expertColour(expert, layer.num_experts, uses), alpha: (patchWeights(layer, patch)[expert] / top) * state.strength,
+  return { colour: expertColour(expert, layer.num_experts, uses), alpha: (patchWeights(layer, patch)[expert] / top) * STRENGTH,
     text: String(expert), chip: expert, faint: !uses, hatched: uses && !layer.kept[patch][rank] };
 }
 
@@ -66,31 +63,27 @@ function highlightLook(state, layer, patch, top, expert) {
 const readEnds = (shares) => [Math.min(...shares), Math.max(...shares)];
 
 /** @param {ViewState} state @param {Layer} layer */
-function readLooks({ highlight, strength }, layer) {
+function readLooks({ highlight }, layer) {
   const shares = readShares(layer, highlight);
   const [low, high] = readEnds(shares);
   const digits = high - low < 0.5 ? 2 : 1; // more where all are nearly alike
   return shares.map((share) => ({
-    colour: SCALE_COLOUR, alpha: clamp((0.03 + (0.8 * (share - low)) / (high - low || 1)) * (strength / 0.65), 0, 1),
+    colour: SCALE_COLOUR, alpha: 0.03 + (0.8 * (share - low)) / (high - low || 1),
     text: fixed(share, digits), chip: null,
   }));
 }
 
 const [FOR_COLOUR, AGAINST_COLOUR] = ["#3f84ad", "#bf7134"]; // as `predict --heat` has them
 
-/** @param {ViewState} state @param {number[]} shares */
-function shareLooks({ strength }, shares) {
+/** @param {number[]} shares */
+function shareLooks(shares) {
   const most = Math.max(...shares.map(Math.abs), 1e-9);
   return shares.map((share) => ({
-    colour: share < 0 ? AGAINST_COLOUR : FOR_COLOUR, alpha: clamp((0.85 * Math.abs(share) / most) * (strength / 0.65), 0, 1), text: signed(100 * share, 0), chip: null,
+    colour: share < 0 ? AGAINST_COLOUR : FOR_COLOUR,
+    alpha: (0.85 * Math.abs(share)) / most,
+    text: signed(100 * share, 0),
+    chip: null,
   }));
-}
-
-/** @param {Layer} layer @param {number} patch */
-function takersLook(layer, patch) {
-  const most = Math.max(1, ...layer.experts.map(({ length }) => length));
-  const { length } = layer.experts[patch];
-  return { colour: SCALE_COLOUR, alpha: length ? 0.06 + (0.8 * length) / most : 0, text: String(length), chip: null };
 }
 
 /** @param {Layer} layer @param {number} patch */
@@ -100,9 +93,9 @@ function dropLook(layer, patch) {
   return { colour: DROP_COLOUR, alpha: 0.7 * share, text: dropped ? `×${dropped}` : "", chip: null, hatched: dropped > 0 };
 }
 
+/** How opaque a patch with gate weight 1 is. */
+const STRENGTH = 0.65;
 const DROP_COLOUR = "#b3261e";
-// A scale in one colour is read more easily on a grey image.
-export const GREY_MODES = ["reads", "takers", "rests"];
 const NOBODY_COLOUR = "#808080";
 
 const originals = new WeakMap();
@@ -171,7 +164,8 @@ export class Stage {
   colour() {
     const { state, view } = this;
     const layer = view.layers[state.layer];
-    this.box.firstElementChild?.classList.toggle("mv-grey", GREY_MODES.includes(state.mode));
+    // A scale in one colour is read more easily on a grey image.
+    this.box.firstElementChild?.classList.toggle("mv-grey", ["reads", "rests"].includes(state.mode));
     this.box.firstElementChild?.classList.toggle("mv-contoured", state.mode === "regions"); // colours and numbers are there, unseen
     const looks = patchLooks(state, view, layer);
     this.cells.forEach((cell, patch) => {
@@ -217,59 +211,9 @@ export function pictureTitle({ picture: { label, name } }) {
   return label && !name.startsWith(label) ? `${label}, ${name}` : name;
 }
 
-// ---- the strip of layers ------------------------------------------------------------------------------------
-
-/**
- * Thumbnails are drawn a cell per pixel and enlarged by the browser: cheap at any depth.
- * @param {HTMLCanvasElement} canvas @param {Layer} layer @param {[number, number]} given
- */
-function drawThumbnail(canvas, layer, [rows, columns]) {
-  const top = layer.kind === "soft" ? strongest(layer).high : 1;
-  canvas.width = columns;
-  canvas.height = rows;
-  const context = brush(canvas);
-  layer.experts.forEach(([first], patch) => {
-    if (first === undefined) return; // no expert took it
-    context.fillStyle = hasColours(layer.num_experts)
-      ? expertColour(first, layer.num_experts)
-      : `hsl(220 8% ${20 + (70 * first) / layer.num_experts}%)`;
-    context.globalAlpha = layer.kept[patch][0] ? 0.35 + (0.65 * layer.weights[patch][0]) / top : 0.1;
-    context.fillRect(patch % columns, Math.floor(patch / columns), 1, 1);
-  });
-}
-
-/** @param {HTMLElement} box @param {ViewState} state */
-export function drawStrip(box, state) {
-  const { layers, model } = state.view;
-  const item = ({ name }, index) => html`<button type="button" class="mv-layer" data-action="layer" data-index="${index}"
-    data-key="layer-${index}" aria-label="Layer ${name}"><canvas aria-hidden="true"></canvas><span>${name}</span>
-    <span class="mv-way"></span></button>`;
-  const others = layers.map((layer) => layerExpert(layer, 0)).join(" and ");
-  fillBox(box, html`
-    <div class="mv-strip-head"><h2>${term("layer", "Layers")}</h2>
-      <span class="mv-keys"><kbd>+</kbd> <kbd>−</kbd> change layer</span></div>
-    <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
-    <p class="mv-note">Below each: the experts of the patch there. Colours aren't comparable across layers<span>:
-      ${others} are different experts</span>.</p>
-    <p class="mv-note mv-silent">${silentWords(state.view)}</p>
-    ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how"><b>${where}</b>: ${words}</p>`)}`);
-  box.style.setProperty("--under", `url("${underlay(state, state.view).source}")`);
-  box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model.grid));
-  frameStrip(box, state);
-}
-
-/**
- * A change of layer moves the frame, and one of the patch its way through the layers: nothing is drawn again, the focus stays.
- * @param {HTMLElement} box @param {ViewState} state
- */
-export function frameStrip(box, { view, layer, shown: patch }) {
-  box.querySelectorAll(".mv-layer").forEach((button, index) => {
-    const { experts, num_experts: count } = view.layers[index];
-    button.setAttribute("aria-pressed", String(index === layer));
-    const taken = patch === null ? [] : experts[patch].slice(0, 2);
-    fillBox(button.querySelector(".mv-way"), html`${taken.map((expert) => chip(expert, count))}${patch !== null && !taken.length && "–"}`);
-  });
-}
+/** The experts of a patch in each layer. @param {View} view @param {number} patch */
+const wayOf = ({ layers }, patch) => layers.map(({ name, experts, num_experts: count }) => html`<span class="mv-way">${name}
+  ${experts[patch].slice(0, 2).map((expert) => chip(expert, count))}${!experts[patch].length && "–"}</span>`);
 
 /**
  * Which patch it is, its first expert, and how sure the router was.
@@ -292,11 +236,8 @@ export function drawWhere(box, state) {
       <span class="mv-soft">row ${row}, column ${column}</span></span>
     ${layer.learned && !layer.past && html`<span class="mv-facts">${term("margin", "margin")}
       <b>${fixed(layer.margin[patch], layer.kind === "soft" ? 3 : 2)}</b> ${term("entropy", "entropy")}
-      <b>${fixed(layer.entropy[patch])}</b> of ${of} bits</span>`}
-    ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin"
-      aria-label="Unpin">×</button>`}</p>
-    ${!layer.computation && !layer.past && html`<p class="mv-note mv-older">${capital(describePatch(view, layer, patch))}. This view
-      was saved before views carried how a patch was computed.</p>`}
+      <b>${fixed(layer.entropy[patch])}</b> of ${of} bits</span>`}</p>
+    ${view.layers.length > 1 && html`<p class="mv-note">${wayOf(view, patch)}</p>`}
     <p class="mv-note">${contextSentence(layer)}</p>`);
 }
 
@@ -315,18 +256,15 @@ export function drawLegend(box, state) {
   const { mode, currentLayer: layer } = state;
   const experts = layer.num_experts;
   const ramp = (low, high) => html`<span class="mv-ramp" aria-hidden="true"></span><span>${low} – ${high}</span>`;
-  const chips = () => hasColours(experts)
-    ? [...Array(experts).keys()].map((expert) => pickButton(layer, expert, state.highlight, chip(expert, experts), `chip-${expert}`))
-    : html`<span>More than ${PALETTE.length} experts: read the numbers, or highlight one in the load bars.</span>`;
+  const pick = (_, expert) => pickButton(layer, expert, state.highlight, chip(expert, experts), `chip-${expert}`);
+  const chips = () => Array.from({ length: experts }, pick);
   const key = {
     regions: chips,
     expert: chips,
     entropy: () => ramp("0", `${fixed(Math.log2(experts), 1)} bits`),
-    margin: () => ramp("0", "1"),
     drops: () => html`<span>×1: one of ${plural(layer.top_k, "choice")} dropped</span>`,
-    takers: () => ramp("0", Math.max(...layer.experts.map(({ length }) => length))),
     rests: () => html`<span>${signed(100 * Math.min(...present(state.view.shares)), 0)} – ${signed(100 * Math.max(...present(state.view.shares)), 0)}</span>`,
-    reads: () => ramp(...readEnds(readShares(layer, state.highlight)).map((share) => `${fixed(share)} ×`)),
+    reads: () => html`${chips()} ${ramp(...readEnds(readShares(layer, state.highlight)).map((share) => `${fixed(share)} ×`))}`,
   }[mode]();
   fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint">${legendHint(state)}</span>`);
 }

@@ -8,7 +8,7 @@ import { modesIn } from "./core_kinds.js";
  *
  * view: a `moevision.view/2` object; layer: position in `layers` (0 is the first MoE layer); patch: the pinned one;
  * hover: the one under the pointer; asSeen: whether the stage shows the model's input where it has a sharper original;
- * highlight: an expert whose patches stand out; strength: opacity of a patch with gate weight 1.
+ * highlight: an expert whose patches stand out.
  */
 export class ViewState {
   /** @param {View} view @param {Fields} [start] */
@@ -21,7 +21,6 @@ export class ViewState {
     this.mode = "regions";
     this.highlight = null;
     this.asSeen = false;
-    this.strength = 0.65;
     this.listeners = [];
     Object.assign(this, start);
     this.settle();
@@ -38,7 +37,7 @@ export class ViewState {
     const before = { ...this };
     Object.assign(this, change);
     this.settle();
-    const names = ["view", "layer", "patch", "hover", "mode", "highlight", "strength", "asSeen"];
+    const names = ["view", "layer", "patch", "hover", "mode", "highlight", "asSeen"];
     const changed = new Set(names.filter((name) => before[name] !== this[name]));
     if (changed.size) this.listeners.forEach((listener) => listener(changed, this));
   }

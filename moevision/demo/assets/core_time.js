@@ -2,11 +2,10 @@
 // and right answers over all recorded images, and beside it the same training without balance loss. The last moment is the
 // trained model, whose view has all numbers; of the others weights and predictions were recorded: all else is left out.
 
-import { chip, clamp, expertColour, fillBox, fixed, html, percent, present } from "./core_util.js";
+import { clamp, expertColour, fillBox, html, percent, present } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { Layer, Moments, PastLayer, TimeSource, Track, View } from "./types.js" */
 
-const MOST = 3; // experts of a patch that there is room for
 const PLAY_MS = 500; // for each moment
 
 /**
@@ -77,15 +76,6 @@ export function pastView(view, moments, index) {
 
 /** @param {Moments} moments @param {Layer} layer */
 const recorded = (moments, { layer }) => present(moments.layers.find((past) => past.layer === layer));
-
-/**
- * A patch at a moment, in the place of its computation, which is known of the trained model only.
- * @param {View} past @param {Layer} layer @param {number} patch
- */
-export const patchMoments = (past, layer, patch) => html`<h2>This patch ${momentWords(present(past.moment))}</h2>
-  <ul class="mv-then">${layer.experts[patch].slice(0, MOST).map((expert, rank) => html`<li>${chip(expert, layer.num_experts)} weight ${fixed(layer.weights[patch][rank])}</li>`)}</ul>
-  <p class="mv-note">How it was computed is known of the trained model.
-    <button type="button" class="mv-quiet" data-action="to-trained" data-key="to-trained">Show that</button></p>`;
 
 /** Over all recorded images, of one layer: how many patches each expert took, and how often the answer was right. */
 /** @typedef {{ name: string, track: Track, loads: number[][] }} Shown */

@@ -136,16 +136,11 @@ export const rowColumn = (patch, columns) => [Math.floor(patch / columns) + 1, (
 
 // ---- words that need explaining -----------------------------------------------------------------------------
 export const TERMS = {
-  layer: "One step of the network. Only some layers have experts; L3 is the block with index 3, counted from 0.",
-  part: "Soft MoE makes no choice: a patch takes a weighted mean of all slots. Shown is the part that comes from this expert's slots.",
-  slot: "What an expert of Soft MoE computes: a weighted mean of all patches of the image. Its result goes back to all patches, again by weights.",
   taken: "Experts choose patches here, not patches experts. One patch may have several experts, or none; then it goes on as it came.",
   margin: "Highest minus second-highest router probability. Near 0 the choice could easily have been another one.",
   entropy: "How undecided the router is, in bits: 0 when one expert gets everything, log2 of the number of experts when all are equal.",
   capacity: "A limit on how many patches an expert takes. What comes too late is dropped: the expert adds nothing to it.",
   topk: "How many experts compute each patch.",
-  load: "How many patch choices an expert computes. Ideal is an equal share for each.",
-  slowest: "Load of the busiest expert divided by the mean load. Where experts run side by side, everyone waits for the busiest.",
   dense: "A model without experts, of the same compute per image, trained by the same recipe on the same images.",
 };
 

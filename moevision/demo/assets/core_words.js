@@ -80,35 +80,26 @@ export const PATCH = ["patch", "patches"];
  * The line below the headline.
  * @param {View} view @param {Layer} layer @param {[string, string]} [unit] what a patch is called, one and several
  */
-export function sentenceOf(
-  {
-    model: {
-      grid: [rows, columns],
-    },
-    settings: { away = [] },
-  },
-  layer,
-  [one, several] = PATCH,
-) {
+export function sentenceOf(view, layer, [one, several] = PATCH) {
   const { kind, top_k: k, route_by: routed, num_experts: experts, learned } = layer;
+  const { away = [] } = view.settings;
+  const count = layer.experts.length;
   const here = away.filter(([where]) => where === layer.layer).length;
   if (here === experts) return `Every ${one} skips this layer's experts. Nothing else changed.`;
   if (away.length) return `${away.length === 1 ? "Its" : "Their"} ${several} ${WENT[kind]}`;
   const few = `${numberWord(k)} expert${k === 1 ? "" : "s"}`;
   if (routed === "image") return `A router looks at the whole image and sends it to ${few}.`;
-  if (kind === "soft") return `Each of ${rows * columns} ${several} takes something from all of them.`;
-  if (kind === "expert_choice") return `Each expert picks some of ${rows * columns} ${several}.`;
+  if (kind === "soft") return `Each of ${count} ${several} takes something from all of them.`;
+  if (kind === "expert_choice") return `Each expert picks some of ${count} ${several}.`;
   const untold = learned ? " Nobody told it which." : "";
   const asked = several === "emoji" ? " The model then says what most are." : "";
-  return `A ${learned ? "router" : "fixed rule"} sends each of ${rows * columns} ${several} to ${few}.${untold}${asked}`;
+  return `A ${learned ? "router" : "fixed rule"} sends each of ${count} ${several} to ${few}.${untold}${asked}`;
 }
 
 /** What a link or the details made of the trained model, but for experts that are away. @param {View} view */
 export function otherModel(view) {
-  const {
-    model: { variant, accuracy_text: known },
-    settings: { intervention, noise, off_reason: off },
-  } = view;
+  const { variant, accuracy_text: known } = view.model;
+  const { intervention, noise, off_reason: off } = view.settings;
   const words = [
     variant !== "trained" && `${capital(known)}.`,
     intervention && changedWords(view),
@@ -128,29 +119,9 @@ export function changedWords({ settings: { intervention, away = [] }, model: { r
 function interventionWords({ kind, layer, expert, other, fill }, routers) {
   const where = layer === null || layer === undefined ? "in every layer" : `in L${layer}`;
   const way = routers.find((router) => router.layer === layer)?.kind ?? "token_choice";
-  if (kind === "random" && way !== "token_choice") return `${RANDOM_WORDS[way]}, ${where}.`;
-  if (kind === "random") return `Patches go to random experts ${where}.`;
+  if (kind === "random") return `${way === "soft" ? "Slots" : "Patches"} go to random experts ${where}.`;
   if (kind === "swap")
     return `L${layer}·E${expert} and E${other} compute each other's ${way === "soft" ? "slots" : "patches"}.`;
   if (kind === "force") return `Every patch ${where} goes to L${layer}·E${expert}.`;
-  return `Without L${layer}·E${expert}: its patches ${FILL_WORDS[fill][way]}.`;
+  return `Without L${layer}·E${expert}: its patches ${fill === "zero" ? "get nothing in its place." : WENT[way]}`;
 }
-
-/** A random routing, and what becomes of an absent expert's patches, by the way in which the layer routes. */
-const RANDOM_WORDS = {
-  token_choice: "Send patches to random experts",
-  expert_choice: "Let experts take random patches",
-  soft: "Deal the slots out to random experts",
-};
-const FILL_WORDS = {
-  next_best: {
-    token_choice: "go to their next-best expert",
-    expert_choice: "keep the other experts that took them",
-    soft: "take more from the other slots",
-  },
-  zero: {
-    token_choice: "get nothing in its place",
-    expert_choice: "get nothing in its place",
-    soft: "get nothing in its place",
-  },
-};

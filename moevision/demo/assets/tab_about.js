@@ -2,16 +2,8 @@
 
 import { VARIANTS } from "./app_rail.js";
 import { routingWords } from "./core_kinds.js";
-import { fillBox, fixed, html, percent, present } from "./core_util.js";
+import { fillBox, fixed, html, percent } from "./core_util.js";
 /** @import { App } from "./app.js" */
-
-const ROUTING_TEXTS = {
-  token_choice: "Every patch chooses its experts.",
-  image: "The mean of all patches chooses: every patch of an image goes to the same experts.",
-  expert_choice: "Every expert chooses as many patches as the others. A patch may have several experts, or none.",
-  soft: "A slot is a weighted mean of all patches, an expert computes its slots, and patches take weighted means of the results.",
-  rule: "Nobody trained this router: it is a rule to compare learned ones with.",
-};
 
 const NOT_SHOWN = {
   "Not what the model attends to.": "Attention mixes the patches in every block, and this page doesn't draw it. What the answer rests on is read off behind it.",
@@ -28,14 +20,12 @@ const NOT_SHOWN = {
  */
 function cardRows(card, variant) {
   const recipes = { trained: card.recipe, ...card.recipes };
-  const epochs = (card.validation_top1 ?? []).map((top1) => fixed(100 * top1, 1)).join(", ");
   const balanced = card.balanced_accuracy?.[variant === "trained" ? "moe" : variant];
   const [share, low, high] = (balanced ?? []).map((one) => percent(one, 1));
   const rows = {
     recipe: recipes[variant],
     note: card.note,
-    // The card tells epochs and seed of the trained model only.
-    ...(variant === "trained" && { "validation by epoch": epochs && `${epochs} %`, seed: card.seed }),
+    seed: variant === "trained" && card.seed, // the card tells that of the trained model only
     "tested on": variant !== "untrained" && card.test_images && `${card.test_images.toLocaleString("en")} images`,
     "balanced accuracy": balanced && `${share} (95 % interval ${low} to ${high})`,
     data: card.data,
@@ -57,10 +47,6 @@ export class AboutTab {
   /** @param {HTMLElement} panel */
   async draw(panel) {
     const { model, boot, variant } = this.app;
-    const way = (text) => {
-      const { kind, learned, route_by: unit } = present(model.routers.find((router) => router.words === text));
-      return ROUTING_TEXTS[!learned ? "rule" : unit === "image" ? "image" : kind];
-    };
     const rows = {
       shown: VARIANTS[variant]?.label ?? variant,
       patches: `${model.grid.join(" × ")} of ${fixed(model.image_size / model.grid[0], 0)} px`,
@@ -70,7 +56,7 @@ export class AboutTab {
     fillBox(panel, html`<div class="mv-split"><section class="mv-prose"><h2>How to read this page</h2>
       <p>A vision transformer cuts the image into patches. In some of its layers there are experts, and a router shares the
         patches out among them. Colour and number name a patch's first or strongest expert; stronger colour means a higher weight.</p>
-      ${routingWords(model.routers).map(([where, text]) => html`<p><b>${where}</b>: ${text}. ${way(text)}</p>`)}
+      ${routingWords(model.routers).map(([where, text]) => html`<p><b>${where}</b>: ${text}.</p>`)}
       <p>L3·E2 is expert 2 of block 3. Experts of different layers have nothing to do with each other, even where they share a
         colour.</p><h2>What routing does not show</h2>
       <ul>${Object.entries(NOT_SHOWN).map(([what, why]) => html`<li><b>${what}</b> ${why}</li>`)}</ul></section>

@@ -8,7 +8,6 @@ import { NO_PICTURES } from "./tab_experts.js";
 /** @import { App } from "./app.js" */
 /** @import { ClassesAnswer, CompareAnswer, DifferenceLayer, ExpertDifference, Wanted } from "./types.js" */
 
-const RESET = "none";
 /** Commands stand in backticks. @param {string} sentence */
 const coded = (sentence) => sentence.split("`").map((part, at) => (at % 2 ? html`<code>${part}</code>` : part));
 const ENOUGH = 50; // images: of fewer, hardly any class has three mistakes of one kind
@@ -20,22 +19,13 @@ export class ClassesTab {
     this.id = "classes";
     this.label = "Classes";
     this.follows = ["model", "layer"];
-    /** @type {number | string} */
-    this.byExpert = RESET;
-    /** @type {number | string} */
-    this.byClass = RESET;
     this.a = "cat"; // the two that are compared, as far as the model has them
     this.b = "dog";
-    /** @type {string | null} whose table it is */
-    this.model = null;
     /** @type {Record<string, symbol>} what was asked for last below the table and beside it */
     this.tickets = {};
-    const sort = (key, value) => { this[key] = this[key] === value ? RESET : value; this.drawTable(); };
     const choose = (side) => (select) => { this[side] = select.value; };
     this.changes = { "compare-a": choose("a"), "compare-b": choose("b") };
     this.actions = {
-      "sort-expert": (button) => sort("byExpert", Number(button.dataset.expert)),
-      "sort-class": (button) => sort("byClass", Number(button.dataset.class)),
       cell: (button) => this.showCell(button.dataset.class, Number(button.dataset.expert)),
       "compare-run": () => this.compare(),
       mistakes: () => this.mistakes(),
@@ -51,7 +41,7 @@ export class ClassesTab {
     if (!wanted()) return;
     if (!answer.layers.length) return fillBox(panel, emptyBox("No images to count in", answer.note || NO_PICTURES));
     this.panel = panel;
-    if (this.model !== model) Object.assign(this, { model, byClass: RESET, byExpert: RESET }); // its own table
+    this.model = model;
     this.variant = variant;
     /** @type {ClassesAnswer} */
     this.answer = answer;
@@ -74,16 +64,11 @@ export class ClassesTab {
 
   drawTable() {
     const [answer, layer] = [present(this.answer), this.layer];
-    const order = (size, value) => [...Array(size).keys()].sort((a, b) => (value ? value(b) - value(a) : 0) || a - b);
     const empty = (row) => layer.share[row][0] === null; // no image of the class, so no share either
-    const { byExpert, byClass } = this;
-    const rows = order(answer.class_names.length, byExpert !== RESET && ((row) => layer.excess[row][byExpert] ?? -Infinity));
-    const columns = order(layer.share[0].length, byClass !== RESET && ((column) => layer.excess[byClass][column]));
+    const columns = [...layer.share[0].keys()];
     const marked = layer.significant.flat().filter(Boolean).length;
-    const line = (row) => html`<tr><th scope="row"><button type="button" data-action="sort-class" data-class="${row}"
-        data-key="class-${row}" aria-pressed="${byClass === row}" data-tip="Sort experts by ${answer.class_names[row]}">
-        ${answer.class_names[row]}</button></th>${empty(row) ? html`<td class="mv-none" colspan="${columns.length}">no images</td>`
-    : columns.map((expert) => this.cell(row, expert))}</tr>`;
+    const line = (name, row) => html`<tr><th scope="row">${name}</th>${empty(row)
+      ? html`<td class="mv-none" colspan="${columns.length}">no images</td>` : columns.map((expert) => this.cell(row, expert))}</tr>`;
     fillBox(this.part("table"), html`
       <h2>Class × expert in ${layer.name}</h2>
       <p class="mv-note">${this.kind === "token_choice" ? "Share of a class's patch choices that an expert computes."
@@ -91,22 +76,14 @@ export class ClassesTab {
         than ${fixed(layer.threshold * 100, 1)} points, which the most extreme cell exceeds by chance one time in twenty
         (labels shuffled over ${answer.n_images} images). ${marked ? `${marked} cells stand out.` : "No cell stands out alone."}</p>
       <div class="mv-scroll" tabindex="0" role="region" aria-label="Class by expert"><table class="mv-heat">
-        <thead><tr><th scope="col"><span class="mv-soft">class</span></th>${columns.map((expert) => this.expertHead(expert))}</tr></thead>
-        <tbody>${rows.map(line)}</tbody></table></div>
+        <thead><tr><th scope="col"><span class="mv-soft">class</span></th>${columns.map((expert) => html`<th scope="col">${chip(expert, columns.length)}</th>`)}</tr></thead>
+        <tbody>${answer.class_names.map(line)}</tbody></table></div>
       <p class="mv-note"><i class="mv-key mv-more"></i> more than its mean share (+) <i class="mv-key mv-less"></i> less (−).
-        Click a head to sort, a cell for its images. ${layer.load_words && `Load: ${layer.load_words}.`}</p>`);
+        Click a cell for its images. ${layer.load_words && `Load: ${layer.load_words}.`}</p>`);
   }
 
   /** @param {string} name */
   part(name) { return this.panel?.querySelector(`[data-part=${name}]`); }
-
-  /** @param {number} expert */
-  expertHead(expert) {
-    const experts = this.layer.share[0].length;
-    return html`<th scope="col" aria-sort="${this.byExpert === expert ? "descending" : "none"}"><button type="button"
-      data-action="sort-expert" data-expert="${expert}" data-key="head-${expert}"
-      aria-label="Sort classes by expert ${expert}">${chip(expert, experts)}</button></th>`;
-  }
 
   /** @param {number} row @param {number} expert */
   cell(row, expert) {
@@ -160,7 +137,6 @@ export class ClassesTab {
     return this.ask("cell", "Looking for mistakes…", "mistakes", {}, tell);
   }
 
-
   /** @param {"a" | "b"} side @param {string} label */
   pick(side, label) {
     return html`<label><span>${label}</span><select data-change="compare-${side}" data-key="compare-${side}">
@@ -177,23 +153,16 @@ export class ClassesTab {
   /** @param {CompareAnswer} answer */
   differences({ class_a: a, class_b: b, n_a: first, n_b: second, sentence, layers }) {
     const all = layers.flatMap(({ experts }) => experts);
-    const reach = Math.max(...all.map(({ difference }) => Math.abs(difference)), 1e-6);
     const found = all.some(({ significant }) => significant);
     return html`<p class="mv-sentence">${sentence}</p>
       ${!found && html`<p class="mv-note">That is a result too: at this number of images, ${a} and ${b} share their experts.</p>`}
-      <p class="mv-note">${first} images of ${a}, ${second} of ${b}. Filled: the share of one of the two stands out beyond
-        labels shuffled over images.</p>
+      <p class="mv-note">${first} images of ${a}, ${second} of ${b}. Points more of the first, or less;
+        bold: beyond labels shuffled over images.</p>
       ${layers.map((layer) => html`<h3>L${layer.layer}</h3>
-        <ul class="mv-forest">${layer.experts.map((entry) => this.difference(entry, layer, reach))}</ul>`)}
-      <p class="mv-forest-axis"><span>more in ${b}</span><span>0</span><span>more in ${a}</span></p>`;
-  }
-
-  /** @param {ExpertDifference} given @param {DifferenceLayer} layer @param {number} reach */
-  difference({ expert, difference, significant }, layer, reach) {
-    const points = signed(difference * 100, 1);
-    return html`<li class="${significant && "mv-stands"}">${chip(expert, layer.experts.length)}
-      <span class="mv-dots" role="img" aria-label="L${layer.layer}·E${expert}: ${points} points"><i class="mv-zero" style="left:50%"></i>
-      <i class="mv-dot ${significant && "mv-main"}" style="left:${50 + (difference / reach) * 48}%"></i></span>
-      <span class="mv-num">${points} pts</span></li>`;
+        <ul class="mv-forest">${layer.experts.map((entry) => difference(entry, layer))}</ul>`)}`;
   }
 }
+
+/** @param {ExpertDifference} given @param {DifferenceLayer} layer */
+const difference = ({ expert, difference: more, significant }, { experts }) => html`<li class="${significant && "mv-stands"}">
+  ${chip(expert, experts.length)} <span class="mv-num">${signed(more * 100, 1)} pts</span></li>`;

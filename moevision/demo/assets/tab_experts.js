@@ -4,7 +4,7 @@ import { withoutWords } from "./app_hand.js";
 import { emptyBox, waitingBox } from "./app_server.js";
 import { chip, expertColour, fillBox, fixed, html, percent, pictureSource, present, signed } from "./core_util.js";
 /** @import { App } from "./app.js" */
-/** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Model, Router, ShareRow, Wanted } from "./types.js" */
+/** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Router, ShareRow, Wanted } from "./types.js" */
 
 /**
  * A patch of a gallery inside its surroundings; `box` frames it, in fractions of the crop. A click opens its image.
@@ -89,7 +89,6 @@ export class ExpertsTab {
     const answer = await app.asker.whenReady("experts", question, wanted);
     if (!wanted()) return;
     if (!answer.experts.length) return fillBox(panel, emptyBox("No images of experts", answer.note || NO_PICTURES));
-    this.fetchOtherLayers(model, layer.layer);
     const router = present(model.routers.find((one) => one.layer === layer.layer));
     const hint = answer.status === "no_pictures" ? NO_PICTURES : "A click on a patch opens its image.";
     const one = app.state?.highlight ?? null;
@@ -97,20 +96,8 @@ export class ExpertsTab {
     return fillBox(panel, html`<p class="mv-note mv-lead">${one === null && html`Experts of <b>${answer.name}</b>. `}${answer.note} ${hint}</p>
       <div class="mv-cards">${shown.map((card) => expertCard(card, answer, router, one !== null))}</div>`);
   }
-
-  /**
-   * Ask ahead for the other layers, so that a change of layer finds its cards in the page.
-   * @param {Model} model @param {number} current
-   */
-  fetchOtherLayers({ id: model, variant, layers }, current) {
-    const ask = (layer) => this.app.asker.remember("experts", { model, variant, layer });
-    const others = layers.filter((layer) => layer !== current);
-    // One after another: a visitor's next image should not wait behind all of them. A failure shows when the layer is opened.
-    if (layers.length <= MOST_LAYERS_AHEAD) others.reduce((before, layer) => before.then(() => ask(layer)), Promise.resolve()).catch(() => {});
-  }
 }
 
 const CARD_ROWS = 4;
-const MOST_LAYERS_AHEAD = 6;
 
 export const NO_PICTURES = "This model comes without its images. Start the explorer with --data FOLDER to see patches of them here.";

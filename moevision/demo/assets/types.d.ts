@@ -173,7 +173,6 @@ export interface Fields {
   hover?: number | null;
   mode?: string;
   highlight?: number | null;
-  strength?: number;
   asSeen?: boolean;
 }
 

@@ -3,7 +3,8 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { classWords, withoutWords } from "../../../moevision/demo/assets/app_hand.js";
-import { goneFrom, silentWords } from "../../../moevision/demo/assets/core_kinds.js";
+import { exampleName } from "../../../moevision/demo/assets/app_models.js";
+import { goneFrom } from "../../../moevision/demo/assets/core_kinds.js";
 import { calledWords } from "../../../moevision/demo/assets/tab_experts.js";
 
 test("a name gives its counts, and nothing gives no name", () => {
@@ -26,13 +27,14 @@ test("an effect over images of a class has the spread between them, and chance b
   assert.equal(classWords({ ...found, sd_logit: null, control_delta_logit: null }), `${start}.`);
 });
 
-test("silent experts are told for each layer, without one that was taken away", () => {
-  const layer = (number, counts, kind = "token_choice") => ({ layer: number, name: `L${number}`, kind, counts });
-  const view = (layers, intervention = null) => /** @type {any} */ ({ layers, settings: { intervention } });
-  assert.equal(silentWords(view([layer(1, [3, 0, 0]), layer(3, [1, 1, 1])])), "Silent in this image: L1 E1, E2 · L3 none.");
-  assert.equal(silentWords(view([layer(1, [3, 0, 0])], { kind: "ablate", layer: 1, expert: 2 })), "Silent in this image: L1 E1.");
-  assert.equal(silentWords(view([layer(1, [4, 4], "soft")])), "");
+test("experts that are away are those of both kinds, of one layer", () => {
   const several = { settings: { intervention: { kind: "ablate", layer: 1, expert: 2 }, away: [[1, 0], [3, 2]] } };
   assert.deepEqual(goneFrom(several, { layer: 1 }), [0, 2]);
   assert.deepEqual(goneFrom({ settings: { intervention: null } }, { layer: 1 }), []);
+});
+
+test("an example is called by its label once, and by its file without the folders", () => {
+  assert.equal(exampleName("cat", "cat, cat/chelsea.jpg"), "cat, chelsea.jpg");
+  assert.equal(exampleName("fox", "fox 5"), "fox, fox 5");
+  assert.equal(exampleName(null, "beach.jpg"), "beach.jpg");
 });

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { headline, modeHint, modesIn, patchWeights, plural, readShares } from "../../../moevision/demo/assets/core_kinds.js";
+import { modeHint, modesIn, patchWeights, plural, readShares } from "../../../moevision/demo/assets/core_kinds.js";
 import { readExpert, readPlace, ViewState } from "../../../moevision/demo/assets/core_state.js";
 import { patchLooks } from "../../../moevision/demo/assets/core_stage.js";
 import { fixed, html, inkOn, luminance, percent, pictureSource, rowColumn, signed } from "../../../moevision/demo/assets/core_util.js";
@@ -81,14 +81,6 @@ test("a state keeps every field in the range of its views, and tells what change
   state.set({ hover: -1, highlight: 4 });
   assert.deepEqual(heard, [["patch"]]);
   assert.equal(state.shown, 3);
-});
-
-test("the heading counts what the model has", () => {
-  const router = { num_experts: 8, top_k: 2, kind: "token_choice", expert_parameters: 66_000 };
-  assert.equal(headline({ routers: [router, router], parameters: 1_700_000 }),
-    "8 experts share one image; 2 compute each patch. Each has 66\u00a0K of the model's 1.7\u00a0M parameters.");
-  assert.equal(headline({ routers: [{ ...router, num_experts: 4, expert_parameters: 2e6 }, { ...router, kind: "soft" }], parameters: 22e6 }),
-    "4 or 8 experts share one image. Each has 2.0\u00a0M or 66\u00a0K of the model's 22\u00a0M parameters.");
 });
 
 test("what an expert reads is told in even shares, of each patch's first expert where none is chosen", () => {
