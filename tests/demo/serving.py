@@ -15,7 +15,10 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moevision.demo.models import Entry
 
 START_S = 300  # of a machine that does much else
 GALLERY = 160
@@ -107,6 +110,18 @@ def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Runn
         yield server
     finally:
         server.stop()
+
+
+@contextmanager
+def served(entries: list[Entry]) -> Iterator[str]:
+    """The address of an explorer of these models in a thread of this process, where no start is under test."""
+    from moevision.demo.gate import Serving
+    from moevision.demo.server import Server
+    from moevision.demo.service import Explorer
+    from tests.shared import free_port  # a script, which this file also is, need not find `tests`
+
+    with Server(Explorer(entries), Serving(port=free_port())) as server:
+        yield server.url
 
 
 def asked_for(request: Any) -> str:

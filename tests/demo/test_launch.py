@@ -26,7 +26,7 @@ from moevision.demo.gate import AUTH, Serving, is_loopback
 from moevision.errors import UserError
 from moevision.models.io import save_model
 from tests.demo.serving import running
-from tests.shared import free_port, says
+from tests.shared import free_port, refused, says
 
 ROOT = Path(__file__).parents[2]
 
@@ -167,25 +167,14 @@ def mine(make, tmp_path_factory):
 
 
 @pytest.mark.deep
-def test_a_model_of_ones_own_from_start_to_stop(mine):
+def test_a_model_of_ones_own_from_start_to_stop(mine, cli):
     """The whole verb."""
     with running("-m", "moevision", "demo", str(mine), "--no-browser") as server:
         assert server.url.startswith("http://127.0.0.1:")
         page = get(server.url)
         port = server.url.rstrip("/").rpartition(":")[2]
-        second = [
-            sys.executable,
-            "-m",
-            "moevision",
-            "demo",
-            str(mine),
-            "--port",
-            port,
-            "--no-browser",
-        ]
-        taken = subprocess.run(second, capture_output=True, text=True, timeout=600)
-        assert taken.returncode == 2
-        assert "give another --port" in taken.stderr.splitlines()[-1]
+        taken = cli("demo", mine, "--port", port, "--no-browser")
+        refused(taken, "give another --port")
         assert server.stop() == 0
     said = "\n".join(server.lines)
     assert says(said, "Ctrl-C", "Only this computer")

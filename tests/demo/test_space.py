@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.demo.serving import running
+from moevision.demo.models import open_entries
+from tests.demo.serving import served
 
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "deploy" / "space"
@@ -61,13 +62,10 @@ def test_every_intervention_of_the_readme_gets_an_answer(
 ) -> None:
     monkeypatch.chdir(ROOT / "moevision/demo/models/cats_vs_dogs/examples/cat")
     code = PAGE_BLOCK.replace("cat.jpg", "chelsea.jpg")
-    with running("-m", "moevision", "demo", "--no-browser") as server:
-        exec(
-            compile(
-                code.replace("http://127.0.0.1:7860", server.url.rstrip("/")), "README.md", "exec"
-            ),
-            {},
-        )
+    photos = [entry for entry in open_entries(None) if entry.card.id == "cats_vs_dogs"]
+    with served(photos) as url:
+        here = code.replace("http://127.0.0.1:7860", url.rstrip("/"))
+        exec(compile(here, "README.md", "exec"), {})
     said = [line for line in capsys.readouterr().out.splitlines() if "(" in line]
     assert len(said) == PAGE_BLOCK.count("print(") == 9
     assert all("'cat'" in line for line in said[:1])

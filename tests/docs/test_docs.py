@@ -230,13 +230,12 @@ def test_python_of_the_readme_prints_something(block, capsys, monkeypatch):
 
 def test_a_program_gets_an_answer(workspace):
     """The block of Serve it, asked of a server of the tiny run."""
-    from tests.demo.serving import running
+    from moevision.demo.models import open_entries
+    from tests.demo.serving import served
 
     (block,) = python_blocks(DOCS / "guides" / "serve.md")
-    with running(
-        "-m", "moevision", "demo", "runs/pets", "--data", "path/to/images", "--no-browser"
-    ) as server:
-        block = block.replace("http://127.0.0.1:7860", server.url).replace(
+    with served(open_entries("runs/pets", "path/to/images")) as url:
+        block = block.replace("http://127.0.0.1:7860", url).replace(
             'answer["prediction"]["moe"]', 'found = answer["prediction"]["moe"]'
         )
         scope: dict[str, Any] = {}
