@@ -61,7 +61,6 @@ from moevision.models.io import (
 from moevision.models.ood import linear_head
 from moevision.models.safe_files import read_json, read_metadata, weights_of
 from moevision.models.upcycle import check_upcyclable
-from moevision.stats import fit_temperature
 from moevision.train.health import cpu_s
 from moevision.train.processes import has_gpu, print_rank0
 from moevision.words import percent, with_progress
@@ -355,7 +354,6 @@ PROBE_FILE = "probe.json"
 _MOST_IMAGES = {"train": 2_000, "val": 500, "test": sys.maxsize}
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse penalties, for features of unit variance
 _ABSENT_LOGIT = -20.0  # of a class without a training image
-_HEAD_SCALE = 3.0  # the probe's logits are divided by so many temperatures
 _Floats = npt.NDArray[np.float64]
 _Integers = npt.NDArray[np.int64]
 
@@ -436,14 +434,6 @@ def fit_probe(
     features = features_of(net, data, _MOST_IMAGES, device, context)
     train, val, test = features["train"], features["val"], features["test"]
     weight, bias = _best_regression(train, val, data.num_classes)
-    # With larger logits the first steps unlearn the start (benchmarks/probe_scale).
-    calibration = fit_temperature(val.features @ weight.T + bias, val.labels)
-    scale = _HEAD_SCALE
-    if calibration is not None:
-        scale = max(
-            1.0, scale * calibration.temperature
-        )  # a few easy images want very large logits
-    weight, bias = weight / scale, bias / scale
 
     head_weight = head.weight.detach().double().cpu().numpy()
     head_bias = 0 if head.bias is None else head.bias.detach().double().cpu().numpy()
