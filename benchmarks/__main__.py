@@ -51,6 +51,10 @@ PROVE = {
         "what the experts of emoji take, and what new pages cost without them",
         "demo.names",
     ),
+    "needed": (
+        "right answers that change without two experts, and with as many patches at random",
+        "demo.needed",
+    ),
     "sorting": (
         "which expert gets which test photos, of the bundled router of whole images",
         "demo.sorting",
