@@ -55,6 +55,7 @@ PROVE = {
         "right answers that change without two experts, and with as many patches at random",
         "demo.needed",
     ),
+    "cut": ("what a model of some classes keeps of its experts, and costs", "cut"),
     "sorting": (
         "which expert gets which test photos, of the bundled router of whole images",
         "demo.sorting",

@@ -48,6 +48,10 @@ VERBS = {
         "turn a pretrained dense ViT into a Mixture of Experts",
         "moevision.commands.upcycle:run",
     ),
+    "cut": (
+        "a smaller model of some classes, with the experts that they use",
+        "moevision.commands.cut:run",
+    ),
     "export": ("write a model as ONNX, checked against it", "moevision.commands.export:run"),
     "analyze": (
         "what the experts of a trained model do, as one report",
@@ -429,6 +433,33 @@ def _upcycle(add: Add) -> None:
     )
 
 
+def _cut(add: Add) -> None:
+    add("model", help=f"{MODEL}; it must have MoE layers")
+    add(
+        "--classes",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="the classes to keep, two or more",
+    )
+    add("--out", required=True, metavar="DIR", help="folder to write to")
+    add(
+        "--experts",
+        type=_positive,
+        metavar="N",
+        help="of each layer (the fewest that cost a point at most on validation images)",
+    )
+    add("--data", help=f"{_DATA}; by default what the run was trained on")
+    add("--root", help=_ROOT)
+    add(
+        "--limit",
+        type=_positive,
+        default=1000,
+        metavar="N",
+        help="at most N images for validation, and for the test (%(default)s)",
+    )
+
+
 def _export(add: Add) -> None:
     add("model", help=TRAINED)
     add("--out", required=True, metavar="FILE", help="file to write: NAME.onnx")
@@ -631,6 +662,16 @@ dense model costs.""",
   moevision upcycle deit_tiny_patch16_224 --out tiny_moe            weights from the hub, 8 experts in two blocks
   moevision upcycle runs/dense/model --layers every2 --top-k 2 --out moe
   moevision upcycle deit_small_patch16_224 --weights my.safetensors --num-classes 37 --out pets_moe""",
+    ),
+    "cut": (
+        _cut,
+        """\
+Write a smaller model of some of the classes, with the experts that these use most: chosen on training images, their
+number on validation images. What that costs is measured on the test images, beside as many experts at random, those
+that other classes use, and none. OUT/ is a model that every verb takes; cut.json has the numbers.""",
+        """\
+  moevision cut runs/cifar10 --classes cat dog --out cats_and_dogs
+  moevision cut runs/cifar10 --classes car truck ship --experts 2 --out vehicles""",
     ),
     "export": (
         _export,

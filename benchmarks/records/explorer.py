@@ -294,3 +294,25 @@ def deletions(record: Json) -> Json:
             }
         found["images"] = told["images"]
     return found
+
+
+def cuts(record: Json) -> list[Json]:
+    """Of each subset of classes the fewest experts, of the first one expert, too: shares of right test images in %."""
+    names = {6: "six animals"}
+    rows = []
+    for number, subset in enumerate(record["subsets"].values()):
+        cuts_of_subset = [(subset["fewest"], subset["right"])]
+        if not number:
+            cuts_of_subset.insert(0, (1, subset["right_with_one"]))
+        for experts, right in cuts_of_subset:
+            classes = names.get(len(subset["classes"]), ", ".join(subset["classes"]))
+            cells = [
+                right["all"],
+                right["kept"],
+                right["others"],
+                np.mean(right["random"]),
+                right["none"],
+            ]
+            shown = " | ".join(f"{100 * cell:.1f}" for cell in cells)
+            rows.append({"row": f"| {classes} | {experts} | {shown} |"})
+    return rows
