@@ -130,7 +130,8 @@ async function route(question) {
   ready.add(id);
   if (problem) { console.warn(`moevision: ${id} did not run`, problem); return FAILED; }
   const far = outputs.distance && outputs.distance.data[0] > 1;
-  return /** @type {View} */ ({ ...view, layers: view.layers.map((facts) => layerOf(facts, outputs)), lens: null, shares: outputs.shares?.data.map(round) ?? null,
+  return /** @type {View} */ ({ ...view, layers: view.layers.map((facts) => layerOf(facts, outputs)), lens: null,
+    shares: outputs.shares?.data.map(round) ?? null,
     picture: known?.picture ?? { id: null, name: typed?.name ?? "your image", label: typed?.label ?? null, src: sourceOf(pixels, model.image_size), unlike: far ? unlike : null, credit: null },
     prediction: { moe: guesses(model.class_names, outputs.logits.data), dense: known?.prediction?.dense ?? null },
     settings });

@@ -26,7 +26,7 @@ export function modesOf({ kind, learned, ...layer }) {
 }
 
 /**
- * The same of a layer in its view, and what the answer rests on where the classifier says it; no moment of the training does.
+ * The same of a layer in its view, and what the answer rests on where the classifier says it.
  * @param {View} view @param {Layer} layer @returns {string[]}
  */
 export const modesIn = ({ shares }, layer) => (shares && !layer.past ? [...modesOf(layer), "rests"] : modesOf(layer));
@@ -157,9 +157,14 @@ export function modeHint(view, layer, mode) {
     reads: () => "how much of what the expert in the hand, else the patch's first, reads comes from the patch, in even shares",
     entropy: () => "bits: how evenly the router shares the patch out",
     drops: () => (droppedChoices(view, layer) || layer.capacity !== null ? "choices that an expert's capacity turned away" : "no choice is dropped here"),
-    rests: () => `blue speaks for ${view.prediction.moe[0].class}, brown for ${view.prediction.moe[1]?.class ?? "nothing"} · number: a patch's share in their
-      logits' difference, in hundredths · not what these pixels did alone: attention has mixed the patches before`,
+    rests: () => restHint(view),
   }[mode]();
+}
+
+/** @param {View} view */
+function restHint({ prediction: { moe: [first, second] } }) {
+  return `blue speaks for ${first.class}, brown for ${second?.class ?? "nothing"} · number: a patch's share
+    in their logits' difference, in hundredths · not what these pixels did alone: attention has mixed the patches before`;
 }
 
 /** @param {View} view @param {Layer} layer */

@@ -2,7 +2,8 @@
 
 import { describePatch, goneFrom, modeHint, patchWeights, plural, readShares, strongest } from "./core_kinds.js";
 import {
-  chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, pickButton, pictureSource, present, rgba, rowColumn, SCALE_COLOUR, signed, term,
+  chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, pickButton,
+  pictureSource, present, rgba, rowColumn, SCALE_COLOUR, signed, term,
 } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { Layer, Look, View } from "./types.js" */
@@ -74,6 +75,10 @@ function readLooks({ highlight }, layer) {
 }
 
 const [FOR_COLOUR, AGAINST_COLOUR] = ["#3f84ad", "#bf7134"]; // as `predict --heat` has them
+
+/** @param {number[]} shares */
+const shareEnds = (shares) =>
+  html`<span>${[Math.min, Math.max].map((end) => signed(100 * end(...shares), 0)).join(" – ")}</span>`;
 
 /** @param {number[]} shares */
 function shareLooks(shares) {
@@ -263,7 +268,7 @@ export function drawLegend(box, state) {
     expert: chips,
     entropy: () => ramp("0", `${fixed(Math.log2(experts), 1)} bits`),
     drops: () => html`<span>×1: one of ${plural(layer.top_k, "choice")} dropped</span>`,
-    rests: () => html`<span>${signed(100 * Math.min(...present(state.view.shares)), 0)} – ${signed(100 * Math.max(...present(state.view.shares)), 0)}</span>`,
+    rests: () => shareEnds(present(state.view.shares)),
     reads: () => html`${chips()} ${ramp(...readEnds(readShares(layer, state.highlight)).map((share) => `${fixed(share)} ×`))}`,
   }[mode]();
   fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint">${legendHint(state)}</span>`);
