@@ -314,5 +314,5 @@ def cuts(record: Json) -> list[Json]:
                 right["none"],
             ]
             shown = " | ".join(f"{100 * cell:.1f}" for cell in cells)
-            rows.append({"row": f"| {classes} | {experts} | {shown} |"})
+            rows.append({"classes": classes, "kept": experts, "cells": shown})
     return rows
