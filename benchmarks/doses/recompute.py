@@ -143,6 +143,7 @@ STEP_MS: dict[str, float] = json.loads((FOLDER / "prices.json").read_text(encodi
     "step_ms"
 ]
 EXPERTS = "moe-32-half"
+CONTROL = "dense-4-hidden"  # of photos
 TEXTURES, SOUND = Cell("textures", "4096", 6.4), Cell("characters", "sound", 6.4)
 RADICAL = Cell("characters", "radical", 6.4)
 MOSAICS, PHOTOS = Cell("mosaics", "1024", 21.0), Cell("photos", "", 16.0)
@@ -343,6 +344,19 @@ def of_photos() -> str:
     return f"with a hidden layer in both classifiers, {gain} points"
 
 
+def of_width() -> list[str]:
+    """The falsifier of photos: dense width at the steps of the control, and a linear classifier."""
+    texts = []
+    for words, arm in (
+        ("twice the width", "dense-8-hidden-steps"),
+        ("four times the width", "dense-16-hidden-steps"),
+        ("a linear classifier over all places", "dense-4-plain-steps"),
+    ):
+        loss = interval(PHOTOS.contrast(arm, CONTROL, "test_loss")).nats
+        texts.append(f"{words}: {PHOTOS.gain(arm, CONTROL).points} points, {loss} nats")
+    return texts
+
+
 def of_prices() -> list[str]:
     """What a step costs."""
     dense, experts = (STEP_MS[f"textures {arm}"] for arm in ("dense-4", EXPERTS))
@@ -383,6 +397,7 @@ def statements() -> dict[str, list[str]]:
             of_sound(),
             *of_radical(),
             of_photos(),
+            *of_width(),
             *of_mosaics(),
             *of_gate(),
             *of_prices(),
