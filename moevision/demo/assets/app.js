@@ -402,13 +402,6 @@ export class App {
     this.remember();
   }
 
-  /** An expert whose card is looked at is taken away where its patches are seen to move. @param {number} layer @param {number} expert */
-  takeAway(layer, expert) {
-    this.core.box("flow").scrollIntoView({ block: "start" });
-    this.state?.set({ layer: this.model.layers.indexOf(layer) });
-    return isAway(this.away, layer, expert) ? undefined : this.toggleAway(layer, expert);
-  }
-
   /** @param {string | null} kind */
   refreshTab(kind) { return drawPanel(this, kind); }
 }

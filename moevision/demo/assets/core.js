@@ -78,7 +78,6 @@ export class Core {
   ownActions() {
     return {
       mode: (button) => this.state.set({ mode: button.dataset.mode }),
-      play: () => this.card?.play(),
       fly: () => this.flow.play(),
       run: () => this.time?.play(),
       "to-trained": () => this.time?.go(this.time.last),

@@ -7,7 +7,7 @@ import type { ViewState } from "./core_state.js";
 import type { Markup } from "./core_util.js";
 
 export type Kind = "token_choice" | "expert_choice" | "soft";
-export type Mode = "regions" | "expert" | "reads" | "takers" | "entropy" | "margin" | "drops" | "rests";
+export type Mode = "regions" | "expert" | "reads" | "takers" | "entropy" | "margin" | "rests";
 
 /** What there is to know about an MoE layer before an image is routed. */
 export interface Router {
