@@ -185,7 +185,6 @@ def _boot(explorer: Explorer, entries: Sequence[Entry], sizes: Mapping[str, int]
             "max_top_k": 0,
             # Of one layer, the browser tries all sets in less than a second.
             "can_search": model["can_search"] and len(model["layers"]) == 1,
-            "score_lists": [],
             "device": {
                 "mean": entry.variants["trained"].saved.mean,
                 "std": entry.variants["trained"].saved.std,

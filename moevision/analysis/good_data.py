@@ -8,8 +8,8 @@ near-duplicates are searched for (`nearest_by_hash`, `nearest_by_features`). The
 image, one split after the other; pixels are not kept.
 
 The page only ranks images. Which of them are bad, a person decides there; the browser saves these decisions as
-decisions.csv, which `moevision data prune --by decisions` and `fit --data.relabel` read. The explorer shows the lists
-that need the scores alone (`SCORE_LISTS`).
+decisions.csv, which `moevision data prune --by decisions` and `fit --data.relabel` read. `SCORE_LISTS` are the lists
+that need the scores alone.
 
 Axes: n images of all splits, m of the training set (the first m of n), D features, C classes, H height, W width.
 """
@@ -652,8 +652,7 @@ def _margins(probabilities: Floats, labels: Ints) -> Floats:
 class ScoreList:
     """A list of training images by one score."""
 
-    key: str  # its name in URLs
-    name: str  # short name, two words
+    key: str  # its name in the page
     title: str
     about: str  # by what it is ranked, and what it doesn't show
     score: str  # name of the score, one of `data.scores.SCORES`
@@ -676,7 +675,6 @@ class ScoreList:
 _SCORE_LISTS = (
     ScoreList(
         key="doubtful",
-        name="Doubtful labels",
         title="Other images speak against the label",
         about="Lowest area under the margin: the logit of the label less the largest other one, mean over the "
         "training. Wrong labels, and with them rare and ambiguous images; of few visits many right labels.",
@@ -685,7 +683,6 @@ _SCORE_LISTS = (
     ),
     ScoreList(
         key="hardest",
-        name="Hardest",
         title="Hardest",
         about="Highest EL2N: how far the probabilities were from the label, mean over the training.",
         score="el2n",
@@ -694,7 +691,6 @@ _SCORE_LISTS = (
     ),
     ScoreList(
         key="unsteady",
-        name="Most unsteady",
         title="Most unsteady",
         about="Largest spread of the label's probability over the training: learned and lost again.",
         score="p_std",
@@ -703,7 +699,6 @@ _SCORE_LISTS = (
     ),
     ScoreList(
         key="easiest",
-        name="Easiest",
         title="Easiest",
         about="Lowest EL2N. Many alike easy images teach little more than some of them.",
         score="el2n",
@@ -859,7 +854,7 @@ def image_entry(images: RunImages, facts: ImageFacts, index: int) -> Json:
     split, sample = images[index]
     label = images.class_names[sample.label]
     prediction = [*images.class_names, ""][facts.prediction[index]]
-    query = urlencode({"picture": image_id(split, sample.sample_id), "tab": "data"})
+    query = urlencode({"picture": image_id(split, sample.sample_id)})
     return {
         "index": index,
         "split": split,

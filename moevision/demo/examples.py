@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moevision.analysis.good_data import SCORE_LISTS, image_id
+from moevision.analysis.good_data import image_id
 from moevision.analysis.images import (
     CollectionPictures,
     PictureSet,
@@ -31,13 +31,12 @@ from moevision.data.scores import FILE, Scores
 from moevision.data.synthetic import SyntheticPets
 from moevision.demo.facts import SHARP_PX, PictureFacts, model_input, sharp_square
 from moevision.demo.wire import RequestError, data_uri
-from moevision.errors import DataWarning, UserError, escape_controls, escape_csv_cell
+from moevision.errors import DataWarning, UserError, escape_controls
 from moevision.models.io import SavedModel
 from moevision.types import Pixels
 
 EXAMPLES = 12
 THUMB_PX = 96
-LIST_LENGTH = 36  # images of a list
 # gradio 6.31 keeps these in media_assets/images; what they show is in their names.
 _PHOTOS = {"lion": "lion.jpg", "cheetah": "cheetah.jpg", "bus": "bus.png", "tower": "tower.jpg"}
 log = logging.getLogger(__name__)
@@ -215,16 +214,6 @@ class ScoredRun:
             message = f"The scores of this run can't be read: look at its {FILE}."
             raise _logged(error, message) from error
 
-    def first(self, key: str, class_name: str | None) -> tuple[list[int], int]:
-        """Rows of the scores at the head of a list, and how many images it ranks; of one class, or of all."""
-        score_list = SCORE_LISTS[key]
-        scores = self.scores.scores
-        ranked = np.isfinite(scores[score_list.score])  # [I]
-        if class_name is not None:
-            ranked &= np.asarray(self.scores.labels, object) == escape_csv_cell(class_name)
-        rows = score_list.first(scores, LIST_LENGTH, ranked)
-        return rows.tolist(), int(ranked.sum())
-
     def locate(self, id: str) -> tuple[PictureSet, int]:
         """Where an image is, or RequestError if there is none of that id, or its file is gone."""
         pictures, index = self._opened
@@ -233,11 +222,9 @@ class ScoredRun:
         split, _, name = id.partition("/")
         if split == "train" and name in self.scores.images:
             raise image_gone_error(name)
-        raise RequestError(f"There is no image {id!r} in this run: choose one of the tab Data.")
-
-    def open(self) -> PictureSet:
-        """The images of all splits, none of them decoded, or RequestError if they are no longer where they were."""
-        return self._opened[0]
+        raise RequestError(
+            f"There is no image {id!r} in this run: `moevision data score` lists them."
+        )
 
     @cached_property
     def _opened(self) -> tuple[PictureSet, dict[str, int]]:

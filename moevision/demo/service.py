@@ -27,7 +27,6 @@ from moevision.analysis.effects import (
     expert_sets,
     fewest_experts,
 )
-from moevision.analysis.good_data import SCORE_LISTS, image_id
 from moevision.analysis.intervention import Intervention, numbered_layers
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
@@ -86,7 +85,6 @@ class Explorer:
             self.sharp,
             self.emoji,
             self.examples,
-            self.data,
             self.what_if,
             self.fewest,
             self.class_effect,
@@ -220,41 +218,6 @@ class Explorer:
             "fewest": read.FEWEST_EMOJI,
             "most": read.MOST_EMOJI,
         }
-
-    def data(self, request: Any) -> Json:
-        """The head of a list that ranks the run's training images by a score, of all classes or of one."""
-        entry = read.entry(request, self.entries, "list", "class")
-        run = entry.examples.scored
-        if run is None:
-            raise RequestError(
-                f"{entry.card.title} comes without scores of its training images, which fit leaves."
-            )
-        score_list = SCORE_LISTS[read.choice(request, "list", tuple(SCORE_LISTS))]
-        class_name = None
-        if request.get("class") is not None:
-            class_name = read.choice(request, "class", entry.facts.class_names)
-
-        rows, num_images = run.first(score_list.key, class_name)
-        run.open()  # if that fails, once for all of them
-        scores = run.scores
-        entries = []
-        for row in rows:
-            name = scores.images[row]
-            id = image_id("train", name)
-            visits = int(scores.visits[row])
-            share_right = float(scores.scores["correct"][row])
-            entries.append(
-                {
-                    "id": id,
-                    "name": name,
-                    "label": scores.labels[row],
-                    "value": score_list.value(scores.scores, row),
-                    "right": round(share_right * visits),
-                    "visits": visits,
-                    **_thumb_or_problem(entry, id),
-                }
-            )
-        return {"images": num_images, "entries": entries}
 
     def what_if(self, request: Any) -> Json:
         """What an intervention changes about the prediction, beside its control; `route` has the view after it.
@@ -454,10 +417,6 @@ def _about(entry: Entry, times: Times | None) -> Json:
     facts = entry.facts.to_json()
     del facts["variant"], facts["accuracy_text"]
     texts = {name: variant.facts.accuracy_text for name, variant in entry.variants.items()}
-    score_lists = [
-        {"key": scores.key, "name": scores.name, "title": scores.title, "about": scores.about}
-        for scores in SCORE_LISTS.values()
-    ]
     return {
         **facts,
         "subtitle": entry.card.subtitle,
@@ -469,7 +428,6 @@ def _about(entry: Entry, times: Times | None) -> Json:
         "history": None if times is None else times.about,
         "shown": entry.shown,
         "num_examples": len(examples.all_ids),
-        "score_lists": score_lists if examples.scored else [],
         "examples": first_examples,
     }
 
@@ -481,11 +439,3 @@ def _example(picture: PictureFacts) -> Json:
         "label": picture.label,
         "thumb": thumbnail_uri(picture.pixels),
     }
-
-
-def _thumb_or_problem(entry: Entry, id: str) -> Json:
-    """A small version of an image, or why there is none."""
-    try:
-        return {"thumb": thumbnail_uri(entry.examples.find(id).pixels), "problem": None}
-    except (BadImageError, RequestError) as error:
-        return {"thumb": None, "problem": error_json(error, "data")["error"]}

@@ -136,16 +136,10 @@ def test_the_pointer_chooses_the_number(card):
     assert at == cells > 4
 
 
-def test_a_light_runs_along_the_lines_where_motion_is_wanted(card):
+def test_lines_join_the_parts(card):
     page, _ = card()
     # patch to numbers, numbers to 4 directions, 2 networks in and out, sum, stream, on
     assert page.locator(".mv-wires path").count() == 1 + 4 + 2 * 2 + 2
-    page.click("[data-action=play]")
-    here = "(one) => one.effect.target.closest('.mv-box-card')"
-    running = page.evaluate(f"document.getAnimations().filter({here}).length")
-    assert running == 7 + 11  # parts and lines
-    page, _ = card(reduced_motion="reduce")
-    assert page.locator("[data-action=play]:visible").count() == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

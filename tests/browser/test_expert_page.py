@@ -1,8 +1,8 @@
-"""An expert's page by its link, its share image and the logit lens: what they say is the service's."""
+"""An expert's page by its link: what it says is the service's."""
 
 import pytest
 
-from tests.browser.conftest import FIRST, change_answer, no_sideways_scroll, press
+from tests.browser.conftest import change_answer, no_sideways_scroll, press
 from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
@@ -43,17 +43,3 @@ def test_what_was_measured_and_named_is_told(new_visit, server):
     page.wait_for_selector(".mv-alone")
     assert says(page.text_content(".mv-called"), "whisker: 45 %", "everything: 13 %")
     assert says(page.text_content(".mv-without"), "40 test images", "most for <b>cat, −1.25")
-
-
-def test_the_lens_is_the_views(visit, ask):
-    view = ask("route", picture=FIRST)
-    page = visit().page
-    rows = page.locator(".mv-lens li").all()
-    assert len(rows) == len(view["lens"]) == 4
-    for row, top in zip(rows, view["lens"], strict=True):
-        assert row.locator(".mv-class").text_content() == top[0]["class"]
-        shown = float(row.locator(".mv-num").text_content().removesuffix(" %"))
-        assert shown == pytest.approx(100 * top[0]["p"], abs=0.51)
-    names = [row.locator("span").first.text_content() for row in rows]
-    assert names == ["block 0", "L1", "block 2", "L3"]
-    assert "untrained readout" in page.text_content(".mv-box-lens")

@@ -75,13 +75,13 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask):
     page.click(f".mv-cell[data-patch='{several}']")
     took = page.locator(".mv-card-rows [data-expert]:not(.mv-away) .mv-chip").all_text_contents()
     assert took == [str(expert) for expert in sorted(layer["experts"][several])]
-    assert visible_modes(page) == ["regions", "expert", "entropy"]
+    assert visible_modes(page) == ["regions", "expert", "entropy", "rests"]
 
 
 def test_what_may_be_changed_where_experts_choose(visit):
     page = visit("?model=choice&expert=L3.E1").page
     # No token has a first choice: nothing can be forced.
-    assert page.locator(".mv-box-hand [data-kind]").count() == 0
+    assert page.locator(".mv-box-hand button").count() == 0
     assert page.locator("[data-change=capacity]").count() == 0
     assert "on average" in page.text_content(".mv-settings")
     page.select_option("[data-change=topk]", "2")
@@ -106,10 +106,10 @@ def test_soft_patches_take_from_every_expert(visit, ask):
     weights = dict(zip(layer["experts"][5], layer["weights"][5], strict=True))
     assert shown == pytest.approx([100 * weights[expert] for expert in range(6)], abs=0.0551)
     assert sum(shown) == pytest.approx(100, abs=0.6)
-    assert visible_modes(page) == ["regions", "expert", "reads", "entropy"]
+    assert visible_modes(page) == ["regions", "expert", "reads", "entropy", "rests"]
     # the other layer has a router of its own, and its own number of experts
     page.keyboard.press("-")
-    assert visible_modes(page) == ["regions", "expert", "entropy", "drops"]
+    assert visible_modes(page) == ["regions", "expert", "entropy", "rests"]
     assert page.locator(".mv-legend-key .mv-pick").count() == 4
     assert says(page.text_content(".mv-settings"), "all slots")
 

@@ -1,4 +1,4 @@
-"""The training images of a run in the explorer: ranked by its scores.csv, found by their ids, and said to be gone."""
+"""A run's training images in the explorer: found by their ids, as `data score` links to them, and said to be gone."""
 
 import csv
 import re
@@ -29,40 +29,6 @@ def rows(file):
 @pytest.fixture(scope="module")
 def scored(scored_run):
     return opened(scored_run)
-
-
-def test_lists_rank_as_the_table_of_scores_does(scored, scored_run):
-    table = [row for row in rows(scored_run / "scores.csv") if row["visits"] != "0"]
-    listed = {
-        one["key"]: one["name"] for one in scored.answer("boot", {})["models"][0]["score_lists"]
-    }
-    assert listed == {
-        "doubtful": "Doubtful labels",
-        "hardest": "Hardest",
-        "unsteady": "Most unsteady",
-        "easiest": "Easiest",
-    }
-    for key, column, sign in (
-        ("doubtful", "aum", 1),
-        ("hardest", "el2n", -1),
-        ("easiest", "el2n", 1),
-    ):
-        answer = scored.answer("data", {"list": key})
-        best = sorted(table, key=lambda row: sign * float(row[column]))[:36]
-        assert answer["images"] == len(table)
-        assert [each["name"] for each in answer["entries"]] == [row["image"] for row in best]
-        assert [each["label"] for each in answer["entries"]] == [row["label"] for row in best]
-    cats = scored.answer("data", {"list": "doubtful", "class": "cat"})
-    first = min((row for row in table if row["label"] == "cat"), key=lambda row: float(row["aum"]))
-    assert cats["images"] == sum(row["label"] == "cat" for row in table)
-    found = cats["entries"][0]
-    assert (found["id"], found["name"]) == (f"train/{HOSTILE}", HOSTILE)
-    assert found["value"] == f"margin {float(first['aum']):.2f}".replace("-", "\N{MINUS SIGN}")
-    assert (found["right"], found["visits"]) == (
-        round(float(first["correct"]) * int(first["visits"])),
-        int(first["visits"]),
-    )
-    assert found["thumb"].startswith("data:image/jpeg;base64,")
 
 
 def test_an_image_of_every_split_is_routed_by_its_id(scored, scored_run):
@@ -115,7 +81,6 @@ def test_an_id_is_looked_up_and_never_opened(scored, id):
 
 def test_other_images_named_by_data_are_the_only_ones_that_can_be_asked_for(scored_run, drawn_pets):
     explorer = Explorer(open_entries(str(scored_run), str(drawn_pets)))
-    assert explorer.answer("boot", {})["models"][0]["score_lists"] == []
     asked = {"picture": {"kind": "example", "id": f"train/{HOSTILE}"}}
     assert explorer.answer("route", asked)["code"] == "bad_request"
 
@@ -136,28 +101,23 @@ def test_a_file_that_is_gone_is_said_to_be_gone(moved):
     pets, asked = moved.parent / "pets", {"picture": {"kind": "example", "id": f"train/{HOSTILE}"}}
     words = f"The file of {HOSTILE!r} is gone: bring it back, or choose another image."
     explorer = opened(moved)
-    explorer.answer("data", {"list": "easiest", "class": "dog"})  # the table of ids is made; then
+    dogs = (row["path"] for row in rows(moved / "splits.csv") if row["class"] == "dog")
+    other = {"picture": {"kind": "example", "id": f"train/{next(dogs)}"}}
+    assert "error" not in explorer.answer("route", other)  # the table of ids is made; then
     (pets / HOSTILE).unlink()
     for one in (explorer, opened(moved)):  # it goes while the explorer runs, or before
         assert one.answer("route", asked) == {"error": words, "code": "bad_image"}
-        entries = one.answer("data", {"list": "doubtful"})["entries"]
-        assert [each["problem"] for each in entries[:2]] == [words, None]
-        assert entries[0]["thumb"] is None
-    shutil.rmtree(pets)
-    for answer in (
-        opened(moved).answer("route", asked),
-        opened(moved).answer("data", {"list": "doubtful"}),
-    ):
-        assert says(answer["error"], "can't be opened", "log of the")
-        assert str(moved.parent) not in answer["error"]
+    scores = (moved / "scores.csv").read_text()
     (moved / "scores.csv").write_text("image\n")
-    answer = opened(moved).answer("data", {"list": "doubtful"})
-    assert says(answer["error"], "can't be read", "scores.csv")
+    error = opened(moved).answer("route", asked)["error"]
+    assert says(error, "can't be read", "scores.csv")
+    (moved / "scores.csv").write_text(scores)
+    shutil.rmtree(pets)
+    error = opened(moved).answer("route", asked)["error"]
+    assert says(error, "can't be opened", "log of the")
+    assert str(moved.parent) not in error
     (moved / "scores.csv").unlink()
-    explorer = opened(moved)
-    assert explorer.answer("boot", {})["models"][0]["score_lists"] == []
-    assert "comes without scores" in explorer.answer("data", {"list": "doubtful"})["error"]
-    assert says(explorer.answer("route", asked)["error"], "no image", "the examples")
+    assert says(opened(moved).answer("route", asked)["error"], "no image", "the examples")
 
 
 def test_every_link_of_the_page_of_data_score_opens(scored, scored_run, tmp_path):
@@ -166,7 +126,7 @@ def test_every_link_of_the_page_of_data_score_opens(scored, scored_run, tmp_path
     links = [unescape(link) for link in re.findall(r'<a href="(http[^"]*[?][^"]*)"', page)]
     asked = [parse_qs(urlsplit(link).query, strict_parsing=True) for link in links]
     assert {urlsplit(link).netloc for link in links} == {"127.0.0.1:7860"}
-    assert all(each["tab"] == ["data"] for each in asked)
+    assert all(set(each) == {"picture"} for each in asked)
     ids = {each["picture"][0] for each in asked}
     assert {
         f"{row['split']}/{row['path']}"

@@ -21,11 +21,10 @@ import { trainedView } from "./core_time.js";
 import { fillBox, html, percent, present } from "./core_util.js";
 import { AboutTab } from "./tab_about.js";
 import { ClassesTab } from "./tab_classes.js";
-import { DataTab } from "./tab_data.js";
 import { ExpertsTab } from "./tab_experts.js";
 /** @import { Boot, Chosen, Failure, Intervention, Pending, Tab, View, Wish } from "./types.js" */
 
-const TABS = [ExpertsTab, ClassesTab, DataTab, AboutTab];
+const TABS = [ExpertsTab, ClassesTab, AboutTab];
 const SERVERLESS = ["ExpertsTab", "AboutTab"];
 /** @type {Pending} */
 const NOTHING = { open: false, kind: null, wish: null };
@@ -67,8 +66,6 @@ export class App {
     /** @type {Intervention | null} */
     this.intervention = null;
     this.tab = "experts";
-    /** @type {{ key: string | null, only: string | null }} the list of training images under Data, and its class */
-    this.ranked = { key: null, only: null };
     this.door = opensDoor(readAddress()) || doorMemory.read();
     /** @type {[number, number][]} layer and number of each expert that is away */
     this.away = [];
@@ -90,8 +87,7 @@ export class App {
     this.core = new Core(root, this.opening);
     this.core.timeSource = timeSource(this);
     this.leading = false;
-    const ranks = boot.models.some(({ score_lists: lists }) => lists.length);
-    const able = TABS.filter((Tab) => (boot.device ? SERVERLESS.includes(Tab.name) : Tab !== DataTab || ranks));
+    const able = TABS.filter((Tab) => !boot.device || SERVERLESS.includes(Tab.name));
     /** @type {Tab[]} */
     this.tabs = able.map((Tab) => new Tab(this));
     this.connect();
@@ -404,13 +400,6 @@ export class App {
     this.drawTabs();
     this.refreshTab(null);
     this.remember();
-  }
-
-  /** An expert whose card is looked at is taken away where its patches are seen to move. @param {number} layer @param {number} expert */
-  takeAway(layer, expert) {
-    this.core.box("flow").scrollIntoView({ block: "start" });
-    this.state?.set({ layer: this.model.layers.indexOf(layer) });
-    return isAway(this.away, layer, expert) ? undefined : this.toggleAway(layer, expert);
   }
 
   /** @param {string | null} kind */

@@ -74,7 +74,6 @@ export function choose(app, wish) {
     topK: Number.isInteger(k) && k >= 1 && k <= model.max_top_k ? otherK(model, k) : null,
     capacity: limitable(model).length && capacity >= 0.25 && capacity <= 2 ? capacity : null,
     intervention: gone ? null : change,
-    ranked: { key: wish.list ?? null, only: wish.class ?? null },
   });
   const tab = { whatif: "experts", compare: "classes" }[wish.tab ?? ""] ?? wish.tab; // tabs of an earlier version
   app.tab = app.tabs.find((one) => one.id === tab)?.id ?? app.tab;
@@ -171,7 +170,7 @@ const placeWords = ({ view, currentLayer: layer, highlight, mode }) => ({
  * @param {App} app
  */
 export function writeAddress(app) {
-  const { state, picture, ranked } = app;
+  const { state, picture } = app;
   const values = {
     ...(state && placeWords(state)),
     model: app.model.id,
@@ -184,7 +183,6 @@ export function writeAddress(app) {
     do: app.intervention && interventionWord(app.intervention),
     away: awayWord(app.away),
     tab: app.tab === "experts" ? null : app.tab,
-    ...(app.tab === "data" && { list: ranked.key, class: ranked.only }),
   };
   const address = new URL(location.href);
   LINK_KEYS.forEach((key) => {

@@ -44,29 +44,19 @@ export async function measure(app, view) {
 /** @param {Intervention | null} one @param {Intervention | null} other */
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 
-/** @param {any} given @returns {Intervention} */
-const wish = ({ kind, layer, expert }) => ({ kind, layer: layer === "" ? null : Number(layer),
-  expert: expert === "" ? null : Number(expert), fill: "next_best", seed: 0 });
+/** @param {number} layer @param {number} expert @returns {Intervention} */
+const forced = (layer, expert) => ({ kind: "force", layer, expert, fill: "next_best", seed: 0 });
 
 /** @param {App} app */
 export const handActions = (app) => ({
   // What is on already goes off by the same button.
-  hand: (button) => {
-    const wished = wish(button.dataset);
+  hand: () => {
+    const { currentLayer: { layer }, highlight: expert } = present(app.state);
+    const wished = forced(layer, Number(expert));
     return app.chooseSettings({ intervention: same(wished, app.intervention) ? null : wished });
   },
   "hand-class": () => tellClass(app),
 });
-
-/**
- * A button that changes the routing, or undoes that.
- * @param {App} app @param {string} label @param {{ kind: string, layer: number | null, expert?: number }} given
- */
-export function handButton({ intervention }, label, { kind, layer, expert }) {
-  const data = { kind, layer: layer ?? "", expert: expert ?? "" };
-  return html`<button type="button" class="mv-button" data-action="hand" data-kind="${kind}" data-layer="${data.layer}"
-    data-expert="${data.expert}" data-key="hand-${kind}-${data.layer}" aria-pressed="${same(wish(data), intervention)}">${label}</button>`;
-}
 
 /** What can be done with the expert whose patches stand out. @param {App} app */
 export function drawHand(app) {
@@ -74,7 +64,8 @@ export function drawHand(app) {
   // While another model is on its way, the expert is still one of the model before.
   const router = app.model.routers.find((one) => one.layer === layer);
   const able = expert !== null && router && !("force" in router.refused);
-  fillBox(app.core.box("hand"), able && handButton(app, `Send all patches to expert ${expert}`, { kind: "force", layer, expert }));
+  fillBox(app.core.box("hand"), able && html`<button type="button" class="mv-button" data-action="hand" data-key="hand"
+    aria-pressed="${same(forced(layer, expert), app.intervention)}">Send all patches to expert ${expert}</button>`);
 }
 
 /**

@@ -1,6 +1,5 @@
 // The rail on the left: images to look at, the visitor's own, and what may be changed about the routing.
 
-import { handButton } from "./app_hand.js";
 import { exampleName } from "./app_models.js";
 import { ownStrip } from "./app_own.js";
 import { asAskError } from "./app_server.js";
@@ -90,9 +89,7 @@ export function drawSettings(box, app) {
   fillBox(box, html`<h2>Change the routing</h2>
     ${changeable(model, "top_k").length > 0 && kControl(model, topK)}
     ${limitable(model).length > 0 && capacityControl(model, capacity)}
-    ${refusals(model.routers, ["top_k", "capacity"]).map((sentence) => html`<p class="mv-note">${sentence}</p>`)}
-    ${(topK !== null || capacity !== null) && html`<p class="mv-off">off the training distribution</p>`}
-    ${!app.boot.device && randomControl(app)}`);
+    ${refusals(model.routers, ["top_k", "capacity"]).map((sentence) => html`<p class="mv-note">${sentence}</p>`)}`);
 }
 
 /**
@@ -111,11 +108,6 @@ function refusals(routers, names) {
   const where = (sentence) => routers.filter(({ refused }) => Object.values(refused).includes(sentence)).map(({ name }) => name);
   return sentences.map((sentence) => (where(sentence).length < routers.length ? `${where(sentence).join(", ")}: ${sentence}.` : `${capital(sentence)}.`));
 }
-
-/** @param {App} app */
-const randomControl = (app) => html`<div class="mv-hand-row" role="group" aria-label="Random experts"><span>Random experts in</span>
-  ${app.model.routers.map(({ layer, name }) => handButton(app, name, { kind: "random", layer }))}
-  ${app.model.routers.length > 1 && handButton(app, "all", { kind: "random", layer: null })}</div>`;
 
 /**
  * A list of values of which one is the model's own.

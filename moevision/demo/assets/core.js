@@ -2,7 +2,7 @@
 // and the Gradio frame use it alike. Everything here works on what is in the page already: no change of layer, no hover
 // and no click asks a server.
 
-import { drawLens, drawPrediction } from "./core_answer.js";
+import { drawPrediction } from "./core_answer.js";
 import { Card } from "./core_card.js";
 import { Flow, flowParts } from "./core_flow.js";
 import { describePatch, MODES, modesIn, routingWords } from "./core_kinds.js";
@@ -26,7 +26,7 @@ export const coreLayout = () => html`
         ${box("legend")}${box("where")}${box("hand")}</div></div>
       <div class="mv-flow-right">${flowParts.boxes}
         <section class="mv-detail mv-box-time" aria-label="The training" data-box="time"></section>
-        <div class="mv-detail mv-side">${box("prediction")}${box("lens")}</div></div>
+        <div class="mv-detail mv-side">${box("prediction")}</div></div>
     </div>${flowParts.air}
   </section>`;
 
@@ -78,7 +78,6 @@ export class Core {
   ownActions() {
     return {
       mode: (button) => this.state.set({ mode: button.dataset.mode }),
-      play: () => this.card?.play(),
       fly: () => this.flow.play(),
       run: () => this.time?.play(),
       "to-trained": () => this.time?.go(this.time.last),
@@ -186,7 +185,6 @@ export class Core {
     const { state } = this;
     this.stage = this.stage?.shows(state.view) ? this.stage.drawAgain() : new Stage(this.box("stage"), state);
     drawPrediction(this.box("prediction"), state.view);
-    drawLens(this.box("lens"), state.view);
     this.time?.draw();
     this.root.classList.toggle("mv-past", state.view.moment !== undefined);
     this.drawLayer();

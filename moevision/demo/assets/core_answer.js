@@ -1,4 +1,4 @@
-// Beside the image: the prediction with that of the dense twin, and what each block would say.
+// Beside the image: the prediction with that of the dense twin.
 
 import { fillBox, html, percent, term } from "./core_util.js";
 /** @import { Fill, Guess, View } from "./types.js" */
@@ -17,19 +17,4 @@ export function drawPrediction(box, view) {
     ${predictionColumn("with experts", moe, view.picture.label)}
     ${dense && predictionColumn(term("dense", "dense twin"), dense, view.picture.label)}</div>
     ${view.picture.credit && html`<details class="mv-note"><summary data-key="credit">Photo credit</summary>${view.picture.credit}</details>`}`);
-}
-
-/**
- * What the classifier would say after each block (the logit lens, demo/lens.py).
- * @param {HTMLElement} box @param {View} view
- */
-export function drawLens(box, view) {
-  const { lens } = view;
-  const experts = new Map(view.layers.map(({ layer, name }) => [layer, name]));
-  const row = (top, block) => html`<li><span class="${experts.has(block) ? "mv-strong" : ""}">${experts.get(block) ?? `block ${block}`}</span>
-    <span class="mv-class">${top[0].class}</span><span class="mv-bar mv-accent"><i style="width:${top[0].p * 100}%"></i></span>
-    <span class="mv-num">${percent(top[0].p)}</span></li>`;
-  fillBox(box, lens && lens.length > 0 && html`<h2>After each block</h2><ol class="mv-lens">${lens.map(row)}</ol>
-    <p class="mv-note">An untrained readout (logit lens): the last norm and the classifier are put on each block's output, though
-      they were trained for the last one only.</p>`);
 }

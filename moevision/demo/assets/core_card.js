@@ -10,7 +10,6 @@ import { chip, clamp, expertColour, fillBox, fixed, html, Markup, percent, prese
 
 const MOST_ROWS = 8;
 const MOST_DRAWN = 4; // networks; the others of a patch are one term of the sum
-const LIGHT_MS = 420; // that the light takes from one part to the next
 /** @param {number} value */
 const figure = (value) => fixed(value, 3);
 /** What a reader gets who calculates with the numbers that are shown. @param {number} value */
@@ -64,8 +63,7 @@ export class Card {
     const [row, column] = rowColumn(patch, view.model.grid[1]);
     const at = this.at ?? strongestOf(channels);
     const part = (name, title, content) => html`<section class="mv-part mv-part-${name}"><h3>${title}</h3>${content}</section>`;
-    return html`<div class="mv-strip-head"><h2>How ${layer.name} computed this patch</h2>
-        <button type="button" class="mv-quiet mv-play" data-action="play" data-key="play">Let the light run</button></div>
+    return html`<h2>How ${layer.name} computed this patch</h2>
       <div class="mv-parts-row"><svg class="mv-wires" aria-hidden="true"></svg>
         ${part("patch", "A patch", this.photo(view, row, column))}
         ${part("read", html`is ${channels.of} numbers`, html`${vector("read", channels.read, at)}${numberChoice(channels, at)}`)}
@@ -118,17 +116,17 @@ export class Card {
     const inRow = home.width > 0 && parts.every(({ top }) => Math.abs(top - parts[0].top) < 2);
     svg.setAttribute("viewBox", `0 0 ${home.width || 1} ${home.height || 1}`);
     const place = (name) => this.box.querySelector(`[data-wire="${name}"]`)?.getBoundingClientRect();
-    const line = ([from, to, width, colour, order]) => {
+    const line = ([from, to, width, colour]) => {
       const [a, b] = [place(from), place(to)];
       if (!a || !b) return "";
       const [x, y, u, v] = [a.right - home.left, a.top + a.height / 2 - home.top, b.left - home.left, b.top + b.height / 2 - home.top];
       const bend = (u - x) / 2;
-      return html`<path data-order="${order}" pathLength="1" d="M${x} ${y}C${x + bend} ${y} ${u - bend} ${v} ${u} ${v}" stroke="${colour}" stroke-width="${width}"/>`;
+      return html`<path d="M${x} ${y}C${x + bend} ${y} ${u - bend} ${v} ${u} ${v}" stroke="${colour}" stroke-width="${width}"/>`;
     };
     fillBox(svg, inRow && html`${this.wires().map(line)}`);
   }
 
-  /** From, to, width, colour and how far behind the patch. @returns {[string, string, number, string, number][]} */
+  /** From, to, width and colour. @returns {[string, string, number, string][]} */
   wires() {
     const soft = "var(--wire)";
     const rows = /** @type {NodeListOf<HTMLElement>} */ (this.box.querySelectorAll(".mv-card-rows [data-expert]"));
@@ -138,20 +136,10 @@ export class Card {
       const colour = expert ? expertColour(Number(expert), this.state.currentLayer.num_experts) : soft;
       const width = 2 + 8 * clamp(Number(gate), 0, 1);
       const name = `net-${expert ?? "other"}`;
-      return /** @type {[string, string, number, string, number][]} */ ([[expert ? `row-${expert}` : "read", name, width, colour, 2], [name, "total", width, colour, 3]]);
+      return /** @type {[string, string, number, string][]} */ ([[expert ? `row-${expert}` : "read", name, width, colour], [name, "total", width, colour]]);
     });
-    return [["patch", "read", 3, soft, 0], ...[...rows].map((one) => /** @type {[string, string, number, string, number]} */ (["read", present(one.dataset.wire), 1.5, soft, 1])), ...each,
-      ["total", "scale", 3, soft, 4], [this.box.querySelector(".mv-part-scale") ? "scale" : "total", "before", 3, soft, 5], ["before", "after", 3, soft, 6]];
-  }
-
-  /** A light runs along the lines, and each part is seen when it comes there. */
-  play() {
-    const light = (one, order) => one.animate([{ opacity: 0.15 }, { opacity: 1 }], { duration: LIGHT_MS, delay: LIGHT_MS * order, fill: "backwards" });
-    this.box.querySelectorAll(".mv-part").forEach((one, place) => light(one, place));
-    this.box.querySelectorAll(".mv-wires path").forEach((path) => {
-      const delay = LIGHT_MS * (Number(/** @type {HTMLElement} */ (path).dataset.order) + 0.5);
-      path.animate([{ strokeDasharray: "0 1" }, { strokeDasharray: "1 0" }], { duration: LIGHT_MS, delay, fill: "backwards" });
-    });
+    return [["patch", "read", 3, soft], ...[...rows].map((one) => /** @type {[string, string, number, string]} */ (["read", present(one.dataset.wire), 1.5, soft])), ...each,
+      ["total", "scale", 3, soft], [this.box.querySelector(".mv-part-scale") ? "scale" : "total", "before", 3, soft], ["before", "after", 3, soft]];
   }
 }
 

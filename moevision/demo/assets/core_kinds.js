@@ -9,7 +9,6 @@ export const MODES = {
   expert: { label: "Each patch" },
   reads: { label: "Reads" },
   entropy: { label: "Entropy" },
-  drops: { label: "Drops" },
   rests: { label: "What the answer rests on" },
 };
 
@@ -22,7 +21,7 @@ export function modesOf({ kind, learned, ...layer }) {
   if ("past" in layer) return experts;
   if (kind === "soft") return [...experts, "reads", "entropy"];
   if (kind === "expert_choice") return [...experts, "entropy"];
-  return learned ? [...experts, "entropy", "drops"] : [...experts, "drops"];
+  return learned ? [...experts, "entropy"] : experts;
 }
 
 /**
@@ -156,7 +155,6 @@ export function modeHint(view, layer, mode) {
     expert: () => expertHint(view, layer),
     reads: () => "how much of what the expert in the hand, else the patch's first, reads comes from the patch, in even shares",
     entropy: () => "bits: how evenly the router shares the patch out",
-    drops: () => (droppedChoices(view, layer) || layer.capacity !== null ? "choices that an expert's capacity turned away" : "no choice is dropped here"),
     rests: () => restHint(view),
   }[mode]();
 }

@@ -1,6 +1,6 @@
 // The stage: an image under a grid of patches, and what is said of the patch that is pointed at.
 
-import { describePatch, goneFrom, modeHint, patchWeights, plural, readShares, strongest } from "./core_kinds.js";
+import { describePatch, goneFrom, modeHint, patchWeights, readShares, strongest } from "./core_kinds.js";
 import {
   chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, pickButton,
   pictureSource, present, rgba, rowColumn, SCALE_COLOUR, signed, term,
@@ -36,7 +36,6 @@ const topWeight = (layer, expert) => (expert === null ? strongest(layer).high
 /** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top @param {number | null} lit */
 function patchLook(state, layer, patch, top, lit) {
   if (["expert", "regions"].includes(state.mode)) return lit === null ? expertLook(layer, patch, top) : highlightLook(layer, patch, top, lit);
-  if (state.mode === "drops") return dropLook(layer, patch);
   const bits = layer.entropy[patch];
   const share = clamp(bits / Math.log2(layer.num_experts), 0, 1);
   return { colour: SCALE_COLOUR, alpha: 0.06 + 0.8 * share, text: fixed(bits, 1), chip: null };
@@ -84,23 +83,13 @@ const shareEnds = (shares) =>
 function shareLooks(shares) {
   const most = Math.max(...shares.map(Math.abs), 1e-9);
   return shares.map((share) => ({
-    colour: share < 0 ? AGAINST_COLOUR : FOR_COLOUR,
-    alpha: (0.85 * Math.abs(share)) / most,
-    text: signed(100 * share, 0),
-    chip: null,
+    colour: share < 0 ? AGAINST_COLOUR : FOR_COLOUR, alpha: (0.85 * Math.abs(share)) / most,
+    text: signed(100 * share, 0), chip: null,
   }));
-}
-
-/** @param {Layer} layer @param {number} patch */
-function dropLook(layer, patch) {
-  const dropped = layer.kept[patch].filter((kept) => !kept).length;
-  const share = dropped / layer.kept[patch].length;
-  return { colour: DROP_COLOUR, alpha: 0.7 * share, text: dropped ? `×${dropped}` : "", chip: null, hatched: dropped > 0 };
 }
 
 /** How opaque a patch with gate weight 1 is. */
 const STRENGTH = 0.65;
-const DROP_COLOUR = "#b3261e";
 const NOBODY_COLOUR = "#808080";
 
 const originals = new WeakMap();
@@ -242,18 +231,7 @@ export function drawWhere(box, state) {
     ${layer.learned && !layer.past && html`<span class="mv-facts">${term("margin", "margin")}
       <b>${fixed(layer.margin[patch], layer.kind === "soft" ? 3 : 2)}</b> ${term("entropy", "entropy")}
       <b>${fixed(layer.entropy[patch])}</b> of ${of} bits</span>`}</p>
-    ${view.layers.length > 1 && html`<p class="mv-note">${wayOf(view, patch)}</p>`}
-    <p class="mv-note">${contextSentence(layer)}</p>`);
-}
-
-/**
- * Attention comes before the experts within a block, so block n has had n + 1 rounds of it.
- * @param {Layer} layer
- */
-function contextSentence({ layer, name }) {
-  const rounds = layer === 0 ? "one round of attention" : `${layer + 1} rounds of attention`;
-  return `By ${name} it has been through ${rounds}: it carries context from the whole image, so the expert doesn't answer to
-    these pixels alone.`;
+    ${view.layers.length > 1 && html`<p class="mv-note">${wayOf(view, patch)}</p>`}`);
 }
 
 /** @param {HTMLElement} box @param {ViewState} state */
@@ -267,7 +245,6 @@ export function drawLegend(box, state) {
     regions: chips,
     expert: chips,
     entropy: () => ramp("0", `${fixed(Math.log2(experts), 1)} bits`),
-    drops: () => html`<span>×1: one of ${plural(layer.top_k, "choice")} dropped</span>`,
     rests: () => shareEnds(present(state.view.shares)),
     reads: () => html`${chips()} ${ramp(...readEnds(readShares(layer, state.highlight)).map((share) => `${fixed(share)} ×`))}`,
   }[mode]();

@@ -84,7 +84,9 @@ export function readExpert(word, view) {
 export function readPlace(wish, view) {
   const found = view.layers.findIndex((entry) => String(entry.layer) === wish.layer);
   const layer = found < 0 ? null : found;
-  const place = { layer, patch: Number(wish.patch), mode: wish.mode ?? "regions", ...readExpert(wish.expert, view) };
+  // Earlier versions had a colouring of dropped choices, which are hatched at each patch.
+  const mode = wish.mode === "drops" ? "expert" : wish.mode ?? "regions";
+  const place = { layer, patch: Number(wish.patch), mode, ...readExpert(wish.expert, view) };
   // Of the single slots that earlier versions showed, what their expert reads.
   return wish.mode === "slots" ? { ...place, mode: "reads", layer, highlight: Number(wish.slot?.split(".")[0]) } : place;
 }

@@ -58,9 +58,7 @@ function expertCard(card, layer, router, alone) {
       : html`<div class="mv-galleries">${[[soft ? "Read most" : "Highest weight", card.top], [soft ? "Drawn at random, as it reads them" : "Picked at random", card.random]].map(([title, patches]) => html`<div>
         ${gallery(/** @type {string} */ (title), /** @type {GalleryPatch[]} */ (patches))}</div>`)}</div>`}
     <div class="mv-two">${shareRows("Classes", card.classes, "class", soft ? 1 : 0)}${shareRows("Drawn parts", card.parts, "part", soft ? 1 : 0)}</div>
-    <footer><button type="button" class="mv-button" data-action="take-away" data-layer="${layer.layer}" data-expert="${card.expert}"
-      data-key="take-${card.expert}">Take it away</button>
-      <button type="button" class="mv-quiet" data-action="highlight" data-expert="${card.expert}" data-key="show-${card.expert}">${alone ? `All experts of ${layer.name}` : "Its page"}</button></footer>
+    <footer><button type="button" class="mv-quiet" data-action="highlight" data-expert="${card.expert}" data-key="show-${card.expert}">${alone ? `All experts of ${layer.name}` : "Its page"}</button></footer>
   </article>`;
 }
 
@@ -73,9 +71,6 @@ export class ExpertsTab {
     /** @type {string | null} model, variant and layer of the cards that are shown or waited for */
     this.key = null;
     this.follows = ["model", "layer", "highlight"];
-    this.actions = {
-      "take-away": (button) => app.takeAway(Number(button.dataset.layer), Number(button.dataset.expert)),
-    };
   }
 
   /** @param {HTMLElement} panel @param {Wanted} wanted */

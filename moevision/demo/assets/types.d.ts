@@ -7,7 +7,7 @@ import type { ViewState } from "./core_state.js";
 import type { Markup } from "./core_util.js";
 
 export type Kind = "token_choice" | "expert_choice" | "soft";
-export type Mode = "regions" | "expert" | "reads" | "takers" | "entropy" | "margin" | "drops" | "rests";
+export type Mode = "regions" | "expert" | "reads" | "takers" | "entropy" | "margin" | "rests";
 
 /** What there is to know about an MoE layer before an image is routed. */
 export interface Router {
@@ -210,8 +210,6 @@ export interface BootModel extends Model {
   history: Recorded | null;
   shown: string;
   num_examples: number;
-  /** Of the run's training images; empty where it kept no scores. */
-  score_lists: { key: string; name: string; title: string; about: string }[];
   examples: { id: string; name: string; label: string | null; thumb: string }[];
 }
 
@@ -347,15 +345,3 @@ export interface Effect {
   control: { n: number; mean: number; sd: number; deltas: number[]; delta_ps: number[]; what: string } | null;
   view: View;
 }
-/** A training image in a list; `thumb` is null where it can't be opened, and `problem` says why. */
-export interface RankedImage {
-  id: string;
-  name: string;
-  label: string;
-  value: string;
-  right: number;
-  visits: number;
-  thumb: string | null;
-  problem: string | null;
-}
-export interface DataAnswer { images: number; entries: RankedImage[] }

@@ -94,6 +94,11 @@ test("a link to a slot, of an earlier version, opens what its expert reads", () 
   assert.deepEqual(readPlace({ layer: "3", patch: "5", mode: "slots", slot: "6.3.reads" }, two), { layer: 1, patch: 5, mode: "reads", highlight: 6 });
 });
 
+test("a link to dropped choices, of an earlier version, opens each patch, where they are hatched", () => {
+  const one = { layers: [{ name: "L1", layer: 1 }] };
+  assert.equal(readPlace({ mode: "drops" }, one).mode, "expert");
+});
+
 test("a link names an expert by its layer", () => {
   const two = { layers: [{ name: "L1" }, { name: "L3" }] };
   assert.deepEqual(readExpert("L3.E1", two), { layer: 1, highlight: 1 });
