@@ -119,7 +119,7 @@ class Images:
 
         def read(split: str, chosen: Sequence[int], limit: int) -> Labelled:
             pictures = source.open(model, split=split, root=args.root)
-            return read_labelled(model, pictures, chosen, limit)
+            return read_labelled(model, pictures, chosen, limit, measured=split != "train")
 
         with loading("reading images"):
             return cls(
@@ -131,9 +131,9 @@ class Images:
 
 
 def read_labelled(
-    model: SavedModel, pictures: PictureSet, classes: Sequence[int], limit: int
+    model: SavedModel, pictures: PictureSet, classes: Sequence[int], limit: int, measured: bool
 ) -> Labelled:
-    """At most `limit` images of these classes, as many of each."""
+    """At most `limit` images of these classes, as many of each; unreadable ones are told where they are measured."""
     number_of = {label: number for number, label in enumerate(classes)}
     own = [index for index in range(len(pictures)) if pictures.label(index) in number_of]
     is_known = list(pictures.class_names) == model.class_names  # else labels number other classes
@@ -149,7 +149,8 @@ def read_labelled(
         (images, torch.tensor([number_of[int(label)] for label in labels]))
         for images, labels in reader.batches(progress=False)
     ]
-    reader.report()
+    if measured or not batches:
+        reader.report()
     return batches
 
 

@@ -238,6 +238,7 @@ def test_a_moment_can_not_be_changed(photos, recorded):
     assert says(page.text_content("[data-box=said]"), "Only the trained")
     assert "Take it away" not in page.locator(".mv-flow-box").first.get_attribute("aria-label")
     assert page.text_content("[data-part=when]") == "before training"
+    page.click("[data-key=chip-0]")
     refused("[data-action=hand]")
     page.click("[data-box=said] [data-action=to-trained]")
     page.wait_for_selector("[data-part=when]:text-is('after training')")

@@ -93,7 +93,6 @@ REQUESTS = [
     ("examples", {"model": "pets", "start": 2001}, "'start'", "0 to 2000"),
     ("sharp", {"model": "photos", "picture": "data/none.png"}, "no image 'data/none.png'"),
     ("history", {"model": "pets", "picture": "pets/test/0"}, "The pets", "not recorded"),
-    ("data", {"model": "pets", "list": "doubtful"}, "The pets", "without scores"),
     ("fewest", {**hostile.ROUTE, "away": [[1, 0]]}, "as it was trained"),
 ]
 

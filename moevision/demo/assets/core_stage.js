@@ -231,7 +231,8 @@ export function drawWhere(box, state) {
     ${layer.learned && !layer.past && html`<span class="mv-facts">${term("margin", "margin")}
       <b>${fixed(layer.margin[patch], layer.kind === "soft" ? 3 : 2)}</b> ${term("entropy", "entropy")}
       <b>${fixed(layer.entropy[patch])}</b> of ${of} bits</span>`}</p>
-    ${view.layers.length > 1 && html`<p class="mv-note">${wayOf(view, patch)}</p>`}`);
+    ${view.layers.length > 1 && html`<p class="mv-note">${wayOf(view, patch)}</p>`}
+    <p class="mv-note">Attention has mixed the whole image into it: no expert answers to these pixels alone.</p>`);
 }
 
 /** @param {HTMLElement} box @param {ViewState} state */
