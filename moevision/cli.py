@@ -671,7 +671,7 @@ number on validation images. What that costs is measured on the test images, bes
 that other classes use, and none. OUT/ is a model that every verb takes; cut.json has the numbers.""",
         """\
   moevision cut runs/cifar10 --classes cat dog --out cats_and_dogs
-  moevision cut runs/cifar10 --classes car truck ship --experts 2 --out vehicles""",
+  moevision cut runs/cifar10 --classes automobile truck ship --experts 2 --out vehicles""",
     ),
     "export": (
         _export,

@@ -13,7 +13,6 @@ Axes: B images, M sets, E experts, N tokens, K choices of a token.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,16 +93,14 @@ class Changes:
 
 
 @torch.inference_mode()
-def measure(model: SavedModel, pictures: PictureSet, images: int) -> dict[str, Any]:
-    """The shares of right answers that change, of the first so many images of each class."""
+def measure(model: SavedModel, pictures: PictureSet) -> dict[str, Any]:
+    """The shares of right answers that change."""
     changes = Changes(model)
-    total = right = 0
-    changed: list[dict[int, NDArray[np.bool_]]] = []
-    for x, label in labelled_images(model, pictures, images):
+    changed: list[dict[int, NDArray[np.bool_]]] = []  # of the right answers
+    for number in range(len(pictures)):
+        x = network_input(model, read_images(pictures, [number]))
         answer = int(model.net(x).argmax(-1))
-        total += 1
-        right += answer == label
-        if answer == label:
+        if answer == pictures.label(number):
             changed.append(changes.of_image(x, answer))
     layers = {}
     for layer, moe in changes.layers.items():
@@ -119,34 +116,25 @@ def measure(model: SavedModel, pictures: PictureSet, images: int) -> dict[str, A
         }
     any_set = np.array([[one[layer].any(1) for layer in one] for one in changed]).any(1)
     return {
-        "images": total,
-        "right": right,
+        "images": len(pictures),
+        "right": len(changed),
         "changed": int(any_set[:, 0].sum()),
         "at_random": int(any_set[:, 1].sum()),
         "layers": layers,
     }
 
 
-def labelled_images(
-    model: SavedModel, pictures: PictureSet, images: int
-) -> Iterator[tuple[Tensor, int]]:
-    """Inputs [1, 3, S, S] with labels, the first so many of each class in the order of the set."""
-    left = dict.fromkeys(range(len(model.class_names)), images)
-    for number in range(len(pictures)):
-        label = pictures.label(number)
-        if label is None or not left[label]:
-            continue
-        left[label] -= 1
-        yield network_input(model, read_images(pictures, [number])), label
-
-
 def record_of(options: Namespace) -> dict[str, Any]:
     """Measure a model."""
     model = load_model(options.model)
     pictures = open_pictures(
-        options.data, model.image_size, framing=model.framing, class_names=model.class_names
+        options.data,
+        model.image_size,
+        framing=model.framing,
+        limit=options.images * len(model.class_names),
+        class_names=model.class_names,
     )
-    return measure(model, pictures, options.images)
+    return measure(model, pictures)
 
 
 def main() -> None:

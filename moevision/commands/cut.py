@@ -8,7 +8,6 @@ Axes: E experts, I images.
 
 from __future__ import annotations
 
-import difflib
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moevision.analysis.collect import PictureReader
+from moevision.analysis.effects import class_index
 from moevision.analysis.images import PictureSet, View, balanced_subset, find_images
 from moevision.commands.export import latency_ms
 from moevision.errors import UserError, escape_controls
@@ -86,12 +86,7 @@ def run(args: Namespace) -> None:
 
 def class_indices(model: SavedModel, names: Sequence[str]) -> list[int]:
     """The classes of these names, in the model's order; a UserError if one is unknown or fewer than two are left."""
-    for name in names:
-        if name not in model.class_names:
-            similar = difflib.get_close_matches(name, model.class_names, 3) or model.class_names
-            known = escape_controls(", ".join(similar[:20]))
-            raise UserError(f"The model has no class {name!r}: choose some of {known}.")
-    classes = [index for index, name in enumerate(model.class_names) if name in names]
+    classes = sorted({class_index(model.class_names, name) for name in names})
     if len(classes) < 2:
         raise UserError("A model of one class has nothing to tell apart: give --classes two.")
     return classes
@@ -275,13 +270,15 @@ def tell(record: Mapping[str, Any], num_classes: int, out: str) -> None:
 
 def verdict(right: Mapping[str, Any], count: int) -> str:
     """Whether the cut is worth having, in one sentence."""
-    lost = right["all"] - right["kept"]
     if right["none"] >= right["all"] - TOLERANCE:
         return (
             f"These classes need no expert here: without any {points(right['none'] - right['all'])} points. "
             "A dense model would do."
         )
-    cost = f"The cut costs {100 * lost:.1f} points"
+    lost = right["all"] - right["kept"]
     if lost > 2 * TOLERANCE:
-        return f"Don't: {cost[0].lower()}{cost[1:]}. With more experts it costs less: --experts {count + 1}."
-    return f"{cost}."
+        return (
+            f"Don't: the cut costs {100 * lost:.1f} points. With more experts it costs less: --experts "
+            f"{count + 1}."
+        )
+    return f"The cut costs {100 * lost:.1f} points."
