@@ -252,7 +252,7 @@ def answers(record: Json) -> Json:
     points = _found(
         r"^exchanging .* any other costs ([\d.]+) points .* CI ([\d.]+ to [\d.]+);", detail
     )
-    alike = _found(r"moved choices, [\d.]+ %, ([−\d.]+), any two other experts ([−\d.]+)", detail)
+    alike = _found(r"that costs ([−\d.]+) and exchanging any two other experts ([−\d.]+)", detail)
     same = re.search(r"same patches ([\d.]+) of log-loss more than their other choice", detail)
     clusters = _found(r"clusters of the same input tell ([\d.]+) bits", training["sentence"])
     return {

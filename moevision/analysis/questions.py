@@ -388,9 +388,9 @@ def function_answer(swap: Swap | None, reason: str | None) -> Answer:
         detail += "there are no two other experts to compare it with"
     else:
         detail += (
-            f"at the same share of moved choices, {percent(swap.any_two.moved)}, "
-            f"{signed(swap.favourite.points.value, 1)}, any two "
-            f"other experts {signed(swap.any_two.points.value, 1)}"
+            f"where {percent(swap.any_two.moved)} of the choices change, that costs "
+            f"{signed(swap.favourite.points.value, 1)} and exchanging any two other experts "
+            f"{signed(swap.any_two.points.value, 1)}"
         )
 
     # The favourite costs more than any two others; with two experts: costs anything.
@@ -403,7 +403,7 @@ def function_answer(swap: Swap | None, reason: str | None) -> Answer:
             detail = f"in log-loss alone: without the layer {lost}, so nothing shown; {detail}"
             return Answer("function", A_LITTLE_WORD, detail, numbers)
 
-    detail += f"; without the layer {signed(without.points.value, 1)}"
+    detail += f"; leaving the layer out costs {signed(without.points.value, 1)}"
     if compared.significant:
         return Answer("function", YES, detail, numbers)
     if swap.whole.significant or (swap.any_two is not None and swap.any_two.significant):

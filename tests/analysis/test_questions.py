@@ -115,7 +115,7 @@ def test_a_foreign_model_whose_router_follows_the_class_against_the_clusters():
     assert found.swap.whole.moved == 1
     assert found.swap.without.points.value == 50
     assert found.swap.favourites == [("cat", 0, 0), ("dog", 1, 1)]
-    for fragment in ("no two other", "without the layer 50.0)."):
+    for fragment in ("no two other", "leaving the layer out costs 50.0)."):
         assert fragment in found.answers[2].sentence
     assert found.readings[0].bits.value == pytest.approx(1, abs=0.03)
     assert found.probe.bits.value == pytest.approx(1, abs=0.03)

@@ -162,6 +162,7 @@ def test_the_fewest_experts_of_a_typed_page_are_pythons(visit_live, whole, emoji
     picture = {"kind": "page", "text": emoji}
     away = whole.answer("fewest", {"model": "emoji", "picture": picture})["away"]
     page = visit_live(f"?page={quote(emoji)}").page
+    page.wait_for_selector(".mv-picture.mv-sharp", state="attached")  # smooth, as examples are
     if away is None:
         page.wait_for_selector("[data-box=said]:has-text('nor any two or three')")
         return

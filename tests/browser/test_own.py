@@ -53,6 +53,8 @@ def test_of_an_own_image_is_told_what_the_model_knows(visit, files, explorer):
     names = view["model"]["class_names"]
     knows = f"It knows {', '.join(names[:-1])} and {names[-1]}, and nothing else."
     assert knows in told(page, "[data-box=said]")
+    # The file has 64 × 80 px: a fifth lies above and below the middle square.
+    assert "middle square: 20 % of your photo lies outside." in told(page, "[data-box=said]")
     # All classes have a bar, and a stranger is told of in words: noise is none of the pets.
     bars = page.locator(".mv-flow-answer li > span").all_text_contents()
     assert sorted(bars) == sorted(names)

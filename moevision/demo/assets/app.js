@@ -281,6 +281,7 @@ export class App {
       if (!current()) return "late";
       if (!kept) this.asked.set(trainedView(view), question);
       if (this.picture.data) keepOriginal(view, this.picture.data);
+      if (this.picture.kind === "page") keepOriginal(view, view.picture.src); // smooth, as examples
       fillBox(this.core.box("trouble"), "");
       this.show(view, shown, wish);
     } catch (error) {

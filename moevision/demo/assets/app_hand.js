@@ -68,10 +68,7 @@ export function drawHand(app) {
     aria-pressed="${same(forced(layer, expert), app.intervention)}">Send all patches to expert ${expert}</button>`);
 }
 
-/**
- * What the same change does over images of the class.
- * @param {App} app
- */
+/** What the same change does over images of the class. @param {App} app */
 async function tellClass(app) {
   const { view } = present(app.state);
   const { picture, ...asked } = /** @type {any} */ (oneChange(app, view));
@@ -115,10 +112,7 @@ export function withoutWords({ without }) {
     + `most for ${without.strongest_class}, ${signed(without.strongest_delta_logit)}.`;
 }
 
-/**
- * All of a result, for a screen reader.
- * @param {View} view
- */
+/** All of a result, for a screen reader. @param {View} view */
 export function spokenResult(view) {
   const effect = effectOf(view);
   return effect && `${changedWords(view)} ${answerWords(effect)}. ${controlWords(effect)}`;

@@ -129,7 +129,7 @@ export class AppOpening {
       return html`<p><b>${special}</b></p>
         ${actionButton("as-is", "Show the trained model")}`;
     return html`${view.picture.unlike && html`<p>${view.picture.unlike}</p>`}${this.invitation(view)}
-      ${view.picture.id === null && html`<p class="mv-soft">${knownWords(view.model.class_names)}</p>`}`;
+      ${view.picture.id === null && html`<p class="mv-soft">${ownWords(this.app, view.model.class_names)}</p>`}`;
   }
 
   /** The one thing to try: the fewest experts that change the answer, where that was searched. @param {View} view */
@@ -199,8 +199,12 @@ function measured(view, unit) {
   return effect ? `${controlWords(effect, unit)}.` : "";
 }
 
-/** Of an image that nobody labelled: which classes there are. @param {string[]} names */
-const knownWords = (names) => `It knows ${names.slice(0, -1).join(", ")} and ${names.at(-1)}, and nothing else.`;
+/** Of one's own image: which classes there are, what is cut off. @param {App} app @param {string[]} names */
+function ownWords({ own, picture }, names) {
+  const { cut = 0 } = own.find(({ id }) => id === picture.own) ?? {};
+  const outside = cut < 0.01 ? "" : ` It sees the middle square: ${percent(cut)} of your photo lies outside.`;
+  return `It knows ${names.slice(0, -1).join(", ")} and ${names.at(-1)}, and nothing else.${outside}`;
+}
 
 /** @param {string} action @param {string} label */
 const actionButton = (action, label) =>

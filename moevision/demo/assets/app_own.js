@@ -68,7 +68,7 @@ async function takeFiles(app, given) {
   fillBox(app.core.box("own-error"), "");
   for (const file of files.slice(0, MOST_OWN)) {
     try {
-      taken.push({ id: ++app.lastOwn, name: file.name, data: await shrinkPicture(file, app.boot.limits) });
+      taken.push({ id: ++app.lastOwn, name: file.name, ...(await shrinkPicture(file, app.boot.limits)) });
     } catch (error) {
       refused.push(error instanceof AskError ? error : new AskError(`This browser can't read ${files.length > 1 ? file.name : "that file"} as an image. JPEG, PNG, WebP, GIF and AVIF work; save HEIC of an iPhone as JPEG first.`));
     }

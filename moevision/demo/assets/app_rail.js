@@ -97,10 +97,7 @@ export function drawSettings(box, app) {
  * @param {BootModel} model @param {string} name
  */
 const changeable = (model, name) => model.routers.filter(({ refused }) => !(name in refused));
-/**
- * Where experts choose, a capacity is nothing else than another k.
- * @param {BootModel} model
- */
+/** Where experts choose, a capacity is nothing else than another k. @param {BootModel} model */
 export const limitable = (model) => changeable(model, "capacity").filter(({ kind }) => kind === "token_choice");
 /** @param {Router[]} routers @param {string[]} names */
 function refusals(routers, names) {
@@ -163,10 +160,7 @@ async function moreExamples(app) {
   }
 }
 
-/**
- * What the handlers of header and rail do; `app` keeps the choices and asks the server.
- * @param {App} app
- */
+/** What the handlers of header and rail do; `app` keeps the choices and asks the server. @param {App} app */
 export const railHandlers = (app) => ({
   actions: {
     example: (button) => app.openExample(button.dataset.id, button.dataset.patch),

@@ -140,7 +140,7 @@ export class Flow {
     const badge = core.box("badge");
     badge.hidden = !view.settings.away?.length;
     fillBox(badge, badgeOf(view, opening.usual));
-    fillBox(core.box("answer"), answerOf(view, opening.usual));
+    fillBox(core.box("answer"), answerOf(view, opening));
     fillBox(core.box("said"), opening.said(view));
     this.dots();
   }
@@ -278,14 +278,14 @@ function badgeOf({ prediction: { moe: [best] } }, usual) {
 }
 
 /**
- * The likeliest class, and beside it what the model said with all experts, else the next; of an own image all classes.
- * @param {View} view @param {Opening["usual"]} usual
+ * The likeliest class, and what the model said with all experts, else the next; outside frames all of an own image.
+ * @param {View} view @param {Opening} opening
  */
-function answerOf(view, usual) {
+function answerOf(view, { usual, able }) {
   const { picture: { label }, prediction: { moe } } = view;
   const [best, ...others] = moe;
   const second = others.find((one) => one.class === usual?.class) ?? others[0];
-  const rows = label === null ? moe : [best, second].filter(Boolean);
+  const rows = label === null && able ? moe : [best, second].filter(Boolean);
   const mark = html`<span title="its label" aria-label=", its label"> ✓</span>`;
   const row = ({ class: name, p }) => html`<li data-class="${name}"><span>${name}${name === label && mark}</span>
     <i class="mv-bar mv-accent"><i style="width:${100 * p}%"></i></i><b class="mv-num">${percent(p)}</b></li>`;

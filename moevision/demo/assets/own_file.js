@@ -7,7 +7,7 @@ import { brush } from "./core_util.js";
 const LONGEST_SIDE = 512;
 
 /**
- * The image as the model sees it, square, as a data address of at most 512 px: quick to send.
+ * The image as the model sees it, square, as a data address of at most 512 px; and the share that is cut off.
  * @param {File} file @param {Limits} given
  */
 export async function shrinkPicture(file, { min_side: side, max_aspect: aspect, fit, fill }) {
@@ -37,5 +37,6 @@ export async function shrinkPicture(file, { min_side: side, max_aspect: aspect, 
   bitmap.close();
   // PNG adds no traces of compression; a photo is sent as JPEG, of which a dozen fit into the browser's session.
   const exact = canvas.toDataURL("image/png");
-  return exact.length < 150000 ? exact : canvas.toDataURL("image/jpeg", 0.92);
+  const data = exact.length < 150000 ? exact : canvas.toDataURL("image/jpeg", 0.92);
+  return { data, cut: fit === "crop" ? 1 - short / long : 0 };
 }

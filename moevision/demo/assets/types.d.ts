@@ -19,11 +19,8 @@ export interface Router {
   learned: boolean;
   num_experts: number;
   top_k: number;
-  num_shared_experts: number;
   capacity: number | null;
-  train_capacity: number | null;
   slots: number | null;
-  read_by_classifier: boolean;
   route_by: "token" | "image";
   refused: Record<string, string>;
   /** What the router does: scores, shares, kept, weights. */
@@ -134,8 +131,6 @@ export interface View {
   picture: Picture;
   layers: Layer[];
   prediction: { moe: Guess[]; dense: Guess[] | null };
-  /** The likeliest classes after each block, by the logit lens; missing in earlier exports. */
-  lens?: Guess[][] | null;
   /** [P] share in the first guess's logit minus the second's; null or missing where a classifier has none. */
   shares?: number[] | null;
   settings: {
@@ -200,10 +195,8 @@ export type Wanted = () => boolean;
 export type Worded = Pick<Router, "name" | "words">;
 
 export interface BootModel extends Model {
-  subtitle: string;
   variants: string[];
   accuracy_texts: Record<string, string>;
-  has_dense: boolean;
   /** Whether the fewest experts that change an answer are searched for any image. */
   can_search: boolean;
   card: Record<string, any>;
@@ -232,7 +225,7 @@ export interface Limits { max_bytes: number; max_pixels: number; min_side: numbe
 /** What is shown: an example of the model's data, a visitor's own image (`own` is its id), a page of emoji that was typed, or nothing yet. */
 export interface Chosen { kind: "example" | "upload" | "page" | "none"; id?: string; text?: string; data?: string; name?: string; own?: number }
 /** A visitor's image as a data address. */
-export interface Own { id: number; name: string; data: string }
+export interface Own { id: number; name: string; data: string; cut?: number }
 
 /** What an address asks for, unchecked. */
 export type Wish = Partial<Record<string, string>>;
@@ -271,7 +264,6 @@ export interface Tab {
   changes?: Handlers;
   draw(panel: HTMLElement, wanted: Wanted): unknown;
 }
-export type TabMaker = new (app: App) => Tab;
 export type Failure = AskError;
 
 // ---- answers below the stage: demo/galleries.py, demo/atlas.py, analysis/effects.py ------------------------------
