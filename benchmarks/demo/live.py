@@ -6,8 +6,9 @@
 The folder of docs/live is served by `python -m http.server` and driven in headless Chromium. Own images are 16 drawn
 pets and the photos that come with the two other models, 16 and 8; each is answered by the explorer in Python, too, from
 the bytes that the page took. Times are on loopback: cold from the address in a new browser profile until the answer
-without one expert stands there (page, runtime, model, one pass), then of each further expert. Beside the wall time
-stands the time that all processes of the browser ran: what a machine with nothing else to do needs at most.
+without one expert stands there (page, runtime, model, one pass), then of each further expert; of a typed page from
+Enter, the first one just after the page has opened. Beside the wall time stands the time that all processes of the
+browser ran: what a machine with nothing else to do needs at most.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 VISITS, MORE = 3, 3  # cold ones of each model; experts more at each
 PORT = 8123
+FIELD = "[data-change=typed]"
+TYPED = ("🐶🐱🐭🐹🐰🦊🐻🐼🍎🍐🍊🍋😀😃😄😁", "🚗🚕🚙🚌🏀⚽🏈⚾🎁🎈🎉🎊🏁🚩🎌🏴")
+TYPING_MS = 60  # between two emoji: faster than people find them
 
 
 def opened(browser: Browser, address: str, *, door: bool) -> Page:
@@ -61,6 +65,22 @@ def first_answer(browser: Browser, address: str) -> tuple[float, float, list[flo
         begun = time.perf_counter()
     page.context.close()
     return times[0], cpu_s, times[1:]
+
+
+def typed_answers(browser: Browser, address: str) -> list[float]:
+    """Seconds from Enter to the answer, of a page of emoji typed just after opening, and of the next."""
+    page = opened(browser, f"{address}?model=emoji", door=False)
+    times = []
+    for emoji in TYPED:
+        page.click(FIELD)
+        page.fill(FIELD, "")
+        page.keyboard.type(emoji, delay=TYPING_MS)
+        begun = time.perf_counter()
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f".mv-picture[alt*='{emoji}']", state="attached")
+        times.append(time.perf_counter() - begun)
+    page.context.close()
+    return times
 
 
 def main() -> None:
@@ -98,6 +118,7 @@ def main() -> None:
                 **compared(page, explorer, model),
             }
             page.context.close()
+        typed = [typed_answers(browser, home) for _ in range(VISITS)]
         browser.close()
     explorer.close()
     result = {
@@ -108,6 +129,10 @@ def main() -> None:
         "sorting_mb": round(photos[1] / 1e6, 1),
         "files": {name: size for name, size in sorted(sizes.items()) if size > 1e5},
         "models": models,
+        "typed": {
+            name: [round(value, 2) for value in sorted(times)]
+            for name, times in zip(("first_s", "next_s"), zip(*typed, strict=True), strict=True)
+        },
         "all": {
             key: sum(one[key] for one in models.values())
             for key in ("images", "same_class", "choices", "same_first")

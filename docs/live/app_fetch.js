@@ -42,12 +42,12 @@ function run(question, given = []) {
 /** Open the model that is shown ahead of the first question: a small one soon, a large one where it is about to be asked. */
 let shown = boot.default.model;
 const opened = new Set();
-addEventListener("pointerover", ({ target }) => {
+["pointerover", "focusin"].forEach((sign) => addEventListener(sign, ({ target }) => {
   const needed = boot.models.find(({ id }) => id === shown).device.bytes < SMALL || /** @type {Element} */ (target).closest?.(".mv-flow-box");
   if (!needed || opened.has(shown)) return;
   opened.add(shown);
   run({ model: shown });
-});
+}));
 
 /** Models that have answered. */
 const ready = new Set();
