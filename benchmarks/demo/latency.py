@@ -84,7 +84,7 @@ def first_page(browser: Browser, address: str) -> tuple[Page, float]:
     page = context.new_page()
     start = time.perf_counter()
     page.goto(address, wait_until="commit")
-    page.wait_for_selector(".mv-cell .mv-mark:not(:empty)")
+    page.wait_for_selector(".mv-cell .mv-mark:not(:empty)", state="attached")
     return page, (time.perf_counter() - start) * 1000
 
 
