@@ -15,7 +15,7 @@ of up to 17 ms is part of it. Run it on a calm machine: the load average before 
 - forward: the model's own answer for one image, outside of the explorer, which all of that is to be compared with;
 - an expert away, server's CPU: what the explorer computes for that answer, each expert of the last layer, one thread.
 
-Of the model of photos and of the drawn pets' model, whose images are smaller.
+Of the model on which the page opens, and of the larger model of photos, whose page is opened by its link.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LIMIT_MS = {
     "own_picture": 700,
 }
 OVER_FORWARD_MS = 50  # what a new image may take beside the forward pass
-MODELS = ("cats_vs_dogs", "pets")
+MODELS = ("cifar10", "cats_vs_dogs")  # the page opens on the first one
 WAIT_S = 120
 SCREEN = {"width": 1440, "height": 900}
 REPEATS = 40

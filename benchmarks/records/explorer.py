@@ -34,7 +34,7 @@ def waiting(record: Json) -> list[Json]:
     """Median and 95 % of every step, by model, with the goal of the median."""
     rows = []
     for name, words in STEPS.items():
-        models = [record["models"][model][name] for model in ("cats_vs_dogs", "pets")]
+        models = [record["models"][model][name] for model in ("cifar10", "cats_vs_dogs")]
         cells = [f"{own['median_ms']:.0f} ({own['p95_ms']:.0f}) ms" for own in models]
         limits = dict.fromkeys(own["limit_ms"] for own in models)
         goals = ", ".join("" if limit is None else f"{limit:.0f}" for limit in limits)

@@ -2,6 +2,7 @@
 
 import { classPart } from "./app_hand.js";
 import { allExperts, exampleName, fallOf, isOfEmoji } from "./app_models.js";
+import { pause } from "./app_server.js";
 import { typedField } from "./app_typed.js";
 import { answerWords, controlWords, effectOf, effects } from "./core_effect.js";
 import { plural } from "./core_kinds.js";
@@ -78,6 +79,9 @@ export class AppOpening {
     const { app } = this;
     if (!app.model.can_search || this.falls || view.moment || otherModel(view)) return;
     const { model, picture } = app.questionOf(view);
+    const { ticket } = app;
+    await pause(400); // for who looks, not for who clicks on
+    if (app.ticket !== ticket) return;
     const found = await app.asker.remember("fewest", { model, picture }).catch(() => null); // without it there is no record
     if (!found) return;
     this.searched.set(imageKey(view), found);
