@@ -119,6 +119,8 @@ class Interruption:
         self.requested: int | None = None
         self.by = ""
         self._process_id = os.getpid()
+        # Asked before any hang-up: afterwards no terminal says that it is one.
+        self._terminals = list(filter(os.isatty, (1, 2)))
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -145,7 +147,9 @@ class Interruption:
             return  # a data loader's worker inherited this handler by fork: the main process decides
 
         if number == _HANGUP:
-            _redirect_output_to_null()
+            # Writing to a closed terminal would raise an error in the middle of a step.
+            for descriptor in self._terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
         is_second = self.requested is not None
         self.requested = number
@@ -160,15 +164,6 @@ class Interruption:
     def stop(self) -> None:
         """Stop now, with the exit code of the signal; that of SIGTERM if this process got none."""
         raise Interrupted(signal.SIGTERM if self.requested is None else self.requested)
-
-
-def _redirect_output_to_null() -> None:
-    """Discard what is printed to a closed terminal: writing there would raise an error in the middle of a step."""
-    null_device = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):  # stdout, stderr
-        if os.isatty(descriptor):
-            os.dup2(null_device, descriptor)
-    os.close(null_device)
 
 
 def broadcast_from_rank0(decide: Callable[[], Any]) -> Any:

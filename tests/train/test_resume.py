@@ -805,6 +805,7 @@ def test_a_closed_terminal(drawn_pets, tiny):
         str(drawn_pets),
         *options,
         "--trainer.max_epochs=5000",
+        "--trainer.enable_progress_bar=true",  # which goes on writing
     ]
     found = {**os.environ, "PYTHONPATH": str(Path(moevision.__file__).parents[1])}
     terminal = {
