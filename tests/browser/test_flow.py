@@ -151,7 +151,7 @@ def test_experts_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     page.wait_for_selector(CONTROLLED)
     change = {"kind": "ablate", "layer": 3, "expert": gone}
     measured = ask("what_if", picture=FIRST, intervention=change)
-    assert told(page, ".mv-flow-say p") == f"1 expert away: {result(measured)}."
+    assert told(page, ".mv-flow-say p") == f"1 expert away: {result(measured)}; each circle is one draw."
     assert page.locator(".mv-flow-answer em").count() == measured["control"]["n"]
     other = next(box for box, count in enumerate(moved) if count and box != gone)
     take_away(page, other)
@@ -195,7 +195,7 @@ def test_a_framed_view_is_seen_whole_at_any_width(new_visit, ask, width, sheet):
 
     Of an image without a label the page shows all classes, the frame the likeliest two."""
     shown = ask("route", picture=FIRST)
-    shown["picture"]["label"] = None
+    shown = {**shown, "picture": {**shown["picture"], "label": None}}
     assert len(shown["prediction"]["moe"]) > 4
     view = flow_html(shown)
     size = {"width": width, "height": 900}

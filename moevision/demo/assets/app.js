@@ -157,10 +157,7 @@ export class App {
     return this.load();
   }
 
-  /**
-   * Open an image of the model's data, at a patch where one is named.
-   * @param {string} id @param {string} [patch]
-   */
+  /** Open an image of the model's data, at a patch where one is named. @param {string} id @param {string} [patch] */
   async openExample(id, patch) {
     await this.choosePicture({ kind: "example", id });
     if (patch === undefined || this.state?.view.picture.id !== id) return; // another choice came between, or it failed
@@ -292,10 +289,7 @@ export class App {
     return "shown";
   }
 
-  /**
-   * What was asked for stays open: a button tries it again, and so does the next choice.
-   * @param {Failure} error
-   */
+  /** What was asked for stays open: a button tries it again, and so does the next choice. @param {Failure} error */
   fail(error) {
     fillBox(this.core.box("trouble"), errorBox(error, "retry"));
     this.busy(false);

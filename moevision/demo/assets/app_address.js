@@ -47,10 +47,7 @@ export function readIntervention(word, model) {
   return /** @type {any} */ ({ kind, layer: every ? null : layer, expert: any ? null : expert, ...both, fill, seed });
 }
 
-/**
- * Take over what the address asks for, as far as this server has it.
- * @param {App} app @param {Wish} wish
- */
+/** Take over what the address asks for, as far as this server has it. @param {App} app @param {Wish} wish */
 export function choose(app, wish) {
   const { models, default: first } = app.boot;
   const find = (id) => models.find((model) => model.id === id);
@@ -81,10 +78,7 @@ export function choose(app, wish) {
 
 // ---- following it -------------------------------------------------------------------------------------------
 
-/**
- * Back and Forward lead to a place of the history.
- * @param {App} app
- */
+/** Back and Forward lead to a place of the history. @param {App} app */
 export function goTo(app) {
   app.tab = "experts"; // unless the address names another
   app.page = entryText(new URL(location.href), history.state?.[OWN] ?? null);

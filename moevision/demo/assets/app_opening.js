@@ -46,10 +46,7 @@ export class AppOpening {
     return this.app.toggleAway(layer, expert);
   }
 
-  /**
-   * What the model says of the image of a view with all experts: said already, or asked for.
-   * @param {View} view
-   */
+  /** What the model says of the image of a view with all experts: said already, or asked for. @param {View} view */
   async compare(view) {
     const { app } = this;
     const { away, ...whole } = app.questionOf(view);
@@ -71,10 +68,7 @@ export class AppOpening {
     return fallOf(model, state.view.picture.id) ?? this.searched.get(imageKey(state.view));
   }
 
-  /**
-   * Look for the fewest experts that change the answer for an image of which no card tells.
-   * @param {View} view
-   */
+  /** Look for the fewest experts that change the answer for an image of which no card tells. @param {View} view */
   async search(view) {
     const { app } = this;
     if (!app.model.can_search || this.falls || view.moment || otherModel(view)) return;
@@ -132,8 +126,10 @@ export class AppOpening {
     if (special)
       return html`<p><b>${special}</b></p>
         ${actionButton("as-is", "Show the trained model")}`;
+    const own = view.picture.id === null && ownWords(this.app, view.model.class_names);
+    const soft = [wrongWords(view), own, namesWords(this.app)];
     return html`${view.picture.unlike && html`<p>${view.picture.unlike}</p>`}${this.invitation(view)}
-      ${view.picture.id === null && html`<p class="mv-soft">${ownWords(this.app, view.model.class_names)}</p>`}`;
+      ${soft.filter(Boolean).map((words) => html`<p class="mv-soft">${words}</p>`)}`;
   }
 
   /** The one thing to try: the fewest experts that change the answer, where that was searched. @param {View} view */
@@ -200,7 +196,7 @@ function measured(view, unit) {
   const effect = effects.get(view);
   if (effect === null) return "Measuring it beside as much at random…";
   if (effect instanceof Error) return effect.message;
-  return effect ? `${controlWords(effect, unit)}.` : "";
+  return effect ? `${controlWords(effect, unit)}${effect.control ? "; each circle is one draw" : ""}.` : "";
 }
 
 /** Of one's own image: which classes there are, what is cut off. @param {App} app @param {string[]} names */
@@ -208,6 +204,16 @@ function ownWords({ own, picture }, names) {
   const { cut = 0 } = own.find(({ id }) => id === picture.own) ?? {};
   const outside = cut < 0.01 ? "" : ` It sees the middle square: ${percent(cut)} of your photo lies outside.`;
   return `It knows ${names.slice(0, -1).join(", ")} and ${names.at(-1)}, and nothing else.${outside}`;
+}
+
+/** Of a page that was typed, and of which the model says something else than what most of it is. @param {View} view */
+const wrongWords = ({ picture: { id, label }, prediction: { moe } }) =>
+  id === null && label && moe[0].class !== label && `Most are ${label}: the model is wrong.`;
+
+/** What the share in an expert's name is of. @param {App} app */
+function namesWords({ model: { card } }) {
+  const [one] = card.names ?? [];
+  return one && `${percent(one.share)} ${one.name}: of all emoji that it gets.`;
 }
 
 /** @param {string} action @param {string} label */
@@ -245,7 +251,7 @@ function needless({ layers, prediction }, away, usual) {
 function chosenFrom({ model: { card }, opening: { thing } }, { picture: { id } }) {
   if (!card.matters?.chosen || card.matters.picture !== id) return "";
   const { right, named = right, change } = card.matters.chosen; // named: those whose class has an expert of its name
-  return `This ${thing} was chosen: of ${named.toLocaleString("en")} right ones, ${change} change without one expert.`;
+  return `This ${thing} was chosen: of ${named.toLocaleString("en")} named right, ${change} change without one expert.`;
 }
 
 /** What the same change does over new pages, where that was measured. @param {App} app @param {[number, number][]} away */

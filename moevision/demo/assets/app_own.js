@@ -37,10 +37,7 @@ export function ownStrip(app) {
     <button type="button" class="mv-quiet" data-action="forget" data-key="forget">Forget ${app.own.length > 1 ? "them" : "it"}</button>`;
 }
 
-/**
- * Drop anywhere on the page, and paste anywhere but into a field.
- * @param {App} app @param {HTMLElement} root
- */
+/** Drop anywhere on the page, and paste anywhere but into a field. @param {App} app @param {HTMLElement} root */
 export function listenForFiles(app, root) {
   root.addEventListener("dragover", (event) => { event.preventDefault(); root.classList.add("mv-dragging"); });
   root.addEventListener("dragleave", (event) => { if (!root.contains(/** @type {Node} */ (event.relatedTarget))) root.classList.remove("mv-dragging"); });

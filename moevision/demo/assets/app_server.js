@@ -102,10 +102,7 @@ export const emptyBox = (title, text) => html`<div class="mv-state"><p><b>${titl
 export const errorBox = (error, action) => html`<div class="mv-state mv-error" role="alert"><p><b>${error.code === "busy" ? "Busy" : "That didn't work"}</b></p>
   <p>${error.message}</p>${action && html`<button type="button" class="mv-button" data-action="${action}">Try again</button>`}</div>`;
 
-/**
- * Anything that isn't an AskError is a fault of the page: say so on the console too.
- * @param {any} error
- */
+/** Anything that isn't an AskError is a fault of the page: say so on the console too. @param {any} error */
 export function asAskError(error) {
   if (error instanceof AskError) return error;
   console.error(error);

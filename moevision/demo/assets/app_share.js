@@ -20,10 +20,7 @@ export const shareMenu = ({ boot }) => html`<details class="mv-menu"><summary cl
   <div class="mv-menu-list">${ITEMS.filter(([kind]) => kind !== "embed" || boot.device || !boot.local).map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}"
     data-key="export-${kind}"><b>${title}</b><span class="mv-soft">${hint}</span></button>`)}</div></details>`;
 
-/**
- * A click beside the menu closes it.
- * @param {HTMLElement} root
- */
+/** A click beside the menu closes it. @param {HTMLElement} root */
 export function closeMenuByClick(root) {
   document.addEventListener("click", (event) => {
     const menu = /** @type {HTMLDetailsElement | null} */ (root.querySelector(".mv-menu[open]"));

@@ -23,10 +23,7 @@ const NETWORK = (() => {
 })();
 
 export class Card {
-  /**
-   * @param {HTMLElement} box @param {ViewState} state
-   * @param {Handlers} changes what fields do
-   */
+  /** @param {HTMLElement} box @param {ViewState} state @param {Handlers} changes what fields do */
   constructor(box, state, changes) {
     this.box = box;
     this.state = state;

@@ -7,10 +7,7 @@ import { PATCH } from "./core_words.js";
 /** @type {WeakMap<View, Effect | Error | null>} null while it is measured */
 export const effects = new WeakMap();
 
-/**
- * What the change of a view did to its answer; null where none was measured, or not yet.
- * @param {View} view
- */
+/** What the change of a view did to its answer; null where none was measured, or not yet. @param {View} view */
 export function effectOf(view) {
   const found = effects.get(view) ?? null;
   return found instanceof Error ? null : found;

@@ -56,10 +56,7 @@ export function expertShares(layer) {
   return parts.map((part) => (total > 0 ? part / total : 0));
 }
 
-/**
- * What shares of experts are shares of.
- * @param {(Router | Layer)[]} layers
- */
+/** What shares of experts are shares of. @param {(Router | Layer)[]} layers */
 export const shareOf = (layers) => (layers.every(({ kind }) => kind === "token_choice") ? "patch choices" : "what patches take from the experts");
 
 /**
@@ -72,10 +69,7 @@ export function readShares({ reads, experts }, expert) {
   return experts.map(([first], patch) => rows[expert ?? first][patch] / means[expert ?? first]);
 }
 
-/**
- * Smallest and largest weight of the strongest expert, over the patches that have one.
- * @param {Layer} layer
- */
+/** Smallest and largest weight of the strongest expert, over the patches that have one. @param {Layer} layer */
 export function strongest(layer) {
   const first = layer.experts.flatMap((experts, patch) => (experts.length ? [layer.weights[patch][0]] : []));
   return { low: Math.min(...first, 1), high: Math.max(...first, 0) };
@@ -87,10 +81,7 @@ export function strongest(layer) {
  */
 export const isAway = (away, layer, expert) => Boolean(away?.some(([where, which]) => where === layer && which === expert));
 
-/**
- * The experts of a layer that are taken away.
- * @param {View} given @param {Layer} given @returns {number[]}
- */
+/** The experts of a layer that are taken away. @param {View} given @param {Layer} given @returns {number[]} */
 export function goneFrom({ settings: { intervention, away = [] } }, { layer }) {
   const gone = away.flatMap(([where, expert]) => (where === layer ? [expert] : []));
   return intervention?.kind === "ablate" && intervention.layer === layer ? [...gone, Number(intervention.expert)] : gone;
@@ -119,10 +110,7 @@ export function routingWords(layers) {
 /** @param {number} number as in "7.7 M" */
 export const millions = (number) => (number >= 1e6 ? `${fixed(number / 1e6, number >= 1e7 ? 0 : 1)}\u00a0M` : `${Math.max(1, Math.round(number / 1e3))}\u00a0K`);
 
-/**
- * What a screen reader says about a patch.
- * @param {View} view @param {Layer} layer @param {number} patch
- */
+/** What a screen reader says about a patch. @param {View} view @param {Layer} layer @param {number} patch */
 export function describePatch(view, layer, patch) {
   const [row, column] = rowColumn(patch, view.model.grid[1]);
   return `row ${row}, column ${column}: ${describeExperts(view, layer, patch)}`;

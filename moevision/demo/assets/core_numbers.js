@@ -48,10 +48,7 @@ export function computedPatch(view, layer, patch) {
     missing: missingWeight(view, layer, choices) };
 }
 
-/**
- * The shown numbers of a patch's vectors.
- * @param {PackedChannels} given @param {number} patch @returns {Channels}
- */
+/** The shown numbers of a patch's vectors. @param {PackedChannels} given @param {number} patch @returns {Channels} */
 function channelsOf({ of, hidden, index, scale, outputs, ...vectors }, patch) {
   const rows = Object.fromEntries(Object.entries(vectors).map(([name, value]) => [name, rowOf(value, patch)]));
   const [, choices, width] = outputs.shape;
@@ -87,10 +84,7 @@ function missingWeight(view, layer, choices) {
   return sentences;
 }
 
-/**
- * How many experts of a layer ran for a patch. Of Soft MoE all do.
- * @param {Layer} layer @param {number} patch
- */
+/** How many experts of a layer ran for a patch. Of Soft MoE all do. @param {Layer} layer @param {number} patch */
 export const expertsRun = (layer, patch) => layer.kept[patch].filter(Boolean).length;
 
 /**

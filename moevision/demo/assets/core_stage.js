@@ -103,10 +103,7 @@ export const keepOriginal = (view, source) => originals.set(view.picture, source
 /** @param {View} view */
 export const hasOriginal = (view) => originals.has(view.picture);
 
-/**
- * What lies under the patches, and whether that is the original.
- * @param {ViewState} state @param {View} view
- */
+/** What lies under the patches, and whether that is the original. @param {ViewState} state @param {View} view */
 export function underlay({ asSeen }, view) {
   const sharp = hasOriginal(view) && !asSeen;
   return { sharp, source: pictureSource(sharp ? originals.get(view.picture) : view.picture.src) };

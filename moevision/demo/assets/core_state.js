@@ -29,10 +29,7 @@ export class ViewState {
   /** @param {(changed: Set<string>, state: ViewState) => unknown} listener */
   subscribe(listener) { this.listeners.push(listener); }
 
-  /**
-   * Change some fields and tell the subscribers which ones really changed.
-   * @param {Fields} change
-   */
+  /** Change some fields and tell the subscribers which ones really changed. @param {Fields} change */
   set(change) {
     const before = { ...this };
     Object.assign(this, change);
@@ -67,10 +64,7 @@ export class ViewState {
 export const centrePatch = ({ model: { grid: [rows, columns] } }) => Math.floor(rows / 2) * columns + Math.floor(columns / 2);
 
 // ---- what an address asks for -------------------------------------------------------------------------------
-/**
- * The expert that "L3.E1" names, as fields of the state.
- * @param {string | undefined} word @param {View} view
- */
+/** The expert that "L3.E1" names, as fields of the state. @param {string | undefined} word @param {View} view */
 export function readExpert(word, view) {
   const [, name, number] = /^(L\d+)\.E(\d+)$/.exec(word ?? "") ?? [];
   const layer = view.layers.findIndex((entry) => entry.name === name);

@@ -8,10 +8,7 @@ import { clamp, expertColour, fillBox, html, percent, present } from "./core_uti
 
 const PLAY_MS = 500; // for each moment
 
-/**
- * When a moment was, as in "after 40 of 640 steps".
- * @param {{ step: number, total_steps: number }} given
- */
+/** When a moment was, as in "after 40 of 640 steps". @param {{ step: number, total_steps: number }} given */
 export const momentWords = ({ step, total_steps: total }) => (step === 0 ? "before training" : `after ${step} of ${total} steps`);
 
 /** What a view of a moment comes from: { view, moments }. */
@@ -19,10 +16,7 @@ const origins = new WeakMap();
 /** @param {View} view @returns {View} of the trained model */
 export const trainedView = (view) => origins.get(view)?.view ?? view;
 
-/**
- * A half-precision number that isn't negative, from its 16 bits.
- * @param {number} bits
- */
+/** A half-precision number that isn't negative, from its 16 bits. @param {number} bits */
 export function halfNumber(bits) {
   const [exponent, fraction] = [bits >> 10, bits & 1023];
   return exponent ? 2 ** (exponent - 25) * (1024 + fraction) : 2 ** -24 * fraction;
@@ -195,10 +189,7 @@ export class Time {
     return this.go(place);
   }
 
-  /**
-   * Show what was recorded at a place of the film; it is asked for once per image.
-   * @param {number} place
-   */
+  /** Show what was recorded at a place of the film; it is asked for once per image. @param {number} place */
   async go(place) {
     const turn = (this.turn = Symbol("moment"));
     const { state } = this;
@@ -235,10 +226,7 @@ export class Time {
     this.mark();
   }
 
-  /**
-   * The moment that a link names, if it was recorded.
-   * @param {number} step
-   */
+  /** The moment that a link names, if it was recorded. @param {number} step */
   open(step) {
     const place = this.steps.indexOf(step);
     return place >= 0 && place !== this.at ? this.go(place) : undefined;

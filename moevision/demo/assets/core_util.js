@@ -144,10 +144,7 @@ export const TERMS = {
   dense: "A model without experts, of the same compute per image, trained by the same recipe on the same images.",
 };
 
-/**
- * A word with its explanation on hover, focus or tap.
- * @param {string} name @param {Fill} label
- */
+/** A word with its explanation on hover, focus or tap. @param {string} name @param {Fill} label */
 export function term(name, label) {
   return html`<button type="button" class="mv-term" data-term="${name}" aria-description="${TERMS[name]}">${label}</button>`;
 }

@@ -91,7 +91,7 @@ export function sentenceOf(view, layer, [one, several] = PATCH) {
   if (routed === "image") return `A router looks at the whole image and sends it to ${few}.`;
   if (kind === "soft") return `Each of ${count} ${several} takes something from all of them.`;
   if (kind === "expert_choice") return `Each expert picks some of ${count} ${several}.`;
-  const untold = learned ? " Nobody told it which." : "";
+  const untold = learned ? " Nobody told it which goes where." : "";
   const asked = several === "emoji" ? " The model then says what most are." : "";
   return `A ${learned ? "router" : "fixed rule"} sends each of ${count} ${several} to ${few}.${untold}${asked}`;
 }
