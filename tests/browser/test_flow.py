@@ -151,7 +151,10 @@ def test_experts_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     page.wait_for_selector(CONTROLLED)
     change = {"kind": "ablate", "layer": 3, "expert": gone}
     measured = ask("what_if", picture=FIRST, intervention=change)
-    assert told(page, ".mv-flow-say p") == f"1 expert away: {result(measured)}; each circle is one draw."
+    assert (
+        told(page, ".mv-flow-say p")
+        == f"1 expert away: {result(measured)}; each circle is one draw."
+    )
     assert page.locator(".mv-flow-answer em").count() == measured["control"]["n"]
     other = next(box for box, count in enumerate(moved) if count and box != gone)
     take_away(page, other)
