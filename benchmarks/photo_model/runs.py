@@ -38,6 +38,8 @@ def experts_in(block: int, number: int, redrawn: float, *more: str) -> tuple[str
 ARMS: dict[str, tuple[str, ...]] = {
     "dense": ("--dense",),
     "block-8": experts_in(8, 8, 1.0),
+    # Three blocks behind learn faster than the experts do, and rely on what is peculiar to each.
+    "block-6": experts_in(6, 8, 1.0),
     # Noise that is as large as the scores at first: the second choice learns a patch too, so that a patch moved alone
     # changes little, and all patches of two experts still change much.
     "block-8-noisy": experts_in(8, 8, 1.0, "--model.arch.noise", "learned"),
@@ -47,6 +49,8 @@ SEARCHED: tuple[tuple[str, float], ...] = (  # arm, highest rate
     ("block-8-noisy", 3e-4),
     # The control changes answers of small margin alone: a higher rate, for fewer of them.
     ("block-8", 1e-3),
+    ("block-6", 3e-4),
+    ("block-8", 1e-4),
     ("dense", 1e-3),
     ("dense", 1e-4),
 )
