@@ -59,15 +59,16 @@ def main() -> None:
 
 
 def price_more(prices: Path, rounds: int) -> None:
-    """Arms without a price: in turns with `dense-2`, whose price times the ratio it is."""
+    """Arms without a price: in turns with a dense arm of their task, whose price times the ratio it is."""
     record = json.loads(prices.read_text(encoding="utf-8"))
     known = record["step_ms"]
     new = [pair for pair in runs.priced_arms() if " ".join(pair) not in known]
-    beside = list(dict.fromkeys((task, "dense-2") for task, _ in new))
-    found = arms.measure_prices([*beside, *new], steps=6, rounds=rounds)
+    beside = {task: runs.HIDDEN if task in ("mosaics", "photos") else "dense-2" for task, _ in new}
+    found = arms.measure_prices([*beside.items(), *new], steps=6, rounds=rounds)
     for task, arm in new:
-        ratio = found[f"{task} {arm}"] / found[f"{task} dense-2"]
-        known[f"{task} {arm}"] = round(ratio * known[f"{task} dense-2"], 2)
-    record["later"] = {"step_ms": found, **about()}
+        base = f"{task} {beside[task]}"
+        known[f"{task} {arm}"] = round(found[f"{task} {arm}"] / found[base] * known[base], 2)
+    times = sum(name.startswith("later") for name in record)
+    record[f"later {times + 1}" if times else "later"] = {"step_ms": found, **about()}
     prices.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(found)

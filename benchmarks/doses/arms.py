@@ -20,6 +20,7 @@ from benchmarks.doses.tasks import PLACES, Photos
 from benchmarks.subject import Subject, TrainingStep
 from benchmarks.timing import Candidate, interleave
 from moevision.layers import forward_routing, moe_layers
+from moevision.layers.baselines import ColourRouter
 from moevision.models.vit_moe import VisionTransformerMoE
 
 BATCH = 256
@@ -72,6 +73,9 @@ def build(task: str, arm: str, seed: int, num_classes: int) -> VisionTransformer
         **model,
         **arguments_of(arm, width),
     )
+    for router in net.modules():
+        if isinstance(router, ColourRouter):  # of characters: how dark
+            router.centroids = router.centroids[:, : model.get("in_chans", 3)].clone()
     if "hidden" in arm:
         layers = [nn.Linear(PLACES * width, HEAD_UNITS), nn.GELU()]
         head = nn.Sequential(nn.Flatten(1), *layers, nn.Linear(HEAD_UNITS, num_classes))

@@ -83,11 +83,19 @@ class Cell:
 
 
 HIDDEN = "dense-4-hidden"
-SIZES = (
+GATES = ("position", "hash", "image", "colour")
+SIZES = (  # the whole grid but those that run anyway
     *("moe-8-half", "moe-16-half", "moe-64-half", "moe-32-full"),
     *("moe-8-full-k2", "moe-32-half-k2", "moe-16-full"),
+    *("moe-64-full", "moe-8-half-k2", "moe-16-half-k2", "moe-64-half-k2"),
+    *("moe-16-full-k2", "moe-32-full-k2", "moe-64-full-k2"),
 )
 NARROW, EXPERTS = ("dense-1", "dense-2", "dense-4"), ("moe-32-half",)
+
+
+def gated(arm: str) -> tuple[str, ...]:
+    """An arm with each of the other gates."""
+    return tuple(f"{arm}-{gate}" for gate in GATES)
 
 
 def main_cells(seeds: int) -> list[Cell]:
@@ -108,7 +116,7 @@ CELLS = (
     Cell("characters", "sound", 6.4, ("dense-2",), EXPERTS, 3),
     Cell("textures", "4096", 6.4, WIDTHS, ("moe-8-full", "moe-32-half-position"), 3),
     Cell("mosaics", "1024", 21.0, (HIDDEN,), ("moe-8-full-plain",), 3, LOW_RATES),
-    # The falsifiers, then gates and sizes; characters last, for their fonts have to be fetched again.
+    # The falsifiers, then gates, more textures and time, sizes; then seeds to five.
     Cell(
         *("photos", "", 16.0, (HIDDEN,)),
         ("dense-16-hidden-steps", "dense-4-plain-steps", "dense-8-hidden-steps"),
@@ -117,16 +125,19 @@ CELLS = (
     Cell("textures", "4096", 6.4, ("dense-4",), ("dense-64-steps",), 3, (0.004, 0.008, 0.016)),
     Cell("textures", "4096", 6.4, WIDTHS, ("moe-32-half-hash", "moe-32-half-image"), 3),
     Cell("textures", "4096", 6.4, WIDTHS, ("moe-32-half-colour", "moe-8-full-k2"), 3),
+    Cell("characters", "sound", 6.4, NARROW, gated("moe-32-half"), 3),
+    Cell("mosaics", "1024", 21.0, (HIDDEN,), gated("moe-8-full-hidden"), 3, LOW_RATES),
+    Cell("photos", "", 16.0, (HIDDEN,), gated("moe-32-half-hidden"), 3, LOW_RATES),
     Cell("textures", "16384", 6.4, NARROW, EXPERTS, 3),
-    Cell("textures", "4096", 25.6, NARROW[1:], EXPERTS, 3),
+    *(Cell("textures", dose, 25.6, WIDTHS[1:], EXPERTS, 3) for dose in ("4096", "16384", "1024")),
     Cell("textures", "4096", 6.4, WIDTHS, SIZES, 3),
-    *(cell for cell in main_cells(5) if cell.task != "characters"),
-    *(Cell("textures", dose, 25.6, NARROW[1:], EXPERTS, 3) for dose in ("1024", "16384")),
+    Cell("characters", "random", 6.4, NARROW, EXPERTS, 5),
+    *main_cells(5),
+    Cell("characters", "sound", 6.4, ("dense-2",), EXPERTS, 5),
+    Cell("characters", "sound", 6.4, ("dense-4",), ("dense-64-steps",), 3, (0.004, 0.008, 0.016)),
     Cell("mosaics", "1024", 21.0, (HIDDEN,), ("dense-4-plain",), 3, LOW_RATES),
     *(Cell("textures", dose, 6.4, WIDTHS, TWO, 5) for dose in ("1024", "64")),
-    *(cell for cell in main_cells(5) if cell.task == "characters"),
-    Cell("characters", "sound", 6.4, ("dense-2",), EXPERTS, 5),
-    Cell("characters", "random", 6.4, NARROW, EXPERTS, 3),
+    Cell("characters", "sound", 6.4, NARROW, ("moe-8-full", *SIZES), 3),
 )
 
 
