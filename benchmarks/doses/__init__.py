@@ -19,6 +19,11 @@ from moevision.limits import keep_freed_memory
 
 FOLDER = HERE / "doses"
 PROTOCOL = FOLDER / "protocol.md"
+AGAIN = (
+    *(("textures", arm) for arm in ("dense-2", "dense-4", "moe-16-half", "moe-32-half")),
+    *(("textures", arm) for arm in ("moe-64-half", "moe-32-full", "moe-8-full-k2")),
+    *(("textures", "moe-32-half-hash"), ("characters", "dense-2"), ("characters", "moe-32-half")),
+)
 
 
 def main() -> None:
@@ -59,12 +64,15 @@ def main() -> None:
 
 
 def price_more(prices: Path, rounds: int) -> None:
-    """Arms without a price: in turns with a dense arm of their task, whose price times the ratio it is."""
+    """Arms without a price: in turns with a dense arm of their task, whose price times the ratio it is.
+
+    Where all have one, some are measured again, and no price changes: how far is a busy machine's ratio off?
+    """
     record = json.loads(prices.read_text(encoding="utf-8"))
     known = record["step_ms"]
     new = [pair for pair in runs.priced_arms() if " ".join(pair) not in known]
     beside = {task: runs.HIDDEN if task in ("mosaics", "photos") else "dense-2" for task, _ in new}
-    found = arms.measure_prices([*beside.items(), *new], steps=6, rounds=rounds)
+    found = arms.measure_prices([*beside.items(), *new] or list(AGAIN), steps=6, rounds=rounds)
     for task, arm in new:
         base = f"{task} {beside[task]}"
         known[f"{task} {arm}"] = round(found[f"{task} {arm}"] / found[base] * known[base], 2)
