@@ -145,9 +145,9 @@ def last_validation(metrics: Path) -> float:
 def needed_of(folder: Path, run: Run, photos: Path) -> dict[str, Any]:
     """Right answers that change without few experts; in the search in bfloat16, which takes half the time."""
     model = load_model(str(folder))
-    split, is_search = ("val", True) if run.photos == SEARCH else ("test", False)
+    is_search = run.photos == SEARCH
     pictures = open_pictures(
-        photos / ALL / split,
+        photos / ALL / ("val" if is_search else "test"),
         model.image_size,
         framing=model.framing,
         limit=IMAGES[run.photos] * len(model.class_names),

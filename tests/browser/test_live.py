@@ -164,7 +164,7 @@ def test_the_fewest_experts_of_a_typed_page_are_pythons(visit_live, whole, emoji
     page = visit_live(f"?page={quote(emoji)}").page
     page.wait_for_selector(".mv-picture.mv-sharp", state="attached")  # smooth, as examples are
     said = page.locator("[data-box=said]")
-    said.filter(has_text="% flags: of all emoji that it gets.").wait_for()
+    said.filter(has_text="52 % flags: of all emoji that expert 0 gets.").wait_for()
     # Most of both pages are animals, which the model says of the second one alone.
     (best, *_) = whole.answer("route", {"model": "emoji", "picture": picture})["prediction"]["moe"]
     assert ("Most are animals: the model is wrong." in said.text_content()) == (

@@ -213,7 +213,7 @@ const wrongWords = ({ picture: { id, label }, prediction: { moe } }) =>
 /** What the share in an expert's name is of. @param {App} app */
 function namesWords({ model: { card } }) {
   const [one] = card.names ?? [];
-  return one && `${percent(one.share)} ${one.name}: of all emoji that it gets.`;
+  return one && `${percent(one.share)} ${one.name}: of all emoji that expert ${one.expert} gets.`;
 }
 
 /** @param {string} action @param {string} label */
