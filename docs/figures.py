@@ -434,9 +434,12 @@ def gains(textures: Mapping[float, Sequence[Gain]], others: Sequence[Gain]) -> s
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.5"/>')
         parts += [mark(x(gain.dose), gain, y, color) for gain in found]
         peak = max(found, key=lambda gain: gain.mean)
-        parts.append(
-            text(x(peak.dose) + 10, y(peak.mean) - 8, f"{seconds:g} s", 15, color=color, bold=True)
-        )
+        label = f"{seconds:g} s"
+        if len(found) > 1:
+            place, anchor = (x(peak.dose) + 10, y(peak.mean) - 8), "start"
+        else:  # slopes of other lines pass beside a point alone
+            place, anchor = (x(peak.dose), y(peak.high) - 8), "middle"
+        parts.append(text(*place, label, 15, anchor, color, bold=True))
 
     heights = spread([y(gain.mean) for gain in others], 22, top, bottom)
     for place, (gain, height) in enumerate(zip(others, heights, strict=True)):
@@ -449,7 +452,7 @@ def gains(textures: Mapping[float, Sequence[Gain]], others: Sequence[Gain]) -> s
     return svg(800, 512, parts, "The gain of experts against how much must be remembered")
 
 
-TIME_COLORS = ("#56b4e9", "#0072b2")
+TIME_COLORS = ("#56b4e9", "#0072b2", "#00395a")
 
 
 def mark(x: float, gain: Gain, y: Callable[[float], float], color: str) -> str:

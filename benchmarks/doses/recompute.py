@@ -154,6 +154,14 @@ PRIMARY = (  # what, cell, arm with experts, what the trial had
     ("Tiny-ImageNet at 32 px", PHOTOS, "moe-32-half-hidden", "−1.5"),
 )
 
+GATES = ("colour", "position", "hash", "image")
+GATED = (  # cell, the arm whose learned gate gives way to the others
+    (TEXTURES, EXPERTS),
+    (SOUND, EXPERTS),
+    (MOSAICS, "moe-8-full-hidden"),
+    (PHOTOS, "moe-32-half-hidden"),
+)
+
 SHOWN = (  # in the picture beside the textures
     ("characters by first sound", SOUND, EXPERTS),
     ("characters by radical", RADICAL, EXPERTS),
@@ -223,9 +231,34 @@ def dose_rows() -> list[str]:
     ]
 
 
+def without_gates(cell: Cell) -> list[str]:
+    """The arms of a cell that ran the seeds, but for those with another gate than the learned one."""
+    return [arm for arm in cell.arms if arm.rpartition("-")[2] not in GATES]
+
+
+def gate_rows() -> list[str]:
+    """What the gate sees: accuracy without experts, and with the same experts chosen in different ways."""
+    rows = []
+    for cell, learned in GATED:
+        arms = [cell.strongest, learned, *(f"{learned}-{gate}" for gate in GATES)]
+        rows.append(
+            row([f"{cell.task}, `{learned}`", *(mean_and_sd(cell.values(a)) for a in arms)])
+        )
+    return rows
+
+
+def gate_gain_rows() -> list[str]:
+    """The same minus the strongest dense model, in points."""
+    rows = []
+    for cell, learned in GATED:
+        arms = [learned, *(f"{learned}-{gate}" for gate in GATES)]
+        rows.append(row([cell.task, *(cell.gain(arm).points for arm in arms)]))
+    return rows
+
+
 def arm_rows(cell: Cell) -> list[str]:
     """Every arm of a cell that ran the seeds, the best first, minus the strongest dense one."""
-    ranked = sorted(cell.arms, key=lambda arm: -fmean(cell.values(arm)))
+    ranked = sorted(without_gates(cell), key=lambda arm: -fmean(cell.values(arm)))
     rows = []
     for arm in ranked:
         runs = cell.of_arm(arm)
@@ -250,7 +283,7 @@ def arm_rows(cell: Cell) -> list[str]:
 def photo_rows() -> list[str]:
     """Accuracy and loss of Tiny-ImageNet; the difference of both from `dense-4-hidden`."""
     rows = []
-    for arm in PHOTOS.arms:
+    for arm in without_gates(PHOTOS):
         runs = PHOTOS.of_arm(arm)
         other = arm != PHOTOS.strongest
         rows.append(
@@ -286,10 +319,10 @@ def tuning_rows() -> list[str]:
 
 
 def price_rows() -> list[str]:
-    """CPU milliseconds of a training step."""
-    return [
-        row([f"{name.split()[0]} `{name.split()[1]}`", f"{ms:.1f}"]) for name, ms in STEP_MS.items()
-    ]
+    """CPU milliseconds of a training step, of the arms that were run."""
+    used = {f"{run['task']} {run['arm']}" for run in RUNS}
+    prices = {tuple(name.split()): ms for name, ms in STEP_MS.items() if name in used}
+    return [row([f"{task} `{arm}`", f"{ms:.1f}"]) for (task, arm), ms in prices.items()]
 
 
 # ---- sentences
@@ -330,12 +363,27 @@ def of_mosaics() -> list[str]:
 
 
 def of_gate() -> list[str]:
-    """The learned gate less that by position."""
-    gate = f"{EXPERTS}-position"
+    """The learned gate less the others."""
+    colour, place = (
+        TEXTURES.gain(EXPERTS, f"{EXPERTS}-{gate}").points for gate in ("colour", "position")
+    )
+    characters = SOUND.gain(EXPERTS, f"{EXPERTS}-colour").points
+    photos = PHOTOS.gain("moe-32-half-hidden", "moe-32-half-hidden-position").points
     return [
-        f"the same experts chosen by place are {TEXTURES.gain(gate).points} points from dense",
-        f"learned less by place: {TEXTURES.gain(EXPERTS, gate).points} points",
+        f"on textures it is {place} points from the gate by place and {colour} from k-means of colours",
+        f"on characters {characters} points from the gate by darkness",
+        f"on photos it is {photos} points from the gate by place",
     ]
+
+
+def of_parameters() -> str:
+    """The falsifier of textures: dense width with the experts' parameters, at equal steps."""
+    arm = "dense-64-steps"
+    run = TEXTURES.of_arm(arm)[0]
+    return (
+        f"`{arm}`, {run['parameters'] / 1e6:.2f} M parameters, {run['steps']} steps in {run['cpu_s']:.0f} CPU seconds, "
+        f"has {mean_and_sd(TEXTURES.values(arm))} %, {TEXTURES.gain(arm).points} points from `{TEXTURES.strongest}`"
+    )
 
 
 def of_photos() -> str:
@@ -375,10 +423,12 @@ def of_cpu_time() -> str:
 
 def of_row() -> str:
     """The row of docs/results.md."""
+    place = TEXTURES.gain(EXPERTS, f"{EXPERTS}-position").points
     return (
         "| The more there is to remember, the more they help | up to a point, on tasks made for it | On drawn "
         f"textures, at equal time, experts minus the strongest dense model, in points: {of_textures(1.6)}; "
-        f"{of_textures(6.4)} (3 to 5 seeds; [doses](../benchmarks/doses/README.md)). |"
+        f"{of_textures(6.4)}; {of_textures(25.6)}; minus the same experts chosen by place, {place} "
+        "(3 to 5 seeds; [doses](../benchmarks/doses/README.md)). |"
     )
 
 
@@ -394,12 +444,16 @@ def statements() -> dict[str, list[str]]:
         STUDY: [
             of_textures(1.6),
             of_textures(6.4),
+            of_textures(25.6),
             of_sound(),
             *of_radical(),
             of_photos(),
             *of_width(),
             *of_mosaics(),
             *of_gate(),
+            of_parameters(),
+            *gate_rows(),
+            *gate_gain_rows(),
             *of_prices(),
             of_cpu_time(),
             *primary_rows(),

@@ -203,10 +203,6 @@ def statements() -> dict[str, list[str]]:
     def over(arm: str) -> list[str]:
         return [over_images(runs, "joined", arm) for runs in sets.values()]
 
-    def reached(arm: str) -> str:
-        means = [percent(fmean(accuracy(run, arm) for run in runs)) for runs in sets.values()]
-        return f"{means[0]}, {means[1]} and {means[2]} %"
-
     def is_a_tie(arm: str) -> bool:
         gaps, half, _ = difference(imagenette, "joined", arm)
         return abs(fmean(gaps)) <= half
@@ -257,8 +253,6 @@ def statements() -> dict[str, list[str]]:
     guide = [
         f"beside the rule, experts trained apart and joined bring {rule[0]}, {rule[1]} and {rule[2]} points on three "
         f"sets, tuned heads for each folder {heads_beside[0]}, {heads_beside[1]} and {heads_beside[2]}",
-        f"such a rule reached {reached('no training')}, tuned heads for each folder behind it {reached(CONTROL)}, "
-        f"joined experts {reached('joined')}",
         f"Rule and heads took {cheap:.0f} CPU seconds, experts {experts:.0f}",
     ]
     return {"benchmarks/modular/README.md": readme, "docs/guides/when-experts.md": guide}
