@@ -564,7 +564,12 @@ def _prune(add: Add) -> None:
 
 
 def _demo(add: Add) -> None:
-    add("model", nargs="?", metavar="MODEL", help=f"{MODEL}; bundled if left out")
+    add(
+        "model",
+        nargs="*",
+        metavar="MODEL",
+        help=f"{MODEL}; several to compare; bundled if left out",
+    )
     add("--data", metavar="DIR", help=f"images to choose from: {_DATA}")
     add("--root", metavar="DIR", help=_ROOT)
     add(
@@ -738,6 +743,7 @@ page are not kept.""",
         """\
   moevision demo                                     the bundled models, on this computer only
   moevision demo runs/pets --data path/to/photos     a model that you trained, and your images to choose from
+  moevision demo runs/small runs/pets                two of your models: the page switches between them
   moevision demo --host 0.0.0.0 --auth class         for a class on the same network; a QR code is printed""",
     ),
 }

@@ -265,7 +265,12 @@ def tell(record: Mapping[str, Any], num_classes: int, out: str) -> None:
         f"{before['ms']:.1f} → {after['ms']:.1f} ms an image, {record['bytes'] / 1e6:.1f} MB"
     )
     console.print(verdict(right, count), soft_wrap=True)
-    console.print(f"\nlook inside: moevision demo {out}", markup=False, soft_wrap=True)
+    source = shell_word(escape_controls(record["source"]))
+    console.print(
+        f"\nlook inside, beside its source: moevision demo {out} {source}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def verdict(right: Mapping[str, Any], count: int) -> str:

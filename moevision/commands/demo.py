@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -82,18 +82,19 @@ def _ask_for_password(user: str) -> str:
 
 
 def open_explorer(
-    model: str | None, data: str | None, root: str | None, *, local: bool = True
+    models: Sequence[str], data: str | None, root: str | None, *, local: bool = True
 ) -> Explorer:
-    """Load the models, start to look through their images, and warm everything up."""
+    """Load the models, else the bundled ones, start to look through their images, and warm everything up."""
     import torch
 
     from moevision.demo.galleries import Galleries
-    from moevision.demo.models import open_entries
+    from moevision.demo.models import open_entries, open_own
     from moevision.demo.server import cpu_workers
     from moevision.demo.service import Explorer
 
     torch.set_num_threads(max(1, usable_cores() // cpu_workers()))
-    entries = open_entries(model, data, root)
+    entries = [open_own(model, data, root, number) for number, model in enumerate(models)]
+    entries = entries or open_entries(None, data, root)
     explorer = Explorer(entries, Galleries(entries), local=local)
     explorer.warm()
     explorer.galleries.start(explorer.pages.prepare)

@@ -254,7 +254,7 @@ def open_entries(
     `data` and `root` are what the user said about images; None for the model's own, and for the folder `data`.
     """
     if model is not None:
-        return [_open_own(model, data, root)]
+        return [open_own(model, data, root)]
     folders = bundled_folders(home)
     if not folders:
         raise UserError(
@@ -342,9 +342,12 @@ def credits_of(file: Path) -> dict[str, str]:
     return credits
 
 
-def _open_own(address: str, data: str | None, root: str | None) -> Entry:
+def open_own(address: str, data: str | None, root: str | None, number: int = 0) -> Entry:
+    """A user's model; `number` tells apart those that are opened beside one another."""
     trained = load_model(address)
     card = card_of_run(address)
+    if number:
+        card = replace(card, id=f"{OWN}-{number}")
     variants = _variants(card, {"trained": trained, "untrained": untrained(trained)})
     run = run_folder(address)
     dense = None

@@ -11,7 +11,9 @@ import torch
 from torchvision.transforms.v2.functional import normalize, to_dtype, to_image
 
 from moevision.commands.cut import verdict
+from moevision.commands.demo import open_explorer
 from moevision.data.images import safe_open
+from moevision.errors import DataWarning
 from moevision.layers import forward_routing, moe_layers
 from moevision.models.cut import cut
 from moevision.models.io import describe, load_model, save_model
@@ -117,6 +119,57 @@ def test_a_cut_model_predicts_and_can_be_cut_again(cli, record, folder, tmp_path
     numbers = json.loads((tmp_path / "again" / "cut.json").read_text())
     assert numbers["right"]["others"] is None
     assert all(len(experts) <= 2 for experts in numbers["experts"].values())
+
+
+@pytest.mark.needs("onnx")
+def test_a_cut_model_is_exported(cli, record, folder, tmp_path):
+    import onnxruntime
+
+    _, _, out = record
+    succeeded(cli("export", out, "--out", tmp_path / "small.onnx"))
+    small = load_model(str(out))
+    x, _ = inputs(folder / "test", small, small.class_names)
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "small.onnx").run(
+        ["logits"], {"image": x.numpy()}
+    )
+    with torch.inference_mode():
+        expected = small.net(x)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.needs("transformers")
+@torch.inference_mode()
+def test_transformers_opens_a_cut_model(record, folder):
+    import transformers
+
+    _, _, out = record
+    small = load_model(str(out))
+    x, _ = inputs(folder / "test", small, small.class_names)
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(out).eval()
+    assert list(wrapped.config.id2label.values()) == ["cat", "fox"]
+    torch.testing.assert_close(wrapped(x).logits, small.net(x), rtol=0, atol=1e-5)
+
+
+def test_the_explorer_shows_it_beside_its_source(record, folder, model):
+    """One image, asked of both: each answers with its own classes, by its own experts."""
+    _, text, out = record
+    says(text, f"moevision demo {out} {model}")
+    with pytest.warns(
+        DataWarning, match="dog"
+    ):  # images of a class that the cut model doesn't know
+        explorer = open_explorer([str(out), str(model)], str(folder), None)
+    try:
+        models = explorer.answer("boot", {})["models"]
+        assert [one["id"] for one in models] == ["own", "own-1"]
+        picture = {"kind": "example", "id": models[0]["examples"][0]["id"]}
+        views = [
+            explorer.answer("route", {"model": one["id"], "picture": picture}) for one in models
+        ]
+    finally:
+        explorer.close()
+    assert [len(view["prediction"]["moe"]) for view in views] == [2, 3]
+    experts = [[layer["num_experts"] for layer in view["layers"]] for view in views]
+    assert experts == [[2, 2], [4, 4]]
 
 
 @pytest.mark.parametrize(
