@@ -1,5 +1,6 @@
 """Which tests run, in which process, and what is said of those that can't; what tests share is in `tests/shared.py`."""
 
+import gc
 import os
 import sys
 import zlib
@@ -41,6 +42,20 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         os.environ.setdefault(
             "OMP_NUM_THREADS", "1"
         )  # two processes with all cores each would be in each other's way
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected, 800,000 objects, stays to the end: nobody looks through it for garbage.
+
+    While it grows that took 3 of the 17 CPU seconds of collecting everything, and afterwards a second each time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
