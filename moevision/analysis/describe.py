@@ -182,11 +182,6 @@ def random_patches(
     return _as_patches(images[drawn], patches[drawn], weights[drawn])
 
 
-def first_choice_paths(trace: RoutingTrace) -> Ints:
-    """[I, P, L]: the expert that each patch gave most weight to in each MoE layer, in order of depth; -1 for none."""
-    return np.stack([layer.first_choice() for layer in trace.layers], axis=-1)
-
-
 def _routed(layer: LayerTrace, expert: int) -> tuple[Ints, Ints, Floats]:
     """Image, patch and weight of everything that an expert computed, in order of image and patch."""
     images, patches, choices = np.nonzero((layer.expert_index == expert) & layer.kept)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 from statistics import fmean, stdev
@@ -243,8 +243,7 @@ def remove_by_row(is_away: Tensor) -> Edit:
     """An edit that takes other experts, `is_away` [B, E], away from each image of a batch."""
 
     def edit(decision: Decision) -> Decision:
-        removed = decision.removed | is_away[:, None, :].to(decision.removed.device)
-        return replace(decision, removed=removed)
+        return decision.take_away(is_away[:, None, :].to(decision.removed.device), "next_best")
 
     return edit
 
@@ -342,10 +341,7 @@ def remove_random_experts(
             drawn = rng.choice(candidates, min(count, len(candidates)), replace=False)
             removed[image, tokens[drawn], experts[drawn]] = True
 
-    mask = torch.from_numpy(removed).to(decision.removed.device)
-    if fill == "zero":
-        return replace(decision, silenced=decision.silenced | mask)
-    return replace(decision, removed=decision.removed | mask)
+    return decision.take_away(torch.from_numpy(removed).to(decision.removed.device), fill)
 
 
 def run_under(

@@ -116,23 +116,20 @@ def figure_heading(figure: Figure, text: str, note: str = "") -> None:
     width, height = figure.get_size_inches()
     # A longer line than a page's is hard to read. At a notebook's resolution letters are up to 7.3 % wider than drawn.
     line_inches = (min(width, PAGE_INCHES) - 0.15) / 1.075
-    bold: Style = {"fontsize": LARGE, "fontweight": "bold", "color": INK}
-    plain: Style = {"fontsize": NORMAL - 0.5, "fontweight": "normal", "color": SOFT}
-    lines = [(line, bold) for line in wrap_text(text, line_inches, _font(bold))]
-    lines += [(line, plain) for line in wrap_text(note, line_inches, _font(plain))]
+    bold = FontProperties(size=LARGE, weight="bold")
+    plain = FontProperties(size=NORMAL - 0.5)
+    lines = [(line, bold, INK) for line in wrap_text(text, line_inches, bold)]
+    lines += [(line, plain, SOFT) for line in wrap_text(note, line_inches, plain)]
 
     total = height + 0.1 + _LINE_INCHES * len(lines)
     figure.set_size_inches(width, total)
     figure.get_layout_engine().set(rect=(0, 0, 1, height / total))  # type: ignore[union-attr, call-arg]
     x = 0.05 / width
     y = 1 - 0.06 / total
-    for line, style in lines:
-        figure.text(x, y, line, va="top", in_layout=False, parse_math=False, **style)
+    for line, font, colour in lines:
+        style: Style = {"va": "top", "font": font, "color": colour}
+        figure.text(x, y, line, in_layout=False, parse_math=False, **style)
         y -= _LINE_INCHES / total
-
-
-def _font(style: Style) -> FontProperties:
-    return FontProperties(size=style["fontsize"], weight=style["fontweight"])
 
 
 def wrap_text(text: str, width_inches: float, font: FontProperties) -> list[str]:
@@ -174,7 +171,7 @@ def add_text(
     axes: Axes, x: float, y: float, text: str, ink: str, size: float = SMALL, **style: Any
 ) -> None:
     """A word or number whose middle is at (x, y)."""
-    axes.text(x, y, text, ha="center", **{"va": "center", "fontsize": size, "color": ink, **style})
+    axes.text(x, y, text, ha="center", va="center", fontsize=size, color=ink, **style)
 
 
 def chip(colour: str, pad: float = 0.25) -> dict[str, str]:

@@ -22,29 +22,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moevision.analysis.describe import (
+    ClassExpertMap,
     GalleryPatch,
     fractions_of_parts,
     layer_gallery,
     part_expert_table,
     part_stands_out,
 )
+from moevision.analysis.images import PictureSet
 from moevision.analysis.information import as_json
+from moevision.analysis.questions import LayerAnswers
+from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError, json_text
 from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
 from moevision.types import Array, Flags, Floats, Json
-
-if TYPE_CHECKING:
-    from moevision.analysis.describe import ClassExpertMap
-    from moevision.analysis.images import PictureSet
-    from moevision.analysis.questions import LayerAnswers
-    from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 SCHEMA = "moevision.atlas/1"
 """Version of the file; a change that an older reader would misread raises the number."""

@@ -124,6 +124,7 @@ def _layer_facts(
 ) -> LayerFacts:
     """The facts of a MoE layer, from the layer and its routing of any image."""
     router: Any = layer.router
+    options = getattr(router, "options", None)
     refusals = {kind: refusal(kind, router) for kind in CHANGES}
     slots = routing.slot_weight.shape[-1] if isinstance(routing, SoftRouting) else None
     all_parameters = sum(weight.numel() for weight in layer.experts.parameters())
@@ -135,8 +136,8 @@ def _layer_facts(
         num_experts=routing.num_experts,
         top_k=router.top_k,
         num_shared_experts=layer.num_shared_experts,
-        capacity=_capacity_factor(router, "eval_capacity_factor"),
-        train_capacity=_capacity_factor(router, "capacity_factor"),
+        capacity=getattr(options, "eval_capacity_factor", None),
+        train_capacity=getattr(options, "capacity_factor", None),
         slots=slots,
         read_by_classifier=read_by_classifier,
         refused={kind: reason for kind, reason in refusals.items() if reason is not None},
@@ -145,10 +146,6 @@ def _layer_facts(
         expert_parameters=all_parameters // routing.num_experts,
         noise=noise_of(router),
     )
-
-
-def _capacity_factor(router: Any, name: str) -> float | None:
-    return getattr(getattr(router, "options", None), name, None)
 
 
 def common(values: Iterable[int]) -> int | None:
