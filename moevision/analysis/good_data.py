@@ -539,8 +539,8 @@ class ImageFacts:
 
         Distances sort pairs by hash before pairs by features: the number of bits that differ, or 100 + 1 - cosine.
         """
-        by_hash = self.by_hash.across if across else self.by_hash.overall
-        by_features = self.by_features.across if across else self.by_features.overall
+        by_hash = self.by_hash[across]
+        by_features = self.by_features[across]
         has_hash_pair = by_hash.other >= 0
         other = np.where(has_hash_pair, by_hash.other, by_features.other)
         distance = np.where(has_hash_pair, by_hash.distance, 100 + by_features.distance)
@@ -890,10 +890,10 @@ def _odd_sizes(measures: Array, show: int) -> Ranked:
     is_read = measures["read"]
     oddness = np.zeros(len(measures), np.float32)
     if is_read.any():
-        log_width = np.log(measures["width"][is_read])
-        log_height = np.log(measures["height"][is_read])
-        log_area = log_width + log_height
-        log_shape = log_width - log_height
+        width = measures["width"][is_read].astype(np.float64)
+        height = measures["height"][is_read]
+        log_area = np.log(width * height)
+        log_shape = np.log(width / height)
         area_gap = np.abs(log_area - np.median(log_area))
         shape_gap = np.abs(log_shape - np.median(log_shape))
         oddness[is_read] = np.maximum(area_gap, shape_gap)
