@@ -1,6 +1,7 @@
 """`collect_routing`: run a model over images and record what its MoE layers decided about every patch.
 
-Also the inputs of networks (`network_input`) and of their MoE layers (`layer_inputs`).
+Also the inputs of networks (`network_input`), of their MoE layers (`layer_inputs`), and what any of their modules reads
+and returns (`record_modules`).
 
 Axes: B images of a batch, I images, S image size in pixels, N tokens (prefix tokens first), P patches, K choices,
 E experts, C classes, D width.
@@ -12,8 +13,8 @@ import hashlib
 import html
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -30,7 +31,7 @@ from moevision.analysis.images import Data, PictureSet, find_images, open_pictur
 from moevision.analysis.trace import RoutingTrace, metadata_of
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
-from moevision.errors import DataWarning, UserError
+from moevision.errors import DataWarning, UserError, escape_controls
 from moevision.layers import Routing, SoftRouting, forward_routing, moe_layers, routing_lock
 from moevision.layers.routing import evaluating
 from moevision.models.convert import layers_that_miss_classifier
@@ -153,10 +154,8 @@ def _warn_of_unread_layers(net: nn.Module) -> None:
 
 def _output_names(count: int, *candidates: Sequence[str]) -> tuple[str, ...]:
     """Names of the model's outputs: the first candidate with `count` names, or else "class 0", "class 1", ..."""
-    for names in candidates:
-        if len(names) == count:
-            return tuple(names)
-    return tuple(f"class {index}" for index in range(count))
+    fitting = (tuple(names) for names in candidates if len(names) == count)
+    return next(fitting, tuple(f"class {index}" for index in range(count)))
 
 
 def _provenance(net: nn.Module) -> Json:
@@ -316,11 +315,9 @@ def as_saved_model(model: SavedModel | nn.Module | str | Path) -> SavedModel:
 def model_title(model: SavedModel | nn.Module | str | Path) -> str:
     """What a model is called: its run folder or address, or else timm's name of its architecture."""
     if isinstance(model, str | Path):
-        path = Path(model)
-        if not path.exists():
-            return str(model)
-        path = path.resolve()
-        return path.parent.name if path.name == "model" else path.name
+        path = Path(model).resolve()
+        title = path.parent.name if path.name == "model" else path.name
+        return escape_controls(title if path.exists() else str(model))
     net = model.net if isinstance(model, SavedModel) else model
     config: Json = getattr(net, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(net).__name__)
@@ -343,22 +340,35 @@ def network_input(model: SavedModel, images: Pixels) -> Tensor:
     return pixels.to(weight.device, weight.dtype)
 
 
-@torch.no_grad()
-def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
-    """Input of each MoE layer of a net in eval mode: block index -> [B, P, D], without prefix tokens."""
-    inputs: dict[int, Tensor] = {}
-    num_prefix_tokens = int(getattr(net, "num_prefix_tokens", 0))
+@contextmanager
+def record_modules(
+    net: nn.Module, modules: Mapping[Any, nn.Module]
+) -> Iterator[tuple[dict[Any, Tensor], dict[Any, Tensor]]]:
+    """Within the scope, store the input and the output of modules of `net` by their keys, in the order of the calls.
 
-    def record_input(block: Any, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs[block] = arguments[0][:, num_prefix_tokens:]
+    Other threads wait for the network, so that the images of none are stored.
+    """
+    inputs: dict[Any, Tensor] = {}
+    outputs: dict[Any, Tensor] = {}
 
-    # Locked, so that the hooks see no other thread's images.
+    def store(key: Any, _: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs[key] = arguments[0]
+        outputs[key] = output
+
     with routing_lock(net), ExitStack() as hooks:
-        for layer in moe_layers(net):
-            hook = partial(record_input, layer.layer_index)
-            hooks.enter_context(layer.register_forward_pre_hook(hook))
+        for key, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(store, key)))
+        yield inputs, outputs
+
+
+@torch.no_grad()
+def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[Any, Tensor]:
+    """Input of each MoE layer of a net in eval mode: block index -> [B, P, D], without prefix tokens."""
+    first_patch = int(getattr(net, "num_prefix_tokens", 0))
+    layers = {layer.layer_index: layer for layer in moe_layers(net)}
+    with record_modules(net, layers) as (inputs, _):
         net(pixels)
-    return inputs
+    return {block: tokens[:, first_patch:] for block, tokens in inputs.items()}
 
 
 @dataclass(frozen=True, repr=False)

@@ -47,10 +47,10 @@ def part_fractions(part_masks: Pixels, grid: tuple[int, int], num_parts: int) ->
     """[I, P, parts]: which share of each patch's pixels belongs to each part, from masks [I, S, S] of part numbers."""
     rows, columns = grid
     images, height, width = part_masks.shape
-    tiles = part_masks.reshape(images, rows, height // rows, columns, width // columns)
-    pixels = tiles.swapaxes(2, 3).reshape(images, rows * columns, -1)  # [I, P, pixels]
-    is_part = [pixels == part for part in range(num_parts)]
-    return np.stack([mask.mean(-1, dtype=np.float32) for mask in is_part], axis=-1)
+    is_part = part_masks[..., None] == np.arange(num_parts)  # [I, S, S, parts]
+    tiles = is_part.reshape(images, rows, height // rows, columns, width // columns, num_parts)
+    fractions: Floats = tiles.mean((2, 4), dtype=np.float32)  # [I, rows, columns, parts]
+    return fractions.reshape(images, rows * columns, num_parts)
 
 
 def majority_part(fractions: Floats) -> Ints:
@@ -180,11 +180,6 @@ def random_patches(
     drawn = rng.choice(len(images), size=min(count, available), replace=False, p=probs)
     drawn = np.sort(drawn)
     return _as_patches(images[drawn], patches[drawn], weights[drawn])
-
-
-def first_choice_paths(trace: RoutingTrace) -> Ints:
-    """[I, P, L]: the expert that each patch gave most weight to in each MoE layer, in order of depth; -1 for none."""
-    return np.stack([layer.first_choice() for layer in trace.layers], axis=-1)
 
 
 def _routed(layer: LayerTrace, expert: int) -> tuple[Ints, Ints, Floats]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 from statistics import fmean, stdev
@@ -243,8 +243,7 @@ def remove_by_row(is_away: Tensor) -> Edit:
     """An edit that takes other experts, `is_away` [B, E], away from each image of a batch."""
 
     def edit(decision: Decision) -> Decision:
-        removed = decision.removed | is_away[:, None, :].to(decision.removed.device)
-        return replace(decision, removed=removed)
+        return decision.take_away(is_away[:, None, :].to(decision.removed.device), "next_best")
 
     return edit
 
@@ -342,10 +341,7 @@ def remove_random_experts(
             drawn = rng.choice(candidates, min(count, len(candidates)), replace=False)
             removed[image, tokens[drawn], experts[drawn]] = True
 
-    mask = torch.from_numpy(removed).to(decision.removed.device)
-    if fill == "zero":
-        return replace(decision, silenced=decision.silenced | mask)
-    return replace(decision, removed=decision.removed | mask)
+    return decision.take_away(torch.from_numpy(removed).to(decision.removed.device), fill)
 
 
 def run_under(
@@ -548,7 +544,9 @@ class Effect:
         change = effect_in_words(self.intervention, self.moved, self.routing)
         if self.also:
             names = [f"L{one.layer}·E{one.expert}" for one in (self.intervention, *self.also)]
-            change = f"without {', '.join(names)} ({_count(self.moved, 'patch assignment')} moved)"
+            change = (
+                f"without {', '.join(names)} ({quantity(self.moved, 'patch assignment')} moved)"
+            )
         name = self.class_names[self.target]
         sentence = f"For this image: {change} {name} {outcome} (logit {_signed(self.delta_logit)})"
 
@@ -593,7 +591,7 @@ def effect_in_words(
 ) -> str:
     """What was changed, as the start of a sentence; `moved` patch assignments were taken from their experts."""
     layer = _layer_in_words(intervention)
-    assignments = _count(moved, "patch assignment")
+    assignments = quantity(moved, "patch assignment")
     match intervention.kind:
         case "ablate":
             consequence = _ablation_in_words(intervention.fill, moved, routing)
@@ -619,7 +617,7 @@ def effect_in_words(
 
 
 def _ablation_in_words(fill: Fill, moved: int, routing: RoutingKind) -> str:
-    patches = _count(moved, "patch", "patches")
+    patches = quantity(moved, "patch", "patches")
     if fill == "zero":
         return f"its output set to zero for {patches}"
     if routing == "soft":
@@ -633,7 +631,8 @@ def _layer_in_words(intervention: Intervention) -> str:
     return "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
 
 
-def _count(number: int, singular: str, plural: str = "") -> str:
+def quantity(number: int, singular: str, plural: str = "") -> str:
+    """As in "1 patch" and "8 patches"; the plural has an s if it isn't given."""
     return f"{number} {singular if number == 1 else plural or singular + 's'}"
 
 
@@ -641,7 +640,7 @@ def control_in_words(
     intervention: Intervention, moved: int, routing: RoutingKind = "token_choice"
 ) -> str:
     """The random change of the control and its fill, in words; `moved` patch assignments are taken away."""
-    assignments = f"{_count(moved, 'random patch assignment')} of {_layer_in_words(intervention)}"
+    assignments = f"{quantity(moved, 'random patch assignment')} of {_layer_in_words(intervention)}"
     if control_fill(intervention) == "zero":
         return f"setting {assignments} to zero"
     return {

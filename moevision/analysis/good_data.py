@@ -8,8 +8,7 @@ near-duplicates are searched for (`nearest_by_hash`, `nearest_by_features`). The
 image, one split after the other; pixels are not kept.
 
 The page only ranks images. Which of them are bad, a person decides there; the browser saves these decisions as
-decisions.csv, which `moevision data prune --by decisions` and `fit --data.relabel` read. `SCORE_LISTS` are the lists
-that need the scores alone.
+decisions.csv, which `moevision data prune --by decisions` and `fit --data.relabel` read.
 
 Axes: n images of all splits, m of the training set (the first m of n), D features, C classes, H height, W width.
 """
@@ -441,9 +440,10 @@ class RunImages:
     samples: dict[str, list[Sample]]  # split -> its images
 
     def __post_init__(self) -> None:
-        """Set `splits` (names, train first) and, for all n images, `all`, `split_of` (index of the split), `labels`."""
+        """Set `splits` (names, train first) and, for all n images, `all`, `names`, `split_of` (index) and `labels`."""
         self.splits = [split for split in SPLITS if split in self.samples]
         self.all = [sample for split in self.splits for sample in self.samples[split]]
+        self.names = [sample.sample_id for sample in self.all]
         sizes = [len(self.samples[split]) for split in self.splits]
         self.split_of = np.repeat(np.arange(len(sizes)), sizes)
         self.labels = np.array([sample.label for sample in self.all], np.int64)
@@ -451,12 +451,9 @@ class RunImages:
     def __len__(self) -> int:
         return len(self.all)
 
-    def __getitem__(self, index: int) -> tuple[str, Sample]:
-        """The split of an image, and the image."""
-        return self.splits[self.split_of[index]], self.all[index]
-
     def __iter__(self) -> Iterator[tuple[str, Sample]]:
-        return map(self.__getitem__, range(len(self)))
+        """The split of each image, and the image."""
+        return ((split, sample) for split in self.splits for sample in self.samples[split])
 
 
 def images_of(run_dir: Path) -> RunImages:
@@ -542,8 +539,8 @@ class ImageFacts:
 
         Distances sort pairs by hash before pairs by features: the number of bits that differ, or 100 + 1 - cosine.
         """
-        by_hash = self.by_hash.across if across else self.by_hash.overall
-        by_features = self.by_features.across if across else self.by_features.overall
+        by_hash = self.by_hash[across]
+        by_features = self.by_features[across]
         has_hash_pair = by_hash.other >= 0
         other = np.where(has_hash_pair, by_hash.other, by_features.other)
         distance = np.where(has_hash_pair, by_hash.distance, 100 + by_features.distance)
@@ -648,66 +645,6 @@ def _margins(probabilities: Floats, labels: Ints) -> Floats:
 # ---- ranked lists
 
 
-@dataclass(frozen=True)
-class ScoreList:
-    """A list of training images by one score."""
-
-    key: str  # its name in the page
-    title: str
-    about: str  # by what it is ranked, and what it doesn't show
-    score: str  # name of the score, one of `data.scores.SCORES`
-    form: str  # format string for a score
-    highest: bool = False  # whether the highest score comes first; else the lowest
-
-    def first(self, scores: Mapping[str, Floats], count: int, among: Flags | None = None) -> Ints:
-        """The first `count` images of the list: rows of `scores`, score -> [m]; images without the score are left out.
-
-        `among` [m] restricts the list to some images.
-        """
-        values = scores[self.score]
-        return lowest_rows(-values if self.highest else values, count, among)
-
-    def value(self, scores: Mapping[str, Floats], row: int) -> str:
-        """The score of one image as text."""
-        return self.form.format(scores[self.score][row]).replace("-", "\N{MINUS SIGN}")
-
-
-_SCORE_LISTS = (
-    ScoreList(
-        key="doubtful",
-        title="Other images speak against the label",
-        about="Lowest area under the margin: the logit of the label less the largest other one, mean over the "
-        "training. Wrong labels, and with them rare and ambiguous images; of few visits many right labels.",
-        score="aum",
-        form="margin {:.2f}",
-    ),
-    ScoreList(
-        key="hardest",
-        title="Hardest",
-        about="Highest EL2N: how far the probabilities were from the label, mean over the training.",
-        score="el2n",
-        form="EL2N {:.2f}",
-        highest=True,
-    ),
-    ScoreList(
-        key="unsteady",
-        title="Most unsteady",
-        about="Largest spread of the label's probability over the training: learned and lost again.",
-        score="p_std",
-        form="spread {:.2f}",
-        highest=True,
-    ),
-    ScoreList(
-        key="easiest",
-        title="Easiest",
-        about="Lowest EL2N. Many alike easy images teach little more than some of them.",
-        score="el2n",
-        form="EL2N {:.2g}",
-    ),
-)
-SCORE_LISTS = {ranking.key: ranking for ranking in _SCORE_LISTS}
-
-
 def lowest_rows(values: Array, count: int, among: Flags | None = None) -> Ints:
     """Rows of the `count` lowest finite values of [m], lowest first; `among` [m] restricts them to some rows."""
     finite = np.isfinite(values)
@@ -743,12 +680,12 @@ def _image_columns(images: RunImages, facts: ImageFacts) -> Columns:
     reasons = (facts.problems.get(index, "") for index in range(len(images)))
     return {
         "split": (split for split, _ in images),
-        "image": (escape_csv_cell(sample.sample_id) for sample in images.all),
-        "label": _class_names(images, images.labels),
+        "image": map(escape_csv_cell, images.names),
+        "label": _names(images.class_names, images.labels),
         "visits": facts.visits,
         **{name: _numbers(values) for name, values in facts.scores.items()},
         "unlike_class": _numbers(facts.unlike_class),
-        "prediction": _class_names(images, facts.prediction),
+        "prediction": _names(images.class_names, facts.prediction),
         "certainty": _numbers(facts.certainty),
         "margin": _numbers(facts.margin),
         **measures,
@@ -764,14 +701,14 @@ def _neighbour_columns(images: RunImages, facts: ImageFacts) -> Columns:
     if facts.white is not None:
         leak_cosine = np.where(leak >= 0, np.vecdot(facts.white, facts.white[leak]), np.nan)
     return {
-        "hash_twin": _sample_names(images, by_hash.other),
+        "hash_twin": _names(images.names, by_hash.other),
         "hash_bits": _numbers(by_hash.distance, ".0f"),
-        "feature_twin": _sample_names(images, by_features.other),
+        "feature_twin": _names(images.names, by_features.other),
         "feature_cosine": _numbers(1 - by_features.distance),
-        "leak": _sample_names(images, leak),
+        "leak": _names(images.names, leak),
         "leak_bits": _numbers(across.distance, ".0f"),
         "leak_cosine": _numbers(leak_cosine),
-        "expert_twin": _sample_names(images, facts.by_experts.other),
+        "expert_twin": _names(images.names, facts.by_experts.other),
         "expert_coefficient": _numbers(1 - facts.by_experts.distance),
     }
 
@@ -781,16 +718,10 @@ def _numbers(values: Array, form: str = ".5g") -> Iterator[str]:
     return (format(value, form) if math.isfinite(value) else "" for value in values)
 
 
-def _class_names(images: RunImages, labels: Ints) -> Iterator[str]:
-    """Cells of a column; empty where a label is -1."""
-    names = [*map(escape_csv_cell, images.class_names), ""]
-    return (names[label] for label in labels)
-
-
-def _sample_names(images: RunImages, indices: Ints) -> Iterator[str]:
-    """Cells of a column; empty where an index is -1."""
-    for index in indices:
-        yield escape_csv_cell(images.all[index].sample_id) if index >= 0 else ""
+def _names(names: Sequence[str], indices: Ints) -> Iterator[str]:
+    """Cells of a column, by index; empty where an index is -1."""
+    cells = [*map(escape_csv_cell, names), ""]
+    return (cells[index] for index in indices)
 
 
 # ---- the content of the page
@@ -798,22 +729,29 @@ def _sample_names(images: RunImages, indices: Ints) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One ranked list of the page; where title and description are empty, the page's template has them."""
+    """One ranked list of the page, whose template says what it is ranked by."""
 
     key: str  # its anchor in the page
     rows: Ints  # [r] indices of the first images, in order
     values: Sequence[str]  # [r] text beside each image
     twins: Ints | None = None  # [r] in a list of pairs, the image that is shown beside each
-    title: str = ""
-    about: str = ""  # by what it is ranked
+    title: str = ""  # of a class or an expert; other lists have theirs in the template
 
     @classmethod
-    def lowest(
-        cls, key: str, values: Array, count: int, form: str, among: Flags | None = None
+    def of(
+        cls,
+        key: str,
+        values: Array,
+        count: int,
+        form: str,
+        *,
+        highest: bool = False,
+        among: Flags | None = None,
+        title: str = "",
     ) -> Ranked:
-        """The images with the lowest values, each with its value formatted by `form`."""
-        rows = lowest_rows(values, count, among)
-        return cls(key, rows, [form.format(value) for value in values[rows]])
+        """The images with the lowest or the highest values, each with its value formatted by `form`."""
+        rows = lowest_rows(-values if highest else values, count, among)
+        return cls(key, rows, [form.format(value) for value in values[rows]], title=title)
 
     def to_json(self, images: RunImages, facts: ImageFacts) -> Json:
         """The list with everything that the page shows of its images."""
@@ -825,7 +763,7 @@ class Ranked:
             if self.twins is not None:
                 entry["twin"] = image_entry(images, facts, int(self.twins[rank]))
             entries.append(entry)
-        return {"key": self.key, "title": self.title, "about": self.about, "entries": entries}
+        return {"key": self.key, "title": self.title, "entries": entries}
 
 
 def page_facts(images: RunImages, facts: ImageFacts, show: int) -> Json:
@@ -844,26 +782,27 @@ def page_facts(images: RunImages, facts: ImageFacts, show: int) -> Json:
         "experts": expert_rows(images, facts),
         "of_classes": [ranked.to_json(images, facts) for ranked in class_lists(images, facts)],
         "of_experts": [ranked.to_json(images, facts) for ranked in expert_lists(facts)],
-        "class_names": list(map(escape_controls, images.class_names)),
+        "class_names": images.class_names,
         "class_ids": list(map(escape_csv_cell, images.class_names)),
     }
 
 
 def image_entry(images: RunImages, facts: ImageFacts, index: int) -> Json:
     """What the page shows of an image."""
-    split, sample = images[index]
-    label = images.class_names[sample.label]
+    split = images.splits[images.split_of[index]]
+    name = images.names[index]
+    label = images.class_names[images.labels[index]]
     prediction = [*images.class_names, ""][facts.prediction[index]]
-    query = urlencode({"picture": image_id(split, sample.sample_id)})
+    query = urlencode({"picture": image_id(split, name)})
     return {
         "index": index,
         "split": split,
-        "image": escape_controls(sample.sample_id),
-        "id": escape_csv_cell(sample.sample_id),
+        "image": escape_controls(name),
+        "id": escape_csv_cell(name),
         "link": f"{EXPLORER}/?{query}",
-        "label": escape_controls(label),
+        "label": label,
         "label_id": escape_csv_cell(label),
-        "prediction": escape_controls(prediction),
+        "prediction": prediction,
         "prediction_id": escape_csv_cell(prediction),
         "certainty": as_json(facts.certainty[index]),
     }
@@ -877,40 +816,44 @@ def ranked_lists(facts: ImageFacts, split: Ints, show: int) -> list[Ranked]:
     if is_grey.sum() > _MAX_GREY_SHARE * is_read.sum():
         is_grey[:] = False
     unreadable = np.array(sorted(facts.problems)[:show], np.int64)
-    labels = [
+    sharpness = measures["sharpness"]
+    brightness = measures["brightness"]
+    by_label = [
         _by_score("doubtful", facts, show),
-        Ranked.lowest("contradicted", facts.margin, show, "margin {:.2f}", split == 0),
+        Ranked.of("contradicted", facts.margin, show, "margin {:.2f}", among=split == 0),
     ]
     if facts.visits.max(initial=0) < _MANY_VISITS:
-        labels.reverse()
+        by_label.reverse()
     return [
-        *labels,
+        *by_label,
         _by_score("hardest", facts, show),
         _by_score("unsteady", facts, show),
-        _unlike_class(facts, show),
+        Ranked.of("experts", facts.unlike_class, show, "−ln p {:.2f}", highest=True),
         _by_score("easiest", facts, show),
         _copies("leaks", facts, show, across=True, among=split > 0),
         _copies("doubles", facts, show, across=False),
         _computed_alike(facts, show),
-        Ranked.lowest("blurred", measures["sharpness"], show, "variance {:.3g}", is_read),
-        Ranked.lowest("dark", measures["brightness"], show, "brightness {:.2f}", is_read),
+        Ranked.of("blurred", sharpness, show, "variance {:.3g}", among=is_read),
+        Ranked.of("dark", brightness, show, "brightness {:.2f}", among=is_read),
         _odd_sizes(measures, show),
-        Ranked.lowest("grey", measures["colour"], show, "colour {:.3f}", is_grey),
+        Ranked.of("grey", measures["colour"], show, "colour {:.3f}", among=is_grey),
         # The frame of the thumbnail shows the reason.
         Ranked("unreadable", unreadable, [""] * len(unreadable)),
     ]
 
 
+# Lists by one score of the training: its name, the form of its numbers, whether the highest comes first.
+_BY_SCORE = {
+    "doubtful": ("aum", "margin {:.2f}", False),
+    "hardest": ("el2n", "EL2N {:.2f}", True),
+    "unsteady": ("p_std", "spread {:.2f}", True),
+    "easiest": ("el2n", "EL2N {:.2g}", False),
+}
+
+
 def _by_score(key: str, facts: ImageFacts, show: int) -> Ranked:
-    ranking = SCORE_LISTS[key]
-    rows = ranking.first(facts.scores, show)
-    values = [ranking.value(facts.scores, row) for row in rows]
-    return Ranked(key, rows, values, title=ranking.title, about=ranking.about)
-
-
-def _unlike_class(facts: ImageFacts, show: int) -> Ranked:
-    rows = lowest_rows(-facts.unlike_class, show)
-    return Ranked("experts", rows, [f"−ln p {doubt:.2f}" for doubt in facts.unlike_class[rows]])
+    score, form, highest = _BY_SCORE[key]
+    return Ranked.of(key, facts.scores[score], show, form, highest=highest)
 
 
 def _copies(
@@ -947,10 +890,10 @@ def _odd_sizes(measures: Array, show: int) -> Ranked:
     is_read = measures["read"]
     oddness = np.zeros(len(measures), np.float32)
     if is_read.any():
-        log_width = np.log(measures["width"][is_read])
-        log_height = np.log(measures["height"][is_read])
-        log_area = log_width + log_height
-        log_shape = log_width - log_height
+        width = measures["width"][is_read].astype(np.float64)
+        height = measures["height"][is_read]
+        log_area = np.log(width * height)
+        log_shape = np.log(width / height)
         area_gap = np.abs(log_area - np.median(log_area))
         shape_gap = np.abs(log_shape - np.median(log_shape))
         oddness[is_read] = np.maximum(area_gap, shape_gap)
@@ -985,7 +928,7 @@ def class_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
     """A row for each class, the least certain first."""
     m = len(facts.visits)
     labels = images.labels[:m]
-    names = list(map(escape_controls, images.class_names))
+    names = images.class_names
     counts = np.bincount(labels, minlength=len(names)).tolist()
     mistakes = _most_common_mistakes(labels, facts.prediction[:m])
     means = {}
@@ -1033,7 +976,7 @@ def expert_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
             "name": name,
             "share": share,
             "images": float(total),
-            "class": escape_controls(images.class_names[main_class]),
+            "class": images.class_names[main_class],
             "of_class": float(by_class[main_class] / total),
         }
         for score in ("p_mean", "aum", "correct"):
@@ -1058,27 +1001,27 @@ def class_lists(images: RunImages, facts: ImageFacts) -> list[Ranked]:
     """For each class, the least certain first, its images with the most doubtful labels."""
     labels = images.labels[: len(facts.visits)]
     mean_p = _mean_by_class(labels, facts.scores["p_mean"], len(images.class_names))
-    ranking = SCORE_LISTS["doubtful"]
-    lists = []
-    for label in lowest_rows(mean_p, _MAX_GROUPS):
-        rows = ranking.first(facts.scores, _GROUP_IMAGES, labels == label)
-        values = [ranking.value(facts.scores, row) for row in rows]
-        lists.append(Ranked("", rows, values, title=escape_controls(images.class_names[label])))
-    return lists
+    doubtful = partial(Ranked.of, "", facts.scores["aum"], _GROUP_IMAGES, "margin {:.2f}")
+    return [
+        doubtful(among=labels == label, title=images.class_names[label])
+        for label in lowest_rows(mean_p, _MAX_GROUPS)
+    ]
 
 
 def expert_lists(facts: ImageFacts) -> list[Ranked]:
     """For each expert, the one with the least work first, the images in which it has the largest share."""
-    lists: list[tuple[float, Ranked]] = []
-    for name, _, work, shares in _experts(facts):
+    lists = []
+    by_work = sorted(_experts(facts), key=lambda expert: expert[2])
+    for name, _, work, shares in by_work[:_MAX_GROUPS]:
         title = f"{name}: {work:.2f} of an even share"
         if work < _LITTLE_WORK:
             title += ", little work"
-        rows = lowest_rows(-shares, _GROUP_IMAGES, shares > 0)
-        values = [f"{part:.0%} of the image" for part in shares[rows]]
-        lists.append((work, Ranked("", rows, values, title=title)))
-    lists.sort(key=lambda pair: pair[0])
-    return [ranked for _, ranked in lists[:_MAX_GROUPS]]
+        form = "{:.0%} of the image"
+        used = shares > 0
+        lists.append(
+            Ranked.of("", shares, _GROUP_IMAGES, form, highest=True, among=used, title=title)
+        )
+    return lists
 
 
 # ---- the page

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from moevision.analysis.trace import RoutingTrace
 from moevision.config import CROP, Framing
 from moevision.data.collection import (
     SPLITS,
@@ -41,9 +42,6 @@ from moevision.files import newest_config
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_yaml
 from moevision.types import Pixels
-
-if TYPE_CHECKING:
-    from moevision.analysis.trace import RoutingTrace
 
 
 @runtime_checkable

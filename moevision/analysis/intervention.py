@@ -193,8 +193,7 @@ class Intervention:
                 raise UserError(f"L{layer} has no expert {expert}: its experts are 0 to {last}.")
         match self.kind:
             case "ablate":
-                method = "remove" if self.fill == "next_best" else "silence"
-                return methodcaller(method, self.expert)
+                return methodcaller("ablate", self.expert, self.fill)
             case "force":
                 return methodcaller("put_first", self.expert)
             case "swap":
@@ -341,17 +340,16 @@ class Decision(ABC):
     def settle(self) -> Routing:
         """The routing that the layer will compute, after all edits."""
 
-    def remove(self, expert: int) -> Self:
-        """Make an expert unavailable to all tokens."""
-        return replace(self, removed=self.removed | self._mask(expert))
+    def take_away(self, experts: Tensor, fill: Fill) -> Self:
+        """Take experts, [B, N, E] bool or fewer axes, away from tokens; `fill` is that of an `Intervention`."""
+        if fill == "zero":
+            return replace(self, silenced=self.silenced | experts)
+        return replace(self, removed=self.removed | experts)
 
-    def silence(self, expert: int) -> Self:
-        """Set an expert's output to zero; the weights of the others stay as they are."""
-        return replace(self, silenced=self.silenced | self._mask(expert))
-
-    def _mask(self, expert: int) -> Tensor:
-        """[E] bool: True at `expert`."""
-        return torch.arange(self.routing.num_experts, device=self.routing.logits.device) == expert
+    def ablate(self, expert: int, fill: Fill) -> Self:
+        """Take an expert away from all tokens."""
+        experts = torch.arange(self.routing.num_experts, device=self.routing.logits.device)
+        return self.take_away(experts == expert, fill)
 
 
 Edit = Callable[[Any], Any]

@@ -24,14 +24,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_hex, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.typing import ColorType
 from PIL import Image
 
 from moevision.analysis.describe import ExpertGallery, layer_gallery
@@ -116,23 +118,20 @@ def figure_heading(figure: Figure, text: str, note: str = "") -> None:
     width, height = figure.get_size_inches()
     # A longer line than a page's is hard to read. At a notebook's resolution letters are up to 7.3 % wider than drawn.
     line_inches = (min(width, PAGE_INCHES) - 0.15) / 1.075
-    bold: Style = {"fontsize": LARGE, "fontweight": "bold", "color": INK}
-    plain: Style = {"fontsize": NORMAL - 0.5, "fontweight": "normal", "color": SOFT}
-    lines = [(line, bold) for line in wrap_text(text, line_inches, _font(bold))]
-    lines += [(line, plain) for line in wrap_text(note, line_inches, _font(plain))]
+    bold = FontProperties(size=LARGE, weight="bold")
+    plain = FontProperties(size=NORMAL - 0.5)
+    lines = [(line, bold, INK) for line in wrap_text(text, line_inches, bold)]
+    lines += [(line, plain, SOFT) for line in wrap_text(note, line_inches, plain)]
 
     total = height + 0.1 + _LINE_INCHES * len(lines)
     figure.set_size_inches(width, total)
     figure.get_layout_engine().set(rect=(0, 0, 1, height / total))  # type: ignore[union-attr, call-arg]
     x = 0.05 / width
     y = 1 - 0.06 / total
-    for line, style in lines:
-        figure.text(x, y, line, va="top", in_layout=False, parse_math=False, **style)
+    for line, font, colour in lines:
+        style: Style = {"va": "top", "font": font, "color": colour}
+        figure.text(x, y, line, in_layout=False, parse_math=False, **style)
         y -= _LINE_INCHES / total
-
-
-def _font(style: Style) -> FontProperties:
-    return FontProperties(size=style["fontsize"], weight=style["fontweight"])
 
 
 def wrap_text(text: str, width_inches: float, font: FontProperties) -> list[str]:
@@ -174,7 +173,7 @@ def add_text(
     axes: Axes, x: float, y: float, text: str, ink: str, size: float = SMALL, **style: Any
 ) -> None:
     """A word or number whose middle is at (x, y)."""
-    axes.text(x, y, text, ha="center", **{"va": "center", "fontsize": size, "color": ink, **style})
+    axes.text(x, y, text, ha="center", va="center", fontsize=size, color=ink, **style)
 
 
 def chip(colour: str, pad: float = 0.25) -> dict[str, str]:
@@ -208,8 +207,8 @@ def expert_chips(axes: Axes, num_experts: int) -> None:
         )
 
 
-def rgb_of(colour: str) -> Floats:
-    """[3] channels in [0, 1] of a colour's name."""
+def rgb_of(colour: ColorType) -> Floats:
+    """[3] channels in [0, 1] of a colour."""
     return np.array(to_rgb(colour))
 
 
@@ -223,8 +222,8 @@ def expert_colours(num_experts: int) -> list[str]:
     return [expert_colour(expert, num_experts) for expert in range(num_experts)]
 
 
-def ink_on(colour: str) -> str:
-    """Black or white, whichever is read more easily on `colour` (`#RRGGBB`), by WCAG's relative luminance L.
+def ink_on(colour: ColorType) -> str:
+    """Black or white, whichever is read more easily on `colour`, by WCAG's relative luminance L.
 
     The contrasts (L + 0.05) / 0.05 and 1.05 / (L + 0.05) are equal at L = √(1.05 · 0.05) − 0.05 ≈ 0.179; there they are
     √21 ≈ 4.58, more than level AA's 4.5.
@@ -365,14 +364,14 @@ def plot_class_experts(
     shares = shares[has_images]
     flags = flags[has_images]
     above = np.asarray(excess, dtype=np.float64)[has_images]
-    names = [class_names[index] for index in np.flatnonzero(has_images).tolist()]
+    names = np.array(class_names, dtype=object)[has_images]
 
     # Classes with a significant cell come first, larger effects before smaller ones.
     effect = np.abs(above).max(1) + np.where(flags, np.abs(above), 0).max(1)
     largest = np.sort(np.argsort(-effect, kind="stable")[:_MOST_CLASSES])
     by_expert = np.lexsort((-above[largest].max(1), above[largest].argmax(1)))
     order = largest[by_expert]
-    figure = _share_map(shares[order], above[order], flags[order], [names[row] for row in order])
+    figure = _share_map(shares[order], above[order], flags[order], names[order].tolist())
 
     unit = "choices" if kind == "token_choice" else "weights"
     cells = f"Share of a class's {unit}."
@@ -453,7 +452,7 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
         for row, expert in np.ndindex(rows, experts):
             ink = SOFT
             if flags[row, expert]:
-                ink = ink_on(to_hex(BELOW_ABOVE(norm(above[row, expert]))))
+                ink = ink_on(BELOW_ABOVE(norm(above[row, expert])))
             add_text(axes, expert, row, f"{100 * shares[row, expert]:.{digits}f}", ink)
     axes.set_yticks(range(rows), short, parse_math=False)
     axes.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
@@ -621,7 +620,7 @@ def _draw_experts(axes: Axes, picture: Pixels, layer: LayerTrace, grid: tuple[in
     """The first choice of each patch over the image, of a layer's routing of that image alone."""
     rows, columns = grid
     first = layer.expert_index[0, :, 0]  # [P]
-    palette = np.array([to_rgb(colour) for colour in expert_colours(layer.num_experts)])
+    palette = np.array([rgb_of(colour) for colour in expert_colours(layer.num_experts)])
     colours = palette[first]  # [P, 3]
     opacity = _opacity(layer)[:, None]  # [P, 1]
     overlay = np.concatenate([colours, opacity], axis=1)  # [P, 4]
@@ -652,8 +651,7 @@ def _number_patches(axes: Axes, layer: LayerTrace, shades: Floats) -> None:
     size = float(np.clip(0.5 * points, 4.5, 8.5))
     for patch, (row, column) in enumerate(np.ndindex(rows, columns)):
         text = str(first[patch]) if kept[patch] else unrouted
-        red, green, blue = shades[row, column]
-        add_text(axes, column, row, text, ink_on(to_hex((red, green, blue))), size)
+        add_text(axes, column, row, text, ink_on(tuple(shades[row, column])), size)
 
 
 def _opacity(layer: LayerTrace) -> Floats:
@@ -749,10 +747,9 @@ def _draw_patch(axes: Axes, crop: Pixels, x: float, y: float) -> None:
     axes.imshow(crop, extent=extent, interpolation="nearest", zorder=2)
     side = 0.96 / 3  # one patch around it on each side
     corner = (x + 0.5 - side / 2, y + 0.5 - side / 2)
-    for colour, linewidth in (("black", 1.5), ("white", 0.7)):
-        frame = Rectangle(corner, side, side, fill=False, zorder=3)
-        frame.set(edgecolor=colour, linewidth=linewidth)
-        axes.add_patch(frame)
+    frame = Rectangle(corner, side, side, fill=False, edgecolor="white", linewidth=0.7, zorder=3)
+    frame.set_path_effects([withStroke(linewidth=1.5, foreground="black")])
+    axes.add_patch(frame)
 
 
 # ---- what an answer rests on

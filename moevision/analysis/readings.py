@@ -207,19 +207,24 @@ def recording_of(
             "The model before training must have the same MoE layers, and be traced on the same images."
         )
 
-    layers = _layers_with_inputs(model, pictures, trace, seed)
+    inputs, positions = _recorded_inputs(model, pictures, trace, seed)
+    layers = []
     for index, classifier_reads in enumerate(routes_read(model.net)):
-        block = trace.layers[index].layer
+        layer = trace.layers[index]
+        block = layer.layer
         untrained = _assignments_of_block(baselines, "untrained", block)
         at_start = [] if before is None else [Assignments.of(before.layers[index], 0)]
-        layers[index] = replace(
-            layers[index],
+        recorded = replace(
+            choices_of(layer),
+            inputs=inputs[block],
+            positions=None if layer.route_by == "image" else positions,
             before=at_start,
             untrained=() if at_start else untrained,
             clusters=_assignments_of_block(baselines, "kmeans_input", block) or None,
             cluster_start=from_clusters(model.net),
             read=classifier_reads,
         )
+        layers.append(recorded)
 
     objects = None
     if parts is not None and "background" in part_names:
@@ -232,10 +237,13 @@ def recording_of(
     return Recording(trace.labels, layers, trace.class_names, parts, objects, run)
 
 
-def _layers_with_inputs(
+def _recorded_inputs(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seed: int
-) -> list[RecordedLayer]:
-    """Each layer's choices, with its input at some patches: random ones, the same in every image and layer."""
+) -> tuple[dict[int, Floats], Ints | None]:
+    """Each layer's input at some patches: block -> [I, p, D], and which they are, [p]; None: all, in order.
+
+    They are random ones, the same in every image and layer.
+    """
     rng = np.random.default_rng(seed)
     num_patches = math.prod(trace.grid)
     num_inputs = min(num_patches, max(1, _RECORDED_INPUTS // max(1, len(trace))))
@@ -246,14 +254,8 @@ def _layers_with_inputs(
         for layer in trace.layers:
             patches = [0] if layer.route_by == "image" else positions
             batches[layer.layer].append(inputs[layer.layer][:, patches])  # [B, p, D]
-
-    layers = []
-    for layer in trace.layers:
-        recorded = replace(choices_of(layer), inputs=np.concatenate(batches[layer.layer]))
-        if not recorded.by_image and num_inputs < num_patches:
-            recorded = replace(recorded, positions=positions)
-        layers.append(recorded)
-    return layers
+    recorded = {block: np.concatenate(parts) for block, parts in batches.items()}
+    return recorded, positions if num_inputs < num_patches else None
 
 
 def choices_of(layer: LayerTrace) -> RecordedLayer:

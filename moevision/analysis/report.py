@@ -217,16 +217,11 @@ def load_inputs(settings: ReportSettings) -> Inputs:
         )
     return Inputs(
         model=model,
-        title=_title(settings.model),
+        title=model_title(settings.model),
         pictures=pictures,
-        others=[(_title(address), load_model(address)) for address in settings.seeds],
+        others=[(model_title(address), load_model(address)) for address in settings.seeds],
         before=None if settings.before is None else load_model(settings.before),
     )
-
-
-def _title(address: str) -> str:
-    """A model's title from its address, without control characters."""
-    return escape_controls(model_title(address))
 
 
 def _training_seed(address: str) -> int | None:
@@ -249,7 +244,7 @@ def settings_numbers(settings: ReportSettings, inputs: Inputs) -> Json:
         "seed": settings.seed,
         "quick": settings.quick,
         "seeds": [title for title, _ in inputs.others],
-        "before": settings.before and _title(settings.before),
+        "before": settings.before and model_title(settings.before),
     }
 
 

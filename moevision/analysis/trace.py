@@ -103,16 +103,6 @@ class LayerTrace:
             arrays["read_weight"] = self.read_weight
         return arrays
 
-    def first_choice(self) -> Ints:
-        """[I, P]: the best expert of each patch, even if its capacity dropped the choice.
-
-        Expert choice: among the experts that took the patch, that of largest weight; -1 where none did.
-        """
-        first = self.expert_index[:, :, 0]
-        if self.kind != "expert_choice":
-            return first
-        return np.where(self.kept[:, :, 0], first, np.int16(-1))
-
     def select(self, images: slice | Ints) -> LayerTrace:
         """The same layer with some of the images only."""
         arrays: dict[str, Any] = {name: array[images] for name, array in self.arrays().items()}

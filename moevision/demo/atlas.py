@@ -22,29 +22,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moevision.analysis.describe import (
+    ClassExpertMap,
     GalleryPatch,
     fractions_of_parts,
     layer_gallery,
     part_expert_table,
     part_stands_out,
 )
+from moevision.analysis.images import PictureSet
 from moevision.analysis.information import as_json
+from moevision.analysis.questions import LayerAnswers
+from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError, json_text
 from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
 from moevision.types import Array, Flags, Floats, Json
-
-if TYPE_CHECKING:
-    from moevision.analysis.describe import ClassExpertMap
-    from moevision.analysis.images import PictureSet
-    from moevision.analysis.questions import LayerAnswers
-    from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 SCHEMA = "moevision.atlas/1"
 """Version of the file; a change that an older reader would misread raises the number."""
@@ -162,27 +160,30 @@ def compare_by_atlas(atlas: Json, a: str, b: str) -> Json:
     row_a = atlas["class_names"].index(a)
     row_b = atlas["class_names"].index(b)
     layers = []
-    named_experts: list[tuple[str, Json]] = []
+    rows: dict[str, Json] = {}  # by name of the expert
     for class_map in maps:
         name = f"L{class_map['layer']}"
         share = np.array(class_map["share"], np.float64)  # [C, E]
-        significant = np.array(class_map["significant"], bool)
-        difference = (share[row_a] - share[row_b]).tolist()
-        stands_out = (significant[row_a] | significant[row_b]).tolist()
+        significant = class_map["significant"]
         experts = [
-            {"expert": expert, "difference": x, "significant": y}
-            for expert, (x, y) in enumerate(zip(difference, stands_out, strict=True))
+            {
+                "expert": expert,
+                "difference": float(difference),
+                "significant": significant[row_a][expert] or significant[row_b][expert],
+            }
+            for expert, difference in enumerate(share[row_a] - share[row_b])
         ]
-        named_experts += [(f"{name}·E{row['expert']}", row) for row in experts]
+        rows |= {f"{name}·E{row['expert']}": row for row in experts}
         layers.append({"name": name, "layer": class_map["layer"], "experts": experts})
 
-    marked = sum(row["significant"] for _, row in named_experts)
-    name, largest = max(named_experts, key=lambda expert: abs(expert[1]["difference"]))
-    points = f"{100 * abs(largest['difference']):.1f} percentage points"
+    marked = sum(row["significant"] for row in rows.values())
+    name = max(rows, key=lambda name: abs(rows[name]["difference"]))
+    difference = rows[name]["difference"]
+    points = f"{100 * abs(difference):.1f} percentage points"
     sentence = (
-        f"Counted over {n_a:,} images of {a} and {n_b:,} of {b}: {marked} of {len(named_experts)} experts stand out "
+        f"Counted over {n_a:,} images of {a} and {n_b:,} of {b}: {marked} of {len(rows)} experts stand out "
         f"for one of them. The largest difference is {name}, which takes {points} more of "
-        f"{a if largest['difference'] > 0 else b}."
+        f"{a if difference > 0 else b}."
     )
     return {
         "class_a": a,

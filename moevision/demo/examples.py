@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from importlib.metadata import distribution
 from pathlib import Path
@@ -38,35 +39,32 @@ from moevision.types import Pixels
 EXAMPLES = 12
 THUMB_PX = 96
 # gradio 6.31 keeps these in media_assets/images; what they show is in their names.
-_PHOTOS = {"lion": "lion.jpg", "cheetah": "cheetah.jpg", "bus": "bus.png", "tower": "tower.jpg"}
+_PHOTOS = {
+    "photo/lion": "lion.jpg",
+    "photo/cheetah": "cheetah.jpg",
+    "photo/bus": "bus.png",
+    "photo/tower": "tower.jpg",
+}
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Examples:
-    """The images of a model: its data's, as it sees them (S px), and those of its run, if that kept scores.
+    """The images of a model: its data's, as it sees them (S px), and those of its run, if that kept scores."""
 
-    `credits` are of images that the package carries, by their names. They and drawn ones have no photos of gradio's
-    beside them. `opening` is the id of the one that comes first, if it is among them.
-    """
+    pictures: PictureSet | None
+    image_size: int
+    # Author and licence of images that the package carries, by name. They and drawn ones have no photos of gradio's
+    # beside them.
+    credits: Mapping[str, str] = field(default_factory=dict)
+    scored: ScoredRun | None = None
+    framing: Framing = CROP
+    opening: str | None = None  # the id of the one that comes first, if it is among them
 
-    def __init__(
-        self,
-        pictures: PictureSet | None,
-        image_size: int,
-        credits: Mapping[str, str] | None = None,
-        scored: ScoredRun | None = None,
-        framing: Framing = CROP,
-        opening: str | None = None,
-    ) -> None:
-        self.pictures = pictures
-        self.opening = opening
-        self.image_size = image_size
-        self.credits = credits or {}
-        self.scored = scored
-        self.framing = framing
-        parts = (
-            () if pictures is None else tuple(pictures.part_names)
-        )  # which only drawn images have
+    def __post_init__(self) -> None:
+        pictures = self.pictures
+        # Only drawn images have parts.
+        parts = () if pictures is None else tuple(pictures.part_names)
         self.prefix = "pets" if parts == SyntheticPets.parts else "data"
         self.photos = {} if parts or self.credits else photo_files()
         self._index: dict[str, int] = {}
@@ -93,7 +91,7 @@ class Examples:
 
     def on_first_screen(self) -> list[PictureFacts]:
         """The first images that can be used, then gradio's photos."""
-        return self.usable(0, EXAMPLES) + [self.find(f"photo/{name}") for name in self.photos]
+        return self.usable(0, EXAMPLES) + list(map(self.find, self.photos))
 
     def usable(self, start: int, stop: int) -> list[PictureFacts]:
         """Images `start` to `stop` of `all_ids`; those that can't be used leave that list, and later ones move up."""
@@ -130,7 +128,7 @@ class Examples:
 
     def original(self, id: str) -> Image.Image | None:
         """An image before the model's size; None where its data has nothing larger."""
-        photo = self._photo(id)
+        photo = self.photos.get(id)
         if photo is not None:
             return safe_open(photo, SHARP_PX)
         return original_image(*self._locate(id), SHARP_PX)
@@ -143,7 +141,7 @@ class Examples:
     def _open(self, id: str) -> PictureFacts:
         """The image of that id, or RequestError if there is none."""
         name = id.partition("/")[2]
-        photo = self._photo(id)
+        photo = self.photos.get(id)
         if photo is not None:
             return PictureFacts(model_input(photo, self.image_size, self.framing), id, name)
 
@@ -163,10 +161,6 @@ class Examples:
             title = f"{class_name}, {name if pictures is self.pictures else id}"
         credit = self.credits.get(pictures.picture_name(index))
         return PictureFacts(pixels, id, title, class_name, credit=credit)
-
-    def _photo(self, id: str) -> Path | None:
-        kind, _, name = id.partition("/")
-        return self.photos.get(name) if kind == "photo" else None
 
     def _locate(self, id: str) -> tuple[PictureSet, int]:
         """The set of images that has this one, and the index there."""
@@ -193,17 +187,17 @@ def thumbnail_uri(pixels: Pixels) -> str:
 
 @cache
 def photo_files() -> dict[str, Path]:
-    """Photos in the installed gradio, by what they show; empty where gradio has none."""
+    """Photos in the installed gradio, by id; empty where gradio has none."""
     folder = Path(str(distribution("gradio").locate_file("gradio/media_assets/images")))
-    return {name: folder / file for name, file in _PHOTOS.items() if (folder / file).is_file()}
+    return {id: folder / file for id, file in _PHOTOS.items() if (folder / file).is_file()}
 
 
+@dataclass(eq=False)
 class ScoredRun:
     """A run folder with scores, and its images as its model sees them; nothing is opened before somebody asks."""
 
-    def __init__(self, run: Path, model: SavedModel) -> None:
-        self.run = run
-        self._model = model
+    run: Path
+    model: SavedModel
 
     @cached_property
     def scores(self) -> Scores:
@@ -228,34 +222,30 @@ class ScoredRun:
 
     @cached_property
     def _opened(self) -> tuple[PictureSet, dict[str, int]]:
+        """The images, and the index of each by its id; a RequestError if they can't be opened."""
+        from moevision.analysis.good_data import images_of  # and with it what finds duplicates
+
         try:
-            return self._open_images()
+            with warnings.catch_warnings():
+                # At start the explorer noted what there is to note.
+                warnings.simplefilter("ignore", DataWarning)
+                images = images_of(self.run)
         except UserError as error:
             message = "The images of this run can't be opened: are they still where they were when it was trained?"
             raise _logged(error, message) from error
 
-    def _open_images(self) -> tuple[PictureSet, dict[str, int]]:
-        """The images, and the index of each by its id."""
-        from moevision.analysis.good_data import images_of  # and with it what finds duplicates
-
-        with warnings.catch_warnings():
-            # At start the explorer noted what there is to note.
-            warnings.simplefilter("ignore", DataWarning)
-            images = images_of(self.run)
-        samples = []
-        index = {}
-        for row, (split, sample) in enumerate(images):
-            samples.append(sample)
-            index[image_id(split, sample.sample_id)] = row
-        model = self._model
+        model = self.model
         pictures = CollectionPictures(
             images.collection,
-            samples,
+            images.all,
             model.image_size,
             "the run's images",
             model.framing,
             images.class_names,
         )
+        index = {
+            image_id(split, sample.sample_id): row for row, (split, sample) in enumerate(images)
+        }
         return open_pictures(pictures, model.image_size, class_names=model.class_names), index
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moevision.analysis.collect import network_input
+from moevision.analysis.effects import quantity
 from moevision.analysis.intervention import Kind as Change
 from moevision.analysis.intervention import refusal
 from moevision.config import CROP, Framing
@@ -87,7 +88,7 @@ class LayerFacts:
         if self.capacity is not None:
             parts.append(f"capacity factor {self.capacity:g}")
         if self.num_shared_experts:
-            shared = plural(self.num_shared_experts, "shared expert")
+            shared = quantity(self.num_shared_experts, "shared expert")
             parts.append(f"plus {shared} for every patch")
         if not self.read_by_classifier:
             parts.append("not read by the classifier")
@@ -95,9 +96,11 @@ class LayerFacts:
 
     def _choice_text(self) -> str:
         """As in "top-2 of 8 experts"."""
-        experts = plural(self.num_experts, "expert")
+        experts = quantity(self.num_experts, "expert")
         if self.kind == "soft":
-            return f"{experts} with {plural(self.slots or 0, 'slot')} each, which read all patches"
+            return (
+                f"{experts} with {quantity(self.slots or 0, 'slot')} each, which read all patches"
+            )
         if self.kind == "expert_choice":
             return f"{experts} that choose patches, {self.top_k} per patch on average"
         choice = f"top-{self.top_k} of {experts}"
@@ -112,7 +115,7 @@ class LayerFacts:
         """What k means, as in "top-2"."""
         if self.kind == "token_choice":
             return f"top-{self.top_k}"
-        return f"{plural(self.top_k, 'expert')} per patch on average"
+        return f"{quantity(self.top_k, 'expert')} per patch on average"
 
     def to_json(self) -> Json:
         """The fields as JSON, with `name`, and the summary as `words`."""
@@ -124,6 +127,7 @@ def _layer_facts(
 ) -> LayerFacts:
     """The facts of a MoE layer, from the layer and its routing of any image."""
     router: Any = layer.router
+    options = getattr(router, "options", None)
     refusals = {kind: refusal(kind, router) for kind in CHANGES}
     slots = routing.slot_weight.shape[-1] if isinstance(routing, SoftRouting) else None
     all_parameters = sum(weight.numel() for weight in layer.experts.parameters())
@@ -135,8 +139,8 @@ def _layer_facts(
         num_experts=routing.num_experts,
         top_k=router.top_k,
         num_shared_experts=layer.num_shared_experts,
-        capacity=_capacity_factor(router, "eval_capacity_factor"),
-        train_capacity=_capacity_factor(router, "capacity_factor"),
+        capacity=getattr(options, "eval_capacity_factor", None),
+        train_capacity=getattr(options, "capacity_factor", None),
         slots=slots,
         read_by_classifier=read_by_classifier,
         refused={kind: reason for kind, reason in refusals.items() if reason is not None},
@@ -147,19 +151,10 @@ def _layer_facts(
     )
 
 
-def _capacity_factor(router: Any, name: str) -> float | None:
-    return getattr(getattr(router, "options", None), name, None)
-
-
 def common(values: Iterable[int]) -> int | None:
     """The value if all are equal; None if they differ."""
     distinct = set(values)
     return distinct.pop() if len(distinct) == 1 else None
-
-
-def plural(number: int, noun: str) -> str:
-    """As in "1 expert" and "8 experts"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 MIN_SIDE = 16

@@ -85,8 +85,10 @@ class Gallery:
 
     def members(self, class_name: str) -> list[int]:
         """The images of a class, in their order."""
-        names = dict(enumerate(self.trace.class_names))
-        return [i for i, label in enumerate(self.trace.labels) if names.get(label) == class_name]
+        names = [*self.trace.class_names, None]  # -1: not known
+        return [
+            index for index, label in enumerate(self.trace.labels) if names[label] == class_name
+        ]
 
 
 class Galleries:

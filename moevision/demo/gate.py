@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, TypeVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -101,16 +102,15 @@ class Serving:
         try:
             # A computer without IPv6 may list ::1 for its own name all the same.
             addresses = socket.getaddrinfo(self.bare_host or None, 0, type=socket.SOCK_STREAM)
-            for family, _, _, _, (name, _, *scope) in addresses:
-                for port in ports:
-                    try:
-                        listener = socket.create_server((name, port, *scope), family=family)
-                    except OSError as refused:
-                        error = refused
-                        continue
-                    # Inherited by connections. Without it the end of an answer waits 40 ms for an acknowledgement.
-                    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    return listener
+            for (family, _, _, _, (name, _, *scope)), port in product(addresses, ports):
+                try:
+                    listener = socket.create_server((name, port, *scope), family=family)
+                except OSError as refused:
+                    error = refused
+                    continue
+                # Inherited by connections. Without it the end of an answer waits 40 ms for an acknowledgement.
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return listener
         except socket.gaierror as unresolved:
             error = unresolved
         if error.errno in (errno.EADDRINUSE, errno.EACCES):

@@ -16,7 +16,6 @@ open any file of the computer that a request names: so its preprocessing is off,
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,7 +41,6 @@ NUM_EXAMPLES = 3  # of a model
 DELETE_CACHE_S = (600, 3600)  # every ten minutes Gradio deletes uploads older than an hour
 TITLE = "See inside a Mixture of Experts"
 LEAD = "Experts share one photo. Which of them computes each patch, and what if some were away?"
-Known = Mapping[tuple[str, bytes], Pixels | None]  # pixels of examples, by model and image
 # One image at a time: a request to /run doesn't wait in Gradio's queue.
 _DECODING = threading.Lock()
 
@@ -109,13 +107,14 @@ class Asked:
     def __init__(self, entries: dict[str, Entry]) -> None:
         self.entries = entries  # by title
         self.rows = examples(entries)
+        # Pixels of examples as `moevision demo` gives them to the model, by model and bytes of the image.
         self.known = {(row.model, row.image.tobytes()): row.pixels for row in self.rows}
 
     def first(self) -> tuple[Example, Answer]:
         """What stands there before a visitor comes: in somebody's Blocks no event tells that the page has opened."""
         title = next(iter(self.entries))
         shown = next(iter(self.rows), Example(None, title, None))
-        return shown, route(self.entries, shown.image, shown.model, [], shown.pixels)
+        return shown, self.route(shown.image, shown.model, [])
 
     def experts_of(self, title: str) -> list[str]:
         """The names of a model's experts."""
@@ -138,8 +137,12 @@ class Asked:
         on([], self.program, sent, outputs, api_name="route")
 
     def page(self, image: Any, model: Any, away: Any) -> tuple[Any, str]:
-        """What the page shows."""
-        return answer_page(self.entries, image, model, away, self.known)
+        """What the page shows; there experts of the model before stay chosen until their list has changed."""
+        if isinstance(model, str) and model in self.entries and isinstance(away, list):
+            names = self.experts_of(model)
+            away = [name for name in away if name in names]
+        classes, view, _ = self.program(image, model, away)
+        return classes, view
 
     def program(self, image: Any, model: Any, away: Any) -> Answer:
         """Route an image: the likeliest classes, the flow of its patches as HTML, and the experts of each patch.
@@ -147,7 +150,41 @@ class Asked:
         `model` is one of the titles. `away` names experts to take away, such as "L9·E3" or "L9.E3". An image that
         can't be used, and an expert that the model doesn't have, are errors that say so.
         """
-        return answer(self.entries, image, model, away, self.known)
+        import gradio as gr
+
+        try:
+            title = read.choice({"model": model}, "model", tuple(self.entries))
+            photo = uploaded_image(image, self.entries[title].facts.image_size)
+            return self.route(photo, title, away or [])
+        except UserError as error:
+            message = error_json(error, "route")["error"]
+            raise gr.Error(message, print_exception=False) from error
+
+    def route(self, image: Image.Image | None, model: str, away: list[str]) -> Answer:
+        """What the model of a title says about an image; a RequestError names an expert that it doesn't have."""
+        entry = self.entries[model]
+        trained = entry.variants["trained"]
+        ablated = read.ablated_experts(_pairs(entry, away), trained.facts)
+        if image is None:
+            return Answer(None, "", None)
+
+        pixels = self.known.get((model, image.tobytes()))
+        seen = image if pixels is None else pixels
+        settings = Settings(ablated_experts=ablated)
+        view = route_image(trained.saved, seen, settings=settings, facts=trained.facts).to_json()
+        view["picture"]["name"] = "your photo"
+        view["picture"]["sharp"] = sharp_data_uri(
+            image, trained.saved.image_size, trained.saved.framing
+        )
+        layers = [
+            {name: layer[name] for name in ("name", "experts", "weights")}
+            for layer in view["layers"]
+        ]
+        return Answer(
+            classes={row["class"]: row["p"] for row in view["prediction"]["moe"]},
+            view=view_of(entry, view),
+            routing={"grid": list(trained.facts.grid), "layers": layers},
+        )
 
 
 class Answer(NamedTuple):
@@ -173,38 +210,6 @@ def whole_explorer() -> str:
     if live:
         return f"[The whole explorer]({live})."
     return "The whole explorer: `moevision demo`."
-
-
-def answer_page(
-    entries: dict[str, Entry], image: Any, model: Any, ablated: Any, known: Known | None = None
-) -> tuple[Any, str]:
-    """`answer` to the page, where experts of the model before stay chosen until their list has changed."""
-    if isinstance(model, str) and model in entries and isinstance(ablated, list):
-        names = list(experts(entries[model]))
-        ablated = [name for name in ablated if name in names]
-    classes, view, _ = answer(entries, image, model, ablated, known)
-    return classes, view
-
-
-def answer(
-    entries: dict[str, Entry], image: Any, model: Any, away: Any, known: Known | None = None
-) -> Answer:
-    """`route` of what a request says, which nobody has looked at yet; a `gradio.Error` says what is wrong with it.
-
-    `known` has the pixels of examples, by model and bytes of the image.
-    """
-    import gradio as gr
-
-    try:
-        title = read.choice({"model": model}, "model", tuple(entries))
-        photo = uploaded_image(image, entries[title].facts.image_size)
-        pixels = None
-        if photo is not None and known:
-            pixels = known.get((title, photo.tobytes()))
-        return route(entries, photo, title, away or [], pixels)
-    except UserError as error:
-        message = error_json(error, "route")["error"]
-        raise gr.Error(message, print_exception=False) from error
 
 
 def uploaded_image(sent: Any, image_size: int) -> Image.Image | None:
@@ -234,54 +239,26 @@ def uploaded_image(sent: Any, image_size: int) -> Image.Image | None:
         return open_upload(read_image(file, max_bytes=MAX_BYTES), side)
 
 
-def route(
-    entries: dict[str, Entry],
-    image: Image.Image | None,
-    model: str,
-    away: list[str],
-    pixels: Pixels | None = None,
-) -> Answer:
-    """What the model says about an image, and about its `pixels` as it sees them, if these are known.
-
-    `away` names experts as `experts` does, or with a dot; a RequestError names one that the model doesn't have.
-    """
-    trained = entries[model].variants["trained"]
-    pairs = experts(entries[model])
-    if not isinstance(away, list):
+def _pairs(entry: Entry, names: Any) -> list[list[int]]:
+    """The experts of these names, as `experts` has them, or with a dot."""
+    pairs = experts(entry)
+    if not isinstance(names, list):
         raise RequestError(
             f"Experts to take away are a list of names such as {next(iter(pairs))!r}."
         )
     chosen = []
-    for name in away:
+    for name in names:
         pair = pairs.get(str(name).replace(".", "·"))
         if pair is None:
             ranges = [
                 f"{layer.name}·E0 to {layer.name}·E{layer.num_experts - 1}"
-                for layer in trained.facts.routers
+                for layer in entry.facts.routers
             ]
             raise RequestError(
-                f"There is no expert {str(name)[:40]!r} in {model}: its experts are {', '.join(ranges)}."
+                f"There is no expert {str(name)[:40]!r} in {entry.card.title}: its experts are {', '.join(ranges)}."
             )
         chosen.append(pair)
-    ablated = read.ablated_experts(chosen, trained.facts)
-    if image is None:
-        return Answer(None, "", None)
-
-    settings = Settings(ablated_experts=ablated)
-    seen = image if pixels is None else pixels
-    view = route_image(trained.saved, seen, settings=settings, facts=trained.facts).to_json()
-    view["picture"]["name"] = "your photo"
-    view["picture"]["sharp"] = sharp_data_uri(
-        image, trained.saved.image_size, trained.saved.framing
-    )
-    layers = [
-        {name: layer[name] for name in ("name", "experts", "weights")} for layer in view["layers"]
-    ]
-    return Answer(
-        classes={row["class"]: row["p"] for row in view["prediction"]["moe"]},
-        view=view_of(entries[model], view),
-        routing={"grid": list(trained.facts.grid), "layers": layers},
-    )
+    return chosen
 
 
 def view_of(entry: Entry, view: Json) -> str:

@@ -133,22 +133,20 @@ def view_html(
     picture = view["picture"]
     title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
     start_call = "startStatic(document.querySelector('[data-mv]'), VIEW, { moments: HISTORY });"
-    script = script_of("core.js", start_call, VIEW=view, HISTORY=history)
-    page = document(title, read_css(CORE_STYLES), _EMPTY_MAIN, script)
+    page = _static_page(title, "core.js", start_call, VIEW=view, HISTORY=history)
     return page if full_page else _iframe(page, 1900)
 
 
 def flow_html(view: Mapping[str, Any]) -> str:
     """The explorer's opening animation for one view, as an iframe: patches fly to their experts. It needs no server."""
     start_call = "startStatic(document.querySelector('[data-mv]'), VIEW, { details: false });"
-    script = script_of("core.js", start_call, VIEW=view)
-    style = read_css(CORE_STYLES)
+    page = _static_page("Routing", "core.js", start_call, VIEW=view)
     experts = max(layer["num_experts"] for layer in view["layers"])
 
     # One box per expert, at most four side by side. With fewer columns boxes are wider and therefore higher.
     columns = min(4, experts)
     rows = -(-experts // columns) * 4 / columns  # in heights of a box in four columns
-    return _iframe(document("Routing", style, _EMPTY_MAIN, script), 700, rows)
+    return _iframe(page, 700, rows)
 
 
 def sorting_html(
@@ -159,8 +157,14 @@ def sorting_html(
     `sorting` is that of the model's card, and `photos` are its photos with `thumb` and `label`.
     """
     start_call = "startSorting(document.querySelector('[data-mv]'), VIEW, SORTING, PHOTOS);"
-    script = script_of("app_sorting.js", start_call, VIEW=view, SORTING=sorting, PHOTOS=photos)
-    return _iframe(document("Routing", read_css(CORE_STYLES), _EMPTY_MAIN, script), 700, rows=2)
+    constants = {"VIEW": view, "SORTING": sorting, "PHOTOS": photos}
+    return _iframe(_static_page("Routing", "app_sorting.js", start_call, **constants), 700, rows=2)
+
+
+def _static_page(title: str, entry: str, start_call: str, **constants: Any) -> str:
+    """A page without a server: the script of the module `entry`, see `script_of`, fills it."""
+    script = script_of(entry, start_call, **constants)
+    return document(title, read_css(CORE_STYLES), _EMPTY_MAIN, script)
 
 
 def _iframe(page: str, height: int, rows: float = 0) -> str:

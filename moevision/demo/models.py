@@ -290,14 +290,14 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
     variants = _variants(card, models, folder)
 
     pictures = None
-    credits = None
+    credits: dict[str, str] = {}
     if data is not None:
         pictures = ImageSource(data, None, {}).open(trained, split=_split_of(data), root=root)
     elif (folder / SOURCES).is_file():
         pictures = _photos(folder, trained)
         credits = credits_of(folder / SOURCES)
     # Other images are not those of the card and of the history, whatever their names.
-    are_known = credits is not None or card.data_kind in DRAWN
+    are_known = bool(credits) or card.data_kind in DRAWN
     examples = Examples(
         pictures,
         trained.image_size,
@@ -312,7 +312,7 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
             if variant in models and (folder / name).is_file():
                 histories[variant] = folder / name
     dense_answers = {}
-    if credits is not None and (folder / "dense.json").is_file():
+    if credits and (folder / "dense.json").is_file():
         for name, row in read_json(folder / "dense.json")["probabilities"].items():
             dense_answers[examples.id_of_name(name)] = np.array(row, np.float32)
     if dense is not None:

@@ -100,7 +100,7 @@ class Explorer:
         self._cached_view = lru_cache(CACHED_VIEWS)(self._view)
         self._cached_class_effect = lru_cache(512)(self._class_effect)
         # By pixels: every control asks for the image again.
-        self._cached_ood_message = lru_cache(CACHED_VIEWS)(self._ood_message)
+        self._cached_ood_message = lru_cache(CACHED_VIEWS)(ood_message)
         self._boot = self._describe(local)
 
     def _describe(self, local: bool) -> Json:
@@ -330,12 +330,6 @@ class Explorer:
         )
         return view.to_json()
 
-    def _ood_message(self, entry: Entry, label: str | None, pixels: bytes) -> str | None:
-        """`ood_message` of the bytes of an image, uint8 [S, S, 3]."""
-        size = entry.facts.image_size
-        image = np.frombuffer(pixels, np.uint8).reshape(size, size, 3).copy()
-        return ood_message(entry, PictureFacts(image, label=label))
-
     def _class_effect(self, variant: Variant, settings: Settings, class_name: str) -> ClassEffect:
         saved = variant.saved
         gallery = self.galleries.gallery(variant)
@@ -346,14 +340,18 @@ class Explorer:
             return class_effect(saved, gallery.pictures, class_name, change, limit=CLASS_PICTURES)
 
 
-def ood_message(entry: Entry, picture: PictureFacts) -> str | None:
-    """What to say of an image of no class that lies too far from those of the trained model; None where not known."""
+def ood_message(entry: Entry, label: str | None, pixels: bytes) -> str | None:
+    """What to say of an image of no class that lies too far from those of the trained model; None where not known.
+
+    `pixels` are the bytes of uint8 [S, S, 3].
+    """
     model = entry.variants["trained"].saved
-    if model.strangers is None or picture.label in model.class_names:
+    if model.strangers is None or label in model.class_names:
         return None
+    size = model.image_size
+    image = np.frombuffer(pixels, np.uint8).reshape(1, size, size, 3)
     with torch.inference_mode(), routing_lock(model.net):
-        images = network_input(model, picture.pixels[None])
-        _, distance = answers(model.net, model.strangers, images)
+        _, distance = answers(model.net, model.strangers, network_input(model, image.copy()))
     return None if float(distance) <= 1 else ood_sentence(entry.card.recognized)
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from moevision.analysis.describe import (
     class_expert_map,
-    first_choice_paths,
     image_shares,
     layer_gallery,
     majority_part,
@@ -287,11 +286,3 @@ def test_an_expert_with_few_patches_has_a_short_gallery():
     assert [entry.expert for entry in gallery] == [0, 1, 2, 3]
     assert [len(entry.top) for entry in gallery] == [1, 2, 0, 0]  # one of each image
     assert [len(entry.random) for entry in gallery] == [2, 4, 0, 0]
-
-
-def test_paths_are_first_choices_by_layer():
-    layers = random_layer(0, 1), random_layer(1, 3)
-    paths = first_choice_paths(a_trace(*layers, labels=np.zeros(IMAGES)))
-    assert paths.shape == (IMAGES, PATCHES, 2)
-    for place, layer in enumerate(layers):
-        np.testing.assert_array_equal(paths[..., place], layer.expert_index[..., 0])

@@ -22,7 +22,6 @@ from moevision.analysis import LayerTrace, RoutingTrace, Table, collect_routing,
 from moevision.analysis.collect import layer_inputs, network_input
 from moevision.analysis.describe import (
     class_expert_map,
-    first_choice_paths,
     image_shares,
     layer_gallery,
     part_expert_table,
@@ -115,11 +114,11 @@ def test_a_trace_is_what_the_model_decided(make, grid, prefix, blocks):
             assert layer.entropy_bits[part] == pytest.approx(
                 scipy.stats.entropy(exact, base=2, axis=-1), abs=1e-5
             )
-            assert np.array_equal(layer.first_choice()[part], exact.argmax(-1))
+            assert np.array_equal(layer.expert_index[part][..., 0], exact.argmax(-1))
     assert trace.labels.tolist() == [index % 8 for index in range(24)]
     assert trace.accuracy == np.mean(trace.predictions == np.arange(24) % 8)
     assert (
-        len({tuple(row) for layer in trace.layers for row in layer.first_choice()}) > 2
+        len({tuple(row) for layer in trace.layers for row in layer.expert_index[..., 0]}) > 2
     )  # not all alike
 
 
@@ -445,7 +444,8 @@ MIXED = replace(
 def test_expert_choice_counts_what_was_taken():
     assert TAKEN.counts().tolist() == [[1, 2]]
     np.testing.assert_allclose(TAKEN.image_takes(), [[0.3, 1.3]], rtol=1e-6)
-    assert TAKEN.first_choice().tolist() == [[1, -1, 1]]
+    first = np.where(TAKEN.kept[..., 0], TAKEN.expert_index[..., 0], -1)
+    assert first.tolist() == [[1, -1, 1]]
     assert TAKEN.experts_per_patch == 1.0
     assert [len(gallery.random) for gallery in layer_gallery(TAKEN)] == [1, 2]
     fractions = np.array([[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]])
@@ -457,7 +457,7 @@ def test_soft_moe_reads_and_takes():
     np.testing.assert_allclose(MIXED.counts(), [[0.3 + 0.6 + 0.1, 0.7 + 0.4 + 0.9]], rtol=1e-6)
     np.testing.assert_allclose(MIXED.image_takes(), MIXED.counts())
     np.testing.assert_allclose(image_shares(MIXED.image_takes()), [[1 / 3, 2 / 3]], rtol=1e-6)
-    assert MIXED.first_choice().tolist() == [[1, 0, 1]]
+    assert MIXED.expert_index[..., 0].tolist() == [[1, 0, 1]]
     assert [patch.patch for patch in top_patches(MIXED, 1, count=1)] == [
         0
     ]  # read most, though patch 2 takes more
@@ -501,8 +501,8 @@ def test_a_trace_says_what_the_model_did(router, tmp_path):
             np.testing.assert_array_equal(reads, by_token.sum(0).T)
         if layer.kind == "soft":
             np.testing.assert_allclose(reads, routing.dispatch_weight[:, 1:].sum((0, 3)), rtol=1e-5)
-    assert (first_choice_paths(again) >= -1).all()
-    assert sum(layer.first_choice().min() < 0 for layer in again.layers) <= 2 * (
+    assert all((layer.expert_index >= 0).all() for layer in again.layers)
+    assert sum(not layer.kept[..., 0].all() for layer in again.layers) <= 2 * (
         router == "expert_choice"
     )
 

@@ -15,9 +15,8 @@ import torch
 from moevision.analysis.collect import network_input
 from moevision.analysis.intervention import Intervention
 from moevision.demo import route_image
-from moevision.demo.computation import LayerActivations
 from moevision.demo.facts import describe, noise_of_training
-from moevision.demo.view import Settings
+from moevision.demo.view import LayerActivations, Settings
 from moevision.demo.wire import encode_float32
 from moevision.layers import ROUTERS, record_routing, routing_lock
 from moevision.layers.reference import Expert

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from moevision.data.synthetic import SyntheticPets
-from moevision.demo.gradio_app import answer, answer_page, examples, experts, route
+from moevision.demo.gradio_app import Asked, examples, experts
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from moevision.demo.view import route_image
@@ -40,21 +40,26 @@ def entries(home):
     return {entry.card.title: entry for entry in open_entries(None, home=home)}
 
 
+@pytest.fixture(scope="module")
+def asked(entries):
+    return Asked(entries)
+
+
 def shown(page):
     """The view inside the frame."""
     return json.loads(re.search(r"const VIEW = (.*);", unescape(page))[1])
 
 
-def test_the_answer_is_the_models_with_and_without_an_expert(entries):
+def test_the_answer_is_the_models_with_and_without_an_expert(entries, asked):
     title, entry = next(iter(entries.items()))
     photo, saved = Image.new("RGB", (90, 64), LION), entry.variants["trained"].saved
-    label, page, routing = route(entries, photo, title, [])
+    label, page, routing = asked.route(photo, title, [])
     expected = route_image(saved, photo).to_json()
     assert label == {one["class"]: one["p"] for one in expected["prediction"]["moe"]}
     assert shown(page)["layers"] == expected["layers"]
     assert page.startswith("<iframe")
     assert 'sandbox="allow-scripts"' in page
-    label, page, routing = route(entries, photo, title, ["L3·E1"])
+    label, page, routing = asked.route(photo, title, ["L3·E1"])
     with ablate(saved.net, 3, 1):
         expected = route_image(saved, photo).to_json()
     assert label == {one["class"]: one["p"] for one in expected["prediction"]["moe"]}
@@ -62,8 +67,8 @@ def test_the_answer_is_the_models_with_and_without_an_expert(entries):
     assert routing["layers"][1]["experts"] == expected["layers"][1]["experts"]
     assert routing["layers"][1]["weights"] == expected["layers"][1]["weights"]
     assert routing["grid"] == expected["model"]["grid"]
-    assert route(entries, photo, title, ["L3.E1"]) == (label, page, routing)  # as the page's links
-    assert route(entries, None, title, []) == (None, "", None)
+    assert asked.route(photo, title, ["L3.E1"]) == (label, page, routing)  # as the page's links
+    assert asked.route(None, title, []) == (None, "", None)
 
 
 def data_uri(image):
@@ -71,11 +76,11 @@ def data_uri(image):
     return {"path": None, "url": png(np.asarray(image))}
 
 
-def test_what_is_transparent_is_white(entries):
+def test_what_is_transparent_is_white(entries, asked):
     """As everywhere else; what lies under it is black here."""
     title, photo = next(iter(entries)), Image.new("RGBA", (90, 64), (0, 0, 0, 0))
     white = Image.new("RGB", (90, 64), "white")
-    assert answer(entries, data_uri(photo), title, [])[0] == route(entries, white, title, [])[0]
+    assert asked.program(data_uri(photo), title, [])[0] == asked.route(white, title, [])[0]
 
 
 WRONG_AWAY = [
@@ -97,26 +102,26 @@ WRONG_AWAY = [
 
 
 @pytest.mark.parametrize(("away", "words"), WRONG_AWAY)
-def test_an_expert_that_is_not_there_is_named(entries, away, words):
+def test_an_expert_that_is_not_there_is_named(entries, asked, away, words):
     """An answer as if nothing had been taken away would pass for a measurement without effect."""
     title, photo = next(iter(entries)), data_uri(Image.new("RGB", (90, 64), LION))
     for image in (photo, None):
         with pytest.raises(gr.Error) as refused:
-            answer(entries, image, title, away)
+            asked.program(image, title, away)
         assert words in refused.value.message
 
 
-def test_the_page_may_keep_the_experts_of_the_model_before_for_a_moment(entries):
+def test_the_page_may_keep_the_experts_of_the_model_before_for_a_moment(entries, asked):
     title, photo = next(iter(entries)), data_uri(Image.new("RGB", (90, 64), LION))
-    kept = answer(entries, photo, title, ["L3·E1"])
-    assert answer_page(entries, photo, title, ["L3·E1", "L9·E9"]) == (kept.classes, kept.view)
+    kept = asked.program(photo, title, ["L3·E1"])
+    assert asked.page(photo, title, ["L3·E1", "L9·E9"]) == (kept.classes, kept.view)
 
 
 @pytest.mark.parametrize("model", ["nope", "", None, 3, ["The pets"], {"The pets": 1}])
-def test_a_model_that_is_not_there_is_a_sentence(entries, model):
-    for ask in (answer, answer_page):
+def test_a_model_that_is_not_there_is_a_sentence(asked, model):
+    for ask in (asked.program, asked.page):
         with pytest.raises(gr.Error, match="'model' must be"):
-            ask(entries, None, model, [])
+            ask(None, model, [])
 
 
 def test_examples_are_as_large_as_their_data(entries):
@@ -132,13 +137,12 @@ def test_examples_are_as_large_as_their_data(entries):
     ]
 
 
-def test_an_example_is_routed_as_the_page_routes_it(entries):
+def test_an_example_is_routed_as_the_page_routes_it(entries, asked):
     """Made smaller from many pixels it would be another image than the one drawn small."""
     title, entry = next(iter(entries.items()))
     example, facts = examples(entries)[0], entry.examples.usable(0, 1)[0]
-    known = {(example.model, example.image.tobytes()): example.pixels}
     view = Explorer([entry]).route({"picture": {"kind": "example", "id": facts.id}})
-    found = answer(entries, data_uri(example.image), title, [], known)
+    found = asked.program(data_uri(example.image), title, [])
     assert found.classes == {one["class"]: one["p"] for one in view["prediction"]["moe"]}
     assert found.routing["layers"][0]["experts"] == view["layers"][0]["experts"]
 

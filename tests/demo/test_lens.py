@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from moevision.analysis.collect import network_input
+from moevision.analysis.collect import network_input, record_modules
 from moevision.analysis.intervention import Intervention
 from moevision.demo import route_image
-from moevision.demo.view import LENS_TOP, Settings, block_outputs, lens
+from moevision.demo.view import LENS_TOP, Settings, lens
 from moevision.layers import moe_layers
 
 POOLED = {"mean": {}, "class token": {"class_token": True, "global_pool": "token"}}
@@ -56,9 +56,10 @@ def test_it_is_norm_pooling_and_head_after_each_block(model, pixels):
     net = model.net.double()
     x = network_input(model, pixels[None])
     assert x.dtype == torch.float64
-    with block_outputs(net) as outputs, torch.inference_mode():
+    blocks = dict(enumerate(net.blocks))
+    with record_modules(net, blocks) as (_, outputs), torch.inference_mode():
         logits = net(x)
-    found = lens(net, outputs)
+    found = lens(net, list(outputs.values()))
     assert found.dtype == torch.float64
     assert found.shape == (len(net.blocks), 8)
     assert (found - by_hand(net, x)).abs().max() < 1e-12

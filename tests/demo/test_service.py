@@ -21,7 +21,7 @@ from moevision.demo import galleries as galleries_module
 from moevision.demo import route_image, service
 from moevision.demo.atlas import compare_by_atlas
 from moevision.demo.examples import Examples, photo_files
-from moevision.demo.facts import SHARP_PX, PictureFacts, sharp_square
+from moevision.demo.facts import SHARP_PX, sharp_square
 from moevision.demo.galleries import Galleries, read_into_memory
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer, ood_message
@@ -71,9 +71,8 @@ def test_boot_tells_everything_that_the_page_needs(explorer):
     assert len(set(texts.values())) == 3
     # classes take turns: the first eight examples show the eight classes
     assert [example["label"] for example in pets["examples"][:8]] == list(SyntheticPets.classes)
-    assert [example["id"] for example in photos["examples"]] == [
-        f"photo/{name}" for name in photo_files()
-    ]
+    assert [example["id"] for example in photos["examples"]] == [*photo_files()]
+    assert all(example["id"].startswith("photo/") for example in photos["examples"])
     assert all(example["label"] is None for example in photos["examples"])
     assert len(photos["examples"]) >= 3
 
@@ -603,13 +602,11 @@ def test_a_stranger_is_told_in_words_that_follow_the_measured_share(
     entry = explorer.entries["pets"]
     entry = replace(entry, card=replace(entry.card, recognized=recognized))
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    sentence = ood_message(entry, PictureFacts(noise))
+    sentence = ood_message(entry, None, noise.tobytes())
     assert says(sentence, *fragments, "farther from every", "95 %")
-    assert (
-        ood_message(entry, PictureFacts(noise, label="cat")) is None
-    )  # a known class: nobody asks
+    assert ood_message(entry, "cat", noise.tobytes()) is None  # a known class: nobody asks
     images, _ = usual_pets()
-    told = [ood_message(entry, PictureFacts(image)) for image in images[80:]]
+    told = [ood_message(entry, None, image.tobytes()) for image in images[80:]]
     assert (
         sum(each is not None for each in told) == 2
     )  # a twentieth of the 40 that set the threshold
@@ -618,7 +615,7 @@ def test_a_stranger_is_told_in_words_that_follow_the_measured_share(
             entry.variants["trained"], saved=replace(saved(explorer), strangers=None)
         )
     }
-    assert ood_message(replace(entry, variants=variants), PictureFacts(noise)) is None
+    assert ood_message(replace(entry, variants=variants), None, noise.tobytes()) is None
 
 
 def test_a_page_says_of_ones_own_image_that_it_is_strange(explorer):

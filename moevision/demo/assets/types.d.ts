@@ -76,7 +76,7 @@ export interface Layer extends Omit<Router, "refused"> {
   counts: number[];
   requested: number[];
   slowest: number;
-  /** demo/computation.py; null where nobody listened. */
+  /** demo/view.py; null where nobody listened. */
   computation: (Record<string, Packed | null> & { channels?: any }) | null;
   /** [E][P] of Soft MoE. */
   reads: number[][] | null;
