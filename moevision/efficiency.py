@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import (
     FlopCounterMode,
     bmm_flop,
@@ -68,6 +69,13 @@ def measure_cost(
     return ModelCost(total, active, flops, router_flops)
 
 
+def latency_ms(run: Callable[[Tensor], Any], images: Tensor) -> float:
+    """Median milliseconds of a call with these images, over about a second."""
+    names = {"run": run, "images": images}
+    timer = Timer("run(images)", globals=names, num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=1).median
+
+
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Total and active parameters: K / E of the routed experts of each MoE layer are active, and everything else.
 
@@ -88,7 +96,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 @contextmanager
 def _eval_with_backend(model: nn.Module, backend: Backend) -> Iterator[None]:
     """A scope in which the model is in eval mode and all its MoE layers use `backend`."""
-    experts = [module.experts for module in model.modules() if isinstance(module, MoEMlp)]
+    experts = [layer.experts for layer in moe_layers(model)]
     previous_backends = [module.backend for module in experts]
     for layer_experts in experts:
         layer_experts.backend = backend

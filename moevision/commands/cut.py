@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from moevision.analysis.collect import PictureReader
 from moevision.analysis.effects import class_index
 from moevision.analysis.images import PictureSet, View, balanced_subset, find_images
-from moevision.commands.export import latency_ms
+from moevision.efficiency import latency_ms
 from moevision.errors import UserError, escape_controls
 from moevision.files import write_json_atomic
 from moevision.layers import forward_routing, moe_layers
@@ -32,6 +32,7 @@ from moevision.models.cut import check_cuttable, cut
 from moevision.models.io import SavedModel, save_model
 from moevision.models.safe_files import WEIGHTS
 from moevision.train.checkpoint import load_trained
+from moevision.types import Json
 from moevision.words import loading, percent, points, shell_word
 
 CHOOSING_IMAGES = 100  # of each class, on which experts are chosen
@@ -190,7 +191,7 @@ def compare(
     others: Experts | None,
     count: int,
     images: Labelled,
-) -> dict[str, Any]:
+) -> Json:
     """Accuracy with all experts, the kept ones, those that other classes use, as many at random, and none."""
 
     def with_experts(experts: Experts) -> float:

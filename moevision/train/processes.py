@@ -34,7 +34,7 @@ from torch import Tensor
 from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError, escape_controls_of_lines
-from moevision.losses import sum_over_ranks
+from moevision.losses import several_processes, sum_over_ranks
 from moevision.train.lightning_internals import command_of_this_process
 from moevision.types import State
 
@@ -43,11 +43,6 @@ _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH 
 # Windows has neither of these signals.
 _HANGUP = getattr(signal, "SIGHUP", None)
 _KILL = getattr(signal, "SIGKILL", 9)
-
-
-def several_processes() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_rank0() -> bool:
@@ -293,13 +288,10 @@ def _exit_code(codes: dict[int, int]) -> int:
 
 
 def random_state() -> State:
-    """The states of this process's random generators, made of tensors, lists, numbers and strings only."""
-    version, internal_state, next_gauss = random.getstate()
-    generator, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)
-    keys = np.asarray(keys).tolist()
+    """The states of this process's random generators; `checkpoint.plain` makes a checkpoint's part of them."""
     return {
-        "python": [version, list(internal_state), next_gauss],
-        "numpy": [str(generator), keys, int(position), int(has_gauss), float(cached_gauss)],
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
         "torch": torch.random.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -317,8 +309,7 @@ def restore_random_state(state: State) -> None:
     """Restore every generator; those of CUDA only if the number of devices is the same as when they were saved."""
     version, internal_state, next_gauss = state["python"]
     random.setstate((version, tuple(internal_state), next_gauss))
-    generator, keys, *others = state["numpy"]
-    np.random.set_state((generator, np.array(keys, dtype=np.uint32), *others))
+    np.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["torch"].cpu())
     cuda_states = state["cuda"]
     if cuda_states and torch.cuda.is_available() and len(cuda_states) == torch.cuda.device_count():

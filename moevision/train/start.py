@@ -353,7 +353,12 @@ PROBE_FILE = "probe.json"
 # Images of each split. Forward passes take nearly all of the probe's time. It is tested on all test images, as the
 # trained models are, so that `fit` and `moevision compare` can compare them image by image.
 _MOST_IMAGES = {"train": 2_000, "val": 500, "test": sys.maxsize}
-_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse penalties, for features of unit variance
+_STRENGTHS = (
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+)  # inverse penalties, the strongest first, for features of unit variance
 _ABSENT_LOGIT = -20.0  # of a class without a training image
 
 
@@ -536,15 +541,8 @@ def _best_regression(train: Features, val: Features, classes: int) -> tuple[Floa
 
     Of equally good penalties the strongest is taken.
     """
-    best: tuple[Floats, Floats] | None = None
-    most_correct = -1
-    for strength in _STRENGTHS:
-        weight, bias = _fit_regression(train, strength, classes)
-        correct = _count_correct(val, weight, bias)
-        if correct > most_correct:
-            best, most_correct = (weight, bias), correct
-    assert best is not None
-    return best
+    regressions = [_fit_regression(train, strength, classes) for strength in _STRENGTHS]
+    return max(regressions, key=lambda regression: _count_correct(val, *regression))
 
 
 def _fit_regression(train: Features, strength: float, classes: int) -> tuple[Floats, Floats]:
