@@ -368,13 +368,11 @@ def _class_scores(
 
 
 def _write_class_table(run_dir: Path, scores: Sequence[ClassScores]) -> None:
-    def cell(share: float | None) -> str:
-        return "" if share is None else f"{share:.4f}"
-
     rows = []
     for score in scores:
         shares = (score.precision, score.recall, score.f1, score.auroc)
-        rows.append((escape_csv_cell(score.name), score.images, *map(cell, shares)))
+        cells = ["" if share is None else f"{share:.4f}" for share in shares]
+        rows.append((escape_csv_cell(score.name), score.images, *cells))
     header = ("class", "images", "precision", "recall", "f1", "auroc")
     write_text_atomic(run_dir / "classes_test.csv", csv_text(header, rows))
 
