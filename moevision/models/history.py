@@ -33,6 +33,7 @@ from moevision.files import write_bytes_atomic
 from moevision.layers import forward_routing
 from moevision.layers.routing import evaluating
 from moevision.models.safe_files import parse_json, read_header, read_metadata
+from moevision.types import Ints
 
 SCHEMA = "moevision.history/1"
 """Version of the file; a change that an older reader would misread raises the number."""
@@ -98,6 +99,11 @@ class RoutingHistory:
     def layers(self) -> list[int]:
         """Block numbers of the MoE layers."""
         return list(self.weights)
+
+    def first_choice(self, layer: int) -> Ints:
+        """[T, I, P]: the expert that each patch gives the most weight; -1 where it is not routed."""
+        weights = self.weights[layer]
+        return np.where(weights.any(-1), weights.argmax(-1), -1)
 
     def plus(self, step: int, moment: Moment) -> RoutingHistory:
         """With one more moment, after `step` optimizer steps."""

@@ -33,14 +33,8 @@ def scrub(page, key, words):
     page.wait_for_selector(f"[data-part=when]:text-is('{words}')")
 
 
-def first_choice(recorded, moment, image, layer=3):
-    """The expert that each patch gives the most weight; -1 where it is not routed."""
-    weights = recorded.weights[layer][moment, image]  # [P, E]
-    return np.where(weights.any(-1), weights.argmax(-1), -1)
-
-
-def first_choices(recorded, moment, image):
-    return [str(expert) for expert in first_choice(recorded, moment, image)]
+def first_choices(recorded, moment, image, layer=3):
+    return [str(expert) for expert in recorded.first_choice(layer)[moment, image]]
 
 
 def image_of(page, recorded, key="picture"):
@@ -65,7 +59,7 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded):
         assert says(page.text_content(".mv-flow-answer"), "The model said")
         assert best.get_attribute("data-class") == recorded.class_names[p.argmax()]
         assert best.locator("b").text_content() == f"{100 * p.max():.0f} %"
-        first = first_choice(recorded, moment, image).tolist()
+        first = recorded.first_choice(3)[moment, image].tolist()
         assert counts(page) == [first.count(expert) for expert in range(4)]
         page.keyboard.press("ArrowRight")
         page.wait_for_timeout(200)
