@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.benchmark import Timer
+from torch import nn
 from torch.utils.flop_counter import (
     FlopCounterMode,
     bmm_flop,
@@ -67,13 +66,6 @@ def measure_cost(
 
     total, active = parameter_counts(model)
     return ModelCost(total, active, flops, router_flops)
-
-
-def latency_ms(run: Callable[[Tensor], Any], images: Tensor) -> float:
-    """Median milliseconds of a call with these images, over about a second."""
-    names = {"run": run, "images": images}
-    timer = Timer("run(images)", globals=names, num_threads=torch.get_num_threads())
-    return 1e3 * timer.blocked_autorange(min_run_time=1).median
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from moevision.analysis.collect import PictureReader
 from moevision.analysis.effects import class_index
 from moevision.analysis.images import PictureSet, View, balanced_subset, find_images
-from moevision.efficiency import latency_ms
+from moevision.commands.export import latency_ms
 from moevision.errors import UserError, escape_controls
 from moevision.files import write_json_atomic
 from moevision.layers import forward_routing, moe_layers

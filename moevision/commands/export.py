@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
-from moevision.efficiency import latency_ms, measure_cost
+from moevision.efficiency import measure_cost
 from moevision.errors import UserError, escape_controls
 from moevision.layers import Backend, moe_layers
 from moevision.models.export import OPSET, TOLERANCE, Runner, export_onnx, load_exported
@@ -112,6 +113,13 @@ def _read_images(saved: SavedModel, args: Namespace) -> Tensor:
     if not batches:
         raise UserError(f"{path} holds no image that can be read: give another --data.")
     return torch.cat(batches)
+
+
+def latency_ms(run: Runner, images: Tensor) -> float:
+    """Median milliseconds of a call with these images, over about a second."""
+    names = {"run": run, "images": images}
+    timer = Timer("run(images)", globals=names, num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=1).median
 
 
 def experts_sentence(net: nn.Module) -> str:

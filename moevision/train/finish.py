@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from moevision.config import Settings
 from moevision.data import ImageDataModule
-from moevision.efficiency import latency_ms, measure_cost
+from moevision.efficiency import measure_cost
 from moevision.errors import escape_csv_cell
 from moevision.files import csv_text, file_sha256, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
@@ -72,7 +73,7 @@ from moevision.train.report import (
 from moevision.train.resume import RunStart, Session
 from moevision.train.start import features_of, read_probe, weights_file
 from moevision.train.task import ClassificationTask
-from moevision.types import Array, Flags, Floats, Ints, Json
+from moevision.types import Array, Flags, Floats, Ints, Json, Keywords
 from moevision.words import percent, points
 
 _MONITOR_TEXTS = {"val/top1": "accuracy", BALANCED: "balanced accuracy", LOSS: "loss"}
@@ -357,7 +358,9 @@ def _class_scores(
     scores = []
     for label, name in enumerate(classes):
         is_class = tested.labels == label
-        measures: Json = {measure: values[label] for measure, values in task.test_by_class.items()}
+        measures: Keywords = {
+            measure: values[label] for measure, values in task.test_by_class.items()
+        }
         if not is_class.any():
             measures = dict.fromkeys(measures)  # all None
         if is_class.all():  # AUROC needs images of other classes
@@ -513,7 +516,7 @@ def _compared_model(name: str, run: RunResult, samples: Sequence[str]) -> Compar
 
 @torch.no_grad()
 def _ms_per_image(training: Training) -> float | None:
-    """Milliseconds of a forward pass with one image; None for a sharded model, which may not fit one device."""
+    """Median milliseconds of a forward pass with one image; None for a sharded model, which may not fit one device."""
     if training.sharded_strategy:
         return None
     device = training.trainer.strategy.root_device
@@ -521,8 +524,15 @@ def _ms_per_image(training: Training) -> float | None:
     dtype = next(net.parameters()).dtype  # not float32 under bf16-true or 64-true
     side = training.data.image_size
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, side, side, generator=generator)
-    return latency_ms(net, image.to(device, dtype))
+    image = torch.randn(1, 3, side, side, generator=generator).to(device, dtype)
+
+    # A warm-up pass, then at least 3 and at most 20 that count; after two seconds in all no further one begins.
+    times: list[float] = []
+    while len(times) < 4 or (len(times) < 21 and sum(times) < 2):
+        start_s = time.perf_counter()
+        net(image).cpu()  # the copy waits until a GPU is done
+        times.append(time.perf_counter() - start_s)
+    return float(1000 * np.median(times[1:]))
 
 
 def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResult:

@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 
-from moevision.commands.export import experts_sentence
+from moevision.commands.export import experts_sentence, latency_ms
 from moevision.commands.predict import predict_batch
-from moevision.efficiency import latency_ms, measure_cost
+from moevision.efficiency import measure_cost
 from moevision.models.io import load_model
 from moevision.train.report import template
 from tests.shared import assert_names, succeeded
