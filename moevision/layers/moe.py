@@ -22,7 +22,6 @@ from moevision.errors import UserError
 from moevision.layers.experts import Backend, Experts
 from moevision.layers.routers import build_router
 from moevision.layers.routing import Dispatched, Recordable, Routing, routed_unit
-from moevision.types import Keywords
 
 
 class LocalDispatcher:
@@ -115,7 +114,7 @@ class MoEMlp(Recordable):
         out_features = out_features or in_features
         biases = bias if isinstance(bias, tuple) else (bias, bias)
         drop_inside, drop_after = drop if isinstance(drop, tuple) else (drop, drop)
-        placement: Keywords = {"device": device, "dtype": dtype}
+        placement: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.router_name = router
         self.router = build_router(

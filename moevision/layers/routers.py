@@ -39,7 +39,6 @@ from moevision.layers.routing import (
     within_capacity,
 )
 from moevision.layers.words import ANGLE, by_sigmoid, by_softmax
-from moevision.types import Keywords
 
 _MAX_SCALE = 100.0  # Tutel clamps the learned logit scale at ln 100
 # Default weight of the loss. arXiv:2101.03961, §2.2 has 0.01 and adds the layers' losses, while ours is their mean.
@@ -480,7 +479,7 @@ def _switch(dim: int, num_experts: int, top_k: int, **options: Any) -> TopKRoute
     )
 
 
-_VMOE: Keywords = {
+_VMOE: dict[str, Any] = {
     "noise": "fixed",
     "softmax_over": "all",
     "default_losses": _IMPORTANCE_AND_LOAD,

@@ -35,12 +35,11 @@ from moevision.layers.routing import (
     full_precision,
 )
 from moevision.layers.words import by_experts, by_slots
-from moevision.types import Keywords
 
 _EPS = 1e-6  # added to the squared norm before the root, as in Soft MoE's released code
 
 
-def token_view(weights: Tensor, computed: Tensor) -> Keywords:
+def token_view(weights: Tensor, computed: Tensor) -> dict[str, Any]:
     """The token's view: fields of a `Routing` in which every token chose all E experts, sorted by weight.
 
     Args:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,8 +30,7 @@ from torch._compile import _disable_dynamo
 
 from moevision.config import RouteBy as RouteBy
 from moevision.layers.cpu import send_choices, sum_rows
-from moevision.layers.experts import Experts, has_autocast
-from moevision.types import Keywords
+from moevision.layers.experts import Experts
 
 Kind = Literal["token_choice", "expert_choice", "soft"]
 JITTER = 0.01  # Switch Transformer, table 1 and its released code
@@ -150,7 +149,7 @@ class Routing:
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same decision with `function` applied to every tensor."""
-        changed: Keywords = {}
+        changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
@@ -428,7 +427,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """A context without autocast on the device of x, for a router's computation."""
     # Only if autocast is on: torch 2.13 can't load an exported program that contains such a context.
-    return torch.autocast(x.device.type, enabled=False) if has_autocast(x) else nullcontext()
+    device_type = x.device.type
+    active = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if active else nullcontext()
 
 
 def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int:

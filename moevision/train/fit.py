@@ -54,7 +54,6 @@ from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ran
 from moevision.files import newest_config, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.limits import keep_freed_memory
-from moevision.losses import several_processes
 from moevision.models.config import build_model, dense_start, save_pretrained_config
 from moevision.models.io import from_cache_only
 from moevision.models.upcycle import START_IMAGES, start_routers
@@ -86,6 +85,7 @@ from moevision.train.processes import (
     parallel_strategy,
     print_rank0,
     rank0_first,
+    several_processes,
     start_processes,
 )
 from moevision.train.provenance import differences, fingerprint

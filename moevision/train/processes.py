@@ -34,7 +34,7 @@ from torch import Tensor
 from moevision.data.module import is_main_process
 from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError, escape_controls_of_lines
-from moevision.losses import several_processes, sum_over_ranks
+from moevision.losses import sum_over_ranks
 from moevision.train.lightning_internals import command_of_this_process
 from moevision.types import State
 
@@ -43,6 +43,11 @@ _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH 
 # Windows has neither of these signals.
 _HANGUP = getattr(signal, "SIGHUP", None)
 _KILL = getattr(signal, "SIGKILL", 9)
+
+
+def several_processes() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_rank0() -> bool:
