@@ -903,16 +903,11 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> Options:
     return values
 
 
-def parse_config(content: Any, source: str) -> Options:
+def parse_config(content: Mapping[str, Any], source: str) -> Options:
     """The options that the content of a YAML file gives, by their dotted names.
 
     A key that isn't known and has no value is ignored, and so are those in `WRITTEN`: earlier versions wrote some.
     """
-    if not isinstance(content, Mapping):
-        raise UserError(
-            f"{source} is no configuration: it must have keys, such as data: {{path: ...}}."
-        )
-
     values = {}
     for name, value in flatten(content).items():
         if name in options():
@@ -990,8 +985,12 @@ def option_spelled(
 
 def _short_names() -> dict[str, str]:
     """What may be typed for some options beside their dotted names."""
-    names = {entry.alias: name for name, entry in options().items() if entry.alias}
-    return names | {entry.short: name for name, entry in options().items() if entry.short}
+    return {
+        typed: name
+        for name, entry in options().items()
+        for typed in (entry.alias, entry.short)
+        if typed
+    }
 
 
 @cache
@@ -1083,7 +1082,7 @@ def _type_in_words(kind: Any) -> str:
 
 
 def _is_union(kind: Any) -> bool:
-    return isinstance(kind, UnionType) or get_origin(kind) is Union
+    return get_origin(kind) in (Union, UnionType)
 
 
 def _unknown_option(name: str) -> str:

@@ -88,7 +88,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 @contextmanager
 def _eval_with_backend(model: nn.Module, backend: Backend) -> Iterator[None]:
     """A scope in which the model is in eval mode and all its MoE layers use `backend`."""
-    experts = [module.experts for module in model.modules() if isinstance(module, MoEMlp)]
+    experts = [layer.experts for layer in moe_layers(model)]
     previous_backends = [module.backend for module in experts]
     for layer_experts in experts:
         layer_experts.backend = backend

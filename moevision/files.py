@@ -94,12 +94,6 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete unfinished temporary files of killed processes; no other process may be writing in the folder."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
-
-
 def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
     r"""Replace `path` by this text in UTF-8, given as a whole or in parts (for large texts).
 

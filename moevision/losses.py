@@ -19,6 +19,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -143,8 +144,7 @@ def _load_balancing_value(sums: Tensor) -> Tensor:
 
 def _z_sums(routing: Routing, rule: Rule) -> Tensor:
     """[2] sum of logsumexp², and number of tokens."""
-    squares = routing.logits.logsumexp(-1).square()  # [B, N]
-    return torch.stack([squares.sum(), squares.new_tensor(squares.numel())])
+    return _sum_and_count(routing.logits.logsumexp(-1).square())  # of [B, N]
 
 
 def _label_sums(routing: Routing, target: Tensor) -> Tensor:
@@ -152,7 +152,12 @@ def _label_sums(routing: Routing, target: Tensor) -> Tensor:
     num_classes = target.shape[-1]
     logits = routing.logits.unflatten(-1, (num_classes, -1)).logsumexp(-1)  # [B, N, C]
     cross_entropy = -(target.unsqueeze(1) * logits.log_softmax(-1)).sum(-1)  # [B, N]
-    return torch.stack([cross_entropy.sum(), cross_entropy.new_tensor(cross_entropy.numel())])
+    return _sum_and_count(cross_entropy)
+
+
+def _sum_and_count(values: Tensor) -> Tensor:
+    """[2] the sum of the values, and how many they are."""
+    return torch.stack([values.sum(), values.new_tensor(values.numel())])
 
 
 def _mean(sums: Tensor) -> Tensor:
@@ -382,14 +387,12 @@ class RoutingStatistics(Metric):
         # The rows of layers with fewer experts than `most_experts` end in zeros.
         depth = len(self.layers)
         most_experts = max(self.num_experts, default=0)
+        add_sums = partial(self.add_state, dist_reduce_fx="sum")
         for name in ("counts", "count_squares", "requested"):
-            self._add_sums(name, torch.zeros((depth, most_experts), dtype=torch.int64))
+            add_sums(name, torch.zeros((depth, most_experts), dtype=torch.int64))
         for name in ("tokens", "images", "unrouted"):
-            self._add_sums(name, torch.zeros(depth, dtype=torch.int64))
-        self._add_sums("entropy_bits", torch.zeros(depth, dtype=torch.float64))
-
-    def _add_sums(self, name: str, zeros: Tensor) -> None:
-        self.add_state(name, zeros, dist_reduce_fx="sum")
+            add_sums(name, torch.zeros(depth, dtype=torch.int64))
+        add_sums("entropy_bits", torch.zeros(depth, dtype=torch.float64))
 
     def update(self, routings: Sequence[Routing]) -> None:
         """Add one batch: the `Routing` of every MoE layer, in order of depth."""

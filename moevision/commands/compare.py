@@ -44,7 +44,7 @@ from moevision.stats import (
 )
 from moevision.train.report import RunSummary, read_summary, template
 from moevision.train.resume import is_finished, is_free, resume_command
-from moevision.types import Flags, Json
+from moevision.types import Flags, Json, Keywords
 from moevision.words import duration, flops, percent, points
 
 PREDICTIONS = "predictions_test.csv"
@@ -309,7 +309,7 @@ def compare(a: Sequence[FinishedRun], b: Sequence[FinishedRun]) -> Comparison:
     )
 
 
-def _certainty_over_seeds(pairs: Sequence[PairedDifference]) -> dict[str, Any]:
+def _certainty_over_seeds(pairs: Sequence[PairedDifference]) -> Keywords:
     """Fields of `Comparison` from Student's t; `Gap` computes in percentage points."""
     gap = Gap.of([100 * pair.difference for pair in pairs])
     return {
@@ -321,7 +321,7 @@ def _certainty_over_seeds(pairs: Sequence[PairedDifference]) -> dict[str, Any]:
     }
 
 
-def _certainty_over_images(pair: PairedDifference, *, balanced: bool) -> dict[str, Any]:
+def _certainty_over_images(pair: PairedDifference, *, balanced: bool) -> Keywords:
     """Fields of `Comparison` from the test images of two runs."""
     if balanced:
         # Half the interval is z(1 - level / 2) standard errors, and z(1 - level / 2) + z(power) of them are detected.

@@ -32,6 +32,7 @@ from moevision.models.cut import check_cuttable, cut
 from moevision.models.io import SavedModel, save_model
 from moevision.models.safe_files import WEIGHTS
 from moevision.train.checkpoint import load_trained
+from moevision.types import Json
 from moevision.words import loading, percent, points, shell_word
 
 CHOOSING_IMAGES = 100  # of each class, on which experts are chosen
@@ -49,8 +50,7 @@ Labelled = list[tuple[Tensor, Tensor]]
 def run(args: Namespace) -> None:
     """Choose experts, measure the cut model, and write it with `cut.json`."""
     out = Path(args.out)
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} is there already: give --out another name.")
+    refuse_filled(out)
     with loading("reading the model"):
         model = load_trained(args.model)
     check_cuttable(model)
@@ -82,6 +82,12 @@ def run(args: Namespace) -> None:
     }
     write_json_atomic(out / "cut.json", record)
     tell(record, len(model.class_names), shell_word(str(out)))
+
+
+def refuse_filled(out: Path) -> None:
+    """Raise a UserError if `--out` names a file, or a folder that isn't empty."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} is there already: give --out another name.")
 
 
 def class_indices(model: SavedModel, names: Sequence[str]) -> list[int]:
@@ -190,7 +196,7 @@ def compare(
     others: Experts | None,
     count: int,
     images: Labelled,
-) -> dict[str, Any]:
+) -> Json:
     """Accuracy with all experts, the kept ones, those that other classes use, as many at random, and none."""
 
     def with_experts(experts: Experts) -> float:

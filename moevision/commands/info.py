@@ -22,7 +22,7 @@ from moevision.errors import escape_controls
 from moevision.layers import describe_moe, moe_layers
 from moevision.models.convert import dense_arguments, dense_twin, one_or_list
 from moevision.models.io import SavedModel, describe, is_timm_name, load_model
-from moevision.types import Json, TimmModel
+from moevision.types import Json, Keywords, TimmModel
 from moevision.words import loading
 
 
@@ -110,7 +110,7 @@ def analyze(args: Namespace) -> None:
     """Write the report, and print its three answers; the layers' numbers are in it."""
     from moevision.analysis import report  # scikit-learn and matplotlib come along
 
-    options: dict[str, Any] = {}
+    options: Keywords = {}
     if args.quick:
         options = {"limit": 300, "permutations": 200}
     for field in fields(report.ReportSettings):

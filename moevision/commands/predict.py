@@ -29,7 +29,7 @@ from moevision.models.ood import linear_head
 from moevision.models.shares import shares_refusal
 from moevision.train.checkpoint import load_trained
 from moevision.train.processes import print_rank0
-from moevision.types import Floats
+from moevision.types import Floats, Json
 from moevision.words import loading, with_progress
 
 UNSURE = "unsure"
@@ -341,7 +341,7 @@ def to_json(
 
 def _rows(
     predictions: Sequence[Prediction], unsure: float | None, *, calibrated: bool
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     rows = []
     for prediction in predictions:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)

@@ -14,6 +14,7 @@ from torch import nn
 
 from moevision.analysis.collect import PictureReader, network_input
 from moevision.analysis.images import open_pictures
+from moevision.commands.cut import refuse_filled
 from moevision.commands.info import cost_table
 from moevision.data import SyntheticPets
 from moevision.efficiency import measure_cost
@@ -60,8 +61,7 @@ def run(args: Namespace) -> None:
 
 def _check_arguments(args: Namespace, out: Path) -> None:
     """Raise a UserError for arguments that can't work, before the model is read."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} is there already: give --out another name.")
+    refuse_filled(out)
     clusters = args.router_start == "cluster"
     if clusters != (args.data is not None):
         raise UserError(

@@ -3,7 +3,7 @@
 A page is 4 x 4 emoji of 16 px (Noto Emoji, `assets/emoji.png`), each up to 2 px from the middle of its cell. Its class
 is one of Unicode's nine groups (`EmojiPages`), or one of 55 kinds within them (`EmojiKinds`), of which more must be
 remembered. An emoji is of the page's own class with probability `share`, otherwise of a class drawn at random. Whoever
-knows the class of every emoji names 96.7 % of the pages of groups and 94.0 % of those of kinds (`ceiling`).
+knows the class of every emoji names 96.7 % of the pages of groups and 94.0 % of those of kinds.
 
 A tenth of each kind's emoji is never on a page of "train", "val" or "test": pages of "unseen" have only these. What a
 model knows of "test" beyond "unseen" it has learned by heart.
@@ -335,14 +335,3 @@ def draw_cells(numbers: Ints, shifts: Ints | None = None) -> Pixels:
             max(-down, 0) : CELL - max(down, 0), max(-right, 0) : CELL - max(right, 0)
         ]
     return page
-
-
-def ceiling(data: type[EmojiPages] = EmojiPages, pages: int = 200_000, seed: int = 0) -> float:
-    """The share of pages whose class is what most of their emoji are; a tie of two counts half, and so on."""
-    rng = np.random.default_rng(seed)
-    num_classes = len(data.classes)
-    is_own = rng.random((pages, CELLS**2)) < data.share
-    classes = np.where(is_own, 0, rng.integers(num_classes, size=(pages, CELLS**2)))  # of class 0
-    counts = np.stack([(classes == label).sum(1) for label in range(num_classes)], 1)
-    most = counts == counts.max(1, keepdims=True)  # [pages, C]
-    return float((most[:, 0] / most.sum(1)).mean())

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -71,7 +70,7 @@ from moevision.errors import (
     name_bytes,
 )
 from moevision.files import csv_text, write_text_atomic
-from moevision.types import State
+from moevision.types import Keywords, State
 from moevision.words import percent
 
 ClassCounts = dict[str, dict[str, int]]  # split -> class name -> images
@@ -402,7 +401,7 @@ class ImageDataModule(Data, LightningDataModule):
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
-    def _loader_options(self) -> dict[str, Any]:
+    def _loader_options(self) -> Keywords:
         return {
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),

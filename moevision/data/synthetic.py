@@ -33,7 +33,7 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 from moevision.data.emoji import DrawnImages
-from moevision.types import Array, Floats, Ints, Pixels
+from moevision.types import Array, Floats, Ints, Json, Pixels
 
 Points = Floats  # [n, 2]
 Affine = Floats  # [2, 3], a 2 x 2 matrix and an offset
@@ -112,7 +112,7 @@ def region_id(slot: int, part: str) -> int:
 
 
 @cache
-def _tables() -> dict[str, Any]:
+def _tables() -> Json:
     text = Path(__file__).with_name("pets.yaml").read_text(encoding="utf-8")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser, if available, takes 3 ms
     return dict(yaml.load(text, loader))

@@ -21,7 +21,7 @@ from moevision.models.io import architecture_of, config_file, create_from, unkno
 from moevision.models.safe_files import CONFIG
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
-from moevision.types import TimmModel
+from moevision.types import Keywords, TimmModel
 
 DEFAULT_NAME = "vit_moe_micro_patch4_32"
 _OF_THE_WEIGHTS = ("name", "base", "stem", "patch_size", "embed_dim", "num_heads", "mlp_ratio")
@@ -104,7 +104,7 @@ def _from_pretrained(
         # Of a model whose experts are copies: the dense model that they were copied from.
         return convert_to_moe(source, [])
 
-    options: dict[str, Any] = {"router": "noisy_top_k", "top_k": None}
+    options: Keywords = {"router": "noisy_top_k", "top_k": None}
     for name in MOE_ARGUMENTS:
         value = getattr(config, name)
         if value is not None:

@@ -27,7 +27,7 @@ from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, rout
 from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter
 from moevision.layers.experts import Backend
 from moevision.layers.routing import evaluating, routed_unit
-from moevision.types import TimmModel
+from moevision.types import Keywords, TimmModel
 
 Match = Literal["active_flops", "total_params"]
 
@@ -138,7 +138,7 @@ def convert_to_moe(
     _exclude_biases_from_decay(vit)
 
     # Record the arguments that build this model again.
-    moe_config: dict[str, Any] = {"moe_layers": indices}
+    moe_config: Keywords = {"moe_layers": indices}
     for name, value in per_layer.items():
         moe_config[name] = one_or_list([layer[name] for layer in arguments], value)
     moe_config["expert_hidden"] = moe_config.pop("hidden_features")
@@ -196,8 +196,8 @@ def _exclude_biases_from_decay(vit: TimmModel) -> None:
 
 
 def _layer_arguments(
-    vit: TimmModel, indices: list[int], per_layer: dict[str, Any], options: dict[str, Any]
-) -> list[dict[str, Any]]:
+    vit: TimmModel, indices: list[int], per_layer: Keywords, options: Keywords
+) -> list[Keywords]:
     """Arguments of `MoEMlp` for each layer: its values of `per_layer`, and the options that its router can use."""
     count = len(indices)
     columns = {name: _per_layer(name, value, count) for name, value in per_layer.items()}
@@ -225,7 +225,7 @@ def _layer_arguments(
     return layers
 
 
-def _expert_hidden(arguments: dict[str, Any], dense_hidden: int, copy_weights: bool) -> int:
+def _expert_hidden(arguments: Keywords, dense_hidden: int, copy_weights: bool) -> int:
     """Hidden width of one expert: as given, or else so that a token costs what it costs in the dense MLP.
 
     With `copy_weights` it is that of the dense MLP.
@@ -274,7 +274,7 @@ def plain_mlp(vit: TimmModel, index: int) -> nn.Linear:
     )
 
 
-def dense_arguments(vit: nn.Module) -> dict[str, Any]:
+def dense_arguments(vit: nn.Module) -> Keywords:
     """The arguments that timm recorded for a model, without those of its twin and of its experts."""
     arguments = dict(getattr(vit, "_model_args", {}))
     for name in ("twin", *getattr(vit, "moe_config", {})):
@@ -282,7 +282,7 @@ def dense_arguments(vit: nn.Module) -> dict[str, Any]:
     return arguments
 
 
-def _record_model_arguments(vit: TimmModel, moe_config: dict[str, Any]) -> None:
+def _record_model_arguments(vit: TimmModel, moe_config: Keywords) -> None:
     """Set `moe_config` and timm's attributes: the name and arguments with which timm builds the model again."""
     arguments = dense_arguments(vit)
     vit.moe_config = moe_config
@@ -304,7 +304,7 @@ def _record_model_arguments(vit: TimmModel, moe_config: dict[str, Any]) -> None:
     vit._model_args = arguments
 
 
-def _moe_like(vit: TimmModel, index: int, arguments: dict[str, Any], copy_weights: bool) -> MoEMlp:
+def _moe_like(vit: TimmModel, index: int, arguments: Keywords, copy_weights: bool) -> MoEMlp:
     """A MoE layer in place of a block's MLP: same widths, activation, dropout, device, dtype and mode."""
     mlp = vit.blocks[index].mlp
     moe = MoEMlp(

@@ -48,7 +48,7 @@ from moevision.models.safe_files import (
     weights_of,
 )
 from moevision.models.vit_moe import NO_SOURCE  # registers the vit_moe names
-from moevision.types import TimmModel
+from moevision.types import Json, Keywords, State, TimmModel
 from moevision.words import shell_word
 
 ImageSize = int | tuple[int, int]
@@ -134,7 +134,7 @@ def describe(net: nn.Module) -> SavedModel:
         return SavedModel(net, class_names, image_size, mean, std, fit=fit)
 
 
-def _image_size(net: nn.Module, data_config: dict[str, Any]) -> int:
+def _image_size(net: nn.Module, data_config: Json) -> int:
     # The size that a ViT was built for or changed to; timm's configuration still has that of its first weights.
     built_for = getattr(getattr(net, "patch_embed", None), "img_size", None)
     height, width = (built_for or data_config["input_size"])[-2:]
@@ -171,7 +171,7 @@ def _colour(statistic: str, values: Any, minimum: float, model: str) -> Colour:
     )
 
 
-def _class_names(config: dict[str, Any], classes: int) -> list[str]:
+def _class_names(config: Json, classes: int) -> list[str]:
     """Class names in words, [C].
 
     timm's `label_names` are a list, or a dict from index to name where some indices have none; they may be codes such
@@ -254,9 +254,7 @@ def save_model(model: SavedModel, folder: Path) -> None:
     write_text_atomic(folder / CONFIG, json.dumps(config, indent=2))
 
 
-def _make_contiguous(
-    _net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]
-) -> None:
+def _make_contiguous(_net: nn.Module, state: State, _prefix: str, _metadata: Json) -> None:
     """A hook: safetensors refuses weights in another order, such as those of a `channels_last` convolution."""
     for name, tensor in state.items():
         state[name] = tensor.contiguous()
@@ -283,7 +281,7 @@ def create_from(
     `weights` a `.safetensors` file for the architecture that it names. `depth` keeps so many of the first blocks, and
     `rates` are timm's drop_path_rate, proj_drop_rate and patch_drop_rate, for training.
     """
-    options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size, **rates}
+    options: Keywords = {"num_classes": num_classes, "img_size": image_size, **rates}
     address = address_of(str(source))
     if weights and load_weights:
         net = _create_from_file(address, Path(weights), num_classes, options)
@@ -366,7 +364,7 @@ def _similar_names(name: str) -> str:
 
 
 def _create_from_file(
-    address: str, file: Path, num_classes: int | None, options: dict[str, Any]
+    address: str, file: Path, num_classes: int | None, options: Keywords
 ) -> nn.Module:
     """First with the file's own classes: timm then checks that every weight is there, as it doesn't for a new head."""
     if file.suffix != ".safetensors" or not file.is_file():

@@ -27,7 +27,7 @@ from moevision.config import RouterOptions
 from moevision.errors import UserError
 from moevision.layers import Routing, forward_routing
 from moevision.models.convert import Match, convert_to_moe, make_dense
-from moevision.types import TimmModel
+from moevision.types import Keywords, TimmModel
 
 MOE_ARGUMENTS = (
     "num_experts",
@@ -42,7 +42,7 @@ MOE_ARGUMENTS = (
 
 # The fields of timm's `pretrained_cfg` that say where its weights are, all empty: the weights of a saved model are read
 # from its own folder, whatever its config.json says here.
-NO_SOURCE: dict[str, Any] = {
+NO_SOURCE: Keywords = {
     **dict.fromkeys(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")),
     "custom_load": False,
 }
@@ -266,7 +266,7 @@ class VisionTransformerMoE(VisionTransformer):
         return forward_routing(self, x)
 
 
-def _pop_moe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+def _pop_moe_arguments(arguments: Keywords) -> Keywords:
     return {name: arguments.pop(name) for name in MOE_ARGUMENTS if name in arguments}
 
 
@@ -287,7 +287,7 @@ def check_patches(
 
 
 def _build(
-    model_class: Callable[..., Any], variant: str, pretrained: bool, arguments: dict[str, Any]
+    model_class: Callable[..., Any], variant: str, pretrained: bool, arguments: Keywords
 ) -> Any:
     feature_cfg = {"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"}
     return build_model_with_cfg(
@@ -311,7 +311,7 @@ _HYBRID_SIZE = {
 }
 _CONV_STEM = {"class_token": False, "global_pool": "avg", "stem": "conv"}
 # Name -> image size, and arguments of VisionTransformerMoE; parameters and FLOPs are in docs/reference/models.md.
-_MODELS: dict[str, tuple[int, dict[str, Any]]] = {
+_MODELS: dict[str, tuple[int, Keywords]] = {
     # For tests: 4 experts of which 2 are active.
     "test_vit_moe": (
         32, {**_CONV_STEM, "num_experts": 4, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -336,7 +336,7 @@ _FIRST_CONV = {"conv": "patch_embed.backbone.0.conv", "stages": "patch_embed.bac
 _FIRST_CONV["wide_stages"] = _FIRST_CONV["stages"]
 
 
-def _cfg(size: int, stem: str = "patch") -> dict[str, Any]:
+def _cfg(size: int, stem: str = "patch") -> Keywords:
     return {
         "num_classes": 1000,
         "input_size": (3, size, size),

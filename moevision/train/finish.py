@@ -73,7 +73,7 @@ from moevision.train.report import (
 from moevision.train.resume import RunStart, Session
 from moevision.train.start import features_of, read_probe, weights_file
 from moevision.train.task import ClassificationTask
-from moevision.types import Array, Flags, Floats, Ints
+from moevision.types import Array, Flags, Floats, Ints, Json, Keywords
 from moevision.words import percent, points
 
 _MONITOR_TEXTS = {"val/top1": "accuracy", BALANCED: "balanced accuracy", LOSS: "loss"}
@@ -291,7 +291,7 @@ def _write_predictions(run_dir: Path, tested: TestedImages, classes: Sequence[st
 
 def _write_provenance(training: Training, command: Sequence[str]) -> None:
     arch, run_dir = training.task.arch, training.run_dir
-    extra: dict[str, Any] = {
+    extra: Json = {
         "backend": arch.backend or "auto",
         "compile": training.task.compile_blocks,
         "model_sha256": file_sha256(run_dir / "model" / "model.safetensors"),
@@ -358,7 +358,7 @@ def _class_scores(
     scores = []
     for label, name in enumerate(classes):
         is_class = tested.labels == label
-        measures: dict[str, Any] = {
+        measures: Keywords = {
             measure: values[label] for measure, values in task.test_by_class.items()
         }
         if not is_class.any():
@@ -371,13 +371,11 @@ def _class_scores(
 
 
 def _write_class_table(run_dir: Path, scores: Sequence[ClassScores]) -> None:
-    def cell(share: float | None) -> str:
-        return "" if share is None else f"{share:.4f}"
-
     rows = []
     for score in scores:
         shares = (score.precision, score.recall, score.f1, score.auroc)
-        rows.append((escape_csv_cell(score.name), score.images, *map(cell, shares)))
+        cells = ["" if share is None else f"{share:.4f}" for share in shares]
+        rows.append((escape_csv_cell(score.name), score.images, *cells))
     header = ("class", "images", "precision", "recall", "f1", "auroc")
     write_text_atomic(run_dir / "classes_test.csv", csv_text(header, rows))
 

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from moevision.config import FreezeAllBut, OptimizerConfig, OptimizerName
 from moevision.errors import UserError
 from moevision.layers import PackedLinear, moe_layers
-from moevision.types import TimmModel
+from moevision.types import Keywords, TimmModel
 
 # Coefficients of five Newton-Schulz iterations, x <- a x + b (x xᵀ) x + c (x xᵀ)² x, each fitted to what the one
 # before leaves (https://leloykun.github.io/ponder/muon-opt-coeffs).
@@ -49,7 +49,7 @@ def build_optimizer(
     place of `LOCAL.optimizers`.
     """
     groups = parameter_groups(net, config)
-    options: dict[str, Any] = {"bfloat16": bfloat16} if config.name == "muon" else {}
+    options: Keywords = {"bfloat16": bfloat16} if config.name == "muon" else {}
     optimizer_class = (kinds or LOCAL.optimizers)[config.name]
     optimizer = optimizer_class(
         groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused, **options
@@ -70,13 +70,13 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def parameter_groups(net: TimmModel, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(net: TimmModel, config: OptimizerConfig) -> list[Keywords]:
     """Parameters that learn, grouped by weight decay and (with layer_decay) learning rate; the classifier's first.
 
     Under Muon, groups with `matrices: True` hold what it moves.
     """
     spared = net.no_weight_decay()
-    groups: list[dict[str, Any]]
+    groups: list[Keywords]
     if config.layer_decay is None:
         # By keyword: what the third place means differs between timm releases.
         groups = param_groups_weight_decay(net, config.weight_decay, no_weight_decay_list=spared)
@@ -91,7 +91,7 @@ def parameter_groups(net: TimmModel, config: OptimizerConfig) -> list[dict[str, 
     return _split_matrices(groups, net)
 
 
-def _split_matrices(groups: list[dict[str, Any]], net: nn.Module) -> list[dict[str, Any]]:
+def _split_matrices(groups: list[Keywords], net: nn.Module) -> list[Keywords]:
     """Each group cut in two: what AdamW moves, and the matrices that Muon moves."""
     names = matrices_of(net)
     matrices = {id(parameter) for name, parameter in net.named_parameters() if name in names}
@@ -207,7 +207,7 @@ class Muon(AdamW):
             self.param_groups = groups
         return loss
 
-    def _step_matrices(self, group: dict[str, Any]) -> None:
+    def _step_matrices(self, group: Keywords) -> None:
         lr, momentum = group["lr"], group["momentum"]
         for weight in group["params"]:
             if weight.grad is None:

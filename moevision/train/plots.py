@@ -25,16 +25,16 @@ from scipy.signal import lfilter
 from sklearn.metrics import confusion_matrix
 
 from moevision.files import read_csv, write_bytes_atomic
-from moevision.types import Floats, Ints, Pixels
+from moevision.types import Floats, Ints, Keywords, Pixels
 from moevision.words import percent
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 OKABE_ITO = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 INK, SOFT, GRID = "#333333", "#808080", "#e8e8e8"
-_TITLE: dict[str, Any] = {"fontsize": 10.5, "color": INK, "fontweight": "bold"}
-_LABEL: dict[str, Any] = {"fontsize": 9, "color": INK}
-_SMALL: dict[str, Any] = {"fontsize": 8, "color": INK}
-_TICKS: dict[str, Any] = {"length": 0, "labelsize": 8, "labelcolor": INK}
+_TITLE: Keywords = {"fontsize": 10.5, "color": INK, "fontweight": "bold"}
+_LABEL: Keywords = {"fontsize": 9, "color": INK}
+_SMALL: Keywords = {"fontsize": 8, "color": INK}
+_TICKS: Keywords = {"length": 0, "labelsize": 8, "labelcolor": INK}
 _LOAD_METRIC = re.compile(r"moe/(.+)/load_max")  # group 1: block index
 # Most classes for which a confusion matrix shows:
 _MAX_CLASSES_WITH_COUNTS = 5  # counts in its cells
@@ -154,7 +154,7 @@ def save(figure: Figure, out: Path) -> None:
 def _line(axes: Axes, curve: Curve, color: str, **style: Any) -> None:
     """Draw a curve, with dots if it has few points: a single one (a run of one epoch) has no line."""
     num_points = curve.steps.size
-    defaults: dict[str, Any] = {"color": color, "linewidth": 1.8, "clip_on": False}
+    defaults: Keywords = {"color": color, "linewidth": 1.8, "clip_on": False}
     if num_points <= 30:
         defaults |= {"marker": "o", "markersize": 5.0 if num_points == 1 else 3.5}
     axes.plot(curve.steps, curve.values, **{**defaults, **style})

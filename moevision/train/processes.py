@@ -293,13 +293,10 @@ def _exit_code(codes: dict[int, int]) -> int:
 
 
 def random_state() -> State:
-    """The states of this process's random generators, made of tensors, lists, numbers and strings only."""
-    version, internal_state, next_gauss = random.getstate()
-    generator, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)
-    keys = np.asarray(keys).tolist()
+    """The states of this process's random generators; `checkpoint.plain` makes a checkpoint's part of them."""
     return {
-        "python": [version, list(internal_state), next_gauss],
-        "numpy": [str(generator), keys, int(position), int(has_gauss), float(cached_gauss)],
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
         "torch": torch.random.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -317,8 +314,7 @@ def restore_random_state(state: State) -> None:
     """Restore every generator; those of CUDA only if the number of devices is the same as when they were saved."""
     version, internal_state, next_gauss = state["python"]
     random.setstate((version, tuple(internal_state), next_gauss))
-    generator, keys, *others = state["numpy"]
-    np.random.set_state((generator, np.array(keys, dtype=np.uint32), *others))
+    np.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["torch"].cpu())
     cuda_states = state["cuda"]
     if cuda_states and torch.cuda.is_available() and len(cuda_states) == torch.cuda.device_count():

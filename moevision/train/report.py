@@ -458,20 +458,15 @@ def _architecture(net: nn.Module) -> str:
 
 def _moe_blocks(net: nn.Module) -> list[Json]:
     """A row per MoE layer for the card's table."""
-    layers = moe_layers(net)
-    routers = dict(getattr(net, "moe_config", {})).get("router", "unknown")
-    if isinstance(routers, str):
-        routers = [routers] * len(layers)
-    blocks = []
-    for layer, router in zip(layers, routers, strict=True):
-        row = {
+    return [
+        {
             "block": layer.layer_index,
-            "router": router,
+            "router": layer.router_name,
             "experts": layer.router.num_experts,
             "per_token": layer.router.top_k,
         }
-        blocks.append(row)
-    return blocks
+        for layer in moe_layers(net)
+    ]
 
 
 def _other_options(net: nn.Module) -> dict[str, str]:

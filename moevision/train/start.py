@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -61,7 +60,7 @@ from moevision.models.io import (
 from moevision.models.ood import linear_head
 from moevision.models.safe_files import read_json, read_metadata, weights_of
 from moevision.models.upcycle import check_upcyclable
-from moevision.train.health import cpu_s
+from moevision.train.health import Stopwatch
 from moevision.train.processes import has_gpu, print_rank0
 from moevision.types import Floats, Ints, TimmModel
 from moevision.words import percent, with_progress
@@ -353,7 +352,12 @@ PROBE_FILE = "probe.json"
 # Images of each split. Forward passes take nearly all of the probe's time. It is tested on all test images, as the
 # trained models are, so that `fit` and `moevision compare` can compare them image by image.
 _MOST_IMAGES = {"train": 2_000, "val": 500, "test": sys.maxsize}
-_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse penalties, for features of unit variance
+_STRENGTHS = (
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+)  # inverse penalties, the strongest first, for features of unit variance
 _ABSENT_LOGIT = -20.0  # of a class without a training image
 
 
@@ -421,8 +425,7 @@ def fit_probe(
     head = linear_head(net)
     if head is None:
         return None
-    start_s = time.monotonic()
-    start_cpu_s = cpu_s()
+    stopwatch = Stopwatch()
     train_images, val_images, test_images = [
         min(limit, len(data.contents.datasets[split])) for split, limit in _MOST_IMAGES.items()
     ]
@@ -444,9 +447,9 @@ def fit_probe(
         val_images=len(val.labels),
         head_val_correct=_count_correct(val, head_weight, head_bias),
         test_correct=dict(zip(samples, is_correct.tolist(), strict=True)),
-        seconds=time.monotonic() - start_s,
+        seconds=stopwatch.run_s,
         mbytes=4 * sum(parameter.numel() for parameter in net.parameters()) / 1e6,
-        cpu_s=cpu_s() - start_cpu_s,
+        cpu_s=stopwatch.cpu_s,
         of_experts=bool(moe_layers(net)),
         head=(torch.from_numpy(weight), torch.from_numpy(bias)),
     )
@@ -536,15 +539,8 @@ def _best_regression(train: Features, val: Features, classes: int) -> tuple[Floa
 
     Of equally good penalties the strongest is taken.
     """
-    best: tuple[Floats, Floats] | None = None
-    most_correct = -1
-    for strength in _STRENGTHS:
-        weight, bias = _fit_regression(train, strength, classes)
-        correct = _count_correct(val, weight, bias)
-        if correct > most_correct:
-            best, most_correct = (weight, bias), correct
-    assert best is not None
-    return best
+    regressions = [_fit_regression(train, strength, classes) for strength in _STRENGTHS]
+    return max(regressions, key=lambda regression: _count_correct(val, *regression))
 
 
 def _fit_regression(train: Features, strength: float, classes: int) -> tuple[Floats, Floats]:

@@ -412,15 +412,9 @@ def long_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         start, "_best_regression", lambda *given: passed_s.append(1000) or regression(*given)
     )
-    for module in (health, start):
-        monkeypatch.setattr(
-            module,
-            "time",
-            SimpleNamespace(
-                monotonic=lambda: now() + sum(passed_s), process_time=time.process_time
-            ),
-        )
-        monkeypatch.setattr(module, "cpu_s", lambda: cpu_s() + sum(passed_s))
+    clock = SimpleNamespace(monotonic=lambda: now() + sum(passed_s), process_time=time.process_time)
+    monkeypatch.setattr(health, "time", clock)
+    monkeypatch.setattr(health, "cpu_s", lambda: cpu_s() + sum(passed_s))
 
 
 @pytest.mark.usefixtures("long_probe")
