@@ -25,7 +25,7 @@ SIZE = {
     # folder, with those below: (modules, tokens)  # what raised it last
     "moevision": (12, 16_575),  # the verb cut; types have one home
     "moevision/analysis": (13, 49_759),  # patch_contributions, and its image
-    "moevision/commands": (10, 11_905),  # several models in one explorer; cut; predict --heat: names that can't leave the folder
+    "moevision/commands": (10, 11_905),  # several models in one explorer; cut; predict --heat
     "moevision/data": (13, 32_856),  # all problems of a folder at once; what the square leaves out
     "moevision/demo": (14, 27_909),  # what the shown answer rests on
     "moevision/layers": (10, 15_707),
