@@ -742,8 +742,7 @@ package. Nothing is downloaded, and without --share or --host nothing leaves thi
 page are not kept.""",
         """\
   moevision demo                                     the bundled models, on this computer only
-  moevision demo runs/pets --data path/to/photos     a model that you trained, and your images to choose from
-  moevision demo runs/small runs/pets                two of your models: the page switches between them
+  moevision demo runs/pets --data path/to/photos     a model that you trained (or several), and images to choose from
   moevision demo --host 0.0.0.0 --auth class         for a class on the same network; a QR code is printed""",
     ),
 }
