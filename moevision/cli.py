@@ -269,11 +269,12 @@ def _check_paths(args: Namespace) -> None:
     for path in getattr(args, "paths", []):
         if not Path(path).exists():
             raise UserError(f"There is no file or folder {path}.")
-    model = str(getattr(args, "model", None) or getattr(args, "run", "."))
-    # Names of timm have a _ or a digit and no slash, other addresses a colon.
-    is_path = model.isalpha() or ("/" in model and ":" not in model)
-    if is_path and not Path(model).exists():
-        raise UserError(no_model(model))
+    models = getattr(args, "model", None) or getattr(args, "run", ".")
+    for model in map(str, models if isinstance(models, list) else [models]):
+        # Names of timm have a _ or a digit and no slash, other addresses a colon.
+        is_path = model.isalpha() or ("/" in model and ":" not in model)
+        if is_path and not Path(model).exists():
+            raise UserError(no_model(model))
 
 
 def _show_warning(

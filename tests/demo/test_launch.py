@@ -167,6 +167,20 @@ def mine(make, tmp_path_factory):
 
 
 @pytest.mark.deep
+def test_two_models_of_ones_own(mine, tmp_path):
+    other = shutil.copytree(mine, tmp_path / "other")
+    with running("-m", "moevision", "demo", str(mine), str(other), "--no-browser") as server:
+        page = get(server.url)
+    boot = json.loads(re.search(r"^const BOOT = (.*);$", page, re.MULTILINE)[1])
+    found = [(model["id"], model["title"]) for model in boot["models"]]
+    assert found == [("own", "mine"), ("own-1", "other")]
+
+
+def test_each_of_several_models_is_looked_for(mine, cli):
+    refused(cli("demo", mine, "runs/nowhere"), "no run or model 'runs/nowhere'")
+
+
+@pytest.mark.deep
 def test_a_model_of_ones_own_from_start_to_stop(mine, cli):
     """The whole verb."""
     with running("-m", "moevision", "demo", str(mine), "--no-browser") as server:
