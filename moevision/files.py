@@ -72,6 +72,12 @@ def no_model(name: str) -> str:
     return f"There is no run or model {name!r}: {hint}."
 
 
+def refuse_filled(out: Path) -> None:
+    """Raise a UserError if `--out` names a file, or a folder that isn't empty."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} is there already: give --out another name.")
+
+
 def sync_file(path: Path) -> None:
     """Flush a file's bytes to the disk."""
     with path.open("rb+") as file:
@@ -92,6 +98,12 @@ def temporary_for(path: Path) -> Path:
     """The temporary name under which `path` is written first: in its folder, with this process's id."""
     # The module tempfile makes files that only their owner can read, and renaming would keep that mode.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete unfinished temporary files of killed processes; no other process may be writing in the folder."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
 
 
 def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:

@@ -382,7 +382,8 @@ def of_parameters() -> str:
     run = TEXTURES.of_arm(arm)[0]
     return (
         f"`{arm}`, {run['parameters'] / 1e6:.2f} M parameters, {run['steps']} steps in {run['cpu_s']:.0f} CPU seconds, "
-        f"has {mean_and_sd(TEXTURES.values(arm))} %, {TEXTURES.gain(arm).points} points from `{TEXTURES.strongest}`"
+        f"has {mean_and_sd(TEXTURES.values(arm))} %, {TEXTURES.gain(arm, 'dense-4').points} points from `dense-4` in "
+        f"as many steps, {TEXTURES.gain(arm).points} from `{TEXTURES.strongest}`"
     )
 
 

@@ -26,7 +26,7 @@ from moevision.analysis.effects import class_index
 from moevision.analysis.images import PictureSet, View, balanced_subset, find_images
 from moevision.commands.export import latency_ms
 from moevision.errors import UserError, escape_controls
-from moevision.files import write_json_atomic
+from moevision.files import refuse_filled, write_json_atomic
 from moevision.layers import forward_routing, moe_layers
 from moevision.models.cut import check_cuttable, cut
 from moevision.models.io import SavedModel, save_model
@@ -82,12 +82,6 @@ def run(args: Namespace) -> None:
     }
     write_json_atomic(out / "cut.json", record)
     tell(record, len(model.class_names), shell_word(str(out)))
-
-
-def refuse_filled(out: Path) -> None:
-    """Raise a UserError if `--out` names a file, or a folder that isn't empty."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} is there already: give --out another name.")
 
 
 def class_indices(model: SavedModel, names: Sequence[str]) -> list[int]:

@@ -14,12 +14,11 @@ from torch import nn
 
 from moevision.analysis.collect import PictureReader, network_input
 from moevision.analysis.images import open_pictures
-from moevision.commands.cut import refuse_filled
 from moevision.commands.info import cost_table
 from moevision.data import SyntheticPets
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError, escape_controls
-from moevision.files import write_json_atomic
+from moevision.files import refuse_filled, write_json_atomic
 from moevision.models.convert import layers_that_miss_classifier
 from moevision.models.io import SavedModel, describe, save_model
 from moevision.models.upcycle import (

@@ -177,12 +177,12 @@ def compare_by_atlas(atlas: Json, a: str, b: str) -> Json:
         layers.append({"name": name, "layer": class_map["layer"], "experts": experts})
 
     marked = sum(row["significant"] for row in rows.values())
-    name = max(rows, key=lambda name: abs(rows[name]["difference"]))
-    difference = rows[name]["difference"]
+    largest = max(rows, key=lambda name: abs(rows[name]["difference"]))
+    difference = rows[largest]["difference"]
     points = f"{100 * abs(difference):.1f} percentage points"
     sentence = (
         f"Counted over {n_a:,} images of {a} and {n_b:,} of {b}: {marked} of {len(rows)} experts stand out "
-        f"for one of them. The largest difference is {name}, which takes {points} more of "
+        f"for one of them. The largest difference is {largest}, which takes {points} more of "
         f"{a if difference > 0 else b}."
     )
     return {

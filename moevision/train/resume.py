@@ -31,7 +31,7 @@ from lightning.pytorch.callbacks import Checkpoint, Timer
 from moevision.config import CheckpointConfig, Settings, flatten
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
-from moevision.files import write_json_atomic
+from moevision.files import remove_leftovers, write_json_atomic
 from moevision.train.checkpoint import (
     LAST,
     MARK,
@@ -337,12 +337,6 @@ def find_run_start(run_dir: Path, *, fresh_if_none: bool) -> RunStart:
         for path in run_dir.glob(pattern):
             path.unlink()
     return RunStart(run_dir)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete unfinished temporary files of killed processes; no other process may be writing in the folder."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
 
 
 def is_finished(run_dir: Path, *, with_twin: bool) -> bool:

@@ -352,12 +352,8 @@ PROBE_FILE = "probe.json"
 # Images of each split. Forward passes take nearly all of the probe's time. It is tested on all test images, as the
 # trained models are, so that `fit` and `moevision compare` can compare them image by image.
 _MOST_IMAGES = {"train": 2_000, "val": 500, "test": sys.maxsize}
-_STRENGTHS = (
-    1e-3,
-    1e-2,
-    1e-1,
-    1.0,
-)  # inverse penalties, the strongest first, for features of unit variance
+# Inverse penalties for features of unit variance, the strongest penalty first.
+_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 _ABSENT_LOGIT = -20.0  # of a class without a training image
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moevision.errors import UserError
-from moevision.files import temporary_for
+from moevision.files import remove_leftovers, temporary_for
 from moevision.train.checkpoint import (
     BEST,
     LAST,
@@ -18,7 +18,6 @@ from moevision.train.checkpoint import (
     explain_damaged_files,
     newest_valid,
 )
-from moevision.train.resume import remove_leftovers
 from tests.shared import missing
 
 pytestmark = pytest.mark.deep
