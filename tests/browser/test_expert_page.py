@@ -43,3 +43,15 @@ def test_what_was_measured_and_named_is_told(new_visit, server):
     page.wait_for_selector(".mv-alone")
     assert says(page.text_content(".mv-called"), "whisker: 45 %", "everything: 13 %")
     assert says(page.text_content(".mv-without"), "40 test images", "most for <b>cat, −1.25")
+
+
+@pytest.mark.parametrize(
+    ("query", "named"), [("?expert=L1.E2", ".mv-alone h2"), ("?tab=classes", ".mv-heat")]
+)
+def test_a_link_lands_on_what_it_names(visit, query, named):
+    """An expert with a patch: on the photo, where its part stands out."""
+    page = visit(query, door=False, then=named).page
+    top = page.locator(named).first.bounding_box()["y"]
+    assert 0 <= top < 900
+    other = visit(f"{query}&patch=3", door=False, then=named).page
+    assert bool(other.evaluate("scrollY")) == ("tab" in query)

@@ -256,6 +256,23 @@ def test_whole_photos_are_sorted_and_ones_own_with_them(play, tmp_path):
     assert page.text_content("h1:visible").startswith("Four experts share")
 
 
+def top(page, selector):
+    return page.locator(selector).bounding_box()["y"] + page.evaluate("scrollY")
+
+
+@pytest.mark.parametrize("size", [{}, MOBILE], ids=["wide", "phone"])
+@pytest.mark.parametrize("card", [{}, EMOJI], ids=["photos", "emoji"])
+def test_button_and_share_are_on_the_first_screen_and_nothing_moves(play, size, card):
+    page = play("game", card=card, **size)
+    photo = top(page, "[data-part=photo]")
+    for button in (PRIMARY, "[data-action=share-card]"):
+        box = page.locator(button).bounding_box()
+        assert 0 <= box["y"] <= (844 if size else 900) - box["height"]
+        assert top(page, "[data-part=photo]") == pytest.approx(photo, abs=1)
+        if button == PRIMARY:
+            take(page, RESULTS[0][2])
+
+
 @pytest.mark.parametrize("query", [{"embed": 1}, {"embed": 1, "away": "1.0", "mode": "expert"}])
 def test_a_frame_has_photo_and_boxes_only(play, query):
     page = play("game", query=query)

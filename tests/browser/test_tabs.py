@@ -85,6 +85,8 @@ def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
     told = [one["sentence"] for one in layer["answers"]]
     shown = page.locator(".mv-answer").all_text_contents()
     assert shown == [sentence.replace("`", "") for sentence in told]
+    lines = page.locator(".mv-answer").first.locator("span").all_text_contents()
+    assert len(lines) == 1 + told[0].count("; "), "one for each number"
     assert page.locator(".mv-answer code").count() == "".join(told).count("`") / 2
     bits = "".join(told).count("bits")
     assert page.locator(".mv-panel").text_content().count("bits") == bits  # one kind of them

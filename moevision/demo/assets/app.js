@@ -407,7 +407,10 @@ export class App {
  */
 export async function startApp(root, boot, [view]) {
   try {
-    await followAddress(new App(root, new Asker(server), boot), view);
+    const app = new App(root, new Asker(server), boot);
+    const { tab, expert, patch } = readAddress(); // before it is written anew
+    await followAddress(app, view);
+    if (app.door && (tab || (expert && !patch))) app.core.box("tabs").scrollIntoView(); // a link lands on what it names
   } catch (error) {
     root.innerHTML = String(errorBox(asAskError(error)));
   }

@@ -150,9 +150,8 @@ export class AppOpening {
         ${actionButton("fall", "Show me")}`;
     }
     const [[layer, expert]] = falls.away;
-    const name =
-      falls.away.length === 1 &&
-      app.model.card.names?.find((one) => one.layer === layer && one.expert === expert)?.name;
+    const isIt = (one) => falls.away.length === 1 && one.layer === layer && one.expert === expert;
+    const name = app.model.card.names?.find(isIt)?.name;
     const whose = name ? `the ${name}’ expert` : goneWords(falls.away, layers, app.state?.currentLayer.layer);
     return html`<button type="button" class="mv-primary" data-action="fall" data-key="fall">Take ${whose} away</button>
       <p class="mv-soft">or click any other.</p>`;
@@ -174,9 +173,8 @@ export class AppOpening {
     const { away = [] } = view.settings;
     const effect = effectOf(view);
     const [best] = view.prediction.moe;
-    const told = effect
-      ? answerWords(effect)
-      : `${best.class === usual?.class ? "still" : "now"} ${best.class}, ${percent(best.p)}`;
+    const now = `${best.class === usual?.class ? "still" : "now"} ${best.class}, ${percent(best.p)}`;
+    const told = effect ? answerWords(effect) : now;
     const control = measured(view, this.unit);
     const findings = away.length > 0 && [this.record(view, away), needless(view, away, usual), newPages(app, away), chosenFrom(app, view)];
     return html`<p><b>${away.length > 0 && `${plural(away.length, "expert")} away: `}${told}.</b>
@@ -271,22 +269,8 @@ function newPages({ model }, away) {
 
 const DOOR_KEY = "moevision.door";
 /** What only the details show: a link that names it opens them. */
-export const BEHIND = [
-  "variant",
-  "picture2",
-  "step",
-  "expert",
-  "patch",
-  "mode",
-  "slot",
-  "k",
-  "capacity",
-  "do",
-  "tab",
-  "list",
-  "class",
-  "level",
-];
+export const BEHIND =
+  "variant picture2 step expert patch mode slot k capacity do tab list class level".split(" ");
 
 /** Private windows may refuse storage; then it lasts as long as the page. */
 export const doorMemory = {

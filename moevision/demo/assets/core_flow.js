@@ -136,7 +136,8 @@ export class Flow {
   tell() {
     const { view, layer, opening, core } = this;
     const headline = headlineOf(view, layer, opening.usual, opening.thing);
-    fillBox(core.box("head"), html`<h1>${headline}</h1><p>${sentenceOf(view, layer, opening.unit)}</p>`);
+    const told = html`<h1 style="--letters:${headline.length}">${headline}</h1>`;
+    fillBox(core.box("head"), html`${told}<p>${sentenceOf(view, layer, opening.unit)}</p>`);
     const badge = core.box("badge");
     badge.hidden = !view.settings.away?.length;
     fillBox(badge, badgeOf(view, opening.usual));
@@ -281,7 +282,7 @@ function badgeOf({ prediction: { moe: [best] } }, usual) {
  * The likeliest class, and what the model said with all experts, else the next; outside frames all of an own image.
  * @param {View} view @param {Opening} opening
  */
-function answerOf(view, { usual, able }) {
+function answerOf(view, { usual, able, thing }) {
   const { picture: { label }, prediction: { moe } } = view;
   const [best, ...others] = moe;
   const second = others.find((one) => one.class === usual?.class) ?? others[0];
@@ -290,7 +291,8 @@ function answerOf(view, { usual, able }) {
   const row = ({ class: name, p }) => html`<li data-class="${name}"><span>${name}${name === label && mark}</span>
     <i class="mv-bar mv-accent"><i style="width:${100 * p}%"></i></i><b class="mv-num">${percent(p)}</b></li>`;
   const which = view.model.variant !== "trained" ? `${view.model.variant} ` : otherModel(view) && "changed ";
-  return html`<p>The ${which}model ${view.moment ? "said" : "says"}</p>
+  const most = thing === "page" && "most are"; // of many emoji
+  return html`<p>The ${which}model ${view.moment ? "said" : "says"} ${most}</p>
     <ul class="${rows.length > 2 && "mv-flow-all"}">${rows.map(row)}</ul>`;
 }
 

@@ -74,6 +74,7 @@ export function paintRegions(context, layer, first, grid, { side, unit, lit, pap
   const columns = grid[1];
   const edge = (place) => Math.round(place * side); // whole pixels: two faded neighbours leave no seam
   const inner = 3 * unit;
+  const tint = first.length > 16 ? 0.28 : 0.12; // a few large patches are to be recognized
   first.forEach((expert, cell) => {
     const [column, row] = [cell % columns, Math.floor(cell / columns)];
     const [x, y, width, height] = [edge(column), edge(row), edge(column + 1) - edge(column), edge(row + 1) - edge(row)];
@@ -87,7 +88,7 @@ export function paintRegions(context, layer, first, grid, { side, unit, lit, pap
     }
     const colour = expertColour(expert, layer.num_experts, lit === expert);
     if (lit === null) {
-      context.fillStyle = rgba(colour, 0.28);
+      context.fillStyle = rgba(colour, tint);
       context.fillRect(x, y, width, height);
     }
     context.fillStyle = colour;

@@ -1,7 +1,7 @@
 // What the page says of a view: its headline, which becomes the result once an expert is away, and what was changed.
 
 import { capital } from "./core_kinds.js";
-import { present } from "./core_util.js";
+import { html, present } from "./core_util.js";
 /** @import { Guess, Intervention, Layer, Router, View } from "./types.js" */
 
 const NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split(" ");
@@ -68,10 +68,11 @@ function outcome(now, label, usual) {
 
 /** What became of the patches of experts that are away, by the way in which the layer routes. */
 const WENT = {
-  token_choice: "went to the next-best experts. Nothing else changed.",
-  expert_choice: "keep the other experts that took them. Nothing else changed.",
-  soft: "take more from the other experts. Nothing else changed.",
+  token_choice: "went to the next-best experts.",
+  expert_choice: "keep the other experts that took them.",
+  soft: "take more from the other experts.",
 };
+const NOTHING_ELSE = "Nothing else changed.";
 
 /** What a patch of a photo is called, one and several. @type {[string, string]} */
 export const PATCH = ["patch", "patches"];
@@ -85,15 +86,15 @@ export function sentenceOf(view, layer, [one, several] = PATCH) {
   const { away = [] } = view.settings;
   const count = layer.experts.length;
   const here = away.filter(([where]) => where === layer.layer).length;
-  if (here === experts) return `Every ${one} skips this layer's experts. Nothing else changed.`;
-  if (away.length) return `${away.length === 1 ? "Its" : "Their"} ${several} ${WENT[kind]}`;
+  const went = `${away.length === 1 ? "Its" : "Their"} ${several} ${WENT[kind]}`;
+  const gone = here === experts ? `Every ${one} skips this layer's experts.` : went;
+  if (away.length) return html`${gone} <span>${NOTHING_ELSE}</span>`;
   const few = `${numberWord(k)} expert${k === 1 ? "" : "s"}`;
   if (routed === "image") return `A router looks at the whole image and sends it to ${few}.`;
   if (kind === "soft") return `Each of ${count} ${several} takes something from all of them.`;
   if (kind === "expert_choice") return `Each expert picks some of ${count} ${several}.`;
   const untold = learned ? " Nobody told it which goes where." : "";
-  const asked = several === "emoji" ? " The model then says what most are." : "";
-  return `A ${learned ? "router" : "fixed rule"} sends each of ${count} ${several} to ${few}.${untold}${asked}`;
+  return `A ${learned ? "router" : "fixed rule"} sends each of ${count} ${several} to ${few}.${untold}`;
 }
 
 /** What a link or the details made of the trained model, but for experts that are away. @param {View} view */
@@ -123,5 +124,6 @@ function interventionWords({ kind, layer, expert, other, fill }, routers) {
   if (kind === "swap")
     return `L${layer}·E${expert} and E${other} compute each other's ${way === "soft" ? "slots" : "patches"}.`;
   if (kind === "force") return `Every patch ${where} goes to L${layer}·E${expert}.`;
-  return `Without L${layer}·E${expert}: its patches ${fill === "zero" ? "get nothing in its place." : WENT[way]}`;
+  const went = fill === "zero" ? "get nothing in its place." : `${WENT[way]} ${NOTHING_ELSE}`;
+  return `Without L${layer}·E${expert}: its patches ${went}`;
 }

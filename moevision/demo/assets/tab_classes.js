@@ -10,6 +10,9 @@ import { NO_PICTURES } from "./tab_experts.js";
 
 /** Commands stand in backticks. @param {string} sentence */
 const coded = (sentence) => sentence.split("`").map((part, at) => (at % 2 ? html`<code>${part}</code>` : part));
+/** The answer, and below it a line for each number that it rests on. @param {string} sentence */
+const lines = (sentence) =>
+  sentence.split(/(?= \()|(?<=; )/).map((part, at) => (at ? html`<span>${coded(part)}</span>` : coded(part)));
 const ENOUGH = 50; // images: of fewer, hardly any class has three mistakes of one kind
 
 export class ClassesTab {
@@ -54,7 +57,7 @@ export class ClassesTab {
     fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div>
       ${app.model.num_examples >= ENOUGH && html`<button type="button" class="mv-button" data-action="mistakes"
         data-key="mistakes">Mistakes and routes</button>`}</div><div><h2>Three questions about ${shown.name}</h2>
-        ${shown.answers.map((one) => html`<p class="mv-answer ${one.answer === "yes" && "mv-right"}">${coded(one.sentence)}</p>`)}
+        ${shown.answers.map((one) => html`<p class="mv-answer ${one.answer === "yes" && "mv-right"}">${lines(one.sentence)}</p>`)}
         <h2>Two classes</h2><p class="mv-note">Share of ${shareOf(routers)} per expert, first class minus second.</p>
         <div class="mv-form">${this.pick("a", "Class")}${this.pick("b", "against")}
           <button type="button" class="mv-primary" data-action="compare-run" data-key="compare-run">Compare</button></div>
