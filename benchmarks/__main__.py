@@ -21,6 +21,7 @@ MEASURE = {
         "how long a visitor of the explorer waits, in headless Chromium",
         "demo.latency",
     ),
+    "demo-frames": ("how smooth the explorer's flight is, in headless Chromium", "demo.frames"),
     "demo-load": (
         "many visitors of the explorer at once, every answer compared with the truth",
         "demo.load",

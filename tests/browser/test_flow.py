@@ -43,15 +43,7 @@ READ = f"""() => ({SEEN})('.mv :is(h1, h2, p, li, button, label)')
   .filter((one) => !one.closest('.mv-flow-box') && !one.parentElement.closest('p, li, button, label'))
   .map((one) => one.querySelector('select') ? `${{one.firstChild.textContent}} L3` : one.innerText)
   .join(' ')"""
-FRAMES = """async () => {
-  const times = [];
-  document.querySelector('[data-action=fly]').click();
-  await new Promise((done) => {
-    const tick = (now) => { times.push(now); (times.at(-1) - times[0] < 1900) ? requestAnimationFrame(tick) : done(); };
-    requestAnimationFrame(tick);
-  });
-  return times.slice(1).map((time, place) => time - times[place]);
-}"""
+FRAMES = (ROOT / "benchmarks" / "demo" / "flight.js").read_text(encoding="utf-8")
 LANDED = "[data-part=air][hidden]"
 
 
