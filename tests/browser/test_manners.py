@@ -104,6 +104,7 @@ def test_the_foot_leads_on(visit, server):
     assert "@software{moevision" in foot.locator("pre").first.text_content()
     foot.locator("summary").last.click()
     assert page.evaluate("location.origin") in foot.locator("pre").last.text_content()
+    assert "as a Gradio app" in foot.locator("pre").last.text_content()
     assert serious(page, ".mv-footer") == []
     # another model is one click away
     assert foot.locator("[data-action=model]").all_text_contents() == ["The photos"]

@@ -39,7 +39,7 @@ export function drawFooter(box, { boot, model }) {
   const { lesson, code, cite } = boot.links;
   const others = boot.models.filter(({ id }) => id !== model.id);
   const call = `import base64, httpx, pathlib\n\nphoto = {"kind": "upload", "data": base64.b64encode(pathlib.Path("cat.jpg").read_bytes()).decode()}
-httpx.post("${new URL("api/route", location.href)}", json={"picture": photo, "model": "${model.id}"}, timeout=60).json()`;
+httpx.post("${new URL("api/route", location.href)}", json={"picture": photo, "model": "${model.id}"}, timeout=60).json()\n\n# or as a Gradio app\nfrom moevision.demo import blocks\nblocks().launch()`;
   const fold = (name, text) => html`<details><summary data-key="footer-${name}">${name}</summary><pre tabindex="0">${text}</pre></details>`;
   const other = ({ id, title }) => html`<button type="button" class="mv-button" data-action="model" data-id="${id}"
     data-key="model-${id}">${title}</button> `;
