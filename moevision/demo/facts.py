@@ -245,7 +245,7 @@ def describe(
     layers = moe_layers(model.net)
     if not layers:
         raise UserError(
-            "This model has no MoE layer, so there is no routing to see: give a model made by moevision."
+            "This model has no MoE layer, so no routing: `moevision upcycle` gives it experts, or `fit --with-twin`."
         )
     _, routings = route_batch(model, np.zeros((1, model.image_size, model.image_size, 3), np.uint8))
     grid = routings[0].grid
