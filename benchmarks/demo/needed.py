@@ -131,6 +131,7 @@ def record_of(options: Namespace) -> dict[str, Any]:
         options.data,
         model.image_size,
         framing=model.framing,
+        split="all",
         limit=options.images * len(model.class_names),
         class_names=model.class_names,
     )

@@ -61,7 +61,8 @@ COMPARED: tuple[tuple[str, float], ...] = (  # chosen by the search
     ("block-8", 2e-4),
     ("dense", 3e-4),
 )
-EPOCHS = {SEARCH: 1, ALL: 3}
+SEARCH_EPOCHS, EPOCHS = 1, 3
+AGAIN_EPOCHS = 2  # of the second comparison, see the protocol's amendments
 IMAGES = {SEARCH: 20, ALL: 60}  # of each class, for what changes without experts
 
 
@@ -73,11 +74,13 @@ class Run:
     arm: str
     lr: float
     seed: int
+    epochs: int
 
     @property
     def name(self) -> str:
         """What its record is called, and its folder."""
-        return f"{self.photos}-{self.arm}-{self.lr:g}-s{self.seed}"
+        again = "-again" if self.epochs == AGAIN_EPOCHS else ""
+        return f"{self.photos}-{self.arm}-{self.lr:g}-s{self.seed}{again}"
 
     @property
     def options(self) -> list[str]:
@@ -85,18 +88,19 @@ class Run:
         return [
             *COMMON,
             *ARMS[self.arm],
-            *("--lr", f"{self.lr:g}", "--trainer.max_epochs", str(EPOCHS[self.photos])),
+            *("--lr", f"{self.lr:g}", "--trainer.max_epochs", str(self.epochs)),
             *("--seed_everything", str(self.seed)),
         ]
 
 
 def all_runs(_records: list[dict[str, Any]]) -> Iterator[Run]:
-    """The search, then the comparison, whose arms take turns."""
+    """The search, then both comparisons, whose arms take turns."""
     for arm, lr in SEARCHED:
-        yield Run(SEARCH, arm, lr, SEARCH_SEED)
-    for seed in SEEDS:
-        for arm, lr in COMPARED:
-            yield Run(ALL, arm, lr, seed)
+        yield Run(SEARCH, arm, lr, SEARCH_SEED, SEARCH_EPOCHS)
+    for epochs in (EPOCHS, AGAIN_EPOCHS):
+        for seed in SEEDS:
+            for arm, lr in COMPARED:
+                yield Run(ALL, arm, lr, seed, epochs)
 
 
 def record_of(run: Run, given: Namespace) -> dict[str, Any]:
@@ -106,7 +110,6 @@ def record_of(run: Run, given: Namespace) -> dict[str, Any]:
     found = {
         **vars(run),
         "options": run.options,
-        "epochs": summary.epochs,
         "steps": summary.steps,
         "cpu_s": round(summary.cpu_s or 0),
         "parameters": summary.cost.total_parameters,
@@ -152,9 +155,10 @@ def needed_of(folder: Path, run: Run, photos: Path) -> dict[str, Any]:
     model = load_model(str(folder))
     is_search = run.photos == SEARCH
     pictures = open_pictures(
-        photos / ALL / ("val" if is_search else "test"),
+        photos / ALL,
         model.image_size,
         framing=model.framing,
+        split="val" if is_search else "test",
         limit=IMAGES[run.photos] * len(model.class_names),
         class_names=model.class_names,
     )
