@@ -1,15 +1,17 @@
 """How many answers change without experts: sets and control, recomputed one at a time on a bundled model."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
 from torch import Generator
 
-from benchmarks.demo.needed import Changes, move_at_random, sets_away
+from benchmarks.demo.needed import Changes, move_at_random, record_of, sets_away
 from moevision.analysis.collect import network_input
 from moevision.analysis.effects import expert_sets
 from moevision.analysis.intervention import Intervention, intervene, numbered_layers
-from moevision.demo.models import open_entries
+from moevision.demo.models import bundled_folder, open_entries
 from moevision.layers import forward_routing
 
 
@@ -67,3 +69,11 @@ def test_the_control_moves_as_many_patches(entry, model) -> None:
         assert len(tokens) == expected
         for token in tokens:
             assert set(np.flatnonzero(removed[row, token])) == set(experts[token].tolist())
+
+
+def test_all_images_of_a_folder_are_counted(draw, tmp_path) -> None:
+    """Three of each of two classes; a folder that isn't cut into train, val and test is not cut here."""
+    folder = draw(tmp_path / "six", per_class=3)
+    model = str(bundled_folder("cifar10") / "trained")
+    found = record_of(Namespace(model=model, data=str(folder), images=3))
+    assert found["images"] == 6
