@@ -11,11 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
+
 
 def launch(playwright: Any) -> Any:
     """Debian's chromium, or what MOEVISION_CHROMIUM names, or else playwright's own."""
     path = os.environ.get("MOEVISION_CHROMIUM") or shutil.which("chromium")
     return playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+
+
+def summary_of(times: list[float]) -> dict[str, Any]:
+    """How many times were measured, their median, 95th percentile and the longest, in milliseconds."""
+    middle, p95 = np.percentile(times, (50, 95)).tolist()
+    return {
+        "n": len(times),
+        "median_ms": round(middle, 1),
+        "p95_ms": round(p95, 1),
+        "max_ms": round(max(times), 1),
+    }
 
 
 @contextmanager

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from playwright.sync_api import Browser, ViewportSize, sync_playwright
 
-from benchmarks.demo import launch, running_demo
+from benchmarks.demo import launch, running_demo, summary_of
 from benchmarks.harness import HERE, about, argument_parser, write_result
 
 LIMIT_MS = 20
@@ -25,7 +23,7 @@ SCREENS: dict[str, ViewportSize] = {
     "wide": {"width": 1440, "height": 900},
     "phone": {"width": 390, "height": 844},
 }
-FLIGHT = (HERE / "demo" / "flight.js").read_text(encoding="utf-8")
+FLIGHT = (HERE.parent / "tests" / "browser" / "flight.js").read_text(encoding="utf-8")
 
 
 def flights(browser: Browser, address: str, screen: str) -> list[float]:
@@ -40,17 +38,6 @@ def flights(browser: Browser, address: str, screen: str) -> list[float]:
     return frames
 
 
-def summary(frames: list[float]) -> dict[str, Any]:
-    """Median, 95th percentile and the longest, in milliseconds."""
-    middle, p95 = np.percentile(frames, (50, 95)).tolist()
-    return {
-        "n": len(frames),
-        "median_ms": round(middle, 1),
-        "p95_ms": round(p95, 1),
-        "max_ms": round(max(frames), 1),
-    }
-
-
 def main() -> None:
     """Measure, print, and fail if a median is over the limit."""
     parser = argument_parser("demo-frames", __doc__)
@@ -61,7 +48,7 @@ def main() -> None:
         browser = launch(playwright)
         found = {
             model: {
-                screen: summary(flights(browser, f"{address}?model={model}", screen))
+                screen: summary_of(flights(browser, f"{address}?model={model}", screen))
                 for screen in SCREENS
             }
             for model in MODELS

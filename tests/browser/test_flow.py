@@ -43,7 +43,7 @@ READ = f"""() => ({SEEN})('.mv :is(h1, h2, p, li, button, label)')
   .filter((one) => !one.closest('.mv-flow-box') && !one.parentElement.closest('p, li, button, label'))
   .map((one) => one.querySelector('select') ? `${{one.firstChild.textContent}} L3` : one.innerText)
   .join(' ')"""
-FRAMES = (ROOT / "benchmarks" / "demo" / "flight.js").read_text(encoding="utf-8")
+FRAMES = Path(__file__).with_name("flight.js").read_text(encoding="utf-8")
 LANDED = "[data-part=air][hidden]"
 
 
