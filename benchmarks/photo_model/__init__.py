@@ -28,6 +28,7 @@ PROTOCOL = FOLDER / "protocol.md"
 
 def whole_record(run: Run, given: Namespace) -> dict[str, Any]:
     """What a run found, and where that comes from."""
+    refuse_changes(PROTOCOL, allowed=given.allow_dirty)  # before each run: a queue takes hours
     origin = about()
     protocol = sha256(PROTOCOL.read_bytes()).hexdigest()
     found = record_of(run, given)
@@ -62,6 +63,5 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     keep_freed_memory()  # as in `moevision fit`
-    refuse_changes(PROTOCOL, allowed=options.allow_dirty)
     options.work.mkdir(parents=True, exist_ok=True)
     do_runs(all_runs, whole_record, told, options)

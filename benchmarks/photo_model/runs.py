@@ -110,6 +110,7 @@ def record_of(run: Run, given: Namespace) -> dict[str, Any]:
     found = {
         **vars(run),
         "options": run.options,
+        "epochs": summary.epochs,
         "steps": summary.steps,
         "cpu_s": round(summary.cpu_s or 0),
         "parameters": summary.cost.total_parameters,
