@@ -23,10 +23,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 SIZE = {
     # folder, with those below: (modules, tokens)  # what raised it last
-    "moevision": (
-        12,
-        16_657,
-    ),  # each of several models is looked for; files.py has what verbs share
+    "moevision": (12, 16_657),  # several models are looked for; files.py has what verbs share
     "moevision/analysis": (13, 49_759),  # patch_contributions, and its image
     "moevision/commands": (10, 11_862),  # several models in one explorer; cut; predict --heat
     "moevision/data": (13, 32_856),  # all problems of a folder at once; what the square leaves out
