@@ -1,7 +1,7 @@
 """Make one of the explorer's bundled models from finished runs, with every number on its card measured here.
 
     python -m benchmarks bundle pets --run runs/pets_moe --dense runs/pets_twin \
-        --unbalanced runs/pets_unbalanced --seeds runs/pets_seed1 runs/pets_seed2
+        --seeds runs/pets_seed1 runs/pets_seed2
 
 A model of photos, `cats_vs_dogs` or `cifar10`, with the routing of the photos that it will show while it was trained:
 
@@ -12,7 +12,7 @@ A model of photos, `cats_vs_dogs` or `cifar10`, with the routing of the photos t
 
 Writes `moevision/demo/models/NAME/` (`moevision.demo.models` says what is in it): weights rounded to bfloat16, or with
 `--pack` to eight bits (`benchmarks/demo/packed.py`), `card.json` (accuracy and balanced accuracy with intervals,
-measured with the rounded weights on the whole test set), `atlas*.json` (galleries, class x expert maps, the three
+measured with the rounded weights on the whole test set), `atlas.json` (galleries, class x expert maps, the three
 questions with the swap test), and, where the run recorded it, the routing of the examples at moments of the training. A
 model of photos carries photos to show, its twin's predictions of them in place of the twin, and a NOTICE. The commands
 that trained the runs stand in the runs' provenance and go to the card.
@@ -67,7 +67,7 @@ from moevision.analysis.readings import (
 from moevision.analysis.report import measure_effects
 from moevision.analysis.trace import RoutingTrace
 from moevision.demo.atlas import build_atlas, save_atlas
-from moevision.demo.models import HISTORIES, SOURCES
+from moevision.demo.models import HISTORY, SOURCES
 from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.history import FILE, RoutingHistory, moment_of
@@ -89,7 +89,6 @@ def main() -> None:
     add("name", choices=tuple(ABOUT))
     add("--run", type=Path, help="run folder of the MoE model")
     add("--dense", type=Path, help="run folder of its dense twin")
-    add("--unbalanced", type=Path, help="run folder of the same model without balance losses")
     add("--seeds", type=Path, nargs="*", default=[], help="the same recipe with other seeds")
     add("--before", type=Path, nargs="*", default=[], help="--run, then --seeds, before training")
     add("--note", default="", help="what the recorded commands don't say about the training")
@@ -116,8 +115,7 @@ def main() -> None:
 def make(options: Namespace) -> None:
     """Measure one model and write its folder."""
     about, folder = ABOUT[options.name], options.out / options.name
-    runs = {"trained": options.run, "dense": options.dense, "unbalanced": options.unbalanced}
-    runs = {variant: run for variant, run in runs.items() if run is not None}
+    runs = {"trained": options.run, "dense": options.dense}
     data = options.data or about["data_kind"]
     rest = MODELS / WORDS["rests"][options.name] if options.name in WORDS["rests"] else None
     models = {}
@@ -155,17 +153,15 @@ def make(options: Namespace) -> None:
     write_json_atomic(folder / "provenance.json", origins)
     shown = None if options.photos is None else _write_photos(options, folder, models)
     pictures = open_pictures(data, size, limit=options.images, **held_out)
-    for variant, name in HISTORIES.items():
-        if variant in runs and (file := runs[variant] / FILE).is_file():
-            _write_history(file, models[variant], test if shown is None else shown, folder / name)
+    if (options.run / FILE).is_file():
+        _write_history(
+            options.run / FILE, trained, test if shown is None else shown, folder / HISTORY
+        )
     seeds, before = (
         [load_model(str(path)) for path in paths] for paths in (options.seeds, options.before)
     )
     atlas = _atlas(trained, pictures, about["title"], shown, seeds, before)
     save_atlas(atlas, folder / "atlas.json")
-    if "unbalanced" in models:
-        atlas = _atlas(models["unbalanced"], pictures, about["title"], shown)
-        save_atlas(atlas, folder / "atlas_unbalanced.json")
     print(json.dumps(card, indent=2, ensure_ascii=False))
 
 

@@ -217,7 +217,7 @@ def test_the_history_ends_with_the_model_that_is_carried(made, folder):
 
 def test_the_explorer_shows_photos_with_their_credit_and_the_twins_answers(made, folder):
     (entry,) = open_entries(None, home=made / "models")
-    assert entry.histories == {"trained": folder / "history.safetensors"}
+    assert entry.history == folder / "history.safetensors"
     explorer = Explorer([entry])
     shown = sorted(one.id for one in entry.examples.on_first_screen())
     assert shown == [f"data/{name}" for name in TAKEN]  # no other photos beside them

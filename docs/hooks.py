@@ -96,7 +96,7 @@ def _exported() -> dict[str, str]:
     from moevision.demo.models import open_entries
     from moevision.demo.service import Explorer
 
-    explorer = Explorer([entry for entry in open_entries(None) if entry.histories])
+    explorer = Explorer([entry for entry in open_entries(None) if entry.history])
     photo = {"kind": "example", "id": "data/cat/chelsea.jpg"}
     gone = {"kind": "ablate", "layer": 9, "expert": 3, "fill": "next_best", "seed": 0}
     asked = {"cat": None, "without": gone}

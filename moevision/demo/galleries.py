@@ -382,47 +382,45 @@ def _thumb(entry: Entry, gallery: Gallery, index: int) -> Json:
 
 @dataclass(frozen=True, eq=False)
 class Times:
-    """The recorded moments of a model's training, and of that without the balance loss where it was recorded, too.
+    """The recorded moments of a model's training.
 
     T moments, P patches, E experts. The last moment is the model as it is carried, which the page shows with all
     numbers of a view; of the others there are weights and predictions only.
     """
 
-    # By variant, `trained` first; of images that are among the model's examples.
-    histories: dict[str, RoutingHistory]
-    rows: dict[str, int]  # index of each image in them, by the example's id
+    history: RoutingHistory  # of images that are among the model's examples
+    rows: dict[str, int]  # index of each image in it, by the example's id
     about: Json  # what the page knows before it asks for an image
 
     @classmethod
     def of(cls, entry: Entry) -> Times | None:
         """Read the history of a model that has one of its own images; a UserError if the file is damaged."""
-        if "trained" not in entry.histories:
+        if entry.history is None:
             return None
         examples = entry.examples
-        histories = {name: RoutingHistory.load(file) for name, file in entry.histories.items()}
-        trained = histories["trained"]
-        if not set(trained.image_names) <= examples.names:  # as of a run whose files are gone
+        history = RoutingHistory.load(entry.history)
+        if not set(history.image_names) <= examples.names:  # as of a run whose files are gone
             return None
-        rows = {examples.id_of_name(name): row for row, name in enumerate(trained.image_names)}
+        rows = {examples.id_of_name(name): row for row, name in enumerate(history.image_names)}
         labels = [examples.find(id).label for id in rows]
         about = {
             "images": list(rows),
-            "total_steps": trained.total_steps,
-            "pretrained": trained.pretrained,
-            "tracks": {variant: _track(history, labels) for variant, history in histories.items()},
+            "total_steps": history.total_steps,
+            "pretrained": history.pretrained,
+            "track": _track(history, labels),
         }
-        return cls(histories, rows, about)
+        return cls(history, rows, about)
 
     def has(self, id: str, variant: str) -> bool:
-        """Whether this image was recorded in the training of this variant."""
-        return id in self.rows and variant in self.histories
+        """Whether this image was recorded in the training, which is that of the variant `trained` alone."""
+        return id in self.rows and variant == "trained"
 
     def of_image(self, id: str, variant: str) -> Json:
         """All moments of one image: likeliest classes, and of each layer `weights` [T, P, E] (`encode_float16`)."""
         if not self.has(id, variant):
             ids = ", ".join(self.rows)
             raise RequestError(f"The training was not recorded for {id!r}: choose one of {ids}.")
-        history = self.histories[variant]
+        history = self.history
         row = self.rows[id]
         names = history.class_names
         probabilities = history.probabilities[:, row].astype("float32")  # [T, C]

@@ -1,16 +1,14 @@
 """The models that the explorer offers: those that come with the package, or the one that the user names.
 
 A bundled model is a folder with `card.json` (what it is, what it was trained on, how good it is, under which licence),
-`trained/` and, where there are, `unbalanced/` (trained without the balance loss) and `dense/` (the dense twin), each
-written by `moevision.models.io.save_model`; `atlas.json` and `atlas_unbalanced.json` sum up what they do with their
-test images. Weights are stored in bfloat16, of a large model in eight bits (`moevision.models.io.unpack`), and computed
-with in float32. The variant "untrained" is the same architecture with fresh weights. The card of a user's own model
-comes from its run folder.
+`trained/` and, where there is one, `dense/` (the dense twin), each written by `moevision.models.io.save_model`;
+`atlas.json` sums up what the trained one does with its test images. Weights are stored in bfloat16, of a large model in
+eight bits (`moevision.models.io.unpack`), and computed with in float32. The variant "untrained" is the same
+architecture with fresh weights. The card of a user's own model comes from its run folder.
 
 It may also have
 
-- `history.safetensors`: routing of the examples while it was trained (`moevision.models.history`), and beside it
-  `history_unbalanced.safetensors`;
+- `history.safetensors`: routing of the examples while it was trained (`moevision.models.history`);
 
 and a model of photos
 
@@ -50,10 +48,7 @@ from moevision.types import Floats, Json
 from moevision.words import percent, shell_word
 
 SOURCES = Path("examples/SOURCES.json")
-HISTORIES = {
-    "trained": "history.safetensors",
-    "unbalanced": "history_unbalanced.safetensors",
-}
+HISTORY = "history.safetensors"
 OWN = "own"  # the id of a user's model
 
 
@@ -67,7 +62,7 @@ class Card:
     data: str = ""  # the training data, in words
     recipe: str = ""  # the command or config that trained it
     seed: int | None = None  # of that training
-    # On test images, of `moe`, `dense` and `unbalanced`; then the 95 % interval [low, high] of each.
+    # On test images, of `moe` and `dense`; then the 95 % interval [low, high] of each.
     accuracy: dict[str, float] = field(default_factory=dict)
     accuracy_interval: dict[str, list[float]] = field(default_factory=dict)
     # Mean of the classes' accuracies, [share, low, high].
@@ -99,12 +94,10 @@ class Card:
         if variant == "untrained":
             return "not trained: its weights are random, so its predictions mean nothing"
         text = "accuracy not known"
-        accuracy = self.accuracy.get("moe" if variant == "trained" else variant)
+        accuracy = self.accuracy.get("moe")
         if accuracy is not None:
             images = "" if self.test_images is None else f"{self.test_images:,} "
             text = f"{percent(accuracy)} of {images}test images right"
-        if variant == "unbalanced":
-            return f"{text}, trained without the balance loss"
         if "dense" in self.accuracy:
             return f"{text} (dense twin: {percent(self.accuracy['dense'])})"
         return text
@@ -158,7 +151,7 @@ def _card_of_summary(summary: Json, config: Path) -> Card:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One version of a model: `trained`, `unbalanced` or `untrained`."""
+    """One version of a model: `trained` or `untrained`."""
 
     saved: SavedModel
     facts: ModelFacts
@@ -175,8 +168,7 @@ class Entry:
     examples: Examples
     # [C] what the dense twin says about examples, by their ids, where the twin itself isn't here
     dense_answers: Mapping[str, Floats] = field(default_factory=dict)
-    # By variant: routing of examples while it was trained.
-    histories: Mapping[str, Path] = field(default_factory=dict)
+    history: Path | None = None  # routing of examples while it was trained
     address: str = "MODEL"  # what commands call it
     shown: str = ""  # which images these are, in words, where the user named them (`--data`)
 
@@ -201,14 +193,14 @@ def bundled_folder(name: str) -> Path:
 
 
 def stored_models(folder: Path) -> list[str]:
-    """Those of `trained`, `unbalanced` and `dense` that a bundled model has."""
-    return [name for name in ("trained", "unbalanced", "dense") if (folder / name).is_dir()]
+    """Those of `trained` and `dense` that a bundled model has."""
+    return [name for name in ("trained", "dense") if (folder / name).is_dir()]
 
 
 def bundled_model(name: str, variant: str = "trained") -> SavedModel:
     """One of the models that come with the package, such as `pets`; a UserError if there is no such model or variant.
 
-    `variant` is `trained`, `unbalanced` (trained without the balance loss), `untrained`, or `dense` (the dense twin).
+    `variant` is `trained`, `untrained`, or `dense` (the dense twin).
     """
     folder = bundled_folder(name)
     stored = stored_models(folder)
@@ -306,11 +298,7 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
         opening=card.matters["picture"] if are_known and card.matters else None,
     )
 
-    histories = {}
-    if are_known:
-        for variant, name in HISTORIES.items():
-            if variant in models and (folder / name).is_file():
-                histories[variant] = folder / name
+    history = folder / HISTORY
     dense_answers = {}
     if credits and (folder / "dense.json").is_file():
         for name, row in read_json(folder / "dense.json")["probabilities"].items():
@@ -323,7 +311,7 @@ def _open_bundled(folder: Path, card: Card, data: str | None, root: str | None) 
         dense,
         examples,
         dense_answers=dense_answers,
-        histories=histories,
+        history=history if are_known and history.is_file() else None,
         shown=_name_images(data, pictures),
     )
 
@@ -372,16 +360,16 @@ def open_own(address: str, data: str | None, root: str | None, number: int = 0) 
     scored = None
     if run is not None and of_run and (run / SCORES).is_file():
         scored = ScoredRun(run, trained)
-    histories = {}
+    history = None
     shows_run = images is not None and images.run is not None
     if run is not None and shows_run and (run / FILE).is_file():
-        histories["trained"] = run / FILE
+        history = run / FILE
     return Entry(
         card,
         variants,
         dense,
         Examples(pictures, trained.image_size, scored=scored, framing=trained.framing),
-        histories=histories,
+        history=history,
         address=shell_word(escape_controls(address)),
         shown=_name_images(data, pictures, held_out=of_run),
     )
@@ -407,9 +395,8 @@ def _variants(
                 data_text=card.data,
             )
         atlas = None
-        file = "atlas.json" if name == "trained" else f"atlas_{name}.json"
-        if folder is not None and (folder / file).is_file():
-            atlas = folder / file
+        if folder is not None and name == "trained" and (folder / "atlas.json").is_file():
+            atlas = folder / "atlas.json"
         variants[name] = Variant(model, facts, atlas)
     return variants
 

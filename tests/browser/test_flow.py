@@ -298,7 +298,6 @@ SWAPPED = {"kind": "swap", "layer": 3, "expert": 1, "other": 2}
 UNTRAINED = "Not trained: its weights are random, so its predictions mean nothing."
 CHANGED = [
     ("?variant=untrained", UNTRAINED, {"variant": "untrained"}),
-    ("?variant=unbalanced", "trained without the balance loss", {"variant": "unbalanced"}),
     ("?do=force.3.1.next_best.0", "Every patch in L3 goes to L3·E1.", {"intervention": FORCED}),
     ("?do=random.all.any.next_best.0", "random experts in every layer.", {"intervention": RANDOM}),
     ("?do=swap.3.1-2.next_best.0", "E1 and E2 compute each other's", {"intervention": SWAPPED}),

@@ -25,7 +25,7 @@ from tests.shared import says
 
 pytestmark = pytest.mark.needs("chromium", "playwright")
 
-VARIANTS = ("trained", "unbalanced", "untrained")
+VARIANTS = ("trained", "untrained")
 TABS = ("experts", "classes", "about")
 
 
@@ -211,11 +211,11 @@ def refuse(page, **asked):
 def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, ask):
     """Another variant, which fails, then another image: of that variant."""
     page = new_visit().open(server.url)
-    refuse(page, variant="unbalanced")
-    press(page, "[data-variant=unbalanced]", "[data-action=retry]")
+    refuse(page, variant="untrained")
+    press(page, "[data-variant=untrained]", "[data-action=retry]")
     page.unroute(SERVER_CALL)
     press(page, example(6), "[data-action=retry]", state="detached")
-    view = ask("route", picture={**FIRST, "id": "pets/test/6"}, variant="unbalanced")
+    view = ask("route", picture={**FIRST, "id": "pets/test/6"}, variant="untrained")
     assert numbers(page) == experts_of(view["layers"][1])
 
 
@@ -408,7 +408,7 @@ def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, ask):
     page = visit("?tab=about").page
     views = {name: ask("route", picture=FIRST, variant=name) for name in VARIANTS}
     texts = {name: view["model"]["accuracy_text"] for name, view in views.items()}
-    assert len(set(texts.values())) == 3
+    assert len(set(texts.values())) == 2
     for name, text in texts.items():
         press(page, f"[data-variant={name}]", "[data-box=progress]", state="hidden")
         others = set(texts.values()) - {text}

@@ -68,9 +68,9 @@ def test_another_k_is_marked(visit, ask):
     assert numbers(page) == experts_of(ask("route", picture=FIRST)["layers"][1])
 
 
-def test_one_switch_shows_the_unbalanced_and_the_untrained_model(visit, ask):
+def test_one_switch_shows_the_untrained_model_and_the_trained_one_again(visit, ask):
     page = visit().page
-    for variant in ("unbalanced", "untrained"):
+    for variant in ("untrained", "trained"):
         page.click(f"[data-variant={variant}]")
         layer = ask("route", picture=FIRST, variant=variant)["layers"][1]
         assert numbers(page) == experts_of(layer)

@@ -6,7 +6,6 @@ from urllib.parse import parse_qsl, quote
 import numpy as np
 import pytest
 
-from moevision.models.history import RoutingHistory
 from tests.browser.conftest import (
     MOBILE,
     alone,
@@ -99,21 +98,17 @@ def words(history, moment, layer=1):
     return f"{right} of 3 right, busiest expert {100 * taken.max() / taken.sum():.0f} %"
 
 
-def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos_home):
-    """10 of the 40 steps to the end are a quarter of the axis, in both trainings; keys go from moment to moment."""
-    other = RoutingHistory.load(photos_home / "snaps" / "history_unbalanced.safetensors")
+def test_the_film_runs_on_an_axis_of_steps(photos, recorded):
+    """10 of the 40 steps to the end are a quarter of the axis; keys go from moment to moment."""
     page = photos(reduced_motion="reduce").page
     page.wait_for_selector(SLIDER)
-    tracks = page.locator(".mv-film > p").all_text_contents()
-    names = [track.split(":")[0] for track in tracks]
-    assert names == ["With balance loss", "Without balance loss"]
-    assert told(page) == [words(recorded, 2), words(other, 2)]
+    assert told(page) == [words(recorded, 2)]
     where = ".mv-chart > i"
     for moment, (key, left) in enumerate([("Home", 0), ("ArrowRight", 25), ("ArrowRight", 100)]):
         page.press(SLIDER, key)
         page.wait_for_selector(f"{SLIDER}[aria-valuetext='{WHEN[moment]}']")
-        assert each(page, where, "one.style.left") == [f"{left}%"] * 2
-        assert told(page) == [words(recorded, moment), words(other, moment)]
+        assert each(page, where, "one.style.left") == [f"{left}%"]
+        assert told(page) == [words(recorded, moment)]
         thumb = page.locator(SLIDER).bounding_box()
         line = page.locator(where).first.bounding_box()
         at = thumb["x"] + 8 + (thumb["width"] - 16) * left / 100  # a thumb is 16 px wide
@@ -128,7 +123,7 @@ def test_the_film_runs_in_lock_step_on_an_axis_of_steps(photos, recorded, photos
     assert [low - high for high, low in first] == pytest.approx(100 * loads / loads.sum(), abs=0.2)
     page.keyboard.press("-")  # the layer before
     page.wait_for_selector(".mv-box-time:has-text('expert of L1')")
-    assert told(page) == [words(recorded, 1, 0), words(other, 1, 0)]
+    assert told(page) == [words(recorded, 1, 0)]
 
 
 @pytest.mark.parametrize("phone", [False, True])
@@ -150,13 +145,6 @@ def places(page, selectors):
     boxes = [page.locator(selector).first.bounding_box() for selector in selectors]
     assert all(box["y"] >= 0 for box in boxes)
     return [box["y"] + box["height"] for box in boxes]
-
-
-def test_the_patches_follow_the_training_without_balance_loss_too(photos, recorded, photos_home):
-    other = RoutingHistory.load(photos_home / "snaps" / "history_unbalanced.safetensors")
-    page = photos("?variant=unbalanced", until="location.search.includes('picture=')").page
-    scrub(page, "Home", "before training")
-    assert numbers(page) == first_choices(other, 0, image_of(page, recorded))
 
 
 def test_a_moment_that_comes_late_does_not_bring_back_the_image_before(photos, recorded, hold):

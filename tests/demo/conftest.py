@@ -20,7 +20,7 @@ from moevision.analysis.images import open_pictures, read_images
 from moevision.data import SyntheticPets
 from moevision.data.transforms import normalize
 from moevision.demo.galleries import Galleries
-from moevision.demo.models import HISTORIES, open_entries
+from moevision.demo.models import HISTORY, open_entries
 from moevision.demo.service import Explorer
 from moevision.layers import forward_routing
 from moevision.models.history import RoutingHistory, moment_of
@@ -78,9 +78,9 @@ def measured(model):
 def write_bundle(
     home: Path, id="pets", data_kind="synthetic_pets", seed=0, twins=True, **arguments
 ) -> Path:
-    """A bundled model in bfloat16, as the package carries them, with its dense and its unbalanced twin."""
+    """A bundled model in bfloat16, as the package carries them, with its dense twin."""
     folder = home / id
-    models = {"trained": {}, "unbalanced": {}, "dense": {"twin": "active_flops"}}
+    models = {"trained": {}, "dense": {"twin": "active_flops"}}
     for offset, (name, own) in enumerate(list(models.items())[: None if twins else 1]):
         model = make_model(seed + offset, **arguments, **own)
         if name == "trained":
@@ -170,22 +170,20 @@ PHOTOS, PHOTO_PX = 3, 96
 
 
 def write_photos(home: Path, id="snaps") -> Path:
-    """A bundled model with drawn images in the place of photos, larger than its input, and two recorded trainings.
+    """A bundled model with drawn images in the place of photos, larger than its input, and a recorded training.
 
-    At the moments of a training before the last one stand models of other seeds.
+    At the moments before the last one stand models of other seeds.
     """
     folder = write_bundle(home, id, "cats_vs_dogs", seed=20, twins=False)
     write_examples(folder, range(PHOTOS))
-    save_model(make_model(21), folder / "unbalanced")
     pictures = open_pictures(folder / "examples", SIZE, split="all", class_names=CLASSES)
     names = tuple(map(pictures.picture_name, range(PHOTOS)))
-    for variant, seed in (("trained", 31), ("unbalanced", 33)):
-        model = load_model(str(folder / variant))
-        images = network_input(model, read_images(pictures, range(PHOTOS)))
-        history = RoutingHistory(names, tuple(model.class_names), total_steps=TOTAL_STEPS)
-        for step, other in zip(STEPS, (make_model(seed), make_model(seed + 1), model), strict=True):
-            history = history.plus(step, moment_of(other.net, images))
-        history.save(folder / HISTORIES[variant])
+    model = load_model(str(folder / "trained"))
+    images = network_input(model, read_images(pictures, range(PHOTOS)))
+    history = RoutingHistory(names, tuple(model.class_names), total_steps=TOTAL_STEPS)
+    for step, other in zip(STEPS, (make_model(31), make_model(32), model), strict=True):
+        history = history.plus(step, moment_of(other.net, images))
+    history.save(folder / HISTORY)
     return folder
 
 

@@ -63,7 +63,7 @@ FIELDS = [
     ("capacity", 10**400, "0.05 to 16"),  # more than a float can hold
     ("capacity", "1", "0.05 to 16"),
     ("model", "nope", "'model'", "pets, photos"),
-    ("variant", "better", "'variant'", "trained, unbalanced, untrained"),
+    ("variant", "better", "'variant'", "trained, untrained"),
     ("picture", None, "JSON object"),
     ("picture", {"kind": "url"}, "'kind'", "example, upload"),
     ("picture", {"kind": "upload"}, "'data'"),

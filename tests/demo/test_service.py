@@ -59,7 +59,7 @@ def test_boot_tells_everything_that_the_page_needs(explorer):
     assert boot["default"] == {"model": "pets", "picture": "pets/test/0"}
     pets, photos = boot["models"]
     assert (pets["id"], photos["id"]) == ("pets", "photos")
-    assert pets["variants"] == ["trained", "unbalanced", "untrained"]
+    assert pets["variants"] == ["trained", "untrained"]
     assert {pets["has_dense"], pets["can_search"]} == {True}
     assert "accuracy_text" not in pets  # each variant has its own
     texts = {
@@ -68,7 +68,7 @@ def test_boot_tells_everything_that_the_page_needs(explorer):
     }
     assert pets["accuracy_texts"] == texts
     assert says(texts["trained"], "12.5 %", "dense twin: 13.0 %")
-    assert len(set(texts.values())) == 3
+    assert len(set(texts.values())) == 2
     # classes take turns: the first eight examples show the eight classes
     assert [example["label"] for example in pets["examples"][:8]] == list(SyntheticPets.classes)
     assert [example["id"] for example in photos["examples"]] == [*photo_files()]
@@ -226,11 +226,11 @@ def test_an_icon_and_a_panorama_are_routed(explorer):
     assert good(explorer, "boot")["limits"]["min_side"] == 16
 
 
-@pytest.mark.parametrize("variant", ["trained", "unbalanced", "untrained"])
+@pytest.mark.parametrize("variant", ["trained", "untrained"])
 def test_variants_are_different_networks(explorer, pixels, variant):
     answer = good(explorer, "route", model="pets", variant=variant, picture=PICTURE)
     assert answer["layers"] == route_image(saved(explorer, variant), pixels).to_json()["layers"]
-    others = {"trained", "unbalanced", "untrained"} - {variant}
+    others = {"trained", "untrained"} - {variant}
     assert all(
         answer["layers"] != good(explorer, "route", variant=o, picture=PICTURE)["layers"]
         for o in others
@@ -337,7 +337,7 @@ def test_an_unmeasured_answer_names_the_command_of_its_run(explorer, monkeypatch
     assert says(told, "moevision analyze 'runs/my run'")
 
 
-@pytest.mark.parametrize("variant", ["trained", "unbalanced", "untrained"])
+@pytest.mark.parametrize("variant", ["trained", "untrained"])
 def test_experts_show_their_own_patches(explorer, variant):
     page = good(explorer, "experts", model="pets", variant=variant, layer=3)
     assert page["status"] == "ready"

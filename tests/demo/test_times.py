@@ -8,7 +8,6 @@ import pytest
 from moevision.demo.galleries import Galleries
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
-from moevision.models.history import RoutingHistory
 from tests.demo.test_html import embedded
 from tests.shared import says
 
@@ -17,11 +16,6 @@ from tests.shared import says
 def photos(photos_home):
     entries = open_entries(None, home=photos_home)
     return Explorer(entries, Galleries(entries, limit=3))
-
-
-@pytest.fixture(scope="module")
-def without_balance(photos_home):
-    return RoutingHistory.load(photos_home / "snaps" / "history_unbalanced.safetensors")
 
 
 def weights_of(layer):
@@ -35,43 +29,38 @@ def test_boot_says_what_was_recorded(photos, recorded, explorer):
     history = snaps["history"]
     assert history["images"] == [f"data/{name}" for name in recorded.image_names]
     assert (history["total_steps"], history["pretrained"]) == (100, False)
-    assert list(history["tracks"]) == ["trained", "unbalanced"]
     assert set(snaps["history"]["images"]) == {example["id"] for example in snaps["examples"]}
     assert [model["history"] for model in explorer.answer("boot", {})["models"]] == [None, None]
 
 
-def test_loads_and_right_answers_are_counted_over_all_images(photos, recorded, without_balance):
+def test_loads_and_right_answers_are_counted_over_all_images(photos, recorded):
     """By hand: a choice is a weight above 0; an image's class is the first part of its name."""
-    tracks = photos.answer("boot", {})["models"][0]["history"]["tracks"]
-    for history, track in ((recorded, tracks["trained"]), (without_balance, tracks["unbalanced"])):
-        assert track["steps"] == [0, 10, 40]
-        assert track["of"] == len(history.image_names) == 3
-        for moment in range(3):
-            best = [history.class_names[each] for each in history.probabilities[moment].argmax(-1)]
-            pairs = zip(best, history.image_names, strict=True)
-            assert track["right"][moment] == sum(
-                name.startswith(f"{said}/") for said, name in pairs
+    track = photos.answer("boot", {})["models"][0]["history"]["track"]
+    assert track["steps"] == [0, 10, 40]
+    assert track["of"] == len(recorded.image_names) == 3
+    for moment in range(3):
+        best = [recorded.class_names[each] for each in recorded.probabilities[moment].argmax(-1)]
+        pairs = zip(best, recorded.image_names, strict=True)
+        assert track["right"][moment] == sum(name.startswith(f"{said}/") for said, name in pairs)
+        for place, layer in enumerate(recorded.layers):
+            taken = [
+                (recorded.weights[layer][moment, ..., expert] > 0).sum() for expert in range(4)
+            ]
+            assert track["loads"][place][moment] == pytest.approx(
+                (np.array(taken) / sum(taken)).tolist(), abs=6e-4
             )
-            for place, layer in enumerate(history.layers):
-                taken = [
-                    (history.weights[layer][moment, ..., expert] > 0).sum() for expert in range(4)
-                ]
-                assert track["loads"][place][moment] == pytest.approx(
-                    (np.array(taken) / sum(taken)).tolist(), abs=6e-4
-                )
 
 
-def test_an_image_has_the_numbers_of_the_file(photos, recorded, without_balance):
-    for variant, history in (("trained", recorded), ("unbalanced", without_balance)):
-        for row, name in enumerate(history.image_names):
-            answer = photos.answer("history", {"picture": f"data/{name}", "variant": variant})
-            assert (answer["steps"], answer["total_steps"]) == ([0, 10, 40], 100)
-            for layer in answer["layers"]:
-                assert np.array_equal(weights_of(layer), history.weights[layer["layer"]][:, row])
-            for top, p in zip(answer["predictions"], history.probabilities[:, row], strict=True):
-                assert top[0]["class"] == history.class_names[int(p.argmax())]
-                assert top[0]["p"] == pytest.approx(float(p.max()), abs=5.1e-5)
-                assert len(top) == 8  # every class
+def test_an_image_has_the_numbers_of_the_file(photos, recorded):
+    for row, name in enumerate(recorded.image_names):
+        answer = photos.answer("history", {"picture": f"data/{name}", "variant": "trained"})
+        assert (answer["steps"], answer["total_steps"]) == ([0, 10, 40], 100)
+        for layer in answer["layers"]:
+            assert np.array_equal(weights_of(layer), recorded.weights[layer["layer"]][:, row])
+        for top, p in zip(answer["predictions"], recorded.probabilities[:, row], strict=True):
+            assert top[0]["class"] == recorded.class_names[int(p.argmax())]
+            assert top[0]["p"] == pytest.approx(float(p.max()), abs=5.1e-5)
+            assert len(top) == 8  # every class
 
 
 def test_the_last_moment_is_the_model_that_the_page_shows(photos, recorded):
@@ -90,9 +79,12 @@ def test_the_last_moment_is_the_model_that_the_page_shows(photos, recorded):
     ]
 
 
-def test_what_was_not_recorded_is_refused(photos):
+def test_what_was_not_recorded_is_refused(photos, recorded):
     answer = photos.answer("history", {"picture": "data/other.png"})
     assert says(answer["error"], "not recorded", "'data/other.png'", "choose one")
+    known = f"data/{recorded.image_names[0]}"
+    untrained = photos.answer("history", {"picture": known, "variant": "untrained"})
+    assert says(untrained["error"], "not recorded")
 
 
 def test_a_history_is_not_shown_beside_images_that_the_user_named(photos_home):

@@ -109,7 +109,7 @@ def test_what_an_own_run_recorded_is_shown(tiny_run):
     entries = open_entries(str(tiny_run))
     explorer = Explorer(entries, Galleries(entries, limit=3))
     history, (own,) = RoutingHistory.load(tiny_run / FILE), explorer.answer("boot", {})["models"]
-    track = own["history"]["tracks"]["trained"]
+    track = own["history"]["track"]
     labels = [history.class_names.index(name.split("/")[0]) for name in history.image_names]
     assert track["right"] == (history.probabilities.argmax(-1) == labels).sum(1).tolist()
     assert track["of"] == len(labels)

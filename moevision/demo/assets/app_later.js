@@ -28,7 +28,7 @@ export const timeSource = (app) => ({
     const { id: shown, variant } = view.model; // another model may be chosen, and on its way
     const history = app.boot.models.find(({ id }) => id === shown)?.history;
     const { id } = view.picture;
-    if (!history?.tracks[variant]) return null;
+    if (!history || variant !== "trained") return null;
     if (!asTrained(view)) return "How it learned was recorded without changes of the routing: put all back to see it.";
     if (id !== null && history.images.includes(id)) return history;
     return `The training was recorded for the first ${history.images.length} examples only.`;

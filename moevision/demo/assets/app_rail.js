@@ -14,7 +14,6 @@ const VARIANTS_ASK = "What did training change?";
 const CAPACITIES = [0.25, 0.5, 0.75, 1, 1.25, 1.5, 2];
 export const VARIANTS = {
   trained: { label: "Trained", tip: "The model as it was trained." },
-  unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep experts balanced." },
   untrained: { label: "Random weights", tip: "The same network with random weights everywhere, also where the training began with pretrained ones." },
 };
 

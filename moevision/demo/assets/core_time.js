@@ -1,10 +1,10 @@
 // The training as a film: where the patches of a recorded image went at moments of it, on a true axis of steps, with loads
-// and right answers over all recorded images, and beside it the same training without balance loss. The last moment is the
-// trained model, whose view has all numbers; of the others weights and predictions were recorded: all else is left out.
+// and right answers over all recorded images. The last moment is the trained model, whose view has all numbers; of the
+// others weights and predictions were recorded: all else is left out.
 
 import { clamp, expertColour, fillBox, html, percent, present } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
-/** @import { Layer, Moments, PastLayer, TimeSource, Track, View } from "./types.js" */
+/** @import { Layer, Moments, PastLayer, Recorded, TimeSource, Track, View } from "./types.js" */
 
 const PLAY_MS = 500; // for each moment
 
@@ -71,18 +71,14 @@ export function pastView(view, moments, index) {
 /** @param {Moments} moments @param {Layer} layer */
 const recorded = (moments, { layer }) => present(moments.layers.find((past) => past.layer === layer));
 
-/** Over all recorded images, of one layer: how many patches each expert took, and how often the answer was right. */
-/** @typedef {{ name: string, track: Track, loads: number[][] }} Shown */
-
-const BALANCE = { trained: "With balance loss", unbalanced: "Without balance loss" };
-
 /**
- * Loads as bands that add up to all, over the steps, and the share of right answers as a line.
- * @param {Shown} shown @param {number} end the last step
+ * Loads of a layer as bands that add up to all, over the steps, and the share of right answers as a line.
+ * @param {Track} track @param {number} layer
  */
-function chart({ track: { steps, right, of }, loads }, end) {
+function chart({ steps, right, of, loads: layers }, layer) {
+  const loads = layers[layer];
   const experts = loads[0].length;
-  const point = (place, share) => `${(1000 * steps[place]) / end},${100 - 100 * share}`;
+  const point = (place, share) => `${(1000 * steps[place]) / present(steps.at(-1))},${100 - 100 * share}`;
   /** @type {number[][]} the top of each band */
   const tops = [];
   loads[0].forEach((_, expert) => { tops.push(loads.map((row, place) => row[expert] + (tops[expert - 1]?.[place] ?? 0))); });
@@ -96,9 +92,6 @@ function chart({ track: { steps, right, of }, loads }, end) {
     <polyline class="mv-halo" points="${line}"/><polyline points="${line}"/></svg><i data-part="now"></i></div>`;
 }
 
-/** The last place that lies at or before a step. @param {number[]} steps @param {number} step */
-const placeAt = (steps, step) => steps.filter((one) => one <= step).length - 1;
-
 export class Time {
   /** @param {HTMLElement} box @param {ViewState} state @param {TimeSource} source */
   constructor(box, state, source) {
@@ -106,12 +99,8 @@ export class Time {
     this.state = state;
     this.source = source;
     this.built = "";
-    /** @type {number[]} */
-    this.steps = [];
-    this.total = 0;
-    this.pretrained = false;
-    /** @type {Shown[]} */
-    this.shown = [];
+    /** @type {Recorded | null} */
+    this.known = null;
     this.turn = Symbol("now");
     /** @type {symbol | null} */
     this.playing = null;
@@ -120,59 +109,53 @@ export class Time {
   /** The place in the film. */
   get at() { return this.steps.indexOf(this.state.view.moment?.step ?? this.steps[this.last]); }
   get last() { return this.steps.length - 1; }
-  /** Of the axis. */
-  get end() { return Math.max(...this.shown.map(({ track }) => present(track.steps.at(-1)))); }
+  get steps() { return this.known?.track.steps ?? []; }
 
   /** The control stays while only the moment changes: a slider in somebody's hand must not go away. */
   draw() {
     const { state } = this;
     const about = this.source.about(trainedView(state.view));
-    const { variant } = state.view.model;
-    const built = JSON.stringify([about, variant, state.layer]);
+    const built = JSON.stringify([about, state.layer]);
     if (this.built !== built) {
       this.built = built;
-      const known = typeof about === "object" ? about : null;
-      this.shown = Object.entries(known?.tracks ?? {}).map(([name, track]) => ({ name, track, loads: track.loads[state.layer] }));
-      Object.assign(this, { steps: known?.tracks[variant].steps ?? [], total: known?.total_steps, pretrained: known?.pretrained });
-      fillBox(this.box, typeof about === "string" ? html`<p class="mv-note">${about}</p>` : known && this.film());
+      this.known = typeof about === "object" ? about : null;
+      fillBox(this.box, typeof about === "string" ? html`<p class="mv-note">${about}</p>` : this.known && this.film(this.known.track));
     }
     this.mark();
   }
 
-  film() {
-    const several = this.shown.length > 1;
+  /** @param {Track} track */
+  film(track) {
     const { name, num_experts: experts } = this.state.currentLayer;
-    const row = (one) => html`${chart(one, this.end)}<p>${several && html`<b>${BALANCE[one.name]}:</b> `}<span data-part="told"></span></p>`;
-    return html`<div class="mv-film-head"><h2>How ${several ? "they" : "it"} learned</h2>
+    return html`<div class="mv-film-head"><h2>How it learned</h2>
         <button type="button" class="mv-quiet mv-play" data-action="run" data-key="run" aria-label="Play the training">Play</button>
         <output class="mv-soft" data-part="when"></output></div>
-      <div class="mv-film">${this.shown.map(row)}
-        <input type="range" min="0" max="${this.end}" step="1" data-change="moment" data-key="moment" aria-label="Moment of the training"></div>
+      <div class="mv-film">${chart(track, this.state.layer)}<p data-part="told"></p>
+        <input type="range" min="0" max="${present(track.steps.at(-1))}" step="1" data-change="moment" data-key="moment" aria-label="Moment of the training"></div>
       <p class="mv-note">Bands: the share that each expert of ${name} takes, ${percent(1 / experts)} if all take alike.
-        Line: right answers. Both over ${this.shown[0].track.of} images.</p>`;
+        Line: right answers. Both over ${track.of} images.</p>`;
   }
 
   /** @param {string} [words] in place of when it is */
   mark(words) {
+    const { at, known } = this;
     const slider = this.box.querySelector("input");
-    if (!slider) return;
-    const step = this.steps[this.at];
-    const begins = step === 0 && this.pretrained ? ", from pretrained layers" : "";
-    const earlier = momentWords({ step, total_steps: this.total }) + begins;
-    const when = words ?? (this.at === this.last ? "after training" : earlier);
+    if (!slider || !known) return;
+    const { steps, right, of, loads } = known.track;
+    const step = steps[at];
+    const begins = step === 0 && known.pretrained ? ", from pretrained layers" : "";
+    const earlier = momentWords({ step, total_steps: known.total_steps }) + begins;
+    const when = words ?? (at === this.last ? "after training" : earlier);
     slider.value = String(step);
     slider.setAttribute("aria-valuetext", when);
-    const said = present(this.box.querySelector("[data-part=when]"));
+    const part = (name) => /** @type {HTMLElement} */ (this.box.querySelector(`[data-part=${name}]`));
+    const said = part("when");
     if (said.textContent !== when) said.textContent = when; // said anew only where it changed
     const play = /** @type {HTMLElement} */ (this.box.querySelector(".mv-play"));
     play.textContent = this.playing ? "Pause" : "Play";
     this.box.classList.toggle("mv-playing", this.playing !== null);
-    const [nows, told] = ["now", "told"].map((part) => this.box.querySelectorAll(`[data-part=${part}]`));
-    this.shown.forEach(({ track, loads }, row) => {
-      const place = placeAt(track.steps, step);
-      /** @type {HTMLElement} */ (nows[row]).style.left = `${(100 * step) / this.end}%`;
-      told[row].textContent = `${track.right[place]} of ${track.of} right, busiest expert ${percent(Math.max(...loads[place]))}`;
-    });
+    part("now").style.left = `${(100 * step) / steps[this.last]}%`;
+    part("told").textContent = `${right[at]} of ${of} right, busiest expert ${percent(Math.max(...loads[this.state.layer][at]))}`;
   }
 
   /**

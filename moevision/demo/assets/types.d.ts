@@ -149,8 +149,8 @@ export interface View {
 
 /** Over all recorded images, at T moments: right answers, and of each layer each expert's share of the patches [T][E]. */
 export interface Track { steps: number[]; right: number[]; of: number; loads: number[][][] }
-/** Which images were recorded while the model was trained, and what came of it in each variant. */
-export interface Recorded { images: string[]; total_steps: number; pretrained: boolean; tracks: Record<string, Track> }
+/** Which images were recorded while the model was trained, and what came of it. */
+export interface Recorded { images: string[]; total_steps: number; pretrained: boolean; track: Track }
 /** [T][P][E] as float16. */
 export interface PastLayer { layer: number; weights: { shape: number[]; data: string } }
 /** The T moments of one image. */
