@@ -207,7 +207,8 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         return None
 
     # Rank 0 writes.
-    _export_model(training)
+    detector, strangers = _fit_ood(training)
+    _export_model(training, detector)
     _write_predictions(run_dir, tested, data.class_names)
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     plot_confusion(tested.labels, tested.predictions, data.class_names, run_dir / "confusion.png")
@@ -216,7 +217,8 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     scores = _test_scores(training, tested, weights)
     _write_class_table(run_dir, scores.per_class)
     mistakes = _most_frequent_mistakes(data, tested, run_dir / "mistakes.png")
-    summary = replace(_summarize(training, effort, scores, bad_images), mistakes=mistakes)
+    summary = _summarize(training, effort, scores, bad_images)
+    summary = replace(summary, mistakes=mistakes, strangers=strangers)
 
     correct = dict(zip(tested.samples, tested.correct.tolist(), strict=True))
     labels = dict(zip(tested.samples, tested.labels.tolist(), strict=True))
@@ -261,7 +263,7 @@ def _gather_columns(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Array]
     return {name: column[order] for name, column in columns.items()}
 
 
-def _export_model(training: Training) -> None:
+def _export_model(training: Training, detector: MahalanobisOOD | None) -> None:
     """Write `model/` with the tested weights."""
     task, data = training.task, training.data
     model = SavedModel(
@@ -271,7 +273,7 @@ def _export_model(training: Training) -> None:
         mean=data.mean,
         std=data.std,
         temperature=None if task.calibration is None else task.calibration.temperature,
-        strangers=_fit_ood(training),
+        strangers=detector,
         fit=data.fit,
     )
     save_model(model, training.run_dir / "model")
@@ -452,23 +454,28 @@ def _most_frequent_mistakes(
     return mistakes
 
 
-def _fit_ood(training: Training) -> MahalanobisOOD | None:
+def _fit_ood(training: Training) -> tuple[MahalanobisOOD | None, tuple[int, int] | None]:
     """Fit the out-of-distribution detector to training images, and its threshold to validation images.
 
-    None for a model that is sharded, since it may not fit one device, and for one without a linear head.
+    With it, how many test images it calls strangers, and of how many. None for a model that is sharded, since it may
+    not fit one device, and for one without a linear head.
     """
     net, data = training.task.net, training.data
     if training.sharded_strategy or linear_head(net) is None:
-        return None
-    max_images = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
+        return None, None
+    max_images = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES, "test": IMAGES}
     datasets = data.contents.datasets
     count = sum(min(most, len(datasets[split])) for split, most in max_images.items())
     print_rank0(
         f"measuring on {count:,} images what is unlike them, for the distance that predict tells"
     )
     features = features_of(net, data, max_images, training.trainer.strategy.root_device)
-    train, val = features["train"], features["val"]
-    return fit_ood(train.features, train.labels, val.features)
+    train, val, test = features["train"], features["val"], features["test"].features
+    detector = fit_ood(train.features, train.labels, val.features)
+    if detector is None:
+        return None, None
+    distances = detector(torch.from_numpy(test))
+    return detector, (int((distances > 1).sum()), len(test))
 
 
 def _add_recommendation(result: RunResult, twin: RunResult | None = None) -> RunResult:

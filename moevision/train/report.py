@@ -247,6 +247,8 @@ class RunSummary:
     validations: Sequence[float] = ()  # accuracy at each validation of the training
     # The most frequent mistakes of the test: class, what was answered, how often, test images of the class.
     mistakes: Sequence[tuple[str, str, int, int]] = ()
+    # Test images that the detector of strangers refuses, and of how many; None without a detector.
+    strangers: tuple[int, int] | None = None
 
     @property
     def unbalanced(self) -> bool:

@@ -682,7 +682,7 @@ def test_a_config_replaces_the_recipe(drawn_pets):
 
 
 def test_a_run_measures_how_far_strangers_lie(cli, draw, tiny, tmp_path):
-    """A twentieth of the run's validation images is refused, and most noise; the test images are not looked at."""
+    """A twentieth of the run's validation images is refused, and most noise; of its test images as many as it says."""
     succeeded(
         cli(
             "fit",
@@ -701,5 +701,9 @@ def test_a_run_measures_how_far_strangers_lie(cli, draw, tiny, tmp_path):
             return answers(model.net, model.strangers, network_input(model, images))[1].numpy()
 
     assert (distances(read_images(val, range(40))) > 1).sum() == 2
+    test = open_pictures(tmp_path / "pets", 32, split="test", run_dir="runs/far")
+    refused = int((distances(read_images(test, range(len(test)))) > 1).sum())
+    summary = json.loads(Path("runs/far/summary.json").read_text())
+    assert summary["strangers"] == [refused, len(test)]
     noise = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     assert (distances(noise) > 1).mean() > 0.5

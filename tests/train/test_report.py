@@ -320,6 +320,12 @@ def test_summary_lists_what_was_left_out(summary, tmp_path):
     assert sum("truncated" in line for line in lines) == 10
 
 
+def test_summary_tells_how_many_of_its_own_images_are_called_strangers(summary, tmp_path):
+    assert "Strangers:" not in "\n".join(_lines(summary, tmp_path))  # not measured
+    text = "\n".join(_lines(replace(summary, strangers=(13, 260)), tmp_path))
+    assert not missing(text, "Strangers: 13 of 260 test images, 5.0 %", "false alarms")
+
+
 def test_summary_names_only_files_that_exist(summary, tmp_path):
     (tmp_path / "curves.png").write_bytes(b"")
     text = "\n".join(_lines(summary, tmp_path))
