@@ -4,7 +4,7 @@ import { test } from "node:test";
 
 import { awayWord, opensDoor, readAway } from "../../../moevision/demo/assets/app_opening.js";
 import { amountOf, opacityIn } from "../../../moevision/demo/assets/core_flow.js";
-import { boxPlaces, firstExperts, patchOf, regionsOf } from "../../../moevision/demo/assets/core_mosaic.js";
+import { boxPlaces, firstExperts, paintRegions, patchOf, regionsOf } from "../../../moevision/demo/assets/core_mosaic.js";
 import { goneWords, headlineOf } from "../../../moevision/demo/assets/core_words.js";
 
 test("a patch belongs to the first expert that computed it, or to none", () => {
@@ -16,6 +16,23 @@ test("an expert that is nobody's first choice but somebody's second isn't called
   const layer = { kind: "token_choice", top_k: 2, counts: [2, 3, 1, 0], experts: [[0, 1], [0, 1], [1, 2]], kept: [[true, true], [true, true], [true, true]] };
   const words = [0, 1, 2, 3].map((expert) => amountOf(layer, expert, ["patch", "patches"]));
   assert.deepEqual(words, [["2 patches", false], ["1 patch", "second choice for 2"], ["second choice for 1", ""], ["none", ""]]);
+});
+
+test("sixteen large patches keep their own colours under a paler tint than many small ones", () => {
+  /** How opaque is what lies on the whole of the first of `count` patches, which all went to one expert. */
+  const tintOf = (count) => {
+    /** @type {string[]} */
+    const colours = [];
+    const context = {
+      set fillStyle(colour) { colours.push(colour); },
+      fillRect() {}, beginPath() {}, roundRect() {}, fill() {}, fillText() {},
+      measureText: () => ({ width: 1 }),
+    };
+    const columns = Math.sqrt(count);
+    paintRegions(context, { num_experts: 8 }, Array(count).fill(0), [columns, columns], { side: 8, unit: 1, lit: null, paper: "white" });
+    return Number(colours[0].split(",")[3].replace(")", ""));
+  };
+  assert.deepEqual([16, 64].map(tintOf), [0.12, 0.28]);
 });
 
 const LAYERS = [{ layer: 0, name: "L0", num_experts: 8 }, { layer: 3, name: "L3", num_experts: 4 }];
