@@ -207,7 +207,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
         return None
 
     # Rank 0 writes.
-    detector, strangers = _fit_ood(training)
+    detector = _fit_ood(training)
     _export_model(training, detector)
     _write_predictions(run_dir, tested, data.class_names)
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
@@ -217,6 +217,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     scores = _test_scores(training, tested, weights)
     _write_class_table(run_dir, scores.per_class)
     mistakes = _most_frequent_mistakes(data, tested, run_dir / "mistakes.png")
+    strangers = _count_strangers(training, detector)
     summary = _summarize(training, effort, scores, bad_images)
     summary = replace(summary, mistakes=mistakes, strangers=strangers)
 
@@ -454,28 +455,33 @@ def _most_frequent_mistakes(
     return mistakes
 
 
-def _fit_ood(training: Training) -> tuple[MahalanobisOOD | None, tuple[int, int] | None]:
+def _fit_ood(training: Training) -> MahalanobisOOD | None:
     """Fit the out-of-distribution detector to training images, and its threshold to validation images.
 
-    With it, how many test images it calls strangers, and of how many. None for a model that is sharded, since it may
-    not fit one device, and for one without a linear head.
+    None for a model that is sharded, since it may not fit one device, and for one without a linear head.
     """
     net, data = training.task.net, training.data
     if training.sharded_strategy or linear_head(net) is None:
-        return None, None
-    max_images = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES, "test": IMAGES}
+        return None
+    max_images = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
     datasets = data.contents.datasets
     count = sum(min(most, len(datasets[split])) for split, most in max_images.items())
     print_rank0(
         f"measuring on {count:,} images what is unlike them, for the distance that predict tells"
     )
     features = features_of(net, data, max_images, training.trainer.strategy.root_device)
-    train, val, test = features["train"], features["val"], features["test"].features
-    detector = fit_ood(train.features, train.labels, val.features)
+    train, val = features["train"], features["val"]
+    return fit_ood(train.features, train.labels, val.features)
+
+
+def _count_strangers(training: Training, detector: MahalanobisOOD | None) -> tuple[int, int] | None:
+    """How many test images the detector calls strangers, and of how many; None without a detector."""
     if detector is None:
-        return None, None
-    distances = detector(torch.from_numpy(test))
-    return detector, (int((distances > 1).sum()), len(test))
+        return None
+    device = training.trainer.strategy.root_device
+    test = features_of(training.task.net, training.data, {"test": IMAGES}, device)["test"]
+    distances = detector(torch.from_numpy(test.features))
+    return int((distances > 1).sum()), len(distances)
 
 
 def _add_recommendation(result: RunResult, twin: RunResult | None = None) -> RunResult:
