@@ -102,7 +102,7 @@ def _exported() -> dict[str, str]:
     asked = {"cat": None, "without": gone}
     return {
         name: explorer.export_html(
-            {"model": "cats_vs_dogs", "picture": photo, "intervention": change}
+            {"model": "photos", "picture": photo, "intervention": change}
         )["html"]
         for name, change in asked.items()
     }

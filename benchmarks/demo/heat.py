@@ -41,7 +41,7 @@ from moevision.demo.models import open_entries
 from moevision.models.io import SavedModel
 from moevision.models.shares import PatchShares, patch_shares
 
-MODELS = ("cifar10", "cats_vs_dogs", "emoji")
+MODELS = ("cifar10", "photos", "emoji")
 DELETED = 0.2  # of the patches
 DRAWS = 4  # of as many patches at random
 FILLS = ("mean", "blur")
@@ -190,7 +190,7 @@ def summary(margins: Mapping[str, Floats]) -> dict[str, Any]:
 
 def open_split(name: str, options: Namespace, model: SavedModel, split: str) -> PictureSet:
     """Images of a split that model `name` reads, the same number of each class."""
-    data = {"cifar10": options.cifar10, "cats_vs_dogs": options.photos}.get(name, name)
+    data = {"cifar10": options.cifar10, "photos": options.photos}.get(name, name)
     return open_pictures(
         data, model.image_size, framing=model.framing, split=split, limit=options.images
     )

@@ -50,7 +50,7 @@ LIMIT_MS = {
     "own_picture": 700,
 }
 OVER_FORWARD_MS = 50  # what a new image may take beside the forward pass
-MODELS = ("cifar10", "cats_vs_dogs")  # the page opens on the first one
+MODELS = ("cifar10", "photos")  # the page opens on the first one
 WAIT_S = 120
 SCREEN = {"width": 1440, "height": 900}
 REPEATS = 40

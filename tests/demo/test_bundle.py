@@ -74,7 +74,7 @@ def test_a_wheel_of_the_package_fits(tmp_path):
 @pytest.mark.needs("photos")
 def test_the_photo_model_has_eight_bits_a_weight():
     """Norms, biases, positions and the patch cut keep two bytes, 1.4 % of its weights, and so has a factor for 64."""
-    folder = bundled_folder("cats_vs_dogs") / "trained"
+    folder = bundled_folder("photos") / "trained"
     weights = sum(value.numel() for value in load_model(str(folder)).net.parameters())
     assert sorted(file.name for file in folder.iterdir()) == [
         "config.json",
@@ -85,7 +85,7 @@ def test_the_photo_model_has_eight_bits_a_weight():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("cats_vs_dogs", marks=pytest.mark.needs("photos")), "cifar10"]
+    "name", [pytest.param("photos", marks=pytest.mark.needs("photos")), "cifar10"]
 )
 def test_several_experts_are_seen_in_every_bundled_photo(name):
     """Three at least, in each layer of the model as it is carried, take a twentieth of the photo's patches or more."""

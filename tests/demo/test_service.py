@@ -394,7 +394,7 @@ def test_classes_are_the_atlas(explorer):
 
 def test_the_atlas_answers_about_more_images_than_are_carried():
     """The model that opens has three or five photos of a class, and 416 in its atlas."""
-    (entry,) = [entry for entry in open_entries(None) if entry.card.id == "cats_vs_dogs"]
+    (entry,) = [entry for entry in open_entries(None) if entry.card.id == "photos"]
     explorer = Explorer([entry], Galleries([entry]))
     atlas = explorer.galleries.atlas(entry.variants["trained"])
     page = good(explorer, "compare", a="dog", b="cat")

@@ -87,7 +87,7 @@ def test_routes_of_a_pretrained_start(pool, last, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("cats_vs_dogs", marks=pytest.mark.needs("photos")), "cifar10", "pets"]
+    "name", [pytest.param("photos", marks=pytest.mark.needs("photos")), "cifar10", "pets"]
 )
 def test_every_route_of_a_bundled_model_moves_the_logits(name):
     model = bundled_model(name).net
