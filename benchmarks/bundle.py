@@ -109,9 +109,8 @@ def main() -> None:
     add("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
     options = parser.parse_args()
     if options.trunk is not None:
-        save_file(
-            trunk_of(MODELS / WORDS["rests"][options.name], options.pretrained), options.trunk
-        )
+        trunk = trunk_of(MODELS / WORDS["rests"][options.name], options.pretrained)
+        save_file(trunk, options.trunk, metadata={"architecture": "vit_small_patch14_dinov2"})
         return
     if (options.name in NOTICE) != (options.photos is not None):
         parser.error(f"--photos goes with {', '.join(NOTICE)}, and with nothing else")
