@@ -17,8 +17,8 @@ questions with the swap test), and, where the run recorded it, the routing of th
 model of photos carries photos to show, its twin's predictions of them in place of the twin, and a NOTICE. The commands
 that trained the runs stand in the runs' provenance and go to the card.
 
-`cats_vs_dogs_two`, whose two experts a photo goes to as a whole, has two experts in the place of those of `photos`. All that
-doesn't learn there is of `photos`, and is carried once:
+`cats_vs_dogs_two`, whose two experts a photo goes to as a whole, has two experts in the place of those of `photos`. All
+that doesn't learn there is of `photos`, and is carried once:
 
     python -m benchmarks bundle cats_vs_dogs_two --trunk trunk.safetensors --pretrained FILE
     moevision fit --config cats_vs_dogs_two --pretrained trunk.safetensors --data.path DIR --data.image_size 112 \
@@ -125,13 +125,12 @@ def main() -> None:
 
 
 def trunk_of(folder: Path, pretrained: Path) -> dict[str, Tensor]:
-    """Weights of a bundled model as it is carried, with the pretrained MLPs in the place of experts, without classifier."""
-    carried = unpack(folder / "trained" / PACKED)
-    mlps = {name.split("experts.")[0] for name in carried if ".experts." in name}  # "blocks.8.mlp."
-    learned = (*mlps, "head.")
-    kept = {name: value for name, value in carried.items() if not name.startswith(learned)}
-    dense = load_file(pretrained)
-    return kept | {name: dense[name] for name in dense if name.startswith(tuple(mlps))}
+    """Pretrained weights, with those of a bundled model, as it is carried, in their place.
+
+    Only its experts and its classifier don't fit: there the pretrained MLPs stay.
+    """
+    dense, carried = load_file(pretrained), unpack(folder / "trained" / PACKED)
+    return dense | {name: value for name, value in carried.items() if name in dense}
 
 
 def make(options: Namespace) -> None:
