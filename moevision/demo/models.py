@@ -50,7 +50,9 @@ from moevision.words import percent, shell_word
 SOURCES = Path("examples/SOURCES.json")
 HISTORY = "history.safetensors"
 OWN = "own"  # the id of a user's model
-FORMER_NAMES = {"cats_vs_dogs": "photos"}  # of bundled models: for one version the old name answers, too
+FORMER_NAMES = {
+    "cats_vs_dogs": "photos"
+}  # of bundled models: for one version the old name answers, too
 
 
 @dataclass(frozen=True)
