@@ -14,7 +14,7 @@ from moevision.analysis.intervention import Fill, Intervention, Kind
 from moevision.data.emoji import CELLS, EmojiPages, draw_page, split_emoji
 from moevision.data.named import DRAWN
 from moevision.demo.facts import ModelFacts, PictureFacts, model_input
-from moevision.demo.models import Entry, Variant
+from moevision.demo.models import FORMER_NAMES, Entry, Variant
 from moevision.demo.view import FILLS, KINDS, Settings
 from moevision.demo.wire import RequestError
 from moevision.types import Pixels
