@@ -99,7 +99,8 @@ def emoji_pages(entry: Entry) -> type[EmojiPages]:
 def entry(request: Any, entries: Entries, *names: str) -> Entry:
     """The model that a request names, or the first one; it may have the fields of these names beside."""
     first = next(iter(entries))
-    ids = {**{id: id for id in entries}, **FORMER_NAMES}
+    former = {old: new for old, new in FORMER_NAMES.items() if new in entries}
+    ids = {**{id: id for id in entries}, **former}
     return entries[ids[choice(fields(request, ("model", *names)), "model", tuple(ids), first)]]
 
 

@@ -28,6 +28,7 @@ from moevision.demo.models import (
     read_card,
 )
 from moevision.demo.service import Explorer
+from moevision.demo.wire import RequestError
 from moevision.errors import DataWarning, UserError
 from moevision.models.history import RoutingHistory
 from moevision.models.io import load_model
@@ -82,6 +83,22 @@ def test_the_photo_model_has_eight_bits_a_weight():
         STRANGERS,
     ]
     assert weights < (folder / "model.int8").stat().st_size < 1.06 * weights
+
+
+@pytest.mark.needs("photos")
+def test_the_photo_models_former_name_answers_for_one_version():
+    with pytest.warns(FutureWarning, match="'photos' now, with other classes"):
+        assert bundled_folder("cats_vs_dogs") == bundled_folder("photos")
+
+
+def test_a_request_may_have_a_former_name(home, tiny_run):
+    explorer = Explorer(open_entries(None, home=home))
+    picture = {"kind": "example", "id": explorer.entries["photos"].examples.all_ids[0]}
+    view = explorer.answer("route", {"model": "cats_vs_dogs", "picture": picture})
+    assert view["model"]["id"] == "photos"
+    own = Explorer(open_entries(str(tiny_run)))  # which has no such model
+    with pytest.raises(RequestError, match="one of own"):
+        own.answer("route", {"model": "cats_vs_dogs", "picture": picture})
 
 
 @pytest.mark.parametrize(
