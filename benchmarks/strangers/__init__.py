@@ -57,10 +57,15 @@ CIFAR = ("airplane", "automobile", "bird", "deer", "frog", "horse", "ship", "tru
 # Photos of its classes.
 KINDS_OF_CIFAR = "eagle duck kingfisher owl macaw chicken moose horse".split()  # noqa: SIM905
 OWN_OF_CIFAR = ("cat", "dog", "truck")  # beside garbage trucks
-# Its cats and dogs.
 OWN_OF_TINY = (
-    *("n02085620", "n02094433", "n02099601", "n02099712", "n02106662", "n02113799"),
-    *("n02123045", "n02123394", "n02124075"),
+    *(
+        "Chihuahua",
+        "Yorkshire terrier",
+        "golden retriever",
+        "Labrador retriever",
+        "German shepherd",
+    ),
+    *("standard poodle", "tabby", "Persian cat", "Egyptian cat"),
 )
 CHOICE = ("Imagenette, first half", "CIFAR-10, other classes")
 # That are reported.
@@ -126,7 +131,8 @@ def sets_of_photos(size: int, data: Path, photos: Path) -> Iterator[tuple[str, n
     """Those of the model of eleven classes, which knows Imagenette."""
     yield "photos of other animals", images_of(photos, size, ["other"], split="all")
     tiny = data / "tiny_imagenet32" / "val"
-    others = sorted(folder.name for folder in tiny.iterdir() if folder.name not in OWN_OF_TINY)
+    names = open_pictures(tiny, size, split="all").class_names
+    others = [name for name in names if name not in OWN_OF_TINY]
     yield "Tiny-ImageNet, other classes", images_of(tiny, size, others, split="all")
     others = [name for name in CIFAR if name not in OWN_OF_CIFAR]
     yield CHOICE[1], images_of(data / "cifar10", size, others)
