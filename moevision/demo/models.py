@@ -50,9 +50,8 @@ from moevision.words import percent, shell_word
 SOURCES = Path("examples/SOURCES.json")
 HISTORY = "history.safetensors"
 OWN = "own"  # the id of a user's model
-FORMER_NAMES = {
-    "cats_vs_dogs": "photos"
-}  # of bundled models: for one version the old name answers, too
+# Of bundled models: for one version the old name answers, too.
+FORMER_NAMES = {"cats_vs_dogs": "photos"}
 
 
 @dataclass(frozen=True)
@@ -235,7 +234,7 @@ def bundled_photos(name: str) -> PictureSet:
         raise UserError(
             f"The bundled model {name!r} comes without photos: open {card.data_kind!r}, which are drawn."
         )
-    return _photos(folder, bundled_model(name))
+    return _photos(folder, bundled_model(folder.name))
 
 
 def _photos(folder: Path, model: SavedModel) -> PictureSet:
