@@ -100,10 +100,9 @@ def _exported() -> dict[str, str]:
     photo = {"kind": "example", "id": "data/dog/darknet_dog.jpg"}
     gone = {"kind": "ablate", "layer": 8, "expert": 5, "fill": "next_best", "seed": 0}
     asked = {"dog": None, "without": gone}
+    request = {"model": "photos", "picture": photo}
     return {
-        name: explorer.export_html(
-            {"model": "photos", "picture": photo, "intervention": change}
-        )["html"]
+        name: explorer.export_html({**request, "intervention": change})["html"]
         for name, change in asked.items()
     }
 

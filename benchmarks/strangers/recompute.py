@@ -3,8 +3,9 @@
 Question: a classifier names one of its classes whatever it is shown. How often does the distance from the nearest class
 say that an image shows something else, and how often does it say so of the model's own kind?
 
-Code: each record names the commit that measured it; commit 404600b4 has the measures beside Mahalanobis's. Areas under ROC curves and their bootstrap intervals are as they were measured; shares, Wilson's
-intervals and means over sets are computed from counts of images.
+Code: each record names the commit that measured it; commit 404600b4 has the measures beside Mahalanobis's. Areas under
+ROC curves and their bootstrap intervals are as they were measured; shares, Wilson's intervals and means over sets are
+computed from counts of images.
 
     python benchmarks/strangers/recompute.py
 """

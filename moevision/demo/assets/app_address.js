@@ -9,7 +9,6 @@ import { asAskError } from "./app_server.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { BootModel, Intervention, View, Wish } from "./types.js" */
 
-const FORMER = "cats_vs_dogs"; // of links of an earlier version
 /** Of links that name a second image, the first one is shown. */
 const LINK_KEYS = ["model", "picture", "page", "layer", "away", ...BEHIND];
 
@@ -51,7 +50,7 @@ export function readIntervention(word, model) {
 /** Take over what the address asks for, as far as this server has it. @param {App} app @param {Wish} wish */
 export function choose(app, wish) {
   const { models, default: first } = app.boot;
-  const find = (id) => models.find((model) => model.id === (id === FORMER ? "photos" : id));
+  const find = (id) => models.find((model) => model.id === (id === "cats_vs_dogs" ? "photos" : id)); // its former name
   const typed = wish.page === undefined ? undefined : find(wish.model) ?? models.find(isOfEmoji);
   const model = typed ?? find(wish.model) ?? find(first?.model) ?? models[0];
   if (wish.model !== undefined && !find(wish.model)) app.notify(`There is no model ${wish.model} here.`);
