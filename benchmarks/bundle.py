@@ -21,7 +21,7 @@ that trained the runs stand in the runs' provenance and go to the card.
 that doesn't learn there is of `photos`, and is carried once:
 
     python -m benchmarks bundle cats_vs_dogs_two --trunk trunk.safetensors --pretrained FILE
-    moevision fit --config cats_vs_dogs_two --pretrained trunk.safetensors --data.path DIR --data.image_size 112 \
+    moevision fit --config cats_vs_dogs_two --pretrained trunk.safetensors --data.path DIR \
         --model.arch.moe_layers "[8]"
     python -m benchmarks bundle cats_vs_dogs_two --pack --photos PHOTOS --data DIR --run runs/two --dense runs/two_dense
 

@@ -1,6 +1,6 @@
 """Whether the shares of patches say what an answer rests on: the deletion test.
 
-    python -m benchmarks heat --photos path/to/cats_vs_dogs --cifar10 path/to/cifar10 --out benchmarks/demo/heat.json
+    python -m benchmarks heat --photos path/to/eleven --cifar10 path/to/cifar10 --out benchmarks/demo/heat.json
 
 Of held-out images a fifth of the patches is replaced, and the answer's margin (its logit minus the runner-up's, both as
 named before) is read again: without the patches of the largest shares, of the smallest, and without as many at random
@@ -227,7 +227,7 @@ def main() -> None:
     """Measure, and write a record."""
     parser = argument_parser("heat", __doc__)
     add = parser.add_argument
-    add("--photos", required=True, help="the photos of cats and dogs, as a folder")
+    add("--photos", required=True, help="the photos of eleven classes, as a folder")
     add("--cifar10", required=True, help="CIFAR-10's images, as a folder")
     add("--images", type=positive, default=240, metavar="N", help="of each model (%(default)s)")
     add("--out", type=Path, metavar="FILE", help="write a record")
