@@ -40,6 +40,7 @@ class State(NamedTuple):
     query: str
     press: str = ""
     wait_ms: int = 5000
+    door: bool = False  # whether "Look closer" was opened before
 
 
 BUNDLED = (
@@ -51,7 +52,7 @@ BUNDLED = (
     State(f"?page={PAGE}"),
     State("?model=photos"),
     State("?model=photos", BUTTON),
-    State("?model=photos", RESTS),
+    State("?model=photos", RESTS, door=True),
     State("?model=cats_vs_dogs_two", wait_ms=8000),
     State("?model=photos&embed=1"),
 )
@@ -60,10 +61,12 @@ BUNDLED = (
 def look(browser: Browser, address: str, state: State, screen: ViewportSize, dark: bool) -> bytes:
     """The page in this state, as a PNG."""
     context = browser.new_context(viewport=screen, color_scheme="dark" if dark else "light")
+    if state.door:
+        context.add_init_script("localStorage.setItem('moevision.door', 'open')")
     page = context.new_page()
     page.goto(f"{address}{state.query}", wait_until="load")
     if state.press:
-        page.locator(state.press).first.click(timeout=30_000)
+        page.locator(f"{state.press} >> visible=true").first.click(timeout=30_000)
     page.wait_for_timeout(state.wait_ms)
     picture = page.screenshot()
     context.close()
