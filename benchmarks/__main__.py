@@ -22,6 +22,7 @@ MEASURE = {
         "demo.latency",
     ),
     "demo-frames": ("how smooth the explorer's flight is, in headless Chromium", "demo.frames"),
+    "demo-views": ("every state of the explorer in pictures, to look at", "demo.views"),
     "demo-load": (
         "many visitors of the explorer at once, every answer compared with the truth",
         "demo.load",

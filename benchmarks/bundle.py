@@ -3,12 +3,12 @@
     python -m benchmarks bundle pets --run runs/pets_moe --dense runs/pets_twin \
         --seeds runs/pets_seed1 runs/pets_seed2
 
-A model of photos, `cats_vs_dogs` or `cifar10`, with the routing of the photos that it will show while it was trained:
+A model of photos, `photos` or `cifar10`, with the routing of the photos that it will show while it was trained:
 
-    python -m benchmarks bundle cats_vs_dogs --photos PHOTOS --examples shown
-    moevision fit --config cats_vs_dogs --pretrained FILE --data.path DIR --record_routing.images shown --name moe
-    moevision fit --config cats_vs_dogs --pretrained FILE --data.path DIR --dense --name dense
-    python -m benchmarks bundle cats_vs_dogs --photos PHOTOS --data DIR --run runs/moe --dense runs/dense
+    python -m benchmarks photo-model photos --data DATA --photos ELEVEN      # and `run`, for the dense twin
+    python -m benchmarks bundle photos --photos PHOTOS --examples shown
+    moevision fit ELEVEN/all OPTIONS --record_routing.images shown           # OPTIONS of the card
+    python -m benchmarks bundle photos --pack --photos PHOTOS --data ELEVEN/all --run runs/moe --dense runs/dense
 
 Writes `moevision/demo/models/NAME/` (`moevision.demo.models` says what is in it): weights rounded to bfloat16, or with
 `--pack` to eight bits (`benchmarks/demo/packed.py`), `card.json` (accuracy and balanced accuracy with intervals,
@@ -17,12 +17,13 @@ questions with the swap test), and, where the run recorded it, the routing of th
 model of photos carries photos to show, its twin's predictions of them in place of the twin, and a NOTICE. The commands
 that trained the runs stand in the runs' provenance and go to the card.
 
-`cats_vs_dogs_two`, whose two experts a photo goes to as a whole, is a run of `python -m benchmarks cats-and-dogs`
-(commit 38cceb3e). All that doesn't learn there is of `cats_vs_dogs`, and is carried once:
+`cats_vs_dogs_two`, whose two experts a photo goes to as a whole, has two experts in the place of those of `photos`. All
+that doesn't learn there is of `photos`, and is carried once:
 
-    python -m benchmarks bundle cats_vs_dogs_two --pack --photos PHOTOS --data DIR \
-        --run WORK/class-experts-bundled-s0 --dense WORK/dense-experts-bundled-s0 \
-        --before WORK/class-experts-bundled-s0/start
+    python -m benchmarks bundle cats_vs_dogs_two --trunk trunk.safetensors --pretrained FILE
+    moevision fit --config cats_vs_dogs_two --pretrained trunk.safetensors --data.path DIR \
+        --model.arch.moe_layers "[8]"
+    python -m benchmarks bundle cats_vs_dogs_two --pack --photos PHOTOS --data DIR --run runs/two --dense runs/two_dense
 
 How far images of other things lie is measured, too; the share of them that this recognizes comes from
 `python -m benchmarks strangers run NAME`, and what the card says of single images and experts from
@@ -48,6 +49,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from benchmarks.accuracy import curve_of
 from benchmarks.demo.packed import pack_folder
@@ -71,7 +74,8 @@ from moevision.demo.models import HISTORY, SOURCES
 from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.history import FILE, RoutingHistory, moment_of
-from moevision.models.io import SavedModel, load_model, save_model
+from moevision.models.io import SavedModel, load_model, save_model, unpack
+from moevision.models.safe_files import PACKED
 from moevision.stats import accuracy_interval
 
 MODELS = HERE.parent / "moevision" / "demo" / "models"
@@ -97,9 +101,17 @@ def main() -> None:
     graded = "photos with SOURCES.md, of which those of grade A and A- are taken"
     add("--photos", type=Path, help=graded)
     add("--examples", type=Path, metavar="FOLDER", help="write the images to show there, and stop")
+    add(
+        "--trunk", type=Path, metavar="FILE", help="write what the two experts start from, and stop"
+    )
+    add("--pretrained", type=Path, help="weights of a ViT-S/14, for --trunk")
     add("--pack", action="store_true", help="store weights in eight bits")
     add("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
     options = parser.parse_args()
+    if options.trunk is not None:
+        trunk = trunk_of(MODELS / WORDS["rests"][options.name], options.pretrained)
+        save_file(trunk, options.trunk, metadata={"architecture": "vit_small_patch14_dinov2"})
+        return
     if (options.name in NOTICE) != (options.photos is not None):
         parser.error(f"--photos goes with {', '.join(NOTICE)}, and with nothing else")
     if options.examples is not None and options.photos is not None:
@@ -110,6 +122,15 @@ def main() -> None:
         parser.error("give --run and --dense, or --examples")
     else:
         make(options)
+
+
+def trunk_of(folder: Path, pretrained: Path) -> dict[str, Tensor]:
+    """Pretrained weights, with those of a bundled model, as it is carried, in their place.
+
+    Only its experts and its classifier don't fit: there the pretrained MLPs stay.
+    """
+    dense, carried = load_file(pretrained), unpack(folder / "trained" / PACKED)
+    return dense | {name: value for name, value in carried.items() if name in dense}
 
 
 def make(options: Namespace) -> None:

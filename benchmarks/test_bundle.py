@@ -61,10 +61,10 @@ def photos(draw, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(cli, bench, tiny, draw, photos) -> Path:
-    """photos/, data/, runs/moe, runs/dense, and the bundled model in models/cats_vs_dogs."""
+    """photos/, data/, runs/moe, runs/dense, and the bundled model in models/photos."""
     home = photos.parent
     data = draw(home / "data", per_class=170)
-    outcome = bench("bundle", "cats_vs_dogs", "--photos", photos, "--examples", home / "shown")
+    outcome = bench("bundle", "photos", "--photos", photos, "--examples", home / "shown")
     assert outcome.code == 0, outcome.err
     options = (*tiny, "--trainer.max_epochs=2", f"--runs_root={home / 'runs'}")
     shown = ("--record_routing.images", home / "shown", "--record_routing.moments", "4")
@@ -73,7 +73,7 @@ def made(cli, bench, tiny, draw, photos) -> Path:
         assert outcome.code == 0, outcome.err
     where = ("--data", data, "--photos", photos, "--out", home / "models", "--images", "60")
     before = ("--before", home / "runs/moe/model")
-    outcome = bench("bundle", "cats_vs_dogs", *runs_of(home), *before, *where)
+    outcome = bench("bundle", "photos", *runs_of(home), *before, *where)
     assert outcome.code == 0, outcome.err
     return home
 
@@ -94,7 +94,7 @@ def labels_of(pictures) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def folder(made) -> Path:
-    return made / "models" / "cats_vs_dogs"
+    return made / "models" / "photos"
 
 
 def answers(model, pictures) -> torch.Tensor:
@@ -242,9 +242,9 @@ def test_a_packed_model_is_what_the_card_counts(bench, made, tmp_path, monkeypat
     monkeypatch.setattr(packed, "LEVELS", 7)
     monkeypatch.setattr(packed.pack, "__kwdefaults__", {"group": 8})
     where = ("--data", made / "data", "--photos", made / "photos", "--out", tmp_path)
-    outcome = bench("bundle", "cats_vs_dogs", "--pack", *runs_of(made), *where, "--images", "24")
+    outcome = bench("bundle", "photos", "--pack", *runs_of(made), *where, "--images", "24")
     assert outcome.code == 0, outcome.err
-    home = tmp_path / "cats_vs_dogs"
+    home = tmp_path / "photos"
     names = sorted(file.name for file in (home / "trained").iterdir())
     assert names == ["config.json", "model.int8", STRANGERS]
     stored = load_file(home / "trained" / "model.int8")
@@ -259,7 +259,7 @@ def test_a_packed_model_is_what_the_card_counts(bench, made, tmp_path, monkeypat
 @pytest.mark.parametrize("file", ["examples/SOURCES.json", "dense.json"])
 def test_a_damaged_file_is_said(made, folder, file, tmp_path):
     home = shutil.copytree(made / "models", tmp_path / "models")
-    (home / "cats_vs_dogs" / file).write_text("{cut off")
+    (home / "photos" / file).write_text("{cut off")
     with pytest.raises(UserError, match=Path(file).name):
         open_entries(None, home=home)
 
@@ -267,7 +267,7 @@ def test_a_damaged_file_is_said(made, folder, file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("cats_vs_dogs", "--examples", "x"), "--photos goes with cats_vs_dogs"),
+        (("photos", "--examples", "x"), "--photos goes with photos"),
         (("pets", "--run", "x"), "give --run and --dense"),
     ],
 )

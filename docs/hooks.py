@@ -97,13 +97,12 @@ def _exported() -> dict[str, str]:
     from moevision.demo.service import Explorer
 
     explorer = Explorer([entry for entry in open_entries(None) if entry.history])
-    photo = {"kind": "example", "id": "data/cat/chelsea.jpg"}
-    gone = {"kind": "ablate", "layer": 9, "expert": 3, "fill": "next_best", "seed": 0}
-    asked = {"cat": None, "without": gone}
+    photo = {"kind": "example", "id": "data/dog/darknet_dog.jpg"}
+    gone = {"kind": "ablate", "layer": 8, "expert": 5, "fill": "next_best", "seed": 0}
+    asked = {"dog": None, "without": gone}
+    request = {"model": "photos", "picture": photo}
     return {
-        name: explorer.export_html(
-            {"model": "cats_vs_dogs", "picture": photo, "intervention": change}
-        )["html"]
+        name: explorer.export_html({**request, "intervention": change})["html"]
         for name, change in asked.items()
     }
 

@@ -27,7 +27,7 @@ from PIL import Image
 
 DOCS = Path(__file__).parent
 PAGE, IMAGES = DOCS / "tutorial.md", DOCS / "img"
-EXAMPLES = DOCS.parent / "moevision" / "demo" / "models" / "cats_vs_dogs" / "examples"
+EXAMPLES = DOCS.parent / "moevision" / "demo" / "models" / "photos" / "examples"
 NEW = (
     "cat/chelsea.jpg",
     "cat/gcompris_kitten.jpg",

@@ -21,7 +21,7 @@ class Need(NamedTuple):
 
 
 ROOT = Path(__file__).parents[1]
-PHOTO_MODEL = "moevision/demo/models/cats_vs_dogs"
+PHOTO_MODEL = "moevision/demo/models/photos"
 """The one folder with photos and weights of others, which may be left out."""
 
 

@@ -18,7 +18,7 @@ from benchmarks.harness import HERE, about, argument_parser, write_result
 
 LIMIT_MS = 20
 FLIGHTS = 3
-MODELS = ("cifar10", "emoji", "cats_vs_dogs")  # the page opens on the first one
+MODELS = ("cifar10", "emoji", "photos")  # the page opens on the first one
 SCREENS: dict[str, ViewportSize] = {
     "wide": {"width": 1440, "height": 900},
     "phone": {"width": 390, "height": 844},

@@ -1,6 +1,6 @@
 """Whether the shares of patches say what an answer rests on: the deletion test.
 
-    python -m benchmarks heat --photos path/to/cats_vs_dogs --cifar10 path/to/cifar10 --out benchmarks/demo/heat.json
+    python -m benchmarks heat --photos path/to/eleven --cifar10 path/to/cifar10 --out benchmarks/demo/heat.json
 
 Of held-out images a fifth of the patches is replaced, and the answer's margin (its logit minus the runner-up's, both as
 named before) is read again: without the patches of the largest shares, of the smallest, and without as many at random
@@ -41,7 +41,7 @@ from moevision.demo.models import open_entries
 from moevision.models.io import SavedModel
 from moevision.models.shares import PatchShares, patch_shares
 
-MODELS = ("cifar10", "cats_vs_dogs", "emoji")
+MODELS = ("cifar10", "photos", "emoji")
 DELETED = 0.2  # of the patches
 DRAWS = 4  # of as many patches at random
 FILLS = ("mean", "blur")
@@ -190,7 +190,7 @@ def summary(margins: Mapping[str, Floats]) -> dict[str, Any]:
 
 def open_split(name: str, options: Namespace, model: SavedModel, split: str) -> PictureSet:
     """Images of a split that model `name` reads, the same number of each class."""
-    data = {"cifar10": options.cifar10, "cats_vs_dogs": options.photos}.get(name, name)
+    data = {"cifar10": options.cifar10, "photos": options.photos}.get(name, name)
     return open_pictures(
         data, model.image_size, framing=model.framing, split=split, limit=options.images
     )
@@ -227,7 +227,7 @@ def main() -> None:
     """Measure, and write a record."""
     parser = argument_parser("heat", __doc__)
     add = parser.add_argument
-    add("--photos", required=True, help="the photos of cats and dogs, as a folder")
+    add("--photos", required=True, help="the photos of eleven classes, as a folder")
     add("--cifar10", required=True, help="CIFAR-10's images, as a folder")
     add("--images", type=positive, default=240, metavar="N", help="of each model (%(default)s)")
     add("--out", type=Path, metavar="FILE", help="write a record")

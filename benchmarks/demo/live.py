@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     origin = about()
     sizes = {file.name: file.stat().st_size for file in options.folder.resolve().iterdir()}
-    photos = [sizes[f"{id}.onnx.bin"] for id in ("cats_vs_dogs", "cats_vs_dogs_two")]
+    photos = [sizes[f"{id}.onnx.bin"] for id in ("photos", "cats_vs_dogs_two")]
     explorer = Explorer(open_entries(None))
     models: dict[str, Any] = {}
     from playwright.sync_api import sync_playwright

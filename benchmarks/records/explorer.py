@@ -25,7 +25,7 @@ CROWDS = {
     "png_16_megapixels": "PNG of 16 megapixels in 124 KB",
     "jpeg_400": "JPEG of 400 x 400, 97 KB",
 }
-MODELS = {"pets": "drawn pets", "cifar10": "CIFAR-10 photos", "cats_vs_dogs": "cats and dogs"}
+MODELS = {"pets": "drawn pets", "cifar10": "CIFAR-10 photos", "photos": "photos"}
 
 ALL_MODELS = {**MODELS, "cats_vs_dogs_two": "an expert for each class", "emoji": "pages of emoji"}
 
@@ -34,9 +34,12 @@ def waiting(record: Json) -> list[Json]:
     """Median and 95 % of every step, by model, with the goal of the median."""
     rows = []
     for name, words in STEPS.items():
-        models = [record["models"][model][name] for model in ("cifar10", "cats_vs_dogs")]
-        cells = [f"{own['median_ms']:.0f} ({own['p95_ms']:.0f}) ms" for own in models]
-        limits = dict.fromkeys(own["limit_ms"] for own in models)
+        models = [record["models"][model].get(name) for model in ("cifar10", "photos")]
+        cells = [
+            f"{own['median_ms']:.0f} ({own['p95_ms']:.0f}) ms" if own else "has one"
+            for own in models
+        ]
+        limits = dict.fromkeys(own["limit_ms"] for own in models if own)
         goals = ", ".join("" if limit is None else f"{limit:.0f}" for limit in limits)
         rows.append({"what": words, "cells": " | ".join([*cells, goals and f"{goals} ms"])})
     return rows

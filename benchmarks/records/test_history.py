@@ -40,6 +40,9 @@ MEASURED_AGAIN = {
     "specialization/scratch.jsonl pets 2026-11-29T10:31:34+00:00",  # a3e625d8
     "specialization/scratch.jsonl cifar10 2026-11-29T10:31:34+00:00",
     "specialization/scratch.jsonl cats_vs_dogs 2026-11-29T10:40:57+00:00",
+    "strangers/runs.jsonl cats_vs_dogs 2026-11-29T20:44:42+00:00",  # 1481d4b9: other models
+    "strangers/runs.jsonl cats_vs_dogs_two 2026-11-30T07:32:17+00:00",
+    "strangers/runs.jsonl cats_vs_dogs_two 2026-12-03T05:29:32+00:00",  # 816755f6
 }
 RUNS, PROTOCOLS = "benchmarks/*.jsonl", "benchmarks/*protocol.md"
 

@@ -449,7 +449,7 @@ def count(layers: list[Trained]) -> dict[str, int]:
 def headline(first: Trained, bundled: dict[str, int]) -> str:
     """README.md of the repository."""
     return (
-        f"Yes in {bundled['yes']} of {bundled['of']} layers of bundled models with eight experts, by log-loss alone in "
+        f"Yes in {bundled['yes']} of {bundled['of']} layers of three models with eight experts, by log-loss alone in "
         f"{bundled['by_log_loss']}. In the first of CIFAR-10's, exchanging a class's favourite expert costs "
         f"{first.points('favourite')} points, any two others at as many patches {first.points('any_two')} "
         f"(difference {first.points('more')}, {first.interval('more')})"

@@ -1,9 +1,10 @@
 """How many strangers the bundled models recognize: images of other things than their classes.
 
-    python -m benchmarks strangers run cats_vs_dogs --data DATA --photos PHOTOS
+    python -m benchmarks strangers run photos --data DATA --photos PHOTOS
     python benchmarks/strangers/recompute.py                                # README.md's rows
 
-DATA holds cats_vs_dogs/, cifar10/ and imagenette128/, a folder per class; PHOTOS cat/, dog/ and other/. The measure was
+DATA holds cats_vs_dogs/, cifar10/, imagenette128/, tiny_imagenet32/ and photos11/ (of `benchmarks photo-model photos`),
+a folder per class; PHOTOS cat/, dog/ and other/. The measure was
 chosen by the sets of `CHOICE` alone, from some that commit 404600b4 has. `--carry` puts what was measured beside the
 weights of the bundled model, and the share of strangers on its card.
 
@@ -41,7 +42,8 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 FOLDER = HERE / "strangers"
 RUNS = FOLDER / "runs.jsonl"
 OWN = {
-    **dict.fromkeys(("cats_vs_dogs", "cats_vs_dogs_two"), "cats_vs_dogs"),
+    "photos": "photos11/all",
+    "cats_vs_dogs_two": "cats_vs_dogs",
     "cifar10": "cifar10",
     "pets": "synthetic_pets",
     "emoji": "emoji",
@@ -54,9 +56,26 @@ HALVES = (  # of Imagenette
 CIFAR = ("airplane", "automobile", "bird", "deer", "frog", "horse", "ship", "truck")
 # Photos of its classes.
 KINDS_OF_CIFAR = "eagle duck kingfisher owl macaw chicken moose horse".split()  # noqa: SIM905
+OWN_OF_CIFAR = ("cat", "dog", "truck")  # beside garbage trucks
+OWN_OF_TINY = (
+    *(
+        "Chihuahua",
+        "Yorkshire terrier",
+        "golden retriever",
+        "Labrador retriever",
+        "German shepherd",
+    ),
+    *("standard poodle", "tabby", "Persian cat", "Egyptian cat"),
+)
 CHOICE = ("Imagenette, first half", "CIFAR-10, other classes")
 # That are reported.
-PHOTOS = ("Imagenette, second half", "photos of other animals", "cats and dogs", "CIFAR-10")
+PHOTOS = (
+    "Imagenette, second half",
+    "photos of other animals",
+    "Tiny-ImageNet, other classes",
+    "cats and dogs",
+    "CIFAR-10",
+)
 IMAGES = 2_000  # of training and of validation that a model is fitted to; `fit` takes half of it
 MOST, FEW = 300, 100  # images of a set: of photos of other things, of others
 DRAWS = 1_000
@@ -86,6 +105,9 @@ def sets_of(name: str, model: SavedModel, options: Namespace) -> Iterator[tuple[
     """Each set of strangers by its name, and of the model's own kind from elsewhere, uint8 [n, S, S, 3]."""
     size, data, photos = model.image_size, options.data, options.photos
     imagenette = data / "imagenette128"
+    if name == "photos":
+        yield from sets_of_photos(size, data, photos)
+        return
     for which, half in zip(("first", "second"), HALVES, strict=True):
         yield f"Imagenette, {which} half", images_of(imagenette, size, half)
     if name not in DRAWN:
@@ -102,6 +124,25 @@ def sets_of(name: str, model: SavedModel, options: Namespace) -> Iterator[tuple[
         springers = images_of(imagenette, size, ["English springer"], most=FEW)
         yield "own: English springers of Imagenette", springers
         yield "own: photos of cats and dogs", images_of(photos, size, ["cat", "dog"], split="all")
+    yield from drawn_sets(size)
+
+
+def sets_of_photos(size: int, data: Path, photos: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Those of the model of eleven classes, which knows Imagenette."""
+    yield "photos of other animals", images_of(photos, size, ["other"], split="all")
+    tiny = data / "tiny_imagenet32" / "val"
+    names = open_pictures(tiny, size, split="all").class_names
+    others = [name for name in names if name not in OWN_OF_TINY]
+    yield "Tiny-ImageNet, other classes", images_of(tiny, size, others, split="all")
+    others = [name for name in CIFAR if name not in OWN_OF_CIFAR]
+    yield CHOICE[1], images_of(data / "cifar10", size, others)
+    yield "drawn pets", images_of("synthetic_pets", size, most=FEW)
+    yield "own: photos of cats and dogs", images_of(photos, size, ["cat", "dog"], split="all")
+    yield from drawn_sets(size)
+
+
+def drawn_sets(size: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Images that are no photos."""
     rng = np.random.default_rng(0)
     yield "uniform noise", rng.integers(0, 256, (FEW, size, size, 3), dtype=np.uint8)
     colours = rng.integers(0, 256, (FEW, 1, 1, 3), np.uint8)
@@ -180,11 +221,16 @@ def run(options: Namespace) -> None:
     """Measure one bundled model, and put its line into the record."""
     name, model = options.model, bundled_model(options.model)
     data = OWN[name] if name in DRAWN else options.data / OWN[name]
-    features, labels, validation = known_of(model, data)
-    chosen = fit_ood(features, labels, validation)
+    features, classes, validation = known_of(model, data)
+    chosen = fit_ood(features, classes, validation)
     assert chosen is not None
     test = open_pictures(data, model.image_size, class_names=model.class_names)
     own = distances(chosen, features_of(model, test))
+    labels = np.array([test.label(row) for row in range(len(test))])
+    of_class = {
+        kind: {"images": int((labels == row).sum()), "beyond": int((own[labels == row] > 1).sum())}
+        for row, kind in enumerate(model.class_names)
+    }
     sets: dict[str, Any] = {}
     for kind, images in sets_of(name, model, options):
         far = distances(chosen, features_of(model, images))
@@ -195,9 +241,9 @@ def run(options: Namespace) -> None:
     record = {
         "name": name,
         **about(),
-        "training_images": len(labels),
+        "training_images": len(classes),
         "validation_images": len(validation),
-        "test": {"images": len(own), "beyond": int((own > 1).sum())},
+        "test": {"images": len(own), "beyond": int((own > 1).sum()), "of_class": of_class},
         "sets": sets,
         "recognized": rounded(recognized(sets), 4),
     }

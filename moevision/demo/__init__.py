@@ -1,7 +1,7 @@
 """The explorer: see in a browser, or in a notebook, which expert every patch goes to.
 
-`route_image(model, image)` gives the view of one image, `bundled_model("cats_vs_dogs")` a model to try it on and
-`bundled_photos("cats_vs_dogs")` images. `blocks()` is a Gradio app of it; `moevision demo` serves the whole page. The
+`route_image(model, image)` gives the view of one image, `bundled_model("photos")` a model to try it on and
+`bundled_photos("photos")` images. `blocks()` is a Gradio app of it; `moevision demo` serves the whole page. The
 names load on first use, so that `moevision demo --help` is quick.
 """
 

@@ -50,6 +50,8 @@ from moevision.words import percent, shell_word
 SOURCES = Path("examples/SOURCES.json")
 HISTORY = "history.safetensors"
 OWN = "own"  # the id of a user's model
+# Of bundled models: for one version the old name answers, too.
+FORMER_NAMES = {"cats_vs_dogs": "photos"}
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,13 @@ def bundled_folders(home: Path | None = None) -> list[Path]:
 def bundled_folder(name: str) -> Path:
     """The folder of one of the models that come with the package; a UserError if there is no such model."""
     folders = {folder.name: folder for folder in bundled_folders()}
+    if name in FORMER_NAMES:
+        warnings.warn(
+            f"The bundled model {name!r} is {FORMER_NAMES[name]!r} now, with other classes and weights.",
+            FutureWarning,
+            stacklevel=3,
+        )
+        name = FORMER_NAMES[name]
     if name not in folders:
         raise UserError(f"There is no bundled model {name!r}: choose one of {', '.join(folders)}.")
     return folders[name]
@@ -215,7 +224,7 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
 
 
 def bundled_photos(name: str) -> PictureSet:
-    """The photos that come with a bundled model such as `cats_vs_dogs`, as it sees them, labelled with its classes.
+    """The photos that come with a bundled model such as `photos`, as it sees them, labelled with its classes.
 
     Its NOTICE says where they come from. A UserError if there is no such model, or it comes without photos.
     """
@@ -225,7 +234,7 @@ def bundled_photos(name: str) -> PictureSet:
         raise UserError(
             f"The bundled model {name!r} comes without photos: open {card.data_kind!r}, which are drawn."
         )
-    return _photos(folder, bundled_model(name))
+    return _photos(folder, bundled_model(folder.name))
 
 
 def _photos(folder: Path, model: SavedModel) -> PictureSet:

@@ -14,7 +14,7 @@ from moevision.analysis.intervention import Fill, Intervention, Kind
 from moevision.data.emoji import CELLS, EmojiPages, draw_page, split_emoji
 from moevision.data.named import DRAWN
 from moevision.demo.facts import ModelFacts, PictureFacts, model_input
-from moevision.demo.models import Entry, Variant
+from moevision.demo.models import FORMER_NAMES, Entry, Variant
 from moevision.demo.view import FILLS, KINDS, Settings
 from moevision.demo.wire import RequestError
 from moevision.types import Pixels
@@ -99,7 +99,9 @@ def emoji_pages(entry: Entry) -> type[EmojiPages]:
 def entry(request: Any, entries: Entries, *names: str) -> Entry:
     """The model that a request names, or the first one; it may have the fields of these names beside."""
     first = next(iter(entries))
-    return entries[choice(fields(request, ("model", *names)), "model", tuple(entries), first)]
+    former = {old: new for old, new in FORMER_NAMES.items() if new in entries}
+    ids = {**{id: id for id in entries}, **former}
+    return entries[ids[choice(fields(request, ("model", *names)), "model", tuple(ids), first)]]
 
 
 def model(request: Any, entries: Entries, *names: str) -> tuple[Entry, Variant]:

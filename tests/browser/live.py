@@ -24,7 +24,7 @@ from moevision.demo.service import Explorer
 if TYPE_CHECKING:
     from playwright.sync_api import FilePayload, Page
 
-OWN = {"pets": 16, "cifar10": 16, "cats_vs_dogs": 8}  # images
+OWN = {"pets": 16, "cifar10": 16, "photos": 8}  # images
 BOX = ".mv-flow-box:not([disabled]):not([aria-pressed=true])"
 SAID = "[data-box=said] b"
 View = Mapping[str, Any]

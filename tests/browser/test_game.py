@@ -174,6 +174,14 @@ def test_several_experts_away_stand_beside_as_many_patches_at_random(play):
     )
 
 
+def test_a_link_to_another_model_opens_the_image_whose_experts_matter(play):
+    """Not that with which the first model opens."""
+    shown = "[data-action=example][aria-pressed=true]"
+    for query, image in (("", "pets/test/0"), ({"model": "game"}, "pets/test/11")):
+        page = play("many", "game", query=query)
+        assert page.locator(shown).first.get_attribute("data-id") == image
+
+
 def test_a_link_to_a_model_that_is_not_there_says_so(play):
     page = play("game", query={"model": "<b>none"})
     assert says(page.text_content(".mv-toast"), "no model <b>none")

@@ -70,13 +70,13 @@ def test_own_images_are_decided_as_by_python(model, visit_live, whole):
     assert found["same_first"] >= 0.995 * found["choices"] > 0
     assert found["probability_difference"] <= 0.02
     assert one.page.locator(".mv-older").locator("visible=true").count() == 0
-    stranger = bring(one.page, own_images("pets" if model == "cats_vs_dogs" else "cats_vs_dogs")[0])
+    stranger = bring(one.page, own_images("pets" if model == "photos" else "cats_vs_dogs")[0])
     upload = {"kind": "upload", "data": stranger}
     expected = whole.answer("route", {"model": model, "picture": upload})
     assert view_of(one.page)["picture"]["unlike"] == expected["picture"]["unlike"]
 
 
-@pytest.mark.parametrize("model", ["pets", "cifar10", "cats_vs_dogs"])
+@pytest.mark.parametrize("model", ["pets", "cifar10", "photos"])
 def test_experts_that_are_taken_away_are_away(model, visit_live, whole):
     """One, then another: routes and answer are Python's; put back, the recorded view is there again."""
     about = next(one for one in whole.boot({})["models"] if one["id"] == model)
@@ -146,7 +146,7 @@ def test_whole_photos_are_sorted_without_their_model_and_ones_own_with_it(
         assert says(box.locator("h2").text_content(), f"{right} of 416")
     assert not any("onnx" in request.url for request in page.visit.requests)
 
-    data = bring(page, own_images("cats_vs_dogs")[0])
+    data = bring(page, own_images("photos")[0])
     page.wait_for_selector(".mv-mine")
     upload = {"kind": "upload", "data": data}
     view = whole.answer("route", {"model": "cats_vs_dogs_two", "picture": upload})
@@ -189,7 +189,7 @@ def test_on_a_phone_nothing_is_cut_off(visit_live):
 def test_what_lies_there_is_small(folder):
     """35 MB for small models and the runtime; those of photos lie beside them, and each is asked for by need."""
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-    for model in ("cats_vs_dogs", "cats_vs_dogs_two"):
+    for model in ("photos", "cats_vs_dogs_two"):
         assert sizes.pop(f"{model}.onnx.bin") <= 30e6
     assert sum(sizes.values()) <= 35e6
     assert sizes["index.html"] <= 1e6

@@ -393,22 +393,22 @@ def test_classes_are_the_atlas(explorer):
 
 
 def test_the_atlas_answers_about_more_images_than_are_carried():
-    """The model that opens has three or five photos of a class, and 416 in its atlas."""
-    (entry,) = [entry for entry in open_entries(None) if entry.card.id == "cats_vs_dogs"]
+    """The photo model has three cats and five dogs, and in its atlas 1,000 photos of eleven classes, 91 of either."""
+    (entry,) = [entry for entry in open_entries(None) if entry.card.id == "photos"]
     explorer = Explorer([entry], Galleries([entry]))
     atlas = explorer.galleries.atlas(entry.variants["trained"])
     page = good(explorer, "compare", a="dog", b="cat")
-    assert (page["n_a"], page["n_b"]) == (416, 416)
+    assert (page["n_a"], page["n_b"]) == (91, 91)
     for layer, of in zip(page["layers"], atlas["layers"], strict=True):
-        cat, dog = of["map"]["share"]
+        cat, dog = (atlas["class_names"].index(name) for name in ("cat", "dog"))
+        share, significant = (np.array(of["map"][name]) for name in ("share", "significant"))
         rows = layer["experts"]
-        assert [row["difference"] for row in rows] == pytest.approx(
-            [y - x for x, y in zip(cat, dog, strict=True)]
-        )
-        assert [row["significant"] for row in rows] == of["map"]["significant"][0]
-    change = {"kind": "ablate", "layer": 9, "expert": 0, "fill": "next_best", "seed": 0}
+        assert [row["difference"] for row in rows] == pytest.approx(share[dog] - share[cat])
+        stands_out = significant[dog] | significant[cat]
+        assert [row["significant"] for row in rows] == stands_out.tolist()
+    change = {"kind": "ablate", "layer": 8, "expert": 0, "fill": "next_best", "seed": 0}
     answer = good(explorer, "class_effect", intervention=change, **{"class": "cat"})
-    assert answer == {"class_effect": None, "without": atlas["layers"][1]["experts"][0]["without"]}
+    assert answer == {"class_effect": None, "without": atlas["layers"][0]["experts"][0]["without"]}
     other = good(
         explorer, "class_effect", intervention={**change, "fill": "zero"}, **{"class": "cat"}
     )

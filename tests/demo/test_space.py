@@ -60,9 +60,9 @@ def test_the_folder_holds_all_and_its_card_has_an_address(tmp_path: Path) -> Non
 def test_every_intervention_of_the_readme_gets_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT / "moevision/demo/models/cats_vs_dogs/examples/cat")
+    monkeypatch.chdir(ROOT / "moevision/demo/models/photos/examples/cat")
     code = PAGE_BLOCK.replace("cat.jpg", "chelsea.jpg")
-    photos = [entry for entry in open_entries(None) if entry.card.id == "cats_vs_dogs"]
+    photos = [entry for entry in open_entries(None) if entry.card.id == "photos"]
     with served(photos) as url:
         here = code.replace("http://127.0.0.1:7860", url.rstrip("/"))
         exec(compile(here, "README.md", "exec"), {})

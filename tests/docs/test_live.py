@@ -108,9 +108,9 @@ def test_weights_are_stored_smaller_where_nothing_is_lost() -> None:
 
 @pytest.mark.needs("photos")
 def test_eight_bits_are_multiplied_out_as_the_package_does() -> None:
-    entry = next(one for one in open_entries(None) if one.card.id == "cats_vs_dogs")
+    entry = next(one for one in open_entries(None) if one.card.id == "photos")
     saved = live.stored(entry)
-    weights = unpack(live.bundled_folder("cats_vs_dogs") / "trained" / live.PACKED)
+    weights = unpack(live.bundled_folder("photos") / "trained" / live.PACKED)
     packed = [name for name, _ in saved.net.named_parameters() if name.endswith(".original")]
     assert len(packed) == 40
     for name in packed:

@@ -50,13 +50,12 @@ export function readIntervention(word, model) {
 /** Take over what the address asks for, as far as this server has it. @param {App} app @param {Wish} wish */
 export function choose(app, wish) {
   const { models, default: first } = app.boot;
-  const find = (id) => models.find((model) => model.id === id);
+  const find = (id) => models.find((model) => model.id === (id === "cats_vs_dogs" ? "photos" : id)); // its former name
   const typed = wish.page === undefined ? undefined : find(wish.model) ?? models.find(isOfEmoji);
   const model = typed ?? find(wish.model) ?? find(first?.model) ?? models[0];
   if (wish.model !== undefined && !find(wish.model)) app.notify(`There is no model ${wish.model} here.`);
-  const usual = model.examples.find(({ id }) => id === first?.picture) ?? model.examples[0];
-  // The rail shows a few examples; a link may name any image that the server knows.
-  const id = wish.picture ?? usual?.id;
+  // The rail shows a few examples, first the one whose experts matter; a link may name any image that the server knows.
+  const id = wish.picture ?? model.examples[0]?.id;
   const [k, capacity] = [wish.k, wish.capacity].map(Number);
   const change = app.boot.device ? null : readIntervention(wish.do, model);
   // An expert that was taken away in a link of an earlier version is away as the opening has it.
