@@ -10,14 +10,17 @@ show beside the bundled ones, such as one of soft routers and one of 32 experts.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 from PIL import Image
 from playwright.sync_api import Browser, ViewportSize, sync_playwright
 
@@ -28,7 +31,7 @@ from benchmarks.harness import HERE, argument_parser
 BUTTON = "[data-action=fall]"
 RESTS = "[data-action=mode][data-mode=rests]"
 PAGE = "🐶🐱🦊🐸🍎🍕🍔🍩⚽🏀🎈🚗❤️⭐🔥🏁"
-GRADIO = "http://127.0.0.1:7860/"
+GRADIO_PORT = 7873
 COLUMNS = {"wide": 4, "phone": 8}
 WIDTH = {"wide": 560, "phone": 240}  # of a picture in its sheet, in pixels
 GAP = 8
@@ -76,9 +79,16 @@ def look(browser: Browser, address: str, state: State, screen: ViewportSize, dar
 @contextmanager
 def running_app() -> Iterator[str]:
     """`python app.py`, and its address."""
-    process = subprocess.Popen([sys.executable, HERE.parent / "app.py"])
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(GRADIO_PORT)}
+    process = subprocess.Popen([sys.executable, HERE.parent / "app.py"], env=environment)
+    address = f"http://127.0.0.1:{GRADIO_PORT}/"
     try:
-        yield GRADIO
+        for _ in range(120):
+            with suppress(httpx.TransportError):
+                httpx.get(address)
+                break
+            time.sleep(1)
+        yield address
     finally:
         process.kill()
 
@@ -118,7 +128,6 @@ def main() -> None:
             with running_demo(run) as (_, address):
                 add(address, State(""))
         with running_app() as address:
-            browser.new_page().wait_for_timeout(20_000)
             add(address, State("", wait_ms=12_000))
         browser.close()
     for (screen, dark), found in pictures.items():

@@ -70,7 +70,7 @@ def test_own_images_are_decided_as_by_python(model, visit_live, whole):
     assert found["same_first"] >= 0.995 * found["choices"] > 0
     assert found["probability_difference"] <= 0.02
     assert one.page.locator(".mv-older").locator("visible=true").count() == 0
-    stranger = bring(one.page, own_images("pets" if model == "photos" else "cats_vs_dogs")[0])
+    stranger = bring(one.page, own_images("pets" if model == "photos" else "photos")[0])
     upload = {"kind": "upload", "data": stranger}
     expected = whole.answer("route", {"model": model, "picture": upload})
     assert view_of(one.page)["picture"]["unlike"] == expected["picture"]["unlike"]

@@ -236,7 +236,7 @@ def test_the_endpoint_is_named_and_typed(launched):
     assert endpoint["description"].startswith("Route an image")
     image, model, away = endpoint["parameters"]
     assert [one["parameter_name"] for one in (image, model, away)] == ["image", "model", "away"]
-    assert {"L9·E3", "L0·E2"} <= set(away["type"]["items"]["enum"])  # of two models
+    assert {"L8·E3", "L0·E2"} <= set(away["type"]["items"]["enum"])  # of two models
     assert [one["component"] for one in endpoint["returns"]] == ["Label", "Html", "Json"]
 
 

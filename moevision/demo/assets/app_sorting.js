@@ -75,7 +75,7 @@ function sortingLayout({ classes, routes, agree, images }, photos, own) {
     <div class="mv-sorted" style="--across:${across}">${experts.map((expert) => sortedBox(expert, classes, routes, all))}</div>
     <p class="mv-told" role="status">${own && html`<b>Yours goes to expert ${own.expert}</b>, and the answer is ${own.answer}. `}Told which is
       which while it learned. The answer follows the route on ${agree} of ${images} photos: a ${classes[1]} that goes
-      to the ${classes[0]}s' expert is called a ${classes[0]} too.</p>`;
+      to the ${classes[0]}s' expert is ${agree < images && "mostly "}called a ${classes[0]} too.</p>`;
 }
 
 /** What one can do on the page. @param {App} app */

@@ -50,7 +50,7 @@ export function headlineOf(
   thing = "image",
 ) {
   const named = label === null || isSingle(label) ? label : thing;
-  const what = named ?? "photo";
+  const what = named ?? (thing === "page" ? thing : "photo");
   if (away.length)
     return `Without ${goneWords(away, layers, layer)} ${outcome(prediction.moe[0].class, label, usual)}.`;
   if (unit !== "image") return `${capital(numberWord(experts))} experts share this ${what}.`;

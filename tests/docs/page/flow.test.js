@@ -48,6 +48,7 @@ test("an image that goes to one expert as a whole is not shared", () => {
   assert.equal(headlineOf(viewOf(null, "cat"), images), "One of two experts gets this photo.");
   assert.equal(headlineOf(viewOf("smileys"), tokens, null, "page"), "Eight experts share this page.");
   assert.equal(headlineOf(viewOf("people"), tokens, null, "page"), "Eight experts share this page.");
+  assert.equal(headlineOf(viewOf(null, "food"), tokens, null, "page"), "Eight experts share this page."); // a tie
 });
 
 test("once an expert is away the headline is what came of it", () => {
