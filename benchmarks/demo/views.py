@@ -4,7 +4,7 @@
 
 Writes views-wide-light.jpg and three more: opened half a second, two and five seconds ago, then after its one button; a
 page of emoji after its button, and one that is typed; the photo model, and its dog without expert 5; what its answer
-rests on; whole photos sorted by two experts; each of the runs; an embedded view; the Gradio app. `--runs` are models to
+rests on; whole photos sorted by two experts; an embedded view; each of the runs; the Gradio app. `--runs` are models to
 show beside the bundled ones, such as one of soft routers and one of 32 experts.
 """
 
@@ -91,6 +91,7 @@ def running_app() -> Iterator[str]:
         yield address
     finally:
         process.kill()
+        process.wait()
 
 
 def sheet(pictures: Sequence[bytes], screen: str) -> Image.Image:

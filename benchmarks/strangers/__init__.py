@@ -58,14 +58,15 @@ CIFAR = ("airplane", "automobile", "bird", "deer", "frog", "horse", "ship", "tru
 KINDS_OF_CIFAR = "eagle duck kingfisher owl macaw chicken moose horse".split()  # noqa: SIM905
 OWN_OF_CIFAR = ("cat", "dog", "truck")  # beside garbage trucks
 OWN_OF_TINY = (
-    *(
-        "Chihuahua",
-        "Yorkshire terrier",
-        "golden retriever",
-        "Labrador retriever",
-        "German shepherd",
-    ),
-    *("standard poodle", "tabby", "Persian cat", "Egyptian cat"),
+    "Chihuahua",
+    "Yorkshire terrier",
+    "golden retriever",
+    "Labrador retriever",
+    "German shepherd",
+    "standard poodle",
+    "tabby",
+    "Persian cat",
+    "Egyptian cat",
 )
 CHOICE = ("Imagenette, first half", "CIFAR-10, other classes")
 # That are reported.

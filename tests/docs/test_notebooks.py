@@ -11,11 +11,12 @@ import pytest
 pytestmark = pytest.mark.needs("notebooks")
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 PHOTOS = pytest.mark.needs("photos")
+OF_PHOTOS = re.compile(r'bundled_\w+\(\\"(photos|cats_vs_dogs_two)')  # in a notebook's JSON
 RUN = [
     pytest.param(
         path,
         id=path.stem,
-        marks=PHOTOS if "cats_vs_dogs" in path.read_text(encoding="utf-8") else (),
+        marks=PHOTOS if OF_PHOTOS.search(path.read_text(encoding="utf-8")) else (),
     )
     for path in NOTEBOOKS
 ]
