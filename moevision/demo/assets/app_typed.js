@@ -11,12 +11,10 @@ export const typedField = ({ picture }) =>
       <input
         type="text"
         maxlength="400"
-        placeholder="Type your own page 🐶🐱…"
+        placeholder="Type emoji 🐶🐱…"
         value="${picture.kind === "page" ? picture.text : ""}"
-        data-change="typed"
-        data-key="typed"
-        autocomplete="off"
-    /></label>
+        data-change="typed" data-key="typed"
+        autocomplete="off" /></label>
     <details class="mv-menu" data-box="picker">
       <summary class="mv-button" data-key="picker">😀 Pick</summary>
       <div class="mv-menu-list mv-picker" data-part="emoji"></div>
