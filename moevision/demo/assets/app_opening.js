@@ -250,7 +250,7 @@ function chosenFrom({ model: { card }, opening: { thing } }, { model, picture: {
   if (!card.matters?.chosen || card.matters.picture !== id) return "";
   const { right, named = right, change } = card.matters.chosen; // named: those whose class has an expert of its name
   return `This ${thing} was chosen: of ${named.toLocaleString("en")} named right, ${change} change without one expert.
-    The model: ${model.accuracy_text}.`;
+    The model: ${model.accuracy_text.replaceAll(" %", "\u00a0%")}.`;
 }
 
 /** What the same change does over new pages, where that was measured. @param {App} app @param {[number, number][]} away */
