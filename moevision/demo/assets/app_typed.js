@@ -9,8 +9,7 @@ export const typedField = ({ picture }) =>
   html`<label class="mv-typed"
       ><span class="mv-hidden">Type your own page of emoji</span>
       <input
-        type="text"
-        maxlength="400"
+        type="text" maxlength="400"
         placeholder="Type emoji 🐶🐱…"
         value="${picture.kind === "page" ? picture.text : ""}"
         data-change="typed" data-key="typed"
