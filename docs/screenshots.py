@@ -43,7 +43,7 @@ def shoot(page: Page, url: str) -> None:
     opened(page, url + EMOJI)
     field = page.locator("[data-change=typed]")
     # Few machines have the emoji's font.
-    field.evaluate("(field) => field.placeholder = 'Type your own page…'")
+    field.evaluate("(field) => field.placeholder = 'Type emoji…'")
     save(page.screenshot(), "explorer-emoji.jpg")
     page.goto(url + CAT)  # its patch opens the details
     page.wait_for_timeout(DRAWN)

@@ -42,7 +42,7 @@ def test_without_a_browser_and_the_export_extra_their_tests_are_collected_and_th
     assert done.returncode == 0, done.stdout
     told = [line for line in done.stdout.splitlines() if line.startswith("Skipped tests")]
     chromium, onnx = (
-        "2 for want of Chromium (apt-get install chromium)",
+        "2 for want of Chromium (apt-get install chromium-headless-shell)",
         '1 for want of ONNX (pip install ".[export]")',
     )
     assert told == [f"Skipped tests: {chromium}, {onnx}."]

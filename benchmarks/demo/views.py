@@ -5,7 +5,9 @@
 Writes views-wide-light.jpg and three more: opened half a second, two and five seconds ago, then after its one button; a
 page of emoji after its button, and one that is typed; the photo model, and its dog without expert 5; what its answer
 rests on; whole photos sorted by two experts; an embedded view; each of the runs; the Gradio app. `--runs` are models to
-show beside the bundled ones, such as one of soft routers and one of 32 experts.
+show beside the bundled ones, such as one of soft routers and one of 32 experts. And views-heat.jpg: ten photos that are
+brought, five of cats and dogs and five of animals that the photo model never learned, each with its routes and with
+what its answer rests on.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from playwright.sync_api import Browser, ViewportSize, sync_playwright
 from benchmarks.demo import launch, running_demo
 from benchmarks.demo.frames import SCREENS
 from benchmarks.harness import HERE, argument_parser
+from moevision.demo.models import bundled_folder
 
 BUTTON = "[data-action=fall]"
 RESTS = "[data-action=mode][data-mode=rests]"
@@ -44,6 +47,7 @@ class State(NamedTuple):
     press: str = ""
     wait_ms: int = 5000
     door: bool = False  # whether "Look closer" was opened before
+    photo: Path | None = None  # brought before anything is pressed
 
 
 BUNDLED = (
@@ -59,6 +63,29 @@ BUNDLED = (
     State("?model=cats_vs_dogs_two", wait_ms=8000),
     State("?model=photos&embed=1"),
 )
+KNOWN = (
+    "dog/darknet_dog",
+    "dog/gcompris_shepherd",
+    "dog/zoom_roxy",
+    "cat/chelsea",
+    "cat/gcompris_kitten",
+)
+NEVER_LEARNED = (
+    "deer/gcompris_moose",
+    "horse/darknet_horses",
+    "bird/gcompris_owl",
+    "bird/gcompris_duck",
+    "bird/darknet_eagle",
+)
+
+
+def heat_states() -> Iterator[State]:
+    """Ten photos, each with its routes and with its shares."""
+    for model, names in (("photos", KNOWN), ("cifar10", NEVER_LEARNED)):
+        for name in names:
+            photo = bundled_folder(model) / "examples" / f"{name}.jpg"
+            yield State("?model=photos", door=True, photo=photo)
+            yield State("?model=photos", RESTS, door=True, photo=photo)
 
 
 def look(browser: Browser, address: str, state: State, screen: ViewportSize, dark: bool) -> bytes:
@@ -68,6 +95,10 @@ def look(browser: Browser, address: str, state: State, screen: ViewportSize, dar
         context.add_init_script("localStorage.setItem('moevision.door', 'open')")
     page = context.new_page()
     page.goto(f"{address}{state.query}", wait_until="load")
+    if state.photo is not None:
+        page.wait_for_timeout(3000)
+        page.set_input_files("[data-box=file]", [state.photo])
+        page.wait_for_timeout(3000)
     if state.press:
         page.locator(f"{state.press} >> visible=true").first.click(timeout=30_000)
     page.wait_for_timeout(state.wait_ms)
@@ -125,12 +156,14 @@ def main() -> None:
 
         with running_demo() as (_, address):
             add(address, *BUNDLED)
+            heat = [look(browser, address, one, SCREENS["wide"], False) for one in heat_states()]
         for run in options.runs:
             with running_demo(run) as (_, address):
                 add(address, State(""))
         with running_app() as address:
             add(address, State("", wait_ms=12_000))
         browser.close()
+    sheet(heat, "wide").save(options.out / "views-heat.jpg", quality=80)
     for (screen, dark), found in pictures.items():
         name = f"views-{screen}-{'dark' if dark else 'light'}.jpg"
         sheet(found, screen).save(options.out / name, quality=80)

@@ -1,4 +1,4 @@
-"""Recompute every measured number of README.md from runs.jsonl, with NumPy and SciPy alone.
+"""Recompute every measured number of README.md from runs.jsonl and left_out.jsonl, with NumPy and SciPy alone.
 
 Question: a classifier names one of its classes whatever it is shown. How often does the distance from the nearest class
 say that an image shows something else, and how often does it say so of the model's own kind?
@@ -88,16 +88,44 @@ def measure_rows(record: Record) -> list[str]:
     return rows
 
 
+def left_out_texts(records: list[Record]) -> list[str]:
+    """Of models of photos that never learned one class: what that class's photos are to them."""
+    rows = []
+    for record in records:
+        unsure = record["unsure"]
+        areas = "{:.3f} | {:.3f}".format(record["auroc"][0], unsure["auroc"][0])
+        name, count = next(iter(record["called"].items()))
+        rows.append(
+            f"| {record['name']} | {share_beyond(record):.1%} | {unsure['beyond'] / record['images']:.1%} | {areas} "
+            f"| {name}, {count / record['images']:.0%} |"
+        )
+    shares = np.mean([share_beyond(record) for record in records])
+    unsure = np.mean([record["unsure"]["beyond"] / record["images"] for record in records])
+    refused = np.mean([share_beyond(record["own"]) for record in records])
+    accuracy = np.mean([record["test"]["correct"] / record["test"]["total"] for record in records])
+    return [
+        *rows,
+        f"the distance recognizes {shares:.1%} of a left-out class, the largest probability {unsure:.1%}",
+        f"{refused:.1%} of their own test photos are refused, and {accuracy:.1%} named right",
+    ]
+
+
+def read(name: str) -> list[Record]:
+    """The records of a file beside this one."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def statements() -> dict[str, list[str]]:
     """Page -> its texts with measured numbers."""
-    text = Path(__file__).with_name("runs.jsonl").read_text(encoding="utf-8")
-    records = [json.loads(line) for line in text.splitlines()]
+    records = read("runs.jsonl")
     rates = "; ".join(f"{TITLES[record['name']]} {recognized(record):.0%}" for record in records)
     readme = [
         f"Recognized, mean over the sets of photos that the measure was not chosen by: {rates}."
     ]
     for record in records:
         readme += set_rows(record) + measure_rows(record)
+    readme += left_out_texts(read("left_out.jsonl"))
     best_first = sorted(records, key=recognized, reverse=True)
     files = ", ".join(f"`{record['name']}` {100 * recognized(record):.0f}" for record in best_first)
     return {"benchmarks/strangers/README.md": readme, "docs/reference/files.md": [f"{files} %."]}

@@ -131,6 +131,17 @@ def test_pointing_at_a_box_leaves_its_part_of_the_photo(newcomer, ask):
     assert not any(faded(page, first))
 
 
+def test_another_image_ends_the_flight_of_the_first(visit, tmp_path):
+    """Its patches don't stay in the air above a photo that somebody brings meanwhile."""
+    page = visit(door=False).page
+    page.click("[data-action=fly]")
+    page.wait_for_selector("[data-part=air]:not([hidden])")
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "own.png")
+    page.set_input_files("[data-box=file]", tmp_path / "own.png")
+    page.wait_for_selector("h1:text-is('Four experts share this photo.')")
+    page.wait_for_selector("[data-part=air]", state="hidden", timeout=3_000)
+
+
 def test_experts_are_taken_away_one_by_one_and_put_back(newcomer, ask):
     page = newcomer.page
     _, each = firsts(ask)

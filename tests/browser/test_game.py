@@ -122,6 +122,14 @@ def test_one_click_makes_the_headline_the_result(play, picture, button, headline
     assert [question.get("away") for question in page.visit.questions("route")] == [away, None]
 
 
+def test_an_image_that_was_chosen_says_from_how_many_and_how_good_the_model_is(play):
+    chosen = {"picture": "pets/test/11", "away": [[1, 0]], "chosen": {"right": 11, "change": 4}}
+    page = play("game", card={"matters": chosen})
+    take(page, RESULTS[0][2])
+    found = "This image was chosen: of 11 named right, 4 change without one expert."
+    assert f"{found} The model: 12.5 % of test images right" in told(page)
+
+
 def test_who_takes_more_away_than_it_takes_is_told(play):
     page = play("game")  # opens on the photo whose answer falls, in its layer
     page.focus(".mv-flow-box:not(:disabled) >> nth=-1")
@@ -227,6 +235,20 @@ def test_experts_of_emoji_have_counted_names_and_a_record(play):
     take(page, RESULTS[0][2])
     record = "On 1,000 new pages: smileys 90 → 54 % right, all others 86 → 86 %."
     assert record in told(page)
+
+
+@pytest.mark.parametrize("screen", [{}, MOBILE], ids=["wide", "phone"])
+def test_the_longer_of_two_bars_is_the_larger_probability(play, screen):
+    """Names of other lengths stand before bars of one length and one left edge."""
+    page = play("game", card=EMOJI, **screen)
+    name = "document.querySelector('.mv-flow-answer li span').textContent = 'a very long name'"
+    page.evaluate(name)
+    tracks = each(
+        page, ".mv-flow-answer .mv-bar", "[one.getBoundingClientRect().x, one.offsetWidth]"
+    )
+    assert len(tracks) == 2
+    assert tracks[0] == tracks[1]
+    assert tracks[0][1] >= 40
 
 
 def test_what_is_being_typed_stays_while_the_control_comes(play):

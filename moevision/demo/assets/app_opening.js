@@ -243,13 +243,14 @@ function needless({ layers, prediction }, away, usual) {
 }
 
 /**
- * From how many images the opening's was chosen, and how many of these fall like it.
+ * From how many images the opening's was chosen, how many of these fall like it, and how good the model is.
  * @param {App} app @param {View} view
  */
-function chosenFrom({ model: { card }, opening: { thing } }, { picture: { id } }) {
+function chosenFrom({ model: { card }, opening: { thing } }, { model, picture: { id } }) {
   if (!card.matters?.chosen || card.matters.picture !== id) return "";
   const { right, named = right, change } = card.matters.chosen; // named: those whose class has an expert of its name
-  return `This ${thing} was chosen: of ${named.toLocaleString("en")} named right, ${change} change without one expert.`;
+  return `This ${thing} was chosen: of ${named.toLocaleString("en")} named right, ${change} change without one expert.
+    The model: ${model.accuracy_text.replaceAll(" %", "\u00a0%")}.`;
 }
 
 /** What the same change does over new pages, where that was measured. @param {App} app @param {[number, number][]} away */

@@ -65,7 +65,7 @@ function flyInto(box) {
 /** @param {Sorting} sorting @param {Sorted[]} photos @param {Sorted | null} own */
 function sortingLayout({ classes, routes, agree, images }, photos, own) {
   const experts = classes.map((_, expert) => expert);
-  const headline = experts.map((expert) => `Expert ${expert} takes the ${classes[mostOf(routes, expert)]}s.`);
+  const headline = experts.map((expert) => `Expert\u00a0${expert} takes the ${classes[mostOf(routes, expert)]}s.`);
   const all = own ? [...photos, own] : photos;
   const fullest = Math.max(...experts.map((expert) => all.filter((one) => one.expert === expert).length));
   const across = Math.max(3, Math.min(4, Math.ceil(fullest / 3))); // few photos are shown large
@@ -74,8 +74,8 @@ function sortingLayout({ classes, routes, agree, images }, photos, own) {
         ${numberWord(experts.length)} experts.</p></div></div>
     <div class="mv-sorted" style="--across:${across}">${experts.map((expert) => sortedBox(expert, classes, routes, all))}</div>
     <p class="mv-told" role="status">${own && html`<b>Yours goes to expert ${own.expert}</b>, and the answer is ${own.answer}. `}Told which is
-      which while it learned. The answer follows the route on ${agree} of ${images} photos: a ${classes[1]} that goes
-      to the ${classes[0]}s' expert is ${agree < images && "mostly "}called a ${classes[0]} too.</p>`;
+      which while it learned. Where a photo goes decides what it is called, on ${agree} of ${images} photos:
+      a ${classes[1]} of the ${classes[0]}s' expert is ${agree < images && "mostly "}called a ${classes[0]}.</p>`;
 }
 
 /** What one can do on the page. @param {App} app */
@@ -83,9 +83,9 @@ function sortingActions({ model, boot }) {
   const untold = boot.models.find(
     ({ id, routers }) => id !== model.id && routers.every(({ route_by: by }) => by !== "image"),
   );
-  return html`<div class="mv-flow-say">
+  return html`<div class="mv-flow-say"><div class="mv-flow-do">
     <button type="button" class="mv-primary" data-action="choose" data-key="sort-own">Which one gets your photo?</button>
-    <button type="button" class="mv-button" data-action="sort" data-key="sort-again">Sort them again</button>
+    <button type="button" class="mv-button" data-action="sort" data-key="sort-again">Sort them again</button></div>
     ${untold &&
     html`<p class="mv-soft">Untold, a router divides images in other ways:
       <button type="button" class="mv-quiet" data-action="model" data-id="${untold.id}" data-key="sort-untold">

@@ -9,14 +9,11 @@ export const typedField = ({ picture }) =>
   html`<label class="mv-typed"
       ><span class="mv-hidden">Type your own page of emoji</span>
       <input
-        type="text"
-        maxlength="400"
-        placeholder="Type your own page 🐶🐱…"
+        type="text" maxlength="400"
+        placeholder="Type emoji 🐶🐱…"
         value="${picture.kind === "page" ? picture.text : ""}"
-        data-change="typed"
-        data-key="typed"
-        autocomplete="off"
-    /></label>
+        data-change="typed" data-key="typed"
+        autocomplete="off" /></label>
     <details class="mv-menu" data-box="picker">
       <summary class="mv-button" data-key="picker">😀 Pick</summary>
       <div class="mv-menu-list mv-picker" data-part="emoji"></div>
