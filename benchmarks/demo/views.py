@@ -96,7 +96,7 @@ def look(browser: Browser, address: str, state: State, screen: ViewportSize, dar
     page = context.new_page()
     page.goto(f"{address}{state.query}", wait_until="load")
     if state.photo is not None:
-        page.wait_for_timeout(3000)
+        page.wait_for_timeout(3000)  # until the patches have landed
         page.set_input_files("[data-box=file]", [state.photo])
         page.wait_for_timeout(3000)
     if state.press:

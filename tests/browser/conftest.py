@@ -96,8 +96,15 @@ class Visit:
 
     @property
     def asked(self):
-        """Names of the server functions that the page called, but for a search that it begins when nobody clicks."""
-        return [name for name, _ in self._calls() if name != "fewest"]
+        """Names of the server functions that the page called."""
+        return [name for name, _ in self._calls()]
+
+    def rest(self):
+        """Wait for the search that the page begins when nobody clicks; after it the page asks for nothing by itself."""
+        end = time.monotonic() + 120
+        while "fewest" not in self.asked:
+            assert time.monotonic() < end, self.asked
+            self.page.wait_for_timeout(20)  # ms
 
     def questions(self, name):
         """What the page asked the server function `name`, in that order."""

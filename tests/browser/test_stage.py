@@ -30,6 +30,7 @@ def quiet(visit):
     """A visit with a tab open whose contents don't depend on the layer: whatever is asked, the stage asks it."""
     one = visit()
     open_tab(one.page, "about")
+    one.rest()
     one.requests.clear()
     yield one
     assert one.asked == []

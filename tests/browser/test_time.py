@@ -46,6 +46,7 @@ def test_a_moment_is_what_was_recorded_then(photos, recorded):
     image = image_of(page, recorded)
     assert page.get_attribute(SLIDER, "aria-valuetext") == "after training"
     trained = page.text_content(".mv-box-card")
+    page.visit.rest()
     page.visit.requests.clear()
     scrub(page, "Home", "before training")
     for moment, words in enumerate(["before training", "after 10 of 100 steps"]):
@@ -209,6 +210,7 @@ def test_of_a_changed_model_nothing_was_recorded(photos, query):
 def test_a_moment_can_not_be_changed(photos, recorded):
     """Its experts weren't kept: what is taken away would be of the trained model, as if it had been of this one."""
     page = photos().page
+    page.visit.rest()
     scrub(page, "Home", "before training")
 
     def refused(control):

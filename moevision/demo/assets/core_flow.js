@@ -109,6 +109,7 @@ export class Flow {
   async draw(first = false) {
     const { view, layer, opening, core } = this;
     const turn = (this.turn = Symbol("drawn"));
+    core.box("air").hidden = true; // what flew until now flies no more
     const drawn = [view.picture.src, view.model.grid, layer.name].join();
     const before = this.drawn === drawn ? this.places() : null;
     const was = this.first;
@@ -123,11 +124,10 @@ export class Flow {
     const moved = before ? changed.filter((patch) => before[patch]) : [];
     Object.assign(this, { flying: new Set(still() ? [] : moved), veil: 1 });
     if (before) this.paint(); // the same image is there at once: nothing blinks
-    else core.box("air").hidden = true; // patches of the image before
     await this.load();
     if (this.turn !== turn) return undefined; // drawn anew meanwhile
     if (first && !still()) return this.play();
-    if (!before || still()) return this.land();
+    if (!before || still()) return undefined;
     const to = this.places();
     const flight = (patch) => ({ patch, from: present(before[patch]), to: present(to[patch]), start: 0, ms: SHORT_MS });
     return this.fly(moved.filter((patch) => to[patch]).map(flight));
