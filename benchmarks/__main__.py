@@ -40,6 +40,7 @@ STUDY = {
         "a model of photos whose experts are needed: which recipe, and what it costs",
         "photo_model",
     ),
+    "narrow": ("many narrow experts in the recipes of CIFAR-10 and photos", "narrow"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "strangers": (
         "how many images of other things the bundled models recognize as such",
