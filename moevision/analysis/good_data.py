@@ -1052,14 +1052,13 @@ def doubts(facts: ImageFacts, labels: Ints) -> list[str]:
     """Warnings for lists that may be noise: the model is often wrong, or the training visited each image few times."""
     sentences = []
     predicted = facts.prediction >= 0
-    correct: Array = facts.scores["correct"]
+    correct: Array = facts.scores["correct"][facts.visits > 0]
     if predicted.any():
         correct = (facts.prediction == labels)[predicted]
-    accuracy = float(correct.mean())
-    if accuracy < _WEAK_ACCURACY:
+    if len(correct) and correct.mean() < _WEAK_ACCURACY:
         sentences.append(
-            f"The model is right on {100 * accuracy:.0f} % of these images: the lists rank its mistakes more than the "
-            "images'. Train it for longer first."
+            f"The model is right on {100 * correct.mean():.0f} % of these images: the lists show its errors more than "
+            "those of the data. Train it for longer first."
         )
     visits = int(facts.visits.max(initial=0))
     if visits < _MIN_VISITS:
