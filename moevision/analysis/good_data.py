@@ -48,7 +48,7 @@ from moevision.data.images import BadImageError, full_size
 from moevision.data.scores import FILE, SCORES, Scores
 from moevision.data.transforms import square_pixels
 from moevision.errors import UserError, escape_controls, escape_csv_cell, json_text
-from moevision.files import csv_text, refuse_foreign, write_text_atomic
+from moevision.files import csv_text, require_own_file, write_text_atomic
 from moevision.layers.routing import evaluating
 from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device, load_model
@@ -81,8 +81,8 @@ def score_run(
     The page shows `show` images per list. With `quick` only the scores are used, and only images that the page shows
     are opened. Returns the values from which the page was rendered.
     """
-    refuse_foreign(out / TABLE, b"split,image,label,")
-    refuse_foreign(out / PAGE, b'content="moevision ')
+    require_own_file(out / TABLE, b"split,image,label,")
+    require_own_file(out / PAGE, b'content="moevision ')
 
     scores = Scores.read(run_dir / FILE)
     images = images_of(run_dir)

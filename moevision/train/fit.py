@@ -75,7 +75,7 @@ from moevision.train.health import (
     Stopwatch,
     WeightEMA,
 )
-from moevision.train.lightning_internals import RunLogger, leave_epochs_uncounted
+from moevision.train.lightning_internals import RunLogger, hide_unknown_epoch_total
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
     Interrupted,
@@ -450,7 +450,7 @@ def _trainer(
             "callbacks": callbacks,
         }
     )
-    leave_epochs_uncounted(trainer)
+    hide_unknown_epoch_total(trainer)
     _check_processes(trainer)
     divided = parallel_strategy(trainer)
     if divided is not None:
