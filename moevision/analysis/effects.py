@@ -318,7 +318,7 @@ def remove_random_experts(
     draws. Where an image is routed as a whole, whole experts are removed for all of its tokens, so many that about the
     same number of assignments goes.
     """
-    routing = decision.settle()
+    routing = decision.to_routing()
     is_kept = routing.kept.cpu().numpy()  # [B, N, K]
     expert_index = routing.expert_index.cpu().numpy()  # [B, N, K]
     removed = np.zeros(decision.removed.shape, dtype=bool)  # [B, N, E]
@@ -390,10 +390,10 @@ class _CountedEdit:
         after = decision
         for edit in self.edits:
             after = edit(after)
-        routing = decision.settle()
+        routing = decision.to_routing()
         # [B, N, E]: of an ablation what it takes away itself, of others all that isn't computed any more
         is_gone = (
-            after.removed | after.silenced if self.ablates else ~computed_pairs(after.settle())
+            after.removed | after.silenced if self.ablates else ~computed_pairs(after.to_routing())
         )
         moved_by_token = (computed_pairs(routing) & is_gone).sum(-1)  # [B, N]
         prefix_and_patches = moved_by_token.tensor_split([self.num_prefix_tokens], dim=1)
