@@ -56,7 +56,7 @@ def training_flops(model: nn.Module, images: Tensor) -> int:
     wasted = 0
     for layer, has_gradient in zip(layers, reached, strict=True):
         kept = int(layer.routing.counts().sum())
-        wasted += (layer.rows - kept) * _per_row(layer, has_gradient)
+        wasted += (layer.computed_rows - kept) * _per_row(layer, has_gradient)
     return int(counter.get_total_flops()) - wasted - recomputed_attention_flops(counter)
 
 
@@ -85,5 +85,5 @@ def routed_share(net: nn.Module, image_size: int) -> float:
     with torch.no_grad(), flop_counter() as counter:
         _, layers = count_layers(net, counter, lambda: net(image))
     cost = measure_cost(net, image_size)
-    routed = sum(layer.requested_rows * layer.per_row for layer in layers)
+    routed = sum(layer.requested_rows * layer.flops_per_row for layer in layers)
     return routed / (cost.flops_per_image + cost.router_flops_per_image)

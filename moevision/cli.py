@@ -264,7 +264,7 @@ def _check_images(folder: str | None) -> None:
 
 def _check_paths(args: Namespace) -> None:
     """The same of a model that isn't there, and of images to classify."""
-    from moevision.files import no_model
+    from moevision.files import model_not_found_message
 
     for path in getattr(args, "paths", []):
         if not Path(path).exists():
@@ -274,7 +274,7 @@ def _check_paths(args: Namespace) -> None:
         # Names of timm have a _ or a digit and no slash, other addresses a colon.
         is_path = model.isalpha() or ("/" in model and ":" not in model)
         if is_path and not Path(model).exists():
-            raise UserError(no_model(model))
+            raise UserError(model_not_found_message(model))
 
 
 def _show_warning(

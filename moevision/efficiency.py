@@ -53,23 +53,24 @@ def measure_cost(
         image_size = image_size, image_size
     parameter = next(model.parameters())
     image = torch.zeros(1, 3, *image_size, device=parameter.device, dtype=parameter.dtype)
-    # Without gradients torch's counter fails where a view of a parameter is passed to a module (SigLIP's head).
+    # Torch's counter hooks the gradients of modules; without them it fails where a view of a parameter is passed to a
+    # module (SigLIP's head).
     with torch.enable_grad(), _eval_with_backend(model, backend), flop_counter() as counter:
         _, layers = count_layers(model, counter, lambda: model(image))
 
-    router_flops = sum(layer.router for layer in layers)
+    router_flops = sum(layer.router_flops for layer in layers)
     flops = counter.get_total_flops() - router_flops
     if backend != "dense":
         for layer in layers:
-            # Rows that the choices ask for count, whatever padding adds and capacity drops.
-            flops -= (layer.rows - layer.requested_rows) * layer.per_row
+            # Count the requested rows: without those of padding, with those that a capacity dropped.
+            flops -= (layer.computed_rows - layer.requested_rows) * layer.flops_per_row
 
     total, active = parameter_counts(model)
     return ModelCost(total, active, flops, router_flops)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Total and active parameters: K / E of the routed experts of each MoE layer are active, and everything else.
+    """Total and active parameters. Active: K / E of each MoE layer's routed experts, and all other parameters.
 
     Under expert choice K / E holds on average. Under Soft MoE all experts are active: each computes few rows, but these
     are mixtures of all tokens.
@@ -109,25 +110,25 @@ class LayerCount:
 
     layer: MoEMlp
     routing: Routing
-    router: int  # FLOPs of the router
-    experts: int  # FLOPs of the routed experts
+    router_flops: int
+    expert_flops: int  # of the routed experts
 
     @property
-    def per_row(self) -> int:
+    def flops_per_row(self) -> int:
         """FLOPs of one row through one expert: 2 · (D · H + H · O)."""
         linears = self.layer.experts.fc1, self.layer.experts.fc2
         return sum(2 * linear.in_features * linear.out_features for linear in linears)
 
     @property
-    def rows(self) -> int:
+    def computed_rows(self) -> int:
         """R, the number of rows that went through an expert, computed from the FLOPs of the experts.
 
         A RuntimeError is raised if that isn't a whole number or too small: some operation was then not counted.
         """
-        rows, remainder = divmod(self.experts, self.per_row)
+        rows, remainder = divmod(self.expert_flops, self.flops_per_row)
         if remainder or rows < self.routing.counts().sum():
             raise RuntimeError(
-                f"{self.experts} FLOPs of experts are no number of rows: an operation of backend "
+                f"{self.expert_flops} FLOPs of experts aren't those of a number of rows: an operation of backend "
                 f"{self.layer.experts.backend!r} has no FLOP formula."
             )
         return rows
@@ -149,7 +150,7 @@ def count_layers(
     with record_routing(model) as routings:
         output = forward()
 
-    # By the name of a module, which begins with the model's class, and by operation.
+    # {path of a module: {operation: FLOPs}}; paths begin with the model's class.
     flops_by_name = counter.get_flop_counts()
     names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
 
@@ -159,12 +160,12 @@ def count_layers(
     counts = []
     # Every MoE layer runs once in a forward pass.
     for layer, routing in zip(moe_layers(model), routings, strict=True):
-        experts = flops(layer) - flops(layer.router) - flops(layer.shared)
+        expert_flops = flops(layer) - flops(layer.router) - flops(layer.shared)
         if isinstance(routing, SoftRouting):
             # Without the two mixing products: tokens to slots, 2 · B · N · E · P · D, and back, 2 · B · N · E · P · O.
             fc1, fc2 = layer.experts.fc1, layer.experts.fc2
-            experts -= 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
-        counts.append(LayerCount(layer, routing, flops(layer.router), experts))
+            expert_flops -= 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
+        counts.append(LayerCount(layer, routing, flops(layer.router), expert_flops))
     return output, counts
 
 
@@ -192,7 +193,7 @@ def flop_counter() -> FlopCounterMode:
 
     It doesn't see matrix products inside code that Inductor compiled: count the uncompiled model.
     """
-    # Arguments begin with q, k, v; of the backward pass with the output's gradient before them.
+    # Arguments are q, k, v, ...; of the backward pass the output's gradient, q, k, v, ...
     attention = _aten._scaled_dot_product_flash_attention_for_cpu
     backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {

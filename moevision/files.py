@@ -1,7 +1,8 @@
-"""Writes files atomically, so that a crash never replaces a complete file by an incomplete one.
+"""Writes files atomically, reads CSV files, and finds what verbs share: shipped configs, runs, files that are theirs.
 
-The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed to the target. Then the
-folder is flushed too, since a power failure before may undo the renaming.
+A crash never replaces a complete file by an incomplete one. The bytes go to a temporary file in the same folder, which
+is flushed to the disk and renamed to the target. Then the folder is flushed too: a power failure before that can undo
+the renaming.
 """
 
 import csv
@@ -17,12 +18,12 @@ from moevision.errors import UserError, escape_controls, json_text
 
 
 def write_bytes_atomic(
-    path: str | Path, data: bytes | Iterable[bytes], before: Path | None = None
+    path: str | Path, data: bytes | Iterable[bytes], backup: Path | None = None
 ) -> None:
     """Replace `path` by a file with these bytes, given as a whole or in parts; missing parent folders are made.
 
-    When it returns, the file is on the disk under its name. With `before`, an existing file is renamed to that instead
-    of being overwritten. An OSError (a full disk, a folder that can't be written) leaves the existing file untouched.
+    When it returns, the file is on the disk under its name. With `backup`, an existing file is kept under that name
+    instead of being overwritten. An OSError (a full disk, a folder that can't be written) leaves it untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,8 +34,8 @@ def write_bytes_atomic(
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
-        if before is not None and path.exists():
-            os.replace(path, before)
+        if backup is not None and path.exists():
+            os.replace(path, backup)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -61,7 +62,7 @@ def newest_config(run_dir: Path) -> Path:
     return changed[-1] if changed else run_dir / "config.yaml"
 
 
-def no_model(name: str) -> str:
+def model_not_found_message(name: str) -> str:
     """A sentence that says that there is no such run or model, and which runs there are."""
     runs = sorted(file.parent.name for file in Path("runs").glob("*/config.yaml"))
     hint = (
@@ -72,7 +73,7 @@ def no_model(name: str) -> str:
     return f"There is no run or model {name!r}: {hint}."
 
 
-def refuse_filled(out: Path) -> None:
+def require_new_or_empty(out: Path) -> None:
     """Raise a UserError if `--out` names a file, or a folder that isn't empty."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} is there already: give --out another name.")
@@ -101,7 +102,7 @@ def temporary_for(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete unfinished temporary files of killed processes; no other process may be writing in the folder."""
+    """Delete all temporary files in a folder, which killed processes left; no other may be writing there."""
     for path in folder.glob(".*.tmp"):
         path.unlink()
 
@@ -115,7 +116,7 @@ def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
     write_bytes_atomic(path, (part.encode("utf-8", errors="backslashreplace") for part in parts))
 
 
-def refuse_foreign(path: Path, mark: bytes, option: str = "--out") -> None:
+def require_own_file(path: Path, mark: bytes, option: str = "--out") -> None:
     """Raise a UserError if `path` exists and wasn't written by the caller.
 
     Every file that the caller writes contains `mark` in its first 4 KiB; an empty file may be replaced too. `option`
@@ -146,13 +147,13 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
     """
     with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
         rows = csv.DictReader(file, restval="", strict=True)
-        if missing := {*columns} - {*(rows.fieldnames or ())}:
+        if missing := set(columns) - set(rows.fieldnames or ()):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
         return list(rows)
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
-    """The text of a CSV file: column names and rows; the caller has to escape the names (`escape_csv_cell`)."""
+    """The text of a CSV file: column names and rows; the caller escapes what comes from outside (`escape_csv_cell`)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

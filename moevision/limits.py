@@ -2,7 +2,7 @@
 
 A container or a job of SLURM sees the memory of the whole machine, and is killed if it takes more than was granted.
 
-Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (memory.max; the limits of all ancestors hold too), proc(5).
+Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (memory.max; the limits of all ancestors apply, too), proc(5).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def total_memory_bytes() -> int | None:
 
 
 def usable_memory_bytes(root: Path = ROOT) -> int | None:
-    """Physical memory, or the smallest limit of the control groups; None if neither is known."""
+    """The smaller of physical memory and the limits of the control groups; None if neither is known."""
     sizes = [limit for limit, _ in _memory_limits(root)]
     total = total_memory_bytes()
     if total is not None:
@@ -51,7 +51,7 @@ def memory_available_bytes(root: Path = ROOT) -> int | None:
 
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, used) in bytes of those that have a limit, among this process's control group and its ancestors."""
+    """Limit and use, in bytes, of this process's control group and of its ancestors, where they have a limit."""
     for folder in _cgroup_folders(root):
         limit = _read_text(folder / "memory.max").strip()
         if limit and limit != "max":
@@ -69,7 +69,8 @@ def _cgroup_folders(root: Path) -> Iterator[Path]:
     if not paths:
         return
 
-    # In a container the path may be the host's and not be mounted: then the mount point is the container's group.
+    # In a container the path may be the host's, which isn't there: then only the mount point is left, the container's
+    # own group.
     mount = root / "sys/fs/cgroup"
     group = mount / paths[0].strip("/")
     for folder in (group, *group.parents):
@@ -87,15 +88,16 @@ def _read_text(file: Path) -> str:
 
 # ---- memory that a training step frees
 #
-# glibc returns large blocks to the system as soon as they are freed, and so the free end of the heap. The next step
+# glibc returns large blocks to the system as soon as they are freed, and trims the free end of the heap. The next step
 # needs the same memory again, and the system hands it out page by page, each zeroed first: a ViT's training step on a
 # CPU can spend more time on that than on its matrix products (benchmarks/performance has figures).
 
 # Parameters of mallopt in <malloc.h>, unchanged since glibc 2.0.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _MALLOPT_SETTINGS = (
-    (_M_MMAP_MAX, 0),  # no block is mapped from the system on its own
-    (_M_TRIM_THRESHOLD, -1),  # the heap is never trimmed; 2**31 - 1 would still trim 2 GiB
+    (_M_MMAP_MAX, 0),  # large blocks come from the heap, too
+    # The heap is never trimmed: -1 is read as the largest size. The largest int would still trim what exceeds 2 GiB.
+    (_M_TRIM_THRESHOLD, -1),
 )
 _keeps_memory = False
 

@@ -128,8 +128,8 @@ def _load(routing: Routing, rule: Rule) -> Tensor:
     return probability.flatten(0, -2).sum(0)
 
 
-def _load_balancing_sums(routing: Routing, rule: Rule) -> Tensor:
-    """[2, E] numbers of choices, and sums of probabilities."""
+def _load_balancing_sums(routing: Routing, _rule: Rule) -> Tensor:
+    """[2, E] numbers of choices, and sums of probabilities; there is one rule."""
     counts = routing.requested_counts().to(routing.probs.dtype)
     return torch.stack([counts, routing.probs.flatten(0, -2).sum(0)])
 
@@ -142,8 +142,8 @@ def _load_balancing_value(sums: Tensor) -> Tensor:
     return len(choices) * (choice_shares * mean_probs).sum()
 
 
-def _z_sums(routing: Routing, rule: Rule) -> Tensor:
-    """[2] sum of logsumexp², and number of tokens."""
+def _z_sums(routing: Routing, _rule: Rule) -> Tensor:
+    """[2] sum of logsumexp², and number of tokens; there is one rule."""
     return _sum_and_count(routing.logits.logsumexp(-1).square())  # of [B, N]
 
 
@@ -156,7 +156,7 @@ def _label_sums(routing: Routing, target: Tensor) -> Tensor:
 
 
 def _sum_and_count(values: Tensor) -> Tensor:
-    """[2] the sum of the values, and how many they are."""
+    """[2] the sum of the values, and their number."""
     return torch.stack([values.sum(), values.new_tensor(values.numel())])
 
 
@@ -187,15 +187,15 @@ class Balance:
     methods on every process. `counts` is, for each MoE layer, [E] choices of each expert in this process since the step
     began; `values` are the losses of the last micro-batch by name, each the mean over its layers, for a log.
 
-    An accumulation window is the micro-batches of one optimizer step. The losses of a micro-batch are computed from the
-    sums of its own tokens plus the detached sums of the earlier micro-batches of the window. With `torch.distributed`
-    these sums are added over ranks by an all-reduce whose backward also sums, so that DDP's mean over ranks is the
-    gradient of the whole batch: one all-reduce in each direction for all losses and layers.
+    An accumulation window is the micro-batches of one optimizer step. The loss of its m-th micro-batch is computed from
+    S_1 + ... + S_m: the sums of its own tokens, S_m, plus the detached ones of the earlier micro-batches. With
+    `torch.distributed` these sums are added over ranks by an all-reduce whose backward also sums, so that DDP's mean
+    over ranks is the gradient of the whole batch: one all-reduce in each direction for all losses and layers.
 
-    The m-th of M micro-batches contributes about 1 / m of these sums, so the gradient of its own sums is multiplied by
-    m. When the loop divides by M (as Lightning does), the gradients then add up to that of the whole batch; without the
-    factor they would shrink to (1 + 1/2 + ... + 1/M) / M of it. This is exact where all micro-batches have the same
-    sums. Else the direction is approximate, as a micro-batch doesn't know the later ones (benchmarks/accumulation).
+    S_m is about 1 / m of these sums, so its gradient is multiplied by m. When the loop divides by M (as Lightning
+    does), the gradients then add up to that of the whole batch; without the factor they would shrink to
+    (1 + 1/2 + ... + 1/M) / M of it. This is exact where all micro-batches have the same sums. Else the direction is
+    approximate, as a micro-batch doesn't know the later ones (benchmarks/accumulation).
 
     Args:
         model: any module with MoE layers; also wrapped in `DistributedDataParallel`.
@@ -242,7 +242,8 @@ class Balance:
 
         supported = set(router.losses)
         if "z" in supported:
-            supported.add("label")  # both need learned logits
+            # Routers with learned logits can supply the z-loss, and the label loss needs nothing else.
+            supported.add("label")
         missing = weights.keys() - supported
         if missing:
             has = "it needs none"
@@ -316,7 +317,7 @@ class Balance:
         sums = _LOSSES[name].sums(routing, target if name == "label" else self.rule)
         earlier = self._window.get((name, layer))
         if earlier is not None:
-            # The last term is 0 and only adds gradient: in all m times that of this micro-batch's own sums.
+            # This term is 0 and only adds gradient: in all m times that of this micro-batch's own sums.
             extra_gradient = (self._micro_batches - 1) * (sums - sums.detach())
             sums = earlier + sums + extra_gradient
         self._window[name, layer] = sums.detach()

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
-_LINE_EVERY_S = 20.0  # of what takes long, where the output is a file
-_WORTH_A_BAR = 4  # items
+_SECONDS_BETWEEN_LINES = 20.0  # of progress, where stderr is no terminal
+_MIN_ITEMS_FOR_BAR = 4
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A decimal number with a typographic minus sign, and no sign in front of 0."""
+    """A decimal number with a typographic minus sign, without one in front of a rounded 0."""
     text = f"{value:.{digits}f}"
     return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
 
@@ -33,7 +33,7 @@ def points(difference: float) -> str:
 
 
 def flops(count: float) -> str:
-    """345_000_000 -> `345.00 M`."""
+    """A number of FLOPs without its unit: 345_000_000 -> `345.00 M`."""
     if count >= 1e9:
         return f"{count / 1e9:.2f} G"
     return f"{count / 1e6:.2f} M"
@@ -83,23 +83,23 @@ def loading(message: str = "loading PyTorch") -> Iterator[None]:
 
 
 def with_progress(items: Iterable[T], task: str, total: int) -> Iterator[T]:
-    """Go through items, with a bar on a terminal; into a file goes a line now and then that says how far it is."""
+    """Go through items with a progress bar; where stderr is no terminal, with a line every 20 s."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     if console.is_terminal:
-        is_short = total < _WORTH_A_BAR
+        is_short = total < _MIN_ITEMS_FOR_BAR
         yield from track(items, task, total, console=console, transient=True, disable=is_short)
         return
-    began_s = told_s = time.monotonic()
-    for done, item in enumerate(items):
+    start_s = last_line_s = time.monotonic()
+    for num_done, item in enumerate(items):  # those before this one
         now_s = time.monotonic()
-        if now_s - told_s >= _LINE_EVERY_S:
-            told_s = now_s
-            left_s = (now_s - began_s) / done * (total - done)
+        if num_done and now_s - last_line_s >= _SECONDS_BETWEEN_LINES:
+            last_line_s = now_s
+            left_s = (now_s - start_s) / num_done * (total - num_done)
             print(
-                f"{task}: {percent(done / total, 0)}, {duration(left_s)} left",
+                f"{task}: {percent(num_done / total, 0)}, {duration(left_s)} left",
                 file=sys.stderr,
                 flush=True,
             )

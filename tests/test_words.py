@@ -19,6 +19,14 @@ def test_a_file_is_told_now_and_then_how_far_it_is(clock, capsys):
     assert told == ["looking: 20 %, 2 min 0 s left", "looking: 60 %, 40 s left"]
 
 
+def test_before_the_first_item_nothing_is_known(monkeypatch, capsys):
+    """By hand: the first item comes after 30 s, when no item is done; the second after 60, with one of two done."""
+    seconds = iter((0, 30, 60))
+    monkeypatch.setattr(words.time, "monotonic", lambda: float(next(seconds)))
+    assert list(words.with_progress("ab", "looking", 2)) == ["a", "b"]
+    assert capsys.readouterr().err.splitlines() == ["looking: 50 %, 1 min 0 s left"]
+
+
 def test_nothing_is_told_of_what_is_quick(capsys):
     assert list(words.with_progress([], "looking", 0)) == []
     assert list(words.with_progress([1, 2], "looking", 2)) == [1, 2]

@@ -44,7 +44,7 @@ def move_at_random(is_away: Tensor, num_prefix_tokens: int, generator: Generator
     """An edit that, for sets of experts `is_away` [B, E], sends as many patches of image b past their experts."""
 
     def edit(decision: Decision) -> Decision:
-        experts = decision.settle().expert_index  # [B, N, K]
+        experts = decision.to_routing().expert_index  # [B, N, K]
         removed = decision.removed.clone()  # [B, N, E]
         num_tokens = experts.shape[1]
         for image, row in enumerate(is_away):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import Data, PictureSet, open_pictures, read_images
 from moevision.models.io import SavedModel, load_model, unpack
-from moevision.models.safe_files import PACKED, REST, SCALE, WEIGHTS
+from moevision.models.safe_files import BASE_KEY, PACKED, SCALE, WEIGHTS
 
 LEVELS = 127  # steps on either side of 0: what an int8 holds
 COARSE = 31  # of a model that shares most of its weights with another
@@ -128,7 +128,7 @@ def pack_folder(folder: Path, data: Data, *, rest: Path | None = None) -> None:
     products = input_products(model, open_pictures(data, model.image_size, **seen))
     state, about_it = load_file(folder / WEIGHTS), {}
     if rest is not None:
-        known, about_it = unpack(rest / "trained" / PACKED), {REST: rest.name}
+        known, about_it = unpack(rest / "trained" / PACKED), {BASE_KEY: rest.name}
         state = {
             name: own
             for name, own in state.items()

@@ -141,7 +141,8 @@ def collect_routing(
 
 
 def _warn_of_unread_layers(net: nn.Module) -> None:
-    """Warn of the MoE layers whose patch routes don't reach the classifier, which is measured by gradients."""
+    """Warn of MoE layers whose routes of patches change no answer: no gradient leads from the logits to them."""
+    # Gradients are needed, also where the caller turned them off.
     with routing_lock(net), torch.inference_mode(False):
         unread = layers_that_miss_classifier(net)
     if unread:
@@ -232,6 +233,7 @@ def _layer_tensors(routing: Routing) -> dict[str, Tensor]:
         "entropy_bits": torch.special.entr(probs).sum(-1) / math.log(2),
     }
     if isinstance(routing, SoftRouting):
+        # How much of a token the slots of each expert read.
         read_weight = routing.dispatch_weight.sum(-1)  # [B, N, E, slots] -> [B, N, E]
         read_weight = read_weight.gather(-1, routing.expert_index)  # [B, N, K]
         tensors["read_weight"] = read_weight[:, patches].float()
@@ -346,7 +348,7 @@ def record_modules(
 ) -> Iterator[tuple[dict[Any, Tensor], dict[Any, Tensor]]]:
     """Within the scope, store the input and the output of modules of `net` by their keys, in the order of the calls.
 
-    Other threads wait for the network, so that the images of none are stored.
+    It holds the network's lock, so that what other threads record isn't stored.
     """
     inputs: dict[Any, Tensor] = {}
     outputs: dict[Any, Tensor] = {}

@@ -2,9 +2,10 @@
 
 `effect` measures one image, `class_effect` the images of a class. Both also measure a control: the intervention takes a
 number of assignments (token to expert) from their experts, and the control takes away equally many, drawn at random
-from all experts of the same layers, with the same fill. Assignments of patches and of prefix tokens are matched
-separately. Where an image is routed as a whole, the control removes whole experts of that image; if such an image has
-only one expert (K = 1), a random ablation is the ablation itself, so an ablation has no control.
+from all experts of the same layers, with the same fill: what takes the place of a removed expert, the token's next best
+one or zero. Assignments of patches and of prefix tokens are matched separately. Where an image is routed as a whole,
+the control removes whole experts of that image; if such an image has only one expert (K = 1), a random ablation is the
+ablation itself, so an ablation has no control.
 
 Interventions that are already active, such as another k, stay active in the forward passes before and after.
 Every JSON object and sentence names the kind of intervention and, for an ablation, its fill.
@@ -52,7 +53,7 @@ from moevision.models.io import SavedModel
 from moevision.models.shares import PatchShares, patch_shares
 from moevision.types import Json, Pixels
 
-_SETS_AT_ONCE = 64
+_SETS_AT_ONCE = 64  # in one forward pass
 
 MovedCounts = dict[MoEMlp, Tensor]
 """Layer, in order of depth -> [B, 2] int64: how many assignments of prefix tokens, and of patches, are taken away."""
@@ -71,7 +72,7 @@ def effect(
 ) -> Effect:
     """Measure what an intervention changes for one image, uint8 [S, S, 3] as the model, in eval mode, sees it.
 
-    If it is an ablation, `also` are further ones of the same fill that belong to the change.
+    `also` are further ablations of the same fill, applied together with an ablation.
 
     `target` is the class, as index or name, whose logit is measured; if None, the class that the model predicts without
     the intervention. The control is drawn `num_controls` times, at least 2, from `seed`. A UserError for a layer, an
@@ -85,7 +86,7 @@ def effect(
         kinds: set[RoutingKind] = {layer.router.kind for layer in moved}
         index = int(before.argmax()) if target is None else class_index(model.class_names, target)
         moved_prefix, moved_patches = _sum_over_layers(moved)[0].tolist()  # [2]
-        # Where layers are of several kinds, the sentences speak of tokens that choose experts.
+        # Layers of several kinds are worded as token choice.
         routing = kinds.pop() if len(kinds) == 1 else "token_choice"
 
         control = None
@@ -119,7 +120,7 @@ def patch_contributions(
     """The exact share of each patch in the logits of images, uint8 [S, S, 3] as the model sees them.
 
     `patches.sum(1) + prefix + bias` are the logits [B, C]; `margins()` are the shares [B, P] in the likeliest class's
-    logit minus the second's. A share belongs to a token after all blocks: attention has mixed the patches before.
+    logit minus the second's. They are shares of the last tokens, in which attention has mixed the patches.
 
     Args:
         model: one whose classifier is linear in the mean of the patches; a LayerNorm may be before or behind the mean.
@@ -141,7 +142,7 @@ def patch_contributions(
     if classes is None:
         return shares
     indices = [class_index(model.class_names, name) for name in classes]
-    return PatchShares(*(part[..., indices] for part in shares))
+    return PatchShares(*(part[..., indices] for part in shares))  # classes are the last axis of all
 
 
 @torch.inference_mode()
@@ -220,7 +221,7 @@ def expert_sets(layers: Mapping[int, MoEMlp], largest: int) -> list[ExpertSet]:
 
 @torch.inference_mode()
 def answers_without(model: SavedModel, image: Pixels, largest: int) -> tuple[Tensor, Tensor]:
-    """Probabilities [C] of an image, uint8 [S, S, 3], and [sets, C] without each of `expert_sets`, many in a batch."""
+    """Probabilities [C] of an image, uint8 [S, S, 3], and [sets, C] without each of `expert_sets`, in their order."""
     net = model.net
     x = network_input(model, image[None])  # [1, 3, S, S]
     layers = numbered_layers(net)
@@ -249,7 +250,7 @@ def remove_by_row(is_away: Tensor) -> Edit:
 
 
 def fewest_experts(before: Tensor, sets: Sequence[ExpertSet], without: Tensor) -> ExpertSet | None:
-    """The smallest set without which the class is another one, and of these that by which it loses most; or None.
+    """The smallest set without which the class is another one; of equal sizes the one that costs the class most.
 
     `before` [C] and `without` [sets, C] are probabilities of one image.
     """
@@ -280,7 +281,7 @@ def _images_of_class(pictures: PictureSet, name: str, limit: int | None, seed: i
 
 
 def _read_images(pictures: PictureSet, indices: Sequence[int]) -> dict[int, Pixels]:
-    """Index -> pixels of the images at these indices, without those that can't be read."""
+    """Index -> pixels of the images at these indices that can be read."""
     pixels = {}
     for index in indices:
         with suppress(BadImageError):  # counted in `ClassEffect.unreadable`
@@ -317,7 +318,7 @@ def remove_random_experts(
     draws. Where an image is routed as a whole, whole experts are removed for all of its tokens, so many that about the
     same number of assignments goes.
     """
-    routing = decision.settle()
+    routing = decision.to_routing()
     is_kept = routing.kept.cpu().numpy()  # [B, N, K]
     expert_index = routing.expert_index.cpu().numpy()  # [B, N, K]
     removed = np.zeros(decision.removed.shape, dtype=bool)  # [B, N, E]
@@ -325,10 +326,10 @@ def remove_random_experts(
     for image, (counts, key) in enumerate(zip(numbers, keys, strict=True)):
         rng = np.random.default_rng(tuple(key))
         if routing.route_by == "image":
-            # [K or fewer], the same for every token
+            # The image's experts, [K or fewer]: every token has the same.
             experts = expert_index[image, 0][is_kept[image, 0]]
             num_tokens = removed.shape[1]
-            count = min(round(sum(counts) / num_tokens), len(experts))
+            count = min(round(sum(counts) / num_tokens), len(experts))  # of experts to remove
             removed[image][:, rng.choice(experts, count, replace=False)] = True
             continue
 
@@ -369,6 +370,7 @@ def run_under(
     with apply_edits(net, edits):
         logits = net(x).double()
 
+    # The forward pass has filled these in.
     moved = {layer: edit.moved for layer, edit in edits.items()}
     one_expert = any(edit.one_expert for edit in edits.values())
     return logits, moved, not (ablates and one_expert)
@@ -388,10 +390,10 @@ class _CountedEdit:
         after = decision
         for edit in self.edits:
             after = edit(after)
-        routing = decision.settle()
-        # [B, N, E]: where an expert is no longer used
+        routing = decision.to_routing()
+        # [B, N, E]: of an ablation what it takes away itself, of others all that isn't computed any more
         is_gone = (
-            after.removed | after.silenced if self.ablates else ~computed_pairs(after.settle())
+            after.removed | after.silenced if self.ablates else ~computed_pairs(after.to_routing())
         )
         moved_by_token = (computed_pairs(routing) & is_gone).sum(-1)  # [B, N]
         prefix_and_patches = moved_by_token.tensor_split([self.num_prefix_tokens], dim=1)
@@ -422,11 +424,13 @@ def run_compared(
             fill=control_fill(intervention),
         )
 
+    # Every row is another image.
     if len(x) > 1:
         with apply_edits(net, edits):
             logits: Tensor = net(x).double()
         return logits
 
+    # Draws of one image: what comes before the first changed layer is computed once, and draws share no capacity.
     image_of_row = torch.zeros(len(keys), dtype=torch.int64)  # [R], all the only image
     first_layer = next(iter(moved))
     with per_image_capacity(net), apply_edits(net, edits):
@@ -499,7 +503,7 @@ def _sd(values: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect on one image."""
+    """Logits of one image before and after an intervention, and its control."""
 
     intervention: Intervention
     class_names: tuple[str, ...]  # [C]
@@ -543,7 +547,7 @@ class Effect:
             outcome = f"{'falls' if after < before else 'rises'} from {before:.2f} to {after:.2f}"
         change = effect_in_words(self.intervention, self.moved, self.routing)
         if self.also:
-            names = [f"L{one.layer}·E{one.expert}" for one in (self.intervention, *self.also)]
+            names = [f"L{each.layer}·E{each.expert}" for each in (self.intervention, *self.also)]
             change = (
                 f"without {', '.join(names)} ({quantity(self.moved, 'patch assignment')} moved)"
             )
@@ -554,7 +558,7 @@ class Effect:
         if not self.moved and not self.moved_prefix:
             return f"{sentence}."
         if control is None:
-            return f"{sentence}; no control: as many random choices are these, since an image has one expert."
+            return f"{sentence}; no control: an image has one expert, so a random one would be the same."
         spread = f"{_signed(control.mean)} ± {control.sd:.2f}"
         draws = len(control.delta_logits)
         return f"{sentence}; {control.what} changes the logit by {spread} ({draws} draws)."

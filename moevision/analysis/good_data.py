@@ -48,7 +48,7 @@ from moevision.data.images import BadImageError, full_size
 from moevision.data.scores import FILE, SCORES, Scores
 from moevision.data.transforms import square_pixels
 from moevision.errors import UserError, escape_controls, escape_csv_cell, json_text
-from moevision.files import csv_text, refuse_foreign, write_text_atomic
+from moevision.files import csv_text, require_own_file, write_text_atomic
 from moevision.layers.routing import evaluating
 from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device, load_model
@@ -81,8 +81,8 @@ def score_run(
     The page shows `show` images per list. With `quick` only the scores are used, and only images that the page shows
     are opened. Returns the values from which the page was rendered.
     """
-    refuse_foreign(out / TABLE, b"split,image,label,")
-    refuse_foreign(out / PAGE, b'content="moevision ')
+    require_own_file(out / TABLE, b"split,image,label,")
+    require_own_file(out / PAGE, b'content="moevision ')
 
     scores = Scores.read(run_dir / FILE)
     images = images_of(run_dir)
@@ -1052,14 +1052,13 @@ def doubts(facts: ImageFacts, labels: Ints) -> list[str]:
     """Warnings for lists that may be noise: the model is often wrong, or the training visited each image few times."""
     sentences = []
     predicted = facts.prediction >= 0
-    correct: Array = facts.scores["correct"]
+    correct: Array = facts.scores["correct"][facts.visits > 0]
     if predicted.any():
         correct = (facts.prediction == labels)[predicted]
-    accuracy = float(correct.mean())
-    if accuracy < _WEAK_ACCURACY:
+    if len(correct) and correct.mean() < _WEAK_ACCURACY:
         sentences.append(
-            f"The model is right on {100 * accuracy:.0f} % of these images: the lists rank its mistakes more than the "
-            "images'. Train it for longer first."
+            f"The model is right on {100 * correct.mean():.0f} % of these images: the lists show its errors more than "
+            "those of the data. Train it for longer first."
         )
     visits = int(facts.visits.max(initial=0))
     if visits < _MIN_VISITS:

@@ -19,8 +19,9 @@ What holds for all of them:
 - They work under `torch.compile` without compiling again (another k changes shapes, and so compiles once more), and
   are meant for inference: activation checkpointing may run a layer again in a thread that sees no intervention.
 
-What they mean depends on the kind of router, so the second half of the file has a `Decision` for each kind, which edits
-change before it becomes a `Routing`. Edits compose, and each is a pure function of one image's own tokens.
+A layer's `Routing` becomes a `Decision`, the edit of each intervention makes another `Decision` of it, and `to_routing`
+of the last one is what the layer computes. What an edit means depends on the kind of router, so the second half of the
+file has a `Decision` for each kind. Edits are pure functions of an image's own tokens.
 
 - Token choice (`Ranking`): each token has a list of all E experts, the K chosen first, the others by the score that the
   router chooses by.
@@ -144,7 +145,7 @@ class Intervention:
             raise UserError(f"There is no fill {self.fill!r}: choose next_best or zero.")
         needed = {"layer", "expert", "other", "top_k", "factor"} & set(_FIELDS[self.kind])
         if "expert" not in needed:
-            needed -= {"layer"}
+            needed -= {"layer"}  # None: all layers
         missing = sorted(name for name in needed if getattr(self, name) is None)
         if missing:
             raise UserError(
@@ -276,9 +277,9 @@ def per_image_capacity(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def run_repeated(model: nn.Module, x: Tensor, rows: Tensor, first: MoEMlp) -> Tensor:
-    """Logits [R, classes] of x[rows], `rows` [R], for repeated images whose routing differs from the layer `first` on.
+    """Logits [R, classes] of the images x[rows], `rows` [R], whose routing differs only from the layer `first` on.
 
-    Blocks before that of `first` compute each image of x once; its input is repeated by `rows`.
+    What lies before the block of `first` is computed once for each image of x; the block gets its input by `rows`.
     """
     blocks = getattr(model, "blocks", None)
     thread = threading.get_ident()
@@ -313,12 +314,12 @@ class _Edits:
         decision = _DECISIONS[self.router.kind].of(self.router, routing)
         for edit in self.edits:
             decision = edit(decision)
-        return decision.settle()
+        return decision.to_routing()
 
 
 @dataclass(frozen=True)
 class Decision(ABC):
-    """A layer's routing in a form that edits can change; `settle` makes a `Routing` of it.
+    """A layer's routing in a form that edits can change; `to_routing` makes a `Routing` of it.
 
     All kinds have `exchange` and `shuffle` too, which mean something else in each.
     """
@@ -334,10 +335,10 @@ class Decision(ABC):
     @classmethod
     @abstractmethod
     def of(cls, router: Any, routing: Any) -> Self:
-        """The decision from which `settle`, without an edit, makes `routing` again bit for bit."""
+        """The decision from which `to_routing`, without an edit, makes `routing` again bit for bit."""
 
     @abstractmethod
-    def settle(self) -> Routing:
+    def to_routing(self) -> Routing:
         """The routing that the layer will compute, after all edits."""
 
     def take_away(self, experts: Tensor, fill: Fill) -> Self:
@@ -400,8 +401,8 @@ class Ranking(Decision):
     """
 
     order: Tensor  # [B, N, E] int64, all experts of a token, best first, no expert twice
-    # [B, N, E] by rank, the scores that gates are computed of (`router.gate_logits`, which needn't be those that the
-    # router chooses by). Edits change `order` only, so that weights stay with the rank
+    # [B, N, E] by rank in the router's own order, the scores from which gates are computed (`router.gate_logits`; it
+    # may choose by others). Edits change `order` alone: an expert gets the gate of the rank that it is moved to
     scores: Tensor
     top_k: int  # K
     capacity: Capacity | None = None  # applied last, to whatever the edits have left
@@ -417,10 +418,10 @@ class Ranking(Decision):
         others = others[..., : routing.num_experts - routing.top_k]  # [B, N, E - K]
         order = torch.cat([routing.expert_index, others], -1)  # [B, N, E]
 
-        # With a capacity, `settle` computes anew which choices are dropped. Without one, those of `routing` stay
+        # With a capacity, `to_routing` computes anew which choices are dropped. Without one, those of `routing` stay
         # dropped.
         capacity = Capacity.of_router(router)
-        dropped = all_false
+        dropped = all_false  # dropped choices compute nothing: they count as silenced
         if capacity is None:
             dropped = all_false.scatter(-1, routing.expert_index, ~routing.kept)
         return cls(
@@ -434,7 +435,7 @@ class Ranking(Decision):
             capacity=capacity,
         )
 
-    def settle(self) -> Routing:
+    def to_routing(self) -> Routing:
         """The first K experts of each token that aren't removed, as far as the capacity allows.
 
         If fewer than K are left, the other choices have kept = False and weight 0.
@@ -450,11 +451,11 @@ class Ranking(Decision):
         weight = self.router.gates(gate_logits, top_scores).masked_fill(~is_available, 0.0)
         kept = is_available & ~self.silenced.gather(-1, index)
         if self.capacity is not None:
-            priority = self.router.priority(gate_logits, top_scores)
-            priority = priority.masked_fill(~is_available, 0.0)
+            token_priority = self.router.priority(gate_logits, top_scores)
+            token_priority = token_priority.masked_fill(~is_available, 0.0)
             kept = within_capacity(
                 index,
-                priority,
+                token_priority,
                 kept,
                 self.routing.num_experts,
                 self.capacity.factor,
@@ -474,8 +475,9 @@ class Ranking(Decision):
     def choose(self, experts: Tensor, prefix: int) -> Self:
         """Send patches to `experts` [B, patches, K]; the first `prefix` tokens keep theirs. Weights stay with the rank.
 
-        `experts` [B, 1, K] is for all tokens of an image, the prefix tokens too. A negative entry ~e stands for expert
-        e with its output replaced by 0. If all entries of an image are negative, so are those of its prefix tokens.
+        `experts` [B, 1, K] is for all tokens of an image, the prefix tokens too. A negative entry ~e = -e - 1 stands
+        for expert e with its output replaced by 0. Where all entries of an image are negative, the layer is left out:
+        its prefix tokens' experts are silenced, too.
         """
         tokens = self.order.shape[1]
         if experts.shape[1] == 1:
@@ -544,7 +546,7 @@ class TokenLists(Decision):
             router, routing, no_pair, no_pair, order=order, scores=scores, top_k=router.top_k
         )
 
-    def settle(self) -> Routing:
+    def to_routing(self) -> Routing:
         """Each expert takes the first C tokens of its ranking; weights follow the router's own rule."""
         tokens = self.order.shape[-1]
         capacity = capacity_of(self.factor, tokens, self.top_k, self.routing.num_experts)
@@ -592,7 +594,7 @@ class SlotWeights(Decision):
         no_pair = _no_pair(routing)
         return cls(router, routing, no_pair, no_pair, routing.dispatch_weight, routing.slot_weight)
 
-    def settle(self) -> Routing:
+    def to_routing(self) -> Routing:
         """Weights without the slots of removed experts are normalised again; those of silenced experts become 0."""
         combine = self.combine.masked_fill(self.removed.unsqueeze(-1), 0.0)  # [B, N, E, P]
         total = combine.flatten(2).sum(-1)  # [B, N]

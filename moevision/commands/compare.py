@@ -30,7 +30,7 @@ from moevision.commands.data import run_of
 from moevision.config import WRITTEN, flatten
 from moevision.data.named import DRAWN
 from moevision.errors import UserError, escape_controls, refuse_equal_seeds
-from moevision.files import read_csv, refuse_foreign, write_json_atomic
+from moevision.files import read_csv, require_own_file, write_json_atomic
 from moevision.models.safe_files import read_yaml
 from moevision.stats import (
     LEVEL,
@@ -63,7 +63,7 @@ _COSTS = ("epochs", "steps", "cpu_s", "images_per_s", "ms_per_image", "device", 
 def run(args: Namespace) -> None:
     """Compare, print, and write JSON where asked to."""
     if args.json is not None:
-        refuse_foreign(args.json, _SCHEMA.encode(), "--json")
+        require_own_file(args.json, _SCHEMA.encode(), "--json")
     runs = [read_run(address) for address in args.runs]
     check_test_images(runs)
     comparison = compare(*paired_runs(runs))

@@ -26,7 +26,7 @@ from moevision.analysis.effects import class_index
 from moevision.analysis.images import PictureSet, View, balanced_subset, find_images
 from moevision.commands.export import latency_ms
 from moevision.errors import UserError, escape_controls
-from moevision.files import refuse_filled, write_json_atomic
+from moevision.files import require_new_or_empty, write_json_atomic
 from moevision.layers import forward_routing, moe_layers
 from moevision.models.cut import check_cuttable, cut
 from moevision.models.io import SavedModel, save_model
@@ -50,7 +50,7 @@ Labelled = list[tuple[Tensor, Tensor]]
 def run(args: Namespace) -> None:
     """Choose experts, measure the cut model, and write it with `cut.json`."""
     out = Path(args.out)
-    refuse_filled(out)
+    require_new_or_empty(out)
     with loading("reading the model"):
         model = load_trained(args.model)
     check_cuttable(model)

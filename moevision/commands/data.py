@@ -18,7 +18,7 @@ from moevision.data.scores import (
     starvation_warnings,
 )
 from moevision.errors import UserError, escape_controls
-from moevision.files import refuse_foreign
+from moevision.files import require_own_file
 from moevision.words import shell_word
 
 _HARDEST = 0.1  # of --hardest where it isn't given
@@ -64,7 +64,7 @@ def write_list(args: Namespace) -> None:
         selection = prune(scores, args.by, args.keep, hardest=hardest, seed=args.seed)
     out = args.out or run_dir / _list_name(args)
     relabelled = bool(data_settings(run_dir).get("relabel"))
-    refuse_foreign(out, LIST_HEAD.encode())
+    require_own_file(out, LIST_HEAD.encode())
     selection.write(out, scores, relabelled=relabelled)
 
     warnings = []

@@ -33,7 +33,7 @@ def run(args: Namespace, wait: Callable[[], None] | None = None) -> None:
     options["auth"] = login(args.auth)
     serving = Serving(**options)
     serving.check()
-    # Listen before the models are loaded, which takes seconds: who is early waits.
+    # Listen before the models are loaded, which takes seconds: early visitors wait instead of being refused.
     with serving.listen() as listener:
         print("Loading the models …", file=sys.stderr)
         explorer = open_explorer(args.model, args.data, args.root, local=serving.local)
@@ -48,10 +48,10 @@ def run(args: Namespace, wait: Callable[[], None] | None = None) -> None:
 
 
 def login(argument: str | None) -> tuple[str, str] | None:
-    """User and password: from `--auth`, asked for, or from the environment, which programs started here don't get."""
-    variable = os.environ.pop(AUTH, None)
+    """User and password: from `--auth`, asked for, or from the environment."""
+    variable = os.environ.pop(AUTH, None)  # so that programs started from here don't get it
     if variable and variable.partition(":")[0] == argument:
-        argument = None  # its password is known
+        argument = None  # of the same user: the environment has the password, too
     credentials = variable if argument is None else argument
     if credentials is None:
         return None
@@ -84,7 +84,7 @@ def _ask_for_password(user: str) -> str:
 def open_explorer(
     models: Sequence[str], data: str | None, root: str | None, *, local: bool = True
 ) -> Explorer:
-    """Load the models, else the bundled ones, start to look through their images, and warm everything up."""
+    """Load the models, else the bundled ones, warm them up, and begin to look through their images."""
     import torch
 
     from moevision.demo.galleries import Galleries
@@ -92,12 +92,13 @@ def open_explorer(
     from moevision.demo.server import cpu_workers
     from moevision.demo.service import Explorer
 
+    # The cores are divided among the server's workers.
     torch.set_num_threads(max(1, usable_cores() // cpu_workers()))
     entries = [open_own(model, data, root, number) for number, model in enumerate(models)]
-    entries = entries or open_entries(None, data, root)
+    entries = entries or open_entries(None, data, root)  # the bundled models
     explorer = Explorer(entries, Galleries(entries), local=local)
     explorer.warm()
-    explorer.galleries.start(explorer.pages.prepare)
+    explorer.galleries.start(explorer.pages.prepare)  # in the background
     return explorer
 
 
@@ -132,11 +133,11 @@ def address_for_others(host: str, url: str) -> str:
 
 def _own_address(family: socket.AddressFamily) -> str:
     """The address under which the local network knows this computer; no packet is sent to find it."""
-    # RFC 5737 and 3849: they route like the world and belong to nobody.
+    # Addresses for documentation (RFC 5737, RFC 3849), to which packets would take the way to the internet.
     remote = "2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1"
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((remote, 9))
+            probe.connect((remote, 9))  # of UDP: any port, nothing is sent
         except OSError:
             return socket.gethostname()
         return str(probe.getsockname()[0])

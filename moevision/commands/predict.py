@@ -22,7 +22,7 @@ from moevision.data.folder import unread_formats, walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, escape_controls, escape_csv_cell, json_text
-from moevision.files import csv_text, refuse_foreign, write_bytes_atomic, write_text_atomic
+from moevision.files import csv_text, require_own_file, write_bytes_atomic, write_text_atomic
 from moevision.models.convert import pooled
 from moevision.models.io import SavedModel, best_device
 from moevision.models.ood import linear_head
@@ -103,7 +103,7 @@ def run(args: Namespace) -> None:
 def _prepare_output(path: str | None, head: bytes, option: str) -> None:
     """Refuse to overwrite a file that isn't an earlier output (by its `head`), and make its folder."""
     if path is not None:
-        refuse_foreign(Path(path), head, option)
+        require_own_file(Path(path), head, option)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 

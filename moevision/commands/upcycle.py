@@ -18,7 +18,7 @@ from moevision.commands.info import cost_table
 from moevision.data import SyntheticPets
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError, escape_controls
-from moevision.files import refuse_filled, write_json_atomic
+from moevision.files import require_new_or_empty, write_json_atomic
 from moevision.models.convert import layers_that_miss_classifier
 from moevision.models.io import SavedModel, describe, save_model
 from moevision.models.upcycle import (
@@ -60,7 +60,7 @@ def run(args: Namespace) -> None:
 
 def _check_arguments(args: Namespace, out: Path) -> None:
     """Raise a UserError for arguments that can't work, before the model is read."""
-    refuse_filled(out)
+    require_new_or_empty(out)
     clusters = args.router_start == "cluster"
     if clusters != (args.data is not None):
         raise UserError(

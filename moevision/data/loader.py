@@ -45,17 +45,18 @@ from moevision.data.transforms import (
 from moevision.limits import usable_cores
 from moevision.types import Pixels, State
 
-SHM = Path("/dev/shm")  # through which Linux' data workers hand over batches
-Key = tuple[int, int]  # epoch, index
+SHM = Path("/dev/shm")  # shared memory through which DataLoader workers pass batches on Linux
+Key = tuple[int, int]  # epoch (offset where an image is repeated within it), index
 Batch = dict[str, Any]
 Decoded = Pixels | str  # an image, or the reason why it can't be used
-_NO_BATCH_S = 1800.0  # after which the workers are taken for stuck
-_AHEAD = 2  # batches that each worker prepares ahead, DataLoader's own number
-# Between the epochs of two keys of one image: more than there are epochs, and odd, so that it is mirrored in turn.
-_AGAIN = 2**31 + 1
+_WORKER_TIMEOUT_S = 1800.0  # after which workers that gave no batch count as stuck
+_PREFETCH_FACTOR = 2  # batches that each worker prepares ahead, DataLoader's default
+# Added to the epoch of a key each time an image is drawn again within one epoch, so that every repeat gets its own
+# augmentation. Larger than any number of epochs; odd, since images are mirrored in turn by the parity of the epoch.
+_REPEAT_OFFSET = 2**31 + 1
 # Where all files are unreadable the run should say so soon, instead of trying every one for one image.
 _MAX_TRIES = 100
-_CACHED_AT_ONCE = 512  # images per buffer
+_IMAGES_PER_BUFFER = 512
 
 
 @dataclass(eq=False, repr=False)
@@ -77,6 +78,7 @@ class PositionSampler(Sampler[Key]):
     def __post_init__(self) -> None:
         self.epoch = 0
         self.start = 0
+        # the epoch that is being read; `ImageDataModule` saves it as the position of a checkpoint
         self.running_epoch: int | None = None
 
     def __len__(self) -> int:
@@ -85,7 +87,7 @@ class PositionSampler(Sampler[Key]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch to be read next; Lightning calls this before each one.
 
-        A repeated epoch keeps the start position: on resume the call comes after ``seek``.
+        The same epoch keeps its start position: on resume Lightning calls this after ``seek``.
         """
         if epoch != self.epoch:
             self.epoch = epoch
@@ -98,7 +100,7 @@ class PositionSampler(Sampler[Key]):
         self.running_epoch = None
 
     def keys(self, epoch: int) -> list[Key]:
-        """What this process reads in ``epoch``, in order; an image that comes again has another epoch in its key."""
+        """Keys of what this process reads in ``epoch``, in order; repeats of an image differ by `_REPEAT_OFFSET`."""
         generator = torch.Generator()
         generator.manual_seed(hash_u64(self.seed, epoch))
         if self.balanced_labels is None:
@@ -108,7 +110,7 @@ class PositionSampler(Sampler[Key]):
         draws: Counter[int] = Counter()
         keys = []
         for index in order.tolist():
-            keys.append((epoch + draws[index] * _AGAIN, index))
+            keys.append((epoch + draws[index] * _REPEAT_OFFSET, index))
             draws[index] += 1
         return keys[self.rank :: self.world_size][: len(self)]
 
@@ -126,11 +128,11 @@ def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     images_of_class = labels.argsort(stable=True).split(counts.tolist())
     # n need not divide by the number of classes: a random choice of them gets one draw more
     quota, remainder = divmod(n, len(classes))
-    gets_more = torch.randperm(len(classes), generator=generator)[:remainder].tolist()
+    classes_with_one_more = torch.randperm(len(classes), generator=generator)[:remainder].tolist()
     draws = []
-    for number, images in enumerate(images_of_class):
-        class_quota = quota + (number in gets_more)
-        rounds = [images[:0]]
+    for position, images in enumerate(images_of_class):
+        class_quota = quota + (position in classes_with_one_more)
+        rounds = [images[:0]]  # so that a quota of 0 can be concatenated, too
         for _ in range(ceil(class_quota / len(images))):
             rounds.append(images[torch.randperm(len(images), generator=generator)])
         draws.append(torch.cat(rounds)[:class_quota])
@@ -149,21 +151,22 @@ def eval_batches(
     indices = list(range(rank, num_samples, world_size))
     if world_size == 1:
         return list(BatchSampler(indices, batch_size, drop_last=False))
+    # As many batches as the largest share needs.
     largest_share = ceil(num_samples / world_size)
     num_batches = ceil(largest_share / batch_size)
     return [batch.tolist() for batch in np.array_split(indices, num_batches)]
 
 
 def fitting_workers(num_workers: int, batch_bytes: int, processes: int = 1) -> int:
-    """How many data workers have room for their batches in the shared memory of so many processes.
+    """At most `num_workers` for each of so many processes, fewer where shared memory has no room for their batches.
 
     A worker that finds no room (Docker gives 64 MB) loses its batch, and the training would wait for it for ever.
     """
     if not (num_workers and SHM.is_dir()):
         return num_workers
-    batches = shutil.disk_usage(SHM).free // (batch_bytes * processes)
-    waiting = batches - 1  # one more is in use
-    return max(0, min(num_workers, waiting // _AHEAD))
+    max_batches = shutil.disk_usage(SHM).free // (batch_bytes * processes)
+    max_prefetched = max_batches - 1  # one more is in use
+    return max(0, min(num_workers, max_prefetched // _PREFETCH_FACTOR))
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,8 @@ class ImageDataset(Dataset[Batch]):
     samples: Sequence[Sample]
     image_size: int
     framing: Framing
-    std: Sequence[float]  # of the normalisation, in units of [0, 1]; `framing` has the mean
+    # of the normalisation, in units of [0, 1]; `framing` has the mean, which also fills borders
+    std: Sequence[float]
     square: bool  # whether images are prepared to S x S, or kept larger for random resized crops
     seed: int  # of the augmentation
     transform: TrainTransform | None  # None: for evaluation
@@ -203,11 +207,11 @@ class ImageDataset(Dataset[Batch]):
         """Prepared pixels of an image, uint8 [3, H, W], or the reason why it can't be used."""
         if self.cache is not None:
             return self.cache.image(index)
-        side, prepare = self.image_size, square_pixels
+        min_side, prepare = self.image_size, square_pixels  # the decoder may reduce an image so far
         if not self.square:
-            side, prepare = base_side(self.image_size), base_pixels
+            min_side, prepare = base_side(self.image_size), base_pixels
         try:
-            image = self.collection.open(self.samples[index], side)
+            image = self.collection.open(self.samples[index], min_side)
         except BadImageError as error:
             return error.reason
         return prepare(image, self.image_size, self.framing).transpose(2, 0, 1)
@@ -219,8 +223,9 @@ class ImageDataset(Dataset[Batch]):
         """
         cache = PixelCache()
         bad = []
+        # Each thread holds a decoded image, which may be large: at most 16.
         with ThreadPoolExecutor(min(16, usable_cores())) as pool:
-            for indices in BatchSampler(range(len(self)), _CACHED_AT_ONCE, drop_last=False):
+            for indices in BatchSampler(range(len(self)), _IMAGES_PER_BUFFER, drop_last=False):
                 images = list(pool.map(self.pixels, indices))
                 cache.extend(images)
                 for index, image in zip(indices, images, strict=True):
@@ -234,13 +239,14 @@ class ImageDataset(Dataset[Batch]):
         """An image, and in training those that replace it, in this order, if it is bad."""
         if self.transform is None:
             return [index]
+        # Those behind it, then from the first one on.
         return islice(chain(range(index, len(self)), range(index)), _MAX_TRIES)
 
     def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
         """A batch, as DataLoader asks for it; see the class for what a bad image yields.
 
         It has ``image`` float32 [B, 3, S, S], ``label`` and ``index`` int64 [B], and with a mixer ``target`` [B, C].
-        ``bad`` is a list of `BadImage` that `ImageLoader` takes out; without a single good image it stands alone.
+        ``bad`` is a list of `BadImage` that `ImageLoader` takes out; without a good image there is nothing else.
         """
         images: list[Pixels] = []
         indices: list[int] = []
@@ -259,7 +265,7 @@ class ImageDataset(Dataset[Batch]):
         if not images:
             return {"bad": bad}
 
-        # The key stays the drawn one: a replacement doesn't repeat its own augmentation in this epoch.
+        # A replacement is augmented by the key of the image that it replaces: not as where it is drawn itself.
         epochs, drawn_indices = zip(*good_keys, strict=True)
         if self.transform is None:
             pixels = torch.from_numpy(stack(images, self.image_size))
@@ -271,7 +277,7 @@ class ImageDataset(Dataset[Batch]):
             "index": torch.tensor(indices),
             "bad": bad,
         }
-        if self.mixer is not None:
+        if self.mixer is not None:  # the first image seeds the mixing of the whole batch
             batch["image"], batch["target"] = self.mixer(
                 batch["image"], batch["label"], self.seed, epochs[0], indices[0]
             )
@@ -291,8 +297,8 @@ class PixelCache:
     """Decoded images of one split in a few large uint8 buffers.
 
     Thousands of small tensors would be copied into every worker process as soon as their reference counts
-    are touched; views into a few large buffers are shared. The buffers are torch's, which workers that are not
-    forked share too.
+    are touched; views into a few large buffers are shared. They are torch's, which workers that are spawned
+    share, too.
     """
 
     def __init__(self) -> None:
@@ -339,8 +345,8 @@ class ImageLoader(DataLoader[Batch]):
         **options: Any,  # DataLoader's own
     ) -> None:
         """Report to ``on_bad``; a worker that gives nothing for half an hour is taken for stuck."""
-        timeout = _NO_BATCH_S if options["num_workers"] else 0
-        # The dataset makes whole batches, and there is nothing to collate.
+        timeout = _WORKER_TIMEOUT_S if options["num_workers"] else 0
+        # `__getitems__` returns a whole batch: `dict` collates nothing.
         super().__init__(dataset, timeout=timeout, collate_fn=dict, **options)
         self.on_bad = on_bad
         self.wait_s = 0.0
@@ -359,7 +365,7 @@ class ImageLoader(DataLoader[Batch]):
             if batch:
                 yield batch
 
-    # That these two exist tells Lightning that a resumed epoch goes on where it stopped, else it warns that it doesn't.
+    # Without these two methods Lightning warns that a training can't go on within an epoch.
     def state_dict(self) -> State:
         """Empty: the position is in `ImageDataModule`'s state."""
         return {}

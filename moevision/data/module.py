@@ -74,14 +74,16 @@ from moevision.types import Keywords, State
 from moevision.words import percent
 
 ClassCounts = dict[str, dict[str, int]]  # split -> class name -> images
-_MAX_SCORED = 200_000  # training images; from here on scores are kept only if asked for, since they take memory
+# Training images from which on scores.csv (losses, margins, ... of each image) is kept only if asked for: memory.
+_MAX_SCORED = 200_000
 _MAX_WITHOUT_PROGRESS = 2000  # images; decoding more takes long enough for a progress bar
 _MAX_CLASS_RATIO = 3  # largest class over smallest, in images; above it there is a warning
 _MAX_ROWS = 20  # of the table of classes
 _MAX_WORKERS = 256  # processes: no machine has use for more, and small ones end in swapping
 _NUM_PROBES = 32  # images that are read to estimate sizes
-_MEASURED = 100  # images whose shape is looked at
-_OBLONG = 0.05  # share cut off an image, and share of such images, above which it is said
+_NUM_SHAPES = 100  # images whose shape is looked at
+# An image isn't square if its central square leaves out more than this; said if more than this share of images is so.
+_MIN_CUT = 0.05
 _SMALL_SIDE = 96  # px; in images up to this size objects fill the frame, so they are shifted ("pad") and not cropped
 _RANGES = (
     (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
@@ -121,15 +123,15 @@ class ImageDataModule(Data, LightningDataModule):
         self.keep_file = None if self.keep is None else Path(self.keep).expanduser()
         self.relabel_file = None if self.relabel is None else Path(self.relabel).expanduser()
         self.run_dir: Path | None = None
-        # The split that all images go to if they are only evaluated, by a run that was trained on other data.
-        self.only_for: str | None = None
+        # `val` or `test`, if all images are only evaluated, by a run that was trained on other data; else None.
+        self.evaluated_as: str | None = None
         self.crop_mode: CropMode = "pad"
         self._contents: Contents | None = None
         self._class_weights: Tensor | None = None
         self.sampler: PositionSampler | None = None
-        # Where the next training loader begins: epoch, and how many of its images this process has read already.
+        # Where the next training loader begins: epoch, and images of it that this process has read already.
         self._start = (0, 0)
-        self.processes = 1  # number of processes of this training on this machine
+        self.local_world_size = 1  # processes of this training on this machine
         check_ranges(self, _RANGES, "--data.")
         if self.scores and self.mixes:
             raise UserError(
@@ -158,6 +160,7 @@ class ImageDataModule(Data, LightningDataModule):
             return False
         data_of_run = replace(self, path=path)
 
+        # Opened only where the files themselves don't tell.
         def collection_of_run() -> Collection | None:  # None if it is no longer there
             if not Path(path).expanduser().exists():
                 return None
@@ -206,13 +209,13 @@ class ImageDataModule(Data, LightningDataModule):
             sentences=splits.sentences(),
             warnings=list(map(escape_controls, notes)),
             unreadable=UnreadableImages(splits.samples, self.max_bad_fraction, bad_images_file),
-            cache_mb=self.cache_mb // self.processes,
+            cache_mb=self.cache_mb // self.local_world_size,
         )
 
     def _split(self, collection: Collection) -> tuple[Splits, list[str]]:
         """The split and its class names, from the run's splits.csv if it has one."""
-        if self.only_for is not None:
-            return evaluation_split(self.only_for, collection), collection.class_names
+        if self.evaluated_as is not None:
+            return evaluation_split(self.evaluated_as, collection), collection.class_names
         has_lists = self.keep_file is not None or self.relabel_file is not None
 
         # The splits of drawn images follow from the settings and need no file, unless some are left out or relabelled.
@@ -250,6 +253,7 @@ class ImageDataModule(Data, LightningDataModule):
                 mixer=None,
             )
         train = datasets["train"]
+        # Random resized crops are cut from larger images, others from the square that the model sees.
         train.square = self.crop_mode == "pad" or self.augment == "none"
         train.transform = TrainTransform(self, self.crop_mode)
         if self.mixes:
@@ -261,7 +265,7 @@ class ImageDataModule(Data, LightningDataModule):
         # float32 pixels and a soft label for each image, and 16 KiB for the small tensors of a batch
         image_bytes = 4 * (3 * self.image_size**2 + len(contents.class_names))
         batch_bytes = self.batch_size * image_bytes + 2**14
-        workers = fitting_workers(self.num_workers, batch_bytes, self.processes)
+        workers = fitting_workers(self.num_workers, batch_bytes, self.local_world_size)
         if workers < self.num_workers:
             contents.warnings.append(
                 f"{SHM} has room for the batches of {workers} of {self.num_workers} data workers: the others are left "
@@ -378,18 +382,18 @@ class ImageDataModule(Data, LightningDataModule):
         dataset = self.contents.datasets["train"]
         if self.fit != "crop" or not dataset.samples:
             return []
-        cut = []
-        for sample in dataset.samples[:: math.ceil(len(dataset) / _MEASURED)]:
+        cut_shares = []  # of each image
+        for sample in dataset.samples[:: math.ceil(len(dataset) / _NUM_SHAPES)]:
             with suppress(BadImageError):
                 size, _ = full_size(dataset.collection.open(sample, self.image_size))
-                cut.append(1 - min(size) / max(size))
-        oblong = [share for share in cut if share > _OBLONG]
-        if len(oblong) <= _OBLONG * len(cut):
+                cut_shares.append(1 - min(size) / max(size))
+        oblong = [share for share in cut_shares if share > _MIN_CUT]
+        if len(oblong) <= _MIN_CUT * len(cut_shares):
             return []
         return [
-            f"{percent(len(oblong) / len(cut), 0)} of the images aren't square: predictions see their central square, "
-            f"without {percent(fmean(oblong), 0)} of such an image. --data.fit pad keeps all of it, with borders, "
-            "squash squeezes it; details get smaller, so compare on validation."
+            f"{percent(len(oblong) / len(cut_shares), 0)} of the images aren't square: predictions see their "
+            f"central square, without {percent(fmean(oblong), 0)} of such an image. --data.fit pad keeps all of it, "
+            "with borders, squash squeezes it; details get smaller, so compare on validation."
         ]
 
     @property
@@ -473,10 +477,12 @@ class ImageDataModule(Data, LightningDataModule):
         return ImageLoader(dataset, batch_sampler=batches, **self._loader_options())
 
     def state_dict(self) -> State:
-        """The next training batch as {epoch, batch}, with {batch_size, world_size}, which it is counted in."""
+        """Position of the next training batch: epoch, and number in it, in batches of `batch_size` · `world_size`."""
         sampler = self.sampler
+        # Before an epoch that begins, or at a place within it where a run goes on.
         epoch, start = self._start if sampler is None else (sampler.epoch, sampler.start)
         batch = start // self.batch_size
+        # Within an epoch that is being read.
         if sampler is not None and sampler.running_epoch is not None and self.trainer is not None:
             epoch = sampler.running_epoch
             batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
@@ -664,6 +670,7 @@ def count_table(counts: ClassCounts) -> list[str]:
     """Lines of a table with a row per class and a column per split; of many classes only the extremes and the sum."""
     columns = [list(split.values()) for split in counts.values()]
     class_names = list(next(iter(counts.values())))
+    # Class name -> its number in each split.
     rows = dict(zip(class_names, zip(*columns, strict=True), strict=True))
     if len(class_names) > _MAX_ROWS:
         rows = {
@@ -699,7 +706,9 @@ def estimate_bytes(datasets: Iterable[ImageDataset]) -> float:
         if not dataset.square:
             step = max(1, len(dataset) // _NUM_PROBES)
             probes = map(dataset.pixels, range(0, len(dataset), step))
-            sizes = [image.nbytes for image in probes if not isinstance(image, str)]
+            sizes = [
+                image.nbytes for image in probes if not isinstance(image, str)
+            ]  # str: unreadable
             if sizes:
                 image_bytes = fmean(sizes)
         total += len(dataset) * image_bytes

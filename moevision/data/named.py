@@ -46,7 +46,7 @@ UNKNOWN = "unknown: check before you publish"  # terms of use of the user's own 
 DRAWN: dict[str, type[DrawnImages]] = {
     kind.name: kind for kind in (EmojiPages, EmojiKinds, SyntheticPets)
 }
-# Numbers of drawn images
+# Images that are drawn of each split, unless the user says otherwise.
 DRAWN_SIZES = {"train": 16_000, "val": 1_000, "test": 2_000}
 _IMAGENET_ARCHIVES = (
     "ILSVRC2012_img_train.tar",
@@ -59,8 +59,10 @@ def read_named(name: str, root: str, *, download: bool = False) -> Collection:
     """Read the dataset `name` of `NAMED` in the folder ``root``; if it is missing there and `download`, fetch it."""
     folder = Path(root).expanduser()
     dataset = NAMED[name]
-    if name == "imagenet":
+    if name == "imagenet":  # it is never downloaded, and says itself what is missing
         return _imagenet(folder, download)
+
+    # First what is there already.
     try:
         return dataset.read(folder, False)
     # a file or a subfolder of the dataset is missing
@@ -70,9 +72,9 @@ def read_named(name: str, root: str, *, download: bool = False) -> Collection:
             f"{folder / dataset.unpacked} and fetch it anew by {fetching(name, root)}"
         ) from error
     except OSError:
-        with explain_access_errors(folder):
+        with explain_access_errors(folder):  # as a UserError that says what is denied
             raise
-    except RuntimeError as error:  # torchvision raises it if the dataset isn't there, or corrupted
+    except RuntimeError as error:  # torchvision's, if the dataset isn't there, or corrupted
         if not download:
             hint = f"; for your own folder write ./{name}" if Path(name).is_dir() else ""
             raise UserError(
@@ -91,11 +93,11 @@ def read_named(name: str, root: str, *, download: bool = False) -> Collection:
         ) from error
 
 
-# ---- torchvision's datasets as collections
+# ---- readers of the table NAMED: folder, whether to download -> collection
 
 
 def _drawn(kind: type[DrawnImages], root: Path, download: bool) -> Collection:
-    return DrawnCollection.of(kind, 64, 0, DRAWN_SIZES)
+    return DrawnCollection.of(kind, 64, 0, DRAWN_SIZES)  # image size, seed
 
 
 def _cifar10(root: Path, download: bool) -> Collection:
@@ -172,11 +174,11 @@ class DataTerms:
 
 @dataclass(frozen=True)
 class Named(DataTerms):
-    """A row of the table `NAMED`."""
+    """A dataset that is chosen by its name: terms, size and reader."""
 
-    images: int  # in all splits
+    images: int  # in all splits; of drawn ones those for training
     read: Callable[[Path, bool], Collection]  # arguments: root folder, whether to download
-    unpacked: str = ""  # the folder below root that torchvision unpacks it into
+    unpacked: str = ""  # the folder below the root folder that torchvision unpacks it into
 
 
 # Terms of use for the model card. Each sentence follows the page that it names. If the makers of a dataset state none,
@@ -222,7 +224,7 @@ NAMED = {
 
 
 def terms_of(path: str) -> DataTerms:
-    """The terms of the data that `--data` names; of a path only the last part is told, the rest may be private."""
+    """The terms of the data that `--data` names. Of a path only its last part appears, the rest may be private."""
     if path.startswith(HF):
         name = escape_controls(path.removeprefix(HF).partition(":")[0])
         return DataTerms(name, f"unknown: see https://huggingface.co/datasets/{name}", name)
@@ -316,13 +318,13 @@ def count_images(path: str | Path) -> int:
 
 
 def contains_path(path: str, location: Path) -> bool:
-    """Whether images in the folder `location`, which needn't exist, would be read with the folder of images `path`."""
+    """Whether reading the folder of images `path` would also read images in `location`, which needn't exist yet."""
     root = Path(path).expanduser().resolve()
     if kind_of(path) != "folder" or not root.is_dir():
         return False
     for folder in split_folders(root).values() or [root]:
         if location.resolve().is_relative_to(folder):
             parts = location.resolve().relative_to(folder).parts
-            # A class folder whose name begins with one of these isn't read, see `subfolders`.
+            # Class folders with these first characters aren't read, see `subfolders`.
             return bool(parts) and parts[0][0] not in "._@"
     return False

@@ -1,4 +1,4 @@
-"""The images that a model can show: its data's, a folder's, gradio's photos, a scored run's.
+"""The images that a model can show: of its data set or a folder, gradio's photos, and those of a run with scores.
 
 An image is asked for by an id such as "pets/test/12", "data/cat/3.png" or "photo/lion"; those of a run whose training
 kept scores (`scores.csv`) by "train/cat/7.png", too, as the page of `moevision data score` links to them. Ids are
@@ -36,7 +36,7 @@ from moevision.errors import DataWarning, UserError, escape_controls
 from moevision.models.io import SavedModel
 from moevision.types import Pixels
 
-EXAMPLES = 12
+NUM_EXAMPLES = 12  # on the first screen, without gradio's photos
 THUMB_PX = 96
 # gradio 6.31 keeps these in media_assets/images; what they show is in their names.
 _PHOTOS = {
@@ -50,16 +50,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Examples:
-    """The images of a model: its data's, as it sees them (S px), and those of its run, if that kept scores."""
+    """The images of a model as it sees them (S px): of its data set, and of its training run if that has scores."""
 
     pictures: PictureSet | None
     image_size: int
-    # Author and licence of images that the package carries, by name. They and drawn ones have no photos of gradio's
-    # beside them.
+    # Author and licence of images that the package carries, by name. Beside these, and beside drawn images, none of
+    # gradio's photos are shown.
     credits: Mapping[str, str] = field(default_factory=dict)
     scored: ScoredRun | None = None
     framing: Framing = CROP
-    opening: str | None = None  # the id of the one that comes first, if it is among them
+    opening: str | None = None  # the id of the image that comes first, if it is among them
 
     def __post_init__(self) -> None:
         pictures = self.pictures
@@ -70,18 +70,18 @@ class Examples:
         self._index: dict[str, int] = {}
         if pictures is not None:
             self._index = {self.id_of(pictures, index): index for index in range(len(pictures))}
-        # `_open` and `_sharp_uri` with their last results; bounded, so memory stays flat.
+        # Caches of the last results, bounded so that memory stays flat.
         self.find = lru_cache(256)(self._open)
         self.sharp = lru_cache(64)(self._sharp_uri)
 
     @property
     def has_pictures(self) -> bool:
-        """Whether there is data of the model's own kind."""
+        """Whether images of the model's data set are there."""
         return self.pictures is not None
 
     @cached_property
     def all_ids(self) -> list[str]:
-        """All images of the model's data, `opening` first; classes take turns. `usable` removes those it can't use."""
+        """Ids of the model's images, `opening` first; classes take turns. `usable` takes out what can't be read."""
         pictures = self.pictures
         if pictures is None:
             return []
@@ -91,10 +91,10 @@ class Examples:
 
     def on_first_screen(self) -> list[PictureFacts]:
         """The first images that can be used, then gradio's photos."""
-        return self.usable(0, EXAMPLES) + list(map(self.find, self.photos))
+        return self.usable(0, NUM_EXAMPLES) + list(map(self.find, self.photos))
 
     def usable(self, start: int, stop: int) -> list[PictureFacts]:
-        """Images `start` to `stop` of `all_ids`; those that can't be used leave that list, and later ones move up."""
+        """Images `start` to `stop` of `all_ids`, fewer where some can't be read, which then leave that list."""
         images = []
         unusable = set()
         for id in self.all_ids[start:stop]:
@@ -108,7 +108,7 @@ class Examples:
         return images
 
     def id_of(self, pictures: PictureSet, index: int) -> str:
-        """The id of image `index` of this model's data or of a part of it."""
+        """The id of image `index` of this model's data or of some of it."""
         return self.id_of_name(pictures.picture_name(index))
 
     def id_of_name(self, name: str) -> str:
@@ -116,7 +116,7 @@ class Examples:
         if self.prefix == "pets":  # "test/000012", as the data package names it
             split, _, number = name.partition("/")
             return f"pets/{split}/{int(number)}"
-        # An id goes through JSON, which has no bytes that are no UTF-8.
+        # Ids are sent as JSON: a file name that isn't UTF-8 must be escaped.
         return f"data/{escape_controls(name)}"
 
     @property
@@ -127,14 +127,14 @@ class Examples:
         return set(map(self.pictures.picture_name, range(len(self.pictures))))
 
     def original(self, id: str) -> Image.Image | None:
-        """An image before the model's size; None where its data has nothing larger."""
+        """The image before it was made as small as the model's input; None where there is nothing larger."""
         photo = self.photos.get(id)
         if photo is not None:
             return safe_open(photo, SHARP_PX)
         return original_image(*self._locate(id), SHARP_PX)
 
     def _sharp_uri(self, id: str) -> str | None:
-        """The same part of an image as the model sees, in more pixels, as a data URI; None where there are no more."""
+        """What the model sees of an image, in more pixels, as a data URI; None where there are no more."""
         image = self.original(id)
         return None if image is None else sharp_data_uri(image, self.image_size, self.framing)
 
@@ -157,7 +157,7 @@ class Examples:
         class_index = pictures.label(index)
         if class_index >= 0:
             class_name = pictures.class_names[class_index]
-            # Of another set the whole id: it says that it is a training image.
+            # Of the scored run the whole id, which begins with its split.
             title = f"{class_name}, {name if pictures is self.pictures else id}"
         credit = self.credits.get(pictures.picture_name(index))
         return PictureFacts(pixels, id, title, class_name, credit=credit)
@@ -210,7 +210,7 @@ class ScoredRun:
 
     def locate(self, id: str) -> tuple[PictureSet, int]:
         """Where an image is, or RequestError if there is none of that id, or its file is gone."""
-        pictures, index = self._opened
+        pictures, index = self._pictures_and_index
         if id in index:
             return pictures, index[id]
         split, _, name = id.partition("/")
@@ -221,13 +221,13 @@ class ScoredRun:
         )
 
     @cached_property
-    def _opened(self) -> tuple[PictureSet, dict[str, int]]:
+    def _pictures_and_index(self) -> tuple[PictureSet, dict[str, int]]:
         """The images, and the index of each by its id; a RequestError if they can't be opened."""
-        from moevision.analysis.good_data import images_of  # and with it what finds duplicates
+        from moevision.analysis.good_data import images_of  # slow: it brings what finds duplicates
 
         try:
             with warnings.catch_warnings():
-                # At start the explorer noted what there is to note.
+                # The explorer said these warnings when it was started.
                 warnings.simplefilter("ignore", DataWarning)
                 images = images_of(self.run)
         except UserError as error:
@@ -246,6 +246,7 @@ class ScoredRun:
         index = {
             image_id(split, sample.sample_id): row for row, (split, sample) in enumerate(images)
         }
+        # With the labels of the model's classes.
         return open_pictures(pictures, model.image_size, class_names=model.class_names), index
 
 
@@ -257,6 +258,6 @@ def image_gone_error(name: str) -> RequestError:
 
 
 def _logged(error: UserError, message: str) -> RequestError:
-    """The error for the visitor; what is wrong goes to the log, since it names paths."""
+    """The error for the visitor; the cause, which names paths, goes to the log."""
     log.warning("%s", error)
     return RequestError(f"{message} The log of the server says more.")

@@ -1,4 +1,4 @@
-"""The explorer's opening as a Gradio app, to be launched or to be placed in somebody's Blocks.
+"""The first part of the explorer as a Gradio app, to be launched or to be placed in somebody's Blocks.
 
     from moevision.demo import blocks
 
@@ -6,11 +6,11 @@
     with gr.Blocks() as mine:
         blocks("runs/pets").render()        # one's own, among other things
 
-`moevision demo` serves the whole page. Here are an image, a model and experts to take away; the answer, and the flow of
-the patches.
+`moevision demo` serves the whole page. Here one gives an image, a model and experts to take away, and gets the answer
+and the flow of the patches.
 
-A visitor's image is opened by `safe_open` within the explorer's limits. Gradio would decode it before it calls us, and
-open any file of the computer that a request names: so its preprocessing is off, and `uploaded_image` takes its place.
+Gradio's own preprocessing is off: it would decode a visitor's image without our limits, and open any file of the
+computer that a request names. `uploaded_image` takes its place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from moevision.data.images import BadImageError, read_image
-from moevision.demo import requests as read
+from moevision.demo import requests as fields
 from moevision.demo.examples import sharp_data_uri, thumbnail_uri
 from moevision.demo.facts import SHARP_PX
 from moevision.demo.html import flow_html, links, sorting_html
@@ -41,8 +41,8 @@ NUM_EXAMPLES = 3  # of a model
 DELETE_CACHE_S = (600, 3600)  # every ten minutes Gradio deletes uploads older than an hour
 TITLE = "See inside a Mixture of Experts"
 LEAD = "Experts share one photo. Which of them computes each patch, and what if some were away?"
-# One image at a time: a request to /run doesn't wait in Gradio's queue.
-_DECODING = threading.Lock()
+# One image at a time: direct requests to /run pass by Gradio's queue and its limit of concurrent calls.
+_DECODE_LOCK = threading.Lock()
 
 
 def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
@@ -61,17 +61,16 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
     import gradio as gr
 
     entries = open_entries(model, data)
-    entries.sort(
-        key=lambda entry: entry.card.sorting is None
-    )  # cats to one expert, dogs to the other
-    asked = Asked({entry.card.title: entry for entry in entries})
-    first, answered = asked.first()
-    titles = list(asked.entries)
+    # First the model that routes whole photos: cats to one expert, dogs to the other.
+    entries.sort(key=lambda entry: entry.card.sorting is None)
+    routing_app = RoutingApp({entry.card.title: entry for entry in entries})
+    first, answered = routing_app.first()
+    titles = list(routing_app.entries)
     app: gr.Blocks
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE_S
     ) as app:
-        gr.Markdown(f"# {TITLE}\n{LEAD} {whole_explorer()}")
+        gr.Markdown(f"# {TITLE}\n{LEAD} {full_explorer_link()}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 image = gr.Image(
@@ -87,31 +86,33 @@ def blocks(model: str | None = None, data: str | None = None) -> gr.Blocks:
                     titles, value=titles[0], label="Model", visible=len(titles) > 1
                 )
                 expert_choice = partial(gr.Dropdown, value=[], multiselect=True, label="Take away")
-                ablated = expert_choice(asked.experts_of(titles[0]))
-                # A program may name the experts of any model.
-                every = dict.fromkeys(name for title in titles for name in asked.experts_of(title))
-                away = expert_choice(list(every), visible=False)
+                ablated = expert_choice(routing_app.experts_of(titles[0]))
+                # Gradio checks what a program sends against the choices of a dropdown: a hidden one has all models'.
+                all_experts = dict.fromkeys(
+                    name for title in titles for name in routing_app.experts_of(title)
+                )
+                away = expert_choice(list(all_experts), visible=False)
                 routing = gr.JSON(label="The experts of each patch", visible=False)
             with gr.Column(scale=3, min_width=320):
                 view = gr.HTML(answered.view, label="The flow of the patches")
-                samples = [[row.image, row.model] for row in asked.rows]
+                samples = [[row.image, row.model] for row in routing_app.rows]
                 gr.Examples(samples, [image, choice], label="Examples")
 
-        asked.listen([image, choice, ablated], [image, choice, away], [label, view, routing])
+        routing_app.listen([image, choice, ablated], [image, choice, away], [label, view, routing])
     return app
 
 
-class Asked:
-    """What the app shows, and what its listeners call."""
+class RoutingApp:
+    """Models, examples, and what answers an event of the page or a program's request."""
 
     def __init__(self, entries: dict[str, Entry]) -> None:
         self.entries = entries  # by title
         self.rows = examples(entries)
         # Pixels of examples as `moevision demo` gives them to the model, by model and bytes of the image.
-        self.known = {(row.model, row.image.tobytes()): row.pixels for row in self.rows}
+        self.example_pixels = {(row.model, row.image.tobytes()): row.pixels for row in self.rows}
 
     def first(self) -> tuple[Example, Answer]:
-        """What stands there before a visitor comes: in somebody's Blocks no event tells that the page has opened."""
+        """What is shown at first, answered when the app is built: within other Blocks no event opens a page."""
         title = next(iter(self.entries))
         shown = next(iter(self.rows), Example(None, title, None))
         return shown, self.route(shown.image, shown.model, [])
@@ -133,18 +134,19 @@ class Asked:
         )
         on = partial(gr.on, preprocess=False, concurrency_id="route")
         changes = [image.change, ablated.change]
-        on(changes, self.page, shown, outputs[:2], api_visibility="private")
-        on([], self.program, sent, outputs, api_name="route")
+        on(changes, self.answer_page, shown, outputs[:2], api_visibility="private")
+        # No event: for programs alone.
+        on([], self.answer_program, sent, outputs, api_name="route")
 
-    def page(self, image: Any, model: Any, away: Any) -> tuple[Any, str]:
-        """What the page shows; there experts of the model before stay chosen until their list has changed."""
+    def answer_page(self, image: Any, model: Any, away: Any) -> tuple[Any, str]:
+        """What the page shows, without experts that are still chosen of the model before."""
         if isinstance(model, str) and model in self.entries and isinstance(away, list):
             names = self.experts_of(model)
             away = [name for name in away if name in names]
-        classes, view, _ = self.program(image, model, away)
+        classes, view, _ = self.answer_program(image, model, away)
         return classes, view
 
-    def program(self, image: Any, model: Any, away: Any) -> Answer:
+    def answer_program(self, image: Any, model: Any, away: Any) -> Answer:
         """Route an image: the likeliest classes, the flow of its patches as HTML, and the experts of each patch.
 
         `model` is one of the titles. `away` names experts to take away, such as "L9·E3" or "L9.E3". An image that
@@ -153,7 +155,7 @@ class Asked:
         import gradio as gr
 
         try:
-            title = read.choice({"model": model}, "model", tuple(self.entries))
+            title = fields.choice({"model": model}, "model", tuple(self.entries))
             photo = uploaded_image(image, self.entries[title].facts.image_size)
             return self.route(photo, title, away or [])
         except UserError as error:
@@ -164,14 +166,16 @@ class Asked:
         """What the model of a title says about an image; a RequestError names an expert that it doesn't have."""
         entry = self.entries[model]
         trained = entry.variants["trained"]
-        ablated = read.ablated_experts(_pairs(entry, away), trained.facts)
+        ablated = fields.ablated_experts(_expert_indices(entry, away), trained.facts)
         if image is None:
             return Answer(None, "", None)
 
-        pixels = self.known.get((model, image.tobytes()))
-        seen = image if pixels is None else pixels
+        pixels = self.example_pixels.get((model, image.tobytes()))
+        model_input = image if pixels is None else pixels
         settings = Settings(ablated_experts=ablated)
-        view = route_image(trained.saved, seen, settings=settings, facts=trained.facts).to_json()
+        view = route_image(
+            trained.saved, model_input, settings=settings, facts=trained.facts
+        ).to_json()
         view["picture"]["name"] = "your photo"
         view["picture"]["sharp"] = sharp_data_uri(
             image, trained.saved.image_size, trained.saved.framing
@@ -182,7 +186,7 @@ class Asked:
         ]
         return Answer(
             classes={row["class"]: row["p"] for row in view["prediction"]["moe"]},
-            view=view_of(entry, view),
+            view=flow_of(entry, view),
             routing={"grid": list(trained.facts.grid), "layers": layers},
         )
 
@@ -199,12 +203,12 @@ class Answer(NamedTuple):
 class Example(NamedTuple):
     """An image to choose."""
 
-    image: Any  # in as many pixels as there are
+    image: Any  # at its full size
     model: str  # its title
     pixels: Pixels | None  # as `moevision demo` gives them to the model
 
 
-def whole_explorer() -> str:
+def full_explorer_link() -> str:
     """Where the rest of the explorer is."""
     live = links()["live"]
     if live:
@@ -224,7 +228,7 @@ def uploaded_image(sent: Any, image_size: int) -> Image.Image | None:
     side = max(SHARP_PX, image_size)
     url = sent.get("url")
     if isinstance(url, str) and url.startswith("data:"):
-        with _DECODING:
+        with _DECODE_LOCK:
             return open_data_uri(url, side)
     try:
         file = Path(sent.get("path") or "").resolve(strict=True)
@@ -235,12 +239,12 @@ def uploaded_image(sent: Any, image_size: int) -> Image.Image | None:
         raise BadImageError(
             "<upload>", "its file is not, or no longer, among the uploaded ones; choose it again"
         )
-    with _DECODING:
+    with _DECODE_LOCK:
         return open_upload(read_image(file, max_bytes=MAX_BYTES), side)
 
 
-def _pairs(entry: Entry, names: Any) -> list[list[int]]:
-    """The experts of these names, as `experts` has them, or with a dot."""
+def _expert_indices(entry: Entry, names: Any) -> list[list[int]]:
+    """[layer, expert] of each name, such as "L9·E3" or "L9.E3"."""
     pairs = experts(entry)
     if not isinstance(names, list):
         raise RequestError(
@@ -261,8 +265,8 @@ def _pairs(entry: Entry, names: Any) -> list[list[int]]:
     return chosen
 
 
-def view_of(entry: Entry, view: Json) -> str:
-    """The flow of the patches; of a router of whole photos the boxes that it sorts them into."""
+def flow_of(entry: Entry, view: Json) -> str:
+    """HTML of the flow of the patches; of a router of whole photos, of its experts as boxes with example photos."""
     sorting = entry.card.sorting
     if sorting is None or view["settings"]["away"]:
         return flow_html(view)

@@ -36,7 +36,8 @@ Kind = Literal["token_choice", "expert_choice", "soft"]
 JITTER = 0.01  # Switch Transformer, table 1 and its released code
 STEPS = ("scores", "shares", "kept", "weights")
 Explanation = dict[str, str]
-"""For each of `STEPS`, the steps of a router's decision, one or two sentences on what the router does there."""
+"""What the explorer says of a router's decision, one or two sentences for each of `STEPS`: how it makes logits,
+probabilities, the choice of experts and their weights."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Routing:
         grid: (rows, columns) of the patch grid; None when tokens are not the whole grid (patch dropping).
         num_prefix_tokens: class and register tokens in front of the patches; they are routed too.
         route_by: `token`, or `image` where all tokens of an image share one decision. It is then repeated along the
-            token axis (`for_tokens`), so that counts of choices are N times those of images; ratios of counts, CV² and
-            all balance losses have the same value for both.
+            token axis (`for_tokens`), so that an image counts as N choices. What is a ratio of counts (CV², balance
+            losses) doesn't change by that.
     """
 
     kind: ClassVar[Kind] = "token_choice"
@@ -120,7 +121,7 @@ class Routing:
     def dispatch(self, x: Tensor, *, pad: bool = True) -> Dispatched:
         """Rows for the experts: each token of x [T, D] is copied once for every expert that it chose.
 
-        `pad` is explained in `LocalDispatcher`.
+        `pad`: round the rows of each expert up to what the grouped matrix product likes; see `LocalDispatcher`.
         """
         expert_index = self.expert_index.flatten(0, 1)  # [T, K]
         return Dispatched(*send_choices(x, expert_index, self.num_experts, pad=pad))
@@ -165,12 +166,12 @@ class LayerLoad:
     counts: list[int]  # choices that each expert computed
     max_over_mean: float  # largest load over mean load; 1 is perfect, and parallel experts wait for the largest
     cv_squared: float  # variance over squared mean of the counts
-    # The CV² to expect from chance on a sample of I images, if every expert were chosen equally often over all possible
-    # images: Σ_e I · var(c_e) / E ÷ mean load², with c_e the counts of expert e in each image. Choices within an image
-    # are correlated, so this differs from (E - 1) / choices, the value for independent choices. That value is used for
-    # a single image, from which no variance can be computed.
+    # The CV² that chance alone leads one to expect on a sample of I images, if over all possible images every expert
+    # were chosen equally often: (I · mean over experts of var(c_e)) ÷ mean load², with c_e the counts of expert e in
+    # each image. Choices within an image are correlated; were they independent it would be (E - 1) / choices, which is
+    # used for a single image, from which no variance can be computed.
     cv_squared_floor: float
-    dead: int  # experts that no token chose
+    dead: int  # experts that computed nothing
     entropy_bits: float  # mean entropy of a token's router probabilities; at most log2(E), where all are equal
     dropped: float  # share of choices that capacity dropped
     # share of tokens that no expert computes: all choices dropped, or (expert choice) none took them
@@ -192,7 +193,7 @@ class LayerLoad:
         """Summarise sums over a number of `images` and `tokens`; all arguments but `layer` are tensors.
 
         By expert [E]: `counts`, the choices computed; `requested`, the choices before any capacity; `count_squares`,
-        the squares of each image's counts. Scalars: `entropy_bits`, and `unrouted` tokens.
+        the squares of each image's counts. Scalars, summed over tokens: `entropy_bits`, and how many are `unrouted`.
         """
         load = counts.double()
         num_choices = load.sum()
@@ -287,8 +288,8 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     Other threads can't record the model meanwhile if it was in training mode. A model that is in eval mode already,
     such as a server's, isn't locked.
     """
-    training = [module for module in net.modules() if module.training]
-    if not training:
+    training_modules = [module for module in net.modules() if module.training]
+    if not training_modules:
         yield
         return
     with routing_lock(net):
@@ -296,7 +297,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for module in training:
+            for module in training_modules:
                 module.training = True
 
 
@@ -325,6 +326,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
             for layer, outer_recorder in zip(layers, outer_recorders, strict=True):
                 layer.recorder = outer_recorder
             routings[:] = [_with_geometry(routing, model) for routing in routings]
+            # An outer scope set the same list on all layers.
             if outer_recorders and outer_recorders[0] is not None:
                 outer_recorders[0].extend(routings)
 
@@ -369,7 +371,7 @@ class Router(nn.Module):
     """
 
     kind: ClassVar[Kind] = "token_choice"
-    # Whether the router has a method `look`, a forward pre-hook of the model's patch embedding.
+    # Whether the router needs the image itself: its method `look` becomes a forward pre-hook of the patch embedding.
     sees_image: ClassVar[bool] = False
     num_experts: int  # E
     top_k: int  # K
@@ -403,9 +405,9 @@ class Router(nn.Module):
         """Sentences for the explorer: how the router treats a patch in eval mode, with this noise, K and capacity."""
         return {
             "scores": f"The router {type(self).__name__} gives each expert a number.",
-            "shares": "As shares of 1.",
+            "shares": "The scores become shares that sum to 1.",
             "kept": "It chooses experts.",
-            "weights": "It gives weights.",
+            "weights": "It weighs what they compute.",
         }
 
     def extra_repr(self) -> str:
@@ -461,13 +463,14 @@ def within_capacity(
     Args:
         index: [B, N, K] the chosen experts, `Routing.expert_index`.
         weight: [B, N, K] their gates, whose largest per token decides with `priority`.
-        kept: [B, N, K] bool, the choices that are left.
+        kept: [B, N, K] bool, the choices that compete for capacity.
         num_experts: E.
         factor: the capacity factor.
         priority: whether tokens with larger gates come first.
         whole_batch: whether images share the capacity, so that a prediction depends on the other images of the batch;
             else each image has its own.
-        unit: tokens that share one decision and are counted as one; N where images are routed as a whole.
+        unit: how many tokens share a decision, N where images are routed as a whole: capacity is then an even share of
+            images, in tokens.
     """
     shape = kept.shape  # [B, N, K]; sizes from len() would be constants in an exported program
     if whole_batch:
@@ -481,6 +484,7 @@ def within_capacity(
     expert = index.mT.flatten(1)  # [G, K·N]
     competes = kept.mT.flatten(1)  # [G, K·N]
     if priority:
+        # By gate within first choices, second ones, ...: choice k of token n is at k·N + n before.
         token_order = weight.amax(-1).argsort(dim=1, descending=True, stable=True)  # [G, N]
         first_of_rank = tokens * torch.arange(top_k, device=index.device).view(-1, 1)  # [K, 1]
         order = (token_order.unsqueeze(1) + first_of_rank).flatten(1)  # [G, K·N]

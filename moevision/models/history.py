@@ -1,11 +1,11 @@
 """How routing formed: what a model did with a few fixed images at some moments of its training.
 
 `fit` writes `routing_history.safetensors` into the run folder, of test images or of those in a folder; bundled models
-carry the history of the images that the explorer shows. The last moment is the saved model. One safetensors file:
+carry the history of the images that the explorer shows. The last moment is of the saved weights. One safetensors file:
 
 - metadata `history`, a JSON object: `schema` (`moevision.history/1`), `steps` ([T] optimizer steps done at each moment,
   0 before the training), `total_steps` (of the whole training), `image_names` ([I]), `class_names` ([C]), `layers` ([L]
-  block numbers), `grid` ([rows, columns] of patches), `pretrained` (whether layers had been trained before the step 0);
+  block numbers), `grid` ([rows, columns] of patches), `pretrained` (whether the training began from such weights);
 - `probabilities` [T, I, C] float16, and for each layer `L<block>.weights` [T, I, P, E] float16: the weight that each
   patch gives to each expert, 0 where it is not routed.
 
@@ -38,7 +38,7 @@ from moevision.types import Ints
 SCHEMA = "moevision.history/1"
 """Version of the file; a change that an older reader would misread raises the number."""
 FILE = "routing_history.safetensors"
-_BATCH = 16
+_BATCH_SIZE = 16  # images of a forward pass
 Half = npt.NDArray[np.float16]
 
 
@@ -57,17 +57,17 @@ def moment_of(net: nn.Module, images: Tensor) -> Moment:
     probabilities = []  # [batch, C] for each batch
     weights = defaultdict(list)  # [batch, P, E] for each layer and batch
     with evaluating(net):
-        for batch in images.split(_BATCH):
+        for batch in images.split(_BATCH_SIZE):
             logits, routings = forward_routing(net, batch)
             probabilities.append(logits.float().softmax(-1))
             for routing in routings:
-                of_patches = routing.expert_weights()[:, routing.num_prefix_tokens :]
-                weights[int(routing.layer or 0)].append(of_patches)
+                patch_weights = routing.expert_weights()[:, routing.num_prefix_tokens :]
+                weights[cast(int, routing.layer)].append(patch_weights)
 
     return Moment(
         probabilities=_to_half(probabilities),
         weights={layer: _to_half(batches) for layer, batches in weights.items()},
-        grid=cast(tuple[int, int], routings[0].grid),
+        grid=cast(tuple[int, int], routings[0].grid),  # the same in all layers of a ViT
     )
 
 
@@ -82,7 +82,7 @@ class RoutingHistory:
     image_names: tuple[str, ...]  # [I] names, such as paths below a folder
     class_names: tuple[str, ...]  # [C] names
     total_steps: int  # optimizer steps of the whole training
-    pretrained: bool = False  # whether the training began with pretrained layers
+    pretrained: bool = False  # whether the training began from pretrained weights
     steps: tuple[int, ...] = ()  # [T] optimizer steps done at each moment
     # rows and columns of patches; (0, 0) as long as there is no moment
     grid: tuple[int, int] = (0, 0)
@@ -120,13 +120,13 @@ class RoutingHistory:
         )
 
     def until(self, step: int) -> RoutingHistory:
-        """Without the moments after `step`."""
-        moments = bisect_right(self.steps, step)
+        """The moments at and before `step`."""
+        num_moments = bisect_right(self.steps, step)
         return replace(
             self,
-            steps=self.steps[:moments],
-            probabilities=self.probabilities[:moments],
-            weights={layer: weights[:moments] for layer, weights in self.weights.items()},
+            steps=self.steps[:num_moments],
+            probabilities=self.probabilities[:num_moments],
+            weights={layer: weights[:num_moments] for layer, weights in self.weights.items()},
         )
 
     def save(self, path: str | Path) -> None:
@@ -135,15 +135,16 @@ class RoutingHistory:
         for layer, weights in self.weights.items():
             tensors[f"L{layer}.weights"] = np.ascontiguousarray(weights)
         header = {"schema": SCHEMA} | {name: getattr(self, name) for name in _HEADER_FIELDS}
-        # One entry: safetensors writes several in any order, and equal histories shall be equal files.
-        write_bytes_atomic(path, save(tensors, {_KEY: json_text(header)}))
+        # All in one entry: safetensors keeps no order of several, and equal histories must give equal files.
+        write_bytes_atomic(path, save(tensors, {_METADATA_KEY: json_text(header)}))
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingHistory:
         """Read a file."""
         try:
-            read_header(path)  # within limits, and no more than the file holds
-            header = parse_json(read_metadata(path)[_KEY].encode(), _KEY)
+            # Raises ValueError for a header that is too large, or that describes more bytes than the file has.
+            read_header(path)
+            header = parse_json(read_metadata(path)[_METADATA_KEY].encode(), _METADATA_KEY)
             if header["schema"] != SCHEMA:
                 raise ValueError(
                     f"its schema is {header['schema']!r}, and this version reads {SCHEMA}"
@@ -170,18 +171,21 @@ class RoutingHistory:
             weights={int(layer): tensors[f"L{layer}.weights"] for layer in header["layers"]},
         )
 
-        size = (len(history.steps), len(history.image_names))  # T, I
-        right = history.probabilities.shape == (*size, len(history.class_names))
+        leading_shape = (len(history.steps), len(history.image_names))  # T, I
+        shapes_fit = history.probabilities.shape == (*leading_shape, len(history.class_names))
         for weights in history.weights.values():
-            right &= weights.ndim == 4 and weights.shape[:3] == (*size, rows * columns)
-        if not right:
+            shapes_fit &= weights.ndim == 4 and weights.shape[:3] == (
+                *leading_shape,
+                rows * columns,
+            )
+        if not shapes_fit:
             raise ValueError("its arrays don't fit its header")
         if list(history.steps) != sorted(set(history.steps)):
-            raise ValueError("its moments are in no order")
+            raise ValueError("its steps don't rise")
         return history
 
 
-_KEY = "history"
+_METADATA_KEY = "history"
 _HEADER_FIELDS = (
     "steps",
     "total_steps",
@@ -193,7 +197,10 @@ _HEADER_FIELDS = (
 )
 
 
-def planned_moments(total_steps: int, moments: int) -> list[int]:
-    """Steps from 0 to the last one, close together at first, where routing changes most: total · (i / (n - 1))²."""
-    fractions = [number / (moments - 1) for number in range(moments)]
+def planned_moments(total_steps: int, num_moments: int) -> list[int]:
+    """Steps from 0 to the last one, close together at first, where routing changes most: total · (i / (n - 1))².
+
+    n is `num_moments`, at least 2, and i counts from 0 to n - 1.
+    """
+    fractions = [number / (num_moments - 1) for number in range(num_moments)]
     return sorted({round(total_steps * fraction**2) for fraction in fractions})

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from moevision.config import Fit, Framing
 from moevision.errors import UserError, escape_controls
-from moevision.files import no_model, sync_file, write_text_atomic
+from moevision.files import model_not_found_message, sync_file, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.models.ood import FILE as STRANGERS
 from moevision.models.ood import MahalanobisOOD, read_ood
@@ -40,7 +40,7 @@ from moevision.models.safe_files import (
     WEIGHTS,
     check_model_folder,
     check_types,
-    fill,
+    load_adapted_weights,
     parts_of,
     read_config,
     read_header,
@@ -52,11 +52,11 @@ from moevision.types import Json, Keywords, State, TimmModel
 from moevision.words import shell_word
 
 ImageSize = int | tuple[int, int]
-Colour = tuple[float, float, float]
-FOLDER = "local-dir:"
-HUB = ("hf-hub:", "hf_hub:")
+Colour = tuple[float, float, float]  # a value for red, green and blue each
+LOCAL_PREFIX = "local-dir:"
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 MAX_SIDE_PX = 4096  # of a model's input: one image takes 200 MB in float32
-MAX_COLOUR = 1e4  # of a channel's mean and deviation, in units of the brightest pixel
+MAX_COLOUR = 1e4  # of a channel's mean and deviation, where the brightest pixel is 1
 # `fit` in timm's words.
 _CROP_MODES: dict[Fit, str] = {"crop": "center", "pad": "border", "squash": "squash"}
 
@@ -72,7 +72,7 @@ class SavedModel:
     std: Colour  # per channel, of pixels in [0, 1]
     # what logits are divided by for calibrated probabilities; None: not calibrated
     temperature: float | None = None
-    # how far images may lie from the classes that the model knows; None: not measured
+    # the out-of-distribution detector: distances from the classes that the model knows; None: not measured
     strangers: MahalanobisOOD | None = None
     fit: Fit = "crop"  # how an image that isn't square becomes so
 
@@ -103,11 +103,11 @@ def load_model(address: str) -> SavedModel:
         raise UserError(
             f"The model {address!r} can't be used: it takes images with other channels than red, green, blue."
         )
-    check_numbers(saved.net, address)
+    check_finite_weights(saved.net, address)
     return saved
 
 
-def check_numbers(net: nn.Module, address: str) -> None:
+def check_finite_weights(net: nn.Module, address: str) -> None:
     """Refuse weights with which every answer is NaN; `address` is what to call the model in the error."""
     for name, value in net.state_dict().items():  # buffers too: statistics, biases of routers
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -196,10 +196,10 @@ def model_folder(path: Path) -> Path | None:
 
 def config_file(address: str) -> Path | None:
     """The config.json of a folder or of a hub's repository, fetched if need be; None for a timm name or a file."""
-    if address.startswith(HUB):
+    if address.startswith(HUB_PREFIXES):
         name, _, revision = address.split(":", 1)[1].partition("@")
         return _fetch(name, CONFIG, revision or None)
-    folder = model_folder(Path(address.removeprefix(FOLDER)))
+    folder = model_folder(Path(address.removeprefix(LOCAL_PREFIX)))
     return None if folder is None else folder / CONFIG
 
 
@@ -261,7 +261,7 @@ def _make_contiguous(_net: nn.Module, state: State, _prefix: str, _metadata: Jso
 
 
 def from_clusters(net: nn.Module) -> bool:
-    """Whether the routers of a model began as clusters of their input (`start_routers`), before any training."""
+    """Whether the routers of a model were initialised by clusters of their input (`start_routers`)."""
     return getattr(net, "router_start", None) == "cluster"
 
 
@@ -309,13 +309,13 @@ def explain_load_errors(source: str) -> Iterator[None]:
 
 def address_of(source: str) -> str:
     """The timm address of a saved model's folder or run folder, and any other address as it is."""
-    path = Path(source.removeprefix(FOLDER))
+    path = Path(source.removeprefix(LOCAL_PREFIX))
     folder = model_folder(path)
     if folder is not None:
-        return f"{FOLDER}{folder}"
+        return f"{LOCAL_PREFIX}{folder}"
     if is_timm_name(source):
         return source
-    if path.exists() or source.startswith(FOLDER):
+    if path.exists() or source.startswith(LOCAL_PREFIX):
         saved = path / "checkpoints" / "last.ckpt"
         if saved.is_file():
             resume = f"moevision fit --resume {shell_word(str(path))}"
@@ -329,8 +329,8 @@ def address_of(source: str) -> str:
     if ":" in source:
         return source
     if "/" in source or os.sep in source:
-        raise UserError(no_model(source))
-    raise UserError(no_model(source) + _similar_names(source))
+        raise UserError(model_not_found_message(source))
+    raise UserError(model_not_found_message(source) + _similar_names(source))
 
 
 def is_timm_name(address: str) -> bool:
@@ -366,7 +366,10 @@ def _similar_names(name: str) -> str:
 def _create_from_file(
     address: str, file: Path, num_classes: int | None, options: Keywords
 ) -> nn.Module:
-    """First with the file's own classes: timm then checks that every weight is there, as it doesn't for a new head."""
+    """A timm model with the weights of a safetensors file.
+
+    It is made with the file's number of classes, so that timm checks every weight; then the classifier is replaced.
+    """
     if file.suffix != ".safetensors" or not file.is_file():
         raise UserError(
             f"There is no .safetensors file {file}: only safetensors are read, never pickles."
@@ -376,7 +379,7 @@ def _create_from_file(
             f"{address} has weights of its own: give {file} with the timm name of their architecture."
         )
     classifier = getattr(timm.get_pretrained_cfg(address), "classifier", None) or "head"
-    if not isinstance(classifier, str):
+    if not isinstance(classifier, str):  # a distilled model has two, of as many classes
         classifier = classifier[0]
     entries = read_header(file)
     head = entries.get(f"{classifier}.weight")
@@ -448,9 +451,9 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
 
 def _local_folder(address: str, *, weights: bool) -> Path | None:
     """The folder of `local-dir:FOLDER`, or of a hub's repository in its cache, fetched if need be; None for a name."""
-    if address.startswith(FOLDER):
-        return Path(address.removeprefix(FOLDER))
-    if not address.startswith(HUB):
+    if address.startswith(LOCAL_PREFIX):
+        return Path(address.removeprefix(LOCAL_PREFIX))
+    if not address.startswith(HUB_PREFIXES):
         return None
     config = cast(Path, config_file(address))
     content = read_config(config)  # before gigabytes are fetched for nothing
@@ -467,15 +470,15 @@ def _open_folder(folder: Path, address: str, *, weights: bool = True, **options:
     """The model of a folder, which `address` names."""
     config = check_model_folder(folder, weights=weights)
     net: Any = timm.create_model(
-        f"{FOLDER}{folder}", pretrained=False, pretrained_cfg_overlay=NO_SOURCE, **options
+        f"{LOCAL_PREFIX}{folder}", pretrained=False, pretrained_cfg_overlay=NO_SOURCE, **options
     )
     if weights:
         file = weights_of(folder)
-        fill(net, unpack(file) if file.name == PACKED else load_file(file))
-    # Without weights too: a training that goes on has them elsewhere.
+        load_adapted_weights(net, unpack(file) if file.name == PACKED else load_file(file))
+    # Without weights, too: a resumed training takes them from its checkpoint, and needs this fact.
     if config.get("router_start") == "cluster":
         net.router_start = "cluster"
-    if address.startswith(HUB):
+    if address.startswith(HUB_PREFIXES):
         # The path in this computer's cache means nothing to a reader of the model's facts.
         repository = address.split(":", 1)[1]
         net.pretrained_cfg.update(source="hf-hub", hf_hub_id=repository, file=None)
@@ -483,7 +486,7 @@ def _open_folder(folder: Path, address: str, *, weights: bool = True, **options:
 
 
 def _with_measurements(saved: SavedModel, folder: Path) -> SavedModel:
-    """A model with what `fit` measured for it, from the files in its folder: its temperature, and its distances."""
+    """A model with what `fit` measured for it, from its folder: temperature and out-of-distribution detector."""
     config = read_config(folder / CONFIG)
     if "calibration" in config:
         match config["calibration"]:
@@ -504,7 +507,7 @@ def unpack(file: Path) -> dict[str, Tensor]:
     A safetensors file: a large matrix is q, int8 [..., out, in], under its name and s, bfloat16 [..., out, G], under
     `NAME.scale`; its weight is q s, with one s for each of G equal parts of a row. All else is as the model has it.
     Where its header names another bundled model, what isn't stored is that model's (`parts_of`).
-    What is multiplied out is kept in memory alone: a cache could go stale, or have no place to be written to.
+    The products are kept in memory alone: a cache on disk could go stale, or have no place to be written to.
     """
     tensors: dict[str, Tensor] = {}
     for part in parts_of(file):
@@ -519,7 +522,7 @@ def unpack(file: Path) -> dict[str, Tensor]:
 
 
 def best_device() -> torch.device:
-    """The accelerator if there is one, else the CPU, and in the place of Apple's GPU: effects are taken in float64."""
+    """The accelerator if there is one, else the CPU; also in the place of Apple's GPU, which has no float64."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or accelerator.type == "mps":
         return torch.device("cpu")
@@ -611,7 +614,7 @@ def ask_hub(weights: Published) -> HubFacts:
         RevisionNotFoundError,
     )
 
-    try:  # its client asks twice
+    try:  # the hub's client tries twice, so half the time for each
         info = HfApi().model_info(
             weights.repository,
             revision=weights.revision,
@@ -636,21 +639,21 @@ def fetch_weights(name: str) -> Path:
     """The published weights of a timm name, as safetensors: from the hub's cache, else from the hub."""
     weights = published(name)
     path = cached(weights) or _fetch(weights.repository, weights.file, weights.revision)
-    read_header(path)
+    read_header(path)  # a UserError if the file is damaged
     return path
 
 
-_may_ask = ContextVar("_may_ask", default=True)
+_may_download = ContextVar("_may_download", default=True)
 
 
 @contextmanager
 def from_cache_only() -> Iterator[None]:
-    """Ask the hub for nothing while the block lasts: what a file from elsewhere names is not what a user asked for."""
-    token = _may_ask.set(False)
+    """No downloads while the block lasts: a checkpoint from elsewhere must not be able to cause one."""
+    token = _may_download.set(False)
     try:
         yield
     finally:
-        _may_ask.reset(token)
+        _may_download.reset(token)
 
 
 def _fetch(repository: str, file: str, revision: str | None) -> Path:
@@ -663,7 +666,7 @@ def _fetch(repository: str, file: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    if not _may_ask.get():
+    if not _may_download.get():
         path = _in_cache(repository, file, revision)
         if path is not None:
             return path

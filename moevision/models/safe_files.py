@@ -38,10 +38,10 @@ WEIGHTS = "model.safetensors"
 # name doesn't end in .safetensors, because timm would load such a file and take the integers for weights.
 PACKED = "model.int8"
 SCALE = ".scale"  # ends the name of a tensor of scales
-REST = "rest"  # key in the header of a packed file, see `parts_of`
+BASE_KEY = "rest"  # in the header of a packed file: the bundled model that has the remaining tensors, see `parts_of`
 MAX_JSON_BYTES = 16 * 2**20  # the names of ImageNet-21k's 21 841 classes take 3 MB
 MAX_YAML_BYTES = 2**20
-MAX_LAYERS = 512
+MAX_LAYERS = 512  # far above any ViT's: bounds the time to build a model
 # Elements that a model may have beyond those in its file: buffers that aren't saved, such as masks. 64 MB in fp32.
 _SPARE_ELEMENTS = 16 * 2**20
 _ARCHITECTURE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
@@ -59,10 +59,9 @@ _LAYER_COUNT_ARGUMENTS = re.compile("depth|layers|blocks|stages")
 def read_bytes(path: Path, max_bytes: int) -> bytes:
     """The content of a file of at most `max_bytes`, else a UserError; a FileNotFoundError is left to the caller."""
     with _open_regular(path) as file:
-        # One byte more than expected shows that the file is too large. `read` allocates what it is asked for, hence the
-        # size on disk.
-        expected_bytes = min(max_bytes, os.fstat(file.fileno()).st_size)
-        data = file.read(expected_bytes + 1)
+        # `read` allocates what it is asked for: no more than the file has. One byte more shows that it is too large.
+        read_limit = min(max_bytes, os.fstat(file.fileno()).st_size)
+        data = file.read(read_limit + 1)
     if len(data) > max_bytes:
         raise UserError(
             f"{path} is larger than the {max_bytes:,} bytes that such a file may have: give another one."
@@ -83,7 +82,7 @@ def _open_regular(path: Path) -> BinaryIO:
         ) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UserError(f"{path} is no regular file: give a file.")
+        raise UserError(f"{path} isn't a regular file: give one.")
     return os.fdopen(descriptor, "rb")
 
 
@@ -207,11 +206,11 @@ def weights_of(folder: Path) -> Path:
 def parts_of(file: Path) -> list[Path]:
     """The packed files that make up a model; where two have a tensor of the same name, the later file counts.
 
-    A file whose header says `rest: NAME` holds only the tensors in which the model differs from the bundled model NAME.
-    Bundled models lie side by side: NAME/trained/model.int8.
+    A file whose header says `rest: NAME` holds only the tensors in which the model differs from the bundled model NAME,
+    which supplies the rest. Bundled models lie side by side: NAME/trained/model.int8.
     """
-    base_name = read_metadata(file).get(REST, "")
-    if not re.fullmatch(r"\w+", base_name):
+    base_name = read_metadata(file).get(BASE_KEY, "")
+    if not re.fullmatch(r"\w+", base_name):  # none; nor may a name lead out of the bundled models
         return [file]
     bundle = file.parents[2]
     return [bundle / base_name / "trained" / PACKED, file]
@@ -225,21 +224,21 @@ def _unpacked_entries(file: Path, entries: Mapping[str, TensorEntry]) -> dict[st
             continue
         del unpacked[scale_name]
         name = scale_name.removesuffix(SCALE)
-        values = entries.get(name)
-        if values is None or not _scale_fits(values, scale):
+        weight = entries.get(name)
+        if weight is None or not _scale_fits(weight, scale):
             raise UserError(
                 f"{file} can't be loaded: {name[:80]!r} and its scale don't fit. It is damaged."
             )
-        unpacked[name] = TensorEntry("F32", values.shape)
+        unpacked[name] = TensorEntry("F32", weight.shape)
     return unpacked
 
 
-def _scale_fits(values: TensorEntry, scale: TensorEntry) -> bool:
-    """Whether int8 values [..., out, in] go with bfloat16 scales [..., out, parts], one for each part of a row."""
-    if (values.dtype, scale.dtype) != ("I8", "BF16") or not values.shape or not scale.shape:
+def _scale_fits(weight: TensorEntry, scale: TensorEntry) -> bool:
+    """Whether an int8 weight [..., out, in] goes with bfloat16 scales [..., out, groups], of groups of a row."""
+    if (weight.dtype, scale.dtype) != ("I8", "BF16") or not weight.shape or not scale.shape:
         return False
-    parts = scale.shape[-1]
-    return values.shape[:-1] == scale.shape[:-1] and parts > 0 and values.shape[-1] % parts == 0
+    groups = scale.shape[-1]
+    return weight.shape[:-1] == scale.shape[:-1] and groups > 0 and weight.shape[-1] % groups == 0
 
 
 def read_config(file: Path) -> Json:
@@ -253,7 +252,10 @@ def read_config(file: Path) -> Json:
             raise ValueError("weights stand in it (state_dict)")
 
         # A name such as `hf-hub:...` would fetch a model.
-        for name in (config["architecture"], arguments.get("base") or "vit"):
+        for name in (
+            config["architecture"],
+            arguments.get("base") or "vit",
+        ):  # "vit": there is no base
             if not _ARCHITECTURE_NAME.fullmatch(name):
                 raise ValueError(f"{name[:80]!r} is no architecture's name")
         check_arguments(arguments)
@@ -279,7 +281,9 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         # `moe_layers` lists indices of layers, not a count.
         if _LAYER_COUNT_ARGUMENTS.search(name) and name != "moe_layers":
             values = value if isinstance(value, list) else [value]
-            counts = [count for count in values if isinstance(count, int | float)]
+            counts = [
+                count for count in values if isinstance(count, int | float)
+            ]  # JSON may say 1e9
             if sum(counts) > MAX_LAYERS:
                 raise ValueError(f"model_args.{name} has more than {MAX_LAYERS} layers")
 
@@ -293,7 +297,7 @@ def check_types(file: Path, net: nn.Module, entries: Mapping[str, TensorEntry]) 
     for name, entry in entries.items():
         # A name that the model doesn't have, as of an earlier version, is judged by its ending.
         is_weight = is_floating.get(name, name.endswith((".weight", ".bias")))
-        if is_weight and "F" not in entry.dtype:
+        if is_weight and "F" not in entry.dtype:  # F32, F16, BF16, F8_...
             raise UserError(
                 f"{file} can't be loaded: {name[:80]!r} holds whole numbers ({entry.dtype}), and the model has weights "
                 "there: save them in fp32, bf16 or fp16."
@@ -316,7 +320,9 @@ def check_fit(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
             net: nn.Module = timm.create_model(
                 f"local-dir:{folder}", pretrained=False, pretrained_cfg_overlay=NO_SOURCE
             )
-            fill(net, {name: torch.empty(entry.shape) for name, entry in entries.items()})
+            load_adapted_weights(
+                net, {name: torch.empty(entry.shape) for name, entry in entries.items()}
+            )
     except Exception as error:  # constructors fail in every type on arguments that don't fit; the cause stays attached
         raise UserError(
             f"The model in {folder} can't be loaded ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
@@ -325,7 +331,7 @@ def check_fit(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
 
     model_elements = sum(tensor.numel() for tensor in [*net.parameters(), *net.buffers()])
     file_elements = sum(prod(entry.shape) for entry in entries.values())
-    # A model may be somewhat larger than its file, for instance by buffers that aren't saved.
+    # A model may be somewhat larger than its file: positions resampled for larger images, buffers that aren't saved.
     if model_elements > 1.25 * file_elements + _SPARE_ELEMENTS:
         raise UserError(
             f"The model in {folder} can't be loaded: {CONFIG} describes {model_elements:,} weights and {WEIGHTS} "
@@ -334,7 +340,7 @@ def check_fit(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
     return net
 
 
-def fill(net: TimmModel, weights: dict[str, Tensor]) -> None:
+def load_adapted_weights(net: TimmModel, weights: dict[str, Tensor]) -> None:
     """Load weights into a model as timm does: adapted to its image size, number of classes and current tensor names.
 
     `create_model(pretrained=True)` does this too, but may access the network: where the folder has no weights, and for

@@ -34,7 +34,7 @@ from moevision.files import write_bytes_atomic
 from moevision.models.config import build_model
 from moevision.models.io import (
     SavedModel,
-    check_numbers,
+    check_finite_weights,
     colours,
     explain_load_errors,
     from_cache_only,
@@ -143,7 +143,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         memory = io.BytesIO()
         torch.save(checkpoint, memory)
         previous = path.with_name(PREVIOUS) if path.name == LAST else None
-        write_bytes_atomic(path, memory.getvalue(), before=previous)
+        write_bytes_atomic(path, memory.getvalue(), backup=previous)
 
     def load_checkpoint(
         self,
@@ -228,7 +228,7 @@ def _model_of(checkpoint: Mapping[str, Any], path: Path) -> SavedModel:
 
     net = build()
     net.load_state_dict(weights)
-    check_numbers(net, str(path))
+    check_finite_weights(net, str(path))
     return SavedModel(net.eval(), class_names, image_size, mean, std, fit=fit)
 
 

@@ -5,9 +5,9 @@ written, with the comparison with the dense twin.
 
 One rule for every model chooses the checkpoint. If the learning-rate schedule was completed, the last weights are
 tested, unless those of the best validation epoch are better by more than one standard error of the paired difference on
-the validation images: the maximum of several noisy values is biased upwards, and weights from the time of a high
-learning rate are worse (benchmarks/checkpoint_choice has what each rule costs). If training ended before its schedule,
-the weights of the best epoch are tested.
+the validation images. For the best of several noisy values is biased upwards, and a best epoch that comes early has
+weights from the time of a high learning rate (benchmarks/checkpoint_choice has what each rule costs). If training ended
+before its schedule, the weights of the best epoch are tested.
 
 Axes: n images of a split, C classes, D width of a feature.
 """
@@ -79,7 +79,7 @@ from moevision.words import percent, points
 _MONITOR_TEXTS = {"val/top1": "accuracy", BALANCED: "balanced accuracy", LOSS: "loss"}
 
 BadImages = Sequence[tuple[str, str, str]]  # path, reason, split
-_PAIRS, _EXAMPLES = 3, 5  # most frequent mistakes that summary.md tells, and images of each
+_NUM_MISTAKES, _IMAGES_OF_MISTAKE = 3, 5  # most frequent mistakes in summary.md, and images of each
 
 
 @dataclass
@@ -194,15 +194,15 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     All processes share the test; rank 0 writes, and the others return None. `command` is the command line of the run.
     """
     task, data, trainer, run_dir = training.task, training.data, training.trainer, training.run_dir
-    effort = _effort(training)
+    effort = _effort(training)  # before validations and test change the counters
 
-    # All processes test.
+    # All processes test. The network then has the tested weights, which all below reads.
     weights = choose_weights(training)
     trainer.test(task, data, ckpt_path=weights.checkpoint, weights_only=True, verbose=False)
     tested = _gather_tested_images(task, data)
     bad_images = list(dict.fromkeys(chain.from_iterable(gather_objects(data.bad_images))))
     if training.sharded_strategy is not None:
-        training.sharded_strategy.gather()
+        training.sharded_strategy.gather()  # all weights, to rank 0
     if not trainer.is_global_zero:
         return None
 
@@ -230,6 +230,7 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
 
 def _effort(training: Training) -> Effort:
     trainer, stopwatch = training.trainer, training.stopwatch
+    # Without a guard an empty record.
     guard_record = (callback_of(trainer, StabilityGuard) or StabilityGuard()).record
     steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     early_stopping = callback_of(trainer, StopEarly)
@@ -442,13 +443,15 @@ def _most_frequent_mistakes(
     wrong = np.flatnonzero(~tested.correct)
     pairs = zip(tested.labels[wrong].tolist(), tested.predictions[wrong].tolist(), strict=True)
 
-    mistakes, examples = [], {}
-    for (label, answer), times in Counter(pairs).most_common(_PAIRS):
+    mistakes, examples = [], {}  # examples: title -> images
+    for (label, answer), times in Counter(pairs).most_common(_NUM_MISTAKES):
         name, taken_for = data.class_names[label], data.class_names[answer]
         mistakes.append((name, taken_for, times, int((tested.labels == label).sum())))
 
         indices = wrong[(tested.labels[wrong] == label) & (tested.predictions[wrong] == answer)]
-        most_certain = indices[np.argsort(-tested.confidence[indices])][:_EXAMPLES].tolist()
+        most_certain = indices[np.argsort(-tested.confidence[indices])][
+            :_IMAGES_OF_MISTAKE
+        ].tolist()
         images = [dataset.pixels(row_of[tested.samples[index]]) for index in most_certain]
         examples[f"{name}, taken for {taken_for}"] = images
     plot_examples(examples, out)
@@ -475,13 +478,13 @@ def _fit_ood(training: Training) -> MahalanobisOOD | None:
 
 
 def _count_strangers(training: Training, detector: MahalanobisOOD | None) -> tuple[int, int] | None:
-    """How many test images the detector calls strangers, and of how many; None without a detector."""
+    """How many test images the detector calls out of distribution, and of how many; None without a detector."""
     if detector is None:
         return None
     device = training.trainer.strategy.root_device
     test = features_of(training.task.net, training.data, {"test": IMAGES}, device)["test"]
     distances = detector(torch.from_numpy(test.features))
-    return int((distances > 1).sum()), len(distances)
+    return int((distances > 1).sum()), len(distances)  # 1 is the detector's threshold
 
 
 def _add_recommendation(result: RunResult, twin: RunResult | None = None) -> RunResult:
@@ -504,10 +507,10 @@ def _add_recommendation(result: RunResult, twin: RunResult | None = None) -> Run
     models.append(_compared_model(name, result, samples))
     if probe is not None:
         correct = np.array([probe.test_correct[sample] for sample in samples])
-        # Predicting with the probe takes as long as with the network that was probed. models[0] has its architecture,
-        # unless a dense network was probed and only the MoE model trained: then that time isn't known.
-        is_timed = twin is not None or probe.of_experts or not result.summary.layers
-        ms_per_image = models[0].ms_per_image if is_timed else None
+        # The probe predicts as fast as the network that it sits on. models[0] is such a network, unless the probe sits
+        # on a dense one and only the MoE model was trained: then that time isn't known.
+        same_network_was_timed = twin is not None or probe.of_experts or not result.summary.layers
+        ms_per_image = models[0].ms_per_image if same_network_was_timed else None
         models.insert(0, ComparedModel(PROBE, correct, ms_per_image, probe.mbytes, probe.seconds))
 
     choice = choose(
@@ -576,7 +579,7 @@ def _write_summary(summary: RunSummary, run_dir: Path) -> None:
     write_text_atomic(run_dir / "model" / "README.md", model_card(gather_facts(run_dir, summary)))
     # Written last: `resume.is_finished` takes this file for the sign that the run is complete.
     text = json.dumps(asdict(summary), default=list)
-    # JSON has neither NaN nor infinity: they become null.
+    # Again through JSON, which has neither NaN nor infinity: they become null.
     write_json_atomic(run_dir / "summary.json", json.loads(text, parse_constant=lambda name: None))
 
 
@@ -606,6 +609,8 @@ def choose_weights(training: Training) -> FinalWeights:
     """
     folder = training.run_dir / "checkpoints"
     best, last = folder / BEST, folder / LAST
+
+    # Without a choice: there is one checkpoint, or the schedule isn't completed.
     default: FinalWeights = broadcast_from_rank0(lambda: final_checkpoint(folder))
     if default.checkpoint != best or not schedule_ended(training.trainer):
         return default
@@ -618,6 +623,8 @@ def choose_weights(training: Training) -> FinalWeights:
     if best_step == last_step:
         description = f"the weights of the last epoch, which are the best by {monitor} too"
         return FinalWeights(last, description, last_step)
+
+    # Compare both on the validation images.
     print_rank0(
         f"The last weights, or the best epoch's (step {best_step:,})? Both classify the validation images."
     )
@@ -625,8 +632,8 @@ def choose_weights(training: Training) -> FinalWeights:
     num_best, num_last = len(best_images.labels), len(last_images.labels)
     if num_best != num_last:  # a file that was damaged in between
         return default._replace(
-            description="the weights of the best validation epoch, because these and the last could read "
-            f"{num_best:,} and {num_last:,} validation images and can't be compared"
+            description="the weights of the best validation epoch, because only "
+            f"{num_best:,} and {num_last:,} validation images could be read for them and for the last ones"
         )
     gain, error = gain_of(best_images, last_images, monitor)
 

@@ -75,7 +75,7 @@ from moevision.train.health import (
     Stopwatch,
     WeightEMA,
 )
-from moevision.train.lightning_internals import RunLogger, leave_epochs_uncounted
+from moevision.train.lightning_internals import RunLogger, hide_unknown_epoch_total
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import (
     Interrupted,
@@ -450,7 +450,7 @@ def _trainer(
             "callbacks": callbacks,
         }
     )
-    leave_epochs_uncounted(trainer)
+    hide_unknown_epoch_total(trainer)
     _check_processes(trainer)
     divided = parallel_strategy(trainer)
     if divided is not None:
@@ -509,7 +509,7 @@ def _check_processes(trainer: Trainer) -> None:
 
 def _read_data(data: ImageDataModule, trainer: Trainer, verb: str, *, moved: bool) -> None:
     """Read the data, the first process first; `moved`: they are a run's, and may have been moved since."""
-    data.processes = trainer.num_devices
+    data.local_world_size = trainer.num_devices
     try:
         with rank0_first():
             data.setup(verb)
@@ -852,7 +852,7 @@ def _choose_images(data: ImageDataModule, checkpoint: Evaluated, run_dir: Path, 
     origin = checkpoint.run_dir
     config = newest_config(origin)
     if config.is_file() and not data.is_of(origin, read_config(config).get("data.path", data.path)):
-        data.only_for = split
+        data.evaluated_as = split
     else:
         _copy_split(origin, run_dir)
     data.run_dir = run_dir

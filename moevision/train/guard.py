@@ -71,13 +71,15 @@ _WARNINGS = {
 
 
 class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
-    """The training diverged again and again; by its own exit code a job script knows not to start it again."""
+    """The training diverged again and again; its exit code tells job scripts not to start it again."""
 
     exit_code = DIVERGED
 
 
 class StabilityGuard(Callback):
-    """Watches the updates of a `ClassificationTask`; must follow `WeightEMA` and `ExampleScores` in the callbacks.
+    """Watches the updates of a `ClassificationTask`.
+
+    It must follow `WeightEMA` and `ExampleScores` in the callbacks, so that a snapshot has their newest state.
 
     `record` counts skips and rollbacks; `snapshots` are the states to return to, the newest last.
     """
@@ -95,7 +97,8 @@ class StabilityGuard(Callback):
         # Of the current window:
         self._window_start: WindowStart | None = None
         self._indices: list[Tensor] = []  # dataset indices of its images, per micro-batch
-        self._loss: float | None = None  # mean loss; None if a number isn't finite
+        # mean loss, if its update is to be applied; None within the window, and if a number isn't finite
+        self._loss: float | None = None
         self._bad_state: str | None = None  # name of a non-finite weight or buffer
 
     # -- Lightning's hooks, in the order of their calls
@@ -141,7 +144,7 @@ class StabilityGuard(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         can_lower_scale = scaler is not None and scaler.get_scale() > 1
         if can_lower_scale and window.losses_are_finite:
-            self._refusals[-1] = 0
+            self._refusals[-1] = 0  # no refusal after all
         else:
             note_event(self.record, trainer, "skip", source, torch.cat(self._indices).tolist())
         return True
@@ -164,19 +167,20 @@ class StabilityGuard(Callback):
         if self._bad_state is not None:
             return self._bad_state
 
-        num_refused = sum(self._refusals)
+        num_refused = sum(self._refusals)  # the same within an accumulation window
         if num_refused <= self.config.max_skips:
             return None
         source = self.record.sources.most_common(1)[0][0]
-        return (
-            f"{num_refused} of the last {len(self._refusals)} updates refused, mostly for: {source}"
-        )
+        return f"{num_refused} of the last {len(self._refusals)} updates refused, most often so far for: {source}"
 
     def _judge_applied_update(
         self, trainer: Trainer, task: ClassificationTask, loss: float
     ) -> str | None:
-        """Look for a loss spike and, if a snapshot is due, for a bad state: the cause, else take the snapshot."""
-        limit = self._losses.threshold
+        """The cause of a rollback, a loss spike or a state that isn't finite; None if there is none.
+
+        The state is searched, which takes time, only where a snapshot is due, and then the snapshot is taken.
+        """
+        limit = self._losses.threshold  # before this loss counts
         if self._losses.add(loss):
             mean = np.mean(self._losses.good)
             return f"loss spike: {loss:.3g} against a mean of {mean:.3g} (limit {limit:.3g})"
@@ -197,7 +201,8 @@ class StabilityGuard(Callback):
     def on_save_checkpoint(self, trainer: Trainer, task: Any, checkpoint: State) -> None:
         if not self._roll_back_if_bad(trainer, task):
             return
-        # The checkpoint is from before the rollback, but its weights are the live tensors, which were restored.
+        # The checkpoint was filled before the rollback. Its weights are the live tensors, which are restored by now;
+        # states of optimizers, schedules and this guard are copies, to be made again.
         optimizers, schedules = trainer.optimizers, trainer.lr_scheduler_configs
         checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in optimizers]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in schedules]
@@ -228,9 +233,9 @@ class StabilityGuard(Callback):
     # -- rollback
 
     def _roll_back_if_bad(self, trainer: Trainer, task: Any) -> bool:
-        """Roll back if a weight or buffer isn't finite; whether it did. Nothing is checked where it makes no sense."""
+        """Roll back if a weight or buffer isn't finite, and return whether it did."""
         is_fit = trainer.state.fn is TrainerFn.FITTING
-        # In a validation that was interrupted the network holds the average: no training has changed it.
+        # `WeightEMA` puts its average into the network for a validation; if that is interrupted, it is still there.
         average = callback_of(trainer, WeightEMA)
         is_swapped = average is not None and average.swapped
         # After an interruption the other processes don't take part in collective operations.
@@ -249,12 +254,12 @@ class StabilityGuard(Callback):
 
     def _roll_back(self, trainer: Trainer, task: ClassificationTask, cause: str) -> None:
         """Return to the newest snapshot, or to an older one if it was restored before; give up after too many times."""
-        if self.snapshots[-1].restored and len(self.snapshots) > 1:
+        if self.snapshots[-1].num_restored and len(self.snapshots) > 1:
             self.snapshots.pop()
         snapshot = self.snapshots[-1]
         snapshot.restore(trainer, task)
 
-        num_applied, loss_history = snapshot.extra
+        num_applied, loss_history = snapshot.guard_state
         self.record.lost += self._num_applied - num_applied
         self._num_applied = num_applied
         self._losses.load_state_dict(loss_history)
@@ -300,7 +305,7 @@ class WindowNumbers(NamedTuple):
         # On this process:
         losses_are_finite = all(map(isfinite, loss_values))
         are_finite = losses_are_finite and isfinite(norm_value)
-        mean_loss = sum(loss_values) / len(loss_values) if losses_are_finite else 0.0
+        mean_loss = sum(loss_values) / len(loss_values) if losses_are_finite else 0.0  # then unused
 
         # Over all processes: how many have bad numbers, and the sum of the mean losses.
         num_bad_losses, num_bad, loss_sum = sum_numbers(
@@ -366,12 +371,18 @@ class TrainingSnapshot:
     """A copy in main memory of everything that an update changes: a state to return to.
 
     `state_dict()` returns the live tensors, and `Optimizer.load_state_dict` keeps those it is given (torch 2.13), so
-    everything is copied both when it is saved and when it is restored. `extra` is any data of the caller, not copied.
+    everything is copied both when it is saved and when it is restored. The guard itself restores `guard_state`: applied
+    updates, history of losses.
     """
 
-    def __init__(self, trainer: Trainer, task: ClassificationTask, extra: Any = None) -> None:
-        self.restored = 0  # number of calls of `restore`
-        self.extra = extra
+    def __init__(
+        self,
+        trainer: Trainer,
+        task: ClassificationTask,
+        guard_state: Any,
+    ) -> None:
+        self.num_restored = 0
+        self.guard_state = guard_state
         self._tensors = _copy_to_cpu(_trained_tensors(trainer, task))
         self._states = [_copy_to_cpu(part.state_dict()) for part in _stateful_parts(trainer)]
         self._random = random_state()
@@ -388,7 +399,7 @@ class TrainingSnapshot:
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
         restore_random_state(self._random)
-        self.restored += 1
+        self.num_restored += 1
 
 
 def _stateful_parts(trainer: Trainer) -> list[Any]:
@@ -442,7 +453,9 @@ class GuardRecord:
 
     skipped: int = 0
     rollbacks: int = 0
-    not_applied: int = 0  # optimizer steps without an update; more than `skipped`, with fp16 overflows and bad states
+    not_applied: int = (
+        0  # all refused updates: skips, fp16 overflows, and those that a rollback followed
+    )
     lost: int = 0  # applied updates that rollbacks undid
     events: list[Event] = field(default_factory=list)  # the first `_MAX_EVENTS`
     sources: Counter[str] = field(default_factory=Counter)  # number of events by source

@@ -1,4 +1,4 @@
-"""All that this package uses of Lightning's and its loops' private parts, in one place: checked against Lightning 2.6.
+"""All accesses to private attributes of Lightning and to the counters of its loops: checked against Lightning 2.6.
 
 No other module names an attribute of Lightning's that begins with an underscore, nor a counter of its loops:
 `tests/train/test_lightning_internals.py` looks for them, and for the names below in the version that is installed.
@@ -58,14 +58,14 @@ class MetricsFile(ExperimentWriter):
         path = Path(self.metrics_file_path)
         return path.read_bytes().decode().splitlines(keepends=True) if path.is_file() else []
 
-    def cut(self, rows: int) -> None:
+    def truncate(self, rows: int) -> None:
         """Drop all rows after the first `rows`."""
         lines = self._lines()  # the first one has the columns
         if len(lines) > rows + 1:
             write_text_atomic(self.metrics_file_path, "".join(lines[: rows + 1]))
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """Replace the file by its rows under these columns at once; Lightning would lose them if killed meanwhile."""
+        """Rewrite the file atomically under these columns; Lightning would lose the rows if killed meanwhile."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames)
         writer.writeheader()
@@ -73,10 +73,12 @@ class MetricsFile(ExperimentWriter):
         write_text_atomic(self.metrics_file_path, text.getvalue())
 
     def save(self) -> None:
-        """Write the rows that are still in memory, without hparams.yaml."""
-        super(ExperimentWriter, self).save()
+        """Write the rows that are still in memory."""
+        super(
+            ExperimentWriter, self
+        ).save()  # not ExperimentWriter's own, which writes hparams.yaml, too
 
-    def count(self) -> int:
+    def flush_and_count(self) -> int:
         """Write the rows that are still in memory; how many rows the file then has."""
         self.save()
         return max(0, len(self._lines()) - 1)
@@ -86,11 +88,11 @@ class MetricsFile(ExperimentWriter):
 
 
 @contextmanager
-def between_batches(trainer: Trainer) -> Iterator[None]:
-    """Inside, Lightning's loops are as they were before the next batch was fetched.
+def loops_before_next_fetch(trainer: Trainer) -> Iterator[None]:
+    """The scope in which a checkpoint is saved within an epoch: loops are as before the next batch was fetched.
 
-    A batch that is counted as fetched and not as done would be left out. Where a validation was due after the step,
-    Lightning expects a checkpoint from its end, at which the step isn't counted for the loggers yet.
+    That batch is uncounted, so that a resumed run trains on it. If a validation is due after this step, so is the step
+    for the loggers: Lightning saves its own checkpoints at the end of validations, where it isn't counted yet.
     """
     loop = trainer.fit_loop.epoch_loop
     progress = loop.batch_progress
@@ -98,38 +100,38 @@ def between_batches(trainer: Trainer) -> Iterator[None]:
     progress.is_last_batch = False
     progress.total.ready -= 1
     progress.current.ready -= 1
-    # With the counters as they were then.
-    validated = int(loop._should_check_val_fx(cast(Any, trainer.fit_loop._data_fetcher)))
-    loop._batches_that_stepped -= validated
+    # By the counters as lowered above.
+    due_validations = int(loop._should_check_val_fx(cast(Any, trainer.fit_loop._data_fetcher)))
+    loop._batches_that_stepped -= due_validations
     try:
         yield
     finally:
-        loop._batches_that_stepped += validated
+        loop._batches_that_stepped += due_validations
         progress.current.ready += 1
         progress.total.ready += 1
         progress.is_last_batch = is_last_batch
 
 
-def start_at_next_epoch(trainer: Trainer, checkpoint: State) -> None:
-    """Go on behind an epoch that has ended also where --trainer.max_steps counts steps.
+def resume_after_finished_epoch(trainer: Trainer, checkpoint: State) -> None:
+    """Go on after an epoch that has ended, also where --trainer.max_steps counts steps.
 
-    There Lightning 2.6 (`_FitLoop.restarting`) takes every checkpoint for one from within an epoch: it would end that
-    epoch a second time, and leave out the images of the next one. Counted by epochs it doesn't.
+    There Lightning 2.6 (`_FitLoop.restarting`) takes the end of an epoch for a place within it: it would end the epoch
+    a second time and leave out the images of the next one. It doesn't where it believes that epochs are counted.
     """
     cast(Any, trainer).fit_loop._iteration_based_training = lambda: False
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-    # Lightning does it, but not where no step is left to do.
+    # Lightning does so itself unless no step is left to do.
     epochs["completed"] = epochs["processed"]
 
 
 def set_batches_done(checkpoint: State, batches: int) -> None:
-    """Let Lightning go on behind so many batches of the epoch."""
+    """Let a resumed run go on after the first `batches` batches of the epoch: all counters get this value."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     progress["current"] = dict.fromkeys(progress["current"], batches)
     progress["is_last_batch"] = False
 
 
-def leave_epochs_uncounted(trainer: Trainer) -> None:
+def hide_unknown_epoch_total(trainer: Trainer) -> None:
     """Let the progress bar of a training that counts steps say `Epoch 0`, where it would say `Epoch 0/-2`."""
     if trainer.max_epochs in (None, -1) and trainer.progress_bar_callback is not None:
         cast(Any, trainer.progress_bar_callback)._get_train_description = "Epoch {:<4}".format
@@ -138,8 +140,8 @@ def leave_epochs_uncounted(trainer: Trainer) -> None:
 # ---- the strategy of sharded training
 
 
-def set_process_group(strategy: ModelParallelStrategy, backend: str | None) -> None:
-    """Let all processes read images of their own, and talk over `backend`; None: the device's own."""
+def configure_data_parallel(strategy: ModelParallelStrategy, backend: str | None) -> None:
+    """Let each process read images of its own, and talk over `backend`; None: the device's default."""
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
     if backend is not None:
         strategy._process_group_backend = backend

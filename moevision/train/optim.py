@@ -30,7 +30,7 @@ from moevision.types import Keywords, TimmModel
 
 # Coefficients of five Newton-Schulz iterations, x <- a x + b (x xᵀ) x + c (x xᵀ)² x, each fitted to what the one
 # before leaves (https://leloykun.github.io/ponder/muon-opt-coeffs).
-_ITERATIONS = _COEFFICIENTS["quintic"]
+_NEWTON_SCHULZ = _COEFFICIENTS["quintic"]
 
 
 def build_optimizer(
@@ -40,17 +40,17 @@ def build_optimizer(
     total_steps: int,
     fused: bool = False,
     bfloat16: bool = False,
-    kinds: Mapping[OptimizerName, type[AdamW]] | None = None,
+    optimizer_classes: Mapping[OptimizerName, type[AdamW]] | None = None,
 ) -> tuple[AdamW, OneCycleLR]:
     """The optimizer of the parameters that learn, and its schedule.
 
-    `total_steps` are those of the whole training; a single one is the first of two, since the last step's rate is next
-    to nothing. `bfloat16`: whether the training multiplies in it; Muon then does, too. `kinds`: other classes in the
-    place of `LOCAL.optimizers`.
+    `total_steps` are those of the whole training. One step has the schedule of two, since the rate of the last one is
+    nearly 0. `bfloat16`: whether the training runs under its autocast; Muon then multiplies in it, too.
+    `optimizer_classes` take the place of `LOCAL.optimizers` where parameters are sharded.
     """
     groups = parameter_groups(net, config)
     options: Keywords = {"bfloat16": bfloat16} if config.name == "muon" else {}
-    optimizer_class = (kinds or LOCAL.optimizers)[config.name]
+    optimizer_class = (optimizer_classes or LOCAL.optimizers)[config.name]
     optimizer = optimizer_class(
         groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused, **options
     )
@@ -58,7 +58,7 @@ def build_optimizer(
     total_steps = max(2, total_steps)
     warmup = config.warmup_fraction
     if warmup * total_steps in (1, total_steps):
-        # OneCycleLR (torch 2.13) would divide by the length of a phase of no steps.
+        # OneCycleLR (torch 2.13) divides by the length of each phase, here 0: move the border by next to nothing.
         warmup *= 1 - 1e-9
     schedule = OneCycleLR(
         optimizer,
@@ -71,37 +71,44 @@ def build_optimizer(
 
 
 def parameter_groups(net: TimmModel, config: OptimizerConfig) -> list[Keywords]:
-    """Parameters that learn, grouped by weight decay and (with layer_decay) learning rate; the classifier's first.
+    """Parameters that learn, grouped by weight decay; with layer_decay also by learning rate, the classifier's first.
 
-    Under Muon, groups with `matrices: True` hold what it moves.
+    Under Muon, groups with `matrices: True` hold what it updates.
     """
-    spared = net.no_weight_decay()
+    without_decay = net.no_weight_decay()
     groups: list[Keywords]
     if config.layer_decay is None:
         # By keyword: what the third place means differs between timm releases.
-        groups = param_groups_weight_decay(net, config.weight_decay, no_weight_decay_list=spared)
+        groups = param_groups_weight_decay(
+            net, config.weight_decay, no_weight_decay_list=without_decay
+        )
     else:
         groups = param_groups_layer_decay(
-            net, config.weight_decay, no_weight_decay_list=spared, layer_decay=config.layer_decay
+            net,
+            config.weight_decay,
+            no_weight_decay_list=without_decay,
+            layer_decay=config.layer_decay,
         )
-        # Head first: reports that show one learning rate show the first group's.
-        groups = [{**group, "lr": config.lr * group.pop("lr_scale")} for group in reversed(groups)]
+        # The classifier first: reports that show one learning rate show the first group's.
+        groups.reverse()
+        for group in groups:
+            group["lr"] = config.lr * group["lr_scale"]
     if config.name != "muon":
         return groups
     return _split_matrices(groups, net)
 
 
 def _split_matrices(groups: list[Keywords], net: nn.Module) -> list[Keywords]:
-    """Each group cut in two: what AdamW moves, and the matrices that Muon moves."""
+    """Each group cut in two: what AdamW updates, and the matrices that Muon updates."""
     names = matrices_of(net)
     matrices = {id(parameter) for name, parameter in net.named_parameters() if name in names}
-    halves = []
+    split_groups = []
     for group in groups:
         for is_muon in (False, True):
             parameters = [p for p in group["params"] if (id(p) in matrices) == is_muon]
             if parameters:
-                halves.append({**group, "params": parameters, "matrices": is_muon})
-    return halves
+                split_groups.append({**group, "params": parameters, "matrices": is_muon})
+    return split_groups
 
 
 def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.Module:
@@ -109,7 +116,7 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
     if freeze is None:
         return net
     if isinstance(freeze, int):
-        learning = _behind_layer(net, freeze)
+        learning = _parameters_after(net, freeze)
     elif freeze in get_args(FreezeAllBut):
         learning = (
             _heads_and_experts(net) if freeze == "all_but_experts" else _parameters(_heads(net))
@@ -125,14 +132,14 @@ def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.M
     return net
 
 
-def _behind_layer(net: TimmModel, frozen: int) -> set[nn.Parameter]:
-    """The parameters behind so many frozen layers."""
+def _parameters_after(net: TimmModel, frozen: int) -> set[nn.Parameter]:
+    """The parameters after the embedding and the first `frozen` blocks."""
     depth = len(net.blocks)
     if not 0 <= frozen <= depth:
         raise UserError(
             f"freeze={frozen} does not fit {depth} blocks: give 0 (the embedding only) to {depth}."
         )
-    # timm's layers: 0 is the embedding, 1 to depth are the blocks, the last of them with the norm behind it.
+    # timm's layers: 0 is the embedding, 1 to depth are the blocks, then comes the classifier.
     layer_of = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
     return {parameter for name, parameter in net.named_parameters() if layer_of[name] > frozen}
 
@@ -159,8 +166,8 @@ def _heads(net: TimmModel) -> list[nn.Module]:
 def hold_frozen_statistics(net: nn.Module) -> None:
     """Put frozen BatchNorm layers into eval mode, so that they neither use nor collect the statistics of batches."""
     for module in net.modules():
-        learns = [parameter.requires_grad for parameter in module.parameters()]
-        if isinstance(module, _BatchNorm) and learns and not any(learns):
+        learning = [parameter.requires_grad for parameter in module.parameters()]
+        if isinstance(module, _BatchNorm) and learning and not any(learning):
             module.eval()
 
 
@@ -168,10 +175,10 @@ class Muon(AdamW):
     """Muon for groups with `matrices: True`, AdamW for the others.
 
     An expert without a gradient, which no token chose, only decays. `betas` are AdamW's, `momentum` is Muon's, with
-    Nesterov's look ahead; `bfloat16` multiplies in it on a CPU, too, as a training under its autocast does.
+    Nesterov's look ahead. `bfloat16`: orthogonalise in it on a CPU, too, for trainings under its autocast.
     """
 
-    bfloat16 = False  # also of a copy, which keeps groups and state alone
+    bfloat16 = False  # for copies and pickles of an optimizer, which restore groups and state alone
 
     def __init__(
         self,
@@ -200,6 +207,7 @@ class Muon(AdamW):
         for group in groups:
             if group["matrices"]:
                 self._step_matrices(group)
+        # AdamW's step, on the other groups only.
         self.param_groups = [group for group in groups if not group["matrices"]]
         try:
             super().step()
@@ -215,12 +223,12 @@ class Muon(AdamW):
             state = self.state[weight]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
-                # torch's AdamW looks for one in every state that it loads.
+                # AdamW.load_state_dict expects `step` in every state.
                 state["step"] = torch.zeros(())
             state["step"] += 1
             average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
             update = weight.grad.lerp(average, momentum)
-            scale = get_lr_scale(as_matrices(update).shape)
+            scale = get_lr_scale(as_matrices(update).shape)  # 0.2 · sqrt(max(out, in))
             update = self._direction(update, weight.grad)
             weight.mul_(1 - lr * group["weight_decay"])
             weight.add_(update, alpha=-lr * scale)
@@ -228,7 +236,7 @@ class Muon(AdamW):
     def _direction(self, update: Tensor, gradient: Tensor) -> Tensor:
         """The orthogonal maps of an update [out, in], [E, out, in] or [out, in, h, w]; zero for idle experts."""
         if update.ndim == 3:
-            # What little is left of an idle expert's momentum would move it as far as a gradient.
+            # Orthogonal maps have one size: an idle expert's faded momentum would move it as far as a gradient does.
             idle = (gradient == 0).flatten(1).all(1)  # [E]
             update = update.masked_fill(idle[:, None, None], 0)
         return orthogonal(as_matrices(update), self.bfloat16).view_as(update)
@@ -240,9 +248,9 @@ def as_matrices(weight: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor, bfloat16: bool = False) -> Tensor:
-    """The nearest semi-orthogonal matrix of each [out, in] or [E, out, in], up to a few percent of its singular values.
+    """The nearest semi-orthogonal matrix of each [out, in] or [E, out, in]: singular values within a few percent of 1.
 
-    Those that are zero, such as an unused expert's gradient, stay zero.
+    Those that are zero, as of an unused expert's gradient, stay zero.
     """
     if not matrices.numel():  # a process that holds no part of these experts
         return matrices
@@ -252,30 +260,31 @@ def orthogonal(matrices: Tensor, bfloat16: bool = False) -> Tensor:
     dtype = torch.promote_types(matrices.dtype, torch.float32)
     if bfloat16:
         dtype = torch.bfloat16
-    maps = zeropower_via_newtonschulz(matrices, len(_ITERATIONS), _ITERATIONS, dtype=dtype)
+    maps = zeropower_via_newtonschulz(matrices, len(_NEWTON_SCHULZ), _NEWTON_SCHULZ, dtype=dtype)
     return maps.to(matrices.dtype)
 
 
 def matrices_of(net: nn.Module) -> set[str]:
-    """Names of the weights that Muon moves: the linear maps and convolutions between the image and the classifier.
+    """Names of the weights that Muon updates: the linear maps and convolutions between the image and the classifier.
 
     Left to AdamW are the classifier, the first convolution (it reads colours), routers (a row is an expert), and
     everything that is no linear map: embeddings, norms and biases.
     """
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     routers = [layer.router for layer in moe_layers(net)]
-    spared: set[nn.Module] = set()
+    left_to_adamw: set[nn.Module] = set()
     for module in (*_heads(net), *convolutions[:1], *routers):
-        spared.update(module.modules())
+        left_to_adamw.update(module.modules())
     names = set()
     for name, module in net.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | PackedLinear) and module not in spared:
+        is_matrix = isinstance(module, nn.Linear | nn.Conv2d | PackedLinear)
+        if is_matrix and module not in left_to_adamw:
             names.add(f"{name}.weight")
     return names
 
 
 class TensorOperations(NamedTuple):
-    """Operations on lists of weights or gradients: `LOCAL`, or `parallel.parts.SHARDED` for divided ones."""
+    """Operations on lists of weights or gradients, and optimizers: `LOCAL`, or `parallel.parts.SHARDED` for shards."""
 
     total_norm: Callable[[list[Tensor]], Tensor]  # 2-norm over all of them, a scalar
     # Scales gradients in place so that their norm, the last argument, becomes at most a limit.

@@ -270,7 +270,7 @@ def plot_confusion(
 
 
 def plot_examples(rows: Mapping[str, Sequence[Pixels | str]], out: Path) -> None:
-    """Draw rows of images, uint8 [3, S, S], below their titles; of one that can't be read there is only the reason."""
+    """Draw rows of images, uint8 [3, S, S], below their titles; the place of one that can't be read stays empty."""
     if not rows:
         return
     columns = max(map(len, rows.values()))

@@ -1,7 +1,7 @@
 """Provenance: code, command, data, machine and libraries that the numbers of a run depend on, as plain JSON.
 
 Written into every run folder as `provenance.json`, and as a fingerprint into every checkpoint: a resumed run is
-bit-identical to an uninterrupted one if the fingerprint is the same, and `differences` says what is not, before
+bit-identical to an uninterrupted one if the fingerprint is the same, and `differences` lists what has changed, before
 anything starts. No user name, no host name, and no path beyond those in the command line itself.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow")
 _PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
 # What a user calls the parts of a fingerprint; libraries go by their own names.
-_WORDS = {
+_LABELS = {
     "processor": "the processor",
     "device": "the device",
     "threads": "the number of threads (OMP_NUM_THREADS)",
@@ -52,7 +52,7 @@ def collect_provenance(
     started: datetime | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Json:
-    """What a reader needs to repeat this run, as JSON primitives; `extra` are further ones, kept under `run`."""
+    """What a reader needs to repeat this run, as JSON primitives; `extra` are further entries, under the key `run`."""
     memory = total_memory_bytes()
     return {
         "moevision": __version__,
@@ -98,8 +98,8 @@ def collect_provenance(
 def git_state(folder: Path, *others: Path) -> Json | None:
     """Commit and dirty flag of the checkout that `folder` is a tracked part of; None if there is none.
 
-    Tracked: a wheel inside somebody else's repository must not be labelled with that one's commit. `dirty` means that a
-    file below `folder` or one of `others` differs from the commit or is new; edits elsewhere don't change what ran.
+    It must be tracked: a wheel installed within somebody else's repository must not get its commit. `dirty` means
+    that a file below `folder` or one of `others` differs from the commit or is new; other edits don't change what ran.
     """
 
     def git(*arguments: str) -> str | None:
@@ -116,7 +116,7 @@ def git_state(folder: Path, *others: Path) -> Json | None:
 
 def _output_of(command: list[str]) -> str | None:
     """The output of a command; None where it is missing or fails."""
-    # A hook or a parent git process may point variables of git's at another repository; looking must not write.
+    # Variables of a hook or a parent git process may name another repository; and `status` must not rewrite the index.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment["GIT_OPTIONAL_LOCKS"] = "0"
     try:
@@ -138,7 +138,7 @@ def cpu_model() -> str:
             key, _, name = line.partition(":")
             if key.strip() == "model name" and name.strip():
                 return name.strip()
-    # Kernels for Arm name none.
+    # On Arm /proc/cpuinfo has no model name.
     return platform.processor() or platform.machine() or "unknown"
 
 
@@ -160,12 +160,13 @@ def device_name(trainer: Trainer) -> str:
 def fingerprint(trainer: Trainer, task: Any, data: ImageDataModule) -> dict[str, str | int | bool]:
     """The hardware, software, options and data that numbers depend on, as primitives.
 
-    Of the images the hashes tell the list with splits and labels, and the sizes in bytes: another one of the same size
-    isn't noticed.
+    Images are told by two hashes, of the list with splits and labels, and of the files' sizes: a file that was replaced
+    by one of the same size isn't noticed.
     """
     device = trainer.strategy.root_device
     return {
         "processor": cpu_model(),
+        # the name of a CPU has the threads, which have a row of their own
         "device": device.type if device.type == "cpu" else device_name(trainer),
         "threads": torch.get_num_threads(),
         "world_size": trainer.world_size,
@@ -182,20 +183,20 @@ def fingerprint(trainer: Trainer, task: Any, data: ImageDataModule) -> dict[str,
     }
 
 
-def differences(then: Json, now: Json) -> list[str]:
+def differences(saved: Json, current: Json) -> list[str]:
     """A phrase for everything that is not as it was, such as `the number of threads was 4, now 1`.
 
-    What `then` doesn't know, as the sizes in old checkpoints, isn't compared.
+    What `saved` doesn't know, as the sizes in old checkpoints, isn't compared.
     """
-    changed = [name for name in now if name in then and then[name] != now[name]]
+    changed = [name for name in current if name in saved and saved[name] != current[name]]
     hashed = ("data", "sizes")
     phrases = [
-        f"{_WORDS.get(name, name)} was {then[name]}, now {now[name]}"
+        f"{_LABELS.get(name, name)} was {saved[name]}, now {current[name]}"
         for name in changed
         if name not in hashed
     ]
     if "data" in changed:
         phrases.append("the list of images is another one")
-    elif "sizes" in changed:  # else it follows from the list
+    elif "sizes" in changed:  # with another list they differ anyway
         phrases.append("image files have other sizes than then, so other contents")
     return phrases

@@ -41,9 +41,9 @@ from moevision.train.checkpoint import (
 from moevision.train.lightning_internals import (
     MetricsFile,
     RunLogger,
-    between_batches,
+    loops_before_next_fetch,
+    resume_after_finished_epoch,
     set_batches_done,
-    start_at_next_epoch,
 )
 from moevision.train.processes import (
     Interruption,
@@ -142,7 +142,7 @@ class ResumePoint(Callback):
         """
         if not self._is_resumed:
             for file in _metrics_files(trainer):
-                file.cut(0)
+                file.truncate(0)
         self._restore_random_generators(trainer)
         self._replace_timer(trainer)
         self.began = True
@@ -170,7 +170,7 @@ class ResumePoint(Callback):
             return  # within an accumulated step: gradients aren't saved
         is_due, must_stop = self.is_due(trainer), self.must_stop(trainer)
         if (is_due or must_stop) and trainer.global_step != self._saved_step:
-            with between_batches(trainer):
+            with loops_before_next_fetch(trainer):
                 self.save(trainer)
         if must_stop:
             self.interruption.stop()
@@ -213,7 +213,9 @@ class ResumePoint(Callback):
         data = data_of(trainer)
         checkpoint[MARK] = {
             "random": gather_objects(random_state()),
-            "metrics_rows": next((file.count() for file in _metrics_files(trainer)), None),
+            "metrics_rows": next(
+                (file.flush_and_count() for file in _metrics_files(trainer)), None
+            ),
             "fingerprint": self.fingerprint,
             "data": {
                 "class_names": list(data.class_names),
@@ -232,12 +234,12 @@ class ResumePoint(Callback):
         if trainer.state.fn != "fit":
             return
         self._is_resumed = True
-        start_at_next_epoch(trainer, checkpoint)
+        resume_after_finished_epoch(trainer, checkpoint)
         _restore_loader_position(trainer, checkpoint)
         saved = checkpoint.get(MARK, {})
         self._random_states = saved.get("random")
         for file in _metrics_files(trainer):
-            file.cut(saved.get("metrics_rows") or 0)
+            file.truncate(saved.get("metrics_rows") or 0)
 
 
 def _metrics_files(trainer: Trainer) -> list[MetricsFile]:

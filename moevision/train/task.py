@@ -426,7 +426,7 @@ class ClassificationTask(LightningModule):
             # With a loss scaler the fused step unscales by itself, and clipping would see scaled gradients.
             fused=self.trainer.precision != "16-mixed",
             bfloat16=self._in_bfloat16,
-            kinds=self.tensors.optimizers,
+            optimizer_classes=self.tensors.optimizers,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -167,7 +167,7 @@ def test_taking_away_at_random_takes_exactly_so_many(fill):
     ranking = Ranking.of(router, routing)
     times = torch.zeros(7, 2)
     for seed in range(300):
-        after = remove_random_experts(ranking, [[1, 4]], [(seed,)], 2, fill).settle()
+        after = remove_random_experts(ranking, [[1, 4]], [(seed,)], 2, fill).to_routing()
         pairs = [
             {
                 (token, int(r.expert_index[0, token, choice]))

@@ -205,6 +205,14 @@ def test_a_weak_model_and_few_looks_are_said_above_the_lists(planted):
     assert "3 or more" in looks
     (weak,) = doubts(replace(known, prediction=wrong(12)), labels)
     assert "right on 50 %" in weak
+
+    # Without predictions by the share of visits at which an image was right; one of 24 was never visited.
+    shares = np.full(len(labels), 0.5)
+    shares[0] = np.nan
+    visits = np.where(np.isnan(shares), 0, 9)
+    unpredicted = replace(known, prediction=np.full(len(labels), -1), visits=visits)
+    (weak,) = doubts(replace(unpredicted, scores={"correct": shares}), labels)
+    assert "right on 50 %" in weak
     facts = page_facts(images, replace(known, prediction=wrong(12)), 5) | ABOUT
     assert 'class="note weak"' in render(facts, lambda _: {"src": None, "problem": "gone"})
 

@@ -168,7 +168,7 @@ def test_the_memory_for_decoded_images_is_that_of_all_processes(image_folder, pr
     data = ImageDataModule(
         str(image_folder({"cat": 40, "dog": 40})), image_size=64, crop="pad", cache_mb=3
     )
-    data.processes = processes
+    data.local_world_size = processes
     data.setup("fit")
     assert 80 * 3 * 64**2 / 2**20 == 0.9375
     assert (data.contents.datasets["train"].cache is not None) is kept

@@ -148,7 +148,7 @@ def test_a_small_shared_memory_gets_fewer_workers_and_a_sentence(drawn_pets, shm
 
 def test_workers_that_give_nothing_end_the_training(drawn_pets, monkeypatch):
     """A worker that waits for ever, as one does whose batch was lost."""
-    monkeypatch.setattr(loader, "_NO_BATCH_S", 0.5)
+    monkeypatch.setattr(loader, "_WORKER_TIMEOUT_S", 0.5)
     monkeypatch.setattr(loader.ImageDataset, "__getitems__", lambda dataset, keys: time.sleep(60))
     data = ImageDataModule(str(drawn_pets), image_size=32, batch_size=8, num_workers=1, cache_mb=0)
     data.setup("fit")

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from moevision.data.synthetic import SyntheticPets
-from moevision.demo.gradio_app import Asked, examples, experts
+from moevision.demo.gradio_app import RoutingApp, examples, experts
 from moevision.demo.models import open_entries
 from moevision.demo.service import Explorer
 from moevision.demo.view import route_image
@@ -41,8 +41,8 @@ def entries(home):
 
 
 @pytest.fixture(scope="module")
-def asked(entries):
-    return Asked(entries)
+def routing_app(entries):
+    return RoutingApp(entries)
 
 
 def shown(page):
@@ -50,16 +50,16 @@ def shown(page):
     return json.loads(re.search(r"const VIEW = (.*);", unescape(page))[1])
 
 
-def test_the_answer_is_the_models_with_and_without_an_expert(entries, asked):
+def test_the_answer_is_the_models_with_and_without_an_expert(entries, routing_app):
     title, entry = next(iter(entries.items()))
     photo, saved = Image.new("RGB", (90, 64), LION), entry.variants["trained"].saved
-    label, page, routing = asked.route(photo, title, [])
+    label, page, routing = routing_app.route(photo, title, [])
     expected = route_image(saved, photo).to_json()
     assert label == {one["class"]: one["p"] for one in expected["prediction"]["moe"]}
     assert shown(page)["layers"] == expected["layers"]
     assert page.startswith("<iframe")
     assert 'sandbox="allow-scripts"' in page
-    label, page, routing = asked.route(photo, title, ["L3·E1"])
+    label, page, routing = routing_app.route(photo, title, ["L3·E1"])
     with ablate(saved.net, 3, 1):
         expected = route_image(saved, photo).to_json()
     assert label == {one["class"]: one["p"] for one in expected["prediction"]["moe"]}
@@ -67,8 +67,12 @@ def test_the_answer_is_the_models_with_and_without_an_expert(entries, asked):
     assert routing["layers"][1]["experts"] == expected["layers"][1]["experts"]
     assert routing["layers"][1]["weights"] == expected["layers"][1]["weights"]
     assert routing["grid"] == expected["model"]["grid"]
-    assert asked.route(photo, title, ["L3.E1"]) == (label, page, routing)  # as the page's links
-    assert asked.route(None, title, []) == (None, "", None)
+    assert routing_app.route(photo, title, ["L3.E1"]) == (
+        label,
+        page,
+        routing,
+    )  # as the page's links
+    assert routing_app.route(None, title, []) == (None, "", None)
 
 
 def data_uri(image):
@@ -76,11 +80,14 @@ def data_uri(image):
     return {"path": None, "url": png(np.asarray(image))}
 
 
-def test_what_is_transparent_is_white(entries, asked):
+def test_what_is_transparent_is_white(entries, routing_app):
     """As everywhere else; what lies under it is black here."""
     title, photo = next(iter(entries)), Image.new("RGBA", (90, 64), (0, 0, 0, 0))
     white = Image.new("RGB", (90, 64), "white")
-    assert asked.program(data_uri(photo), title, [])[0] == asked.route(white, title, [])[0]
+    assert (
+        routing_app.answer_program(data_uri(photo), title, [])[0]
+        == routing_app.route(white, title, [])[0]
+    )
 
 
 WRONG_AWAY = [
@@ -102,24 +109,24 @@ WRONG_AWAY = [
 
 
 @pytest.mark.parametrize(("away", "words"), WRONG_AWAY)
-def test_an_expert_that_is_not_there_is_named(entries, asked, away, words):
+def test_an_expert_that_is_not_there_is_named(entries, routing_app, away, words):
     """An answer as if nothing had been taken away would pass for a measurement without effect."""
     title, photo = next(iter(entries)), data_uri(Image.new("RGB", (90, 64), LION))
     for image in (photo, None):
         with pytest.raises(gr.Error) as refused:
-            asked.program(image, title, away)
+            routing_app.answer_program(image, title, away)
         assert words in refused.value.message
 
 
-def test_the_page_may_keep_the_experts_of_the_model_before_for_a_moment(entries, asked):
+def test_the_page_may_keep_the_experts_of_the_model_before_for_a_moment(entries, routing_app):
     title, photo = next(iter(entries)), data_uri(Image.new("RGB", (90, 64), LION))
-    kept = asked.program(photo, title, ["L3·E1"])
-    assert asked.page(photo, title, ["L3·E1", "L9·E9"]) == (kept.classes, kept.view)
+    kept = routing_app.answer_program(photo, title, ["L3·E1"])
+    assert routing_app.answer_page(photo, title, ["L3·E1", "L9·E9"]) == (kept.classes, kept.view)
 
 
 @pytest.mark.parametrize("model", ["nope", "", None, 3, ["The pets"], {"The pets": 1}])
-def test_a_model_that_is_not_there_is_a_sentence(asked, model):
-    for ask in (asked.program, asked.page):
+def test_a_model_that_is_not_there_is_a_sentence(routing_app, model):
+    for ask in (routing_app.answer_program, routing_app.answer_page):
         with pytest.raises(gr.Error, match="'model' must be"):
             ask(None, model, [])
 
@@ -137,12 +144,12 @@ def test_examples_are_as_large_as_their_data(entries):
     ]
 
 
-def test_an_example_is_routed_as_the_page_routes_it(entries, asked):
+def test_an_example_is_routed_as_the_page_routes_it(entries, routing_app):
     """Made smaller from many pixels it would be another image than the one drawn small."""
     title, entry = next(iter(entries.items()))
     example, facts = examples(entries)[0], entry.examples.usable(0, 1)[0]
     view = Explorer([entry]).route({"picture": {"kind": "example", "id": facts.id}})
-    found = asked.program(data_uri(example.image), title, [])
+    found = routing_app.answer_program(data_uri(example.image), title, [])
     assert found.classes == {one["class"]: one["p"] for one in view["prediction"]["moe"]}
     assert found.routing["layers"][0]["experts"] == view["layers"][0]["experts"]
 
@@ -242,7 +249,7 @@ def test_the_endpoint_is_named_and_typed(launched):
 
 @pytest.fixture
 def decoded(launched):
-    """The sizes of images that Pillow has decoded since the test began, whoever asked for it."""
+    """The sizes of images that Pillow has decoded since the test began, whoever routing_app for it."""
     launched.decoded.write_text("")
     return lambda: set(launched.decoded.read_text().splitlines())
 

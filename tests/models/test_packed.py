@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from moevision import UserError
 from moevision.models.io import create_from, load_model, save_model, unpack
-from moevision.models.safe_files import PACKED, REST, SCALE, WEIGHTS, weights_of
+from moevision.models.safe_files import BASE_KEY, PACKED, SCALE, WEIGHTS, weights_of
 from moevision.train.start import weights_file
 
 EXPERTS = "blocks.1.mlp.experts.fc1.weight"
@@ -29,7 +29,7 @@ def pack_folder(folder: Path, *, levels: int = 127, rest: Path | None = None) ->
     """
     state, metadata = load_file(folder / WEIGHTS), {}
     if rest is not None:
-        known, metadata = unpack(rest / "trained" / PACKED), {REST: rest.name}
+        known, metadata = unpack(rest / "trained" / PACKED), {BASE_KEY: rest.name}
         state = {
             name: value
             for name, value in state.items()

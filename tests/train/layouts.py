@@ -263,7 +263,7 @@ def train(
         OptimizerConfig(case.optimizer, lr=1e-2),
         total_steps=10**6,
         fused=True,
-        kinds=kinds(net),
+        optimizer_classes=kinds(net),
     )
     for group in optimizer.param_groups:
         group["lr"] = 1e-2  # of the schedule's first step otherwise, which is small
@@ -464,7 +464,7 @@ def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout
     if layout is not None:
         shard(net, layout)
     optimizer, _ = build_optimizer(
-        net, OptimizerConfig(), total_steps=2, fused=True, kinds=kinds(net)
+        net, OptimizerConfig(), total_steps=2, fused=True, optimizer_classes=kinds(net)
     )
     if before is None:
         net(torch.ones(4, 3, 32, 32, dtype=torch.float64)).square().mean().backward()

@@ -126,7 +126,11 @@ def test_a_sharded_network_trains_as_a_plain_one(group, optimizer, replicated, o
     assert {p.device.type for p in sharded.parameters()} == {"cpu" if offload else group}
     for net, device in ((plain, "cpu"), (sharded, group)):
         updates, _ = build_optimizer(
-            net, OptimizerConfig(optimizer, lr=1e-2), total_steps=9, fused=True, kinds=kinds(net)
+            net,
+            OptimizerConfig(optimizer, lr=1e-2),
+            total_steps=9,
+            fused=True,
+            optimizer_classes=kinds(net),
         )
         for _ in range(3):
             updates.zero_grad()
@@ -169,7 +173,7 @@ def test_a_checkpoint_of_parts_comes_back(group, tmp_path):
         net = build("switch").to(group)
         shard(net, Layout.of(group))
         updates, _ = build_optimizer(
-            net, OptimizerConfig(lr=1e-2), total_steps=9, fused=True, kinds=kinds(net)
+            net, OptimizerConfig(lr=1e-2), total_steps=9, fused=True, optimizer_classes=kinds(net)
         )
         learning = [parameter for each in updates.param_groups for parameter in each["params"]]
         if number == 0:
@@ -281,7 +285,9 @@ def test_muon_gathers_no_experts(group, monkeypatch):
     )
     net = build("switch").to(group)
     shard(net, Layout.of(group))
-    updates, _ = build_optimizer(net, OptimizerConfig("muon"), total_steps=9, kinds=kinds(net))
+    updates, _ = build_optimizer(
+        net, OptimizerConfig("muon"), total_steps=9, optimizer_classes=kinds(net)
+    )
     step(net, group)
     updates.step()
     assert set(gathered_dims) == {2, 4}, "matrices and the first convolution"

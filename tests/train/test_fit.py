@@ -31,7 +31,7 @@ from moevision.models.io import load_model
 from moevision.models.ood import answers
 from moevision.train import fit as fit_module
 from moevision.train import recipe
-from moevision.train.lightning_internals import leave_epochs_uncounted
+from moevision.train.lightning_internals import hide_unknown_epoch_total
 from moevision.train.recipe import (
     choose_recipe,
     default_precision,
@@ -657,7 +657,7 @@ def test_of_steps_alone_epochs_are_counted_and_no_last_one(cli, tiny, drawn_pets
     assert re.search(r"^epoch 1: validation .* left$", outcome.out, re.M)
     assert "Epoch 0" not in outcome.out
     trainer = L.Trainer(max_steps=1, logger=False, enable_checkpointing=False)
-    leave_epochs_uncounted(trainer)
+    hide_unknown_epoch_total(trainer)
     assert trainer.progress_bar_callback._get_train_description(0).strip() == "Epoch 0"
 
 

@@ -158,7 +158,7 @@ def test_a_return_drops_the_gradients(tmp_path):
     """They are of weights that are gone, and the next backward pass would add to them."""
     task = tiny_task()
     trainer = standing_trainer(task)
-    snapshot = TrainingSnapshot(trainer, task)
+    snapshot = TrainingSnapshot(trainer, task, guard_state=None)
     before = [weight.detach().clone() for weight in task.net.parameters()]
     for weight in task.net.parameters():
         weight.grad = torch.ones_like(weight)

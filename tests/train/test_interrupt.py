@@ -87,12 +87,12 @@ def test_rows_are_kept_and_columns_may_come_later(tmp_path):
     first.log_metrics({"b": 1.5}, 0)
     first.save()
     again = MetricsFile(path.parent)
-    assert again.count() == 1
+    assert again.flush_and_count() == 1
     again.log_metrics({"b": 2.5}, 1)
     again.log_metrics({"a": 3}, 1)
     again.save()
     assert written(path) == ["a,b,step", ",1.5,0", ",2.5,1", "3,,1", ""]
-    assert MetricsFile(path.parent).count() == 3
+    assert MetricsFile(path.parent).flush_and_count() == 3
 
 
 def test_rows_survive_a_death_while_columns_are_added(tmp_path, monkeypatch):
@@ -119,8 +119,8 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
         metrics.log_metrics({"a": step / 3}, step)
         metrics.save()
         if step == 2:
-            known = metrics.count()
+            known = metrics.flush_and_count()
     whole = written(path)
     for _ in range(2):
-        MetricsFile(path.parent).cut(known)
+        MetricsFile(path.parent).truncate(known)
         assert written(path) == [*whole[:4], ""]

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from moevision.data import ImageDataModule
 from moevision.data.transforms import hash_u64
 from moevision.train.fit import keep_images_per_step
-from moevision.train.lightning_internals import between_batches
+from moevision.train.lightning_internals import loops_before_next_fetch
 from moevision.train.processes import (
     Interrupted,
     Interruption,
@@ -201,7 +201,7 @@ def test_between_two_batches_the_next_one_is_not_fetched_yet(validated):
         )
 
     fit_loop = SimpleNamespace(epoch_loop=loop, _data_fetcher=None)
-    with suppress(OSError), between_batches(SimpleNamespace(fit_loop=fit_loop)):
+    with suppress(OSError), loops_before_next_fetch(SimpleNamespace(fit_loop=fit_loop)):
         assert shown() == (False, 7, 2, 6 if validated else 7)
         raise OSError("full")
     assert shown() == (True, 8, 3, 7)

@@ -14,7 +14,7 @@ export function effectOf(view) {
 }
 
 /** What stands where a control would be the change itself. */
-const NO_CONTROL = "No control: as many random choices are these, since an image has one expert";
+const NO_CONTROL = "No control: an image has one expert, so a random one would be the same";
 
 /** @param {Effect} effect */
 const moves = ({ moved, moved_prefix: prefix }) => moved + prefix > 0;

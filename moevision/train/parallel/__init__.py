@@ -60,7 +60,7 @@ from moevision.layers.cpu import padded_counts, sum_rows, take_rows
 from moevision.layers.moe import LocalDispatcher
 from moevision.layers.routing import Dispatched, Routing
 from moevision.train.checkpoint import SafeCheckpointIO
-from moevision.train.lightning_internals import set_process_group
+from moevision.train.lightning_internals import configure_data_parallel
 from moevision.train.optim import parameter_groups
 from moevision.train.parallel.parts import (
     SHARDED,
@@ -409,7 +409,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
             self.checkpoint_io = SafeCheckpointIO()
         # With offload parts in main memory travel too: norms, Muon's matrices, the export.
         needs_gloo = self.offload and self.root_device.type == "cuda"
-        set_process_group(self, "cpu:gloo,cuda:nccl" if needs_gloo else None)
+        configure_data_parallel(self, "cpu:gloo,cuda:nccl" if needs_gloo else None)
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
