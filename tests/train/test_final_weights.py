@@ -37,9 +37,6 @@ GOOD, BAD = (
 )
 
 
-# ---- the rule
-
-
 def of_cells(
     both: int, only_one: int, only_other: int, neither: int
 ) -> tuple[Validated, Validated]:
@@ -87,9 +84,6 @@ def test_the_loss_is_better_where_it_is_lower():
     assert gain_of(one, other, LOSS) == (pytest.approx(4.9), math.inf)  # one image has no spread
 
 
-# ---- whole trainings
-
-
 def let_first_be_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """best.ckpt is the first epoch's, whatever its validation says."""
 
@@ -133,17 +127,11 @@ def choose(cli, stopped, monkeypatch, own_folder):
     return go_on
 
 
-def weights_of(run: Path, name: str) -> dict[str, torch.Tensor]:
-    state = torch.load(run / "checkpoints" / name, weights_only=True)["state_dict"]
-    return {
-        key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")
-    }
-
-
 def is_exported(run: Path, name: str) -> bool:
     """Whether `model/` has the weights of this checkpoint."""
-    model, weights = load_file(run / "model" / "model.safetensors"), weights_of(run, name)
-    return all(torch.equal(value, weights[key]) for key, value in model.items())
+    weights = torch.load(run / "checkpoints" / name, weights_only=True)["state_dict"]
+    model = load_file(run / "model" / "model.safetensors")
+    return all(torch.equal(value, weights[f"net.{key}"]) for key, value in model.items())
 
 
 @pytest.mark.parametrize("average", [(), ("--ema.decay=0.5",)])
