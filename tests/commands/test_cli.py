@@ -107,17 +107,21 @@ def test_lightnings_trainer_takes_every_argument():
 
 
 DASHES = {"with_twin": True, "data.batch_size": 8, "runs_root": "a_b-c"}
-SHORT = {"trainer.max_epochs": 3, "model.optim.lr": 0.1, "data.image_size": 64}
-MACHINE = {"trainer.devices": 2, "trainer.accelerator": "cpu"}
-PARALLEL = {"parallel.layout": "fsdp", "parallel.expert": 2}
-WORDS = {"model.arch.twin": "active_flops", "model.compile": True, "check_memory": False}
 AS_TYPED = {
     "--with-twin --data.batch_size=8 --runs_root a_b-c": DASHES,
     "--with_twin --data.batch-size=8 --runs-root a_b-c": DASHES,
-    "--epochs 3 --lr=0.1 --image_size 64": SHORT,
-    "--gpus 2 --device cpu": MACHINE,
-    "--parallel fsdp --parallel.expert=2": PARALLEL,
-    "--dense --compile --force": WORDS,
+    "--epochs 3 --lr=0.1 --image_size 64": {
+        "trainer.max_epochs": 3,
+        "model.optim.lr": 0.1,
+        "data.image_size": 64,
+    },
+    "--gpus 2 --device cpu": {"trainer.devices": 2, "trainer.accelerator": "cpu"},
+    "--parallel fsdp --parallel.expert=2": {"parallel.layout": "fsdp", "parallel.expert": 2},
+    "--dense --compile --force": {
+        "model.arch.twin": "active_flops",
+        "model.compile": True,
+        "check_memory": False,
+    },
 }
 
 

@@ -227,17 +227,8 @@ def changed(file, old, new):
 PREDICTIONS = "runs/b/predictions_test.csv"
 
 
-def remove(name):
-    return lambda: Path("runs/b", name).unlink()
-
-
 def write(name, text):
     return lambda: Path("runs/b", name).write_text(text)
-
-
-def empty_predictions():
-    file = Path(PREDICTIONS)
-    file.write_text(file.read_text().splitlines(keepends=True)[0])  # as a full disk leaves a copy
 
 
 def drawn_anew():
@@ -252,10 +243,11 @@ NO_CONFIG = "runs/b/config.yaml is no configuration: it must have keys"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (remove("summary.json"), "fit --resume runs/b`, then compare."),
-        (remove("predictions_test.csv"), f"{PREDICTIONS} can't be read"),
+        (lambda: Path("runs/b/summary.json").unlink(), "fit --resume runs/b`, then compare."),
+        (lambda: Path(PREDICTIONS).unlink(), f"{PREDICTIONS} can't be read"),
         (write("predictions_test.csv", "name\n1\n"), f"{PREDICTIONS} can't be read ('image')"),
-        (empty_predictions, f"{PREDICTIONS} can't be read"),
+        # As a full disk leaves a copy.
+        (write("predictions_test.csv", csv_text(COLUMNS, [])), f"{PREDICTIONS} can't be read"),
         (
             lambda: changed(PREDICTIONS, "cat/0.png", "cat/99.png"),
             "a and b were not tested on the same images: 2 of 5 are in one of them only, such as 'cat/0.png'",

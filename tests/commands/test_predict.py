@@ -326,24 +326,18 @@ def test_unsure_answers(cli, tiny_run, drawn_pets):
     assert [row["class"] for row in by_csv] == [row["class"] for row in rows]
 
 
-def heat(cli, model, folder, *paths, expected=0):
-    outcome = cli("predict", model, *paths, "--heat", folder)
-    assert outcome.code == expected, outcome.err
-    return outcome
-
-
 def test_heat_writes_an_image_for_each_and_the_table_stays(cli, tiny_run, drawn_pets, tmp_path):
     files = drawn(drawn_pets, 3)
     (tmp_path / "bad.png").write_bytes(b"x")
     folder = tmp_path / "new" / "heat"
-    told = heat(cli, tiny_run, folder, *files, tmp_path / "bad.png")
+    told = succeeded(cli("predict", tiny_run, *files, tmp_path / "bad.png", "--heat", folder))
     assert told.out == cli("predict", tiny_run, *files, tmp_path / "bad.png").out
     names = sorted(file.name for file in folder.iterdir())
     assert names == sorted(f"{file.name}.png" for file in files), "and none of the unreadable one"
     for name in names:
         with Image.open(folder / name) as image:
             assert (image.size, image.mode) == ((HEAT_SIDE, HEAT_SIDE), "RGB")
-    heat(cli, tiny_run, folder, *files)  # its own files may be replaced
+    succeeded(cli("predict", tiny_run, *files, "--heat", folder))  # its own files may be replaced
 
 
 def test_heat_is_blue_for_the_answer_and_brown_for_the_second_class(
@@ -351,7 +345,7 @@ def test_heat_is_blue_for_the_answer_and_brown_for_the_second_class(
 ):
     """Shares recomputed from the pooled tokens: the strongest patch, and on which side of grey each is."""
     (file,) = drawn(drawn_pets, 1)
-    heat(cli, tiny_run, tmp_path / "heat", file)
+    succeeded(cli("predict", tiny_run, file, "--heat", tmp_path / "heat"))
     net = load_model(str(tiny_run)).net
     x = network_input(load_model(str(tiny_run)), np.array(Image.open(file))[None])
     with torch.no_grad():
@@ -391,7 +385,7 @@ def test_heat_keeps_to_its_folder_whatever_files_are_called(cli, tiny_run, drawn
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, file)
     folder = tmp_path / "out" / "heat"
-    heat(cli, tiny_run, folder, *files, files[0])
+    succeeded(cli("predict", tiny_run, *files, files[0], "--heat", folder))
     written = [file.name for file in folder.iterdir()]
     assert len({name.casefold() for name in written}) == len(written) == len(files)
     assert {"cat.png.png", "cat.png~2.png", "CAT.png~3.png", "猫.png.png"} <= {*written}
@@ -427,8 +421,8 @@ def test_heat_of_a_folder_that_can_not_be_written(cli, tiny_run, drawn_pets, tmp
 
     monkeypatch.setattr("moevision.commands.predict.write_bytes_atomic", write)
     (file,) = drawn(drawn_pets, 1)
-    told = heat(cli, tiny_run, tmp_path / "heat", file, expected=2)
-    assert_names(told.err, f"{file.name}.png: Permission denied", "another place")
+    told = cli("predict", tiny_run, file, "--heat", tmp_path / "heat")
+    refused(told, f"{file.name}.png: Permission denied", "another place")
 
 
 def test_heat_of_a_model_that_reads_the_class_token(cli, drawn_pets, tmp_path):

@@ -37,22 +37,15 @@ GOOD, BAD = (
 )
 
 
-def of_cells(
-    both: int, only_one: int, only_other: int, neither: int
-) -> tuple[Validated, Validated]:
-    """Two checkpoints, and whether one alone, the other alone, both or neither classify an image correctly."""
-    cells = (
-        np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], [both, only_one, only_other, neither], axis=0)
-        > 0
-    )
-    loss, labels = np.zeros(len(cells)), np.zeros(len(cells), dtype=int)
-    return Validated(cells[:, 0], loss, labels), Validated(cells[:, 1], loss, labels)
-
-
 @pytest.mark.parametrize(("only_best", "shown"), [(40, False), (60, False), (62, True)])
 def test_better_is_more_than_a_standard_error_of_the_paired_difference(only_best, shown):
     """Against 50 of 3,000 images, by hand: b - c over sqrt(b + c - (b - c)² / n) is .95 and 1.13 at 60 and 62."""
-    gain, error = gain_of(*of_cells(2_500, only_best, 50, 450 - only_best), "val/top1")
+    cells = (
+        np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], [2_500, only_best, 50, 450 - only_best], axis=0)
+        > 0
+    )
+    zeros = np.zeros(len(cells), dtype=int)
+    gain, error = gain_of(*(Validated(right, zeros, zeros) for right in cells.T), "val/top1")
     assert gain == pytest.approx((only_best - 50) / 3_000)
     by_hand = math.sqrt(only_best + 50 - (only_best - 50) ** 2 / 3_000) / 3_000
     assert error == pytest.approx(by_hand, rel=0.03)  # Tango's interval is a little wider
