@@ -32,6 +32,17 @@ def begin() -> None:
         forkserver.ensure_running()
 
 
+def run_script(script: str, folder: Path) -> str:
+    """Run a script that is given a folder, and where its own processes meet; what they said."""
+    from tests.shared import free_port
+
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process = Forked([script, str(folder)], folder, {**os.environ, **meeting})
+    said, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, said[-6000:]
+    return said
+
+
 class Forked:
     """Has the methods of `subprocess.Popen` that the tests call; standard output and error come together.
 

@@ -189,6 +189,14 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, drawn_pets: Path) -> Path:
+    """The run folder of a tiny training that nobody interrupted; not to be changed."""
+    root = tmp_path_factory.mktemp("whole")
+    succeeded(run_cli("fit", drawn_pets, *TINY, f"--runs_root={root}"))
+    return root / "pets"
+
+
+@pytest.fixture(scope="session")
 def distant_model(
     tiny_run: Path, drawn_pets: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

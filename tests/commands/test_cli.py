@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -26,7 +25,7 @@ from moevision.train.recipe import memory_advice
 from moevision.train.resume import is_free
 from moevision.train.task import ClassificationTask
 from moevision.words import loading, shell_word
-from tests.shared import assert_names, refused, succeeded
+from tests.shared import assert_names, succeeded
 
 
 def test_help_lists_every_verb(cli):
@@ -62,6 +61,7 @@ def test_fit_help_is_one_screen_with_examples_first(cli, monkeypatch):
     assert config.options()["model.arch.num_experts"].help in out
     assert "--model.arch.capacity_factor" not in out
     assert "--help-all" in out
+    assert cli("train", "--help").out == out, "its other name"
 
 
 def test_help_all_shows_at_most_90_options(cli):
@@ -107,17 +107,21 @@ def test_lightnings_trainer_takes_every_argument():
 
 
 DASHES = {"with_twin": True, "data.batch_size": 8, "runs_root": "a_b-c"}
-SHORT = {"trainer.max_epochs": 3, "model.optim.lr": 0.1, "data.image_size": 64}
-MACHINE = {"trainer.devices": 2, "trainer.accelerator": "cpu"}
-PARALLEL = {"parallel.layout": "fsdp", "parallel.expert": 2}
-WORDS = {"model.arch.twin": "active_flops", "model.compile": True, "check_memory": False}
 AS_TYPED = {
     "--with-twin --data.batch_size=8 --runs_root a_b-c": DASHES,
     "--with_twin --data.batch-size=8 --runs-root a_b-c": DASHES,
-    "--epochs 3 --lr=0.1 --image_size 64": SHORT,
-    "--gpus 2 --device cpu": MACHINE,
-    "--parallel fsdp --parallel.expert=2": PARALLEL,
-    "--dense --compile --force": WORDS,
+    "--epochs 3 --lr=0.1 --image_size 64": {
+        "trainer.max_epochs": 3,
+        "model.optim.lr": 0.1,
+        "data.image_size": 64,
+    },
+    "--gpus 2 --device cpu": {"trainer.devices": 2, "trainer.accelerator": "cpu"},
+    "--parallel fsdp --parallel.expert=2": {"parallel.layout": "fsdp", "parallel.expert": 2},
+    "--dense --compile --force": {
+        "model.arch.twin": "active_flops",
+        "model.compile": True,
+        "check_memory": False,
+    },
 }
 
 
@@ -127,21 +131,6 @@ def test_options_as_people_type_them(words):
     """Dash and underscore are one, and some options have short names."""
     args = config.parse_args("fit", ["x", *words.split()])
     assert (args.folder, args.options) == ("x", AS_TYPED[words])
-
-
-def test_train_is_fit(cli):
-    assert cli("train", "--help").out == cli("fit", "--help").out
-
-
-def test_a_run_of_before_keeps_its_settings_though_a_key_of_them_has_left():
-    """Every config.yaml of then says where snapshots lay, what loggers got about routers, who shares images out."""
-    written = {
-        "guard": {"snapshots_in": "auto", "snapshots": 3},
-        "log_routers": "brief",
-        "fault": None,
-    }
-    written["trainer"] = {"use_distributed_sampler": False, "default_root_dir": None}
-    assert config.parse_config(written, "runs/pets/config.yaml") == {"guard.snapshots": 3}
 
 
 def test_settings_survive_their_file():
@@ -193,52 +182,45 @@ def test_help_lists_the_exit_codes(cli, help_of):
     assert listed == sorted([0, 2, 3, 129, 130, 138, 143, *of_output])
 
 
-def call(*words, buffered=True, **streams):
-    """The verb in a process of its own, with these streams; its exit code and what it said on stderr."""
+PRINTING = [
+    ("predict {run} {image}", True),
+    ("info {run}", True),
+    ("--version", True),
+    ("fit --help-all", True),
+]
+PRINTING += [("compare {run} {run}/twin", False), ("--help", False)]
+
+
+def call(words, run, buffered, **streams):
+    """The command in a process of its own, with these streams; its exit code and what it said on stderr."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     env |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "moevision", *map(str, words)]
+    image = next((run.parents[1] / "pets").rglob("0*.png"))
+    command = [sys.executable, "-m", "moevision", *words.format(run=run, image=image).split()]
     done = subprocess.run(
         command, stderr=subprocess.PIPE, text=True, env=env, timeout=600, **streams
     )
     return done.returncode, done.stderr
 
 
-@pytest.fixture(scope="module")
-def verbs(tiny_run):
-    """Calls that print, by name."""
-    return {
-        "predict": ("predict", tiny_run, next((tiny_run.parents[1] / "pets").rglob("0*.png"))),
-        "info": ("info", tiny_run),
-        "compare": ("compare", tiny_run, tiny_run / "twin"),
-        "version": ("--version",),
-        "help": ("--help",),
-        "fit help": ("fit", "--help-all"),
-    }
-
-
-PRINTING = [*((verb, True) for verb in ("predict", "info", "version", "fit help"))]
-PRINTING += [("compare", False), ("help", False)]
-
-
 @pytest.mark.deep
-@pytest.mark.parametrize(("verb", "buffered"), PRINTING)
-def test_an_output_that_can_not_be_written_is_a_sentence(verbs, verb, buffered):
+@pytest.mark.parametrize(("words", "buffered"), PRINTING)
+def test_an_output_that_can_not_be_written_is_a_sentence(tiny_run, words, buffered):
     with open("/dev/full", "w") as full:
-        code, said = call(*verbs[verb], buffered=buffered, stdout=full)
+        code, said = call(words, tiny_run, buffered, stdout=full)
     assert code == 2
     assert_names(said.splitlines()[-1], "moevision: ", "No space left", "make room")
     assert "Traceback" not in said
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize(("verb", "buffered"), PRINTING)
-def test_an_output_that_nobody_reads_any_more_is_no_error(verbs, verb, buffered):
+@pytest.mark.parametrize(("words", "buffered"), PRINTING)
+def test_an_output_that_nobody_reads_any_more_is_no_error(tiny_run, words, buffered):
     """As in `moevision predict ... | head -1`; 141 is what a shell gives a program that SIGPIPE has ended."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        code, said = call(*verbs[verb], buffered=buffered, stdout=writer)
+        code, said = call(words, tiny_run, buffered, stdout=writer)
     finally:
         os.close(writer)
     assert code == 141
@@ -292,28 +274,6 @@ def test_traceback_on_demand(cli):
     assert "Traceback" in outcome.err
 
 
-@pytest.mark.deep
-def test_checkpoints_that_can_not_be_used(cli, tiny_run):
-    whole = (tiny_run / "checkpoints" / "best.ckpt").read_bytes()
-    Path("truncated.ckpt").write_bytes(whole[: len(whole) // 2])
-    Path("text.ckpt").write_text("no checkpoint")
-    torch.save({"state_dict": {}, "epoch": 3}, "foreign.ckpt")
-    torch.save([torch.zeros(2)], "list.ckpt")
-    settings = ("--config", tiny_run / "config.yaml", "--runs_root=runs")
-    for name, words in {
-        "missing": ["There is no checkpoint", "runs/NAME/checkpoints/"],
-        "truncated": ["damaged", "best.ckpt"],
-        "text": ["damaged", "best.ckpt"],
-        "foreign": ["not written by moevision", "runs/NAME/checkpoints/"],
-        "list": ["not written by moevision", "runs/NAME/checkpoints/"],
-    }.items():
-        refused(cli("test", *settings, "--ckpt_path", f"{name}.ckpt"), f"{name}.ckpt", *words)
-    refused(
-        cli("fit", *settings, "--ckpt_path", "runs/pets/checkpoints/last.ckpt"),
-        "fit --resume runs/pets",
-    )
-
-
 def test_a_run_folder_is_tested_by_the_weights_that_fit_tested(cli, tiny_run):
     said = cli("test", tiny_run).out
     name = json.loads((tiny_run / "summary.json").read_text())["test"]["checkpoint"]
@@ -322,29 +282,6 @@ def test_a_run_folder_is_tested_by_the_weights_that_fit_tested(cli, tiny_run):
         r"^\d+\.\d % .* test images right\n.*^test/top1 +[01]\.\d{4}$", said, re.M | re.S
     )
     assert "DataLoader" not in said
-
-
-def test_resuming_beyond_the_schedule(cli, tiny_run):
-    unfinished = Path(shutil.copytree(tiny_run, "unfinished"))
-    (unfinished / "summary.json").unlink()
-    outcome = cli("fit", "--resume", unfinished, "--trainer.max_epochs=9")
-    assert outcome.code == 2
-    assert_names(outcome.err, "--trainer.max_epochs is 2", "become 9", "--pretrained")
-    assert (unfinished / "metrics.csv").read_bytes() == (tiny_run / "metrics.csv").read_bytes()
-
-
-def test_a_failed_start_leaves_earlier_runs_alone(cli, drawn_pets):
-    earlier = Path("runs/pets")
-    earlier.mkdir(parents=True)
-    (earlier / "summary.md").write_text("mine")
-    assert cli("fit", drawn_pets, "--model.arch.name=nothing").code == 2
-    assert [str(path) for path in Path("runs").rglob("*")] == ["runs/pets", "runs/pets/summary.md"]
-    assert (earlier / "summary.md").read_text() == "mine"
-
-
-def test_a_trial_run_leaves_nothing(cli, tiny, drawn_pets):
-    assert cli("fit", drawn_pets, *tiny, "--trainer.fast_dev_run=1").code == 0
-    assert not list(Path("runs").glob("*"))
 
 
 HALF = ["data.batch_size 32", "trainer.accumulate_grad_batches 4"]

@@ -121,35 +121,6 @@ def test_a_cut_model_predicts_and_can_be_cut_again(cli, record, folder, tmp_path
     assert all(len(experts) <= 2 for experts in numbers["experts"].values())
 
 
-@pytest.mark.needs("onnx")
-def test_a_cut_model_is_exported(cli, record, folder, tmp_path):
-    import onnxruntime
-
-    _, _, out = record
-    succeeded(cli("export", out, "--out", tmp_path / "small.onnx"))
-    small = load_model(str(out))
-    x, _ = inputs(folder / "test", small, small.class_names)
-    (logits,) = onnxruntime.InferenceSession(tmp_path / "small.onnx").run(
-        ["logits"], {"image": x.numpy()}
-    )
-    with torch.inference_mode():
-        expected = small.net(x)
-    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.needs("transformers")
-@torch.inference_mode()
-def test_transformers_opens_a_cut_model(record, folder):
-    import transformers
-
-    _, _, out = record
-    small = load_model(str(out))
-    x, _ = inputs(folder / "test", small, small.class_names)
-    wrapped = transformers.AutoModelForImageClassification.from_pretrained(out).eval()
-    assert list(wrapped.config.id2label.values()) == ["cat", "fox"]
-    torch.testing.assert_close(wrapped(x).logits, small.net(x), rtol=0, atol=1e-5)
-
-
 def test_the_explorer_shows_it_beside_its_source(record, folder, model):
     """One image, asked of both: each answers with its own classes, by its own experts."""
     _, text, out = record

@@ -29,12 +29,14 @@ def facts(cli, tiny_run):
     return json.loads(outcome.out)
 
 
-def test_json_describes_the_model(facts):
-    assert facts["classes"] == CLASSES
-    assert facts["image_size"] == 32
-    assert facts["moe_blocks"] == [1, 3]
+def test_json_and_the_table_describe_the_model(cli, facts, tiny_run):
+    assert (facts["classes"], facts["image_size"], facts["moe_blocks"]) == (CLASSES, 32, [1, 3])
     assert (facts["num_experts"], facts["top_k"]) == (E, K)
     assert list(facts["costs"]) == NAMES
+    out = cli("info", tiny_run).out
+    assert_names(out, "2 classes, 32 px", "4 experts, 2 per", "noisy_top_k", "blocks 1, 3")
+    for cost in facts["costs"].values():
+        assert f"{cost['total_parameters']:,}" in out
 
 
 def test_parameters_of_the_model_are_those_of_its_file(facts, tiny_run):
@@ -88,13 +90,6 @@ def test_flops_by_formula(facts):
     # In evaluation the router multiplies by one matrix: without noise.
     assert costs["this model"]["router_flops_per_image"] == MOE_BLOCKS * 2 * N * D * E
     assert all(costs[name]["router_flops_per_image"] == 0 for name in NAMES[1:])
-
-
-def test_the_table_shows_the_same(cli, facts, tiny_run):
-    out = cli("info", tiny_run).out
-    assert_names(out, "2 classes, 32 px", "4 experts, 2 per", "noisy_top_k", "blocks 1, 3")
-    for cost in facts["costs"].values():
-        assert f"{cost['total_parameters']:,}" in out
 
 
 def test_names_need_no_weights(cli):

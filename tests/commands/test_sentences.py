@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 from moevision.models.io import describe, save_model
 
+LIKE = "runs/NAME/checkpoints/"  # where a checkpoint lies
 FIT = {
     "nothing to train on": ("fit", ["one subfolder", "quickstart"]),
     "a path beside the one that was meant": ("fit {pets}s", ["did you mean", "{pets}"]),
@@ -36,6 +38,46 @@ FIT = {
     "a value too much": ("fit --dense=5", ["--dense", "no value"]),
     "no verb": ("learn", ["'learn'", "fit, validate, test"]),
     "mistyped verb": ("anlyze", ["Did you mean", "analyze?"]),
+    "a checkpoint that isn't there": (
+        "test {set} --ckpt_path missing.ckpt",
+        ["no checkpoint", "missing.ckpt", LIKE],
+    ),
+    "half a checkpoint": (
+        "test {set} --ckpt_path half.ckpt",
+        ["half.ckpt", "damaged", "best.ckpt"],
+    ),
+    "no checkpoint at all": (
+        "test {set} --ckpt_path text.ckpt",
+        ["text.ckpt", "damaged", "best.ckpt"],
+    ),
+    "a checkpoint of others": (
+        "test {set} --ckpt_path foreign.ckpt",
+        ["foreign.ckpt", "not written by", LIKE],
+    ),
+    "a list as a checkpoint": (
+        "test {set} --ckpt_path list.ckpt",
+        ["list.ckpt", "not written by", LIKE],
+    ),
+    "a checkpoint to go on from": (
+        "fit {set} --ckpt_path my/checkpoints/last.ckpt",
+        ["fit --resume my."],
+    ),
+    "resume a checkpoint": ("fit --resume bare/checkpoints/last.ckpt", ["its folder, bare."]),
+    "resume no run": ("fit --resume empty", ["no config.yaml."]),
+    "resume no folder": ("fit --resume nowhere", ["nowhere"]),
+    "resume without a value": ("fit --resume --data.path x", ["--resume needs a value"]),
+    "clusters of untrained layers": (
+        "fit {pets} --pretrained=none --data.image_size=32 --router_start=cluster",
+        ["--router_start cluster", "say --pretrained too"],
+    ),
+    "dense and its twin": (
+        "fit {pets} --pretrained=none --dense --with-twin",
+        ["--dense", "leave --with-twin out"],
+    ),
+    "pretrained without a value": (
+        "fit {pets} --pretrained --name x",
+        ["pretrained needs a value"],
+    ),
     "no experts to train": (
         "fit {pets} --pretrained dense --with-twin --data.image_size=32"
         " --model.optim.freeze=all_but_experts",
@@ -45,7 +87,9 @@ FIT = {
 # Behind `fit {pets}` and the options of a tiny training.
 OPTIONS = {
     "--model.arch.name=vit_moe_mirco_patch4_32": ["vit_moe_micro_patch4_32", "Did you mean"],
+    "--model.arch.name=deit_tiny_patch16_224": ["is a dense model"],
     "--model.arch.num_experts=1": ["top_k=2", "num_experts=1", "choose top_k"],
+    "--model.aux.label=1 --model.arch.num_experts=3": ["2 classes", "3 experts"],
     "--model.arch.patch_size=7": ["7 px", "do not tile", "multiple of 7"],
     "--model.arch.embed_dim=33": ["test_vit_moe", "divisible by num_heads"],
     "--model.arch.router=topk": ["'topk'", "noisy_top_k"],
@@ -59,8 +103,10 @@ OPTIONS = {
     "--trainer.accelerator=quantum": ["quantum", "cpu"],
     "--trainer.max_epochs=-1": ["--trainer.max_epochs", "--trainer.max_steps"],
     "--trainer.limit_train_batches=0": ["limit_train_batches 0"],
+    "--trainer.num_nodes=2": ["several machines", "torchrun", "srun"],
     "more": ["'more'", "after the verb"],
     "--pretrained=deit_tny_patch16_224": ["deit_tiny_patch16_224"],
+    "--pretrained=/nowhere/model": ["no run or model"],
     "--runs_root=file.txt": ["file.txt", "mend that"],
     "--config=sise.yaml": ["data.batch_sise", "data.batch_size"],
     "--config=depht.yaml": ["model.arch.depht", "model.arch.depth"],
@@ -171,6 +217,13 @@ def workplace(drawn_pets, tiny_run, tmp_path_factory):
         (root / name).write_text("mine")
     for name, text in CONFIGS.items():
         (root / f"{name}.yaml").write_text(text)
+    best = (tiny_run / "checkpoints" / "best.ckpt").read_bytes()
+    (root / "half.ckpt").write_bytes(best[: len(best) // 2])
+    (root / "text.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {}, "epoch": 3}, root / "foreign.ckpt")
+    torch.save([torch.zeros(2)], root / "list.ckpt")
+    (root / "runs" / "pets").mkdir(parents=True)
+    (root / "runs" / "pets" / "summary.md").write_text("of an earlier run")
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2}
     dense = timm.create_model("vit_tiny_patch16_224", num_classes=2, **sizes)
     save_model(describe(dense), root / "dense")
@@ -188,7 +241,12 @@ def test_a_mistake_is_answered_by_one_sentence(
     monkeypatch.chdir(workplace)
     call, fragments = MISTAKES[mistake]
     before = state_of(workplace)
-    values = {"pets": drawn_pets, "run": tiny_run, "tiny": " ".join(tiny)}
+    values = {
+        "pets": drawn_pets,
+        "run": tiny_run,
+        "set": f"--config {tiny_run}/config.yaml",
+        "tiny": " ".join(tiny),
+    }
     outcome = cli(*call.format(**values).split())
     assert (outcome.code, outcome.out) == (2, "")
     usage, _, sentence = outcome.err.rstrip("\n").rpartition("\n")
@@ -197,4 +255,6 @@ def test_a_mistake_is_answered_by_one_sentence(
     for fragment in fragments:
         assert fragment.format(**values) in sentence
     assert state_of(workplace) == before
-    assert not list(Path("runs").glob("*")), "a failed start leaves no run folder"
+    assert [path.name for path in Path("runs").iterdir()] == ["pets"], (
+        "a failed start leaves no run folder"
+    )

@@ -78,23 +78,14 @@ class FaultInjector(L.Callback):
         self._gradients: list[Fault] = []
         self._validation_batches = 0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         """Strike the state, or prepare to strike the computation of this batch."""
         number = trainer.fit_loop.epoch_loop.batch_progress.total.ready  # counts this batch already
         self._strike(
             trainer, pl_module, [fault for fault in self.faults if fault.kind != "nan_val"], number
         )
 
-    def on_validation_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         """Prepare to strike a validation batch."""
         self._validation_batches += 1
         faults = [fault for fault in self.faults if fault.kind == "nan_val"]

@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
 from moevision.models.config import MoEConfig
@@ -25,6 +27,7 @@ from moevision.train.parallel.parts import to_full_tensor
 from moevision.train.processes import callback_of
 from moevision.train.task import ClassificationTask
 from tests.train.faults import FaultInjector
+from tests.train.quiet import quiet_trainer
 
 CLASSES = 4
 # Router noise, dropout in three places, stochastic depth, and a BatchNorm stem; or a router with a bias beside it.
@@ -182,7 +185,6 @@ class Run:
         faults: str = "",
         guard: GuardConfig | None = GuardConfig(),  # noqa: B008
         task: ClassificationTask | None = None,
-        ema: bool = True,
         after: int = 0,
         val: list[dict[str, Tensor]] | None = None,
         callbacks: tuple[L.Callback, ...] = (),
@@ -193,25 +195,19 @@ class Run:
         self.task = task or tiny_task()
         self.injector, self.states = FaultInjector(faults), States(after)
         self.guard = None if guard is None else StabilityGuard(guard)
-        average = [WeightEMA(EmaConfig(decay=0.9))] if ema else []
         watching = [] if self.guard is None else [self.guard]
-        always: dict[str, Any] = {
-            "accelerator": "cpu",
-            "devices": processes,
-            "enable_checkpointing": False,
-        }
-        defaults = {**always, "max_epochs": 1, "gradient_clip_val": 1.0}
-        self.trainer = L.Trainer(
+        self.trainer = quiet_trainer(
             strategy=MoEParallelStrategy(expert) if expert else "ddp" if processes > 1 else "auto",
             default_root_dir=folder,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
             limit_val_batches=None if val else 0,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[self.injector, *average, *watching, *callbacks, self.states],
-            **{**defaults, **options},
+            callbacks=[
+                self.injector,
+                WeightEMA(EmaConfig(decay=0.9)),
+                *watching,
+                *callbacks,
+                self.states,
+            ],
+            **{"devices": processes, "max_epochs": 1, **options},
         )
         epochs = self.trainer.max_epochs or 1
         seen = val or data[:1]  # none of them without `val`
@@ -223,6 +219,22 @@ class Run:
     def record(self) -> GuardRecord:
         assert self.guard is not None
         return self.guard.record
+
+
+def standing_trainer(task: ClassificationTask, **values: Any) -> Any:
+    """What the guard and its snapshots ask of a trainer, at step 3 of a training; its other processes print."""
+    optimizer = torch.optim.SGD(task.net.parameters(), lr=0.1)
+    plugin = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+    state = SimpleNamespace(fn=TrainerFn.FITTING, status=TrainerStatus.RUNNING)
+    own = {
+        "global_step": 3,
+        "callbacks": [],
+        "optimizers": [optimizer],
+        "lr_scheduler_configs": [],
+        "current_epoch": 0,
+    }
+    own |= {"is_global_zero": False, "datamodule": None, "default_root_dir": ".", "world_size": 1}
+    return SimpleNamespace(**{**own, "precision_plugin": plugin, "state": state, **values})
 
 
 def one_of_two(rank: int, folder: Path) -> None:

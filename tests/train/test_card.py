@@ -55,6 +55,7 @@ def test_fit_leaves_the_card_beside_the_model(tiny_run, facts):
     assert "without experts" in twin
     assert "mixture-of-experts" not in header(twin)["tags"]
     assert "dense twin" not in twin
+    assert "forward_routing" not in twin, "its program asks for no routing"
 
 
 def test_the_header_is_what_the_hub_expects(tiny_run, facts):
@@ -217,10 +218,6 @@ def test_the_program_in_the_card_works(tiny_run, drawn_pets, tmp_path, monkeypat
     assert lines[2:] == ["1 (4, 4) torch.Size([1, 16, 4])", "3 (4, 4) torch.Size([1, 16, 4])"]
 
 
-def test_the_program_of_a_dense_model_asks_for_no_routing(facts):
-    assert "forward_routing" not in model_card(facts | {"blocks": []})
-
-
 def test_start_from_pretrained_weights(tiny_run, facts, tmp_path):
     """What timm's registry says of its own weights; of a folder only the name."""
     shutil.copytree(
@@ -240,15 +237,6 @@ def test_start_from_pretrained_weights(tiny_run, facts, tmp_path):
         settings["model"]["arch"]["pretrained"] = source
         config.write_text(yaml.safe_dump(settings))
         assert gather_facts(tmp_path / "run", facts["summary"])["start"] == start
-
-
-def test_a_summary_is_read_as_it_was_written(tiny_run, facts):
-    given = json.loads((tiny_run / "summary.json").read_text())
-    assert facts["summary"].test.correct == given["test"]["correct"]
-    assert facts["summary"].twin.cost.total_parameters == given["twin"]["cost"]["total_parameters"]
-    assert [layer.counts for layer in facts["summary"].layers] == [
-        layer["counts"] for layer in given["layers"]
-    ]
 
 
 def test_a_test_loss_that_is_not_finite_lets_a_run_be_finished(tiny_run, facts, tmp_path):

@@ -39,22 +39,6 @@ def damage(path: Path, at: int = 2000) -> None:
     path.write_bytes(data)
 
 
-def test_what_is_written_is_read(files, tmp_path):
-    files.save_checkpoint(state(3), tmp_path / LAST)
-    assert torch.equal(files.load_checkpoint(tmp_path / LAST)["state_dict"]["w"], torch.ones(1000))
-    assert [path.name for path in tmp_path.iterdir()] == [LAST]
-
-
-def test_two_points_to_go_on_from_are_kept(files, tmp_path):
-    for step in (1, 2, 3):
-        files.save_checkpoint(state(step), tmp_path / LAST)
-    steps = {
-        name: torch.load(tmp_path / name, weights_only=True)["global_step"]
-        for name in (LAST, PREVIOUS)
-    }
-    assert steps == {LAST: 3, PREVIOUS: 2}
-
-
 def test_the_newest_valid_one_is_found_and_the_others_are_named(files, tmp_path):
     for step in (1, 2):
         files.save_checkpoint(state(step), tmp_path / LAST)
@@ -116,8 +100,9 @@ def test_a_save_that_is_refused_leaves_what_was_there(files, tmp_path, monkeypat
 def test_tensors_go_where_they_are_asked_for(files, tmp_path):
     files.save_checkpoint(state(1), tmp_path / LAST)
     for place, device in ((None, "cpu"), ("meta", "meta")):
-        loaded = files.load_checkpoint(tmp_path / LAST, map_location=place)
-        assert {value.device.type for value in loaded["state_dict"].values()} == {device}
+        loaded = files.load_checkpoint(tmp_path / LAST, map_location=place)["state_dict"]["w"]
+        assert loaded.device.type == device
+        assert device == "meta" or torch.equal(loaded, torch.ones(1000))
 
 
 class Evil:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -65,44 +65,24 @@ SILENT_S = 30  # from the end of a process to another one's sentence about it
 
 
 def start(
-    folder: Path,
-    *arguments: str,
-    launcher: list[str] = OURS,
-    new: bool = False,
-    others: int | None = None,
-    faults: str = "",
+    folder, *arguments, launcher=OURS, new=False, others=2, faults=""
 ) -> subprocess.Popen[str] | Forked:
     """Begin a training; `new`: in new interpreters, else in forks, as many beside it as the launcher starts."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(moevision.__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-    }
+    package = str(Path(moevision.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
     program = ["tests.train.struck", faults] if faults else ["moevision"]
     command = [*launcher, *program, "fit", *arguments]
     if not new:
-        return Forked(command, folder, environment, 2 if others is None else others)
+        return Forked(command, folder, environment, others)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        [sys.executable, *command], cwd=folder, env=environment, start_new_session=True, **pipes
     )
 
 
-def fit(
-    folder: Path,
-    *arguments: str,
-    launcher: list[str] = OURS,
-    new: bool = False,
-    code: int = 0,
-    faults: str = "",
-) -> str:
+def fit(folder: Path, *arguments: str, code: int = 0, **how: Any) -> str:
     """Run to the end; what all processes said."""
-    process = start(folder, *arguments, launcher=launcher, new=new, faults=faults)
+    process = start(folder, *arguments, **how)
     try:
         said, _ = process.communicate(timeout=WAIT_S)
     finally:
@@ -133,9 +113,8 @@ def end_one(
 
     It ends when the file `until` of the run is there; None: the second process, in a new interpreter, at once.
     """
-    process = start(
-        folder, "synthetic_pets", *arguments, f"--name={name}", others=0 if until is None else None
-    )
+    more = (*arguments, f"--name={name}")
+    process = start(folder, "synthetic_pets", *more, others=2 if until else 0)
     try:
         there = (
             (folder / "runs" / name / until).exists if until else lambda: len(others(process)) == 2
@@ -310,14 +289,13 @@ def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "first", "says"),
-    [("lost", TWO, False, KILLED), ("sharded-lost", SHARDED, True, FIRST_KILLED)],
+    ("name", "options", "first"), [("lost", TWO, False), ("sharded-lost", SHARDED, True)]
 )
-def test_another_process_that_dies_is_said_in_one_sentence(work, name, options, first, says):
+def test_another_process_that_dies_is_said_in_one_sentence(work, name, options, first):
     """The other one ends with the command that goes on, not with a traceback."""
     more = ("--trainer.max_epochs=300", "--checkpoint.every_steps=3")
     said = end_one(work, name, *options, *more, until="checkpoints/last.ckpt", first=first)
-    assert said.splitlines()[-1] == f"moevision: {says}"
+    assert said.splitlines()[-1] == f"moevision: {FIRST_KILLED if first else KILLED}"
     assert f"run folder: runs/{name}\n" in said
     if not first:
         assert f":\nmoevision fit --resume runs/{name}\n" in said

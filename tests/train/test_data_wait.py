@@ -91,11 +91,3 @@ def test_advice_is_given_once_and_early(clock, capsys):
         train(watch, clock, batches, wait_s=1.0, step_s=3.0)
         watch.on_train_epoch_end(trainer, cast(Any, None))
         assert capsys.readouterr().err.count("during 25 %") == told
-
-
-def test_a_run_reports_it(tiny_run):
-    summary = (tiny_run / "summary.md").read_text()
-    assert "| waiting for data | " in summary
-    assert "steps' time |" in summary
-    header = (tiny_run / "metrics.csv").read_text().splitlines()[0]
-    assert "wait" not in header, "a resumed run repeats metrics.csv byte by byte, and no clock does"

@@ -5,7 +5,6 @@ Every test runs on the CPU, so that it is known to work, and where there is CUDA
 
 import copy
 import json
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,9 @@ from moevision.train.parallel.parts import (
     total_norm,
 )
 from moevision.train.processes import callback_of
+from tests.shared import free_port
 from tests.train.guarded import Averaged, Run, batches, whole_tensors
-from tests.train.layouts import kinds
+from tests.train.test_parallel import kinds
 
 CUDA = pytest.param(
     "cuda",
@@ -102,12 +102,9 @@ def test_a_network_computes_as_on_the_cpu(router, device):
 @pytest.fixture
 def group(request: pytest.FixtureRequest) -> Iterator[str]:
     """A process group of this process alone."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
     device: str = request.param
     dist.init_process_group(
-        BACKENDS[device], init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
+        BACKENDS[device], init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
     )
     yield device
     dist.destroy_process_group()
@@ -216,7 +213,6 @@ class Kept(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> None:
         average = callback_of(trainer, WeightEMA)
-        assert average is not None
         of_average = {
             f"average {name}": tensor for name, tensor in whole_tensors(average.network).items()
         }

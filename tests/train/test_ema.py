@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from moevision.errors import UserError
 from moevision.train.health import EmaConfig, WeightEMA
 from moevision.train.processes import callback_of
 from moevision.train.task import ClassificationTask
 from tests.train.guarded import Epochs, Run, batches, tiny_task
+from tests.train.quiet import quiet_trainer
 
 
 class Weights(L.Callback):
@@ -71,16 +71,7 @@ def test_a_checkpoint_holds_the_average_and_the_weights(tmp_path):
     loaded = ClassificationTask.load_from_checkpoint(file, weights_only=True)
     assert torch.equal(loaded.net.head.weight, checkpoint["state_dict"]["net.head.weight"])
     average, start = WeightEMA(EmaConfig(decay=0.9)), Start()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        callbacks=[average, start],
-        logger=False,
-        enable_checkpointing=False,
-        max_epochs=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = quiet_trainer(callbacks=[average, start], max_epochs=1, default_root_dir=tmp_path)
     trainer.fit(
         tiny_task(), Epochs(batches(4), 4), Epochs(batches(1), 1), ckpt_path=file, weights_only=True
     )
@@ -95,8 +86,6 @@ class Start(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         average = callback_of(trainer, WeightEMA)
-        assert average is not None
-        assert average.network is not None
         self.updates = average.updates
         self.weights = {name: tensor.clone() for name, tensor in pl_module.net.state_dict().items()}
         self.average = {
@@ -116,9 +105,3 @@ def test_an_interrupted_validation_leaves_the_weights(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         Run(tmp_path, batches(4), val=batches(1), callbacks=(weights, Stop()), task=task)
     assert torch.equal(task.net.head.weight.double(), weights.after[-1])
-
-
-@pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
-def test_a_decay_that_is_none(decay):
-    with pytest.raises(UserError, match="between 0 and 1"):
-        WeightEMA(EmaConfig(decay=decay))

@@ -37,25 +37,15 @@ GOOD, BAD = (
 )
 
 
-# ---- the rule
-
-
-def of_cells(
-    both: int, only_one: int, only_other: int, neither: int
-) -> tuple[Validated, Validated]:
-    """Two checkpoints, and whether one alone, the other alone, both or neither classify an image correctly."""
-    cells = (
-        np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], [both, only_one, only_other, neither], axis=0)
-        > 0
-    )
-    loss, labels = np.zeros(len(cells)), np.zeros(len(cells), dtype=int)
-    return Validated(cells[:, 0], loss, labels), Validated(cells[:, 1], loss, labels)
-
-
 @pytest.mark.parametrize(("only_best", "shown"), [(40, False), (60, False), (62, True)])
 def test_better_is_more_than_a_standard_error_of_the_paired_difference(only_best, shown):
     """Against 50 of 3,000 images, by hand: b - c over sqrt(b + c - (b - c)² / n) is .95 and 1.13 at 60 and 62."""
-    gain, error = gain_of(*of_cells(2_500, only_best, 50, 450 - only_best), "val/top1")
+    cells = (
+        np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], [2_500, only_best, 50, 450 - only_best], axis=0)
+        > 0
+    )
+    zeros = np.zeros(len(cells), dtype=int)
+    gain, error = gain_of(*(Validated(right, zeros, zeros) for right in cells.T), "val/top1")
     assert gain == pytest.approx((only_best - 50) / 3_000)
     by_hand = math.sqrt(only_best + 50 - (only_best - 50) ** 2 / 3_000) / 3_000
     assert error == pytest.approx(by_hand, rel=0.03)  # Tango's interval is a little wider
@@ -85,9 +75,6 @@ def test_the_loss_is_better_where_it_is_lower():
     one = Validated(best.correct[:1], np.array([0.1]), best.labels[:1])
     other = one._replace(loss=np.array([5.0]))
     assert gain_of(one, other, LOSS) == (pytest.approx(4.9), math.inf)  # one image has no spread
-
-
-# ---- whole trainings
 
 
 def let_first_be_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,17 +120,11 @@ def choose(cli, stopped, monkeypatch, own_folder):
     return go_on
 
 
-def weights_of(run: Path, name: str) -> dict[str, torch.Tensor]:
-    state = torch.load(run / "checkpoints" / name, weights_only=True)["state_dict"]
-    return {
-        key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")
-    }
-
-
 def is_exported(run: Path, name: str) -> bool:
     """Whether `model/` has the weights of this checkpoint."""
-    model, weights = load_file(run / "model" / "model.safetensors"), weights_of(run, name)
-    return all(torch.equal(value, weights[key]) for key, value in model.items())
+    weights = torch.load(run / "checkpoints" / name, weights_only=True)["state_dict"]
+    model = load_file(run / "model" / "model.safetensors")
+    return all(torch.equal(value, weights[f"net.{key}"]) for key, value in model.items())
 
 
 @pytest.mark.parametrize("average", [(), ("--ema.decay=0.5",)])

@@ -22,7 +22,7 @@ from moevision.train.guard import (
 )
 from moevision.train.health import WeightEMA
 from tests.shared import missing
-from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
+from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, standing_trainer, tiny_task
 from tests.train.test_guard import assert_same
 
 pytestmark = pytest.mark.deep
@@ -75,7 +75,7 @@ def test_a_return_is_to_what_was(case, tmp_path):
 
     class Applied(L.Callback):
         def on_train_batch_end(
-            self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+            self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any
         ) -> None:
             applied.append(int(pl_module.update_applied))
 
@@ -136,22 +136,6 @@ def test_a_return_names_no_images(tmp_path):
         ("skip", 8),
         ("rollback", 0),
     ]
-
-
-def standing_trainer(task: Any, **values: Any) -> Any:
-    """What a snapshot and its owner ask of a trainer, at step 3 of a training."""
-    optimizer = torch.optim.SGD(task.net.parameters(), lr=0.1)
-    plugin = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
-    state = SimpleNamespace(fn=TrainerFn.FITTING, status=TrainerStatus.RUNNING)
-    own = {
-        "global_step": 3,
-        "callbacks": [],
-        "optimizers": [optimizer],
-        "lr_scheduler_configs": [],
-        "current_epoch": 0,
-    }
-    own |= {"is_global_zero": False, "datamodule": None, "default_root_dir": "."}
-    return SimpleNamespace(**{**own, "precision_plugin": plugin, "state": state, **values})
 
 
 def test_a_return_drops_the_gradients(tmp_path):

@@ -1,15 +1,13 @@
 """The guard over two processes: a fault on one of them alone, and both do the same about it."""
 
-import os
 import re
-import socket
 from typing import Any
 
 import pytest
 import torch
 
 from moevision.train.guard import GuardRecord
-from tests.forks import Forked
+from tests.forks import run_script
 from tests.train import guarded
 from tests.train.guarded import SHARDED_CASES, TWO_PROCESS_CASES
 
@@ -37,13 +35,7 @@ EXPECTED |= {case: EXPECTED[case.split(", ")[1]] for case in SHARDED_CASES}
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of two processes had at the end of every case."""
     folder = tmp_path_factory.mktemp("guarded")
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = str(opened.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    process = Forked([guarded.__file__, str(folder)], folder, {**os.environ, **shared})
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, said[-6000:]
+    run_script(guarded.__file__, folder)
     return {
         case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
         for case in EXPECTED

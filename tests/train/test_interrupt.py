@@ -74,9 +74,6 @@ def test_a_forked_worker_leaves_the_decision_to_the_main_process():
         assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
 
 
-# metrics.csv
-
-
 def written(path):
     return path.read_bytes().decode().split("\r\n")
 

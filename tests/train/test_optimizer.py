@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import timm
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 import moevision
@@ -124,43 +124,25 @@ def learning(net: nn.Module) -> set[str]:
     return {name for name, parameter in net.named_parameters() if parameter.requires_grad}
 
 
-def test_freezing_the_first_blocks():
-    net = freeze_parameters(tiny(), 2)
-    expected = {
-        name
-        for name, _ in net.named_parameters()
-        if name.startswith(("blocks.2", "blocks.3", "fc_norm", "head"))
-    }
-    assert learning(net) == expected
-    assert learning(freeze_parameters(tiny(), 0)) == {
-        name
-        for name, _ in net.named_parameters()
-        if not name.startswith(("patch_embed", "pos_embed"))
-    }
-    assert learning(freeze_parameters(tiny(), None)) == {name for name, _ in net.named_parameters()}
-
-
-def test_freezing_all_but():
-    net = freeze_parameters(tiny(), "all_but_head")
-    assert learning(net) == {"head.weight", "head.bias"}
-    net = freeze_parameters(tiny(), "all_but_experts")
-    assert learning(net) == {
-        name
-        for name, _ in net.named_parameters()
-        if name.startswith(("head", "blocks.1.mlp", "blocks.3.mlp"))
-    }
+def test_what_is_frozen_neither_learns_nor_is_optimized():
+    for freeze, learns in {
+        2: ("blocks.2", "blocks.3", "fc_norm", "head"),
+        0: ("blocks", "fc_norm", "head"),
+        None: ("",),
+        "all_but_head": ("head",),
+        "all_but_experts": ("head", "blocks.1.mlp", "blocks.3.mlp"),
+    }.items():
+        net = freeze_parameters(tiny(), freeze)
+        expected = {name for name, _ in net.named_parameters() if name.startswith(learns)}
+        assert learning(net) == expected
+        for layer_decay in (None, DECAY):
+            assert set(rates(net, OptimizerConfig(layer_decay=layer_decay))) == expected
     distilled = freeze_parameters(
         tiny("deit_tiny_distilled_patch16_224", img_size=32, depth=2), "all_but_head"
     )
     assert learning(distilled) == {
         f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")
     }
-
-
-@pytest.mark.parametrize("layer_decay", [None, DECAY])
-def test_what_is_frozen_is_not_optimized(layer_decay):
-    net = freeze_parameters(tiny(), "all_but_experts")
-    assert set(rates(net, OptimizerConfig(layer_decay=layer_decay))) == learning(net)
 
 
 def one_step(config: OptimizerConfig) -> tuple[dict[str, torch.Tensor], ClassificationTask]:
@@ -207,27 +189,14 @@ def models_with_packed_biases() -> list[nn.Module]:
     return [tiny(), converted, copy.deepcopy(converted)]
 
 
-@pytest.mark.parametrize(
-    "groups",
-    [
-        param_groups_layer_decay,
-        param_groups_weight_decay,
-        lambda net, decay, **_: (
-            create_optimizer_v2(net, "adamw", weight_decay=decay, layer_decay=0.5).param_groups
-        ),
-        lambda net, decay, **_: create_optimizer_v2(net, "adamw", weight_decay=decay).param_groups,
-    ],
-    ids=["layer decay", "one rate", "optimizer with layer decay", "optimizer"],
-)
-def test_timms_optimizers_spare_packed_biases(groups):
+@pytest.mark.parametrize("layer_decay", [None, DECAY])
+def test_timms_optimizers_spare_packed_biases(layer_decay):
     """They are [E, out], which timm's layer-wise groups take for weights unless the model names them."""
     for net in models_with_packed_biases():
-        decayed = {
-            id(parameter)
-            for group in groups(net, 0.1, no_weight_decay_list=net.no_weight_decay())
-            for parameter in group["params"]
-            if group["weight_decay"]
-        }
+        groups = create_optimizer_v2(
+            net, "adamw", weight_decay=0.1, layer_decay=layer_decay
+        ).param_groups
+        decayed = {id(p) for group in groups for p in group["params"] if group["weight_decay"]}
         for name, parameter in net.named_parameters():
             spared = (
                 parameter.ndim <= 1 or name.endswith(".bias") or name in ("pos_embed", "cls_token")

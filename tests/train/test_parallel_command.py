@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moevision.train import fit as training
 from moevision.train.checkpoint import load_trained
 from tests.shared import missing
 from tests.train.test_command_two_processes import (
@@ -26,6 +25,8 @@ from tests.train.test_command_two_processes import (
     start,
     wait_until,
 )
+
+pytestmark = pytest.mark.deep
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,6 @@ def stopped(work: Path) -> Path:
     return work / "runs" / "stopped"
 
 
-@pytest.mark.deep
 def test_the_exported_model_is_the_tested_checkpoint(whole):
     """Weights are whole again, on one file; every file of a run is there, and the plan says how it is shared."""
     run, said = whole
@@ -78,7 +78,6 @@ def test_the_exported_model_is_the_tested_checkpoint(whole):
     assert sorted(line for line in set(lines) if lines.count(line) > 1) == []
 
 
-@pytest.mark.deep
 @pytest.mark.parametrize(("name", "options"), [("replicas", TWO), ("shards", SHARDED)])
 def test_two_processes_validate_both_checkpoints_together(work, name, options):
     """With a learning rate of 0 the first epoch is the best; 33 images can't be halved, and each counts once."""
@@ -88,7 +87,6 @@ def test_two_processes_validate_both_checkpoints_together(work, name, options):
     assert not missing(summary, "(EMA) of the weights", "the last epoch", "33 validation images")
 
 
-@pytest.mark.deep
 def test_interrupted_and_resumed_is_uninterrupted(work, whole, stopped):
     """Also where the first process's running statistics (BatchNorm) are the only ones that are saved."""
     said = fit(work, "--resume", "runs/stopped")
@@ -96,7 +94,6 @@ def test_interrupted_and_resumed_is_uninterrupted(work, whole, stopped):
     assert differing(stopped, whole[0]) == []
 
 
-@pytest.mark.deep
 def test_a_run_that_lacks_its_report_alone_goes_on(work, whole):
     """No step is left, so that weights are gathered for the first time where no gradient is kept."""
     run = Path(shutil.copytree(whole[0], work / "runs" / "unreported"))
@@ -106,7 +103,6 @@ def test_a_run_that_lacks_its_report_alone_goes_on(work, whole):
     assert differing(run, whole[0]) == []
 
 
-@pytest.mark.deep
 def test_torchrun_starts_the_same_training_and_a_dense_twin(work, whole):
     """The twin has no experts to divide: its weights are sharded alone."""
     said = fit(
@@ -117,7 +113,6 @@ def test_torchrun_starts_the_same_training_and_a_dense_twin(work, whole):
     assert (work / "runs" / "launched" / "twin" / "summary.md").is_file()
 
 
-@pytest.mark.deep
 def test_a_process_is_killed_while_it_trains(work, whole):
     """The other one says what happened and how to go on, and who does so ends where nobody was killed."""
     every = "--checkpoint.every_steps=2"
@@ -128,13 +123,11 @@ def test_a_process_is_killed_while_it_trains(work, whole):
     assert differing(work / "runs" / "killed", whole[0]) == []
 
 
-@pytest.mark.deep
 def test_the_first_process_is_killed_before_it_trains(work):
     said = end_one(work, "unborn", *SHARDED, until="config.yaml", first=True)
     assert said.splitlines()[-1] == f"moevision: {FIRST_KILLED}"
 
 
-@pytest.mark.deep
 def test_numbers_of_one_process_are_not_finite(work):
     """Its loss, and a gradient of an expert that only it holds: both processes leave these two of six updates out."""
     faults = "nan_loss@3:rank1, inf_grad@5:expert3:rank1"
@@ -148,7 +141,6 @@ def test_numbers_of_one_process_are_not_finite(work):
     )
 
 
-@pytest.mark.deep
 @pytest.mark.usefixtures("stopped")
 @pytest.mark.parametrize(("name", "expert"), [("unsharded", 1), ("replicated", 2)])
 def test_a_run_goes_on_under_another_layout(name, expert, work):
@@ -159,7 +151,6 @@ def test_a_run_goes_on_under_another_layout(name, expert, work):
     assert (work / "runs" / name / "summary.md").is_file()
 
 
-@pytest.mark.deep
 @pytest.mark.usefixtures("stopped")
 def test_a_sharded_run_goes_on_in_one_process(work):
     """Half of the processes sum the gradients of two batches each: 12 steps of 16 images, as they were to be."""
@@ -175,59 +166,3 @@ def test_a_sharded_run_goes_on_in_one_process(work):
     summary = json.loads((work / "runs" / "alone" / "summary.json").read_text())
     assert (summary["steps"], summary["batch_size"]) == (12, 16)
     assert (work / "runs" / "alone" / "checkpoints" / "last.ckpt").is_file()
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--parallel.expert=2"], "say --parallel fsdp or --parallel ddp"),
-        (["--parallel", "fsdp"], "there is one: say --trainer.devices N"),
-        (
-            ["--parallel=ddp", "--parallel.offload=true", "--trainer.devices=2"],
-            "what --parallel fsdp has divided",
-        ),
-        (["--parallel=fsdp", "--trainer.strategy=ddp"], "are two ways to say it"),
-        (
-            ["--parallel=fsdp", "--parallel.expert=2", "--trainer.devices=3"],
-            "does not divide the 3 processes",
-        ),
-        (
-            ["--parallel=fsdp", "--parallel.expert=3", "--trainer.devices=3"],
-            "does not divide the 4 experts of block",
-        ),
-        (
-            ["--parallel=fsdp", "--trainer.devices=2", "--trainer.precision=bf16-true"],
-            "not in bf16-true",
-        ),
-        (
-            ["--parallel=fsdp", "--trainer.devices=2", "--model.compile=true"],
-            "--model.compile has no tests",
-        ),
-        (
-            ["--parallel=fsdp", "--trainer.devices=3", "--data.batch_size=1"],
-            "8 val images in batches of 1 leave one",
-        ),
-    ],
-)
-def test_what_can_not_work_is_refused(options, says, cli, tmp_path, monkeypatch, own_folder):
-    monkeypatch.setattr(
-        training, "start_processes", lambda number: None
-    )  # this one stands for each of them
-    monkeypatch.setattr(training, "_check_processes", lambda trainer: None)
-    tiny = [
-        "--data.train_size=16",
-        "--data.val_size=8",
-        "--data.test_size=8",
-        "--data.image_size=32",
-    ]
-    found = cli(
-        "fit",
-        "synthetic_pets",
-        "--model.arch.name=test_vit_moe",
-        "--trainer.accelerator=cpu",
-        *tiny,
-        *options,
-    )
-    assert found.code == 2
-    assert says in found.err
-    assert not list(tmp_path.glob("runs/*/*"))

@@ -49,7 +49,6 @@ def features_of(
 def test_the_probe_is_scikit_learns(data, net, monkeypatch):
     monkeypatch.setattr(start, "_STRENGTHS", (0.1,))
     found = fit_probe(net, data, CPU)
-    assert found is not None
     (x, y), (test_x, test_y) = (features_of(net, data, split) for split in ("train", "test"))
     scaler = StandardScaler().fit(x)
     expected = LogisticRegression(C=0.1, max_iter=300).fit(scaler.transform(x), y)
@@ -68,10 +67,8 @@ def test_the_probe_is_scikit_learns(data, net, monkeypatch):
 
 def test_a_classifier_that_is_as_good_is_kept(data, net):
     first = fit_probe(net, data, CPU)
-    assert first is not None
     start_with(net, first)
     second = fit_probe(net, data, CPU)
-    assert second is not None
     assert second.head_val_correct == second.val_correct
     assert not second.beats_the_head
     assert "own classifier" in second.sentence()
@@ -80,7 +77,6 @@ def test_a_classifier_that_is_as_good_is_kept(data, net):
 def test_nothing_else_changes(data, net, tmp_path):
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
     found = fit_probe(net.train(), data, CPU)
-    assert found is not None
     assert net.training
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
@@ -102,7 +98,6 @@ def test_a_start_with_experts_is_told(data, net):
     """Its size is that of the model, whose classifier it is: 4 bytes for each parameter, experts counted one by one."""
     for model, experts in ((net, False), (upcycle(net, num_experts=4), True)):
         found = fit_probe(model, data, CPU)
-        assert found is not None
         assert found.of_experts == experts
         assert found.mbytes == pytest.approx(
             4 * sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -117,7 +112,6 @@ def test_it_takes_some_images_of_every_class(data, net, monkeypatch, capsys):
         data, "plain_loader", lambda split, some: read.update({split: some}) or loader(split, some)
     )
     found = fit_probe(net, data, CPU)
-    assert found is not None
     assert (found.train_images, found.val_images, len(found.test_correct)) == (20, 4, 10)
     taken = [classes[index] for index in read["train"]]
     assert abs(taken.count(0) - 20 * classes.count(0) / len(classes)) <= 1
@@ -125,51 +119,40 @@ def test_it_takes_some_images_of_every_class(data, net, monkeypatch, capsys):
     assert not missing(said, "20 training", "4 validation", "10 test images")
 
 
-def test_it_is_tested_on_all_test_images():
-    """As the models beside it: `fit` and `compare` would else recommend by different images."""
+def read_of(labels: list[int], most: dict[str, int]) -> dict[str, list[int]]:
+    """The rows that are read of each split, which all have images of these labels, where at most so many are taken."""
     read: dict[str, list[int]] = {}
-    samples = [SimpleNamespace(label=label % 3) for label in range(5_000)]
+    batch = {"image": torch.zeros(1, 3, 32, 32), "label": torch.zeros(1), "index": torch.zeros(1)}
+    split = SimpleNamespace(samples=[SimpleNamespace(label=label) for label in labels])
     data = SimpleNamespace(
-        contents=SimpleNamespace(datasets={"test": SimpleNamespace(samples=samples)}),
-        plain_loader=lambda split, some: read.update({split: some}) or [one_batch()],
+        contents=SimpleNamespace(datasets=dict.fromkeys(most, split)),
+        plain_loader=lambda split, some: read.update({split: some}) or [batch],
         num_classes=3,
         seed=0,
         batch_size=8,
     )
-    net = timm.create_model("test_vit", img_size=32, num_classes=3)
-    start.features_of(net, data, {"test": start._MOST_IMAGES["test"]}, CPU)
-    assert read["test"] == list(range(5_000))
+    start.features_of(timm.create_model("test_vit", img_size=32, num_classes=3), data, most, CPU)
+    return read
+
+
+def test_it_is_tested_on_all_test_images():
+    """As the models beside it: `fit` and `compare` would else recommend by different images."""
+    labels = [number % 3 for number in range(5_000)]
+    assert read_of(labels, {"test": start._MOST_IMAGES["test"]})["test"] == list(range(5_000))
 
 
 @pytest.mark.parametrize("rare", [1, 3, 30])
 def test_a_rare_class_is_among_the_sampled_training_images(rare):
     """Of 3,000 images beside 1 to 30 of a class that comes last, every tenth would leave out all or nearly all."""
-    read: dict[str, list[int]] = {}
-    samples = [SimpleNamespace(label=label) for label in [0] * 1500 + [1] * 1500 + [2] * rare]
-    data = SimpleNamespace(
-        contents=SimpleNamespace(
-            datasets=dict.fromkeys(("train", "val"), SimpleNamespace(samples=samples))
-        ),
-        plain_loader=lambda split, some: read.update({split: some}) or [one_batch()],
-        num_classes=3,
-        seed=0,
-        batch_size=8,
-    )
-    net = timm.create_model("test_vit", img_size=32, num_classes=3)
-    start.features_of(net, data, {"train": 300, "val": 300}, CPU)
-    counts = {
-        split: Counter(samples[row].label for row in set(rows)) for split, rows in read.items()
-    }
+    labels = [0] * 1500 + [1] * 1500 + [2] * rare
+    read = read_of(labels, {"train": 300, "val": 300})
+    counts = {split: Counter(labels[row] for row in set(rows)) for split, rows in read.items()}
     assert counts["train"].total() == counts["val"].total() == 300
     assert counts["train"][2] >= min(rare, 5)
     assert abs(counts["train"][0] - counts["train"][1]) <= 2
     assert counts["val"][2] == pytest.approx(
         rare / 10, abs=1
     )  # what is measured keeps the classes' shares
-
-
-def one_batch() -> dict[str, torch.Tensor]:
-    return {"image": torch.zeros(1, 3, 32, 32), "label": torch.zeros(1), "index": torch.zeros(1)}
 
 
 def test_two_heads_have_no_probe(data):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import timm
 import torch
 
 from moevision.data.images import safe_open
@@ -20,7 +21,7 @@ from moevision.models.history import FILE, RoutingHistory, moment_of, planned_mo
 from moevision.models.io import load_model
 from moevision.train.checkpoint import verify
 from moevision.train.finish import checkpoint_of_run
-from moevision.train.health import RecordRoutingConfig, moments_for
+from moevision.train.health import moments_for
 from tests.shared import succeeded
 
 # Two epochs of three or four batches of 8.
@@ -46,9 +47,12 @@ def run(cli, tiny, drawn_pets, shown, tmp_path_factory) -> Path:
     return root / "pets"
 
 
-def test_moments_lie_closer_together_at_first():
+def test_moments_lie_closer_together_at_first_and_take_a_hundredth_of_the_work():
+    """Twelve images forward, a training image forward and backward for three: 24 x 12 of 3 x 9 600 are 1 %."""
     assert planned_moments(700, 8) == [0, 14, 57, 129, 229, 357, 514, 700]
     assert planned_moments(2, 8) == [0, 1, 2]  # no step twice
+    steps = {total: moments_for(total, 32, 12) for total in (20, 50, 100, 300, 10_000)}
+    assert steps == {20: 2, 50: 4, 100: 8, 300: 24, 10_000: 24}
 
 
 def test_the_last_moment_is_the_saved_model(run, shown):
@@ -103,6 +107,7 @@ def test_twelve_test_images_are_recorded_unless_one_says_otherwise(tiny_run):
     # Six steps of eight images are soon over: 1 % of that isn't a pass of 12 images, and beginning and end are kept.
     assert history.steps[0] == 0
     assert len(history) == 2
+    assert not (tiny_run / "twin" / FILE).exists(), "a dense model has no routing"
 
 
 def test_what_an_own_run_recorded_is_shown(tiny_run):
@@ -119,17 +124,6 @@ def test_what_an_own_run_recorded_is_shown(tiny_run):
     assert last[0]["p"] == pytest.approx(view["prediction"]["moe"][0]["p"], abs=1e-3)
 
 
-def test_moments_take_a_hundredth_of_the_work():
-    """Twelve images forward, a training image forward and backward for three: 24 x 12 of 3 x 9 600 are 1 %."""
-    steps = {total: moments_for(total, 32, 12) for total in (20, 50, 100, 300, 10_000)}
-    assert steps == {20: 2, 50: 4, 100: 8, 300: 24, 10_000: 24}
-
-
-def test_a_dense_twin_has_nothing_to_record(tiny_run):
-    assert (tiny_run / FILE).exists()
-    assert not (tiny_run / "twin" / FILE).exists()
-
-
 @pytest.mark.deep
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
 def test_a_resumed_run_has_the_same_file(
@@ -144,52 +138,12 @@ def test_a_resumed_run_has_the_same_file(
     assert Path("runs/pets", FILE).read_bytes() == (run / FILE).read_bytes()
 
 
-@pytest.mark.parametrize("fault", ["none", "broken", "missing"])
-def test_what_cannot_be_recorded(cli, tiny, drawn_pets, tmp_path, fault, own_folder):
-    folder = tmp_path / "shown"
-    if fault != "missing":
-        folder.mkdir()
-    if fault == "broken":
-        (folder / "cat.png").write_bytes(b"no image")
-    outcome = cli("fit", drawn_pets, *tiny, f"--record_routing.images={folder}")
-    assert outcome.code == 2
-    assert ("use the image" if fault == "broken" else "holds 0 images") in outcome.err
-    assert not Path("runs/pets").exists()
-
-
-def test_one_moment_is_no_history():
-    with pytest.raises(UserError, match="at least 2"):
-        RecordRoutingConfig(moments=1)
-
-
-# ---- the file
-
-
-def test_it_comes_back_as_it_was_saved(run, tmp_path):
-    history = RoutingHistory.load(run / FILE)
-    history.save(tmp_path / "again")
-    assert (tmp_path / "again").read_bytes() == (run / FILE).read_bytes()
-
-
-def test_a_part_of_it(run):
-    history = RoutingHistory.load(run / FILE)
-    half = history.until(history.steps[1])
-    assert (len(half), half.weights[1].shape[0]) == (2, 2)
-
-
-def test_every_module_keeps_its_mode(make_net):
-    net = make_net()
+def test_every_module_keeps_its_mode():
+    net = timm.create_model("test_vit_moe", num_classes=2)
     net.train().blocks[0].eval()
     before = [module.training for module in net.modules()]
     moment_of(net, torch.zeros(1, 3, 32, 32))
     assert [module.training for module in net.modules()] == before
-
-
-@pytest.fixture
-def make_net():
-    import timm
-
-    return lambda: timm.create_model("test_vit_moe", num_classes=2)
 
 
 @pytest.mark.parametrize("fault", ["cut", "schema", "shape", "order", "missing"])

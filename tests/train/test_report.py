@@ -1,6 +1,5 @@
 """The run folder's images and its summary: right numbers, nothing invented, odd runs drawn too."""
 
-import csv
 import json
 import math
 import threading
@@ -17,6 +16,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
 from moevision.efficiency import ModelCost
+from moevision.files import csv_text
 from moevision.layers import LayerLoad
 from moevision.stats import (
     PairedDifference,
@@ -51,10 +51,7 @@ Row = dict[str, float | int]
 def _write_csv(path: Path, rows: Iterable[Row]) -> Path:
     rows = list(rows)
     names = sorted({name for row in rows for name in row})
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    path.write_text(csv_text(names, [[row.get(name, "") for name in names] for row in rows]))
     return path
 
 
@@ -78,20 +75,16 @@ def figures(monkeypatch) -> list[Figure]:
 
 
 def test_read_metrics_skips_empty_cells_and_sorts(tmp_path):
+    """Loads of the test are no point of the validation, though they are logged under one name."""
     path = tmp_path / "metrics.csv"
-    path.write_text("epoch,step,train/loss,val/top1\n0,2,0.5,\n0,1,0.7,\n0,2,,0.25\n,,,\n")
+    path.write_text(
+        "step,train/loss,val/top1,test/top1,moe/0/load_max\n2,0.5,,,\n1,0.7,,,\n2,,0.25,,1.5\n,,,,\n8,,,0.4,1.9\n"
+    )
     curves = read_metrics(path)
-    assert set(curves) == {"train/loss", "val/top1"}
+    assert set(curves) == {"train/loss", "val/top1", "test/top1", "moe/0/load_max"}
     np.testing.assert_array_equal(curves["train/loss"], [[1, 2], [0.7, 0.5]])
     np.testing.assert_array_equal(curves["val/top1"], [[2], [0.25]])
-
-
-def test_loads_of_the_test_are_no_point_of_the_validation(tmp_path):
-    """They are logged under one name, and the last line of a curve led to the test's."""
-    path = tmp_path / "metrics.csv"
-    path.write_text("step,val/top1,test/top1,moe/0/load_max\n3,0.5,,1.5\n7,0.6,,1.4\n8,,0.4,1.9\n")
-    curves = read_metrics(path)
-    np.testing.assert_array_equal(curves["moe/0/load_max"], [[3, 7], [1.5, 1.4]])
+    np.testing.assert_array_equal(curves["moe/0/load_max"], [[2], [1.5]])
     np.testing.assert_array_equal(curves["test/top1"], [[8], [0.4]])
 
 
@@ -128,7 +121,9 @@ def test_curves_draw_every_layer(count, tmp_path, figures):
     assert len({line.get_color() for line in loads.lines if len(line.get_xdata()) == 3}) == count
 
 
-def test_curves_survive_a_diverged_run(tmp_path):
+def test_curves_survive_a_diverged_run_and_there_are_none_where_nothing_was_logged(tmp_path):
+    plot_curves(_write_csv(tmp_path / "m.csv", [{"epoch": 0, "step": 1}]), tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
     rows: list[Row] = [{"step": 0, "train/loss": 1.0}, {"step": 1, "train/loss": float("nan")}]
     rows += [{"step": 2, "train/loss": float("inf")}, {"step": 2, "val/top1": float("nan")}]
     plot_curves(_write_csv(tmp_path / "m.csv", rows), tmp_path / "curves.png")
@@ -143,14 +138,6 @@ def test_accuracy_is_drawn_in_its_own_range(values, ends, tmp_path, figures):
     rows: list[Row] = [{"step": step, "val/top1": value} for step, value in enumerate(values)]
     plot_curves(_write_csv(tmp_path / "m.csv", rows), tmp_path / "curves.png")
     assert figures[0].axes[0].get_ylim() == pytest.approx(ends)
-
-
-def test_there_are_no_curves_where_nothing_was_logged(tmp_path):
-    (tmp_path / "empty.csv").write_text("epoch,step\n0,1\n")
-    plot_curves(
-        tmp_path / "empty.csv", tmp_path / "curves.png"
-    )  # of a training that ended before anything was logged
-    assert not (tmp_path / "curves.png").exists()
 
 
 def test_pictures_from_several_threads_equal_those_from_one(tmp_path):
@@ -267,15 +254,21 @@ def _lines(summary: RunSummary, folder: Path) -> list[str]:
     return (folder / "summary.md").read_text(encoding="utf-8").splitlines()
 
 
-def test_summary_says_how_long_training_waited_for_data(summary, tmp_path):
-    row = "| waiting for data | {} |"
-    assert row.format("not measured") in _lines(summary, tmp_path)
-    text = _lines(replace(summary, data_wait=0.0123), tmp_path)
-    assert any("| 1.2 % of" in line for line in text)
+def test_summary_says_what_was_measured_and_what_was_not(summary, tmp_path):
+    (tmp_path / "curves.png").write_bytes(b"")
+    text = "\n".join(_lines(summary, tmp_path))
+    assert not missing(text, "| waiting for data | not measured |", "- `curves.png`:")
+    absent = ("Strangers:", "- `confusion.png`:")
+    assert missing(text, *absent) == [*absent]
+    text = "\n".join(_lines(replace(summary, data_wait=0.0123, strangers=(13, 260)), tmp_path))
+    assert not missing(
+        text, "| 1.2 % of", "Strangers: 13 of 260 test images, 5.0 %", "false alarms"
+    )
 
 
 def test_summary_states_result_interval_and_baseline(summary, tmp_path):
-    text = "\n".join(_lines(summary, tmp_path))
+    text = "\n".join(_lines(summary, tmp_path / "my run"))
+    assert f" predict '{tmp_path}/my run/model' " in text  # quoted: the path has a space
     low, high = accuracy_interval(150, 200)
     assert f"(150 of 200; 95 % interval {100 * low:.1f} % to {100 * high:.1f} %)" in text
     assert not missing(text, "**75.0 % of", "“cat”, the most", "gets 60.0 %")
@@ -320,19 +313,6 @@ def test_summary_lists_what_was_left_out(summary, tmp_path):
     assert sum("truncated" in line for line in lines) == 10
 
 
-def test_summary_tells_how_many_of_its_own_images_are_called_strangers(summary, tmp_path):
-    assert "Strangers:" not in "\n".join(_lines(summary, tmp_path))  # not measured
-    text = "\n".join(_lines(replace(summary, strangers=(13, 260)), tmp_path))
-    assert not missing(text, "Strangers: 13 of 260 test images, 5.0 %", "false alarms")
-
-
-def test_summary_names_only_files_that_exist(summary, tmp_path):
-    (tmp_path / "curves.png").write_bytes(b"")
-    text = "\n".join(_lines(summary, tmp_path))
-    assert "- `curves.png`:" in text
-    assert "- `confusion.png`:" not in text
-
-
 def test_summary_says_how_it_gets_better(summary, tmp_path):
     """Of 400 images at 91.5 % one standard error is 1.4 points: 5.5 more in the last epoch of five are a rise."""
     (tmp_path / "scores.csv").write_bytes(b"")
@@ -349,12 +329,6 @@ def test_summary_says_how_it_gets_better(summary, tmp_path):
         flat = "\n".join(_lines(replace(summary, validations=validations), tmp_path / "other"))
         assert missing(flat, "still rose") == ["still rose"]
         assert missing(flat, "data score", "mistakes.png") == ["data score", "mistakes.png"]
-
-
-def test_next_commands_are_this_runs_own(summary, tmp_path):
-    run = tmp_path / "my run"
-    lines = _lines(summary, run)
-    assert any(f" predict '{run}/model' " in line for line in lines)  # quoted: the path has a space
 
 
 def test_many_classes_show_the_weakest_and_names_cannot_break_tables(summary, tmp_path):

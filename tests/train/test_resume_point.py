@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from moevision.data import ImageDataModule
 from moevision.data.transforms import hash_u64
+from moevision.train.checkpoint import plain
 from moevision.train.fit import keep_images_per_step
 from moevision.train.lightning_internals import loops_before_next_fetch
 from moevision.train.processes import (
@@ -62,7 +63,9 @@ def loops(**progress):
 
 
 def draw():
-    return random.random(), float(np.random.rand()), float(torch.rand(()))
+    """Of each generator, and of the normal distribution, of which Python and NumPy draw two numbers at once."""
+    uniform = random.random(), float(np.random.rand()), float(torch.rand(()))
+    return *uniform, random.gauss(0, 1), float(np.random.randn())
 
 
 def seed(number):
@@ -71,16 +74,16 @@ def seed(number):
     torch.manual_seed(number)
 
 
-# --- random generators
-
-
-def test_each_process_gets_its_own_generators_back(point):
+def test_each_process_gets_its_own_generators_back(point, tmp_path):
     """A checkpoint of two processes, read by the second one."""
     states, expected = [], []
     for rank in (0, 1):
         seed(rank)
+        draw()
         states.append(random_state())
         expected.append(draw())
+    torch.save(plain(states), tmp_path / "states.pt")
+    states = torch.load(tmp_path / "states.pt", weights_only=True)
     point.on_load_checkpoint(trainer(), None, {MARK: {"random": states}, "loops": loops()})
     point.on_train_start(trainer(world_size=2, global_rank=1), None)
     assert draw() == expected[1]
@@ -110,7 +113,7 @@ def test_processes_that_began_with_one_seed_part():
         np.random.RandomState(number % 2**32).rand(),
         torch_number,
     )
-    assert draw() == expected
+    assert draw()[:3] == expected
 
 
 def test_generators_of_cuda_devices_come_back(monkeypatch):
@@ -132,9 +135,6 @@ def test_without_cuda_its_generators_are_not_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: pytest.fail("asked"))
     assert random_state()["cuda"] == []
-
-
-# --- when to save and to stop
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,6 @@ def test_after_an_error_a_signal_does_not_wait_for_the_end_of_a_step(point):
     assert caught.value.code == 128 + signal.SIGTERM
 
 
-# --- what lies in a checkpoint
-
-
 @pytest.mark.parametrize("validated", [False, True])
 def test_between_two_batches_the_next_one_is_not_fetched_yet(validated):
     """Seven steps were done, three batches of this epoch are fetched and the third is not done; then as it was."""
@@ -207,29 +204,6 @@ def test_between_two_batches_the_next_one_is_not_fetched_yet(validated):
     assert shown() == (True, 8, 3, 7)
 
 
-@pytest.mark.filterwarnings("ignore:the run began with batch_size")
-@pytest.mark.parametrize(
-    ("size", "accumulated", "expected"), [(4, 1, 3), (1, 1, 12), (2, 2, 6), (8, 1, 1)]
-)
-def test_batches_of_another_size_hold_the_same_images(point, size, accumulated, expected):
-    """Three batches of four images are trained with; a step begins with a multiple of `accumulated`, rounded down."""
-    sizes = {"train_size": 24, "val_size": 2, "test_size": 2}
-    data = ImageDataModule("synthetic_pets", image_size=16, batch_size=size, **sizes)
-    data.setup("fit")
-    names = ("ready", "started", "processed", "completed")
-    progress = {"current": dict.fromkeys(names, 3), "is_last_batch": True}
-    checkpoint = {
-        "ImageDataModule": {"epoch": 1, "batch": 3, "batch_size": 4, "world_size": 1},
-        "loops": loops(**{"epoch_loop.batch_progress": progress}),
-    }
-    data.load_state_dict(checkpoint["ImageDataModule"])  # as Lightning does before
-    point.on_load_checkpoint(
-        trainer(datamodule=data, accumulate_grad_batches=accumulated), None, checkpoint
-    )
-    assert (data.state_dict()["epoch"], data.state_dict()["batch"]) == (1, expected)
-    assert progress == {"current": dict.fromkeys(names, expected), "is_last_batch": size == 4}
-
-
 def test_a_run_folder_that_was_moved_is_followed(point):
     """In what ModelCheckpoint remembers, and nowhere else."""
     state = {
@@ -252,30 +226,38 @@ def test_a_run_folder_that_was_moved_is_followed(point):
     }
 
 
-# --- another number of processes
+ONE, MORE, FEWER = (1, 1), (1, 2), (2, 1)
+READ = [(4, ONE, 1, 3, 3), (1, ONE, 1, 3, 12), (2, ONE, 2, 3, 6), (8, ONE, 1, 3, 1)]
+READ += [(4, MORE, 1, 6, 3), (4, FEWER, 2, 3, 6), (4, FEWER, 4, 3, 4)]
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "window", "batch", "found"),
-    [(1, 2, 1, 6, 3), (2, 1, 2, 3, 6), (2, 1, 4, 3, 4)],
-)
-def test_no_image_of_an_epoch_is_left_out_by_more_or_fewer_processes(
-    point, monkeypatch, before, now, window, batch, found
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore:the run began with")
+@pytest.mark.parametrize(("size", "processes", "window", "batch", "found"), READ)
+def test_no_image_of_an_epoch_is_left_out_by_other_batches_or_processes(
+    point, monkeypatch, size, processes, window, batch, found
 ):
-    """Of 48 images 24 were read, in batches of 4 of each process; one that belongs to half a step is read again."""
-    data = ImageDataModule(
-        "synthetic_pets", image_size=32, train_size=48, val_size=8, test_size=8, batch_size=4
-    )
+    """Some batches of four images were read in each process; one that belongs to half a step is read again."""
+    before, now = processes
+    sizes = {"train_size": 48, "val_size": 8, "test_size": 8}
+    data = ImageDataModule("synthetic_pets", image_size=16, batch_size=size, **sizes)
     data.setup("fit")
     monkeypatch.setattr(data, "_rank_and_world", lambda: (0, now))
-    counts = {"current": {"ready": batch, "completed": batch}, "is_last_batch": False}
+    names = ("ready", "started", "processed", "completed")
+    progress = {"current": dict.fromkeys(names, batch), "is_last_batch": True}
     state = {"epoch": 1, "batch": batch, "batch_size": 4, "world_size": before}
-    checkpoint = {"ImageDataModule": state, "loops": loops(**{"epoch_loop.batch_progress": counts})}
+    checkpoint = {
+        "ImageDataModule": state,
+        "loops": loops(**{"epoch_loop.batch_progress": progress}),
+    }
+    data.load_state_dict(state)  # as Lightning does before
     point.on_load_checkpoint(
         trainer(datamodule=data, world_size=now, accumulate_grad_batches=window), None, checkpoint
     )
-    assert counts["current"] == {"ready": found, "completed": found}
-    assert data._start == (1, 4 * found)
+    assert (data.state_dict()["epoch"], data.state_dict()["batch"]) == (1, found)
+    assert data._start == (1, size * found)
+    same = (size, before) == (4, now)
+    assert progress == {"current": dict.fromkeys(names, found), "is_last_batch": same}
 
 
 @pytest.mark.parametrize(("images", "limit"), [(96, 12), (104, 12), (8, 2)])

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import numpy as np
 import pytest
+import timm
 import torch
 from torch.utils.data import DataLoader
 
@@ -129,11 +130,6 @@ def test_training_step_tells_the_routers_the_class(mixup, tmp_path):
     )
 
 
-def test_experts_that_the_classes_cannot_share_are_refused_before_training():
-    with pytest.raises(UserError, match=r"8 classes .* 4 experts"):
-        task_of(aux=AuxLossWeights(label=1.0))
-
-
 def test_evaluation_counts_every_choice(tmp_path):
     """16 test images of 16 patches with K = 2 are 512 choices in each of the layers 1 and 3."""
     task, data = task_of(), pets()
@@ -210,61 +206,6 @@ def test_a_checkpoint_is_self_contained_and_plain(tmp_path):
     assert loaded.optim == OptimizerConfig(lr=1e-3, weight_decay=0.5)
 
 
-def gradients(
-    task: ClassificationTask, batches: list[torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients of one optimizer step over micro-batches, and the last value of the balance losses."""
-    task.net.zero_grad()
-    task.balance.start_window()
-    aux = torch.zeros(())
-    labels = (torch.arange(16) // 4).chunk(len(batches))
-    for batch, label in zip(batches, labels, strict=True):
-        logits, routings = forward_routing(task.net, batch)
-        aux = task.balance.loss(routings)
-        ((task._cross_entropy(logits, label) + aux) / len(batches)).backward()
-    return {n: p.grad.clone() for n, p in task.net.named_parameters() if p.grad is not None}, float(
-        aux.detach()
-    )
-
-
-def deterministic(aux: AuxLossWeights) -> ClassificationTask:
-    """Plain patches, since BatchNorm in the stem sees micro-batches one by one.
-
-    Fixed noise (its std is given to the load loss) would still be drawn; turn it off to compare exactly."""
-    task = task_of(aux=aux, stem="patch").double()
-    for layer in moe_layers(task.net):
-        layer.router.noise = "none"
-        torch.nn.init.normal_(layer.router.weight)
-    return task
-
-
-@pytest.mark.parametrize(
-    ("weights", "alike", "class_weight"),
-    [
-        ({}, False, None),
-        ({}, False, [0.2, 1.0, 5.0, 0.4, 1.0, 1.0, 1.0, 1.0]),
-        ({"z": 1.0}, False, None),
-        ({"importance": 1.0}, True, None),
-    ],
-)
-def test_accumulation_has_the_gradient_of_the_full_batch(weights, alike, class_weight):
-    """Four micro-batches of 4 images; importance is exact where they have the same load (else see test_losses.py).
-
-    Each micro-batch is of one class: with class weights it has another sum of them than the others.
-    """
-    torch.manual_seed(2)
-    x = torch.randn(16, 3, 32, 32, dtype=torch.float64)
-    if alike:
-        x = x[:4].repeat(4, 1, 1, 1)
-    task = deterministic(AuxLossWeights(**{"importance": 0.0, "load": 0.0, **weights}))
-    task.class_weight = None if class_weight is None else torch.tensor(class_weight)
-    full, value = gradients(task, [x])
-    parts, last_value = gradients(task, list(x.chunk(4)))
-    assert last_value == pytest.approx(value)
-    for name, gradient in full.items():
-        torch.testing.assert_close(parts[name], gradient, msg=name)
-
-
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "Mixup"])
 def test_class_weights_weigh_the_loss_of_an_image(soft):
     """By hand: the mean over images of - Σ_c w_c · t_c · log p_c, with smoothed targets t = .9 · target + .1 / C."""
@@ -289,30 +230,8 @@ def test_classes_and_size_must_agree(tmp_path):
         trainer_of(tmp_path).test(ClassificationTask(), DataLoader([{}]))  # type: ignore[arg-type]
 
 
-def test_pretrained_starts_from_the_dense_weights(tmp_path):
-    """Experts are copies, so the features before the (new) head equal the dense model's."""
-    import timm
-
-    dense = timm.create_model("test_vit", num_classes=4, img_size=32).eval()
-    timm.models.save_for_hf(dense, tmp_path, safe_serialization=True)
-    model = build_model(
-        MoEConfig(pretrained=str(tmp_path), num_experts=4), num_classes=3, image_size=32
-    ).eval()
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(
-        model.forward_features(x), dense.forward_features(x), rtol=1e-5, atol=1e-5
-    )
-    assert len(moe_layers(model)) == 3
-    twin = build_model(
-        MoEConfig(pretrained=str(tmp_path), twin="active_flops"), num_classes=3, image_size=32
-    )
-    assert not moe_layers(twin)
-
-
 def test_experts_that_are_there_already_stay_as_they_are(tmp_path):
     """What they have may be said again; anything else would be ignored, and is refused."""
-    import timm
-
     net = timm.create_model("test_vit_moe", num_classes=3, img_size=32)
     timm.models.save_for_hf(net, tmp_path, safe_serialization=True)
     own = {
@@ -343,21 +262,6 @@ def test_experts_that_are_there_already_stay_as_they_are(tmp_path):
     assert len(moe_layers(build_model(config, 3, 32, load_pretrained=False))) == len(
         moe_layers(net)
     )
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (MoEConfig(name="vit_moe_micro_patch4"), "Did you mean vit_moe_micro_patch4_32"),
-        (MoEConfig(name="deit_tiny_patch16_224"), "is a dense model"),
-        (MoEConfig(pretrained="deit_tiny_patch16"), "Did you mean deit_tiny_patch16_224"),
-        (MoEConfig(pretrained="/nowhere/model"), "There is no run or model"),
-        (MoEConfig(name="test_vit_moe", top_k=9), "choose top_k between 1 and 4"),
-    ],
-)
-def test_models_that_do_not_exist(config, message):
-    with pytest.raises(UserError, match=message):
-        build_model(config, num_classes=3, image_size=32)
 
 
 @pytest.mark.filterwarnings(
