@@ -36,10 +36,6 @@ STUDY = {
     "quickstart": ("CPU seconds and accuracy of the first command, float32 and AVX2", "quickstart"),
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
     "curve": ("what fewer, chosen training images cost a run", "curve"),
-    "photo-model": (
-        "a model of photos whose experts are needed: which recipe, and what it costs",
-        "photo_model",
-    ),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "strangers": (
         "how many images of other things the bundled models recognize as such",
@@ -56,10 +52,6 @@ PROVE = {
     "names": (
         "what the experts of emoji take, and what new pages cost without them",
         "demo.names",
-    ),
-    "needed": (
-        "right answers that change without two experts, and with as many patches at random",
-        "demo.needed",
     ),
     "cut": ("what a model of some classes keeps of its experts, and costs", "cut"),
     "sorting": (

@@ -132,7 +132,8 @@ def about() -> dict[str, Any]:
     versions = {name: package_version(name) for name in LIBRARIES}
     return {
         "command": without_places(command),
-        "code": code_state(),
+        # The commit, and whether one of these has uncommitted changes.
+        "code": git_state(Path(moevision.__file__).parent, HERE / "*.py", HERE.parent / "configs"),
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": cpu_model(),
@@ -151,11 +152,6 @@ def about() -> dict[str, Any]:
             **{name: version for name, version in versions.items() if version is not None},
         },
     }
-
-
-def code_state(*more: Path) -> dict[str, Any] | None:
-    """Commit, and whether the package, the benchmarks, the configs or `more` have uncommitted changes."""
-    return git_state(Path(moevision.__file__).parent, HERE / "*.py", HERE.parent / "configs", *more)
 
 
 def new_record(kind: str, options: Namespace, device: torch.device) -> dict[str, Any]:

@@ -2,12 +2,10 @@
 
 import json
 import math
-from argparse import Namespace
-from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import queue, routers, study
+from benchmarks import lines, routers, study
 from benchmarks.routers import report as router_report
 
 
@@ -112,13 +110,11 @@ def test_holms_adjustment() -> None:
     assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_a_run_is_a_line_and_is_not_repeated(tmp_path, capsys) -> None:
-    """The second call does the run that the first one's limit left, the third finds nothing."""
-    jobs = [SimpleNamespace(name=name) for name in ("first", "second")]
-    for limit, printed in ((1, "first: 1\n"), (0, "second: 1\n"), (0, "")):
-        options = Namespace(limit=limit, out=tmp_path / "runs.jsonl", work=tmp_path)
-        queue.do_runs(
-            lambda _: jobs, lambda *_: {"steps": 1}, lambda j, r: f"{j.name}: {r['steps']}", options
-        )
-        assert capsys.readouterr().out == printed
-    assert queue.read_records(options.out) == [{"name": job.name, "steps": 1} for job in jobs]
+def test_a_run_is_a_line_and_takes_the_place_of_an_earlier_one(tmp_path) -> None:
+    out = tmp_path / "runs.jsonl"
+    for name, steps in (("first", 1), ("second", 1), ("first", 2)):
+        lines.put_run(out, {"name": name, "steps": steps})
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        {"name": "second", "steps": 1},
+        {"name": "first", "steps": 2},
+    ]

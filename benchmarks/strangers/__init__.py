@@ -3,17 +3,16 @@
     python -m benchmarks strangers run photos --data DATA --photos PHOTOS
     python benchmarks/strangers/recompute.py                                # README.md's rows
 
-DATA holds cats_vs_dogs/, cifar10/, imagenette128/, tiny_imagenet32/ and photos11/ (of `benchmarks photo-model photos`),
-a folder per class; PHOTOS cat/, dog/ and other/. The measure was
-chosen by the sets of `CHOICE` alone, from some that commit 404600b4 has. `--carry` puts what was measured beside the
-weights of the bundled model, and the share of strangers on its card.
+DATA holds cats_vs_dogs/, cifar10/, imagenette128/, tiny_imagenet32/ and photos11/ (which `benchmarks photo-model photos`
+of commit 1a1f32d2 copies), a folder per class; PHOTOS cat/, dog/ and other/. The measure was chosen by the sets of
+`CHOICE` alone, from some that commit 404600b4 has. `--carry` puts what was measured beside the weights of the bundled model, and the
+share of strangers on its card.
 
 Axes: n images, D width of a feature, C classes.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -26,13 +25,13 @@ from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.harness import HERE, about, argument_parser
-from benchmarks.queue import read_records
+from benchmarks.lines import put_run
 from benchmarks.timing import rounded
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import PictureSet, open_pictures, read_images
 from moevision.demo.models import bundled_folder, bundled_model
 from moevision.errors import DataWarning
-from moevision.files import write_json_atomic, write_text_atomic
+from moevision.files import write_json_atomic
 from moevision.models.convert import pooled
 from moevision.models.io import SavedModel
 from moevision.models.ood import FILE, MahalanobisOOD, fit_ood
@@ -250,9 +249,7 @@ def run(options: Namespace) -> None:
     }
     if options.carry:
         put_beside(bundled_folder(name), chosen, record["recognized"])
-    lines = [each for each in read_records(options.out) if each["name"] != name] + [record]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text_atomic(options.out, text)
+    put_run(options.out, record)
 
 
 def main() -> None:
