@@ -34,7 +34,6 @@ STUDY = {
         "accuracy",
     ),
     "quickstart": ("CPU seconds and accuracy of the first command, float32 and AVX2", "quickstart"),
-    "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
     "curve": ("what fewer, chosen training images cost a run", "curve"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "strangers": (

@@ -192,12 +192,6 @@ def write_result(out: Path | None, result: Json) -> None:
         write_lines(out, result)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The record of a study, as it stands."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
 class Record:
     """The runs of a study and their common settings in one JSON file, rewritten whole or not at all after every run.
 
@@ -220,7 +214,8 @@ class Record:
         """What the file says now."""
         if not self.path.exists():
             return {"settings": self.settings, "runs": []}
-        return read_record(self.path)
+        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        return found
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The run with that key, None if it has not been done."""
@@ -230,10 +225,6 @@ class Record:
         """Append a finished run."""
         found = self.read()
         write_lines(self.path, {**found, "runs": [*found["runs"], finite(run)]})
-
-    def put(self, name: str, value: Any) -> None:
-        """Set an entry beside the runs."""
-        write_lines(self.path, {**self.read(), name: finite(value)})
 
 
 def without_places(command: str) -> str:

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from benchmarks.curve import jobs, results, shown
-from benchmarks.study import Contrast
+from moevision.stats import Gap
 
 
 def test_jobs() -> None:
@@ -50,7 +50,7 @@ def test_paired_differences_by_hand() -> None:
     ],
 )
 def test_what_an_interval_shows(gaps: list[float], words: str) -> None:
-    assert shown(Contrast("ccs-0.7", "all-1", gaps), 1.0) == words
+    assert shown(Gap.of(gaps), 1.0) == words
 
 
 def test_a_curve_is_gone_on_with(bench, tiny_run, tmp_path, monkeypatch, send_signal) -> None:

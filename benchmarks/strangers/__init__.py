@@ -3,10 +3,10 @@
     python -m benchmarks strangers run photos --data DATA --photos PHOTOS
     python benchmarks/strangers/recompute.py                                # README.md's rows
 
-DATA holds cats_vs_dogs/, cifar10/, imagenette128/, tiny_imagenet32/ and photos11/ (which `benchmarks photo-model photos`
-of commit 1a1f32d2 copies), a folder per class; PHOTOS cat/, dog/ and other/. The measure was chosen by the sets of
-`CHOICE` alone, from some that commit 404600b4 has. `--carry` puts what was measured beside the weights of the bundled model, and the
-share of strangers on its card.
+DATA holds cats_vs_dogs/, cifar10/, imagenette128/, tiny_imagenet32/ and photos11/ (by `photo-model photos` of
+commit 1a1f32d2), a folder per class; PHOTOS cat/, dog/ and other/. The measure was chosen by the sets of `CHOICE`
+alone, from some that commit 404600b4 has. `--carry` puts what was measured beside the weights of the bundled model, and
+the share of strangers on its card.
 
 Axes: n images, D width of a feature, C classes.
 """
