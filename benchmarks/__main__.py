@@ -35,7 +35,6 @@ STUDY = {
     ),
     "quickstart": ("CPU seconds and accuracy of the first command, float32 and AVX2", "quickstart"),
     "curve": ("what fewer, chosen training images cost a run", "curve"),
-    "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "strangers": (
         "how many images of other things the bundled models recognize as such",
         "strangers",
@@ -65,7 +64,6 @@ PROVE = {
         "the explorer without a server: its size, its times, its answers beside Python's",
         "demo.live",
     ),
-    "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),
     "mutation": ("small wrong changes, and the tests that notice them", "mutation"),
     "unchanged": (
         "hashes of a training, a resumed training, a report and a view, before and after",
