@@ -34,7 +34,6 @@ STUDY = {
         "accuracy",
     ),
     "quickstart": ("CPU seconds and accuracy of the first command, float32 and AVX2", "quickstart"),
-    "curve": ("what fewer, chosen training images cost a run", "curve"),
     "strangers": (
         "how many images of other things the bundled models recognize as such",
         "strangers",

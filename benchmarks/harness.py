@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -192,53 +191,9 @@ def write_result(out: Path | None, result: Json) -> None:
         write_lines(out, result)
 
 
-class Record:
-    """The runs of a study and their common settings in one JSON file, rewritten whole or not at all after every run.
-
-    Raises:
-        UserError: if the file holds runs of other settings, which must not be mixed.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.settings = json.loads(json.dumps(settings))
-        found = self.read()
-        if found["settings"] != self.settings:
-            known = found["settings"]
-            differ = ", ".join(n for n, own in self.settings.items() if own != known.get(n))
-            raise UserError(
-                f"{path} holds runs with another {differ}: give another --out, or delete it."
-            )
-
-    def read(self) -> dict[str, Any]:
-        """What the file says now."""
-        if not self.path.exists():
-            return {"settings": self.settings, "runs": []}
-        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-        return found
-
-    def find(self, **key: Any) -> dict[str, Any] | None:
-        """The run with that key, None if it has not been done."""
-        return next((run for run in self.read()["runs"] if key.items() <= run.items()), None)
-
-    def add(self, run: dict[str, Any]) -> None:
-        """Append a finished run."""
-        found = self.read()
-        write_lines(self.path, {**found, "runs": [*found["runs"], finite(run)]})
-
-
 def without_places(command: str) -> str:
     """A command with files and folders by their names only: where they lay is nobody's concern."""
     return re.sub(r"(?<![^ =])[./][^ =]*/", "", command)
-
-
-def finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON can't say, by None (a diverged run is a result too)."""
-    if isinstance(value, dict):
-        return {name: finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- the terminal
