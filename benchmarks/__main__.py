@@ -34,14 +34,7 @@ STUDY = {
         "accuracy",
     ),
     "quickstart": ("CPU seconds and accuracy of the first command, float32 and AVX2", "quickstart"),
-    "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
-    "curve": ("what fewer, chosen training images cost a run", "curve"),
-    "photo-model": (
-        "a model of photos whose experts are needed: which recipe, and what it costs",
-        "photo_model",
-    ),
     "narrow": ("many narrow experts in the recipes of CIFAR-10 and photos", "narrow"),
-    "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "strangers": (
         "how many images of other things the bundled models recognize as such",
         "strangers",
@@ -58,10 +51,6 @@ PROVE = {
         "what the experts of emoji take, and what new pages cost without them",
         "demo.names",
     ),
-    "needed": (
-        "right answers that change without two experts, and with as many patches at random",
-        "demo.needed",
-    ),
     "cut": ("what a model of some classes keeps of its experts, and costs", "cut"),
     "sorting": (
         "which expert gets which test photos, of the bundled router of whole images",
@@ -75,7 +64,6 @@ PROVE = {
         "the explorer without a server: its size, its times, its answers beside Python's",
         "demo.live",
     ),
-    "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),
     "mutation": ("small wrong changes, and the tests that notice them", "mutation"),
     "unchanged": (
         "hashes of a training, a resumed training, a report and a view, before and after",

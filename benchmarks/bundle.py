@@ -3,9 +3,9 @@
     python -m benchmarks bundle pets --run runs/pets_moe --dense runs/pets_twin \
         --seeds runs/pets_seed1 runs/pets_seed2
 
-A model of photos, `photos` or `cifar10`, with the routing of the photos that it will show while it was trained:
+A model of photos, `photos` or `cifar10`, with the routing of the photos that it will show while it was trained. ELEVEN
+is what `benchmarks photo-model photos` of commit 1a1f32d2 copies, whose `photo-model run` trains the dense twin:
 
-    python -m benchmarks photo-model photos --data DATA --photos ELEVEN      # and `run`, for the dense twin
     python -m benchmarks bundle photos --photos PHOTOS --examples shown
     moevision fit ELEVEN/all OPTIONS --record_routing.images shown           # OPTIONS of the card
     python -m benchmarks bundle photos --pack --photos PHOTOS --data ELEVEN/all --run runs/moe --dense runs/dense

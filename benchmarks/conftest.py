@@ -41,13 +41,11 @@ def forked_processes() -> Generator[None, None, None]:
     from torch import multiprocessing
 
     from benchmarks import harness
-    from benchmarks.train import lightning_peer
     from tests import forks
 
     forks.begin()
     with pytest.MonkeyPatch.context() as patched:
-        for module in (harness, lightning_peer):
-            patched.setattr(module, "get_context", lambda method: forks.CONTEXT)
+        patched.setattr(harness, "get_context", lambda method: forks.CONTEXT)
         patched.setattr(
             multiprocessing,
             "spawn",

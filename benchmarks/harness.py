@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -132,7 +131,8 @@ def about() -> dict[str, Any]:
     versions = {name: package_version(name) for name in LIBRARIES}
     return {
         "command": without_places(command),
-        "code": code_state(),
+        # The commit, and whether one of these has uncommitted changes.
+        "code": git_state(Path(moevision.__file__).parent, HERE / "*.py", HERE.parent / "configs"),
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": cpu_model(),
@@ -151,11 +151,6 @@ def about() -> dict[str, Any]:
             **{name: version for name, version in versions.items() if version is not None},
         },
     }
-
-
-def code_state(*more: Path) -> dict[str, Any] | None:
-    """Commit, and whether the package, the benchmarks, the configs or `more` have uncommitted changes."""
-    return git_state(Path(moevision.__file__).parent, HERE / "*.py", HERE.parent / "configs", *more)
 
 
 def new_record(kind: str, options: Namespace, device: torch.device) -> dict[str, Any]:
@@ -196,62 +191,9 @@ def write_result(out: Path | None, result: Json) -> None:
         write_lines(out, result)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The record of a study, as it stands."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-class Record:
-    """The runs of a study and their common settings in one JSON file, rewritten whole or not at all after every run.
-
-    Raises:
-        UserError: if the file holds runs of other settings, which must not be mixed.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.settings = json.loads(json.dumps(settings))
-        found = self.read()
-        if found["settings"] != self.settings:
-            known = found["settings"]
-            differ = ", ".join(n for n, own in self.settings.items() if own != known.get(n))
-            raise UserError(
-                f"{path} holds runs with another {differ}: give another --out, or delete it."
-            )
-
-    def read(self) -> dict[str, Any]:
-        """What the file says now."""
-        if not self.path.exists():
-            return {"settings": self.settings, "runs": []}
-        return read_record(self.path)
-
-    def find(self, **key: Any) -> dict[str, Any] | None:
-        """The run with that key, None if it has not been done."""
-        return next((run for run in self.read()["runs"] if key.items() <= run.items()), None)
-
-    def add(self, run: dict[str, Any]) -> None:
-        """Append a finished run."""
-        found = self.read()
-        write_lines(self.path, {**found, "runs": [*found["runs"], finite(run)]})
-
-    def put(self, name: str, value: Any) -> None:
-        """Set an entry beside the runs."""
-        write_lines(self.path, {**self.read(), name: finite(value)})
-
-
 def without_places(command: str) -> str:
     """A command with files and folders by their names only: where they lay is nobody's concern."""
     return re.sub(r"(?<![^ =])[./][^ =]*/", "", command)
-
-
-def finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON can't say, by None (a diverged run is a result too)."""
-    if isinstance(value, dict):
-        return {name: finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- the terminal

@@ -30,3 +30,11 @@ def as_lines(record: Any) -> str:
 def write_lines(path: Path, record: Any) -> None:
     """Replace a record, whole or not at all."""
     write_text_atomic(path, as_lines(record))
+
+
+def put_run(path: Path, run: dict[str, Any]) -> None:
+    """Put the record of a run into a file of a line for each, in the place of an earlier one of the same name."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    others = [line for line in lines if json.loads(line)["name"] != run["name"]]
+    found = json.dumps(run, ensure_ascii=False, allow_nan=False)
+    write_text_atomic(path, "".join(f"{line}\n" for line in [*others, found]))

@@ -16,8 +16,10 @@ from typing import Any, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
-from benchmarks.harness import code_state, finite
+import moevision
+from benchmarks.harness import HERE
 from moevision.errors import UserError
+from moevision.train.provenance import git_state
 
 WAIT_S = 30.0  # before a queue looks again whether another one has decided something
 
@@ -48,7 +50,7 @@ def write_run(out: Path, name: str, record: dict[str, Any]) -> None:
     with out.open(
         "a", encoding="utf-8"
     ) as file:  # one write, in append mode: lines of two queues don't mix
-        file.write(json.dumps({"name": name, **finite(record)}, ensure_ascii=False) + "\n")
+        file.write(json.dumps({"name": name, **record}, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def is_recorded(out: Path, name: str) -> bool:
@@ -124,8 +126,15 @@ def refuse_changes(protocol: Path, *, allowed: bool) -> None:
     Raises:
         UserError: if the package, the benchmarks, the configs or the protocol have uncommitted changes.
     """
-    code = code_state(protocol)
+    package, configs = Path(moevision.__file__).parent, HERE.parent / "configs"
+    code = git_state(package, HERE / "*.py", configs, protocol)
     if (not code or code["dirty"]) and not allowed:
         raise UserError(
             "The tree has uncommitted changes: commit them, or try things out with --allow-dirty."
         )
+
+
+def rate_beyond(tried: dict[float, float]) -> float | None:
+    """The next learning rate if the best so far is the largest or the smallest one, None if it lies between."""
+    best = max(tried, key=lambda lr: tried[lr])
+    return 2 * best if best == max(tried) else best / 2 if best == min(tried) else None

@@ -30,7 +30,6 @@ from moevision.models.io import unknown_name
 from moevision.models.vit_moe import num_patches, set_fused_attention, trains_unfused
 from moevision.train.optim import OptimizerConfig, build_optimizer
 from moevision.train.recipe import find_config, shipped_configs
-from moevision.train.task import ClassificationTask
 
 Which = Literal["moe", "active_flops", "total_params"]
 NAMES: dict[Which, str] = {
@@ -67,18 +66,6 @@ class Subject:
         if self.grad_checkpointing:
             cast(Any, net).set_grad_checkpointing()
         return net.train()
-
-    def task(self) -> ClassificationTask:
-        """What `moevision fit` trains."""
-        return ClassificationTask(
-            arch=MoEConfig(**self.arch),
-            optim=OptimizerConfig(**self.optim),
-            aux=AuxLossWeights(**self.aux),
-            label_smoothing=self.label_smoothing,
-            grad_checkpointing=self.grad_checkpointing,
-            num_classes=self.num_classes,
-            image_size=self.image_size,
-        )
 
     def given(self, **values: Any) -> Subject:
         """The same with these values where they aren't None."""
@@ -143,8 +130,7 @@ class TrainingStep:
     """A model with its optimizer; calling it with a batch takes one step as `moevision fit` does.
 
     Forward under autocast, cross-entropy and balance losses in float32, backward, clipping of the global norm, fused
-    AdamW, and the routers' biases where they have some. What a Trainer adds (logging, callbacks, the guard) is in
-    `train/lightning_peer.py`. `net` is a model that is there already, in the place of the subject's.
+    AdamW, and the routers' biases where they have some.
     """
 
     def __init__(
@@ -153,19 +139,16 @@ class TrainingStep:
         which: Which = "moe",
         precision: str = "bf16",
         device: torch.device | str = "cpu",
-        *,
-        net: nn.Module | None = None,
-        total_steps: int = _TOTAL_STEPS,
     ) -> None:
         self.subject, self.device, self.bf16 = subject, torch.device(device), precision == "bf16"
-        self.net: nn.Module = (subject.build(which) if net is None else net.train()).to(device)
+        self.net: nn.Module = subject.build(which).to(device)
         tokens, dtype = num_patches(self.net), torch.bfloat16 if self.bf16 else torch.float32
         is_fused = tokens is None or not trains_unfused(self.device, dtype, tokens)
         set_fused_attention(self.net, is_fused)
         self.balance = Balance(self.net, AuxLossWeights(**subject.aux), subject.num_classes)
         config, how = OptimizerConfig(**subject.optim), {"fused": True, "bfloat16": self.bf16}
         self.optimizer, self.schedule = build_optimizer(
-            self.net, config, total_steps=total_steps, **how
+            self.net, config, total_steps=_TOTAL_STEPS, **how
         )
 
     def __call__(self, images: Tensor, labels: Tensor, clock: PhaseClock | None = None) -> None:

@@ -15,7 +15,6 @@ from benchmarks import layer as layer_module
 from benchmarks.__main__ import VERBS
 from benchmarks.layer import peers
 from benchmarks.layer.peers import PEERS, build_peer
-from benchmarks.records import parts_of
 from moevision.errors import UserError
 
 KINDS = ("layer", "train", "infer")
@@ -41,7 +40,7 @@ def records(bench, config, tiny_run, tmp_path_factory, forked_processes):
     out = tmp_path_factory.mktemp("benchmark")
     calls = {
         "layer": ("--router", "vmoe_top_k", "noisy_top_k"),
-        "train": (config, "--peer", "lightning"),
+        "train": (config,),
         "infer": (tiny_run,),
     }
     for kind, options in calls.items():
@@ -54,7 +53,7 @@ def records(bench, config, tiny_run, tmp_path_factory, forked_processes):
 
 def tables_of(record):
     """Every list of rows in a record, those that have times."""
-    parts = [record, *record.get("comparisons", ()), *parts_of(record.get("peers", {}))]
+    parts = [record, *record.get("comparisons", ())]
     for rows in [rows for part in parts for rows in part.values() if isinstance(rows, list)]:
         if timed := [row for row in rows if isinstance(row, dict) and "seconds" in row]:
             yield timed
@@ -139,8 +138,6 @@ def test_train_tells_speed_and_load(records):
         counts = layer["counts"]
         assert sum(counts) == 4 * 16 * 2  # images x patches x k
         assert layer["slowest_over_mean"] == close(max(counts) / (sum(counts) / 4))
-    names = ["MoE, moevision fit", "dense twin, plain timm in Lightning"]
-    assert [row["name"] for row in record["peers"]["lightning"]] == names
 
 
 def test_train_explains_memory(records):

@@ -1,5 +1,6 @@
 """What the benchmarks are made of: turns, phases, memory, load, and other libraries' layers."""
 
+import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from benchmarks import phases, timing
 from benchmarks.accuracy import record_of
 from benchmarks.harness import in_a_process
 from benchmarks.layer.peers import PEERS, build_peer, flops_beside_ours, gated_width
+from benchmarks.lines import put_run
 from benchmarks.memory import beside_twin, peak_bytes, saved_bytes, tensors_peak_bytes
 from benchmarks.phases import PhaseClock, measure_load, named_phases
 from benchmarks.subject import NAMES, Subject, TrainingStep, find_subject, noise_batch
@@ -308,3 +310,13 @@ def test_the_record_of_a_run():
 def test_an_unfinished_run_has_no_record(tmp_path):
     with pytest.raises(UserError, match="isn't finished"):
         record_of(tmp_path)
+
+
+def test_a_run_is_a_line_and_takes_the_place_of_an_earlier_one(tmp_path):
+    out = tmp_path / "runs.jsonl"
+    for name, steps in (("first", 1), ("second", 1), ("first", 2)):
+        put_run(out, {"name": name, "steps": steps})
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        {"name": "second", "steps": 1},
+        {"name": "first", "steps": 2},
+    ]

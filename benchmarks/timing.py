@@ -3,9 +3,6 @@
 Machines drift, and shared ones drift by tens of percent in minutes. Candidates measured one after the other would
 differ by that drift; here each round runs them all, in an order that rotates, and a ratio compares two times of one
 round. Quote the median ratio with its quartiles; absolute times belong to the machine and the hour.
-
-CPU seconds run along: on one thread of an idle machine they are the wall time, on a busy one what an idle one would
-take.
 """
 
 from __future__ import annotations
@@ -39,10 +36,9 @@ class Candidate:
 
 @dataclass
 class Timings:
-    """Wall and CPU time of each candidate that ran to the end, one per repetition; and why others did not."""
+    """Seconds of each candidate that ran to the end, one per repetition; and why others did not."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    cpu: dict[str, list[float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,7 +49,6 @@ def interleave(
     warm_up: int = 3,
     device: torch.device | str = "cpu",
     prepare: Callable[[int], object] = lambda repetition: None,
-    on_step: Callable[[], object] = lambda: None,
     title: str = "",
 ) -> Timings:
     """Time candidates in turns; whatever one that isn't optional raises, is raised.
@@ -64,11 +59,10 @@ def interleave(
         warm_up: rounds before them: kernels are compiled, optimizers allocate.
         device: an accelerator is waited for before a clock is read.
         prepare: called before each round with its number, such as to make a new input for all.
-        on_step: called after each run.
         title: of a progress bar in a terminal.
     """
     names = [candidate.name for candidate in candidates]
-    timings = Timings({name: [] for name in names}, {name: [] for name in names})
+    timings = Timings({name: [] for name in names})
     running = list(candidates)
     rounds, console = range(warm_up + repetitions), Console(stderr=True)
     is_shown = bool(title) and console.is_terminal
@@ -78,34 +72,29 @@ def interleave(
         for candidate in [*running[first:], *running[:first]]:
             candidate.reset()
             try:
-                wall, cpu = seconds_of(candidate.run, device)
+                seconds = seconds_of(candidate.run, device)
             except Exception as error:
                 if not candidate.optional:
                     raise
                 timings.failures[candidate.name] = reason(error)
             else:
                 if repetition >= warm_up:
-                    timings.seconds[candidate.name].append(wall)
-                    timings.cpu[candidate.name].append(cpu)
+                    timings.seconds[candidate.name].append(seconds)
             candidate.reset()
-            on_step()
         running = [candidate for candidate in running if candidate.name not in timings.failures]
         gc.collect()  # between rounds, not within somebody's turn
-    for times in (timings.seconds, timings.cpu):
-        for name in timings.failures:
-            del times[name]
+    for name in timings.failures:
+        del timings.seconds[name]
     return timings
 
 
-def seconds_of(
-    run: Callable[[], object], device: torch.device | str = "cpu"
-) -> tuple[float, float]:
-    """Wall and CPU seconds of one call, the accelerator's queue emptied before and after."""
+def seconds_of(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Of one call, the accelerator's queue emptied before and after."""
     synchronize(device)
-    wall, cpu = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
     run()
     synchronize(device)
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.perf_counter() - began
 
 
 def synchronize(device: torch.device | str) -> None:

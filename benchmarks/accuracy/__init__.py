@@ -15,16 +15,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import HERE, argument_parser, without_places
-from benchmarks.queue import read_records
+from benchmarks.lines import put_run
 from moevision.analysis import collect_routing
 from moevision.analysis.readings import Load
 from moevision.errors import UserError
-from moevision.files import write_text_atomic
 
 
 def class_shares(run: Path, data: str) -> dict[int, list[list[float]]]:
@@ -128,11 +126,6 @@ def main() -> None:
         record = record_of(run, classes=options.classes) | (
             {"dry_run": True} if options.quick else {}
         )
-        others = [other for other in read_records(options.out) if other["name"] != record["name"]]
-        lines = (
-            json.dumps(each, ensure_ascii=False)
-            for each in sorted([*others, record], key=itemgetter("name"))
-        )
-        write_text_atomic(options.out, "".join(f"{line}\n" for line in lines))
+        put_run(options.out, record)
         share = record["test"]["correct"] / record["test"]["total"]
         print(f"{record['name']}: {share:.2%} of {record['test']['total']:,} test images")

@@ -3,7 +3,7 @@
     python benchmarks/curve/recompute.py
 
 prints every measured number of README.md, from record.json, and what other pages quote of it. The code that ran the
-study is benchmarks/curve of commit cd6641d1; `curve run` and `curve report` have left the tree.
+study is benchmarks/curve of commit cd6641d1; it has left the tree.
 
 The record has 39 trainings on CIFAR-10 with three seeds: on all images, and on four shares of them, chosen by each of
 three methods. Differences are in points of test accuracy, paired by seed, with Student's t intervals of 95 %.

@@ -12,7 +12,6 @@ with Student's t.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 FOLDER = Path(__file__).parent
 STUDY = "benchmarks/doses/README.md"
@@ -56,24 +55,14 @@ def signed(value: float, digits: int) -> str:
 
 def interval(values: Sequence[float]) -> Interval:
     """The mean of values and its 95 % interval."""
-    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return Interval(fmean(values), fmean(values) - half, fmean(values) + half)
-
-
-def p_value(values: Sequence[float]) -> float:
-    """Of the two-sided paired t-test."""
-    error = stdev(values) / math.sqrt(len(values))
-    return 2 * float(student.sf(abs(fmean(values)) / error, len(values) - 1))
+    return Interval(fmean(values), *ttest_1samp(values, 0).confidence_interval(0.95))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """P values adjusted for their number (Holm 1979)."""
     order = np.argsort(p_values)
-    factors = np.arange(len(p_values), 0, -1)
-    stepped = np.maximum.accumulate(np.array(p_values)[order] * factors)
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return adjusted.tolist()
+    scaled = np.sort(p_values) * np.arange(len(p_values), 0, -1)
+    return np.minimum(np.maximum.accumulate(scaled), 1.0)[order.argsort()].tolist()
 
 
 @dataclass(frozen=True)
@@ -187,22 +176,12 @@ def mean_and_sd(values: Sequence[float]) -> str:
 def primary_rows() -> list[str]:
     """The four contrasts of the protocol."""
     contrasts = [cell.contrast(arm) for _, cell, arm, _ in PRIMARY]
-    adjusted = holm([p_value(values) for values in contrasts])
-    return [
-        row(
-            [
-                name,
-                f"`{cell.strongest}`",
-                mean_and_sd(cell.values(cell.strongest)),
-                f"`{arm}`",
-                mean_and_sd(cell.values(arm)),
-                interval(values).points,
-                f"{p:.1g}",
-                trial,
-            ]
-        )
-        for (name, cell, arm, trial), values, p in zip(PRIMARY, contrasts, adjusted, strict=True)
-    ]
+    adjusted = holm([ttest_1samp(values, 0).pvalue for values in contrasts])
+    rows = []
+    for (name, cell, arm, trial), values, p in zip(PRIMARY, contrasts, adjusted, strict=True):
+        dense, experts = (f"`{a}` | {mean_and_sd(cell.values(a))}" for a in (cell.strongest, arm))
+        rows.append(row([name, dense, experts, interval(values).points, f"{p:.1g}", trial]))
+    return rows
 
 
 def texture_cells() -> list[Cell]:
@@ -214,21 +193,13 @@ def texture_cells() -> list[Cell]:
 
 def dose_rows() -> list[str]:
     """Accuracy and gain by time and number of textures."""
-    return [
-        row(
-            [
-                f"{cell.seconds:g}",
-                f"{int(cell.dose):,}",
-                f"{cell.of_arm(cell.strongest)[0]['steps']}",
-                f"`{cell.strongest}`",
-                mean_and_sd(cell.values(cell.strongest)),
-                mean_and_sd(cell.values(EXPERTS)),
-                cell.gain(EXPERTS).points,
-                f"{len(cell.of_arm(EXPERTS))}",
-            ]
-        )
-        for cell in texture_cells()
-    ]
+    rows = []
+    for cell in texture_cells():
+        steps, seeds = cell.of_arm(cell.strongest)[0]["steps"], len(cell.of_arm(EXPERTS))
+        names = [f"{cell.seconds:g}", f"{int(cell.dose):,}", f"{steps}", f"`{cell.strongest}`"]
+        right = [mean_and_sd(cell.values(arm)) for arm in (cell.strongest, EXPERTS)]
+        rows.append(row([*names, *right, cell.gain(EXPERTS).points, f"{seeds}"]))
+    return rows
 
 
 def without_gates(cell: Cell) -> list[str]:
@@ -263,20 +234,11 @@ def arm_rows(cell: Cell) -> list[str]:
     for arm in ranked:
         runs = cell.of_arm(arm)
         price, base = (STEP_MS.get(f"{cell.task} {name}") for name in (arm, cell.strongest))
-        rows.append(
-            row(
-                [
-                    f"`{arm}`",
-                    f"{runs[0]['lr']:g}",
-                    f"{runs[0]['steps']}",
-                    f"{runs[0]['parameters'] / 1e6:.2f} M",
-                    f"{price / base:.2f}" if price and base else "",
-                    mean_and_sd(cell.values(arm)),
-                    cell.gain(arm).points if arm != cell.strongest else "",
-                    f"{len(runs)}",
-                ]
-            )
-        )
+        size = f"{runs[0]['lr']:g} | {runs[0]['steps']} | {runs[0]['parameters'] / 1e6:.2f} M"
+        time = f"{price / base:.2f}" if price and base else ""
+        gain = cell.gain(arm).points if arm != cell.strongest else ""
+        right = mean_and_sd(cell.values(arm))
+        rows.append(row([f"`{arm}`", size, time, right, gain, f"{len(runs)}"]))
     return rows
 
 
@@ -285,22 +247,14 @@ def photo_rows() -> list[str]:
     rows = []
     for arm in without_gates(PHOTOS):
         runs = PHOTOS.of_arm(arm)
-        other = arm != PHOTOS.strongest
-        rows.append(
-            row(
-                [
-                    f"`{arm}`",
-                    f"{runs[0]['lr']:g}",
-                    f"{runs[0]['steps']}",
-                    f"{fmean(run['cpu_s'] for run in runs):.0f}",
-                    mean_and_sd(PHOTOS.values(arm)),
-                    f"{fmean(PHOTOS.values(arm, 'test_loss')):.3f}",
-                    PHOTOS.gain(arm).points if other else "",
-                    interval(PHOTOS.contrast(arm, name="test_loss")).nats if other else "",
-                    f"{len(runs)}",
-                ]
-            )
-        )
+        cpu_s = fmean(run["cpu_s"] for run in runs)
+        cost = f"{runs[0]['lr']:g} | {runs[0]['steps']} | {cpu_s:.0f}"
+        found = f"{mean_and_sd(PHOTOS.values(arm))} | {fmean(PHOTOS.values(arm, 'test_loss')):.3f}"
+        gains = ["", ""]
+        if arm != PHOTOS.strongest:
+            more_loss = interval(PHOTOS.contrast(arm, name="test_loss"))
+            gains = [PHOTOS.gain(arm).points, more_loss.nats]
+        rows.append(row([f"`{arm}`", cost, found, *gains, f"{len(runs)}"]))
     return rows
 
 

@@ -12,22 +12,26 @@ Student's t.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 FOLDER = Path(__file__).parent
 STUDY = "benchmarks/experts_pay/README.md"
 TUNING_SEED = 100
+MISSED_BEYOND = (("away", "random"), ("named", "others"))  # losses, each with its control
 STEMS = ("patch", "conv", "conv_patch")
 REFERENCE = "patch-dense-4"  # its step was timed with the first stems', and with the third's
 RECIPE = "conv_patch-moe-8"  # what `moevision fit --config emoji` trains
 CONTROLS = ("input_clusters", "pixel_clusters", "untrained_router")
+GROUPS = (
+    *("smileys", "people", "animals", "food", "travel"),
+    *("activities", "objects", "symbols", "flags"),
+)
 Run = dict[str, Any]
 
 
@@ -47,8 +51,7 @@ class Interval(NamedTuple):
 
 def interval(values: Sequence[float]) -> Interval:
     """The mean of values and its 95 % interval."""
-    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return Interval(fmean(values), fmean(values) - half, fmean(values) + half)
+    return Interval(fmean(values), *ttest_1samp(values, 0).confidence_interval(0.95))
 
 
 def read_runs() -> list[Run]:
@@ -123,8 +126,7 @@ def is_missed(task: Task, arm: str) -> bool:
     runs = named_runs(task, arm)
     if len(runs) < len(task.of_arm(arm)):
         return False
-    controls = (("away", "random"), ("named", "others"))
-    return all(interval([missed(run, *pair) for run in runs]).low > 0 for pair in controls)
+    return all(interval([missed(run, *pair) for run in runs]).low > 0 for pair in MISSED_BEYOND)
 
 
 def half_named(task: Task, arm: str) -> int:
@@ -169,28 +171,21 @@ def tuning_rows(task: Task) -> list[str]:
 
 def accuracy_rows(task: Task) -> list[str]:
     """Accuracy of the dense controls and of the experts, and the contrasts with both."""
-    adjusted = holm([p_value(task.contrast(arm, task.strongest)) for arm in task.moe])
+    adjusted = holm([ttest_1samp(task.contrast(arm, task.strongest), 0).pvalue for arm in task.moe])
+    beside = {
+        arm: [
+            interval(task.contrast(arm, task.strongest_dense(stem_of(arm)))).text,
+            interval(task.contrast(arm, task.strongest)).text,
+            f"{p:.1g}",
+        ]
+        for arm, p in zip(task.moe, adjusted, strict=True)
+    }
     rows = []
     for arm in (*map(task.strongest_dense, STEMS), *task.moe):
         runs = task.of_arm(arm)
-        cells = [
-            f"`{arm}`",
-            f"{runs[0]['lr']:g}",
-            f"{runs[0]['steps']}",
-            f"{runs[0]['parameters'] / 1e6:.2f} M",
-            percent([run["test_top1"] for run in runs]),
-            percent([run["unseen_top1"] for run in runs]),
-        ]
-        if arm in task.moe:
-            same_stem = task.strongest_dense(stem_of(arm))
-            cells += [
-                interval(task.contrast(arm, same_stem)).text,
-                interval(task.contrast(arm, task.strongest)).text,
-                f"{adjusted[task.moe.index(arm)]:.1g}",
-            ]
-        else:
-            cells += [""] * 3
-        rows.append(row(cells))
+        size = f"{runs[0]['lr']:g} | {runs[0]['steps']} | {runs[0]['parameters'] / 1e6:.2f} M"
+        right = (percent([run[f"{split}_top1"] for run in runs]) for split in ("test", "unseen"))
+        rows.append(row([f"`{arm}`", size, *right, *beside.get(arm, [""] * 3)]))
     return rows
 
 
@@ -200,24 +195,14 @@ def missed_rows(task: Task) -> list[str]:
     for arm in task.moe:
         runs = named_runs(task, arm)
         shares = [named_share(run["experts"]) for run in task.of_arm(arm)]
-        clusters = [
-            fmean(named_share(run["controls"][name]) for run in task.of_arm(arm))
-            for name in CONTROLS
-        ]
-        rows.append(
-            row(
-                [
-                    f"`{arm}`",
-                    ", ".join(f"{100 * share:.0f}" for share in shares),
-                    f"{half_named(task, arm)} of {len(shares)}",
-                    *(f"{100 * share:.0f}" for share in clusters),
-                    *(
-                        interval([missed(run, *pair) for run in runs]).text if len(runs) > 1 else ""
-                        for pair in (("away", "random"), ("named", "others"))
-                    ),
-                ]
-            )
-        )
+        named = [", ".join(f"{100 * share:.0f}" for share in shares)]
+        named.append(f"{half_named(task, arm)} of {len(shares)}")
+        for control in CONTROLS:
+            clusters = fmean(named_share(run["controls"][control]) for run in task.of_arm(arm))
+            named.append(f"{100 * clusters:.0f}")
+        lost = [[missed(run, *pair) for run in runs] for pair in MISSED_BEYOND]
+        texts = (interval(values).text if len(runs) > 1 else "" for values in lost)
+        rows.append(row([f"`{arm}`", *named, *texts]))
     return rows
 
 
@@ -242,31 +227,11 @@ def knock_out_rows(task: Task, arm: str) -> list[str]:
         before = [run["knock_out"]["with_all"] for run in runs]
         found = [run["knock_out"]["without"][group] for run in runs]
         after = [entry["accuracy_by_class"] for entry in found]
-        rows.append(
-            row(
-                [
-                    group,
-                    f"{len(runs)}",
-                    change([r[index] for r in before], [r[index] for r in after]),
-                    change([others(r, index) for r in before], [others(r, index) for r in after]),
-                    f"{100 * fmean(entry['random'] for entry in found):.1f}",
-                ]
-            )
-        )
+        own = change([r[index] for r in before], [r[index] for r in after])
+        other = change([others(r, index) for r in before], [others(r, index) for r in after])
+        at_random = 100 * fmean(entry["random"] for entry in found)
+        rows.append(row([group, f"{len(runs)}", own, other, f"{at_random:.1f}"]))
     return rows
-
-
-GROUPS = (
-    "smileys",
-    "people",
-    "animals",
-    "food",
-    "travel",
-    "activities",
-    "objects",
-    "symbols",
-    "flags",
-)
 
 
 def change(before: Sequence[float], after: Sequence[float]) -> str:
@@ -279,20 +244,11 @@ def others(by_class: Sequence[float], index: int) -> float:
     return fmean(value for label, value in enumerate(by_class) if label != index)
 
 
-def p_value(values: Sequence[float]) -> float:
-    """Of the two-sided paired t-test."""
-    error = stdev(values) / math.sqrt(len(values))
-    return 2 * float(student.sf(abs(fmean(values)) / error, len(values) - 1))
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """P values adjusted for their number (Holm 1979)."""
     order = np.argsort(p_values)
-    factors = np.arange(len(p_values), 0, -1)
-    stepped = np.maximum.accumulate(np.array(p_values)[order] * factors)
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return adjusted.tolist()
+    scaled = np.sort(p_values) * np.arange(len(p_values), 0, -1)
+    return np.minimum(np.maximum.accumulate(scaled), 1.0)[order.argsort()].tolist()
 
 
 def price_rows() -> list[str]:

@@ -2,8 +2,8 @@
 
     nice -n 19 python -m benchmarks narrow --cifar10 FOLDER --photos FOLDER --weights FILE
 
-FOLDERs have train/ and test/ or the photos that `python -m benchmarks photo-model photos` copied; FILE has the weights
-of a ViT-S/14. The runs that are left are done, and it goes on where it stopped.
+FOLDERs have train/ and test/, and the photos that `benchmarks photo-model photos` of commit 1a1f32d2 copies; FILE has
+the weights of a ViT-S/14. The runs that are left are done, and it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import HERE, about, argument_parser
-from benchmarks.queue import do_runs, refuse_changes
-from benchmarks.routers.report import rate_beyond
+from benchmarks.queue import do_runs, rate_beyond, refuse_changes
 from moevision.limits import keep_freed_memory
 from moevision.train.report import read_summary
 

@@ -3,7 +3,8 @@
     python benchmarks/photo_model/recompute.py
 
 prints every measured number of README.md, from runs.jsonl and needed.jsonl. Arms and the rule are in protocol.md; of
-two runs what changes without experts was measured again (its first amendment), and stands in needed.jsonl.
+two runs what changes without experts was measured again (its first amendment), and stands in needed.jsonl. The
+code that ran the study is benchmarks/photo_model of commit 1a1f32d2.
 """
 
 import json

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.accuracy import record_of
 from benchmarks.harness import HERE, argument_parser
-from benchmarks.queue import write_run
+from benchmarks.lines import put_run
 
 FOLDER = HERE / "quickstart"
 RUNS = FOLDER / "runs.jsonl"
@@ -47,29 +47,12 @@ def main() -> None:
     environment = {**os.environ, **PLAIN, "PYTHONPATH": str(checkout)}
     for seed in options.seeds:
         name = f"{options.name}-s{seed}"
-        words = (
-            "fit",
-            "--config",
-            options.config,
-            "--trainer.precision",
-            "32-true",
-            "--seed_everything",
-            str(seed),
-        )
+        fit = [sys.executable, "-m", "moevision", "fit", "--config", options.config]
+        words = ("--trainer.precision", "32-true", "--seed_everything", str(seed))
+        places = ("--name", name, "--runs_root", str(work))
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [
-            sys.executable,
-            "-m",
-            "moevision",
-            *words,
-            "--name",
-            name,
-            "--runs_root",
-            str(work),
-        ]
-        subprocess.run(
-            command, check=True, env=environment, cwd=checkout
-        )  # -m looks where it is called, first
+        # -m looks where it is called, first.
+        subprocess.run([*fit, *words, *places], check=True, env=environment, cwd=checkout)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         command_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         record = record_of(work / name) | {
@@ -78,7 +61,7 @@ def main() -> None:
         }
         if experts := experts_lines(work / name / "summary.md"):
             record["experts"] = experts
-        write_run(options.out, record.pop("name"), record)
+        put_run(options.out, record)
         print(
             f"{name}: {command_s:.0f} CPU s, {record['test']['correct']} of {record['test']['total']}",
             flush=True,

@@ -199,12 +199,6 @@ def typed_pages(record: Json) -> Json:
     return {"cells": " | ".join(f"{share:.0%}" for share in record["typed"].values())}
 
 
-def sorted_photos(record: Json) -> Json:
-    """How many photos of each class went to each expert."""
-    (cat, cat_wrong), (dog_wrong, dog) = record["routes"]
-    return {**record, "cat": cat, "cat_wrong": cat_wrong, "dog": dog, "dog_wrong": dog_wrong}
-
-
 def photos(record: Json) -> Json:
     """What the browser complained of over all views."""
     complaints = sum(record[kind]["complaints"] for kind in ("bundled", "unseen"))

@@ -11,7 +11,6 @@ import numpy as np
 from scipy.stats import ttest_ind
 
 from benchmarks.flops import routed_share
-from benchmarks.routers import report
 from benchmarks.subject import find_subject
 from moevision.stats import Gap, accuracy_interval
 
@@ -223,69 +222,6 @@ def routed_shares() -> Json:
         subject = find_subject(name)
         shares[name] = routed_share(subject.build().eval(), subject.image_size)
     return {**shares, "least": min(shares.values()), "most": max(shares.values())}
-
-
-# ---- routers
-
-LEARNED = ("noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "bias_balanced", "cosine")
-MIXED = ("expert_choice", "soft")
-ABOVE = ("vmoe_top_k", "cosine", "switch", "expert_choice")
-ALIKE = ("noisy_top_k", "bias_balanced", "sigmoid", "soft")
-COMMON_LR = 2e-3
-
-
-def router_table(record: Json, name: str) -> Json:
-    """A table of the report: `accuracy_table`, `load_table` or `cost_table`."""
-    rows = report.rows_of(record, "cifar10")
-    return {"text": getattr(report, name)(record if name == "cost_table" else rows)}
-
-
-def router_gaps(record: Json) -> Json:
-    """Points above the dense twin, by row; the verdicts that the page puts in words are asserted."""
-    rows = report.rows_of(record, "cifar10")
-    to_twin, to_hash = report.against(rows, report.TWIN), report.against(rows, report.HASH)
-    assert all(to_twin[name].verdict == "above" for name in ("position", "hash", *ABOVE))
-    assert all(to_twin[name].verdict == "not told apart" for name in ALIKE)
-    assert all(to_hash[name].verdict == "below" for name in (*LEARNED, *MIXED))
-    assert {row.lr for row in rows} == {COMMON_LR}
-    gaps = {name: 100 * contrast.mean for name, contrast in to_twin.items()}
-    for group, names in (("above", ABOVE), ("alike", ALIKE)):
-        own = [gaps[name] for name in names]
-        gaps |= {f"least_{group}": min(own), f"most_{group}": max(own)}
-    assert gaps["vmoe_top_k"] == gaps["most_above"], "of the routers that learn, the best"
-    half = 100 * to_twin["vmoe_top_k"].half
-    best = {"low": gaps["vmoe_top_k"] - half, "high": gaps["vmoe_top_k"] + half}
-    return {**gaps, **best}
-
-
-def random_router(record: Json) -> Json:
-    """`random` minus the twin over common seeds, at the common rate: points, unadjusted, and in words."""
-    by_seed: dict[str, dict[int, float]] = {"random": {}, "dense twin": {}}
-    for run in record["runs"]:
-        if run["dataset"] == "cifar10" and run["lr"] == COMMON_LR and run["row"] in by_seed:
-            by_seed[run["row"]][run["seed"]] = run["test_top1"]
-    own, twin = by_seed.values()
-    gap = Gap.of([100 * (own[seed] - twin[seed]) for seed in sorted(own.keys() & twin.keys())])
-    apart = "not told apart from" if gap.low < 0 < gap.high else "told apart from"
-    return {**vars(gap), "verdict": apart}
-
-
-def router_costs(record: Json) -> Json:
-    """Speeds beside the twin's, the FLOPs of slots, and the largest load of the routers that learn their balance."""
-    speeds = record["speed"]["rows"]
-    ratios = [row["to_twin"] for name, row in speeds.items() if name != "dense twin"]
-    flops = {name: cost["flops_per_image"] for name, cost in record["cost"].items()}
-    rows = report.rows_of(record, "cifar10")
-    worst = max(max(row.layers("max_over_mean")) for row in rows if row.name in LEARNED)
-    slots = flops["soft"] / flops["dense twin"] - 1
-    return {"least": min(ratios), "most": max(ratios), "slots": slots, "worst": worst}
-
-
-def weaker_loads(record: Json) -> Json:
-    """Extremes of the load at the common rate."""
-    runs = [run for run in record["runs"] if run["lr"] == COMMON_LR]
-    loads = [layer["max_over_mean"] for run in runs for layer in run["layers"]]
-    return {"least": min(loads), "most": max(loads)}
 
 
 # ---- reliability

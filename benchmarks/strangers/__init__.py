@@ -3,17 +3,16 @@
     python -m benchmarks strangers run photos --data DATA --photos PHOTOS
     python benchmarks/strangers/recompute.py                                # README.md's rows
 
-DATA holds cats_vs_dogs/, cifar10/, imagenette128/, tiny_imagenet32/ and photos11/ (of `benchmarks photo-model photos`),
-a folder per class; PHOTOS cat/, dog/ and other/. The measure was
-chosen by the sets of `CHOICE` alone, from some that commit 404600b4 has. `--carry` puts what was measured beside the
-weights of the bundled model, and the share of strangers on its card.
+DATA holds cats_vs_dogs/, cifar10/, imagenette128/, tiny_imagenet32/ and photos11/ (by `photo-model photos` of
+commit 1a1f32d2), a folder per class; PHOTOS cat/, dog/ and other/. The measure was chosen by the sets of `CHOSEN_BY`
+alone, from some that commit 404600b4 has. `--carry` puts what was measured beside the weights of the bundled model, and
+the share of strangers on its card.
 
 Axes: n images, D width of a feature, C classes.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -26,13 +25,14 @@ from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.harness import HERE, about, argument_parser
-from benchmarks.queue import read_records
+from benchmarks.lines import put_run
+from benchmarks.strangers.recompute import CHOSEN_BY, recognized
 from benchmarks.timing import rounded
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import PictureSet, open_pictures, read_images
 from moevision.demo.models import bundled_folder, bundled_model
 from moevision.errors import DataWarning
-from moevision.files import write_json_atomic, write_text_atomic
+from moevision.files import write_json_atomic
 from moevision.models.convert import pooled
 from moevision.models.io import SavedModel
 from moevision.models.ood import FILE, MahalanobisOOD, fit_ood
@@ -67,15 +67,6 @@ OWN_OF_TINY = (
     "tabby",
     "Persian cat",
     "Egyptian cat",
-)
-CHOICE = ("Imagenette, first half", "CIFAR-10, other classes")
-# That are reported.
-PHOTOS = (
-    "Imagenette, second half",
-    "photos of other animals",
-    "Tiny-ImageNet, other classes",
-    "cats and dogs",
-    "CIFAR-10",
 )
 IMAGES = 2_000  # of training and of validation that a model is fitted to; `fit` takes half of it
 MOST, FEW = 300, 100  # images of a set: of photos of other things, of others
@@ -116,7 +107,7 @@ def sets_of(name: str, model: SavedModel, options: Namespace) -> Iterator[tuple[
         animals = images_of(photos, size, ["other"], without=other, split="all")
         yield "photos of other animals", animals
     if OWN[name] == "cats_vs_dogs":
-        yield CHOICE[1], images_of(data / "cifar10", size, CIFAR)
+        yield CHOSEN_BY[1], images_of(data / "cifar10", size, CIFAR)
     if name in DRAWN:
         yield "cats and dogs", images_of(data / "cats_vs_dogs", size)
         yield "CIFAR-10", images_of(data / "cifar10", size)
@@ -136,7 +127,7 @@ def sets_of_photos(size: int, data: Path, photos: Path) -> Iterator[tuple[str, n
     others = [name for name in names if name not in OWN_OF_TINY]
     yield "Tiny-ImageNet, other classes", images_of(tiny, size, others, split="all")
     others = [name for name in CIFAR if name not in OWN_OF_CIFAR]
-    yield CHOICE[1], images_of(data / "cifar10", size, others)
+    yield CHOSEN_BY[1], images_of(data / "cifar10", size, others)
     yield "drawn pets", images_of("synthetic_pets", size, most=FEW)
     yield "own: photos of cats and dogs", images_of(photos, size, ["cat", "dog"], split="all")
     yield from drawn_sets(size)
@@ -212,12 +203,6 @@ def area_with_interval(own: Floats, others: Floats) -> tuple[float, float, float
     return area(own, others), float(low), float(high)
 
 
-def recognized(sets: dict[str, Any]) -> float:
-    """Mean share over the sets of photos that the measure was not chosen by."""
-    shares = [each["beyond"] / each["images"] for name, each in sets.items() if name in PHOTOS]
-    return float(np.mean(shares))
-
-
 def run(options: Namespace) -> None:
     """Measure one bundled model, and put its line into the record."""
     name, model = options.model, bundled_model(options.model)
@@ -246,13 +231,11 @@ def run(options: Namespace) -> None:
         "validation_images": len(validation),
         "test": {"images": len(own), "beyond": int((own > 1).sum()), "of_class": of_class},
         "sets": sets,
-        "recognized": rounded(recognized(sets), 4),
+        "recognized": rounded(recognized({"sets": sets}), 4),
     }
     if options.carry:
         put_beside(bundled_folder(name), chosen, record["recognized"])
-    lines = [each for each in read_records(options.out) if each["name"] != name] + [record]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text_atomic(options.out, text)
+    put_run(options.out, record)
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.strangers import CHOICE, PHOTOS, RUNS, area, area_with_interval, recognized
+from benchmarks.strangers import RUNS, area, area_with_interval
+from benchmarks.strangers.recompute import CHOSEN_BY, IN_THE_RATE, recognized
 from moevision.demo.models import bundled_folders, read_card
 
 RECORDS = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
@@ -21,19 +22,19 @@ def test_the_area_by_hand_and_its_interval():
 
 def test_the_rate_is_the_mean_over_photos_that_chose_nothing():
     sets = {
-        CHOICE[0]: {"images": 10, "beyond": 10},
-        PHOTOS[0]: {"images": 10, "beyond": 4},
-        PHOTOS[1]: {"images": 100, "beyond": 60},
+        CHOSEN_BY[0]: {"images": 10, "beyond": 10},
+        IN_THE_RATE[0]: {"images": 10, "beyond": 4},
+        IN_THE_RATE[1]: {"images": 100, "beyond": 60},
         "uniform noise": {"images": 5, "beyond": 5},
     }
-    assert recognized(sets) == pytest.approx((0.4 + 0.6) / 2)
-    assert not set(CHOICE) & set(PHOTOS)
+    assert recognized({"sets": sets}) == pytest.approx((0.4 + 0.6) / 2)
+    assert not set(CHOSEN_BY) & set(IN_THE_RATE)
 
 
 def test_cards_have_the_share_of_the_record():
     shares = {record["name"]: record["recognized"] for record in RECORDS}
     for record in RECORDS:
-        assert record["recognized"] == pytest.approx(recognized(record["sets"]), abs=1e-4)
+        assert record["recognized"] == pytest.approx(recognized(record), abs=1e-4)
     assert {
         folder.name: read_card(folder / "card.json").recognized for folder in bundled_folders()
     } == shares

@@ -26,14 +26,12 @@ from benchmarks.memory import beside_twin, memory_of
 from benchmarks.phases import PhaseClock, breakdown, measure_load
 from benchmarks.subject import NAMES, Subject, TrainingStep, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, rounded, rows_of
-from benchmarks.train import lightning_peer
 from moevision.train.recipe import default_precision
 
 QUICK = {"batch_size": 4, "repetitions": 3, "warm_up": 1, "breakdown_steps": 2, "memory_runs": 1}
 EXAMPLES = """\
   python -m benchmarks train cifar10 --out benchmarks/train/cifar10
-  python -m benchmarks train cifar10 --peer lightning     beside plain timm in Lightning, both in real Trainers
-  python -m benchmarks train cifar10 --arch vit_moe_hybrid_patch8_32 --peer lightning
+  python -m benchmarks train cifar10 --arch vit_moe_hybrid_patch8_32
 """
 MEMORY_PARTS = ("peak", "weights", "gradients", "optimizer", "activations", "other", "tensors")
 
@@ -49,8 +47,6 @@ def parser() -> ArgumentParser:
     usual = "bf16" if default_precision() == "bf16-mixed" else "fp32"
     add("--precision", choices=tuple(DTYPES), default=usual, help="(here %(default)s, as fit)")
     add("--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)")
-    peers = ("lightning",)
-    add("--peer", dest="peers", nargs="+", choices=peers, default=[], help="also in Lightning")
     add("--memory-runs", type=count, default=3, help="processes per model for its peak memory (3)")
     add(
         "--breakdown-steps", type=positive, default=10, help="steps for the breakdown (%(default)s)"
@@ -85,7 +81,6 @@ def main() -> None:
     }
     del steps, moe
     record["memory"] = _memories(subject, options, device)
-    record["peers"] = _peers(subject, options, device)
     show(record)
     harness.write_record(options.out, record)
 
@@ -138,20 +133,8 @@ def _memories(subject: Subject, options: Namespace, device: torch.device) -> dic
     return {"models": found, "moe_beside": ratios}
 
 
-def _peers(subject: Subject, options: Namespace, device: torch.device) -> dict[str, Any]:
-    """Trainings inside Lightning, which take turns among themselves."""
-    if "lightning" not in options.peers:
-        return {}
-    how = {"precision": options.precision, "device": device}
-    timings = lightning_peer.compare_in_lightning(subject, repetitions=options.repetitions, **how)
-    rows = rows_of(timings, list(timings.seconds))
-    for row in rows:
-        row["images_per_s"] = rounded(subject.batch_size / (row["time_ms"]["median"] / 1e3))
-    return {"lightning": rows}
-
-
 def show(record: Json) -> None:
-    """Speed, phases, load, memory, energy, peers."""
+    """Speed, phases, load, memory, energy."""
     model, twin = record["model"], NAMES["active_flops"]
     harness.print_machine(record)
     sizes = f"batches of {model['batch_size']} of noise, {model['image_size']} px, {record['settings']['precision']}"
@@ -167,5 +150,3 @@ def show(record: Json) -> None:
         harness.print_line(f"peak memory, {name}: {use.get('error', parts)} MiB")
     for name, energy in record["energy"].items():
         harness.print_line(f"energy, {name}: {energy_text(energy)}")
-    if rows := record["peers"].get("lightning"):
-        harness.print_rows("in Lightning", rows, rows[-1]["name"])

@@ -1,1 +1,0 @@
-"""What the faults that the stability guard mends cost a training."""
