@@ -376,6 +376,25 @@ def test_a_model_that_torch_can_not_trace_is_refused(tmp_path):
 
 
 @pytest.mark.deep
+def test_the_preparation_is_that_of_predict():
+    """timm's configuration of these weights says to cut out 95 %; training and predict take the whole square."""
+    base = {
+        "base": "vit_tiny_patch16_224",
+        "img_size": 32,
+        "depth": 1,
+        "moe_layers": [0],
+        "num_experts": 2,
+    }
+    moe = timm.create_model("vit_moe", **base, num_classes=3)
+    dense = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    for net in (moe, dense):
+        assert net.pretrained_cfg["crop_pct"] == 0.9
+        facts = exported_facts(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.5,) * 3))
+        assert (facts["interpolation"], facts["crop_pct"]) == ("bicubic", 1.0)
+        assert "resize the short side to 32 px (bicubic" in facts["preprocessing"]
+
+
+@pytest.mark.deep
 @pytest.mark.needs("onnx")
 def test_routes_of_a_classifier_without_shares(tmp_path):
     model = tiny(router="vmoe_top_k", class_token=True, global_pool="token")
