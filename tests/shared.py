@@ -13,13 +13,16 @@ from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import hypothesis
 import pytest
 
 from moevision.cli import main
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # A busy machine may take any time for an example. The same examples in every run: a change is refused for what it does,
 # not for what was drawn today; `--hypothesis-profile random` draws new ones.
@@ -96,6 +99,22 @@ def load_script(path: Path) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
+
+
+def small_vit(name: str = "vit_tiny_patch16_224", **options: Any) -> "nn.Module":
+    """A timm ViT of the size of `SMALL_VIT`, always of the same weights."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL_VIT, **options})
+
+
+def noise_images(count: int = 2, side: int = 32, seed: int = 0) -> "Tensor":
+    """[count, 3, side, side] of normal noise."""
+    import torch
+
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def missing(text: str, *fragments: str) -> list[str]:

@@ -90,7 +90,7 @@ def test_with_fewer_experts_than_choices_a_token_has_fewer():
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", [*ROUTERS, "cosine", "sigmoid", "bias_balanced", "hash"])
 def test_other_k_is_the_model_built_with_that_k(router, k):
     model, built = make_model(router=router), make_model(seed=1, router=router, top_k=k)
     built.load_state_dict(model.state_dict())

@@ -5,56 +5,16 @@ Seconds aren't tested (machines are too different), but what they follow from: p
 
 import statistics
 import time
-from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 from timm.layers import Mlp
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moevision.layers import MoEMlp, cpu
+from tests.operations import Operations
 
 TOKENS, WIDTH, EXPERTS, TOP_K = 1024, 64, 4, 2
-
-
-class Operations(TorchDispatchMode):
-    """Counts what reaches torch's kernels, without views, and the numbers written by each."""
-
-    VIEWS = (
-        "view",
-        "t",
-        "transpose",
-        "unbind",
-        "split",
-        "split_with_sizes",
-        "expand",
-        "select",
-        "slice",
-        "detach",
-        "unsqueeze",
-        "squeeze",
-        "alias",
-        "as_strided",
-        "_unsafe_view",
-        "permute",
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.written: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name not in self.VIEWS:
-            self.calls[name] += 1
-            self.written[name] += sum(
-                x.numel() for x in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(x)
-            )
-        return out
 
 
 def operations_of(layer: nn.Module) -> Operations:

@@ -247,20 +247,3 @@ def test_compiled_code_sorts_and_pads_nothing(monkeypatch):
     unpadded = EVEN._replace(pad=False).dispatch()
     for name in ("rows", "counts", "token", "position"):
         assert torch.equal(getattr(compiled, name), getattr(unpadded, name))
-
-
-def test_the_same_choices_give_the_same_rows():
-    first, second = EVEN.dispatch(), EVEN.dispatch()
-    for name in ("rows", "counts", "token", "position"):
-        assert torch.equal(getattr(first, name), getattr(second, name))
-
-
-@pytest.mark.parametrize(("pad", "expected"), [(True, [8, 8]), (False, [2, 1])])
-def test_few_choices_are_padded_unless_that_is_turned_off(pad, expected):
-    """Without gradients one product of groups of equal length is faster than two."""
-    choices = torch.tensor([[[0], [0], [1]]])
-    with torch.no_grad():
-        dispatched = LocalDispatcher(pad=pad).dispatch(
-            torch.zeros(3, 8, dtype=torch.bfloat16), routing_of(choices, 2)
-        )
-    assert dispatched.counts.tolist() == expected

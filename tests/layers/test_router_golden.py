@@ -58,19 +58,6 @@ def test_bias_step():
     close(fast.router.bias.double(), [-2 / 3, 1 / 3, 1 / 3], 1e-6)
 
 
-# Two tokens of one image; their mean is (log 4, log 2, log 1), whose softmax is 4/7, 2/7, 1/7.
-PAIR = tokens([math.log(4) - 1, math.log(2) + 1, 0.5], [math.log(4) + 1, math.log(2) - 1, -0.5])
-
-
-def test_an_image_decides_once_by_the_mean_of_its_tokens():
-    """Switch: both tokens go to expert 0 with 4/7. By token the first goes to 1: log 2 + 1 > log 4 - 1."""
-    assert run(times_e_plus_1("switch", 3), PAIR)[1].expert_index.tolist() == [[[1], [0]]]
-    out, routing = run(times_e_plus_1("switch", 3, route_by="image"), PAIR)
-    assert routing.expert_index.tolist() == [[[0], [0]]]
-    close(routing.combine_weight, [[[4 / 7], [4 / 7]]])
-    close(out, 4 / 7 * PAIR)
-
-
 def cosine_layer(temperature: float, **options: object) -> MoEMlp:
     layer = times_e_plus_1("cosine", 3, 2, **options)
     with torch.no_grad():
@@ -125,18 +112,6 @@ def test_expert_choice_takes_earlier_tokens_of_equal_ones():
     assert routing.token_index.tolist() == [[[0, 1]] * 4]
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "k", "num_experts", "capacity"),
-    [(4, 1, 3, 2), (16, 2, 4, 8), (17, 2, 4, 9), (5, 4, 4, 5), (1, 1, 4, 1)],
-)
-def test_expert_choice_capacity(num_tokens, k, num_experts, capacity):
-    """C = min(N, ceil(N k / E)): 4/3 -> 2, 8, 34/4 -> 9, never more than N, at least 1."""
-    layer = times_e_plus_1("expert_choice", num_experts, top_k=k)
-    routing = run(layer, torch.randn(2, num_tokens, num_experts, dtype=torch.float64))[1]
-    assert routing.token_index.shape == (2, num_experts, capacity)
-    assert routing.counts().tolist() == [2 * capacity] * num_experts
-
-
 def test_soft_starts_at_scale_1_and_survives_a_zero_token():
     """rsqrt(|x|² + 1e-6) of a zero token is 1000, its logits are 0: it takes all slots alike."""
     layer = MoEMlp(
@@ -149,29 +124,6 @@ def test_soft_starts_at_scale_1_and_survives_a_zero_token():
     close(routing.dispatch_weight, torch.full((1, 2, 3, 2), 1 / 2, dtype=torch.float64))
     out.sum().backward()
     assert torch.isfinite(x.grad).all()
-
-
-@pytest.mark.parametrize(
-    ("router", "k", "expected"),
-    [
-        ("noisy_top_k", 1, [4 / 7]),  # one choice is never renormalised
-        ("noisy_top_k", 2, [4 / 6, 2 / 6]),
-        ("noisy_top_k", 3, [4 / 7, 2 / 7, 1 / 7]),
-        ("vmoe_top_k", 1, [4 / 7]),
-        ("vmoe_top_k", 2, [4 / 7, 2 / 7]),
-        ("switch", 2, [4 / 7, 2 / 7]),
-        ("cosine", 2, [4 / 7, 2 / 7]),
-        ("sigmoid", 1, [4 / 5]),
-        ("sigmoid", 2, [12 / 22, 10 / 22]),
-        ("bias_balanced", 2, [12 / 22, 10 / 22]),
-        ("hash", 2, [1 / 2, 1 / 2]),
-        ("position", 3, [1 / 3, 1 / 3, 1 / 3]),
-    ],
-)
-def test_gates_of_another_k(router, k, expected):
-    """As an intervention asks, of logits ln 4, ln 2, 0: softmax 4/7, 2/7, 1/7; sigmoids 4/5, 2/3 = 12 : 10, and 1/2."""
-    layer = times_e_plus_1(router, 3)
-    close(layer.router.gates(X, X[..., :k]), [[expected]])
 
 
 # ---- capacity and shared experts
@@ -190,17 +142,6 @@ def test_capacity_has_a_factor_for_training_and_one_for_evaluation():
     )
     assert run(both, CROWD)[1].counts().tolist() == [3, 0]
     assert run(both.train(), CROWD)[1].counts().tolist() == [1, 0]
-
-
-def test_a_dropped_token_still_passes_the_shared_expert():
-    """shared(x) = x here, so the first token is .6 x + x, the last one only x."""
-    layer = times_e_plus_1("vmoe_top_k", 2, top_k=1, eval_capacity_factor=0.5, num_shared_experts=1)
-    with torch.no_grad():
-        layer.shared.fc1.weight.copy_(torch.eye(2))
-        layer.shared.fc2.weight.copy_(torch.eye(2))
-    out, routing = run(layer, CROWD)
-    assert routing.kept[0, :, 0].tolist() == [True, False, False, False]
-    close(out, torch.tensor([1.6, 1, 1, 1], dtype=torch.float64).view(1, 4, 1) * CROWD)
 
 
 def test_shared_experts_are_one_dense_mlp_of_their_width():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from moevision.layers import ROUTERS, MoEMlp, Routing, record_routing, update_router_bias
 from tests.layers.linear_experts import run
@@ -181,61 +181,3 @@ def test_copies_pickles_and_state_dicts_compute_the_same(router):
     twins = [copy.deepcopy(layer), pickle.load(io.BytesIO(pickle.dumps(layer))), fresh]
     for twin in twins:
         assert torch.equal(twin(x), layer(x))
-
-
-class Block(nn.Module):
-    def __init__(self, layer: MoEMlp) -> None:
-        super().__init__()
-        self.mlp = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.mlp(x)
-        return out
-
-
-@pytest.mark.deep
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor"
-)  # the compiler looks at it after a graph break
-@pytest.mark.parametrize(
-    ("router", "options"),
-    [
-        ("bias_balanced", {"num_shared_experts": 1, **CAPPED}),
-        ("expert_choice", {"normalize_gates": True}),
-        ("soft", {"slots_per_expert": 2}),
-    ],
-)
-def test_compiled_blocks_compute_the_same(router, options):
-    """aot_eager: traced and differentiated ahead of time, without the minutes of code generation."""
-    torch._dynamo.reset()
-    x, results = randn(2, 12, WIDTH), []
-    for compiled in (False, True):
-        block = Block(make(router, **options))
-        if compiled:
-            block.compile(backend="aot_eager")
-        with record_routing(block) as routings:
-            out = block(x)
-        out.square().sum().backward()
-        gradients = [p.grad for p in block.parameters() if p.grad is not None]
-        results.append([out.detach(), routings[0].expert_weights().detach(), *gradients])
-    for plain, ours in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain)
-
-
-@pytest.mark.parametrize("router", ["vmoe_top_k", "bias_balanced", "expert_choice", "soft"])
-def test_fine_grained_experts_in_every_backend(router):
-    """E = 64, K = 16 (DeepSeekMoE's idea): values and the router's gradient."""
-    options = {"num_experts": 64} if router == "soft" else {"num_experts": 64, "top_k": 16}
-    x, results = randn(2, 20, WIDTH, dtype=torch.float32), []
-    for backend in ("loop", "grouped", "dense"):
-        layer = make(router, torch.float32, backend=backend, **options)
-        out, routing = run(layer, x)
-        out.square().sum().backward()
-        parameters = dict(layer.named_parameters())
-        gradient = parameters["router.mu" if router == "soft" else "router.weight"].grad
-        results.append(
-            (out.detach(), gradient, parameters["experts.fc1.weight"].grad, routing.counts())
-        )
-    for other in results[1:]:
-        for ours, theirs in zip(other, results[0], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -28,26 +28,11 @@ def test_forward_routing_returns_what_each_layer_decided(model):
     assert all(routing.counts().sum() == 2 * 16 * 2 for routing in routings)
 
 
-def test_prefix_tokens_are_routed_and_counted_apart():
-    net = timm.create_model("test_vit_moe", class_token=True, global_pool="token").eval()
-    _, routings = forward_routing(net, torch.randn(1, 3, 32, 32))
-    assert routings[0].logits.shape[1] == 17
-    assert routings[0].num_prefix_tokens == 1
-    assert routings[0].grid == (4, 4)
-
-
 def test_patch_dropping_leaves_no_grid():
     net = timm.create_model("test_vit_moe", patch_drop_rate=0.5).train()
     _, routings = forward_routing(net, torch.randn(1, 3, 32, 32))
     assert routings[0].logits.shape[1] == 8
     assert routings[0].grid is None
-
-
-def test_nothing_is_kept_outside_the_scope(model):
-    with record_routing(model) as routings:
-        model(torch.randn(1, 3, 32, 32))
-    model(torch.randn(1, 3, 32, 32))
-    assert len(routings) == 2
 
 
 def test_scopes_nest(model):

@@ -1,66 +1,49 @@
 """Fused and plain attention: the same numbers, and each where it is the faster."""
 
-from typing import Any
-
 import lightning as L
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moevision.data import ImageDataModule
 from moevision.models.config import MoEConfig
 from moevision.models.vit_moe import SHORT, num_patches, set_fused_attention, trains_unfused
 from moevision.train.task import ClassificationTask
-from tests.shared import SMALL_VIT
+from tests.operations import Operations
+from tests.shared import noise_images
+from tests.shared import small_vit as vit
 
 
-class FusedCalls(TorchDispatchMode):
-    """Counts calls of torch's fused attention, forward and backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forward = self.backward = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        self.forward += "_scaled_dot_product" in name and "backward" not in name
-        self.backward += "_scaled_dot_product" in name and "backward" in name
-        return func(*args, **(kwargs or {}))
+def fused_calls(operations: Operations) -> tuple[int, int]:
+    """Calls of torch's fused attention, forward and backward."""
+    names = [name for name in operations.calls.elements() if "_scaled_dot_product" in name]
+    backward = sum("backward" in name for name in names)
+    return len(names) - backward, backward
 
 
-def vit() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", **SMALL_VIT)
-
-
-def step(model: nn.Module, fused: bool) -> tuple[FusedCalls, list[Tensor]]:
-    """Logits and every gradient of one step."""
+def step(model: nn.Module, fused: bool) -> tuple[tuple[int, int], list[Tensor]]:
+    """Fused calls, logits and every gradient of one step."""
     set_fused_attention(model, fused)
     model.zero_grad()
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    with FusedCalls() as calls:
+    x = noise_images(seed=1).requires_grad_()
+    with Operations() as operations:
         logits = model(x)
         logits.square().sum().backward()
-    return calls, [
-        logits.detach(),
-        x.grad,
-        *(parameter.grad.clone() for parameter in model.parameters()),
-    ]
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    return fused_calls(operations), [logits.detach(), x.grad, *gradients]
 
 
 def test_both_compute_the_same():
     """float32: rounding differs, nothing else does."""
     model = vit()
-    fused_calls, fused = step(model, True)
-    plain_calls, plain = step(model, False)
-    assert (fused_calls.forward, fused_calls.backward) == (4, 4)  # one each in four blocks
-    assert (plain_calls.forward, plain_calls.backward) == (0, 0)
+    calls, fused = step(model, True)
+    no_calls, plain = step(model, False)
+    assert (calls, no_calls) == ((4, 4), (0, 0))  # one each in four blocks
     for actual, expected in zip(plain, fused, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     again, back = step(model, True)
-    assert again.forward == 4
+    assert again == calls
     assert torch.equal(back[0], fused[0])
 
 
@@ -121,8 +104,8 @@ def test_a_training_uses_each_where_it_is_the_faster(precision, trains_fused, tm
     data = ImageDataModule(
         "synthetic_pets", image_size=32, batch_size=16, train_size=16, val_size=16, test_size=16
     )
-    with FusedCalls() as calls:
+    with Operations() as operations:
         trainer.fit(task, data)
     blocks = len(task.net.blocks)
     in_training = 2 * blocks if trains_fused else 0
-    assert (calls.forward, calls.backward) == (in_training + 2 * blocks, in_training)
+    assert fused_calls(operations) == (in_training + 2 * blocks, in_training)

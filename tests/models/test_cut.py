@@ -7,11 +7,10 @@ import timm
 import torch
 from torch import nn
 
-from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.cut import CUTTABLE, cut
 from moevision.models.io import SavedModel, describe, load_model, save_model
-from tests.shared import says
+from tests.shared import noise_images
 
 CLASSES = ["ant", "bee", "cow"]
 KEPT = {1: [0, 2, 3], 3: [1]}
@@ -29,11 +28,6 @@ def model_with(router: str, **options) -> SavedModel:
             if name.endswith("router.bias"):
                 buffer.normal_(std=0.3)
     return replace(describe(net), class_names=CLASSES)
-
-
-def images(model: SavedModel) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(3, 3, model.image_size, model.image_size, generator=generator).double()
 
 
 def choose_among(router: nn.Module, experts: list[int]) -> None:
@@ -54,7 +48,7 @@ def choose_among(router: nn.Module, experts: list[int]) -> None:
 def test_it_is_its_source_with_the_other_experts_away(router):
     model = model_with(router)
     small = cut(model, [2, 0], KEPT)
-    x = images(model)
+    x = noise_images(3, seed=1).double()
     for moe in moe_layers(model.net):
         choose_among(moe.router, KEPT[moe.layer_index])
         moe.router.top_k = min(moe.router.top_k, len(KEPT[moe.layer_index]))
@@ -65,7 +59,9 @@ def test_it_is_its_source_with_the_other_experts_away(router):
 def test_with_all_experts_and_classes_nothing_changes():
     model = model_with("noisy_top_k")
     same = cut(model, range(3), {1: range(5), 3: range(5)})
-    assert torch.equal(same.net(images(model)), model.net(images(model)))
+    assert torch.equal(
+        same.net(noise_images(3, seed=1).double()), model.net(noise_images(3, seed=1).double())
+    )
 
 
 def test_its_parameters_are_those_of_what_is_kept():
@@ -88,29 +84,7 @@ def test_it_is_saved_and_loaded(tmp_path):
     small.net.float()
     save_model(small, tmp_path)
     again = load_model(str(tmp_path))
-    x = images(model).float()
+    x = noise_images(3, seed=1)
     assert torch.equal(again.net(x), small.net(x))
     assert (again.class_names, again.temperature) == (["bee", "cow"], 2.0)
     assert [moe.router.num_experts for moe in moe_layers(again.net)] == [3, 1]
-
-
-@pytest.mark.parametrize("router", ["soft", "expert_choice", "position", "hash", "random"])
-def test_other_routers_are_refused(router):
-    with pytest.raises(UserError) as refusal:
-        cut(model_with(router), [0, 1], KEPT)
-    says(str(refusal.value), router, "Block 1", "vmoe_top_k")
-
-
-def test_a_dense_model_is_refused():
-    net = timm.create_model("test_vit_moe", num_classes=3, moe_layers=[])
-    with pytest.raises(UserError) as refusal:
-        cut(replace(describe(net), class_names=CLASSES), [0, 1], {})
-    says(str(refusal.value), "experts", "Mixture of Experts")
-
-
-def test_a_hidden_layer_in_the_classifier_is_refused():
-    model = model_with("switch")
-    model.net.head = nn.Sequential(nn.Linear(model.net.embed_dim, 4), nn.Linear(4, 3))
-    with pytest.raises(UserError) as refusal:
-        cut(model, [0, 1], KEPT)
-    says(str(refusal.value), "classifier", "linear")

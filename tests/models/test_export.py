@@ -26,7 +26,7 @@ from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.ood import answers, fit_ood, pooled
 from moevision.models.shares import patch_shares
 from moevision.train.report import template
-from tests.shared import SMALL_VIT
+from tests.shared import SMALL_VIT, noise_images
 
 NAMES = ["cat", "dog", "Käuzchen"]
 # A file takes seconds to write, whatever is in it: each router, and each option, is one layer of a model.
@@ -69,7 +69,7 @@ def tiny(*layers: dict, **options) -> SavedModel:
 
 def with_distances(model: SavedModel) -> SavedModel:
     with torch.no_grad():
-        features = pooled(model.net, pictures(100, seed=3)).double().numpy()
+        features = pooled(model.net, noise_images(100, seed=3)).double().numpy()
     return replace(model, strangers=fit_ood(features[:60], np.arange(60) % 3, features[60:]))
 
 
@@ -80,10 +80,6 @@ def with_character(net: nn.Module) -> nn.Module:
         if isinstance(layer.router, ColourRouter):
             nn.init.normal_(layer.router.centroids)
     return net
-
-
-def pictures(number: int, seed: int = 7) -> torch.Tensor:
-    return torch.randn(number, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
 def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
@@ -112,19 +108,19 @@ def test_the_file_answers_as_the_model(case, tmp_path):
     assert report.max_logit_delta <= 1e-4
 
     with torch.no_grad():  # other images and batch sizes than those that the exporter looked at
-        expected, routings = moevision.forward_routing(model.net, pictures(5))
+        expected, routings = moevision.forward_routing(model.net, noise_images(5, seed=7))
     assert all(
         (routing.expert_weights().flatten(0, 1) > 0).any(0).sum() > 1 for routing in routings
     )
     for batch in (1, 3, 5):
         torch.testing.assert_close(
-            run_onnx(path, pictures(5)[:batch]), expected[:batch], rtol=0, atol=1e-4
+            run_onnx(path, noise_images(5, seed=7)[:batch]), expected[:batch], rtol=0, atol=1e-4
         )
 
     assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
     assert {layer.experts.backend for layer in moe_layers(model.net)} == {"auto"}
     with torch.no_grad():  # with gradients few rows go another way, and round otherwise
-        assert torch.equal(model.net(pictures(5)), expected)
+        assert torch.equal(model.net(noise_images(5, seed=7)), expected)
 
 
 # One of each rule for gates; `switch` has that of `vmoe_top_k`, `hash` and `position` that of `random`.
@@ -173,13 +169,13 @@ def test_routes_and_experts_that_are_away_are_those_of_torch(layers, known, tmp_
             away[layer, expert] = True
         changes = [Intervention("ablate", layer=layer, expert=expert) for layer, expert in gone]
         with torch.no_grad(), intervene(model.net, *changes):
-            logits, routings = moevision.forward_routing(model.net, pictures(3))
-        answer = run(pictures(3), away)
+            logits, routings = moevision.forward_routing(model.net, noise_images(3, seed=7))
+        answer = run(noise_images(3, seed=7), away)
         torch.testing.assert_close(answer[0], logits, rtol=0, atol=1e-4)
         routes = answer[2 if known else 1 :]
         *routes, shares = routes
         with torch.no_grad(), intervene(model.net, *changes):
-            tokens = model.net.forward_features(pictures(3))
+            tokens = model.net.forward_features(noise_images(3, seed=7))
         expected = patch_shares(model.net, tokens).margins()
         torch.testing.assert_close(shares, expected, rtol=0, atol=1e-4)
         assert len(routes) == 3 * len(sizes)
@@ -197,7 +193,7 @@ def test_routes_and_experts_that_are_away_are_those_of_torch(layers, known, tmp_
             )
     nobody = torch.zeros(len(sizes), max(sizes), dtype=torch.bool)
     assert all(
-        map(torch.equal, run(pictures(3)), run(pictures(3), nobody))
+        map(torch.equal, run(noise_images(3, seed=7)), run(noise_images(3, seed=7), nobody))
     )  # so it is timed, beside the model
     Image.new("RGB", (32, 32), (250, 120, 60)).save(tmp_path / "image.png")
     lines = template("run_exported.py.jinja").render(file=repr(str(path)), fit="crop", routes=True)
@@ -227,12 +223,15 @@ def test_a_second_output_is_the_distance(exported):
     run = export_module.load_exported(path)
     for batch in (1, 3):
         with torch.no_grad():
-            expected = answers(model.net, model.strangers, pictures(3)[:batch])
-        for found, own in zip(run(pictures(3)[:batch]), expected, strict=True):
+            expected = answers(model.net, model.strangers, noise_images(3, seed=7)[:batch])
+        for found, own in zip(run(noise_images(3, seed=7)[:batch]), expected, strict=True):
             torch.testing.assert_close(found, own, rtol=0, atol=1e-4)
     # whoever asks for the logits alone gets them
     torch.testing.assert_close(
-        run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4
+        run_onnx(path, noise_images(3, seed=7)),
+        model.net(noise_images(3, seed=7)),
+        rtol=0,
+        atol=1e-4,
     )
 
 
@@ -245,7 +244,7 @@ def test_fp16_halves_the_file_and_answers_nearly_the_same(exported, tmp_path):
     weights = sum(value.numel() for value in model.net.parameters())
     assert whole.size_bytes - report.size_bytes == pytest.approx(2 * weights, rel=0.1)
     assert 0 < report.max_logit_delta < 0.01
-    images = pictures(5)
+    images = noise_images(5, seed=7)
     logits = run_onnx(path, images)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, model.net(images).detach(), rtol=0, atol=0.01)
@@ -265,9 +264,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[SavedModel, Path
     save_model(SavedModel(net, NAMES, 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)), home / "saved")
     model, path = with_distances(load_model(str(home / "saved"))), home / "model"
     with moevision.record_routing(model.net) as routings:
-        report = export_onnx(model, path, pictures=pictures(40))
+        report = export_onnx(model, path, pictures=noise_images(40, seed=7))
         assert routings == []
-        model.net(pictures(1))
+        model.net(noise_images(1, seed=7))
     assert len(routings) == 2
     return model, path, report
 
@@ -400,4 +399,7 @@ def test_the_preparation_is_that_of_predict():
 def test_routes_of_a_classifier_without_shares(tmp_path):
     model = tiny(router="vmoe_top_k", class_token=True, global_pool="token")
     export_onnx(model, tmp_path / "model.onnx", routes=True)
-    assert len(export_module.load_exported(tmp_path / "model.onnx")(pictures(2))) == 1 + 3 * 2
+    assert (
+        len(export_module.load_exported(tmp_path / "model.onnx")(noise_images(2, seed=7)))
+        == 1 + 3 * 2
+    )

@@ -10,12 +10,13 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from moevision import UserError, convert_to_moe, dense_twin, forward_routing
 from moevision.data.transforms import normalize
 from moevision.layers import ROUTERS, moe_layers
 from moevision.models.io import SavedModel, load_model, save_model
+from tests.shared import noise_images
 
 WORDS = ["cat", "dog", "Käfer", "a|b", "dog house"]
 DEIT = {
@@ -26,10 +27,6 @@ DEIT = {
     "depth": 4,
     "num_heads": 2,
 }
-
-
-def images(size: int = 32) -> Tensor:
-    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def trained(net: nn.Module) -> nn.Module:
@@ -69,8 +66,8 @@ def equal_after_a_round_trip(net: nn.Module, folder: Path, size: int = 32) -> Sa
     )
     assert back.net.moe_config == net.moe_config
     with torch.no_grad():
-        logits, routings = forward_routing(net, images(size))
-        other_logits, other_routings = forward_routing(back.net, images(size))
+        logits, routings = forward_routing(net, noise_images(3, size, seed=1))
+        other_logits, other_routings = forward_routing(back.net, noise_images(3, size, seed=1))
     assert torch.equal(logits, other_logits)
     assert len(routings) == len(moe_layers(net)) > 0
     for routing, other in zip(routings, other_routings, strict=True):
@@ -172,7 +169,9 @@ def test_a_twin_that_is_given_no_experts_stays_a_twin(match, tmp_path):
     twin = dense_twin(timm.create_model("test_vit_moe", num_classes=5), match)
     net = convert_to_moe(twin, []).eval()
     save_model(as_saved(net), tmp_path)
-    assert torch.equal(load_model(str(tmp_path)).net(images()), net(images()))
+    assert torch.equal(
+        load_model(str(tmp_path)).net(noise_images(3, seed=1)), net(noise_images(3, seed=1))
+    )
 
 
 def test_a_conversion_that_fails_changes_nothing():
@@ -212,7 +211,9 @@ def test_bf16_weights_stay_what_they_are(tmp_path):
         torch.equal(tensor, stored[name].to(tensor.dtype))
         for name, tensor in back.state_dict().items()
     )
-    assert torch.equal(back.bfloat16()(images().bfloat16()), net(images().bfloat16()))
+    assert torch.equal(
+        back.bfloat16()(noise_images(3, seed=1).bfloat16()), net(noise_images(3, seed=1).bfloat16())
+    )
 
 
 def test_weights_in_another_memory_order(tmp_path):
@@ -257,9 +258,9 @@ def test_transformers_opens_it(model, tmp_path):
         torch.equal(value, by_timm.state_dict()[key])
         for key, value in wrapped.timm_model.state_dict().items()
     )
-    logits = wrapped(images()).logits
+    logits = wrapped(noise_images(3, seed=1)).logits
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, by_timm(images()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, by_timm(noise_images(3, seed=1)), rtol=0, atol=1e-5)
     assert list(wrapped.config.id2label.values()) == WORDS
 
 
@@ -331,4 +332,4 @@ def test_a_dense_model_of_timm(tmp_path):
     timm.models.save_for_hf(net, tmp_path, safe_serialization=True)
     back = load_model(str(tmp_path))
     assert back.class_names == ["class 0", "class 1"]
-    assert torch.equal(back.net(images(160)), net(images(160)))
+    assert torch.equal(back.net(noise_images(3, 160, seed=1)), net(noise_images(3, 160, seed=1)))

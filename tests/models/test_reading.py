@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moevision import Routing, convert_to_moe, upcycle
 from moevision.analysis import collect_routing
@@ -22,18 +21,8 @@ from moevision.models.convert import (
     routes_read,
 )
 from moevision.models.io import describe, load_model, save_model
-from tests.shared import SMALL_VIT
-
-VIT = "vit_tiny_patch16_224"
-
-
-def vit(name: str = VIT, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL_VIT, **options}).eval()
-
-
-def image(side: int = 32) -> Tensor:
-    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+from tests.shared import noise_images
+from tests.shared import small_vit as vit
 
 
 @torch.no_grad()
@@ -48,7 +37,7 @@ def logits_move(model: nn.Module, layer: int, patch: int = 5) -> bool:
         chosen[0, place, 0] = others[0]
         return replace(routing, expert_index=chosen)
 
-    pixels = image(model.patch_embed.img_size[0])
+    pixels = noise_images(1, model.patch_embed.img_size[0], seed=1)
     before = model(pixels)
     moe.intervention = elsewhere
     try:
@@ -139,13 +128,21 @@ def test_an_image_that_decides_for_all_tokens_is_read():
 
 
 @pytest.mark.parametrize(
-    "name", [VIT, "vit_small_patch16_rope_224", "cait_xxs24_224", "xcit_nano_12_p16_224"]
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "vit_small_patch16_rope_224",
+        "cait_xxs24_224",
+        "xcit_nano_12_p16_224",
+    ],
 )
 def test_a_model_that_was_made_to_pool_opens_again(name, tmp_path):
     """Constructors of these four classes differ in what they call the norm behind the pooling, if they know one."""
     net = upcycle(pool_patches(vit(name)), num_experts=2).eval()
     save_model(describe(net), tmp_path)
-    assert torch.equal(load_model(str(tmp_path)).net(image()), net(image()))
+    assert torch.equal(
+        load_model(str(tmp_path)).net(noise_images(1, seed=1)), net(noise_images(1, seed=1))
+    )
 
 
 def test_pooling_keeps_the_trained_norm_and_saves(tmp_path):
@@ -153,11 +150,14 @@ def test_pooling_keeps_the_trained_norm_and_saves(tmp_path):
     net = vit()
     with torch.no_grad():
         net.norm.weight.uniform_(0.5, 1.5)
-    features = net.forward_features(image())[:, 1:].mean(1)
+    features = net.forward_features(noise_images(1, seed=1))[:, 1:].mean(1)
     torch.manual_seed(1)
     pooled = pool_patches(net).eval()
     torch.testing.assert_close(
-        pooled.forward_head(pooled.forward_features(image()), pre_logits=True), features
+        pooled.forward_head(pooled.forward_features(noise_images(1, seed=1)), pre_logits=True),
+        features,
     )
     save_model(describe(pooled), tmp_path)
-    assert torch.equal(load_model(str(tmp_path)).net(image()), pooled(image()))
+    assert torch.equal(
+        load_model(str(tmp_path)).net(noise_images(1, seed=1)), pooled(noise_images(1, seed=1))
+    )

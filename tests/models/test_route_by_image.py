@@ -17,15 +17,11 @@ from moevision.demo.facts import describe
 from moevision.layers import describe_moe, moe_layers
 from moevision.models.io import SavedModel, load_model, save_model
 from tests.scopes import ablate, force, limit_capacity, random_route, swap, use_top_k
-from tests.shared import SMALL_VIT
+from tests.shared import SMALL_VIT, noise_images
 
 TINY = {**SMALL_VIT, "num_classes": 8}
 STATS = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 COUNT = 12
-
-
-def images(count=COUNT):
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(4))
 
 
 @torch.no_grad()
@@ -53,7 +49,10 @@ def saved(net=None):
 
 @torch.no_grad()
 def routes(net):
-    return [routing.expert_index[:, 0].tolist() for routing in forward_routing(net, images())[1]]
+    return [
+        routing.expert_index[:, 0].tolist()
+        for routing in forward_routing(net, noise_images(COUNT, seed=4))[1]
+    ]
 
 
 def is_by_image(net):
@@ -61,7 +60,7 @@ def is_by_image(net):
 
 
 def test_every_token_of_an_image_has_its_experts_and_images_differ():
-    for routing in forward_routing(model(), images())[1]:
+    for routing in forward_routing(model(), noise_images(COUNT, seed=4))[1]:
         assert routing.expert_index.shape == (COUNT, 17, 2)
         assert (routing.grid, routing.num_prefix_tokens) == ((4, 4), 1)
         assert torch.equal(routing.expert_index, routing.expert_index[:, :1].expand(-1, 17, -1))
@@ -74,13 +73,15 @@ def test_it_is_saved_and_an_older_file_without_the_word_is_by_token(tmp_path):
     save_model(saved(net), tmp_path)
     again = load_model(str(tmp_path)).net
     assert is_by_image(again)
-    assert torch.equal(again(images()), net(images()))
+    assert torch.equal(again(noise_images(COUNT, seed=4)), net(noise_images(COUNT, seed=4)))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_args"].pop("route_by") == "image"
     (tmp_path / "config.json").write_text(json.dumps(config))
     older = load_model(str(tmp_path)).net
-    assert [routing.route_by for routing in forward_routing(older, images())[1]] == ["token"] * 2
-    assert not torch.equal(older(images()), net(images()))
+    assert [
+        routing.route_by for routing in forward_routing(older, noise_images(COUNT, seed=4))[1]
+    ] == ["token"] * 2
+    assert not torch.equal(older(noise_images(COUNT, seed=4)), net(noise_images(COUNT, seed=4)))
 
 
 def test_words():
@@ -133,13 +134,13 @@ def test_clusters_of_the_same_input_are_clusters_of_images(pictures):
 
 def changed(net, *scopes):
     with torch.no_grad(), intervene(net, *scopes):
-        return forward_routing(net, images())
+        return forward_routing(net, noise_images(COUNT, seed=4))
 
 
 def test_interventions_move_whole_images():
     net = model()
     (_, before), (_, after) = (
-        forward_routing(net, images()),
+        forward_routing(net, noise_images(COUNT, seed=4)),
         changed(net, Intervention("ablate", layer=1, expert=0)),
     )
     had = (before[0].expert_index[:, 0] == 0).any(-1)
@@ -154,7 +155,7 @@ def test_interventions_move_whole_images():
         random_route(net, 1, 5),
     ):
         with scope:
-            for routing in forward_routing(net, images())[1]:
+            for routing in forward_routing(net, noise_images(COUNT, seed=4))[1]:
                 assert torch.equal(
                     routing.expert_index,
                     routing.expert_index[:, :1].expand_as(routing.expert_index),
@@ -174,7 +175,7 @@ def test_a_capacity_of_one_image_is_refused():
 def test_a_capacity_of_the_batch_counts_images_under_interventions_too(priority):
     """Two exchanges change nothing: the decision is then found again by the intervention's own code."""
     net = model(top_k=1, eval_capacity_factor=0.8, capacity_group="batch", batch_priority=priority)
-    out, routings = forward_routing(net, images())
+    out, routings = forward_routing(net, noise_images(COUNT, seed=4))
     assert sum(int((~routing.kept).sum()) for routing in routings) > 0
     twice = [Intervention("swap", layer=layer, expert=0, other=1) for layer in (1, 3)] * 2
     again, others = changed(net, *twice)

@@ -20,6 +20,7 @@ from moevision import UserError, VisionTransformerMoE, convert_to_moe, dense_twi
 from moevision.models import moe_layer_indices
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.convert import pool_patches
+from moevision.models.cut import cut
 from moevision.models.export import export_onnx
 from moevision.models.io import (
     SavedModel,
@@ -30,16 +31,14 @@ from moevision.models.io import (
     load_model,
     save_model,
 )
+from moevision.models.shares import patch_shares
 from moevision.models.upcycle import start_routers
 from moevision.models.vit_moe import checkpoint_blocks
-from tests.shared import SMALL_VIT, says
+from tests.shared import SMALL_VIT, noise_images, says
+from tests.shared import small_vit as vit
 
 Row = tuple[Callable[[], Any], list[str]]
 VIT = "vit_tiny_patch16_224"
-
-
-def vit(name: str = VIT, **options: Any) -> nn.Module:
-    return timm.create_model(name, **{**SMALL_VIT, **options})
 
 
 def moe(**options: Any) -> nn.Module:
@@ -48,6 +47,15 @@ def moe(**options: Any) -> nn.Module:
 
 def saved(net: nn.Module) -> SavedModel:
     return SavedModel(net, ["a", "b", "c"], 32, (0.5,) * 3, (0.2,) * 3)
+
+
+TWO_LAYERS = nn.Sequential(nn.Linear(32, 4), nn.Linear(4, 3))
+
+
+def with_head(net: nn.Module, head: nn.Module, norm: nn.Module | None = None) -> nn.Module:
+    """With this classifier, and this norm in front of it."""
+    net.head, net.fc_norm = head, norm or net.fc_norm
+    return net
 
 
 def naflex() -> nn.Module:
@@ -165,24 +173,66 @@ UPCYCLED |= {
         lambda: upcycle(vit(), expert_hidden=64),
         ["128 hidden units", "expert_hidden", "is 64"],
     ),
-    "no clusters": (lambda: start_routers(vit(), [images(1)]), ["no MoE layer"]),
+    "no clusters": (lambda: start_routers(vit(), [noise_images(1)]), ["no MoE layer"]),
     "no image": (lambda: start_routers(upcycle(vit()), []), ["no image", "one batch"]),
     "few images": (
-        lambda: start_routers(upcycle(vit(), num_experts=4, route_by="image"), [images(3)]),
+        lambda: start_routers(upcycle(vit(), num_experts=4, route_by="image"), [noise_images(3)]),
         ["3 images", "4 clusters", "more images"],
     ),
 }
 UPCYCLED |= {
     f"clusters for {router}": (
-        lambda router=router: start_routers(upcycle(vit(), router=router), [images(4)]),
+        lambda router=router: start_routers(upcycle(vit(), router=router), [noise_images(4)]),
         [f"'{router}'", "cluster start out"],
     )
     for router in ("expert_choice", "soft", "hash")
 }
 
+TWO_OF_FOUR = {1: [0, 2], 3: [1]}
+CUT: dict[str, Row] = {
+    f"experts of {router}": (
+        lambda router=router: cut(saved(moe(router=router)), [0, 1], TWO_OF_FOUR),
+        [router, "Block 1", "vmoe_top_k"],
+    )
+    for router in ("soft", "expert_choice", "position", "hash", "random")
+}
+CUT |= {
+    "no experts": (
+        lambda: cut(saved(moe(moe_layers=[])), [0, 1], {}),
+        ["experts", "Mixture of Experts"],
+    ),
+    "hidden layer": (
+        lambda: cut(saved(with_head(moe(router="switch"), TWO_LAYERS)), [0, 1], TWO_OF_FOUR),
+        ["classifier", "linear"],
+    ),
+}
 
-def images(count: int) -> torch.Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+PATCHES = torch.zeros(1, 17, 32)
+SHARES: dict[str, Row] = {
+    f"pooling by {pool}": (
+        lambda pool=pool: patch_shares(vit(global_pool=pool), PATCHES),
+        [pool, "--model.arch.global_pool avg"],
+    )
+    for pool in ("token", "max", "map", "avgmax")
+}
+SHARES |= {
+    f"behind the mean: {kind}": (
+        lambda parts=parts: patch_shares(with_head(vit(global_pool="avg"), *parts), PATCHES),
+        [kind, "--model.arch.global_pool avg"],
+    )
+    for kind, parts in (
+        ("Identity", [nn.Identity()]),
+        ("Sequential", [TWO_LAYERS]),
+        ("BatchNorm1d", [nn.Linear(32, 3), nn.BatchNorm1d(32)]),
+    )
+}
+SHARES |= {  # a distilled model averages two heads, others aren't ViTs
+    name: (
+        lambda name=name: patch_shares(timm.create_model(name), PATCHES),
+        ["classifier of its own"],
+    )
+    for name in ("resnet18", "deit_tiny_distilled_patch16_224", "test_efficientnet")
+}
 
 
 def told_by(call: Callable[[], Any]) -> str:
@@ -192,6 +242,7 @@ def told_by(call: Callable[[], Any]) -> str:
 
 
 TABLES = {"built": BUILT, "configured": CONFIGURED, "converted": CONVERTED, "upcycled": UPCYCLED}
+TABLES |= {"cut": CUT, "shares": SHARES}
 ROWS = {f"{table}: {name}": row for table, rows in TABLES.items() for name, row in rows.items()}
 
 

@@ -8,9 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import moevision.models  # noqa: F401 -- registers the names
-from moevision.errors import UserError
-from moevision.models.shares import PatchShares, patch_shares, shares_refusal
-from tests.shared import assert_names
+from moevision.models.shares import PatchShares, patch_shares
 
 
 def net_of(**options: object) -> nn.Module:
@@ -130,48 +128,3 @@ def test_a_model_with_experts(name) -> None:
         shares = patch_shares(net, net.forward_features(x))
         total = shares.patches.sum(1) + shares.prefix + shares.bias
         assert_close(total, net(x), rtol=0, atol=1e-9)
-
-
-REFUSED = {
-    "class token": ({"global_pool": "token"}, "token"),
-    "largest": ({"global_pool": "max"}, "max"),
-    "attention": ({"global_pool": "map"}, "map"),
-    "mean and largest": ({"global_pool": "avgmax"}, "avgmax"),
-    "no head": ({"num_classes": 0}, "Identity"),
-}
-
-
-@pytest.mark.parametrize(("options", "word"), REFUSED.values(), ids=REFUSED)
-def test_other_classifiers_are_refused_by_name(options, word) -> None:
-    net = net_of(**options)
-    with pytest.raises(UserError) as caught:
-        patch_shares(net, torch.zeros(1, 5, 12))
-    assert_names(str(caught.value), word, "--model.arch.global_pool avg")
-
-
-def hidden_layer(net: nn.Module) -> None:
-    net.head = nn.Sequential(nn.Linear(12, 12), nn.GELU(), nn.Linear(12, 3))
-
-
-def batch_norm(net: nn.Module) -> None:
-    net.fc_norm = nn.BatchNorm1d(12)
-
-
-@pytest.mark.parametrize("change", [hidden_layer, batch_norm])
-def test_what_comes_behind_the_mean_is_refused_by_name(change) -> None:
-    net = net_of()
-    assert shares_refusal(net) is None
-    change(net)
-    assert_names(
-        shares_refusal(net), {hidden_layer: "Sequential", batch_norm: "BatchNorm1d"}[change]
-    )
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet18", "deit_tiny_distilled_patch16_224", "test_efficientnet"]
-)
-def test_a_classifier_of_its_own_is_refused(name) -> None:
-    """A distilled model averages two heads, others aren't ViTs."""
-    net = timm.create_model(name, global_pool="avg" if "deit" not in name else "token")
-    with pytest.raises(UserError, match="classifier of its own"):
-        patch_shares(net, torch.zeros(1, 5, 12))

@@ -14,6 +14,7 @@ import moevision.models  # noqa: F401  (registers the names)
 from moevision.errors import UserError
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.ood import FILE, MahalanobisOOD, answers, fit_ood, pooled
+from tests.shared import noise_images
 
 D, CLASSES = 12, 3
 RNG = np.random.default_rng(0)
@@ -109,7 +110,7 @@ def test_distances_travel_with_the_model(tmp_path):
     saved = model(tmp_path)
     back, images = (
         load_model(str(tmp_path)),
-        torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+        noise_images(5, seed=1),
     )
     with torch.no_grad():
         for one in (saved, back):

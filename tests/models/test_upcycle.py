@@ -22,14 +22,10 @@ from moevision.layers import ROUTERS, moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import create_from, describe, first_blocks, load_model, save_model
 from moevision.models.upcycle import initial_output_difference, load_dense, upcycle
+from tests.shared import SMALL_VIT, noise_images, small_vit
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 # Gates of these sum to 1 for every token, so that a mixture of equal experts is the expert.
 SUM_TO_ONE = [name for name in ROUTERS if name not in ("expert_choice", "soft")]
-
-
-def images(size: int = 32, count: int = 8) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def dense_vit(name: str = "vit_tiny_patch16_224", **options: Any) -> nn.Module:
@@ -44,7 +40,7 @@ def dense_vit(name: str = "vit_tiny_patch16_224", **options: Any) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def vit() -> nn.Module:
-    return dense_vit(**SMALL)
+    return dense_vit(**SMALL_VIT | {"num_classes": 5})
 
 
 @pytest.mark.parametrize("router", SUM_TO_ONE)
@@ -54,7 +50,7 @@ def test_step_zero_is_the_dense_model(vit, router, top_k):
         pytest.skip("it has one choice")
     moe = upcycle(vit, router=router, top_k=top_k, num_experts=4, layers="all")
     assert len(moe_layers(moe)) == 4
-    gap = initial_output_difference(vit, moe, images())
+    gap = initial_output_difference(vit, moe, noise_images(8))
     assert gap.logit_scale > 0.3, "the logits are no constants"
     assert gap.max_logit < 1e-5
     assert (gap.agreement, gap.images) == (1.0, 8)
@@ -73,11 +69,11 @@ def test_step_zero_is_the_dense_model(vit, router, top_k):
 def test_what_changes_the_output_reports_its_gap(vit, options):
     """The gap is that of the two models' logits, taken here by hand."""
     moe = upcycle(vit, layers="all", num_experts=4, **options).eval()
-    gap = initial_output_difference(vit, moe, images())
-    difference = (moe(images()) - vit(images())).abs().max()
+    gap = initial_output_difference(vit, moe, noise_images(8))
+    difference = (moe(noise_images(8)) - vit(noise_images(8))).abs().max()
     assert gap.max_logit == pytest.approx(float(difference.detach()), rel=1e-4)
     assert gap.max_logit > 1e-3
-    agreement = (moe(images()).argmax(-1) == vit(images()).argmax(-1)).float().mean()
+    agreement = (moe(noise_images(8)).argmax(-1) == vit(noise_images(8)).argmax(-1)).float().mean()
     assert gap.agreement == float(agreement)
 
 
@@ -142,15 +138,6 @@ def test_the_costs_in_the_docs(deit, row):
     assert [float(cell) for cell in row[1:]] == [*parameters, *flops]
 
 
-def test_a_single_gate_of_one_still_learns(vit):
-    """k = 1: the gate's value is 1 and its gradient that of the probability, so the router moves."""
-    moe = upcycle(vit, top_k=1)
-    logits, routings = forward_routing(moe, images())
-    torch.testing.assert_close(routings[0].combine_weight, torch.ones(8, 17, 1))
-    logits.square().sum().backward()
-    assert all(layer.router.weight.grad.abs().max() > 0 for layer in moe_layers(moe))
-
-
 # name, size, options, prefix tokens (class, distillation and register tokens)
 ARCHITECTURES = [
     ("deit_tiny_patch16_224", 64, {}, 1),
@@ -177,13 +164,13 @@ def test_families_of_vits(name, size, options, prefix, tmp_path):
     """Equal at step 0, bit-equal after saving and loading, and routed over the patch grid."""
     dense = dense_vit(name, img_size=size, **options)
     moe = upcycle(dense, num_experts=4, top_k=2).eval()
-    assert initial_output_difference(dense, moe, images(size)).max_logit < 1e-5
+    assert initial_output_difference(dense, moe, noise_images(8, size)).max_logit < 1e-5
     save_model(describe(moe), tmp_path)
     loaded = load_model(str(tmp_path)).net
-    assert torch.equal(loaded(images(size)), moe(images(size)))
+    assert torch.equal(loaded(noise_images(8, size)), moe(noise_images(8, size)))
     assert (loaded.moe_config, loaded.num_classes) == (moe.moe_config, 5)
     assert loaded.pretrained_cfg["architecture"] == "vit_moe"
-    _, (routing, *_) = forward_routing(loaded, images(size))
+    _, (routing, *_) = forward_routing(loaded, noise_images(8, size))
     side = size // dense.patch_embed.patch_size[0]
     assert (routing.grid, routing.num_prefix_tokens) == ((side, side), prefix)
     assert routing.expert_weights().shape == (8, side * side + prefix, 4)
@@ -192,7 +179,7 @@ def test_families_of_vits(name, size, options, prefix, tmp_path):
 def test_each_layer_can_have_its_own(vit):
     options = {"num_experts": [4, 2], "top_k": [2, 1], "router": ["vmoe_top_k", "sigmoid"]}
     moe = upcycle(vit, layers=[0, 2], backend="dense", **options).eval()
-    assert initial_output_difference(vit, moe, images()).max_logit < 1e-5
+    assert initial_output_difference(vit, moe, noise_images(8)).max_logit < 1e-5
     assert [layer.router.num_experts for layer in moe_layers(moe)] == [4, 2]
 
 
@@ -208,13 +195,15 @@ def test_a_dense_twin_of_ours_is_upcycled_under_its_own_name(match, tmp_path):
         {"active_flops": 128, "total_params": 256}[match]
     ] * 2
     assert (
-        initial_output_difference(load_model(str(tmp_path / "twin")).net, up, images()).max_logit
+        initial_output_difference(
+            load_model(str(tmp_path / "twin")).net, up, noise_images(8)
+        ).max_logit
         < 1e-5
     )
     save_model(describe(up), tmp_path / "up")
     loaded = load_model(str(tmp_path / "up")).net
     assert loaded.pretrained_cfg["architecture"] == "test_vit_moe"
-    assert torch.equal(loaded(images()), up(images()))
+    assert torch.equal(loaded(noise_images(8)), up(noise_images(8)))
 
 
 def test_the_source_is_left_as_it_was(vit):
@@ -227,11 +216,11 @@ def test_the_source_is_left_as_it_was(vit):
 
 def test_another_class_count_and_size_as_timm_does_it(vit, tmp_path):
     moe = upcycle(vit, num_classes=9, image_size=64).eval()
-    assert moe(images(64)).shape == (8, 9)
+    assert moe(noise_images(8, 64)).shape == (8, 9)
     resampled = resample_abs_pos_embed(vit.pos_embed, [8, 8], [4, 4], num_prefix_tokens=1)
     torch.testing.assert_close(moe.pos_embed, resampled)
     save_model(describe(moe), tmp_path)
-    assert torch.equal(load_model(str(tmp_path)).net(images(64)), moe(images(64)))
+    assert torch.equal(load_model(str(tmp_path)).net(noise_images(8, 64)), moe(noise_images(8, 64)))
 
 
 def test_reinit_draws_whole_hidden_units_anew(vit):
@@ -285,7 +274,7 @@ def small_name(monkeypatch: pytest.MonkeyPatch) -> str:
     """`vit_tiny_patch16_224` of the size of the tests, since a file says no size."""
     real = timm.create_model
     monkeypatch.setattr(
-        timm, "create_model", lambda name, **options: real(name, **{**SMALL, **options})
+        timm, "create_model", lambda name, **options: real(name, **{**SMALL_VIT, **options})
     )
     return "vit_tiny_patch16_224"
 
@@ -293,7 +282,7 @@ def small_name(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_weights_from_a_file(vit, weight_file, small_name):
     moe = upcycle(small_name, weights=weight_file, image_size=32)
     assert moe.num_classes == 5, "as many as the file has"
-    assert initial_output_difference(vit, moe, images()).max_logit < 1e-5
+    assert initial_output_difference(vit, moe, noise_images(8)).max_logit < 1e-5
     other = upcycle(small_name, weights=weight_file, image_size=32, num_classes=3)
     assert other.num_classes == 3
     assert torch.equal(other.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
@@ -319,7 +308,7 @@ def test_folders(vit, tmp_path):
         tmp_path / "run" / "model",
         f"local-dir:{tmp_path / 'run' / 'model'}",
     ):
-        assert initial_output_difference(vit, upcycle(source), images()).max_logit < 1e-5
+        assert initial_output_difference(vit, upcycle(source), noise_images(8)).max_logit < 1e-5
     (tmp_path / "run" / "model" / "model.safetensors").unlink()
     assert create_from(tmp_path / "run", load_weights=False).num_classes == 5
 
@@ -335,7 +324,7 @@ def test_fit_uses_the_same_code(vit, tmp_path):
         drop_path_rate=0.1,
     )
     moe = build_model(config, num_classes=5, image_size=32)
-    assert initial_output_difference(vit, moe, images()).max_logit < 1e-5
+    assert initial_output_difference(vit, moe, noise_images(8)).max_logit < 1e-5
     assert moe.blocks[3].drop_path1.drop_prob == pytest.approx(0.1)
     config.upcycle_reinit, config.noise = 0.5, "none"
     layer = moe_layers(build_model(config, num_classes=5, image_size=32))[0]
@@ -349,11 +338,11 @@ def test_fit_uses_the_same_code(vit, tmp_path):
 def test_fit_takes_a_file_with_its_architecture(weight_file, small_name, vit):
     config = MoEConfig(pretrained=str(weight_file), base=small_name)
     moe = build_model(config, num_classes=5, image_size=32)
-    assert initial_output_difference(vit, moe, images()).max_logit < 1e-5
+    assert initial_output_difference(vit, moe, noise_images(8)).max_logit < 1e-5
     found = build_model(
         MoEConfig(pretrained=str(weight_file)), num_classes=5, image_size=32
     )  # by its metadata
-    assert initial_output_difference(vit, found, images()).max_logit < 1e-5
+    assert initial_output_difference(vit, found, noise_images(8)).max_logit < 1e-5
     weight_file.unlink()
     assert build_model(config, num_classes=5, image_size=32, load_pretrained=False).num_classes == 5
 
@@ -377,7 +366,7 @@ def test_a_file_of_halves_at_another_size(tmp_path):
 
 def test_the_first_blocks_compute_what_they_computed(vit):
     """Norm and classifier then read the third block's output."""
-    vit, x = copy.deepcopy(vit).double(), images().double()
+    vit, x = copy.deepcopy(vit).double(), noise_images(8).double()
     moe = upcycle(vit, depth=3, layers=[2], num_experts=4, top_k=1).eval()
     with torch.no_grad():
         tokens = vit._pos_embed(vit.patch_embed(x))
@@ -388,10 +377,10 @@ def test_the_first_blocks_compute_what_they_computed(vit):
 
 
 def test_the_first_blocks_save_and_load(tmp_path):
-    net = first_blocks(timm.create_model("vit_tiny_patch16_224", **SMALL, num_classes=5).eval(), 3)
+    net = first_blocks(small_vit(num_classes=5).eval(), 3)
     assert len(net.feature_info) == 3
     save_model(describe(net), tmp_path / "dense")
-    x = images()
+    x = noise_images(8)
     assert torch.equal(load_model(str(tmp_path / "dense")).net(x), net(x))
     for load_weights in (True, False):
         assert len(create_from(tmp_path / "dense", depth=2, load_weights=load_weights).blocks) == 2
@@ -405,10 +394,8 @@ def test_stochastic_depth_is_spaced_over_the_blocks_that_stay():
     def rates(net: nn.Module) -> list[float]:
         return [getattr(block.drop_path1, "drop_prob", 0.0) for block in net.blocks]
 
-    cut = first_blocks(timm.create_model("vit_tiny_patch16_224", **SMALL, drop_path_rate=0.3), 3)
-    built = timm.create_model(
-        "vit_tiny_patch16_224", **{**SMALL, "depth": 3, "num_classes": 5}, drop_path_rate=0.3
-    )
+    cut = first_blocks(small_vit(drop_path_rate=0.3), 3)
+    built = small_vit(depth=3, drop_path_rate=0.3)
     assert rates(cut) == pytest.approx(rates(built))
     assert rates(cut)[-1] == pytest.approx(0.3)
 
@@ -416,7 +403,7 @@ def test_stochastic_depth_is_spaced_over_the_blocks_that_stay():
 @pytest.mark.parametrize("twin", [None, "active_flops"])
 def test_a_config_says_all_of_it(twin, tmp_path):
     """Depth, placement, width, pooling; the dense fine-tune keeps the depth; a checkpoint rebuilds the same tensors."""
-    source = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "depth": 12})
+    source = small_vit(depth=12)
     save_model(describe(source), tmp_path)
     config = MoEConfig(
         pretrained=str(tmp_path),
