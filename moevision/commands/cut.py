@@ -114,7 +114,8 @@ class Images:
 
         def read(split: str, chosen: Sequence[int], limit: int) -> Labelled:
             pictures = source.open(model, split=split, root=args.root)
-            return read_labelled(model, pictures, chosen, limit, measured=split != "train")
+            is_required, is_measured = chosen is classes, split != "train"
+            return read_labelled(model, pictures, chosen, limit, is_required, is_measured)
 
         with loading("reading images"):
             return cls(
@@ -126,13 +127,22 @@ class Images:
 
 
 def read_labelled(
-    model: SavedModel, pictures: PictureSet, classes: Sequence[int], limit: int, measured: bool
+    model: SavedModel,
+    pictures: PictureSet,
+    classes: Sequence[int],
+    limit: int,
+    is_required: bool,
+    is_measured: bool,
 ) -> Labelled:
-    """At most `limit` images of these classes, as many of each; unreadable ones are told where they are measured."""
+    """At most `limit` images of these classes, as many of each; of unreadable ones it warns if they are measured.
+
+    Raises:
+        UserError: there is none, and `is_required`.
+    """
     number_of = {label: number for number, label in enumerate(classes)}
     own = [index for index in range(len(pictures)) if pictures.label(index) in number_of]
     is_known = list(pictures.class_names) == model.class_names  # else labels number other classes
-    if classes and not (own and is_known):
+    if is_required and not (own and is_known):
         raise UserError(
             f"{pictures.name} has no image of the classes to keep: give --data, a folder that has them."
         )
@@ -144,7 +154,7 @@ def read_labelled(
         (images, torch.tensor([number_of[int(label)] for label in labels]))
         for images, labels in reader.batches(progress=False)
     ]
-    if measured or not batches:
+    if is_measured or not batches:
         reader.report()
     return batches
 
@@ -280,10 +290,7 @@ def verdict(right: Mapping[str, Any], count: int) -> str:
             f"These classes need no expert here: without any {points(right['none'] - right['all'])} points. "
             "A dense model would do."
         )
-    lost = right["all"] - right["kept"]
-    if lost > 2 * TOLERANCE:
-        return (
-            f"Don't: the cut costs {100 * lost:.1f} points. With more experts it costs less: --experts "
-            f"{count + 1}."
-        )
-    return f"The cut costs {100 * lost:.1f} points."
+    gain = right["kept"] - right["all"]
+    if gain < -2 * TOLERANCE:
+        return f"Don't: with the cut {points(gain)} points. Try --experts {count + 1}."
+    return f"With the cut {points(gain)} points."

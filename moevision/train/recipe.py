@@ -78,10 +78,11 @@ _MODEL_OPTIONS = (
 
 def new_run_folder(name: str, root: Path = Path("runs")) -> Path:  # type: ignore[return]
     """Create the first folder that doesn't exist yet of `runs/<name>`, `runs/<name>-2`, `runs/<name>-3`, ..."""
+    root.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         folder = root / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 

@@ -146,8 +146,12 @@ def test_the_explorer_shows_it_beside_its_source(record, folder, model):
 @pytest.mark.parametrize(
     ("right", "sentence"),
     [
-        ({"all": 0.9, "kept": 0.895, "none": 0.5}, "The cut costs 0.5 points."),
-        ({"all": 0.9, "kept": 0.85, "none": 0.5}, "Don't: the cut costs 5.0 points. With more"),
+        ({"all": 0.9, "kept": 0.895, "none": 0.5}, "With the cut −0.5 points."),
+        ({"all": 0.9, "kept": 0.91, "none": 0.5}, "With the cut +1.0 points."),
+        (
+            {"all": 0.9, "kept": 0.85, "none": 0.5},
+            "Don't: with the cut −5.0 points. Try --experts 2",
+        ),
         ({"all": 0.9, "kept": 0.9, "none": 0.895}, "need no expert here: without any −0.5 points"),
     ],
 )
@@ -167,6 +171,15 @@ def test_classes_that_cannot_be_kept(cli, model, folder, tmp_path, classes, word
     out = tmp_path / "out"
     refused(cli("cut", model, "--classes", *classes, "--data", folder, "--out", out), *words)
     assert not out.exists()
+
+
+def test_without_images_of_other_classes_the_rest_is_measured(cli, model, tmp_path):
+    """A folder of the kept classes alone: the experts that others use are not compared."""
+    own = draw_splits(tmp_path / "own", ["cat", "fox"], 12)
+    options = ("--classes", "cat", "fox", "--experts", 2, "--data", own, "--out", tmp_path / "out")
+    outcome = succeeded(cli("cut", model, *options))
+    assert json.loads((tmp_path / "out" / "cut.json").read_text())["right"]["others"] is None
+    assert "other classes" not in outcome.out
 
 
 def test_refusals_name_the_way_on(cli, model, folder, tmp_path):

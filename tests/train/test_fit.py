@@ -674,3 +674,12 @@ def test_a_run_with_tensorboard_keeps_its_own_files(cli, tiny, drawn_pets):
     assert [event.value for event in found.Scalars("moe/1/load_max")][:2] == pytest.approx(
         load, rel=1e-6
     )
+
+
+def test_a_run_folder_that_leads_nowhere_is_one_sentence(cli, tiny, tmp_path, monkeypatch):
+    """A link to a disk that isn't there: each of runs/NAME, runs/NAME-2, ... seems to exist."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("gone")
+    outcome = cli("fit", "synthetic_pets", *tiny, "--runs_root", "runs")
+    assert outcome.code == 2
+    assert "runs: " in outcome.err
