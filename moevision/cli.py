@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moevision.errors import USER_ERROR, DataWarning, UserError
-from moevision.words import fitted, loading
+from moevision.words import loading, wrap_lines
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -756,7 +756,7 @@ def parser_of(name: str) -> ArgumentParser:
     add_options, about, examples = _TAKES[name]
     parser = ArgumentParser(
         prog=f"moevision {name}",
-        description=fitted(about.replace("\n", " ")),
+        description=wrap_lines(about.replace("\n", " ")),
         epilog=f"examples\n{examples}",
         formatter_class=RawDescriptionHelpFormatter,
     )

@@ -33,7 +33,7 @@ from typing import (
 import yaml  # type: ignore[import-untyped]
 
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Ranges, UserError, check_ranges
-from moevision.words import columns, fitted
+from moevision.words import columns, wrap_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -1227,10 +1227,10 @@ def help_of(verb: str, *, everything: bool = False) -> str:
     return _HELP.format(
         verb=verb,
         positional="[FOLDER]" if is_fit else "[RUN]",
-        about=fitted(_ABOUT[verb]),
+        about=wrap_lines(_ABOUT[verb]),
         examples=_EXAMPLES if is_fit else f"  moevision {verb} runs/pets",
         options="\n".join(lines),
-        below=fitted(_BELOW if is_fit else _BELOW_EVALUATION),
+        below=wrap_lines(_BELOW if is_fit else _BELOW_EVALUATION),
     )
 
 

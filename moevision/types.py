@@ -9,8 +9,10 @@ Array = NDArray[Any]
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
 Flags = NDArray[np.bool_]
-Pixels = NDArray[np.uint8]  # of an image [H, W, 3], or several; or a mask of its parts
+Pixels = NDArray[
+    np.uint8
+]  # an RGB image [H, W, 3] ([3, H, W] for a network), a batch, or a part mask [H, W]
 Json = dict[str, Any]  # an object of JSON
-Keywords = dict[str, Any]  # arguments of a call, or options, by their names
-State = dict[str, Any]  # of a checkpoint or a part of it: plain data and tensors
+Keywords = dict[str, Any]  # keyword arguments of a call
+State = dict[str, Any]  # the state dict of a checkpoint or of a part of one: plain data and tensors
 TimmModel = Any  # a model of timm's: an nn.Module with attributes that nn.Module doesn't declare

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.markdown import table
 from benchmarks.study import Contrast, Row, contrasts
-from moevision.train.plots import BLUE, INK, ORANGE, SOFT, calm, save, title
+from moevision.train.plots import BLUE, INK, ORANGE, SOFT, save, style_axes, title
 from moevision.words import flops
 
 TWIN, HASH = "dense twin", "hash"
@@ -189,7 +189,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
             worst = [max(layer["max_over_mean"] for layer in run["layers"]) for run in runs]
             load.scatter(worst, [y] * len(worst), color=ORANGE, **dots)
         for axes, nothing in ((accuracy, 0.0), (load, 1.0)):
-            calm(axes)
+            style_axes(axes)
             axes.grid(axis="x", color="#e8e8e8", linewidth=0.8)
             axes.axvline(nothing, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))

@@ -209,6 +209,18 @@ def test_a_weak_model_and_few_looks_are_said_above_the_lists(planted):
     assert 'class="note weak"' in render(facts, lambda _: {"src": None, "problem": "gone"})
 
 
+def test_images_that_were_never_visited_do_not_hide_that_a_model_is_weak(planted):
+    """Without predictions the accuracy is that of the visits; by hand: 8 of 16 with a record."""
+    images, known = planted
+    correct = np.zeros(len(known.visits), np.float32)
+    correct[:8] = 1
+    correct[16:] = np.nan
+    unpredicted = np.full_like(known.prediction, -1)
+    facts = replace(known, prediction=unpredicted, scores=known.scores | {"correct": correct})
+    (weak,) = doubts(facts, images.labels)
+    assert "right on 50 %" in weak
+
+
 def test_of_few_visits_the_finished_model_s_list_comes_first(planted):
     """Ten are not few."""
     images, known = planted
