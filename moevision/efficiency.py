@@ -4,8 +4,8 @@ FLOPs are counted by torch's counter, to which this module adds the formulas tha
 as in torch. Matrix products, convolutions and attention are counted; elementwise operations, sorting, copies and the
 colour router's distances in three dimensions aren't.
 
-Active are the FLOPs of the choices of one image (K experts per token), without the rows of padding that a dispatcher
-adds. The routers' FLOPs are counted separately.
+Active FLOPs are those that the choices of one image ask for (K experts per token): without the rows of padding that a
+dispatcher adds, with the choices that a capacity drops. The routers' FLOPs are counted separately.
 
 Axes: B images, N tokens, D width, H hidden width of an expert, O output width, E experts or groups, P slots of an
 expert, R rows.
@@ -33,11 +33,11 @@ from moevision.layers.routing import evaluating
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Size and cost of one model; one token uses the active parameters, `flops_per_image` is without the routers."""
+    """Size and cost of one model."""
 
     total_parameters: int
-    active_parameters: int
-    flops_per_image: int
+    active_parameters: int  # that one token uses
+    flops_per_image: int  # without the routers'
     router_flops_per_image: int = 0
 
 
@@ -53,15 +53,15 @@ def measure_cost(
         image_size = image_size, image_size
     parameter = next(model.parameters())
     image = torch.zeros(1, 3, *image_size, device=parameter.device, dtype=parameter.dtype)
-    # Without gradients torch's counter fails where a view of a parameter is passed to a module (SigLIP's head).
+    # With gradients on, since torch's counter fails without where a module gets a view of a parameter (SigLIP's head).
     with torch.enable_grad(), _eval_with_backend(model, backend), flop_counter() as counter:
         _, layers = count_layers(model, counter, lambda: model(image))
 
-    router_flops = sum(layer.router for layer in layers)
+    router_flops = sum(layer.router_flops for layer in layers)
     flops = counter.get_total_flops() - router_flops
     if backend != "dense":
         for layer in layers:
-            # Rows that the choices ask for count, whatever padding adds and capacity drops.
+            # Count the requested rows: without those of padding, and with the choices that a capacity dropped.
             flops -= (layer.rows - layer.requested_rows) * layer.per_row
 
     total, active = parameter_counts(model)
@@ -109,8 +109,8 @@ class LayerCount:
 
     layer: MoEMlp
     routing: Routing
-    router: int  # FLOPs of the router
-    experts: int  # FLOPs of the routed experts
+    router_flops: int
+    expert_flops: int  # of all routed experts
 
     @property
     def per_row(self) -> int:
@@ -120,14 +120,14 @@ class LayerCount:
 
     @property
     def rows(self) -> int:
-        """R, the number of rows that went through an expert, computed from the FLOPs of the experts.
+        """R, the number of rows that experts computed, padding included: their FLOPs over those of one row.
 
         A RuntimeError is raised if that isn't a whole number or too small: some operation was then not counted.
         """
-        rows, remainder = divmod(self.experts, self.per_row)
+        rows, remainder = divmod(self.expert_flops, self.per_row)
         if remainder or rows < self.routing.counts().sum():
             raise RuntimeError(
-                f"{self.experts} FLOPs of experts are no number of rows: an operation of backend "
+                f"{self.expert_flops} FLOPs of experts are no number of rows: an operation of backend "
                 f"{self.layer.experts.backend!r} has no FLOP formula."
             )
         return rows
@@ -149,7 +149,7 @@ def count_layers(
     with record_routing(model) as routings:
         output = forward()
 
-    # By the name of a module, which begins with the model's class, and by operation.
+    # Name of a module, with the model's class as its first part -> operation -> FLOPs.
     flops_by_name = counter.get_flop_counts()
     names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
 
@@ -159,12 +159,13 @@ def count_layers(
     counts = []
     # Every MoE layer runs once in a forward pass.
     for layer, routing in zip(moe_layers(model), routings, strict=True):
-        experts = flops(layer) - flops(layer.router) - flops(layer.shared)
+        router_flops = flops(layer.router)
+        expert_flops = flops(layer) - router_flops - flops(layer.shared)
         if isinstance(routing, SoftRouting):
             # Without the two mixing products: tokens to slots, 2 · B · N · E · P · D, and back, 2 · B · N · E · P · O.
             fc1, fc2 = layer.experts.fc1, layer.experts.fc2
-            experts -= 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
-        counts.append(LayerCount(layer, routing, flops(layer.router), experts))
+            expert_flops -= 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
+        counts.append(LayerCount(layer, routing, router_flops, expert_flops))
     return output, counts
 
 
@@ -192,7 +193,7 @@ def flop_counter() -> FlopCounterMode:
 
     It doesn't see matrix products inside code that Inductor compiled: count the uncompiled model.
     """
-    # Arguments begin with q, k, v; of the backward pass with the output's gradient before them.
+    # The first arguments are the shapes of q, k and v; in the backward pass the output's gradient comes before them.
     attention = _aten._scaled_dot_product_flash_attention_for_cpu
     backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {

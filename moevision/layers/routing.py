@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from moevision.config import RouteBy as RouteBy
-from moevision.layers.cpu import send_choices, sum_rows
+from moevision.layers.cpu import copy_to_experts, sum_rows
 from moevision.layers.experts import Experts
 
 Kind = Literal["token_choice", "expert_choice", "soft"]
@@ -123,7 +123,7 @@ class Routing:
         `pad` is explained in `LocalDispatcher`.
         """
         expert_index = self.expert_index.flatten(0, 1)  # [T, K]
-        return Dispatched(*send_choices(x, expert_index, self.num_experts, pad=pad))
+        return Dispatched(*copy_to_experts(x, expert_index, self.num_experts, pad=pad))
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
         """Weighted sum [T, D] of each token's rows; `rows` [R, D] is the experts' output for the rows of `dispatch`."""

@@ -42,7 +42,7 @@ from moevision.efficiency import parameter_counts
 from moevision.errors import UserError, escape_controls
 from moevision.files import newest_config, shipped_configs
 from moevision.layers import describe_moe, moe_layers
-from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
+from moevision.limits import available_memory_bytes, memory_limit_bytes, usable_cores
 from moevision.models.config import DEFAULT_NAME
 from moevision.models.convert import block_to_pool
 from moevision.models.io import architecture_of, first_blocks
@@ -442,7 +442,7 @@ def _loading_options(path: str, options: Options) -> Options:
     workers = 0
     if has_gpu():
         workers = min(8, (usable_cores() - 1) // devices)  # of each process
-    free_bytes = memory_available_bytes() or 2**32
+    free_bytes = available_memory_bytes() or 2**32
     return {
         "data.crop": "auto" if path in NAMED else "random_resized",
         "data.cache_mb": free_bytes // 4 // 2**20,  # a quarter of the free memory
@@ -719,7 +719,7 @@ def _memory(trainer: Trainer) -> tuple[int | None, str]:
     if device.type == "cuda" and not _offloads(trainer):
         return torch.cuda.mem_get_info(device)[1], device_name(trainer)
     where = "each process's part of the main memory" if _offloads(trainer) else device_name(trainer)
-    main_memory = usable_memory_bytes()
+    main_memory = memory_limit_bytes()
     if main_memory is None:
         return None, where
     return main_memory // trainer.num_devices, where

@@ -469,7 +469,7 @@ def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option
 
 
 def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
-    monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(recipe, "available_memory_bytes", lambda: 8 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     scratch = choose_recipe(str(drawn_pets), "none")
     assert scratch["data.batch_size"] == 8  # 40 pictures: five steps an epoch
@@ -517,7 +517,7 @@ def test_recipe_follows_the_number_of_images(monkeypatch, images, epochs, batch)
 def test_who_names_the_cpu_gets_what_suits_a_cpu(monkeypatch):
     """Beside a GPU of 80 GB, which must not be asked for anything."""
     monkeypatch.setattr(recipe, "count_images", lambda _: 10_000)
-    monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 2**30)
+    monkeypatch.setattr(recipe, "available_memory_bytes", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     alone = resolved("fit", "pictures", "--pretrained=none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
