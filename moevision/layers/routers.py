@@ -542,5 +542,5 @@ def build_router(
         raise UserError(
             f"top_k={top_k} does not fit num_experts={num_experts}: choose top_k between 1 and {num_experts}."
         )
-    options = options.only(name, kind.options)
+    options = options.check_supported(name, kind.options)
     return kind.make(dim, num_experts, top_k, options=options, **placement)

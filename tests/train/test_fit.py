@@ -545,9 +545,9 @@ def test_processes_share_the_cores_for_data_workers(monkeypatch, devices, worker
 def test_the_help_says_what_is_chosen_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     fewest, most = (epochs_for(images) for images in (10**9, 1))
-    assert options()["trainer.max_epochs"].chosen.endswith(f", on a GPU {fewest} to {most}")
+    assert options()["trainer.max_epochs"].auto_default.endswith(f", on a GPU {fewest} to {most}")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert options()["trainer.precision"].chosen.endswith(f", on a GPU {default_precision()}")
+    assert options()["trainer.precision"].auto_default.endswith(f", on a GPU {default_precision()}")
 
 
 def test_a_trial_leaves_no_folder_and_counts_its_own_memory(cli, tiny, drawn_pets, monkeypatch):
