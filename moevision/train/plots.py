@@ -88,8 +88,7 @@ def _draw_panels(panels: Sequence[Callable[[Axes], None]], last_step: float) -> 
         axes = figure.add_subplot(rows, columns, number)
         style_axes(axes)
         axes.set_xlim(0, max(1.0, last_step))
-        is_in_last_row = number > len(panels) - columns
-        if is_in_last_row:
+        if number > len(panels) - columns:  # in the last row
             axes.set_xlabel("optimizer step", **_LABEL)
         draw(axes)
     return figure
@@ -203,7 +202,7 @@ def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
     values = val.values  # all that are drawn: [S], below with the test's
     note = "validation"
     if np.isfinite(values).any():
-        note += f", best {percent(np.nanmax(values))}"
+        note += f", best {percent(float(np.nanmax(values)))}"
     if test is not None:
         accuracy = test.values[-1]
         _dashed_line(axes, accuracy)
@@ -230,7 +229,7 @@ def _draw_loads(axes: Axes, loads: dict[str, Curve]) -> None:
     _dashed_line(axes, 1.0)
 
     # No load is below 1. The axis reaches 1.55 at least, so that small imbalances look small.
-    highest = max(np.nanmax(curve.values, initial=1.0) for curve in loads.values())
+    highest = max(float(np.nanmax(curve.values, initial=1.0)) for curve in loads.values())
     axes.set_ylim(0.95, max(1.55, 1.08 * highest))
     _legend(axes, columns=1 if len(loads) <= 4 else 2)
     note = "busiest expert, per MoE layer; dashed: 1 = every expert equally busy"
@@ -262,7 +261,7 @@ def plot_confusion(
         row_fractions = counts / images_per_class[:, None]  # [C, C]; NaN for a class without images
 
     # A matrix of more classes is larger, up to the width of a page.
-    side = float(np.clip(2.8 + 0.42 * len(class_names), 4.2, 10.5))  # inches
+    side = np.clip(2.8 + 0.42 * len(class_names), 4.2, 10.5)  # inches
     figure = Figure(figsize=(side + 0.6, side), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     cells = _draw_cells(axes, row_fractions)
