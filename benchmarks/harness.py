@@ -27,7 +27,7 @@ from benchmarks.timing import rounded
 from moevision import limits, package_version
 from moevision.errors import UserError, escape_controls_of_lines
 from moevision.layers.cpu import has_matrix_unit
-from moevision.limits import total_memory_bytes, usable_cores
+from moevision.limits import physical_memory_bytes, usable_cores
 from moevision.train.provenance import cpu_model, git_state, gpu_names
 
 HERE = Path(__file__).parent
@@ -126,7 +126,7 @@ def in_a_process(work: Callable[..., T], *arguments: Any) -> T:
 
 def about() -> dict[str, Any]:
     """Where a record comes from: command, code, date, machine and libraries. The load of others spoils times."""
-    memory = total_memory_bytes()
+    memory = physical_memory_bytes()
     command = shlex.join(["python", "-m", *sys.argv[0].split(), *sys.argv[1:]])
     versions = {name: package_version(name) for name in LIBRARIES}
     return {
@@ -140,7 +140,7 @@ def about() -> dict[str, Any]:
             "torch_threads": torch.get_num_threads(),
             "memory_gib": None if memory is None else round(memory / 2**30, 1),
             "gpus": gpu_names(),
-            "freed_memory_is_kept": limits.is_kept(),
+            "freed_memory_is_kept": limits.keeps_freed_memory(),
             "matrix_unit": has_matrix_unit(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "load_average_before": round(os.getloadavg()[0], 2),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moevision.errors import USER_ERROR, DataWarning, UserError
-from moevision.words import fitted, loading
+from moevision.words import loading, wrap_lines
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -756,7 +756,7 @@ def parser_of(name: str) -> ArgumentParser:
     add_options, about, examples = _TAKES[name]
     parser = ArgumentParser(
         prog=f"moevision {name}",
-        description=fitted(about.replace("\n", " ")),
+        description=wrap_lines(about.replace("\n", " ")),
         epilog=f"examples\n{examples}",
         formatter_class=RawDescriptionHelpFormatter,
     )
@@ -769,14 +769,14 @@ TASKS = tuple(name.removeprefix("data ") for name in _TAKES if name.startswith("
 
 def parsed(verb: str, arguments: list[str]) -> Namespace:
     """The arguments of a verb that isn't one of the three of training."""
-    from moevision.config import option_spelled
+    from moevision.config import spell_options
 
     name, options, task = verb, arguments, None
     if verb == "data" and arguments and arguments[0] in TASKS:
         task, *options = arguments
         name = f"data {task}"
     parser = parser_of(name)
-    args = parser.parse_args(option_spelled(parser, options))
+    args = parser.parse_args(spell_options(parser, options))
     args.command = shlex.join(["moevision", verb, *arguments])  # for what records it
     if task is not None:
         args.task = task

@@ -1,7 +1,8 @@
 """Every option of `fit`, `validate` and `test`: fields of dataclasses, declared by `option`, without torch.
 
 An option is a key of a configuration file and stands on the command line under the same name: `image_size` of `data` is
-`--data.image_size`. The command line comes before a file, and a file before what `fit` chooses for the images.
+`--data.image_size`. What the command line says has priority over a configuration file, and this over what `fit` chooses
+for the images.
 
 A configuration is data, not a program: nothing that it names is imported here (`train.fit.instantiated` looks at the
 classes of Lightning's that `trainer` may name).
@@ -33,7 +34,7 @@ from typing import (
 import yaml  # type: ignore[import-untyped]
 
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Ranges, UserError, check_ranges
-from moevision.words import columns, fitted
+from moevision.words import columns, wrap_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -47,10 +48,10 @@ RouteBy = Literal["token", "image"]
 Rule = Literal["shazeer", "vmoe"]
 OptimizerName = Literal["adamw", "muon"]
 FreezeAllBut = Literal["all_but_experts", "all_but_head"]
-Fit = Literal["crop", "pad", "squash"]
+Fit = Literal["crop", "pad", "squash"]  # how an image is made square, not the verb
 
 
-Options = dict[str, Any]
+OptionValues = dict[str, Any]
 """Values of some options by their dotted names, such as `data.image_size`."""
 
 
@@ -58,7 +59,7 @@ def option(
     default: Any,
     help: str,
     *,
-    chosen: str = "",
+    auto_default: str = "",
     alias: str = "",
     short: str = "",
     rare: bool = False,
@@ -68,12 +69,19 @@ def option(
     Args:
         default: its value where nobody gives one.
         help: what it is, for `--help`; the brief help has the first sentence.
-        chosen: what `fit FOLDER` takes where its default depends on the images or on the machine.
+        auto_default: for the help of `fit`, in the place of `default`: what `fit FOLDER` takes by the images or by the
+            machine, in words.
         alias: its name on the command line, which the help shows in the place of the dotted one.
         short: another name on the command line, beside the one that the help shows.
         rare: leave it out of the help; docs/reference/config.md has it.
     """
-    metadata = {"help": help, "chosen": chosen, "alias": alias, "short": short, "rare": rare}
+    metadata = {
+        "help": help,
+        "auto_default": auto_default,
+        "alias": alias,
+        "short": short,
+        "rare": rare,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -99,7 +107,7 @@ class Data:
         "A folder with one subfolder per class (also inside train/, val/, test/), a CSV file with the columns path and "
         "label, a Hugging Face dataset (hf:NAME[:CONFIG], or a folder that save_to_disk wrote), or one of "
         "emoji, emoji_kinds, synthetic_pets, cifar10, imagenette, pets, pets_cat_dog, imagenet",
-        chosen="FOLDER",
+        auto_default="FOLDER",
     )
     root: str = option("data", "Folder in which named datasets live")
     download: bool = option(
@@ -109,7 +117,7 @@ class Data:
     image_size: int = option(
         64,
         "Side of the square images the model sees, in pixels",
-        chosen="64; from pretrained weights about 112, on a GPU 224",
+        auto_default="64; from pretrained weights about 112, on a GPU 224",
         short="image-size",
     )
     fit: Fit = option(
@@ -120,19 +128,20 @@ class Data:
     batch_size: int = option(
         64,
         "Images per batch and process, at most those of the training set",
-        chosen="64, on a GPU 256; from pretrained weights 32, on a GPU 64; at most a twentieth of the images",
+        auto_default="64, on a GPU 256; from pretrained weights 32, on a GPU 64; at most a twentieth of the images",
         short="batch-size",
     )
     num_workers: int = option(
         0,
         "Processes that prepare batches, fewer where /dev/shm has no room for their batches; 0 prepares them in the "
         "main process",
-        chosen="0; on a GPU up to 8",
+        auto_default="0; on a GPU up to 8",
     )
     seed: int = option(0, "Seed of the split and of drawn images")
     order_seed: int | None = option(
         None,
-        "Seed of the order, crops and flips of training images; null: --seed_everything (without a command line: seed)",
+        "Seed of the order, crops and flips of training images; null: that of --seed_everything (without a command "
+        "line: of seed)",
         rare=True,
     )
     val_fraction: float = option(
@@ -165,12 +174,12 @@ class Data:
         "auto",
         "How training images are cropped: pad (by image_size / 8, for small images), random_resized (for photos), or "
         "auto (pad for drawn ones and short sides up to 96 pixels)",
-        chosen="random_resized for a folder, else auto",
+        auto_default="random_resized for a folder, else auto",
     )
     min_crop_scale: float = option(
         0.25,
         "Smallest share of an image's area that a random_resized crop keeps",
-        chosen="0.25; from pretrained weights 0.5",
+        auto_default="0.25; from pretrained weights 0.5",
     )
     hflip: bool = option(
         True,
@@ -196,7 +205,7 @@ class Data:
     cache_mb: int = option(
         4096,
         "Keep the decoded images in memory if those of all processes fit into this many MiB",
-        chosen="a quarter of the free memory",
+        auto_default="a quarter of the free memory",
         rare=True,
     )
     max_bad_fraction: float = option(
@@ -289,6 +298,7 @@ class RouterOptions:
                     f"There is no {name} {value!r}: choose one of {', '.join(get_args(choices))}."
                 )
         positive = ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert")
+        # `ABOVE_0` has two parts, the range in words and as a function; the options that must lie in it are the third.
         check_ranges(self, [(*ABOVE_0, positive)])
         if self.capacity_factor is None and self.eval_capacity_factor is None:
             for name in ("batch_priority", "capacity_group"):
@@ -302,12 +312,12 @@ class RouterOptions:
                 "capacity_group='batch', or leave the capacity out."
             )
 
-    def non_default(self) -> Options:
+    def non_default(self) -> OptionValues:
         """The options that were set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def only(self, router: str, useful: Iterable[str]) -> RouterOptions:
-        """Raise a UserError if an option is set that `router` has no use for; else the options themselves."""
+    def check_supported(self, router: str, useful: Iterable[str]) -> RouterOptions:
+        """The options themselves; a UserError if one is set that `router` has no use for."""
         unused = sorted(self.non_default().keys() - set(useful))
         if unused:
             raise UserError(
@@ -327,7 +337,7 @@ class MoEConfig(RouterOptions):
     name: str | None = option(
         None,
         "timm name of the model: a vit_moe* name, or vit_moe with base; vit_moe_micro_patch4_32 by default",
-        chosen="vit_moe_hybrid_patch8_32",
+        auto_default="vit_moe_hybrid_patch8_32",
     )
     base: str | None = option(
         None,
@@ -338,31 +348,30 @@ class MoEConfig(RouterOptions):
         "weights to start from: auto, none, a timm name, hf-hub:USER/NAME, a .safetensors file (its architecture is "
         "found out, or given as base), or a folder that timm or moevision saved. Without it fit asks on a terminal, "
         "and elsewhere takes only what is there already. A dense model is upcycled: experts start as copies of the MLP "
-        "that they replace. Name and sizes are the weights', so that only depth may be given beside "
-        "it",
-        chosen="below 200,000 images what is cached; else fit asks, in a script none",
+        "that they replace. The architecture comes with the weights; of its sizes only depth can be set",
+        auto_default="below 200,000 images what is cached; else fit asks, in a script none",
         alias="pretrained",
     )
     num_experts: int | list[int] | None = option(
         None,
         "E, experts in each MoE layer",
-        chosen="the model's own; from pretrained weights 4",
+        auto_default="the model's own; from pretrained weights 4",
     )
     top_k: int | list[int] | None = option(
         None,
         "K, experts that compute each token; by default the router's own, 2 for most",
-        chosen="the router's own; from pretrained weights 1",
+        auto_default="the router's own; from pretrained weights 1",
     )
     router: str | list[str] | None = option(
         None,
         "noisy_top_k, vmoe_top_k, switch, sigmoid, bias_balanced, cosine, expert_choice or soft; baselines hash, "
         "random, position, colour",
-        chosen="the model's own; from pretrained weights vmoe_top_k",
+        auto_default="the model's own; from pretrained weights vmoe_top_k",
     )
     moe_layers: str | list[int] | None = option(
         None,
         "every2, last2, all, or a list of block numbers counting from 0",
-        chosen="the model's own; from pretrained weights last2",
+        auto_default="the model's own; from pretrained weights last2",
     )
     expert_hidden: int | list[int] | None = option(
         None,
@@ -384,7 +393,7 @@ class MoEConfig(RouterOptions):
         "what cuts an image into tokens: patch, conv (strided convolutions), conv_patch (two of them, then patches), "
         "or stages or wide_stages (those of the hybrids)",
     )
-    patch_size: int | None = option(None, "side of a patch in pixels", chosen="8")
+    patch_size: int | None = option(None, "side of a patch in pixels", auto_default="8")
     embed_dim: int | None = option(None, "width of a token")
     depth: int | None = option(
         None,
@@ -462,12 +471,12 @@ class OptimizerConfig:
     name: OptimizerName = option(
         "adamw",
         "adamw, or muon: Muon for weight matrices (each expert's is one) and AdamW for the rest",
-        chosen="muon; from pretrained weights, or for a model that you name, adamw",
+        auto_default="muon; from pretrained weights, or for a model that you name, adamw",
     )
     lr: float = option(
         1e-3,
         "the highest learning rate",
-        chosen="0.006 with muon, 0.001 with adamw, from pretrained weights 0.0003",
+        auto_default="0.006 with muon, 0.001 with adamw, from pretrained weights 0.0003",
         short="lr",
     )
     weight_decay: float = option(
@@ -480,7 +489,7 @@ class OptimizerConfig:
         None,
         "each block learns at this share of the next block's rate, the last block at this share of the classifier's, "
         "such as 0.75; for pretrained starts. None: one rate for all",
-        chosen="1; from pretrained weights 0.75",
+        auto_default="1; from pretrained weights 0.75",
     )
     freeze: int | FreezeAllBut | None = option(
         None,
@@ -513,7 +522,8 @@ class AuxLossWeights:
     z: float | None = option(None, "weight of the router z-loss")
     label: float | None = option(
         None,
-        "weight of the label loss, which tells routers the class: experts belong to classes in order, as many to each",
+        "weight of the label loss, which tells routers the class: experts are divided evenly among the classes, in "
+        "order",
     )
     rule: Rule = option(
         "shazeer",
@@ -531,7 +541,10 @@ class AuxLossWeights:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How several processes (--trainer.devices N, torchrun, srun) share a training; null: by --trainer.strategy."""
+    """How several processes (--trainer.devices N, torchrun, srun) share a training.
+
+    Where the layout is null, --trainer.strategy decides.
+    """
 
     layout: Literal["ddp", "fsdp"] | None = option(
         None,
@@ -718,7 +731,7 @@ class Model:
 
 @dataclass
 class Trainer:
-    """Arguments of Lightning's Trainer that have a default of our own; `MORE` has the others."""
+    """Arguments of Lightning's Trainer that have a default of our own; `MORE_ARGUMENTS` has the others."""
 
     accelerator: str = option("auto", "cpu, gpu or auto", short="device")
     devices: int | str | list[int] = option(
@@ -730,12 +743,12 @@ class Trainer:
     precision: str | int | None = option(
         None,
         "32-true, bf16-mixed, 16-mixed and others of Lightning's; null: what suits the device",
-        chosen="bf16-mixed where the device has it, else 32-true, on a GPU 16-mixed",
+        auto_default="bf16-mixed where the device has it, else 32-true, on a GPU 16-mixed",
     )
     max_epochs: int | None = option(
         10,
         "epochs of the training",
-        chosen="by the number of images: 10 to 100; from pretrained weights 3 to 20, on a GPU 5 to 30",
+        auto_default="by the number of images: 10 to 100; from pretrained weights 3 to 20, on a GPU 5 to 30",
         short="epochs",
     )
     max_steps: int = option(
@@ -750,16 +763,16 @@ class Trainer:
     enable_model_summary: bool = option(False, "Lightning's table of the layers", rare=True)
 
 
-def plain(value: Any) -> Any:
-    """The value of a key that may name a class: data, of which the parser imports nothing."""
+def yaml_value(value: Any) -> Any:
+    """A value that the parser takes for plain data: with the type of a class it would import what the text names."""
     return yaml.safe_load(value) if isinstance(value, str) else value
 
 
 _LIMIT = int | float | None
 # Other arguments of the Trainer and their types; those that may name a class are looked at by `train.fit.instantiated`.
-CLASSES = ("strategy", "logger", "callbacks", "profiler", "plugins")
-MORE: dict[str, Any] = {
-    **dict.fromkeys(CLASSES, plain),
+CLASS_ARGUMENTS = ("strategy", "logger", "callbacks", "profiler", "plugins")
+MORE_ARGUMENTS: dict[str, Any] = {
+    **dict.fromkeys(CLASS_ARGUMENTS, yaml_value),
     **dict.fromkeys(
         ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
         _LIMIT,
@@ -789,9 +802,8 @@ class Settings:
         0,
         "seed of weights, router noise, order, crops and flips; true draws one, false sets none",
     )
-    trainer: dict[str, Any] = field(
-        default_factory=lambda: asdict(Trainer())
-    )  # of `Trainer` and of `MORE`
+    # Arguments of Lightning's Trainer: all of `Trainer`, and those of `MORE_ARGUMENTS` that are given.
+    trainer: dict[str, Any] = field(default_factory=lambda: asdict(Trainer()))
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     resume: str | None = option(
@@ -810,9 +822,11 @@ class Settings:
         "random",
         "with --pretrained: routers start at random, or from clusters of what some training images give them, so that "
         "every expert is used from the first step on",
-        chosen="cluster for dense pretrained weights, else random",
+        auto_default="cluster for dense pretrained weights, else random",
     )
-    name: str | None = option(None, "name of the run folder, runs/NAME", chosen="that of the data")
+    name: str | None = option(
+        None, "name of the run folder, runs/NAME", auto_default="that of the data"
+    )
     with_twin: bool = option(
         False,
         "train the dense twin by the same recipe too, and compare both on the same test images",
@@ -837,7 +851,7 @@ class Option(NamedTuple):
     kind: Any
     default: Any
     help: str = ""
-    chosen: str = ""
+    auto_default: str = ""
     alias: str = ""
     short: str = ""
     rare: bool = False
@@ -852,7 +866,7 @@ def options() -> dict[str, Option]:
             result[name] = entry
             continue
         result |= _options_of(Trainer, "trainer.")
-        for argument, kind in MORE.items():
+        for argument, kind in MORE_ARGUMENTS.items():
             result[f"trainer.{argument}"] = Option(kind, None, rare=True)
     return result
 
@@ -868,7 +882,7 @@ def _options_of(cls: type, prefix: str) -> Iterator[tuple[str, Option]]:
             yield name, Option(kind, entry.default, **entry.metadata)
 
 
-def to_settings(values: Options) -> Settings:
+def to_settings(values: OptionValues) -> Settings:
     """The settings with these options, and the defaults of the others."""
     settings: Settings = _build(Settings, "", values)
     for name, value in values.items():
@@ -878,7 +892,7 @@ def to_settings(values: Options) -> Settings:
     return settings
 
 
-def _build(cls: type, prefix: str, values: Options) -> Any:
+def _build(cls: type, prefix: str, values: OptionValues) -> Any:
     """An instance of a dataclass of options, whose names begin with `prefix`."""
     kinds = get_type_hints(cls)
     arguments = {}
@@ -891,9 +905,9 @@ def _build(cls: type, prefix: str, values: Options) -> Any:
     return cls(**arguments)
 
 
-def flatten(content: Mapping[str, Any], prefix: str = "") -> Options:
+def flatten(content: Mapping[str, Any], prefix: str = "") -> OptionValues:
     """The values of a nested configuration by their dotted names, known or not."""
-    values: Options = {}
+    values: OptionValues = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name not in options():
@@ -903,21 +917,22 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> Options:
     return values
 
 
-def parse_config(content: Mapping[str, Any], source: str) -> Options:
+def parse_config(content: Mapping[str, Any], source: str) -> OptionValues:
     """The options that the content of a YAML file gives, by their dotted names.
 
-    A key that isn't known and has no value is ignored, and so are those in `WRITTEN`: earlier versions wrote some.
+    A key that isn't known is ignored if it has no value or is in `OBSOLETE_KEYS`: earlier versions wrote such keys.
     """
     values = {}
     for name, value in flatten(content).items():
         if name in options():
             values[name] = value
-        elif value is not None and name not in WRITTEN:
+        elif value is not None and name not in OBSOLETE_KEYS:
             raise UserError(f"{source}: {_unknown_option(name)}")
 
     try:
         return _parse_values(values)
     except ArgumentError:
+        # Which option is wrong? Each on its own.
         for name, value in values.items():
             try:
                 _parse_values({name: value})
@@ -926,8 +941,8 @@ def parse_config(content: Mapping[str, Any], source: str) -> Options:
         raise
 
 
-def _parse_values(values: Options) -> Options:
-    """The values in the types of their options."""
+def _parse_values(values: OptionValues) -> OptionValues:
+    """The values, converted to the types of their options; an ArgumentError if one doesn't fit."""
     return dict(vars(_parser().parse_object(dict(values), defaults=False).as_flat()))
 
 
@@ -939,7 +954,7 @@ class ParsedArgs(NamedTuple):
 
     folder: str | None  # what stands right after the verb
     configs: list[str]  # what follows --config
-    options: Options  # the others by their dotted names
+    options: OptionValues  # the others by their dotted names
     prints: bool  # whether the settings are to be printed and nothing else is to be done
     command: list[str]  # the command line as typed, the program first
 
@@ -947,7 +962,7 @@ class ParsedArgs(NamedTuple):
 def parse_args(verb: str, arguments: Sequence[str]) -> ParsedArgs:
     """Understand a command line of `fit`, `validate` or `test`."""
     parser = _parser()
-    spelled = option_spelled(parser, arguments, _short_names())
+    spelled = spell_options(parser, arguments, _short_names())
     try:
         values = vars(parser.parse_args(spelled, defaults=False).as_flat())
     except ArgumentError as error:
@@ -962,7 +977,7 @@ def parse_args(verb: str, arguments: Sequence[str]) -> ParsedArgs:
     )
 
 
-def option_spelled(
+def spell_options(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str],
     short_names: Mapping[str, str] = MappingProxyType({}),
@@ -1014,7 +1029,10 @@ def _parser() -> ArgumentParser:
 
 
 def _first_mistake(arguments: Sequence[str]) -> str | None:
-    """What is wrong with the first option that the parser doesn't take, or with a second folder."""
+    """What is wrong with the first option that the parser doesn't take, or with a second folder.
+
+    The parser's own message speaks of its types. So each option is parsed again on its own, to find the one that fails.
+    """
     # Each option with the values behind it; in front of the first option, the folder.
     groups: list[list[str]] = [[""]]
     for argument in arguments:
@@ -1101,9 +1119,9 @@ def _unknown_option(name: str) -> str:
 
 
 class Flag(NamedTuple):
-    """A word without a value, which gives an option this one."""
+    """An option of the command line without a value, which sets another option to a fixed one."""
 
-    sets: str
+    sets: str  # dotted name of that option
     value: Any
     help: str
 
@@ -1126,14 +1144,14 @@ FLAGS = {
     ),
 }
 # Keys that earlier versions wrote into every config.yaml and that mean nothing any more.
-WRITTEN = ("guard.snapshots_in", "log_routers", "trainer.use_distributed_sampler")
+OBSOLETE_KEYS = ("guard.snapshots_in", "log_routers", "trainer.use_distributed_sampler")
 # Options of the program itself, which are no keys of a configuration.
 _PROGRAM = {
     "config": "a YAML file, or a recipe that is shipped: quickstart, cifar10, imagenette, cats_vs_dogs, "
     "cats_vs_dogs_two, finetune_upcycled, moe_vie",
     "print_config": "print all settings as YAML, to edit, and end",
 }
-# What most people change: the help, in this order. `--help-all` adds the others that aren't rare.
+# What most people change: the brief help of `fit`, in this order. `--help-all` adds the others that aren't rare.
 _COMMON = [
     "config",
     "pretrained",
@@ -1217,6 +1235,7 @@ def help_of(verb: str, *, everything: bool = False) -> str:
     for name in visible_options(verb, everything=everything):
         head, text = _describe_option(name, verb, brief=not everything)
         paragraph = textwrap.wrap(text, columns() - 38)
+        # Texts begin at column 38; behind a longer head, on the next line.
         if len(head) > 36:
             lines.append(head)
             head = ""
@@ -1227,10 +1246,10 @@ def help_of(verb: str, *, everything: bool = False) -> str:
     return _HELP.format(
         verb=verb,
         positional="[FOLDER]" if is_fit else "[RUN]",
-        about=fitted(_ABOUT[verb]),
+        about=wrap_lines(_ABOUT[verb]),
         examples=_EXAMPLES if is_fit else f"  moevision {verb} runs/pets",
         options="\n".join(lines),
-        below=fitted(_BELOW if is_fit else _BELOW_EVALUATION),
+        below=wrap_lines(_BELOW if is_fit else _BELOW_EVALUATION),
     )
 
 
@@ -1248,11 +1267,11 @@ def _describe_option(name: str, verb: str, *, brief: bool) -> tuple[str, str]:
     if brief:
         text = text.split(". ")[0]
     default = entry.default
-    if verb == "fit" and entry.chosen:
-        default = entry.chosen
+    if verb == "fit" and entry.auto_default:
+        default = entry.auto_default
     if default is True:
         text += " (yes)"
-    elif default not in (None, False):  # nor 0
+    elif default not in (None, False):  # nor 0, which equals False
         text += f" ({default})"
     if entry.kind is bool:
         return f"  --{name}", text

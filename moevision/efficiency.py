@@ -4,8 +4,8 @@ FLOPs are counted by torch's counter, to which this module adds the formulas tha
 as in torch. Matrix products, convolutions and attention are counted; elementwise operations, sorting, copies and the
 colour router's distances in three dimensions aren't.
 
-Active are the FLOPs of the choices of one image (K experts per token), without the rows of padding that a dispatcher
-adds. The routers' FLOPs are counted separately.
+Active FLOPs are those that the choices of one image ask for (K experts per token): without the rows of padding that a
+dispatcher adds, with the choices that a capacity drops. The routers' FLOPs are counted separately.
 
 Axes: B images, N tokens, D width, H hidden width of an expert, O output width, E experts or groups, P slots of an
 expert, R rows.
@@ -33,11 +33,11 @@ from moevision.layers.routing import evaluating
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Size and cost of one model; one token uses the active parameters, `flops_per_image` is without the routers."""
+    """Size and cost of one model."""
 
     total_parameters: int
-    active_parameters: int
-    flops_per_image: int
+    active_parameters: int  # that one token uses
+    flops_per_image: int  # without the routers'
     router_flops_per_image: int = 0
 
 
@@ -53,8 +53,7 @@ def measure_cost(
         image_size = image_size, image_size
     parameter = next(model.parameters())
     image = torch.zeros(1, 3, *image_size, device=parameter.device, dtype=parameter.dtype)
-    # Torch's counter hooks the gradients of modules; without them it fails where a view of a parameter is passed to a
-    # module (SigLIP's head).
+    # With gradients on, since torch's counter fails without where a module gets a view of a parameter (SigLIP's head).
     with torch.enable_grad(), _eval_with_backend(model, backend), flop_counter() as counter:
         _, layers = count_layers(model, counter, lambda: model(image))
 
@@ -62,7 +61,7 @@ def measure_cost(
     flops = counter.get_total_flops() - router_flops
     if backend != "dense":
         for layer in layers:
-            # Count the requested rows: without those of padding, with those that a capacity dropped.
+            # Count the requested rows: without those of padding, and with the choices that a capacity dropped.
             flops -= (layer.computed_rows - layer.requested_rows) * layer.flops_per_row
 
     total, active = parameter_counts(model)
@@ -70,7 +69,7 @@ def measure_cost(
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Total and active parameters. Active: K / E of each MoE layer's routed experts, and all other parameters.
+    """Total and active parameters: K / E of the routed experts of each MoE layer are active, and everything else.
 
     Under expert choice K / E holds on average. Under Soft MoE all experts are active: each computes few rows, but these
     are mixtures of all tokens.
@@ -111,7 +110,7 @@ class LayerCount:
     layer: MoEMlp
     routing: Routing
     router_flops: int
-    expert_flops: int  # of the routed experts
+    expert_flops: int  # of all routed experts
 
     @property
     def flops_per_row(self) -> int:
@@ -121,14 +120,14 @@ class LayerCount:
 
     @property
     def computed_rows(self) -> int:
-        """R, the number of rows that went through an expert, computed from the FLOPs of the experts.
+        """R, the number of rows that experts computed, padding included: their FLOPs over those of one row.
 
         A RuntimeError is raised if that isn't a whole number or too small: some operation was then not counted.
         """
         rows, remainder = divmod(self.expert_flops, self.flops_per_row)
         if remainder or rows < self.routing.counts().sum():
             raise RuntimeError(
-                f"{self.expert_flops} FLOPs of experts aren't those of a number of rows: an operation of backend "
+                f"{self.expert_flops} FLOPs of experts are no number of rows: an operation of backend "
                 f"{self.layer.experts.backend!r} has no FLOP formula."
             )
         return rows
@@ -150,7 +149,7 @@ def count_layers(
     with record_routing(model) as routings:
         output = forward()
 
-    # {path of a module: {operation: FLOPs}}; paths begin with the model's class.
+    # Name of a module, with the model's class as its first part -> operation -> FLOPs.
     flops_by_name = counter.get_flop_counts()
     names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
 
@@ -160,12 +159,13 @@ def count_layers(
     counts = []
     # Every MoE layer runs once in a forward pass.
     for layer, routing in zip(moe_layers(model), routings, strict=True):
-        expert_flops = flops(layer) - flops(layer.router) - flops(layer.shared)
+        router_flops = flops(layer.router)
+        expert_flops = flops(layer) - router_flops - flops(layer.shared)
         if isinstance(routing, SoftRouting):
             # Without the two mixing products: tokens to slots, 2 · B · N · E · P · D, and back, 2 · B · N · E · P · O.
             fc1, fc2 = layer.experts.fc1, layer.experts.fc2
             expert_flops -= 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
-        counts.append(LayerCount(layer, routing, flops(layer.router), expert_flops))
+        counts.append(LayerCount(layer, routing, router_flops, expert_flops))
     return output, counts
 
 
@@ -193,7 +193,7 @@ def flop_counter() -> FlopCounterMode:
 
     It doesn't see matrix products inside code that Inductor compiled: count the uncompiled model.
     """
-    # Arguments are q, k, v, ...; of the backward pass the output's gradient, q, k, v, ...
+    # The first arguments are the shapes of q, k and v; in the backward pass the output's gradient comes before them.
     attention = _aten._scaled_dot_product_flash_attention_for_cpu
     backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {

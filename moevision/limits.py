@@ -2,7 +2,7 @@
 
 A container or a job of SLURM sees the memory of the whole machine, and is killed if it takes more than was granted.
 
-Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (memory.max; the limits of all ancestors apply, too), proc(5).
+Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (memory.max; the limits of all ancestors hold too), proc(5).
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def total_memory_bytes() -> int | None:
+def physical_memory_bytes() -> int | None:
     """Physical memory of the machine; None if `os.sysconf` doesn't know it (Windows)."""
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def usable_memory_bytes(root: Path = ROOT) -> int | None:
-    """The smaller of physical memory and the limits of the control groups; None if neither is known."""
+def memory_limit_bytes(root: Path = ROOT) -> int | None:
+    """The smaller of the physical memory and the smallest limit of the control groups; None if neither is known."""
     sizes = [limit for limit, _ in _memory_limits(root)]
-    total = total_memory_bytes()
-    if total is not None:
-        sizes.append(total)
+    physical = physical_memory_bytes()
+    if physical is not None:
+        sizes.append(physical)
     return min(sizes, default=None)
 
 
-def memory_available_bytes(root: Path = ROOT) -> int | None:
+def available_memory_bytes(root: Path = ROOT) -> int | None:
     """Memory that can be allocated without swapping, within the limits of the control groups; None if unknown."""
     free_bytes = [max(0, limit - used) for limit, used in _memory_limits(root)]
     for line in _read_text(root / "proc/meminfo").splitlines():
@@ -51,7 +51,7 @@ def memory_available_bytes(root: Path = ROOT) -> int | None:
 
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of this process's control group and of its ancestors, where they have a limit."""
+    """(limit, used) in bytes of this process's control group and of its ancestors, where they have a limit."""
     for folder in _cgroup_folders(root):
         limit = _read_text(folder / "memory.max").strip()
         if limit and limit != "max":
@@ -69,8 +69,8 @@ def _cgroup_folders(root: Path) -> Iterator[Path]:
     if not paths:
         return
 
-    # In a container the path may be the host's, which isn't there: then only the mount point is left, the container's
-    # own group.
+    # In a container the path may be that on the host. There it isn't visible, but the container's group is mounted as
+    # the root: folders that don't exist are skipped, and the mount point remains.
     mount = root / "sys/fs/cgroup"
     group = mount / paths[0].strip("/")
     for folder in (group, *group.parents):
@@ -88,15 +88,16 @@ def _read_text(file: Path) -> str:
 
 # ---- memory that a training step frees
 #
-# glibc returns large blocks to the system as soon as they are freed, and trims the free end of the heap. The next step
-# needs the same memory again, and the system hands it out page by page, each zeroed first: a ViT's training step on a
-# CPU can spend more time on that than on its matrix products (benchmarks/performance has figures).
+# glibc returns memory to the system as soon as it is freed: a large block, which was mapped for it alone, and a large
+# free end of the heap. The next step needs the same memory again, and the system hands it out page by page, each zeroed
+# first: a ViT's training step on a CPU can spend more time on that than on its matrix products (benchmarks/performance
+# has figures).
 
 # Parameters of mallopt in <malloc.h>, unchanged since glibc 2.0.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _MALLOPT_SETTINGS = (
-    (_M_MMAP_MAX, 0),  # large blocks come from the heap, too
-    # The heap is never trimmed: -1 is read as the largest size. The largest int would still trim what exceeds 2 GiB.
+    (_M_MMAP_MAX, 0),  # blocks with a mapping of their own: none, all come from the heap
+    # Free bytes at the end of the heap from which on they are returned: -1 is never; 2**31 - 1 would return 2 GiB.
     (_M_TRIM_THRESHOLD, -1),
 )
 _keeps_memory = False
@@ -122,6 +123,6 @@ def keep_freed_memory() -> bool:
     return _keeps_memory
 
 
-def is_kept() -> bool:
+def keeps_freed_memory() -> bool:
     """Whether `keep_freed_memory` was called in this process and succeeded."""
     return _keeps_memory

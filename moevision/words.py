@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
-_SECONDS_BETWEEN_LINES = 20.0  # of progress, where stderr is no terminal
+_REPORT_INTERVAL_S = 20.0  # between two lines about the progress, where the output is a file
 _MIN_ITEMS_FOR_BAR = 4
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A decimal number with a typographic minus sign, without one in front of a rounded 0."""
+    """A decimal number with a typographic minus sign, without a plus sign; what rounds to 0 has no sign."""
     text = f"{value:.{digits}f}"
     return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
 
@@ -33,7 +33,7 @@ def points(difference: float) -> str:
 
 
 def flops(count: float) -> str:
-    """A number of FLOPs without its unit: 345_000_000 -> `345.00 M`."""
+    """Floating-point operations with a unit: 345_000_000 -> `345.00 M`."""
     if count >= 1e9:
         return f"{count / 1e9:.2f} G"
     return f"{count / 1e6:.2f} M"
@@ -51,15 +51,16 @@ def duration(seconds: float) -> str:
 
 
 def columns() -> int:
-    """Width of help texts in characters: the terminal's, at most 116."""
+    """Width of help texts in characters: the terminal's, at most 116, which it is also without a terminal."""
     return min(116, shutil.get_terminal_size((116, 24)).columns)
 
 
-def fitted(text: str) -> str:
+def wrap_lines(text: str) -> str:
     """The text with each line wrapped to `columns()`."""
     width = columns()
-    lines = [textwrap.fill(line, width, break_on_hyphens=False) for line in text.splitlines()]
-    return "\n".join(lines)
+    return "\n".join(
+        textwrap.fill(line, width, break_on_hyphens=False) for line in text.splitlines()
+    )
 
 
 def shell_word(text: str) -> str:
@@ -83,7 +84,7 @@ def loading(message: str = "loading PyTorch") -> Iterator[None]:
 
 
 def with_progress(items: Iterable[T], task: str, total: int) -> Iterator[T]:
-    """Go through items with a progress bar; where stderr is no terminal, with a line every 20 s."""
+    """Yield the items, and show the progress on stderr: with a bar on a terminal, else with a line now and then."""
     from rich.console import Console
     from rich.progress import track
 
@@ -92,14 +93,15 @@ def with_progress(items: Iterable[T], task: str, total: int) -> Iterator[T]:
         is_short = total < _MIN_ITEMS_FOR_BAR
         yield from track(items, task, total, console=console, transient=True, disable=is_short)
         return
-    start_s = last_line_s = time.monotonic()
-    for num_done, item in enumerate(items):  # those before this one
+    start_s = last_report_s = time.monotonic()
+    for done, item in enumerate(items):
         now_s = time.monotonic()
-        if num_done and now_s - last_line_s >= _SECONDS_BETWEEN_LINES:
-            last_line_s = now_s
-            left_s = (now_s - start_s) / num_done * (total - num_done)
+        # Without an item done the time left can't be estimated.
+        if done and now_s - last_report_s >= _REPORT_INTERVAL_S:
+            last_report_s = now_s
+            left_s = (now_s - start_s) / done * (total - done)
             print(
-                f"{task}: {percent(num_done / total, 0)}, {duration(left_s)} left",
+                f"{task}: {percent(done / total, 0)}, {duration(left_s)} left",
                 file=sys.stderr,
                 flush=True,
             )

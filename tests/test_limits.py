@@ -1,6 +1,6 @@
 """Memory that a control group grants, from files as Linux writes them."""
 
-from moevision.limits import memory_available_bytes, total_memory_bytes, usable_memory_bytes
+from moevision.limits import available_memory_bytes, memory_limit_bytes, physical_memory_bytes
 
 GIB = 2**30
 
@@ -27,12 +27,12 @@ def test_limits_of_a_control_group_and_its_ancestors(tmp_path):
             "sys/fs/cgroup/slice/job/step/memory.current": f"{2 * GIB}\n",
         },
     )
-    assert usable_memory_bytes(root) == min(total_memory_bytes(), 6 * GIB)
+    assert memory_limit_bytes(root) == min(physical_memory_bytes(), 6 * GIB)
     assert (
-        memory_available_bytes(root) == 1.5 * GIB
+        available_memory_bytes(root) == 1.5 * GIB
     )  # what the slice has left, and files that nobody read lately
 
 
 def test_a_system_without_any_of_it(tmp_path):
-    assert usable_memory_bytes(tmp_path) == total_memory_bytes()
-    assert memory_available_bytes(tmp_path) is None
+    assert memory_limit_bytes(tmp_path) == physical_memory_bytes()
+    assert available_memory_bytes(tmp_path) is None

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moevision.train.plots import BLUE, INK, SOFT, calm, save, title
+from moevision.train.plots import BLUE, INK, SOFT, save, style_axes, title
 
 DENSE = "dense k·H"
 Json = Mapping[str, Any]
@@ -49,7 +49,7 @@ def _ratios(comparison: Json) -> dict[str, Json]:
 
 
 def _draw_bars(axes: Axes, ratios: Mapping[str, Json]) -> None:
-    calm(axes)
+    style_axes(axes)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#e8e8e8", linewidth=0.8)
     longest = max((ratio["quartile_3"] for ratio in ratios.values()), default=1.0)

@@ -32,7 +32,12 @@ import numpy as np
 
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.images import PictureSet
-from moevision.analysis.information import Numbers, choice_counts, permuted_labels, sums_by_class
+from moevision.analysis.information import (
+    JsonDataclass,
+    choice_counts,
+    permuted_labels,
+    sums_by_class,
+)
 from moevision.analysis.readings import RecordedLayer, cluster_choices, recording_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
@@ -212,7 +217,7 @@ def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> Floats | 
 
 
 @dataclass(frozen=True)
-class ClassExpertMap(Numbers):
+class ClassExpertMap(JsonDataclass):
     """Shares of one layer's experts in the choices of each class."""
 
     layer: int  # block index
@@ -286,9 +291,9 @@ def _largest_of_permuted(
     """[R] the largest absolute excess in each permuted table."""
     present = n_images > 0
     per_class = n_images[present, None]
-    cells = len(n_images) * len(labels)
+    numbers = len(n_images) * len(labels)  # one-hot classes
     largest = []
-    for permuted in permuted_labels(labels, num_permutations, cells, seed):
+    for permuted in permuted_labels(labels, num_permutations, numbers, seed):
         excess = sums_by_class(permuted, centred, len(n_images))[:, present] / per_class
         largest.append(np.abs(excess).max((1, 2)))
     return np.concatenate(largest)

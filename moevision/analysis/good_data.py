@@ -63,7 +63,8 @@ _MAX_SPREAD = 0.5  # the largest possible standard deviation of numbers in [0, 1
 # Below this accuracy the lists rank mistakes of the model rather than of the images.
 _WEAK_ACCURACY = 0.6
 _MIN_VISITS = 3  # of an image during the training, for scores that need several
-# Of fewer visits the mean margin is largely that of the training's start: the finished model's list comes first.
+# Where no image has so many, the mean margin is largely that of the training's start: of the lists of doubtful labels
+# the finished model's comes first.
 _MANY_VISITS = 10
 _TABLE_ROWS = 1000  # of a table of the page, at most
 _GROUP_IMAGES = 5  # images shown for each class or expert
@@ -81,6 +82,7 @@ def score_run(
     The page shows `show` images per list. With `quick` only the scores are used, and only images that the page shows
     are opened. Returns the values from which the page was rendered.
     """
+    # Only files that begin as this verb's do are replaced.
     require_own_file(out / TABLE, b"split,image,label,")
     require_own_file(out / PAGE, b'content="moevision ')
 
@@ -90,7 +92,7 @@ def score_run(
 
     facts = examine(images, scores, model)
     page = {
-        **page_facts(images, facts, show),
+        **page_content(images, facts, show),
         "title": f"The images of {escape_controls(run_dir.resolve().name)}",
         "command": escape_controls(command),
         "quick": quick,
@@ -111,7 +113,7 @@ def score_run(
 
 # ---- measures of the pixels of one image
 
-SIDE = 224
+MEASURED_SIDE = 224
 MEASURES = np.dtype(
     [
         ("width", np.int32),
@@ -133,14 +135,15 @@ _MIN_CONTRAST = 2.0
 def image_measures(image: Image.Image) -> Array:
     """Measure an RGB image, perhaps decoded at a reduced size by `safe_open`; a 0-d array of `MEASURES`.
 
-    All but width and height is measured after shrinking the image to a short side of at most `SIDE`, so that photos of
-    different cameras are comparable. `sharpness` is the variance of the Laplacian of the luma, in grey levels²
-    (Pech-Pacheco et al., ICPR 2000, LAPV), which is low for an image that is blurred or has no detail. `brightness` is
-    the mean luma, 0 to 1. `colour` is the mean over pixels of the largest less the smallest channel, 0 (grey) to 1.
+    All but width and height is measured after shrinking the image to a short side of at most `MEASURED_SIDE`, so that
+    photos of different cameras are comparable. `sharpness` is the variance of the Laplacian of the luma, in grey
+    levels² (Pech-Pacheco et al., ICPR 2000, LAPV), which is low for an image that is blurred or has no detail.
+    `brightness` is the mean luma, 0 to 1. `colour` is the mean over pixels of the largest less the smallest channel, 0
+    (grey) to 1.
     """
     (width, height), _ = full_size(image)
-    if min(image.size) > SIDE:
-        image = ImageOps.cover(image, (SIDE, SIDE), Image.Resampling.BILINEAR)
+    if min(image.size) > MEASURED_SIDE:
+        image = ImageOps.cover(image, (MEASURED_SIDE, MEASURED_SIDE), Image.Resampling.BILINEAR)
 
     luma = image.convert("L")
     rgb = np.asarray(image)  # [H, W, 3]
@@ -160,8 +163,7 @@ def laplacian_variance(luma: Floats) -> float:
     """Variance of the four-neighbour Laplacian of [H, W] without the border; 0 for less than 3 x 3 pixels."""
     if min(luma.shape) < 3:
         return 0.0
-    inside = laplace(luma)[1:-1, 1:-1]
-    return float(inside.var())
+    return float(laplace(luma)[1:-1, 1:-1].var())
 
 
 def perceptual_hash(luma: Image.Image) -> tuple[np.uint64, bool]:
@@ -184,19 +186,24 @@ def perceptual_hash(luma: Image.Image) -> tuple[np.uint64, bool]:
 # Similarity is measured in two ways, because each misses pairs that the other finds: by a perceptual hash, and by the
 # features of a model, whitened so that they distinguish images rather than classes. So that a million images take
 # bounded time, both searches are approximate and may miss pairs:
-# - hashes are sorted under `ORDERS` permutations of their bits, and compared with their `WINDOW` next neighbours
+# - hashes are sorted under `NUM_ORDERS` permutations of their bits, and compared with their `WINDOW` next neighbours
 #   (Charikar, STOC 2002, §3). Every image that shares its hash with another is found, and pairs that differ in four
 #   bits nearly always. Where more than `SURE_BITS` bits differ, the features must also be similar: otherwise there are
 #   chance matches, whose number grows with the number of all pairs. (50,000 images take 0.3 s; all pairs, 6 s.)
-# - features are compared only within cells of at most `CELL` images with the same nearest centroid (as in SemDeDup,
-#   arXiv:2303.09540), so that pairs across the border of two cells are missed. Up to `CELL` images there is one cell.
+# - features are compared only within cells of at most `MAX_CELL` images with the same nearest centroid (as in
+#   SemDeDup, arXiv:2303.09540), so that pairs across the border of two cells are missed. Up to `MAX_CELL` images there
+#   is one cell.
 
-ORDERS, WINDOW = 16, 16
+NUM_ORDERS, WINDOW = 16, 16
 # How many of 64 bits may differ: in any pair, and in a pair whose features are not compared.
-MOST_BITS, SURE_BITS = 10, 4
-AGREE = 0.7  # least cosine; of 60 000 CIFAR-10 images, pairs of 7 to 10 bits below it are no copies, by eye
-CELL = 16_384
-WIDTH = 64  # dimensions of the features kept for an image: 128 bytes
+MAX_BITS, SURE_BITS = 10, 4
+# Least cosine of the features where more than `SURE_BITS` differ. Of 60 000 CIFAR-10 images, the pairs in which 7 to 10
+# bits differ and the cosine is lower are no copies, by eye.
+MIN_COSINE = 0.7
+# Added to distances by features: larger than any number of bits, so that these pairs are ranked behind those by hash.
+_BEHIND_HASHES = 100
+MAX_CELL = 16_384  # most images of a cell, among which features are compared
+FEATURE_WIDTH = 64  # dimensions of the features kept for an image: 128 bytes
 _COMPARED_ROWS = 1024  # rows of a cell's matrix of cosines that are computed at once
 _KMEANS_ITERATIONS = 5
 
@@ -234,7 +241,10 @@ class Nearest:
 
 
 class Neighbours(NamedTuple):
-    """For each image the most similar other image, and the most similar one of another split."""
+    """For each image the most similar other image, and the most similar one of another split.
+
+    A flag "of another split" is the index of the one or the other.
+    """
 
     overall: Nearest
     across: Nearest  # of another split
@@ -248,10 +258,10 @@ class Neighbours(NamedTuple):
 def nearest_by_hash(
     hashes: Ints, usable: Flags, split: Ints, white: Floats | None = None
 ) -> Neighbours:
-    """The nearest images by the number of bits in which their hashes differ, at most `MOST_BITS`.
+    """The nearest images by the number of bits in which their hashes differ, at most `MAX_BITS`.
 
     `hashes`, `usable` (whether to compare an image) and `split` (its number) are [n]. Pairs in which more than
-    `SURE_BITS` bits differ must also have similar `whitened` features, `white` [n, D]; None: any pair counts.
+    `SURE_BITS` bits differ must also have similar features, `white` [n, D] from `whitened`; None: any pair counts.
     """
     neighbours = Neighbours.none(len(hashes))
     rows = np.flatnonzero(usable)
@@ -259,7 +269,7 @@ def nearest_by_hash(
     bits = np.unpackbits(as_bytes.reshape(-1, 8), axis=1)  # [rows, 64]
 
     generator = np.random.default_rng(0)
-    for _ in range(ORDERS):
+    for _ in range(NUM_ORDERS):
         shuffled = np.ascontiguousarray(bits[:, generator.permutation(64)])
         key = np.packbits(shuffled, axis=1).view(">u8")[:, 0]  # [rows]
         order = rows[np.argsort(key, kind="stable")]
@@ -272,8 +282,8 @@ def nearest_by_hash(
             distance = np.tile(distance, 2)
             neighbours.overall.update(image, other, distance)
 
-            across = split[image] != split[other]
-            neighbours.across.update(image[across], other[across], distance[across])
+            crosses = split[image] != split[other]  # [pairs]
+            neighbours.across.update(image[crosses], other[crosses], distance[crosses])
     return neighbours
 
 
@@ -282,11 +292,11 @@ def _similar_hashes(
 ) -> tuple[Ints, Ints, Floats]:
     """Those pairs of images a[i] and b[i] that are near enough, and the number of bits in which they differ."""
     num_bits = np.bitwise_count(hashes[a] ^ hashes[b])  # [pairs]
-    is_near = num_bits <= MOST_BITS
+    is_near = num_bits <= MAX_BITS
     if white is not None:
         unsure = np.flatnonzero(is_near & (num_bits > SURE_BITS))
         cosine = np.einsum("pd,pd->p", white[a[unsure]], white[b[unsure]])
-        is_near[unsure] = cosine >= AGREE
+        is_near[unsure] = cosine >= MIN_COSINE
     return a[is_near], b[is_near], num_bits[is_near].astype(np.float32)
 
 
@@ -297,7 +307,7 @@ def nearest_by_features(white: Floats, usable: Flags, split: Ints) -> Neighbours
     """
     neighbours = Neighbours.none(len(white))
     rows = np.flatnonzero(usable)
-    for members in _cells(white[rows]):
+    for members in _feature_cells(white[rows]):
         cell = rows[members]
         for start in range(0, len(cell), _COMPARED_ROWS):
             block = cell[start : start + _COMPARED_ROWS]
@@ -325,6 +335,7 @@ def nearest_by_experts(shares: Sequence[Floats], labels: Ints) -> Nearest:
     nearest = Nearest.none(len(labels))
     for label in np.unique(labels[is_recorded]):
         of_class = is_recorded & (labels == label)
+        # Among images of one class; the argument for their splits has no influence on `overall`.
         in_class = nearest_by_features(roots, of_class, labels).overall
         nearest.other[of_class] = in_class.other[of_class]
         nearest.distance[of_class] = in_class.distance[of_class]
@@ -351,18 +362,19 @@ def whitened(features: Floats, usable: Flags) -> Floats:
     return white
 
 
-def _cells(white: Floats) -> list[Ints]:
-    """A partition of n images into cells of at most `CELL`, by their nearest centroid: arrays of indices.
+def _feature_cells(white: Floats) -> list[Ints]:
+    """A partition of n images into cells of at most `MAX_CELL`, by their nearest centroid: arrays of indices.
 
     The centroids are those of k-means on a sample.
     """
     n = len(white)
-    if n <= CELL:
+    if n <= MAX_CELL:
         return [np.arange(n)]
     from sklearn.cluster import KMeans  # slow to import, and not needed for fewer images
 
-    drawn = np.random.default_rng(0).choice(n, min(n, 2 * CELL), replace=False)
-    num_clusters = 2 * math.ceil(n / CELL)
+    drawn = np.random.default_rng(0).choice(n, min(n, 2 * MAX_CELL), replace=False)
+    # Twice as many as needed, so that few clusters are larger than a cell.
+    num_clusters = 2 * math.ceil(n / MAX_CELL)
     kmeans = KMeans(
         num_clusters, init="random", n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=0
     )
@@ -373,16 +385,15 @@ def _cells(white: Floats) -> list[Ints]:
     starts = np.flatnonzero(np.diff(cluster[order])) + 1
     cells: list[Ints] = []
     for members in np.split(order, starts):
-        cells += np.split(members, range(CELL, len(members), CELL))
+        cells += np.split(members, range(MAX_CELL, len(members), MAX_CELL))
     return cells
 
 
 @cache
 def projection(width: int) -> Floats:
-    """[D, at most `WIDTH`] random orthonormal directions for projecting features of D = `width`; always the same."""
-    gaussian = np.random.default_rng(0).standard_normal((width, min(width, WIDTH)))
-    directions, _ = np.linalg.qr(gaussian)
-    return directions.astype(np.float32)
+    """The same random orthonormal directions [D, at most `FEATURE_WIDTH`] to project features of D = `width` on."""
+    gaussian = np.random.default_rng(0).standard_normal((width, min(width, FEATURE_WIDTH)))
+    return np.linalg.qr(gaussian).Q.astype(np.float32)
 
 
 # ---- how little an image fits its class
@@ -460,12 +471,13 @@ def images_of(run_dir: Path) -> RunImages:
     """The images of a run, in the splits that it recorded; none is decoded."""
     from moevision.data import ImageDataModule  # imports Lightning, which is slow
 
-    names = signature(ImageDataModule).parameters.keys() - {"mean", "std"}  # of the model
+    names = signature(ImageDataModule).parameters.keys() - {"mean", "std"}  # the model has these
     settings = {name: value for name, value in data_settings(run_dir).items() if name in names}
     settings |= {"cache_mb": 0, "num_workers": 0, "download": False}
 
     data = ImageDataModule(**settings)
-    if (run_dir / "splits.csv").is_file():  # else none is written
+    # With a run folder `setup` reads its splits.csv, or writes one: a folder without it is left as it is.
+    if (run_dir / "splits.csv").is_file():
         data.run_dir = run_dir
     data.setup()
     datasets = data.contents.datasets
@@ -492,7 +504,7 @@ class ImageFacts:
     margin: Floats  # [n] probability of the label less the largest other one; NaN: not run
     by_hash: Neighbours
     by_features: Neighbours
-    # float16 [n, at most `WIDTH`] projected input of the classifier; None: not run
+    # float16 [n, at most `FEATURE_WIDTH`] projected input of the classifier; None: not run
     features: Floats | None = None
     white: Floats | None = None  # [n, D] the features, `whitened`
     problems: dict[int, str] = field(default_factory=dict)  # index -> why it can't be read
@@ -501,9 +513,14 @@ class ImageFacts:
     def of_scores(cls, images: RunImages, scores: Scores) -> ImageFacts:
         """The scores of the training images and what is computed from them alone; the rest is empty."""
         row_by_name = {escape_csv_cell(name): row for row, name in enumerate(scores.images)}
-        names = [escape_csv_cell(sample.sample_id) for sample in images.samples["train"]]
         # [m] the row of each training image in `scores`; -1: it has none
-        rows = np.array([row_by_name.get(name, -1) for name in names], np.int64)
+        rows = np.array(
+            [
+                row_by_name.get(escape_csv_cell(sample.sample_id), -1)
+                for sample in images.samples["train"]
+            ],
+            np.int64,
+        )
         if (rows < 0).all():
             raise UserError(
                 "scores.csv is of other images than the run's training set: it was replaced, or its data were."
@@ -537,14 +554,14 @@ class ImageFacts:
     def most_alike(self, across: bool) -> Nearest:
         """The most similar image of each (`across`: of another split): by hash if there is one, else by features.
 
-        Distances sort pairs by hash before pairs by features: the number of bits that differ, or 100 + 1 - cosine.
+        The distance is the number of bits that differ, or `_BEHIND_HASHES` + 1 - cosine.
         """
         by_hash = self.by_hash[across]
         by_features = self.by_features[across]
         has_hash_pair = by_hash.other >= 0
         other = np.where(has_hash_pair, by_hash.other, by_features.other)
-        distance = np.where(has_hash_pair, by_hash.distance, 100 + by_features.distance)
-        return Nearest(other, distance)
+        by_both = np.where(has_hash_pair, by_hash.distance, _BEHIND_HASHES + by_features.distance)
+        return Nearest(other, by_both)
 
 
 def _rows_or_nan(values: Array, rows: Ints) -> Floats:
@@ -576,11 +593,11 @@ def measure_images(images: RunImages, model: SavedModel, facts: ImageFacts) -> N
         for start in with_progress(starts, "looking at images", len(starts)):
             batch = images.all[start : start + _BATCH]
             pixels: dict[int, Pixels] = {}
-            for index, image in enumerate(threads.map(open_image, batch), start):
-                if isinstance(image, BadImageError):
-                    facts.problems[index] = image.reason
+            for index, result in enumerate(threads.map(open_image, batch), start):
+                if isinstance(result, BadImageError):
+                    facts.problems[index] = result.reason
                 else:
-                    facts.measures[index], pixels[index] = image
+                    facts.measures[index], pixels[index] = result
             if pixels:
                 predict(model, pixels, images.labels, facts)
 
@@ -591,7 +608,7 @@ def _open_image(
     """The measures of an image, and its pixels prepared for the model, uint8 [S, S, 3]; or the error."""
     side = model.image_size
     try:
-        image = collection.open(sample, max(SIDE, side))
+        image = collection.open(sample, max(MEASURED_SIDE, side))
     except BadImageError as error:
         return error
     return image_measures(image), square_pixels(image, side, model.framing)
@@ -653,7 +670,10 @@ def lowest_rows(values: Array, count: int, among: Flags | None = None) -> Ints:
 
 
 def image_id(split: str, name: str) -> str:
-    """The explorer's id of an image of a run; `name` is its sample id, as it is or escaped as in the run's files."""
+    """The explorer's id of an image of a run.
+
+    `name` is its sample id, or that as the run's files have it, escaped already: escaping it again changes nothing.
+    """
     return f"{split}/{escape_csv_cell(name)}"
 
 
@@ -661,7 +681,7 @@ def image_id(split: str, name: str) -> str:
 
 
 def table_lines(images: RunImages, facts: ImageFacts) -> Iterator[str]:
-    """The lines of images.csv."""
+    """The lines of images.csv, each written as the header of a table without rows."""
     columns = _image_columns(images, facts) | _neighbour_columns(images, facts)
     yield csv_text([*columns], [])
     # Columns of scores are shorter: only training images, which come first, have them.
@@ -694,19 +714,19 @@ def _image_columns(images: RunImages, facts: ImageFacts) -> Columns:
 
 
 def _neighbour_columns(images: RunImages, facts: ImageFacts) -> Columns:
-    by_hash, across = facts.by_hash
-    by_features = facts.by_features.overall
+    hash_twin, hash_leak = facts.by_hash
+    feature_twin = facts.by_features.overall
     leak = facts.most_alike(across=True).other  # a duplicate in another split
     leak_cosine = np.full(len(images), np.nan)
     if facts.white is not None:
         leak_cosine = np.where(leak >= 0, np.vecdot(facts.white, facts.white[leak]), np.nan)
     return {
-        "hash_twin": _names(images.names, by_hash.other),
-        "hash_bits": _numbers(by_hash.distance, ".0f"),
-        "feature_twin": _names(images.names, by_features.other),
-        "feature_cosine": _numbers(1 - by_features.distance),
+        "hash_twin": _names(images.names, hash_twin.other),
+        "hash_bits": _numbers(hash_twin.distance, ".0f"),
+        "feature_twin": _names(images.names, feature_twin.other),
+        "feature_cosine": _numbers(1 - feature_twin.distance),
         "leak": _names(images.names, leak),
-        "leak_bits": _numbers(across.distance, ".0f"),
+        "leak_bits": _numbers(hash_leak.distance, ".0f"),
         "leak_cosine": _numbers(leak_cosine),
         "expert_twin": _names(images.names, facts.by_experts.other),
         "expert_coefficient": _numbers(1 - facts.by_experts.distance),
@@ -720,7 +740,7 @@ def _numbers(values: Array, form: str = ".5g") -> Iterator[str]:
 
 def _names(names: Sequence[str], indices: Ints) -> Iterator[str]:
     """Cells of a column, by index; empty where an index is -1."""
-    cells = [*map(escape_csv_cell, names), ""]
+    cells = [*map(escape_csv_cell, names), ""]  # the last one for -1
     return (cells[index] for index in indices)
 
 
@@ -766,17 +786,16 @@ class Ranked:
         return {"key": self.key, "title": self.title, "entries": entries}
 
 
-def page_facts(images: RunImages, facts: ImageFacts, show: int) -> Json:
+def page_content(images: RunImages, facts: ImageFacts, show: int) -> Json:
     """The content of the page, except for the thumbnails, as JSON primitives."""
     m = len(facts.visits)
     lists = [ranked for ranked in ranked_lists(facts, images.split_of, show) if len(ranked.rows)]
-    p_mean, p_std = facts.scores["p_mean"], facts.scores["p_std"]
     return {
         "counts": {split: len(images.samples[split]) for split in images.splits},
         "unreadable": len(facts.problems),
-        "doubts": doubts(facts, images.labels),
+        "doubts": caveats(facts, images.labels),
         "lists": [ranked.to_json(images, facts) for ranked in lists],
-        "map": map_cells(p_mean, p_std, images.labels[:m]),
+        "map": map_cells(facts.scores["p_mean"], facts.scores["p_std"], images.labels[:m]),
         "map_size": {"columns": _MAP_COLUMNS, "rows": _MAP_ROWS, "most": _MAX_SPREAD},
         "classes": class_rows(images, facts),
         "experts": expert_rows(images, facts),
@@ -792,7 +811,7 @@ def image_entry(images: RunImages, facts: ImageFacts, index: int) -> Json:
     split = images.splits[images.split_of[index]]
     name = images.names[index]
     label = images.class_names[images.labels[index]]
-    prediction = [*images.class_names, ""][facts.prediction[index]]
+    prediction = [*images.class_names, ""][facts.prediction[index]]  # -1, not run: ""
     query = urlencode({"picture": image_id(split, name)})
     return {
         "index": index,
@@ -842,7 +861,7 @@ def ranked_lists(facts: ImageFacts, split: Ints, show: int) -> list[Ranked]:
     ]
 
 
-# Lists by one score of the training: its name, the form of its numbers, whether the highest comes first.
+# Lists by one score of the training: the score, the text beside an image, whether the highest comes first.
 _BY_SCORE = {
     "doubtful": ("aum", "margin {:.2f}", False),
     "hardest": ("el2n", "EL2N {:.2f}", True),
@@ -863,7 +882,7 @@ def _copies(
     rows = _first_of_pairs(nearest, show, among)
     values = []
     for row in rows:
-        if nearest.distance[row] <= MOST_BITS:
+        if nearest.distance[row] < _BEHIND_HASHES:
             values.append(f"{nearest.distance[row]:.0f} of 64 bits differ")
         else:
             values.append(f"cosine {1 - facts.by_features[across].distance[row]:.3f}")
@@ -879,7 +898,7 @@ def _computed_alike(facts: ImageFacts, show: int) -> Ranked:
 
 def _first_of_pairs(nearest: Nearest, count: int, among: Flags | None = None) -> Ints:
     """One row for each of the nearest pairs: where both images of a pair point to each other, only the first."""
-    rows = lowest_rows(nearest.distance, 2 * count, among)
+    rows = lowest_rows(nearest.distance, 2 * count, among)  # a pair has at most two of them
     pairs = np.sort(np.stack([rows, nearest.other[rows]], axis=1), axis=1)  # [rows, 2]
     _, first = np.unique(pairs, axis=0, return_index=True)
     return rows[np.sort(first)][:count]
@@ -931,9 +950,10 @@ def class_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
     names = images.class_names
     counts = np.bincount(labels, minlength=len(names)).tolist()
     mistakes = _most_common_mistakes(labels, facts.prediction[:m])
-    means = {}
-    for score in ("p_mean", "aum", "correct", "forgetting"):
-        means[score] = _mean_by_class(labels, facts.scores[score], len(names))
+    means = {
+        score: _mean_by_class(labels, facts.scores[score], len(names))
+        for score in ("p_mean", "aum", "correct", "forgetting")
+    }
 
     rows: list[Json] = []
     for label, name in enumerate(names):
@@ -968,9 +988,9 @@ def expert_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
     """
     labels = images.labels[: len(facts.visits)]
     rows: list[Json] = []
-    for name, share, _, shares in _experts(facts):
-        total = max(shares.sum(), 1e-12)
-        by_class = np.bincount(labels, shares, len(images.class_names))
+    for name, share, _, in_images in _expert_works(facts):
+        total = max(in_images.sum(), 1e-12)
+        by_class = np.bincount(labels, in_images, len(images.class_names))
         main_class = int(by_class.argmax())
         row: Json = {
             "name": name,
@@ -980,21 +1000,28 @@ def expert_rows(images: RunImages, facts: ImageFacts) -> list[Json]:
             "of_class": float(by_class[main_class] / total),
         }
         for score in ("p_mean", "aum", "correct"):
-            row[score] = float(shares @ np.nan_to_num(facts.scores[score]) / total)
+            row[score] = float(in_images @ np.nan_to_num(facts.scores[score]) / total)
         rows.append(row)
     return rows[:_TABLE_ROWS]
 
 
-def _experts(facts: ImageFacts) -> Iterator[tuple[str, float, float, Floats]]:
-    """Of each expert its name, its share of the layer's work, that relative to an even share, its share in images [m].
+class ExpertWork(NamedTuple):
+    """How much of its layer's work one expert does."""
 
-    The latter is 0 in images without a record.
-    """
+    name: str
+    share: float  # of the work on all images
+    relative: float  # the same, relative to an even share
+    in_images: Floats  # [m] its share in each image; 0 in one without a record
+
+
+def _expert_works(facts: ImageFacts) -> Iterator[ExpertWork]:
+    """The work of each expert of each layer."""
     for block, shares in facts.experts.items():
         work = np.nan_to_num(shares.astype(np.float64))  # [m, E]
         for expert, image_shares in enumerate(work.T):
             share = float(image_shares.sum() / work.sum())
-            yield f"L{block}.E{expert}", share, share * work.shape[1], image_shares
+            name = f"L{block}.E{expert}"
+            yield ExpertWork(name, share, share * work.shape[1], image_shares)
 
 
 def class_lists(images: RunImages, facts: ImageFacts) -> list[Ranked]:
@@ -1011,15 +1038,15 @@ def class_lists(images: RunImages, facts: ImageFacts) -> list[Ranked]:
 def expert_lists(facts: ImageFacts) -> list[Ranked]:
     """For each expert, the one with the least work first, the images in which it has the largest share."""
     lists = []
-    by_work = sorted(_experts(facts), key=lambda expert: expert[2])
-    for name, _, work, shares in by_work[:_MAX_GROUPS]:
-        title = f"{name}: {work:.2f} of an even share"
-        if work < _LITTLE_WORK:
+    by_work = sorted(_expert_works(facts), key=lambda expert: expert.relative)
+    for name, _, relative, in_images in by_work[:_MAX_GROUPS]:
+        title = f"{name}: {relative:.2f} of an even share"
+        if relative < _LITTLE_WORK:
             title += ", little work"
         form = "{:.0%} of the image"
-        used = shares > 0
+        used = in_images > 0
         lists.append(
-            Ranked.of("", shares, _GROUP_IMAGES, form, highest=True, among=used, title=title)
+            Ranked.of("", in_images, _GROUP_IMAGES, form, highest=True, among=used, title=title)
         )
     return lists
 
@@ -1048,19 +1075,20 @@ class Thumbnails:
         return {"src": f"{self.folder.name}/{name}"}
 
 
-def doubts(facts: ImageFacts, labels: Ints) -> list[str]:
+def caveats(facts: ImageFacts, labels: Ints) -> list[str]:
     """Warnings for lists that may be noise: the model is often wrong, or the training visited each image few times."""
     sentences = []
     predicted = facts.prediction >= 0
-    correct: Array = facts.scores["correct"][facts.visits > 0]
+    correctness: Array = facts.scores["correct"]  # share of the visits
+    correctness = correctness[np.isfinite(correctness)]
     if predicted.any():
-        correct = (facts.prediction == labels)[predicted]
-    if len(correct) and correct.mean() < _WEAK_ACCURACY:
+        correctness = (facts.prediction == labels)[predicted]  # of the finished model
+    if correctness.size and correctness.mean() < _WEAK_ACCURACY:
         sentences.append(
-            f"The model is right on {100 * correct.mean():.0f} % of these images: the lists show its errors more than "
-            "those of the data. Train it for longer first."
+            f"The model is right on {100 * correctness.mean():.0f} % of these images: the lists rank its mistakes "
+            "more than the images'. Train it for longer first."
         )
-    visits = int(facts.visits.max(initial=0))
+    visits = facts.visits.max(initial=0)
     if visits < _MIN_VISITS:
         times = "time" if visits == 1 else "times"
         sentences.append(
@@ -1070,18 +1098,18 @@ def doubts(facts: ImageFacts, labels: Ints) -> list[str]:
     return sentences
 
 
-def render(facts: Mapping[str, Any], thumbnail: Callable[[int], Json]) -> str:
+def render(page: Mapping[str, Any], thumbnail: Callable[[int], Json]) -> str:
     """The page as HTML, whose security policy allows only its own script."""
     from moevision.analysis.report import render_page  # imports the plotting library, which is slow
 
     file = files("moevision.analysis").joinpath("templates/good_data.js")
     script = "\n" + file.read_text(encoding="utf-8")
     digest = hashlib.sha256(script.encode()).digest()
-    data = json_text({name: facts[name] for name in ("class_ids", "map", "map_size")})
+    data = json_text({name: page[name] for name in ("class_ids", "map", "map_size")})
     return render_page(
         "good_data.html.jinja",
         {"thumbnail": cache(thumbnail)},  # an image may be in several lists
-        **facts,
+        **page,
         script=Markup(script),
         script_sha256=Markup(base64.b64encode(digest).decode("ascii")),
         page_data=Markup(data.replace("<", "\\u003c")),

@@ -12,19 +12,23 @@ image for "specialised by class". Here whole images are permuted:
   thus part of the null.
 
 The estimate is the excess: the plug-in estimate minus the mean of its null distribution (the null). Counts may be
-weights, since plug-in information depends on shares only, every null moves whole images, and bias and interval come
-from the spread over images.
+weights: plug-in information depends on shares only, and null, bias and interval on whole images.
 
-**The interval.** For small effects plug-in mutual information is a quadratic form |x|² of Gaussian deviations x whose
-mean has length √θ: its mean is θ + b and its variance v0 + κ θ, with b and v0 those of the null (θ = 0); the delta
-method over images estimates κ |x|², so that its variance over the plug-in estimates κ. The interval holds every θ whose
-score ``(estimate - θ)² / (v0 + κ θ)`` is at most z², the form of Wilson's interval of a proportion. It doesn't become
-too short where the estimate happens to be small, and at θ = 0 it agrees with a test against the null. A percentile
-bootstrap takes the noise of the image sample for signal (`benchmarks/analysis/coverage.py` measures them all).
+**The interval** of the true excess θ:
+
+- For small effects plug-in mutual information is a quadratic form |x|² of Gaussian deviations x whose mean has length
+  √θ. So its mean is θ + b and its variance v0 + κ θ; b and v0 are those of the null, where θ = 0.
+- The delta method over images estimates the variance κ |x|², so that this divided by the plug-in estimates κ.
+- The interval holds every θ whose score ``(estimate - θ)² / (v0 + κ θ)`` is at most z², the form of Wilson's interval
+  of a proportion.
+
+It doesn't become too short where the estimate happens to be small, and at θ = 0 it agrees with a test against the null.
+A percentile bootstrap takes the noise of the image sample for signal (`benchmarks/analysis/coverage.py` measures them
+all).
 
 The null's mean overstates the bias under an effect: shuffled images differ by their classes too. The second-order delta
-method gives the difference (`bias_surplus`), but in sparse tables it can't be trusted far, so one end of the interval
-is taken with it and the other without. It matters for few images per class.
+method gives the difference (`null_bias_surplus`), but in sparse tables it can't be trusted far, so one end of the
+interval is taken with it and the other without. It matters for few images per class.
 
 Sources: Wilson, JASA 22 (1927) 209-212; van der Vaart, Asymptotic Statistics (1998), chapters 3 and 20; Agresti and
 Min, Statistics in Medicine 24 (2005) 729-740 (interval of a difference of paired proportions, which stays wide where no
@@ -47,9 +51,9 @@ import numpy as np
 from moevision.errors import UserError
 from moevision.types import Array, Flags, Floats, Ints, Json
 
-_CHUNK_CELLS = 1 << 22  # numbers per chunk of permuted labels or tables: 16 MiB of float32
-LEVEL = 0.95  # of all intervals
-_BIAS_PERMUTATIONS = 32  # few are enough: the bias varies far less than the plug-in
+_CHUNK_NUMBERS = 1 << 22  # numbers per chunk of permuted labels or tables: 16 MiB of float32
+CONFIDENCE_LEVEL = 0.95  # of all intervals
+_BIAS_PERMUTATIONS = 32  # few are enough: the bias varies far less between them than the plug-in
 
 
 def class_information(
@@ -64,13 +68,14 @@ def class_information(
     _, classes = np.unique(labels[labelled], return_inverse=True)
     images_of_class = np.bincount(classes)  # [V] numbers of images
     num_classes = len(images_of_class)
-    image_counts = _checked(patch_counts[labelled]).sum(1)  # [I, E]
+    image_counts = _as_float_counts(patch_counts[labelled]).sum(1)  # [I, E]
 
     # The null: the plug-in for every permutation, and its bias for the first ones.
     null_bits: list[Floats] = []
     null_bias: list[float] = []
-    cells = num_classes * max(image_counts.shape)
-    for permuted_classes in permuted_labels(classes, num_permutations, cells, seed):
+    # The largest array of `sums_by_class`: one-hot classes [V, I] or the table [V, E].
+    numbers = num_classes * max(image_counts.shape)
+    for permuted_classes in permuted_labels(classes, num_permutations, numbers, seed):
         tables = sums_by_class(permuted_classes, image_counts, num_classes)  # [R', V, E]
         null_bits.append(mutual_information_bits(tables))
         num_missing = _BIAS_PERMUTATIONS - len(null_bias)
@@ -87,7 +92,7 @@ def class_information(
         plug_in,
         np.concatenate(null_bits),
         (image_counts * bits_above_mean).sum(1) / image_counts.sum(),
-        bias_surplus=float(np.mean(null_bias) - bias[0]),
+        null_bias_surplus=float(np.mean(null_bias) - bias[0]),
         num_means=num_classes,
     )
 
@@ -115,7 +120,7 @@ def part_information(
 
     Patches with a negative part are left out.
     """
-    routing_maps = _checked(patch_counts)
+    routing_maps = _as_float_counts(patch_counts)
     values = np.unique(parts[parts >= 0])
     if not len(values):
         raise UserError("No patch has a part: give images with part masks, such as synthetic_pets.")
@@ -128,15 +133,17 @@ def part_information(
         order = rng.permutation(len(routing_maps))
         null_bits.append(mutual_information_bits(_part_table(is_part[order], routing_maps)))
 
-    # The mean of the null is a statistic of the images too: the table of mean routing map and mean part map, where both
-    # are averaged over images at each position.
+    # The mean of the null is near the information of another table of the same images: that of the mean part map and
+    # the mean routing map, averaged over images at each position. So it varies with the images too.
     table = _part_table(is_part, routing_maps)
     mean_map = routing_maps.mean(0)  # [P, E]
     mean_part = is_part.mean(0)  # [P, V]
     pointwise = pointwise_bits(table)  # [V, E]
     null_pointwise_bits = pointwise_bits(np.einsum("pv,pe->ve", mean_part, mean_map))  # [V, E]
 
-    # Influence of each image on the plug-in minus the mean of the null, [I].
+    # Influence of each image on the plug-in minus the mean of the null, [I]. The derivative of mutual information by a
+    # table's counts is its pointwise information, up to a constant, which `excess_estimate` removes by centring. The
+    # null's table is mean_partᵀ · mean_map: by the product rule an image enters it twice.
     table_influence = np.einsum("ipv,ve,ipe->i", is_part, pointwise, routing_maps, optimize=True)
     null_influence = np.einsum(
         "ipv,ve,pe->i", is_part, null_pointwise_bits, mean_map, optimize=True
@@ -148,7 +155,7 @@ def part_information(
         float(mutual_information_bits(table)),
         np.array(null_bits),
         (table_influence - null_influence) / table.sum(),
-        keeps_effect=True,
+        null_keeps_effect=True,
     )
 
 
@@ -157,7 +164,7 @@ def _part_table(is_part: Floats, maps: Floats) -> Floats:
     return is_part.reshape(-1, is_part.shape[-1]).T @ maps.reshape(-1, maps.shape[-1])
 
 
-def _checked(patch_counts: Array) -> Floats:
+def _as_float_counts(patch_counts: Array) -> Floats:
     """The counts as float32 [I, P, E], which sums integers exactly up to 2 ** 24; a UserError for too few images."""
     if patch_counts.ndim != 3 or len(patch_counts) < 2:
         raise UserError(
@@ -167,25 +174,27 @@ def _checked(patch_counts: Array) -> Floats:
 
 
 def halves_by_class(labels: Ints, seed: int) -> Flags:
-    """[I] whether an image is in the half that has a random half of every class, and of the unlabelled (negative)."""
+    """Boolean mask [I] of a random half of the images, which has half of every class and of the unlabelled (negative).
+
+    Of classes of odd size it has alternately the larger and the smaller part.
+    """
     rng = np.random.default_rng(seed)
     in_half = np.zeros(len(labels), bool)
     offset = 0
     for label in np.unique(labels):
         images = rng.permutation(np.flatnonzero(labels == label))
         in_half[images[offset::2]] = True
-        # Of classes of odd size, alternately the larger and the smaller part is taken.
         offset = (offset + len(images)) % 2
     return in_half
 
 
-def permuted_labels(labels: Ints, count: int, cells: int, seed: int) -> Iterator[Ints]:
+def permuted_labels(labels: Ints, count: int, numbers_per_order: int, seed: int) -> Iterator[Ints]:
     """`count` random orders of labels [I], in chunks [R', I].
 
-    `cells` is how many numbers the caller needs for one order; it determines R'.
+    `numbers_per_order` is how many numbers the caller keeps at once for one order; it determines R'.
     """
     rng = np.random.default_rng(seed)
-    chunk_size = max(1, _CHUNK_CELLS // cells)
+    chunk_size = max(1, _CHUNK_NUMBERS // numbers_per_order)
     for start in range(0, count, chunk_size):
         rows = min(chunk_size, count - start)
         yield rng.permuted(np.tile(labels, (rows, 1)), axis=1)
@@ -198,17 +207,17 @@ def choice_counts(expert_index: Ints, num_experts: int, amount: Array | None = N
     """
     counts = np.zeros((*expert_index.shape[:2], num_experts), np.float32)
     for rank in range(expert_index.shape[2]):
-        amounts = expert_index[:, :, rank, None] == np.arange(num_experts)  # [I, P, E]
+        added = expert_index[:, :, rank, None] == np.arange(num_experts)  # [I, P, E]
         if amount is not None:
-            amounts = amounts * amount[:, :, rank, None]
-        counts += amounts
+            added = added * amount[:, :, rank, None]
+        counts += added
     return counts
 
 
 def mutual_information_bits(table: Floats | Ints) -> Floats:
     """Plug-in mutual information of contingency tables [..., V, E], in bits; [...]; 0 for an empty table.
 
-    ``sum(n log n) - sum(row log row) - sum(column log column) + N log N``, over N.
+    ``(sum(n log n) - sum(r log r) - sum(c log c) + N log N) / N`` for cells n, row sums r, column sums c, total N.
     """
     table = np.asarray(table, dtype=np.float64)
     total = table.sum((-2, -1))
@@ -229,8 +238,9 @@ def entropy_bits(counts: Floats | Ints) -> float:
 def second_order_bias(sums: Floats, squares: Floats, images_of_class: Ints) -> Floats:
     """Bias of the plug-in, in bits, by the second-order delta method over images; [R].
 
-    It is ``sum(variance / count) / (2 N ln 2)`` over the cells, minus the same over the sums of each expert. In sparse
-    tables it is itself biased, so only differences between labellings of the same images are used.
+    It is ``sum(variance / sum) / (2 N ln 2)`` over the cells, minus the same over the experts' columns (a column's
+    variance is the sum of its cells'); N is the sum of all cells. In sparse tables it is itself biased, so only
+    differences between labellings of the same images are used.
 
     Args:
         sums: [R, V, E] sums, over the images of each class, of an image's choices.
@@ -239,8 +249,8 @@ def second_order_bias(sums: Floats, squares: Floats, images_of_class: Ints) -> F
     """
     sums = np.asarray(sums, np.float64)
     num_images = images_of_class[:, None]  # [V, 1]
-    deviations = np.maximum(squares - np.square(sums) / num_images, 0)
-    variance = deviations * (num_images / np.maximum(1, num_images - 1))
+    squared_deviations = np.maximum(squares - np.square(sums) / num_images, 0)
+    variance = squared_deviations * (num_images / np.maximum(1, num_images - 1))
 
     cell_terms = _ratio(variance, sums).sum((1, 2))  # [R]
     expert_variance = variance.sum(1)  # [R, E]
@@ -251,7 +261,7 @@ def second_order_bias(sums: Floats, squares: Floats, images_of_class: Ints) -> F
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    """The quotient; the numerator itself where the denominator is 0."""
+    """The quotient; where the denominator is 0, the numerator, which is 0 there too."""
     return numerator / np.where(denominator > 0, denominator, 1.0)
 
 
@@ -274,7 +284,7 @@ def pointwise_bits(tables: Floats) -> Floats:
 
 
 def as_json(value: Any) -> Any:
-    """Nested values as JSON primitives: `Numbers` by their fields, NumPy arrays as lists, NaN and infinity as None."""
+    """Nested values as JSON primitives: dataclasses by fields, NumPy arrays as lists, NaN and infinity as None."""
     if hasattr(value, "to_json"):
         return value.to_json()
     if hasattr(value, "_asdict"):
@@ -288,7 +298,7 @@ def as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Numbers:
+class JsonDataclass:
     """A dataclass that can be written as JSON."""
 
     def to_json(self) -> Json:
@@ -313,8 +323,8 @@ def excess_estimate(
     null: Floats,
     influence: Floats,
     *,
-    keeps_effect: bool = False,
-    bias_surplus: float = 0.0,
+    null_keeps_effect: bool = False,
+    null_bias_surplus: float = 0.0,
     num_means: int = 1,
 ) -> Estimate:
     """The excess of a plug-in (bits) over its null [R], with its interval.
@@ -323,9 +333,9 @@ def excess_estimate(
         plug_in: the plug-in estimate.
         null: [R] the plug-in under the null.
         influence: [I] first-order contribution of each image to the plug-in, in bits; it is centred here.
-        keeps_effect: the null still has a part of the effect. It then has a first-order variance of its own, and the
-            interval is symmetric: excess ± margin.
-        bias_surplus: bits by which the null's mean is larger than the bias of the plug-in.
+        null_keeps_effect: the null still has a part of the effect, as that of positions in `part_information`. Then
+            the score interval, whose variance at θ = 0 is the null's, doesn't apply: the interval is excess ± margin.
+        null_bias_surplus: bits by which the null's mean overstates the bias of the plug-in.
         num_means: number of means (of classes) that deviations of images are taken from; it lowers the degrees of
             freedom.
     """
@@ -335,18 +345,20 @@ def excess_estimate(
 
     images = len(influence)
     degrees_of_freedom = max(1, images - num_means)
-    z = students_quantile(degrees_of_freedom)
+    t = students_quantile(degrees_of_freedom)
     squares = float(np.square(influence - influence.mean()).sum())
     delta_variance = squares * images / degrees_of_freedom
 
-    if keeps_effect:
-        margin = z * math.sqrt(max(null_variance, delta_variance))
+    if null_keeps_effect:
+        # For small effects the delta method gives almost 0; the variance isn't below that of the null.
+        margin = t * math.sqrt(max(null_variance, delta_variance))
         low = excess - margin
         high = excess + margin
     else:
         kappa = delta_variance / plug_in if plug_in > 0 else 0.0
-        low, _ = score_interval(excess + min(0.0, bias_surplus), null_variance, kappa, z)
-        _, high = score_interval(excess + max(0.0, bias_surplus), null_variance, kappa, z)
+        # The surplus is itself uncertain: all that lies in the interval with it or in the one without it, or between.
+        low, _ = score_interval(excess + min(0.0, null_bias_surplus), null_variance, kappa, t)
+        _, high = score_interval(excess + max(0.0, null_bias_surplus), null_variance, kappa, t)
         # If the excess is negative, the interval may lie above it.
         low = min(low, excess)
 
@@ -361,7 +373,7 @@ def students_quantile(degrees_of_freedom: int) -> float:
     # Imported here, so that traces and images, which import this module, open without SciPy.
     from scipy.special import stdtrit
 
-    return float(stdtrit(max(1, degrees_of_freedom), (1 + LEVEL) / 2))
+    return float(stdtrit(max(1, degrees_of_freedom), (1 + CONFIDENCE_LEVEL) / 2))
 
 
 def score_interval(excess: float, variance: float, kappa: float, z: float) -> tuple[float, float]:
@@ -396,32 +408,36 @@ class Interval(NamedTuple):
         return self.value - other.value > margin
 
 
-def ratio_interval(part: Floats, whole: Floats | None = None) -> Interval:
-    """Sum of part [I] divided by sum of whole [I] (1 for each image if None), with its interval over images.
+def ratio_interval(numerator: Floats, denominator: Floats | None = None) -> Interval:
+    """Sum of the numerators [I] over that of the denominators [I] (None: 1 each), with its interval over images.
 
     By linearisation of the ratio and Student's quantile.
     """
-    if whole is None:
-        whole = np.ones(len(part))
-    images = len(part)
-    total = max(float(whole.sum()), 1e-12)
-    ratio = float(part.sum()) / total
+    if denominator is None:
+        denominator = np.ones(len(numerator))
+    images = len(numerator)
+    total = max(float(denominator.sum()), 1e-12)
+    ratio = float(numerator.sum()) / total
 
-    squares = float(np.square(part - ratio * whole).sum())
+    squares = float(np.square(numerator - ratio * denominator).sum())
     error = math.sqrt(images / max(1, images - 1) * squares)
     margin = students_quantile(images - 1) * error / total
     return Interval(ratio, ratio - margin, ratio + margin)
 
 
-def paired_interval(loss: Floats) -> Interval:
-    """Mean of losses [I] between -1 and 1, with Agresti and Min's interval: it has a width even if all losses are 0."""
-    images = len(loss)
-    total = float(loss.sum())
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+def paired_interval(change: Floats) -> Interval:
+    """Mean of changes [I] between -1 and 1, with Agresti and Min's interval: it has a width even if all are 0.
 
-    # Two images are added, of which half an image is won, half an image lost, and one doesn't change.
+    A change is how much less often an image is right than in the other condition: -1, 0 or 1, or a mean of several.
+    """
+    images = len(change)
+    total = float(change.sum())
+    z = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2)
+
+    # Agresti and Min add two images: half a one with change 1, half a one with -1, one with 0. The sum stays, and the
+    # sum of squares grows by 1.
     centre = total / (images + 2)
-    squares = float(np.square(loss).sum()) + 1
+    squares = float(np.square(change).sum()) + 1
     variance = max(0.0, squares - total * centre)
     margin = z * math.sqrt(variance) / (images + 2)
     return Interval(total / images, max(-1.0, centre - margin), min(1.0, centre + margin))

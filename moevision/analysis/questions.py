@@ -39,7 +39,7 @@ from scipy.special import log_softmax
 
 from moevision.analysis.information import (
     Interval,
-    Numbers,
+    JsonDataclass,
     halves_by_class,
     paired_interval,
     ratio_interval,
@@ -91,7 +91,7 @@ _P_VALUE = 0.05
 
 
 @dataclass(frozen=True)
-class Answer(Numbers):
+class Answer(JsonDataclass):
     """One answer: a plain sentence, and the numbers behind it."""
 
     question: Question
@@ -112,7 +112,7 @@ class Answer(Numbers):
 
 
 @dataclass(frozen=True)
-class LayerAnswers(Numbers):
+class LayerAnswers(JsonDataclass):
     """The three answers about one layer, and every number behind them."""
 
     name: str
@@ -503,7 +503,7 @@ def _reading_sentence(reading: Reading) -> str:
 
 
 @dataclass(frozen=True)
-class Cost(Numbers):
+class Cost(JsonDataclass):
     """What a change of routes costs."""
 
     points: Interval  # accuracy lost, in percentage points; mean over images with its 95 % interval
@@ -524,7 +524,7 @@ class Cost(Numbers):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swap(Numbers):
+class Swap(JsonDataclass):
     """What changes of the routes of one layer cost; see above."""
 
     without: Cost  # the layer left out

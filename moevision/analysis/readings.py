@@ -37,7 +37,7 @@ from moevision.analysis.images import PictureSet, aligned_pictures, cached, read
 from moevision.analysis.information import (
     Estimate,
     Interval,
-    Numbers,
+    JsonDataclass,
     choice_counts,
     class_information,
     entropy_bits,
@@ -586,7 +586,7 @@ _PRIOR_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
-class Reading(Numbers):
+class Reading(JsonDataclass):
     """One measurement of what experts tell about the class or the part."""
 
     of: str  # what they tell about: `class` or `part`
@@ -604,7 +604,7 @@ class Reading(Numbers):
 
 
 @dataclass(frozen=True)
-class Load(Numbers):
+class Load(JsonDataclass):
     """How evenly a layer uses its experts; shown beside every class x expert table."""
 
     share: Floats  # [E] of all choices

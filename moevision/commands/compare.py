@@ -27,7 +27,7 @@ from rich.table import Table
 from scipy.stats import norm
 
 from moevision.commands.data import run_of
-from moevision.config import WRITTEN, flatten
+from moevision.config import OBSOLETE_KEYS, flatten
 from moevision.data.named import DRAWN
 from moevision.errors import UserError, escape_controls, refuse_equal_seeds
 from moevision.files import read_csv, require_own_file, write_json_atomic
@@ -52,7 +52,13 @@ _SCHEMA = "moevision.compare/1"
 # A recipe is the options that decide how a model is trained, except for the seed. An option that may change when a run
 # is resumed (`is_free`) isn't part of a recipe. These prefixes of option names are the exceptions.
 # Not part of a recipe although not free: the seeds, and options that only observe the training.
-_OUTSIDE_RECIPE = ("seed_everything", "data.order_seed", "record_routing", "check_memory", *WRITTEN)
+_OUTSIDE_RECIPE = (
+    "seed_everything",
+    "data.order_seed",
+    "record_routing",
+    "check_memory",
+    *OBSOLETE_KEYS,
+)
 # Part of a recipe although free. Earlier versions ended a training at trainer.max_time, so that it decided the result.
 _INSIDE_RECIPE = ("guard", "data.path", "trainer.max_time", "trainer.callbacks")
 _MAX_LISTED_OPTIONS = 6  # in a sentence on options that differ

@@ -1,12 +1,13 @@
-"""Images that code draws (`DrawnImages`), and pages of emoji: the class of a page is what most of its emoji are.
+"""Images that code draws (`DrawnImages`), and pages of emoji, whose class is the one that their emoji favour.
 
 A page is 4 x 4 emoji of 16 px (Noto Emoji, `assets/emoji.png`), each up to 2 px from the middle of its cell. Its class
 is one of Unicode's nine groups (`EmojiPages`), or one of 55 kinds within them (`EmojiKinds`), of which more must be
-remembered. An emoji is of the page's own class with probability `share`, otherwise of a class drawn at random. Whoever
-knows the class of every emoji names 96.7 % of the pages of groups and 94.0 % of those of kinds.
+remembered. An emoji is of the page's own class with probability `share`, otherwise of a class drawn at random. So the
+most frequent class of a page may be another one: whoever knows the class of every emoji names 96.7 % of the pages of
+groups and 94.0 % of those of kinds.
 
-A tenth of each kind's emoji is never on a page of "train", "val" or "test": pages of "unseen" have only these. What a
-model knows of "test" beyond "unseen" it has learned by heart.
+A tenth of each kind's emoji is never on a page of "train", "val" or "test": pages of "unseen" have only these. By how
+much a model is better on "test" than on "unseen" says what it has learned by heart.
 """
 
 from __future__ import annotations
@@ -127,12 +128,12 @@ KIND_SIZE = 12  # emoji that a subgroup of Unicode needs to be one of `EmojiKind
 _SHEET_COLUMNS = 44
 _BACKGROUND = 128
 _ASSETS = Path(__file__).parent / "assets"
-_STYLE = "\ufe0f"  # asks for a coloured picture; people's keyboards send it or don't
+_COLOUR_SELECTOR = "\ufe0f"  # asks for the coloured picture; people's keyboards send it or don't
 # What changes the character before it: style, keycap, skin tone, tag.
-_CHANGED = r"[\ufe0e\ufe0f\u20e3\U0001F3FB-\U0001F3FF\U000E0020-\U000E007F]*"
+_MODIFIERS = r"[\ufe0e\ufe0f\u20e3\U0001F3FB-\U0001F3FF\U000E0020-\U000E007F]*"
 # One emoji as people see it: two letters of a flag, or characters that joiners (U+200D) tie together.
 _ONE_EMOJI = re.compile(
-    rf"(?:[\U0001F1E6-\U0001F1FF]{{2}}|\S){_CHANGED}(?:\u200d\S{_CHANGED})*", re.DOTALL
+    rf"(?:[\U0001F1E6-\U0001F1FF]{{2}}|\S){_MODIFIERS}(?:\u200d\S{_MODIFIERS})*"
 )
 
 
@@ -199,7 +200,8 @@ class EmojiPages(DrawnImages):
     classes = GROUPS
     parts = GROUPS
     splits = ("train", "val", "test", "unseen")  # "unseen": only emoji that the others never have
-    share: ClassVar[float] = 0.4  # of a page's emoji that are of its own class for certain
+    # Probability that an emoji is drawn from the page's own class; else it is drawn from all classes, also the own one.
+    share: ClassVar[float] = 0.4
 
     def image(self, index: int) -> Pixels:
         """The page, uint8 [S, S, 3] in RGB order."""
@@ -220,9 +222,9 @@ class EmojiPages(DrawnImages):
         """The emoji of the cells, int64 [16], and how far each lies from its middle, int64 [16, 2]."""
         rng = self.generator(index)
         is_own = rng.random(CELLS**2) < self.share
-        anything = rng.integers(len(self.classes), size=CELLS**2)
-        classes = np.where(is_own, self.label(index), anything)
-        position = rng.random(CELLS**2)  # within the class
+        random_class = rng.integers(len(self.classes), size=CELLS**2)
+        classes = np.where(is_own, self.label(index), random_class)
+        position = rng.random(CELLS**2)  # among the emoji of the class, 0 to 1
         shifts = rng.integers(-SHIFT, SHIFT + 1, (CELLS**2, 2))
 
         members, sizes = self._members(self.split == "unseen")
@@ -232,7 +234,10 @@ class EmojiPages(DrawnImages):
     @classmethod
     @cache
     def _members(cls, held_out: bool) -> tuple[Ints, Ints]:
-        """Of each class the emoji that are held out, or those that aren't: numbers [C, n], and how many [C]."""
+        """Of each class the emoji that are held out, or those that aren't: numbers [C, n], and how many [C].
+
+        Rows of smaller classes are filled up by repeating them.
+        """
         is_allowed = read_sheet().held_out == held_out
         classes = cls.classes_of_emoji()
         members = [
@@ -268,8 +273,8 @@ class EmojiPages(DrawnImages):
     def _resized(self, page: Pixels, resampling: Image.Resampling) -> Pixels:
         if self.image_size == len(page):
             return page
-        side = (self.image_size, self.image_size)
-        return np.asarray(Image.fromarray(page).resize(side, resampling))
+        size = (self.image_size, self.image_size)
+        return np.asarray(Image.fromarray(page).resize(size, resampling))
 
 
 class EmojiKinds(EmojiPages):
@@ -289,7 +294,7 @@ class EmojiKinds(EmojiPages):
 
 
 def split_emoji(text: str) -> list[str]:
-    """The emoji of a text as people see them, without white space; whether there are such emoji is not asked."""
+    """The emoji of a text as people see them, without white space; other characters count as emoji too."""
     return _ONE_EMOJI.findall(text)
 
 
@@ -307,20 +312,22 @@ def numbers_of(emoji: Sequence[str]) -> Ints:
         raise UserError(f"A page has 1 to {CELLS**2} emoji, not {len(emoji)}.")
     known = _numbers_by_character()
     for one in emoji:
-        if one.replace(_STYLE, "") not in known:
+        if one.replace(_COLOUR_SELECTOR, "") not in known:
             raise UserError(
                 f"There is no emoji {escape_controls(one[:20])!r} on the sheet: choose another one, without skin tone."
             )
-    return np.array([known[one.replace(_STYLE, "")] for one in emoji])
+    return np.array([known[one.replace(_COLOUR_SELECTOR, "")] for one in emoji])
 
 
 @cache
 def _numbers_by_character() -> dict[str, int]:
-    return {one.character.replace(_STYLE, ""): row for row, one in enumerate(_read_table())}
+    return {
+        one.character.replace(_COLOUR_SELECTOR, ""): row for row, one in enumerate(_read_table())
+    }
 
 
 def draw_cells(numbers: Ints, shifts: Ints | None = None) -> Pixels:
-    """A page of up to 16 emoji, uint8 [64, 64, 3]; `shifts` [16, 2] in px, down and to the right; None: in the middle.
+    """A page of up to 16 emoji, uint8 [64, 64, 3]; `shifts` [16, 2] in px, down and to the right, up to `SHIFT`.
 
     What leaves its cell is cut off, as a patch of the model would see it.
     """
@@ -330,8 +337,9 @@ def draw_cells(numbers: Ints, shifts: Ints | None = None) -> Pixels:
         down, right = (0, 0) if shifts is None else shifts[cell]
         row, column = divmod(cell, CELLS)
         target = page[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
-        picture = pictures[number]
-        target[max(down, 0) : CELL + min(down, 0), max(right, 0) : CELL + min(right, 0)] = picture[
-            max(-down, 0) : CELL - max(down, 0), max(-right, 0) : CELL - max(right, 0)
-        ]
+        # The cell is a window on the picture with a margin, which moves against the shift.
+        margins = ((SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0))
+        picture = np.pad(pictures[number], margins, constant_values=_BACKGROUND)
+        top, left = SHIFT - down, SHIFT - right
+        target[:] = picture[top : top + CELL, left : left + CELL]
     return page

@@ -22,14 +22,17 @@ from torch import Tensor, nn
 
 from moevision.errors import UserError
 
-MULTIPLE = 32
-"""In bfloat16, lengths of large groups are rounded up to a multiple of this: on average at most 6 % more rows."""
+ROW_MULTIPLE = 32
+"""In bfloat16, the rows of large groups are rounded up to a multiple of this: on average at most 6 % more rows."""
 
-SMALL_MULTIPLE = 16
+SMALL_ROW_MULTIPLE = 16
 """The multiple for small groups."""
 
-FEW = 1024
-"""Up to this many rows, those of a few images, the number of torch calls matters more than the work in each call."""
+FEW_CHOICES = 1024
+"""Up to this many choices, those of a few images, the number of torch calls matters more than the work in each call."""
+
+_FEW_LOGITS = 1024
+"""The same for a softmax."""
 
 _ALIGNMENT = 16
 """`grouped_mm` needs matrices whose address and strides are multiples of this many bytes."""
@@ -62,7 +65,8 @@ def _is_eager_cpu(x: Tensor) -> bool:
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator for the `backward` of an autograd.Function: raises a UserError under `create_graph=True`.
 
-    Torch's `once_differentiable` gives 0 if the second gradient depends on saved tensors only.
+    Torch's `once_differentiable` doesn't raise one where the gradient depends on saved tensors only: second derivatives
+    are then silently 0.
     """
 
     @wraps(backward)
@@ -80,10 +84,10 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 # ---- dispatch: order and group sizes
 
 
-def send_choices(
+def copy_to_experts(
     x: Tensor, expert: Tensor, num_experts: int, *, pad: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Copies of the tokens x [T, D], sorted by the experts [T, K] that they chose, with padding if `pad`.
+    """Copies of the tokens x [T, D], sorted by the experts [T, K] that they chose, perhaps with padding if `pad`.
 
     Rows of one expert are in the order of their tokens.
 
@@ -92,7 +96,7 @@ def send_choices(
         0), [T, K] the row of each choice.
     """
     choices = expert.flatten()  # [T·K]
-    if pad and 0 < len(choices) <= FEW and _rows_worth_one_call(x):
+    if pad and 0 < len(choices) <= FEW_CHOICES and _rows_worth_one_call(x):
         token_of_row, row_of_choice, counts = _place_few_choices(x, expert, num_experts)
     else:
         order, row_of_choice, counts = sort_choices(choices, num_experts)
@@ -124,11 +128,12 @@ def _place_few_choices(
     """
     choices = expert.flatten().unsqueeze(1)  # [T·K, 1]
     one_hot = choices.new_zeros(len(choices), num_experts).scatter_(1, choices, 1)  # [T·K, E]
-    number_in_group = one_hot.cumsum(0)  # [T·K, E] choices of each expert up to this one
+    number_in_group = one_hot.cumsum(0)  # [T·K, E] choices of each expert up to this one, from 1 on
 
     sizes = _padded_lengths(number_in_group[-1].tolist(), x)
     starts = accumulate(sizes[:-1], initial=0)
-    # Both [E]. The first choice of a group has number 1 and belongs into the row `starts`.
+    # Both [E], made in one call. The first choice of a group has number 1 and belongs into the row `start`: so the row
+    # of a choice is its number plus `start - 1`.
     row_before_group, counts = torch.tensor([[start - 1 for start in starts], sizes]).unbind()
 
     row_of_choice = (number_in_group + row_before_group).gather(1, choices).squeeze(1)  # [T·K]
@@ -142,10 +147,11 @@ def sort_choices(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     """Stable sort of choices by their expert [T·K] int64.
 
     Returns:
-        int64: [T·K] the choices in order, [T·K] the place of each choice in that order, [E] choices of each expert.
+        int64: [T·K] the choices (their indices) sorted by expert, [T·K] the place of each choice in this order, [E] the
+        number of choices of each expert.
     """
     is_eager = _is_eager_cpu(expert)
-    if is_eager and len(expert) <= FEW:  # the fewest calls
+    if is_eager and len(expert) <= FEW_CHOICES:  # the fewest calls
         order = expert.argsort(stable=True)
         return order, order.argsort(), torch.bincount(expert, minlength=num_experts)
 
@@ -192,9 +198,10 @@ def _padded_lengths(sizes: list[int], x: Tensor) -> list[int]:
     num_rows = sum(sizes)
     num_experts = len(sizes)
 
-    # Few rows without gradients: equal groups, if the added rows take less time than the calls of a loop.
+    # Few rows without gradients: equal groups, if the added rows take less time than the calls of a loop. In bfloat16
+    # their length is a multiple of 8, so that there are fewer shapes to compile kernels for.
     call_rows = _rows_worth_one_call(x)
-    if call_rows:
+    if call_rows:  # else 0: padding doesn't pay
         longest = _round_up(max(sizes), 8 if is_bf16 else 1)
         num_calls = num_experts - sizes.count(0)
         if num_experts * longest - num_rows <= call_rows * num_calls:
@@ -208,7 +215,8 @@ def _padded_lengths(sizes: list[int], x: Tensor) -> list[int]:
     if not has_matrix_unit():
         return lengths
 
-    # With a matrix unit: equal groups, if that adds few rows.
+    # With a matrix unit: equal groups, if that adds few rows. For small groups a launch takes a larger share of the
+    # time, which is worth more rows.
     max_padding = 1.4 if num_rows < 1024 * num_experts else 1.25
     equal_lengths = num_experts * [max(lengths)]
     return equal_lengths if sum(equal_lengths) <= max_padding * num_rows else lengths
@@ -216,15 +224,15 @@ def _padded_lengths(sizes: list[int], x: Tensor) -> list[int]:
 
 def _row_multiple(rows_per_expert: float) -> int:
     """The multiple that lengths are rounded up to in bfloat16."""
-    return MULTIPLE if rows_per_expert >= 8 * MULTIPLE else SMALL_MULTIPLE
+    return ROW_MULTIPLE if rows_per_expert >= 8 * ROW_MULTIPLE else SMALL_ROW_MULTIPLE
 
 
 def _rows_worth_one_call(x: Tensor) -> float:
-    """Number of rows that an expert computes in the time of one more call; 0 if padding for that doesn't pay.
+    """Number of rows that a linear layer of an expert computes in the time of one call; 0 if padding doesn't pay.
 
     It doesn't pay with gradients, in compiled code, on other devices, and in float32 on one thread. Measured were, in
     the time of a call: in bfloat16 2.1 to 3 million multiply-adds on one thread and twice that on two; in float32 0.5
-    to 0.8 million on two threads. Experts are assumed to have a hidden width of twice the width of x.
+    to 0.8 million on two threads. A row takes D · H multiply-adds; H is assumed to be 2 D.
     """
     threads = torch.get_num_threads()
     is_bf16 = x.dtype == torch.bfloat16
@@ -235,7 +243,10 @@ def _rows_worth_one_call(x: Tensor) -> float:
 
 
 def _round_up(count: int, step: int) -> int:
-    """Round up to a multiple of `step`, or of 1/16 of the largest power of two up to `count` if that is more."""
+    """Round up to a multiple of `step`, or of 1/16 of the largest power of two up to `count` if that is more.
+
+    That power has one bit less than `1 << count.bit_length()`, hence the 32.
+    """
     step = max(step, (1 << count.bit_length()) // 32)
     return -(-count // step) * step
 
@@ -243,7 +254,7 @@ def _round_up(count: int, step: int) -> int:
 # ---- routers
 
 
-def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def top_k_scores(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """`topk` over the last dimension: the K highest scores and their indices, best first."""
     if top_k == 1:  # takes a third to a fifth of the time of topk on a CPU
         highest = scores.max(dim=-1, keepdim=True)
@@ -258,7 +269,7 @@ def softmax_over_experts(logits: Tensor) -> Tensor:
     On a CPU the tensor is transposed first, so that vector registers hold several tokens: E numbers don't fill one.
     """
     is_inference = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    is_small = is_inference and logits.numel() <= FEW  # there one call is faster than three
+    is_small = is_inference and logits.numel() <= _FEW_LOGITS  # there one call is faster than three
     if is_small or logits.device.type != "cpu":
         return logits.softmax(-1)
     return logits.mT.contiguous().softmax(-2).mT
@@ -278,6 +289,7 @@ def take_rows(x: Tensor, token: Tensor, position: Tensor) -> Tensor:
     `token` [R] is the token that each row copies, `position` [T, K] the rows of each token. Padding is in no `position`
     and gets no gradient.
     """
+    # Compiled code has a backward pass of Inductor's own, and without gradients there is none.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return x.index_select(0, token)
     rows: Tensor = _TakeRows.apply(x, token, position)  # type: ignore[no-untyped-call]
@@ -285,10 +297,10 @@ def take_rows(x: Tensor, token: Tensor, position: Tensor) -> Tensor:
 
 
 def sum_rows(rows: Tensor, weight: Tensor, token: Tensor, position: Tensor) -> Tensor:
-    """Weighted sum of each token's rows: rows [R, D], weight [T, K], token and position as in `take_rows` -> [T, D].
+    """Sum of each token's rows by the weights of its choices: rows [R, D], weight [T, K] -> [T, D].
 
-    Weights are rounded to the rows' dtype first. Under bf16 autocast that loses no more precision than rounding the
-    result does, and avoids float32 copies of the rows.
+    `token` and `position` are as in `take_rows`. Weights are rounded to the rows' dtype first. Under bf16 autocast that
+    loses no more precision than rounding the result does, and avoids float32 copies of the rows.
     """
     weight = weight.to(rows.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -361,7 +373,7 @@ class _SumRows(torch.autograd.Function):
 # without a bias use `grouped_mm`, which on a CPU is the same loop in C++.
 
 
-def looped_mlps(
+def grouped_mlps(
     rows: Tensor,
     counts: Sequence[int],
     act: nn.Module,
@@ -379,14 +391,14 @@ def looped_mlps(
     parameters = (weight1, bias1, weight2, bias2)
     inputs = [x for x in (rows, *parameters) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        out: Tensor = _LoopedMlps.apply(rows, counts, act, *parameters)  # type: ignore[no-untyped-call]
+        out: Tensor = _GroupedMlps.apply(rows, counts, act, *parameters)  # type: ignore[no-untyped-call]
         return out
     hidden = act(_grouped_linear(rows, counts, weight1, bias1))
     return _grouped_linear(hidden, counts, weight2, bias2)
 
 
-class _LoopedMlps(torch.autograd.Function):
-    """`looped_mlps` with a backward pass in the same groups."""
+class _GroupedMlps(torch.autograd.Function):
+    """`grouped_mlps` with a backward pass in the same groups."""
 
     @staticmethod
     def forward(
@@ -414,8 +426,9 @@ class _LoopedMlps(torch.autograd.Function):
         needs_rows, _, _, needs_weight1, needs_bias1, needs_weight2, needs_bias2 = (
             ctx.needs_input_grad
         )
+        # Those of the parameters before the cast.
         dtype1, bias_dtype1, dtype2, bias_dtype2 = ctx.dtypes
-        # Of the arguments of `forward`: rows, counts, act, weight1, bias1, weight2, bias2.
+        # Of the arguments of `forward`: 0 rows, 1 counts, 2 act, 3 weight1, 4 bias1, 5 weight2, 6 bias2.
         grads: list[Tensor | None] = [None] * 7
 
         out_grad = gradient.contiguous()  # [R, O]
@@ -450,7 +463,9 @@ def _grouped_linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any)
         torch.baddbmm(bias, _stack_groups(rows, counts), weight, out=_stack_groups(out, counts))
         return out
 
-    if 0 not in counts:  # else only the weights of experts that have rows are cast, below
+    # All weights are cast at once. If some experts have no rows, that would be wasted on theirs: then the others' are
+    # cast one by one, below.
+    if 0 not in counts:
         bias = bias.to(dtype)
         weight = weight.to(dtype)
     groups_in = rows.split(counts)
@@ -498,7 +513,10 @@ def _weight_gradient(
 
 
 def _fits_grouped_mm(*matrices: Tensor) -> bool:
-    """Whether `grouped_mm` supports these matrices; on a GPU it isn't used: it would need counts on the device."""
+    """Whether `grouped_mm` supports these matrices.
+
+    On a GPU it isn't used: its group ends would have to be on the device, while `counts` are Python's.
+    """
     for x in matrices:
         if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return False
@@ -538,8 +556,9 @@ def _activation_gradient(act: nn.Module, hidden: Tensor, active_grad: Tensor) ->
     """The gradient of `hidden` [R, H], given that of `act(hidden)`."""
     if isinstance(act, nn.GELU):
         # Writing into `active_grad`, which isn't needed any more, would take 1.2 to 1.4 times as long.
-        gelu_backward = torch.ops.aten.gelu_backward
-        result: Tensor = gelu_backward(active_grad, hidden, approximate=act.approximate)
+        result: Tensor = torch.ops.aten.gelu_backward(
+            active_grad, hidden, approximate=act.approximate
+        )
         return result
     with torch.enable_grad():
         hidden = hidden.detach().requires_grad_()

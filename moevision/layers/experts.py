@@ -3,7 +3,7 @@
 Three backends compute the same thing:
 
 - `loop`: one expert after the other on its slice of the rows; any dtype, any shape, the fastest on a CPU, where
-  `cpu.looped_mlps` writes the gradients.
+  `cpu.grouped_mlps` writes the gradients.
 - `grouped`: `torch.nn.functional.grouped_mm`; needs float32/float16/bfloat16 and row strides of 16 bytes.
 - `dense`: every expert on every token, the routed sum taken afterwards; E times the work, no sorting, no
   data-dependent shape. It is the reference in tests and the path for export.
@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers.cpu import looped_mlps
+from moevision.layers.cpu import grouped_mlps
 
 Backend = Literal["auto", "loop", "grouped", "dense"]
-# Elementwise, without parameters or randomness, as the hand-written gradients of `looped_mlps` need.
+# Elementwise, without parameters or randomness, as the hand-written gradients of `grouped_mlps` need.
 _PLAIN_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 
 
@@ -143,7 +143,7 @@ class Experts(nn.Module):
         if self._act_is_plain and not has_dropout and not torch.compiler.is_compiling():
             w1, b1 = self.fc1.local_weights()
             w2, b2 = self.fc2.local_weights()
-            return looped_mlps(rows, counts, self.act, w1, b1, w2, b2)
+            return grouped_mlps(rows, counts, self.act, w1, b1, w2, b2)
 
         w1s, b1s = _unbind(*self.fc1.local_weights(rows.dtype))
         w2s, b2s = _unbind(*self.fc2.local_weights(rows.dtype))

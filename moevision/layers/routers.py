@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from moevision.config import Noise, RouterOptions
 from moevision.errors import UserError
 from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter, RandomRouter
-from moevision.layers.cpu import best, softmax_over_experts
+from moevision.layers.cpu import softmax_over_experts, top_k_scores
 from moevision.layers.routers_soft import ExpertChoiceRouter, SoftRouter
 from moevision.layers.routing import (
     JITTER,
@@ -200,7 +200,7 @@ class TopKRouter(Router):
             noisy_logits = logits + torch.randn_like(logits) * noise_std
 
         probs = softmax_over_experts(logits)  # [B, N, E]
-        top_logits, expert_index = best(noisy_logits, self.top_k)  # [B, N, K]
+        top_logits, expert_index = top_k_scores(noisy_logits, self.top_k)  # [B, N, K]
 
         # Without gradients, noise and normalisation these gates are the chosen `probs`: one call instead of a dozen.
         plain = type(self).gates is TopKRouter.gates and not self.normalizes(self.top_k)
@@ -395,7 +395,7 @@ class SigmoidRouter(TopKRouter):
         # Equals s / Σ s, and is finite also if every s underflows.
         probs = F.logsigmoid(logits).softmax(-1)  # [B, N, E]
 
-        _, expert_index = best(scores, self.top_k)  # [B, N, K]
+        _, expert_index = top_k_scores(scores, self.top_k)  # [B, N, K]
         top_logits = logits.gather(-1, expert_index)  # [B, N, K]
         return Routing(
             logits=logits,
@@ -542,5 +542,5 @@ def build_router(
         raise UserError(
             f"top_k={top_k} does not fit num_experts={num_experts}: choose top_k between 1 and {num_experts}."
         )
-    options = options.only(name, kind.options)
+    options = options.check_supported(name, kind.options)
     return kind.make(dim, num_experts, top_k, options=options, **placement)

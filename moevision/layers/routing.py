@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from moevision.config import RouteBy as RouteBy
-from moevision.layers.cpu import send_choices, sum_rows
+from moevision.layers.cpu import copy_to_experts, sum_rows
 from moevision.layers.experts import Experts
 
 Kind = Literal["token_choice", "expert_choice", "soft"]
@@ -124,7 +124,7 @@ class Routing:
         `pad`: round the rows of each expert up to what the grouped matrix product likes; see `LocalDispatcher`.
         """
         expert_index = self.expert_index.flatten(0, 1)  # [T, K]
-        return Dispatched(*send_choices(x, expert_index, self.num_experts, pad=pad))
+        return Dispatched(*copy_to_experts(x, expert_index, self.num_experts, pad=pad))
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
         """Weighted sum [T, D] of each token's rows; `rows` [R, D] is the experts' output for the rows of `dispatch`."""

@@ -37,10 +37,10 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from moevision.config import (
-    CLASSES,
+    CLASS_ARGUMENTS,
     EmaConfig,
     GuardConfig,
-    Options,
+    OptionValues,
     ParsedArgs,
     Settings,
     flatten,
@@ -189,7 +189,7 @@ class Prepared(NamedTuple):
 
     task: ClassificationTask
     data: ImageDataModule
-    trainer_parts: Options
+    trainer_parts: OptionValues
     callbacks: list[Callback]
 
 
@@ -361,15 +361,15 @@ def watching(ema: EmaConfig, guard: GuardConfig) -> list[Callback]:
     return [*average, *guards, RouterHealth()]
 
 
-def instantiated(arguments: Options) -> Options:
+def instantiated(arguments: OptionValues) -> OptionValues:
     """What arguments of the Trainer that may name a class stand for, such as a logger by the name of its class."""
-    named = {name: arguments[name] for name in CLASSES if arguments.get(name) is not None}
+    named = {name: arguments[name] for name in CLASS_ARGUMENTS if arguments.get(name) is not None}
     if not named:
         return {}
 
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(ALLOWED))
     parser = ArgumentParser(exit_on_error=False)
-    others = set(signature(Trainer).parameters) - set(CLASSES)
+    others = set(signature(Trainer).parameters) - set(CLASS_ARGUMENTS)
     parser.add_class_arguments(Trainer, skip=others, instantiate=False)
     try:
         parsed = parser.parse_object(named)
@@ -405,7 +405,7 @@ def _functions(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _strategy_of(settings: Settings) -> Options:
+def _strategy_of(settings: Settings) -> OptionValues:
     """The Trainer's arguments for --parallel; a UserError if --trainer.strategy says something else."""
     config = settings.parallel
     if config.layout is None:
@@ -426,7 +426,7 @@ def _strategy_of(settings: Settings) -> Options:
 
 
 def _trainer(
-    settings: Settings, run_dir: Path, parts: Options, callbacks: list[Callback]
+    settings: Settings, run_dir: Path, parts: OptionValues, callbacks: list[Callback]
 ) -> Trainer:
     """A Trainer that logs to and saves in the run folder; `parts` are instances of what its options name."""
     arguments = {**settings.trainer, **parts}
@@ -465,7 +465,7 @@ def _trainer(
     return trainer
 
 
-def _make_trainer(arguments: Options) -> Trainer:
+def _make_trainer(arguments: OptionValues) -> Trainer:
     if arguments.get("accelerator", "auto") == "auto" and torch.backends.mps.is_available():
         arguments["accelerator"] = "cpu"  # `auto` would take Apple's GPU
     try:
@@ -475,7 +475,7 @@ def _make_trainer(arguments: Options) -> Trainer:
         raise UserError(f"The Trainer does not take these options: {error}") from error
 
 
-def start_one_each(arguments: Options) -> None:
+def start_one_each(arguments: OptionValues) -> None:
     """Run this command in a process for each device that the Trainer's arguments ask for.
 
     Not where torchrun, SLURM or this function has started them. Ends with these processes. A UserError for devices that
@@ -769,7 +769,7 @@ class Evaluated(NamedTuple):
     """A checkpoint to evaluate, and what it says of its model."""
 
     path: str
-    model_options: Options
+    model_options: OptionValues
     num_classes: int | None  # as trained
     image_size: int | None  # as trained
     class_names: list[str] | None  # 0.1 wrote none

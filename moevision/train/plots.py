@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -29,6 +30,7 @@ from moevision.types import Floats, Ints, Keywords, Pixels
 from moevision.words import percent
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+# Of layers, in this order.
 OKABE_ITO = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 INK, SOFT, GRID = "#333333", "#808080", "#e8e8e8"
 _TITLE: Keywords = {"fontsize": 10.5, "color": INK, "fontweight": "bold"}
@@ -57,6 +59,7 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     curves = read_metrics(metrics_csv)
     matches = {name: _LOAD_METRIC.fullmatch(name) for name in curves}
     loads = {match[1]: curves[name] for name, match in matches.items() if match}
+    # Each group of parameters has a column of its own. They differ by a factor only: the first is drawn.
     rates = [curve for name, curve in curves.items() if name.startswith("lr")]
 
     panels: list[Callable[[Axes], None]] = []
@@ -69,12 +72,12 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     if rates:
         panels.append(partial(_draw_rate, rate=rates[0]))
     if panels:
-        last_step = max(float(curve.steps[-1]) for curve in curves.values())
+        last_step = max(curve.steps[-1] for curve in curves.values())
         save(_draw_panels(panels, last_step), out)
 
 
 def _draw_panels(panels: Sequence[Callable[[Axes], None]], last_step: float) -> Figure:
-    # 1 to 4 panels: up to three side by side, four as 2 x 2.
+    # Up to three panels stand side by side, four as 2 x 2.
     columns = len(panels) if len(panels) < 4 else 2
     rows = len(panels) // columns
 
@@ -83,10 +86,9 @@ def _draw_panels(panels: Sequence[Callable[[Axes], None]], last_step: float) -> 
 
     for number, draw in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, number)
-        calm(axes)
+        style_axes(axes)
         axes.set_xlim(0, max(1.0, last_step))
-        is_in_last_row = number > len(panels) - columns
-        if is_in_last_row:
+        if number > len(panels) - columns:  # in the last row
             axes.set_xlabel("optimizer step", **_LABEL)
         draw(axes)
     return figure
@@ -103,6 +105,7 @@ def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
     for name in names:
         points = []
         for row in rows:
+            # Only the test's row has its accuracy.
             is_test_load = name.startswith("moe/") and row.get("test/top1")
             if row["step"] and row[name] and not is_test_load:
                 points.append((float(row["step"]), float(row[name])))
@@ -119,16 +122,18 @@ def moving_average(values: Floats, span: float) -> Floats:
     """
     is_finite = np.isfinite(values)
     decay = 1 - 2.0 / (span + 1.0)
-    # Sum of the weights of the first 1, 2, … values; dividing by it removes the bias towards the initial 0.
+    # The sum of the weights of the first 1, 2, … values.
     weight_sums = 1 - decay ** np.arange(1, is_finite.sum() + 1)
 
     smoothed = np.full(values.shape, np.nan)
+    # The filter is y[t] = decay · y[t - 1] + (1 - decay) · x[t] from y = 0. Dividing by the sum of the weights removes
+    # the bias towards this 0.
     smoothed[is_finite] = lfilter([1 - decay], [1, -decay], values[is_finite]) / weight_sums
     return smoothed
 
 
-def calm(axes: Axes) -> None:
-    """Style axes plainly: light horizontal grid, no frame but the bottom line, no tick marks."""
+def style_axes(axes: Axes) -> None:
+    """A plain style: light horizontal grid, no frame but the bottom line, no tick marks."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#bbbbbb")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
@@ -152,7 +157,7 @@ def save(figure: Figure, out: Path) -> None:
 
 
 def _line(axes: Axes, curve: Curve, color: str, **style: Any) -> None:
-    """Draw a curve, with dots if it has few points: a single one (a run of one epoch) has no line."""
+    """Draw a curve, with dots if it has few points: a single one, of a run of one epoch, would have no line to see."""
     num_points = curve.steps.size
     defaults: Keywords = {"color": color, "linewidth": 1.8, "clip_on": False}
     if num_points <= 30:
@@ -176,7 +181,7 @@ def _dashed_line(axes: Axes, height: float) -> None:
 
 
 def _draw_loss(axes: Axes, train: Curve, val: Curve | None) -> None:
-    span = max(1.0, 0.04 * train.steps.size)
+    span = max(1.0, 0.04 * train.steps.size)  # points: 4 % of the curve
     if span > 1:
         axes.plot(train.steps, train.values, color=BLUE, linewidth=0.8, alpha=0.22)
     smoothed = Curve(train.steps, moving_average(train.values, span))
@@ -186,7 +191,7 @@ def _draw_loss(axes: Axes, train: Curve, val: Curve | None) -> None:
         _legend(axes)
 
     note = f"bold: moving average over about {span:.0f} points" if span > 1 else "every logged step"
-    num_nonfinite = int(np.sum(~np.isfinite(train.values)))
+    num_nonfinite = np.sum(~np.isfinite(train.values))
     if num_nonfinite:
         note += f"; {num_nonfinite} values weren't finite"
     title(axes, "loss", note)
@@ -194,7 +199,7 @@ def _draw_loss(axes: Axes, train: Curve, val: Curve | None) -> None:
 
 def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
     _line(axes, val, GREEN)
-    values = val.values  # [S], and one of the test
+    values = val.values  # all that are drawn: [S], below with the test's
     note = "validation"
     if np.isfinite(values).any():
         note += f", best {percent(float(np.nanmax(values)))}"
@@ -205,7 +210,7 @@ def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
         values = np.append(values, test.values)
     title(axes, "top-1 accuracy", note)
 
-    # The axis spans the drawn values, rounded outwards to multiples of 0.1, and at least 0.1.
+    # The axis spans the drawn values, rounded outwards to multiples of 0.1; where they are equal, 0.1 of the range.
     finite = values[np.isfinite(values)]
     lowest, highest = 0.0, 1.0
     if finite.size:
@@ -218,11 +223,12 @@ def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
 def _draw_loads(axes: Axes, loads: dict[str, Curve]) -> None:
     for index, (layer, curve) in enumerate(loads.items()):
         # Layers beyond the number of colours repeat the colours with dashed lines.
-        cycle, color_index = divmod(index, len(OKABE_ITO))
-        style = (0, (3, 1.5)) if cycle else "-"
+        repeats, color_index = divmod(index, len(OKABE_ITO))
+        style = (0, (3, 1.5)) if repeats else "-"
         _line(axes, curve, OKABE_ITO[color_index], label=f"block {layer}", linestyle=style)
     _dashed_line(axes, 1.0)
 
+    # No load is below 1. The axis reaches 1.55 at least, so that small imbalances look small.
     highest = max(float(np.nanmax(curve.values, initial=1.0)) for curve in loads.values())
     axes.set_ylim(0.95, max(1.55, 1.08 * highest))
     _legend(axes, columns=1 if len(loads) <= 4 else 2)
@@ -254,12 +260,13 @@ def plot_confusion(
     with np.errstate(invalid="ignore"):
         row_fractions = counts / images_per_class[:, None]  # [C, C]; NaN for a class without images
 
-    side = float(np.clip(2.8 + 0.42 * len(class_names), 4.2, 10.5))  # inches
+    # A matrix of more classes is larger, up to the width of a page.
+    side = np.clip(2.8 + 0.42 * len(class_names), 4.2, 10.5)  # inches
     figure = Figure(figsize=(side + 0.6, side), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     cells = _draw_cells(axes, row_fractions)
     _label_classes(axes, class_names, images_per_class)
-    accuracy = percent(float(np.mean(np.equal(labels, predictions))))
+    accuracy = percent(float(np.mean(labels == predictions)))
     title(axes, f"{images_per_class.sum():,} images, {accuracy} correct")
 
     if len(class_names) <= _MAX_CLASSES_WITH_PERCENT:
@@ -270,7 +277,10 @@ def plot_confusion(
 
 
 def plot_examples(rows: Mapping[str, Sequence[Pixels | str]], out: Path) -> None:
-    """Draw rows of images, uint8 [3, S, S], below their titles; the place of one that can't be read stays empty."""
+    """Draw rows of images below their titles.
+
+    An image is uint8 [3, S, S]; or, if it can't be read, the reason, which is written in its place.
+    """
     if not rows:
         return
     columns = max(map(len, rows.values()))
@@ -279,15 +289,17 @@ def plot_examples(rows: Mapping[str, Sequence[Pixels | str]], out: Path) -> None
     for axes in grid.flat:
         axes.set_axis_off()
     for row, (text, images) in zip(grid, rows.items(), strict=True):
-        title(row[0], _plain(text))
+        title(row[0], _escape_mathtext(text))
         for axes, image in zip(row, images, strict=False):
-            if not isinstance(image, str):
+            if isinstance(image, str):
+                axes.text(0, 0.3, fill(_escape_mathtext(image), 20), **_SMALL)
+            else:
                 axes.imshow(image.transpose(1, 2, 0))
     save(figure, out)
 
 
-def _plain(text: str) -> str:
-    """Without a formula, which a dollar sign starts in matplotlib."""
+def _escape_mathtext(text: str) -> str:
+    """The text for matplotlib, which reads a formula between two dollar signs."""
     return text.replace("$", r"\$")
 
 
@@ -296,12 +308,12 @@ def _draw_cells(axes: Axes, row_fractions: Floats) -> AxesImage:
     axes.set_facecolor("#d9d9d9")  # visible in the rows of NaN
     axes.spines[:].set_visible(False)
     axes.tick_params(**_TICKS)
-    norm = Normalize(0, 1)
+    exponent = 1.0
     if len(row_fractions) > _MAX_CLASSES_WITH_PERCENT:
         # With many classes no single confusion is frequent; a square-root scale keeps a few percent visible.
-        norm = PowerNorm(0.5, 0, 1)
-    masked = np.ma.masked_invalid(row_fractions)
-    return axes.imshow(masked, cmap="Blues", norm=norm, interpolation="nearest")
+        exponent = 0.5
+    norm = PowerNorm(exponent, 0, 1)
+    return axes.imshow(row_fractions, cmap="Blues", norm=norm, interpolation="nearest")
 
 
 def _label_classes(axes: Axes, class_names: Sequence[str], images_per_class: Ints) -> None:
@@ -316,8 +328,8 @@ def _label_classes(axes: Axes, class_names: Sequence[str], images_per_class: Int
         return
 
     axes.set_ylabel("true class (number of images)", **_LABEL)
-    names = [name if len(name) <= 22 else f"{name[:21]}…" for name in class_names]
-    names = list(map(_plain, names))
+    short_names = (name if len(name) <= 22 else f"{name[:21]}…" for name in class_names)
+    names = list(map(_escape_mathtext, short_names))
     names_with_counts = [
         f"{name} ({count:,})" for name, count in zip(names, images_per_class, strict=True)
     ]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moevision import __version__, package_version
-from moevision.limits import total_memory_bytes, usable_cores
+from moevision.limits import physical_memory_bytes, usable_cores
 from moevision.types import Json
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def collect_provenance(
     extra: Mapping[str, Any] | None = None,
 ) -> Json:
     """What a reader needs to repeat this run, as JSON primitives; `extra` are further entries, under the key `run`."""
-    memory = total_memory_bytes()
+    memory = physical_memory_bytes()
     return {
         "moevision": __version__,
         # A checkout has the shipped configurations beside the package; in a wheel they are inside.

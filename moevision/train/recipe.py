@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from moevision.config import Options, ParsedArgs, Settings, parse_config, to_settings
+from moevision.config import OptionValues, ParsedArgs, Settings, parse_config, to_settings
 from moevision.data import ImageDataModule
 from moevision.data.folder import DATASET_NAMES, HF
 from moevision.data.named import (
@@ -42,7 +42,7 @@ from moevision.efficiency import parameter_counts
 from moevision.errors import UserError, escape_controls
 from moevision.files import newest_config, shipped_configs
 from moevision.layers import describe_moe, moe_layers
-from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
+from moevision.limits import available_memory_bytes, memory_limit_bytes, usable_cores
 from moevision.models.config import DEFAULT_NAME
 from moevision.models.convert import block_to_pool
 from moevision.models.io import architecture_of, first_blocks
@@ -141,11 +141,11 @@ class Request:
     has_config: bool  # whether --config is given
     pretrained: str | None  # --pretrained; None: it wasn't given
     resume: str | None  # --resume: a run folder, or `auto`
-    config: Options  # the options in the files of --config
-    command_line: Options  # all other options of the command line
+    config: OptionValues  # the options in the files of --config
+    command_line: OptionValues  # all other options of the command line
 
     @property
-    def options(self) -> Options:
+    def options(self) -> OptionValues:
         """Options of the configs and the command line, which takes precedence."""
         return {**self.config, **self.command_line}
 
@@ -158,9 +158,9 @@ class Request:
         return Path(self.options.get("runs_root", "runs"), name)
 
     @property
-    def trainer(self) -> Options:
+    def trainer(self) -> OptionValues:
         """Arguments of the Trainer (accelerator, devices, machines), including those recorded by a resumed run."""
-        recorded: Options = {}
+        recorded: OptionValues = {}
         config = self.run_dir / "config.yaml"
         if self.resume is not None and config.is_file():
             recorded = read_config(config)
@@ -190,7 +190,7 @@ def read_request(verb: str, args: ParsedArgs) -> Request:
             config_names = [images]
             images = None
 
-    config: Options = {}
+    config: OptionValues = {}
     for name in config_names:
         config |= read_config(find_config(name))
 
@@ -230,14 +230,14 @@ def resolve_settings(request: Request, say: Callable[[str], None] = print_rank0)
     is_fit = request.verb == "fit"
     config = request.config
     command_line = request.command_line
-    recorded: Options = {}
+    recorded: OptionValues = {}
     if not is_fit and not request.has_config:
         recorded = _options_of_run(command_line.get("ckpt_path"))
     if not request.has_config and not recorded and "data.path" not in command_line:
         raise UserError(_no_images_message(request))
 
-    recipe: Options = {}
-    weights: Options = {}
+    recipe: OptionValues = {}
+    weights: OptionValues = {}
     with trains_on({**recorded, **request.options}.get("trainer.accelerator")):
         if is_fit and request.images is not None and not request.has_config:
             recipe = broadcast_from_rank0(
@@ -263,7 +263,7 @@ def resumed_settings(request: Request) -> tuple[Settings, Settings]:
     Nothing is chosen automatically: the recorded settings include the choices of the run's first start.
     """
     recorded = read_config(recorded_config(request.run_dir))
-    weights: Options = {}
+    weights: OptionValues = {}
     if request.pretrained not in (None, AUTO, NONE):
         weights = weights_alone(request.pretrained, request.command_line)
     return to_settings(recorded), to_settings({**recorded, **request.options, **weights})
@@ -278,7 +278,7 @@ def recorded_config(run_dir: Path) -> Path:
     return config
 
 
-def _options_of_run(checkpoint: str | None) -> Options:
+def _options_of_run(checkpoint: str | None) -> OptionValues:
     """The options of the run that a checkpoint is from, for its evaluation; empty if it is in no run folder."""
     if not checkpoint or Path(os.path.abspath(checkpoint)).parent.name != "checkpoints":
         return {}
@@ -290,7 +290,7 @@ def _options_of_run(checkpoint: str | None) -> Options:
     return {**read_config(newest_config(run_dir)), **one_process}
 
 
-def _without_epochs(options: Options) -> Options:
+def _without_epochs(options: OptionValues) -> OptionValues:
     """If these options give max_steps alone, clear max_epochs, so that other sources' epochs don't end the training."""
     if options.get("trainer.max_steps", -1) > 0:
         return {"trainer.max_epochs": None, **options}
@@ -311,7 +311,9 @@ def _no_images_message(request: Request) -> str:
     )
 
 
-def _check_image_options(folder: str | None, command_line: Options, config: Options) -> None:
+def _check_image_options(
+    folder: str | None, command_line: OptionValues, config: OptionValues
+) -> None:
     """Raise a UserError for two names of images, and for a table's column if the images are no table."""
     path = command_line.get("data.path")
     if folder is not None and path not in (None, folder):
@@ -329,7 +331,7 @@ def _check_image_options(folder: str | None, command_line: Options, config: Opti
         )
 
 
-def read_config(file: Path) -> Options:
+def read_config(file: Path) -> OptionValues:
     """The options of a config file, by their dotted names."""
     options = parse_config(read_yaml(file), str(file))
     if options.pop("resume", None) is not None:
@@ -345,8 +347,8 @@ def run_of_checkpoint(checkpoint: str) -> Path:
 
 
 def weights_alone(
-    pretrained: str, options: Options, say: Callable[[str], None] = print_rank0
-) -> Options:
+    pretrained: str, options: OptionValues, say: Callable[[str], None] = print_rank0
+) -> OptionValues:
     """The options that `--pretrained` stands for, without a recipe.
 
     They replace the model's name and base of a config. `options` are those of the command line, which are not replaced.
@@ -370,9 +372,9 @@ def weights_alone(
 def choose_recipe(
     path: str,
     pretrained: str | None = None,
-    options: Options | None = None,
+    options: OptionValues | None = None,
     say: Callable[[str], None] = print_rank0,
-) -> Options:
+) -> OptionValues:
     """Options that suit the images in a folder or of a named dataset, by their number, free memory and the device.
 
     `pretrained` is `--pretrained` (None: pretrained weights if there are few images and no model is given), `options`
@@ -420,7 +422,7 @@ def _default_start(
     return NONE
 
 
-def _check_readable(path: str, options: Options) -> None:
+def _check_readable(path: str, options: OptionValues) -> None:
     """Raise a UserError for missing or unreadable images, before any weights are looked for or downloaded."""
     if options.get("data.download"):
         return
@@ -435,7 +437,7 @@ def _check_readable(path: str, options: Options) -> None:
     )
 
 
-def _loading_options(path: str, options: Options) -> Options:
+def _loading_options(path: str, options: OptionValues) -> OptionValues:
     """Options of the images' crop, cache and worker processes on this machine."""
     devices = options.get("trainer.devices", 1)
     if not isinstance(devices, int) or devices < 1:  # auto, -1 or a list: assume all GPUs
@@ -443,7 +445,7 @@ def _loading_options(path: str, options: Options) -> Options:
     workers = 0
     if has_gpu():
         workers = min(8, (usable_cores() - 1) // devices)  # of each process
-    free_bytes = memory_available_bytes() or 2**32
+    free_bytes = available_memory_bytes() or 2**32
     return {
         "data.crop": "auto" if path in NAMED else "random_resized",
         "data.cache_mb": free_bytes // 4 // 2**20,  # a quarter of the free memory
@@ -451,12 +453,14 @@ def _loading_options(path: str, options: Options) -> Options:
     }
 
 
-def _options_from_scratch(images: int, model_option: str | None, options: Options) -> Options:
+def _options_from_scratch(
+    images: int, model_option: str | None, options: OptionValues
+) -> OptionValues:
     """Options of a training from scratch: a hybrid model, small enough for a CPU, with Muon.
 
     A model that the user names is trained with AdamW instead.
     """
-    recipe: Options = {}
+    recipe: OptionValues = {}
     if model_option not in ("model.arch.name", "model.arch.base"):
         recipe = {"model.arch.name": "vit_moe_hybrid_patch8_32", "model.optim.name": "muon"}
     elif options.get("data.image_size") is None:
@@ -720,7 +724,7 @@ def _memory(trainer: Trainer) -> tuple[int | None, str]:
     if device.type == "cuda" and not _offloads(trainer):
         return torch.cuda.mem_get_info(device)[1], device_name(trainer)
     where = "each process's part of the main memory" if _offloads(trainer) else device_name(trainer)
-    main_memory = usable_memory_bytes()
+    main_memory = memory_limit_bytes()
     if main_memory is None:
         return None, where
     return main_memory // trainer.num_devices, where

@@ -33,7 +33,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from moevision.config import Options
+from moevision.config import OptionValues
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
@@ -297,7 +297,7 @@ def epochs_for(images: int) -> int:
     return min(max_epochs, max(min_epochs, round(images_in_all / max(1, images))))
 
 
-def pretrained_options(weights: StartWeights, images: int) -> Options:
+def pretrained_options(weights: StartWeights, images: int) -> OptionValues:
     """Command-line options that suit pretrained weights.
 
     A dense model is upcycled: the last two blocks of odd index get four experts each with top_k 1, which costs as much
@@ -306,7 +306,7 @@ def pretrained_options(weights: StartWeights, images: int) -> Options:
     """
     net = weights.net
     saved = describe(net)
-    options: Options = {
+    options: OptionValues = {
         "model.arch.pretrained": weights.source,
         "data.image_size": image_side(net, saved.image_size),
         "data.batch_size": min(64 if has_gpu() else 32, max(8, images // 20)),

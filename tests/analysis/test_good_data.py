@@ -22,14 +22,14 @@ from moevision.analysis.good_data import (
     RunImages,
     Thumbnails,
     _margins,
+    caveats,
     class_lists,
     class_rows,
-    doubts,
     examine,
     expert_lists,
     expert_rows,
     map_cells,
-    page_facts,
+    page_content,
     render,
     score_run,
     table_lines,
@@ -105,7 +105,7 @@ def tiny_model(tiny_run):
 
 
 def listed(images: RunImages, known) -> dict[str, list[str]]:
-    facts = page_facts(images, known, 5)
+    facts = page_content(images, known, 5)
     return {each["key"]: [entry["image"] for entry in each["entries"]] for each in facts["lists"]}
 
 
@@ -198,23 +198,27 @@ def test_a_weak_model_and_few_looks_are_said_above_the_lists(planted):
     labels = images.labels
     wrong = lambda count: np.where(np.arange(len(labels)) < count, 1 - labels, labels)  # noqa: E731
     assert len(labels) == 24
-    assert doubts(replace(known, prediction=wrong(8)), labels) == []
+    assert caveats(replace(known, prediction=wrong(8)), labels) == []
     few = replace(known, prediction=wrong(8), visits=np.full_like(known.visits, 2))
-    (looks,) = doubts(few, labels)
+    (looks,) = caveats(few, labels)
     assert "2 times" in looks
     assert "3 or more" in looks
-    (weak,) = doubts(replace(known, prediction=wrong(12)), labels)
+    (weak,) = caveats(replace(known, prediction=wrong(12)), labels)
     assert "right on 50 %" in weak
-
-    # Without predictions by the share of visits at which an image was right; one of 24 was never visited.
-    shares = np.full(len(labels), 0.5)
-    shares[0] = np.nan
-    visits = np.where(np.isnan(shares), 0, 9)
-    unpredicted = replace(known, prediction=np.full(len(labels), -1), visits=visits)
-    (weak,) = doubts(replace(unpredicted, scores={"correct": shares}), labels)
-    assert "right on 50 %" in weak
-    facts = page_facts(images, replace(known, prediction=wrong(12)), 5) | ABOUT
+    facts = page_content(images, replace(known, prediction=wrong(12)), 5) | ABOUT
     assert 'class="note weak"' in render(facts, lambda _: {"src": None, "problem": "gone"})
+
+
+def test_images_that_were_never_visited_do_not_hide_that_a_model_is_weak(planted):
+    """Without predictions the accuracy is that of the visits; by hand: 8 of 16 with a record."""
+    images, known = planted
+    correct = np.zeros(len(known.visits), np.float32)
+    correct[:8] = 1
+    correct[16:] = np.nan
+    unpredicted = np.full_like(known.prediction, -1)
+    facts = replace(known, prediction=unpredicted, scores=known.scores | {"correct": correct})
+    (weak,) = caveats(facts, images.labels)
+    assert "right on 50 %" in weak
 
 
 def test_of_few_visits_the_finished_model_s_list_comes_first(planted):
@@ -234,7 +238,7 @@ def test_one_image_and_none_with_a_score(tmp_path):
         if not visits:
             for name in SCORES:
                 scores.scores[name][0] = np.nan
-        facts = page_facts(images, examine(images, scores, None), 5)
+        facts = page_content(images, examine(images, scores, None), 5)
         assert [each["key"] for each in facts["lists"]] == (
             ["doubtful", "hardest", "unsteady", "easiest"] if visits else []
         )
@@ -276,7 +280,7 @@ def hostile(tmp_path_factory):
     images = images_in(root, CLASSES, train=train, test=[("<i>gone", 0)])
     scores = scores_of(images)
     facts = (
-        page_facts(images, examine(images, scores, None), 8)
+        page_content(images, examine(images, scores, None), 8)
         | ABOUT
         | {"title": "<u>run" + 200 * "x"}
     )
@@ -291,7 +295,7 @@ def test_no_name_becomes_an_element(hostile):
     found = Elements(page)
     assert (found.tags["script"], found.handlers) == (2, [])
     assert {"b", "i", "u"} & found.tags.keys() == set()
-    pairs = page_facts(images, examine(images, scores, None), 8)["lists"][-1]["entries"]
+    pairs = page_content(images, examine(images, scores, None), 8)["lists"][-1]["entries"]
     # Every list of images shows every training image, classes show all of theirs, each of two experts five.
     assert found.tags["img"] == 5 * 8 + 2 * len(pairs) + 8 + 2 * 5
     assert "\x1b" not in page
@@ -496,7 +500,7 @@ def test_a_hostile_folder(name, tiny_model, tmp_path):
         for values in (*scores.scores.values(), *scores.experts.values()):
             values[:] = np.nan
     known = examine(images, scores, tiny_model)
-    facts = page_facts(images, known, 8)
+    facts = page_content(images, known, 8)
     page = render(facts | ABOUT | {"title": name}, Thumbnails(images, tmp_path / "thumbs"))
     found = Elements(page)
     assert (found.tags["script"], found.handlers) == (2, [])

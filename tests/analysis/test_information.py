@@ -164,7 +164,7 @@ def test_bias_is_the_mean_over_the_first_32_permutations(monkeypatch):
 
     monkeypatch.setattr(information, "second_order_bias", counted)
     maps, labels = np.random.default_rng(0).integers(1, 5, size=(12, 4, 2)), np.arange(12) % 3
-    monkeypatch.setattr(information, "_CHUNK_CELLS", 10 * 3 * 12)
+    monkeypatch.setattr(information, "_CHUNK_NUMBERS", 10 * 3 * 12)
     information.class_information(maps, labels, num_permutations=40)
     assert rows == [10, 10, 10, 2, 1]
     rows.clear()
@@ -179,7 +179,7 @@ def test_a_null_that_keeps_a_part_of_the_effect_has_a_normal_interval(null, vari
     The larger one counts, times 3.18245 (Student's, 3 degrees of freedom), on both sides of .5 - .2.
     """
     influence = np.array([0.1, -0.1, 0.0, 0.0])
-    estimate = excess_estimate(0.5, np.array(null), influence, keeps_effect=True)
+    estimate = excess_estimate(0.5, np.array(null), influence, null_keeps_effect=True)
     half = 3.182446 * math.sqrt(variance)
     assert (estimate.low, estimate.high) == (
         pytest.approx(0.3 - half, abs=1e-5),

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from moevision.analysis.good_data import (
-    CELL,
+    MAX_CELL,
     class_doubt,
     image_measures,
     laplacian_variance,
@@ -166,9 +166,9 @@ def test_images_that_the_experts_shared_out_alike_by_hand():
 
 
 def test_many_images_are_compared_in_cells():
-    """Beyond `CELL` images pairs are looked for in cells; planted pairs lie together, and memory is that of a cell."""
+    """Beyond `MAX_CELL` images pairs are looked for in cells; planted ones lie together; memory is that of a cell."""
     generator = np.random.default_rng(0)
-    features = generator.standard_normal((CELL + 500, 4)).astype(np.float16)
+    features = generator.standard_normal((MAX_CELL + 500, 4)).astype(np.float16)
     features[:200] = features[-200:] * np.float16(1.001)
     tracemalloc.start()
     usable = np.ones(len(features), bool)
@@ -179,7 +179,9 @@ def test_many_images_are_compared_in_cells():
     tracemalloc.stop()
     found = overall.distance[:200] < 1e-3
     assert found.mean() > 0.98
-    assert peak < 4 * 4 * 1024 * CELL + 40e6  # four blocks of 1024 rows of cosines, and the rest
+    assert (
+        peak < 4 * 4 * 1024 * MAX_CELL + 40e6
+    )  # four blocks of 1024 rows of cosines, and the rest
 
 
 def test_doubt_is_one_of_the_class_by_linear_discriminants():

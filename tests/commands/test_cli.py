@@ -74,7 +74,7 @@ def test_help_all_shows_at_most_90_options(cli):
 def test_every_option_has_help():
     """But for the Trainer's own, which Lightning documents, and what only a checkpoint says."""
     silent = {name for name, option in config.options().items() if not option.help}
-    assert silent == {f"trainer.{name}" for name in config.MORE}
+    assert silent == {f"trainer.{name}" for name in config.MORE_ARGUMENTS}
 
 
 def test_the_data_module_takes_the_options_of_the_data():
@@ -103,7 +103,7 @@ def test_lightnings_trainer_takes_every_argument():
         "default_root_dir",
         "use_distributed_sampler",
     }
-    assert set(vars(config.Trainer())) | set(config.MORE) == taken
+    assert set(vars(config.Trainer())) | set(config.MORE_ARGUMENTS) == taken
 
 
 DASHES = {"with_twin": True, "data.batch_size": 8, "runs_root": "a_b-c"}

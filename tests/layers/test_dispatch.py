@@ -223,7 +223,7 @@ def test_experts_that_change_nothing_give_the_weighted_token(case):
     torch.testing.assert_close(mixed, case.x() * factor)
 
 
-@pytest.mark.parametrize("size", [cpu.FEW, 5000])
+@pytest.mark.parametrize("size", [cpu.FEW_CHOICES, 5000])
 @pytest.mark.parametrize("num_experts", [1, 2, 255, 256, 257, 1000])
 def test_the_order_is_that_of_a_stable_sort(num_experts, size):
     """A byte holds 256 experts; above that torch sorts. 300 was 44 in a byte."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moevision.layers.cpu import looped_mlps
+from moevision.layers.cpu import grouped_mlps
 
 pytestmark = pytest.mark.deep
 
@@ -79,7 +79,7 @@ def check(
     counts: Sequence[int],
     act: nn.Module,
     inputs: list[Tensor | None],
-    function: Function = looped_mlps,
+    function: Function = grouped_mlps,
 ) -> None:
     pairs = zip(
         results(function, counts, act, inputs), results(plain, counts, act, inputs), strict=True
@@ -120,7 +120,7 @@ def test_grouped_mm_or_not_every_width_is_right(counts, width, hidden, out, dtyp
     inputs = [
         x.detach().to(dtype).requires_grad_() for x in leaves(counts, sizes=(width, hidden, out))
     ]
-    actual = results(looped_mlps, counts, nn.GELU(), inputs)
+    actual = results(grouped_mlps, counts, nn.GELU(), inputs)
     expected = results(
         plain, counts, nn.GELU(), [x.detach().double().requires_grad_() for x in inputs]
     )
@@ -147,7 +147,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(counts, learned):
     inputs = leaves(counts)
     for index, x in enumerate(inputs):
         x.requires_grad_(index in learned)
-    gradients = results(looped_mlps, counts, nn.GELU(), inputs)[1:]
+    gradients = results(grouped_mlps, counts, nn.GELU(), inputs)[1:]
     assert [index for index, gradient in enumerate(gradients) if gradient is not None] == learned
     check(counts, nn.GELU(), inputs)
 
@@ -158,10 +158,10 @@ def test_nothing_is_kept_where_nothing_is_learned(counts):
     frozen = [x.detach() for x in inputs]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         with torch.no_grad():
-            without = looped_mlps(inputs[0], counts, nn.GELU(), *inputs[1:])
-        still = looped_mlps(frozen[0], counts, nn.GELU(), *frozen[1:])
+            without = grouped_mlps(inputs[0], counts, nn.GELU(), *inputs[1:])
+        still = grouped_mlps(frozen[0], counts, nn.GELU(), *frozen[1:])
         assert kept == []
-        learning = looped_mlps(inputs[0], counts, nn.GELU(), *inputs[1:])
+        learning = grouped_mlps(inputs[0], counts, nn.GELU(), *inputs[1:])
     assert len(kept) == 5  # rows, hidden values before and after the activation, both weights
     assert without.grad_fn is None
     assert still.grad_fn is None
@@ -200,7 +200,7 @@ def test_where_nothing_is_learned_the_second_product_needs_no_memory_for_the_fir
 
     def alive_at_the_end(rows: Tensor, parameters: list[Tensor]) -> bool:
         with EveryOperation(act := Watched()) as seen:
-            looped_mlps(rows, counts, act, *parameters)
+            grouped_mlps(rows, counts, act, *parameters)
         return seen.alive
 
     assert alive_at_the_end(rows, parameters)
@@ -216,7 +216,7 @@ def test_where_nothing_is_learned_the_second_product_needs_no_memory_for_the_fir
 def test_any_layout_of_the_incoming_gradient(counts, finish):
     """The sum's gradient is one number expanded to [R, out]."""
     actual, expected = leaves(counts), leaves(counts)
-    finish(looped_mlps(actual[0], counts, nn.GELU(), *actual[1:])).backward()
+    finish(grouped_mlps(actual[0], counts, nn.GELU(), *actual[1:])).backward()
     finish(plain(expected[0], counts, nn.GELU(), *expected[1:])).backward()
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-11, atol=1e-11)
@@ -227,7 +227,7 @@ def test_any_layout_of_the_incoming_gradient(counts, finish):
 def test_a_backward_pass_leaves_everything_as_it_was(counts, act):
     """Nothing is written over a tensor that somebody else holds."""
     inputs = leaves(counts)
-    out = looped_mlps(inputs[0], counts, act, *inputs[1:])
+    out = grouped_mlps(inputs[0], counts, act, *inputs[1:])
     given = torch.randn(out.shape, dtype=torch.float64)
     before = [x.detach().clone() for x in (*inputs, out, given)]
     first = torch.autograd.grad(out, inputs, given, retain_graph=True)
@@ -244,7 +244,7 @@ def test_float32_weights_of_bfloat16_rows_get_float32_gradients(counts):
     ]
     expected = results(plain, counts, nn.GELU(), [rows, *parameters])
     actual = results(
-        looped_mlps, counts, nn.GELU(), [rows.detach().bfloat16().requires_grad_(), *parameters]
+        grouped_mlps, counts, nn.GELU(), [rows.detach().bfloat16().requires_grad_(), *parameters]
     )
     assert [x.dtype for x in actual] == 2 * [torch.bfloat16] + 4 * [torch.float32]
     for ours, theirs in zip(actual, expected, strict=True):

@@ -424,7 +424,7 @@ def test_a_limit_beyond_every_number_of_batches_is_none(cli, tiny, drawn_pets, o
 
 
 def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
-    monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(recipe, "available_memory_bytes", lambda: 8 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     scratch = choose_recipe(str(drawn_pets), "none")
     assert scratch["data.image_size"] == 64
@@ -470,7 +470,7 @@ def test_recipe_follows_the_number_of_images(monkeypatch, images, epochs, batch)
 def test_who_names_the_cpu_gets_what_suits_a_cpu(monkeypatch):
     """Beside a GPU of 80 GB, which must not be asked for anything."""
     monkeypatch.setattr(recipe, "count_images", lambda _: 10_000)
-    monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 2**30)
+    monkeypatch.setattr(recipe, "available_memory_bytes", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     alone = resolved("fit", "pictures", "--pretrained=none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -498,9 +498,9 @@ def test_processes_share_the_cores_for_data_workers(monkeypatch, devices, worker
 def test_the_help_says_what_is_chosen_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     fewest, most = (epochs_for(images) for images in (10**9, 1))
-    assert options()["trainer.max_epochs"].chosen.endswith(f", on a GPU {fewest} to {most}")
+    assert options()["trainer.max_epochs"].auto_default.endswith(f", on a GPU {fewest} to {most}")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert options()["trainer.precision"].chosen.endswith(f", on a GPU {default_precision()}")
+    assert options()["trainer.precision"].auto_default.endswith(f", on a GPU {default_precision()}")
 
 
 def test_a_trial_leaves_no_folder_and_counts_its_own_memory(cli, tiny, drawn_pets, monkeypatch):

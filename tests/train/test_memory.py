@@ -59,24 +59,24 @@ def test_frozen_weights_have_neither_gradient_nor_moments():
 
 
 def test_the_line_of_the_plan(monkeypatch):
-    monkeypatch.setattr(memory, "usable_memory_bytes", lambda: 8_000_000_000)
+    monkeypatch.setattr(memory, "memory_limit_bytes", lambda: 8_000_000_000)
     task, trainer = task_of(), trainer_of(devices=2, strategy="ddp")  # each has half of the memory
     size = 16 * sum(p.numel() for p in task.net.parameters()) / 1e9
     said = f"memory: weights, gradients and moments {size:.2f} of 4.0 GB, without activations"
     assert memory.describe_memory(task, trainer) == said
     assert memory.describe_memory(task, trainer_of(precision="64-true")) is None
-    monkeypatch.setattr(memory, "usable_memory_bytes", lambda: None)
+    monkeypatch.setattr(memory, "memory_limit_bytes", lambda: None)
     assert memory.describe_memory(task, trainer) is None
 
 
 def test_fit_refuses_what_its_states_alone_exceed(monkeypatch):
     task, trainer = task_of(), trainer_of()
     needs = 16 * sum(p.numel() for p in task.net.parameters())
-    monkeypatch.setattr(memory, "usable_memory_bytes", lambda: needs)
+    monkeypatch.setattr(memory, "memory_limit_bytes", lambda: needs)
     memory.check_memory(task, trainer)
     with pytest.raises(UserError, match="--force"):  # each has half of the memory
         memory.check_memory(task, trainer_of(devices=2, strategy="ddp"))
-    monkeypatch.setattr(memory, "usable_memory_bytes", lambda: needs - 1)
+    monkeypatch.setattr(memory, "memory_limit_bytes", lambda: needs - 1)
     with pytest.raises(UserError, match=r"--model.arch.num_experts.* smaller model; --force"):
         memory.check_memory(task, trainer)
     with pytest.raises(UserError, match="more memory; --force"):
@@ -101,7 +101,7 @@ def test_a_gpu_gets_shards_as_a_way_on(monkeypatch):
     with pytest.raises(UserError, match=r"5 GPUs .*--parallel.offload true.*--force"):
         memory.check_memory(task, sharded)
     monkeypatch.setattr(
-        memory, "usable_memory_bytes", lambda: needs
+        memory, "memory_limit_bytes", lambda: needs
     )  # half of it holds a half of everything
     memory.check_memory(task, trainer_of(devices=2, strategy=MoEParallelStrategy(offload=True)))
 

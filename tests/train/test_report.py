@@ -189,6 +189,15 @@ def test_examples_of_mistakes(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_of_an_image_that_can_not_be_read_the_reason_is_drawn(tmp_path, figures):
+    """On lines of 20 characters; its dollar signs start no formula."""
+    image = np.zeros((3, 32, 32), np.uint8)
+    plot_examples({"one": [image, "it can't be read ($x$)"], "two": [image]}, tmp_path / "x.png")
+    texts = [[text.get_text() for text in axes.texts] for axes in figures[0].axes]
+    assert texts == [[], ["it can't be read\n(\\$x\\$)"], [], []]
+    assert [len(axes.images) for axes in figures[0].axes] == [1, 0, 1, 0]
+
+
 @pytest.mark.parametrize("classes", [2, 20, 37, 102])
 def test_confusion_of_few_and_many_classes(tmp_path, classes):
     rng = np.random.default_rng(0)

@@ -303,7 +303,7 @@ def test_a_slow_cpu_gets_the_smaller_model_and_a_gpu_of_12_gib_the_larger_one(mo
 
 def test_who_names_a_model_is_not_asked(drawn_pets, hub, monkeypatch):
     typed(monkeypatch)  # an answer would be an IndexError
-    monkeypatch.setattr("moevision.train.recipe.memory_available_bytes", lambda: 2**30)
+    monkeypatch.setattr("moevision.train.recipe.available_memory_bytes", lambda: 2**30)
     deeper = recipe(drawn_pets, None, "--model.arch.depth", "4")
     assert deeper["model.arch.name"].startswith("vit_moe_hybrid")
     assert deeper["model.optim.name"] == "muon"
