@@ -1,8 +1,8 @@
 """All accesses to private attributes of Lightning and to the counters of its loops: checked against Lightning 2.6.
 
-No other module names an attribute of Lightning's that begins with an underscore; a counter of its loops is read only in
-data/module.py, which may not import this one. `tests/train/test_lightning_internals.py` looks for them, and for the names
-below in the version that is installed.
+No other module names an attribute of Lightning's that begins with an underscore. A counter of its loops is read only
+in data/module.py, which may not import this one. `tests/train/test_lightning_internals.py` looks for them, and for the
+names below in the version that is installed.
 """
 
 from __future__ import annotations
