@@ -536,11 +536,9 @@ def _audit(add: Add) -> None:
         metavar="FILE.py:FUNCTION",
         help="a function of yours that returns Audited(model, routings); the file's code is run",
     )
-    add("--data", required=True, help=_DATA)
-    add("--root", help=_ROOT)
+    add("--data", required=True, metavar="FOLDER", help=f"held-out images: {_DATA}")
     add("--out", default="report", metavar="DIR", help="folder to write to (%(default)s)")
     add("--limit", type=int, metavar="N", help="images, the same number of each class (1000)")
-    add("--seed", type=_seed, default=0, help="seed of everything that is drawn (%(default)s)")
     add(
         "--quick",
         action="store_true",

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtr
@@ -41,6 +40,8 @@ from moevision.words import percent, signed
 _CHANCE = 0.01  # of an accusation, in one model
 _CONSTANT = 0.95  # share of the choices from which on routes are called constant
 _FEWEST = 20  # images on which an expert is compared with another
+Pairs = dict[tuple[int, int], Floats]
+"""(expert, the one that took over) -> [R] log-loss that images gained."""
 
 
 # ---- the model
@@ -204,17 +205,7 @@ def label_leak(answers: LayerAnswers, right: Interval | None) -> Finding:
 # ---- removals: each expert gives way on all patches of an image, to another one that is drawn for the image
 
 
-class Pair(NamedTuple):
-    """An expert whose patches went to another one."""
-
-    expert: int
-    other: int
-    gained: Floats  # [R] log-loss of each image
-
-
-def remove_each(
-    recording: Recording, index: int, runs: int, seed: int
-) -> tuple[list[Loss], list[Pair]]:
+def remove_each(recording: Recording, index: int, runs: int, seed: int) -> tuple[list[Loss], Pairs]:
     """What each expert's removal costs, and the same by the expert that took over, where enough images show it.
 
     In the first a patch's next choice takes over, if it names one.
@@ -244,11 +235,11 @@ def remove_each(
             removed[f"{way} {expert}"] = [np.where(routes == expert, instead, routes)]
     losses = list(measure_losses(recording, index, sample, removed).values())
 
-    pairs = []
+    pairs = {}
     for expert, other in permutations(experts, 2):
         images = (routes == expert).any((1, 2)) & (others[:, expert] == other)
         if images.sum() >= _FEWEST:
-            pairs.append(Pair(expert, other, losses[expert].log_loss[images]))
+            pairs[expert, other] = losses[expert].log_loss[images]
     return losses[-num_experts:], pairs
 
 
@@ -266,20 +257,19 @@ def knock_out(layer: RecordedLayer, losses: Sequence[Loss]) -> Finding:
     return Finding(layer.name, "knock-out", None, detail, costs)
 
 
-def permuted_experts(layer: RecordedLayer, pairs: Sequence[Pair], tests: int = 1) -> Finding:
+def permuted_experts(layer: RecordedLayer, pairs: Pairs, tests: int = 1) -> Finding:
     """Whether an expert's patches do better at another expert: Student's t over images, corrected for all pairs."""
     if not pairs:
         why = f"not measured (no expert meets another on {_FEWEST} images: give more, --limit)"
         return Finding(layer.name, "permuted experts", None, why)
-    better = []
-    for pair in pairs:
-        images = len(pair.gained)
-        error = max(float(pair.gained.std(ddof=1)) / images**0.5, 1e-12)
-        chance = stdtr(images - 1, pair.gained.mean() / error)
+    better = {}
+    for pair, gained in pairs.items():
+        error = max(gained.std(ddof=1) / len(gained) ** 0.5, 1e-12)
+        chance = stdtr(len(gained) - 1, gained.mean() / error)
         if chance * len(pairs) * tests < _CHANCE:
-            better.append(pair)
+            better[pair] = gained.mean()
     detail = f"patches do clearly better at the other expert in {len(better)} of {len(pairs)} pairs"
     if better:
-        most = min(better, key=lambda pair: pair.gained.mean())
-        detail += f"; most those of E{most.expert} at E{most.other}, {signed(most.gained.mean())} of log-loss"
+        nats, (expert, other) = min((nats, pair) for pair, nats in better.items())
+        detail += f"; most those of E{expert} at E{other}, {signed(nats)} of log-loss"
     return Finding(layer.name, "permuted experts", bool(better), detail)

@@ -413,26 +413,25 @@ class Choices:
         """Raise a UserError for what is no decision about a batch of so many images."""
         shape = list(self.experts.shape)
         weights = torch.ones(shape) if self.weights is None else self.weights
-        inputs = torch.ones(*shape[:2], 1) if self.inputs is None else self.inputs
-        needed = {
-            f"experts {shape}: give whole numbers below num_experts, [{images}, patches, choices]": (
-                len(shape) == 3
-                and shape[0] == images
-                and not self.experts.is_floating_point()
-                and 0 not in shape
-                and int(self.experts.max()) < self.num_experts
-            ),
-            f"weights {list(weights.shape)}: give finite ones of at least 0, {shape} as experts": (
-                weights.shape == self.experts.shape
-                and bool(((weights >= 0) & (weights < math.inf)).all())
-            ),
-            f"inputs {list(inputs.shape)}: give finite ones, {shape[:2]} and the width": (
-                list(inputs.shape[:-1]) == shape[:2] and bool(inputs.isfinite().all())
-            ),
-        }
-        for problem, is_met in needed.items():
-            if not is_met:
-                raise UserError(f"Block {block} of the hook has {problem}.")
+        inputs = self.experts.float() if self.inputs is None else self.inputs
+        problem = None
+        if len(shape) != 3 or shape[0] != images or 0 in shape or self.experts.is_floating_point():
+            problem = (
+                f"experts {shape}: give whole numbers [images, patches, choices], {images} images"
+            )
+        elif int(self.experts.max()) >= self.num_experts:
+            problem = (
+                f"an expert {int(self.experts.max())}: give 0 to {self.num_experts - 1}, negative ones for what isn't "
+                "computed, or another num_experts"
+            )
+        elif list(weights.shape) != shape or not ((weights >= 0) & (weights < math.inf)).all():
+            problem = (
+                f"weights {list(weights.shape)}: give finite ones of at least 0, {shape} as experts"
+            )
+        elif list(inputs.shape[:-1]) != shape[:2] or not inputs.isfinite().all():
+            problem = f"inputs {list(inputs.shape)}: give finite ones, {shape[:2]} and their width"
+        if problem is not None:
+            raise UserError(f"Block {block} of the hook has {problem}.")
 
     def routing(self, block: int, patches: int) -> Routing:
         """The decision as that of one of our layers; one about whole images is repeated for all their patches."""
@@ -502,13 +501,12 @@ class Hooked(nn.Module):
             if logits is None:
                 logits = images.new_empty(len(images), 0)
             shape = list(logits.shape)
-        if shape[1:] != [0] and shape != [len(images), self.num_classes]:
+        fits = shape[1:] == [0] or shape == [len(images), self.num_classes]
+        if not fits or not logits.isfinite().all():
             raise UserError(
-                f"The hook returned logits {shape}: give [{len(images)}, {self.num_classes}], one for each of the "
-                "model's class_names, or None."
+                f"The hook returned logits {shape}: give finite ones [{len(images)}, {self.num_classes}], one for each "
+                "of the model's class_names, or None."
             )
-        if not logits.isfinite().all():
-            raise UserError("The hook returned logits with NaN or infinity: mend the model.")
         if not blocks or not all(isinstance(choices, Choices) for choices in blocks):
             raise UserError("The hook returned no MoE block: return (logits, [Choices(...), ...]).")
         for block, choices in enumerate(blocks):

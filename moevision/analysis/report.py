@@ -38,6 +38,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
 
 import moevision.analysis.plots as plots
 from moevision import __version__
@@ -211,8 +212,15 @@ def load_inputs(settings: ReportSettings) -> Inputs:
         raise UserError(
             f"{settings.model} has no MoE layers to look at: give a model with experts."
         )
+    # What a model from elsewhere was trained on isn't known: its user gives held-out images alone.
+    is_folder = settings.code and Path(settings.data or "").is_dir()
     pictures = pictures_for(
-        settings.model, model, settings.data, limit=settings.limit, root=settings.root
+        settings.model,
+        model,
+        settings.data,
+        limit=settings.limit,
+        root=settings.root,
+        split="all" if is_folder else "test",
     )
     if pictures is None:
         raise UserError(
@@ -418,16 +426,13 @@ def measure_effects(
         "rows": [],
         "experts": [],
     }
-    if isinstance(model.net, Hooked):
-        effects["why"] = "a hook can't; the findings have the knock-outs"
-        return effects
     classes = [
         name
         for label, name in enumerate(trace.class_names)
         if name in model.class_names and (trace.labels == label).sum() >= _MIN_PER_CLASS
     ]
-    if not classes:
-        effects["why"] = f"no class of the model has {_MIN_PER_CLASS} images here"
+    effects["why"] = _why_not_ablated(model.net, classes)
+    if effects["why"] is not None:
         return effects
 
     # Time one ablation to find the number of images per class.
@@ -461,6 +466,13 @@ def measure_effects(
             )
     effects["pictures_per_class"] = per_class
     return effects
+
+
+def _why_not_ablated(net: nn.Module, classes: Sequence[str]) -> str | None:
+    """Why no expert of these classes' images can be ablated; None if it can."""
+    if isinstance(net, Hooked):
+        return "the findings have what each expert's removal costs"
+    return None if classes else f"no class of the model has {_MIN_PER_CLASS} images here"
 
 
 def _summary_of_classes(rows: Sequence[Json]) -> Json:
