@@ -233,7 +233,8 @@ def remove_each(recording: Recording, index: int, runs: int, seed: int) -> tuple
             has_taker = (routes == taker).any(-1, keepdims=True)
             instead = np.where(has_taker, ~expert, taker)
             removed[f"{way} {expert}"] = [np.where(routes == expert, instead, routes)]
-    losses = list(measure_losses(recording, index, sample, removed).values())
+    # The first is that of the own routes.
+    _, *losses = measure_losses(recording, index, sample, removed).values()
 
     pairs = {}
     for expert, other in permutations(experts, 2):

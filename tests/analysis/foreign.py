@@ -53,9 +53,15 @@ class Linears(nn.Module):
         order = gates.argsort(-1, descending=True)
         if self.by_image:  # one expert, unless it is negative
             order = order[..., :1] if self.forced is None else self.forced
-            gates = F.one_hot(order.clamp(min=0), EXPERTS) * gates[..., None, :] * (order >= 0)[..., None]
+            gates = (
+                F.one_hot(order.clamp(min=0), EXPERTS)
+                * gates[..., None, :]
+                * (order >= 0)[..., None]
+            )
             gates = gates.sum(-2)
-        self.seen = Choices(order, EXPERTS, None if self.by_image else gates.gather(-1, order), read)
+        self.seen = Choices(
+            order, EXPERTS, None if self.by_image else gates.gather(-1, order), read
+        )
         outputs = torch.einsum("btd,edf->btef", tokens, self.experts)
         return (outputs * gates[..., None]).sum(2)
 
@@ -118,3 +124,20 @@ def soft():
 def whole():
     net, _ = load_net(lambda: Linears(by_image=True))
     return Audited(saved(net), stored)
+
+
+def sparse():
+    """Without the hook's forcing; the guide's has it."""
+    net, untrained = load_net()
+
+    def listened(net, images):
+        seen = []
+        handle = net.block.gate.register_forward_hook(lambda *call: seen.append(call))
+        logits = net(images)
+        handle.remove()
+        ((_, (inputs,), (_, weights, experts)),) = seen
+        seen = (part.unflatten(0, (len(images), -1)) for part in (experts, weights, inputs))
+        experts, weights, inputs = seen
+        return logits, [Choices(experts, EXPERTS, weights, inputs)]
+
+    return Audited(saved(net), listened, untrained)
