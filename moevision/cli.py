@@ -730,12 +730,12 @@ some twenty lines what each MoE block chose (docs/guides/audit-a-router.md). Eac
 constant routes, a label that leaks to the gate, and permuted experts; load and the cost of removing each expert are
 beside it. Writes the report of `moevision analyze` to OUT/. Your file's code runs with your rights.""",
         """\
-  moevision audit my_model.py:audited --data photos/ --quick   my_model.py, which a reader writes:
+  moevision audit my_model.py:audited --data photos/ --quick   my_model.py is yours, such as:
       from moevision.analysis import Audited, Choices
       from moevision.models.io import SavedModel
 
-      def routings(net, images, forced=None):    # forced: {block: experts} to take instead
-          logits, experts = net(images)          # [B, C]; [B, patches, choices], best first
+      def routings(net, images):            # (net, images, forced) also has experts removed and exchanged
+          logits, experts = net(images)     # [B, C]; [B, patches, choices], best first
           return logits, [Choices(experts, num_experts=8)]
 
       def audited():

@@ -143,7 +143,9 @@ def find(
         ]
         why = answers.answers[2].detail
         if answers.swap is None:
-            findings.append(Finding(layer.name, "knock-out", None, f"not measured ({why})"))
+            findings.append(
+                Finding(layer.name, "knock-out, permuted experts", None, f"not measured ({why})")
+            )
             continue
         losses, pairs = remove_each(recording, index, runs, seed)
         findings += [knock_out(layer, losses), permuted_experts(layer, pairs, tests)]

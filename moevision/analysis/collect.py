@@ -398,7 +398,7 @@ class Choices:
     Attributes:
         experts: [B, T, K] whole numbers, best first. Negative: not computed, such as a choice that capacity dropped. T
             is the same in all blocks, or 1 where a block routes whole images.
-        num_experts: E. If every token names all E, each with a weight, the block is soft: no token chooses.
+        num_experts: E. If tokens name all E, the block is soft: it weighs them, and no token chooses.
         weights: [B, T, K] of at least 0; None: equal. An expert of weight 0 isn't computed: it is the token's next
             choice, which takes over where an expert is removed.
         inputs: [B, T, D] what the router reads; None: there are no probe and no clusters to compare with.
@@ -447,8 +447,7 @@ class Choices:
         shares = shares / shares.sum(-1, keepdim=True).clamp(min=_LEAST)
 
         routing = Routing(shares, shares, shares, None, experts, weights, kept)
-        # A softmax may round a weight to 0.
-        if experts.shape[-1] == self.num_experts > 1 and kept.float().mean() > _SOFT:
+        if experts.shape[-1] == self.num_experts > 1:
             routing = SoftRouting.of(shares.clamp(min=_LEAST).log()[..., None])
         rows = max(n for n in range(1, math.isqrt(patches) + 1) if patches % n == 0)
         by: RouteBy = "image" if self.experts.shape[1] == 1 else "token"
@@ -460,10 +459,9 @@ Hook = Callable[..., tuple[Tensor | None, Sequence[Choices]]]
 
 `forced` maps a block's position, from 0, to experts [B, T, K] that it must take in place of its own, best first; a
 negative one is not computed, and a token without others gets nothing from the block. Forced to its own choices, a block
-must compute what it does. A hook that takes two arguments can't be forced.
+must compute what it does. A hook that takes two arguments can't be forced. Images are float32, whatever the net is.
 """
 
-_SOFT = 0.99  # share of the choices that have a weight in a soft block
 _LEAST = 1e-12  # weight that stands for 0 where it is divided by, or its logarithm taken
 
 

@@ -267,13 +267,18 @@ def _with_hook(recording: Recording, net: Hooked, trace: RoutingTrace, run: Run)
 
     images = np.arange(min(_CHECKED, len(trace)))
     for index, layer in enumerate(layers):
-        probabilities = softmax(run(index, images, layer.choices[images]), -1)
-        if not np.allclose(probabilities, trace.probabilities[images], atol=_TOLERANCE):
+        if not layer.tokens_choose:
+            continue
+        choices = layer.choices[images]
+        logits = run(index, images, choices)
+        if not np.allclose(softmax(logits, -1), trace.probabilities[images], atol=_TOLERANCE):
             raise UserError(
                 f"The hook, forced to block {index}'s own experts, returns other logits than unforced: compute these "
                 "experts, each with the weight that it has unforced."
             )
-    return replace(recording, run=run)
+        without = run(index, images, ~np.maximum(choices, 0))
+        layers[index] = replace(layer, read=bool((without != logits).any()))
+    return replace(recording, layers=layers, run=run)
 
 
 def _recorded_inputs(

@@ -256,8 +256,8 @@ def test_a_block_from_elsewhere_is_audited(block, pets, tmp_path):
     assert says(said, " of 4, on 120 images", "L0: load: max/mean", str(out))
     assert says(said, "L0: Classes go to different experts", "L0: Training the router added")
     removed = {
-        "sparse": "knock-out: not measured (the hook takes no forced routes)",
-        "soft": "knock-out: not measured (no patch chooses its experts here)",
+        "sparse": "knock-out, permuted experts: not measured (the hook takes no forced routes)",
+        "soft": "knock-out, permuted experts: not measured (no patch chooses its experts here)",
         "whole": "of 4 experts cost log-loss when removed",
     }
     assert says(said, removed[block])
@@ -456,6 +456,13 @@ def test_a_hook_that_is_forced_wrongly(few, tmp_path):
     refused(audit(tmp_path, text, "my_model.py:f", few), "forced to block 0's own", "weight")
 
 
+def test_a_hook_that_does_not_force(few, tmp_path):
+    """Without its experts the block computes what it does with them."""
+    text = "def f(): return audited(lambda net, x, forced=None: (net(x), [Choices(chosen(x), 2)]))"
+    outcome = succeeded(audit(tmp_path, text, "my_model.py:f", few))
+    assert says(outcome.out, "knock-out, permuted experts: not measured (no logit reads these")
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize(
     ("hook", "why"),
@@ -470,7 +477,9 @@ def test_a_hook_that_is_forced_wrongly(few, tmp_path):
 def test_what_a_hook_lacks_is_said(hook, why, few, tmp_path):
     outcome = succeeded(audit(tmp_path, f"def f(): return audited({hook})", "my_model.py:f", few))
     assert says(
-        outcome.out, f"knock-out: not measured ({why}", f"different things: not measured ({why}"
+        outcome.out,
+        f"knock-out, permuted experts: not measured ({why}",
+        f"different things: not measured ({why}",
     )
     # Every image's routes are the same: its patch's number mod 2.
     assert says(outcome.out, "constant routes: 100.0 % of the patches")
