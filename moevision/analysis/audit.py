@@ -9,6 +9,7 @@ Axes: I images, P patches, K choices best first, E experts, R images that are ru
 
 from __future__ import annotations
 
+import math
 import runpy
 import sys
 from collections.abc import Sequence
@@ -17,11 +18,11 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
-from scipy.special import stdtr
+from scipy.special import ndtri, stdtr
 from torch import nn
 
 from moevision.analysis.collect import Hook, hooked, own_code
-from moevision.analysis.information import Interval, Numbers, paired_interval, ratio_interval
+from moevision.analysis.information import LEVEL, Interval, Numbers, paired_interval, ratio_interval
 from moevision.analysis.questions import (
     Cost,
     LayerAnswers,
@@ -139,7 +140,7 @@ def find(
             dead_experts(layer, tests),
             constant_routes(layer),
             Finding(layer.name, "load", None, answers.load.words),
-            label_leak(answers, right),
+            label_leak(answers, right, tests),
         ]
         why = answers.answers[2].detail
         if answers.swap is None:
@@ -189,14 +190,18 @@ def constant_routes(layer: RecordedLayer) -> Finding:
     return Finding(layer.name, "constant routes", unusual.high < 1 - _CONSTANT, detail)
 
 
-def label_leak(answers: LayerAnswers, right: Interval | None) -> Finding:
+def label_leak(answers: LayerAnswers, right: Interval | None, tests: int = 1) -> Finding:
     """Whether the experts of an image tell its class better than the model does, and better than chance."""
     experts = next((reading for reading in answers.readings if reading.unit == "image"), None)
     if experts is None or right is None:
         why = "not measured (it takes two classes, and logits of them)"
         return Finding(answers.name, "label leak", None, why)
     guess = experts.guess
-    found = guess.significantly_above(right) and guess.low > experts.chance
+    # Intervals are of 95 %; an accusation takes more, of several layers still more.
+    wider = ndtri(1 - _CHANCE / tests) / ndtri((1 + LEVEL) / 2)
+    error = guess.value - guess.low
+    beyond_model = guess.value - right.value > wider * math.hypot(error, right.high - right.value)
+    found = beyond_model and guess.value - experts.chance > wider * error
     detail = (
         f"the experts alone guess {percent(guess.value)} of the images right, the model {percent(right.value)}, chance "
         f"{percent(experts.chance)}"
@@ -253,8 +258,8 @@ def knock_out(layer: RecordedLayer, losses: Sequence[Loss]) -> Finding:
     points = costs[dearest].points
     nats = costs[dearest].log_loss
     detail = (
-        f"{sum(cost.significant for cost in costs)} of {len(costs)} experts cost log-loss when removed; most "
-        f"E{dearest}, {signed(points.value, 1)} points of accuracy ({signed(points.low, 1)} to "
+        f"{sum(cost.significant for cost in costs)} of {len(costs)} experts cost log-loss when removed, each tested "
+        f"at 5 %; most E{dearest}, {signed(points.value, 1)} points of accuracy ({signed(points.low, 1)} to "
         f"{signed(points.high, 1)}) and {signed(nats.value)} of log-loss ({signed(nats.low)} to {signed(nats.high)})"
     )
     return Finding(layer.name, "knock-out", None, detail, costs)

@@ -15,10 +15,12 @@ from moevision.analysis.audit import (
     dead_experts,
     find,
     knock_out,
+    label_leak,
     permuted_experts,
     remove_each,
 )
 from moevision.analysis.images import open_pictures
+from moevision.analysis.information import ratio_interval
 from moevision.analysis.questions import three_questions
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_json
@@ -140,6 +142,21 @@ def test_a_removed_experts_patches_go_to_their_next_choice_if_they_name_one():
     assert (removed[:, 0, 1] == ~2).all()
 
 
+def test_label_leak_by_hand():
+    """The experts are the classes, so that they tell all; of 40 images the model has 20, 39 or 40 right, chance 20.
+
+    39 of 40 is 0.975 +- 0.051, and 2.33 / 1.96 times that reaches 1: too few to accuse.
+    """
+    labels = np.arange(40) % 2
+    recording = Recording(labels, [layer_of(labels.reshape(-1, 1, 1), 2)], ["cat", "dog"])
+    (answers,) = three_questions(recording, permutations=20)
+    for right, expected in ((20, True), (39, False), (40, False)):
+        found = label_leak(answers, ratio_interval(np.arange(40) < right))
+        assert found.found is expected
+        assert says(found.detail, "guess 100.0 %", f"model {2.5 * right:.1f} %", "chance 50.0 %")
+    assert label_leak(answers, None).found is None
+
+
 def test_next_choices_are_those_of_weight_0():
     """Two of three experts have a weight; dropped choices copy the first, and none is computed."""
     experts = torch.tensor([[[2, 0, 1]], [[1, -1, 0]]])
@@ -173,6 +190,8 @@ def drawn(fault, seed):
     """
     rng = np.random.default_rng(seed)
     labels = np.arange(IMAGES) % 4
+    if fault == "uneven classes":
+        labels = rng.choice(4, IMAGES, p=[0.7, 0.1, 0.1, 0.1])
     needed = rng.integers(EXPERTS, size=(IMAGES, PATCHES))
     if fault == "leak":
         told = rng.random((IMAGES, PATCHES)) < 0.8
@@ -184,8 +203,9 @@ def drawn(fault, seed):
     elif fault == "constant":
         needed = np.where(rng.random((IMAGES, PATCHES)) < 0.01, needed, 1)
     place = {"permuted": (np.arange(EXPERTS) + 1) % EXPERTS}.get(fault, np.arange(EXPERTS))
-    base = rng.normal(0, 1, (IMAGES, 4))
-    noise = rng.normal(0, 0.3, (IMAGES, EXPERTS, 4))
+    spread = 5 if fault == "confident answers" else 1  # few images lose much, most nothing
+    base = rng.normal(0, spread, (IMAGES, 4))
+    noise = rng.normal(0, 0.3 * spread, (IMAGES, EXPERTS, 4))
     useful = 0.0 if fault == "idle experts" else 0.4
 
     def run(index, rows, experts):
@@ -217,7 +237,7 @@ FAULTS = {
     "leak": "label leak",
     "permuted": "permuted experts",
 }
-HEALTHY = ("useful experts", "idle experts", "whole images")
+HEALTHY = ("useful experts", "idle experts", "whole images", "confident answers", "uneven classes")
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, *HEALTHY])
