@@ -131,7 +131,8 @@ def find(
     """
     right = None
     if trace.accuracy is not None:
-        right = ratio_interval((trace.predictions == trace.labels)[trace.labels >= 0])
+        correct = trace.predictions == trace.labels
+        right = ratio_interval(correct[trace.labels >= 0])
     findings = []
     tests = len(recording.layers)
     for index, layer in enumerate(recording.layers):
@@ -179,14 +180,16 @@ def constant_routes(layer: RecordedLayer) -> Finding:
     used = layer.counts("all") > 0  # [I, P, E]
     if used.all() or not layer.tokens_choose:
         return Finding(layer.name, "constant routes", None, "not asked, since no patch chooses")
-    sets, numbers = np.unique(used.reshape(-1, used.shape[-1]), axis=0, return_inverse=True)
+    tokens = used.reshape(-1, used.shape[-1])
+    sets, numbers = np.unique(tokens, axis=0, return_inverse=True)
     numbers = numbers.reshape(used.shape[:2])  # [I, P] which set of experts
     usual = np.array([np.bincount(place).argmax() for place in numbers.T])  # [P]
     unusual = paired_interval((numbers != usual).mean(1))
 
     detail = f"{percent(1 - unusual.value)} of the patches go where most at their place do"
     if len(set(usual)) == 1:
-        detail += f", everywhere to {_names(np.flatnonzero(sets[usual[0]]))}"
+        experts = np.flatnonzero(sets[usual[0]])
+        detail += f", everywhere to {_names(experts)}"
     return Finding(layer.name, "constant routes", unusual.high < 1 - _CONSTANT, detail)
 
 
@@ -224,31 +227,40 @@ def remove_each(recording: Recording, index: int, runs: int, seed: int) -> tuple
     routes = sample.routes
     steps = rng.integers(1, num_experts, (len(routes), num_experts))
     others = (np.arange(num_experts) + steps) % num_experts  # [R, E]
-    ways = [np.repeat(others[:, None], routes.shape[1], 1)]  # [R, P, E] who takes over
-
-    # A choice that isn't computed, and is no copy of one that is, is the next.
-    ranked = ~routes
-    is_next = (ranked >= 0) & (ranked[..., None] != routes[..., None, :]).all(-1)  # [R, P, K]
-    if is_next.any():
-        best = np.take_along_axis(ranked, is_next.argmax(-1)[..., None], -1)  # [R, P, 1]
-        ways.append(np.where(is_next.any(-1, keepdims=True), best, ways[0]))
 
     removed = {}
-    for way, takers in enumerate(ways):
+    for way, takers in enumerate(_takers(routes, others)):
         for expert in experts:
             taker = takers[..., expert, None]
             has_taker = (routes == taker).any(-1, keepdims=True)
             instead = np.where(has_taker, ~expert, taker)
-            removed[f"{way} {expert}"] = [np.where(routes == expert, instead, routes)]
+            changed = np.where(routes == expert, instead, routes)
+            removed[f"{way} {expert}"] = [changed]
     # The first is that of the own routes.
     _, *losses = measure_losses(recording, index, sample, removed).values()
 
     pairs = {}
     for expert, other in permutations(experts, 2):
-        images = (routes == expert).any((1, 2)) & (others[:, expert] == other)
+        used = (routes == expert).any((1, 2))  # [R]
+        images = used & (others[:, expert] == other)
         if images.sum() >= _FEWEST:
             pairs[expert, other] = losses[expert].log_loss[images]
     return losses[-num_experts:], pairs
+
+
+def _takers(routes: Ints, others: Ints) -> list[Ints]:
+    """Who takes over from each expert, [R, P, E]: who is drawn; and next choices, if routes [R, P, K] name any."""
+    drawn = np.repeat(others[:, None], routes.shape[1], 1)
+    # A choice that isn't computed, and is no copy of one that is, is the next.
+    ranked = ~routes
+    is_new = (ranked[..., None] != routes[..., None, :]).all(-1)  # [R, P, K]
+    is_next = is_new & (ranked >= 0)
+    if not is_next.any():
+        return [drawn]
+    best = is_next.argmax(-1)[..., None]
+    following = np.take_along_axis(ranked, best, -1)  # [R, P, 1]
+    has_next = is_next.any(-1, keepdims=True)
+    return [drawn, np.where(has_next, following, drawn)]
 
 
 def knock_out(layer: RecordedLayer, losses: Sequence[Loss]) -> Finding:

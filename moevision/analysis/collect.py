@@ -439,17 +439,24 @@ class Choices:
         weights = torch.ones_like(experts) / experts.shape[-1]
         if self.weights is not None:
             weights = self.weights.float().expand_as(experts)
-        kept = (experts >= 0) & (weights > 0)
+        is_named = experts >= 0
+        kept = is_named & (weights > 0)
         # A choice that names no expert becomes a copy of the first one, which isn't kept.
-        experts = experts.where(experts >= 0, experts[..., :1].clamp(min=0))
-        shares = weights.new_zeros(*experts.shape[:2], self.num_experts)
-        shares = shares.scatter_add(-1, experts, weights * kept)  # [B, P, E]
-        shares = shares / shares.sum(-1, keepdim=True).clamp(min=_LEAST)
+        first = experts[..., :1].clamp(min=0)
+        experts = experts.where(is_named, first)
+
+        none = weights.new_zeros(len(experts), patches, self.num_experts)
+        sums = none.scatter_add(-1, experts, weights * kept)  # [B, P, E]
+        total = sums.sum(-1, keepdim=True).clamp(min=_LEAST)
+        shares = sums / total
 
         routing = Routing(shares, shares, shares, None, experts, weights, kept)
         if experts.shape[-1] == self.num_experts > 1:
-            routing = SoftRouting.of(shares.clamp(min=_LEAST).log()[..., None])
-        rows = max(n for n in range(1, math.isqrt(patches) + 1) if patches % n == 0)
+            logits = shares.clamp(min=_LEAST).log()
+            routing = SoftRouting.of(logits[..., None])
+
+        at_most = math.isqrt(patches)
+        rows = max(n for n in range(1, at_most + 1) if patches % n == 0)
         by: RouteBy = "image" if self.experts.shape[1] == 1 else "token"
         return replace(routing, layer=block, grid=(rows, patches // rows), route_by=by)
 

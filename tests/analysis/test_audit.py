@@ -264,7 +264,6 @@ def test_a_hundred_draws_of_each_fault(fault, capsys):
 
 
 @pytest.mark.needs("transformers")
-@pytest.mark.whole
 @pytest.mark.parametrize("block", ["sparse", "soft", "whole"])
 def test_a_block_from_elsewhere_is_audited(block, pets, tmp_path):
     foreign = Path(__file__).with_name("foreign.py")
@@ -453,14 +452,12 @@ def audit(folder, text, address, data):
     )
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("case", FILES)
 def test_a_file_that_gives_no_model(case, few, tmp_path):
     address, text, fragments = FILES[case]
     refused(audit(tmp_path, text, address, few), *fragments)
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("case", ANSWERS)
 def test_a_hook_that_gives_no_routing(case, few, tmp_path):
     answer, fragments = ANSWERS[case]
