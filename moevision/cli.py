@@ -58,7 +58,7 @@ VERBS = {
         "moevision.commands.info:analyze",
     ),
     "audit": (
-        "check the router of anybody's model: dead, constant, leaking, permuted?",
+        "check the router of anybody's model",
         "moevision.commands.info:audit",
     ),
     "data": ("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
@@ -730,17 +730,19 @@ some twenty lines what each MoE block chose (docs/guides/audit-a-router.md). Eac
 constant routes, a label that leaks to the gate, and permuted experts; load and the cost of removing each expert are
 beside it. Writes the report of `moevision analyze` to OUT/. Your file's code runs with your rights.""",
         """\
-  moevision audit my_model.py:audited --data photos/ --quick   my_model.py is yours, such as:
-      from moevision.analysis import Audited, Choices
-      from moevision.models.io import SavedModel
+  moevision audit my_model.py:audited --data photos/ --quick
 
-      def routings(net, images):            # (net, images, forced) also has experts removed and exchanged
-          logits, experts = net(images)     # [B, C]; [B, patches, choices], best first
-          return logits, [Choices(experts, num_experts=8)]
+my_model.py is yours, such as
+  from moevision.analysis import Audited, Choices
+  from moevision.models.io import SavedModel
 
-      def audited():
-          net = load_my_net().eval()
-          return Audited(SavedModel(net, ["cat", "dog"], 224, MEAN, STD), routings)""",
+  def routings(net, images):         # a third one, forced: experts are removed
+      logits, experts = net(images)  # [B, C]; [B, patches, choices], best first
+      return logits, [Choices(experts, num_experts=8)]
+
+  def audited():
+      net = load_my_net()
+      return Audited(SavedModel(net, ["cat", "dog"], 224, MEAN, STD), routings)""",
     ),
     "data": (
         _data,
