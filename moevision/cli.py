@@ -57,6 +57,10 @@ VERBS = {
         "what the experts of a trained model do, as one report",
         "moevision.commands.info:analyze",
     ),
+    "audit": (
+        "check the router of anybody's model",
+        "moevision.commands.info:audit",
+    ),
     "data": ("find mislabelled, hard and duplicate training images", "moevision.commands.data:run"),
     "demo": (
         "see in a browser which experts every patch of an image goes to",
@@ -526,6 +530,22 @@ def _analyze(add: Add) -> None:
     )
 
 
+def _audit(add: Add) -> None:
+    add(
+        "function",
+        metavar="FILE.py:FUNCTION",
+        help="a function of yours that returns Audited(model, routings); the file's code is run",
+    )
+    add("--data", required=True, metavar="FOLDER", help=f"held-out images: {_DATA}")
+    add("--out", default="report", metavar="DIR", help="folder to write to (%(default)s)")
+    add("--limit", type=int, metavar="N", help="images, the same number of each class (1000)")
+    add(
+        "--quick",
+        action="store_true",
+        help="rougher: 300 images, 200 shuffles, experts removed on fewer images",
+    )
+
+
 def _score(add: Add) -> None:
     add("run", metavar="RUN", help="a run folder with scores.csv")
     add("--out", type=Path, metavar="DIR", help="folder to write to (RUN/data)")
@@ -701,6 +721,28 @@ training the router add to that (with --seeds each against its own), and do the 
   moevision analyze runs/pets                                   the images that the run held out for its test
   moevision analyze runs/pets --quick                           a first look, a minute or two, rougher numbers
   moevision analyze runs/pets --seeds runs/pets-2 runs/pets-3   beside two other trainings of the same recipe""",
+    ),
+    "audit": (
+        _audit,
+        """\
+Check the router of any torch model by the questions that our own runs are asked. Your file loads the model, and says in
+some twenty lines what each MoE block chose (docs/guides/audit-a-router.md). Each layer is suspected of dead experts,
+constant routes, a label that leaks to the gate, and permuted experts; load and the cost of removing each expert are
+beside it. Writes the report of `moevision analyze` to OUT/. Your file's code runs with your rights.""",
+        """\
+  moevision audit my_model.py:audited --data photos/ --quick
+
+my_model.py is yours, such as
+  from moevision.analysis import Audited, Choices
+  from moevision.models.io import SavedModel
+
+  def routings(net, images):         # a third one, forced: experts are removed
+      logits, experts = net(images)  # [B, C]; [B, patches, choices], best first
+      return logits, [Choices(experts, num_experts=8)]
+
+  def audited():
+      net = load_my_net()
+      return Audited(SavedModel(net, ["cat", "dog"], 224, MEAN, STD), routings)""",
     ),
     "data": (
         _data,

@@ -2,7 +2,7 @@
 
 - images and traces: `images`, `collect` (run the model), `trace`, `describe` (counts, galleries, classes)
 - is it more than chance: `questions` (three answers about any model, the swap test), from `readings` of what is
-  recorded of it and of its baselines; `information`
+  recorded of it and of its baselines; `information`; `audit` (suspicions about any model's routers)
 - what if, and what an answer rests on: `intervention`, `effects`
 - what it looks like: `plots` (all figures) and `report` (`moevision analyze`); `good_data` (`moevision data score`)
 
@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moevision.analysis.collect import Table, collect_routing
+    from moevision.analysis.audit import Audited
+    from moevision.analysis.collect import Choices, Table, collect_routing
     from moevision.analysis.describe import class_expert_map
     from moevision.analysis.effects import class_effect, effect, patch_contributions
     from moevision.analysis.images import PictureSet, open_pictures, patch_crop
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 _NAMES = {
-    "collect": ("Table", "collect_routing"),
+    "audit": ("Audited",),
+    "collect": ("Choices", "Table", "collect_routing"),
     "describe": ("class_expert_map",),
     "effects": ("class_effect", "effect", "patch_contributions"),
     "images": ("PictureSet", "open_pictures", "patch_crop"),
@@ -41,6 +43,8 @@ _NAMES = {
 }
 
 __all__ = [
+    "Audited",
+    "Choices",
     "Intervention",
     "LayerTrace",
     "PictureSet",

@@ -1,19 +1,21 @@
 """`collect_routing`: run a model over images and record what its MoE layers decided about every patch.
 
 Also the inputs of networks (`network_input`), of their MoE layers (`layer_inputs`), and what any of their modules reads
-and returns (`record_modules`).
+and returns (`record_modules`). A model from elsewhere tells its routing by a hook (`Hooked`).
 
-Axes: B images of a batch, I images, S image size in pixels, N tokens (prefix tokens first), P patches, K choices,
-E experts, C classes, D width.
+Axes: B images of a batch, I images, S image size in pixels, N tokens (prefix tokens first), P patches, T patches of one
+block of a model from elsewhere (1 where it routes whole images), K choices, E experts, C classes, D width.
 """
 
 from __future__ import annotations
 
 import hashlib
 import html
+import inspect
 import math
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -33,7 +35,7 @@ from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError, escape_controls
 from moevision.layers import Routing, SoftRouting, forward_routing, moe_layers, routing_lock
-from moevision.layers.routing import evaluating
+from moevision.layers.routing import RouteBy, evaluating
 from moevision.models.convert import layers_that_miss_classifier
 from moevision.models.io import SavedModel, best_device, describe, load_model
 from moevision.types import Array, Json, Pixels
@@ -56,6 +58,7 @@ def collect_routing(
     root: str | Path = "data",
     run_dir: str | Path | None = None,
     name: str | None = None,
+    routings: Hook | None = None,
 ) -> RoutingTrace:
     """Run a model over images and record what each MoE layer decided about each patch.
 
@@ -79,6 +82,7 @@ def collect_routing(
         run_dir: a run's folder, whose splits.csv says which images were held out; by default the model's own,
             where `data` are the images that it was trained on.
         name: what the model is called in the trace; by default its folder's or its architecture's name.
+        routings: of a model from elsewhere, given as a `SavedModel`: the hook that tells what its blocks decided.
 
     Raises:
         UserError: if there is no such model or data, the model has no MoE layer, or no image can be read.
@@ -90,6 +94,8 @@ def collect_routing(
         (8,)
     """
     saved = as_saved_model(model)
+    if routings is not None:
+        saved = hooked(saved, routings)
     if run_dir is None and isinstance(model, str | Path) and isinstance(data, str | Path):
         # On the data of its own run a model is evaluated on the images that the run held out.
         run_images = find_images(str(model), str(data))
@@ -110,7 +116,8 @@ def collect_routing(
     net = saved.net.to(best_device())
     batches = []
     with evaluating(net):
-        _warn_of_unread_layers(net)
+        if not isinstance(net, Hooked):
+            _warn_of_unread_layers(net)
         for batch in reader.batches(progress):
             batch_arrays, layer_metadata = _arrays_of_batch(net, batch)
             batches.append(batch_arrays)
@@ -179,7 +186,10 @@ def _provenance(net: nn.Module) -> Json:
 def _arrays_of_batch(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], Json]:
     """The arrays of a trace for the images of one batch, and its metadata about layers and patch grid."""
     dtype = next(net.parameters()).dtype
-    output, routings = forward_routing(net, batch.images.to(best_device(), dtype))
+    images = batch.images.to(best_device(), dtype)
+    output, routings = (
+        net.decide(images) if isinstance(net, Hooked) else forward_routing(net, images)
+    )
     if not routings:
         raise UserError(
             "This model has no MoE layers: give a model that was converted by moevision.convert_to_moe."
@@ -190,7 +200,7 @@ def _arrays_of_batch(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], Js
             "This model's tokens are no single grid of patches: give a plain ViT, without patch dropping."
         )
 
-    if getattr(net, "num_classes", None) == 0:  # no head
+    if 0 in (getattr(net, "num_classes", None), output.shape[1]):  # no head
         probabilities = output.float()[:, :0]
         predictions = torch.full_like(batch.labels, -1)
     else:
@@ -365,12 +375,184 @@ def record_modules(
 
 @torch.no_grad()
 def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[Any, Tensor]:
-    """Input of each MoE layer of a net in eval mode: block index -> [B, P, D], without prefix tokens."""
+    """Input of each MoE layer of a net in eval mode: block index -> [B, P, D], without prefix tokens.
+
+    Of a model from elsewhere: [B, T, D], of the blocks whose hook tells it.
+    """
+    if isinstance(net, Hooked):
+        _, blocks = net(pixels)
+        known = ((block, choices.inputs) for block, choices in enumerate(blocks))
+        return {block: inputs for block, inputs in known if inputs is not None}
     first_patch = int(getattr(net, "num_prefix_tokens", 0))
     layers = {layer.layer_index: layer for layer in moe_layers(net)}
     with record_modules(net, layers) as (inputs, _):
         net(pixels)
     return {block: tokens[:, first_patch:] for block, tokens in inputs.items()}
+
+
+# ---- models from elsewhere
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one MoE block of any model decided about a batch of images.
+
+    Attributes:
+        experts: [B, T, K] whole numbers, best first. Negative: not computed, such as a choice that capacity dropped. T
+            is the same in all blocks, or 1 where a block routes whole images.
+        num_experts: E. If tokens name all E, the block is soft: it weighs them, and no token chooses.
+        weights: [B, T, K] of at least 0; None: equal. An expert of weight 0 isn't computed: it is the token's next
+            choice, which takes over where an expert is removed.
+        inputs: [B, T, D] what the router reads; None: there are no probe and no clusters to compare with.
+    """
+
+    experts: Tensor
+    num_experts: int
+    weights: Tensor | None = None
+    inputs: Tensor | None = None
+
+    def check(self, block: int, images: int) -> None:
+        """Raise a UserError for what is no decision about a batch of so many images."""
+        shape = list(self.experts.shape)
+        weights = torch.ones(shape) if self.weights is None else self.weights
+        inputs = self.experts.float() if self.inputs is None else self.inputs
+        problem = None
+        if len(shape) != 3 or shape[0] != images or 0 in shape or self.experts.is_floating_point():
+            problem = (
+                f"experts {shape}: give whole numbers [images, patches, choices], {images} images"
+            )
+        elif int(self.experts.max()) >= self.num_experts:
+            problem = (
+                f"an expert {int(self.experts.max())}: give 0 to {self.num_experts - 1}, negative ones for what isn't "
+                "computed, or another num_experts"
+            )
+        elif list(weights.shape) != shape or not ((weights >= 0) & (weights < math.inf)).all():
+            problem = (
+                f"weights {list(weights.shape)}: give finite ones of at least 0, {shape} as experts"
+            )
+        elif list(inputs.shape[:-1]) != shape[:2] or not inputs.isfinite().all():
+            problem = f"inputs {list(inputs.shape)}: give finite ones, {shape[:2]} and their width"
+        if problem is not None:
+            raise UserError(f"Block {block} of the hook has {problem}.")
+
+    def routing(self, block: int, patches: int) -> Routing:
+        """The decision as that of one of our layers; one about whole images is repeated for all their patches."""
+        experts = self.experts.long().expand(-1, patches, -1)  # [B, P, K]
+        weights = torch.ones_like(experts) / experts.shape[-1]
+        if self.weights is not None:
+            weights = self.weights.float().expand_as(experts)
+        is_named = experts >= 0
+        kept = is_named & (weights > 0)
+        # A choice that names no expert becomes a copy of the first one, which isn't kept.
+        first = experts[..., :1].clamp(min=0)
+        experts = experts.where(is_named, first)
+
+        none = weights.new_zeros(len(experts), patches, self.num_experts)
+        sums = none.scatter_add(-1, experts, weights * kept)  # [B, P, E]
+        total = sums.sum(-1, keepdim=True).clamp(min=_LEAST)
+        shares = sums / total
+
+        routing = Routing(shares, shares, shares, None, experts, weights, kept)
+        if experts.shape[-1] == self.num_experts > 1:
+            logits = shares.clamp(min=_LEAST).log()
+            routing = SoftRouting.of(logits[..., None])
+
+        at_most = math.isqrt(patches)
+        rows = max(n for n in range(1, at_most + 1) if patches % n == 0)
+        by: RouteBy = "image" if self.experts.shape[1] == 1 else "token"
+        return replace(routing, layer=block, grid=(rows, patches // rows), route_by=by)
+
+
+Hook = Callable[..., tuple[Tensor | None, Sequence[Choices]]]
+"""(net, images [B, 3, S, S], forced=None) -> logits [B, C] or None, and the `Choices` of each block in order of depth.
+
+`forced` maps a block's position, from 0, to experts [B, T, K] that it must take in place of its own, best first; a
+negative one is not computed, and a token without others gets nothing from the block. Forced to its own choices, a block
+must compute what it does. A hook that takes two arguments can't be forced. Images are float32, whatever the net is.
+"""
+
+_LEAST = 1e-12  # weight that stands for 0 where it is divided by, or its logarithm taken
+
+
+class Hooked(nn.Module):
+    """A net from elsewhere with its hook, for functions that take nets with our layers.
+
+    Args:
+        net: any module that takes images.
+        routings: its hook.
+        num_classes: how many logits it must have.
+        untrained: the same net before it was trained.
+    """
+
+    def __init__(
+        self, net: nn.Module, routings: Hook, num_classes: int, untrained: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.routings = routings
+        self.num_classes = num_classes
+        # A tuple, so that its weights are none of this module's.
+        self.untrained: tuple[Hooked, ...] = ()
+        if untrained is not None:
+            self.untrained = (Hooked(untrained, routings, num_classes),)
+        # First of the parameters, which say type and device of images: for a net that has none.
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.can_force = len(inspect.signature(routings).parameters) > 2
+
+    def forward(
+        self, images: Tensor, *forced: Mapping[int, Tensor]
+    ) -> tuple[Tensor, Sequence[Choices]]:
+        """Logits [B, C], or [B, 0] if the hook has none, and each block's choices; a UserError for anything else."""
+        with own_code("The hook"):
+            logits, blocks = self.routings(self.net, images, *forced)
+            if logits is None:
+                logits = images.new_empty(len(images), 0)
+            shape = list(logits.shape)
+        fits = shape[1:] == [0] or shape == [len(images), self.num_classes]
+        if not fits or not logits.isfinite().all():
+            raise UserError(
+                f"The hook returned logits {shape}: give finite ones [{len(images)}, {self.num_classes}], one for each "
+                "of the model's class_names, or None."
+            )
+        if not blocks or not all(isinstance(choices, Choices) for choices in blocks):
+            raise UserError("The hook returned no MoE block: return (logits, [Choices(...), ...]).")
+        for block, choices in enumerate(blocks):
+            choices.check(block, len(images))
+        return logits, blocks
+
+    def decide(self, images: Tensor) -> tuple[Tensor, list[Routing]]:
+        """Logits, and the decision of each block about the patches of the one grid that all blocks share."""
+        logits, blocks = self(images)
+        counts = {choices.experts.shape[1] for choices in blocks} - {1}
+        if len(counts) > 1:
+            raise UserError(
+                f"The hook's blocks have {' and '.join(map(str, sorted(counts)))} patches: repeat the choices of the "
+                "coarser ones, so that all have as many."
+            )
+        patches = max(counts, default=1)
+        return logits, [choices.routing(block, patches) for block, choices in enumerate(blocks)]
+
+
+def hooked(model: SavedModel, routings: Hook, untrained: nn.Module | None = None) -> SavedModel:
+    """The model with its hook."""
+    net = Hooked(model.net, routings, len(model.class_names), untrained)
+    return replace(model, net=net.eval())
+
+
+@contextmanager
+def own_code(name: str) -> Iterator[None]:
+    """Run code of the user's; what it raises becomes a UserError that ends with the error's own last line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        last_line = traceback.format_exception_only(error)[-1].strip()
+        raise UserError(
+            f"{name} failed at line {place.lineno} of {Path(place.filename).name} (--traceback shows the way there): "
+            f"{last_line}"
+        ) from error
 
 
 @dataclass(frozen=True, repr=False)

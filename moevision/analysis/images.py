@@ -585,10 +585,11 @@ def pictures_for(
     *,
     limit: int | None = None,
     root: str | None = None,
+    split: str = "test",
 ) -> PictureSet | None:
     """Test images for a model at an address: of `data`, or else of what its run was trained on.
 
     The options are those of `open_pictures`. None if neither `data` nor a run says which.
     """
     source = find_images(address, data)
-    return None if source is None else source.open(model, limit=limit, root=root)
+    return None if source is None else source.open(model, split=split, limit=limit, root=root)

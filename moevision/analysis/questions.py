@@ -211,7 +211,7 @@ def _why_no_swap(recording: Recording, layer: RecordedLayer, readings: LayerRead
     if not layer.tokens_choose:
         return "no patch chooses its experts here"
     if recording.run is None:
-        return "routes were not forced"
+        return recording.why_no_run
     if not layer.read:
         return "no logit reads these patches, so that no swap can cost anything"
     if readings.reason is not None:
@@ -511,7 +511,7 @@ class Cost(JsonDataclass):
     moved: float  # share of the choices that changed
 
     @classmethod
-    def of(cls, loss: _Loss) -> Cost:
+    def of(cls, loss: Loss) -> Cost:
         """The mean over images."""
         points = paired_interval(np.clip(loss.correct, -1, 1))
         percentage = Interval(*(100 * end for end in points))
@@ -558,7 +558,7 @@ def swap_test(
     """
     num_experts = recording.layers[index].num_experts
     rng = np.random.default_rng(seed)
-    sample = _SwapSample.draw(recording, index, limit, seed, rng)
+    sample = SwapSample.draw(recording, index, limit, seed, rng)
 
     variants = _exchanges(sample, num_experts, draws, rng)
     if not any((routes != sample.routes).any() for routes in variants["whole"]):
@@ -567,12 +567,12 @@ def swap_test(
     other_image = np.empty_like(order)
     other_image[order] = np.roll(order, 1)
     same_patches, their_other = _on_same_patches(sample, num_experts, rng)
-    losses = _evaluate(
+    losses = measure_losses(
         recording,
         index,
         sample,
         {
-            "without": [~sample.routes],
+            "without": [~np.maximum(sample.routes, 0)],
             "routes": [sample.routes[other_image]],
             **variants,
             "same_patches": [same_patches],
@@ -597,7 +597,7 @@ def swap_test(
 
 
 @dataclass(frozen=True)
-class _SwapSample:
+class SwapSample:
     """The images that are run, as many of each class that has a favourite."""
 
     images: Ints  # [R]
@@ -611,7 +611,7 @@ class _SwapSample:
     @classmethod
     def draw(
         cls, recording: Recording, index: int, limit: int, seed: int, rng: np.random.Generator
-    ) -> _SwapSample:
+    ) -> SwapSample:
         """At most `limit` images; `seed` divides all images into halves."""
         layer = recording.layers[index]
         labels = recording.labels
@@ -666,7 +666,7 @@ def _other_experts(favourite: Ints, num_experts: int, rng: np.random.Generator) 
 
 
 def _exchanges(
-    sample: _SwapSample, num_experts: int, draws: int, rng: np.random.Generator
+    sample: SwapSample, num_experts: int, draws: int, rng: np.random.Generator
 ) -> dict[str, list[Ints]]:
     """Routes [R, P, K] of each draw: the favourite exchanged, and thinned beside as many of any two others."""
     variants: dict[str, list[Ints]] = {"whole": []}
@@ -693,7 +693,7 @@ def _exchanges(
 
 
 def _on_same_patches(
-    sample: _SwapSample, num_experts: int, rng: np.random.Generator
+    sample: SwapSample, num_experts: int, rng: np.random.Generator
 ) -> tuple[Ints, Ints]:
     """Routes [R, P, K] with a third expert in place of the favourite, and in place of the other expert.
 
@@ -767,25 +767,25 @@ class _Exchange:
 
 
 @dataclass(frozen=True)
-class _Loss:
+class Loss:
     """What each image loses by changed routes, the mean over draws."""
 
     log_loss: Floats  # [R] gained
     correct: Floats  # [R] correctness lost, -1 to 1
     moved: float  # share of the choices that changed
 
-    def minus(self, other: _Loss) -> _Loss:
+    def minus(self, other: Loss) -> Loss:
         """The difference, image by image."""
-        return _Loss(
+        return Loss(
             self.log_loss - other.log_loss,
             self.correct - other.correct,
             self.moved - other.moved,
         )
 
 
-def _evaluate(
-    recording: Recording, index: int, sample: _SwapSample, variants: Mapping[str, list[Ints]]
-) -> dict[str, _Loss]:
+def measure_losses(
+    recording: Recording, index: int, sample: SwapSample, variants: Mapping[str, list[Ints]]
+) -> dict[str, Loss]:
     """What each variant of the routes, [R, P, K] of every draw, costs; an image whose routes stay isn't run again."""
     variants = {"own": [sample.routes], **variants}
     names = np.repeat(list(variants), [len(draws) for draws in variants.values()])
@@ -811,7 +811,7 @@ def _evaluate(
     losses = {}
     for name in variants:
         draws = names == name
-        losses[name] = _Loss(
+        losses[name] = Loss(
             log_loss=gained[:, draws].mean(1),
             correct=lost[:, draws].mean(1),
             moved=float(moved[draws].mean()),

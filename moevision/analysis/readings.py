@@ -32,7 +32,7 @@ import torch
 from scipy.special import entr, log_softmax, softmax
 from torch import nn
 
-from moevision.analysis.collect import collect_routing, layer_inputs, network_input
+from moevision.analysis.collect import Hooked, collect_routing, layer_inputs, network_input
 from moevision.analysis.images import PictureSet, aligned_pictures, cached, read_images
 from moevision.analysis.information import (
     Estimate,
@@ -73,6 +73,10 @@ image with negative entries alone gets nothing from the layer, only the residual
 
 _RECORDED_INPUTS = 20_000  # patches, over all images, whose inputs are recorded for each layer
 _BATCH = 32  # images per forward pass
+_CHECKED = (
+    8  # images on which a hook must answer as unforced when it is forced to the block's own choices
+)
+_TOLERANCE = 1e-3  # of their probabilities
 
 ChoiceSet = Literal["first", "all"]
 """Which choices of a patch are counted: its first, or all."""
@@ -143,6 +147,7 @@ class Recording:
         parts: [I, P] the part that each patch shows; negative: unknown. None: there is no reading of parts.
         objects: [I, P] whether a patch shows the object (background otherwise); None: there are no separate readings.
         run: runs the model again with forced routes, for the swap test; None: not measured.
+        why_no_run: why there is none, as the end of a sentence.
 
     Raises:
         UserError: arrays that don't belong together.
@@ -154,6 +159,7 @@ class Recording:
     parts: Ints | None = None
     objects: Flags | None = None
     run: Run | None = None
+    why_no_run: str = "routes were not forced"
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -183,7 +189,7 @@ def recording_of(
     swap: bool = True,
     seed: int = 0,
 ) -> Recording:
-    """The recording of a model of this package.
+    """The recording of a model of this package, or of one with a hook (`moevision.analysis.collect.hooked`).
 
     Args:
         model: the model, in eval mode.
@@ -198,7 +204,8 @@ def recording_of(
         seed: random seed of the choice of patches whose inputs are recorded.
 
     Raises:
-        UserError: `before` has other layers or other images than `trace`.
+        UserError: `before` has other layers or other images than `trace`; a hook gives other logits when it is forced
+            to a block's own choices.
     """
     if before is not None and (
         before.picture_names != trace.picture_names or len(before.layers) != len(trace.layers)
@@ -208,15 +215,16 @@ def recording_of(
         )
 
     inputs, positions = _recorded_inputs(model, pictures, trace, seed)
-    layers = []
-    for index, classifier_reads in enumerate(routes_read(model.net)):
-        layer = trace.layers[index]
+    layers: list[RecordedLayer] = []
+    for layer, classifier_reads in zip(trace.layers, layers_read(model.net, trace), strict=True):
         block = layer.layer
         untrained = _assignments_of_block(baselines, "untrained", block)
-        at_start = [] if before is None else [Assignments.of(before.layers[index], 0)]
+        at_start = []
+        if before is not None:
+            at_start.append(Assignments.of(before.layers[len(layers)], 0))
         recorded = replace(
             choices_of(layer),
-            inputs=inputs[block],
+            inputs=inputs.get(block),
             positions=None if layer.route_by == "image" else positions,
             before=at_start,
             untrained=() if at_start else untrained,
@@ -230,11 +238,47 @@ def recording_of(
     if parts is not None and "background" in part_names:
         objects = parts != list(part_names).index("background")
 
+    recording = Recording(trace.labels, layers, trace.class_names, parts, objects)
+    run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
+    if isinstance(model.net, Hooked):
+        return _with_hook(recording, model.net, trace, run)
     refusals = [refusal("swap", layer.router) for layer in moe_layers(model.net)]
-    run = None
     if swap and trace.accuracy is not None and not any(refusals):
-        run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
-    return Recording(trace.labels, layers, trace.class_names, parts, objects, run)
+        return replace(recording, run=run)
+    return recording
+
+
+def layers_read(net: nn.Module, trace: RoutingTrace) -> list[bool]:
+    """Whether a logit reads each layer's patches; of a model from elsewhere, where it isn't known, True."""
+    return [True] * len(trace.layers) if isinstance(net, Hooked) else routes_read(net)
+
+
+def _with_hook(recording: Recording, net: Hooked, trace: RoutingTrace, run: Run) -> Recording:
+    """The recording of a model from elsewhere: choices that aren't computed are negative, and it may have `run`."""
+    layers = []
+    for layer in recording.layers:
+        computed = cast(Array, layer.amounts) > 0
+        layers.append(replace(layer, choices=np.where(computed, layer.choices, ~layer.choices)))
+    recording = replace(recording, layers=layers)
+    if not net.can_force:
+        return replace(recording, why_no_run="the hook takes no forced routes")
+    if trace.accuracy is None:
+        return replace(recording, why_no_run="the hook returns no logits of these classes")
+
+    images = np.arange(min(_CHECKED, len(trace)))
+    for index, layer in enumerate(layers):
+        if not layer.tokens_choose:
+            continue
+        choices = layer.choices[images]
+        logits = run(index, images, choices)
+        if not np.allclose(softmax(logits, -1), trace.probabilities[images], atol=_TOLERANCE):
+            raise UserError(
+                f"The hook, forced to block {index}'s own experts, returns other logits than unforced: compute these "
+                "experts, each with the weight that it has unforced."
+            )
+        without = run(index, images, ~np.maximum(choices, 0))
+        layers[index] = replace(layer, read=bool((without != logits).any()))
+    return replace(recording, layers=layers, run=run)
 
 
 def _recorded_inputs(
@@ -251,10 +295,10 @@ def _recorded_inputs(
 
     batches: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
     for inputs in router_inputs(model, pictures, trace, range(len(trace)), _BATCH):
-        for layer in trace.layers:
-            patches = [0] if layer.route_by == "image" else positions
-            batches[layer.layer].append(inputs[layer.layer][:, patches])  # [B, p, D]
-    recorded = {block: np.concatenate(parts) for block, parts in batches.items()}
+        for block, tokens in inputs.items():
+            patches = [0] if trace.layer(block).route_by == "image" else positions
+            batches[block].append(tokens[:, patches])  # [B, p, D]
+    recorded = {block: np.concatenate(parts) for block, parts in batches.items() if parts}
     return recorded, positions if num_inputs < num_patches else None
 
 
@@ -286,7 +330,9 @@ def run_forced(
     Prefix tokens keep their experts. An image that occurs several times in a batch passes the blocks before the layer
     once.
     """
-    layer = numbered_layers(model.net)[blocks[index]]
+    layer = None
+    if not isinstance(model.net, Hooked):
+        layer = numbered_layers(model.net)[blocks[index]]
     prefix = int(getattr(model.net, "num_prefix_tokens", 0))
     logits = []
     for start in range(0, len(images), _BATCH):
@@ -294,8 +340,12 @@ def run_forced(
         distinct_images, distinct_index = np.unique(images[batch], return_inverse=True)
         pixels = network_input(model, read_images(pictures, distinct_images))
 
-        routes = torch.from_numpy(experts[batch].astype(np.int64))  # [B, P, K]
-        edit = methodcaller("choose", routes.to(pixels.device), prefix)
+        routes = torch.from_numpy(experts[batch].astype(np.int64)).to(pixels.device)  # [B, P, K]
+        if layer is None:
+            output, _ = model.net(pixels[distinct_index], {blocks[index]: routes})
+            logits.append(output.float().cpu().numpy())
+            continue
+        edit = methodcaller("choose", routes, prefix)
         with per_image_capacity(model.net), apply_edits(model.net, {layer: edit}):
             output = run_repeated(model.net, pixels, torch.from_numpy(distinct_index), first=layer)
         logits.append(output.float().cpu().numpy())
@@ -345,12 +395,21 @@ def measure_baselines(
     pictures = cached(aligned_pictures(pictures, trace))
 
     untrained = []
-    for weight_seed in range(seeds):
-        fresh_model = replace(model, net=fresh_copy(model.net, weight_seed))
+    for weight_seed, net in enumerate(_untrained_nets(model.net, seeds)):
+        fresh_model = replace(model, net=net)
         fresh_trace = collect_routing(fresh_model, pictures, progress=False)
         untrained += [Assignments.of(layer, weight_seed) for layer in fresh_trace.layers]
     clusters = _measure_clusters(model, pictures, trace, seeds, seed)
     return {"untrained": untrained, "kmeans_input": clusters}
+
+
+def _untrained_nets(net: nn.Module, seeds: int) -> Iterator[nn.Module]:
+    """The same architecture with fresh weights, for each seed; of a model from elsewhere what it gives."""
+    if isinstance(net, Hooked):
+        yield from net.untrained
+        return
+    for seed in range(seeds):
+        yield fresh_copy(net, seed)
 
 
 def fresh_copy(net: nn.Module, seed: int) -> nn.Module:
@@ -387,11 +446,10 @@ def _measure_clusters(
 
     tokens_of_block = _sampled_tokens(model, pictures, trace, fit_images, seed)
     clusterings = [
-        Clustering.fit(
-            tokens_of_block[layer.layer], RoutingRule.of(layer), cluster_seed, layer.layer
-        )
-        for layer in trace.layers
+        Clustering.fit(tokens, RoutingRule.of(trace.layer(block)), cluster_seed, block)
+        for block, tokens in tokens_of_block.items()
         for cluster_seed in range(seeds)
+        if len(tokens) >= trace.layer(block).num_experts
     ]
     for inputs in router_inputs(model, pictures, trace, measured_images, _FIT_BATCH):
         for clustering in clusterings:
@@ -412,7 +470,7 @@ def _sampled_tokens(
             patches = random_order[:, :per_image, None]
             sampled = np.take_along_axis(tokens, patches, 1)  # [B, p, D]
             sampled_batches[block].append(sampled.reshape(-1, tokens.shape[-1]))
-    return {block: np.concatenate(batches) for block, batches in sampled_batches.items()}
+    return {block: np.concatenate(batches) for block, batches in sampled_batches.items() if batches}
 
 
 @dataclass

@@ -38,10 +38,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
 
 import moevision.analysis.plots as plots
 from moevision import __version__
-from moevision.analysis.collect import UNREAD, collect_routing, model_title
+from moevision.analysis.audit import Finding, find, open_audited
+from moevision.analysis.collect import UNREAD, Hooked, collect_routing, model_title
 from moevision.analysis.describe import (
     ClassExpertMap,
     class_expert_map,
@@ -60,7 +62,7 @@ from moevision.analysis.images import (
 from moevision.analysis.information import as_json
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, plain_answer, summary_lines, three_questions
-from moevision.analysis.readings import measure_baselines, recording_of
+from moevision.analysis.readings import layers_read, measure_baselines, recording_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.data.collection import interleave_by_class
 from moevision.errors import (
@@ -74,7 +76,6 @@ from moevision.errors import (
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from moevision.layers import LayerLoad, moe_layers
 from moevision.layers.routing import Kind as RoutingKind
-from moevision.models.convert import routes_read
 from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.types import Floats, Ints, Json, Pixels
@@ -103,7 +104,7 @@ _ABLATION_EFFECT: dict[RoutingKind, str] = {
 class ReportSettings:
     """What to analyze, and how thoroughly."""
 
-    model: str  # a run folder, its model/ folder, or a timm address
+    model: str  # a run folder, its model/ folder, or a timm address; see `code`
     data: str | None = None  # a folder or a dataset's name; None takes what the run was trained on
     root: str | None = None  # folder of named datasets; the run's own if None
     out: Path = Path("report")  # folder to write to
@@ -116,6 +117,9 @@ class ReportSettings:
     quick: bool = False  # fewer untrained models, and ablations on fewer images
     command: str = ""  # what was typed, for the record
     progress: bool = True  # show a progress bar
+    code: bool = (
+        False  # `model` is FILE.py:FUNCTION, whose code is run and returns a model from elsewhere
+    )
 
     def __post_init__(self) -> None:
         at_least_20 = ("at least 20", lambda x: x >= 20, ("limit", "permutations"))
@@ -133,10 +137,11 @@ class Effort(NamedTuple):
     untrained_of_others: int  # the same for each other training
     draws: int  # random draws of the swap test
     effects_s: float  # seconds for ablating experts one at a time
+    runs: int  # images that are run for each layer's findings, of a model from elsewhere
 
 
-_QUICK = Effort(untrained=2, untrained_of_others=1, draws=1, effects_s=30)
-_FULL = Effort(untrained=5, untrained_of_others=3, draws=2, effects_s=180)
+_QUICK = Effort(untrained=2, untrained_of_others=1, draws=1, effects_s=30, runs=2000)
+_FULL = Effort(untrained=5, untrained_of_others=3, draws=2, effects_s=180, runs=8000)
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ def analyze(settings: ReportSettings, live: Live | None = None) -> Json:
         wrong = wrong_routes(trace)
         views = live_views(model, trace, pictures, wrong, settings.seed, live) if live else []
 
-    for layer, read in zip(layers, routes_read(model.net), strict=True):
+    for layer, read in zip(layers, layers_read(model.net, trace), strict=True):
         layer["read"] = read
     numbers: Json = as_json(
         {
@@ -202,13 +207,20 @@ def load_inputs(settings: ReportSettings) -> Inputs:
     """Open all models and the images; a UserError if something is missing, or two trainings have the same seed."""
     addresses = (settings.model, *settings.seeds)
     refuse_equal_seeds((address, _training_seed(address)) for address in addresses)
-    model = load_model(settings.model)
-    if not moe_layers(model.net):
+    model = open_audited(settings.model) if settings.code else load_model(settings.model)
+    if not settings.code and not moe_layers(model.net):
         raise UserError(
             f"{settings.model} has no MoE layers to look at: give a model with experts."
         )
+    # What a model from elsewhere was trained on isn't known: its user gives held-out images alone.
+    is_folder = settings.code and Path(settings.data or "").is_dir()
     pictures = pictures_for(
-        settings.model, model, settings.data, limit=settings.limit, root=settings.root
+        settings.model,
+        model,
+        settings.data,
+        limit=settings.limit,
+        root=settings.root,
+        split="all" if is_folder else "test",
     )
     if pictures is None:
         raise UserError(
@@ -298,6 +310,7 @@ class Results:
     # [I, P, parts] share of each patch that belongs to each part; None where images have none
     parts: Floats | None
     effects: Json  # effects of ablating experts, from `measure_effects`
+    findings: Sequence[Finding] = ()  # about a model from elsewhere
 
     def to_json(self, trace: RoutingTrace) -> Json:
         """All numbers, and the answers in sentences: of each layer, and of the model (`summary_lines`)."""
@@ -317,6 +330,7 @@ class Results:
                 "layers": layers,
             },
             "questions": self.questions,
+            "findings": self.findings,
             # Not measured any more; kept empty for programs that read reports of earlier versions.
             "specialization": [],
             "stability": [],
@@ -384,7 +398,10 @@ def measure(
 
     with stages.stage("taking experts away"):
         effects = measure_effects(model, pictures, trace, budget_s=effort.effects_s, seed=seed)
-    return Results(questions, maps, parts, effects)
+        findings = []
+        if isinstance(model.net, Hooked):
+            findings = find(recording, questions, trace, runs=effort.runs, seed=seed)
+    return Results(questions, maps, parts, effects, findings)
 
 
 def measure_effects(
@@ -414,8 +431,8 @@ def measure_effects(
         for label, name in enumerate(trace.class_names)
         if name in model.class_names and (trace.labels == label).sum() >= _MIN_PER_CLASS
     ]
-    if not classes:
-        effects["why"] = f"no class of the model has {_MIN_PER_CLASS} images here"
+    effects["why"] = _why_not_ablated(model.net, classes)
+    if effects["why"] is not None:
         return effects
 
     # Time one ablation to find the number of images per class.
@@ -449,6 +466,13 @@ def measure_effects(
             )
     effects["pictures_per_class"] = per_class
     return effects
+
+
+def _why_not_ablated(net: nn.Module, classes: Sequence[str]) -> str | None:
+    """Why no expert of these classes' images can be ablated; None if it can."""
+    if isinstance(net, Hooked):
+        return "the findings have what each expert's removal costs"
+    return None if classes else f"no class of the model has {_MIN_PER_CLASS} images here"
 
 
 def _summary_of_classes(rows: Sequence[Json]) -> Json:

@@ -1,6 +1,7 @@
 """`moevision info MODEL`: parameters and FLOPs of a model, beside the dense models it is compared with.
 
-`moevision analyze MODEL`: what its experts do, as one report with live views in it.
+`moevision analyze MODEL`: what its experts do, as one report with live views in it; `moevision audit FILE.py:FUNCTION`:
+the same of a model from elsewhere, with findings.
 """
 
 from __future__ import annotations
@@ -120,10 +121,23 @@ def analyze(args: Namespace) -> None:
     options |= {"out": Path(args.out), "seeds": tuple(args.seeds)}
     settings = report.ReportSettings(**options)
 
-    verdict = report.analyze(settings, live=live_view)["verdict"]
-    for answer in verdict["answers"]:
-        print(escape_controls(answer["sentence"]))
+    numbers = report.analyze(settings, live=None if settings.code else live_view)
+    sentences = [answer["sentence"] for answer in numbers["verdict"]["answers"]]
+    if settings.code:
+        sentences = [finding["sentence"] for finding in numbers["findings"]]
+        for layer in numbers["verdict"]["layers"]:
+            sentences += layer["sentences"]
+    for sentence in sentences:
+        print(escape_controls(sentence))
     print(f"The report is {escape_controls(str(settings.out / 'report.html'))}")
+
+
+def audit(args: Namespace) -> None:
+    """The same of a model from elsewhere: its findings, then the three answers about each of its layers."""
+    args.model = args.function
+    args.code = True
+    args.seeds = []
+    analyze(args)
 
 
 def live_view(model: SavedModel, pixels: Any, name: str, label: str | None) -> str:
