@@ -113,8 +113,9 @@ class Finding(JsonDataclass):
     costs: Sequence[Cost] = ()  # of the knock-outs: of each expert
 
     def to_json(self) -> Json:
-        """The fields, and a sentence such as "L0: dead experts: none of 8."."""
-        sentence = f"{self.layer}: {self.what}: {self.detail}."
+        """The fields, and a sentence such as "L0: dead experts: not found: none of 8, on 300 images."."""
+        verdict = {True: "found: ", False: "not found: ", None: ""}[self.found]
+        sentence = f"{self.layer}: {self.what}: {verdict}{self.detail}."
         return {**super().to_json(), "sentence": sentence}
 
 
@@ -196,7 +197,10 @@ def constant_routes(layer: RecordedLayer) -> Finding:
     if len(set(usual)) == 1:
         experts = np.flatnonzero(sets[usual[0]])
         detail += f", everywhere to {_names(experts)}"
-    return Finding(layer.name, "constant routes", unusual.high < 1 - _CONSTANT, detail)
+    found = unusual.high < 1 - _CONSTANT
+    if unusual.value < 1 - _CONSTANT and not found:
+        detail += "; too few images to be sure: give more, --limit"
+    return Finding(layer.name, "constant routes", found, detail)
 
 
 def label_leak(answers: LayerAnswers, right: Interval | None, tests: int = 1) -> Finding:

@@ -1,6 +1,7 @@
 """`moevision audit`: findings by hand, planted faults, blocks from elsewhere, and what its user may do wrong."""
 
 import html
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,9 @@ from moevision.analysis.audit import (
 from moevision.analysis.images import open_pictures
 from moevision.analysis.information import ratio_interval
 from moevision.analysis.questions import three_questions
+from moevision.analysis.readings import choices_of
+from moevision.demo import bundled_model
+from moevision.layers import forward_routing
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_json
 from tests.shared import draw_folder, load_script, refused, run_cli, says, succeeded
@@ -499,7 +503,7 @@ def test_what_a_hook_lacks_is_said(hook, why, few, tmp_path):
         f"different things: not measured ({why}",
     )
     # Every image's routes are the same: its patch's number mod 2.
-    assert says(outcome.out, "constant routes: 100.0 % of the patches")
+    assert says(outcome.out, "constant routes: not found: 100.0 % of the patches", "too few images")
     assert ("label leak: not measured" in outcome.out) is (hook.count("None") > 0)
 
 
@@ -515,3 +519,30 @@ def test_blocks_of_images_and_of_patches_share_a_trace(few):
     assert trace.grid == (2, 2)
     assert trace.layers[0].expert_index[7, :, 0].tolist() == [0, 1, 0, 1]
     assert trace.layers[1].expert_index[7, :, 0].tolist() == [0, 0, 0, 0]
+
+
+def test_one_of_our_models_by_a_hook_gets_the_same_answers():
+    """A hook that repeats what `forward_routing` says: the same trace, class information and load."""
+    model = bundled_model("pets")
+    pictures = open_pictures("synthetic_pets", model.image_size, limit=48)
+
+    def hook(net, images):
+        logits, routings = forward_routing(net, images)
+        blocks = []
+        for routing in routings:
+            patches = slice(routing.num_prefix_tokens, None)
+            experts = routing.expert_index.where(routing.kept, -1)[:, patches]
+            blocks.append(Choices(experts, routing.num_experts, routing.combine_weight[:, patches]))
+        return logits, blocks
+
+    ours = collect_routing(model, pictures, progress=False)
+    theirs = collect_routing(model, pictures, progress=False, routings=hook)
+    assert ours.accuracy == theirs.accuracy
+    recordings = []
+    for trace in (ours, theirs):
+        layers = [replace(choices_of(layer), name="L") for layer in trace.layers]
+        recordings.append(Recording(trace.labels, layers, trace.class_names))
+    by_us, by_hook = (three_questions(recording, permutations=20) for recording in recordings)
+    for our, their in zip(by_us, by_hook, strict=True):
+        assert our.answers[0] == their.answers[0]
+        assert our.load.share.tolist() == their.load.share.tolist()
