@@ -51,6 +51,10 @@ PROVE = {
         "what the experts of emoji take, and what new pages cost without them",
         "demo.names",
     ),
+    "audit": (
+        "how often `moevision audit` finds a planted fault, and accuses a healthy router",
+        "audit",
+    ),
     "cut": ("what a model of some classes keeps of its experts, and costs", "cut"),
     "sorting": (
         "which expert gets which test photos, of the bundled router of whole images",

@@ -239,7 +239,7 @@ def folders(record: Json) -> list[Json]:
     """Of each folder of the package its tokens, and tokens a line of code, `before` and `now`."""
     rows = []
     for name, before in record["dense"]["counts"]["folders"].items():
-        now = record["plain"]["counts"]["folders"][name]
+        now = record["read"]["counts"]["folders"][name]
         rows.append(
             {
                 "folder": name,
