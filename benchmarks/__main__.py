@@ -60,10 +60,6 @@ PROVE = {
         "which expert gets which test photos, of the bundled router of whole images",
         "demo.sorting",
     ),
-    "heat": (
-        "what becomes of answers without the patches that they rest on most",
-        "demo.heat",
-    ),
     "demo-live": (
         "the explorer without a server: its size, its times, its answers beside Python's",
         "demo.live",
