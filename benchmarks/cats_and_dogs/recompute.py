@@ -224,6 +224,7 @@ def statements() -> dict[str, list[str]]:
     p = ttest_1samp(of_telling, 0).pvalue
     costs = "shown" if p < 0.05 and fmean(of_telling) < 0 else "not shown"
     exchanged = f"{lost_by_exchange(of_class, 'points'):z.1f}"
+    changed = f"{-lost_by_exchange(of_class, 'points'):+z.1f}"
     with_blocks = block_7["blocks", "class"]
     guesses = {
         key: f"{100 * fmean(layer['guess'] for layer in seeds):.0f} %"
@@ -262,8 +263,9 @@ def statements() -> dict[str, list[str]]:
         f"- {len(records)} records, {minutes:.0f} CPU minutes beside those of the tokens, on {machine}.",
     ]
     front_page = (
-        f"Two experts, half redrawn, were {least} to {most} points below dense, told or not (told − balanced "
-        f"{told['balanced']}). Exchanged they cost {exchanged} points: they divide photos, hardly skills"
+        f"Two experts (copies of the MLP, half of their units drawn anew) were {least} to {most} points below dense, "
+        f"told or not (told − balanced {told['balanced']}). Exchanging them changes accuracy by {changed} points: "
+        "they divide photos, hardly skills"
     )
     guide = (
         f"told or not, two experts were {least} to {most} points below dense where only experts learned (told − "

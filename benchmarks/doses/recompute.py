@@ -152,8 +152,8 @@ GATED = (  # cell, the arm whose learned gate gives way to the others
 )
 
 SHOWN = (  # in the picture beside the textures
-    ("characters by first sound", SOUND, EXPERTS),
-    ("characters by radical", RADICAL, EXPERTS),
+    ("Chinese by first sound", SOUND, EXPERTS),
+    ("Chinese by radical", RADICAL, EXPERTS),
     ("photos, Tiny-ImageNet", PHOTOS, "moe-32-half-hidden"),
     ("mosaics, same classifier", MOSAICS, "moe-8-full-hidden"),
     ("mosaics, plain classifier", MOSAICS, "moe-8-full-plain"),
@@ -390,7 +390,11 @@ def of_row() -> str:
 def of_readme() -> str:
     """The two ends."""
     textures, photos = TEXTURES.gain(EXPERTS).points, PHOTOS.gain("moe-32-half-hidden").points
-    return f"On 4,096 drawn textures they are {textures} points ahead, on Tiny-ImageNet's photos {photos}"
+    experts, dense = (100 * fmean(TEXTURES.values(arm)) for arm in (EXPERTS, TEXTURES.strongest))
+    return (
+        f"On 4,096 drawn textures, in {TEXTURES.seconds} CPU seconds, experts are {textures} points ahead "
+        f"({experts:.1f} against {dense:.1f} %), on Tiny-ImageNet's photos, in {PHOTOS.seconds:g}, {photos}"
+    )
 
 
 def statements() -> dict[str, list[str]]:

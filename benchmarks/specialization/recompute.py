@@ -276,6 +276,10 @@ class Trained(NamedTuple):
         """Mean cost in points."""
         return f"{self.cost(change, 'points')[0]:.1f}"
 
+    def change(self, change: str) -> str:
+        """The same as a change of accuracy."""
+        return f"{-self.cost(change, 'points')[0]:+.1f}"
+
     def interval(self, change: str) -> str:
         """Its ends."""
         _, low, high = self.cost(change, "points")
@@ -450,9 +454,9 @@ def headline(first: Trained, bundled: dict[str, int]) -> str:
     """README.md of the repository."""
     return (
         f"Yes in {bundled['yes']} of {bundled['of']} layers of three models with eight experts, by log-loss alone in "
-        f"{bundled['by_log_loss']}. In the first of CIFAR-10's, exchanging a class's favourite expert costs "
-        f"{first.points('favourite')} points, any two others at as many patches {first.points('any_two')} "
-        f"(difference {first.points('more')}, {first.interval('more')})"
+        f"{bundled['by_log_loss']}. In the first of CIFAR-10's, exchanging a class's favourite expert changes its "
+        f"accuracy by {first.change('favourite')} points, any two others at as many patches by "
+        f"{first.change('any_two')} (difference {first.points('more')}, {first.interval('more')})"
     )
 
 
