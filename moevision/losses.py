@@ -279,7 +279,15 @@ class Balance:
         Args:
             routings: what the MoE layers decided, by `forward_routing` or `record_routing`.
             target: [B, C] for the label loss, as in `label_loss`.
+
+        Raises:
+            UserError: if there isn't one routing for each MoE layer of the model.
         """
+        if len(routings) != len(self._layer_weights):
+            raise UserError(
+                f"The forward pass recorded {len(routings)} of the model's {len(self._layer_weights)} MoE layers: run it "
+                "inside record_routing(model), or by forward_routing, with the model that Balance was given."
+            )
         if self._step_is_done:
             self.start_window()
         self._micro_batches += 1

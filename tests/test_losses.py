@@ -196,6 +196,19 @@ def test_balance_takes_the_labels_or_refuses_a_loss_of_them():
     assert balance(label=0.1).loss([routing], target) == 0.1 * label_loss(routing, target)
 
 
+def test_routings_that_are_not_those_of_the_model_are_refused():
+    """Nothing was recorded, or another model's layers; a dense model has none, and no loss."""
+    layer = MoEMlp(8, 8, num_experts=4)
+    layer(torch.randn(1, 3, 8))  # outside of record_routing
+    with pytest.raises(UserError, match=r"recorded 0 of the model's 1 .* record_routing"):
+        Balance(layer).loss([])
+    with pytest.raises(UserError, match="recorded 1 of the model's 2 MoE layers"):
+        balance(layers=2, z=1.0).loss([example()])
+    with pytest.raises(UserError, match="recorded 1 of the model's 0 MoE layers"):
+        Balance(nn.Linear(8, 8)).loss([example()])
+    assert Balance(nn.Linear(8, 8)).loss([]) == 0
+
+
 @pytest.mark.parametrize("loss", [importance_loss, load_loss, load_balancing_loss, z_loss])
 def test_gradients_are_finite_at_perfect_balance(loss):
     """Each of three tokens prefers another expert; CV² is 0 there and its square root has no gradient."""

@@ -11,7 +11,10 @@ T·K and padding), `out` the width of the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import torch
@@ -75,8 +78,8 @@ class MoEMlp(Recordable):
         **router_options: see `moevision.layers.RouterOptions`.
 
     Raises:
-        UserError: for an argument of timm's Mlp that experts cannot honour, an unknown router or backend, K > E, or an
-            option that the router has no use for.
+        UserError: for an argument of timm's Mlp that experts cannot honour, an unknown router, backend or option, K > E,
+            or an option that the router has no use for.
 
     Examples:
         >>> layer = MoEMlp(192, 384, num_experts=8, top_k=2)
@@ -122,7 +125,7 @@ class MoEMlp(Recordable):
             in_features,
             num_experts,
             top_k,
-            options=RouterOptions(**router_options),
+            options=_router_options(router_options),
             **placement,
         )
 
@@ -197,6 +200,17 @@ class MoEMlp(Recordable):
     def _shared_output(self, x: Tensor) -> Tensor | None:
         """The output [T, out_features] of the shared experts for x [T, D]; None without them."""
         return None if self.shared is None else self.shared(x)
+
+
+def _router_options(options: Mapping[str, Any]) -> RouterOptions:
+    """The options of a layer's router; a UserError for a name that neither it nor `MoEMlp` knows."""
+    known = [entry.name for entry in fields(RouterOptions)]
+    for name in options:
+        if name not in known:
+            names = [*signature(MoEMlp).parameters, *known]
+            nearest = get_close_matches(name, names) or known
+            raise UserError(f"MoEMlp has no option {name!r}: use {' or '.join(nearest)}.")
+    return RouterOptions(**options)
 
 
 class SharedExperts(nn.Sequential):

@@ -538,6 +538,8 @@ def build_router(
     kind = router_kind(name)
     if top_k is None:
         top_k = kind.top_k
+    if num_experts < 1:
+        raise UserError(f"num_experts is {num_experts}: it must be at least 1.")
     if not 1 <= top_k <= num_experts:
         raise UserError(
             f"top_k={top_k} does not fit num_experts={num_experts}: choose top_k between 1 and {num_experts}."

@@ -382,7 +382,7 @@ def instantiated(arguments: OptionValues) -> OptionValues:
                 "use your own classes from Python."
             ) from error
         raise UserError(
-            f"The Trainer does not take these options: {' '.join(str(error).split())[:500]}"
+            _refusal(str(error), f"--trainer.{' or --trainer.'.join(named)}")
         ) from error
     if function:
         raise UserError(
@@ -390,6 +390,22 @@ def instantiated(arguments: OptionValues) -> OptionValues:
             "Python."
         )
     return {name: instances[name] for name in named}
+
+
+def _refusal(message: str, options: str) -> str:
+    """What jsonargparse says of named classes, in a sentence; it keeps only the text of Lightning's own errors."""
+    if missing := re.search(r"Requirement '([\w-]+)|Neither `([\w-]+)`", message):
+        package = missing[1] or missing[2]
+        return (
+            f"{options} needs the package {package}, which isn't installed: pip install {package}, or leave the option "
+            "out (metrics.csv is written without it)."
+        )
+    if unknown := re.search(r"Expected a dot import path string: (\S+)", message):
+        return (
+            f"{options} names no class of Lightning by {unknown[1]}: give a class's name, such as WandbLogger or "
+            "TensorBoardLogger."
+        )
+    return f"The Trainer does not take these options: {' '.join(message.split())[:500]}"
 
 
 def _functions(value: Any) -> Iterator[Any]:

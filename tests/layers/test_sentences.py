@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -14,6 +15,7 @@ from moevision.layers import (
     RouterOptions,
     build_router,
 )
+from moevision.models import convert_to_moe
 
 BY_IMAGE = ("noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "bias_balanced", "cosine")
 HANDMADE = ("hash", "random", "position", "colour")
@@ -67,6 +69,23 @@ ROWS: dict[str, Row] = {
     "bias of softmax": unused("vmoe_top_k", "bias_rate", bias_rate=1e-3),
     "slots of switch": unused("switch", "slots_per_expert", slots_per_expert=1),
 }  # fmt: skip
+ROWS |= {
+    f"no option {wrong}": (
+        lambda wrong=wrong: layer(**{wrong: 1}),
+        [f"no option '{wrong}'", f"use {right}"],
+    )
+    for wrong, right in {
+        "topk": "top_k.",
+        "num_expert": "num_experts or",
+        "capacity_factr": "capacity_factor or",
+        "balance": "noise or route_by or",  # like nothing: all of them
+    }.items()
+}
+ROWS["no experts"] = (lambda: layer(num_experts=0), ["num_experts is 0", "at least 1"])
+ROWS["a model's layer"] = (
+    lambda: convert_to_moe(timm.create_model("test_vit"), num_expert=4),
+    ["no option 'num_expert'", "use num_experts or"],
+)
 ROWS |= {
     f"{router} by image": unused(router, "route_by", route_by="image")
     for router in ROUTERS

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_utilities.core.imports import RequirementCache
 
 from moevision import cli as program
 from moevision.config import EarlyStoppingConfig
@@ -108,6 +109,7 @@ STARTS = {
     "--record_routing.images=nowhere": ["holds 0 images"],
     "--record_routing.images=bad": ["use the image"],
     "--trainer.logger=false": ["metrics.csv", "--trainer.logger false"],
+    "--trainer.logger=tensorboard": ["names no class", "by tensorboard", "TensorBoardLogger"],
     "--trainer.default_root_dir=x": ["no option", "'trainer.default_root_dir'"],
     "--seed_everything=-5": ["seed_everything is -5", "less than 2**32"],
     "--seed_everything=99999999999999999999": ["less than 2**32"],
@@ -120,6 +122,30 @@ def test_fit_says_so(cli, tiny, drawn_pets, option, own_folder):
         Path(folder).mkdir()
     Path("bad/cat.png").write_bytes(b"no image")
     refused(cli("fit", drawn_pets, "--pretrained=none", *tiny, option), *STARTS[option])
+    assert not list(Path("runs").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("logger", "package"),
+    [
+        ("WandbLogger", "wandb"),
+        ("[MLFlowLogger]", "mlflow"),
+        ("CometLogger", "comet-ml"),
+        ("{class_path: TensorBoardLogger, init_args: {save_dir: logs}}", "tensorboard"),
+    ],
+)
+def test_a_logger_whose_package_is_not_installed(
+    cli, tiny, drawn_pets, own_folder, monkeypatch, logger, package
+):
+    """As where none of these packages is: Lightning asks these names."""
+    for name in ("tensorboard._TENSORBOARD_AVAILABLE", "tensorboard._TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.{name}", False)
+    for name in ("comet._COMET", "mlflow._MLFLOW", "wandb._WANDB"):
+        where = f"lightning.pytorch.loggers.{name}_AVAILABLE"
+        missing = RequirementCache(f"{package}>=999")
+        monkeypatch.setattr(where, missing)
+    ending = cli("fit", drawn_pets, "--pretrained=none", *tiny, f"--trainer.logger={logger}")
+    refused(ending, "--trainer.logger", f"needs the package {package}", f"pip install {package}")
     assert not list(Path("runs").glob("*"))
 
 
