@@ -285,8 +285,8 @@ class Balance:
         """
         if len(routings) != len(self._layer_weights):
             raise UserError(
-                f"The forward pass recorded {len(routings)} of the model's {len(self._layer_weights)} MoE layers: run it "
-                "inside record_routing(model), or by forward_routing, with the model that Balance was given."
+                f"The forward pass recorded {len(routings)} of the model's {len(self._layer_weights)} MoE layers: run "
+                "it inside record_routing(model), or by forward_routing, with the model that Balance was given."
             )
         if self._step_is_done:
             self.start_window()

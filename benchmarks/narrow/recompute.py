@@ -1,6 +1,6 @@
-"""What the photos' half of the study says; README.md's numbers, from runs.jsonl; NumPy and SciPy only.
+"""What the photos' half of the study says: README.md's numbers, from runs.jsonl; NumPy and SciPy only.
 
-    python benchmarks/narrow/recompute.py
+`python benchmarks/narrow/recompute.py`
 """
 
 import json

@@ -78,8 +78,8 @@ class MoEMlp(Recordable):
         **router_options: see `moevision.layers.RouterOptions`.
 
     Raises:
-        UserError: for an argument of timm's Mlp that experts cannot honour, an unknown router, backend or option, K > E,
-            or an option that the router has no use for.
+        UserError: for an argument of timm's Mlp that experts cannot honour, an unknown router, backend or option,
+            K > E, or an option that the router has no use for.
 
     Examples:
         >>> layer = MoEMlp(192, 384, num_experts=8, top_k=2)
