@@ -7,7 +7,7 @@ use of a public name, registers the `vit_moe*` names with timm.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moevision.errors import UserError
 
@@ -30,6 +30,7 @@ __all__ = [
     "VisionTransformerMoE",
     "convert_to_moe",
     "dense_twin",
+    "fit",
     "forward_routing",
     "record_routing",
     "upcycle",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 _NAMES = {
+    "commands.fit": ("fit",),
     "layers": ("MoEMlp", "Routing", "forward_routing", "record_routing", "update_router_bias"),
     "models": ("VisionTransformerMoE", "convert_to_moe", "dense_twin"),
     "models.upcycle": ("upcycle",),
@@ -54,7 +56,7 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Import a public name, or a module of the package, on its first use."""
     for module, names in _NAMES.items():
         if name in names:

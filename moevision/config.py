@@ -186,6 +186,16 @@ class Data:
         "Mirror every training image in every other epoch, half of them in the first",
         rare=True,
     )
+    vflip: bool = option(
+        False,
+        "Mirror a random half of the training images top to bottom, as for photos from above or microscopes",
+        rare=True,
+    )
+    rotate90: bool = option(
+        False,
+        "Turn every training image by 0, 90, 180 or 270 degrees at random",
+        rare=True,
+    )
     random_erasing: float = option(
         0.0,
         "Probability that a random rectangle of an image is erased (arXiv:1708.04896)",
@@ -364,8 +374,9 @@ class MoEConfig(RouterOptions):
     )
     router: str | list[str] | None = option(
         None,
-        "noisy_top_k, vmoe_top_k, switch, sigmoid, bias_balanced, cosine, expert_choice or soft; baselines hash, "
-        "random, position, colour",
+        "noisy_top_k (the layer's default: Shazeer 2017, on which the others build), vmoe_top_k (that of recipes: "
+        "fewer parameters, one noise for all tokens), switch, sigmoid, bias_balanced, cosine, expert_choice or soft; "
+        "baselines hash, random, position, colour",
         auto_default="the model's own; from pretrained weights vmoe_top_k",
     )
     moe_layers: str | list[int] | None = option(

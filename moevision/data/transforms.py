@@ -52,7 +52,7 @@ ERASED_SHARE = (0.02, 0.33)  # area of an erased rectangle, as a share of the im
 ERASED_RATIO = (0.3, 3.3)  # height / width of an erased rectangle
 _POLICIES = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
 # Streams: part of the hashed key, so that each purpose has other random numbers for equal (seed, epoch, index).
-_POLICY, _MIX, _CROP, _FLIP, _ERASE, _RECTANGLE = range(1, 7)
+_POLICY, _MIX, _CROP, _FLIP, _ERASE, _RECTANGLE, _VERTICAL_FLIP, _TURN = range(1, 9)
 
 
 def base_side(image_size: int) -> int:
@@ -151,8 +151,8 @@ class TrainTransform:
     def __init__(self, data: Data, crop: CropMode) -> None:
         """Choose the steps by `data`; images must be S x S, except for the crop "random_resized", which takes any size.
 
-        With `data.augment` "none" there is no crop, flip or policy. Pixels that a step takes from outside of the image
-        have the mean colour.
+        With `data.augment` "none" there is no crop, mirroring from left to right, or policy. Pixels that a step takes
+        from outside of the image have the mean colour.
         """
         is_plain = data.augment == "none"
         self.image_size = data.image_size
@@ -160,6 +160,8 @@ class TrainTransform:
         self.random_erasing = data.random_erasing
         self.crop: CropMode | None = None if is_plain else crop
         self.hflip = data.hflip and not is_plain
+        self.vflip = data.vflip
+        self.rotate90 = data.rotate90
 
         mean = [round(255 * channel) for channel in data.mean]
         self.fill = np.array(mean, np.uint8)[:, None, None]  # [3, 1, 1]
@@ -187,6 +189,10 @@ class TrainTransform:
 
         if self.hflip:
             self._flip(pixels, keys)
+        if self.vflip:
+            self._flip_vertically(pixels, keys)
+        if self.rotate90:
+            self._turn(pixels, keys)
         if self.policy is not None:
             self._apply_policy(self.policy, pixels, keys)
         if self.random_erasing > 0:
@@ -228,6 +234,18 @@ class TrainTransform:
         is_odd_epoch = keys.epoch % 2 == 1  # [B]
         is_flipped = in_even_epochs ^ is_odd_epoch
         pixels[is_flipped] = pixels[is_flipped, :, :, ::-1]
+
+    def _flip_vertically(self, pixels: Pixels, keys: BatchKeys) -> None:
+        """Turn a random half of the images upside down, by mirroring."""
+        is_flipped = keys.uniform(1, _VERTICAL_FLIP)[:, 0] < 0.5  # [B]
+        pixels[is_flipped] = pixels[is_flipped, :, ::-1]
+
+    def _turn(self, pixels: Pixels, keys: BatchKeys) -> None:
+        """Turn each image counterclockwise by 0, 90, 180 or 270 degrees, each as likely."""
+        quarter_turns = np.floor(4 * keys.uniform(1, _TURN)[:, 0])  # [B]
+        for turns in (1, 2, 3):
+            is_turned = quarter_turns == turns  # [B]
+            pixels[is_turned] = np.rot90(pixels[is_turned], turns, axes=(2, 3))
 
     def _apply_policy(self, policy: v2.Transform, pixels: Pixels, keys: BatchKeys) -> None:
         """Apply the policy to each image, as a PIL image, which is two to four times as fast as a tensor."""

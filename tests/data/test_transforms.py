@@ -139,6 +139,26 @@ def test_light_pad_is_torchvision_s_pad_crop_and_flip():
     assert torch.equal(transform()(IMAGES, 7, EPOCHS, INDICES), flipped(rows))
 
 
+def test_vertical_flips_and_turns_are_torch_s():
+    """Expected streams: 7 vertical flip, 8 turn; first the flip. No other step changes an image here."""
+    flips = uniform(1, 7, 7, *KEY)[:, 0] < 0.5
+    turns = (4 * uniform(1, 7, 8, *KEY)[:, 0]).astype(int)
+    assert 10 < flips.sum() < 30
+    assert set(turns) == {0, 1, 2, 3}
+    rows = [torch.from_numpy(image) for image in IMAGES]
+    flipped_rows = [row.flip(1) if flip else row for row, flip in zip(rows, flips, strict=True)]
+    turned_rows = [row.rot90(turn, (1, 2)) for row, turn in zip(flipped_rows, turns, strict=True)]
+
+    plain = {"augment": "none"}
+    both = transform(**plain, vflip=True, rotate90=True)
+    assert torch.equal(
+        transform(**plain, vflip=True)(IMAGES, 7, EPOCHS, INDICES), torch.stack(flipped_rows)
+    )
+    assert torch.equal(both(IMAGES, 7, EPOCHS, INDICES), torch.stack(turned_rows))
+    # An image's turn doesn't depend on its batch.
+    assert torch.equal(both(IMAGES[5:6], 7, [2], [105])[0], turned_rows[5])
+
+
 def test_light_resized_is_torchvision_s_resized_crop_and_flip():
     images = [noise(24 + n, 60 - n, n) for n in range(40)]
     u = uniform(4 * TRIES, 7, 3, *KEY).reshape(-1, TRIES, 4)
