@@ -17,6 +17,7 @@ MEASURE = {
         "train",
     ),
     "infer": ("images/s and latency of a model beside both dense twins", "infer"),
+    "infer-exported": ("an ONNX file beside that of the dense twin", "infer.exported"),
     "demo-latency": (
         "how long a visitor of the explorer waits, in headless Chromium",
         "demo.latency",

@@ -704,8 +704,8 @@ that other classes use, and none. OUT/ is a model that every verb takes; cut.jso
         """\
 Write a model as one ONNX file, which runs in onnxruntime and others without moevision. Any batch size, float32; class
 names and preprocessing travel in the file, which is run on seeded images and compared with the model: if a logit
-differs by more than rounding, no file is left. It computes ALL experts for every token and so saves no computation;
-what that costs is printed. Needed: pip install onnx onnxscript onnxruntime.""",
+differs by more than rounding, no file is left. It computes the chosen experts only; its time beside the model's is
+printed. Needed: pip install onnx onnxscript onnxruntime.""",
         """\
   moevision export runs/pets --out pets.onnx
   moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your images too""",

@@ -46,7 +46,7 @@ def measure_cost(
 ) -> ModelCost:
     """Count the parameters of a model, MoE or dense, and the FLOPs of one image, on the model's own device.
 
-    With the backend `dense`, which exported files use, `flops_per_image` is the work of all experts. The other backends
+    With the backend `dense` `flops_per_image` is the work of all experts. The other backends
     compute the chosen experts only, and all give the same number: the active FLOPs.
     """
     if isinstance(image_size, int):

@@ -191,6 +191,38 @@ def few_images(*rows: Json, precision: str) -> list[Json]:
     return [{"model": name, "cells": " | ".join(own)} for name, own in cells.items()]
 
 
+def exported(record: Json) -> list[Json]:
+    """Rows of the table of exported files: time ÷ the twin's by batch size, with the chosen and with all experts."""
+    rows = []
+    for model in record["models"]:
+        values: Json = {"model": model["name"]}
+        for batch in model["batches"]:
+            ratios = {row["name"]: row["ratio_to"][TWIN] for row in batch["rows"]}
+            everything = ratios["all experts"]["median"]
+            cell = f"**{spread(ratios['chosen experts'])}**; {everything:.2f}"
+            values[f"of_{batch['batch_size']}"] = cell
+        rows.append(values)
+    return rows
+
+
+def exported_range(record: Json) -> Json:
+    """The least and the largest of these ratios at 8 and 64 images, and the largest at one."""
+    ratios: dict[tuple[str, bool], list[float]] = defaultdict(list)
+    for model in record["models"]:
+        for batch in model["batches"]:
+            for row in batch["rows"]:
+                median = row["ratio_to"][TWIN]["median"]
+                ratios[row["name"], batch["batch_size"] == 1].append(median)
+    chosen, everything = (ratios[name, False] for name in ("chosen experts", "all experts"))
+    return {
+        "least": min(chosen),
+        "most": max(chosen),
+        "least_all": min(everything),
+        "most_all": max(everything),
+        "one": max(ratios["chosen experts", True]),
+    }
+
+
 def worst_of_few(*rows: Json) -> Json:
     """The largest ratios after, by precision, and how many of the rows keep to 1.3."""
     values: Json = {}

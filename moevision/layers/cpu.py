@@ -96,7 +96,8 @@ def copy_to_experts(
         0), [T, K] the row of each choice.
     """
     choices = expert.flatten()  # [T·K]
-    if pad and 0 < len(choices) <= FEW_CHOICES and _rows_worth_one_call(x):
+    # The number of choices is asked last: in an exported program a branch on it would fix the batch size.
+    if pad and _rows_worth_one_call(x) and 0 < len(choices) <= FEW_CHOICES:
         token_of_row, row_of_choice, counts = _place_few_choices(x, expert, num_experts)
     else:
         order, row_of_choice, counts = sort_choices(choices, num_experts)

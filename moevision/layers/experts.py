@@ -3,10 +3,10 @@
 Three backends compute the same thing:
 
 - `loop`: one expert after the other on its slice of the rows; any dtype, any shape, the fastest on a CPU, where
-  `cpu.grouped_mlps` writes the gradients.
+  `cpu.grouped_mlps` writes the gradients, and in an exported file.
 - `grouped`: `torch.nn.functional.grouped_mm`; needs float32/float16/bfloat16 and row strides of 16 bytes.
 - `dense`: every expert on every token, the routed sum taken afterwards; E times the work, no sorting, no
-  data-dependent shape. It is the reference in tests and the path for export.
+  data-dependent shape. It is the reference in tests.
 
 Axes: R rows (copies of tokens, or slots), T tokens, P slots of an expert, D width, H hidden width, E experts,
 E' experts in this process.

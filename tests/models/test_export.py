@@ -123,6 +123,61 @@ def test_the_file_answers_as_the_model(case, tmp_path):
         assert torch.equal(model.net(noise_images(5, seed=7)), expected)
 
 
+def rows_computed(path: Path, images: torch.Tensor, num_experts: int) -> list[list[int]]:
+    """How many rows onnxruntime gives each expert: the lengths of the pieces of every Split into E."""
+    import onnx
+    import onnxruntime
+
+    graph = (model := onnx.load(path)).graph
+    pieces = [
+        list(node.output)
+        for node in graph.node
+        if node.op_type == "Split" and len(node.output) == num_experts
+    ]
+    graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for names in pieces
+        for name in names
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    feed = {"image": images.numpy()}
+    return [[len(rows) for rows in session.run(names, feed)] for names in pieces]
+
+
+@pytest.mark.deep
+@pytest.mark.needs("onnx")
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_file_computes_the_chosen_rows_only(top_k, tmp_path):
+    """As many rows for each expert as torch counts, none for some; equal to float64; no operator that isn't standard.
+
+    In the first block all tokens go to expert 3 (and then 1): there a normed token has the sum D.
+    """
+    import onnx
+
+    path, experts = tmp_path / "model.onnx", 5
+    model = tiny(router="vmoe_top_k", num_experts=experts, top_k=top_k)
+    net = model.net
+    with torch.no_grad():
+        net.blocks[0].norm2.bias.fill_(1)
+        router = net.blocks[0].mlp.router.weight.zero_()
+        router[3], router[1] = 1, 0.5
+    export_onnx(model, path)
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}
+    exact = copy.deepcopy(net).double()
+    for batch in (1, 2, 7):
+        images = noise_images(7, seed=7)[:batch]
+        with torch.no_grad():
+            logits, routings = moevision.forward_routing(net, images)
+            expected = exact(images.double()).float()
+        answer = run_onnx(path, images)
+        torch.testing.assert_close(answer, logits, rtol=0, atol=2e-5)
+        torch.testing.assert_close(answer, expected, rtol=0, atol=2e-5)
+        counts = [routing.counts().tolist() for routing in routings]
+        assert rows_computed(path, images, experts) == counts
+        assert counts[0] == [0, (top_k - 1) * 16 * batch, 0, 16 * batch, 0]
+        assert sum(counts[1]) == top_k * 16 * batch
+
+
 # One of each rule for gates; `switch` has that of `vmoe_top_k`, `hash` and `position` that of `random`.
 ROUTED = ["sigmoid", "bias_balanced", "cosine", "random", "colour"]
 
