@@ -550,7 +550,7 @@ def keep_images_per_step(start: RunStart | None, data: ImageDataModule, trainer:
 
     if trainer.accumulate_grad_batches == 1 and trainer.limit_train_batches == 1.0:
         # An epoch had whole steps only: it doesn't get a part of one at its end.
-        batches = sum(data.class_counts["train"].values()) // batch_size
+        batches = len(data.contents.datasets["train"]) // batch_size
         trainer.limit_train_batches = max(window, batches // window * window)
     trainer.accumulate_grad_batches = window
     print_rank0(
