@@ -249,7 +249,7 @@ class Scores:
         except OSError as error:
             raise UserError(
                 f"{path} can't be read ({error.strerror}): it is in the folder of a run that fit finished, without "
-                "--data.scores false, Mixup, CutMix, or 200,000 images and more."
+                "--data.scores false, Mixup, CutMix, several labels of an image, or 200,000 images and more."
             ) from error
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is no table of scores ({error}): fit writes it.") from error

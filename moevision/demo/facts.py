@@ -322,11 +322,6 @@ def route_batch(model: SavedModel, pixels: Pixels) -> tuple[Tensor, list[Routing
     return forward_routing(model.net, network_input(model, pixels))
 
 
-def softmax(logits: Tensor) -> Floats:
-    """Probabilities [..., C] of logits [..., C]."""
-    return to_numpy(logits.float().softmax(-1))
-
-
 _GENERATOR_LOCK = threading.RLock()
 """Held while torch's global random generator has a temporary seed; the locks of models don't protect it."""
 

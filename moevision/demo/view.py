@@ -34,7 +34,6 @@ from moevision.demo.facts import (
     model_input,
     noise_of_training,
     route_batch,
-    softmax,
     title_of,
 )
 from moevision.demo.html import VIEW_SCHEMA, view_html
@@ -335,16 +334,17 @@ def route_image(
     outputs = list(outputs_of_blocks.values())  # [blocks] of [1, N, D]
     if dense is not None:
         dense_logits, _ = route_batch(dense, pixels[None])
-        dense_probabilities = softmax(dense_logits)[0]
+        dense_probabilities = to_numpy(dense.probabilities(dense_logits.float()))[0]
     return RoutingView(
         model=facts,
         picture=replace(picture, pixels=pixels),
         layers=tuple(layers),
-        probabilities=softmax(logits)[0],
+        probabilities=to_numpy(model.probabilities(logits.float()))[0],
         dense_probabilities=dense_probabilities,
         settings=settings,
-        lens=softmax(lens(model.net, outputs)) if outputs else None,
-        shares=margin_shares(model.net, outputs),
+        lens=to_numpy(model.probabilities(lens(model.net, outputs))) if outputs else None,
+        # They are of the margin of one class over another.
+        shares=None if model.thresholds else margin_shares(model.net, outputs),
     )
 
 

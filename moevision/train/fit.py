@@ -103,7 +103,7 @@ from moevision.train.recipe import (
     run_name,
     run_of_checkpoint,
 )
-from moevision.train.report import LOSS, is_unbalanced
+from moevision.train.report import LOSS, MAP, is_unbalanced
 from moevision.train.resume import (
     EpochEnd,
     ResumePoint,
@@ -593,6 +593,14 @@ def _choose_monitor(training: Training, best: ModelCheckpoint) -> None:
     settings, early = training.settings, training.settings.early_stopping
     counts = training.data.class_counts["train"].values()
     monitor = settings.checkpoint.monitor
+    if training.data.multilabel:
+        monitor = monitor or MAP
+    for name in filter(None, (monitor, early.monitor)):
+        if name != LOSS and (name == MAP) != training.data.multilabel:
+            raise UserError(
+                f"{name} isn't measured on these data, whose images have "
+                f"{'several labels' if training.data.multilabel else 'one label'}: leave the monitor out."
+            )
     if monitor is None:
         # A run of an earlier version goes on as it began.
         unbalanced = training.is_fresh and is_unbalanced(counts)
@@ -602,7 +610,7 @@ def _choose_monitor(training: Training, best: ModelCheckpoint) -> None:
                 f"Classes have {min(counts):,} to {max(counts):,} training images: best.ckpt is chosen by "
                 "val/balanced_acc, the mean recall of the classes (--checkpoint.monitor val/top1: by accuracy)."
             )
-        settings.checkpoint = replace(settings.checkpoint, monitor=monitor)
+    settings.checkpoint = replace(settings.checkpoint, monitor=monitor)
     for callback in cast(Any, training.trainer).callbacks:
         if callback is best or (isinstance(callback, StopEarly) and early.monitor is None):
             callback.monitor = monitor
@@ -635,6 +643,9 @@ def _start_and_plan(training: Training) -> None:
 def _start_with_probe(training: Training) -> None:
     """Head first: the classifier begins as a linear probe of the frozen features, which is reported too."""
     session, task, data = training.session, training.task, training.data
+    if data.multilabel:
+        print("The classifier starts at random: no linear probe is fitted to several labels.")
+        return
     probe = session.probe
     if probe is None:
         net = task.net
@@ -789,6 +800,7 @@ class Evaluated(NamedTuple):
     num_classes: int | None  # as trained
     image_size: int | None  # as trained
     class_names: list[str] | None  # 0.1 wrote none
+    multilabel: bool
 
     @property
     def run_dir(self) -> Path:
@@ -829,7 +841,8 @@ def evaluate(verb: str, args: ParsedArgs) -> None:
                     f"--trainer.limit_{split}_batches 0 leaves nothing to {verb}: say 1.0 for all of it."
                 )
             if trainer.is_global_zero:
-                print(f"\n{percent(scores[0][f'{split}/top1'])} of the {split} images right")
+                if not data.multilabel:
+                    print(f"\n{percent(scores[0][f'{split}/top1'])} of the {split} images right")
                 for name, value in scores[0].items():
                     print(f"{name:22}{value:8.4f}")
                 print_rank0(f"Everything is in {run_dir}")
@@ -854,12 +867,14 @@ def _read_checkpoint(verb: str, path: str | None) -> Evaluated:
         )
     content = check_checkpoint(path)
     options = parse_config({"model": content["hyper_parameters"]}, path)
+    data = content.get(MARK, {}).get("data", {})
     return Evaluated(
         path=path,
         num_classes=options.pop("model.num_classes", None),
         image_size=options.pop("model.image_size", None),
         model_options=options,
-        class_names=content.get(MARK, {}).get("data", {}).get("class_names"),
+        class_names=data.get("class_names"),
+        multilabel=bool(data.get("multilabel")),
     )
 
 
@@ -878,6 +893,11 @@ def _build_for_checkpoint(
     task: ClassificationTask, data: ImageDataModule, checkpoint: Evaluated
 ) -> None:
     """Make the model that a checkpoint has weights for, and number the classes as it does."""
+    if checkpoint.multilabel != data.multilabel:
+        raise UserError(
+            f"{checkpoint.path} learned {'several labels' if checkpoint.multilabel else 'one class'} for an image, "
+            "which these data don't have: give images labelled in the same way."
+        )
     if checkpoint.class_names is not None:
         data.number_classes(checkpoint.class_names)
     with from_cache_only():
