@@ -372,8 +372,7 @@ def _rows(
             labels = {"labels": list(prediction.labels)}
 
         rows.append(
-            labels
-            | {
+            {
                 "path": prediction.path,
                 "class": UNSURE if is_unsure else best["class"],
                 "probability": best["probability"],
@@ -383,5 +382,6 @@ def _rows(
                 "error": prediction.error or None,
                 "distance": prediction.distance,
             }
+            | labels
         )
     return rows

@@ -177,7 +177,9 @@ def _print_what_to_do_next(training: Training, result: RunResult) -> None:
         print_rank0(f"Look for wrong labels: moevision data score {run}")
     if not result.summary.layers:
         return
-    print_rank0(f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}")
+    print_rank0(f"See its experts: moevision demo {run}")
+    if not result.summary.test.multilabel:
+        print_rank0(f"Ask what they do: moevision analyze {run}")
     if not training.settings.with_twin and result.summary.choice is None:
         print_rank0(
             "Whether they pay on these images: --with-twin also trains a dense model of the same cost."
