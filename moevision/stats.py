@@ -268,7 +268,9 @@ class Calibration(NamedTuple):
 
     temperature: float
     images: int
-    thresholds: tuple[float, ...] = ()  # [C] where images have several labels, see `best_thresholds`
+    thresholds: tuple[
+        float, ...
+    ] = ()  # [C] where images have several labels, see `best_thresholds`
 
 
 def fit_temperature(logits: Array, labels: Array) -> Calibration | None:
@@ -321,5 +323,8 @@ def best_thresholds(probabilities: Floats, labels: Array) -> tuple[float, ...]:
         f1 = 2 * has_label.cumsum() / (num_given + has_label.sum())
         f1[p == below] = 0.0  # no threshold parts equal probabilities
         best = f1.argmax()
-        thresholds.append(float((p[best] + below[best]) / 2) if has_label.any() else 0.5)
+        threshold = 0.5
+        if has_label.any():
+            threshold = float((p[best] + below[best]) / 2)
+        thresholds.append(threshold)
     return tuple(thresholds)

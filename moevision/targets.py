@@ -55,7 +55,9 @@ class OneClass:
 
     def shares(self, target: Tensor, num_classes: int) -> Tensor:
         """[B, C], whose rows sum to 1, of targets [B] or soft [B, C]."""
-        return target if target.ndim == 2 else F.one_hot(target, num_classes)
+        if target.ndim == 2:
+            return target
+        return F.one_hot(target, num_classes)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[B, C] of logits [B, C]."""

@@ -1,4 +1,4 @@
-"""Two images side by side, of one class or of two, with the labels of both: `python -m benchmarks.several_labels.pairs`.
+"""Two images side by side, of one class or of two, with the labels of both.
 
     python -m benchmarks.several_labels.pairs IMAGENETTE OUT [--count 4000] [--seed 0]
 

@@ -19,7 +19,7 @@ patches, K choices, E experts, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,7 +93,9 @@ def effect(
         if has_control:
             keys = [(seed, draw) for draw in range(num_controls)]
             control_logits = run_compared(net, x, intervention, moved, keys)  # [draws, C]
-            delta_ps = model.probabilities(control_logits) - model.probabilities(before)  # [draws, C]
+            delta_ps = model.probabilities(control_logits) - model.probabilities(
+                before
+            )  # [draws, C]
             control = Control(
                 what=control_in_words(intervention, moved_patches, routing),
                 delta_logits=tuple((control_logits - before)[:, index].tolist()),
@@ -523,16 +525,18 @@ class Effect:
     @property
     def before(self) -> tuple[float, ...]:
         """[C] probabilities before."""
-        return tuple(self._probabilities(self.before_logits).tolist())
+        return tuple(self._probabilities(self.before_logits))
 
     @property
     def after(self) -> tuple[float, ...]:
         """[C] probabilities after."""
-        return tuple(self._probabilities(self.after_logits).tolist())
+        return tuple(self._probabilities(self.after_logits))
 
-    @property
-    def _probabilities(self) -> Callable[[Sequence[float]], Floats]:
-        return expit if self.multilabel else softmax
+    def _probabilities(self, logits: Sequence[float]) -> Sequence[float]:
+        probabilities: Floats = softmax(logits)
+        if self.multilabel:
+            probabilities = expit(logits)
+        return cast(list[float], probabilities.tolist())
 
     @property
     def delta_logit(self) -> float:

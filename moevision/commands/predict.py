@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -281,7 +282,9 @@ def _classify(
 
     probabilities = model.probabilities(logits.float() / (model.temperature or 1.0)).cpu()
     count = len(model.class_names)
-    best = probabilities.topk(count if model.thresholds else min(5, count))
+    if not model.thresholds:
+        count = min(5, count)
+    best = probabilities.topk(count)
     predictions = {}
     for file, shares, labels, distance, feature in zip(
         files, best.values.tolist(), best.indices.tolist(), distances, rows, strict=True
@@ -292,12 +295,11 @@ def _classify(
                 str(file), names, tuple(shares), distance=distance, feature=feature
             )
             if model.thresholds:
-                given = [
-                    model.class_names[label]
+                is_given = [
+                    share > model.thresholds[label]
                     for label, share in zip(labels, shares, strict=True)
-                    if share > model.thresholds[label]
                 ]
-                prediction = replace(prediction, labels=tuple(given))
+                prediction = replace(prediction, labels=tuple(compress(names, is_given)))
             predictions[file] = prediction
         else:
             predictions[file] = Prediction(str(file), error=NO_NUMBER)
@@ -307,8 +309,8 @@ def _classify(
 def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> str:
     """Rows `path, class, probability, top5, error, distance`; top5 is `class=probability` joined by semicolons.
 
-    Below the threshold `unsure` the class is "unsure"; top5 is not affected. Where images have several labels, `class` has
-    those that are given with `|` between them, perhaps none, `probability` is the highest, and top5 has all labels.
+    Below the threshold `unsure` the class is "unsure"; top5 is not affected. Where images have several labels, `class`
+    has those that are given with `|` between them, perhaps none, `probability` is the highest, and top5 has all labels.
     """
     rows = []
     for row in _rows(predictions, unsure, calibrated=False):
@@ -364,7 +366,7 @@ def _rows(
     for prediction in predictions:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         top5 = [{"class": name, "probability": probability} for name, probability in pairs]
-        best = top5[0] if top5 else {"class": None, "probability": None}
+        best: Json = top5[0] if top5 else {"class": None, "probability": None}
         is_unsure = prediction.is_unsure(unsure)
         labels: Json = {}
         if prediction.labels is not None:

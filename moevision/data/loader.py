@@ -284,7 +284,7 @@ class ImageDataset(Dataset[Batch]):
         if self.mixer is not None:  # the first image seeds the mixing of the whole batch
             batch["image"], batch["target"] = self.mixer(
                 batch["image"],
-                batch.get("target", batch["label"]),
+                batch["target"] if self.num_labels else batch["label"],
                 self.seed,
                 epochs[0],
                 indices[0],

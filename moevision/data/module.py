@@ -190,7 +190,9 @@ class ImageDataModule(Data, LightningDataModule):
         """Split the collection, and describe a dataset per split."""
         splits, class_names = self._split(collection)
         counts = count_classes(splits.samples, class_names)
-        num_images = len(splits.samples["train"]) if collection.multilabel else None
+        num_images = None
+        if collection.multilabel:
+            num_images = len(splits.samples["train"])
         self._class_weights = class_weight_tensor(self.class_weights, counts["train"], num_images)
         balance_notes = balance_warnings(
             counts["train"], self._class_weights is not None, self.balanced_sampling
@@ -240,6 +242,9 @@ class ImageDataModule(Data, LightningDataModule):
     ) -> dict[str, ImageDataset]:
         """A dataset per split; training images are augmented and mixed."""
         datasets = {}
+        num_labels = 0
+        if collection.multilabel:
+            num_labels = num_classes
         for split, split_samples in samples.items():
             datasets[split] = ImageDataset(
                 split,
@@ -252,7 +257,7 @@ class ImageDataModule(Data, LightningDataModule):
                 seed=self._order_seed,
                 transform=None,
                 mixer=None,
-                num_labels=num_classes if collection.multilabel else 0,
+                num_labels=num_labels,
             )
         train = datasets["train"]
         # Random resized crops are cut from larger images, others from the square that the model sees.
@@ -366,10 +371,13 @@ class ImageDataModule(Data, LightningDataModule):
         """Several lines of text about the data: splits, images per class, pixels, warnings."""
         contents = self.contents
         storage = "kept in memory" if contents.fits_memory else "decoded as needed"
+        total = "all"
+        if self.multilabel:
+            total = "all labels"
         lines = [
             f"{self.num_classes} classes from {self.path}",
             *contents.sentences,
-            *count_table(contents.counts, "all labels" if self.multilabel else "all"),
+            *count_table(contents.counts, total),
             f"{self.image_size} x {self.image_size} pixels, {storage}; augmentation {self.augment}, crop "
             f"{self.crop_mode}",
         ]
@@ -671,7 +679,9 @@ def class_weight_tensor(
                 f"--data.class_weights gives {name!r} the weight {weight:g}: use more than 0, such as 0.01"
             )
     by_class = torch.tensor([by_name.get(name, 1.0) for name in train])
-    return by_class if num_images is not None else _with_mean_1(by_class, counts)
+    if num_images is not None:
+        return by_class
+    return _with_mean_1(by_class, counts)
 
 
 def _with_mean_1(weights: Tensor, counts: Tensor) -> Tensor:

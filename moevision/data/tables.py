@@ -49,8 +49,8 @@ from moevision.types import Json
 Columns = tuple[str | None, str | None]
 _LABELS = ("label", "labels", "class", "category", "fine_label", "cls")
 _ONE_LABEL = (
-    "multi-label data are read from a CSV, with one row for an image and | between its labels (cat|outdoor). Write one, "
-    "keep the label that matters, or train one model per question"
+    "multi-label data are read from a CSV, with one row for an image and | between its labels (cat|outdoor): write "
+    "one, keep the label that matters, or train one model per question"
 )
 
 
@@ -145,8 +145,10 @@ def _manifest_collection(
     samples: SplitSamples = {}
     for sample_id, row in rows.items():
         labels = tuple(sorted(label_of[name] for name in row.label))
-        rarest = min(labels, key=lambda label: counts[class_names[label]])
-        sample = Sample(sample_id, rarest, labels if multilabel else ())
+        sample = Sample(sample_id, labels[0])
+        if multilabel:
+            rarest = min(labels, key=lambda label: counts[class_names[label]])
+            sample = Sample(sample_id, rarest, labels)
         samples.setdefault(row.split or "all", []).append(sample)
     check_splits(samples, class_names, str(file))
 

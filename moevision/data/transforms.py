@@ -278,9 +278,9 @@ class BatchMixer:
     def __call__(
         self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int
     ) -> tuple[Tensor, Tensor]:
-        """Mix each image, float32 [B, 3, H, W], with its neighbour, and their `label` [B] or multi-hot [B, C] alike.
+        """Mix each image, float32 [B, 3, H, W], with its neighbour, and their `label` [B] or [B, C] alike.
 
-        Returns soft targets [B, C]; of single labels the rows sum to 1. `index` is that of the first image of the batch.
+        Returns soft targets [B, C]; of single labels the rows sum to 1. `index` is that of the batch's first image.
         """
         with seeded_torch(hash_u64(seed, _MIX, epoch, index)):
             choice = 0

@@ -343,8 +343,7 @@ def route_image(
         dense_probabilities=dense_probabilities,
         settings=settings,
         lens=to_numpy(model.probabilities(lens(model.net, outputs))) if outputs else None,
-        # They are of the margin of one class over another.
-        shares=None if model.thresholds else margin_shares(model.net, outputs),
+        shares=margin_shares(model, outputs),
     )
 
 
@@ -389,9 +388,13 @@ def lens(net: Any, outputs: list[Tensor]) -> Tensor:
 
 
 @torch.inference_mode()
-def margin_shares(net: Any, outputs: list[Tensor]) -> Floats | None:
-    """[P] share of each patch in the margin of the answer, of outputs [1, N, D] of the blocks; None without any."""
-    if shares_refusal(net) is not None:
+def margin_shares(model: SavedModel, outputs: list[Tensor]) -> Floats | None:
+    """[P] share of each patch in the margin of the answer, of outputs [1, N, D] of the blocks; None without any.
+
+    Labels that don't exclude one another have no such margin.
+    """
+    net: Any = model.net
+    if model.thresholds or shares_refusal(net) is not None:
         return None
     return to_numpy(patch_shares(net, net.norm(outputs[-1])).margins()[0])
 

@@ -80,7 +80,9 @@ class SavedModel:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[..., C] of logits [..., C], not calibrated: of one class, or of each label by itself."""
-        return logits.sigmoid() if self.thresholds else logits.softmax(-1)
+        if self.thresholds:
+            return logits.sigmoid()
+        return logits.softmax(-1)
 
     @property
     def framing(self) -> Framing:

@@ -155,10 +155,9 @@ class RunResult:
         """The result in one line."""
         test = self.summary.test
         low, high = map(percent, test.interval)
-        right = "with all labels right" if test.multilabel else "right"
-        text = f"{percent(test.accuracy)} of {test.total:,} test images {right} (95 % interval {low} to {high})"
+        text = f"{percent(test.accuracy)} of {test.total:,} test images right (95 % interval {low} to {high})"
         if test.multilabel:
-            text = f"mAP {percent(test.multilabel['map'])}; {text}"
+            text = f"mAP {percent(test.multilabel['map'])}; all labels: {text}"
         if self.summary.unbalanced:
             text = f"balanced accuracy {percent(test.balanced_accuracy)}; {text}"
         if self.summary.layers:
@@ -197,8 +196,9 @@ class TestedImages(NamedTuple):
     @property
     def correct(self) -> Flags:
         """[n]: whether each image was classified correctly, in all its labels."""
-        result: Flags = self.labels == self.predictions
-        return result.all(1) if result.ndim == 2 else result
+        are_equal: Flags = self.labels == self.predictions
+        result: Flags = are_equal.reshape(len(are_equal), -1).all(1)
+        return result
 
     def of_class(self, label: int) -> tuple[Flags, Flags]:
         """[n] each: which images have this label, and which get it."""
@@ -309,27 +309,27 @@ def _export_model(training: Training, detector: MahalanobisOOD | None) -> None:
 def _thresholds(training: Training) -> tuple[float, ...]:
     """Of each label; empty where images have one."""
     data, calibration = training.data, training.task.calibration
-    if calibration is not None or not data.multilabel:
-        return () if calibration is None else calibration.thresholds
-    return (0.5,) * data.num_classes
+    if not data.multilabel:
+        return ()
+    if calibration is None:
+        return (0.5,) * data.num_classes
+    return calibration.thresholds
 
 
 def _write_predictions(run_dir: Path, tested: TestedImages, classes: Sequence[str]) -> None:
     names = [escape_csv_cell(name) for name in classes]
-    rows: list[Sequence[Any]] = []
-    header: tuple[str, ...] = ("image", "label", "prediction", "probability", "correct")
+    rows: list[tuple[Any, ...]] = []
+    header = ["image", "label", "prediction", "probability", "correct"]
     if tested.labels.ndim == 2:
-        header = ("image", "label", "prediction", "correct", *(f"p {name}" for name in names))
-        for image, *flags, correct, shares in zip(
-            map(escape_csv_cell, tested.samples),
-            tested.labels,
-            tested.predictions,
-            tested.correct,
-            tested.confidence,
-            strict=True,
-        ):
-            labels = ["|".join(compress(names, row)) for row in flags]
-            rows.append((image, *labels, int(correct), *(f"{share:.6f}" for share in shares)))
+        # Each label has a column of its own behind the correct ones.
+        header = ["image", "label", "prediction", "correct", *(f"p {name}" for name in names)]
+        for row, sample in enumerate(tested.samples):
+            labels, given = (
+                "|".join(compress(names, flags[row]))
+                for flags in (tested.labels, tested.predictions)
+            )
+            shares = [f"{share:.6f}" for share in tested.confidence[row]]
+            rows.append((escape_csv_cell(sample), labels, given, int(tested.correct[row]), *shares))
         write_text_atomic(run_dir / "predictions_test.csv", csv_text(header, rows))
         return
     # The fields of TestedImages are parallel columns.
@@ -369,22 +369,26 @@ def _test_scores(training: Training, tested: TestedImages, weights: FinalWeights
     task, data, metrics = training.task, training.data, training.trainer.callback_metrics
     train_counts = data.class_counts["train"]
     majority = max(train_counts, key=lambda name: train_counts[name])
-    always = data.class_names.index(majority)
-    multilabel = _label_scores(tested, float(metrics["test/map"])) if data.multilabel else {}
-    if multilabel:
+    always = np.array(data.class_names.index(majority))
+    multilabel: dict[str, float] = {}
+    if data.multilabel:
         always = np.arange(data.num_classes) == always
+        multilabel = _label_scores(tested, float(metrics["test/map"]))
     description = weights.description
     if training.settings.ema.decay is not None:
         description = f"the moving average (EMA) of {description}"
+    top5 = None
+    if "test/top5" in metrics:
+        top5 = float(metrics["test/top5"])
     scores = TestScores(
         correct=int(tested.correct.sum()),
         total=len(tested.samples),
         majority_class=majority,
         majority_correct=int(tested._replace(predictions=always).correct.sum()),
         loss=float(metrics["test/loss"]),
-        balanced_accuracy=float(metrics.get("test/balanced_acc", multilabel.get("recall"))),
+        balanced_accuracy=multilabel.get("recall") or float(metrics.get("test/balanced_acc", 0.0)),
         ece=float(metrics["test/ece"]),
-        top5=float(metrics["test/top5"]) if "test/top5" in metrics else None,
+        top5=top5,
         per_class=_class_scores(training, tested),
         multilabel=multilabel,
         weights=description,
@@ -403,22 +407,24 @@ def _test_scores(training: Training, tested: TestedImages, weights: FinalWeights
 def _label_scores(tested: TestedImages, mean_average_precision: float) -> dict[str, float]:
     """Scores of several labels, by the thresholds; `precision` and `recall` are means over the labels, as macro F1."""
     given, labels = torch.from_numpy(tested.predictions).int(), torch.from_numpy(tested.labels)
-    scores = {"map": mean_average_precision, "chance": float(tested.labels.mean())}
-    for name, score, average in (
-        ("f1_micro", multilabel_f1_score, "micro"),
-        ("f1_macro", multilabel_f1_score, "macro"),
-        ("precision", multilabel_precision, "macro"),
-        ("recall", multilabel_recall, "macro"),
-    ):
-        scores[name] = float(score(given, labels, labels.shape[1], average=average))
-    return scores
+    count = labels.shape[1]
+    return {
+        "map": mean_average_precision,
+        "chance": float(tested.labels.mean()),
+        "f1_micro": float(multilabel_f1_score(given, labels, count, average="micro")),
+        "f1_macro": float(multilabel_f1_score(given, labels, count)),
+        "precision": float(multilabel_precision(given, labels, count)),
+        "recall": float(multilabel_recall(given, labels, count)),
+    }
 
 
 def _calibration_error(tested: TestedImages) -> float | None:
     """The ECE of the calibrated confidence, binned as for test/ece; None if a confidence isn't finite."""
     if not np.isfinite(tested.confidence).all():
         return None
-    is_right = tested.labels if tested.labels.ndim == 2 else tested.correct
+    is_right: Array = tested.correct
+    if tested.labels.ndim == 2:
+        is_right = tested.labels
     confidence = torch.from_numpy(tested.confidence)
     return float(binary_calibration_error(confidence, torch.from_numpy(is_right), n_bins=15))
 
@@ -445,9 +451,9 @@ def _class_scores(training: Training, tested: TestedImages) -> list[ClassScores]
 
 
 def _write_class_table(run_dir: Path, scores: Sequence[ClassScores]) -> None:
-    header = ("class", "images", "precision", "recall", "f1", "auroc", "ap", "threshold")
+    header = ["class", "images", "precision", "recall", "f1", "auroc", "ap", "threshold"]
     if scores[0].threshold is None:
-        header = header[:-2]
+        del header[-2:]
     rows = []
     for score in scores:
         shares = (score.precision, score.recall, score.f1, score.auroc, score.ap, score.threshold)

@@ -595,13 +595,13 @@ def _choose_monitor(training: Training, best: ModelCheckpoint) -> None:
     settings, early = training.settings, training.settings.early_stopping
     counts = training.data.class_counts["train"].values()
     monitor = settings.checkpoint.monitor
-    if training.data.multilabel:
-        monitor = monitor or MAP
+    if training.data.multilabel and monitor is None:
+        monitor = cast(Any, MAP)
     for name in filter(None, (monitor, early.monitor)):
         if name != LOSS and (name == MAP) != training.data.multilabel:
             raise UserError(
-                f"{name} isn't measured on these data, whose images have "
-                f"{'several labels' if training.data.multilabel else 'one label'}: leave the monitor out."
+                f"{name} isn't measured on these data: val/map is where images have several labels, val/top1 and "
+                "val/balanced_acc where they have one. Leave the monitor out."
             )
     if monitor is None:
         # A run of an earlier version goes on as it began.
@@ -897,8 +897,8 @@ def _build_for_checkpoint(
     """Make the model that a checkpoint has weights for, and number the classes as it does."""
     if checkpoint.multilabel != data.multilabel:
         raise UserError(
-            f"{checkpoint.path} learned {'several labels' if checkpoint.multilabel else 'one class'} for an image, "
-            "which these data don't have: give images labelled in the same way."
+            f"{checkpoint.path} and these data differ in whether an image has one label or several: give images that "
+            "are labelled as those of the training."
         )
     if checkpoint.class_names is not None:
         data.number_classes(checkpoint.class_names)

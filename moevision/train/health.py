@@ -203,9 +203,7 @@ class EpochLines(Callback):
         epoch = f"epoch {trainer.current_epoch + 1}"
         if (trainer.max_epochs or 0) > 0:
             epoch += f" of {trainer.max_epochs}"
-        shares = [
-            float(trainer.callback_metrics[f"val/{name}"]) for name in task.targets.shown
-        ]
+        shares = [float(trainer.callback_metrics[f"val/{name}"]) for name in task.targets.shown]
         accuracy, second = map(percent, shares)
         if "map" in task.targets.shown:
             accuracy = f"mAP {accuracy} (F1 at 0.5: {second})"

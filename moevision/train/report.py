@@ -93,8 +93,8 @@ class TestScores:
     calibrated_ece: float | None = None
     weights: str = "the weights of the best validation epoch"  # that were tested and exported
     checkpoint: str | None = None  # the file that holds them; None in earlier versions' summaries
-    # Where images have several labels: map, chance (its value for random answers), f1_micro, f1_macro, precision, recall.
-    # `correct` then counts images with all labels right, `balanced_accuracy` is the recall. Else empty.
+    # Where images have several labels: map, chance (its value for random answers), f1_micro, f1_macro, precision and
+    # recall; `correct` then counts images with all labels right, `balanced_accuracy` is the recall. Else empty.
     multilabel: Mapping[str, float] = field(default_factory=dict)
 
     @property

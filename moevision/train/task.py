@@ -161,7 +161,9 @@ class ClassificationTask(LightningModule):
     def choose_targets(self, *, multilabel: bool) -> None:
         """Learn one class of an image, or several labels."""
         num_classes = self.hparams["num_classes"]
-        self.targets = SeveralLabels() if multilabel else OneClass()
+        self.targets = OneClass()
+        if multilabel:
+            self.targets = SeveralLabels()
         self.metrics = self.targets.metrics(num_classes)  # of a validation or test
         self.class_metrics = self.targets.class_metrics(num_classes)
 
@@ -345,8 +347,10 @@ class ClassificationTask(LightningModule):
             "index": batch["index"],
             "label": target,
             "prediction": prediction,
-            "probability": probabilities if target.ndim == 2 else probabilities.amax(-1),
+            "probability": probabilities,
         }
+        if target.ndim == 1:
+            output["probability"] = probabilities.amax(-1)  # of the prediction
         self.test_outputs.append({name: value.cpu() for name, value in output.items()})
 
     def on_test_epoch_end(self) -> None:
