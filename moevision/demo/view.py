@@ -332,6 +332,10 @@ def route_image(
         ]
 
     outputs = list(outputs_of_blocks.values())  # [blocks] of [1, N, D]
+    lens_probabilities = None
+    if outputs:
+        lens_logits = lens(model.net, outputs)
+        lens_probabilities = to_numpy(model.probabilities(lens_logits))
     if dense is not None:
         dense_logits, _ = route_batch(dense, pixels[None])
         dense_probabilities = to_numpy(dense.probabilities(dense_logits.float()))[0]
@@ -342,7 +346,7 @@ def route_image(
         probabilities=to_numpy(model.probabilities(logits.float()))[0],
         dense_probabilities=dense_probabilities,
         settings=settings,
-        lens=to_numpy(model.probabilities(lens(model.net, outputs))) if outputs else None,
+        lens=lens_probabilities,
         shares=margin_shares(model, outputs),
     )
 

@@ -507,7 +507,8 @@ def _with_measurements(saved: SavedModel, folder: Path) -> SavedModel:
                     "calibration.temperature in its config.json is no number from 0.001 to 1000: mend it."
                 )
     if "thresholds" in config:
-        saved = replace(saved, thresholds=_thresholds(config["thresholds"], len(saved.class_names)))
+        thresholds = _thresholds(config["thresholds"], len(saved.class_names))
+        saved = replace(saved, thresholds=thresholds)
     if config.get("strangers"):
         saved = replace(saved, strangers=read_ood(folder / STRANGERS, saved.net))
     return saved

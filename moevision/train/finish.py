@@ -197,8 +197,9 @@ class TestedImages(NamedTuple):
     def correct(self) -> Flags:
         """[n]: whether each image was classified correctly, in all its labels."""
         are_equal: Flags = self.labels == self.predictions
-        result: Flags = are_equal.reshape(len(are_equal), -1).all(1)
-        return result
+        if are_equal.ndim == 2:
+            are_equal = np.all(are_equal, axis=1)
+        return are_equal
 
     def of_class(self, label: int) -> tuple[Flags, Flags]:
         """[n] each: which images have this label, and which get it."""
@@ -426,7 +427,9 @@ def _calibration_error(tested: TestedImages) -> float | None:
     if tested.labels.ndim == 2:
         is_right = tested.labels
     confidence = torch.from_numpy(tested.confidence)
-    return float(binary_calibration_error(confidence, torch.from_numpy(is_right), n_bins=15))
+    target = torch.from_numpy(is_right)
+    error = binary_calibration_error(confidence, target, n_bins=15)
+    return float(error)
 
 
 def _class_scores(training: Training, tested: TestedImages) -> list[ClassScores]:

@@ -13,11 +13,11 @@ import torch
 import yaml
 
 from moevision.config import EarlyStoppingConfig
-from moevision.targets import MacroRecall
 from moevision.train import fit as training
 from moevision.train.health import StopEarly
 from moevision.train.report import read_summary
 from moevision.train.resume import ResumePoint
+from moevision.train.task import MacroRecall
 from moevision.words import percent
 from tests.shared import missing, refused, succeeded
 from tests.train.quiet import logged

@@ -7,7 +7,7 @@ from scipy.special import expit, xlogy
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 
 from moevision.stats import best_thresholds, fit_temperature
-from moevision.targets import SeveralLabels
+from moevision.train.task import SeveralLabels
 
 N, C = 200, 5
 
