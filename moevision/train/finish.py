@@ -314,7 +314,7 @@ def _thresholds(training: Training) -> tuple[float, ...]:
         return ()
     if calibration is None:
         return (0.5,) * data.num_classes
-    return calibration.thresholds
+    return cast(tuple[float, ...], calibration.thresholds)
 
 
 def _write_predictions(run_dir: Path, tested: TestedImages, classes: Sequence[str]) -> None:
