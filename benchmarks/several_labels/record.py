@@ -83,6 +83,7 @@ if __name__ == "__main__":
     summary = json.loads((args.run / "summary.json").read_text())
     provenance = json.loads((args.run / "provenance.json").read_text())
     record = {
+        "name": summary["name"],
         "code": provenance["code"],
         "scores": scores(args.run),
         "exported": exported_difference(args.run, args.onnx, args.images),
