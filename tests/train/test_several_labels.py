@@ -125,7 +125,7 @@ def test_what_asks_for_one_class_is_refused_in_a_sentence(cli, run, labelled, tm
     refused(cli("data", "score", run), "several labels")
     refused(cli("predict", run, image, "--heat", tmp_path / "heat"), "several labels", "--heat")
     monitor = ("--checkpoint.monitor=val/top1", f"--runs_root={tmp_path}")
-    refused(cli("fit", labelled, *OPTIONS, *monitor), "val/top1", "val/map", "leave")
+    refused(cli("fit", labelled, *OPTIONS, *monitor), "val/top1", "val/map", "Leave")
 
 
 @pytest.mark.parametrize(
