@@ -583,16 +583,19 @@ class ParallelConfig:
             raise UserError("--parallel.offload moves what --parallel fsdp has divided: use both.")
 
 
+Monitor = Literal["val/top1", "val/balanced_acc", "val/loss", "val/map"]
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
     """How often a point to resume from is saved, besides the end of every epoch; and which epoch is the best."""
 
     every_minutes: float = option(10.0, "minutes between two of them")
     every_steps: int | None = option(None, "optimizer steps between two of them; null is no limit")
-    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = option(
+    monitor: Monitor | None = option(
         None,
         "what best.ckpt is the best epoch by. null: val/balanced_acc (macro recall) where the largest class has more "
-        "than 1.5 times the training images of the smallest, else val/top1",
+        "than 1.5 times the training images of the smallest, else val/top1; val/map where images have several labels",
     )
 
     def __post_init__(self) -> None:
@@ -610,7 +613,7 @@ class EarlyStoppingConfig:
         "validations in a row without a better one, after which training stops; null trains to the end. The learning "
         "rate then hasn't come down to its end, so the schedule's whole length often scores higher",
     )
-    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = option(
+    monitor: Monitor | None = option(
         None,
         "what must become better; null: what best.ckpt is chosen by",
     )

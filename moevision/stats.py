@@ -23,15 +23,16 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
-from scipy.special import logsumexp
+from scipy.special import expit, logsumexp
 from scipy.stats import binom, binomtest, nct, norm
 from scipy.stats import t as student
 
-from moevision.types import Array, Flags, Ints
+from moevision.types import Array, Flags, Floats, Ints
 
 LEVEL, POWER = 0.05, 0.8
 _Z = float(norm.ppf(1 - LEVEL / 2))
@@ -267,11 +268,15 @@ class Calibration(NamedTuple):
 
     temperature: float
     images: int
+    thresholds: tuple[
+        float, ...
+    ] = ()  # [C] where images have several labels, see `best_thresholds`
 
 
 def fit_temperature(logits: Array, labels: Array) -> Calibration | None:
     """The temperature, 0.05 to 20, of the smallest negative log-likelihood of logits [n, C] and labels [n].
 
+    For multi-hot labels [n, C] the likelihood is of sigmoid(logits / T), and thresholds are chosen on the same images.
     None without images or with logits that aren't finite.
     """
     n, classes = logits.shape
@@ -279,16 +284,47 @@ def fit_temperature(logits: Array, labels: Array) -> Calibration | None:
     if n == 0 or not np.isfinite(logits).all():
         return None
 
-    right = logits[np.arange(n), labels]  # [n]
-    mean_wrong = (logits.sum(1) - right) / (classes - 1)  # [n] over the other classes
     target = (n + 1) / (n + 2)  # Platt's smoothed probability of the true class
-    expected = target * right + (1 - target) * mean_wrong  # [n]
+    if labels.ndim == 2:
+        expected = np.where(labels > 0, target, 1 - target) * logits  # [n, C]
+        normalizer = partial(np.logaddexp, 0)
+    else:
+        right = logits[np.arange(n), labels]  # [n]
+        mean_wrong = (logits.sum(1) - right) / (classes - 1)  # [n] over the other classes
+        expected = target * right + (1 - target) * mean_wrong  # [n]
+        normalizer = partial(logsumexp, axis=1)
 
     def loss(log_temperature: float) -> float:
         temperature = np.exp(log_temperature)
-        return float(np.mean(logsumexp(logits / temperature, axis=1) - expected / temperature))
+        return float(np.mean(normalizer(logits / temperature) - expected / temperature))
 
     # The loss is convex in 1 / T, so it has one minimum.
     bounds = np.log(0.05), np.log(20.0)
     minimum = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    return Calibration(float(np.exp(minimum.x)), n)
+    temperature = float(np.exp(minimum.x))
+    thresholds: tuple[float, ...] = ()
+    if labels.ndim == 2:
+        thresholds = best_thresholds(expit(logits / temperature), labels)
+    return Calibration(temperature, n, thresholds)
+
+
+def best_thresholds(probabilities: Floats, labels: Array) -> tuple[float, ...]:
+    """For each label the threshold of the best F1 on probabilities and multi-hot labels [n, C].
+
+    It lies halfway between two probabilities that occur, or between the lowest and 0; of equal F1 the highest is taken.
+    0.5 for a label that no image has.
+    """
+    thresholds = []
+    for p, has_label in zip(probabilities.T, labels.T > 0, strict=True):
+        order = np.argsort(-p)
+        p, has_label = p[order], has_label[order]
+        below = np.append(p[1:], 0.0)
+        num_given = np.arange(1, len(p) + 1)
+        f1 = 2 * has_label.cumsum() / (num_given + has_label.sum())
+        f1[p == below] = 0.0  # no threshold parts equal probabilities
+        best = f1.argmax()
+        threshold = 0.5
+        if has_label.any():
+            threshold = float((p[best] + below[best]) / 2)
+        thresholds.append(threshold)
+    return tuple(thresholds)

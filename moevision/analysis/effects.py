@@ -29,7 +29,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from torch import Tensor, nn
 
 from moevision.analysis.collect import network_input
@@ -51,7 +51,7 @@ from moevision.layers import MoEMlp, routing_lock
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel
 from moevision.models.shares import PatchShares, patch_shares
-from moevision.types import Json, Pixels
+from moevision.types import Floats, Json, Pixels
 
 _SETS_AT_ONCE = 64  # in one forward pass
 
@@ -93,7 +93,9 @@ def effect(
         if has_control:
             keys = [(seed, draw) for draw in range(num_controls)]
             control_logits = run_compared(net, x, intervention, moved, keys)  # [draws, C]
-            delta_ps = control_logits.softmax(-1) - before.softmax(-1)  # [draws, C]
+            delta_ps = model.probabilities(control_logits) - model.probabilities(
+                before
+            )  # [draws, C]
             control = Control(
                 what=control_in_words(intervention, moved_patches, routing),
                 delta_logits=tuple((control_logits - before)[:, index].tolist()),
@@ -110,6 +112,7 @@ def effect(
         control=control,
         routing=routing,
         also=tuple(also),
+        multilabel=bool(model.thresholds),
     )
 
 
@@ -185,7 +188,7 @@ def class_effect(
                 control_logits = run_compared(net, x, intervention, moved, keys)  # [B, C]
                 control_delta_logits += (control_logits - before)[:, index].tolist()
 
-        delta_p = after.softmax(-1) - before.softmax(-1)
+        delta_p = model.probabilities(after) - model.probabilities(before)
         delta_logits += (after - before)[:, index].tolist()
         delta_ps += delta_p[:, index].tolist()
         moved_patches += _sum_over_layers(moved)[:, 1].tolist()
@@ -227,7 +230,7 @@ def answers_without(model: SavedModel, image: Pixels, largest: int) -> tuple[Ten
     layers = numbered_layers(net)
     rows = []
     with routing_lock(net):
-        before = net(x)[0].softmax(-1)
+        before = model.probabilities(net(x)[0])
         for layer, moe in layers.items():
             sets = expert_sets({layer: moe}, largest)
             is_away = torch.zeros(len(sets), moe.router.num_experts, dtype=torch.bool)  # [sets, E]
@@ -236,7 +239,8 @@ def answers_without(model: SavedModel, image: Pixels, largest: int) -> tuple[Ten
             for batch in is_away.split(_SETS_AT_ONCE):
                 same_image = torch.zeros(len(batch), dtype=torch.int64)
                 with per_image_capacity(net), apply_edits(net, {moe: remove_by_row(batch)}):
-                    rows.append(run_repeated(net, x, same_image, moe).softmax(-1))
+                    logits = run_repeated(net, x, same_image, moe)
+                    rows.append(model.probabilities(logits))
     return before, torch.cat(rows)
 
 
@@ -516,16 +520,23 @@ class Effect:
     control: Control | None
     routing: RoutingKind = "token_choice"  # how the layers that it acts on route
     also: tuple[Intervention, ...] = ()  # further ablations that belong to the change
+    multilabel: bool = False  # whether each label has a probability of its own
 
     @property
     def before(self) -> tuple[float, ...]:
         """[C] probabilities before."""
-        return tuple(softmax(self.before_logits).tolist())
+        return tuple(self._probabilities(self.before_logits))
 
     @property
     def after(self) -> tuple[float, ...]:
         """[C] probabilities after."""
-        return tuple(softmax(self.after_logits).tolist())
+        return tuple(self._probabilities(self.after_logits))
+
+    def _probabilities(self, logits: Sequence[float]) -> Sequence[float]:
+        probabilities: Floats = softmax(logits)
+        if self.multilabel:
+            probabilities = expit(logits)
+        return cast(list[float], probabilities.tolist())
 
     @property
     def delta_logit(self) -> float:

@@ -212,6 +212,11 @@ def load_inputs(settings: ReportSettings) -> Inputs:
         raise UserError(
             f"{settings.model} has no MoE layers to look at: give a model with experts."
         )
+    if isinstance(model, SavedModel) and model.thresholds:
+        raise UserError(
+            f"{settings.model} gives an image several labels, and analyze asks about images of one class: look at its "
+            "experts by moevision demo."
+        )
     # What a model from elsewhere was trained on isn't known: its user gives held-out images alone.
     is_folder = settings.code and Path(settings.data or "").is_dir()
     pictures = pictures_for(

@@ -271,6 +271,8 @@ class Comparison:
     @property
     def measure(self) -> str:
         """Name of the accuracy that is compared."""
+        if self.a[0].summary.test.multilabel:
+            return "accuracy (images with all labels right)"
         return "balanced accuracy" if self.unbalanced else "accuracy"
 
     @property

@@ -61,7 +61,9 @@ def run(args: Namespace) -> None:
     code = template("run_exported.py.jinja")
     print(
         "\nRun it without moevision:\n\n"
-        + code.render(file=repr(file), fit=saved.fit, routes=args.routes)
+        + code.render(
+            file=repr(file), fit=saved.fit, routes=args.routes, multilabel=bool(saved.thresholds)
+        )
     )
 
 

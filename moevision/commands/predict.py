@@ -9,7 +9,8 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -49,6 +50,8 @@ class Prediction:
     path: str
     classes: tuple[str, ...] = ()  # names of the most probable classes, best first, at most five
     probabilities: tuple[float, ...] = ()  # of these classes
+    # Where images have several labels: those above their threshold, best first; `classes` are then all. Else None.
+    labels: tuple[str, ...] | None = None
     error: str = ""
     # above 1: out of distribution (`moevision.models.ood`); None: not measured
     distance: float | None = None
@@ -110,6 +113,8 @@ def _prepare_output(path: str | None, head: bytes, option: str) -> None:
 def _prepare_heat(model: SavedModel, files: Sequence[Path], args: Namespace) -> dict[Path, Path]:
     """The files of `heat_files_of`, each of which may be written; a UserError where the model has no shares."""
     reason = shares_refusal(model.net)
+    if model.thresholds:
+        reason = "--heat shows what one answer rests on, and this model gives several labels: leave it out."
     if reason is not None:
         raise UserError(reason)
     if any(Path(args.heat).is_relative_to(path) for path in args.paths):
@@ -275,15 +280,27 @@ def _classify(
             if features:
                 rows = list(inputs.float().cpu().numpy())
 
-    probabilities = (logits.float() / (model.temperature or 1.0)).softmax(-1).cpu()
-    best = probabilities.topk(min(5, len(model.class_names)))
+    probabilities = model.probabilities(logits.float() / (model.temperature or 1.0)).cpu()
+    count = len(model.class_names)
+    if not model.thresholds:
+        count = min(5, count)
+    best = probabilities.topk(count)
     predictions = {}
     for file, shares, labels, distance, feature in zip(
         files, best.values.tolist(), best.indices.tolist(), distances, rows, strict=True
     ):
         if all(map(math.isfinite, (*shares, distance or 0.0))):
             names = tuple(model.class_names[label] for label in labels)
-            predictions[file] = Prediction(str(file), names, tuple(shares), "", distance, feature)
+            prediction = Prediction(
+                str(file), names, tuple(shares), distance=distance, feature=feature
+            )
+            if model.thresholds:
+                is_given = [
+                    share > model.thresholds[label]
+                    for label, share in zip(labels, shares, strict=True)
+                ]
+                prediction = replace(prediction, labels=tuple(compress(names, is_given)))
+            predictions[file] = prediction
         else:
             predictions[file] = Prediction(str(file), error=NO_NUMBER)
     return predictions
@@ -292,7 +309,8 @@ def _classify(
 def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> str:
     """Rows `path, class, probability, top5, error, distance`; top5 is `class=probability` joined by semicolons.
 
-    Below the threshold `unsure` the class is "unsure"; top5 is not affected.
+    Below the threshold `unsure` the class is "unsure"; top5 is not affected. Where images have several labels, `class`
+    has those that are given with `|` between them, perhaps none, `probability` is the highest, and top5 has all labels.
     """
     rows = []
     for row in _rows(predictions, unsure, calibrated=False):
@@ -333,6 +351,8 @@ def to_json(
 ) -> str:
     """A list of `{path, class, probability, calibrated, unsure, top5: [{class, probability}], error, distance}`.
 
+    Where images have several labels, each has a list `labels` too; the other fields are as in `to_csv`.
+
     Below the threshold the field `unsure` is true and the class is `"unsure"`; a real class may have that name too, so
     test the field.
     """
@@ -346,8 +366,12 @@ def _rows(
     for prediction in predictions:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         top5 = [{"class": name, "probability": probability} for name, probability in pairs]
-        best = top5[0] if top5 else {"class": None, "probability": None}
+        best: Json = top5[0] if top5 else {"class": None, "probability": None}
         is_unsure = prediction.is_unsure(unsure)
+        labels: Json = {}
+        if prediction.labels is not None:
+            best = best | {"class": "|".join(prediction.labels)}
+            labels = {"labels": list(prediction.labels)}
 
         rows.append(
             {
@@ -360,5 +384,6 @@ def _rows(
                 "error": prediction.error or None,
                 "distance": prediction.distance,
             }
+            | labels
         )
     return rows

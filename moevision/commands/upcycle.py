@@ -20,7 +20,8 @@ from moevision.efficiency import measure_cost
 from moevision.errors import UserError, escape_controls
 from moevision.files import require_new_or_empty, write_json_atomic
 from moevision.models.convert import layers_that_miss_classifier
-from moevision.models.io import SavedModel, describe, save_model
+from moevision.models.io import SavedModel, config_file, describe, save_model
+from moevision.models.safe_files import read_config
 from moevision.models.upcycle import (
     START_IMAGES,
     initial_output_difference,
@@ -72,6 +73,12 @@ def _check_arguments(args: Namespace, out: Path) -> None:
 
 
 def _read_dense(args: Namespace) -> Any:
+    file = config_file(args.model)
+    if args.num_classes is None and file is not None and read_config(file).get("thresholds"):
+        raise UserError(
+            f"{args.model} gives an image several labels, which upcycling doesn't take over: --num-classes N gives it "
+            "a new classifier, to be trained."
+        )
     with loading("reading the dense model"):
         dense = load_dense(
             args.model,

@@ -46,10 +46,29 @@ _MIN_PROBED_BYTES = 64 * 1024
 
 
 class Sample(NamedTuple):
-    """One image: its stable name (path relative to the root, with forward slashes) and its class index."""
+    """One image: its stable name (path relative to the root, with forward slashes) and its class index.
+
+    Where images have several labels, `label` is the one that the fewest images have: by it the data are split and
+    balanced. `labels` are all of them, ascending; else empty.
+    """
 
     sample_id: str
     label: int
+    labels: tuple[int, ...] = ()
+
+    @property
+    def all_labels(self) -> tuple[int, ...]:
+        """The labels, or the only one."""
+        return self.labels or (self.label,)
+
+    def renumbered(self, numbers: Sequence[int]) -> Sample:
+        """The sample with `numbers[label]` for each label."""
+        labels = tuple(sorted(numbers[label] for label in self.labels))
+        return Sample(self.sample_id, numbers[self.label], labels)
+
+    def written(self, class_names: Sequence[str]) -> str:
+        """Its class, or its labels with `|` between them, as they stand in CSV files."""
+        return "|".join(escape_csv_cell(class_names[label]) for label in self.all_labels)
 
 
 SplitSamples = dict[
@@ -105,6 +124,11 @@ class Collection(ABC):
     def column(self, name: str) -> Mapping[str, str] | None:
         """Sample id -> value in a column; None if the dataset has no such column."""
         return self.columns.get(name)
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image may have several labels."""
+        return any(samples[0].labels for samples in self.samples.values() if samples)
 
 
 @dataclass
@@ -323,7 +347,7 @@ def check_splits(
     """Refuse fewer than two classes, splits without a train split, and splits that lack a class."""
     classes: dict[str, set[str]] = {}  # split -> names of its classes
     for split, split_samples in samples.items():
-        classes[split] = {class_names[sample.label] for sample in split_samples}
+        classes[split] = {class_names[label] for label in labels_in(split_samples)}
 
     if "all" not in classes and "train" not in classes:
         raise UserError(
@@ -338,6 +362,11 @@ def check_splits(
         check_same_classes(
             f"the {train} split of {where}", classes[train], f"its {split} split", classes[split]
         )
+
+
+def labels_in(samples: Iterable[Sample]) -> set[int]:
+    """The labels of these samples."""
+    return {label for sample in samples for label in sample.all_labels}
 
 
 def interleave_by_class(labels: Sequence[int]) -> list[int]:

@@ -198,6 +198,7 @@ class ImageDataset(Dataset[Batch]):
     seed: int  # of the augmentation
     transform: TrainTransform | None  # None: for evaluation
     mixer: BatchMixer | None
+    num_labels: int = 0  # C of multi-hot targets, where images have several labels; else 0
     cache: PixelCache | None = field(default=None, init=False)
 
     def __len__(self) -> int:
@@ -245,7 +246,8 @@ class ImageDataset(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
         """A batch, as DataLoader asks for it; see the class for what a bad image yields.
 
-        It has ``image`` float32 [B, 3, S, S], ``label`` and ``index`` int64 [B], and with a mixer ``target`` [B, C].
+        It has ``image`` float32 [B, 3, S, S], ``label`` and ``index`` int64 [B]; with a mixer or several labels of an
+        image also ``target`` float32 [B, C].
         ``bad`` is a list of `BadImage` that `ImageLoader` takes out; without a good image there is nothing else.
         """
         images: list[Pixels] = []
@@ -277,11 +279,24 @@ class ImageDataset(Dataset[Batch]):
             "index": torch.tensor(indices),
             "bad": bad,
         }
+        if self.num_labels:
+            batch["target"] = self._multi_hot(indices)
         if self.mixer is not None:  # the first image seeds the mixing of the whole batch
             batch["image"], batch["target"] = self.mixer(
-                batch["image"], batch["label"], self.seed, epochs[0], indices[0]
+                batch["image"],
+                batch["target"] if self.num_labels else batch["label"],
+                self.seed,
+                epochs[0],
+                indices[0],
             )
         return batch
+
+    def _multi_hot(self, indices: Sequence[int]) -> Tensor:
+        """Targets [B, C]: 1 for each label that an image has."""
+        target = torch.zeros(len(indices), self.num_labels)
+        for row, index in enumerate(indices):
+            target[row, list(self.samples[index].all_labels)] = 1
+        return target
 
 
 class StoredImage(NamedTuple):

@@ -190,7 +190,10 @@ class ImageDataModule(Data, LightningDataModule):
         """Split the collection, and describe a dataset per split."""
         splits, class_names = self._split(collection)
         counts = count_classes(splits.samples, class_names)
-        self._class_weights = class_weight_tensor(self.class_weights, counts["train"])
+        num_images = None
+        if collection.multilabel:
+            num_images = len(splits.samples["train"])
+        self._class_weights = class_weight_tensor(self.class_weights, counts["train"], num_images)
         balance_notes = balance_warnings(
             counts["train"], self._class_weights is not None, self.balanced_sampling
         )
@@ -239,6 +242,9 @@ class ImageDataModule(Data, LightningDataModule):
     ) -> dict[str, ImageDataset]:
         """A dataset per split; training images are augmented and mixed."""
         datasets = {}
+        num_labels = 0
+        if collection.multilabel:
+            num_labels = num_classes
         for split, split_samples in samples.items():
             datasets[split] = ImageDataset(
                 split,
@@ -251,6 +257,7 @@ class ImageDataModule(Data, LightningDataModule):
                 seed=self._order_seed,
                 transform=None,
                 mixer=None,
+                num_labels=num_labels,
             )
         train = datasets["train"]
         # Random resized crops are cut from larger images, others from the square that the model sees.
@@ -295,9 +302,7 @@ class ImageDataModule(Data, LightningDataModule):
         check_same_classes("the model", names, self.path, self.class_names)
         new_labels = [names.index(name) for name in self.class_names]
         for dataset in self.contents.datasets.values():
-            dataset.samples = [
-                Sample(sample_id, new_labels[label]) for sample_id, label in dataset.samples
-            ]
+            dataset.samples = [sample.renumbered(new_labels) for sample in dataset.samples]
         self.contents.class_names = names
 
     @property
@@ -306,8 +311,13 @@ class ImageDataModule(Data, LightningDataModule):
         return len(self.class_names)
 
     @property
+    def multilabel(self) -> bool:
+        """Whether an image may have several labels; batches then have a multi-hot `target` [B, C]."""
+        return self.contents.datasets["train"].collection.multilabel
+
+    @property
     def class_counts(self) -> ClassCounts:
-        """Images per split and class name, unreadable ones included."""
+        """Images per split and class name, unreadable ones included; an image counts for each of its labels."""
         return self.contents.counts
 
     @property
@@ -333,7 +343,7 @@ class ImageDataModule(Data, LightningDataModule):
     @property
     def keeps_scores(self) -> bool:
         """Whether training keeps scores of its images."""
-        if self.mixes:
+        if self.mixes or self.multilabel:
             return False
         if self.scores is None:
             return len(self.contents.datasets["train"]) < _MAX_SCORED
@@ -345,7 +355,7 @@ class ImageDataModule(Data, LightningDataModule):
 
     def file_list_sha256(self) -> str:
         """SHA-256 over the sorted (split, relative path, label) of all images, in hexadecimal."""
-        return self.contents.sha256_with(lambda dataset, sample: sample.label)
+        return self.contents.sha256_with(lambda dataset, sample: sample.labels or sample.label)
 
     def file_sizes_sha256(self) -> str:
         """SHA-256 over the sorted (split, relative path, file size in bytes) of all images, in hexadecimal."""
@@ -354,17 +364,20 @@ class ImageDataModule(Data, LightningDataModule):
         )
 
     def class_weight_tensor(self) -> Tensor | None:
-        """Weights of the loss per class, float32 [C], or None; their mean over the training images is 1."""
+        """Weights of the loss per class, float32 [C], or None: see the function `class_weight_tensor`."""
         return self._class_weights
 
     def describe(self) -> str:
         """Several lines of text about the data: splits, images per class, pixels, warnings."""
         contents = self.contents
         storage = "kept in memory" if contents.fits_memory else "decoded as needed"
+        total = "all"
+        if self.multilabel:
+            total = "all labels"
         lines = [
             f"{self.num_classes} classes from {self.path}",
             *contents.sentences,
-            *count_table(contents.counts),
+            *count_table(contents.counts, total),
             f"{self.image_size} x {self.image_size} pixels, {storage}; augmentation {self.augment}, crop "
             f"{self.crop_mode}",
         ]
@@ -554,7 +567,7 @@ class Contents:
                 bad = dataset.fill_cache(lambda done: progress.update(task, advance=done))
                 self.unreadable.add(bad)
 
-    def sha256_with(self, value_of: Callable[[ImageDataset, Sample], int]) -> str:
+    def sha256_with(self, value_of: Callable[[ImageDataset, Sample], object]) -> str:
         """SHA-256 over the sorted (split, relative path, `value_of`) of all images, in hexadecimal."""
         lines = [
             f"{split}\t{sample.sample_id}\t{value_of(dataset, sample)}\n"
@@ -613,7 +626,7 @@ def count_classes(samples: SplitSamples, class_names: Sequence[str]) -> ClassCou
     """Images per split and class name."""
     counts = {}
     for split, split_samples in samples.items():
-        label_counts = Counter(sample.label for sample in split_samples)
+        label_counts = Counter(label for sample in split_samples for label in sample.all_labels)
         counts[split] = {name: label_counts[label] for label, name in enumerate(class_names)}
     return counts
 
@@ -635,16 +648,23 @@ def balance_warnings(
     ]
 
 
-def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int]) -> Tensor | None:
+def class_weight_tensor(
+    weights: str | dict[str, float], train: Mapping[str, int], num_images: int | None = None
+) -> Tensor | None:
     """Weights of the loss per class, float32 [C]; `train` are the training images n_c per class, sorted by label.
 
     "auto" weighs class c by 1 / n_c; a dictionary has the weights of some classes, the others get 1. Only ratios count:
     weights are divided by their mean over the N training images, so that "auto" is N / (C n_c).
+
+    Where images have several labels (`num_images` is N), a weight is that of the images with the label beside those
+    without: "auto" is (N - n_c) / n_c, at least 1 / N, and a dictionary's weights stay as they are.
     """
     if weights == "none":
         return None
     counts = torch.tensor(list(train.values()))  # [C]
     if not isinstance(weights, dict):
+        if num_images is not None:
+            return ((num_images - counts) / counts).clamp_min(1 / num_images)
         return _with_mean_1(1 / counts, counts)
 
     # YAML reads a class called 7 as a number.
@@ -658,7 +678,10 @@ def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int
             raise UserError(
                 f"--data.class_weights gives {name!r} the weight {weight:g}: use more than 0, such as 0.01"
             )
-    return _with_mean_1(torch.tensor([by_name.get(name, 1.0) for name in train]), counts)
+    by_class = torch.tensor([by_name.get(name, 1.0) for name in train])
+    if num_images is not None:
+        return by_class
+    return _with_mean_1(by_class, counts)
 
 
 def _with_mean_1(weights: Tensor, counts: Tensor) -> Tensor:
@@ -666,8 +689,11 @@ def _with_mean_1(weights: Tensor, counts: Tensor) -> Tensor:
     return weights * counts.sum() / (weights * counts).sum()
 
 
-def count_table(counts: ClassCounts) -> list[str]:
-    """Lines of a table with a row per class and a column per split; of many classes only the extremes and the sum."""
+def count_table(counts: ClassCounts, total: str = "all") -> list[str]:
+    """Lines of a table with a row per class and a column per split; of many classes only the extremes and the sum.
+
+    `total` is the name of the sum's row.
+    """
     columns = [list(split.values()) for split in counts.values()]
     class_names = list(next(iter(counts.values())))
     # Class name -> its number in each split.
@@ -677,7 +703,7 @@ def count_table(counts: ClassCounts) -> list[str]:
             f"smallest of the {len(class_names)} classes": tuple(map(min, columns)),
             f"largest of the {len(class_names)} classes": tuple(map(max, columns)),
         }
-    rows["all"] = tuple(map(sum, columns))
+    rows[total] = tuple(map(sum, columns))
     width = max(len("class"), *map(len, rows))
     lines = [f"{'class':<{width}}" + "".join(f"{split:>9}" for split in counts)]
     for name, row in rows.items():

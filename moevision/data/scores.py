@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from moevision.data.collection import Sample
+from moevision.data.collection import Sample, labels_in
 from moevision.data.splits import Splits
 from moevision.errors import UserError, escape_csv_cell, name_bytes
 from moevision.files import csv_text, read_csv, write_text_atomic
@@ -249,7 +249,7 @@ class Scores:
         except OSError as error:
             raise UserError(
                 f"{path} can't be read ({error.strerror}): it is in the folder of a run that fit finished, without "
-                "--data.scores false, Mixup, CutMix, or 200,000 images and more."
+                "--data.scores false, Mixup, CutMix, several labels of an image, or 200,000 images and more."
             ) from error
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is no table of scores ({error}): fit writes it.") from error
@@ -511,6 +511,11 @@ def apply_lists(
 
 def _relabel(splits: Splits, class_names: Sequence[str], path: Path) -> Splits:
     """The split with its training images under the labels of `--data.relabel`."""
+    if any(sample.labels for sample in splits.samples["train"]):
+        raise UserError(
+            f"--data.relabel gives an image one class, and these have several labels: correct them in the CSV, "
+            f"and leave {path} out."
+        )
     label_of = {escape_csv_cell(name): label for label, name in enumerate(class_names)}
     rows = _rows_of_training_images(path, NEW_LABEL, "--data.relabel", splits)
     names = [escape_csv_cell(row.cells[NEW_LABEL]) if row is not None else "" for row in rows]
@@ -558,9 +563,7 @@ def _with_train(
     splits: Splits, train: list[Sample], note: str, class_names: Sequence[str], path: Path
 ) -> Splits:
     """The split with other training images; a UserError if a class loses all of its own."""
-    before = {sample.label for sample in splits.samples["train"]}
-    after = {sample.label for sample in train}
-    if lost := sorted(before - after):
+    if lost := sorted(labels_in(splits.samples["train"]) - labels_in(train)):
         raise UserError(
             f"{path} leaves the class {class_names[lost[0]]!r} without a training image: keep some of it."
         )

@@ -28,6 +28,7 @@ from moevision.data.collection import (
     Collection,
     Sample,
     SplitSamples,
+    labels_in,
     quoted_names,
 )
 from moevision.errors import UserError, escape_csv_cell, name_bytes
@@ -133,7 +134,7 @@ def _check_classes_left(
 ) -> None:
     """Raise a UserError if a split has lost all images of a class, since other splits have them too."""
     for split, samples in after.items():
-        lost = {sample.label for sample in before[split]} - {sample.label for sample in samples}
+        lost = labels_in(before[split]) - labels_in(samples)
         if lost:
             raise UserError(
                 f"every {split} image of the class {class_names[min(lost)]!r} is in another split too (as a copy, by "
@@ -226,7 +227,7 @@ def stratified_cut(
 
 def _check_all_classes(parts: SplitSamples, class_names: Sequence[str]) -> None:
     """Raise a UserError if a part has no image of some classes."""
-    present = [{sample.label for sample in members} for members in parts.values()]
+    present = [labels_in(members) for members in parts.values()]
     lacking = present[0].union(*present) - present[0].intersection(*present)
     if lacking:
         names = quoted_names([class_names[label] for label in sorted(lacking)])
@@ -325,7 +326,7 @@ def _with_copies(
     merged = DisjointSet(named_groups.values())  # groups that share copies
     contradictions = []
     for members in copy_sets:
-        if len({sample.label for sample in members}) > 1:
+        if len({sample.all_labels for sample in members}) > 1:
             contradictions.append(members[0].sample_id)
         groups = [group_of.setdefault(sample.sample_id, sample.sample_id) for sample in members]
         for group in groups:
@@ -402,8 +403,8 @@ def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None
     rows = []
     for split, samples in {**splits.samples, _UNUSED: splits.unused}.items():
         for sample in samples:
-            class_name = escape_csv_cell(class_names[sample.label])
-            rows.append((split, class_name, escape_csv_cell(sample.sample_id)))
+            labels = sample.written(class_names)
+            rows.append((split, labels, escape_csv_cell(sample.sample_id)))
     write_text_atomic(path, csv_text(_COLUMNS, rows))
 
 
@@ -426,11 +427,16 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
             "them, or use another run folder to draw a new split"
         )
 
-    listed_classes = {row["class"] for row in rows}
+    multilabel = collection.multilabel
+    cells = {row["class"] for row in rows}
+    listed_classes = cells
+    if multilabel:
+        listed_classes = {name for cell in cells for name in cell.split("|")}
     class_names = [
         name for name in collection.class_names if escape_csv_cell(name) in listed_classes
     ]
     label_of = {escape_csv_cell(name): label for label, name in enumerate(class_names)}
+    numbers = [label_of.get(escape_csv_cell(name), -1) for name in collection.class_names]
 
     listed_splits = {row["split"] for row in rows}
     samples: SplitSamples = {split: [] for split in SPLITS if split in listed_splits}
@@ -440,12 +446,14 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
         sample = current.get(row["path"])
         if sample is None:
             vanished.append(row["path"])
+        elif multilabel:  # the cell is as now, by the check above
+            samples.get(row["split"], unused).append(sample.renumbered(numbers))
         elif row["class"] in label_of:
             part = samples.get(row["split"], unused)
             part.append(Sample(sample.sample_id, label_of[row["class"]]))
 
     for split, members in samples.items():
-        present = {escape_csv_cell(class_names[sample.label]) for sample in members}
+        present = {escape_csv_cell(class_names[label]) for label in labels_in(members)}
         lost = sorted(listed_classes - present)
         if lost:
             raise UserError(
@@ -529,14 +537,16 @@ def _relabelled_row(
 ) -> dict[str, str] | None:
     """The first row of a held-out image whose class has changed, with the new class as `now`; None if there is none.
 
-    This detects other data under the same names, such as the row numbers of a table. Training images are not checked:
-    their classes may have been corrected (`--data.relabel`).
+    This detects other data under the same names, such as the row numbers of a table. Training images with one label
+    are not checked: their classes may have been corrected (`--data.relabel`).
     """
     for row in rows:
         sample = samples.get(row["path"])
-        if sample is None or row["split"] in ("train", _UNUSED):
+        if sample is None:
             continue
-        class_now = escape_csv_cell(collection.class_names[sample.label])
+        if not sample.labels and row["split"] in ("train", _UNUSED):
+            continue
+        class_now = sample.written(collection.class_names)
         if class_now != row["class"]:
             return {**row, "now": class_now}
     return None

@@ -7,7 +7,9 @@
   from the cache, or downloaded if the caller allows it; ``hf:FOLDER`` reads a folder of WebDataset tars. Its images
   are decoded by `safe_open` from the stored bytes; `datasets` is imported here only. Sample ids are ``split/row``.
 
-Every image must have exactly one label: tables with several are refused, since multi-label training isn't supported.
+In a manifest the label may be several, `cat|outdoor`; as soon as one image has two, each is learned by itself
+(multi-label). Spaces around a label and repeats of it are removed, empty ones refused. An image must have a label: one
+with nothing of all that is asked for has a label that says so, such as `none`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,8 +49,8 @@ from moevision.types import Json
 Columns = tuple[str | None, str | None]
 _LABELS = ("label", "labels", "class", "category", "fine_label", "cls")
 _ONE_LABEL = (
-    "one image must have one label: multi-label data can't be learned. Keep the label that matters, or train one model "
-    "per question"
+    "multi-label data are read from a CSV, with one row for an image and | between its labels (cat|outdoor): write "
+    "one, keep the label that matters, or train one model per question"
 )
 
 
@@ -61,7 +64,7 @@ class ManifestRow:
     line: int  # line number in the file
     sample_id: str
     path: str  # as written in the file
-    label: str  # name of the class
+    label: tuple[str, ...]  # names of the classes
     split: str  # train, val or test; empty if the file gives no splits
     cells: dict[str, str]  # by column
 
@@ -82,7 +85,7 @@ def read_table(file: Path, columns: Columns = (None, None)) -> FileCollection:
             line=line,
             sample_id=_sample_id(file.parent, cells[path_column]),
             path=cells[path_column],
-            label=cells[label_column],
+            label=tuple(dict.fromkeys(map(str.strip, cells[label_column].split("|")))),
             split=SPLIT_NAMES.get(split, split),
             cells=cells,
         )
@@ -108,16 +111,16 @@ def _row_problem(row: ManifestRow, first: ManifestRow, has_splits: bool, folder:
     file = folder / row.sample_id
     if not row.path or "://" in row.path or "\0" in row.path:
         return f"{row.path!r} is no path of a file on this computer: name one or remove the row"
-    if not row.label:
+    if row.label == ("",):
         return "it has no label: fill it in or remove the row"
-    if "|" in row.label:
-        return f"{row.label!r} names several labels; {_ONE_LABEL}"
+    if "" in row.label:
+        return "a label before or behind | is empty: write labels as in cat|outdoor"
     if row.split not in ("", *SPLITS):
         return f"there is no split {row.split!r}: choose train, val or test, or leave it empty everywhere"
-    if row.label != first.label:
+    if set(row.label) != set(first.label):
+        here, there = ("|".join(labels)[:60] for labels in (row.label, first.label))
         return (
-            f"{row.sample_id!r} is {row.label!r} here and {first.label!r} on line {first.line}; "
-            f"{_ONE_LABEL}"
+            f"{row.sample_id!r} is {here!r} here and {there!r} on line {first.line}; {_ONE_LABEL}"
         )
     if row.split != first.split:
         return f"{row.sample_id!r} is in another split on line {first.line}: remove one of them"
@@ -133,13 +136,19 @@ def _manifest_collection(
     file: Path, rows: dict[str, ManifestRow], columns: list[str]
 ) -> FileCollection:
     """The images of a manifest, and the values of its other `columns`."""
-    class_names = sorted({row.label for row in rows.values()})
+    counts = Counter(chain.from_iterable(row.label for row in rows.values()))
+    class_names = sorted(counts)
     check_distinct(class_names)
     check_distinct(rows)
     label_of = {name: label for label, name in enumerate(class_names)}
+    multilabel = any(len(row.label) > 1 for row in rows.values())
     samples: SplitSamples = {}
     for sample_id, row in rows.items():
-        sample = Sample(sample_id, label_of[row.label])
+        labels = tuple(sorted(label_of[name] for name in row.label))
+        sample = Sample(sample_id, labels[0])
+        if multilabel:
+            rarest = min(labels, key=lambda label: counts[class_names[label]])
+            sample = Sample(sample_id, rarest, labels)
         samples.setdefault(row.split or "all", []).append(sample)
     check_splits(samples, class_names, str(file))
 

@@ -296,9 +296,9 @@ class BatchMixer:
     def __call__(
         self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int
     ) -> tuple[Tensor, Tensor]:
-        """Mix each image, float32 [B, 3, H, W], with its neighbour; soft targets [B, C], whose rows sum to 1.
+        """Mix each image, float32 [B, 3, H, W], with its neighbour, and their `label` [B] or [B, C] alike.
 
-        `index` is that of the first image of the batch.
+        Returns soft targets [B, C]; of single labels the rows sum to 1. `index` is that of the batch's first image.
         """
         with seeded_torch(hash_u64(seed, _MIX, epoch, index)):
             choice = 0

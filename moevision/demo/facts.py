@@ -30,14 +30,14 @@ from moevision.analysis.intervention import refusal
 from moevision.config import CROP, Framing
 from moevision.data.images import BadImageError, full_size, safe_open, upright_rgb
 from moevision.data.transforms import square_pixels
-from moevision.demo.wire import data_uri, to_numpy
+from moevision.demo.wire import data_uri
 from moevision.errors import UserError, escape_controls
 from moevision.layers import MoEMlp, Routing, SoftRouting, forward_routing, routing_lock
 from moevision.layers.moe import moe_layers
 from moevision.layers.routing import Kind, RouteBy
 from moevision.models.convert import routes_read
 from moevision.models.io import SavedModel
-from moevision.types import Floats, Json, Pixels
+from moevision.types import Json, Pixels
 
 # Phrases for routers that are fixed rules and learn nothing, by router name.
 RULES = {
@@ -320,11 +320,6 @@ def sharp_square(image: Image.Image, image_size: int, framing: Framing = CROP) -
 def route_batch(model: SavedModel, pixels: Pixels) -> tuple[Tensor, list[Routing]]:
     """Logits [I, C] and one `Routing` per MoE layer for uint8 [I, S, S, 3]."""
     return forward_routing(model.net, network_input(model, pixels))
-
-
-def softmax(logits: Tensor) -> Floats:
-    """Probabilities [..., C] of logits [..., C]."""
-    return to_numpy(logits.float().softmax(-1))
 
 
 _GENERATOR_LOCK = threading.RLock()

@@ -34,7 +34,6 @@ from moevision.demo.facts import (
     model_input,
     noise_of_training,
     route_batch,
-    softmax,
     title_of,
 )
 from moevision.demo.html import VIEW_SCHEMA, view_html
@@ -333,18 +332,22 @@ def route_image(
         ]
 
     outputs = list(outputs_of_blocks.values())  # [blocks] of [1, N, D]
+    lens_probabilities = None
+    if outputs:
+        lens_logits = lens(model.net, outputs)
+        lens_probabilities = to_numpy(model.probabilities(lens_logits))
     if dense is not None:
         dense_logits, _ = route_batch(dense, pixels[None])
-        dense_probabilities = softmax(dense_logits)[0]
+        dense_probabilities = to_numpy(dense.probabilities(dense_logits.float()))[0]
     return RoutingView(
         model=facts,
         picture=replace(picture, pixels=pixels),
         layers=tuple(layers),
-        probabilities=softmax(logits)[0],
+        probabilities=to_numpy(model.probabilities(logits.float()))[0],
         dense_probabilities=dense_probabilities,
         settings=settings,
-        lens=softmax(lens(model.net, outputs)) if outputs else None,
-        shares=margin_shares(model.net, outputs),
+        lens=lens_probabilities,
+        shares=margin_shares(model, outputs),
     )
 
 
@@ -389,9 +392,13 @@ def lens(net: Any, outputs: list[Tensor]) -> Tensor:
 
 
 @torch.inference_mode()
-def margin_shares(net: Any, outputs: list[Tensor]) -> Floats | None:
-    """[P] share of each patch in the margin of the answer, of outputs [1, N, D] of the blocks; None without any."""
-    if shares_refusal(net) is not None:
+def margin_shares(model: SavedModel, outputs: list[Tensor]) -> Floats | None:
+    """[P] share of each patch in the margin of the answer, of outputs [1, N, D] of the blocks; None without any.
+
+    Labels that don't exclude one another have no such margin.
+    """
+    net: Any = model.net
+    if model.thresholds or shares_refusal(net) is not None:
         return None
     return to_numpy(patch_shares(net, net.norm(outputs[-1])).margins()[0])
 

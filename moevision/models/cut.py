@@ -24,6 +24,10 @@ CUTTABLE = ("noisy_top_k", "vmoe_top_k", "switch", "cosine", "sigmoid", "bias_ba
 def check_cuttable(model: SavedModel) -> None:
     """Raise a UserError unless tokens choose experts by learned rows, and one linear map answers."""
     layers = moe_layers(model.net)
+    if model.thresholds:
+        raise UserError(
+            "cut keeps some classes of a model that names one of an image, and this one gives several labels."
+        )
     if not layers:
         raise UserError("The model has no experts to leave out: cut takes a Mixture of Experts.")
     for moe in layers:

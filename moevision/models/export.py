@@ -219,6 +219,9 @@ def exported_facts(model: SavedModel) -> Json:
         f"{resizing[model.fit]}; divide by 255; subtract mean and divide by std, one "
         f"number per channel; float32 [batch, 3, {side}, {side}].",
         "distance": distance,
+        "multilabel": bool(model.thresholds),
+        "thresholds": list(model.thresholds),
+        "temperature": model.temperature,
         "architecture": pretrained_cfg.get("architecture"),
         "moe_config": getattr(model.net, "moe_config", None),
     }

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -52,14 +52,21 @@ class Moment:
 
 
 @torch.no_grad()
-def moment_of(net: nn.Module, images: Tensor) -> Moment:
-    """Route images [I, 3, H, W] through a model in evaluation mode; every module's mode is left as it was."""
+def moment_of(
+    net: nn.Module,
+    images: Tensor,
+    activation: Callable[[Tensor], Tensor] = nn.Softmax(-1),  # noqa: B008 (it holds nothing)
+) -> Moment:
+    """Route images [I, 3, H, W] through a model in evaluation mode; every module's mode is left as it was.
+
+    `activation` makes probabilities of logits [B, C].
+    """
     probabilities = []  # [batch, C] for each batch
     weights = defaultdict(list)  # [batch, P, E] for each layer and batch
     with evaluating(net):
         for batch in images.split(_BATCH_SIZE):
             logits, routings = forward_routing(net, batch)
-            probabilities.append(logits.float().softmax(-1))
+            probabilities.append(activation(logits.float()))
             for routing in routings:
                 patch_weights = routing.expert_weights()[:, routing.num_prefix_tokens :]
                 weights[cast(int, routing.layer)].append(patch_weights)

@@ -75,6 +75,14 @@ class SavedModel:
     # the out-of-distribution detector: distances from the classes that the model knows; None: not measured
     strangers: MahalanobisOOD | None = None
     fit: Fit = "crop"  # how an image that isn't square becomes so
+    # [C] where images have several labels: the calibrated probability above which each is given; else empty
+    thresholds: tuple[float, ...] = ()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[..., C] of logits [..., C], not calibrated: of one class, or of each label by itself."""
+        if self.thresholds:
+            return logits.sigmoid()
+        return logits.softmax(-1)
 
     @property
     def framing(self) -> Framing:
@@ -246,6 +254,8 @@ def save_model(model: SavedModel, folder: Path) -> None:
     config.get("model_args", {}).pop("num_classes", None)
     if model.temperature is not None:
         config["calibration"] = {"temperature": model.temperature}
+    if model.thresholds:
+        config["thresholds"] = model.thresholds
     if from_clusters(model.net):
         config["router_start"] = "cluster"
     if model.strangers is not None:
@@ -496,9 +506,24 @@ def _with_measurements(saved: SavedModel, folder: Path) -> SavedModel:
                 raise UserError(
                     "calibration.temperature in its config.json is no number from 0.001 to 1000: mend it."
                 )
+    if "thresholds" in config:
+        thresholds = _thresholds(config["thresholds"], len(saved.class_names))
+        saved = replace(saved, thresholds=thresholds)
     if config.get("strangers"):
         saved = replace(saved, strangers=read_ood(folder / STRANGERS, saved.net))
     return saved
+
+
+def _thresholds(values: Any, classes: int) -> tuple[float, ...]:
+    """Those of a config.json, one for each label; a UserError if what it says is none."""
+    match values:
+        case [*_] if len(values) == classes and all(
+            isinstance(value, int | float) and 0 <= value <= 1 for value in values
+        ):
+            return tuple(map(float, values))
+    raise UserError(
+        f"thresholds in its config.json are no {classes} numbers from 0 to 1, one for each label: mend them."
+    )
 
 
 def unpack(file: Path) -> dict[str, Tensor]:

@@ -229,7 +229,12 @@ def _model_of(checkpoint: Mapping[str, Any], path: Path) -> SavedModel:
     net = build()
     net.load_state_dict(weights)
     check_finite_weights(net, str(path))
-    return SavedModel(net.eval(), class_names, image_size, mean, std, fit=fit)
+    thresholds: tuple[float, ...] = ()
+    if data.get("multilabel") is True:
+        thresholds = (0.5,) * num_classes
+    return SavedModel(
+        net.eval(), class_names, image_size, mean, std, fit=fit, thresholds=thresholds
+    )
 
 
 def _numel(tensors: Iterable[Tensor]) -> int:

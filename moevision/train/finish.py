@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -30,7 +30,12 @@ import torch
 from lightning import Trainer
 from scipy.stats import sem
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
+from torchmetrics.functional.classification import (
+    binary_calibration_error,
+    multilabel_f1_score,
+    multilabel_precision,
+    multilabel_recall,
+)
 
 from moevision.config import Settings
 from moevision.data import ImageDataModule
@@ -58,6 +63,7 @@ from moevision.train.recipe import describe_model
 from moevision.train.report import (
     BALANCED,
     LOSS,
+    MAP,
     PROBE,
     ClassScores,
     ComparedModel,
@@ -76,7 +82,8 @@ from moevision.train.task import ClassificationTask
 from moevision.types import Array, Flags, Floats, Ints, Json, Keywords
 from moevision.words import percent, points
 
-_MONITOR_TEXTS = {"val/top1": "accuracy", BALANCED: "balanced accuracy", LOSS: "loss"}
+# mAP is no mean over images: by it the best epoch is found, and compared with the last one by the loss.
+_MONITOR_TEXTS = {"val/top1": "accuracy", BALANCED: "balanced accuracy", LOSS: "loss", MAP: "loss"}
 
 BadImages = Sequence[tuple[str, str, str]]  # path, reason, split
 _NUM_MISTAKES, _IMAGES_OF_MISTAKE = 3, 5  # most frequent mistakes in summary.md, and images of each
@@ -149,6 +156,8 @@ class RunResult:
         test = self.summary.test
         low, high = map(percent, test.interval)
         text = f"{percent(test.accuracy)} of {test.total:,} test images right (95 % interval {low} to {high})"
+        if test.multilabel:
+            text = f"mAP {percent(test.multilabel['map'])}; all labels: {text}"
         if self.summary.unbalanced:
             text = f"balanced accuracy {percent(test.balanced_accuracy)}; {text}"
         if self.summary.layers:
@@ -174,18 +183,29 @@ class Effort(NamedTuple):
 
 
 class TestedImages(NamedTuple):
-    """Predictions of the tested weights for the n test images, in the order of the test set."""
+    """Predictions of the tested weights for the n test images, in the order of the test set.
+
+    Where images have several labels, all but `samples` have a column for each label: [n, C].
+    """
 
     samples: list[str]  # stable ids
-    labels: Ints  # [n]
-    predictions: Ints  # [n]
-    confidence: Floats  # [n] the calibrated probability of the prediction
+    labels: Ints  # [n], or multi-hot
+    predictions: Ints  # [n], or whether the label is given
+    confidence: Floats  # [n] the calibrated probability of the prediction, or of each label
 
     @property
     def correct(self) -> Flags:
-        """[n]: whether each image was classified correctly."""
-        result: Flags = self.labels == self.predictions
-        return result
+        """[n]: whether each image was classified correctly, in all its labels."""
+        are_equal: Flags = self.labels == self.predictions
+        if are_equal.ndim == 2:
+            are_equal = np.all(are_equal, axis=1)
+        return are_equal
+
+    def of_class(self, label: int) -> tuple[Flags, Flags]:
+        """[n] each: which images have this label, and which get it."""
+        if self.labels.ndim == 2:
+            return self.labels[:, label] > 0, self.predictions[:, label] > 0
+        return self.labels == label, self.predictions == label
 
 
 def finish(training: Training, command: Sequence[str]) -> RunResult | None:
@@ -211,18 +231,23 @@ def finish(training: Training, command: Sequence[str]) -> RunResult | None:
     _export_model(training, detector)
     _write_predictions(run_dir, tested, data.class_names)
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
-    plot_confusion(tested.labels, tested.predictions, data.class_names, run_dir / "confusion.png")
+    mistakes = []
+    if not data.multilabel:
+        plot_confusion(
+            tested.labels, tested.predictions, data.class_names, run_dir / "confusion.png"
+        )
+        mistakes = _most_frequent_mistakes(data, tested, run_dir / "mistakes.png")
     _write_provenance(training, command)
 
     scores = _test_scores(training, tested, weights)
     _write_class_table(run_dir, scores.per_class)
-    mistakes = _most_frequent_mistakes(data, tested, run_dir / "mistakes.png")
     strangers = _count_strangers(training, detector)
     summary = _summarize(training, effort, scores, bad_images)
     summary = replace(summary, mistakes=mistakes, strangers=strangers)
 
     correct = dict(zip(tested.samples, tested.correct.tolist(), strict=True))
-    labels = dict(zip(tested.samples, tested.labels.tolist(), strict=True))
+    label_of = {sample.sample_id: sample.label for sample in data.contents.datasets["test"].samples}
+    labels = {sample: label_of[sample] for sample in tested.samples}
     result = _add_recommendation(RunResult(summary, run_dir, correct, labels))
     _write_summary(result.summary, run_dir)
     return result
@@ -277,19 +302,42 @@ def _export_model(training: Training, detector: MahalanobisOOD | None) -> None:
         temperature=None if task.calibration is None else task.calibration.temperature,
         strangers=detector,
         fit=data.fit,
+        thresholds=_thresholds(training),
     )
     save_model(model, training.run_dir / "model")
 
 
+def _thresholds(training: Training) -> tuple[float, ...]:
+    """Of each label; empty where images have one."""
+    data, calibration = training.data, training.task.calibration
+    if not data.multilabel:
+        return ()
+    if calibration is None:
+        return (0.5,) * data.num_classes
+    return cast(tuple[float, ...], calibration.thresholds)
+
+
 def _write_predictions(run_dir: Path, tested: TestedImages, classes: Sequence[str]) -> None:
     names = [escape_csv_cell(name) for name in classes]
-    rows = []
+    rows: list[tuple[Any, ...]] = []
+    header = ["image", "label", "prediction", "probability", "correct"]
+    if tested.labels.ndim == 2:
+        # Each label has a column of its own behind the correct ones.
+        header = ["image", "label", "prediction", "correct", *(f"p {name}" for name in names)]
+        for row, sample in enumerate(tested.samples):
+            labels, given = (
+                "|".join(compress(names, flags[row]))
+                for flags in (tested.labels, tested.predictions)
+            )
+            shares = [f"{share:.6f}" for share in tested.confidence[row]]
+            rows.append((escape_csv_cell(sample), labels, given, int(tested.correct[row]), *shares))
+        write_text_atomic(run_dir / "predictions_test.csv", csv_text(header, rows))
+        return
     # The fields of TestedImages are parallel columns.
     for sample, label, prediction, confidence in zip(*tested, strict=True):
         is_correct = int(label == prediction)
         image = escape_csv_cell(sample)
         rows.append((image, names[label], names[prediction], f"{confidence:.4f}", is_correct))
-    header = ("image", "label", "prediction", "probability", "correct")
     write_text_atomic(run_dir / "predictions_test.csv", csv_text(header, rows))
 
 
@@ -322,19 +370,28 @@ def _test_scores(training: Training, tested: TestedImages, weights: FinalWeights
     task, data, metrics = training.task, training.data, training.trainer.callback_metrics
     train_counts = data.class_counts["train"]
     majority = max(train_counts, key=lambda name: train_counts[name])
+    always = np.array(data.class_names.index(majority))
+    multilabel: dict[str, float] = {}
+    if data.multilabel:
+        always = np.arange(data.num_classes) == always
+        multilabel = _label_scores(tested, float(metrics["test/map"]))
     description = weights.description
     if training.settings.ema.decay is not None:
         description = f"the moving average (EMA) of {description}"
+    top5 = None
+    if "test/top5" in metrics:
+        top5 = float(metrics["test/top5"])
     scores = TestScores(
         correct=int(tested.correct.sum()),
         total=len(tested.samples),
         majority_class=majority,
-        majority_correct=int((tested.labels == data.class_names.index(majority)).sum()),
+        majority_correct=int(tested._replace(predictions=always).correct.sum()),
         loss=float(metrics["test/loss"]),
-        balanced_accuracy=float(metrics["test/balanced_acc"]),
+        balanced_accuracy=multilabel.get("recall") or float(metrics.get("test/balanced_acc", 0.0)),
         ece=float(metrics["test/ece"]),
-        top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
-        per_class=_class_scores(task, tested, data.class_names),
+        top5=top5,
+        per_class=_class_scores(training, tested),
+        multilabel=multilabel,
         weights=description,
         checkpoint=weights.checkpoint.name,
     )
@@ -348,39 +405,63 @@ def _test_scores(training: Training, tested: TestedImages, weights: FinalWeights
     )
 
 
+def _label_scores(tested: TestedImages, mean_average_precision: float) -> dict[str, float]:
+    """Scores of several labels, by the thresholds; `precision` and `recall` are means over the labels, as macro F1."""
+    given, labels = torch.from_numpy(tested.predictions).int(), torch.from_numpy(tested.labels)
+    count = labels.shape[1]
+    return {
+        "map": mean_average_precision,
+        "chance": float(tested.labels.mean()),
+        "f1_micro": float(multilabel_f1_score(given, labels, count, average="micro")),
+        "f1_macro": float(multilabel_f1_score(given, labels, count)),
+        "precision": float(multilabel_precision(given, labels, count)),
+        "recall": float(multilabel_recall(given, labels, count)),
+    }
+
+
 def _calibration_error(tested: TestedImages) -> float | None:
     """The ECE of the calibrated confidence, binned as for test/ece; None if a confidence isn't finite."""
     if not np.isfinite(tested.confidence).all():
         return None
-    confidence, correct = torch.from_numpy(tested.confidence), torch.from_numpy(tested.correct)
-    return float(binary_calibration_error(confidence, correct, n_bins=15))
+    is_right: Array = tested.correct
+    if tested.labels.ndim == 2:
+        is_right = tested.labels
+    confidence = torch.from_numpy(tested.confidence)
+    target = torch.from_numpy(is_right)
+    error = binary_calibration_error(confidence, target, n_bins=15)
+    return float(error)
 
 
-def _class_scores(
-    task: ClassificationTask, tested: TestedImages, classes: Sequence[str]
-) -> list[ClassScores]:
+def _class_scores(training: Training, tested: TestedImages) -> list[ClassScores]:
     scores = []
-    for label, name in enumerate(classes):
-        is_class = tested.labels == label
+    thresholds = _thresholds(training)
+    for label, name in enumerate(training.data.class_names):
+        is_class, is_given = tested.of_class(label)
         measures: Keywords = {
-            measure: values[label] for measure, values in task.test_by_class.items()
+            measure: values[label] for measure, values in training.task.test_by_class.items()
         }
+        recognised = int((is_given & is_class).sum())
+        if thresholds:
+            measures["threshold"] = thresholds[label]
+            measures["precision"] = recognised / max(1, int(is_given.sum()))
+            measures["f1"] = 2 * recognised / max(1, int(is_given.sum() + is_class.sum()))
         if not is_class.any():
             measures = dict.fromkeys(measures)  # all None
         if is_class.all():  # AUROC needs images of other classes
             measures["auroc"] = None
-        recognised = int((tested.correct & is_class).sum())
         scores.append(ClassScores(name, recognised, int(is_class.sum()), **measures))
     return scores
 
 
 def _write_class_table(run_dir: Path, scores: Sequence[ClassScores]) -> None:
+    header = ["class", "images", "precision", "recall", "f1", "auroc", "ap", "threshold"]
+    if scores[0].threshold is None:
+        del header[-2:]
     rows = []
     for score in scores:
-        shares = (score.precision, score.recall, score.f1, score.auroc)
+        shares = (score.precision, score.recall, score.f1, score.auroc, score.ap, score.threshold)
         cells = ["" if share is None else f"{share:.4f}" for share in shares]
-        rows.append((escape_csv_cell(score.name), score.images, *cells))
-    header = ("class", "images", "precision", "recall", "f1", "auroc")
+        rows.append((escape_csv_cell(score.name), score.images, *cells)[: len(header)])
     write_text_atomic(run_dir / "classes_test.csv", csv_text(header, rows))
 
 
@@ -429,8 +510,9 @@ def _summarize(
 
 
 def _validations(run_dir: Path) -> list[float]:
-    """The accuracy at each validation of the training; empty if it ended before one."""
-    curve = read_metrics(run_dir / "metrics.csv").get("val/top1")
+    """The accuracy, or mAP, at each validation of the training; empty if it ended before one."""
+    curves = read_metrics(run_dir / "metrics.csv")
+    curve = curves.get("val/top1", curves.get(MAP))
     return [] if curve is None else curve.values.tolist()
 
 
@@ -461,10 +543,11 @@ def _most_frequent_mistakes(
 def _fit_ood(training: Training) -> MahalanobisOOD | None:
     """Fit the out-of-distribution detector to training images, and its threshold to validation images.
 
-    None for a model that is sharded, since it may not fit one device, and for one without a linear head.
+    None for a model that is sharded, since it may not fit one device, for one without a linear head, and where images
+    have several labels, so that no class has a mean of its own.
     """
     net, data = training.task.net, training.data
-    if training.sharded_strategy or linear_head(net) is None:
+    if training.sharded_strategy or linear_head(net) is None or data.multilabel:
         return None
     max_images = {"train": max(IMAGES, 10 * data.num_classes), "val": IMAGES}
     datasets = data.contents.datasets
@@ -638,7 +721,7 @@ def choose_weights(training: Training) -> FinalWeights:
     gain, error = gain_of(best_images, last_images, monitor)
 
     difference_text, error_text = f"{points(gain)} points", f"{100 * error:.1f}"
-    if monitor == LOSS:  # a gain is a lower loss
+    if monitor in (LOSS, MAP):  # a gain is a lower loss
         difference_text, error_text = f"{-gain:+.3f}", f"{error:.3f}"
     comparison = (
         f"on {num_last:,} validation images the {_MONITOR_TEXTS[monitor]} of the best epoch, step "
@@ -655,7 +738,7 @@ def gain_of(best: Validated, last: Validated, monitor: str) -> tuple[float, floa
 
     Positive if `best` is better, for a loss too.
     """
-    if monitor == LOSS:
+    if monitor in (LOSS, MAP):
         decrease = last.loss - best.loss  # [n]
         error = float(sem(decrease)) if len(decrease) > 1 else math.inf
         return float(decrease.mean()), error

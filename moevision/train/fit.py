@@ -103,7 +103,7 @@ from moevision.train.recipe import (
     run_name,
     run_of_checkpoint,
 )
-from moevision.train.report import LOSS, is_unbalanced
+from moevision.train.report import LOSS, MAP, is_unbalanced
 from moevision.train.resume import (
     EpochEnd,
     ResumePoint,
@@ -177,7 +177,9 @@ def _print_what_to_do_next(training: Training, result: RunResult) -> None:
         print_rank0(f"Look for wrong labels: moevision data score {run}")
     if not result.summary.layers:
         return
-    print_rank0(f"See its experts: moevision demo {run}\nAsk what they do: moevision analyze {run}")
+    print_rank0(f"See its experts: moevision demo {run}")
+    if not result.summary.test.multilabel:
+        print_rank0(f"Ask what they do: moevision analyze {run}")
     if not training.settings.with_twin and result.summary.choice is None:
         print_rank0(
             "Whether they pay on these images: --with-twin also trains a dense model of the same cost."
@@ -550,7 +552,7 @@ def keep_images_per_step(start: RunStart | None, data: ImageDataModule, trainer:
 
     if trainer.accumulate_grad_batches == 1 and trainer.limit_train_batches == 1.0:
         # An epoch had whole steps only: it doesn't get a part of one at its end.
-        batches = sum(data.class_counts["train"].values()) // batch_size
+        batches = len(data.contents.datasets["train"]) // batch_size
         trainer.limit_train_batches = max(window, batches // window * window)
     trainer.accumulate_grad_batches = window
     print_rank0(
@@ -593,6 +595,14 @@ def _choose_monitor(training: Training, best: ModelCheckpoint) -> None:
     settings, early = training.settings, training.settings.early_stopping
     counts = training.data.class_counts["train"].values()
     monitor = settings.checkpoint.monitor
+    if training.data.multilabel and monitor is None:
+        monitor = cast(Any, MAP)
+    for name in filter(None, (monitor, early.monitor)):
+        if name != LOSS and (name == MAP) != training.data.multilabel:
+            raise UserError(
+                f"{name} isn't measured on these data: val/map is where images have several labels, val/top1 and "
+                "val/balanced_acc where they have one. Leave the monitor out."
+            )
     if monitor is None:
         # A run of an earlier version goes on as it began.
         unbalanced = training.is_fresh and is_unbalanced(counts)
@@ -602,7 +612,7 @@ def _choose_monitor(training: Training, best: ModelCheckpoint) -> None:
                 f"Classes have {min(counts):,} to {max(counts):,} training images: best.ckpt is chosen by "
                 "val/balanced_acc, the mean recall of the classes (--checkpoint.monitor val/top1: by accuracy)."
             )
-        settings.checkpoint = replace(settings.checkpoint, monitor=monitor)
+    settings.checkpoint = replace(settings.checkpoint, monitor=monitor)
     for callback in cast(Any, training.trainer).callbacks:
         if callback is best or (isinstance(callback, StopEarly) and early.monitor is None):
             callback.monitor = monitor
@@ -635,6 +645,9 @@ def _start_and_plan(training: Training) -> None:
 def _start_with_probe(training: Training) -> None:
     """Head first: the classifier begins as a linear probe of the frozen features, which is reported too."""
     session, task, data = training.session, training.task, training.data
+    if data.multilabel:
+        print("The classifier starts at random: no linear probe is fitted to several labels.")
+        return
     probe = session.probe
     if probe is None:
         net = task.net
@@ -789,6 +802,7 @@ class Evaluated(NamedTuple):
     num_classes: int | None  # as trained
     image_size: int | None  # as trained
     class_names: list[str] | None  # 0.1 wrote none
+    multilabel: bool
 
     @property
     def run_dir(self) -> Path:
@@ -829,7 +843,8 @@ def evaluate(verb: str, args: ParsedArgs) -> None:
                     f"--trainer.limit_{split}_batches 0 leaves nothing to {verb}: say 1.0 for all of it."
                 )
             if trainer.is_global_zero:
-                print(f"\n{percent(scores[0][f'{split}/top1'])} of the {split} images right")
+                if not data.multilabel:
+                    print(f"\n{percent(scores[0][f'{split}/top1'])} of the {split} images right")
                 for name, value in scores[0].items():
                     print(f"{name:22}{value:8.4f}")
                 print_rank0(f"Everything is in {run_dir}")
@@ -854,12 +869,14 @@ def _read_checkpoint(verb: str, path: str | None) -> Evaluated:
         )
     content = check_checkpoint(path)
     options = parse_config({"model": content["hyper_parameters"]}, path)
+    data = content.get(MARK, {}).get("data", {})
     return Evaluated(
         path=path,
         num_classes=options.pop("model.num_classes", None),
         image_size=options.pop("model.image_size", None),
         model_options=options,
-        class_names=content.get(MARK, {}).get("data", {}).get("class_names"),
+        class_names=data.get("class_names"),
+        multilabel=bool(data.get("multilabel")),
     )
 
 
@@ -878,6 +895,11 @@ def _build_for_checkpoint(
     task: ClassificationTask, data: ImageDataModule, checkpoint: Evaluated
 ) -> None:
     """Make the model that a checkpoint has weights for, and number the classes as it does."""
+    if checkpoint.multilabel != data.multilabel:
+        raise UserError(
+            f"{checkpoint.path} and these data differ in whether an image has one label or several: give images that "
+            "are labelled as those of the training."
+        )
     if checkpoint.class_names is not None:
         data.number_classes(checkpoint.class_names)
     with from_cache_only():

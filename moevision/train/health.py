@@ -203,12 +203,12 @@ class EpochLines(Callback):
         epoch = f"epoch {trainer.current_epoch + 1}"
         if (trainer.max_epochs or 0) > 0:
             epoch += f" of {trainer.max_epochs}"
-        shares = [
-            float(trainer.callback_metrics[f"val/{name}"]) for name in ("top1", "balanced_acc")
-        ]
-        accuracy, balanced = map(percent, shares)
-        if balanced != accuracy:
-            accuracy += f" (balanced {balanced})"
+        shares = [float(trainer.callback_metrics[f"val/{name}"]) for name in task.targets.shown]
+        accuracy, second = map(percent, shares)
+        if "map" in task.targets.shown:
+            accuracy = f"mAP {accuracy} (F1 at 0.5: {second})"
+        elif second != accuracy:
+            accuracy += f" (balanced {second})"
 
         steps_done = max(1, trainer.global_step - self._first_step)  # none behind a resume
         seconds_per_step = (time.monotonic() - self._began_s) / steps_done
@@ -439,7 +439,8 @@ class Calibrate(Callback):
             batch = plugin.convert_input(batch)
             with plugin.forward_context():
                 logits = task(batch["image"]).float()  # [B, C]
-            outputs.append((logits.cpu().numpy(), batch["label"].cpu().numpy()))
+            target = batch.get("target", batch["label"])
+            outputs.append((logits.cpu().numpy(), target.long().cpu().numpy()))
 
         outputs = list(chain.from_iterable(gather_objects(outputs)))  # of all processes
         if outputs:
@@ -530,7 +531,7 @@ class RecordRouting(Callback):
         # A compiled block would be compiled again for this batch.
         stance = torch.compiler.set_stance("force_eager") if task.compile_blocks else nullcontext()
         with stance:
-            moment = moment_of(task.net, images)
+            moment = moment_of(task.net, images, task.targets.probabilities)
         task.choose_attention()
         self._history = self._history.plus(step, moment)
         self._history.save(self.file)

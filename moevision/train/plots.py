@@ -65,8 +65,10 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     panels: list[Callable[[Axes], None]] = []
     if "train/loss" in curves:
         panels.append(partial(_draw_loss, train=curves["train/loss"], val=curves.get("val/loss")))
-    if "val/top1" in curves:
-        panels.append(partial(_draw_accuracy, val=curves["val/top1"], test=curves.get("test/top1")))
+    for metric, text in {"top1": "top-1 accuracy", "map": "mean average precision"}.items():
+        if val := curves.get(f"val/{metric}"):
+            test = curves.get(f"test/{metric}")
+            panels.append(partial(_draw_accuracy, val=val, test=test, name=text))
     if loads:
         panels.append(partial(_draw_loads, loads=loads))
     if rates:
@@ -106,7 +108,8 @@ def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
         points = []
         for row in rows:
             # Only the test's row has its accuracy.
-            is_test_load = name.startswith("moe/") and row.get("test/top1")
+            accuracy = row.get("test/top1") or row.get("test/map")
+            is_test_load = name.startswith("moe/") and accuracy
             if row["step"] and row[name] and not is_test_load:
                 points.append((float(row["step"]), float(row[name])))
         if points:
@@ -197,7 +200,7 @@ def _draw_loss(axes: Axes, train: Curve, val: Curve | None) -> None:
     title(axes, "loss", note)
 
 
-def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
+def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None, name: str) -> None:
     _line(axes, val, GREEN)
     values = val.values  # all that are drawn: [S], below with the test's
     note = "validation"
@@ -208,7 +211,7 @@ def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
         _dashed_line(axes, accuracy)
         note += f"; dashed: test {percent(accuracy)}"
         values = np.append(values, test.values)
-    title(axes, "top-1 accuracy", note)
+    title(axes, name, note)
 
     # The axis spans the drawn values, rounded outwards to multiples of 0.1; where they are equal, 0.1 of the range.
     finite = values[np.isfinite(values)]

@@ -518,7 +518,7 @@ def planned_batches(data: ImageDataModule, trainer: Trainer) -> tuple[int, str]:
 
     images = batches * batch_size
     if batches == data.train_batches(trainer.world_size):
-        images = sum(data.class_counts["train"].values())
+        images = len(data.contents.datasets["train"])
     return epochs * batches, f"{epochs} epoch{'s' * (epochs != 1)} of {images:,} images"
 
 

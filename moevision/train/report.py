@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -44,6 +44,7 @@ from moevision.words import duration, flops, percent, points, shell_word
 # Values of --checkpoint.monitor; balanced accuracy (macro recall) replaces accuracy if classes are unbalanced.
 BALANCED = "val/balanced_acc"
 LOSS = "val/loss"
+MAP = "val/map"  # mean average precision, where images have several labels
 PROBE = "linear probe"
 # MoE options that the model card's list leaves out: its table of layers has them, or they don't describe the model.
 _UNLISTED_OPTIONS = ("moe_layers", "num_experts", "top_k", "router", "backend")
@@ -52,7 +53,7 @@ _UNLISTED_OPTIONS = ("moe_layers", "num_experts", "top_k", "router", "backend")
 class ClassScores(NamedTuple):
     """Test results of a class: `recognised` of its `images`; `auroc` is one class against all others.
 
-    A measure that is undefined for lack of images is None.
+    A measure that is undefined for lack of images is None; average precision and threshold where images have one label.
     """
 
     name: str
@@ -61,6 +62,8 @@ class ClassScores(NamedTuple):
     precision: float | None = None
     f1: float | None = None
     auroc: float | None = None
+    ap: float | None = None
+    threshold: float | None = None
 
     @property
     def recall(self) -> float | None:
@@ -90,6 +93,9 @@ class TestScores:
     calibrated_ece: float | None = None
     weights: str = "the weights of the best validation epoch"  # that were tested and exported
     checkpoint: str | None = None  # the file that holds them; None in earlier versions' summaries
+    # Where images have several labels: map, chance (its value for random answers), f1_micro, f1_macro, precision and
+    # recall; `correct` then counts images with all labels right, `balanced_accuracy` is the recall. Else empty.
+    multilabel: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -253,6 +259,8 @@ class RunSummary:
     @property
     def unbalanced(self) -> bool:
         """Whether balanced accuracy is the main measure: chosen as monitor, or because class sizes differ."""
+        if self.test.multilabel:
+            return False
         if self.monitor in (None, LOSS):
             return is_unbalanced(self.class_counts["train"].values())
         return self.monitor == BALANCED
@@ -498,15 +506,18 @@ def model_card(facts: Json) -> str:
     summary: RunSummary = facts["summary"]
     terms = terms_of(summary.data)
     experts = ["mixture-of-experts"] if facts["blocks"] else []
+    metric, metric_name, value = "accuracy", "top-1 accuracy", summary.test.accuracy
+    if summary.test.multilabel:
+        metric, metric_name, value = "f1", "micro F1", summary.test.multilabel["f1_micro"]
     result = EvalResult(
         task_type="image-classification",
         task_name="Image Classification",
         dataset_type=terms.hub_id or (summary.data if summary.data in NAMED else "imagefolder"),
         dataset_name=terms.title,
         dataset_split="test",
-        metric_type="accuracy",
-        metric_name="top-1 accuracy",
-        metric_value=round(summary.test.accuracy, 4),
+        metric_type=metric,
+        metric_name=metric_name,
+        metric_value=round(value, 4),
     )
     header = ModelCardData(
         license="unknown",  # a value that huggingface.co defines
@@ -515,7 +526,7 @@ def model_card(facts: Json) -> str:
         tags=["image-classification", "timm", "moevision", *experts, "vision-transformer"],
         base_model=facts["start"].hub_id or None,
         datasets=[terms.hub_id] if terms.hub_id else None,
-        metrics=["accuracy"],
+        metrics=[metric],
         model_name=escape_controls(summary.name),
         eval_results=[result],
     )

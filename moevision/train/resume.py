@@ -221,6 +221,7 @@ class ResumePoint(Callback):
                 "class_names": list(data.class_names),
                 "mean_std": [list(data.mean), list(data.std)],
                 "fit": data.fit,
+                "multilabel": data.multilabel,
             },
         }
 

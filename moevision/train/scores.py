@@ -54,7 +54,9 @@ class ExampleScores(Callback):
         saved, self._saved = self._saved, None
         self.sums = None
         if not data.keeps_scores:
-            if data.mixes and data.scores is None:
+            if data.multilabel:
+                print_rank0("note: no scores of the training images: they have several labels.")
+            elif data.mixes and data.scores is None:
                 print_rank0(
                     "note: no scores of the training images: under Mixup and CutMix no output belongs to one image."
                 )

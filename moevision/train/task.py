@@ -22,13 +22,18 @@ import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
+    BinaryCalibrationError,
     MulticlassAccuracy,
     MulticlassAUROC,
     MulticlassCalibrationError,
     MulticlassF1Score,
     MulticlassPrecision,
+    MultilabelAUROC,
+    MultilabelAveragePrecision,
+    MultilabelExactMatch,
+    MultilabelF1Score,
 )
 
 from moevision.config import AuxLossWeights, Model, MoEConfig, OptimizerConfig
@@ -42,16 +47,159 @@ from moevision.models.vit_moe import (
     set_fused_attention,
     trains_unfused,
 )
+from moevision.stats import Calibration
 from moevision.train.checkpoint import plain
 from moevision.train.optim import LOCAL, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.processes import mean_over_processes, print_rank0
-from moevision.types import State
+from moevision.types import Keywords, State
 
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]
 """Whether the update of this step is refused, by the norm of its gradients; called once per optimizer step."""
 Observer = Callable[[Batch, Tensor, Sequence[Routing]], None]
 """Called with every training batch: the batch, its logits [B, C] and what each MoE layer decided, detached."""
+
+
+# ---- what is to be recognised in an image: its one class, or any of several labels. All that differs stands here.
+
+
+class OneClass:
+    """Targets are classes [B]: softmax and cross-entropy."""
+
+    shown = ("top1", "balanced_acc")  # the metrics of a line about a validation, the main one first
+
+    def loss(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, smoothing: float
+    ) -> Tensor:
+        """A scalar, from logits [B, C] and target [B] or soft [B, C]; `weight` is [C]."""
+        if weight is None:
+            return F.cross_entropy(logits, target, label_smoothing=smoothing)
+        # Over the number of images, not over the sum of their weights (torch's mean): that differs from one micro-batch
+        # or process to the next, and a step would depend on how its images are divided.
+        losses = F.cross_entropy(
+            logits, target, weight, label_smoothing=smoothing, reduction="none"
+        )  # [B]
+        return losses.mean()
+
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """[B], without weights and smoothing."""
+        return F.cross_entropy(logits, target, reduction="none")
+
+    def shares(self, target: Tensor, num_classes: int) -> Tensor:
+        """[B, C], whose rows sum to 1, of targets [B] or soft [B, C]."""
+        if target.ndim == 2:
+            return target
+        return F.one_hot(target, num_classes)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[B, C] of logits [B, C]."""
+        return logits.softmax(-1)
+
+    def answers(self, probabilities: Tensor, thresholds: Sequence[float] = ()) -> Tensor:
+        """[B] the likeliest class."""
+        return probabilities.argmax(-1)
+
+    def are_right(self, answers: Tensor, target: Tensor) -> Tensor:
+        """[B] bool."""
+        return answers == target
+
+    def metrics(self, num_classes: int) -> MetricCollection:
+        """Of a validation or test, by probabilities [B, C] and targets."""
+        metrics: Keywords = {
+            "top1": MulticlassAccuracy(num_classes, average="micro"),
+            "balanced_acc": MacroRecall(num_classes, average="macro"),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+        }
+        if num_classes > 5:  # with fewer, everything is among the five likeliest
+            metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+        return MetricCollection(metrics, compute_groups=False)
+
+    def class_metrics(self, num_classes: int) -> MetricCollection:
+        """Of a test, [C] each."""
+        return MetricCollection(
+            {
+                "precision": MulticlassPrecision(num_classes, average="none"),
+                "f1": MulticlassF1Score(num_classes, average="none"),
+                "auroc": MulticlassAUROC(num_classes, average="none"),
+            }
+        )
+
+
+class SeveralLabels(OneClass):
+    """Targets are multi-hot [B, C]: a sigmoid and binary cross-entropy for each label.
+
+    An image counts as right if it gets its labels and no other (exact match, or subset accuracy). During a training a
+    label is given above a probability of 0.5, as the names of these metrics say; a finished run has thresholds.
+    """
+
+    shown = ("map", "f1_micro_at_half")
+
+    def loss(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, smoothing: float
+    ) -> Tensor:
+        """A scalar; `weight` [C] is that of images with a label beside those without, smoothing is towards 1/2."""
+        target = target.float() + smoothing * (0.5 - target.float())
+        return F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
+
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """[B], means over the labels."""
+        losses = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+        return losses.mean(-1)
+
+    def shares(self, target: Tensor, num_classes: int) -> Tensor:
+        """[B, C]: the labels of an image have equal shares."""
+        return target / target.sum(-1, keepdim=True)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[B, C] of logits [B, C]."""
+        return logits.sigmoid()
+
+    def answers(self, probabilities: Tensor, thresholds: Sequence[float] = ()) -> Tensor:
+        """[B, C] bool: the labels whose probability is above their threshold."""
+        return probabilities > torch.tensor(thresholds or [0.5], device=probabilities.device)
+
+    def are_right(self, answers: Tensor, target: Tensor) -> Tensor:
+        """[B] bool: whether an image gets all its labels and no other."""
+        return (answers == (target > 0.5)).all(-1)
+
+    def metrics(self, num_classes: int) -> MetricCollection:
+        """Of a validation or test, by probabilities [B, C] and targets [B, C]."""
+        metrics: Keywords = {
+            "map": MultilabelAveragePrecision(num_classes, average="macro"),
+            "f1_micro_at_half": MultilabelF1Score(num_classes, average="micro"),
+            "f1_macro_at_half": MultilabelF1Score(num_classes, average="macro"),
+            "exact_at_half": MultilabelExactMatch(num_classes),
+            "ece": BinaryCalibrationError(n_bins=15),  # over all pairs of image and label
+        }
+        return MetricCollection(metrics, compute_groups=False)
+
+    def class_metrics(self, num_classes: int) -> MetricCollection:
+        """Of a test, [C] each: what no threshold changes."""
+        return MetricCollection(
+            {
+                "auroc": MultilabelAUROC(num_classes, average="none"),
+                "ap": MultilabelAveragePrecision(num_classes, average="none"),
+            }
+        )
+
+
+class MacroRecall(MulticlassAccuracy):
+    """The mean of the recalls of those classes that have images.
+
+    torchmetrics also counts a class without images as 0 as soon as one image is taken for it. A small class may have
+    none among the validation images.
+    """
+
+    def compute(self) -> Tensor:
+        """A scalar in [0, 1]."""
+        true_positives, _, _, false_negatives = self._final_state()  # [C] each
+        images = true_positives + false_negatives
+        recall = true_positives / images.clamp_min(1)
+        has_images = images > 0
+        return (recall * (has_images / has_images.sum())).sum()
+
+
+# ---- the task
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -126,7 +274,7 @@ class ClassificationTask(LightningModule):
         self.val_outputs: list[dict[str, Tensor]] = []  # of the last validation
         self.test_outputs: list[dict[str, Tensor]] = []
         self.test_loads: list[LayerLoad] = []
-        self.test_by_class: dict[str, list[float]] = {}  # precision, f1, auroc: [C] each
+        self.test_by_class: dict[str, list[float]] = {}  # such as auroc: [C] each
         self.calibration: Any = None  # a `stats.Calibration`, once the temperature is fitted
         if num_classes is not None and image_size is not None:
             self.build(num_classes, image_size, load_pretrained=False)
@@ -159,17 +307,19 @@ class ClassificationTask(LightningModule):
                 [cast(int, layer.layer_index) for layer in layers],
                 [layer.router.num_experts for layer in layers],
             )
-        self.metrics = _metrics(num_classes)  # of a validation or test
-        self.class_metrics = MetricCollection(
-            {
-                "precision": MulticlassPrecision(num_classes, average="none"),
-                "f1": MulticlassF1Score(num_classes, average="none"),
-                "auroc": MulticlassAUROC(num_classes, average="none"),
-            }
-        )
+        self.choose_targets(multilabel=False)  # `setup` knows the data
         # By default a MeanMetric leaves NaN out, and a loss that isn't finite would pass as a good one. Under "disable"
         # torchmetrics 1.9 ignores weights, such as the size of a batch: `_evaluate` hands over the loss of every image.
         self.mean_loss = MeanMetric(nan_strategy="disable")
+
+    def choose_targets(self, *, multilabel: bool) -> None:
+        """Learn one class of an image, or several labels."""
+        num_classes = self.hparams["num_classes"]
+        self.targets = OneClass()
+        if multilabel:
+            self.targets = SeveralLabels()
+        self.metrics = self.targets.metrics(num_classes)  # of a validation or test
+        self.class_metrics = self.targets.class_metrics(num_classes)
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -188,6 +338,7 @@ class ClassificationTask(LightningModule):
                 )
         if data is not None:
             self.class_weight = data.class_weight_tensor()
+            self.choose_targets(multilabel=data.multilabel)
         if self.compile_blocks and stage == "fit":
             for block in cast(Any, self.net).blocks:
                 block.compile()
@@ -250,17 +401,16 @@ class ClassificationTask(LightningModule):
         """Cross-entropy (soft targets under Mixup/CutMix) plus weighted losses of the routers."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.start_window()
-        labels = batch["label"]  # [B]
-        target = batch.get("target", labels)  # [B], or soft [B, C]
+        target = batch.get("target", batch["label"])  # [B], or soft or multi-hot [B, C]
         logits, routings = forward_routing(self.net, batch["image"])  # [B, C]
         if self.observer is not None:
             self.observer(batch, logits.detach(), [routing.detach() for routing in routings])
 
         cross_entropy = self._cross_entropy(logits, target)
-        shares = target if target.ndim == 2 else F.one_hot(target, logits.shape[-1])  # [B, C]
+        shares = self.targets.shares(target, logits.shape[-1])  # [B, C]
         loss = cross_entropy + self.balance.loss(routings, shares)
         self._note_evidence(routings, cross_entropy, loss)
-        self._log_training(logits, labels, cross_entropy, loss)
+        self._log_training(logits, batch, cross_entropy, loss)
         return loss
 
     def _note_evidence(
@@ -273,16 +423,14 @@ class ClassificationTask(LightningModule):
         self.evidence.append(evidence)
 
     def _log_training(
-        self, logits: Tensor, labels: Tensor, cross_entropy: Tensor, loss: Tensor
+        self, logits: Tensor, batch: Batch, cross_entropy: Tensor, loss: Tensor
     ) -> None:
-        is_correct = logits.argmax(-1) == labels  # [B], of labels also under Mixup
-        scalars = {
-            "train/loss": loss,
-            "train/cross_entropy": cross_entropy,
-            "train/top1": is_correct.float().mean(),
-        }
+        scalars = {"train/loss": loss, "train/cross_entropy": cross_entropy}
+        if "top1" in self.targets.shown:
+            is_correct = logits.argmax(-1) == batch["label"]  # [B], of labels also under Mixup
+            scalars["train/top1"] = is_correct.float().mean()
         means = mean_over_processes(scalars)
-        size = len(labels)
+        size = len(logits)
         self.log("train/loss", means.pop("train/loss"), prog_bar=True, batch_size=size)
         self.log_dict(means, batch_size=size)
         for name, value in self.balance.values.items():
@@ -314,23 +462,19 @@ class ClassificationTask(LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        """A scalar, from logits [B, C] and target [B] or soft [B, C]."""
-        if self.class_weight is None:
-            return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
-        # Over the number of images, not over the sum of their weights (torch's mean): that differs from one micro-batch
-        # or process to the next, and a step would depend on how its images are divided.
-        weight = self.class_weight.to(logits.device, torch.float32)
-        losses = F.cross_entropy(
-            logits.float(), target, weight, label_smoothing=self.label_smoothing, reduction="none"
-        )  # [B]
-        return losses.mean()
+        """A scalar, from logits [B, C] and target [B] or [B, C]."""
+        weight = self.class_weight
+        if weight is not None:
+            weight = weight.to(logits.device, torch.float32)
+        return self.targets.loss(logits.float(), target, weight, self.label_smoothing)
 
     def on_validation_epoch_start(self) -> None:
         self.val_outputs = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits, loss = self._evaluate(batch)
-        correct = logits.argmax(-1) == batch["label"]
+        answers = self.targets.answers(self.targets.probabilities(logits))
+        correct = self.targets.are_right(answers, batch.get("target", batch["label"]))
         self.val_outputs.append(
             {"index": batch["index"], "label": batch["label"], "correct": correct, "loss": loss}
         )
@@ -346,16 +490,21 @@ class ClassificationTask(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         logits, _ = self._evaluate(batch)
-        self.class_metrics.update(logits.float().softmax(-1), batch["label"])
-        temperature = 1.0 if self.calibration is None else self.calibration.temperature
-        probabilities = (logits.float() / temperature).softmax(-1)  # [B, C]
-        probability, prediction = probabilities.max(-1)  # [B] each
+        target = batch.get("target", batch["label"]).long()
+        self.class_metrics.update(self.targets.probabilities(logits.float()), target)
+        calibration = self.calibration or Calibration(1.0, 0)
+        probabilities = self.targets.probabilities(
+            logits.float() / calibration.temperature
+        )  # [B, C]
+        prediction = self.targets.answers(probabilities, calibration.thresholds)
         output = {
             "index": batch["index"],
-            "label": batch["label"],
+            "label": target,
             "prediction": prediction,
-            "probability": probability,
+            "probability": probabilities,
         }
+        if target.ndim == 1:
+            output["probability"] = probabilities.amax(-1)  # of the prediction
         self.test_outputs.append({name: value.cpu() for name, value in output.items()})
 
     def on_test_epoch_end(self) -> None:
@@ -370,8 +519,9 @@ class ClassificationTask(LightningModule):
         """Logits [B, C] and cross-entropy [B] of a batch; updates the metrics."""
         set_fused_attention(self.net, True)
         logits, routings = forward_routing(self.net, batch["image"])
-        self.metrics.update(logits.float().softmax(-1), batch["label"])
-        loss = F.cross_entropy(logits.float(), batch["label"], reduction="none")  # [B]
+        target = batch.get("target", batch["label"])
+        self.metrics.update(self.targets.probabilities(logits.float()), target.long())
+        loss = self.targets.losses(logits.float(), target)  # [B]
         self.mean_loss.update(loss)
         if self.routing_statistics is not None:
             self.routing_statistics.update(routings)
@@ -381,7 +531,9 @@ class ClassificationTask(LightningModule):
         values: dict[str, Any] = {**self.metrics.compute(), "loss": self.mean_loss.compute()}
         self.metrics.reset()
         self.mean_loss.reset()
-        self.log(f"{split}/top1", values.pop("top1"), prog_bar=True)
+        main = self.targets.shown[0]
+        main_value = values.pop(main)
+        self.log(f"{split}/{main}", main_value, prog_bar=True)
         self.log_dict({f"{split}/{name}": value for name, value in values.items()})
         if self.routing_statistics is None:
             return []
@@ -429,30 +581,3 @@ class ClassificationTask(LightningModule):
             optimizer_classes=self.tensors.optimizers,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class MacroRecall(MulticlassAccuracy):
-    """The mean of the recalls of those classes that have images.
-
-    torchmetrics also counts a class without images as 0 as soon as one image is taken for it. A small class may have
-    none among the validation images.
-    """
-
-    def compute(self) -> Tensor:
-        """A scalar in [0, 1]."""
-        true_positives, _, _, false_negatives = self._final_state()  # [C] each
-        images = true_positives + false_negatives
-        recall = true_positives / images.clamp_min(1)
-        has_images = images > 0
-        return (recall * (has_images / has_images.sum())).sum()
-
-
-def _metrics(num_classes: int) -> MetricCollection:
-    metrics: dict[str, Metric | MetricCollection] = {
-        "top1": MulticlassAccuracy(num_classes, average="micro"),
-        "balanced_acc": MacroRecall(num_classes, average="macro"),
-        "ece": MulticlassCalibrationError(num_classes, n_bins=15),
-    }
-    if num_classes > 5:  # with fewer, everything is among the five likeliest
-        metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
-    return MetricCollection(metrics, compute_groups=False)

@@ -307,7 +307,9 @@ def test_the_plan_says_where_routes_change_no_answer(tmp_path, options, said):
     data = cast(
         Any,
         SimpleNamespace(
-            class_counts={"train": {"cat": 8}}, batch_size=4, train_batches=lambda world: 2
+            contents=SimpleNamespace(datasets={"train": range(8)}),
+            batch_size=4,
+            train_batches=lambda world: 2,
         ),
     )
     assert ("routes of patches" in describe_plan(task, data, trainer_of(tmp_path))) is said
@@ -337,11 +339,12 @@ def test_the_plan_says_where_routes_change_no_answer(tmp_path, options, said):
 def test_the_plan_counts_what_will_be_trained(tmp_path, monkeypatch, options, batches, words):
     """44 images in batches of 8, each of which takes a minute, and a tenth more."""
     monkeypatch.setattr("moevision.train.recipe.seconds_per_batch", lambda *_: 60.0)
-    counts = {"train": {"cat": 20, "dog": 24}}
     data = cast(
         Any,
         SimpleNamespace(
-            class_counts=counts, batch_size=8, train_batches=lambda world: 44 // 8 // world
+            contents=SimpleNamespace(datasets={"train": range(44)}),
+            batch_size=8,
+            train_batches=lambda world: 44 // 8 // world,
         ),
     )
     task, trainer = task_of(), trainer_of(tmp_path, **options)

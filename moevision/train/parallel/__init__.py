@@ -368,7 +368,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         check_network(task.net, self.expert)
         world = trainer.num_nodes * trainer.num_devices
         for split in ("val", "test"):
-            images = sum(data.class_counts[split].values())
+            images = len(data.contents.datasets[split])
             if images and not all(eval_batches(images, data.batch_size, world - 1, world)):
                 raise UserError(
                     f"{images} {split} images in batches of {data.batch_size} leave one of {world} processes without "

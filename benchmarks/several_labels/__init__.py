@@ -1,0 +1,1 @@
+"""Several labels of an image, on pairs of Imagenette."""
