@@ -52,7 +52,7 @@ VERBS = {
         "a smaller model of some classes, with the experts that they use",
         "moevision.commands.cut:run",
     ),
-    "export": ("write a model as ONNX, checked against it", "moevision.commands.export:run"),
+    "export": ("write a model as ONNX or .pt2, checked", "moevision.commands.export:run"),
     "analyze": (
         "what the experts of a trained model do, as one report",
         "moevision.commands.info:analyze",
@@ -467,7 +467,7 @@ def _cut(add: Add) -> None:
 
 def _export(add: Add) -> None:
     add("model", help=TRAINED)
-    add("--out", required=True, metavar="FILE", help="file to write: NAME.onnx")
+    add("--out", required=True, metavar="FILE", help="file to write: NAME.onnx, or NAME.pt2")
     add(
         "--dtype",
         choices=("fp32", "fp16"),
@@ -705,7 +705,8 @@ that other classes use, and none. OUT/ is a model that every verb takes; cut.jso
 Write a model as one ONNX file, which runs in onnxruntime and others without moevision. Any batch size, float32; class
 names and preprocessing travel in the file, which is run on seeded images and compared with the model: if a logit
 differs by more than rounding, no file is left. It computes ALL experts for every token and so saves no computation;
-what that costs is printed. Needed: pip install onnx onnxscript onnxruntime.""",
+what that costs is printed. Needed: pip install onnx onnxscript onnxruntime. NAME.pt2 is a program for
+torch.export.load, checked alike; it needs torch alone.""",
         """\
   moevision export runs/pets --out pets.onnx
   moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your images too""",

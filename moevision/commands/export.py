@@ -1,4 +1,4 @@
-"""`moevision export MODEL --out FILE`: one ONNX file, and what it costs beside the model."""
+"""`moevision export MODEL --out FILE`: one ONNX or .pt2 file, and what it costs beside the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError, escape_controls
 from moevision.layers import Backend, moe_layers
-from moevision.models.export import OPSET, TOLERANCE, Runner, export_onnx, load_exported
+from moevision.models.export import OPSET, TOLERANCE, Runner, export_onnx, export_program
 from moevision.models.io import SavedModel
 from moevision.train.checkpoint import load_trained
 from moevision.train.report import template
@@ -25,8 +25,11 @@ BATCHES = (1, 8)
 def run(args: Namespace) -> None:
     """Write a saved model to one file, check it, measure it, and print all that."""
     out = Path(args.out)
-    if out.suffix != ".onnx":
-        raise UserError(f"{out} is no name of an ONNX file: end it in .onnx.")
+    is_program = out.suffix == ".pt2"
+    if out.suffix != ".onnx" and not is_program:
+        raise UserError(f"{out} names no kind of file: end it in .onnx, or .pt2 for torch.export.")
+    if is_program and (args.opset is not None or args.routes):
+        raise UserError("--opset and --routes are of ONNX: leave them out, or end --out in .onnx.")
     if out.exists() and not args.force:
         raise UserError(f"{out} exists: give --out another name, or --force to replace it.")
 
@@ -34,16 +37,19 @@ def run(args: Namespace) -> None:
         saved = load_trained(args.model)
         images = None if args.data is None else _read_images(saved, args)
         status.update("exporting and checking (half a minute for a small model)")
-        report = export_onnx(
-            saved,
-            out,
-            opset=args.opset or OPSET,
-            dtype=args.dtype,
-            pictures=images,
-            routes=args.routes,
-        )
+        if is_program:
+            report = export_program(saved, out, dtype=args.dtype, pictures=images)
+        else:
+            report = export_onnx(
+                saved,
+                out,
+                opset=args.opset or OPSET,
+                dtype=args.dtype,
+                pictures=images,
+                routes=args.routes,
+            )
         status.update("measuring")
-        table = _measure(saved, out)
+        table = _measure(saved, report.run)
 
     file = escape_controls(str(out))
     print(
@@ -65,12 +71,12 @@ def run(args: Namespace) -> None:
     )
 
 
-def _measure(saved: SavedModel, file: Path) -> Table:
+def _measure(saved: SavedModel, run_file: Runner) -> Table:
     """FLOPs and time of one image, by the model and by the file."""
     net = saved.net.cpu().float()
     rows: dict[str, tuple[Runner, Backend]] = {
         "the model": (torch.no_grad()(net.__call__), "loop"),
-        "this file": (load_exported(file), "dense"),
+        "this file": (torch.no_grad()(run_file), "dense"),
     }
     side = saved.image_size
     table = Table("", "MFLOPs / image", *(f"ms, batch {batch}" for batch in BATCHES))

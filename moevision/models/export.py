@@ -1,4 +1,4 @@
-"""Exports a trained model as one ONNX file and checks the file against the model.
+"""Exports a trained model as one ONNX file, or a program of torch.export, and checks the file against the model.
 
 The file holds the network in eval mode for any batch size, and what is needed to use it: class names and the
 preparation of an image. If the model was saved with an out-of-distribution detector (`SavedModel.strangers`, see
@@ -6,7 +6,8 @@ preparation of an image. If the model was saved with an out-of-distribution dete
 `routes` it also outputs the routing of the patches, and an input disables experts (`_Exported`).
 
 Experts are computed by the `dense` backend, all E of them for every token, since ONNX has no operation for rows sorted
-by expert. So the file saves no computation, although the model is sparse.
+by expert. So the file saves no computation, although the model is sparse. `export_program` writes the same network
+for those who have torch: `torch.export.load` opens it without moevision.
 
 Axes: B images, C classes, S side of an image in pixels; M MoE layers, N tokens, P patches, E experts, K choices of a
 token.
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -58,6 +60,7 @@ class ExportReport:
     pictures: int  # number of compared images: four of seeded noise, and the caller's pictures
     max_logit_delta: float  # largest difference of a logit, or of the distance, on the noise
     top1_agreement: float  # share of all images for which file and model predict the same class
+    run: Runner = field(compare=False, repr=False)  # the file's function, which was compared
 
 
 def export_onnx(
@@ -93,7 +96,69 @@ def export_onnx(
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require_extra(name)
-    _check_exportable(model.net, opset, routes)
+    if opset not in _OPSETS:
+        raise UserError(f"opset={opset} can't be written: choose {_OPSETS[0]} to {_OPSETS[-1]}.")
+
+    def write(net: _Exported) -> tuple[bytes, Runner]:
+        data = _to_bytes(net, exported_facts(model), opset)
+        return data, load_exported(data)
+
+    return _export(
+        model,
+        Path(path),
+        write,
+        advice="try another opset",
+        dtype=dtype,
+        pictures=pictures,
+        routes=routes,
+    )
+
+
+def export_program(
+    model: SavedModel,
+    path: str | Path,
+    *,
+    dtype: Dtype = "fp32",
+    pictures: Tensor | None = None,
+) -> ExportReport:
+    """Write the model as a program of torch.export, which `torch.export.load` opens without moevision.
+
+    The program takes `image` float32 [B, 3, S, S], any B, and returns (logits [B, C], distance [B]), or (logits,) for
+    a model that was saved without a detector. Its extra file `about.json` has `exported_facts(model)`. Checks and
+    arguments are those of `export_onnx`. moevision opens no such file: torch unpickles parts of some.
+
+    Raises:
+        UserError: if the model can't be exported, or the file would answer differently by more than `TOLERANCE`; no
+            file is left then.
+        OSError: if the file can't be written.
+    """
+
+    def write(net: _Exported) -> tuple[bytes, Runner]:
+        data = _to_pt2(net, exported_facts(model))
+        return data, torch.export.load(io.BytesIO(data)).module()
+
+    return _export(
+        model,
+        Path(path),
+        write,
+        advice="try ONNX (--out NAME.onnx)",
+        dtype=dtype,
+        pictures=pictures,
+    )
+
+
+def _export(
+    model: SavedModel,
+    path: Path,
+    write: Callable[[_Exported], tuple[bytes, Runner]],
+    *,
+    advice: str,
+    dtype: Dtype,
+    pictures: Tensor | None,
+    routes: bool = False,
+) -> ExportReport:
+    """Write what `write` makes of the network, once its function has answered as the model does."""
+    _check_exportable(model.net, routes)
 
     # A float32 copy as the reference, and the module to export. The lock keeps an active recorder or intervention out
     # of the copy.
@@ -111,8 +176,7 @@ def export_onnx(
     has_distance = model.strangers is not None
     try:
         _set_backend(exported, "dense")
-        data = _to_bytes(exported, exported_facts(model), opset)
-        run = load_exported(data)
+        data, run = write(exported)
         _set_backend(reference, "loop")
         images, max_delta, agreement = _compare(
             reference, run, pictures.cpu().float(), has_distance
@@ -120,17 +184,16 @@ def export_onnx(
     except Exception as error:  # exporters and runtimes raise errors of many types
         raise UserError(
             f"{type(model.net).__name__} can't be exported ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}): try another opset."
+            f"{' '.join(str(error).split())[:200]}): {advice}."
         ) from error
     if not max_delta <= tolerance:  # also true for NaN
         raise UserError(
             f"The exported file differs from the model by {max_delta:.2g} in a logit, more than "
-            f"{tolerance:g}, and was not kept: try another opset."
+            f"{tolerance:g}, and was not kept: {advice}."
         )
 
-    path = Path(path)
     write_bytes_atomic(path, data)
-    return ExportReport(path, len(data), images, max_delta, agreement)
+    return ExportReport(path, len(data), images, max_delta, agreement, run)
 
 
 @torch.no_grad()
@@ -164,10 +227,8 @@ def _compared(outputs: Any, has_distance: bool) -> Tensor:
     return torch.column_stack(outputs[: 1 + has_distance])
 
 
-def _check_exportable(net: nn.Module, opset: int, routes: bool) -> None:
-    """Raise a UserError for models and arguments that can't be exported."""
-    if opset not in _OPSETS:
-        raise UserError(f"opset={opset} can't be written: choose {_OPSETS[0]} to {_OPSETS[-1]}.")
+def _check_exportable(net: nn.Module, routes: bool) -> None:
+    """Raise a UserError for models that can't be exported, or not with their routes."""
     for layer in moe_layers(net):
         if routes and layer.router.kind != "token_choice":
             raise UserError(
@@ -252,8 +313,8 @@ class _Exported(nn.Module):
         """Logits [B, C], distances [B] if there are any, and the routing; `away` [M, E] marks disabled experts."""
         if away is None:
             away = self.none_away
-        for layer, is_ablated in zip(self.layers, away, strict=True):
-            is_ablated = is_ablated[: layer.router.num_experts]
+        for position, layer in enumerate(self.layers):
+            is_ablated = away[position, : layer.router.num_experts]
             layer.intervention = partial(_ablate, layer.router, is_ablated)
 
         image = image.to(self.dtype)
@@ -298,31 +359,46 @@ def _set_backend(net: nn.Module, backend: Backend) -> None:
         layer.experts.backend = backend
 
 
-def _to_bytes(net: _Exported, facts: Json, opset: int) -> bytes:
-    """The ONNX file of a network, with `facts` as its metadata."""
-    side = int(facts["image_size"])
+def _to_program(net: _Exported, side: int) -> torch.export.ExportedProgram:
+    """The network as a program of torch.export, for images [B, 3, side, side] of any B."""
     # Two images, since torch.export would take a batch size of 1 for a constant.
-    inputs = {"image": torch.zeros(2, 3, side, side)}
+    inputs = [torch.zeros(2, 3, side, side)]
     if net.layers:
-        inputs["away"] = net.none_away
-    static_shapes = (None,) * (len(inputs) - 1)  # of all inputs but the image
+        inputs.append(net.none_away)
 
     with _quiet(), torch.no_grad():
         program = torch.export.export(
             net,
-            tuple(inputs.values()),
-            dynamic_shapes=({0: Dim("batch", min=1)}, *static_shapes),
+            tuple(inputs),
+            dynamic_shapes=({0: Dim("batch", min=1)}, None)[: len(inputs)],
             strict=False,
             # Soft MoE's reshapes are valid for every batch size, but torch can't prove it.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        _remove_stack_traces(program)
+    _remove_stack_traces(program)
+    return program
+
+
+def _to_pt2(net: _Exported, facts: Json) -> bytes:
+    """The file of torch.export, with `facts` as its extra file `about.json`."""
+    program = _to_program(net, int(facts["image_size"]))
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"about.json": json.dumps(facts)})
+    return file.getvalue()
+
+
+def _to_bytes(net: _Exported, facts: Json, opset: int) -> bytes:
+    """The ONNX file of a network, with `facts` as its metadata."""
+    program = _to_program(net, int(facts["image_size"]))
+    inputs = ["image", "away"] if net.layers else ["image"]
+
+    with _quiet(), torch.no_grad():
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
-            input_names=list(inputs),
+            input_names=inputs,
             output_names=net.output_names(),
-            dynamic_shapes=({0: "batch"}, *static_shapes),
+            dynamic_shapes=({0: "batch"}, None)[: len(inputs)],
             opset_version=opset,
             custom_translation_table={
                 torch.ops.aten.sort.stable: _stable_sort,

@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import subprocess
+import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,12 @@ from moevision.commands.predict import predict_batch
 from moevision.errors import UserError
 from moevision.layers import ROUTERS, ColourRouter, moe_layers
 from moevision.models import export as export_module
-from moevision.models.export import ExportReport, export_onnx, exported_facts
+from moevision.models.export import (
+    ExportReport,
+    export_onnx,
+    export_program,
+    exported_facts,
+)
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.ood import answers, fit_ood, pooled
 from moevision.models.shares import patch_shares
@@ -104,7 +112,8 @@ def test_the_file_answers_as_the_model(case, tmp_path):
     report = export_onnx(model, path, opset=opset)
     versions = {entry.domain: entry.version for entry in onnx.load(path).opset_import}
     assert versions[""] == opset
-    assert report == ExportReport(path, path.stat().st_size, 4, report.max_logit_delta, 1)
+    size = path.stat().st_size
+    assert report == ExportReport(path, size, 4, report.max_logit_delta, 1, report.run)
     assert report.max_logit_delta <= 1e-4
 
     with torch.no_grad():  # other images and batch sizes than those that the exporter looked at
@@ -403,3 +412,113 @@ def test_routes_of_a_classifier_without_shares(tmp_path):
         len(export_module.load_exported(tmp_path / "model.onnx")(noise_images(2, seed=7)))
         == 1 + 3 * 2
     )
+
+
+# ---- programs of torch.export
+
+# Run where nothing of this project can be imported.
+OPENS = """
+import json, sys
+sys.modules["moevision"] = sys.modules["timm"] = None
+import torch
+
+extra = {"about.json": ""}
+program = torch.export.load(sys.argv[1], extra_files=extra).module()
+images = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    answers = [program(images[:batch]) for batch in (1, 3, 5)]
+torch.save((answers, extra["about.json"]), sys.argv[3])
+"""
+
+
+def run_elsewhere(path: Path, images: torch.Tensor, folder: Path) -> tuple[list[Any], Any]:
+    """What a process without moevision and timm gets for 1, 3 and 5 images, and `about.json`."""
+    torch.save(images, folder / "images.pt")
+    files = [str(path), str(folder / "images.pt"), str(folder / "answers.pt")]
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", OPENS, *files], check=True)
+    answers, about = torch.load(files[2], weights_only=True)
+    return answers, json.loads(about)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param({"router": list(KINDS)}, id="each kind"),
+        pytest.param({"router": OTHERS}, id="all other routers", marks=pytest.mark.deep),
+        pytest.param(OPTIONS, id="every option", marks=pytest.mark.deep),
+    ],
+)
+def test_a_program_answers_as_the_model_where_moevision_is_missing(layers, tmp_path):
+    """In float32 to 1e-5 of the largest logit, for batches that the exporter didn't look at."""
+    model = tiny(**layers) if isinstance(layers, dict) else tiny(*layers)
+    model = with_distances(replace(model, class_names=["cat", 'a "dog"\n../x', "K\udcff\x1b"]))
+    path, images = tmp_path / "model.pt2", noise_images(5, seed=7)
+    report = export_program(model, path)
+    size = path.stat().st_size
+    assert report == ExportReport(path, size, 4, report.max_logit_delta, 1, report.run)
+
+    found, about = run_elsewhere(path, images, tmp_path)
+    for batch, outputs in zip((1, 3, 5), found, strict=True):
+        with torch.no_grad():
+            expected = answers(model.net, model.strangers, images[:batch])
+        for output, value in zip(outputs, expected, strict=True):
+            assert (output - value).abs().max() <= 1e-5 * value.abs().max()
+    assert about == exported_facts(model)
+    assert (about["mean"], about["std"], about["image_size"]) == (
+        [0.5, 0.4, 0.3],
+        [0.2, 0.25, 0.3],
+        32,
+    )
+    assert {layer.experts.backend for layer in moe_layers(model.net)} == {"auto"}
+
+
+def test_a_program_holds_nothing_of_this_machine_and_no_pickled_weights(tmp_path):
+    """Weights and constants are raw numbers, and no name of a part comes from the model."""
+    path = tmp_path / "model.pt2"
+    model = replace(tiny(router="vmoe_top_k"), class_names=["../a", "b", "c"])
+    export_program(model, path)
+    here = str(Path(moevision.__file__).parent).encode()
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    assert not any(".." in name for name in parts)
+    assert not any(here in part for part in parts.values())
+    weights, constants = (
+        json.loads(parts[f"archive/data/{kind}/model_{kind}_config.json"])["config"]
+        for kind in ("weights", "constants")
+    )
+    assert len(weights) > 0
+    assert not any(entry["use_pickle"] for entry in (weights | constants).values())
+
+
+@pytest.mark.deep
+def test_a_program_of_half_precision_takes_and_returns_float32(tmp_path):
+    model, path = tiny(router="vmoe_top_k"), tmp_path / "model.pt2"
+    assert 0 < export_program(model, path, dtype="fp16").max_logit_delta <= 5e-2
+    (logits,) = torch.export.load(path).module()(noise_images(3, seed=7))
+    assert logits.dtype == torch.float32
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_the_printed_script_of_a_program_answers_as_predict_does(fit, tmp_path):
+    model, file = replace(tiny(router="vmoe_top_k"), fit=fit), tmp_path / "model.pt2"
+    export_program(model, file)
+    lines = template("run_exported.py.jinja").render(file=repr(str(file)), fit=fit, routes=False)
+    (tmp_path / "images").mkdir()
+    images = odd_images(tmp_path / "images")
+    for path, predicted in zip(images, predict_batch(model, images), strict=True):
+        told: list[str] = []
+        exec(lines.replace('"image.jpg"', repr(str(path))), {"print": told.append})
+        assert told == list(predicted.classes[:1]), path
+
+
+def test_a_program_that_answers_differently_is_not_kept(tmp_path, monkeypatch):
+    other = tiny(router="vmoe_top_k")
+    with torch.no_grad():
+        other.net.head.bias[1] += 1
+    export_program(other, tmp_path / "other.pt2")
+    data = (tmp_path / "other.pt2").read_bytes()
+    monkeypatch.setattr(export_module, "_to_pt2", lambda *_: data)
+    with pytest.raises(UserError, match="by 1 in a logit"):
+        export_program(tiny(router="vmoe_top_k"), tmp_path / "model.pt2")
+    assert not (tmp_path / "model.pt2").exists()
