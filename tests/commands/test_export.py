@@ -12,7 +12,7 @@ from moevision.commands.predict import predict_batch
 from moevision.efficiency import measure_cost
 from moevision.models.io import load_model
 from moevision.train.report import template
-from tests.shared import assert_names, succeeded
+from tests.shared import assert_names, refused, succeeded
 
 
 @pytest.mark.deep
@@ -43,6 +43,29 @@ def test_export_says_what_it_costs_and_how_to_run_it(
     told: list[str] = []
     exec(lines, {"print": told.append})
     assert told == [predict_batch(load_model(str(tiny_run)), [picture])[0].classes[0]]
+
+
+def test_a_program_is_written_by_its_ending_and_its_lines_run(cli, tiny_run, drawn_pets, tmp_path):
+    outcome = succeeded(cli("export", tiny_run, "--out", "pets.pt2"))
+    assert_names(outcome.out, "pets.pt2: ", "2 classes, 32 px", "ALL 4 experts")
+    lines = template("run_exported.py.jinja").render(file="'pets.pt2'", fit="crop", routes=False)
+    assert outcome.out.endswith(f"{lines}\n")
+
+    picture = next(drawn_pets.rglob("*.png"))
+    (tmp_path / "image.jpg").write_bytes(picture.read_bytes())
+    told: list[str] = []
+    exec(lines, {"print": told.append})
+    assert told == [predict_batch(load_model(str(tiny_run)), [picture])[0].classes[0]]
+
+    written = (tmp_path / "pets.pt2").read_bytes()
+    refused(cli("export", tiny_run, "--out", "pets.pt2"), "--force")
+    refused(cli("export", tiny_run, "--out", "new.pt2", "--opset", "20"), "--opset", ".onnx")
+    refused(cli("export", tiny_run, "--out", "new.pt2", "--routes"), "--routes", ".onnx")
+    refused(cli("export", tiny_run, "--out", "new.bin"), ".onnx", ".pt2")
+    # moevision opens no such file: parts of some would be unpickled
+    refused(cli("predict", "pets.pt2", picture))
+    assert (tmp_path / "pets.pt2").read_bytes() == written
+    assert not list(tmp_path.glob("new.*"))
 
 
 def test_the_sentence_about_experts_fits_the_model():
