@@ -1076,7 +1076,7 @@ def _action_of(name: str) -> argparse.Action | None:
 
 
 def _wrong_value(name: str, value: Any) -> str:
-    return f"--{name} is {str(value)!r}: it must be {_type_in_words(options()[name].kind)}."
+    return f"--{name} is {str(value)[:80]!r}: it must be {_type_in_words(options()[name].kind)}."
 
 
 _TYPES_IN_WORDS = {
@@ -1110,9 +1110,9 @@ def _unknown_option(name: str) -> str:
         last = name.rsplit(".", 1)[-1]
         similar = [option for option in names if option.rsplit(".", 1)[-1] == last][:3]
     if not similar:
-        return f"there is no option {name!r}."
+        return f"there is no option {name[:80]!r}."
     meant = ", ".join(f"--{option}" for option in similar)
-    return f"there is no option {name!r}, did you mean {meant}?"
+    return f"there is no option {name[:80]!r}, did you mean {meant}?"
 
 
 # ---- help

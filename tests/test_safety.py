@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import sys
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ from moevision.models.safe_files import parse_yaml, read_config, read_header, re
 from moevision.models.upcycle import load_dense
 from moevision.models.vit_moe import NO_SOURCE
 from moevision.train.checkpoint import load_trained
+from moevision.train.recipe import read_config as read_options
 from moevision.train.start import choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
 from tests.shared import refused, succeeded
@@ -890,6 +892,40 @@ def test_yaml_that_is_refused(tmp_path):
     assert read_yaml(file) == {"data": {"path": "2 * 3", "note": "a & b"}}
     with pytest.raises(UserError, match="anchors"):
         parse_yaml("a: &b 1\nc: *b")
+
+
+HOSTILE_YAML = {
+    "a time that is none": "a: !!timestamp x",
+    "a switch that is none": "a: !!bool x",
+    "400 digits": "model: {optim: {lr: " + "9" * 400 + "}}",
+    "400 hexadecimal digits": "model: {optim: {lr: 0x" + "f" * 400 + "}}",
+    "4,301 digits": "a: " + "9" * 4_301,
+    "a number to the base of 60": "a: 1" + ":59" * 300_000,
+    "a fraction to the base of 60": "a: 1" + ":59" * 300_000 + ".5",
+    "a value of 100,000 letters": "data: {batch_size: " + "x" * 100_000 + "}",
+    "a key of 100,000 letters": "? " + "x" * 100_000 + "\n: 1",
+    "keys in keys": "{a: " * 300 + "1" + "}" * 300,
+}
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("what", HOSTILE_YAML)
+def test_hostile_yaml_is_one_short_sentence_at_once(what, tmp_path):
+    """PyYAML's own errors are of any type; a number to the base of 60 took 28 s of its 1 MB."""
+    (tmp_path / "c.yaml").write_text(HOSTILE_YAML[what])
+    start = time.process_time()
+    with pytest.raises(UserError) as caught:
+        read_options(tmp_path / "c.yaml")
+    assert time.process_time() - start < 5
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+    assert str(caught.value).isprintable()
+
+
+def test_a_long_name_in_a_config_is_not_quoted_in_full(saved_model):
+    change_config(saved_model, "model_args", **{"depth" + "x" * 100_000: 10**9})
+    with pytest.raises(UserError) as caught:
+        load_model(str(saved_model))
+    assert len(str(caught.value)) < 600 + len(str(saved_model))
 
 
 # --- configurations

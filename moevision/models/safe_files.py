@@ -50,6 +50,11 @@ _TIMM_ARGUMENTS = re.compile(
     "pretrained.*|checkpoint_path|cache_dir|scriptable|exportable|no_jit|features_only|feature_cfg|feature_cls|"
     "out_indices|model_cls|model_cfg|kwargs_filter|pruned|device|dtype"
 )
+# Digits in a row, in any of YAML's bases. The largest float64 has 309 decimal ones, or 256 hexadecimal ones; PyYAML reads
+# a number to the base of 60 (1:59:59) in a time that grows with the square of its length.
+_ENDLESS_NUMBER = re.compile("[0-9a-fA-F_:]{250}")
+# Of a tag (`!!bool x`) PyYAML's constructors make errors of their own types.
+_YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError)
 _LAYER_COUNT_ARGUMENTS = re.compile("depth|layers|blocks|stages")
 
 
@@ -105,7 +110,7 @@ def read_yaml(path: str | Path) -> Json:
     """The keys and plain values of a YAML file, such as a run's config.yaml; raises the errors of `read_json`."""
     try:
         content = parse_yaml(read_bytes(Path(path), MAX_YAML_BYTES).decode("utf-8"))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except _YAML_ERRORS as error:
         raise UserError(
             f"{path} can't be read ({' '.join(str(error).split())[:160]}): mend or remove it."
         ) from error
@@ -126,6 +131,8 @@ def parse_yaml(text: str) -> Any:
         raise UserError(
             "A configuration may not use YAML's anchors (&name, *name): write the values out."
         )
+    if _ENDLESS_NUMBER.search(text):
+        raise UserError("A configuration may have no number of 250 digits or more: shorten it.")
     return yaml.safe_load(text)
 
 
@@ -285,7 +292,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
                 count for count in values if isinstance(count, int | float)
             ]  # JSON may say 1e9
             if sum(counts) > MAX_LAYERS:
-                raise ValueError(f"model_args.{name} has more than {MAX_LAYERS} layers")
+                raise ValueError(f"model_args.{name[:40]} has more than {MAX_LAYERS} layers")
 
 
 def check_types(file: Path, net: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
