@@ -50,8 +50,8 @@ _TIMM_ARGUMENTS = re.compile(
     "pretrained.*|checkpoint_path|cache_dir|scriptable|exportable|no_jit|features_only|feature_cfg|feature_cls|"
     "out_indices|model_cls|model_cfg|kwargs_filter|pruned|device|dtype"
 )
-# Digits in a row, in any of YAML's bases. The largest float64 has 309 decimal ones, or 256 hexadecimal ones; PyYAML reads
-# a number to the base of 60 (1:59:59) in a time that grows with the square of its length.
+# Digits in a row, in any of YAML's bases. The largest float64 has 309 decimal or 256 hexadecimal ones; PyYAML's time
+# for a number to the base of 60 (1:59:59) grows with the square of its length.
 _ENDLESS_NUMBER = re.compile("[0-9a-fA-F_:]{250}")
 # Of a tag (`!!bool x`) PyYAML's constructors make errors of their own types.
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError)
