@@ -43,6 +43,9 @@ MEASURED_AGAIN = {
     "strangers/runs.jsonl cats_vs_dogs 2026-11-29T20:44:42+00:00",  # 1481d4b9: other models
     "strangers/runs.jsonl cats_vs_dogs_two 2026-11-30T07:32:17+00:00",
     "strangers/runs.jsonl cats_vs_dogs_two 2026-12-03T05:29:32+00:00",  # 816755f6
+    # two of trees with changes
+    'several_labels/runs.jsonl {"code": {"git_commit": "f7b85c218f527d2d71fb98c6fd315d6285a',
+    'several_labels/runs.jsonl pairs {"name": "pairs", "code": {"git_commit": "f7b85c218f527d2d71',
 }
 RUNS, PROTOCOLS = "benchmarks/*.jsonl", "benchmarks/*protocol.md"
 

@@ -84,6 +84,7 @@ if __name__ == "__main__":
     provenance = json.loads((args.run / "provenance.json").read_text())
     record = {
         "name": summary["name"],
+        "started_utc": provenance["started_utc"],
         "code": provenance["code"],
         "scores": scores(args.run),
         "exported": exported_difference(args.run, args.onnx, args.images),
