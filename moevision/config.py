@@ -374,9 +374,9 @@ class MoEConfig(RouterOptions):
     )
     router: str | list[str] | None = option(
         None,
-        "noisy_top_k (the layer's default: Shazeer 2017, on which the others build), vmoe_top_k (that of recipes: "
-        "fewer parameters, one noise for all tokens), switch, sigmoid, bias_balanced, cosine, expert_choice or soft; "
-        "baselines hash, random, position, colour",
+        "noisy_top_k, vmoe_top_k, switch, sigmoid, bias_balanced, cosine, expert_choice or soft; baselines hash, "
+        "random, position, colour. The layer's default is noisy_top_k (Shazeer 2017), on which the others build; "
+        "recipes name vmoe_top_k, which has fewer parameters",
         auto_default="the model's own; from pretrained weights vmoe_top_k",
     )
     moe_layers: str | list[int] | None = option(
