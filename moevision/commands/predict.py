@@ -9,8 +9,10 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -23,10 +25,11 @@ from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, escape_controls, escape_csv_cell, json_text
 from moevision.files import csv_text, require_own_file, write_bytes_atomic, write_text_atomic
-from moevision.models.convert import pooled
+from moevision.models.convert import pooled, set_members, with_mirror
 from moevision.models.io import SavedModel, best_device
 from moevision.models.ood import linear_head
 from moevision.models.shares import shares_refusal
+from moevision.stats import SetScores
 from moevision.train.checkpoint import load_trained
 from moevision.train.processes import print_rank0
 from moevision.types import Floats, Json
@@ -53,6 +56,7 @@ class Prediction:
     # above 1: out of distribution (`moevision.models.ood`); None: not measured
     distance: float | None = None
     feature: Floats | None = None  # [D] input of the classifier, if requested
+    added: Mapping[str, Any] = MappingProxyType({})  # `mirror`, `coverage` and `set`, see `to_json`
 
     def is_unsure(self, threshold: float | None) -> bool:
         """Whether there is a prediction, and its highest probability is below the threshold (None: never)."""
@@ -73,10 +77,11 @@ def run(args: Namespace) -> None:
         raise UserError(
             f"{args.model} has no linear classifier, and so no features before it: leave --features out."
         )
+    model = _with_opinions(model, args)
     files = list(images_at(args.paths))
     is_json = args.format == "json"
     # Now, so that an error doesn't come after hours of classifying.
-    _prepare_output(args.out, JSON_HEAD if is_json else to_csv([]).encode(), "--out")
+    _prepare_output(args.out, JSON_HEAD if is_json else to_csv([]).strip().encode(), "--out")
     _prepare_output(args.features, NPY_HEAD, "--features")
     heat_files = {} if args.heat is None else _prepare_heat(model, files, args)
 
@@ -98,6 +103,29 @@ def run(args: Namespace) -> None:
             file=sys.stderr,
         )
     _print_problems(predictions, args.unsure)
+
+
+def _with_opinions(model: SavedModel, args: Namespace) -> SavedModel:
+    """The model, to answer as --mirror and --sets say; a UserError where it can't make prediction sets."""
+    model = replace(model, mirror=args.mirror, coverage=args.sets)
+    if args.sets is None:
+        return model
+    if model.sets is None:
+        raise UserError(
+            f"{args.model} has no scores for --sets, which fit saves with a model since 0.2: train it again, or see by "
+            f"moevision test RUN --sets {args.sets:g} what sets of its run cover."
+        )
+    if args.mirror:
+        raise UserError(
+            "The scores for --sets are of images without --mirror: leave out one of the two (test takes both)."
+        )
+    if model.sets.threshold(args.sets) == 0:
+        print(
+            f"Every set has all classes: the scores of {len(model.sets.true_probabilities)} validation images are too "
+            f"few, or too bad, for {args.sets:g}.",
+            file=sys.stderr,
+        )
+    return model
 
 
 def _prepare_output(path: str | None, head: bytes, option: str) -> None:
@@ -274,28 +302,50 @@ def _classify(
                 distances = model.strangers(inputs).tolist()
             if features:
                 rows = list(inputs.float().cpu().numpy())
+        if model.mirror:
+            logits = with_mirror(net, images, logits)
 
     probabilities = (logits.float() / (model.temperature or 1.0)).softmax(-1).cpu()
     best = probabilities.topk(min(5, len(model.class_names)))
+    added = _added_fields(model, logits)
     predictions = {}
-    for file, shares, labels, distance, feature in zip(
-        files, best.values.tolist(), best.indices.tolist(), distances, rows, strict=True
+    for file, shares, labels, distance, feature, fields in zip(
+        files, best.values.tolist(), best.indices.tolist(), distances, rows, added, strict=True
     ):
         if all(map(math.isfinite, (*shares, distance or 0.0))):
             names = tuple(model.class_names[label] for label in labels)
-            predictions[file] = Prediction(str(file), names, tuple(shares), "", distance, feature)
+            predictions[file] = Prediction(
+                str(file), names, tuple(shares), "", distance, feature, fields
+            )
         else:
             predictions[file] = Prediction(str(file), error=NO_NUMBER)
     return predictions
 
 
+def _added_fields(model: SavedModel, logits: Tensor) -> list[Json]:
+    """What --mirror and --sets add to each image's row, by logits [B, C]."""
+    if model.mirror:
+        return [{"mirror": True} for _ in logits]
+    if model.coverage is None:
+        return [{} for _ in logits]
+    members = set_members(logits, cast(SetScores, model.sets), model.coverage)  # [B, C]
+    return [
+        {"coverage": model.coverage, "set": list(compress(model.class_names, is_member))}
+        for is_member in members.tolist()
+    ]
+
+
 def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> str:
     """Rows `path, class, probability, top5, error, distance`; top5 is `class=probability` joined by semicolons.
 
-    Below the threshold `unsure` the class is "unsure"; top5 is not affected.
+    Below the threshold `unsure` the class is "unsure"; top5 is not affected. `mirror`, `coverage` and `set`, classes
+    joined by semicolons, follow where they were asked for.
     """
     rows = []
+    added = list(dict.fromkeys(name for prediction in predictions for name in prediction.added))
     for row in _rows(predictions, unsure, calibrated=False):
+        if "set" in row:
+            row["set"] = escape_csv_cell("; ".join(row["set"]))
         top5 = [f"{entry['class']}={_digits(entry['probability'])}" for entry in row["top5"]]
         rows.append(
             (
@@ -305,9 +355,10 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
                 escape_csv_cell("; ".join(top5)),
                 escape_csv_cell(row["error"] or ""),
                 _digits(row["distance"]),
+                *map(row.get, added),
             )
         )
-    return csv_text(("path", "class", "probability", "top5", "error", "distance"), rows)
+    return csv_text(("path", "class", "probability", "top5", "error", "distance", *added), rows)
 
 
 def _digits(value: float | None) -> str:
@@ -333,8 +384,9 @@ def to_json(
 ) -> str:
     """A list of `{path, class, probability, calibrated, unsure, top5: [{class, probability}], error, distance}`.
 
-    Below the threshold the field `unsure` is true and the class is `"unsure"`; a real class may have that name too, so
-    test the field.
+    Rows with an answer have `mirror` (true), `coverage` and `set`, class names, where they were asked for. Below the
+    threshold the field `unsure` is true and the class is `"unsure"`; a real class may have that name too, so test the
+    field.
     """
     return json_text(_rows(predictions, unsure, calibrated=calibrated), indent=2) + "\n"
 
@@ -359,6 +411,7 @@ def _rows(
                 "top5": top5,
                 "error": prediction.error or None,
                 "distance": prediction.distance,
+                **prediction.added,
             }
         )
     return rows

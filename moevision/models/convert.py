@@ -27,6 +27,7 @@ from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, rout
 from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter
 from moevision.layers.experts import Backend
 from moevision.layers.routing import evaluating, routed_unit
+from moevision.stats import SetScores
 from moevision.types import Keywords, TimmModel
 
 Match = Literal["active_flops", "total_params"]
@@ -432,6 +433,21 @@ def pooled(net: TimmModel, images: Tensor) -> Tensor:
     tokens = net.forward_features(images)
     result: Tensor = net.forward_head(tokens, pre_logits=True)
     return result
+
+
+def with_mirror(net: nn.Module, images: Tensor, logits: Tensor) -> Tensor:
+    """Logits [B, C] of the mean of two probabilities: of images, whose logits are given, and of their mirror images.
+
+    The mean of logits is as good (benchmarks/second_opinions).
+    """
+    views = torch.stack([logits, net(images.flip(-1))]).float()  # [2, B, C]
+    return views.log_softmax(-1).logsumexp(0)
+
+
+def set_members(logits: Tensor, sets: SetScores, coverage: float) -> Tensor:
+    """[B, C]: which classes the prediction set of each image has, from logits [B, C]."""
+    probabilities = (logits.float() / sets.temperature).softmax(-1)
+    return probabilities >= sets.threshold(coverage)
 
 
 def _noise_image(model: TimmModel) -> Tensor:

@@ -48,6 +48,7 @@ from moevision.models.safe_files import (
     weights_of,
 )
 from moevision.models.vit_moe import NO_SOURCE  # registers the vit_moe names
+from moevision.stats import SetScores
 from moevision.types import Json, Keywords, State, TimmModel
 from moevision.words import shell_word
 
@@ -75,6 +76,10 @@ class SavedModel:
     # the out-of-distribution detector: distances from the classes that the model knows; None: not measured
     strangers: MahalanobisOOD | None = None
     fit: Fit = "crop"  # how an image that isn't square becomes so
+    sets: SetScores | None = None  # for prediction sets; None: not measured
+    # how `predict` answers: by the mean over an image and its mirror image; with prediction sets of this coverage
+    mirror: bool = False
+    coverage: float | None = None
 
     @property
     def framing(self) -> Framing:
@@ -246,6 +251,8 @@ def save_model(model: SavedModel, folder: Path) -> None:
     config.get("model_args", {}).pop("num_classes", None)
     if model.temperature is not None:
         config["calibration"] = {"temperature": model.temperature}
+    if model.sets is not None:
+        config["prediction_sets"] = model.sets._asdict()
     if from_clusters(model.net):
         config["router_start"] = "cluster"
     if model.strangers is not None:
@@ -496,9 +503,25 @@ def _with_measurements(saved: SavedModel, folder: Path) -> SavedModel:
                 raise UserError(
                     "calibration.temperature in its config.json is no number from 0.001 to 1000: mend it."
                 )
+    if "prediction_sets" in config:
+        saved = replace(saved, sets=_read_sets(config["prediction_sets"]))
     if config.get("strangers"):
         saved = replace(saved, strangers=read_ood(folder / STRANGERS, saved.net))
     return saved
+
+
+def _read_sets(content: Any) -> SetScores:
+    """Those of a config.json; a UserError if what it says is none."""
+    match content:
+        case {"temperature": float(temperature), "true_probabilities": [*values]} if all(
+            isinstance(value, int | float) and 0 <= value <= 1 for value in values
+        ):
+            if 1e-3 <= temperature <= 1e3:
+                return SetScores(temperature, values)
+    raise UserError(
+        "prediction_sets in its config.json must have a temperature from 0.001 to 1000 and true_probabilities from 0 "
+        "to 1: mend or remove it."
+    )
 
 
 def unpack(file: Path) -> dict[str, Tensor]:
