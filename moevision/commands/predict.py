@@ -9,10 +9,9 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -56,7 +55,7 @@ class Prediction:
     # above 1: out of distribution (`moevision.models.ood`); None: not measured
     distance: float | None = None
     feature: Floats | None = None  # [D] input of the classifier, if requested
-    added: Mapping[str, Any] = MappingProxyType({})  # `mirror`, `coverage` and `set`, see `to_json`
+    added: Json = field(default_factory=dict)  # `mirror`, `coverage` and `set`, see `to_json`
 
     def is_unsure(self, threshold: float | None) -> bool:
         """Whether there is a prediction, and its highest probability is below the threshold (None: never)."""

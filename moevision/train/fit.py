@@ -822,6 +822,8 @@ def evaluate(verb: str, args: ParsedArgs) -> None:
             trainer = _trainer(settings, run_dir, parts, callbacks)
             split = "val" if verb == "validate" else "test"
             _choose_images(data, checkpoint, run_dir, split)
+            if settings.sets is not None and data.evaluated_as is not None:
+                raise UserError("--sets needs the run's validation images: leave --data.path out.")
             _read_data(data, trainer, verb, moved=True)
             _build_for_checkpoint(task, data, checkpoint)
             if trainer.is_global_zero:

@@ -449,7 +449,7 @@ class Calibrate(Callback):
             task.sets = fit_sets(all_logits, all_labels)
         if task.coverage is not None and task.sets is None:
             raise UserError(
-                "--sets needs the run's validation images, and finite logits of them: leave --data.path out."
+                "--sets needs finite logits of the run's validation images: leave it out."
             )
 
 
