@@ -837,7 +837,9 @@ def evaluate(verb: str, args: ParsedArgs) -> None:
                     f"--trainer.limit_{split}_batches 0 leaves nothing to {verb}: say 1.0 for all of it."
                 )
             if settings.sets is not None:
-                print_rank0(describe_sets(task))
+                sentence = describe_sets(task)  # of all processes' images
+                if trainer.is_global_zero:
+                    print(sentence)
             if trainer.is_global_zero:
                 print(f"\n{percent(scores[0][f'{split}/top1'])} of the {split} images right")
                 for name, value in scores[0].items():
