@@ -17,8 +17,10 @@ from scipy.special import log_softmax, softmax
 from benchmarks.harness import about
 from moevision.data.images import safe_open
 from moevision.data.transforms import normalize, square_pixels
+from moevision.demo.models import bundled_model
+from moevision.models.convert import set_members
 from moevision.models.io import load_model
-from moevision.stats import fit_temperature
+from moevision.stats import fit_sets, fit_temperature
 
 HERE = Path(__file__).parent
 LEVELS = (0.8, 0.9, 0.95)
@@ -56,7 +58,7 @@ def cached(file, compute):
 
 
 def three(views):
-    """Log-probabilities or logits [n, C] without a mirror, of the mean of logits, of the mean of probabilities."""
+    """Logits [n, C] without a mirror, of the mean of logits, of the mean of probabilities."""
     return {
         "plain": views[0],
         "logits": views.mean(0),
@@ -69,26 +71,6 @@ def nll(logits, labels):
     return float(-log_softmax(logits, -1)[np.arange(len(labels)), labels].mean())
 
 
-def digits(values):
-    """Small integers, one character each; 10 is a."""
-    return "".join(f"{int(value):x}" for value in values)
-
-
-def measured(model, split_logits, labels):
-    """Of each way to answer: which images are right, and the likelihood at the model's and at its own temperature."""
-    answers = {}
-    for name, logits in three(split_logits).items():
-        probability = softmax(logits / model.temperature, -1)
-        answers[name] = {
-            "right": digits(logits.argmax(-1) == labels),
-            "nll": nll(logits / model.temperature, labels),
-            "nll_own_temperature": nll(logits / fit_temperature(logits, labels).temperature, labels),
-            "confidence": round(float(probability.max(-1).mean()), 6),
-            "ece": ece(probability, labels),
-        }
-    return answers
-
-
 def ece(probability, labels):
     """Expected calibration error, 15 bins of equal width."""
     confidence, right = probability.max(-1), probability.argmax(-1) == labels
@@ -97,18 +79,77 @@ def ece(probability, labels):
     return float(sum(gaps) / len(labels))
 
 
-def logits_of_run(run, data, split, model):
+def digits(values):
+    """Small integers, one hexadecimal digit each."""
+    return "".join(f"{int(value):x}" for value in values)
+
+
+def answers(views, labels, temperature, ways):
+    """Of each way to answer: which images are right, likelihood and ECE at the temperature, likelihood at its own."""
+    result = {}
+    for way in ways:
+        logits = three(views)[way]
+        result[way] = {
+            "right": digits(logits.argmax(-1) == labels),
+            "nll": nll(logits / temperature, labels),
+            "ece": ece(softmax(logits / temperature, -1), labels),
+        }
+        if "logits" in ways:  # of validation images
+            own = fit_temperature(logits, labels).temperature
+            result[way]["nll_own_temperature"] = nll(logits / own, labels)
+    return result
+
+
+def views_of_run(run, data, split, model):
+    """Logits and labels of a split of a run, computed once."""
+
     def compute():
         files, names = images_of(run, data, split)
-        labels = [model.class_names.index(name) for name in names]
-        return logits_of(model, files), labels
+        return logits_of(model, files), [model.class_names.index(name) for name in names]
 
     return cached(run / f"views_{split}.npz", compute)
 
 
+def record_of(run, data):
+    """What `recompute.py` needs of a run."""
+    model = load_model(str(run))
+    val, val_labels = views_of_run(run, data, "val", model)
+    test, labels = views_of_run(run, data, "test", model)
+    sets = fit_sets(val[0], val_labels)
+    true = softmax(test[0] / sets.temperature, -1)[np.arange(len(labels)), labels]
+    sizes = {
+        str(level): digits(set_members(torch.from_numpy(test[0]), sets, level).sum(-1))
+        for level in LEVELS
+    }
+    return {
+        "name": run.name,
+        "data": run.name.partition("-")[0],
+        "seed": int(run.name[-1]),
+        "val": answers(val, val_labels, model.temperature, ("plain", "logits", "probabilities")),
+        "test": answers(test, labels, model.temperature, ("plain", "probabilities")),
+        "labels": digits(labels),
+        "set_sizes": sizes,
+        "scored": sets.true_probabilities,
+        "tested": true.round(6).tolist(),
+    }
+
+
+def record_of_bundled(folder):
+    """The bundled model of CIFAR-10 on all test images: the mirror alone."""
+    model = bundled_model("cifar10")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    labels = np.array([model.class_names.index(path.parent.name) for path in files])
+    views = logits_of(model, files)
+    ways = ("plain", "probabilities")
+    return {"name": "bundled", "test": answers(views, labels, model.temperature, ways)}
+
+
 if __name__ == "__main__":
-    runs, data = Path(sys.argv[1]), Path(sys.argv[2])
+    runs, data, bundled = map(Path, sys.argv[1:])
+    lines = []
     for run in sorted(runs.iterdir()):
-        model = load_model(str(run))
-        logits, labels = logits_of_run(run, data / run.name.partition("-")[0], "val", model)
-        print(run.name, len(labels), json.dumps({k: {a: b for a, b in v.items() if a != "right"} | {"acc": v["right"].count("1") / len(labels)} for k, v in measured(model, logits, labels).items()}), flush=True)
+        lines.append(about() | record_of(run, data / run.name.partition("-")[0]))
+        print(run.name, flush=True)
+    lines.append(about() | record_of_bundled(bundled))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (HERE / "runs.jsonl").write_text(text, encoding="utf-8")
