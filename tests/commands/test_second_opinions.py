@@ -297,7 +297,9 @@ def test_test_tells_coverage_and_size_of_sets(cli, tiny_run, tmp_path):
 
 def test_test_by_two_views(cli, tiny_run, drawn_pets, tmp_path):
     """The loss is that of the mean of two probabilities; the settings beside it say so, and sets go with it."""
-    said = said_by_test(cli, tiny_run, tmp_path, "--mirror", "--sets=0.5", "--trainer.precision=32-true")
+    said = said_by_test(
+        cli, tiny_run, tmp_path, "--mirror", "--sets=0.5", "--trainer.precision=32-true"
+    )
     assert "sets at 0.5" in said
     assert "mirror: true" in next(tmp_path.glob("*/config.yaml")).read_text()
     with open(tiny_run / "splits.csv", newline="") as file:
