@@ -328,4 +328,5 @@ def fit_sets(logits: Array, labels: Array) -> SetScores | None:
     scored = scored[:1000]
     probabilities = softmax(logits[scored] / temperature, axis=1)  # [m, C]
     true_probabilities = probabilities[np.arange(len(scored)), labels[scored]]
-    return SetScores(temperature, true_probabilities.astype(np.float64).round(6).tolist())
+    rounded = true_probabilities.astype(np.float64).round(6)
+    return SetScores(temperature, rounded.tolist())

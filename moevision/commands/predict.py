@@ -328,10 +328,11 @@ def _added_fields(model: SavedModel, logits: Tensor) -> list[Json]:
     if model.coverage is None:
         return [{} for _ in logits]
     members = set_members(logits, cast(SetScores, model.sets), model.coverage)  # [B, C]
-    return [
-        {"coverage": model.coverage, "set": list(compress(model.class_names, is_member))}
-        for is_member in members.tolist()
-    ]
+    fields = []
+    for is_member in members.tolist():
+        names = list(compress(model.class_names, is_member))
+        fields.append({"coverage": model.coverage, "set": names})
+    return fields
 
 
 def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> str:
@@ -341,10 +342,13 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
     joined by semicolons, follow where they were asked for.
     """
     rows = []
-    added = list(dict.fromkeys(name for prediction in predictions for name in prediction.added))
+    added: Json = {}
+    for prediction in predictions:
+        added |= prediction.added
     for row in _rows(predictions, unsure, calibrated=False):
         if "set" in row:
-            row["set"] = escape_csv_cell("; ".join(row["set"]))
+            members = "; ".join(row["set"])
+            row["set"] = escape_csv_cell(members)
         top5 = [f"{entry['class']}={_digits(entry['probability'])}" for entry in row["top5"]]
         rows.append(
             (
