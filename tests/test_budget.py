@@ -28,7 +28,7 @@ SIZE = {
         17_078,
     ),  # scores and thresholds of prediction sets, options of test and predict
     "moevision/analysis": (14, 53_500),  # audit: any model by a hook, findings, removals
-    "moevision/commands": (10, 12_293),  # predict: --mirror, --sets
+    "moevision/commands": (10, 12_287),  # predict: --mirror, --sets
     "moevision/data": (13, 32_843),  # all problems of a folder at once; what the square leaves out
     "moevision/demo": (14, 27_874),  # for one version a bundled model's former name answers
     "moevision/layers": (10, 15_805),  # an option that no layer has names the nearest

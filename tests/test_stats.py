@@ -334,3 +334,10 @@ def test_sets_are_those_of_mapie(coverage, n):
     _, expected = oracle.predict_set(np.arange(n, n + 300)[:, None])
     members = set_members(torch.from_numpy(logits[n:]), sets, coverage)
     assert (members.numpy() == expected[:, :, 0]).all()
+
+
+def test_a_set_of_one_class_has_it():
+    from moevision.models.convert import set_members
+
+    members = set_members(torch.zeros(3, 1), SetScores(1.0, [1.0, 1.0]), 0.5)
+    assert members.tolist() == [[True]] * 3

@@ -28,7 +28,6 @@ from moevision.models.convert import pooled, set_members, with_mirror
 from moevision.models.io import SavedModel, best_device
 from moevision.models.ood import linear_head
 from moevision.models.shares import shares_refusal
-from moevision.stats import SetScores
 from moevision.train.checkpoint import load_trained
 from moevision.train.processes import print_rank0
 from moevision.types import Floats, Json
@@ -327,7 +326,7 @@ def _added_fields(model: SavedModel, logits: Tensor) -> list[Json]:
         return [{"mirror": True} for _ in logits]
     if model.coverage is None:
         return [{} for _ in logits]
-    members = set_members(logits, cast(SetScores, model.sets), model.coverage)  # [B, C]
+    members = set_members(logits, cast(Any, model.sets), model.coverage)  # [B, C]
     fields = []
     for is_member in members.tolist():
         names = list(compress(model.class_names, is_member))

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from timm.layers import Mlp
@@ -27,8 +27,10 @@ from moevision.layers import MoEMlp, PackedLinear, capacity_of, moe_layers, rout
 from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter
 from moevision.layers.experts import Backend
 from moevision.layers.routing import evaluating, routed_unit
-from moevision.stats import SetScores
 from moevision.types import Keywords, TimmModel
+
+if TYPE_CHECKING:
+    from moevision.stats import SetScores
 
 Match = Literal["active_flops", "total_params"]
 

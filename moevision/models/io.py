@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
@@ -48,9 +48,11 @@ from moevision.models.safe_files import (
     weights_of,
 )
 from moevision.models.vit_moe import NO_SOURCE  # registers the vit_moe names
-from moevision.stats import SetScores
 from moevision.types import Json, Keywords, State, TimmModel
 from moevision.words import shell_word
+
+if TYPE_CHECKING:
+    from moevision.stats import SetScores
 
 ImageSize = int | tuple[int, int]
 Colour = tuple[float, float, float]  # a value for red, green and blue each
@@ -512,6 +514,8 @@ def _with_measurements(saved: SavedModel, folder: Path) -> SavedModel:
 
 def _read_sets(content: Any) -> SetScores:
     """Those of a config.json; a UserError if what it says is none."""
+    from moevision.stats import SetScores  # SciPy takes long
+
     match content:
         case {"temperature": float(temperature), "true_probabilities": [*values]} if all(
             isinstance(value, int | float) and 0 <= value <= 1 for value in values
