@@ -319,9 +319,9 @@ class SetScores(NamedTuple):
 def fit_sets(logits: Array, labels: Array) -> SetScores | None:
     """Temperature of one half of images with logits [n, C] and labels [n], drawn at random, and scores of the other.
 
-    None as for `fit_temperature`. At most 1,000 scores are kept.
+    None as for `fit_temperature`, and for several labels of an image. At most 1,000 scores are kept.
     """
-    if fit_temperature(logits, labels) is None:
+    if labels.ndim > 1 or fit_temperature(logits, labels) is None:
         return None
     fitted, scored = np.array_split(np.random.default_rng(0).permutation(len(labels)), 2)
     temperature = cast(Calibration, fit_temperature(logits[fitted], labels[fitted])).temperature
