@@ -317,6 +317,7 @@ _positive = _number(int, lambda x: x >= 1, "number of at least 1")
 _seed = _number(int, lambda x: 0 <= x < 2**32, "seed: it must be at least 0 and less than 2**32")
 _share = _number(float, lambda x: 0 <= x <= 1, "share between 0 and 1")
 _probability = _number(float, lambda x: 0 < x <= 1, "probability above 0, at most 1")
+_coverage = _number(float, lambda x: 0 < x < 1, "probability above 0 and below 1")
 
 MODEL = "a run folder, its model/ folder, or a timm address such as hf-hub:user/name"
 TRAINED = f"{MODEL}, or a checkpoint of a run, finished or not (checkpoints/last.ckpt)"
@@ -354,6 +355,19 @@ def _predict(add: Add) -> None:
         "class does; attention has mixed the patches before",
     )
     add("--unsure", type=_probability, metavar="P", help='answer "unsure" where no class reaches P')
+    add(
+        "--mirror",
+        action="store_true",
+        help="answer by the mean over each image and its mirror image, in twice the time; distances, features and heat "
+        "are of the image",
+    )
+    add(
+        "--sets",
+        type=_coverage,
+        metavar="P",
+        help="also tell the classes that have the true one with probability P, such as 0.9, where images are like the "
+        "validation images: none, one or more",
+    )
 
 
 def _info(add: Add) -> None:

@@ -857,6 +857,17 @@ class Settings:
         "the checkpoint, such as runs/pets/checkpoints/best.ckpt; of validate and test",
         rare=True,
     )
+    mirror: bool = option(
+        False,
+        "answer by the mean over each image and its mirror image, in twice the time; of test",
+        rare=True,
+    )
+    sets: float | None = option(
+        None,
+        "make prediction sets that have the true class with this probability, such as 0.9, from scores of the "
+        "validation images; of test",
+        rare=True,
+    )
 
 
 class Option(NamedTuple):
@@ -1197,6 +1208,8 @@ _EVALUATION = [
     "trainer.devices",
     "trainer.precision",
     "compile",
+    "mirror",
+    "sets",
     "print_config",
 ]
 _HELP = """\

@@ -13,6 +13,7 @@ Sources
     Over seeds, the noncentral t: Cohen, Statistical Power Analysis for the Behavioral Sciences (1988), chapter 2.
     Guo et al., arXiv:1706.04599, 4.2: softmax(logits / T), with the T of the smallest negative log-likelihood.
     Platt (1999): a target of (n + 1) / (n + 2) in the place of 1.
+    Prediction sets: Sadinle, Lei and Wasserman, arXiv:1609.00451; split conformal, arXiv:2107.07511, section 1.
 
 Axes: n images, C classes. Shares are fractions in [0, 1].
 """
@@ -24,11 +25,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
-from scipy.special import expit, logsumexp
+from scipy.special import expit, logsumexp, softmax
 from scipy.stats import binom, binomtest, nct, norm
 from scipy.stats import t as student
 
@@ -328,3 +329,40 @@ def best_thresholds(probabilities: Floats, labels: Array) -> tuple[float, ...]:
             threshold = float((p[best] + below[best]) / 2)
         thresholds.append(threshold)
     return tuple(thresholds)
+
+
+class SetScores(NamedTuple):
+    """What prediction sets are made from: the classes whose probability at `temperature` reaches a threshold.
+
+    An image's score is 1 - the probability of its true class, and temperature and scores come from different images.
+    """
+
+    temperature: float
+    true_probabilities: Sequence[float]  # [m] of the true class of m images
+
+    def threshold(self, coverage: float) -> float:
+        """The probability of a set's classes with which it has the true one with probability `coverage` or more.
+
+        It belongs to the score of rank ceil((m + 1) coverage); of fewer than so many images it is 0: all classes.
+        """
+        m = len(self.true_probabilities)
+        rank = math.ceil(round((m + 1) * coverage, 9))  # 0.55 * 100 isn't 55 in binary
+        if rank > m:
+            return 0.0
+        return sorted(self.true_probabilities, reverse=True)[rank - 1]
+
+
+def fit_sets(logits: Array, labels: Array) -> SetScores | None:
+    """Temperature of one half of images with logits [n, C] and labels [n], drawn at random, and scores of the other.
+
+    None as for `fit_temperature`, and for several labels of an image. At most 1,000 scores are kept.
+    """
+    if labels.ndim > 1 or fit_temperature(logits, labels) is None:
+        return None
+    fitted, scored = np.array_split(np.random.default_rng(0).permutation(len(labels)), 2)
+    temperature = cast(Calibration, fit_temperature(logits[fitted], labels[fitted])).temperature
+    scored = scored[:1000]
+    probabilities = softmax(logits[scored] / temperature, axis=1)  # [m, C]
+    true_probabilities = probabilities[np.arange(len(scored)), labels[scored]]
+    rounded = true_probabilities.astype(np.float64).round(6)
+    return SetScores(temperature, rounded.tolist())

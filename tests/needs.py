@@ -61,6 +61,7 @@ NEEDS = {
     "transformers": Need("transformers", 'pip install ".[test]"', lambda: _has("transformers")),
     "accelerate": Need("accelerate", 'pip install ".[test]"', lambda: _has("accelerate")),
     "tensorboard": Need("TensorBoard", 'pip install ".[test]"', lambda: _has("tensorboard")),
+    "mapie": Need("MAPIE", 'pip install ".[test]"', lambda: _has("mapie")),
     "datasets": Need("datasets", 'pip install ".[test]"', lambda: _has("datasets")),
     "mkdocs": Need(
         "mkdocs",

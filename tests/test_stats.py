@@ -15,8 +15,10 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from moevision.files import read_csv
 from moevision.stats import (
+    SetScores,
     accuracy_interval,
     detectable,
+    fit_sets,
     fit_temperature,
     mcnemar_p_value,
     paired_difference,
@@ -230,3 +232,112 @@ def test_the_error_that_a_run_reports(tiny_run):
     gaps = np.bincount((confidence * 15).astype(int).clip(max=14), confidence - correct)
     reported = json.loads((tiny_run / "summary.json").read_text())["test"]["calibrated_ece"]
     assert reported == pytest.approx(np.abs(gaps).sum() / len(rows), abs=1e-3)
+
+
+# ---- prediction sets, by hand and against MAPIE
+
+
+@pytest.mark.parametrize(
+    ("coverage", "expected"),
+    [
+        (0.1, 0.9),  # ceil(10 * 0.1) = 1: the smallest score, 0.1
+        (0.5, 0.5),
+        (0.55, 0.4),  # ceil(5.5) = 6
+        (0.7, 0.3),  # 7, although 0.7 * 10 is more than 7 where numbers are binary
+        (0.9, 0.1),
+        (0.91, 0.0),  # ceil(9.1) = 10 of 9 scores: the quantile is infinite, all classes belong
+        (0.999, 0.0),
+    ],
+)
+def test_the_threshold_of_nine_scores(coverage, expected):
+    """arXiv:2107.07511, section 1: the score of rank ceil((n + 1) coverage), here of 1 - 0.9 to 1 - 0.1."""
+    scores = SetScores(1.0, [0.3, 0.9, 0.1, 0.5, 0.7, 0.2, 0.4, 0.8, 0.6])
+    assert scores.threshold(coverage) == expected
+
+
+def test_a_rank_is_not_raised_by_binary_fractions():
+    """0.55 * 100 is 55.00000000000001 there."""
+    assert SetScores(1.0, [(99 - i) / 100 for i in range(99)]).threshold(0.55) == 0.45
+
+
+def test_without_scores_a_set_has_all_classes():
+    assert SetScores(1.0, []).threshold(0.01) == 0.0
+    assert fit_sets(np.eye(3)[:1], np.array([0])).true_probabilities == []
+
+
+def test_temperature_and_scores_are_of_different_halves():
+    """Without the images of the first half the scores stay as they are but for the temperature."""
+    logits, labels = drawn(2.0, n=400)
+    sets = fit_sets(logits, labels)
+    fitted, scored = np.array_split(np.random.default_rng(0).permutation(400), 2)
+    assert not {*fitted} & {*scored}
+    assert sets.temperature == fit_temperature(logits[fitted], labels[fitted]).temperature
+    p = softmax(logits[scored] / sets.temperature, axis=1)[np.arange(200), labels[scored]]
+    assert sets.true_probabilities == pytest.approx(p, abs=1e-6)
+    assert len(fit_sets(*drawn(1.0, n=5000)).true_probabilities) == 1000
+
+
+def test_sets_that_can_not_be_fitted():
+    assert fit_sets(np.zeros((0, 3)), np.zeros(0, int)) is None
+    assert fit_sets(np.array([[1.0, 2.0], [1.0, np.nan]]), np.array([0, 1])) is None
+
+
+@pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
+def test_sets_cover_what_they_promise(coverage):
+    """Over draws of both image sets the mean lies between coverage and coverage + 1 / (n + 1): Theorem D.1 there."""
+    rng, draws, n, m = np.random.default_rng(0), 300, 100, 200
+    covered = []
+    for _ in range(draws):
+        logits = 2 * rng.normal(size=(n + m, 5))
+        p = softmax(logits / 3, axis=1)  # the temperature of 1 is wrong
+        labels = (p.cumsum(1) > rng.random((n + m, 1))).argmax(1)
+        true = softmax(logits, axis=1)[np.arange(n + m), labels]
+        covered.append(np.mean(true[n:] >= SetScores(1.0, true[:n].tolist()).threshold(coverage)))
+    error = 4 * stats.sem(covered)
+    assert coverage - error < np.mean(covered) < coverage + 1 / (n + 1) + error
+
+
+@pytest.mark.needs("mapie")
+@pytest.mark.parametrize("coverage", [0.5, 0.8, 0.9, 0.95, 0.99])
+@pytest.mark.parametrize("n", [20, 99, 400])
+def test_sets_are_those_of_mapie(coverage, n):
+    """MAPIE's split conformal classifier with the same score, over probabilities at the same temperature."""
+    from mapie.classification import SplitConformalClassifier
+    from sklearn.base import BaseEstimator, ClassifierMixin
+
+    from moevision.models.convert import set_members
+
+    logits, labels = drawn(1.5, n=n + 300)
+    sets = fit_sets(logits[:n], labels[:n])
+    scored = np.array_split(np.random.default_rng(0).permutation(n), 2)[1]
+    probabilities = softmax(logits / sets.temperature, axis=1)
+
+    class Model(ClassifierMixin, BaseEstimator):
+        """Answers rows of the table by their numbers."""
+
+        classes_ = np.arange(4)
+
+        def fit(self, x, y):
+            return self
+
+        def predict_proba(self, x):
+            return probabilities[x[:, 0]]
+
+        def predict(self, x):
+            return probabilities[x[:, 0]].argmax(1)
+
+    if math.ceil((len(scored) + 1) * coverage) > len(scored):  # MAPIE refuses so few
+        assert sets.threshold(coverage) == 0
+        return
+    oracle = SplitConformalClassifier(Model(), confidence_level=coverage, conformity_score="lac")
+    oracle.conformalize(scored[:, None], labels[scored])
+    _, expected = oracle.predict_set(np.arange(n, n + 300)[:, None])
+    members = set_members(torch.from_numpy(logits[n:]), sets, coverage)
+    assert (members.numpy() == expected[:, :, 0]).all()
+
+
+def test_a_set_of_one_class_has_it():
+    from moevision.models.convert import set_members
+
+    members = set_members(torch.zeros(3, 1), SetScores(1.0, [1.0, 1.0]), 0.5)
+    assert members.tolist() == [[True]] * 3

@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,7 +24,7 @@ from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError, escape_controls, escape_csv_cell, json_text
 from moevision.files import csv_text, require_own_file, write_bytes_atomic, write_text_atomic
-from moevision.models.convert import pooled
+from moevision.models.convert import pooled, set_members, with_mirror
 from moevision.models.io import SavedModel, best_device
 from moevision.models.ood import linear_head
 from moevision.models.shares import shares_refusal
@@ -56,6 +56,7 @@ class Prediction:
     # above 1: out of distribution (`moevision.models.ood`); None: not measured
     distance: float | None = None
     feature: Floats | None = None  # [D] input of the classifier, if requested
+    added: Json = field(default_factory=dict)  # `mirror`, `coverage` and `set`, see `to_json`
 
     def is_unsure(self, threshold: float | None) -> bool:
         """Whether there is a prediction, and its highest probability is below the threshold (None: never)."""
@@ -76,10 +77,11 @@ def run(args: Namespace) -> None:
         raise UserError(
             f"{args.model} has no linear classifier, and so no features before it: leave --features out."
         )
+    model = _with_opinions(model, args)
     files = list(images_at(args.paths))
     is_json = args.format == "json"
     # Now, so that an error doesn't come after hours of classifying.
-    _prepare_output(args.out, JSON_HEAD if is_json else to_csv([]).encode(), "--out")
+    _prepare_output(args.out, JSON_HEAD if is_json else to_csv([]).strip().encode(), "--out")
     _prepare_output(args.features, NPY_HEAD, "--features")
     heat_files = {} if args.heat is None else _prepare_heat(model, files, args)
 
@@ -101,6 +103,31 @@ def run(args: Namespace) -> None:
             file=sys.stderr,
         )
     _print_problems(predictions, args.unsure)
+
+
+def _with_opinions(model: SavedModel, args: Namespace) -> SavedModel:
+    """The model, to answer as --mirror and --sets say; a UserError where it can't make prediction sets."""
+    model = replace(model, mirror=args.mirror, coverage=args.sets)
+    if args.sets is None:
+        return model
+    if model.thresholds:
+        raise UserError("--sets is for one class an image, and this model gives several labels.")
+    if model.sets is None:
+        raise UserError(
+            f"{args.model} has no scores for --sets, which fit saves with a model since 0.2: train it again, or see by "
+            f"moevision test RUN --sets {args.sets:g} what sets of its run cover."
+        )
+    if args.mirror:
+        raise UserError(
+            "The scores for --sets are of images without --mirror: leave out one of the two (test takes both)."
+        )
+    if model.sets.threshold(args.sets) == 0:
+        print(
+            f"Every set has all classes: the scores of {len(model.sets.true_probabilities)} validation images are too "
+            f"few, or too bad, for {args.sets:g}.",
+            file=sys.stderr,
+        )
+    return model
 
 
 def _prepare_output(path: str | None, head: bytes, option: str) -> None:
@@ -279,31 +306,53 @@ def _classify(
                 distances = model.strangers(inputs).tolist()
             if features:
                 rows = list(inputs.float().cpu().numpy())
+        if model.mirror:
+            logits = with_mirror(net, images, logits, several_labels=bool(model.thresholds))
 
     probabilities = model.probabilities(logits.float() / (model.temperature or 1.0)).cpu()
     count = len(model.class_names)
     if not model.thresholds:
         count = min(5, count)
     best = probabilities.topk(count)
+    added = _added_fields(model, logits)
     predictions = {}
-    for file, shares, labels, distance, feature in zip(
-        files, best.values.tolist(), best.indices.tolist(), distances, rows, strict=True
+    for file, shares, labels, distance, feature, fields in zip(
+        files, best.values.tolist(), best.indices.tolist(), distances, rows, added, strict=True
     ):
         if all(map(math.isfinite, (*shares, distance or 0.0))):
             names = tuple(model.class_names[label] for label in labels)
             prediction = Prediction(
-                str(file), names, tuple(shares), distance=distance, feature=feature
+                str(file), names, tuple(shares), distance=distance, feature=feature, added=fields
             )
-            if model.thresholds:
-                is_given = [
-                    share > model.thresholds[label]
-                    for label, share in zip(labels, shares, strict=True)
-                ]
-                prediction = replace(prediction, labels=tuple(compress(names, is_given)))
-            predictions[file] = prediction
+            predictions[file] = _with_labels(model, prediction, labels)
         else:
             predictions[file] = Prediction(str(file), error=NO_NUMBER)
     return predictions
+
+
+def _with_labels(model: SavedModel, prediction: Prediction, labels: Sequence[int]) -> Prediction:
+    """The prediction with the names of its labels above their threshold, where the model gives several."""
+    if not model.thresholds:
+        return prediction
+    is_given = [
+        share > model.thresholds[label]
+        for label, share in zip(labels, prediction.probabilities, strict=True)
+    ]
+    return replace(prediction, labels=tuple(compress(prediction.classes, is_given)))
+
+
+def _added_fields(model: SavedModel, logits: Tensor) -> list[Json]:
+    """What --mirror and --sets add to each image's row, by logits [B, C]."""
+    if model.mirror:
+        return [{"mirror": True} for _ in logits]
+    if model.coverage is None:
+        return [{} for _ in logits]
+    members = set_members(logits, cast(Any, model.sets), model.coverage)  # [B, C]
+    fields = []
+    for is_member in members.tolist():
+        names = list(compress(model.class_names, is_member))
+        fields.append({"coverage": model.coverage, "set": names})
+    return fields
 
 
 def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> str:
@@ -311,9 +360,16 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
 
     Below the threshold `unsure` the class is "unsure"; top5 is not affected. Where images have several labels, `class`
     has those that are given with `|` between them, perhaps none, `probability` is the highest, and top5 has all labels.
+    `mirror`, `coverage` and `set`, classes joined by semicolons, follow where they were asked for.
     """
     rows = []
+    added: Json = {}
+    for prediction in predictions:
+        added |= prediction.added
     for row in _rows(predictions, unsure, calibrated=False):
+        if "set" in row:
+            members = "; ".join(row["set"])
+            row["set"] = escape_csv_cell(members)
         top5 = [f"{entry['class']}={_digits(entry['probability'])}" for entry in row["top5"]]
         rows.append(
             (
@@ -323,9 +379,10 @@ def to_csv(predictions: Sequence[Prediction], unsure: float | None = None) -> st
                 escape_csv_cell("; ".join(top5)),
                 escape_csv_cell(row["error"] or ""),
                 _digits(row["distance"]),
+                *map(row.get, added),
             )
         )
-    return csv_text(("path", "class", "probability", "top5", "error", "distance"), rows)
+    return csv_text(("path", "class", "probability", "top5", "error", "distance", *added), rows)
 
 
 def _digits(value: float | None) -> str:
@@ -353,8 +410,9 @@ def to_json(
 
     Where images have several labels, each has a list `labels` too; the other fields are as in `to_csv`.
 
-    Below the threshold the field `unsure` is true and the class is `"unsure"`; a real class may have that name too, so
-    test the field.
+    Rows with an answer have `mirror` (true), `coverage` and `set`, class names, where they were asked for. Below the
+    threshold the field `unsure` is true and the class is `"unsure"`; a real class may have that name too, so test the
+    field.
     """
     return json_text(_rows(predictions, unsure, calibrated=calibrated), indent=2) + "\n"
 
@@ -383,6 +441,7 @@ def _rows(
                 "top5": top5,
                 "error": prediction.error or None,
                 "distance": prediction.distance,
+                **prediction.added,
             }
             | labels
         )

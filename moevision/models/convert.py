@@ -15,9 +15,10 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.eva import Eva
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter
 from moevision.layers.experts import Backend
 from moevision.layers.routing import evaluating, routed_unit
 from moevision.types import Keywords, TimmModel
+
+if TYPE_CHECKING:
+    from moevision.stats import SetScores
 
 Match = Literal["active_flops", "total_params"]
 
@@ -432,6 +436,26 @@ def pooled(net: TimmModel, images: Tensor) -> Tensor:
     tokens = net.forward_features(images)
     result: Tensor = net.forward_head(tokens, pre_logits=True)
     return result
+
+
+def with_mirror(
+    net: nn.Module, images: Tensor, logits: Tensor, *, several_labels: bool = False
+) -> Tensor:
+    """Logits [B, C] of the mean of two probabilities: of images, whose logits are given, and of their mirror images.
+
+    The mean of logits is as good (benchmarks/second_opinions).
+    """
+    views = torch.stack([logits, net(images.flip(-1))]).float()  # [2, B, C]
+    if several_labels:
+        log_p, log_not_p = F.logsigmoid(views), F.logsigmoid(-views)
+        return log_p.logsumexp(0) - log_not_p.logsumexp(0)
+    return views.log_softmax(-1).logsumexp(0)
+
+
+def set_members(logits: Tensor, sets: SetScores, coverage: float) -> Tensor:
+    """[B, C]: which classes the prediction set of each image has, from logits [B, C]."""
+    probabilities = (logits.float() / sets.temperature).softmax(-1)
+    return probabilities >= sets.threshold(coverage)
 
 
 def _noise_image(model: TimmModel) -> Tensor:

@@ -49,7 +49,8 @@ def cut(
     """A copy with these classes, in this order, and of each MoE layer (block number) these experts.
 
     Its logits are those of the source for these classes where its routers choose among these experts alone, and their
-    gates are made anew by the router's rule. The source's temperature stays, its distances to strangers don't.
+    gates are made anew by the router's rule. The source's temperature stays; its distances to strangers and its
+    scores of sets don't.
 
     Raises:
         UserError: if the model can't be cut.
@@ -74,7 +75,7 @@ def cut(
 
     net.pretrained_cfg = {**source.pretrained_cfg, "num_classes": len(classes)}
     names = [model.class_names[index] for index in classes]
-    return replace(model, net=net.eval(), class_names=names, strangers=None)
+    return replace(model, net=net.eval(), class_names=names, strangers=None, sets=None)
 
 
 def _smaller(source: Any, num_classes: int, num_experts: Sequence[int]) -> Any:

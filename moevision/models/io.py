@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
@@ -51,6 +51,9 @@ from moevision.models.vit_moe import NO_SOURCE  # registers the vit_moe names
 from moevision.types import Json, Keywords, State, TimmModel
 from moevision.words import shell_word
 
+if TYPE_CHECKING:
+    from moevision.stats import SetScores
+
 ImageSize = int | tuple[int, int]
 Colour = tuple[float, float, float]  # a value for red, green and blue each
 LOCAL_PREFIX = "local-dir:"
@@ -77,6 +80,10 @@ class SavedModel:
     fit: Fit = "crop"  # how an image that isn't square becomes so
     # [C] where images have several labels: the calibrated probability above which each is given; else empty
     thresholds: tuple[float, ...] = ()
+    sets: SetScores | None = None  # for prediction sets; None: not measured
+    # how `predict` answers: by the mean over an image and its mirror image; with prediction sets of this coverage
+    mirror: bool = False
+    coverage: float | None = None
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[..., C] of logits [..., C], not calibrated: of one class, or of each label by itself."""
@@ -256,6 +263,8 @@ def save_model(model: SavedModel, folder: Path) -> None:
         config["calibration"] = {"temperature": model.temperature}
     if model.thresholds:
         config["thresholds"] = model.thresholds
+    if model.sets is not None:
+        config["prediction_sets"] = model.sets._asdict()
     if from_clusters(model.net):
         config["router_start"] = "cluster"
     if model.strangers is not None:
@@ -509,6 +518,8 @@ def _with_measurements(saved: SavedModel, folder: Path) -> SavedModel:
     if "thresholds" in config:
         thresholds = _thresholds(config["thresholds"], len(saved.class_names))
         saved = replace(saved, thresholds=thresholds)
+    if "prediction_sets" in config:
+        saved = replace(saved, sets=_read_sets(config["prediction_sets"]))
     if config.get("strangers"):
         saved = replace(saved, strangers=read_ood(folder / STRANGERS, saved.net))
     return saved
@@ -523,6 +534,22 @@ def _thresholds(values: Any, classes: int) -> tuple[float, ...]:
             return tuple(map(float, values))
     raise UserError(
         f"thresholds in its config.json are no {classes} numbers from 0 to 1, one for each label: mend them."
+    )
+
+
+def _read_sets(content: Any) -> SetScores:
+    """Those of a config.json; a UserError if what it says is none."""
+    from moevision.stats import SetScores  # SciPy takes long
+
+    match content:
+        case {"temperature": float(temperature), "true_probabilities": [*values]} if all(
+            isinstance(value, int | float) and 0 <= value <= 1 for value in values
+        ):
+            if 1e-3 <= temperature <= 1e3:
+                return SetScores(temperature, values)
+    raise UserError(
+        "prediction_sets in its config.json must have a temperature from 0.001 to 1000 and true_probabilities from 0 "
+        "to 1: mend or remove it."
     )
 
 

@@ -45,7 +45,12 @@ from moevision.files import csv_text, file_sha256, write_json_atomic, write_text
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, save_model
 from moevision.models.ood import IMAGES, MahalanobisOOD, fit_ood, linear_head
-from moevision.stats import PairedDifference, paired_difference, paired_macro_difference
+from moevision.stats import (
+    PairedDifference,
+    accuracy_interval,
+    paired_difference,
+    paired_macro_difference,
+)
 from moevision.train.checkpoint import BEST, LAST, PRETRAINED_CONFIG, verify
 from moevision.train.guard import StabilityGuard
 from moevision.train.health import StopEarly, Stopwatch, data_wait_advice
@@ -290,6 +295,19 @@ def _gather_columns(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Array]
     return {name: column[order] for name, column in columns.items()}
 
 
+def describe_sets(task: ClassificationTask) -> str:
+    """What a test with prediction sets found out; on all processes."""
+    columns = _gather_columns(task.test_outputs)
+    members, labels = columns["members"], columns["label"]  # [n, C], [n]
+    covered, sizes = members[np.arange(len(labels)), labels], members.sum(1)
+    low, high = map(percent, accuracy_interval(covered.sum(), len(labels)))
+    return (
+        f"sets at {task.coverage:g}, by {len(task.sets.true_probabilities):,} validation images: "
+        f"{percent(covered.mean())} have the true class (95 % interval {low} to {high}), with {sizes.mean():.2f} of "
+        f"{members.shape[1]} classes on average (± {1.96 * sem(sizes):.2f})"
+    )
+
+
 def _export_model(training: Training, detector: MahalanobisOOD | None) -> None:
     """Write `model/` with the tested weights."""
     task, data = training.task, training.data
@@ -303,6 +321,7 @@ def _export_model(training: Training, detector: MahalanobisOOD | None) -> None:
         strangers=detector,
         fit=data.fit,
         thresholds=_thresholds(training),
+        sets=task.sets,
     )
     save_model(model, training.run_dir / "model")
 

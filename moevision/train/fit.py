@@ -62,6 +62,7 @@ from moevision.train.finish import (
     RunResult,
     Training,
     checkpoint_of_run,
+    describe_sets,
     finish,
     write_comparison,
 )
@@ -149,6 +150,7 @@ def fit(args: ParsedArgs) -> RunResult | None:
         if not request.prints:
             start_one_each(request.trainer)
         settings, start = begin(session, request)
+        _check_opinions(settings, "fit")
         if request.prints:
             print(_yaml(settings), end="")
             return None
@@ -825,11 +827,17 @@ def evaluate(verb: str, args: ParsedArgs) -> None:
         options = {**flatten(asdict(settings)), **checkpoint.model_options, **request.command_line}
         settings = to_settings(options)
         task, data, parts, callbacks = prepare(settings)
+        _check_opinions(settings, verb)
+        task.mirror, task.coverage = settings.mirror, settings.sets
+        if settings.sets is not None:
+            callbacks.append(Calibrate())
         run_dir = _new_folder(settings, session, f"-{verb}")
         with _no_trace_of_a_failure(run_dir, session, Stopwatch(), new=True):
             trainer = _trainer(settings, run_dir, parts, callbacks)
             split = "val" if verb == "validate" else "test"
             _choose_images(data, checkpoint, run_dir, split)
+            if settings.sets is not None and data.evaluated_as is not None:
+                raise UserError("--sets needs the run's validation images: leave --data.path out.")
             _read_data(data, trainer, verb, moved=True)
             _build_for_checkpoint(task, data, checkpoint)
             if trainer.is_global_zero:
@@ -842,12 +850,23 @@ def evaluate(verb: str, args: ParsedArgs) -> None:
                 raise UserError(
                     f"--trainer.limit_{split}_batches 0 leaves nothing to {verb}: say 1.0 for all of it."
                 )
+            if settings.sets is not None:
+                sentence = describe_sets(task)  # of all processes' images
+                if trainer.is_global_zero:
+                    print(sentence)
             if trainer.is_global_zero:
                 if not data.multilabel:
                     print(f"\n{percent(scores[0][f'{split}/top1'])} of the {split} images right")
                 for name, value in scores[0].items():
                     print(f"{name:22}{value:8.4f}")
                 print_rank0(f"Everything is in {run_dir}")
+
+
+def _check_opinions(settings: Settings, verb: str) -> None:
+    """Refuse --mirror and --sets where they do nothing, and sets of no coverage."""
+    if verb != "test" and (settings.mirror or settings.sets is not None):
+        raise UserError(f"--mirror and --sets are for predict and test: leave them out of {verb}.")
+    check_ranges(settings, [("above 0 and below 1", lambda x: 0 < x < 1, ("sets",))], "--")
 
 
 def _with_checkpoint(verb: str, args: ParsedArgs) -> ParsedArgs:

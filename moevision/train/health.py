@@ -43,7 +43,7 @@ from moevision.layers import MoEMlp, moe_layers
 from moevision.losses import sum_over_ranks
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.vit_moe import set_fused_attention
-from moevision.stats import fit_temperature
+from moevision.stats import fit_sets, fit_temperature
 from moevision.train.processes import (
     data_of,
     gather_objects,
@@ -447,6 +447,11 @@ class Calibrate(Callback):
             all_logits = np.concatenate([logits for logits, _ in outputs])
             all_labels = np.concatenate([labels for _, labels in outputs])
             task.calibration = fit_temperature(all_logits, all_labels)
+            task.sets = fit_sets(all_logits, all_labels)
+        if task.coverage is not None and task.sets is None:
+            raise UserError(
+                "--sets needs one class an image, and finite logits of the run's validation images: leave it out."
+            )
 
 
 # ---- how routing forms: `fit --record_routing`; its file is described in `models.history`

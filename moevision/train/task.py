@@ -41,6 +41,7 @@ from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, UserError, 
 from moevision.layers import LayerLoad, Routing, forward_routing, moe_layers
 from moevision.losses import Balance, RoutingStatistics
 from moevision.models.config import build_model
+from moevision.models.convert import set_members, with_mirror
 from moevision.models.vit_moe import (
     checkpoint_blocks,
     num_patches,
@@ -276,6 +277,9 @@ class ClassificationTask(LightningModule):
         self.test_loads: list[LayerLoad] = []
         self.test_by_class: dict[str, list[float]] = {}  # such as auroc: [C] each
         self.calibration: Any = None  # a `stats.Calibration`, once the temperature is fitted
+        self.mirror = False  # evaluate the mean over an image and its mirror image
+        self.coverage: float | None = None  # of prediction sets, if a test is to make them
+        self.sets: Any = None  # a `stats.SetScores`, fitted with the temperature
         if num_classes is not None and image_size is not None:
             self.build(num_classes, image_size, load_pretrained=False)
 
@@ -394,8 +398,14 @@ class ClassificationTask(LightningModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, C] of images [B, 3, H, W]."""
-        result: Tensor = self.net(image)
-        return result
+        logits: Tensor = self.net(image)
+        return self._opinions(image, logits)
+
+    def _opinions(self, image: Tensor, logits: Tensor) -> Tensor:
+        if self.mirror:
+            several_labels = isinstance(self.targets, SeveralLabels)
+            return with_mirror(self.net, image, logits, several_labels=several_labels)
+        return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy (soft targets under Mixup/CutMix) plus weighted losses of the routers."""
@@ -505,6 +515,8 @@ class ClassificationTask(LightningModule):
         }
         if target.ndim == 1:
             output["probability"] = probabilities.amax(-1)  # of the prediction
+        if self.coverage is not None:
+            output["members"] = set_members(logits, self.sets, self.coverage)
         self.test_outputs.append({name: value.cpu() for name, value in output.items()})
 
     def on_test_epoch_end(self) -> None:
@@ -519,6 +531,7 @@ class ClassificationTask(LightningModule):
         """Logits [B, C] and cross-entropy [B] of a batch; updates the metrics."""
         set_fused_attention(self.net, True)
         logits, routings = forward_routing(self.net, batch["image"])
+        logits = self._opinions(batch["image"], logits)
         target = batch.get("target", batch["label"])
         self.metrics.update(self.targets.probabilities(logits.float()), target.long())
         loss = self.targets.losses(logits.float(), target)  # [B]
