@@ -576,7 +576,7 @@ def test_every_argument_is_documented_and_parses_from_text():
     parser.add_class_arguments(ImageDataModule, "data")
     names = {action.dest for action in parser._actions if action.dest.startswith("data.")}
     fields = {f"data.{field.name}": field.metadata["help"] for field in dataclasses.fields(Data)}
-    assert len(names) == 34
+    assert len(names) == 36
     assert names == fields.keys()
     assert not [name for name, text in fields.items() if len(text) < 20]
     config = parser.parse_args(

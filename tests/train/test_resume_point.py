@@ -264,7 +264,9 @@ def test_no_image_of_an_epoch_is_left_out_by_other_batches_or_processes(
 def test_half_of_the_processes_take_as_many_steps(images, limit, capsys):
     """Two processes took ⌊images / 16⌋ steps of 16 an epoch; one sums two batches of 8, and none at the end alone."""
     start = SimpleNamespace(fingerprint={"images_per_step": 16})
-    data = SimpleNamespace(batch_size=8, class_counts={"train": {"cat": images}})
+    data = SimpleNamespace(
+        batch_size=8, contents=SimpleNamespace(datasets={"train": range(images)})
+    )
     trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, limit_train_batches=1.0)
     keep_images_per_step(start, data, trainer)
     assert (trainer.accumulate_grad_batches, trainer.limit_train_batches) == (2, limit)
