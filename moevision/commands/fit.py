@@ -31,8 +31,10 @@ def fit(folder: str | Path | None = None, **options: Any) -> RunResult | None:
         UserError: where the command would say in one sentence what to mend.
 
     Examples:
-        >>> run = moevision.fit("photos", epochs=3, with_twin=True)  # doctest: +SKIP
-        >>> run = moevision.fit(config="emoji", **{"optim.lr": 0.01})  # doctest: +SKIP
+        ```python
+        run = moevision.fit("photos", epochs=3, with_twin=True)
+        run = moevision.fit(config="emoji", **{"optim.lr": 0.01})
+        ```
     """
     return run(parse_args("fit", command_line(folder, **options)))
 

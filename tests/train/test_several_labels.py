@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -100,7 +99,10 @@ def test_predict_prints_the_labels_above_their_threshold(cli, run, labelled):
     assert set(unfinished["labels"]) == expected
 
 
+@pytest.mark.needs("onnx")
 def test_the_exported_file_says_how_to_decide(cli, run, tmp_path):
+    import onnxruntime
+
     file = tmp_path / "halves.onnx"
     printed = succeeded(cli("export", run, "--out", file)).out
     assert_names(printed, 'about["thresholds"]', "np.exp(-logit")
